@@ -1,0 +1,38 @@
+# shellcheck shell=bash
+# MariaDB from the distribution, as a private instance: Debian's -core packages start no service of their own.
+
+# What both servers are told. The isolation level and the lock waits stay the server's own: the tests are about them.
+# Without name resolution a TCP client is '%', never 'localhost', where MariaDB keeps an anonymous user that wins.
+# The socket is relative to the data directory, because an absolute path may be too long for one.
+server_options() { # part
+  printf '%s\n' --datadir="$STATE/$1/data" --socket=socket --bind-address=127.0.0.1 --port="$(recorded "$1" port)" \
+    --user="$(id -un)" --init-file="$ROOT/localstack/init.sql" --skip-name-resolve --skip-log-bin \
+    --character-set-server=utf8mb4 --max-connections=500 --max-allowed-packet=64M \
+    --innodb-buffer-pool-size=256M --innodb-flush-log-at-trx-commit=2
+}
+
+mariadb_install() {
+  need mariadbd mariadb-server-core
+  need mariadb mariadb-client-core
+}
+
+mariadb_start() {
+  local data=$STATE/mariadb/data options
+  if [[ ! -d $data ]]; then
+    # Made aside and moved, so that an interrupted start leaves no half-made one behind.
+    rm -rf "$data.new"
+    mariadb-install-db --no-defaults --user="$(id -un)" --datadir="$data.new" --auth-root-authentication-method=normal \
+      --skip-test-db >"$STATE/mariadb/init.log" 2>&1 || { cat "$STATE/mariadb/init.log" >&2; die "mariadb-install-db failed"; }
+    mv "$data.new" "$data"
+  fi
+  mapfile -t options < <(server_options mariadb)
+  launch mariadb mariadbd --no-defaults "${options[@]}" --innodb-log-file-size=128M
+}
+
+mariadb_query() {
+  # A server that hangs takes a connection and says nothing.
+  timeout 10 mariadb --no-defaults --host=127.0.0.1 --port="$(recorded mariadb port)" --user=root \
+    --batch --skip-column-names -e "$1" 2>/dev/null
+}
+
+mariadb_answers() { mariadb_query 'select version()' >"$STATE/mariadb/version"; }
