@@ -1,0 +1,131 @@
+//! One batch, one projector, one transaction.
+
+use std::panic::AssertUnwindSafe;
+use std::time::Duration;
+
+use anyhow::anyhow;
+use futures_util::FutureExt;
+use sqlx::Connection;
+use tokio::time::timeout;
+
+use crate::database::Database;
+use crate::error::{caused_by_transient, server_error};
+use crate::event::{Event, Position};
+use crate::ledger::{self, Entry, Locked};
+use crate::lifecycle::Stage;
+use crate::registry::Registered;
+
+/// A handler that commits, or runs a statement that does (DDL), takes this savepoint away: releasing it
+/// then fails with error 1305.
+const SAVEPOINT: &str = "savepoint projectionist";
+const RELEASE: &str = "release savepoint projectionist";
+
+/// Events that move a projector from one position to another.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Batch<'a> {
+    /// Where the projector stands.
+    pub(crate) after: Position,
+    /// Where it will stand.
+    pub(crate) through: Position,
+    /// All events in between; those that it does not want are passed over.
+    pub(crate) events: &'a [Event],
+}
+
+/// Why a batch was not applied. Nothing of it was.
+#[derive(Debug)]
+pub(crate) enum ApplyError {
+    /// The ledger no longer has the projector where this worker thought it was; `None`: not at all.
+    Claim(Option<Entry>),
+    /// The projector's own: an error, a panic, a time-out, a commit of its own.
+    Projector(anyhow::Error),
+    /// The moment's: a deadlock, a lock wait, a lost connection.
+    Transient(anyhow::Error),
+}
+
+impl From<sqlx::Error> for ApplyError {
+    /// Whatever our own statements run into is no fault of the projector's.
+    fn from(error: sqlx::Error) -> Self {
+        ApplyError::Transient(error.into())
+    }
+}
+
+/// Applies a batch: lock the ledger row, check the claim, run the handler, move the position, commit.
+pub(crate) async fn apply(
+    database: &Database,
+    projector: &Registered,
+    stage: Stage,
+    batch: Batch<'_>,
+    handler_timeout: Duration,
+) -> Result<(), ApplyError> {
+    let wanted: Vec<&Event> = batch.events.iter().filter(|event| projector.wants(event)).collect();
+
+    let mut connection = database.acquire().await?;
+    let mut transaction = connection.begin().await?;
+    let Some(Locked { entry, session }) = ledger::lock(&mut transaction, &projector.id).await? else {
+        return Err(ApplyError::Claim(None));
+    };
+    if !stage.plays(&entry.status) || entry.position != batch.after {
+        return Err(ApplyError::Claim(Some(entry)));
+    }
+    if !wanted.is_empty() {
+        sqlx::raw_sql(SAVEPOINT).execute(&mut *transaction).await?;
+        let handling = projector.projector.handle_batch(&wanted, &mut transaction);
+        let handled = match timeout(handler_timeout, AssertUnwindSafe(handling).catch_unwind()).await {
+            Ok(Ok(handled)) => handled,
+            cut_off => {
+                // In the middle of a statement, perhaps: the connection is of no more use, and the row's
+                // lock would stay until the server has finished with it.
+                drop(transaction);
+                connection.close_on_drop();
+                drop(connection);
+                database.kill(session).await?;
+                return Err(ApplyError::Projector(match cut_off {
+                    Ok(Err(panic)) => anyhow!("the handler panicked: {}", panic_message(panic.as_ref())),
+                    _ => anyhow!("the handler took longer than {} s", handler_timeout.as_secs_f32()),
+                }));
+            }
+        };
+        if let Err(error) = handled {
+            return Err(match caused_by_transient(&error) {
+                true => ApplyError::Transient(error),
+                false => ApplyError::Projector(error),
+            });
+        }
+        if let Err(error) = sqlx::raw_sql(RELEASE).execute(&mut *transaction).await {
+            return Err(match server_error(&error) {
+                Some(1305) => ApplyError::Projector(anyhow!(
+                    "the handler committed the transaction, by itself or by a statement that does so (such as DDL): \
+                     what it wrote is stored, but its position is not"
+                )),
+                _ => error.into(),
+            });
+        }
+    }
+    if !ledger::advance(&mut transaction, &projector.id, batch.after, batch.through).await? {
+        return Err(ApplyError::Claim(Some(entry)));
+    }
+    Ok(transaction.commit().await?)
+}
+
+/// Runs a projector's setup, outside any transaction: it creates tables.
+pub(crate) async fn set_up(database: &Database, projector: &Registered) -> anyhow::Result<()> {
+    let mut connection = database.acquire().await?;
+    AssertUnwindSafe(projector.projector.setup(&mut connection))
+        .catch_unwind()
+        .await
+        .unwrap_or_else(|panic| Err(anyhow!("setup panicked: {}", panic_message(panic.as_ref()))))
+}
+
+/// Runs a projector's teardown, likewise.
+pub(crate) async fn tear_down(database: &Database, projector: &Registered) -> anyhow::Result<()> {
+    let mut connection = database.acquire().await?;
+    AssertUnwindSafe(projector.projector.teardown(&mut connection))
+        .catch_unwind()
+        .await
+        .unwrap_or_else(|panic| Err(anyhow!("teardown panicked: {}", panic_message(panic.as_ref()))))
+}
+
+fn panic_message(panic: &(dyn std::any::Any + Send)) -> &str {
+    let message = panic.downcast_ref::<&str>().copied();
+    message.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("(no message)")
+}

@@ -1,0 +1,272 @@
+//! `append`: events from a file or standard input, one JSON object a line.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+use serde::Deserialize;
+use serde_json::value::RawValue;
+use time::OffsetDateTime;
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+
+use super::say;
+use crate::config::Config;
+use crate::error::Error;
+use crate::event::{NewEvent, Position};
+use crate::store::{AppendError, EventStore};
+
+/// Payload and metadata at their largest, in JSON, with room for the rest.
+const LONGEST_LINE: u64 = 2 * NewEvent::MAX_JSON as u64 + 65_536;
+
+/// Events in one transaction, and their bytes.
+const TRANSACTION_EVENTS: usize = 500;
+const TRANSACTION_BYTES: usize = 4 * 1024 * 1024;
+
+/// Events that trickle in, from a pipe that stays open, are stored this soon.
+const STORE_WITHIN: Duration = Duration::from_millis(100);
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Each line is an object with stream_id, event_type and payload (any JSON) and, optionally, event_id (unique; made where \
+there is none), stream_version (must be the stream's next; given where there is none), recorded_at (RFC 3339; else now) \
+and metadata (any JSON).\n\n\
+Example: {\"stream_id\":\"case-891\",\"event_type\":\"Confirmation of receipt\",\"payload\":{\"channel\":\"Internet\"}}")]
+pub(super) struct Append {
+    /// The file to read; standard input where there is none, or for `-`
+    #[arg(value_name = "FILE")]
+    file: Option<PathBuf>,
+}
+
+/// One line. A key that is not known would be lost without a word, so it is an error.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Line<'a> {
+    #[serde(borrow)]
+    stream_id: std::borrow::Cow<'a, str>,
+    #[serde(borrow)]
+    event_type: std::borrow::Cow<'a, str>,
+    #[serde(borrow)]
+    payload: &'a RawValue,
+    event_id: Option<String>,
+    stream_version: Option<u64>,
+    #[serde(default, with = "time::serde::rfc3339::option")]
+    recorded_at: Option<OffsetDateTime>,
+    #[serde(borrow)]
+    metadata: Option<&'a RawValue>,
+}
+
+/// A line that holds an event, or the reason why it does not.
+type Read1 = (u64, Result<NewEvent, String>);
+
+impl Append {
+    pub(super) async fn run(self, config: &Config) -> Result<(), Error> {
+        let input: Box<dyn Read + Send> = match self.file.filter(|file| file.as_os_str() != "-") {
+            None => Box::new(std::io::stdin()),
+            Some(file) => Box::new(
+                File::open(&file).map_err(|error| Error::Input(format!("cannot read {}: {error}", file.display())))?,
+            ),
+        };
+        let mut appending = Appending {
+            store: EventStore::new(&config.database().await?),
+            waiting: Vec::new(),
+            bytes: 0,
+            stored: 0,
+            last: None,
+        };
+        let (lines, mut events) = mpsc::channel(TRANSACTION_EVENTS);
+        std::thread::spawn(move || read_lines(input, &lines));
+
+        loop {
+            let next = match appending.waiting.is_empty() {
+                true => events.recv().await,
+                false => match timeout(STORE_WITHIN, events.recv()).await {
+                    Ok(next) => next,
+                    Err(_) => {
+                        appending.flush().await?;
+                        continue;
+                    }
+                },
+            };
+            match next {
+                None => break,
+                Some((line, Ok(event))) => appending.add(line, event).await?,
+                Some((line, Err(reason))) => {
+                    appending.flush().await?;
+                    return Err(appending.stopped_at(line, &reason));
+                }
+            }
+        }
+        appending.flush().await?;
+        say(appending.tally("appended"))
+    }
+}
+
+struct Appending {
+    store: EventStore,
+    waiting: Vec<(u64, NewEvent)>,
+    bytes: usize,
+    stored: usize,
+    last: Option<Position>,
+}
+
+impl Appending {
+    async fn add(&mut self, line: u64, event: NewEvent) -> Result<(), Error> {
+        self.bytes += event.payload.len() + event.metadata.as_ref().map_or(0, String::len);
+        self.waiting.push((line, event));
+        match self.waiting.len() >= TRANSACTION_EVENTS || self.bytes >= TRANSACTION_BYTES {
+            true => self.flush().await,
+            false => Ok(()),
+        }
+    }
+
+    /// Stores what waits. At an event that cannot be stored, those before it are, and the error names its line.
+    async fn flush(&mut self) -> Result<(), Error> {
+        self.bytes = 0;
+        let (lines, events): (Vec<u64>, Vec<NewEvent>) = std::mem::take(&mut self.waiting).into_iter().unzip();
+        let Err(error) = self.store(&events).await else { return Ok(()) };
+        let failed = match &error {
+            AppendError::Event { index, .. } | AppendError::WrongVersion { index, .. } => Some(*index),
+            AppendError::Duplicate { event_id } => {
+                // The last of them: the id may stand twice among the lines, too.
+                events.iter().rposition(|event| event.event_id.as_ref() == Some(event_id))
+            }
+            AppendError::Database(_) => None,
+        };
+        match (failed, error) {
+            (Some(index), error) => {
+                if let Err(AppendError::Database(error)) = self.store(&events[..index]).await {
+                    return Err(self.interrupted(error));
+                }
+                let reason = match error {
+                    AppendError::Event { reason, .. } => reason,
+                    error => error.to_string(),
+                };
+                Err(self.stopped_at(lines[index], &reason))
+            }
+            (None, AppendError::Database(error)) => Err(self.interrupted(error)),
+            (None, error) => Err(Error::Input(error.to_string())),
+        }
+    }
+
+    async fn store(&mut self, events: &[NewEvent]) -> Result<(), AppendError> {
+        if !events.is_empty() {
+            let appended = self.store.append(events).await?;
+            self.stored += appended.events;
+            self.last = Some(appended.last);
+        }
+        Ok(())
+    }
+
+    fn stopped_at(&self, line: u64, reason: &str) -> Error {
+        Error::Input(format!(
+            "line {line}: {reason}\n{}; nothing from line {line} on is",
+            self.tally("stored before it:")
+        ))
+    }
+
+    fn interrupted(&self, error: sqlx::Error) -> Error {
+        eprintln!("{}", self.tally("interrupted; stored:"));
+        Error::Database(error)
+    }
+
+    fn tally(&self, verb: &str) -> String {
+        let events = if self.stored == 1 { "event" } else { "events" };
+        match self.last {
+            Some(last) => format!("{verb} {} {events}, last position {last}", self.stored),
+            None => format!("{verb} 0 events"),
+        }
+    }
+}
+
+/// Reads lines on a thread of its own: reading standard input blocks.
+fn read_lines(input: Box<dyn Read + Send>, events: &mpsc::Sender<Read1>) {
+    let mut input = BufReader::new(input);
+    let mut text = Vec::new();
+    for line in 1.. {
+        text.clear();
+        let read = match (&mut input).take(LONGEST_LINE + 1).read_until(b'\n', &mut text) {
+            Ok(0) => return,
+            Ok(_) if text.len() as u64 > LONGEST_LINE => Some(Err(format!("longer than {LONGEST_LINE} bytes"))),
+            Ok(_) => parse_line(&text).transpose(),
+            Err(error) => Some(Err(format!("cannot be read: {error}"))),
+        };
+        let Some(read) = read else { continue };
+        let failed = read.is_err();
+        if events.blocking_send((line, read)).is_err() || failed {
+            return;
+        }
+    }
+}
+
+/// The event of a line; `None` for an empty one.
+fn parse_line(text: &[u8]) -> Result<Option<NewEvent>, String> {
+    let text =
+        std::str::from_utf8(text).map_err(|error| format!("not UTF-8, from byte {} on", error.valid_up_to() + 1))?;
+    if text.trim().is_empty() {
+        return Ok(None);
+    }
+    let line: Line<'_> = serde_json::from_str(text).map_err(|error| {
+        // The parser says where within the text, which is one line.
+        error.to_string().replace(" at line 1 column ", ", at column ")
+    })?;
+    let event = NewEvent {
+        event_id: line.event_id,
+        stream_id: line.stream_id.into_owned(),
+        stream_version: line.stream_version,
+        event_type: line.event_type.into_owned(),
+        recorded_at: line.recorded_at,
+        payload: line.payload.get().to_owned(),
+        metadata: line.metadata.map(|metadata| metadata.get().to_owned()),
+    };
+    event.check()?;
+    Ok(Some(event))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_line_keeps_its_payload_byte_for_byte() {
+        let event = parse_line(
+            br#"{"stream_id":"a","event_type":"T02 \"x\"","payload":{ "n" : 1.0 },"metadata":null,"recorded_at":"2010-10-02T07:20:39.266000Z"}"#,
+        );
+        let event = event.expect("a line").expect("an event");
+        assert_eq!(
+            (event.payload.as_str(), event.metadata, event.event_type.as_str()),
+            ("{ \"n\" : 1.0 }", None, "T02 \"x\"")
+        );
+    }
+
+    #[test]
+    fn a_bad_line_is_told_by_its_reason() {
+        for (line, reason) in [
+            (&b"{\"stream_id\":\"a\"}"[..], "missing field `event_type`, at column 17"),
+            (
+                b"{\"stream_id\":\"a\",\"event_type\":\"b\",\"payload\":1,\"recordedAt\":1}",
+                "unknown field `recordedAt`",
+            ),
+            (b"{\"stream_id\":\"\",\"event_type\":\"b\",\"payload\":1}", "stream_id must be 1 to 200 characters"),
+            (b"{\"stream_id\":\"a\",\"event_type\":\"$tombstone\",\"payload\":1}", "begins with `$`"),
+            (b"{\"stream_id\":\"a\",\"event_type\":\"b\",\"payload\":1,\"recorded_at\":\"yesterday\"}", "recorded_at"),
+            (b"{\"stream_id\":\"a\",\"event_type\":\"b\",\"payload\":1,\"event_id\":\"\"}", "event_id must be"),
+            (b"{\"stream_id\":\"\xff\"}", "not UTF-8, from byte 15 on"),
+            (b"stream_id,event_type", "expected value"),
+        ] {
+            let error = parse_line(line).expect_err(reason);
+            assert!(error.contains(reason) || reason == "recorded_at", "{error}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_line_makes_the_parser_panic(line in prop::collection::vec(any::<u8>(), 0..200)) {
+            let _ = parse_line(&line);
+        }
+    }
+}

@@ -1,0 +1,138 @@
+//! The command line: one command a file. A team's binary hands its registry to [`run`] and has them all.
+
+mod append;
+mod boot;
+mod fill;
+mod play;
+mod relay;
+mod retire;
+mod status;
+
+use std::io::{IsTerminal, Write};
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::config::Config;
+use crate::error::Error;
+use crate::registry::Registry;
+use crate::telemetry;
+
+/// Boots, plays and retires projectors: replays a MySQL event store, then hands over to one live SQS queue.
+///
+/// Exit codes: 0 well, 1 a projector failed, 2 usage, configuration or input, 3 database or queue out of reach.
+/// Results go to standard output, logs to standard error.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 110)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    #[command(flatten)]
+    config: Config,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Creates or upgrades the tables; harmless to repeat
+    Migrate,
+    /// Appends events from a file or standard input, one JSON object a line
+    Append(append::Append),
+    /// Boots every new, booting, stalled and broken projector, hands them over, and exits: the deploy gate
+    Boot(boot::Boot),
+    /// Plays every live projector: the worker
+    Play(play::Play),
+    /// Publishes the log to the queue, without playing
+    Relay(relay::RelayCommand),
+    /// Shows every projector, the high-water mark and the published position
+    Status(status::StatusCommand),
+    /// Retires a projector: tears down what it made, and forgets it unless it has side effects
+    Retire(retire::Retire),
+    /// Fills a gap in the log that is too wide to be filled unasked
+    Fill(fill::Fill),
+}
+
+/// Runs the command line with these projectors, and those of the files that `--projectors` names.
+///
+/// Starts its own runtime and logs; returns what `main` should.
+pub fn run(registry: Registry) -> ExitCode {
+    let cli = Cli::parse();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("error: cannot start: {error}");
+            return ExitCode::from(2);
+        }
+    };
+    let ended = telemetry::start(cli.config.log_format, &cli.config.log)
+        .and_then(|()| runtime.block_on(execute(cli.command, &cli.config, registry)));
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            error.exit_code()
+        }
+    }
+}
+
+async fn execute(command: Command, config: &Config, registry: Registry) -> Result<(), Error> {
+    match command {
+        Command::Migrate => {
+            config.database().await?.migrate().await?;
+            say("the tables are up to date")
+        }
+        Command::Append(append) => append.run(config).await,
+        Command::Boot(boot) => boot.run(config, registry).await,
+        Command::Play(play) => play.run(config, registry).await,
+        Command::Relay(relay) => relay.run(config).await,
+        Command::Status(status) => status.run(config, registry).await,
+        Command::Retire(retire) => retire.run(config, registry).await,
+        Command::Fill(fill) => fill.run(config).await,
+    }
+}
+
+/// Prints a result. A reader that has gone away (`| head`) is no error.
+fn say(text: impl std::fmt::Display) -> Result<(), Error> {
+    match writeln!(std::io::stdout(), "{text}") {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Error::Input(format!("cannot write to standard output: {error}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Asks before something that cannot be undone. Without a terminal there is nobody to ask.
+fn confirm(what: &str, yes: bool) -> Result<(), Error> {
+    if yes {
+        return Ok(());
+    }
+    if !std::io::stdin().is_terminal() || !std::io::stderr().is_terminal() {
+        return Err(Error::Input(format!("{what}: there is no terminal to ask on; add --yes if you mean it")));
+    }
+    eprint!("{what}. Go on? [y/N] ");
+    let mut answer = String::new();
+    let read = std::io::stdin().read_line(&mut answer);
+    match read.is_ok() && matches!(answer.trim().to_ascii_lowercase().as_str(), "y" | "yes") {
+        true => Ok(()),
+        false => Err(Error::Input("nothing was done".into())),
+    }
+}
+
+/// Resolves at SIGTERM or SIGINT.
+async fn shutdown_signal() {
+    #[cfg(unix)]
+    {
+        use tokio::signal::unix::{SignalKind, signal};
+        let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+        else {
+            return std::future::pending().await;
+        };
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    }
+    #[cfg(not(unix))]
+    if tokio::signal::ctrl_c().await.is_err() {
+        std::future::pending::<()>().await;
+    }
+}

@@ -1,0 +1,73 @@
+//! `play`: the worker.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::Args;
+use clap::builder::FalseyValueParser;
+
+use super::relay::RelayOptions;
+use super::{say, shutdown_signal};
+use crate::config::Config;
+use crate::error::Error;
+use crate::play::{PlaySettings, play};
+use crate::registry::Registry;
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Plays only what boot has made live. Ends at SIGTERM or SIGINT, with the batch in hand finished or rolled back, and exit \
+code 0. With --until-idle, exit code 1 says that a projector broke meanwhile; all others are at the high-water mark then, too.")]
+pub(super) struct Play {
+    /// Do not publish the log: a relay runs elsewhere
+    #[arg(long, env = "PROJECTIONIST_NO_RELAY", value_parser = FalseyValueParser::new())]
+    no_relay: bool,
+
+    /// End once queue and log are quiet and every live projector is at the high-water mark
+    #[arg(long, env = "PROJECTIONIST_UNTIL_IDLE", value_parser = FalseyValueParser::new())]
+    until_idle: bool,
+
+    /// How long one receive waits for a message, in seconds; 1 with --until-idle
+    #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_RECEIVE_WAIT", default_value_t = 5,
+          value_parser = clap::value_parser!(u64).range(0..=20))]
+    receive_wait: u64,
+
+    /// How long a projector may stand still below the high-water mark, while the queue is silent, before what
+    /// it misses is read from the store, in seconds
+    #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_RECONCILE_AFTER", default_value_t = 2)]
+    reconcile_after: u64,
+
+    /// How long the batch in hand may take to end after SIGTERM before it is rolled back, in seconds
+    #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_GRACE", default_value_t = 10)]
+    grace: u64,
+
+    #[command(flatten)]
+    relay: RelayOptions,
+}
+
+impl Play {
+    pub(super) async fn run(self, config: &Config, registry: Registry) -> Result<(), Error> {
+        let registry = config.some_registry(registry)?;
+        let database = config.database().await?;
+        let queue = Arc::new(config.queue().await?);
+        let receive_wait = if self.until_idle { self.receive_wait.min(1) } else { self.receive_wait };
+        let settings = PlaySettings {
+            limits: config.play_limits(),
+            relay: (!self.no_relay).then(|| self.relay.settings()),
+            receive_wait: Duration::from_secs(receive_wait),
+            reconcile_after: Duration::from_secs(self.reconcile_after),
+            until_idle: self.until_idle,
+            grace: Duration::from_secs(self.grace),
+        };
+        let played = play(&database, queue, &registry, settings, shutdown_signal()).await?;
+        if !self.until_idle {
+            return Ok(());
+        }
+        say(format!("idle: played {} messages", played.messages))?;
+        match played.broken {
+            0 => Ok(()),
+            broken => Err(Error::Projector(format!(
+                "{broken} projector(s) broke and the others are at the high-water mark; see status, mend, and run boot"
+            ))),
+        }
+    }
+}

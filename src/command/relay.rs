@@ -1,0 +1,77 @@
+//! `relay`: the log to the queue, without playing.
+
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::Args;
+use clap::builder::FalseyValueParser;
+
+use super::{say, shutdown_signal};
+use crate::config::Config;
+use crate::error::Error;
+use crate::relay::{Looked, Relay, RelaySettings};
+use crate::store::EventStore;
+
+#[derive(Debug, Args)]
+pub(super) struct RelayCommand {
+    /// Publish what there is, and exit
+    #[arg(long, env = "PROJECTIONIST_ONCE", value_parser = FalseyValueParser::new())]
+    once: bool,
+
+    #[command(flatten)]
+    options: RelayOptions,
+}
+
+/// Options of every command with a relay in it.
+#[derive(Debug, Args)]
+pub(super) struct RelayOptions {
+    /// The pause between two looks at a log in which nothing is new, in milliseconds
+    #[arg(long, value_name = "MS", env = "PROJECTIONIST_RELAY_INTERVAL", default_value_t = 50,
+          value_parser = clap::value_parser!(u64).range(1..=60_000))]
+    relay_interval: u64,
+
+    /// The most events in one message; the queue's largest message bounds it, too
+    #[arg(long, value_name = "EVENTS", env = "PROJECTIONIST_MESSAGE_EVENTS", default_value_t = 1000,
+          value_parser = clap::value_parser!(u64).range(1..=10_000))]
+    message_events: u64,
+}
+
+impl RelayOptions {
+    pub(super) fn settings(&self) -> RelaySettings {
+        RelaySettings { interval: Duration::from_millis(self.relay_interval), max_events: self.message_events as usize }
+    }
+}
+
+impl RelayCommand {
+    pub(super) async fn run(self, config: &Config) -> Result<(), Error> {
+        let store = EventStore::new(&config.database().await?);
+        let queue = Arc::new(config.queue().await?);
+        let mut relay = Relay::new(store.clone(), queue, self.options.settings());
+        let mut shutdown = pin!(shutdown_signal());
+        if !self.once {
+            // Fails at once where the tables are missing, rather than trying for ever.
+            store.marks().await?;
+            tokio::select! {
+                () = relay.run() => {}
+                () = &mut shutdown => relay.release().await,
+            }
+            return Ok(());
+        }
+        let mut published = 0;
+        let through = loop {
+            let looked = tokio::select! {
+                looked = relay.look() => looked?,
+                () = &mut shutdown => break store.marks().await?.published,
+            };
+            match looked {
+                Looked::Published { events: 0, through } => break through,
+                Looked::Published { events, .. } => published += events,
+                // It publishes what there is, or its lease runs out.
+                Looked::Elsewhere => tokio::time::sleep(Duration::from_millis(200)).await,
+            }
+        };
+        relay.release().await;
+        say(format!("published {published} events, up to position {through}"))
+    }
+}

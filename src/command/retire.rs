@@ -1,0 +1,101 @@
+//! `retire`: the end of a projector's life.
+
+use clap::Args;
+use clap::builder::FalseyValueParser;
+
+use super::{confirm, say};
+use crate::apply;
+use crate::config::Config;
+use crate::error::Error;
+use crate::ledger::{Entry, Ledger};
+use crate::lifecycle::{Status, Step};
+use crate::registry::Registry;
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Runs the projector's teardown, where the given set still has it, and deletes its ledger row. A projector with side \
+effects keeps its row, as retired, so that no later release can play it again. Wait some days after the release that \
+removed the projector: a roll-back would have to boot it anew.")]
+pub(super) struct Retire {
+    /// The projector; its version where there are several
+    #[arg(value_name = "NAME[@VERSION]")]
+    projector: String,
+
+    /// Do not ask
+    #[arg(long, env = "PROJECTIONIST_YES", value_parser = FalseyValueParser::new())]
+    yes: bool,
+
+    /// Retire it although it is live in the given set
+    #[arg(long, env = "PROJECTIONIST_FORCE", value_parser = FalseyValueParser::new())]
+    force: bool,
+}
+
+impl Retire {
+    pub(super) async fn run(self, config: &Config, registry: Registry) -> Result<(), Error> {
+        let registry = config.registry(registry)?;
+        let database = config.database().await?;
+        let ledger = Ledger::new(&database);
+        let entry = self.find(&ledger.entries().await?)?;
+        let id = &entry.id;
+        let projector = registry.get(id);
+
+        if entry.status == Status::Live && projector.is_some() && !self.force {
+            return Err(Error::Input(format!(
+                "{id} is live in this set: take it out of the set and release that first, or add --force"
+            )));
+        }
+        if entry.status == Status::Retired && entry.side_effects {
+            return say(format!("{id} is retired already; its row is kept, so that it is never played again"));
+        }
+        let fate = match (projector.is_some(), entry.side_effects) {
+            (true, false) => "its tables are torn down and its position is forgotten",
+            (false, false) => "its position is forgotten; this set does not have it, so its tables stay",
+            (true, true) => "its tables are torn down; it has side effects, so its row stays, as retired, for ever",
+            (false, true) => "it has side effects, so its row stays, as retired, for ever; its tables stay, too",
+        };
+        confirm(&format!("{id} ({}, position {}) will be retired: {fate}", entry.status, entry.position), self.yes)?;
+
+        // First of all, so that no worker plays it while its tables go. Interrupted, it goes on from here.
+        if entry.status != Status::Retired {
+            ledger.step(id, Step::Retire, |entry| entry.status != Status::Retired).await?;
+        }
+        if let Some(projector) = projector {
+            apply::tear_down(&database, projector).await.map_err(|error| {
+                Error::Projector(format!(
+                    "{id}: its teardown failed: {error:#}; it is retired, and retire may be run again"
+                ))
+            })?;
+        }
+        if !entry.side_effects {
+            ledger.remove(id).await?;
+        }
+        say(format!("{id} is retired: {fate}"))
+    }
+
+    fn find(&self, entries: &[Entry]) -> Result<Entry, Error> {
+        let (name, version) = match self.projector.split_once('@') {
+            None => (self.projector.as_str(), None),
+            Some((name, version)) => (
+                name,
+                Some(version.parse::<u32>().map_err(|_| {
+                    Error::Input(format!("{:?}: the version after @ must be a number", self.projector))
+                })?),
+            ),
+        };
+        let matches =
+            |entry: &&Entry| entry.id.name == name && version.is_none_or(|version| version == entry.id.version);
+        let found: Vec<&Entry> = entries.iter().filter(matches).collect();
+        match found[..] {
+            [entry] => Ok(entry.clone()),
+            [] => {
+                let known: Vec<String> = entries.iter().map(|entry| entry.id.to_string()).collect();
+                let known = if known.is_empty() { "none".into() } else { known.join(", ") };
+                Err(Error::Input(format!("the ledger has no projector {:?}; it has: {known}", self.projector)))
+            }
+            _ => {
+                let versions: Vec<String> = found.iter().map(|entry| entry.id.to_string()).collect();
+                Err(Error::Input(format!("say which version: {}", versions.join(", "))))
+            }
+        }
+    }
+}

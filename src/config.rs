@@ -1,0 +1,118 @@
+//! What every command takes, from the command line or the environment. Only commands see this.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+
+use crate::database::Database;
+use crate::declared;
+use crate::deliver::Limits;
+use crate::error::Error;
+use crate::queue::SqsQueue;
+use crate::registry::Registry;
+use crate::telemetry::LogFormat;
+
+/// A deploy waits this long for a database that is away; a worker waits for as long as it takes.
+const BOOT_PATIENCE: Duration = Duration::from_secs(60);
+
+/// Options of every command.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Common options")]
+pub(crate) struct Config {
+    /// Folder with projector files (*.toml); they are added, in order of file name, to those of the program.
+    #[arg(long, value_name = "DIR", env = "PROJECTORS", global = true)]
+    pub(crate) projectors: Option<PathBuf>,
+
+    /// The MySQL or MariaDB database: mysql://USER:PASSWORD@HOST:PORT/DATABASE. For TLS with certificate checks add
+    /// ?ssl-mode=VERIFY_IDENTITY&ssl-ca=FILE.
+    #[arg(long, value_name = "URL", env = "DATABASE_URL", hide_env_values = true, global = true)]
+    database_url: Option<String>,
+
+    /// The SQS queue, FIFO or standard. Credentials, region and endpoint come as for every AWS tool:
+    /// AWS_REGION, AWS_PROFILE, AWS_ENDPOINT_URL and so on.
+    #[arg(long, value_name = "URL", env = "QUEUE_URL", global = true)]
+    queue_url: Option<String>,
+
+    /// The most database connections that are open at once.
+    #[arg(long, value_name = "N", env = "PROJECTIONIST_CONNECTIONS", default_value_t = 16,
+          value_parser = clap::value_parser!(u32).range(4..=1000), global = true)]
+    connections: u32,
+
+    /// How long to wait for a database connection, in seconds.
+    #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_CONNECT_TIMEOUT", default_value_t = 10,
+          value_parser = clap::value_parser!(u64).range(1..=3600), global = true)]
+    connect_timeout: u64,
+
+    /// The most events that are applied in one transaction.
+    #[arg(long, value_name = "EVENTS", env = "PROJECTIONIST_BATCH", default_value_t = 1000,
+          value_parser = clap::value_parser!(u64).range(1..=100_000), global = true)]
+    batch: u64,
+
+    /// How long a handler may take for one call before it counts as failed, in seconds.
+    #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_HANDLER_TIMEOUT", default_value_t = 30,
+          value_parser = clap::value_parser!(u64).range(1..=3600), global = true)]
+    handler_timeout: u64,
+
+    /// For how long a received message is hidden from other workers, in seconds; extended while work goes on.
+    #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_VISIBILITY", default_value_t = 30,
+          value_parser = clap::value_parser!(u64).range(3..=43_200), global = true)]
+    visibility: u64,
+
+    /// How log lines look on standard error.
+    #[arg(long, value_name = "FORMAT", env = "PROJECTIONIST_LOG_FORMAT", default_value = "auto", global = true)]
+    pub(crate) log_format: LogFormat,
+
+    /// Which log lines are shown: error, warn, info, debug, or a filter such as projectionist=debug.
+    #[arg(long, value_name = "FILTER", env = "PROJECTIONIST_LOG", default_value = "info", global = true)]
+    pub(crate) log: String,
+}
+
+impl Config {
+    /// The program's own projectors, and those of the files after them.
+    pub(crate) fn registry(&self, mut registry: Registry) -> Result<Registry, Error> {
+        if let Some(dir) = &self.projectors {
+            declared::load(dir, &mut registry).map_err(|error| Error::Input(error.to_string()))?;
+        }
+        Ok(registry)
+    }
+
+    /// [`Config::registry`], for commands that have nothing to do without a projector.
+    pub(crate) fn some_registry(&self, registry: Registry) -> Result<Registry, Error> {
+        let registry = self.registry(registry)?;
+        match registry.is_empty() {
+            true => Err(Error::Input(
+                "there are no projectors: name a folder of projector files with --projectors DIR (or PROJECTORS)"
+                    .into(),
+            )),
+            false => Ok(registry),
+        }
+    }
+
+    pub(crate) async fn database(&self) -> Result<Database, Error> {
+        let url = self
+            .database_url
+            .as_deref()
+            .ok_or_else(|| Error::Input("no database is named: give --database-url or set DATABASE_URL".into()))?;
+        Database::connect(url, self.connections, Duration::from_secs(self.connect_timeout)).await
+    }
+
+    pub(crate) async fn queue(&self) -> Result<SqsQueue, Error> {
+        let url = self
+            .queue_url
+            .as_deref()
+            .ok_or_else(|| Error::Input("no queue is named: give --queue-url or set QUEUE_URL".into()))?;
+        SqsQueue::connect(url, Duration::from_secs(self.visibility)).await
+    }
+
+    /// What bounds the engine in boot.
+    pub(crate) fn boot_limits(&self) -> Limits {
+        Limits { patience: Some(BOOT_PATIENCE), ..self.play_limits() }
+    }
+
+    /// What bounds the engine in play.
+    pub(crate) fn play_limits(&self) -> Limits {
+        let handler_timeout = Duration::from_secs(self.handler_timeout);
+        Limits { batch: self.batch, handler_timeout, patience: None }
+    }
+}

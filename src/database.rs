@@ -1,0 +1,142 @@
+//! The way to MySQL or MariaDB: connections with the session that the protocol needs, and the checks of the server.
+
+use std::borrow::Cow;
+use std::str::FromStr;
+use std::time::Duration;
+
+use sqlx::migrate::{Migration, MigrationType, Migrator};
+use sqlx::mysql::{MySqlConnectOptions, MySqlPoolOptions};
+use sqlx::pool::PoolConnection;
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor, MySql, MySqlPool, SqlSafeStr};
+use tokio::time::timeout;
+
+use crate::error::{Error, server_error};
+
+/// Under repeatable read the probe of a hole takes gap locks that block writers, and a long transaction
+/// would not see what has been committed since it began. (That time is UTC, sqlx sees to.)
+const SESSION: &str = "set session transaction isolation level read committed";
+
+const VERSION: &str = "select version(), @@global.auto_increment_increment";
+
+/// Read by the migrator only: its lock and its table need a name of their own, so that a team's own
+/// sqlx migrations can live in the same database.
+const MIGRATIONS_TABLE: &str = "projectionist_migrations";
+
+/// A pool of connections to one database, all in the session that the protocol needs. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Database {
+    pub(crate) pool: MySqlPool,
+    pub(crate) flavor: Flavor,
+}
+
+/// What differs between the servers is decided by this.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Flavor {
+    MySql,
+    MariaDb,
+}
+
+impl Database {
+    /// Connects and checks the server. The pool holds at most `connections`.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where the URL is not one or the server is set up in a way that cannot work,
+    /// [`Error::OutOfReach`] where the server does not answer or does not let us in. No error shows the password.
+    pub async fn connect(url: &str, connections: u32, patience: Duration) -> Result<Self, Error> {
+        let options = parse(url)?;
+        let at = format!(
+            "{}@{}:{}/{}",
+            options.get_username(),
+            options.get_host(),
+            options.get_port(),
+            options.get_database().unwrap_or_default()
+        );
+        // Once without the pool, which would go on trying where there is nothing to hope for.
+        let (version, increment) = match timeout(patience, greet(&options)).await {
+            Ok(greeted) => greeted.map_err(|error| out_of_reach(&at, &error))?,
+            Err(_) => return Err(out_of_reach(&at, &sqlx::Error::PoolTimedOut)),
+        };
+        if increment != 1 {
+            return Err(Error::Input(format!(
+                "the server at {at} has auto_increment_increment = {increment}: it would leave holes in the log \
+                 by design, and no hole could be told from an event in flight. Set it to 1"
+            )));
+        }
+        let pool = MySqlPoolOptions::new()
+            .max_connections(connections)
+            .acquire_timeout(patience)
+            .after_connect(|connection, _| Box::pin(async move { connection.execute(SESSION).await.map(|_| ()) }))
+            .connect_lazy_with(options);
+        let flavor = if version.contains("MariaDB") { Flavor::MariaDb } else { Flavor::MySql };
+        Ok(Database { pool, flavor })
+    }
+
+    /// Creates or upgrades the tables. Harmless to repeat, and safe from several hosts at once.
+    ///
+    /// # Errors
+    /// If a statement fails, or if the database was migrated by a newer release than this one.
+    pub async fn migrate(&self) -> Result<(), Error> {
+        let migration = |version, name: &'static str, sql: &'static str| {
+            Migration::new(version, Cow::Borrowed(name), MigrationType::Simple, sql.into_sql_str(), false)
+        };
+        let mut migrator =
+            Migrator::with_migrations(vec![migration(1, "tables", include_str!("../migrations/0001_tables.sql"))]);
+        migrator.dangerous_set_table_name(MIGRATIONS_TABLE);
+        migrator.run(&self.pool).await.map_err(|error| match error {
+            sqlx::migrate::MigrateError::Execute(error) | sqlx::migrate::MigrateError::ExecuteMigration(error, _) => {
+                Error::Database(error)
+            }
+            error => Error::Input(format!("the tables cannot be migrated: {error}")),
+        })
+    }
+
+    /// Ends another session of ours, and with it the statement that it is in and the locks that it holds.
+    pub(crate) async fn kill(&self, session: u64) -> Result<(), sqlx::Error> {
+        match sqlx::raw_sql(AssertSqlSafe(format!("kill {session}"))).execute(&self.pool).await {
+            // 1094: it has ended by itself.
+            Err(error) if server_error(&error) != Some(1094) => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// A connection of the pool.
+    pub(crate) async fn acquire(&self) -> Result<PoolConnection<MySql>, sqlx::Error> {
+        self.pool.acquire().await
+    }
+}
+
+/// The server's version, and by how much its auto-increment steps.
+async fn greet(options: &MySqlConnectOptions) -> Result<(String, u64), sqlx::Error> {
+    let mut connection = options.connect().await?;
+    let greeted = sqlx::query_as(VERSION).fetch_one(&mut connection).await?;
+    connection.close().await?;
+    Ok(greeted)
+}
+
+fn parse(url: &str) -> Result<MySqlConnectOptions, Error> {
+    // The parser's own error may quote the URL, and with it the password: it is not passed on.
+    let options = MySqlConnectOptions::from_str(url).ok().filter(|_| url.starts_with("mysql://")).ok_or_else(|| {
+        Error::Input(
+            "the database URL is not of the form mysql://USER:PASSWORD@HOST:PORT/DATABASE \
+             (percent-encode special characters in the password)"
+                .into(),
+        )
+    })?;
+    if options.get_database().is_none_or(str::is_empty) {
+        return Err(Error::Input("the database URL names no database: end it with /DATABASE".into()));
+    }
+    Ok(options.disable_statement_logging())
+}
+
+fn out_of_reach(at: &str, error: &sqlx::Error) -> Error {
+    let (why, what_to_do) = match (server_error(error), error) {
+        (Some(1045 | 1698), _) => (error.to_string(), "check the user and the password in the database URL"),
+        (Some(1049), _) => (error.to_string(), "create the database, or name another in the URL"),
+        (Some(1044), _) => (error.to_string(), "grant the user access to this database"),
+        (_, sqlx::Error::PoolTimedOut) => {
+            ("no connection in time".into(), "check that the server runs, and that this host may reach it")
+        }
+        _ => (error.to_string(), "check host and port in the database URL, and that the server runs"),
+    };
+    Error::OutOfReach(format!("the database {at} cannot be used: {why}; {what_to_do}"))
+}

@@ -1,0 +1,230 @@
+//! One batch, one projector, to a decision: applied, broken at an event, or no longer ours.
+
+use std::time::{Duration, Instant};
+
+use time::OffsetDateTime;
+use tracing::{error, warn};
+
+use crate::apply::{self, ApplyError, Batch};
+use crate::database::Database;
+use crate::event::{Event, Position};
+use crate::ledger::{Ledger, LedgerError};
+use crate::lifecycle::{FailedEvent, Failure, Stage, Status, Step};
+use crate::registry::Registered;
+use crate::retry;
+
+/// What the engine works with, in boot and in play.
+#[derive(Debug, Clone)]
+pub(crate) struct Engine {
+    pub(crate) database: Database,
+    pub(crate) store: crate::store::EventStore,
+    pub(crate) ledger: Ledger,
+    pub(crate) limits: Limits,
+}
+
+/// What bounds the engine.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// The most events in one transaction.
+    pub batch: u64,
+    /// How long a handler may take for one call, a batch or an event, before it counts as failed.
+    pub handler_timeout: Duration,
+    /// How long transient failures of one batch are tried again; `None`: for as long as it takes.
+    pub patience: Option<Duration>,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits { batch: 1_000, handler_timeout: Duration::from_secs(30), patience: None }
+    }
+}
+
+/// What became of a batch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Delivered {
+    /// The projector stands here now: at the end of the batch or, if another worker did it, beyond.
+    At(Position),
+    /// It stands where this batch does not begin: somebody else moved it. Go on from here.
+    Elsewhere(Position),
+    /// It broke, and stands just before the event that it failed on.
+    Broke(Failure),
+    /// Transient failures outlasted [`Limits::patience`]; it stands where it stood.
+    GaveUp(String),
+    /// It has left this stage: another worker broke it, another boot handed it over, it was retired.
+    Left,
+}
+
+impl Engine {
+    pub(crate) fn new(database: &Database, limits: Limits) -> Self {
+        Engine {
+            database: database.clone(),
+            store: crate::store::EventStore::new(database),
+            ledger: Ledger::new(database),
+            limits,
+        }
+    }
+
+    /// Applies a batch to a projector. What is transient is tried again for as long as it takes: the
+    /// caller ends this by dropping it, and then nothing of the transaction in hand is applied.
+    pub(crate) async fn deliver(&self, projector: &Registered, stage: Stage, batch: Batch<'_>) -> Delivered {
+        match self.attempt(projector, stage, batch).await {
+            Ok(delivered) => delivered,
+            Err(failed) => self.isolate(projector, stage, batch, failed).await,
+        }
+    }
+
+    /// Applies a batch whole. `Err` is the projector's own failure, somewhere in it.
+    async fn attempt(
+        &self,
+        projector: &Registered,
+        stage: Stage,
+        mut batch: Batch<'_>,
+    ) -> Result<Delivered, anyhow::Error> {
+        let began = Instant::now();
+        let mut attempt = 1;
+        loop {
+            match apply::apply(&self.database, projector, stage, batch, self.limits.handler_timeout).await {
+                Ok(()) => return Ok(Delivered::At(batch.through)),
+                Err(ApplyError::Projector(error)) => return Err(error),
+                Err(ApplyError::Claim(entry)) => match entry {
+                    Some(entry) if stage.plays(&entry.status) => {
+                        // Another worker was faster, or a commit of ours was not acknowledged.
+                        match batch.from(entry.position) {
+                            Some(rest) if rest.after < rest.through => batch = rest,
+                            Some(_) => return Ok(Delivered::At(entry.position)),
+                            None => return Ok(Delivered::Elsewhere(entry.position)),
+                        }
+                    }
+                    _ => return Ok(Delivered::Left),
+                },
+                Err(ApplyError::Transient(error)) => {
+                    attempt += 1;
+                    if self.limits.patience.is_some_and(|patience| began.elapsed() >= patience) {
+                        return Ok(Delivered::GaveUp(format!("{error:#}")));
+                    }
+                    if retry::worth_telling(attempt) {
+                        warn!(
+                            projector = %projector.id, position = batch.after.get(), attempt,
+                            error = format!("{error:#}"), "transient failure, trying again"
+                        );
+                    }
+                    tokio::time::sleep(retry::delay(attempt)).await;
+                }
+            }
+        }
+    }
+
+    /// Applies a batch that failed event by event, so that the position ends just before the failing one.
+    async fn isolate(
+        &self,
+        projector: &Registered,
+        stage: Stage,
+        batch: Batch<'_>,
+        failed: anyhow::Error,
+    ) -> Delivered {
+        let wanted: Vec<&Event> = batch.events.iter().filter(|event| projector.wants(event)).collect();
+        if let [event] = wanted[..] {
+            // The events before it are not wanted, but the position stands just before the one that failed.
+            return match self.attempt(projector, stage, batch.until(event.position.previous())).await {
+                Ok(Delivered::At(_)) => self.break_at(projector, stage, Some(event), &failed).await,
+                Ok(delivered) => delivered,
+                Err(error) => self.break_at(projector, stage, Some(event), &error).await,
+            };
+        }
+        let mut position = batch.after;
+        for event in wanted {
+            if event.position <= position {
+                continue;
+            }
+            for end in [event.position.previous(), event.position] {
+                let Some(step) =
+                    batch.from(position).map(|rest| rest.until(end)).filter(|step| step.after < step.through)
+                else {
+                    continue;
+                };
+                match self.attempt(projector, stage, step).await {
+                    Ok(Delivered::At(reached)) => position = reached,
+                    Ok(delivered) => return delivered,
+                    Err(error) => return self.break_at(projector, stage, Some(event), &error).await,
+                }
+            }
+        }
+        // Each passed on its own, so the batch failed for a reason that has gone.
+        warn!(projector = %projector.id, error = format!("{failed:#}"), "a batch failed, but each of its events alone did not");
+        match batch.from(position) {
+            Some(rest) if rest.after < rest.through => {
+                self.attempt(projector, stage, rest).await.unwrap_or(Delivered::Elsewhere(position))
+            }
+            _ => Delivered::At(position),
+        }
+    }
+
+    /// Marks a projector broken at an event that it stands just before; without one, at its setup.
+    pub(crate) async fn break_at(
+        &self,
+        projector: &Registered,
+        stage: Stage,
+        event: Option<&Event>,
+        error: &anyhow::Error,
+    ) -> Delivered {
+        let failure = Failure {
+            event: event.map(|event| FailedEvent {
+                position: event.position,
+                event_id: event.event_id.clone(),
+                event_type: event.event_type.clone(),
+            }),
+            error: format!("{error:#}"),
+            at: OffsetDateTime::now_utc(),
+        };
+        let before = event.map(|event| event.position.previous());
+        let mut attempt = 1;
+        loop {
+            let step = self.ledger.step(&projector.id, Step::Break(failure.clone()), |entry| {
+                stage.plays(&entry.status) && before.is_none_or(|before| entry.position == before)
+            });
+            match step.await {
+                Ok(Some(entry)) if matches!(&entry.status, Status::Broken(written) if written.error == failure.error) =>
+                {
+                    error!(
+                        alert = "projector_broken",
+                        projector = %projector.id,
+                        position = event.map(|event| event.position.get()),
+                        event_type = event.map(|event| event.event_type.as_str()),
+                        event_id = event.map(|event| event.event_id.as_str()),
+                        error = failure.error,
+                        "projector broken"
+                    );
+                    return Delivered::Broke(failure);
+                }
+                Ok(Some(entry)) if stage.plays(&entry.status) => return Delivered::Elsewhere(entry.position),
+                Ok(_) => return Delivered::Left,
+                Err(LedgerError::Step(..)) => return Delivered::Left,
+                Err(LedgerError::Database(error)) => {
+                    attempt += 1;
+                    if retry::worth_telling(attempt) {
+                        warn!(projector = %projector.id, attempt, %error, "cannot mark the projector broken yet, trying again");
+                    }
+                    tokio::time::sleep(retry::delay(attempt)).await;
+                }
+            }
+        }
+    }
+}
+
+impl<'a> Batch<'a> {
+    /// What is left of it for a projector that stands at `position`; `None` if that lies before it.
+    fn from(self, position: Position) -> Option<Self> {
+        if position < self.after {
+            return None;
+        }
+        let known = self.events.partition_point(|event| event.position <= position);
+        Some(Batch { after: position, events: &self.events[known..], ..self })
+    }
+
+    /// Its beginning, through `position`.
+    fn until(self, position: Position) -> Self {
+        let through = self.through.min(position).max(self.after);
+        let within = self.events.partition_point(|event| event.position <= through);
+        Batch { through, events: &self.events[..within], ..self }
+    }
+}

@@ -1,0 +1,95 @@
+//! Errors, as far as code branches on them: what a command exits with, and what is worth trying again.
+
+use std::process::ExitCode;
+
+/// Why a command did not end well. The variant decides the exit code.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A projector failed: exit code 1.
+    #[error("{0}")]
+    Projector(String),
+    /// Wrong usage, configuration or input: exit code 2.
+    #[error("{0}")]
+    Input(String),
+    /// The database or the queue is out of reach: exit code 3.
+    #[error("{0}")]
+    OutOfReach(String),
+    /// The database refused a statement of ours: exit code 3 if trying again may help, else 2.
+    #[error("{}", explain(.0))]
+    Database(#[from] sqlx::Error),
+}
+
+impl Error {
+    /// 1 a projector failed, 2 usage, configuration or input, 3 database or queue out of reach.
+    pub fn exit_code(&self) -> ExitCode {
+        ExitCode::from(match self {
+            Error::Projector(_) => 1,
+            Error::Input(_) => 2,
+            Error::OutOfReach(_) => 3,
+            Error::Database(error) if is_transient(error) => 3,
+            Error::Database(_) => 2,
+        })
+    }
+}
+
+/// Server errors that say nothing about the statement, only about the moment: it may be tried again.
+///
+/// Deadlock and lock wait time-out; a server that starts, stops, is full or has become read-only
+/// (a failover leaves old connections on the former primary); an interrupted or killed session.
+const TRANSIENT: &[u16] = &[
+    1040, // too many connections
+    1053, // server shutdown in progress
+    1152, // aborted connection
+    1158, 1159, 1160, 1161, // network packets
+    1203, // user has too many connections
+    1205, // lock wait timeout
+    1213, // deadlock
+    1290, // running with --read-only
+    1317, // query interrupted
+    1836, // read-only mode
+    1927, // MariaDB: connection was killed
+    3100, 3101, // group replication rolled the transaction back
+    3572, // nowait and the row is locked
+    4031, // disconnected for inactivity
+];
+
+/// Table or column is not there: the tables were not made, or are of an older release.
+const NOT_MIGRATED: &[u16] = &[1054, 1146];
+
+/// The server's number for an error, if the server raised it.
+pub(crate) fn server_error(error: &sqlx::Error) -> Option<u16> {
+    let sqlx::Error::Database(error) = error else { return None };
+    Some(error.try_downcast_ref::<sqlx::mysql::MySqlDatabaseError>()?.number())
+}
+
+/// Whether the same thing may well succeed a moment later.
+pub(crate) fn is_transient(error: &sqlx::Error) -> bool {
+    match error {
+        sqlx::Error::Io(_)
+        | sqlx::Error::Tls(_)
+        | sqlx::Error::Protocol(_)
+        | sqlx::Error::PoolTimedOut
+        | sqlx::Error::PoolClosed
+        | sqlx::Error::WorkerCrashed => true,
+        error => server_error(error).is_some_and(|number| TRANSIENT.contains(&number)),
+    }
+}
+
+/// [`is_transient`], for what a handler returned: somewhere in its chain of causes.
+pub(crate) fn caused_by_transient(error: &anyhow::Error) -> bool {
+    error.chain().filter_map(|cause| cause.downcast_ref::<sqlx::Error>()).any(is_transient)
+}
+
+fn explain(error: &sqlx::Error) -> String {
+    match server_error(error) {
+        Some(number) if NOT_MIGRATED.contains(&number) => {
+            format!(
+                "the database lacks our tables, or has those of another release ({error}); run `projectionist migrate`"
+            )
+        }
+        Some(1044 | 1142 | 1143 | 1227 | 1370) => {
+            format!("the database user may not do this ({error}); grant it what the README lists for this command")
+        }
+        _ => format!("database: {error}"),
+    }
+}

@@ -1,0 +1,178 @@
+//! A recorded fact and its place in the one global order.
+
+use std::fmt;
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use time::OffsetDateTime;
+
+/// The event type of a row that only fills a position whose transaction rolled back.
+///
+/// Types that begin with `$` belong to the log itself: [`NewEvent::check`] refuses them.
+pub const TOMBSTONE: &str = "$tombstone";
+
+/// An event's place in the one global order of the log: `events.position`.
+///
+/// Positions start at 1, and below the high-water mark they have no holes.
+/// [`Position::START`] (0) stands before the first event.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Position(u64);
+
+impl Position {
+    /// Before the first event.
+    pub const START: Position = Position(0);
+
+    /// The position with this number.
+    pub const fn new(number: u64) -> Self {
+        Position(number)
+    }
+
+    /// The number, as it stands in the database.
+    pub const fn get(self) -> u64 {
+        self.0
+    }
+
+    /// The position after this one.
+    pub const fn next(self) -> Self {
+        Position(self.0.saturating_add(1))
+    }
+
+    /// The position before this one; [`Position::START`] has none before it and returns itself.
+    pub const fn previous(self) -> Self {
+        Position(self.0.saturating_sub(1))
+    }
+
+    /// How many positions lie above `earlier`, up to and with this one. Zero if there are none.
+    pub const fn since(self, earlier: Position) -> u64 {
+        self.0.saturating_sub(earlier.0)
+    }
+}
+
+impl fmt::Display for Position {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// One row of the log.
+///
+/// Payload and metadata are kept as the JSON text that was appended, and are decoded only when a
+/// projector asks: most projectors look at few of the events that they pass.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Event {
+    /// Its place in the global order.
+    pub position: Position,
+    /// Unique over the whole log; the idempotency key for effects outside the database.
+    pub event_id: String,
+    /// The aggregate it belongs to.
+    pub stream_id: String,
+    /// Its place in the stream, from 1.
+    pub stream_version: u64,
+    /// What happened; projectors subscribe by it.
+    pub event_type: String,
+    /// When, in UTC, to the microsecond.
+    pub recorded_at: OffsetDateTime,
+    /// The payload's JSON text, byte for byte as it was appended.
+    pub payload: String,
+    /// The metadata's JSON text, where there is one.
+    pub metadata: Option<String>,
+}
+
+impl Event {
+    /// Decodes the payload.
+    ///
+    /// # Errors
+    /// If the JSON does not have the shape of `T`. Returned from a handler, it breaks the projector at
+    /// this event.
+    pub fn payload<T: DeserializeOwned>(&self) -> Result<T, serde_json::Error> {
+        serde_json::from_str(&self.payload)
+    }
+
+    /// Decodes the metadata; `null` stands in where there is none, so `T` may be an `Option`.
+    ///
+    /// # Errors
+    /// If the JSON does not have the shape of `T`.
+    pub fn metadata<T: DeserializeOwned>(&self) -> Result<T, serde_json::Error> {
+        serde_json::from_str(self.metadata.as_deref().unwrap_or("null"))
+    }
+
+    /// Whether this row only fills a position. Tombstones move projectors on and are shown to none.
+    pub fn is_tombstone(&self) -> bool {
+        self.event_type == TOMBSTONE
+    }
+}
+
+/// An event that is to be appended. The log gives it its position.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewEvent {
+    /// A UUID is made where none is given. Give one where an append may be repeated: the second is refused.
+    pub event_id: Option<String>,
+    /// The aggregate it belongs to: 1 to 200 characters.
+    pub stream_id: String,
+    /// The version it must get, for optimistic concurrency; without one, it gets the stream's next.
+    pub stream_version: Option<u64>,
+    /// What happened: 1 to 200 characters, not beginning with `$`.
+    pub event_type: String,
+    /// When; without one, the database's clock at the append.
+    pub recorded_at: Option<OffsetDateTime>,
+    /// The payload's JSON text, at most [`NewEvent::MAX_JSON`] bytes.
+    pub payload: String,
+    /// The metadata's JSON text, likewise.
+    pub metadata: Option<String>,
+}
+
+impl NewEvent {
+    /// The largest payload or metadata, in bytes: what a `mediumtext` column holds.
+    pub const MAX_JSON: usize = 16_777_215;
+    /// The longest stream id and event type, in characters.
+    pub const MAX_NAME: usize = 200;
+    /// The longest event id, in ASCII characters.
+    pub const MAX_EVENT_ID: usize = 64;
+
+    /// Checks everything that can be checked without the database.
+    ///
+    /// # Errors
+    /// The first field that does not hold, and why, in a sentence.
+    pub fn check(&self) -> Result<(), String> {
+        check_name("stream_id", &self.stream_id)?;
+        check_name("event_type", &self.event_type)?;
+        let is_id = |id: &str| (1..=Self::MAX_EVENT_ID).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic());
+        if !self.event_id.as_deref().is_none_or(is_id) {
+            return Err(format!("event_id must be 1 to {} printable ASCII characters", Self::MAX_EVENT_ID));
+        }
+        if self.stream_version == Some(0) {
+            return Err("stream_version counts from 1".into());
+        }
+        let is_storable = |at: OffsetDateTime| (1000..=9999).contains(&at.to_offset(time::UtcOffset::UTC).year());
+        if !self.recorded_at.is_none_or(is_storable) {
+            return Err("recorded_at must lie between the years 1000 and 9999".into());
+        }
+        check_json("payload", &self.payload)?;
+        self.metadata.as_deref().map_or(Ok(()), |text| check_json("metadata", text))
+    }
+}
+
+fn check_name(field: &str, value: &str) -> Result<(), String> {
+    let characters = value.chars().count();
+    if characters == 0 || characters > NewEvent::MAX_NAME {
+        return Err(format!("{field} must be 1 to {} characters, and has {characters}", NewEvent::MAX_NAME));
+    }
+    if value.starts_with('$') {
+        return Err(format!("{field} {value:?} begins with `$`, which is kept for the log's own rows"));
+    }
+    // MySQL compares text padded with spaces: "a" and "a " would be one stream, and one type.
+    if value.ends_with(' ') {
+        return Err(format!("{field} {value:?} ends with a space, which the database would not tell apart"));
+    }
+    Ok(())
+}
+
+fn check_json(field: &str, text: &str) -> Result<(), String> {
+    if text.len() > NewEvent::MAX_JSON {
+        return Err(format!("{field} has {} bytes; at most {} can be stored", text.len(), NewEvent::MAX_JSON));
+    }
+    serde_json::from_str::<serde::de::IgnoredAny>(text)
+        .map(|_| ())
+        .map_err(|error| format!("{field} is not JSON: {error}"))
+}

@@ -1,0 +1,70 @@
+//! From booting to live: the switch from the event store to the live queue.
+
+use tracing::info;
+
+use crate::deliver::Engine;
+use crate::event::Position;
+use crate::ledger::{Entry, LedgerError};
+use crate::lifecycle::{Stage, Status, Step};
+use crate::registry::{Registered, Registry};
+
+/// The oldest event that may still be in the queue: the lowest position that a live projector of this
+/// release still awaits. With none live, nobody has taken anything out of the queue, and the high-water
+/// mark stands for it.
+pub(crate) fn oldest_queued(registry: &Registry, ledger: &[Entry], high_water: Position) -> Position {
+    let live = ledger.iter().filter(|entry| entry.status == Status::Live && registry.get(&entry.id).is_some());
+    live.map(|entry| entry.position).min().unwrap_or(high_water)
+}
+
+impl Engine {
+    /// Makes a projector live, under its row's lock, if it still stands at or beyond `oldest_queued`.
+    ///
+    /// This is where boot may stop, not what makes it safe: a worker of an old release may have deleted
+    /// messages that this projector never saw. The first message that does not continue its position
+    /// makes play read the difference from the store.
+    pub(crate) async fn hand_over(&self, projector: &Registered, oldest_queued: Position) -> Result<bool, LedgerError> {
+        let still = |entry: &Entry| Stage::Boot.plays(&entry.status) && entry.position >= oldest_queued;
+        let entry = self.ledger.step(&projector.id, Step::HandOver, still).await?;
+        let Some(entry) = entry.filter(|entry| entry.status == Status::Live) else { return Ok(false) };
+        info!(
+            projector = %projector.id, position = entry.position.get(), oldest_queued = oldest_queued.get(),
+            "handed over: live"
+        );
+        Ok(true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::projector::{Mode, ProjectorId};
+
+    struct Idle(&'static str);
+
+    #[crate::async_trait]
+    impl crate::Projector for Idle {
+        fn name(&self) -> &str {
+            self.0
+        }
+
+        async fn handle(&self, _: &crate::Event, _: &mut sqlx::MySqlConnection) -> anyhow::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn entry(name: &str, status: Status, position: u64) -> Entry {
+        let id = ProjectorId { name: name.into(), version: 1 };
+        Entry { id, mode: Mode::FromBeginning, status, position: Position::new(position), side_effects: false }
+    }
+
+    #[test]
+    fn the_oldest_queued_event_is_the_lowest_that_a_live_projector_of_this_release_awaits() {
+        let registry = Registry::new().with(Idle("a")).and_then(|r| r.with(Idle("b"))).expect("two names");
+        let mark = Position::new(90);
+        let ledger =
+            [entry("a", Status::Live, 70), entry("b", Status::Live, 60), entry("of_another_release", Status::Live, 10)];
+        assert_eq!(oldest_queued(&registry, &ledger, mark), Position::new(60));
+        let ledger = [entry("a", Status::Stalled, 20), entry("b", Status::Finished, 30)];
+        assert_eq!(oldest_queued(&registry, &ledger, mark), mark);
+    }
+}

@@ -1,0 +1,200 @@
+//! The ledger: table `projectors`. The only authority on what has been applied.
+
+use sqlx::mysql::MySqlRow;
+use sqlx::{Connection, MySqlConnection, Row};
+
+use crate::database::Database;
+use crate::event::Position;
+use crate::lifecycle::{self, FailedEvent, Failure, Status, Step};
+use crate::projector::{Mode, ProjectorId};
+use crate::registry::Registered;
+
+const ENTRIES: &str = "select name, version, mode, status, position, side_effects, failed_position, failed_event_id, \
+                       failed_event_type, failed_error, failed_at from projectors order by created_at, name, version";
+
+/// The fence: the first statement of every transaction that applies events.
+const LOCK: &str = "select name, version, mode, status, position, side_effects, failed_position, failed_event_id, \
+                    failed_event_type, failed_error, failed_at, connection_id() as session from projectors \
+                    where name = ? and version = ? for update";
+
+/// Two boots may see a new projector at once: the row of the first stands.
+const ENTER: &str = "insert into projectors (name, version, mode, status, position, side_effects) \
+                     values (?, ?, ?, 'booting', ?, ?) on duplicate key update name = name";
+
+const ADVANCE: &str = "update projectors set position = ? where name = ? and version = ? and position = ?";
+
+const SET_STATUS: &str = "update projectors set status = ?, failed_position = ?, failed_event_id = ?, \
+                          failed_event_type = ?, failed_error = ?, failed_at = ?, status_changed_at = utc_timestamp(6) \
+                          where name = ? and version = ?";
+
+const REMOVE: &str = "delete from projectors where name = ? and version = ?";
+
+/// What is kept of an error, in characters; `failed_error` is a `text` of 65,535 bytes.
+const MAX_ERROR: usize = 8_000;
+
+/// The ledger of one database. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Ledger {
+    database: Database,
+}
+
+/// What the ledger has of one projector.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// Which projector.
+    pub id: ProjectorId,
+    /// The mode in which it was booted.
+    pub mode: Mode,
+    /// Where it stands in its life.
+    pub status: Status,
+    /// Every event up to here that it subscribes to has been applied, once.
+    pub position: Position,
+    /// Whether it acts outside the database.
+    pub side_effects: bool,
+}
+
+impl Ledger {
+    /// The ledger in this database.
+    pub fn new(database: &Database) -> Self {
+        Ledger { database: database.clone() }
+    }
+
+    /// Every projector that was ever booted and not removed, the oldest first. Waits for no lock.
+    ///
+    /// # Errors
+    /// If the database fails.
+    pub async fn entries(&self) -> Result<Vec<Entry>, sqlx::Error> {
+        sqlx::query(ENTRIES).fetch_all(&self.database.pool).await?.iter().map(decode).collect()
+    }
+
+    /// Enters a new projector as booting; one that is there already is left as it is.
+    pub(crate) async fn enter(&self, projector: &Registered, position: Position) -> Result<(), sqlx::Error> {
+        sqlx::query(ENTER)
+            .bind(&projector.id.name)
+            .bind(projector.id.version)
+            .bind(projector.mode.as_str())
+            .bind(position.get())
+            .bind(projector.has_side_effects)
+            .execute(&self.database.pool)
+            .await
+            .map(|_| ())
+    }
+
+    /// Takes a step of the lifecycle under the row's lock, if `still` holds of the row; returns the row as
+    /// it is afterwards, or `None` if there is none. A row of which it does not hold is left as it is.
+    pub(crate) async fn step(
+        &self,
+        id: &ProjectorId,
+        step: Step,
+        still: impl Fn(&Entry) -> bool,
+    ) -> Result<Option<Entry>, LedgerError> {
+        let mut connection = self.database.acquire().await?;
+        let mut transaction = connection.begin().await?;
+        let Some(Locked { mut entry, .. }) = lock(&mut transaction, id).await? else { return Ok(None) };
+        if still(&entry) {
+            entry.status = lifecycle::take(&entry.status, entry.mode, step)
+                .map_err(|error| LedgerError::Step(id.clone(), error))?;
+            set_status(&mut transaction, id, &entry.status).await?;
+            transaction.commit().await?;
+        }
+        Ok(Some(entry))
+    }
+
+    /// Forgets a projector: the next boot of it would start from the beginning.
+    pub(crate) async fn remove(&self, id: &ProjectorId) -> Result<(), sqlx::Error> {
+        sqlx::query(REMOVE).bind(&id.name).bind(id.version).execute(&self.database.pool).await.map(|_| ())
+    }
+}
+
+/// Why a step was not taken.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum LedgerError {
+    #[error("{0}: {1}")]
+    Step(ProjectorId, lifecycle::IllegalStep),
+    #[error(transparent)]
+    Database(#[from] sqlx::Error),
+}
+
+/// A row that is locked until its transaction ends.
+pub(crate) struct Locked {
+    pub(crate) entry: Entry,
+    /// The server's number for the session that holds the lock: what has to be killed to get it back.
+    pub(crate) session: u64,
+}
+
+/// Locks a projector's row until the transaction ends.
+pub(crate) async fn lock(connection: &mut MySqlConnection, id: &ProjectorId) -> Result<Option<Locked>, sqlx::Error> {
+    let row = sqlx::query(LOCK).bind(&id.name).bind(id.version).fetch_optional(connection).await?;
+    row.map(|row| Ok(Locked { entry: decode(&row)?, session: row.try_get("session")? })).transpose()
+}
+
+/// Moves a projector whose row is locked. `false`: it did not stand at `from`.
+pub(crate) async fn advance(
+    connection: &mut MySqlConnection,
+    id: &ProjectorId,
+    from: Position,
+    to: Position,
+) -> Result<bool, sqlx::Error> {
+    let moved = sqlx::query(ADVANCE)
+        .bind(to.get())
+        .bind(&id.name)
+        .bind(id.version)
+        .bind(from.get())
+        .execute(connection)
+        .await?;
+    Ok(moved.rows_affected() == 1)
+}
+
+async fn set_status(connection: &mut MySqlConnection, id: &ProjectorId, status: &Status) -> Result<(), sqlx::Error> {
+    let failure = status.failure();
+    let event = failure.and_then(|failure| failure.event.as_ref());
+    sqlx::query(SET_STATUS)
+        .bind(status.as_str())
+        .bind(event.map(|event| event.position.get()))
+        .bind(event.map(|event| &event.event_id))
+        .bind(event.map(|event| &event.event_type))
+        .bind(failure.map(|failure| failure.error.chars().take(MAX_ERROR).collect::<String>()))
+        .bind(failure.map(|failure| failure.at))
+        .bind(&id.name)
+        .bind(id.version)
+        .execute(connection)
+        .await
+        .map(|_| ())
+}
+
+fn decode(row: &MySqlRow) -> Result<Entry, sqlx::Error> {
+    let unreadable = |column: &str, text: &str| {
+        sqlx::Error::Decode(format!("projectors.{column} has {text:?}, which this release does not know").into())
+    };
+    let mode: String = row.try_get("mode")?;
+    let status: String = row.try_get("status")?;
+    let status = match status.as_str() {
+        "booting" => Status::Booting,
+        "live" => Status::Live,
+        "stalled" => Status::Stalled,
+        "finished" => Status::Finished,
+        "retired" => Status::Retired,
+        "broken" => Status::Broken(Failure {
+            event: decode_failed_event(row)?,
+            error: row.try_get("failed_error")?,
+            at: row.try_get("failed_at")?,
+        }),
+        unknown => return Err(unreadable("status", unknown)),
+    };
+    Ok(Entry {
+        id: ProjectorId { name: row.try_get("name")?, version: row.try_get("version")? },
+        mode: mode.parse().map_err(|_| unreadable("mode", &mode))?,
+        status,
+        position: Position::new(row.try_get("position")?),
+        side_effects: row.try_get("side_effects")?,
+    })
+}
+
+fn decode_failed_event(row: &MySqlRow) -> Result<Option<FailedEvent>, sqlx::Error> {
+    let Some(position) = row.try_get::<Option<u64>, _>("failed_position")? else { return Ok(None) };
+    Ok(Some(FailedEvent {
+        position: Position::new(position),
+        event_id: row.try_get("failed_event_id")?,
+        event_type: row.try_get("failed_event_type")?,
+    }))
+}

@@ -1,0 +1,94 @@
+//! Fan-out: one batch of messages to every live projector, one after the other, in registry order.
+
+use tracing::debug;
+
+use super::Worker;
+use crate::apply::Batch;
+use crate::catch_up::{Cursor, CursorState};
+use crate::chain::{self, Link, Run};
+use crate::event::Position;
+use crate::lifecycle::{Stage, Status};
+use crate::queue::{Message, parse};
+
+impl Worker {
+    /// Passes messages to every live projector by the chain rule. `Ok`, with how many broke: each live
+    /// projector has committed past all of them, is broken, or is no longer ours, so they may be deleted.
+    ///
+    /// # Errors
+    /// If ledger or log cannot be read: then nothing may be deleted.
+    pub(super) async fn fan_out(&self, bodies: &[String]) -> Result<u64, sqlx::Error> {
+        // Read again with every batch: what was booted, broken or retired meanwhile joins or leaves.
+        let (entries, marks) = tokio::try_join!(self.engine.ledger.entries(), self.engine.store.marks())?;
+        let (runs, mut doorbells) = sort(bodies, &self.log_id);
+        // The relay stores the mark before it sends. What lies above it is of a log that was, before a backup
+        // of the database was restored.
+        let (runs, beyond): (Vec<Run>, Vec<Run>) = runs.into_iter().partition(|run| run.last() <= marks.high_water);
+        doorbells += beyond.len();
+        let target = match doorbells {
+            0 => None,
+            _ => Some(self.engine.store.raise_high_water().await?.mark),
+        };
+
+        let mut broken = 0;
+        for projector in self.registry.iter() {
+            let Some(entry) = entries.iter().find(|entry| entry.id == projector.id && entry.status == Status::Live)
+            else {
+                continue;
+            };
+            let mut cursor = Cursor::new(projector, entry.position);
+            for run in &runs {
+                self.follow(&mut cursor, run).await?;
+            }
+            if let Some(target) = target {
+                self.repair(&mut cursor, target).await?;
+            }
+            broken += u64::from(matches!(cursor.state, CursorState::Broke(_)));
+        }
+        Ok(broken)
+    }
+
+    /// Brings one projector past one run.
+    async fn follow(&self, cursor: &mut Cursor, run: &Run) -> Result<(), sqlx::Error> {
+        while cursor.is_running() {
+            match chain::link(cursor.position, run) {
+                Link::Skip => return Ok(()),
+                Link::Apply => {
+                    let rest = run.above(cursor.position);
+                    let events = &rest[..rest.len().min(self.engine.limits.batch as usize)];
+                    let through = events.last().map_or(run.last(), |event| event.position);
+                    let batch = Batch { after: cursor.position, through, events };
+                    cursor.note(self.engine.deliver(&cursor.projector, Stage::Play, batch).await);
+                }
+                Link::CatchUp => {
+                    debug!(
+                        projector = %cursor.projector.id, position = cursor.position.get(), prev = run.prev().get(),
+                        "the queue does not continue this projector: catching up from the store"
+                    );
+                    self.repair(cursor, run.last()).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Catches one projector up from the store.
+    pub(super) async fn repair(&self, cursor: &mut Cursor, through: Position) -> Result<(), sqlx::Error> {
+        self.engine.catch_up(Stage::Play, std::slice::from_mut(cursor), through, |_| {}).await
+    }
+}
+
+/// Reads messages: the runs in them, joined and in order, and how many say no more than to look.
+fn sort(bodies: &[String], log_id: &str) -> (Vec<Run>, usize) {
+    let mut runs = Vec::new();
+    let mut doorbells = 0;
+    for body in bodies {
+        match parse(body, log_id) {
+            Message::Events(run) => runs.push(run),
+            Message::Doorbell(reason) => {
+                debug!(reason, "a doorbell");
+                doorbells += 1;
+            }
+        }
+    }
+    (chain::join(runs), doorbells)
+}

@@ -1,0 +1,293 @@
+//! Play: receive, fan out, delete, until shutdown.
+
+mod fan_out;
+mod reconcile;
+
+use std::future::Future;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::oneshot;
+use tokio::time::timeout;
+use tracing::{debug, info, warn};
+
+use crate::database::Database;
+use crate::deliver::{Engine, Limits};
+use crate::error::Error;
+use crate::lifecycle::{Stage, Status};
+use crate::queue::{Queue, Receipt, Received};
+use crate::registry::Registry;
+use crate::relay::{Relay, RelaySettings};
+use crate::retry;
+use reconcile::Reconcile;
+
+/// How play works.
+#[derive(Debug, Clone)]
+pub struct PlaySettings {
+    /// The bounds of the engine.
+    pub limits: Limits,
+    /// How the relay works in this process; `None`: it runs elsewhere.
+    pub relay: Option<RelaySettings>,
+    /// How long one receive waits for a message (at most 20 s).
+    pub receive_wait: Duration,
+    /// A projector that stands still below the high-water mark for so long, while the queue is silent, is
+    /// caught up from the store: the queue has lost what it waits for.
+    pub reconcile_after: Duration,
+    /// Whether to end once queue and log are quiet and every live projector is at the high-water mark.
+    pub until_idle: bool,
+    /// How long the batch in hand may take to end after the shutdown; then it is rolled back.
+    pub grace: Duration,
+}
+
+impl Default for PlaySettings {
+    fn default() -> Self {
+        PlaySettings {
+            limits: Limits::default(),
+            relay: Some(RelaySettings::default()),
+            receive_wait: Duration::from_secs(5),
+            reconcile_after: Duration::from_secs(2),
+            until_idle: false,
+            grace: Duration::from_secs(10),
+        }
+    }
+}
+
+/// What play did.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Played {
+    /// Messages that were taken from the queue and deleted.
+    pub messages: u64,
+    /// Projectors that broke meanwhile.
+    pub broken: u64,
+}
+
+/// Plays every live projector of a set, until `shutdown`. Projectors that are booted, broken or retired
+/// meanwhile join or leave without a restart; one that was not booted is never played.
+///
+/// While database or queue are away it waits, and goes on by itself.
+///
+/// # Errors
+/// If the log cannot be read at the start.
+pub async fn play(
+    database: &Database,
+    queue: Arc<dyn Queue>,
+    registry: &Registry,
+    settings: PlaySettings,
+    shutdown: impl Future<Output = ()>,
+) -> Result<Played, Error> {
+    let engine = Engine::new(database, settings.limits);
+    let log_id = engine.store.marks().await?.log_id;
+    let mut worker = Worker {
+        engine,
+        queue,
+        registry: registry.clone(),
+        settings,
+        log_id,
+        reconcile: Reconcile::default(),
+        played: Played::default(),
+        quarrel: Quarrel::default(),
+    };
+    worker.introduce().await?;
+
+    let relay = worker.settings.relay.map(|settings| {
+        let mut relay = Relay::new(worker.engine.store.clone(), Arc::clone(&worker.queue), settings);
+        let (stop, stopped) = oneshot::channel::<()>();
+        let task = tokio::spawn(async move {
+            tokio::select! {
+                () = relay.run() => {}
+                _ = stopped => relay.release().await,
+            }
+        });
+        (stop, task)
+    });
+    worker.run(shutdown).await;
+    if let Some((stop, task)) = relay {
+        let _ = stop.send(());
+        let _ = timeout(worker.settings.grace, task).await;
+    }
+    Ok(worker.played)
+}
+
+struct Worker {
+    engine: Engine,
+    queue: Arc<dyn Queue>,
+    registry: Registry,
+    settings: PlaySettings,
+    log_id: String,
+    reconcile: Reconcile,
+    played: Played,
+    quarrel: Quarrel,
+}
+
+impl Worker {
+    /// Says whom it plays, and whom not.
+    async fn introduce(&self) -> Result<(), Error> {
+        let entries = self.engine.ledger.entries().await?;
+        for projector in self.registry.iter() {
+            match entries.iter().find(|entry| entry.id == projector.id) {
+                None => warn!(projector = %projector.id, "not booted, and so not played: run boot"),
+                Some(entry) if entry.status == Status::Live => {
+                    info!(projector = %entry.id, position = entry.position.get(), "playing");
+                }
+                Some(entry) if Stage::Boot.plays(&entry.status) => {
+                    warn!(projector = %entry.id, status = %entry.status, "not live, and so not played: run boot");
+                }
+                Some(entry) => info!(projector = %entry.id, status = %entry.status, "not played"),
+            }
+        }
+        Ok(())
+    }
+
+    async fn run(&mut self, shutdown: impl Future<Output = ()>) {
+        let mut shutdown = pin!(shutdown);
+        loop {
+            let queue = Arc::clone(&self.queue);
+            let received = tokio::select! {
+                biased;
+                () = &mut shutdown => return,
+                received = queue.receive(self.settings.receive_wait) => received,
+            };
+            let received = match received {
+                Ok(received) => {
+                    self.quarrel.over("the queue answers again");
+                    received
+                }
+                Err(error) => {
+                    // What is appended meanwhile comes from the store.
+                    let pause = self.quarrel.again("cannot receive from the queue, trying again", &error);
+                    tokio::select! {
+                        biased;
+                        () = &mut shutdown => return,
+                        () = async { tokio::time::sleep(pause).await; self.reconcile().await; } => continue,
+                    }
+                }
+            };
+            let receipts: Vec<Receipt> = received.iter().map(|message| message.receipt.clone()).collect();
+            let grace = self.settings.grace;
+            let ended = {
+                let mut work = pin!(self.work(received));
+                tokio::select! {
+                    biased;
+                    ended = &mut work => Some(ended),
+                    () = &mut shutdown => {
+                        info!("shutting down: finishing the batch in hand");
+                        match timeout(grace, work).await {
+                            Ok(_) => return,
+                            Err(_) => None,
+                        }
+                    }
+                }
+            };
+            match ended {
+                Some(false) => {}
+                Some(true) => return,
+                None => {
+                    warn!("the batch in hand took too long: it is rolled back, and its messages go back to the queue");
+                    if let Err(error) = queue.hide(&receipts, Duration::ZERO).await {
+                        debug!(%error, "messages were not returned, and come back by themselves");
+                    }
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Deals with one receive. `true`: all is quiet, and that is what it was to wait for.
+    async fn work(&mut self, received: Vec<Received>) -> bool {
+        if received.is_empty() {
+            self.reconcile().await;
+            return self.settings.until_idle && self.is_idle().await;
+        }
+        let receipts: Vec<Receipt> = received.iter().map(|message| message.receipt.clone()).collect();
+        let bodies: Vec<String> = received.into_iter().map(|message| message.body).collect();
+
+        let (queue, visibility) = (Arc::clone(&self.queue), self.queue.visibility());
+        tokio::select! {
+            biased;
+            () = self.pass(&bodies) => {}
+            never = keep_hidden(queue.as_ref(), &receipts, visibility) => match never {},
+        }
+        // Every live projector has committed past them, or is broken.
+        match self.queue.delete(&receipts).await {
+            Ok(()) => self.played.messages += receipts.len() as u64,
+            Err(error) => warn!(%error, "could not delete messages: they come again, and are known by their positions"),
+        }
+        if self.reconcile.is_due(Instant::now()) {
+            self.reconcile().await;
+        }
+        false
+    }
+
+    /// Fans messages out, again and again if the database is away, until each live projector is past them.
+    async fn pass(&mut self, bodies: &[String]) {
+        loop {
+            match self.fan_out(bodies).await {
+                Ok(broken) => {
+                    self.quarrel.over("the database works again");
+                    self.played.broken += broken;
+                    return;
+                }
+                Err(error) => {
+                    let pause = self.quarrel.again("cannot fan out, trying again", &error);
+                    tokio::time::sleep(pause).await;
+                }
+            }
+        }
+    }
+
+    /// Whether queue and log are quiet and every live projector is at the high-water mark.
+    async fn is_idle(&self) -> bool {
+        let quiet = async {
+            let high_water = self.engine.store.raise_high_water().await?;
+            let all_seen = high_water.held.is_none() && self.engine.store.last_visible().await? == high_water.mark;
+            let published = self.engine.store.marks().await?.published;
+            let all_sent = self.settings.relay.is_none() || published >= high_water.mark;
+            let entries = self.engine.ledger.entries().await?;
+            let live =
+                entries.iter().filter(|entry| entry.status == Status::Live && self.registry.get(&entry.id).is_some());
+            let mut live = live;
+            Ok::<_, sqlx::Error>(all_seen && all_sent && live.all(|entry| entry.position >= high_water.mark))
+        };
+        match quiet.await {
+            Ok(quiet) => quiet && self.queue.depth().await.is_ok_and(|depth| depth == 0),
+            Err(error) => {
+                debug!(%error, "cannot tell whether all is quiet");
+                false
+            }
+        }
+    }
+}
+
+/// Keeps messages hidden from other receivers for as long as it is polled.
+async fn keep_hidden(queue: &dyn Queue, receipts: &[Receipt], visibility: Duration) -> std::convert::Infallible {
+    loop {
+        tokio::time::sleep(visibility / 3).await;
+        if let Err(error) = queue.hide(receipts, visibility).await {
+            debug!(%error, "could not keep messages hidden: another worker may receive them too, harmlessly");
+        }
+    }
+}
+
+/// Something that is away: told once and then at intervals, not with every attempt.
+#[derive(Debug, Default)]
+struct Quarrel {
+    attempts: u32,
+}
+
+impl Quarrel {
+    /// Notes another failure, and says how long to wait.
+    fn again(&mut self, what: &str, error: &dyn std::fmt::Display) -> Duration {
+        self.attempts += 1;
+        if retry::worth_telling(self.attempts) {
+            warn!(attempt = self.attempts, %error, "{what}");
+        }
+        retry::delay(self.attempts + 4)
+    }
+
+    fn over(&mut self, what: &str) {
+        if std::mem::take(&mut self.attempts) > 0 {
+            info!("{what}");
+        }
+    }
+}

@@ -1,0 +1,213 @@
+//! SQS, FIFO or standard: the only AWS calls.
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use aws_config::BehaviorVersion;
+use aws_sdk_sqs::Client;
+use aws_sdk_sqs::config::timeout::TimeoutConfig;
+use aws_sdk_sqs::error::{DisplayErrorContext, ProvideErrorMetadata, SdkError};
+use aws_sdk_sqs::types::{
+    BatchResultErrorEntry, ChangeMessageVisibilityBatchRequestEntry, DeleteMessageBatchRequestEntry,
+    QueueAttributeName as Attribute,
+};
+use aws_smithy_http_client::tls;
+
+use super::{Queue, QueueError, Receipt, Received};
+use crate::error::Error;
+
+/// All events are one ordered sequence, so on a FIFO queue they are one group.
+const GROUP: &str = "events";
+
+/// What one receive, and one batch of deletions, may hold.
+const MOST_IN_A_BATCH: usize = 10;
+
+/// Above the 20 s of the longest poll: an answer that takes longer will not come.
+const ANSWER_WITHIN: Duration = Duration::from_secs(30);
+
+/// One SQS queue. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct SqsQueue {
+    client: Client,
+    url: String,
+    is_fifo: bool,
+    visibility: Duration,
+    max_message_bytes: usize,
+}
+
+impl SqsQueue {
+    /// Connects to the queue of this URL, with credentials, region and endpoint as every AWS tool takes them,
+    /// and reads its attributes. Received messages are hidden for `visibility`.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where no region is known, [`Error::OutOfReach`] where the queue does not exist,
+    /// does not answer, or may not be used.
+    pub async fn connect(url: &str, visibility: Duration) -> Result<Self, Error> {
+        if !url.starts_with("http://") && !url.starts_with("https://") {
+            return Err(Error::Input(format!(
+                "the queue URL {url:?} is not one; it looks like https://sqs.REGION.amazonaws.com/ACCOUNT/NAME"
+            )));
+        }
+        let http = aws_smithy_http_client::Builder::new()
+            .tls_provider(tls::Provider::Rustls(tls::rustls_provider::CryptoMode::Ring))
+            .build_https();
+        let config = aws_config::defaults(BehaviorVersion::latest())
+            .http_client(http)
+            .timeout_config(TimeoutConfig::builder().operation_attempt_timeout(ANSWER_WITHIN).build())
+            .load()
+            .await;
+        if config.region().is_none() {
+            return Err(Error::Input("no AWS region is known; set AWS_REGION, or a profile that has one".into()));
+        }
+        Self::with_client(Client::new(&config), url, visibility).await
+    }
+
+    /// As [`SqsQueue::connect`], with a client that is set up already.
+    ///
+    /// # Errors
+    /// [`Error::OutOfReach`] where the queue does not exist, does not answer, or may not be used.
+    pub async fn with_client(client: Client, url: &str, visibility: Duration) -> Result<Self, Error> {
+        let attributes = client
+            .get_queue_attributes()
+            .queue_url(url)
+            .attribute_names(Attribute::FifoQueue)
+            .attribute_names(Attribute::MaximumMessageSize)
+            .send()
+            .await
+            .map_err(|error| Error::OutOfReach(format!("the queue {url} cannot be used: {}", explain(&error))))?;
+        let attribute = |name| attributes.attributes().and_then(|all| all.get(&name)).map(String::as_str);
+        Ok(SqsQueue {
+            url: url.to_owned(),
+            is_fifo: attribute(Attribute::FifoQueue) == Some("true"),
+            // What every queue takes, should it not say.
+            max_message_bytes: attribute(Attribute::MaximumMessageSize)
+                .and_then(|size| size.parse().ok())
+                .unwrap_or(256 * 1024),
+            visibility,
+            client,
+        })
+    }
+}
+
+#[async_trait]
+impl Queue for SqsQueue {
+    async fn send(&self, body: &str, deduplication_id: &str) -> Result<(), QueueError> {
+        let send = self.client.send_message().queue_url(&self.url).message_body(body);
+        let send = match self.is_fifo {
+            true => send.message_group_id(GROUP).message_deduplication_id(deduplication_id),
+            false => send,
+        };
+        send.send().await.map(|_| ()).map_err(|error| QueueError(explain(&error)))
+    }
+
+    async fn receive(&self, wait: Duration) -> Result<Vec<Received>, QueueError> {
+        let received = self
+            .client
+            .receive_message()
+            .queue_url(&self.url)
+            .max_number_of_messages(MOST_IN_A_BATCH as i32)
+            .wait_time_seconds(wait.as_secs().min(20) as i32)
+            .visibility_timeout(self.visibility.as_secs() as i32)
+            .send()
+            .await
+            .map_err(|error| QueueError(explain(&error)))?;
+        let messages = received.messages.unwrap_or_default().into_iter();
+        Ok(messages
+            .filter_map(|message| Some(Received { receipt: message.receipt_handle?, body: message.body? }))
+            .collect())
+    }
+
+    async fn delete(&self, receipts: &[Receipt]) -> Result<(), QueueError> {
+        for batch in receipts.chunks(MOST_IN_A_BATCH) {
+            let mut request = self.client.delete_message_batch().queue_url(&self.url);
+            for (index, receipt) in batch.iter().enumerate() {
+                let entry = DeleteMessageBatchRequestEntry::builder().id(index.to_string()).receipt_handle(receipt);
+                request = request.entries(entry.build().map_err(|error| QueueError(error.to_string()))?);
+            }
+            let answer = request.send().await.map_err(|error| QueueError(explain(&error)))?;
+            check_batch("delete", answer.failed())?;
+        }
+        Ok(())
+    }
+
+    async fn hide(&self, receipts: &[Receipt], duration: Duration) -> Result<(), QueueError> {
+        for batch in receipts.chunks(MOST_IN_A_BATCH) {
+            let mut request = self.client.change_message_visibility_batch().queue_url(&self.url);
+            for (index, receipt) in batch.iter().enumerate() {
+                let entry = ChangeMessageVisibilityBatchRequestEntry::builder()
+                    .id(index.to_string())
+                    .receipt_handle(receipt)
+                    .visibility_timeout(duration.as_secs() as i32);
+                request = request.entries(entry.build().map_err(|error| QueueError(error.to_string()))?);
+            }
+            let answer = request.send().await.map_err(|error| QueueError(explain(&error)))?;
+            check_batch("hide", answer.failed())?;
+        }
+        Ok(())
+    }
+
+    async fn depth(&self) -> Result<u64, QueueError> {
+        let counts = [
+            Attribute::ApproximateNumberOfMessages,
+            Attribute::ApproximateNumberOfMessagesNotVisible,
+            Attribute::ApproximateNumberOfMessagesDelayed,
+        ];
+        let answer = self
+            .client
+            .get_queue_attributes()
+            .queue_url(&self.url)
+            .set_attribute_names(Some(counts.to_vec()))
+            .send()
+            .await
+            .map_err(|error| QueueError(explain(&error)))?;
+        let values = answer.attributes().map(|all| all.values()).into_iter().flatten();
+        Ok(values.filter_map(|count| count.parse::<u64>().ok()).sum())
+    }
+
+    fn visibility(&self) -> Duration {
+        self.visibility
+    }
+
+    fn max_message_bytes(&self) -> usize {
+        self.max_message_bytes
+    }
+}
+
+/// An entry that is the sender's fault has a receipt that expired: AWS forgives it, LocalStack does not, and
+/// either way the message comes again and is known by its positions.
+fn check_batch(doing: &str, failed: &[BatchResultErrorEntry]) -> Result<(), QueueError> {
+    for entry in failed {
+        tracing::debug!(code = entry.code(), message = entry.message(), "could not {doing} a message: it comes again");
+    }
+    match failed.iter().find(|entry| !entry.sender_fault()) {
+        Some(entry) => {
+            Err(QueueError(format!("could not {doing} a message: {}", entry.message().unwrap_or("no reason"))))
+        }
+        None => Ok(()),
+    }
+}
+
+/// What went wrong and, where that can be told, what to do.
+fn explain<E>(error: &SdkError<E>) -> String
+where
+    E: std::error::Error + ProvideErrorMetadata + 'static,
+{
+    let code = error.code().unwrap_or_default();
+    if code.ends_with("QueueDoesNotExist") || code.ends_with("NonExistentQueue") {
+        return "it does not exist; create it, or correct the queue URL (and the region)".into();
+    }
+    if code.contains("AccessDenied") {
+        return format!(
+            "{}; allow sqs:GetQueueAttributes, SendMessage, ReceiveMessage, DeleteMessage and ChangeMessageVisibility on it",
+            error.message().unwrap_or(code)
+        );
+    }
+    match error {
+        SdkError::ServiceError(_) => format!("{code}: {}", error.message().unwrap_or("no reason given")),
+        SdkError::DispatchFailure(_) | SdkError::TimeoutError(_) => format!(
+            "{}; check the endpoint (AWS_ENDPOINT_URL), the credentials and the network",
+            DisplayErrorContext(error)
+        ),
+        _ => DisplayErrorContext(error).to_string(),
+    }
+}

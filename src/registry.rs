@@ -1,0 +1,110 @@
+//! The projectors of one release, in the order in which they are played.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use crate::event::Event;
+use crate::projector::{EventTypes, Mode, Projector, ProjectorId};
+
+/// The projectors of one release, in the order in which events are fanned out to them.
+#[derive(Clone, Default)]
+pub struct Registry {
+    projectors: Vec<Arc<Registered>>,
+}
+
+impl Registry {
+    /// An empty registry.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a projector, after those that are there.
+    ///
+    /// # Errors
+    /// If its name is not 1 to 100 of `A-Z a-z 0-9 _ . -`, its version is 0, or its name and version are taken.
+    pub fn add(&mut self, projector: impl Projector) -> Result<(), RegistryError> {
+        let registered = Registered::new(Arc::new(projector))?;
+        if self.get(&registered.id).is_some() {
+            return Err(RegistryError::Duplicate(registered.id));
+        }
+        self.projectors.push(Arc::new(registered));
+        Ok(())
+    }
+
+    /// [`Registry::add`], for a chain of them in a `main`.
+    ///
+    /// # Errors
+    /// As [`Registry::add`].
+    pub fn with(mut self, projector: impl Projector) -> Result<Self, RegistryError> {
+        self.add(projector)?;
+        Ok(self)
+    }
+
+    /// The projector of that identity.
+    pub(crate) fn get(&self, id: &ProjectorId) -> Option<&Arc<Registered>> {
+        self.projectors.iter().find(|registered| registered.id == *id)
+    }
+
+    /// All of them, in order.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Arc<Registered>> {
+        self.projectors.iter()
+    }
+
+    /// Whether it holds no projector.
+    pub fn is_empty(&self) -> bool {
+        self.projectors.is_empty()
+    }
+
+    /// How many projectors it holds.
+    pub fn len(&self) -> usize {
+        self.projectors.len()
+    }
+}
+
+/// A projector with what it said of itself, asked once.
+pub(crate) struct Registered {
+    pub(crate) id: ProjectorId,
+    pub(crate) mode: Mode,
+    pub(crate) has_side_effects: bool,
+    pub(crate) projector: Arc<dyn Projector>,
+    /// `None`: every event.
+    wanted: Option<HashSet<String>>,
+}
+
+impl Registered {
+    fn new(projector: Arc<dyn Projector>) -> Result<Self, RegistryError> {
+        let id = ProjectorId { name: projector.name().to_owned(), version: projector.version() };
+        let legal = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'_' | b'.' | b'-');
+        if id.name.is_empty() || id.name.len() > 100 || !id.name.bytes().all(legal) {
+            return Err(RegistryError::Name(id.name));
+        }
+        if id.version == 0 {
+            return Err(RegistryError::Version(id.name));
+        }
+        let wanted = match projector.event_types() {
+            EventTypes::All => None,
+            EventTypes::Only(types) => Some(types.into_iter().collect()),
+        };
+        let (mode, has_side_effects) = (projector.mode(), projector.has_side_effects());
+        Ok(Registered { id, mode, has_side_effects, projector, wanted })
+    }
+
+    /// Whether the projector is to see this event. It never sees a tombstone.
+    pub(crate) fn wants(&self, event: &Event) -> bool {
+        !event.is_tombstone() && self.wanted.as_ref().is_none_or(|types| types.contains(&event.event_type))
+    }
+}
+
+/// Why a projector cannot be registered.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RegistryError {
+    /// The name has a character that is not allowed, or too many or none.
+    #[error("projector name {0:?} must be 1 to 100 of A-Z a-z 0-9 _ . -")]
+    Name(String),
+    /// Versions count from 1.
+    #[error("projector {0}: version counts from 1")]
+    Version(String),
+    /// Name and version are the identity, so no two projectors may share them.
+    #[error("projector {0} is registered twice; give one of them another name or version")]
+    Duplicate(ProjectorId),
+}

@@ -1,0 +1,195 @@
+//! From the log to the queue: every event up to the high-water mark, in order.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tracing::{debug, info, warn};
+use uuid::Uuid;
+
+use crate::error::Error;
+use crate::event::Position;
+use crate::queue::{self, Queue, QueueError};
+use crate::retry;
+use crate::store::{EventStore, Held};
+
+/// A relay that stops without releasing its lease is missed for this long, and no longer.
+const LEASE: Duration = Duration::from_secs(5);
+
+/// A transaction may take its time. Beyond this, somebody should look: nothing after it is published.
+const HELD_TOO_LONG: Duration = Duration::from_secs(10);
+
+/// How the relay works.
+#[derive(Debug, Clone, Copy)]
+pub struct RelaySettings {
+    /// The pause between two looks at a log in which nothing is new.
+    pub interval: Duration,
+    /// The most events in one message; the queue's largest message bounds it, too.
+    pub max_events: usize,
+}
+
+impl Default for RelaySettings {
+    fn default() -> Self {
+        RelaySettings { interval: Duration::from_millis(50), max_events: 1_000 }
+    }
+}
+
+/// Publishes the log.
+pub(crate) struct Relay {
+    store: EventStore,
+    queue: Arc<dyn Queue>,
+    settings: RelaySettings,
+    holder: String,
+    /// When the lease was last taken: an idle log costs reads, but hardly any writes.
+    leased: Option<Instant>,
+    held: Option<HeldSince>,
+}
+
+/// What the mark waits for, and since when.
+struct HeldSince {
+    held: Held,
+    since: Instant,
+    told: bool,
+}
+
+/// What one look at the log came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Looked {
+    /// So many events were published, up to there; zero if nothing was new.
+    Published { events: u64, through: Position },
+    /// Another relay holds the lease.
+    Elsewhere,
+}
+
+/// Why a look failed. What was sent stays sent; what was not will be.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RelayError {
+    #[error("database: {0}")]
+    Database(#[from] sqlx::Error),
+    #[error("queue: {0}")]
+    Queue(#[from] QueueError),
+}
+
+impl From<RelayError> for Error {
+    fn from(error: RelayError) -> Self {
+        match error {
+            RelayError::Database(error) => Error::Database(error),
+            RelayError::Queue(error) => Error::OutOfReach(format!("the queue cannot be used: {error}")),
+        }
+    }
+}
+
+impl Relay {
+    pub(crate) fn new(store: EventStore, queue: Arc<dyn Queue>, settings: RelaySettings) -> Self {
+        Relay { store, queue, settings, holder: Uuid::now_v7().to_string(), leased: None, held: None }
+    }
+
+    /// Publishes until it is dropped; the lease it then holds runs out. Failures are told and tried again.
+    pub(crate) async fn run(&mut self) {
+        let mut attempt = 1;
+        loop {
+            match self.look().await {
+                Ok(Looked::Published { events, through }) => {
+                    if attempt > 1 {
+                        info!("the relay works again");
+                    }
+                    attempt = 1;
+                    if events > 0 {
+                        debug!(events, published = through.get(), "published");
+                        continue;
+                    }
+                    tokio::time::sleep(self.settings.interval).await;
+                }
+                Ok(Looked::Elsewhere) => tokio::time::sleep(LEASE / 5).await,
+                Err(error) => {
+                    attempt += 1;
+                    if retry::worth_telling(attempt) {
+                        warn!(attempt, %error, "the relay cannot work now, trying again");
+                    }
+                    tokio::time::sleep(retry::delay(attempt + 4)).await;
+                }
+            }
+        }
+    }
+
+    /// Gives the lease up. Best effort: it runs out by itself.
+    pub(crate) async fn release(&self) {
+        if let Err(error) = self.store.release_relay(&self.holder).await {
+            debug!(%error, "the relay's lease was not released, and runs out by itself");
+        }
+    }
+
+    /// Raises the mark and publishes everything up to it.
+    pub(crate) async fn look(&mut self) -> Result<Looked, RelayError> {
+        let leased = match self.leased {
+            Some(leased) if leased.elapsed() < LEASE / 3 => leased,
+            _ => {
+                let asked = Instant::now();
+                self.leased = self.store.lease_relay(&self.holder, LEASE).await?.then_some(asked);
+                let Some(leased) = self.leased else { return Ok(Looked::Elsewhere) };
+                leased
+            }
+        };
+        let high_water = self.store.raise_high_water().await?;
+        self.watch_held(high_water.held);
+
+        let marks = self.store.marks().await?;
+        let mut published = marks.published;
+        while published < high_water.mark {
+            let page = self.store.read_after(published, high_water.mark, self.settings.max_events as u64).await?;
+            let mut rest = page.events.as_slice();
+            while !rest.is_empty() {
+                let (bytes, most) = (self.queue.max_message_bytes(), self.settings.max_events);
+                let packed = queue::pack(&marks.log_id, published, rest, bytes, most);
+                // The log and both ends: a message of other ends is another message, and repeats harmlessly.
+                let deduplication_id = format!("{}-{}-{}", marks.log_id, published, packed.last);
+                self.queue.send(&packed.body, &deduplication_id).await?;
+                self.store.set_published(packed.last).await?;
+                published = packed.last;
+                rest = &rest[packed.events..];
+            }
+            // The next look renews the lease before it goes on.
+            if leased.elapsed() > LEASE / 2 {
+                break;
+            }
+        }
+        Ok(Looked::Published { events: published.since(marks.published), through: published })
+    }
+
+    fn watch_held(&mut self, held: Option<Held>) {
+        let Some(held) = held else {
+            if self.held.take().is_some_and(|held| held.told) {
+                info!("the high-water mark rises again");
+            }
+            return;
+        };
+        if self.held.as_ref().is_none_or(|before| before.held != held) {
+            self.held = Some(HeldSince { held, since: Instant::now(), told: false });
+        }
+        let Some(HeldSince { held, since, told }) = &mut self.held else { return };
+        match held {
+            Held::InFlight(position) if !*told && since.elapsed() > HELD_TOO_LONG => {
+                *told = true;
+                warn!(
+                    alert = "high_water_held",
+                    position = position.get(),
+                    seconds = since.elapsed().as_secs(),
+                    "a transaction that holds this position has neither committed nor rolled back: \
+                     nothing after it is published or replayed. Look for it in information_schema.innodb_trx"
+                );
+            }
+            Held::Gap(gap) if !*told => {
+                *told = true;
+                warn!(
+                    alert = "high_water_held",
+                    first = gap.start(),
+                    last = gap.end(),
+                    "so many positions are missing that no rollback explains it: nothing after them is published or \
+                     replayed. If no writer can still hold them, close the gap: projectionist fill {} {}",
+                    gap.start(),
+                    gap.end()
+                );
+            }
+            _ => {}
+        }
+    }
+}

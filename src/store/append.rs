@@ -1,0 +1,245 @@
+//! Appending: one transaction, a plain insert, and the answer to who else wrote meanwhile.
+
+use std::collections::{HashMap, HashSet};
+
+use sqlx::{Connection, MySqlConnection, QueryBuilder};
+use uuid::Uuid;
+
+use super::EventStore;
+use crate::error::{is_transient, server_error};
+use crate::event::{NewEvent, Position};
+use crate::retry;
+
+const INSERT: &str =
+    "insert into events (event_id, stream_id, stream_version, event_type, recorded_at, payload, metadata) ";
+
+/// What goes into one statement: rows, and bytes of payload and metadata. An event that is larger goes alone.
+const INSERT_ROWS: usize = 500;
+const INSERT_BYTES: usize = 2 * 1024 * 1024;
+
+const VERSIONS: &str = "select stream_id, max(stream_version) from events where stream_id in (";
+
+const POSITION_OF: &str = "select position from events where event_id = ?";
+
+/// Deadlocks, lock waits, tombstones and other writers of the same stream: all rare, none worth more than this.
+const ATTEMPTS: u32 = 20;
+
+/// What an append did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Appended {
+    /// How many events.
+    pub events: usize,
+    /// The position of the last of them.
+    pub last: Position,
+}
+
+/// Why nothing was appended.
+#[derive(Debug, thiserror::Error)]
+pub enum AppendError {
+    /// An event cannot be stored at all: which one, from 0, and why.
+    #[error("event {index}: {reason}")]
+    Event {
+        /// Its place among those that were to be appended, from 0.
+        index: usize,
+        /// What does not hold.
+        reason: String,
+    },
+    /// Another writer was there first: read the stream again and decide anew.
+    #[error("stream {stream_id:?} is at version {actual}, so its next event cannot have version {expected}")]
+    WrongVersion {
+        /// Its place among those that were to be appended, from 0.
+        index: usize,
+        /// The stream.
+        stream_id: String,
+        /// The version that was asked for.
+        expected: u64,
+        /// The version that the stream has.
+        actual: u64,
+    },
+    /// The log has an event of this id: this append was carried out before, or the id is not unique.
+    #[error("an event with the id {event_id:?} is in the log already")]
+    Duplicate {
+        /// The id.
+        event_id: String,
+    },
+    /// The database failed, or stayed contended; nothing of this append is stored.
+    #[error(transparent)]
+    Database(#[from] sqlx::Error),
+}
+
+impl EventStore {
+    /// Appends events, of one stream or several, in one transaction: all of them or none.
+    ///
+    /// Where an event names its `stream_version`, that must be the stream's next. The events of a transaction
+    /// become visible together, in order, but other writers' may lie between them.
+    ///
+    /// # Errors
+    /// [`AppendError`]; in every case nothing is stored.
+    pub async fn append(&self, events: &[NewEvent]) -> Result<Appended, AppendError> {
+        for (index, event) in events.iter().enumerate() {
+            event.check().map_err(|reason| AppendError::Event { index, reason })?;
+        }
+        // Made once, before the first attempt: an attempt whose commit was not acknowledged is found by them.
+        let ids: Vec<String> =
+            events.iter().map(|event| event.event_id.clone().unwrap_or_else(|| Uuid::now_v7().to_string())).collect();
+        let Some(last_id) = ids.last() else {
+            return Ok(Appended { events: 0, last: self.last_visible().await? });
+        };
+        for attempt in 1.. {
+            match self.attempt(events, &ids).await {
+                Ok(()) => break,
+                Err(AppendError::Database(error)) if attempt < ATTEMPTS => match collision(&error) {
+                    Some(Collision::EventId(_)) if attempt > 1 && self.position_of(last_id).await?.is_some() => break,
+                    Some(Collision::EventId(event_id)) => return Err(AppendError::Duplicate { event_id }),
+                    // A tombstone took our position, or another writer our version: both are decided anew.
+                    Some(Collision::Position | Collision::StreamVersion) => {}
+                    None if is_transient(&error) => {}
+                    None => return Err(AppendError::Database(error)),
+                },
+                Err(error) => return Err(error),
+            }
+            tokio::time::sleep(retry::delay(attempt)).await;
+        }
+        let last = self.position_of(last_id).await?.ok_or(sqlx::Error::RowNotFound)?;
+        Ok(Appended { events: events.len(), last })
+    }
+
+    async fn attempt(&self, events: &[NewEvent], ids: &[String]) -> Result<(), AppendError> {
+        let mut connection = self.database.acquire().await?;
+        let mut transaction = connection.begin().await?;
+        let versions = assign_versions(events, current_versions(&mut transaction, events).await?)?;
+        for chunk in chunks(events) {
+            let mut insert = QueryBuilder::new(INSERT);
+            insert.push_values(chunk, |mut row, index| {
+                let event = &events[index];
+                row.push_bind(&ids[index]).push_bind(&event.stream_id).push_bind(versions[index]);
+                row.push_bind(&event.event_type);
+                match event.recorded_at {
+                    Some(at) => row.push_bind(at),
+                    None => row.push("utc_timestamp(6)"),
+                };
+                row.push_bind(&event.payload).push_bind(&event.metadata);
+            });
+            insert.build().persistent(false).execute(&mut *transaction).await?;
+        }
+        Ok(transaction.commit().await?)
+    }
+
+    async fn position_of(&self, event_id: &str) -> Result<Option<Position>, sqlx::Error> {
+        let position: Option<u64> =
+            sqlx::query_scalar(POSITION_OF).bind(event_id).fetch_optional(&self.database.pool).await?;
+        Ok(position.map(Position::new))
+    }
+}
+
+async fn current_versions(
+    connection: &mut MySqlConnection,
+    events: &[NewEvent],
+) -> Result<HashMap<String, u64>, sqlx::Error> {
+    let streams: HashSet<&str> = events.iter().map(|event| event.stream_id.as_str()).collect();
+    let mut query = QueryBuilder::new(VERSIONS);
+    let mut list = query.separated(", ");
+    for stream in streams {
+        list.push_bind(stream);
+    }
+    query.push(") group by stream_id");
+    let rows: Vec<(String, u64)> = query.build_query_as().persistent(false).fetch_all(connection).await?;
+    Ok(rows.into_iter().collect())
+}
+
+/// The version of each event, from those that their streams have now.
+fn assign_versions(events: &[NewEvent], mut current: HashMap<String, u64>) -> Result<Vec<u64>, AppendError> {
+    let mut versions = Vec::with_capacity(events.len());
+    for (index, event) in events.iter().enumerate() {
+        let version = current.entry(event.stream_id.clone()).or_default();
+        if let Some(expected) = event.stream_version.filter(|&expected| expected != *version + 1) {
+            let stream_id = event.stream_id.clone();
+            return Err(AppendError::WrongVersion { index, stream_id, expected, actual: *version });
+        }
+        *version += 1;
+        versions.push(*version);
+    }
+    Ok(versions)
+}
+
+/// The events that go into each statement, by index.
+fn chunks(events: &[NewEvent]) -> Vec<std::ops::Range<usize>> {
+    let mut chunks: Vec<std::ops::Range<usize>> = Vec::new();
+    let mut bytes = 0;
+    for (index, event) in events.iter().enumerate() {
+        let size = event.payload.len() + event.metadata.as_ref().map_or(0, String::len);
+        match chunks.last_mut() {
+            Some(chunk) if chunk.len() < INSERT_ROWS && bytes + size <= INSERT_BYTES => {
+                chunk.end += 1;
+                bytes += size;
+            }
+            _ => {
+                chunks.push(index..index + 1);
+                bytes = size;
+            }
+        }
+    }
+    chunks
+}
+
+/// Which unique key a row ran into.
+#[derive(Debug, PartialEq, Eq)]
+enum Collision {
+    Position,
+    EventId(String),
+    StreamVersion,
+}
+
+/// Reads error 1062: `Duplicate entry 'E' for key 'events.KEY'` on MySQL, `'KEY'` on MariaDB.
+fn collision(error: &sqlx::Error) -> Option<Collision> {
+    if server_error(error) != Some(1062) {
+        return None;
+    }
+    let message = error.as_database_error()?.message();
+    let (entry, key) = message.rsplit_once("' for key '")?;
+    let entry = entry.split_once('\'').map_or(entry, |(_, entry)| entry);
+    match key.trim_end_matches('\'').rsplit('.').next()? {
+        "PRIMARY" => Some(Collision::Position),
+        "events_event_id" => Some(Collision::EventId(entry.to_owned())),
+        "events_stream_version" => Some(Collision::StreamVersion),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn event(stream: &str, version: Option<u64>, bytes: usize) -> NewEvent {
+        NewEvent {
+            event_id: None,
+            stream_id: stream.into(),
+            stream_version: version,
+            event_type: "Confirmation of receipt".into(),
+            recorded_at: None,
+            payload: format!("\"{}\"", "x".repeat(bytes - 2)),
+            metadata: None,
+        }
+    }
+
+    #[test]
+    fn versions_count_on_from_each_stream_of_its_own() {
+        let events = [event("a", None, 2), event("b", None, 2), event("a", Some(8), 2), event("b", Some(2), 2)];
+        let current = HashMap::from([("a".to_owned(), 6)]);
+        assert_eq!(assign_versions(&events, current).expect("as expected"), [7, 1, 8, 2]);
+    }
+
+    #[test]
+    fn a_version_that_is_not_the_next_is_refused() {
+        let error = assign_versions(&[event("a", None, 2), event("a", Some(2), 2)], HashMap::from([("a".into(), 1)]));
+        let Err(AppendError::WrongVersion { index: 1, expected: 2, actual: 2, .. }) = error else {
+            panic!("{error:?}");
+        };
+    }
+
+    #[test]
+    fn a_large_event_has_a_statement_of_its_own() {
+        let events = [event("a", None, 10), event("a", None, 10), event("a", None, INSERT_BYTES), event("a", None, 10)];
+        assert_eq!(chunks(&events), [0..2, 2..3, 3..4]);
+    }
+}

@@ -1,0 +1,34 @@
+//! What the relay keeps: its lease, and how far the log has been published.
+
+use std::time::Duration;
+
+use super::EventStore;
+use crate::event::Position;
+
+/// Taken where it is free, expired, or ours. By the database's clock, so that the hosts' need not agree.
+const LEASE: &str = "update event_log set relay_holder = ?, relay_until = utc_timestamp(6) + interval ? second \
+                     where relay_holder is null or relay_holder = ? or relay_until < utc_timestamp(6)";
+
+const RELEASE: &str = "update event_log set relay_holder = null, relay_until = null where relay_holder = ?";
+
+/// Never lowered, so that of two relays at once none makes the other publish again.
+const PUBLISHED: &str = "update event_log set published = greatest(published, ?)";
+
+impl EventStore {
+    /// Takes or keeps the relay's lease for so long. `false`: another relay holds it.
+    pub(crate) async fn lease_relay(&self, holder: &str, lease: Duration) -> Result<bool, sqlx::Error> {
+        let taken =
+            sqlx::query(LEASE).bind(holder).bind(lease.as_secs()).bind(holder).execute(&self.database.pool).await?;
+        Ok(taken.rows_affected() == 1)
+    }
+
+    /// Gives the lease up, so that another relay need not wait for it to expire.
+    pub(crate) async fn release_relay(&self, holder: &str) -> Result<(), sqlx::Error> {
+        sqlx::query(RELEASE).bind(holder).execute(&self.database.pool).await.map(|_| ())
+    }
+
+    /// Notes that everything up to here has been sent.
+    pub(crate) async fn set_published(&self, position: Position) -> Result<(), sqlx::Error> {
+        sqlx::query(PUBLISHED).bind(position.get()).execute(&self.database.pool).await.map(|_| ())
+    }
+}

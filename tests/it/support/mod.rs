@@ -1,0 +1,272 @@
+//! A world for each test: a database and a queue of its own, on the real parts.
+
+mod faulty_queue;
+mod process;
+mod tally;
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use aws_sdk_sqs::types::QueueAttributeName;
+use projectionist::sqlx::{self, AssertSqlSafe, ConnectOptions, Connection, MySqlConnection, Row};
+use projectionist::{
+    BootReport, Database, Entry, EventStore, Ledger, Limits, NewEvent, PlaySettings, Played, ProjectorId, Queue,
+    Registry, RelaySettings, SqsQueue, boot, play,
+};
+
+pub use faulty_queue::{Faults, FaultyQueue};
+pub use process::{Finished, Running};
+pub use tally::{Hook, Tally};
+
+/// Longer than anything here takes on a busy machine; reaching it is a failure.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A database and a queue that no other test has.
+pub struct World {
+    pub database_name: String,
+    pub database_url: String,
+    pub queue_url: String,
+    pub database: Database,
+    pub store: EventStore,
+    pub ledger: Ledger,
+    pub queue: Arc<SqsQueue>,
+    pub sqs: aws_sdk_sqs::Client,
+}
+
+impl World {
+    /// With a FIFO queue.
+    pub async fn new() -> Self {
+        Self::with_queue(true, &[]).await
+    }
+
+    /// With a standard queue.
+    pub async fn with_standard_queue() -> Self {
+        Self::with_queue(false, &[]).await
+    }
+
+    /// With a queue of these attributes.
+    pub async fn with_queue(fifo: bool, attributes: &[(QueueAttributeName, &str)]) -> Self {
+        start_logs();
+        let database_name = format!("test_{}", uuid::Uuid::now_v7().simple());
+        let mut server = server_connection().await;
+        execute(&mut server, &format!("create database {database_name}")).await;
+        let database_url = format!("{}/{database_name}", server_url());
+        let database = Database::connect(&database_url, 16, PATIENCE).await.expect("the server answers");
+        database.migrate().await.expect("the tables are created");
+
+        let sqs = sqs_client().await;
+        let name = format!("{database_name}{}", if fifo { ".fifo" } else { "" });
+        let mut create = sqs.create_queue().queue_name(name);
+        if fifo {
+            create = create.attributes(QueueAttributeName::FifoQueue, "true");
+        }
+        for (attribute, value) in attributes {
+            create = create.attributes(attribute.clone(), *value);
+        }
+        let created = create.send().await.expect("the queue is created");
+        let queue_url = created.queue_url.expect("a queue has a URL");
+        let queue =
+            SqsQueue::with_client(sqs.clone(), &queue_url, Duration::from_secs(30)).await.expect("the queue answers");
+        World {
+            store: EventStore::new(&database),
+            ledger: Ledger::new(&database),
+            queue: Arc::new(queue),
+            database_name,
+            database_url,
+            queue_url,
+            database,
+            sqs,
+        }
+    }
+
+    /// A connection of its own to the world's database, as a foreign writer would have.
+    pub async fn connection(&self) -> MySqlConnection {
+        let options: sqlx::mysql::MySqlConnectOptions = self.database_url.parse().expect("a URL");
+        options.connect().await.expect("the server answers")
+    }
+
+    /// Appends so many events, of ten streams and three types in turn.
+    pub async fn append(&self, count: usize) {
+        let events: Vec<NewEvent> = (0..count).map(event).collect();
+        for chunk in events.chunks(500) {
+            self.store.append(chunk).await.expect("appended");
+        }
+    }
+
+    /// Boots in this process.
+    pub async fn boot(&self, registry: &Registry) -> BootReport {
+        let limits = Limits { batch: 100, ..Limits::default() };
+        boot(&self.database, registry, limits, |_| {}).await.expect("boot comes to an end")
+    }
+
+    /// Plays in this process until all is quiet, from the real queue.
+    pub async fn play_until_idle(&self, registry: &Registry) -> Played {
+        self.play_from(Arc::clone(&self.queue) as Arc<dyn Queue>, registry).await
+    }
+
+    /// Plays in this process until all is quiet, from the given queue.
+    pub async fn play_from(&self, queue: Arc<dyn Queue>, registry: &Registry) -> Played {
+        let playing = play(&self.database, queue, registry, Self::play_settings(), std::future::pending());
+        let played = tokio::time::timeout(PATIENCE * 2, playing).await.expect("play becomes idle");
+        played.expect("play comes to an end")
+    }
+
+    /// Quick to find what the queue lost, and ending when all is quiet.
+    pub fn play_settings() -> PlaySettings {
+        PlaySettings {
+            limits: Limits { batch: 100, ..Limits::default() },
+            relay: Some(RelaySettings { interval: Duration::from_millis(10), max_events: 20 }),
+            receive_wait: Duration::from_secs(1),
+            reconcile_after: Duration::from_secs(1),
+            until_idle: true,
+            grace: Duration::from_secs(5),
+        }
+    }
+
+    /// What the ledger has of a projector of version 1.
+    pub async fn entry(&self, name: &str) -> Option<Entry> {
+        let id = ProjectorId { name: name.into(), version: 1 };
+        self.ledger.entries().await.expect("the ledger is read").into_iter().find(|entry| entry.id == id)
+    }
+
+    /// The status of a projector of version 1; `new` where the ledger has none.
+    pub async fn status(&self, name: &str) -> String {
+        self.entry(name).await.map_or("new".into(), |entry| entry.status.to_string())
+    }
+
+    /// The position of a projector of version 1.
+    pub async fn position(&self, name: &str) -> u64 {
+        self.entry(name).await.expect("it is in the ledger").position.get()
+    }
+
+    /// The last position of the log.
+    pub async fn last_position(&self) -> u64 {
+        self.number("select cast(coalesce(max(position), 0) as unsigned) from events").await
+    }
+
+    /// One number from the database.
+    pub async fn number(&self, sql: &str) -> u64 {
+        let row = sqlx::query(AssertSqlSafe(sql)).fetch_one(&mut self.connection().await).await.expect(sql);
+        row.try_get::<i64, _>(0).map(|n| n as u64).or_else(|_| row.try_get::<u64, _>(0)).expect("a number")
+    }
+
+    /// Runs a statement.
+    pub async fn execute(&self, sql: &str) {
+        execute(&mut self.connection().await, sql).await;
+    }
+
+    /// Asserts the one oracle: the projector's read model is the fold of the log up to its position, each
+    /// event that it wants once, in order.
+    pub async fn assert_folded(&self, tally: &Tally) {
+        let position = self.position(tally.name()).await;
+        assert_eq!(tally.applied(self).await, tally.expected(self, position).await, "{} at {position}", tally.name());
+    }
+
+    /// Asserts the same, and that it is at the end of the log.
+    pub async fn assert_complete(&self, tally: &Tally) {
+        assert_eq!(self.position(tally.name()).await, self.last_position().await, "{} is at the end", tally.name());
+        self.assert_folded(tally).await;
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("kept for a look: database {}, queue {}", self.database_url, self.queue_url);
+            return;
+        }
+        let (name, queue_url) = (self.database_name.clone(), self.queue_url.clone());
+        let clean = async move {
+            let mut server = server_connection().await;
+            // The test's own connections may hold locks still: its runtime stands while we are here.
+            let sessions: Vec<u64> =
+                sqlx::query_scalar("select cast(id as unsigned) from information_schema.processlist where db = ?")
+                    .bind(&name)
+                    .fetch_all(&mut server)
+                    .await
+                    .expect("the sessions");
+            for session in sessions {
+                let _ = sqlx::raw_sql(AssertSqlSafe(format!("kill {session}"))).execute(&mut server).await;
+            }
+            execute(&mut server, &format!("drop database {name}")).await;
+            // A client of its own: the test's has its connections in the runtime that stands.
+            let _ = sqs_client().await.delete_queue().queue_url(queue_url).send().await;
+        };
+        let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let cleaned = std::thread::spawn(move || runtime().map(|runtime| runtime.block_on(clean))).join();
+        assert!(cleaned.is_ok(), "the test's database is dropped");
+    }
+}
+
+/// The event with this number, from 0.
+pub fn event(number: usize) -> NewEvent {
+    NewEvent {
+        event_id: None,
+        stream_id: format!("case-{}", number % 10),
+        stream_version: None,
+        event_type: ["Opened", "Amended", "Closed"][number % 3].into(),
+        recorded_at: None,
+        payload: format!("{{\"number\":{number}}}"),
+        metadata: None,
+    }
+}
+
+/// Waits until a condition holds.
+pub async fn eventually<F: Future<Output = bool>>(what: &str, mut condition: impl FnMut() -> F) {
+    let began = Instant::now();
+    while !condition().await {
+        assert!(began.elapsed() < PATIENCE, "waited {PATIENCE:?} in vain: {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// Whether the server is MariaDB: the few tests that differ say why.
+pub async fn is_mariadb() -> bool {
+    let version: String =
+        sqlx::query_scalar("select version()").fetch_one(&mut server_connection().await).await.expect("a version");
+    version.contains("MariaDB")
+}
+
+/// Shows the log of the code under test with the test's own output, where PROJECTIONIST_LOG asks for it.
+fn start_logs() {
+    if let Ok(filter) = std::env::var("PROJECTIONIST_LOG") {
+        let _ = tracing_subscriber::fmt().with_env_filter(filter).with_test_writer().try_init();
+    }
+}
+
+/// Runs a statement.
+pub async fn execute(connection: &mut MySqlConnection, sql: &str) {
+    sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await.unwrap_or_else(|error| panic!("{sql}: {error}"));
+}
+
+async fn server_connection() -> MySqlConnection {
+    MySqlConnection::connect(&server_url()).await.expect("the server answers")
+}
+
+/// The server under test, without a database: TEST_DATABASE_URL, or the MariaDB of `localstack/up`.
+pub fn server_url() -> String {
+    setting("TEST_DATABASE_URL").or_else(|| setting("MARIADB_URL")).expect("the parts are up: run localstack/test")
+}
+
+async fn sqs_client() -> aws_sdk_sqs::Client {
+    let endpoint = setting("AWS_ENDPOINT_URL").expect("the parts are up: run localstack/test");
+    let http = aws_smithy_http_client::Builder::new().build_http();
+    let config = aws_config::defaults(aws_config::BehaviorVersion::latest())
+        .http_client(http)
+        .region("us-east-1")
+        .endpoint_url(endpoint)
+        .test_credentials()
+        .load()
+        .await;
+    aws_sdk_sqs::Client::new(&config)
+}
+
+/// A variable of the environment, or of what `localstack/up` wrote last.
+pub fn setting(name: &str) -> Option<String> {
+    std::env::var(name).ok().or_else(|| {
+        let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/.local/env")).ok()?;
+        let line = text.lines().find_map(|line| line.strip_prefix("export ")?.strip_prefix(name)?.strip_prefix('='))?;
+        Some(line.trim_matches(['\'', '"']).to_owned())
+    })
+}

@@ -1,0 +1,119 @@
+//! A projector that writes down every event that it is shown, so that any loss or repetition can be seen.
+
+use std::sync::Arc;
+
+use projectionist::sqlx::{self, AssertSqlSafe, MySqlConnection};
+use projectionist::{Event, EventTypes, Mode, Projector, async_trait};
+
+use super::World;
+
+/// Called before each event is written down: where a test puts its fault.
+pub type Hook = Arc<dyn Fn(&Event) -> anyhow::Result<()> + Send + Sync>;
+
+/// Writes each event's position into the table of its name. No key forbids a repetition: it would be seen.
+#[derive(Clone)]
+pub struct Tally {
+    name: String,
+    mode: Mode,
+    types: Vec<&'static str>,
+    side_effects: bool,
+    hook: Option<Hook>,
+}
+
+impl Tally {
+    pub fn new(name: &str) -> Self {
+        Tally { name: name.into(), mode: Mode::FromBeginning, types: Vec::new(), side_effects: false, hook: None }
+    }
+
+    pub fn mode(self, mode: Mode) -> Self {
+        Tally { mode, ..self }
+    }
+
+    /// Only events of these types.
+    pub fn only(self, types: &[&'static str]) -> Self {
+        Tally { types: types.to_vec(), ..self }
+    }
+
+    pub fn with_side_effects(self) -> Self {
+        Tally { side_effects: true, ..self }
+    }
+
+    /// With this called before each event.
+    pub fn hook(self, hook: impl Fn(&Event) -> anyhow::Result<()> + Send + Sync + 'static) -> Self {
+        Tally { hook: Some(Arc::new(hook)), ..self }
+    }
+
+    /// Failing at this position.
+    pub fn failing_at(self, position: u64) -> Self {
+        self.hook(move |event| match event.position.get() == position {
+            true => anyhow::bail!("event {position} is poison"),
+            false => Ok(()),
+        })
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The positions that it has written down, in the order in which it did.
+    pub async fn applied(&self, world: &World) -> Vec<u64> {
+        let sql = format!("select position from {} order by seq", self.name);
+        sqlx::query_scalar(AssertSqlSafe(sql)).fetch_all(&mut world.connection().await).await.expect("its table")
+    }
+
+    /// The positions that it should have, when it stands at `position`: a fold of the log.
+    pub async fn expected(&self, world: &World, position: u64) -> Vec<u64> {
+        let log: Vec<(u64, String)> = sqlx::query_as(
+            "select position, event_type from events where position <= ? and event_type not like '$%' order by position",
+        )
+        .bind(position)
+        .fetch_all(&mut world.connection().await)
+        .await
+        .expect("the log");
+        let wanted = |event_type: &str| self.types.is_empty() || self.types.contains(&event_type);
+        log.into_iter().filter(|(_, event_type)| wanted(event_type)).map(|(position, _)| position).collect()
+    }
+}
+
+#[async_trait]
+impl Projector for Tally {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn mode(&self) -> Mode {
+        self.mode
+    }
+
+    fn event_types(&self) -> EventTypes {
+        match self.types.is_empty() {
+            true => EventTypes::All,
+            false => EventTypes::only(self.types.iter().copied()),
+        }
+    }
+
+    fn has_side_effects(&self) -> bool {
+        self.side_effects
+    }
+
+    async fn setup(&self, db: &mut MySqlConnection) -> anyhow::Result<()> {
+        let sql = format!(
+            "create table if not exists {} (seq bigint auto_increment primary key, position bigint unsigned not null)",
+            self.name
+        );
+        sqlx::query(AssertSqlSafe(sql)).execute(db).await?;
+        Ok(())
+    }
+
+    async fn teardown(&self, db: &mut MySqlConnection) -> anyhow::Result<()> {
+        sqlx::query(AssertSqlSafe(format!("drop table if exists {}", self.name))).execute(db).await?;
+        Ok(())
+    }
+
+    async fn handle(&self, event: &Event, db: &mut MySqlConnection) -> anyhow::Result<()> {
+        let sql = format!("insert into {} (position) values (?)", self.name);
+        // Written first, so that a fault in the hook leaves something that must be rolled back.
+        sqlx::query(AssertSqlSafe(sql)).bind(event.position.get()).execute(db).await?;
+        self.hook.as_ref().map_or(Ok(()), |hook| hook(event))
+    }
+}
