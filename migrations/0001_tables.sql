@@ -64,7 +64,7 @@ create table projectors (
     check (status in ('booting', 'live', 'broken', 'stalled', 'finished', 'retired')),
   constraint projectors_broken_tells_why check ((status = 'broken') = (failed_error is not null)),
   constraint projectors_failure_has_a_time check ((failed_error is null) = (failed_at is null)),
-  -- The position of a broken projector stays just before the event that it failed on.
-  constraint projectors_broken_stands_before_its_event
-    check (failed_position is null or failed_position = position + 1)
+  -- A broken projector stands just before the event that it failed on, until a boot takes it beyond.
+  constraint projectors_never_stand_before_their_failure
+    check (failed_position is null or failed_position <= position + 1)
 ) engine = innodb;

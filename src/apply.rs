@@ -9,7 +9,7 @@ use sqlx::Connection;
 use tokio::time::timeout;
 
 use crate::database::Database;
-use crate::error::{caused_by_transient, server_error};
+use crate::error::{caused_by_transient, is_transient, server_error};
 use crate::event::{Event, Position};
 use crate::ledger::{self, Entry, Locked};
 use crate::lifecycle::Stage;
@@ -40,12 +40,17 @@ pub(crate) enum ApplyError {
     Projector(anyhow::Error),
     /// The moment's: a deadlock, a lock wait, a lost connection.
     Transient(anyhow::Error),
+    /// Ours: a statement on the ledger that cannot succeed, for want of a grant perhaps.
+    Ledger(sqlx::Error),
 }
 
 impl From<sqlx::Error> for ApplyError {
     /// Whatever our own statements run into is no fault of the projector's.
     fn from(error: sqlx::Error) -> Self {
-        ApplyError::Transient(error.into())
+        match is_transient(&error) {
+            true => ApplyError::Transient(error.into()),
+            false => ApplyError::Ledger(error),
+        }
     }
 }
 

@@ -8,7 +8,7 @@ use crate::apply;
 use crate::catch_up::{Cursor, CursorState};
 use crate::database::Database;
 use crate::deliver::{Delivered, Engine, Limits};
-use crate::error::{Error, is_transient};
+use crate::error::{Error, caused_by_transient, is_transient, tell};
 use crate::event::Position;
 use crate::handoff::oldest_queued;
 use crate::ledger::{Entry, LedgerError};
@@ -106,7 +106,7 @@ impl Boot<'_> {
             _ => None,
         }) {
             return Err(Error::OutOfReach(format!(
-                "boot gave up on transient failures of the database; run it again, it goes on where it stopped: {gave_up}"
+                "boot gave up on the database; run it again, it goes on where it stopped: {gave_up}"
             )));
         }
         let report = self.report(&before, &self.engine.ledger.entries().await?);
@@ -152,8 +152,8 @@ impl Boot<'_> {
         for cursor in cursors {
             if let Err(error) = apply::set_up(&self.engine.database, &cursor.projector).await {
                 let error = error.context("setup failed");
-                let delivered = match crate::error::caused_by_transient(&error) {
-                    true => Delivered::GaveUp(format!("{error:#}")),
+                let delivered = match caused_by_transient(&error) {
+                    true => Delivered::GaveUp(tell(&error)),
                     false => self.engine.break_at(&cursor.projector, Stage::Boot, None, &error).await,
                 };
                 cursor.note(delivered);

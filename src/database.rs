@@ -125,7 +125,8 @@ fn parse(url: &str) -> Result<MySqlConnectOptions, Error> {
     if options.get_database().is_none_or(str::is_empty) {
         return Err(Error::Input("the database URL names no database: end it with /DATABASE".into()));
     }
-    Ok(options.disable_statement_logging())
+    // A projector's SQL means what it means everywhere else on MySQL: `||` is or.
+    Ok(options.disable_statement_logging().pipes_as_concat(false))
 }
 
 fn out_of_reach(at: &str, error: &sqlx::Error) -> Error {

@@ -7,6 +7,7 @@ use tracing::{error, warn};
 
 use crate::apply::{self, ApplyError, Batch};
 use crate::database::Database;
+use crate::error::tell;
 use crate::event::{Event, Position};
 use crate::ledger::{Ledger, LedgerError};
 use crate::lifecycle::{FailedEvent, Failure, Stage, Status, Step};
@@ -97,15 +98,26 @@ impl Engine {
                     }
                     _ => return Ok(Delivered::Left),
                 },
+                Err(ApplyError::Ledger(error)) if self.limits.patience.is_some() => {
+                    return Ok(Delivered::GaveUp(error.to_string()));
+                }
+                Err(ApplyError::Ledger(error)) => {
+                    // A worker that ended would lose nothing by it, but neither would it mend it.
+                    attempt += 1;
+                    if retry::worth_telling(attempt) {
+                        error!(projector = %projector.id, position = batch.after.get(), attempt, %error, "the ledger cannot be written");
+                    }
+                    tokio::time::sleep(retry::delay(attempt + 6)).await;
+                }
                 Err(ApplyError::Transient(error)) => {
                     attempt += 1;
                     if self.limits.patience.is_some_and(|patience| began.elapsed() >= patience) {
-                        return Ok(Delivered::GaveUp(format!("{error:#}")));
+                        return Ok(Delivered::GaveUp(tell(&error)));
                     }
                     if retry::worth_telling(attempt) {
                         warn!(
                             projector = %projector.id, position = batch.after.get(), attempt,
-                            error = format!("{error:#}"), "transient failure, trying again"
+                            error = tell(&error), "transient failure, trying again"
                         );
                     }
                     tokio::time::sleep(retry::delay(attempt)).await;
@@ -150,7 +162,7 @@ impl Engine {
             }
         }
         // Each passed on its own, so the batch failed for a reason that has gone.
-        warn!(projector = %projector.id, error = format!("{failed:#}"), "a batch failed, but each of its events alone did not");
+        warn!(projector = %projector.id, error = tell(&failed), "a batch failed, but each of its events alone did not");
         match batch.from(position) {
             Some(rest) if rest.after < rest.through => {
                 self.attempt(projector, stage, rest).await.unwrap_or(Delivered::Elsewhere(position))
@@ -173,7 +185,7 @@ impl Engine {
                 event_id: event.event_id.clone(),
                 event_type: event.event_type.clone(),
             }),
-            error: format!("{error:#}"),
+            error: tell(error),
             at: OffsetDateTime::now_utc(),
         };
         let before = event.map(|event| event.position.previous());

@@ -80,6 +80,15 @@ pub(crate) fn caused_by_transient(error: &anyhow::Error) -> bool {
     error.chain().filter_map(|cause| cause.downcast_ref::<sqlx::Error>()).any(is_transient)
 }
 
+/// An error with its causes, each once: some repeat their cause in their own words.
+pub(crate) fn tell(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).fold(String::new(), |told, cause| match told.as_str() {
+        "" => cause,
+        told if told.contains(&cause) => told.to_owned(),
+        told => format!("{told}: {cause}"),
+    })
+}
+
 fn explain(error: &sqlx::Error) -> String {
     match server_error(error) {
         Some(number) if NOT_MIGRATED.contains(&number) => {

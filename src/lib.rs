@@ -1,3 +1,8 @@
+#![doc = include_str!("../README.md")]
+#![warn(missing_docs)]
+// The modules stand in the order in which an event meets them. Imports run from commands down to words.
+
+// — words: values and rules, no I/O —
 mod chain;
 mod error;
 mod event;
@@ -6,12 +11,15 @@ mod projector;
 mod registry;
 mod retry;
 
+// — edges: the only SQL and the only AWS calls —
 mod database;
-mod declared;
 mod ledger;
 mod queue;
 mod store;
+// Projectors that are declared in files.
+mod declared;
 
+// — engine —
 mod apply;
 mod boot;
 mod catch_up;
@@ -20,6 +28,7 @@ mod handoff;
 mod play;
 mod relay;
 
+// — commands —
 mod command;
 mod config;
 mod telemetry;
@@ -30,6 +39,7 @@ pub use sqlx;
 pub use boot::{BootProgress, BootReport, Booted, boot};
 pub use command::run;
 pub use database::Database;
+pub use declared::{LoadError, load};
 pub use deliver::Limits;
 pub use error::Error;
 pub use event::{Event, NewEvent, Position, TOMBSTONE};

@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use time::OffsetDateTime;
 use tokio::sync::mpsc;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 
 use super::say;
 use crate::config::Config;
@@ -72,6 +72,7 @@ impl Append {
         let mut appending = Appending {
             store: EventStore::new(&config.database().await?),
             waiting: Vec::new(),
+            waiting_since: None,
             bytes: 0,
             stored: 0,
             last: None,
@@ -80,9 +81,9 @@ impl Append {
         std::thread::spawn(move || read_lines(input, &lines));
 
         loop {
-            let next = match appending.waiting.is_empty() {
-                true => events.recv().await,
-                false => match timeout(STORE_WITHIN, events.recv()).await {
+            let next = match appending.waiting_since {
+                None => events.recv().await,
+                Some(since) => match timeout_at(since + STORE_WITHIN, events.recv()).await {
                     Ok(next) => next,
                     Err(_) => {
                         appending.flush().await?;
@@ -107,6 +108,7 @@ impl Append {
 struct Appending {
     store: EventStore,
     waiting: Vec<(u64, NewEvent)>,
+    waiting_since: Option<Instant>,
     bytes: usize,
     stored: usize,
     last: Option<Position>,
@@ -116,6 +118,7 @@ impl Appending {
     async fn add(&mut self, line: u64, event: NewEvent) -> Result<(), Error> {
         self.bytes += event.payload.len() + event.metadata.as_ref().map_or(0, String::len);
         self.waiting.push((line, event));
+        self.waiting_since.get_or_insert_with(Instant::now);
         match self.waiting.len() >= TRANSACTION_EVENTS || self.bytes >= TRANSACTION_BYTES {
             true => self.flush().await,
             false => Ok(()),
@@ -124,7 +127,7 @@ impl Appending {
 
     /// Stores what waits. At an event that cannot be stored, those before it are, and the error names its line.
     async fn flush(&mut self) -> Result<(), Error> {
-        self.bytes = 0;
+        (self.bytes, self.waiting_since) = (0, None);
         let (lines, events): (Vec<u64>, Vec<NewEvent>) = std::mem::take(&mut self.waiting).into_iter().unzip();
         let Err(error) = self.store(&events).await else { return Ok(()) };
         let failed = match &error {
