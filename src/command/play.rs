@@ -1,5 +1,6 @@
 //! `play`: the worker.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -46,9 +47,13 @@ pub(super) struct Play {
 
 impl Play {
     pub(super) async fn run(self, config: &Config, registry: Registry) -> Result<(), Error> {
+        let mut shutdown = pin!(shutdown_signal()?);
         let registry = config.some_registry(registry)?;
-        let database = config.database().await?;
-        let queue = Arc::new(config.queue().await?);
+        let connect = async { Ok::<_, Error>((config.database().await?, config.queue().await?)) };
+        let (database, queue) = tokio::select! {
+            connected = connect => connected?,
+            () = &mut shutdown => return Ok(()),
+        };
         let receive_wait = if self.until_idle { self.receive_wait.min(1) } else { self.receive_wait };
         let settings = PlaySettings {
             limits: config.play_limits(),
@@ -58,7 +63,7 @@ impl Play {
             until_idle: self.until_idle,
             grace: Duration::from_secs(self.grace),
         };
-        let played = play(&database, queue, &registry, settings, shutdown_signal()).await?;
+        let played = play(&database, Arc::new(queue), &registry, settings, shutdown).await?;
         if !self.until_idle {
             return Ok(());
         }

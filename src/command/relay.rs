@@ -45,10 +45,14 @@ impl RelayOptions {
 
 impl RelayCommand {
     pub(super) async fn run(self, config: &Config) -> Result<(), Error> {
-        let store = EventStore::new(&config.database().await?);
-        let queue = Arc::new(config.queue().await?);
-        let mut relay = Relay::new(store.clone(), queue, self.options.settings());
-        let mut shutdown = pin!(shutdown_signal());
+        let mut shutdown = pin!(shutdown_signal()?);
+        let connect = async { Ok::<_, Error>((config.database().await?, config.queue().await?)) };
+        let (database, queue) = tokio::select! {
+            connected = connect => connected?,
+            () = &mut shutdown => return Ok(()),
+        };
+        let store = EventStore::new(&database);
+        let mut relay = Relay::new(store.clone(), Arc::new(queue), self.options.settings());
         if !self.once {
             // Fails at once where the tables are missing, rather than trying for ever.
             store.marks().await?;
