@@ -10,7 +10,7 @@ create table events (
   stream_version bigint unsigned not null,
   event_type     varchar(200)    character set utf8mb4 collate utf8mb4_bin not null,
   recorded_at    datetime(6)     not null default (utc_timestamp(6)),
-  -- Text and not json: the bytes come back as they were appended, and reading is 1.6 times as fast on MySQL,
+  -- Text and not json: the bytes come back as they were appended, and reading is 1.2 times as fast on MySQL 9.7,
   -- where a json column is stored in binary and printed anew for every row.
   payload        mediumtext      character set utf8mb4 collate utf8mb4_bin not null,
   metadata       mediumtext      character set utf8mb4 collate utf8mb4_bin null,
