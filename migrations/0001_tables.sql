@@ -56,6 +56,10 @@ create table projectors (
   failed_event_type   varchar(200)    character set utf8mb4 collate utf8mb4_bin null,
   failed_error        text            character set utf8mb4 null,
   failed_at           datetime(6)     null,
+  -- How often the event was tried, and by whom: the release that has the bug, and the host that has its logs.
+  failed_attempts     int unsigned    null,
+  failed_release      varchar(200)    character set utf8mb4 null,
+  failed_host         varchar(255)    character set utf8mb4 null,
   created_at          datetime(6)     not null default (utc_timestamp(6)),
   status_changed_at   datetime(6)     not null default (utc_timestamp(6)),
   primary key (name, version),
@@ -63,7 +67,11 @@ create table projectors (
   constraint projectors_status_is_known
     check (status in ('booting', 'live', 'broken', 'stalled', 'finished', 'retired')),
   constraint projectors_broken_tells_why check ((status = 'broken') = (failed_error is not null)),
-  constraint projectors_failure_has_a_time check ((failed_error is null) = (failed_at is null)),
+  constraint projectors_failure_is_whole check (
+    (failed_error is null) = (failed_at is null)
+    and (failed_error is null) = (failed_attempts is null)
+    and (failed_error is null) = (failed_host is null)
+  ),
   -- A broken projector stands just before the event that it failed on, until a boot takes it beyond.
   constraint projectors_never_stand_before_their_failure
     check (failed_position is null or failed_position <= position + 1)

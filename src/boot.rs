@@ -7,7 +7,7 @@ use tracing::{error, info, warn};
 use crate::apply;
 use crate::catch_up::{Cursor, CursorState};
 use crate::database::Database;
-use crate::deliver::{Delivered, Engine, Limits};
+use crate::deliver::{Delivered, Engine, Failed, Limits};
 use crate::error::{Error, caused_by_transient, is_transient, tell};
 use crate::event::Position;
 use crate::handoff::oldest_queued;
@@ -80,7 +80,7 @@ pub async fn boot(
     limits: Limits,
     progress: impl FnMut(&BootProgress),
 ) -> Result<BootReport, Error> {
-    let boot = Boot { engine: Engine::new(database, limits), registry };
+    let boot = Boot { engine: Engine::new(database, limits, registry), registry };
     boot.run(progress).await
 }
 
@@ -154,7 +154,9 @@ impl Boot<'_> {
                 let error = error.context("setup failed");
                 let delivered = match caused_by_transient(&error) {
                     true => Delivered::GaveUp(tell(&error)),
-                    false => self.engine.break_at(&cursor.projector, Stage::Boot, None, &error).await,
+                    false => {
+                        self.engine.break_at(&cursor.projector, Stage::Boot, None, Failed { error, attempts: 1 }).await
+                    }
                 };
                 cursor.note(delivered);
                 return false;

@@ -11,7 +11,7 @@ use crate::error::tell;
 use crate::event::{Event, Position};
 use crate::ledger::{Ledger, LedgerError};
 use crate::lifecycle::{FailedEvent, Failure, Stage, Status, Step};
-use crate::registry::Registered;
+use crate::registry::{Registered, Registry};
 use crate::retry;
 
 /// What the engine works with, in boot and in play.
@@ -21,6 +21,8 @@ pub(crate) struct Engine {
     pub(crate) store: crate::store::EventStore,
     pub(crate) ledger: Ledger,
     pub(crate) limits: Limits,
+    /// The name of the release, where it has one.
+    release: Option<String>,
 }
 
 /// What bounds the engine.
@@ -56,12 +58,13 @@ pub(crate) enum Delivered {
 }
 
 impl Engine {
-    pub(crate) fn new(database: &Database, limits: Limits) -> Self {
+    pub(crate) fn new(database: &Database, limits: Limits, registry: &Registry) -> Self {
         Engine {
             database: database.clone(),
             store: crate::store::EventStore::new(database),
             ledger: Ledger::new(database),
             limits,
+            release: registry.release().map(str::to_owned),
         }
     }
 
@@ -75,18 +78,13 @@ impl Engine {
     }
 
     /// Applies a batch whole. `Err` is the projector's own failure, somewhere in it.
-    async fn attempt(
-        &self,
-        projector: &Registered,
-        stage: Stage,
-        mut batch: Batch<'_>,
-    ) -> Result<Delivered, anyhow::Error> {
+    async fn attempt(&self, projector: &Registered, stage: Stage, mut batch: Batch<'_>) -> Result<Delivered, Failed> {
         let began = Instant::now();
         let mut attempt = 1;
         loop {
             match apply::apply(&self.database, projector, stage, batch, self.limits.handler_timeout).await {
                 Ok(()) => return Ok(Delivered::At(batch.through)),
-                Err(ApplyError::Projector(error)) => return Err(error),
+                Err(ApplyError::Projector(error)) => return Err(Failed { error, attempts: attempt }),
                 Err(ApplyError::Claim(entry)) => match entry {
                     Some(entry) if stage.plays(&entry.status) => {
                         // Another worker was faster, or a commit of ours was not acknowledged.
@@ -127,20 +125,14 @@ impl Engine {
     }
 
     /// Applies a batch that failed event by event, so that the position ends just before the failing one.
-    async fn isolate(
-        &self,
-        projector: &Registered,
-        stage: Stage,
-        batch: Batch<'_>,
-        failed: anyhow::Error,
-    ) -> Delivered {
+    async fn isolate(&self, projector: &Registered, stage: Stage, batch: Batch<'_>, failed: Failed) -> Delivered {
         let wanted: Vec<&Event> = batch.events.iter().filter(|event| projector.wants(event)).collect();
         if let [event] = wanted[..] {
             // The events before it are not wanted, but the position stands just before the one that failed.
             return match self.attempt(projector, stage, batch.until(event.position.previous())).await {
-                Ok(Delivered::At(_)) => self.break_at(projector, stage, Some(event), &failed).await,
+                Ok(Delivered::At(_)) => self.break_at(projector, stage, Some(event), failed).await,
                 Ok(delivered) => delivered,
-                Err(error) => self.break_at(projector, stage, Some(event), &error).await,
+                Err(failed) => self.break_at(projector, stage, Some(event), failed).await,
             };
         }
         let mut position = batch.after;
@@ -157,12 +149,15 @@ impl Engine {
                 match self.attempt(projector, stage, step).await {
                     Ok(Delivered::At(reached)) => position = reached,
                     Ok(delivered) => return delivered,
-                    Err(error) => return self.break_at(projector, stage, Some(event), &error).await,
+                    Err(alone) => {
+                        let attempts = failed.attempts + alone.attempts;
+                        return self.break_at(projector, stage, Some(event), Failed { attempts, ..alone }).await;
+                    }
                 }
             }
         }
         // Each passed on its own, so the batch failed for a reason that has gone.
-        warn!(projector = %projector.id, error = tell(&failed), "a batch failed, but each of its events alone did not");
+        warn!(projector = %projector.id, error = tell(&failed.error), "a batch failed, but each of its events alone did not");
         match batch.from(position) {
             Some(rest) if rest.after < rest.through => {
                 self.attempt(projector, stage, rest).await.unwrap_or(Delivered::Elsewhere(position))
@@ -177,7 +172,7 @@ impl Engine {
         projector: &Registered,
         stage: Stage,
         event: Option<&Event>,
-        error: &anyhow::Error,
+        failed: Failed,
     ) -> Delivered {
         let failure = Failure {
             event: event.map(|event| FailedEvent {
@@ -185,8 +180,11 @@ impl Engine {
                 event_id: event.event_id.clone(),
                 event_type: event.event_type.clone(),
             }),
-            error: tell(error),
+            error: tell(&failed.error),
             at: OffsetDateTime::now_utc(),
+            attempts: failed.attempts,
+            release: self.release.clone(),
+            host: host(),
         };
         let before = event.map(|event| event.position.previous());
         let mut attempt = 1;
@@ -204,6 +202,9 @@ impl Engine {
                         event_type = event.map(|event| event.event_type.as_str()),
                         event_id = event.map(|event| event.event_id.as_str()),
                         error = failure.error,
+                        attempts = failure.attempts,
+                        release = failure.release,
+                        host = failure.host,
                         "projector broken"
                     );
                     return Delivered::Broke(failure);
@@ -221,6 +222,19 @@ impl Engine {
             }
         }
     }
+}
+
+/// A projector's own failure, and how often what failed was tried.
+pub(crate) struct Failed {
+    pub(crate) error: anyhow::Error,
+    pub(crate) attempts: u32,
+}
+
+/// This host's name, as the kernel has it; in a container, the container's.
+fn host() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let name = Some(name.trim().to_owned()).filter(|name| !name.is_empty());
+    name.or_else(|| std::env::var("HOSTNAME").ok()).unwrap_or_else(|| "unknown".into())
 }
 
 impl<'a> Batch<'a> {

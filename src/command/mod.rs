@@ -64,8 +64,8 @@ pub fn run(registry: Registry) -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    let ended = telemetry::start(cli.config.log_format, &cli.config.log)
-        .and_then(|()| runtime.block_on(execute(cli.command, &cli.config, registry)));
+    let telemetry = telemetry::start(cli.config.log_format, &cli.config.log, cli.config.alert_url.as_deref());
+    let ended = telemetry.and_then(|_until_the_end| runtime.block_on(execute(cli.command, &cli.config, registry)));
     match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -76,7 +76,7 @@ pub async fn play(
     settings: PlaySettings,
     shutdown: impl Future<Output = ()>,
 ) -> Result<Played, Error> {
-    let engine = Engine::new(database, settings.limits);
+    let engine = Engine::new(database, settings.limits, registry);
     let log_id = engine.store.marks().await?.log_id;
     let mut worker = Worker {
         engine,
