@@ -56,12 +56,7 @@ impl Database {
             Ok(greeted) => greeted.map_err(|error| out_of_reach(&at, &error))?,
             Err(_) => return Err(out_of_reach(&at, &sqlx::Error::PoolTimedOut)),
         };
-        if increment != 1 {
-            return Err(Error::Input(format!(
-                "the server at {at} has auto_increment_increment = {increment}: it would leave holes in the log \
-                 by design, and no hole could be told from an event in flight. Set it to 1"
-            )));
-        }
+        check_increment(&at, increment)?;
         let pool = MySqlPoolOptions::new()
             .max_connections(connections)
             .acquire_timeout(patience)
@@ -105,6 +100,16 @@ impl Database {
     }
 }
 
+fn check_increment(at: &str, increment: u64) -> Result<(), Error> {
+    match increment {
+        1 => Ok(()),
+        _ => Err(Error::Input(format!(
+            "the server at {at} has auto_increment_increment = {increment}: it would leave holes in the log \
+             by design, and no hole could be told from an event in flight. Set it to 1"
+        ))),
+    }
+}
+
 /// The server's version, and by how much its auto-increment steps.
 async fn greet(options: &MySqlConnectOptions) -> Result<(String, u64), sqlx::Error> {
     let mut connection = options.connect().await?;
@@ -140,4 +145,17 @@ fn out_of_reach(at: &str, error: &sqlx::Error) -> Error {
         _ => (error.to_string(), "check host and port in the database URL, and that the server runs"),
     };
     Error::OutOfReach(format!("the database {at} cannot be used: {why}; {what_to_do}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Here and not on a real server: the setting is global, and the servers are shared.
+    #[test]
+    fn a_server_that_steps_over_positions_is_refused_with_the_reason() {
+        assert!(check_increment("root@db:3306/app", 1).is_ok());
+        let Err(Error::Input(reason)) = check_increment("root@db:3306/app", 2) else { panic!("it was accepted") };
+        assert!(reason.contains("auto_increment_increment = 2") && reason.contains("Set it to 1"), "{reason}");
+    }
 }

@@ -1,6 +1,11 @@
 //! How long to wait before trying again: bounded, growing, jittered.
 
-use std::time::Duration;
+use std::future::Future;
+use std::time::{Duration, Instant};
+
+use tracing::warn;
+
+use crate::error::is_transient;
 
 const FIRST: Duration = Duration::from_millis(5);
 const LONGEST: Duration = Duration::from_secs(5);
@@ -15,4 +20,30 @@ pub(crate) fn delay(attempt: u32) -> Duration {
 /// Whether a retry is worth a line in the log: the first few, and then about once in five minutes.
 pub(crate) fn worth_telling(attempt: u32) -> bool {
     attempt <= 3 || attempt.is_multiple_of(60)
+}
+
+/// Tries again what fails only for the moment, until `patience` is over; `None`: for as long as it takes.
+/// It must be harmless to repeat, even where it succeeded and nobody was told.
+pub(crate) async fn persist<T, F>(
+    patience: Option<Duration>,
+    what: &str,
+    mut attempt: impl FnMut() -> F,
+) -> Result<T, sqlx::Error>
+where
+    F: Future<Output = Result<T, sqlx::Error>>,
+{
+    let began = Instant::now();
+    let mut number = 1;
+    loop {
+        match attempt().await {
+            Err(error) if is_transient(&error) && patience.is_none_or(|patience| began.elapsed() < patience) => {
+                number += 1;
+                if worth_telling(number) {
+                    warn!(attempt = number, %error, "cannot {what} now, trying again");
+                }
+                tokio::time::sleep(delay(number)).await;
+            }
+            ended => return ended,
+        }
+    }
 }

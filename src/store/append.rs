@@ -1,6 +1,7 @@
 //! Appending: one transaction, a plain insert, and the answer to who else wrote meanwhile.
 
 use std::collections::{HashMap, HashSet};
+use std::time::Duration;
 
 use sqlx::{Connection, MySqlConnection, QueryBuilder};
 use uuid::Uuid;
@@ -23,6 +24,9 @@ const POSITION_OF: &str = "select position from events where event_id = ?";
 
 /// Deadlocks, lock waits, tombstones and other writers of the same stream: all rare, none worth more than this.
 const ATTEMPTS: u32 = 20;
+
+/// How long to go on asking whether an append has happened.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// What an append did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,7 +66,7 @@ pub enum AppendError {
         /// The id.
         event_id: String,
     },
-    /// The database failed, or stayed contended; nothing of this append is stored.
+    /// The database failed, or stayed contended.
     #[error(transparent)]
     Database(#[from] sqlx::Error),
 }
@@ -74,7 +78,8 @@ impl EventStore {
     /// become visible together, in order, but other writers' may lie between them.
     ///
     /// # Errors
-    /// [`AppendError`]; in every case nothing is stored.
+    /// [`AppendError`]; nothing is stored then. Only where the connection was lost over the commit, and the database
+    /// stayed away, nobody knows: append again with the same event ids, and what is stored is refused as a duplicate.
     pub async fn append(&self, events: &[NewEvent]) -> Result<Appended, AppendError> {
         for (index, event) in events.iter().enumerate() {
             event.check().map_err(|reason| AppendError::Event { index, reason })?;
@@ -85,18 +90,22 @@ impl EventStore {
         let Some(last_id) = ids.last() else {
             return Ok(Appended { events: 0, last: self.last_visible().await? });
         };
+        // Once a commit was asked for, only a look at the log tells whether it happened: the next attempt may find
+        // its own events in the way.
+        let mut asked = false;
         for attempt in 1.. {
-            match self.attempt(events, &ids).await {
+            let error = match self.attempt(events, &ids, &mut asked).await {
                 Ok(()) => break,
-                Err(AppendError::Database(error)) if attempt < ATTEMPTS => match collision(&error) {
-                    Some(Collision::EventId(_)) if attempt > 1 && self.position_of(last_id).await?.is_some() => break,
-                    Some(Collision::EventId(event_id)) => return Err(AppendError::Duplicate { event_id }),
-                    // A tombstone took our position, or another writer our version: both are decided anew.
-                    Some(Collision::Position | Collision::StreamVersion) => {}
-                    None if is_transient(&error) => {}
-                    None => return Err(AppendError::Database(error)),
-                },
-                Err(error) => return Err(error),
+                Err(error) => error,
+            };
+            let is_momentary = matches!(&error, AppendError::Database(error)
+                // A tombstone took our position, or another writer our version: both are decided anew.
+                if is_transient(error) || matches!(collision(error), Some(Collision::Position | Collision::StreamVersion)));
+            if !is_momentary || attempt == ATTEMPTS {
+                match asked && self.position_of(last_id).await?.is_some() {
+                    true => break,
+                    false => return Err(error),
+                }
             }
             tokio::time::sleep(retry::delay(attempt)).await;
         }
@@ -104,7 +113,7 @@ impl EventStore {
         Ok(Appended { events: events.len(), last })
     }
 
-    async fn attempt(&self, events: &[NewEvent], ids: &[String]) -> Result<(), AppendError> {
+    async fn attempt(&self, events: &[NewEvent], ids: &[String], asked: &mut bool) -> Result<(), AppendError> {
         let mut connection = self.database.acquire().await?;
         let mut transaction = connection.begin().await?;
         let versions = assign_versions(events, current_versions(&mut transaction, events).await?)?;
@@ -120,14 +129,15 @@ impl EventStore {
                 };
                 row.push_bind(&event.payload).push_bind(&event.metadata);
             });
-            insert.build().persistent(false).execute(&mut *transaction).await?;
+            insert.build().persistent(false).execute(&mut *transaction).await.map_err(refused)?;
         }
+        *asked = true;
         Ok(transaction.commit().await?)
     }
 
     async fn position_of(&self, event_id: &str) -> Result<Option<Position>, sqlx::Error> {
-        let position: Option<u64> =
-            sqlx::query_scalar(POSITION_OF).bind(event_id).fetch_optional(&self.database.pool).await?;
+        let find = || sqlx::query_scalar(POSITION_OF).bind(event_id).fetch_optional(&self.database.pool);
+        let position: Option<u64> = retry::persist(Some(PATIENCE), "find out what was appended", find).await?;
         Ok(position.map(Position::new))
     }
 }
@@ -188,6 +198,14 @@ enum Collision {
     Position,
     EventId(String),
     StreamVersion,
+}
+
+/// What an insert ran into, as the caller should know it.
+fn refused(error: sqlx::Error) -> AppendError {
+    match collision(&error) {
+        Some(Collision::EventId(event_id)) => AppendError::Duplicate { event_id },
+        _ => AppendError::Database(error),
+    }
 }
 
 /// Reads error 1062: `Duplicate entry 'E' for key 'events.KEY'` on MySQL, `'KEY'` on MariaDB.

@@ -34,8 +34,8 @@ const PATIENT: &str = "set session innodb_lock_wait_timeout = default";
 /// Positions looked at in one step.
 const PAGE: u64 = 10_000;
 
-/// The most missing positions in a page that are filled without being asked. More is not a rollback:
-/// somebody inserted an explicit position, or set auto_increment.
+/// The longest run of missing positions that is filled without being asked, and the most that are filled at once.
+/// A longer one is not a rollback: somebody inserted an explicit position, or set auto_increment.
 pub(crate) const MOST_FILLED: u64 = 10_000;
 
 /// Tombstones in one statement.
@@ -121,13 +121,20 @@ impl EventStore {
         let mut filled = 0;
         for hole in holes {
             let length = hole.end() - hole.start() + 1;
-            if filled + length > MOST_FILLED {
-                held = held.or(Some(Held::Gap(hole)));
+            // Of any length: one transaction may well insert more rows than an operator should be called for.
+            if self.is_locked(&hole).await? {
+                // The mark cannot pass it, so nothing is gained by filling what lies beyond, and something may be lost:
+                // an `insert … select` that still runs has reserved positions there, and would have to start again.
+                held = Some(Held::InFlight(Position::new(*hole.start())));
                 break;
             }
-            if self.is_locked(&hole).await? {
-                held = held.or(Some(Held::InFlight(Position::new(*hole.start()))));
-                continue;
+            if length > MOST_FILLED {
+                held = Some(Held::Gap(hole));
+                break;
+            }
+            if filled + length > MOST_FILLED {
+                // Many short holes are rollbacks still: the rest of the page has its turn when these are closed.
+                break;
             }
             filled += length;
             absent.extend(hole);

@@ -4,4 +4,5 @@
 mod support;
 
 mod alerts;
+mod log;
 mod story;

@@ -1,16 +1,8 @@
 //! The main job, from the first event to three complete read models.
 
-use projectionist::{Mode, Registry};
+use projectionist::Mode;
 
-use crate::support::{Tally, World};
-
-fn registry(tallies: &[&Tally]) -> Registry {
-    let mut registry = Registry::new();
-    for tally in tallies {
-        registry.add((*tally).clone()).expect("a name of its own");
-    }
-    registry
-}
+use crate::support::{Tally, World, registry};
 
 #[tokio::test]
 async fn what_is_booted_and_played_is_the_fold_of_the_log() {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use projectionist::{Queue, QueueError, Receipt, Received, SqsQueue, async_trait};
 
-/// How often each fault strikes, in percent of the messages received.
+/// How often each fault strikes, in percent of the messages, and whether it does at all.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Faults {
     /// Deleted behind the worker's back.
@@ -16,52 +16,114 @@ pub struct Faults {
     pub malformed: u8,
     /// Handed over, but deletions of it get lost: it comes again.
     pub undeleted: u8,
+    /// Sent, but the relay is told otherwise: as if it had crashed before it could note it.
+    pub unacknowledged: u8,
+    /// Not sent, and the relay is told so.
+    pub refused: u8,
     /// Whether each receive comes shuffled.
     pub shuffled: bool,
+    /// Whether messages cannot be kept hidden: their visibility expires in the middle of the work.
+    pub unhidden: bool,
+}
+
+/// How often each fault struck, in messages, and what came through: a test that asserts nothing of it may prove nothing.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Struck {
+    pub lost: u64,
+    pub repeated: u64,
+    pub malformed: u64,
+    pub undeleted: u64,
+    pub unacknowledged: u64,
+    pub refused: u64,
+    /// Receives whose order was changed.
+    pub shuffled: u64,
+    pub unhidden: u64,
+    /// Receives, empty ones included.
+    pub receives: u64,
+    /// Messages handed over to the worker.
+    pub received: u64,
+    /// Messages that the worker asked to delete.
+    pub deleted: u64,
 }
 
 /// The real queue, with faults.
 pub struct FaultyQueue {
     queue: SqsQueue,
     faults: Faults,
-    dice: Mutex<fastrand::Rng>,
+    state: Mutex<State>,
+}
+
+struct State {
+    dice: fastrand::Rng,
+    struck: Struck,
+}
+
+impl State {
+    fn strikes(&mut self, percent: u8, count: impl Fn(&mut Struck) -> &mut u64) -> bool {
+        let strikes = self.dice.u8(0..100) < percent;
+        *count(&mut self.struck) += u64::from(strikes);
+        strikes
+    }
 }
 
 impl FaultyQueue {
     pub fn new(queue: &SqsQueue, faults: Faults, seed: u64) -> Self {
-        FaultyQueue { queue: queue.clone(), faults, dice: Mutex::new(fastrand::Rng::with_seed(seed)) }
+        let state = State { dice: fastrand::Rng::with_seed(seed), struck: Struck::default() };
+        FaultyQueue { queue: queue.clone(), faults, state: Mutex::new(state) }
     }
 
-    fn strikes(&self, percent: u8) -> bool {
-        self.dice.lock().expect("no panic while rolling").u8(0..100) < percent
+    /// Without faults: only to count.
+    pub fn counted(queue: &SqsQueue) -> Self {
+        Self::new(queue, Faults::default(), 0)
+    }
+
+    pub fn struck(&self) -> Struck {
+        self.with(|state| state.struck)
+    }
+
+    fn with<T>(&self, act: impl FnOnce(&mut State) -> T) -> T {
+        act(&mut self.state.lock().expect("no panic while rolling"))
     }
 }
 
 #[async_trait]
 impl Queue for FaultyQueue {
     async fn send(&self, body: &str, deduplication_id: &str) -> Result<(), QueueError> {
-        self.queue.send(body, deduplication_id).await
+        if self.with(|state| state.strikes(self.faults.refused, |struck| &mut struck.refused)) {
+            return Err(QueueError("refused by the test".into()));
+        }
+        self.queue.send(body, deduplication_id).await?;
+        match self.with(|state| state.strikes(self.faults.unacknowledged, |struck| &mut struck.unacknowledged)) {
+            true => Err(QueueError("not acknowledged by the test".into())),
+            false => Ok(()),
+        }
     }
 
     async fn receive(&self, wait: Duration) -> Result<Vec<Received>, QueueError> {
         let mut received = Vec::new();
         for message in self.queue.receive(wait).await? {
-            if self.strikes(self.faults.lost) {
+            if self.with(|state| state.strikes(self.faults.lost, |struck| &mut struck.lost)) {
                 self.queue.delete(&[message.receipt]).await?;
                 continue;
             }
-            if self.strikes(self.faults.repeated) {
+            if self.with(|state| state.strikes(self.faults.repeated, |struck| &mut struck.repeated)) {
                 received.push(message.clone());
             }
-            let body = match self.strikes(self.faults.malformed) {
+            let body = match self.with(|state| state.strikes(self.faults.malformed, |struck| &mut struck.malformed)) {
                 true => message.body[..message.body.len() / 2].to_owned(),
                 false => message.body,
             };
             received.push(Received { body, ..message });
         }
-        if self.faults.shuffled {
-            self.dice.lock().expect("no panic while rolling").shuffle(&mut received);
-        }
+        self.with(|state| {
+            state.struck.receives += 1;
+            state.struck.received += received.len() as u64;
+            if self.faults.shuffled {
+                let before = received.clone();
+                state.dice.shuffle(&mut received);
+                state.struck.shuffled += u64::from(before != received);
+            }
+        });
         Ok(received)
     }
 
@@ -69,13 +131,19 @@ impl Queue for FaultyQueue {
         let mut distinct = receipts.to_vec();
         distinct.sort();
         distinct.dedup();
-        let (kept, deleted): (Vec<Receipt>, Vec<Receipt>) =
-            distinct.into_iter().partition(|_| self.strikes(self.faults.undeleted));
+        let (kept, deleted): (Vec<Receipt>, Vec<Receipt>) = self.with(|state| {
+            state.struck.deleted += distinct.len() as u64;
+            distinct.into_iter().partition(|_| state.strikes(self.faults.undeleted, |struck| &mut struck.undeleted))
+        });
         self.queue.delete(&deleted).await?;
         self.queue.hide(&kept, Duration::ZERO).await
     }
 
     async fn hide(&self, receipts: &[Receipt], duration: Duration) -> Result<(), QueueError> {
+        if self.faults.unhidden {
+            self.with(|state| state.struck.unhidden += receipts.len() as u64);
+            return Ok(());
+        }
         self.queue.hide(receipts, duration).await
     }
 

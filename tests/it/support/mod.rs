@@ -1,7 +1,11 @@
 //! A world for each test: a database and a queue of its own, on the real parts.
 
 mod faulty_queue;
+mod gate;
+mod playing;
 mod process;
+mod proxy;
+mod scripted;
 mod tally;
 
 use std::future::Future;
@@ -16,8 +20,12 @@ use projectionist::{
 };
 
 pub use faulty_queue::{Faults, FaultyQueue};
+pub use gate::Gate;
+pub use playing::Playing;
 pub use process::{Finished, Running};
-pub use tally::{Hook, Tally};
+pub use proxy::Proxy;
+pub use scripted::Scripted;
+pub use tally::{Hook, Tally, registry};
 
 /// Longer than anything here takes on a busy machine; reaching it is a failure.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -156,6 +164,21 @@ impl World {
         execute(&mut self.connection().await, sql).await;
     }
 
+    /// The high-water mark, as it is stored.
+    pub async fn high_water(&self) -> u64 {
+        self.number("select high_water from event_log").await
+    }
+
+    /// How many transactions in the world's database wait for a lock.
+    pub async fn lock_waits(&self) -> u64 {
+        self.number(&format!(
+            "select count(*) from information_schema.innodb_trx join information_schema.processlist \
+             on id = trx_mysql_thread_id where trx_state = 'LOCK WAIT' and db = '{}'",
+            self.database_name
+        ))
+        .await
+    }
+
     /// Asserts the one oracle: the projector's read model is the fold of the log up to its position, each
     /// event that it wants once, in order.
     pub async fn assert_folded(&self, tally: &Tally) {
@@ -219,6 +242,14 @@ pub async fn eventually<F: Future<Output = bool>>(what: &str, mut condition: imp
         assert!(began.elapsed() < PATIENCE, "waited {PATIENCE:?} in vain: {what}");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
+}
+
+/// The seed of a test's dice: TEST_SEED, or a new one. Shown with the output of a test that fails.
+pub fn seed() -> u64 {
+    let seed =
+        std::env::var("TEST_SEED").ok().map_or_else(|| fastrand::u64(..), |seed| seed.parse().expect("a number"));
+    eprintln!("to repeat: TEST_SEED={seed}");
+    seed
 }
 
 /// Whether the server is MariaDB: the few tests that differ say why.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use projectionist::sqlx::{self, AssertSqlSafe, MySqlConnection};
-use projectionist::{Event, EventTypes, Mode, Projector, async_trait};
+use projectionist::{Event, EventTypes, Mode, Projector, Registry, async_trait};
 
 use super::World;
 
@@ -73,6 +73,15 @@ impl Tally {
         let wanted = |event_type: &str| self.types.is_empty() || self.types.contains(&event_type);
         log.into_iter().filter(|(_, event_type)| wanted(event_type)).map(|(position, _)| position).collect()
     }
+}
+
+/// A set of these, in this order.
+pub fn registry(tallies: &[&Tally]) -> Registry {
+    let mut registry = Registry::new();
+    for tally in tallies {
+        registry.add((*tally).clone()).expect("a name of its own");
+    }
+    registry
 }
 
 #[async_trait]
