@@ -18,6 +18,26 @@ pub(crate) enum LogFormat {
     Json,
 }
 
+impl LogFormat {
+    fn is_json(self) -> bool {
+        match self {
+            LogFormat::Auto => !stderr().is_terminal(),
+            LogFormat::Human => false,
+            LogFormat::Json => true,
+        }
+    }
+}
+
+/// Says why a command did not end well: among JSON lines as one of them, so that every line of the log can be
+/// read, and an alarm on errors sees this one, too.
+pub(crate) fn report(error: &Error, format: LogFormat) {
+    // Not where the filter, or a filter that could not be read, would swallow it.
+    match format.is_json() && tracing::enabled!(tracing::Level::ERROR) {
+        true => tracing::error!("{error}"),
+        false => eprintln!("error: {error}"),
+    }
+}
+
 /// Starts logging, with a filter such as `info` or `projectionist=debug`.
 pub(crate) fn start(format: LogFormat, filter: &str) -> Result<(), Error> {
     // A bare level is meant for us: the libraries below us say enough at warn.
@@ -25,11 +45,9 @@ pub(crate) fn start(format: LogFormat, filter: &str) -> Result<(), Error> {
     let filter = EnvFilter::try_new(ours.as_deref().unwrap_or(filter))
         .map_err(|error| Error::Input(format!("the log filter {filter:?} cannot be read: {error}")))?;
     let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(stderr);
-    let is_terminal = stderr().is_terminal();
-    let started = match format {
-        LogFormat::Auto if is_terminal => logs.with_target(false).with_ansi(true).try_init(),
-        LogFormat::Human => logs.with_target(false).with_ansi(is_terminal).try_init(),
-        LogFormat::Auto | LogFormat::Json => logs.json().flatten_event(true).try_init(),
+    let started = match format.is_json() {
+        true => logs.json().flatten_event(true).try_init(),
+        false => logs.with_target(false).with_ansi(stderr().is_terminal()).try_init(),
     };
     // A team's binary may have a subscriber of its own: then its logs are the right ones.
     let _ = started;
