@@ -120,12 +120,16 @@ async fn greet(options: &MySqlConnectOptions) -> Result<(String, u64), sqlx::Err
 
 fn parse(url: &str) -> Result<MySqlConnectOptions, Error> {
     // The parser's own error may quote the URL, and with it the password: it is not passed on.
-    let options = MySqlConnectOptions::from_str(url).ok().filter(|_| url.starts_with("mysql://")).ok_or_else(|| {
-        Error::Input(
-            "the database URL is not of the form mysql://USER:PASSWORD@HOST:PORT/DATABASE \
-             (percent-encode special characters in the password)"
+    let read = |url: &str| MySqlConnectOptions::from_str(url).ok().filter(|_| url.starts_with("mysql://"));
+    let options = read(url).ok_or_else(|| {
+        Error::Input(match url.split_once('?').and_then(|(before, _)| read(before)) {
+            Some(_) => "the options after the ? of the database URL cannot be read; ssl-mode is DISABLED, PREFERRED, \
+                        REQUIRED, VERIFY_CA or VERIFY_IDENTITY"
                 .into(),
-        )
+            None => "the database URL is not of the form mysql://USER:PASSWORD@HOST:PORT/DATABASE \
+                     (percent-encode special characters in the password)"
+                .into(),
+        })
     })?;
     if options.get_database().is_none_or(str::is_empty) {
         return Err(Error::Input("the database URL names no database: end it with /DATABASE".into()));

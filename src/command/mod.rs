@@ -69,7 +69,7 @@ pub fn run(registry: Registry) -> ExitCode {
     match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error}");
+            telemetry::report(&error, cli.config.log_format);
             error.exit_code()
         }
     }

@@ -10,6 +10,7 @@ use time::format_description::well_known::Rfc3339;
 use super::say;
 use crate::config::Config;
 use crate::error::Error;
+use crate::event::Position;
 use crate::ledger::{Entry, Ledger};
 use crate::lifecycle::{Failure, Status};
 use crate::projector::Mode;
@@ -94,28 +95,39 @@ async fn report(ledger: &Ledger, store: &EventStore, registry: &Registry) -> Res
             Status::Finished | Status::Retired => 0,
             _ => high_water.since(entry.position),
         };
-        let oldest = match lag_events {
-            0 => None,
-            _ => store.recorded_at(entry.position.next()).await?,
-        };
-        let lag = oldest.map_or(0.0, |oldest| (now - oldest).as_seconds_f64().max(0.0));
-        let is_known = registry.get(&entry.id).is_some();
-        projectors.push(ProjectorReport::of(entry, lag_events, (lag * 1000.0).round() / 1000.0, is_known));
+        let lag_seconds = lag_seconds(store, entry.position, lag_events, now).await?;
+        projectors.push(ProjectorReport::of(entry, lag_events, lag_seconds, registry.get(&entry.id).is_some()));
     }
     for projector in registry.iter().filter(|projector| entries.iter().all(|entry| entry.id != projector.id)) {
+        let lag_events = if projector.mode == Mode::FromNow { 0 } else { high_water.get() };
         projectors.push(ProjectorReport {
             name: projector.id.name.clone(),
             version: projector.id.version,
             mode: projector.mode.as_str(),
             status: "new",
             position: 0,
-            lag_events: if projector.mode == Mode::FromNow { 0 } else { high_water.get() },
-            lag_seconds: 0.0,
+            lag_events,
+            lag_seconds: lag_seconds(store, Position::START, lag_events, now).await?,
             failure: None,
             is_known: true,
         });
     }
     Ok(StatusReport { high_water: high_water.get(), published: published.get(), projectors })
+}
+
+/// The age of the oldest event above a position, to the millisecond.
+async fn lag_seconds(
+    store: &EventStore,
+    position: Position,
+    lag_events: u64,
+    now: OffsetDateTime,
+) -> Result<f64, sqlx::Error> {
+    let oldest = match lag_events {
+        0 => None,
+        _ => store.recorded_at(position.next()).await?,
+    };
+    let lag = oldest.map_or(0.0, |oldest| (now - oldest).as_seconds_f64().max(0.0));
+    Ok((lag * 1000.0).round() / 1000.0)
 }
 
 impl ProjectorReport {

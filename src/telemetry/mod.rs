@@ -6,6 +6,7 @@ mod webhook;
 use std::io::{IsTerminal, stderr};
 
 use clap::ValueEnum;
+use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer, fmt};
@@ -24,9 +25,29 @@ pub(crate) enum LogFormat {
     Json,
 }
 
+impl LogFormat {
+    fn is_json(self) -> bool {
+        match self {
+            LogFormat::Auto => !stderr().is_terminal(),
+            LogFormat::Human => false,
+            LogFormat::Json => true,
+        }
+    }
+}
+
 /// Logging that was started; dropped at the end of the process, it posts the last alerts.
 pub(crate) struct Telemetry {
     _poster: Option<Poster>,
+}
+
+/// Says why a command did not end well: among JSON lines as one of them, so that every line of the log can be
+/// read, and an alarm on errors sees this one, too.
+pub(crate) fn report(error: &Error, format: LogFormat) {
+    // Not where the filter, or a filter that could not be read, would swallow it.
+    match format.is_json() && tracing::enabled!(tracing::Level::ERROR) {
+        true => tracing::error!("{error}"),
+        false => eprintln!("error: {error}"),
+    }
 }
 
 /// Starts logging, with a filter such as `info` or `projectionist=debug`, and posts alerts to `alert_url`.
@@ -35,14 +56,13 @@ pub(crate) fn start(format: LogFormat, filter: &str, alert_url: Option<&str>) ->
     let ours = filter.bytes().all(|byte| byte.is_ascii_alphabetic()).then(|| format!("warn,projectionist={filter}"));
     let filter = EnvFilter::try_new(ours.as_deref().unwrap_or(filter))
         .map_err(|error| Error::Input(format!("the log filter {filter:?} cannot be read: {error}")))?;
-    let is_terminal = stderr().is_terminal();
     let logs = fmt::layer().with_writer(stderr);
-    let logs = match format {
-        LogFormat::Auto if is_terminal => logs.with_target(false).with_ansi(true).boxed(),
-        LogFormat::Human => logs.with_target(false).with_ansi(is_terminal).boxed(),
-        LogFormat::Auto | LogFormat::Json => logs.json().flatten_event(true).boxed(),
+    let logs = match format.is_json() {
+        true => logs.json().flatten_event(true).boxed(),
+        false => logs.with_target(false).with_ansi(stderr().is_terminal()).boxed(),
     };
     let (webhook, poster) = alert_url.map(webhook::start).transpose()?.unzip();
+    let webhook = webhook.map(|webhook| webhook.with_filter(LevelFilter::WARN));
     // A team's binary may have a subscriber of its own: then its logs are the right ones.
     let _ = tracing_subscriber::registry().with(logs.with_filter(filter)).with(webhook).try_init();
     Ok(Telemetry { _poster: poster })
