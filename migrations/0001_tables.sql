@@ -29,6 +29,9 @@ create table event_log (
   log_id         varchar(36)     character set ascii collate ascii_bin not null,
   -- The highest position at or below which nothing can still become visible.
   high_water     bigint unsigned not null default 0,
+  -- What stood at or below the mark when it passed: rows, and their fingerprint (src/store/fingerprint.rs).
+  counted        bigint unsigned not null default 0,
+  fingerprint    bigint unsigned not null default 0,
   -- Everything up to here has been sent to the queue.
   published      bigint unsigned not null default 0,
   -- The relay's lease: two relays are harmless but wasteful.

@@ -8,6 +8,9 @@ pub enum Error {
     /// A projector failed: exit code 1.
     #[error("{0}")]
     Projector(String),
+    /// An audit found a fault in the log: exit code 1.
+    #[error("{0}")]
+    Fault(String),
     /// Wrong usage, configuration or input: exit code 2.
     #[error("{0}")]
     Input(String),
@@ -20,10 +23,10 @@ pub enum Error {
 }
 
 impl Error {
-    /// 1 a projector failed, 2 usage, configuration or input, 3 database or queue out of reach.
+    /// 1 a projector failed (or an audit found a fault), 2 usage, configuration or input, 3 database or queue out of reach.
     pub fn exit_code(&self) -> ExitCode {
         ExitCode::from(match self {
-            Error::Projector(_) => 1,
+            Error::Projector(_) | Error::Fault(_) => 1,
             Error::Input(_) => 2,
             Error::OutOfReach(_) => 3,
             Error::Database(error) if is_transient(error) => 3,

@@ -1,6 +1,7 @@
 //! The command line: one command a file. A team's binary hands its registry to [`run`] and has them all.
 
 mod append;
+mod audit;
 mod boot;
 mod fill;
 mod play;
@@ -48,6 +49,8 @@ enum Command {
     Status(status::StatusCommand),
     /// Retires a projector: tears down what it made, and forgets it unless it has side effects
     Retire(retire::Retire),
+    /// Proves or refutes, while everything runs, that the log is what the high-water mark passed over
+    Audit(audit::Audit),
     /// Fills a gap in the log that is too wide to be filled unasked
     Fill(fill::Fill),
 }
@@ -87,6 +90,7 @@ async fn execute(command: Command, config: &Config, registry: Registry) -> Resul
         Command::Relay(relay) => relay.run(config).await,
         Command::Status(status) => status.run(config, registry).await,
         Command::Retire(retire) => retire.run(config, registry).await,
+        Command::Audit(audit) => audit.run(config).await,
         Command::Fill(fill) => fill.run(config).await,
     }
 }

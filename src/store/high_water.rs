@@ -21,9 +21,6 @@ const VISIBLE: &str = "select position from events where position > ? order by p
 const PROBE_MYSQL: &str = "select count(*) from events where position between ? and ? for share nowait";
 const PROBE_MARIADB: &str = "select count(*) from events where position between ? and ? lock in share mode nowait";
 
-/// A mark only ever rises, whoever writes it and in whatever order.
-const RAISE: &str = "update event_log set high_water = greatest(high_water, ?)";
-
 /// `ignore` skips the positions that a writer has taken meanwhile; the rest of the run is still filled.
 const FILL: &str = "insert ignore into events (position, stream_id, stream_version, event_type, payload) ";
 
@@ -76,8 +73,16 @@ impl EventStore {
             let Survey { contiguous, holes } = survey(mark, &visible);
             let more = visible.len() as u64 == PAGE;
             if contiguous > mark {
-                sqlx::query(RAISE).bind(contiguous.get()).execute(&self.database.pool).await?;
-                mark = contiguous;
+                let raised = self.raise(mark, contiguous).await?;
+                if raised == mark {
+                    return Ok(HighWater { mark, held: None });
+                }
+                if raised != contiguous {
+                    // Another process raised it meanwhile: on from there.
+                    mark = raised;
+                    continue;
+                }
+                mark = raised;
                 passes = 0;
             }
             if holes.is_empty() {
@@ -91,8 +96,8 @@ impl EventStore {
             let stubborn = (passes > MOST_PASSES).then(|| Held::InFlight(mark.next()));
             if let Some(held) = self.close_holes(mark).await?.or(stubborn) {
                 // Below the first position that is held, holes may have been closed.
-                let mark = survey(mark, &self.visible_above(mark).await?).contiguous;
-                sqlx::query(RAISE).bind(mark.get()).execute(&self.database.pool).await?;
+                let contiguous = survey(mark, &self.visible_above(mark).await?).contiguous;
+                let mark = if contiguous > mark { self.raise(mark, contiguous).await? } else { mark };
                 return Ok(HighWater { mark, held: Some(held) });
             }
         }

@@ -1,6 +1,7 @@
 //! The event store: tables `events` and `event_log`.
 
 mod append;
+mod fingerprint;
 mod high_water;
 mod read;
 mod relay_state;

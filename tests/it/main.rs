@@ -4,5 +4,6 @@
 mod support;
 
 mod alerts;
+mod audit;
 mod log;
 mod story;
