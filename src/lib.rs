@@ -45,7 +45,7 @@ pub use error::Error;
 pub use event::{Event, NewEvent, Position, TOMBSTONE};
 pub use ledger::{Entry, Ledger};
 pub use lifecycle::{FailedEvent, Failure, Status};
-pub use play::{PlaySettings, Played, play};
+pub use play::{ConvoyBudget, PlaySettings, Played, play};
 pub use projector::{EventTypes, Mode, Projector, ProjectorId};
 pub use queue::{Queue, QueueError, Receipt, Received, SqsQueue};
 pub use registry::{Registry, RegistryError};

@@ -11,7 +11,7 @@ use super::relay::RelayOptions;
 use super::{say, shutdown_signal};
 use crate::config::Config;
 use crate::error::Error;
-use crate::play::{PlaySettings, play};
+use crate::play::{ConvoyBudget, PlaySettings, play};
 use crate::registry::Registry;
 
 #[derive(Debug, Args)]
@@ -37,6 +37,16 @@ pub(super) struct Play {
     #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_RECONCILE_AFTER", default_value_t = 2)]
     reconcile_after: u64,
 
+    /// The most events that one projector catches up on while the others wait; beyond, it does so by itself
+    #[arg(long, value_name = "EVENTS", env = "PROJECTIONIST_CONVOY_EVENTS", default_value_t = 10_000)]
+    convoy_events: u64,
+
+    /// The longest that one projector may take over the messages of one receive while the others wait, in seconds;
+    /// beyond, it goes on by itself
+    #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_CONVOY_SECONDS", default_value_t = 5,
+          value_parser = clap::value_parser!(u64).range(1..=3600))]
+    convoy_seconds: u64,
+
     /// How long the batch in hand may take to end after SIGTERM before it is rolled back, in seconds
     #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_GRACE", default_value_t = 10)]
     grace: u64,
@@ -60,6 +70,7 @@ impl Play {
             relay: (!self.no_relay).then(|| self.relay.settings()),
             receive_wait: Duration::from_secs(receive_wait),
             reconcile_after: Duration::from_secs(self.reconcile_after),
+            convoy: ConvoyBudget { events: self.convoy_events, time: Duration::from_secs(self.convoy_seconds) },
             until_idle: self.until_idle,
             grace: Duration::from_secs(self.grace),
         };

@@ -1,6 +1,7 @@
 //! Fan-out: one batch of messages to every live projector, one after the other, in registry order.
 
-use tracing::debug;
+use tokio::time::timeout;
+use tracing::{debug, warn};
 
 use super::Worker;
 use crate::apply::Batch;
@@ -11,12 +12,13 @@ use crate::lifecycle::{Stage, Status};
 use crate::queue::{Message, parse};
 
 impl Worker {
-    /// Passes messages to every live projector by the chain rule. `Ok`, with how many broke: each live
-    /// projector has committed past all of them, is broken, or is no longer ours, so they may be deleted.
+    /// Passes messages to every live projector of the convoy by the chain rule. `Ok`, with how many broke: each of
+    /// them has committed past all of the messages, is broken, is no longer ours, or has left the convoy and reads
+    /// the store instead. So they may be deleted.
     ///
     /// # Errors
     /// If ledger or log cannot be read: then nothing may be deleted.
-    pub(super) async fn fan_out(&self, bodies: &[String]) -> Result<u64, sqlx::Error> {
+    pub(super) async fn fan_out(&mut self, bodies: &[String]) -> Result<u64, sqlx::Error> {
         // Read again with every batch: what was booted, broken or retired meanwhile joins or leaves.
         let (entries, marks) = tokio::try_join!(self.engine.ledger.entries(), self.engine.store.marks())?;
         let (runs, mut doorbells) = sort(bodies, &self.log_id);
@@ -29,22 +31,49 @@ impl Worker {
             _ => Some(self.engine.store.raise_high_water().await?.mark),
         };
 
-        let mut broken = 0;
+        let mut broken = self.stragglers.rejoin().await;
+        let budget = self.settings.convoy;
         for projector in self.registry.iter() {
             let Some(entry) = entries.iter().find(|entry| entry.id == projector.id && entry.status == Status::Live)
             else {
                 continue;
             };
-            let mut cursor = Cursor::new(projector, entry.position);
-            for run in &runs {
-                self.follow(&mut cursor, run).await?;
+            if self.stragglers.hold(&projector.id) {
+                continue;
             }
-            if let Some(target) = target {
-                self.repair(&mut cursor, target).await?;
+            if is_far_behind(entry.position, &runs, target, budget.events) {
+                warn!(
+                    projector = %projector.id, position = entry.position.get(),
+                    "far behind: leaves the convoy and catches up by itself"
+                );
+                self.stragglers.leave(&self.engine, projector, entry.position);
+                continue;
+            }
+            let mut cursor = Cursor::new(projector, entry.position);
+            match timeout(budget.time, self.lead(&mut cursor, &runs, target)).await {
+                Ok(led) => led?,
+                Err(_) => {
+                    warn!(
+                        projector = %projector.id, position = cursor.position.get(), seconds = budget.time.as_secs_f32(),
+                        "takes too long: leaves the convoy and catches up by itself"
+                    );
+                    self.stragglers.leave(&self.engine, projector, cursor.position);
+                }
             }
             broken += u64::from(matches!(cursor.state, CursorState::Broke(_)));
         }
         Ok(broken)
+    }
+
+    /// Brings one projector past all runs, and through the target of the doorbells.
+    async fn lead(&self, cursor: &mut Cursor, runs: &[Run], target: Option<Position>) -> Result<(), sqlx::Error> {
+        for run in runs {
+            self.follow(cursor, run).await?;
+        }
+        match target {
+            Some(target) => self.repair(cursor, target).await,
+            None => Ok(()),
+        }
     }
 
     /// Brings one projector past one run.
@@ -75,6 +104,13 @@ impl Worker {
     pub(super) async fn repair(&self, cursor: &mut Cursor, through: Position) -> Result<(), sqlx::Error> {
         self.engine.catch_up(Stage::Play, std::slice::from_mut(cursor), through, |_| {}).await
     }
+}
+
+/// Whether a projector would have to read more than `budget` events from the store before it can follow.
+fn is_far_behind(position: Position, runs: &[Run], target: Option<Position>, budget: u64) -> bool {
+    let before_the_runs = runs.first().map_or(0, |run| run.prev().since(position));
+    let after_the_runs = target.map_or(0, |target| target.since(runs.last().map_or(position, Run::last).max(position)));
+    before_the_runs.max(after_the_runs) > budget
 }
 
 /// Reads messages: the runs in them, joined and in order, and how many say no more than to look.

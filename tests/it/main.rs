@@ -5,5 +5,6 @@ mod support;
 
 mod alerts;
 mod audit;
+mod convoy;
 mod log;
 mod story;

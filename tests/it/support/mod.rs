@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 use aws_sdk_sqs::types::QueueAttributeName;
 use projectionist::sqlx::{self, AssertSqlSafe, ConnectOptions, Connection, MySqlConnection, Row};
 use projectionist::{
-    BootReport, Database, Entry, EventStore, Ledger, Limits, NewEvent, PlaySettings, Played, ProjectorId, Queue,
-    Registry, RelaySettings, SqsQueue, boot, play,
+    BootReport, ConvoyBudget, Database, Entry, EventStore, Ledger, Limits, NewEvent, PlaySettings, Played, ProjectorId,
+    Queue, Registry, RelaySettings, SqsQueue, boot, play,
 };
 
 pub use faulty_queue::{Faults, FaultyQueue};
@@ -127,6 +127,7 @@ impl World {
             relay: Some(RelaySettings { interval: Duration::from_millis(10), max_events: 20 }),
             receive_wait: Duration::from_secs(1),
             reconcile_after: Duration::from_secs(1),
+            convoy: ConvoyBudget::default(),
             until_idle: true,
             grace: Duration::from_secs(5),
         }
