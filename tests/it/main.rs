@@ -6,5 +6,6 @@ mod support;
 mod alerts;
 mod audit;
 mod convoy;
+mod grants;
 mod log;
 mod story;
