@@ -11,6 +11,7 @@ use crate::deliver::{Delivered, Engine, Failed, Limits};
 use crate::error::{Error, caused_by_transient, is_transient, tell};
 use crate::event::Position;
 use crate::handoff::oldest_queued;
+use crate::held::HeldWatch;
 use crate::ledger::{Entry, LedgerError};
 use crate::lifecycle::{Stage, Status, Step};
 use crate::projector::{Mode, ProjectorId};
@@ -167,13 +168,16 @@ impl Boot<'_> {
 
     /// Rounds of catch-up and handoff, until none is left or one broke.
     async fn replay(&self, cursors: &mut [Cursor], progress: &mut impl FnMut(&BootProgress)) -> Result<(), Error> {
+        let mut held = HeldWatch::default();
         let is_first = !self.engine.ledger.entries().await?.iter().any(|entry| entry.status == Status::Live);
         for round in 1.. {
             let Some(start) = cursors.iter().filter(|cursor| cursor.is_running()).map(|cursor| cursor.position).min()
             else {
                 return Ok(());
             };
-            let target = self.engine.store.raise_high_water().await?.mark;
+            let high_water = self.engine.store.raise_high_water().await?;
+            held.note(high_water.held);
+            let target = high_water.mark;
             info!(round, from = start.get(), through = target.get(), "replaying");
             let mut tell = |cursors: &[Cursor]| progress(&BootProgress::of(cursors, target));
             tell(cursors);

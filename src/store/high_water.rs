@@ -32,8 +32,9 @@ const PATIENT: &str = "set session innodb_lock_wait_timeout = default";
 const PAGE: u64 = 10_000;
 
 /// The longest run of missing positions that is filled without being asked, and the most that are filled at once.
-/// A longer one is not a rollback: somebody inserted an explicit position, or set auto_increment.
-pub(crate) const MOST_FILLED: u64 = 10_000;
+/// A bulk insert reserves positions in steps that double up to 65,535, so that one `insert … select` may leave nearly
+/// so many without anybody's fault. A longer run is: somebody inserted an explicit position, or set auto_increment.
+pub(crate) const MOST_FILLED: u64 = 65_536;
 
 /// Tombstones in one statement.
 const FILL_CHUNK: usize = 1_000;
