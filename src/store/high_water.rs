@@ -42,7 +42,7 @@ pub(crate) const MOST_FILLED: u64 = 10_000;
 const FILL_CHUNK: usize = 1_000;
 
 /// How often the holes of one page are filled without the mark having moved.
-const MOST_PASSES: u32 = 3;
+pub(crate) const MOST_PASSES: u32 = 3;
 
 /// How long a hole is given to close by itself before it is probed: most are transactions that are
 /// just about to commit.
@@ -116,24 +116,16 @@ impl EventStore {
         tokio::time::sleep(GRACE).await;
         let holes = survey(mark, &self.visible_above(mark).await?).holes;
 
-        let mut held = None;
-        let mut absent = Vec::new();
-        let mut filled = 0;
+        let mut closing = Closing::default();
         for hole in holes {
-            let length = hole.end() - hole.start() + 1;
-            if filled + length > MOST_FILLED {
-                held = held.or(Some(Held::Gap(hole)));
+            if !closing.takes(&hole) {
                 break;
             }
-            if self.is_locked(&hole).await? {
-                held = held.or(Some(Held::InFlight(Position::new(*hole.start()))));
-                continue;
-            }
-            filled += length;
-            absent.extend(hole);
+            let is_locked = self.is_locked(&hole).await?;
+            closing.probed(hole, is_locked);
         }
-        let refused = self.fill(&absent).await?;
-        Ok(held.or(refused))
+        let refused = self.fill(&closing.absent).await?;
+        Ok(closing.held.or(refused))
     }
 
     async fn visible_above(&self, mark: Position) -> Result<Vec<u64>, sqlx::Error> {
@@ -187,16 +179,49 @@ impl EventStore {
     }
 }
 
-/// What stands above a mark, by the positions that are visible there.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Survey {
-    /// The end of the run that begins just above the mark.
-    contiguous: Position,
-    /// The runs of missing positions between it and the last visible one.
-    holes: Vec<RangeInclusive<u64>>,
+/// What is to be done about the holes of a page, from below upwards.
+#[derive(Debug, Default)]
+pub(crate) struct Closing {
+    /// Positions that a tombstone has to prove empty.
+    pub(crate) absent: Vec<u64>,
+    /// The lowest hole that cannot be closed now. The mark stays below it.
+    pub(crate) held: Option<Held>,
 }
 
-fn survey(mark: Position, visible: &[u64]) -> Survey {
+impl Closing {
+    /// Whether the next hole is one to be probed. Too wide: it holds the mark, and nothing above it matters now.
+    pub(crate) fn takes(&mut self, hole: &RangeInclusive<u64>) -> bool {
+        let length = hole.end() - hole.start() + 1;
+        let takes = self.absent.len() as u64 + length <= MOST_FILLED;
+        if !takes {
+            self.hold(Held::Gap(hole.clone()));
+        }
+        takes
+    }
+
+    /// Takes note of a probe: a hole that a writer has locked is left to it.
+    pub(crate) fn probed(&mut self, hole: RangeInclusive<u64>, is_locked: bool) {
+        match is_locked {
+            true => self.hold(Held::InFlight(Position::new(*hole.start()))),
+            false => self.absent.extend(hole),
+        }
+    }
+
+    fn hold(&mut self, held: Held) {
+        self.held.get_or_insert(held);
+    }
+}
+
+/// What stands above a mark, by the positions that are visible there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Survey {
+    /// The end of the run that begins just above the mark.
+    pub(crate) contiguous: Position,
+    /// The runs of missing positions between it and the last visible one.
+    pub(crate) holes: Vec<RangeInclusive<u64>>,
+}
+
+pub(crate) fn survey(mark: Position, visible: &[u64]) -> Survey {
     let mut contiguous = mark.get();
     let mut holes = Vec::new();
     let mut expected = mark.get() + 1;

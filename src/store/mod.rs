@@ -1,7 +1,7 @@
 //! The event store: tables `events` and `event_log`.
 
 mod append;
-mod high_water;
+pub(crate) mod high_water;
 mod read;
 mod relay_state;
 
