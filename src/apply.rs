@@ -54,6 +54,11 @@ impl From<sqlx::Error> for ApplyError {
     }
 }
 
+/// The fence: the projector is still this stage's, and stands where the batch begins (design, section 3, step 7).
+pub(crate) fn claim_holds(entry: &Entry, stage: Stage, after: Position) -> bool {
+    stage.plays(&entry.status) && entry.position == after
+}
+
 /// Applies a batch: lock the ledger row, check the claim, run the handler, move the position, commit.
 pub(crate) async fn apply(
     database: &Database,
@@ -69,7 +74,7 @@ pub(crate) async fn apply(
     let Some(Locked { entry, session }) = ledger::lock(&mut transaction, &projector.id).await? else {
         return Err(ApplyError::Claim(None));
     };
-    if !stage.plays(&entry.status) || entry.position != batch.after {
+    if !claim_holds(&entry, stage, batch.after) {
         return Err(ApplyError::Claim(Some(entry)));
     }
     if !wanted.is_empty() {

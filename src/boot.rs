@@ -10,7 +10,7 @@ use crate::database::Database;
 use crate::deliver::{Delivered, Engine, Failed, Limits};
 use crate::error::{Error, caused_by_transient, is_transient, tell};
 use crate::event::Position;
-use crate::handoff::oldest_queued;
+use crate::handoff::{has_reached, oldest_queued};
 use crate::held::HeldWatch;
 use crate::ledger::{Entry, LedgerError};
 use crate::lifecycle::{Stage, Status, Step};
@@ -125,11 +125,7 @@ impl Boot<'_> {
         if !new.is_empty() {
             let high_water = self.engine.store.raise_high_water().await?.mark;
             for projector in new {
-                let position = match projector.mode {
-                    Mode::FromNow => high_water,
-                    Mode::FromBeginning | Mode::Once => Position::START,
-                };
-                self.engine.ledger.enter(projector, position).await?;
+                self.engine.ledger.enter(projector, first_position(projector.mode, high_water)).await?;
             }
         }
         let mut cursors = Vec::new();
@@ -217,7 +213,7 @@ impl Boot<'_> {
 
     /// Finishes a projector of mode once, if it still stands at or beyond the mark of this round.
     async fn finish(&self, projector: &Registered, target: Position) -> Result<bool, LedgerError> {
-        let still = |entry: &Entry| Stage::Boot.plays(&entry.status) && entry.position >= target;
+        let still = |entry: &Entry| has_reached(entry, target);
         let entry = self.engine.ledger.step(&projector.id, Step::Finish, still).await?;
         let finished = entry.is_some_and(|entry| entry.status == Status::Finished);
         if finished {
@@ -256,6 +252,14 @@ impl BootProgress {
             positions: running.map(|cursor| (cursor.projector.id.clone(), cursor.position)).collect(),
             target,
         }
+    }
+}
+
+/// Where a projector begins that is seen for the first time.
+pub(crate) fn first_position(mode: Mode, high_water: Position) -> Position {
+    match mode {
+        Mode::FromNow => high_water,
+        Mode::FromBeginning | Mode::Once => Position::START,
     }
 }
 

@@ -69,6 +69,11 @@ impl From<RelayError> for Error {
     }
 }
 
+/// The log and both ends: a message of other ends is another message, and repeats harmlessly.
+pub(crate) fn deduplication_id(log_id: &str, published: Position, last: Position) -> String {
+    format!("{log_id}-{published}-{last}")
+}
+
 impl Relay {
     pub(crate) fn new(store: EventStore, queue: Arc<dyn Queue>, settings: RelaySettings) -> Self {
         Relay { store, queue, settings, holder: Uuid::now_v7().to_string(), leased: None, held: HeldWatch::default() }
@@ -131,8 +136,7 @@ impl Relay {
             while !rest.is_empty() {
                 let (bytes, most) = (self.queue.max_message_bytes(), self.settings.max_events);
                 let packed = queue::pack(&marks.log_id, published, rest, bytes, most);
-                // The log and both ends: a message of other ends is another message, and repeats harmlessly.
-                let deduplication_id = format!("{}-{}-{}", marks.log_id, published, packed.last);
+                let deduplication_id = deduplication_id(&marks.log_id, published, packed.last);
                 self.queue.send(&packed.body, &deduplication_id).await?;
                 self.store.set_published(packed.last).await?;
                 published = packed.last;

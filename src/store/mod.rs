@@ -2,7 +2,7 @@
 
 mod append;
 mod fingerprint;
-mod high_water;
+pub(crate) mod high_water;
 mod read;
 mod relay_state;
 
