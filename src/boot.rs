@@ -99,7 +99,7 @@ impl Boot<'_> {
         if self.set_up(&mut cursors).await {
             self.replay(&mut cursors, &mut progress).await?;
         }
-        if cursors.iter().any(|cursor| matches!(cursor.state, CursorState::Broke(_))) {
+        if cursors.iter().any(|cursor| matches!(cursor.state, CursorState::Broke)) {
             self.stall(&cursors).await?;
         }
         if let Some(gave_up) = cursors.iter().find_map(|cursor| match &cursor.state {

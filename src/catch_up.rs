@@ -11,7 +11,7 @@ use crate::apply::Batch;
 use crate::deliver::{Delivered, Engine};
 use crate::error::is_transient;
 use crate::event::Position;
-use crate::lifecycle::{Failure, Stage};
+use crate::lifecycle::Stage;
 use crate::registry::Registered;
 use crate::retry;
 use crate::store::Page;
@@ -32,7 +32,7 @@ pub(crate) enum CursorState {
     /// It does.
     Running,
     /// Its projector broke; it stands just before the event.
-    Broke(Failure),
+    Broke,
     /// Another worker, another boot or retire took it over.
     Left,
     /// The database failed for too long.
@@ -52,7 +52,7 @@ impl Cursor {
     pub(crate) fn note(&mut self, delivered: Delivered) {
         match delivered {
             Delivered::At(position) | Delivered::Elsewhere(position) => self.position = position,
-            Delivered::Broke(failure) => self.state = CursorState::Broke(failure),
+            Delivered::Broke => self.state = CursorState::Broke,
             Delivered::Left => self.state = CursorState::Left,
             Delivered::GaveUp(error) => self.state = CursorState::GaveUp(error),
         }

@@ -50,7 +50,7 @@ pub(crate) enum Delivered {
     /// It stands where this batch does not begin: somebody else moved it. Go on from here.
     Elsewhere(Position),
     /// It broke, and stands just before the event that it failed on.
-    Broke(Failure),
+    Broke,
     /// Transient failures outlasted [`Limits::patience`]; it stands where it stood.
     GaveUp(String),
     /// It has left this stage: another worker broke it, another boot handed it over, it was retired.
@@ -194,7 +194,7 @@ impl Engine {
                         host = failure.host,
                         "projector broken"
                     );
-                    return Delivered::Broke(failure);
+                    return Delivered::Broke;
                 }
                 Ok(Some(entry)) if stage.plays(&entry.status) => return Delivered::Elsewhere(entry.position),
                 Ok(_) => return Delivered::Left,

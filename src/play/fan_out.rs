@@ -56,7 +56,7 @@ impl Worker {
                     self.stragglers.leave(&self.engine, projector, cursor.position);
                 }
             }
-            broken += u64::from(matches!(cursor.state, CursorState::Broke(_)));
+            broken += u64::from(matches!(cursor.state, CursorState::Broke));
         }
         Ok(broken)
     }

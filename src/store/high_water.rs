@@ -184,7 +184,7 @@ impl EventStore {
         for chunk in positions.chunks(FILL_CHUNK) {
             let mut insert = QueryBuilder::new(FILL);
             insert.push_values(chunk, |mut row, &position| {
-                row.push_bind(position).push_bind(TOMBSTONE).push_bind(position).push_bind(TOMBSTONE).push("'{}'");
+                row.push(position).push_bind(TOMBSTONE).push(position).push_bind(TOMBSTONE).push("'{}'");
             });
             match insert.build().persistent(false).execute(&mut *connection).await {
                 Ok(_) => tracing::debug!(first = chunk[0], positions = chunk.len(), "filled holes left by rollbacks"),
