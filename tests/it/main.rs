@@ -4,3 +4,5 @@
 mod support;
 
 mod story;
+
+mod receipt;

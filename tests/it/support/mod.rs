@@ -1,6 +1,7 @@
 //! A world for each test: a database and a queue of its own, on the real parts.
 
 mod faulty_queue;
+mod folder;
 mod process;
 mod tally;
 
@@ -16,7 +17,8 @@ use projectionist::{
 };
 
 pub use faulty_queue::{Faults, FaultyQueue};
-pub use process::{Finished, Running};
+pub use folder::Folder;
+pub use process::{Finished, Piped, Running};
 pub use tally::{Hook, Tally};
 
 /// Longer than anything here takes on a busy machine; reaching it is a failure.
