@@ -5,4 +5,5 @@ mod support;
 
 mod story;
 
+mod declared;
 mod receipt;

@@ -297,7 +297,7 @@ async fn three_models_are_the_fold_of_generated_events() {
 }
 
 /// The seed of a test's dice: TEST_SEED, or a new one. Shown with the output of a test that fails.
-fn seed() -> u64 {
+pub fn seed() -> u64 {
     let seed =
         std::env::var("TEST_SEED").ok().map_or_else(|| fastrand::u64(..), |seed| seed.parse().expect("a number"));
     eprintln!("to repeat: TEST_SEED={seed}");
