@@ -5,5 +5,6 @@ mod support;
 
 mod story;
 
+mod command_line;
 mod declared;
 mod receipt;

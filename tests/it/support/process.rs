@@ -104,14 +104,7 @@ impl World {
 
     /// Runs it to its end, with this on its standard input.
     pub async fn run_with(&self, arguments: &[&str], input: &[u8]) -> Finished {
-        let mut child = self.command(arguments).stdin(Stdio::piped()).spawn().expect("the binary starts");
-        let mut stdin = child.stdin.take().expect("piped");
-        let input = input.to_vec();
-        // It may well stop reading before the end.
-        tokio::spawn(async move {
-            let _ = stdin.write_all(&input).await;
-        });
-        Running::of(child).finish().await
+        Running::spawn_with(self.command(arguments), input).finish().await
     }
 
     /// Starts it.
@@ -147,6 +140,18 @@ impl Running {
     /// Starts a command that may be any.
     pub fn spawn(mut command: Command) -> Self {
         Running::of(command.kill_on_drop(true).spawn().expect("it starts"))
+    }
+
+    /// Starts a command, with this on its standard input.
+    pub fn spawn_with(mut command: Command, input: &[u8]) -> Self {
+        let mut child = command.stdin(Stdio::piped()).kill_on_drop(true).spawn().expect("it starts");
+        let mut stdin = child.stdin.take().expect("piped");
+        let input = input.to_vec();
+        // It may well stop reading before the end.
+        tokio::spawn(async move {
+            let _ = stdin.write_all(&input).await;
+        });
+        Running::of(child)
     }
 
     fn of(mut child: Child) -> Self {
