@@ -9,3 +9,7 @@ mod convoy;
 mod grants;
 mod log;
 mod story;
+
+mod command_line;
+mod declared;
+mod receipt;
