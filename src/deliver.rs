@@ -81,10 +81,18 @@ impl Engine {
     async fn attempt(&self, projector: &Registered, stage: Stage, mut batch: Batch<'_>) -> Result<Delivered, Failed> {
         let began = Instant::now();
         let mut attempt = 1;
+        let mut timed_out = false;
         loop {
             match apply::apply(&self.database, projector, stage, batch, self.limits.handler_timeout).await {
                 Ok(()) => return Ok(Delivered::At(batch.through)),
                 Err(ApplyError::Projector(error)) => return Err(Failed { error, attempts: attempt }),
+                // The first may be the network's fault: on a connection of its own, the second is not.
+                Err(ApplyError::TimedOut(error)) if timed_out => return Err(Failed { error, attempts: attempt }),
+                Err(ApplyError::TimedOut(error)) => {
+                    timed_out = true;
+                    attempt += 1;
+                    warn!(projector = %projector.id, position = batch.after.get(), error = tell(&error), "trying once more");
+                }
                 Err(ApplyError::Claim(entry)) => match without_claim(entry.as_ref(), stage, batch) {
                     Ok(rest) => batch = rest,
                     Err(delivered) => return Ok(delivered),

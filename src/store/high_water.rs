@@ -9,7 +9,7 @@ use std::time::Duration;
 use sqlx::QueryBuilder;
 
 use super::EventStore;
-use crate::database::Flavor;
+use crate::database::{Flavor, answered};
 use crate::error::server_error;
 use crate::event::{Position, TOMBSTONE};
 
@@ -154,7 +154,7 @@ impl EventStore {
     }
 
     async fn visible_above(&self, mark: Position) -> Result<Vec<u64>, sqlx::Error> {
-        sqlx::query_scalar(VISIBLE).bind(mark.get()).bind(PAGE).fetch_all(&self.database.pool).await
+        answered(sqlx::query_scalar(VISIBLE).bind(mark.get()).bind(PAGE).fetch_all(&self.database.pool)).await
     }
 
     /// Whether a writer that is still undecided holds a position in this range.
@@ -163,9 +163,8 @@ impl EventStore {
             Flavor::MySql => (PROBE_MYSQL, 3572),
             Flavor::MariaDb => (PROBE_MARIADB, 1205),
         };
-        let probed: Result<i64, _> =
-            sqlx::query_scalar(probe).bind(range.start()).bind(range.end()).fetch_one(&self.database.pool).await;
-        match probed {
+        let probed = sqlx::query(probe).bind(range.start()).bind(range.end()).fetch_one(&self.database.pool);
+        match answered(probed).await {
             Ok(_) => Ok(false),
             Err(error) if server_error(&error) == Some(locked) => Ok(true),
             Err(error) => Err(error),
@@ -186,7 +185,7 @@ impl EventStore {
             insert.push_values(chunk, |mut row, &position| {
                 row.push(position).push_bind(TOMBSTONE).push(position).push_bind(TOMBSTONE).push("'{}'");
             });
-            match insert.build().persistent(false).execute(&mut *connection).await {
+            match answered(insert.build().persistent(false).execute(&mut *connection)).await {
                 Ok(_) => tracing::debug!(first = chunk[0], positions = chunk.len(), "filled holes left by rollbacks"),
                 // In flight after all: it was inserted between the probe and the fill.
                 Err(error) if matches!(server_error(&error), Some(1205 | 1213)) => {
