@@ -6,6 +6,7 @@ mod support;
 mod alerts;
 mod audit;
 mod convoy;
+mod deploy;
 mod grants;
 mod log;
 mod story;
