@@ -8,8 +8,8 @@ use futures_util::FutureExt;
 use sqlx::Connection;
 use tokio::time::timeout;
 
-use crate::database::{Database, answered};
-use crate::error::{caused_by_transient, is_transient, server_error};
+use crate::database::Database;
+use crate::error::{caused_by_transient, database_error, is_transient, server_error};
 use crate::event::{Event, Position};
 use crate::ledger::{self, Entry, Locked};
 use crate::lifecycle::Stage;
@@ -78,7 +78,7 @@ pub(crate) async fn apply(
         sqlx::raw_sql(SAVEPOINT).execute(&mut *transaction).await?;
         Ok((transaction, locked))
     };
-    let (mut transaction, Some(Locked { entry, session })) = answered(begin).await? else {
+    let (mut transaction, Some(Locked { entry, session })) = database.answered(begin).await? else {
         return Err(ApplyError::Claim(None));
     };
     if !claim_holds(&entry, stage, batch.after) {
@@ -107,12 +107,15 @@ pub(crate) async fn apply(
             }
         };
         if let Err(error) = handled {
+            if let Some(error) = database_error(&error) {
+                database.distrust(error);
+            }
             return Err(match caused_by_transient(&error) {
                 true => ApplyError::Transient(error),
                 false => ApplyError::Projector(error),
             });
         }
-        if let Err(error) = answered(sqlx::raw_sql(RELEASE).execute(&mut *transaction)).await {
+        if let Err(error) = database.answered(sqlx::raw_sql(RELEASE).execute(&mut *transaction)).await {
             return Err(match server_error(&error) {
                 Some(1305) => ApplyError::Projector(anyhow!(
                     "the handler committed the transaction, by itself or by a statement that does so (such as DDL): \
@@ -130,7 +133,7 @@ pub(crate) async fn apply(
         }
         Ok(has_moved)
     };
-    match answered(commit).await? {
+    match database.answered(commit).await? {
         true => Ok(()),
         false => Err(ApplyError::Claim(Some(entry))),
     }

@@ -3,15 +3,16 @@
 use std::borrow::Cow;
 use std::future::Future;
 use std::str::FromStr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sqlx::migrate::{Migration, MigrationType, Migrator};
 use sqlx::mysql::{MySqlConnectOptions, MySqlPoolOptions};
 use sqlx::pool::PoolConnection;
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor, MySql, MySqlPool, SqlSafeStr};
+use tokio::sync::watch;
 use tokio::time::timeout;
 
-use crate::error::{Error, server_error};
+use crate::error::{Error, is_read_only, server_error};
 
 /// Under repeatable read the probe of a hole takes gap locks that block writers, and a long transaction
 /// would not see what has been committed since it began. (That time is UTC, sqlx sees to.)
@@ -28,6 +29,8 @@ const MIGRATIONS_TABLE: &str = "projectionist_migrations";
 pub struct Database {
     pub(crate) pool: MySqlPool,
     pub(crate) flavor: Flavor,
+    /// When a connection last turned out to lead to a server that is read-only.
+    distrusted: watch::Sender<Option<Instant>>,
 }
 
 /// What differs between the servers is decided by this.
@@ -39,18 +42,6 @@ pub(crate) enum Flavor {
 
 /// Above the 50 s that a server waits for a row's lock by default: what takes longer is not slow, but cut off.
 const ANSWER_WITHIN: Duration = Duration::from_secs(60);
-
-/// Waits for an answer, but not for ever: a connection whose other end has gone without a word would be waited on until
-/// the kernel gives it up, which may be hours. It is an error like any other lost connection.
-pub(crate) async fn answered<T>(asking: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, sqlx::Error> {
-    match timeout(ANSWER_WITHIN, asking).await {
-        Ok(answer) => answer,
-        Err(_) => Err(sqlx::Error::Io(std::io::Error::new(
-            std::io::ErrorKind::TimedOut,
-            format!("the database did not answer within {} s", ANSWER_WITHIN.as_secs()),
-        ))),
-    }
-}
 
 impl Database {
     /// Connects and checks the server. The pool holds at most `connections`.
@@ -73,13 +64,43 @@ impl Database {
             Err(_) => return Err(out_of_reach(&at, &sqlx::Error::PoolTimedOut)),
         };
         check_increment(&at, increment)?;
+        let distrusted = watch::Sender::new(None);
+        let is_older = distrusted.subscribe();
         let pool = MySqlPoolOptions::new()
+            .before_acquire(move |_, about| {
+                let was_open_then = is_older.borrow().is_some_and(|since: Instant| about.age > since.elapsed());
+                Box::pin(async move { Ok(!was_open_then) })
+            })
             .max_connections(connections)
             .acquire_timeout(patience)
             .after_connect(|connection, _| Box::pin(async move { connection.execute(SESSION).await.map(|_| ()) }))
             .connect_lazy_with(options);
         let flavor = if version.contains("MariaDB") { Flavor::MariaDb } else { Flavor::MySql };
-        Ok(Database { pool, flavor })
+        Ok(Database { pool, flavor, distrusted })
+    }
+
+    /// Waits for an answer, but not for ever: a connection whose other end has gone without a word would be waited on until
+    /// the kernel gives it up, which may be hours. It is an error like any other lost connection.
+    pub(crate) async fn answered<T>(
+        &self,
+        asking: impl Future<Output = Result<T, sqlx::Error>>,
+    ) -> Result<T, sqlx::Error> {
+        let answer = timeout(ANSWER_WITHIN, asking).await.unwrap_or_else(|_| {
+            let silence = format!("the database did not answer within {} s", ANSWER_WITHIN.as_secs());
+            Err(sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, silence)))
+        });
+        if let Err(error) = &answer {
+            self.distrust(error);
+        }
+        answer
+    }
+
+    /// After a failover the former primary lives on, read-only, and our connections with it. Once one of them says so,
+    /// none that is as old is used again: new ones lead to where the name leads now.
+    pub(crate) fn distrust(&self, error: &sqlx::Error) {
+        if is_read_only(error) {
+            self.distrusted.send_replace(Some(Instant::now()));
+        }
     }
 
     /// Creates or upgrades the tables. Harmless to repeat, and safe from several hosts at once.

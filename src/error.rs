@@ -78,9 +78,19 @@ pub(crate) fn is_transient(error: &sqlx::Error) -> bool {
     }
 }
 
+/// Whether the server does not write, as a former primary after a failover.
+pub(crate) fn is_read_only(error: &sqlx::Error) -> bool {
+    matches!(server_error(error), Some(1290 | 1836))
+}
+
+/// The database's error in what a handler returned, somewhere in its chain of causes.
+pub(crate) fn database_error(error: &anyhow::Error) -> Option<&sqlx::Error> {
+    error.chain().find_map(|cause| cause.downcast_ref::<sqlx::Error>())
+}
+
 /// [`is_transient`], for what a handler returned: somewhere in its chain of causes.
 pub(crate) fn caused_by_transient(error: &anyhow::Error) -> bool {
-    error.chain().filter_map(|cause| cause.downcast_ref::<sqlx::Error>()).any(is_transient)
+    database_error(error).is_some_and(is_transient)
 }
 
 /// An error with its causes, each once: some repeat their cause in their own words.

@@ -8,7 +8,6 @@
 use sqlx::mysql::MySqlConnection;
 
 use super::EventStore;
-use crate::database::answered;
 use crate::event::Position;
 
 const SUM: &str = "select count(*), cast(coalesce(bit_xor(cast(conv(left(sha2(concat(position, ':', event_id), 256), 16), \
@@ -54,7 +53,7 @@ impl EventStore {
     /// process may have raised it meanwhile.
     pub(super) async fn raise(&self, from: Position, to: Position) -> Result<Position, sqlx::Error> {
         let mut connection = self.database.acquire().await?;
-        let sum = sum(&mut connection, from, to).await?;
+        let sum = self.sum(&mut connection, from, to).await?;
         if sum.rows != to.since(from) {
             // Proved a moment ago, and gone: nobody may pass over this.
             tracing::error!(
@@ -67,7 +66,7 @@ impl EventStore {
             return Ok(from);
         }
         let raise = sqlx::query(RAISE).bind(to.get()).bind(sum.rows).bind(sum.bits).bind(from.get());
-        let raised = answered(raise.execute(&mut *connection)).await?;
+        let raised = self.database.answered(raise.execute(&mut *connection)).await?;
         match raised.rows_affected() {
             0 => Ok(self.marks().await?.high_water),
             _ => Ok(to),
@@ -85,7 +84,7 @@ impl EventStore {
         let mut after = Position::START;
         while after < high_water {
             let through = high_water.min(Position::new(after.get() + AUDIT_STEP));
-            let sum = sum(&mut connection, after, through).await?;
+            let sum = self.sum(&mut connection, after, through).await?;
             if sum.rows != through.since(after) && missing.len() < MOST_NAMED {
                 let present: Vec<u64> = sqlx::query_scalar(PRESENT)
                     .bind(after.get())
@@ -100,12 +99,17 @@ impl EventStore {
         }
         Ok(LogAudit { high_water, rows: found.rows, missing, is_unchanged: found == recorded })
     }
-}
 
-async fn sum(connection: &mut MySqlConnection, after: Position, through: Position) -> Result<Fingerprint, sqlx::Error> {
-    let (rows, bits): (i64, u64) =
-        answered(sqlx::query_as(SUM).bind(after.get()).bind(through.get()).fetch_one(connection)).await?;
-    Ok(Fingerprint { rows: rows.unsigned_abs(), bits })
+    async fn sum(
+        &self,
+        connection: &mut MySqlConnection,
+        after: Position,
+        through: Position,
+    ) -> Result<Fingerprint, sqlx::Error> {
+        let sum = sqlx::query_as(SUM).bind(after.get()).bind(through.get());
+        let (rows, bits): (i64, u64) = self.database.answered(sum.fetch_one(connection)).await?;
+        Ok(Fingerprint { rows: rows.unsigned_abs(), bits })
+    }
 }
 
 /// The positions in (`after`, `through`] that are not among those present, which are in order.

@@ -9,7 +9,7 @@ use std::time::Duration;
 use sqlx::QueryBuilder;
 
 use super::EventStore;
-use crate::database::{Flavor, answered};
+use crate::database::Flavor;
 use crate::error::server_error;
 use crate::event::{Position, TOMBSTONE};
 
@@ -154,7 +154,9 @@ impl EventStore {
     }
 
     async fn visible_above(&self, mark: Position) -> Result<Vec<u64>, sqlx::Error> {
-        answered(sqlx::query_scalar(VISIBLE).bind(mark.get()).bind(PAGE).fetch_all(&self.database.pool)).await
+        self.database
+            .answered(sqlx::query_scalar(VISIBLE).bind(mark.get()).bind(PAGE).fetch_all(&self.database.pool))
+            .await
     }
 
     /// Whether a writer that is still undecided holds a position in this range.
@@ -164,7 +166,7 @@ impl EventStore {
             Flavor::MariaDb => (PROBE_MARIADB, 1205),
         };
         let probed = sqlx::query(probe).bind(range.start()).bind(range.end()).fetch_one(&self.database.pool);
-        match answered(probed).await {
+        match self.database.answered(probed).await {
             Ok(_) => Ok(false),
             Err(error) if server_error(&error) == Some(locked) => Ok(true),
             Err(error) => Err(error),
@@ -185,7 +187,7 @@ impl EventStore {
             insert.push_values(chunk, |mut row, &position| {
                 row.push(position).push_bind(TOMBSTONE).push(position).push_bind(TOMBSTONE).push("'{}'");
             });
-            match answered(insert.build().persistent(false).execute(&mut *connection)).await {
+            match self.database.answered(insert.build().persistent(false).execute(&mut *connection)).await {
                 Ok(_) => tracing::debug!(first = chunk[0], positions = chunk.len(), "filled holes left by rollbacks"),
                 // In flight after all: it was inserted between the probe and the fill.
                 Err(error) if matches!(server_error(&error), Some(1205 | 1213)) => {

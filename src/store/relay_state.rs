@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use super::EventStore;
-use crate::database::answered;
 use crate::event::Position;
 
 /// Taken where it is free, expired, or ours. By the database's clock, so that the hosts' need not agree.
@@ -30,6 +29,9 @@ impl EventStore {
 
     /// Notes that everything up to here has been sent.
     pub(crate) async fn set_published(&self, position: Position) -> Result<(), sqlx::Error> {
-        answered(sqlx::query(PUBLISHED).bind(position.get()).execute(&self.database.pool)).await.map(|_| ())
+        self.database
+            .answered(sqlx::query(PUBLISHED).bind(position.get()).execute(&self.database.pool))
+            .await
+            .map(|_| ())
     }
 }

@@ -2,6 +2,7 @@
 
 use projectionist::sqlx;
 
+use crate::failover::lock_out_restricted_users;
 use crate::support::{World, execute, is_mariadb};
 
 /// What the README lists: a command, and what its user needs on our tables. What the projectors' own statements
@@ -63,6 +64,8 @@ async fn run_as_granted(world: &World, command: &str, arguments: &[&str], input:
 #[tokio::test]
 async fn each_command_does_its_work_with_no_more_than_the_grants_of_the_readme() {
     let world = World::new().await;
+    let mut admin = world.connection().await;
+    lock_out_restricted_users(&mut admin).await;
     for table in ["events", "event_log", "projectors", "projectionist_migrations"] {
         world.execute(&format!("drop table {table}")).await;
     }

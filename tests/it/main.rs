@@ -7,6 +7,7 @@ mod alerts;
 mod audit;
 mod convoy;
 mod deploy;
+mod failover;
 mod grants;
 mod log;
 mod story;
