@@ -342,7 +342,7 @@ async fn boot_with_kills(system: &System, folder: &Folder, projectors: &[&str], 
         }
         some_moment(dice, 60).await;
         assert!(
-            boot.into_inner().is_struck_down().await,
+            boot.into_inner().strike_down().await,
             "boot ended before it was killed {kills} times: it needs more work"
         );
         let mut is_booting = true;
@@ -376,10 +376,10 @@ impl<'a> Battered<'a> {
             eventually("the worker moves a projector", async || self.system.progress(&OLD).await > before).await;
             some_moment(dice, 100).await;
             let play = start(&self.system.world, &PLAY, self.folder);
-            assert!(std::mem::replace(&mut self.play, play).is_struck_down().await, "the worker was running");
+            assert!(std::mem::replace(&mut self.play, play).strike_down().await, "the worker was running");
             if number % 3 == 0 {
                 let relay = self.system.world.start(&RELAY);
-                assert!(std::mem::replace(&mut self.relay, relay).is_struck_down().await, "the relay was running");
+                assert!(std::mem::replace(&mut self.relay, relay).strike_down().await, "the relay was running");
             }
         }
     }

@@ -174,15 +174,10 @@ impl Running {
         matches!(self.child.try_wait(), Ok(None))
     }
 
-    /// SIGKILL, and whether that was its end: it may have come to another just before.
-    pub async fn is_struck_down(mut self) -> bool {
+    /// SIGKILL: it has no time for anything. Says whether that was its end: it may have come to another just before.
+    pub async fn strike_down(mut self) -> bool {
         let _ = self.child.start_kill();
         self.child.wait().await.expect("it ended").signal() == Some(9)
-    }
-
-    /// SIGKILL: it has no time for anything.
-    pub async fn kill(mut self) {
-        self.child.kill().await.expect("it was running");
     }
 
     /// SIGTERM, and what it left.
