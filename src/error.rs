@@ -17,18 +17,22 @@ pub enum Error {
     /// The database or the queue is out of reach: exit code 3.
     #[error("{0}")]
     OutOfReach(String),
+    /// A signal ended it before its end: exit code 143, as of a process that the signal kills.
+    #[error("interrupted; run it again, it goes on where it stopped")]
+    Interrupted,
     /// The database refused a statement of ours: exit code 3 if trying again may help, else 2.
     #[error("{}", explain(.0))]
     Database(#[from] sqlx::Error),
 }
 
 impl Error {
-    /// 1 a projector failed (or an audit found a fault), 2 usage, configuration or input, 3 database or queue out of reach.
+    /// 1 a projector failed (or an audit found a fault), 2 usage, configuration or input, 3 database or queue out of reach, 143 interrupted.
     pub fn exit_code(&self) -> ExitCode {
         ExitCode::from(match self {
             Error::Projector(_) | Error::Fault(_) => 1,
             Error::Input(_) => 2,
             Error::OutOfReach(_) => 3,
+            Error::Interrupted => 143,
             Error::Database(error) if is_transient(error) => 3,
             Error::Database(_) => 2,
         })

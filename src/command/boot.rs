@@ -8,8 +8,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use tracing::info;
 
-use super::say;
 use super::status::FailureReport;
+use super::{say, shutdown_signal};
 use crate::boot::{BootProgress, BootReport, Booted, boot};
 use crate::config::Config;
 use crate::error::Error;
@@ -51,9 +51,17 @@ struct ProjectorOutcome<'a> {
 impl Boot {
     pub(super) async fn run(self, config: &Config, registry: Registry) -> Result<(), Error> {
         let registry = config.some_registry(registry)?;
-        let database = config.database().await?;
         let mut display = Display::new();
-        let report = boot(&database, &registry, config.boot_limits(), |progress| display.show(progress)).await;
+        // The first process of a container has no default for a signal: it has to listen, or be killed.
+        let shutdown = shutdown_signal()?;
+        let booting = async {
+            let database = config.database().await?;
+            boot(&database, &registry, config.boot_limits(), |progress| display.show(progress)).await
+        };
+        let report = tokio::select! {
+            report = booting => report,
+            () = shutdown => Err(Error::Interrupted),
+        };
         display.end();
         let report = report?;
 

@@ -150,12 +150,18 @@ impl Worker {
 
     async fn run(&mut self, shutdown: impl Future<Output = ()>) {
         let mut shutdown = pin!(shutdown);
+        // So that what stands still now is known from the first poll on.
+        tokio::select! {
+            biased;
+            () = &mut shutdown => return,
+            () = self.reconcile() => {}
+        }
         loop {
             let queue = Arc::clone(&self.queue);
             let received = tokio::select! {
                 biased;
                 () = &mut shutdown => return,
-                received = queue.receive(self.settings.receive_wait) => received,
+                received = queue.receive(self.wait()) => received,
             };
             let received = match received {
                 Ok(received) => {
@@ -199,6 +205,17 @@ impl Worker {
                     return;
                 }
             }
+        }
+    }
+
+    /// How long to wait for a message. While somebody stands still below the mark, not beyond the moment at which the
+    /// queue has to be taken for empty: a poll that another worker abandoned, when it was stopped, may have taken
+    /// messages with it.
+    fn wait(&self) -> Duration {
+        let PlaySettings { receive_wait, reconcile_after, .. } = self.settings;
+        match self.reconcile.has_suspects() {
+            true => receive_wait.min(reconcile_after),
+            false => receive_wait,
         }
     }
 

@@ -26,6 +26,11 @@ impl Reconcile {
         now.duration_since(*self.last.get_or_insert(now)) >= AT_LEAST_EVERY
     }
 
+    /// Whether anybody stood still below the mark at the last comparison.
+    pub(super) fn has_suspects(&self) -> bool {
+        !self.standing.is_empty()
+    }
+
     /// Takes note of where the live projectors stand, and says which have stood still below the mark for
     /// longer than `after`. One that moves is being fed: the queue explains its lag.
     pub(crate) fn overdue(

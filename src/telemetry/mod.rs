@@ -63,6 +63,13 @@ pub(crate) fn start(format: LogFormat, filter: &str, alert_url: Option<&str>) ->
     };
     let (webhook, poster) = alert_url.map(webhook::start).transpose()?.unzip();
     let webhook = webhook.map(|webhook| webhook.with_filter(LevelFilter::WARN));
+    if format.is_json() {
+        // A handler's panic is caught and told, but the default would print lines that are no JSON before that.
+        std::panic::set_hook(Box::new(|panic| {
+            let place = panic.location().map(ToString::to_string);
+            tracing::error!(place, "{}", panic.payload_as_str().unwrap_or("a panic without a message"));
+        }));
+    }
     // A team's binary may have a subscriber of its own: then its logs are the right ones.
     let _ = tracing_subscriber::registry().with(logs.with_filter(filter)).with(webhook).try_init();
     Ok(Telemetry { _poster: poster })

@@ -42,7 +42,10 @@ async fn a_slow_projector_holds_up_no_other_and_comes_back() {
     gate.open();
     eventually("the slow one is at the end", || async { world.position("a_slow_one").await == 80 }).await;
     world.append(40).await;
-    eventually("and in the convoy again", || async { world.position("a_slow_one").await == 120 }).await;
+    eventually("and in the convoy again", || async {
+        (world.position("a_slow_one").await, world.position("quick").await) == (120, 120)
+    })
+    .await;
     playing.stop().await;
     world.assert_complete(&slow).await;
     world.assert_complete(&quick).await;
@@ -81,6 +84,7 @@ async fn a_projector_that_is_far_behind_catches_up_beside_the_others() {
     assert!(world.position("behind").await <= 100, "it stands before the gate");
     gate.open();
     eventually("it comes to the end", || async { world.position("behind").await == 410 }).await;
+    assert_eq!(world.position("quick").await, 410);
     playing.stop().await;
     world.assert_complete(&behind).await;
     world.assert_complete(&quick).await;

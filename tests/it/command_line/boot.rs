@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::{failing_at, tallied, tally, tally_with};
-use crate::support::{Folder, World};
+use crate::support::{Folder, World, eventually};
 
 fn outcome(booted: &Value, index: usize) -> Value {
     let of = &booted["projectors"][index];
@@ -116,4 +116,24 @@ async fn boot_needs_the_database_only() {
     }
     crate::support::Running::spawn(command).finish().await.exits(0);
     assert_eq!(world.status("a").await, "live");
+}
+
+#[tokio::test]
+async fn a_boot_that_is_stopped_by_a_signal_says_so_and_goes_on_where_it_stopped() {
+    let world = World::new().await;
+    world.append(200).await;
+    // Slow enough to be met in the middle: 20 ms for each event.
+    let folder =
+        Folder::new().with("1.toml", &tally_with("slow", "mode = 'from_beginning'", ":position + sleep(0.02)"));
+    let boot = ["boot", "--batch=10", "--projectors", folder.path()];
+    let booting = world.start(&boot);
+    eventually("it is on its way", || async { world.entry("slow").await.is_some_and(|slow| slow.position.get() > 20) })
+        .await;
+    booting.terminate().await.exits(143).says(&["interrupted", "goes on where it stopped"]);
+    let stopped_at = world.position("slow").await;
+    assert!((21..200).contains(&stopped_at), "{stopped_at}");
+    assert_eq!(tallied(&world, "slow").await, (1..=stopped_at).collect::<Vec<_>>());
+
+    world.run(&boot).await.exits(0);
+    assert_eq!(tallied(&world, "slow").await, (1..=200).collect::<Vec<_>>());
 }
