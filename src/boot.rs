@@ -19,7 +19,7 @@ use crate::registry::{Registered, Registry};
 
 /// A round that was longer than a batch is followed by another, so that projectors go live fresh; but
 /// against a log that grows as fast as they replay, the handoff need not wait for ever: the queue feeds them.
-const MOST_ROUNDS_FOR_FRESHNESS: u32 = 20;
+pub(crate) const MOST_ROUNDS_FOR_FRESHNESS: u32 = 20;
 
 /// What boot did.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -193,16 +193,14 @@ impl Boot<'_> {
     async fn release(&self, cursors: &mut [Cursor], target: Position, is_first: bool) -> Result<(), Error> {
         for cursor in cursors.iter_mut().filter(|cursor| cursor.is_running()) {
             let projector = &cursor.projector;
-            let released = match projector.mode {
+            let row = match projector.mode {
                 Mode::Once => self.finish(projector, target).await?,
                 Mode::FromBeginning | Mode::FromNow => {
                     let oldest = oldest_queued(self.registry, &self.engine.ledger.entries().await?, target);
                     self.engine.hand_over(projector, oldest).await?
                 }
             };
-            if released {
-                cursor.state = CursorState::Left;
-            }
+            cursor.note_row(row.as_ref());
         }
         if is_first && cursors.iter().any(|cursor| cursor.projector.mode != Mode::Once) {
             // Nobody awaits anything below: the queue need not carry the history of the log.
@@ -211,15 +209,15 @@ impl Boot<'_> {
         Ok(())
     }
 
-    /// Finishes a projector of mode once, if it still stands at or beyond the mark of this round.
-    async fn finish(&self, projector: &Registered, target: Position) -> Result<bool, LedgerError> {
+    /// Finishes a projector of mode once, if it still stands at or beyond the mark of this round; returns its
+    /// row as it is afterwards.
+    async fn finish(&self, projector: &Registered, target: Position) -> Result<Option<Entry>, LedgerError> {
         let still = |entry: &Entry| has_reached(entry, target);
         let entry = self.engine.ledger.step(&projector.id, Step::Finish, still).await?;
-        let finished = entry.is_some_and(|entry| entry.status == Status::Finished);
-        if finished {
+        if entry.as_ref().is_some_and(|entry| entry.status == Status::Finished) {
             info!(projector = %projector.id, position = target.get(), "finished");
         }
-        Ok(finished)
+        Ok(entry)
     }
 
     /// Marks as stalled what this boot did not come to the end with, because another broke.

@@ -11,6 +11,7 @@ use crate::apply::Batch;
 use crate::deliver::{Delivered, Engine};
 use crate::error::is_transient;
 use crate::event::Position;
+use crate::ledger::Entry;
 use crate::lifecycle::Stage;
 use crate::registry::Registered;
 use crate::retry;
@@ -55,6 +56,15 @@ impl Cursor {
             Delivered::Broke => self.state = CursorState::Broke,
             Delivered::Left => self.state = CursorState::Left,
             Delivered::GaveUp(error) => self.state = CursorState::GaveUp(error),
+        }
+    }
+
+    /// Takes note of its row after an attempt to release it from boot: boot goes on with what is still its own,
+    /// from where that stands, and lets go of what went live, was retired or is no more.
+    pub(crate) fn note_row(&mut self, entry: Option<&Entry>) {
+        match entry.filter(|entry| Stage::Boot.plays(&entry.status)) {
+            Some(entry) => self.position = entry.position,
+            None => self.state = CursorState::Left,
         }
     }
 

@@ -34,6 +34,10 @@ mod command;
 mod config;
 mod telemetry;
 
+// — the model of all this, and what it must never do —
+#[cfg(test)]
+mod simulation;
+
 pub use async_trait::async_trait;
 pub use sqlx;
 

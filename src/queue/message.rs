@@ -117,7 +117,8 @@ impl<'a> Wire<'a> {
             metadata: event.metadata.as_deref().map(serde_json::from_str).transpose().ok()?,
         };
         let text = serde_json::to_string(&wire).ok()?;
-        (!text.contains(['\u{fffe}', '\u{ffff}'])).then_some(text)
+        // One by one: a search for a single character goes by memchr, one for either of two does not.
+        (!text.contains('\u{fffe}') && !text.contains('\u{ffff}')).then_some(text)
     }
 
     fn into_event(self) -> Event {

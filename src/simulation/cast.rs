@@ -1,0 +1,100 @@
+//! Who plays: the projectors, and the releases that know some of them.
+
+use crate::event::Event;
+use crate::projector::{EventTypes, Mode, Projector, ProjectorId};
+use crate::registry::Registry;
+
+/// The two event types; half of the projectors want only the second.
+pub(super) const TYPES: [&str; 2] = ["Opened", "Closed"];
+
+/// A projector, as far as the engine asks. What it does with an event is the simulation's matter.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Actor {
+    pub(super) name: &'static str,
+    pub(super) version: u32,
+    pub(super) mode: Mode,
+    pub(super) only_closed: bool,
+    pub(super) side_effects: bool,
+}
+
+const fn actor(name: &'static str, version: u32, mode: Mode, only_closed: bool, side_effects: bool) -> Actor {
+    Actor { name, version, mode, only_closed, side_effects }
+}
+
+pub(super) const ACTORS: [Actor; 6] = [
+    actor("all", 1, Mode::FromBeginning, false, false),
+    actor("closed", 1, Mode::FromBeginning, true, false),
+    actor("mails", 1, Mode::FromNow, false, true),
+    actor("closed", 2, Mode::FromBeginning, true, false),
+    actor("import", 1, Mode::Once, false, false),
+    actor("recent", 1, Mode::FromNow, true, false),
+];
+
+/// Who is in which release, in the order of its registry.
+const RELEASES: [&[usize]; 3] = [&[0, 1, 2], &[0, 3, 2, 4], &[5, 3, 0, 4]];
+
+/// Which release; rolling back means to a lower one.
+pub(super) type Release = usize;
+
+pub(super) const RELEASE_COUNT: usize = RELEASES.len();
+
+#[crate::async_trait]
+impl Projector for Actor {
+    fn name(&self) -> &str {
+        self.name
+    }
+
+    fn version(&self) -> u32 {
+        self.version
+    }
+
+    fn mode(&self) -> Mode {
+        self.mode
+    }
+
+    fn event_types(&self) -> EventTypes {
+        match self.only_closed {
+            true => EventTypes::only([TYPES[1]]),
+            false => EventTypes::All,
+        }
+    }
+
+    fn has_side_effects(&self) -> bool {
+        self.side_effects
+    }
+
+    async fn handle(&self, _: &Event, _: &mut sqlx::MySqlConnection) -> anyhow::Result<()> {
+        unreachable!("there is no database here")
+    }
+}
+
+/// The registries of all releases.
+pub(super) fn releases() -> Vec<Registry> {
+    let registry = |actors: &[usize]| {
+        let mut registry = Registry::new();
+        for &actor in actors {
+            registry.add(ACTORS[actor]).expect("names and versions of their own");
+        }
+        registry
+    };
+    RELEASES.iter().map(|actors| registry(actors)).collect()
+}
+
+/// The number of a projector in the cast.
+pub(super) fn number(id: &ProjectorId) -> usize {
+    let found = ACTORS.iter().position(|actor| actor.name == id.name && actor.version == id.version);
+    found.expect("every projector is of the cast")
+}
+
+/// Whether a release has this projector.
+pub(super) fn is_in(release: Release, actor: usize) -> bool {
+    RELEASES[release].contains(&actor)
+}
+
+/// Whether a projector's read model holds this event: told apart from the engine's own notion of it.
+pub(super) fn wants(actor: usize, event: &Event) -> bool {
+    match ACTORS[actor].only_closed {
+        true => event.event_type == TYPES[1],
+        false => TYPES.contains(&event.event_type.as_str()),
+    }
+}

@@ -1,0 +1,184 @@
+//! The database, as far as the protocol leans on InnoDB: positions are handed out at insert and before commit,
+//! rows are locked until their transaction ends, what is read is committed, a transaction whose client is gone
+//! holds its locks until the server notices, and a restart takes every open transaction with it.
+
+use std::collections::BTreeMap;
+
+use super::invariants::{self, Claim};
+use super::seen::Seen;
+use super::world::{Tick, World};
+use crate::event::{Event, Position};
+use crate::ledger::Entry;
+use crate::lifecycle::Status;
+
+pub(super) type TransactionId = u64;
+
+#[derive(Default)]
+pub(super) struct Database {
+    /// Table `events`, by position - 1.
+    pub(super) events: Vec<Option<Row>>,
+    /// The auto-increment counter: the next position is one more.
+    pub(super) counter: u64,
+    /// Table `event_log`.
+    pub(super) high_water: Position,
+    pub(super) published: Position,
+    pub(super) lease: Option<(u64, Tick)>,
+    /// Table `projectors`, the oldest first.
+    pub(super) ledger: Vec<LedgerRow>,
+    /// The read models, by number in the cast: the positions of the events that were applied, in order.
+    pub(super) read_models: [Vec<u64>; super::cast::ACTORS.len()],
+    pub(super) open: BTreeMap<TransactionId, Open>,
+    pub(super) last_transaction: TransactionId,
+    /// When the server notices next that a client is gone.
+    pub(super) next_orphan: Option<Tick>,
+    /// Until then it does not answer.
+    pub(super) down_until: Tick,
+    /// Those that were retired with side effects: never to be played again.
+    pub(super) buried: [bool; super::cast::ACTORS.len()],
+}
+
+/// A row of `events`.
+pub(super) struct Row {
+    pub(super) event: Event,
+    /// Who has inserted it and is still undecided; `None`: committed.
+    pub(super) owner: Option<TransactionId>,
+}
+
+/// A row of `projectors`.
+pub(super) struct LedgerRow {
+    pub(super) actor: usize,
+    pub(super) entry: Entry,
+    pub(super) lock: Option<TransactionId>,
+    /// Where it began: what lies at or below is not its matter.
+    pub(super) start: Position,
+    /// The tick at which it went live last.
+    pub(super) live_since: Tick,
+    /// How many events its read model holds, if all is well.
+    pub(super) folded: usize,
+}
+
+/// A transaction that has neither committed nor rolled back.
+#[derive(Default)]
+pub(super) struct Open {
+    /// Rows of `events`.
+    pub(super) inserted: Vec<u64>,
+    /// The row of the ledger that it has locked, and as what it will write it back, if at all.
+    pub(super) locked: Option<usize>,
+    pub(super) written: Option<Entry>,
+    /// What it has put into a read model.
+    pub(super) applied: Vec<u64>,
+    /// By what right it applies events.
+    pub(super) claim: Option<Claim>,
+    /// Its client is gone, and then the server notices.
+    pub(super) orphaned_until: Option<Tick>,
+}
+
+impl Database {
+    pub(super) fn row(&self, position: u64) -> Option<&Row> {
+        self.events.get(position.checked_sub(1)? as usize)?.as_ref()
+    }
+
+    pub(super) fn committed(&self, position: u64) -> Option<&Event> {
+        self.row(position).filter(|row| row.owner.is_none()).map(|row| &row.event)
+    }
+
+    pub(super) fn put(&mut self, position: u64, row: Row) {
+        let index = position as usize - 1;
+        if self.events.len() <= index {
+            self.events.resize_with(index + 1, || None);
+        }
+        self.events[index] = Some(row);
+    }
+
+    pub(super) fn last_visible(&self) -> u64 {
+        (1..=self.events.len() as u64).rev().find(|&position| self.committed(position).is_some()).unwrap_or(0)
+    }
+
+    pub(super) fn ledger_row(&self, actor: usize) -> Option<&LedgerRow> {
+        self.ledger.iter().find(|row| row.actor == actor)
+    }
+
+    pub(super) fn ledger_row_mut(&mut self, actor: usize) -> Option<&mut LedgerRow> {
+        self.ledger.iter_mut().find(|row| row.actor == actor)
+    }
+}
+
+impl World {
+    /// Makes what a transaction has written visible, all at once.
+    pub(super) fn commit(&mut self, id: TransactionId) {
+        let Some(transaction) = self.database.open.remove(&id) else { return };
+        invariants::before_commit(self, &transaction);
+        for &position in &transaction.inserted {
+            if let Some(row) = self.database.events[position as usize - 1].as_mut() {
+                row.owner = None;
+            }
+        }
+        let clock = self.clock;
+        if let Some(actor) = transaction.locked {
+            self.database.read_models[actor].extend(&transaction.applied);
+            if let Some(row) = self.database.ledger_row_mut(actor) {
+                row.lock = None;
+                row.folded += transaction.applied.len();
+                if let Some(entry) = transaction.written {
+                    if row.entry.status != Status::Live && entry.status == Status::Live {
+                        row.live_since = clock;
+                    }
+                    row.entry = entry;
+                }
+                self.database.buried[actor] |= row.entry.status == Status::Retired && row.entry.side_effects;
+            }
+        }
+        self.releases += 1;
+    }
+
+    /// Undoes what a transaction has written, and releases its locks.
+    pub(super) fn roll_back(&mut self, id: TransactionId) {
+        let Some(transaction) = self.database.open.remove(&id) else { return };
+        for &position in &transaction.inserted {
+            self.database.events[position as usize - 1] = None;
+        }
+        if let Some(row) = transaction.locked.and_then(|actor| self.database.ledger_row_mut(actor)) {
+            row.lock = None;
+        }
+        self.releases += 1;
+    }
+
+    /// The client of a transaction is gone; the server notices sooner or later.
+    pub(super) fn orphan(&mut self, id: TransactionId) {
+        let noticed_in = if self.is_killing { self.rng.u64(1..50) } else { self.rng.u64(1..4) };
+        let until = self.clock + noticed_in;
+        if let Some(transaction) = self.database.open.get_mut(&id) {
+            transaction.orphaned_until.get_or_insert(until);
+            self.database.next_orphan = Some(self.database.next_orphan.map_or(until, |next| next.min(until)));
+        }
+    }
+
+    /// The server notices which clients are gone.
+    pub(super) fn reap_orphans(&mut self) {
+        let clock = self.clock;
+        if self.database.next_orphan.is_none_or(|next| next > clock) {
+            return;
+        }
+        let is_due = |open: &Open| open.orphaned_until.is_some_and(|until| until <= clock);
+        while let Some((&id, _)) = self.database.open.iter().find(|(_, open)| is_due(open)) {
+            self.note(|| format!("the server rolls transaction {id} back, whose client is gone"));
+            self.roll_back(id);
+        }
+        self.database.next_orphan = self.database.open.values().filter_map(|open| open.orphaned_until).min();
+    }
+
+    /// Every transaction is gone. The counter may fall back to what the table holds, as it did before it was
+    /// made durable, and as it still can where the redo log was not flushed.
+    pub(super) fn restart_database(&mut self) {
+        let down_for = self.rng.u64(0..10);
+        self.database.down_until = self.clock + down_for;
+        while let Some((&id, _)) = self.database.open.first_key_value() {
+            self.roll_back(id);
+        }
+        let lowest = self.database.last_visible();
+        if self.rng.bool() && lowest < self.database.counter {
+            self.saw(Seen::CounterFellBack);
+            self.database.counter = lowest;
+        }
+    }
+}

@@ -1,0 +1,188 @@
+//! What breaks, and who comes and goes.
+
+use super::queue::VISIBILITY;
+use super::schedule::Scheduler;
+use super::seen::Seen;
+use super::world::Who;
+
+/// Something that happens between two steps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Fault {
+    Crash,
+    Terminate,
+    Pause,
+    StartWriter,
+    StartRelay,
+    StartPlay,
+    StartBoot,
+    StartRetire,
+    Mend,
+    RestartDatabase,
+    LoseMessage,
+    RepeatMessage,
+    SwapMessages,
+    ExpireVisibility,
+    Purge,
+    Foreign,
+    SkipTime,
+}
+
+/// How often each of them, as against the others.
+pub(super) const FAULTS: &[(Fault, u32)] = &[
+    (Fault::Crash, 20),
+    (Fault::Terminate, 4),
+    (Fault::Pause, 12),
+    (Fault::StartWriter, 8),
+    (Fault::StartRelay, 10),
+    (Fault::StartPlay, 20),
+    (Fault::StartBoot, 14),
+    (Fault::StartRetire, 9),
+    (Fault::Mend, 5),
+    (Fault::RestartDatabase, 3),
+    (Fault::LoseMessage, 6),
+    (Fault::RepeatMessage, 6),
+    (Fault::SwapMessages, 4),
+    (Fault::ExpireVisibility, 8),
+    (Fault::Purge, 2),
+    (Fault::Foreign, 3),
+    (Fault::SkipTime, 6),
+];
+
+impl Scheduler<'_> {
+    pub(super) fn apply(&mut self, fault: Fault) {
+        let count =
+            |scheduler: &Self, is: fn(&Who) -> bool| scheduler.slots.iter().filter(|slot| is(&slot.who)).count();
+        match fault {
+            Fault::Crash => self.crash(),
+            Fault::Terminate => self.terminate(),
+            Fault::Pause => self.pause(),
+            Fault::StartWriter if count(self, |who| matches!(who, Who::Writer(_))) < 3 => self.start_writer(),
+            Fault::StartRelay if count(self, |who| matches!(who, Who::Relay(_))) < 2 => self.start_relay(),
+            Fault::StartPlay if count(self, |who| matches!(who, Who::Play(..))) < 2 => {
+                let release = self.some_release();
+                self.start_play(release);
+            }
+            Fault::StartBoot if count(self, |who| matches!(who, Who::Boot(..))) < 2 => {
+                let release = self.some_release();
+                self.start_boot(release);
+            }
+            // Two at once may tear down what was booted anew in between: see the module's doc.
+            Fault::StartRetire if count(self, |who| matches!(who, Who::Retire(..))) < 1 => {
+                let release = self.some_release();
+                self.start_retire(release);
+            }
+            Fault::StartWriter | Fault::StartRelay | Fault::StartPlay | Fault::StartBoot | Fault::StartRetire => {}
+            fault => self.disturb_world(fault),
+        }
+    }
+
+    /// SIGKILL, at whatever it was about to do.
+    fn crash(&mut self) {
+        let Some(at) = self.some_slot(|_| true) else { return };
+        let slot = self.slots.swap_remove(at);
+        let mut world = self.sim.world();
+        world.note(|| format!("{} is killed", slot.who));
+        world.saw(match slot.who {
+            Who::Play(..) => Seen::CrashedPlay,
+            Who::Boot(..) => Seen::CrashedBoot,
+            Who::Relay(_) => Seen::CrashedRelay,
+            Who::Retire(..) => Seen::CrashedRetire,
+            Who::Writer(_) | Who::Nobody => Seen::CrashedWriter,
+        });
+        world.is_killing = true;
+        drop(world);
+        drop(slot);
+        self.sim.world().is_killing = false;
+        self.census();
+    }
+
+    /// SIGTERM, with a batch in hand that takes too long: rolled back, its messages returned.
+    fn terminate(&mut self) {
+        let Some(at) = self.some_slot(|who| matches!(who, Who::Play(..))) else { return };
+        let slot = self.slots.swap_remove(at);
+        let who = slot.who;
+        drop(slot);
+        let mut world = self.sim.world();
+        world.saw(Seen::Terminated);
+        world.note(|| format!("{who} is terminated"));
+        world.return_messages(who);
+        drop(world);
+        self.census();
+    }
+
+    fn pause(&mut self) {
+        let Some(at) = self.some_slot(|_| true) else { return };
+        let mut world = self.sim.world();
+        let ticks = world.rng.u64(5..150);
+        world.saw(Seen::Paused);
+        self.slots[at].paused_until = world.clock + ticks;
+        let who = self.slots[at].who;
+        world.note(|| format!("{who} gets no time for {ticks}"));
+    }
+
+    fn some_slot(&mut self, is: fn(&Who) -> bool) -> Option<usize> {
+        let found: Vec<usize> = (0..self.slots.len()).filter(|&at| is(&self.slots[at].who)).collect();
+        if found.is_empty() { None } else { Some(found[self.sim.world().rng.usize(0..found.len())]) }
+    }
+
+    fn disturb_world(&mut self, fault: Fault) {
+        let mut guard = self.sim.world();
+        let world = &mut *guard;
+        let messages = world.queue.messages.len();
+        match fault {
+            Fault::Mend if !world.poison.is_empty() => {
+                world.saw(Seen::Mended);
+                world.poison.clear();
+            }
+            Fault::RestartDatabase => {
+                world.saw(Seen::DatabaseRestart);
+                world.restart_database();
+            }
+            Fault::LoseMessage if messages > 0 => {
+                world.saw(Seen::MessageLost);
+                let at = world.rng.usize(0..messages);
+                world.queue.messages.remove(at);
+            }
+            Fault::RepeatMessage if messages > 0 => {
+                world.saw(Seen::MessageRepeated);
+                let (from, to) = (world.rng.usize(0..messages), world.rng.usize(0..=messages));
+                let (body, last) = (world.queue.messages[from].body.to_string(), world.queue.messages[from].last);
+                world.enqueue(&body, last, None);
+                world.queue.messages[to..].rotate_right(1);
+            }
+            Fault::SwapMessages if messages > 1 => {
+                world.saw(Seen::Reordered);
+                let (one, other) = (world.rng.usize(0..messages), world.rng.usize(0..messages));
+                world.queue.messages.swap(one, other);
+            }
+            Fault::ExpireVisibility => {
+                let clock = world.clock;
+                let hidden: Vec<usize> =
+                    (0..messages).filter(|&at| world.queue.messages[at].hidden_until > clock).collect();
+                if !hidden.is_empty() {
+                    world.saw(Seen::VisibilityExpired);
+                    let at = hidden[world.rng.usize(0..hidden.len())];
+                    world.queue.messages[at].hidden_until = clock;
+                    world.arrivals += 1;
+                }
+            }
+            Fault::Purge if messages > 0 => {
+                world.saw(Seen::Purged);
+                world.queue.messages.clear();
+            }
+            Fault::Foreign => {
+                world.saw(Seen::Foreign);
+                let bodies = [
+                    "hello",
+                    "{\"log\":\"another\",\"prev\":1,\"last\":2}",
+                    "{\"log\":\"log-1\",\"prev\":0,\"events\":[]}",
+                ];
+                let body = bodies[world.rng.usize(0..bodies.len())];
+                world.enqueue(body, None, None);
+            }
+            Fault::SkipTime => world.clock += world.rng.u64(1..VISIBILITY * 2),
+            _ => return,
+        }
+        world.note(|| format!("{fault:?}"));
+    }
+}

@@ -1,0 +1,256 @@
+//! The invariants of the design, section 4, as an onlooker checks them: by what is committed, sent and deleted,
+//! and by nothing that the processes say of themselves, but for the claim under which they apply events.
+//!
+//! 1, 4, 5, 6, 10 and 11 with every commit, 2 and 3 after every step, 7 with every deletion, 8 and 9 at rest.
+
+use std::fmt;
+
+use super::cast;
+use super::database::Open;
+use super::queue::{Delivery, Message};
+use super::seen::Seen;
+use super::world::World;
+use crate::event::Position;
+use crate::ledger::Entry;
+use crate::lifecycle::{Stage, Status};
+use crate::projector::Mode;
+
+/// What must never be, and was.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Violation {
+    /// Its number in the design.
+    pub(super) invariant: u8,
+    pub(super) what: String,
+}
+
+/// What a worker believes when it applies events.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Claim {
+    pub(super) stage: Stage,
+    /// Where it believes the projector to stand.
+    pub(super) after: Position,
+}
+
+/// After every step: nothing lies above the mark, and whatever lies below it is decided: an event or a tombstone.
+pub(super) fn after_step(world: &mut World) {
+    let mark = world.database.high_water;
+    if mark > world.proved {
+        let mut passed = world.proved.get() + 1..=mark.get();
+        if let Some(open) = passed.find(|&position| world.database.committed(position).is_none()) {
+            world.violated(3, || format!("the mark is {mark}, and {open} is neither an event nor a tombstone yet"));
+        }
+        world.proved = mark;
+    }
+    if world.database.published > mark {
+        let published = world.database.published;
+        world.violated(2, || format!("published {published} lies above the mark {mark}"));
+    }
+    if let Some(row) = world.database.ledger.iter().find(|row| row.entry.position > mark) {
+        let what = format!("{} stands at {}, above the mark {mark}", row.entry.id, row.entry.position);
+        world.violated(2, || what);
+    }
+}
+
+/// Before a transaction becomes visible.
+pub(super) fn before_commit(world: &mut World, transaction: &Open) {
+    check_events(world, transaction);
+    let Some((actor, row)) = transaction.locked.and_then(|actor| Some((actor, world.database.ledger_row(actor)?)))
+    else {
+        return;
+    };
+    let before = row.entry.clone();
+    let after = transaction.written.as_ref().unwrap_or(&before);
+    check_claim(world, actor, transaction, &before, after);
+    check_projection(world, actor, transaction, &before, after);
+    check_transition(world, &before, after);
+    check_failure(world, after);
+}
+
+/// 3: what becomes visible lies above the mark.
+fn check_events(world: &mut World, transaction: &Open) {
+    let (mark, last) = (world.database.high_water, world.database.last_visible());
+    for &position in &transaction.inserted {
+        let is_event = world.database.row(position).is_some_and(|row| !row.event.is_tombstone());
+        if is_event && position < last {
+            world.saw(Seen::VisibleOutOfOrder);
+        }
+        if is_event && position <= mark.get() {
+            world.violated(3, || format!("event {position} becomes visible below the mark {mark}"));
+        }
+    }
+}
+
+/// 5, 6, 10, 11: only who holds the claim moves a projector, and only forward.
+fn check_claim(world: &mut World, actor: usize, transaction: &Open, before: &Entry, after: &Entry) {
+    let (id, from, to) = (&before.id, before.position, after.position);
+    if from == to && transaction.applied.is_empty() {
+        return;
+    }
+    if to < from {
+        world.violated(5, || format!("{id} falls back from {from} to {to}"));
+    }
+    if world.database.buried[actor] {
+        world.violated(11, || format!("{id} was retired with side effects, and is played again"));
+    }
+    let Some(claim) = transaction.claim else {
+        world.violated(4, || format!("{id} moves from {from} to {to}, and nothing is applied"));
+        return;
+    };
+    let is_owner = match claim.stage {
+        Stage::Boot => matches!(before.status, Status::Booting | Status::Stalled | Status::Broken(_)),
+        Stage::Play => before.status == Status::Live,
+    };
+    let (status, after) = (before.status.as_str(), claim.after);
+    if !is_owner {
+        let invariant = match before.status {
+            Status::Broken(_) => 10,
+            Status::Finished | Status::Retired => 11,
+            _ => 6,
+        };
+        world.violated(invariant, || format!("{:?} moves {id}, which is {status}", claim.stage));
+    }
+    if after != from {
+        world.violated(6, || format!("a worker that has {id} at {after} moves it from {from} to {to}"));
+    }
+}
+
+/// 1, 4: what is applied is what the position passes, each once, ascending, and nothing else.
+fn check_projection(world: &mut World, actor: usize, transaction: &Open, before: &Entry, after: &Entry) {
+    let (id, from, to) = (&before.id, before.position, after.position);
+    if from == to && !transaction.applied.is_empty() {
+        world.violated(4, || format!("{:?} are applied to {id}, which stays at {from}", transaction.applied));
+    }
+    let expected = fold(world, actor, from, to);
+    if from < to && transaction.applied != expected {
+        world.violated(1, || {
+            format!("from {from} to {to}, {id} applies {:?} and not {expected:?}", transaction.applied)
+        });
+    }
+    let held = world.database.read_models[actor].len();
+    let folded = world.database.ledger_row(actor).map_or(0, |row| row.folded);
+    if held != folded && from < to {
+        world.violated(1, || format!("the read model of {id} holds {held} events, and {folded} were applied"));
+    }
+}
+
+/// 11, and the design's table of transitions.
+fn check_transition(world: &mut World, before: &Entry, after: &Entry) {
+    let (from, to, id) = (before.status.as_str(), after.status.as_str(), &before.id);
+    let is_legal = match (from, to) {
+        ("booting" | "stalled" | "broken", "live") => before.mode != Mode::Once,
+        ("booting" | "stalled" | "broken", "finished") => before.mode == Mode::Once,
+        ("booting" | "stalled" | "broken" | "live", "broken") => true,
+        ("booting" | "stalled", "stalled") => true,
+        (from, "retired") => from != "retired" || before == after,
+        (from, to) => from == to,
+    };
+    if !is_legal {
+        let invariant = if matches!(from, "retired" | "finished") || before.mode == Mode::Once { 11 } else { 6 };
+        world.violated(invariant, || format!("{id}, which was {from}, is {to}"));
+    }
+}
+
+/// The design's promise, and a CHECK of the ledger: who is broken does not stand before the event it failed on;
+/// and just before it, where it has just broken.
+fn check_failure(world: &mut World, after: &Entry) {
+    let Some(event) = after.status.failure().and_then(|failure| failure.event.as_ref()) else { return };
+    if event.position > after.position.next() {
+        world.violated(10, || format!("{} stands at {}, and failed at {}", after.id, after.position, event.position));
+    }
+}
+
+/// A projector that was new: where it has to begin. `mark` is where the mark stood when its boot began.
+pub(super) fn after_enter(world: &mut World, actor: usize, mark: Position) {
+    let Some(row) = world.database.ledger_row(actor) else { return };
+    let (id, position) = (row.entry.id.clone(), row.entry.position);
+    match row.entry.mode {
+        Mode::FromNow if position < mark => {
+            world.violated(11, || format!("{id} begins at {position}, and not at the mark, {mark}"));
+        }
+        Mode::FromBeginning | Mode::Once if position != Position::START => {
+            world.violated(1, || format!("{id} begins at {position}, and not at the beginning"));
+        }
+        _ => {}
+    }
+}
+
+/// 2: only what is proved is published.
+pub(super) fn before_send(world: &mut World, last: Position) {
+    let mark = world.database.high_water;
+    if last > mark {
+        world.violated(2, || format!("a message through {last} is sent, and the mark is {mark}"));
+    }
+}
+
+/// 7: each projector of this release that was live before the message was received, and still is, stands
+/// beyond it.
+pub(super) fn before_delete(world: &mut World, message: &Message, delivery: &Delivery, release: cast::Release) {
+    let Some(last) = message.last else { return };
+    let waits = |row: &&super::database::LedgerRow| {
+        row.entry.status == Status::Live && row.live_since < delivery.received_at && row.entry.position < last
+    };
+    let of_release = |row: &&super::database::LedgerRow| cast::is_in(release, row.actor);
+    if let Some(row) = world.database.ledger.iter().filter(of_release).find(waits) {
+        let what =
+            format!("a message through {last} is deleted, and {} stands at {}", row.entry.id, row.entry.position);
+        world.violated(7, || what);
+    }
+}
+
+/// 8 and 9, when everything has come to rest: each read model is the fold of the log, and each live projector
+/// of the release stands at the mark, which is the log's end.
+pub(super) fn at_rest(world: &mut World, release: cast::Release) {
+    let (last, mark) = (world.database.last_visible(), world.database.high_water);
+    if mark.get() != last {
+        world.violated(9, || format!("the log ends at {last}, and the mark stays at {mark}"));
+    }
+    let mut complaints = Vec::new();
+    for row in world.database.ledger.iter().filter(|row| row.entry.status != Status::Retired) {
+        let (id, position) = (&row.entry.id, row.entry.position);
+        let expected = fold(world, row.actor, row.start, position);
+        let held = &world.database.read_models[row.actor];
+        if *held != expected {
+            complaints.push((8, format!("{id} at {position} holds {held:?} and not {expected:?}")));
+        }
+        if row.entry.status == Status::Live && cast::is_in(release, row.actor) && position < mark {
+            complaints.push((9, format!("{id} stays at {position}, and the mark is {mark}")));
+        }
+    }
+    for (invariant, complaint) in complaints {
+        world.violated(invariant, || complaint);
+    }
+    let rows = || world.database.ledger.iter().filter(|row| cast::is_in(release, row.actor));
+    let is_behind = |row: &super::database::LedgerRow| {
+        row.entry.status.failure().is_some_and(|failure| failure.event.is_some()) && row.entry.position < mark
+    };
+    if rows().any(is_behind) && rows().any(|row| row.entry.status == Status::Live && row.entry.position == mark) {
+        world.saw(Seen::BrokenStayedOthersMoved);
+    }
+    check_appends(world);
+}
+
+/// What a writer was told is stored is there, once.
+fn check_appends(world: &mut World) {
+    let mut ids: Vec<&str> = world.database.events.iter().flatten().map(|row| row.event.event_id.as_str()).collect();
+    ids.sort_unstable();
+    let repeated = ids.windows(2).find(|pair| pair[0] == pair[1]).map(|pair| pair[0].to_owned());
+    let lost = world.acknowledged.iter().find(|id| ids.binary_search(&id.as_str()).is_err()).cloned();
+    if let Some(id) = repeated {
+        world.violated(1, || format!("event {id} is in the log twice"));
+    }
+    if let Some(id) = lost {
+        world.violated(1, || format!("event {id} was acknowledged, and is not in the log"));
+    }
+}
+
+/// What a projector's read model holds that began after `start` and stands at `position`.
+fn fold(world: &World, actor: usize, start: Position, position: Position) -> Vec<u64> {
+    let range = start.get() + 1..=position.get();
+    range.filter(|&p| world.database.committed(p).is_some_and(|event| cast::wants(actor, event))).collect()
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "invariant {}: {}", self.invariant, self.what)
+    }
+}

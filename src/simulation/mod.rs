@@ -1,0 +1,226 @@
+//! The model: the engine's decisions, driven through interleavings and faults, and what must never come of it.
+//!
+//! A schedule is one seed. Processes — writers, relays, boots, workers, retirements, of three releases that know
+//! different projectors — are futures that yield before every statement, send and receive; the scheduler decides who
+//! goes on, what breaks in between and who is killed. After some steps nothing breaks any more, and everything
+//! has to come to rest. After every step the invariants of the design are checked by an onlooker ([`invariants`]).
+//!
+//! ```text
+//! cargo nextest run --lib simulation                                                   100,000 schedules
+//! SIMULATION_SCHEDULES=5_000_000 cargo nextest run --lib simulation::every_invariant    a long run
+//! SIMULATION_SEED=7 cargo nextest run --lib simulation::every_invariant --no-capture    one schedule, with its trace
+//! ```
+//!
+//! `SIMULATION_SEED` with `SIMULATION_SCHEDULES` begins there; `SIMULATION_STEPS` fixes how many steps go by until
+//! everything comes to rest.
+//!
+//! # What is the engine's own, and what is its mirror
+//!
+//! The engine's own: the chain rule ([`crate::chain`]) and what a run still needs ([`crate::play::fan_out`]), reading
+//! and packing messages, the lifecycle and the stages, the fence, the rest of a batch whose claim is lost, how a batch
+//! splits, when a projector may break, the cursors of a catch-up, the oldest queued event and when boot is done, where a
+//! new projector begins, how holes are surveyed and closed, who is overdue in reconcile. Mirrored in
+//! [`process`] is the control flow around them, statement by statement: who changes it there has to change it here.
+//!
+//! # What is modelled
+//!
+//! The database: positions that are handed out before commit and may stay reserved without a row, commits out of
+//! order, rollbacks, spare reservations, unique positions and event ids, row locks with time-outs, transactions that
+//! outlive their client until the server notices, lost connections, commits that are not acknowledged, restarts after
+//! which the counter falls back. The queue: FIFO with its group and its deduplication, or standard; loss, repetition,
+//! disorder, purge, expired visibility, stale receipts, a dead-letter queue, foreign messages. Processes: killed,
+//! terminated and paused anywhere; two of each. Projectors: errors and panics until they are mended, in all
+//! releases or in one, at events and in setup; failures that do not repeat; deadlocks; all three modes.
+//!
+//! Not modelled: time as such (patience and leases are short, in steps), streams and their versions, handlers that
+//! commit by themselves, gaps wider than the engine fills by itself, two retirements of one projector at once, backups
+//! that are restored, the bounds of memory (invariant 12), and what SQL and SQS really do: that is for the tests on
+//! real parts.
+//!
+//! # The deliberate bugs
+//!
+//! Each is switched on by itself, and has to be found within 5,000 schedules, by the invariant that it violates; the
+//! schedule that finds it passes without it ([`bug::BUGS`]):
+//!
+//! | bug | violates |
+//! | --- | --- |
+//! | Play deletes what it has received, and only then applies it | 7 |
+//! | Play takes a fan-out that could not read the log for one that succeeded | 7 |
+//! | Play catches up where `prev` > position + 1, and not where `prev` > position | 1 |
+//! | Play applies whatever it gets, as if the queue lost nothing | 1 |
+//! | Play passes events to whatever has a ledger row, and its fence lets them through | 6 or 10 or 11 |
+//! | Play waits for a broken projector as if it were to come back by itself | 9 or 10 |
+//! | Nobody compares positions with the high-water mark | 9 |
+//! | The relay notes as published what it is about to send, and nobody reconciles | 9 |
+//! | The relay publishes what is visible, and not what is proved | 2 |
+//! | A hole that is still there after the grace is taken for a rollback | 3 |
+//! | A position without a row, and without a lock on it, is taken for a rollback | 3 |
+//! | A fill that a writer's lock has stopped is taken for one that succeeded | 3 |
+//! | The fence does not look at the status | 6 or 10 or 11 |
+//! | The fence does not look at the position | 6 |
+//! | Projection and position are committed one after the other | 4 |
+//! | A projector is taken past the event that it fails on | 1 |
+//! | The handoff moves the position to the mark | 4 |
+//! | The handoff reads the row, thinks, and writes it back | 5 or 11 |
+//! | A new from_now projector is entered at 0 | 11 |
+//! | A new from_now projector is entered at the last visible position | 2 |
+//! | A projector of mode once is handed over like any other | 11 |
+//! | Boot takes a retired projector for a new one | 11 |
+//! | Boot goes on for ever with a projector that was retired under its hands | 9 |
+//! | Retire forgets a projector whose tables it could not tear down | 1 or 8 |
+//!
+//! The last two were the engine's own, and found here.
+
+mod bug;
+mod cast;
+mod database;
+mod fault;
+mod invariants;
+mod process;
+mod queue;
+mod schedule;
+mod seen;
+mod statements;
+mod transaction;
+mod world;
+
+use std::fmt::Write;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bug::BUGS;
+use schedule::{Outcome, Plan, run};
+use seen::Counts;
+
+/// How many schedules are run where nobody says otherwise.
+const SCHEDULES: u64 = 100_000;
+
+/// Within so many schedules each deliberate bug is caught.
+const CAUGHT_WITHIN: u64 = 5_000;
+
+/// Lines of the trace that a failure shows.
+const TRACE_SHOWN: usize = 120;
+
+fn number(name: &str) -> Option<u64> {
+    let text = std::env::var(name).ok()?;
+    Some(text.replace('_', "").parse().unwrap_or_else(|_| panic!("{name} must be a number, and is {text:?}")))
+}
+
+/// Runs so many seeds from `first` on, on all cores; the lowest that fails, and what was seen.
+fn run_seeds(first: u64, schedules: u64, plan: Plan) -> (Option<u64>, Counts) {
+    let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get() as u64);
+    let (failed, seen) = (AtomicU64::new(u64::MAX), Mutex::new(Counts::new()));
+    std::thread::scope(|scope| {
+        for thread in 0..threads {
+            let (failed, seen) = (&failed, &seen);
+            scope.spawn(move || {
+                let releases = cast::releases();
+                let mut counts = Counts::new();
+                for seed in (first + thread..first + schedules).step_by(threads as usize) {
+                    if seed > failed.load(Ordering::Relaxed) {
+                        break;
+                    }
+                    let outcome = run(Plan { seed, ..plan }, &releases);
+                    counts.add(&outcome.seen);
+                    if outcome.violation.is_some() {
+                        failed.fetch_min(seed, Ordering::Relaxed);
+                    }
+                }
+                seen.lock().expect("nobody panics with it").add(&counts);
+            });
+        }
+    });
+    let failed = failed.into_inner();
+    ((failed != u64::MAX).then_some(failed), seen.into_inner().expect("nobody panics with it"))
+}
+
+/// What a person needs who has to find the cause.
+fn report(plan: Plan) -> String {
+    let releases = cast::releases();
+    let plan = shrink(plan, &releases);
+    let Outcome { violation, trace, steps, .. } = run(Plan { trace: true, ..plan }, &releases);
+    let mut text = String::new();
+    for line in &trace[trace.len().saturating_sub(TRACE_SHOWN)..] {
+        let _ = writeln!(text, "{line}");
+    }
+    let what = violation.map_or_else(|| "no violation".into(), |violation| violation.to_string());
+    let seed = plan.seed;
+    let _ = writeln!(text, "\nseed {seed}, {steps} steps and then rest: {what}");
+    let _ = writeln!(
+        text,
+        "SIMULATION_SEED={seed} SIMULATION_STEPS={steps} cargo nextest run --lib simulation::every_invariant --no-capture"
+    );
+    text
+}
+
+/// The same seed, disturbed for fewer steps, if that violates the same invariant.
+fn shrink(plan: Plan, releases: &[crate::Registry]) -> Plan {
+    let first = run(plan, releases);
+    let Some(wanted) = first.violation.map(|violation| violation.invariant) else { return plan };
+    let (mut low, mut high) = (0, first.steps);
+    while low < high {
+        let middle = (low + high) / 2;
+        let outcome = run(Plan { steps: Some(middle), ..plan }, releases);
+        match outcome.violation.is_some_and(|violation| violation.invariant == wanted) {
+            true => high = middle,
+            false => low = middle + 1,
+        }
+    }
+    Plan { steps: Some(high), ..plan }
+}
+
+#[test]
+fn every_invariant_holds_in_every_schedule() {
+    let seed = number("SIMULATION_SEED");
+    let schedules = number("SIMULATION_SCHEDULES").unwrap_or(if seed.is_some() { 1 } else { SCHEDULES });
+    let plan = Plan { seed: 0, bug: None, steps: number("SIMULATION_STEPS"), trace: false };
+    let began = std::time::Instant::now();
+    let (failed, seen) = run_seeds(seed.unwrap_or(0), schedules, plan);
+    println!("{schedules} schedules in {:.1} s", began.elapsed().as_secs_f32());
+    for (seen, count) in seen.iter() {
+        println!("{count:>10} {seen:?}");
+    }
+    if let Some(seed) = failed {
+        panic!("{}", report(Plan { seed, ..plan }));
+    }
+    if let (Some(seed), 1) = (seed, schedules) {
+        println!("{}", report(Plan { seed, ..plan }));
+    }
+    if schedules >= SCHEDULES {
+        let rare: Vec<_> = seen.iter().filter(|(_, count)| *count < 100).collect();
+        assert!(rare.is_empty(), "hardly ever happened: {rare:?}");
+    }
+}
+
+#[test]
+fn every_deliberate_bug_is_caught() {
+    let mut missed = Vec::new();
+    for &(bug, invariants) in BUGS {
+        let plan = Plan { seed: 0, bug: Some(bug), steps: None, trace: false };
+        let (Some(seed), _) = run_seeds(0, CAUGHT_WITHIN, plan) else {
+            missed.push(format!("{bug:?} is not caught"));
+            continue;
+        };
+        let releases = cast::releases();
+        let violation = run(Plan { seed, ..plan }, &releases).violation.expect("it failed before");
+        println!("{bug:?}: caught by schedule {seed}: {violation}");
+        if !invariants.contains(&violation.invariant) {
+            missed.push(format!("{bug:?} violates {violation}\n{}", report(Plan { seed, ..plan })));
+        }
+        let sound = run(Plan { seed, bug: None, ..plan }, &releases);
+        if let Some(violation) = sound.violation {
+            missed.push(format!("without {bug:?}, schedule {seed} violates {violation}"));
+        }
+    }
+    assert!(missed.is_empty(), "{}", missed.join("\n"));
+}
+
+#[test]
+fn a_seed_is_the_whole_schedule() {
+    let releases = cast::releases();
+    for seed in 0..20 {
+        let plan = Plan { seed, bug: None, steps: None, trace: true };
+        let (one, other) = (run(plan, &releases), run(plan, &releases));
+        assert_eq!((one.trace, one.seen), (other.trace, other.seen), "seed {seed}");
+    }
+}

@@ -1,0 +1,232 @@
+//! The mirror of `apply.rs`, `deliver.rs` and `catch_up.rs`. Projectors take a page one after the other here, not
+//! side by side: they share nothing but the log.
+
+use std::sync::Arc;
+
+use crate::apply::{Batch, claim_holds};
+use crate::catch_up::{Cursor, CursorState, lowest_due};
+use crate::deliver::{Delivered, may_break, without_claim};
+use crate::event::{Event, Position};
+use crate::lifecycle::{FailedEvent, Failure, Stage, Status, Step};
+use crate::registry::{Registered, Registry};
+use crate::simulation::bug::Bug;
+use crate::simulation::cast::Release;
+use crate::simulation::invariants::Claim;
+use crate::simulation::seen::Seen;
+use crate::simulation::statements::DatabaseError;
+use crate::simulation::transaction::HandlerError;
+use crate::simulation::world::{Sim, Tick};
+use crate::store::Page;
+
+pub(super) struct Engine {
+    pub(super) sim: Sim,
+    pub(super) registry: Registry,
+    pub(super) release: Release,
+    /// The most events in one transaction.
+    pub(super) batch: u64,
+    /// How long what is transient is tried again; `None`: for as long as it takes.
+    pub(super) patience: Option<Tick>,
+}
+
+/// Why a batch was not applied. Nothing of it was.
+enum ApplyError {
+    Claim(Option<crate::ledger::Entry>),
+    Projector(String),
+    Transient,
+}
+
+impl From<DatabaseError> for ApplyError {
+    fn from(_: DatabaseError) -> Self {
+        ApplyError::Transient
+    }
+}
+
+impl Engine {
+    async fn apply(&self, projector: &Registered, stage: Stage, batch: Batch<'_>) -> Result<(), ApplyError> {
+        let wanted: Vec<&Event> = batch.events.iter().filter(|event| projector.wants(event)).collect();
+        let claim = Claim { stage, after: batch.after };
+        let mut transaction = self.sim.begin();
+        let Some(entry) = transaction.lock(&projector.id).await? else {
+            self.sim.saw(Seen::RowGone);
+            return Err(ApplyError::Claim(None));
+        };
+        if !self.holds(&entry, claim) {
+            self.sim.saw(if stage.plays(&entry.status) { Seen::StalePosition } else { Seen::StaleStatus });
+            return Err(ApplyError::Claim(Some(entry)));
+        }
+        if !wanted.is_empty() {
+            match transaction.handle(&projector.id, self.release, &wanted).await {
+                Ok(()) => {}
+                Err(HandlerError::Transient) => return Err(ApplyError::Transient),
+                Err(HandlerError::Own(error)) => return Err(ApplyError::Projector(error)),
+                Err(HandlerError::Panic) => {
+                    self.sim.saw(Seen::Panicked);
+                    // The session is killed, so that the row's lock is free.
+                    transaction.roll_back();
+                    self.sim.statement(None).await?;
+                    return Err(ApplyError::Projector("the handler panicked".into()));
+                }
+            }
+        }
+        transaction.claim(claim);
+        if self.sim.has(Bug::TwoTransactions) {
+            transaction.commit().await?;
+            transaction = self.sim.begin();
+            transaction.lock(&projector.id).await?;
+        }
+        transaction.advance(entry, claim, batch.through).await?;
+        Ok(transaction.commit().await?)
+    }
+
+    /// The fence.
+    fn holds(&self, entry: &crate::ledger::Entry, claim: Claim) -> bool {
+        let has = |bug| self.sim.has(bug);
+        if has(Bug::NoStatusFence) || (has(Bug::PlaysWhatIsNotLive) && claim.stage == Stage::Play) {
+            return entry.position == claim.after;
+        }
+        if has(Bug::NoPositionFence) {
+            return claim.stage.plays(&entry.status);
+        }
+        claim_holds(entry, claim.stage, claim.after)
+    }
+
+    pub(super) async fn deliver(&self, projector: &Registered, stage: Stage, batch: Batch<'_>) -> Delivered {
+        match self.attempt(projector, stage, batch).await {
+            Ok(delivered) => delivered,
+            // In a box: it is rare, and would make every delivery as large as itself.
+            Err(failed) => Box::pin(self.isolate(projector, stage, batch, failed)).await,
+        }
+    }
+
+    async fn attempt(&self, projector: &Registered, stage: Stage, mut batch: Batch<'_>) -> Result<Delivered, String> {
+        let began = self.sim.now();
+        loop {
+            match self.apply(projector, stage, batch).await {
+                Ok(()) => return Ok(Delivered::At(batch.through)),
+                Err(ApplyError::Projector(error)) => return Err(error),
+                Err(ApplyError::Claim(entry)) => match without_claim(entry.as_ref(), stage, batch) {
+                    Ok(rest) => batch = rest,
+                    Err(delivered) => return Ok(delivered),
+                },
+                Err(ApplyError::Transient) => {
+                    if self.is_out_of_patience(began) {
+                        return Ok(Delivered::GaveUp("transient".into()));
+                    }
+                    self.sim.back_off().await;
+                }
+            }
+        }
+    }
+
+    async fn isolate(&self, projector: &Registered, stage: Stage, batch: Batch<'_>, failed: String) -> Delivered {
+        self.sim.saw(Seen::Isolated);
+        let wanted: Vec<&Event> = batch.events.iter().filter(|event| projector.wants(event)).collect();
+        if let [event] = wanted[..] {
+            return match self.attempt(projector, stage, batch.until(event.position.previous())).await {
+                Ok(Delivered::At(_)) => self.break_at(projector, stage, Some(event), &failed).await,
+                Ok(delivered) => delivered,
+                Err(error) => self.break_at(projector, stage, Some(event), &error).await,
+            };
+        }
+        let mut position = batch.after;
+        for event in wanted {
+            if event.position <= position {
+                continue;
+            }
+            for end in [event.position.previous(), event.position] {
+                let Some(step) = batch.part(position, end) else { continue };
+                match self.attempt(projector, stage, step).await {
+                    Ok(Delivered::At(reached)) => position = reached,
+                    Ok(delivered) => return delivered,
+                    Err(_) if self.sim.has(Bug::SkipsTheFailing) => {
+                        let nothing = Batch { events: &[], ..step };
+                        return self.attempt(projector, stage, nothing).await.unwrap_or(Delivered::Left);
+                    }
+                    Err(error) => return self.break_at(projector, stage, Some(event), &error).await,
+                }
+            }
+        }
+        self.sim.saw(Seen::FlakyPassedAlone);
+        match batch.from(position) {
+            Some(rest) if rest.after < rest.through => {
+                self.attempt(projector, stage, rest).await.unwrap_or(Delivered::Elsewhere(position))
+            }
+            _ => Delivered::At(position),
+        }
+    }
+
+    pub(super) async fn break_at(
+        &self,
+        projector: &Registered,
+        stage: Stage,
+        event: Option<&Event>,
+        error: &str,
+    ) -> Delivered {
+        let failed = |event: &Event| FailedEvent {
+            position: event.position,
+            event_id: event.event_id.clone(),
+            event_type: event.event_type.clone(),
+        };
+        let at = time::OffsetDateTime::UNIX_EPOCH;
+        let failure = Failure {
+            event: event.map(failed),
+            error: error.to_owned(),
+            at,
+            attempts: 1,
+            release: None,
+            host: "simulation".into(),
+        };
+        let before = event.map(|event| event.position.previous());
+        loop {
+            let still = |entry: &crate::ledger::Entry| may_break(entry, stage, before);
+            match self.sim.ledger_step(&projector.id, Step::Break(failure.clone()), still).await {
+                Ok(Some(entry)) if matches!(&entry.status, Status::Broken(written) if written.error == failure.error) =>
+                {
+                    self.sim.saw(if stage == Stage::Play { Seen::BrokeInPlay } else { Seen::BrokeInBoot });
+                    self.sim.note(|| format!("{} is broken: {error}", projector.id));
+                    return Delivered::Broke;
+                }
+                Ok(Some(entry)) if stage.plays(&entry.status) => return Delivered::Elsewhere(entry.position),
+                Ok(_) | Err(None) => return Delivered::Left,
+                Err(Some(_)) => self.sim.back_off().await,
+            }
+        }
+    }
+
+    /// Brings every running cursor to `through`.
+    pub(super) async fn catch_up(
+        &self,
+        stage: Stage,
+        cursors: &mut [Cursor],
+        through: Position,
+    ) -> Result<(), DatabaseError> {
+        while let Some(lowest) = lowest_due(cursors, through) {
+            let page = self.read(lowest, through).await?;
+            for cursor in cursors.iter_mut() {
+                let Some(batch) = cursor.batch(lowest, &page) else { continue };
+                let projector = Arc::clone(&cursor.projector);
+                cursor.note(self.deliver(&projector, stage, batch).await);
+            }
+            let stopped = |cursor: &Cursor| !matches!(cursor.state, CursorState::Running | CursorState::Left);
+            if stage == Stage::Boot && cursors.iter().any(stopped) {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    async fn read(&self, after: Position, through: Position) -> Result<Page, DatabaseError> {
+        let began = self.sim.now();
+        loop {
+            match self.sim.read_after(after, through, self.batch).await {
+                Ok(page) => return Ok(page),
+                Err(error) if self.is_out_of_patience(began) => return Err(error),
+                Err(_) => self.sim.back_off().await,
+            }
+        }
+    }
+
+    pub(super) fn is_out_of_patience(&self, began: Tick) -> bool {
+        self.patience.is_some_and(|patience| self.sim.now() - began >= patience)
+    }
+}

@@ -1,0 +1,222 @@
+//! The mirror of `play/`: receive, fan out, delete; reconcile when the queue is silent.
+
+use std::future::Future;
+use std::pin::{Pin, pin};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use super::Ended;
+use super::engine::Engine;
+use super::high_water::raise_high_water;
+use crate::apply::Batch;
+use crate::catch_up::Cursor;
+use crate::chain::Run;
+use crate::event::Position;
+use crate::ledger::Entry;
+use crate::lifecycle::{Stage, Status};
+use crate::play::fan_out::{Need, need, sort};
+use crate::play::reconcile::Reconcile;
+use crate::projector::ProjectorId;
+use crate::registry::Registry;
+use crate::simulation::bug::Bug;
+use crate::simulation::cast::Release;
+use crate::simulation::queue::{Receipt, Received, VISIBILITY};
+use crate::simulation::seen::Seen;
+use crate::simulation::statements::{DatabaseError, LOG_ID};
+use crate::simulation::world::{Sim, Tick};
+
+const RECEIVE_WAIT: Tick = 10;
+const RECONCILE_AFTER: Duration = Duration::from_secs(10);
+
+struct Worker {
+    engine: Engine,
+    reconcile: Reconcile,
+    /// Who was live when it last looked.
+    live: Vec<ProjectorId>,
+}
+
+/// Plays until it is killed.
+pub(in crate::simulation) async fn play(sim: Sim, release: Release, registry: Registry) -> Ended {
+    let batch = sim.world().rng.u64(1..=4);
+    let engine = Engine { sim, registry, release, batch, patience: None };
+    let mut worker = Worker { engine, reconcile: Reconcile::default(), live: Vec::new() };
+    loop {
+        match worker.engine.sim.receive(RECEIVE_WAIT).await {
+            Ok(received) => worker.work(received).await,
+            Err(_) => {
+                worker.engine.sim.back_off().await;
+                worker.reconcile().await;
+            }
+        }
+    }
+}
+
+impl Worker {
+    async fn work(&mut self, received: Vec<Received>) {
+        if received.is_empty() {
+            return self.reconcile().await;
+        }
+        let receipts: Vec<Receipt> = received.iter().map(|message| message.receipt).collect();
+        let bodies: Vec<String> = received.iter().map(|message| message.body.to_string()).collect();
+        let sim = self.engine.sim.clone();
+        if sim.has(Bug::DeletesBeforeCommit) {
+            let _ = sim.delete(&receipts, self.engine.release).await;
+        }
+        keep_hidden(&sim, &receipts, self.pass(&bodies)).await;
+        // Not deleted, they come again, and are known by their positions.
+        let _ = sim.delete(&receipts, self.engine.release).await;
+        if self.reconcile.is_due(sim.world().instant()) {
+            self.reconcile().await;
+        }
+    }
+
+    async fn pass(&mut self, bodies: &[String]) {
+        while self.fan_out(bodies).await.is_err() {
+            if self.engine.sim.has(Bug::DeletesDespiteError) {
+                return;
+            }
+            self.engine.sim.back_off().await;
+        }
+    }
+
+    async fn fan_out(&mut self, bodies: &[String]) -> Result<(), DatabaseError> {
+        let sim = self.engine.sim.clone();
+        let entries = sim.entries().await?;
+        let marks = sim.marks().await?;
+        self.watch(&entries);
+        if sim.has(Bug::WaitsForTheBroken) && entries.iter().any(|entry| entry.status.failure().is_some()) {
+            return Err(DatabaseError::Lost);
+        }
+        let (runs, doorbells) = sort(bodies, LOG_ID, marks.high_water);
+        let target = match doorbells {
+            0 => None,
+            _ => {
+                sim.saw(Seen::Doorbell);
+                Some(Box::pin(raise_high_water(&sim)).await?.mark)
+            }
+        };
+        let registry = self.engine.registry.clone();
+        for projector in registry.iter() {
+            let Some(entry) = entries.iter().find(|entry| entry.id == projector.id && self.is_ours(entry)) else {
+                continue;
+            };
+            let mut cursor = Cursor::new(projector, entry.position);
+            for run in &runs {
+                self.follow(&mut cursor, run).await?;
+            }
+            if let Some(target) = target {
+                self.repair(&mut cursor, target).await?;
+            }
+        }
+        Ok(())
+    }
+
+    fn is_ours(&self, entry: &Entry) -> bool {
+        entry.status == Status::Live || self.engine.sim.has(Bug::PlaysWhatIsNotLive)
+    }
+
+    async fn follow(&self, cursor: &mut Cursor, run: &Run) -> Result<(), DatabaseError> {
+        loop {
+            let next = match need(cursor, run, self.engine.batch) {
+                Need::CatchUp if self.applies_anyhow(cursor, run) => Need::Batch(Batch {
+                    after: cursor.position,
+                    through: run.last(),
+                    events: run.above(cursor.position),
+                }),
+                need => need,
+            };
+            match next {
+                Need::Nothing => {
+                    self.engine.sim.saw(Seen::Skipped);
+                    return Ok(());
+                }
+                Need::Batch(batch) => {
+                    self.engine.sim.saw(Seen::AppliedFromQueue);
+                    let projector = std::sync::Arc::clone(&cursor.projector);
+                    cursor.note(self.engine.deliver(&projector, Stage::Play, batch).await);
+                }
+                Need::CatchUp => {
+                    self.engine.sim.saw(Seen::CaughtUp);
+                    self.repair(cursor, run.last()).await?;
+                }
+            }
+        }
+    }
+
+    /// Only a deliberate bug applies a run that does not continue what was applied.
+    fn applies_anyhow(&self, cursor: &Cursor, run: &Run) -> bool {
+        let sim = &self.engine.sim;
+        sim.has(Bug::TrustsTheQueue) || sim.has(Bug::CatchesUpOneTooLate) && run.prev() == cursor.position.next()
+    }
+
+    async fn repair(&self, cursor: &mut Cursor, through: Position) -> Result<(), DatabaseError> {
+        self.engine.catch_up(Stage::Play, std::slice::from_mut(cursor), through).await
+    }
+
+    async fn reconcile(&mut self) {
+        if !self.engine.sim.has(Bug::NeverReconciles) && !self.engine.sim.has(Bug::PublishedBeforeSent) {
+            // If the database is away, the next time will do.
+            let _ = self.try_reconcile().await;
+        }
+    }
+
+    async fn try_reconcile(&mut self) -> Result<(), DatabaseError> {
+        let sim = self.engine.sim.clone();
+        let mark = raise_high_water(&sim).await?.mark;
+        let entries = sim.entries().await?;
+        let live: Vec<(ProjectorId, Position)> = entries
+            .into_iter()
+            .filter(|entry| entry.status == Status::Live && self.engine.registry.get(&entry.id).is_some())
+            .map(|entry| (entry.id, entry.position))
+            .collect();
+        let now = sim.world().instant();
+        let overdue = self.reconcile.overdue(now, &live, mark, RECONCILE_AFTER);
+        for (id, position) in live.into_iter().filter(|(id, _)| overdue.contains(id)) {
+            let Some(projector) = self.engine.registry.get(&id) else { continue };
+            sim.saw(Seen::Reconciled);
+            sim.note(|| format!("reconciles {id}, which stays at {position}, with {mark}"));
+            let mut cursor = Cursor::new(projector, position);
+            self.repair(&mut cursor, mark).await?;
+        }
+        Ok(())
+    }
+
+    /// Counts the projectors that joined while it played.
+    fn watch(&mut self, entries: &[Entry]) {
+        let live: Vec<ProjectorId> = entries
+            .iter()
+            .filter(|entry| entry.status == Status::Live && self.engine.registry.get(&entry.id).is_some())
+            .map(|entry| entry.id.clone())
+            .collect();
+        if !self.live.is_empty() && live.iter().any(|id| !self.live.contains(id)) {
+            self.engine.sim.saw(Seen::JoinedWithoutRestart);
+        }
+        self.live = live;
+    }
+}
+
+/// Keeps messages hidden for as long as work goes on: as long as the process is not paused.
+async fn keep_hidden(sim: &Sim, receipts: &[Receipt], work: impl Future<Output = ()>) {
+    let due = sim.now() + VISIBILITY / 3;
+    KeepHidden { sim, receipts, due, work: pin!(work) }.await;
+}
+
+struct KeepHidden<'a, F> {
+    sim: &'a Sim,
+    receipts: &'a [Receipt],
+    due: Tick,
+    work: Pin<&'a mut F>,
+}
+
+impl<F: Future<Output = ()>> Future for KeepHidden<'_, F> {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
+        let now = self.sim.now();
+        if now >= self.due {
+            self.due = now + VISIBILITY / 3;
+            self.sim.hide(self.receipts, VISIBILITY);
+        }
+        self.work.as_mut().poll(context)
+    }
+}

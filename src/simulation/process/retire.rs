@@ -1,0 +1,54 @@
+//! The mirror of `command/retire.rs`: mark, tear down, forget.
+
+use super::Ended;
+use crate::lifecycle::{Status, Step};
+use crate::registry::Registry;
+use crate::simulation::bug::Bug;
+use crate::simulation::cast;
+use crate::simulation::seen::Seen;
+use crate::simulation::statements::DatabaseError;
+use crate::simulation::world::Sim;
+
+/// Retires one of the projectors that the ledger has, with the set of a release at hand.
+pub(in crate::simulation) async fn retire(sim: Sim, registry: Registry) -> Ended {
+    // An operator who is refused by the database tries again, or does not.
+    let _ = try_retire(&sim, &registry).await;
+    Ended::Done
+}
+
+async fn try_retire(sim: &Sim, registry: &Registry) -> Result<(), DatabaseError> {
+    let entries = sim.entries().await?;
+    if entries.is_empty() {
+        return Ok(());
+    }
+    let at = sim.world().rng.usize(0..entries.len());
+    let entry = &entries[at];
+    let (projector, id) = (registry.get(&entry.id), &entry.id);
+    let force = sim.world().roll(300);
+    if entry.status == Status::Live && projector.is_some() && !force {
+        return Ok(());
+    }
+    if entry.status == Status::Retired && entry.side_effects {
+        return Ok(());
+    }
+    sim.note(|| format!("retires {id}"));
+    if entry.status != Status::Retired {
+        let still = |entry: &crate::ledger::Entry| entry.status != Status::Retired;
+        sim.ledger_step(id, Step::Retire, still).await.map_err(|error| error.unwrap_or(DatabaseError::Lost))?;
+    }
+    sim.saw(Seen::Retired);
+    if sim.world().booting > 0 {
+        sim.saw(Seen::RetiredMetBoot);
+    }
+    if projector.is_some() {
+        sim.tear_down(id).await?;
+    }
+    // Whose tables are still there would be built upon them, if a release had it again.
+    let can_be_forgotten = !entry.side_effects && (projector.is_some() || sim.has(Bug::ForgetsWithTables));
+    if can_be_forgotten {
+        sim.remove(id).await?;
+        sim.saw(Seen::Forgotten);
+        sim.world().forgotten[cast::number(id)] = true;
+    }
+    Ok(())
+}

@@ -1,0 +1,238 @@
+//! The queue: FIFO with one group, or standard. It loses, repeats and reorders; what is received is hidden for a
+//! while; one that is received too often goes to a dead-letter queue, which is to say that it is gone.
+
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use super::cast::Release;
+use super::invariants;
+use super::seen::Seen;
+use super::world::{Sim, Tick, Who, World};
+use crate::event::Position;
+
+/// For how long what is received stays hidden.
+pub(super) const VISIBILITY: Tick = 40;
+
+/// Within this, a FIFO queue takes two messages of one id for one.
+const DEDUPLICATION: Tick = 300;
+
+/// What one receive may hold.
+const MOST_IN_A_BATCH: usize = 10;
+
+/// Received more often than that, a message goes to the dead-letter queue.
+const MOST_RECEIVES: u32 = 3;
+
+/// What a received message is deleted by.
+pub(super) type Receipt = u64;
+
+#[derive(Default)]
+pub(super) struct Queue {
+    pub(super) is_fifo: bool,
+    pub(super) messages: Vec<Message>,
+    sent: BTreeMap<String, Tick>,
+    last_receipt: Receipt,
+}
+
+#[derive(Debug, Clone)]
+pub(super) struct Message {
+    pub(super) body: Rc<str>,
+    /// Through where it carries our log; `None`: it is not of it.
+    pub(super) last: Option<Position>,
+    pub(super) hidden_until: Tick,
+    receives: u32,
+    /// All that have received it and may still try to delete it.
+    deliveries: Vec<Delivery>,
+}
+
+/// A receive of a message.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Delivery {
+    receipt: Receipt,
+    by: Who,
+    pub(super) received_at: Tick,
+}
+
+/// A message as it came from the queue.
+pub(super) struct Received {
+    pub(super) receipt: Receipt,
+    pub(super) body: Rc<str>,
+}
+
+/// The queue did not answer.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct QueueError;
+
+impl Queue {
+    fn is_hidden(message: &Message, clock: Tick) -> bool {
+        message.hidden_until > clock
+    }
+
+    /// Which messages a receive would get now, in order.
+    fn visible(&self, clock: Tick) -> Vec<usize> {
+        // While a message of a group is out, the rest of the group waits.
+        if self.is_fifo && self.messages.iter().any(|message| Queue::is_hidden(message, clock)) {
+            return Vec::new();
+        }
+        (0..self.messages.len()).filter(|&at| !Queue::is_hidden(&self.messages[at], clock)).collect()
+    }
+}
+
+impl World {
+    /// Puts a message into the queue, unless the queue knows it.
+    pub(super) fn enqueue(&mut self, body: &str, last: Option<Position>, deduplication_id: Option<&str>) {
+        let clock = self.clock;
+        if let Some(id) = deduplication_id.filter(|_| self.queue.is_fifo) {
+            if self.queue.sent.get(id).is_some_and(|&sent| clock - sent < DEDUPLICATION) {
+                self.saw(Seen::MessageDeduplicated);
+                self.note(|| "the queue has it already".into());
+                return;
+            }
+            self.queue.sent.insert(id.to_owned(), clock);
+        }
+        let message = Message { body: body.into(), last, hidden_until: 0, receives: 0, deliveries: Vec::new() };
+        self.queue.messages.push(message);
+        self.arrivals += 1;
+    }
+
+    /// Hands out what is visible.
+    fn hand_out(&mut self) -> Vec<Received> {
+        let clock = self.clock;
+        let mut visible = self.queue.visible(clock);
+        if !self.queue.is_fifo && visible.len() > 1 {
+            self.rng.shuffle(&mut visible);
+            self.saw(Seen::Reordered);
+        }
+        let most = self.rng.usize(1..=MOST_IN_A_BATCH);
+        visible.truncate(most);
+        let mut received = Vec::with_capacity(visible.len());
+        let mut dead = Vec::new();
+        for at in visible {
+            self.queue.last_receipt += 1;
+            let (receipt, message) = (self.queue.last_receipt, &mut self.queue.messages[at]);
+            message.receives += 1;
+            if message.receives > MOST_RECEIVES {
+                dead.push(at);
+                continue;
+            }
+            message.hidden_until = clock + VISIBILITY;
+            message.deliveries.push(Delivery { receipt, by: self.who, received_at: clock });
+            let (receives, body) = (message.receives, Rc::clone(&message.body));
+            if receives > 1 {
+                self.saw(Seen::TwoWorkersOneMessage);
+            }
+            received.push(Received { receipt, body });
+        }
+        dead.sort_unstable();
+        for at in dead.into_iter().rev() {
+            self.saw(Seen::DeadLettered);
+            self.note(|| format!("a message goes to the dead-letter queue: {at}"));
+            self.queue.messages.remove(at);
+        }
+        received
+    }
+
+    /// A worker that ends returns what it has in hand.
+    pub(super) fn return_messages(&mut self, who: Who) {
+        for message in &mut self.queue.messages {
+            if message.deliveries.last().is_some_and(|delivery| delivery.by == who) {
+                message.hidden_until = 0;
+            }
+        }
+        self.arrivals += 1;
+    }
+
+    fn delete(&mut self, receipt: Receipt, release: Release) {
+        let holds = |message: &Message| message.deliveries.iter().any(|delivery| delivery.receipt == receipt);
+        let Some(at) = self.queue.messages.iter().position(holds) else { return };
+        let message = &self.queue.messages[at];
+        let is_stale = message.deliveries.last().is_none_or(|delivery| delivery.receipt != receipt)
+            || !Queue::is_hidden(message, self.clock);
+        if is_stale {
+            self.saw(Seen::StaleReceipt);
+            // A standard queue may take it or not; a FIFO queue does not.
+            if self.queue.is_fifo || self.rng.bool() {
+                self.note(|| "a stale receipt deletes nothing".into());
+                return;
+            }
+        }
+        let message = self.queue.messages.remove(at);
+        self.arrivals += 1;
+        self.note(|| format!("a message through {:?} is deleted", message.last.map(Position::get)));
+        if let Some(delivery) = message.deliveries.iter().find(|delivery| delivery.receipt == receipt) {
+            invariants::before_delete(self, &message, delivery, release);
+        }
+    }
+}
+
+impl Sim {
+    async fn call(&self) -> Result<(), QueueError> {
+        self.step().await;
+        let mut world = self.world();
+        let chance = world.chances.queue_away;
+        if world.roll(chance) {
+            world.saw(Seen::QueueAway);
+            world.note(|| "the queue does not answer".into());
+            return Err(QueueError);
+        }
+        Ok(())
+    }
+
+    /// Sends what the relay has packed.
+    pub(super) async fn send(&self, body: &str, last: Position, deduplication_id: &str) -> Result<(), QueueError> {
+        self.call().await?;
+        let mut world = self.world();
+        invariants::before_send(&mut world, last);
+        let (loses, repeats) = (world.chances.queue_loses, world.chances.queue_repeats);
+        world.note(|| format!("sends a message through {last}"));
+        world.saw(Seen::Sent);
+        if world.roll(loses) {
+            world.saw(Seen::MessageLost);
+            world.note(|| "the queue loses it".into());
+            return Ok(());
+        }
+        world.enqueue(body, Some(last), Some(deduplication_id));
+        if world.roll(repeats) {
+            world.saw(Seen::MessageRepeated);
+            world.enqueue(body, Some(last), None);
+        }
+        // Sent, and the answer lost: it is sent again.
+        let away = world.chances.queue_away;
+        if world.roll(away) { Err(QueueError) } else { Ok(()) }
+    }
+
+    /// Receives up to ten messages, waiting up to `wait` for the first.
+    pub(super) async fn receive(&self, wait: Tick) -> Result<Vec<Received>, QueueError> {
+        self.call().await?;
+        let until = self.now() + wait;
+        loop {
+            let received = self.world().hand_out();
+            if !received.is_empty() || self.now() >= until {
+                self.note(|| format!("receives {} messages", received.len()));
+                return Ok(received);
+            }
+            self.arrival(until).await;
+        }
+    }
+
+    /// Deletes messages, as a worker of this release.
+    pub(super) async fn delete(&self, receipts: &[Receipt], release: Release) -> Result<(), QueueError> {
+        self.call().await?;
+        for &receipt in receipts {
+            self.world().delete(receipt, release);
+        }
+        Ok(())
+    }
+
+    /// Hides messages for so long from now on.
+    pub(super) fn hide(&self, receipts: &[Receipt], ticks: Tick) {
+        let mut world = self.world();
+        let clock = world.clock;
+        for message in &mut world.queue.messages {
+            let is_ours = message.deliveries.last().is_some_and(|last| receipts.contains(&last.receipt));
+            if is_ours && message.hidden_until > clock {
+                message.hidden_until = clock + ticks;
+            }
+        }
+        world.arrivals += u64::from(ticks == 0);
+    }
+}

@@ -1,0 +1,207 @@
+//! A transaction, as its client sees it. Dropped, it is rolled back by the server when that notices.
+
+use super::cast;
+use super::cast::Release;
+use super::database::{Open, Row, TransactionId};
+use super::invariants::Claim;
+use super::seen::Seen;
+use super::statements::{DatabaseError, PATIENT_LOCK_WAIT};
+use super::world::{Failing, Sim, Tick};
+use crate::event::{Event, Position};
+use crate::ledger::Entry;
+use crate::projector::ProjectorId;
+
+pub(super) struct Transaction {
+    sim: Sim,
+    id: TransactionId,
+}
+
+/// Why a handler failed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum HandlerError {
+    Own(String),
+    Panic,
+    Transient,
+}
+
+impl Drop for Transaction {
+    fn drop(&mut self) {
+        self.sim.world().orphan(self.id);
+    }
+}
+
+impl Transaction {
+    pub(super) fn begin(sim: &Sim) -> Self {
+        let mut world = sim.world();
+        world.database.last_transaction += 1;
+        let id = world.database.last_transaction;
+        world.database.open.insert(id, Open::default());
+        drop(world);
+        Transaction { sim: sim.clone(), id }
+    }
+
+    /// Hands out so many positions in a row. They are this writer's from now on, row or no row.
+    pub(super) async fn reserve(&self, positions: u64) -> Result<u64, DatabaseError> {
+        self.sim.statement(Some(self.id)).await?;
+        let mut world = self.sim.world();
+        let first = world.database.counter + 1;
+        world.database.counter += positions;
+        world.note(|| format!("reserves {first}..={}", first + positions - 1));
+        Ok(first)
+    }
+
+    /// Inserts a row. One that is locked by others is waited for; a committed one is a collision.
+    pub(super) async fn insert(&mut self, event: Event, patience: Tick) -> Result<(), DatabaseError> {
+        self.sim.statement(Some(self.id)).await?;
+        let (own, position) = (self.id, event.position.get());
+        let holder = |world: &super::world::World| world.database.row(position)?.owner.filter(|&owner| owner != own);
+        self.sim.until_free(patience, holder).await?;
+        let mut world = self.sim.world();
+        if world.database.committed(position).is_some() {
+            world.note(|| format!("cannot insert {position}: 1062"));
+            return Err(DatabaseError::PositionTaken);
+        }
+        let Some(open) = world.database.open.get_mut(&own).filter(|open| open.orphaned_until.is_none()) else {
+            return Err(DatabaseError::Lost);
+        };
+        open.inserted.push(position);
+        world.note(|| format!("inserts {position} ({})", event.event_type));
+        // A server that starts reads the counter from the table.
+        world.database.counter = world.database.counter.max(position);
+        world.database.put(position, Row { event, owner: Some(own) });
+        Ok(())
+    }
+
+    /// Refuses an event id that the log has. A writer that is still undecided about it is waited for.
+    pub(super) async fn check_event_id(&self, event_id: &str) -> Result<(), DatabaseError> {
+        let own = self.id;
+        let of = |world: &super::world::World| {
+            let rows = world.database.events.iter().flatten();
+            rows.filter(|row| row.owner != Some(own)).find(|row| row.event.event_id == event_id).map(|row| row.owner)
+        };
+        self.sim.until_free(PATIENT_LOCK_WAIT, |world| of(world).flatten()).await?;
+        match of(&self.sim.world()) {
+            Some(_) => Err(DatabaseError::EventIdTaken),
+            None => Ok(()),
+        }
+    }
+
+    /// `select … for update` on the ledger row.
+    pub(super) async fn lock(&mut self, id: &ProjectorId) -> Result<Option<Entry>, DatabaseError> {
+        self.sim.statement(Some(self.id)).await?;
+        let (own, actor) = (self.id, cast::number(id));
+        let holder = |world: &super::world::World| world.database.ledger_row(actor)?.lock.filter(|&by| by != own);
+        self.sim.until_free(PATIENT_LOCK_WAIT, holder).await?;
+        let mut world = self.sim.world();
+        if world.database.open.get(&own).is_none_or(|open| open.orphaned_until.is_some()) {
+            return Err(DatabaseError::Lost);
+        }
+        let Some(row) = world.database.ledger_row_mut(actor) else { return Ok(None) };
+        row.lock = Some(own);
+        let entry = row.entry.clone();
+        world.note(|| format!("locks {id}: {} at {}", entry.status, entry.position));
+        if let Some(open) = world.database.open.get_mut(&own) {
+            open.locked = Some(actor);
+        }
+        Ok(Some(entry))
+    }
+
+    /// Runs the handler of a projector, as a release has it, on what it wants. All of it is one step.
+    pub(super) async fn handle(
+        &mut self,
+        id: &ProjectorId,
+        release: Release,
+        wanted: &[&Event],
+    ) -> Result<(), HandlerError> {
+        self.sim.statement(Some(self.id)).await.map_err(|_| HandlerError::Transient)?;
+        let mut world = self.sim.world();
+        let actor = cast::number(id);
+        let chance = world.chances.deadlock;
+        if world.roll(chance) {
+            world.saw(Seen::Deadlock);
+            return Err(HandlerError::Transient);
+        }
+        for event in wanted {
+            let position = event.position.get();
+            if let Some(how) = failing(&mut world, actor, position, release) {
+                world.note(|| format!("the handler of {id} fails at {position}: {how:?}"));
+                return Err(match how {
+                    Failing::Panic => HandlerError::Panic,
+                    _ => HandlerError::Own(format!("cannot take {position}")),
+                });
+            }
+        }
+        if let Some(open) = world.database.open.get_mut(&self.id) {
+            open.applied.extend(wanted.iter().map(|event| event.position.get()));
+        }
+        Ok(())
+    }
+
+    /// Writes the locked row back; where events were applied, by which right.
+    pub(super) async fn write(&mut self, entry: Entry) -> Result<(), DatabaseError> {
+        self.sim.statement(Some(self.id)).await?;
+        if let Some(open) = self.sim.world().database.open.get_mut(&self.id) {
+            open.written = Some(entry);
+        }
+        Ok(())
+    }
+
+    /// Moves the locked row on.
+    pub(super) async fn advance(&mut self, entry: Entry, claim: Claim, to: Position) -> Result<(), DatabaseError> {
+        self.write(Entry { position: to, ..entry }).await?;
+        self.claim(claim);
+        Ok(())
+    }
+
+    /// By what right events are applied; for the invariants, which look for themselves.
+    pub(super) fn claim(&self, claim: Claim) {
+        if let Some(open) = self.sim.world().database.open.get_mut(&self.id) {
+            open.claim = Some(claim);
+        }
+    }
+
+    /// Commits. The answer may be lost on its way, after the commit or instead of it.
+    pub(super) async fn commit(self) -> Result<(), DatabaseError> {
+        self.sim.statement(Some(self.id)).await?;
+        let mut world = self.sim.world();
+        let chance = world.chances.lost_ack;
+        if !world.roll(chance) {
+            world.note(|| "commits".into());
+            world.commit(self.id);
+            return Ok(());
+        }
+        if world.rng.bool() {
+            world.saw(Seen::AckLost);
+            world.note(|| "commits, and does not learn of it".into());
+            world.commit(self.id);
+        } else {
+            world.saw(Seen::CommitLost);
+            world.note(|| "asks for a commit, and is not heard".into());
+            world.orphan(self.id);
+        }
+        Err(DatabaseError::Lost)
+    }
+
+    /// Rolls back at once. Dropping it does so a moment later.
+    pub(super) fn roll_back(self) {
+        self.sim.world().roll_back(self.id);
+    }
+}
+
+/// Whether the handler of a projector fails at an event (position 0: at its setup), and how.
+pub(super) fn failing(
+    world: &mut super::world::World,
+    actor: usize,
+    position: u64,
+    release: Release,
+) -> Option<Failing> {
+    let matches = |poison: &super::world::Poison| {
+        poison.actor == actor && poison.position == position && poison.release.is_none_or(|only| only == release)
+    };
+    let index = world.poison.iter().position(matches)?;
+    let how = world.poison[index].how;
+    if how == Failing::Flaky {
+        world.poison.remove(index);
+    }
+    Some(how)
+}
