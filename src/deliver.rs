@@ -32,7 +32,7 @@ pub struct Limits {
     pub batch: u64,
     /// How long a handler may take for one call, a batch or an event, before it counts as failed.
     pub handler_timeout: Duration,
-    /// How long transient failures of one batch are tried again; `None`: for as long as it takes.
+    /// How long boot tries again what failed transiently; `None`: for as long as it takes, as play does.
     pub patience: Option<Duration>,
 }
 

@@ -82,7 +82,8 @@ pub async fn play(
     settings: PlaySettings,
     shutdown: impl Future<Output = ()>,
 ) -> Result<Played, Error> {
-    let engine = Engine::new(database, settings.limits, registry);
+    // Who gave up on a batch would delete its message: play waits for as long as it takes.
+    let engine = Engine::new(database, Limits { patience: None, ..settings.limits }, registry);
     let log_id = engine.store.marks().await?.log_id;
     let mut worker = Worker {
         engine,

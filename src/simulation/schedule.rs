@@ -196,10 +196,17 @@ impl Scheduler<'_> {
         if !self.slots.iter().any(|slot| matches!(slot.who, Who::Relay(_))) {
             self.start_relay();
         }
-        self.last_boot = None;
-        self.start_boot(release);
-        if !self.run_until("the last boot ends", |scheduler| scheduler.last_boot.is_some()) {
-            return;
+        // Twice, if need be: a worker may have met its poison before it was mended, and break its projector only
+        // when the first boot has passed that by.
+        for _ in 0..2 {
+            self.last_boot = None;
+            self.start_boot(release);
+            if !self.run_until("the last boot ends", |scheduler| scheduler.last_boot.is_some()) {
+                return;
+            }
+            if self.last_boot == Some(Ended::Booted { released: true }) {
+                break;
+            }
         }
         self.check_boot(release, mends);
         while self.slots.iter().filter(|slot| matches!(slot.who, Who::Play(..))).count() < 2 {
