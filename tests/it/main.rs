@@ -4,4 +4,5 @@
 mod support;
 
 mod log;
+mod queue;
 mod story;
