@@ -10,7 +10,7 @@ use projectionist::{
     Event, EventTypes, NewEvent, PlaySettings, Projector, Queue, Registry, RelaySettings, SqsQueue, async_trait,
 };
 
-use crate::support::{Faults, FaultyQueue, Gate, PATIENCE, Scripted, Tally, World, eventually, event, registry, seed};
+use crate::support::{Faults, FaultyQueue, Gate, PATIENCE, Scripted, Tally, World, event, eventually, registry, seed};
 
 /// Many small messages, so that faults have something to strike.
 fn small_messages() -> PlaySettings {
@@ -100,7 +100,8 @@ async fn survive_every_fault(world: World) {
     world.assert_complete(&all).await;
     world.assert_complete(&closed).await;
     let struck = queue.struck();
-    let each = [struck.lost, struck.repeated, struck.malformed, struck.undeleted, struck.unacknowledged, struck.refused];
+    let each =
+        [struck.lost, struck.repeated, struck.malformed, struck.undeleted, struck.unacknowledged, struck.refused];
     assert!(each.iter().all(|&times| times > 0), "{struck:?}");
 }
 
@@ -190,7 +191,8 @@ async fn foreign_messages_neither_stop_nor_change_anything() {
                 .collect();
             events.join(",")
         };
-        let message = |log: &str, prev: u64, events: &str| format!("{{\"log\":\"{log}\",\"prev\":{prev},\"events\":[{events}]}}");
+        let message =
+            |log: &str, prev: u64, events: &str| format!("{{\"log\":\"{log}\",\"prev\":{prev},\"events\":[{events}]}}");
         let foreign = [
             "hello".into(),
             "{\"Type\":\"Notification\",\"Message\":\"{}\"}".into(),
@@ -235,9 +237,11 @@ impl Projector for Payloads {
     }
 
     async fn setup(&self, db: &mut MySqlConnection) -> anyhow::Result<()> {
-        sqlx::query("create table if not exists payloads (position bigint unsigned primary key, payload mediumtext not null)")
-            .execute(db)
-            .await?;
+        sqlx::query(
+            "create table if not exists payloads (position bigint unsigned primary key, payload mediumtext not null)",
+        )
+        .execute(db)
+        .await?;
         Ok(())
     }
 
@@ -267,7 +271,8 @@ async fn an_event_that_no_message_can_hold_travels_as_a_reference() {
         let world = World::with_queue(fifo, &[(QueueAttributeName::MaximumMessageSize, "1024")]).await;
         let registry = Registry::new().with(Payloads).expect("a name of its own");
         world.boot(&registry).await;
-        let events: Vec<NewEvent> = [50, 5_000, 50, 1_500].into_iter().enumerate().map(|(n, size)| with_payload(n, size)).collect();
+        let events: Vec<NewEvent> =
+            [50, 5_000, 50, 1_500].into_iter().enumerate().map(|(n, size)| with_payload(n, size)).collect();
         world.store.append(&events).await.expect("appended");
         world.publish(1_000).await;
         assert_eq!(world.depth().await, 4);
@@ -318,10 +323,8 @@ async fn a_message_that_becomes_visible_in_the_middle_of_the_work_is_applied_onc
     assert!(first.struck().unhidden > 0);
 
     gate.open();
-    eventually("all is applied and deleted", async || {
-        world.position("tally").await == 10 && world.depth().await == 0
-    })
-    .await;
+    eventually("all is applied and deleted", async || world.position("tally").await == 10 && world.depth().await == 0)
+        .await;
     slow.stop().await;
     other.stop().await;
     world.assert_complete(&tally).await;
@@ -436,7 +439,8 @@ async fn a_message_of_more_events_than_a_batch_is_applied_in_several_transaction
         let (seen, last) = (Arc::clone(&seen), Arc::clone(&last));
         Box::pin(async move {
             // A transaction shows to itself what it has written: its first row tells it from the one before.
-            let own: u64 = sqlx::query_scalar("select position from projectors where name = 'tally'").fetch_one(db).await?;
+            let own: u64 =
+                sqlx::query_scalar("select position from projectors where name = 'tally'").fetch_one(db).await?;
             if last.swap(own, Ordering::SeqCst) != own {
                 seen.fetch_add(1, Ordering::SeqCst);
             }
