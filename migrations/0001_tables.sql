@@ -10,7 +10,7 @@ create table events (
   stream_version bigint unsigned not null,
   event_type     varchar(200)    character set utf8mb4 collate utf8mb4_bin not null,
   recorded_at    datetime(6)     not null default (utc_timestamp(6)),
-  -- Text and not json: the bytes come back as they were appended, and reading is 1.6 times as fast on MySQL,
+  -- Text and not json: the bytes come back as they were appended, and reading is 1.2 times as fast on MySQL 9.7,
   -- where a json column is stored in binary and printed anew for every row.
   payload        mediumtext      character set utf8mb4 collate utf8mb4_bin not null,
   metadata       mediumtext      character set utf8mb4 collate utf8mb4_bin null,
@@ -29,6 +29,9 @@ create table event_log (
   log_id         varchar(36)     character set ascii collate ascii_bin not null,
   -- The highest position at or below which nothing can still become visible.
   high_water     bigint unsigned not null default 0,
+  -- What stood at or below the mark when it passed: rows, and their fingerprint (src/store/fingerprint.rs).
+  counted        bigint unsigned not null default 0,
+  fingerprint    bigint unsigned not null default 0,
   -- Everything up to here has been sent to the queue.
   published      bigint unsigned not null default 0,
   -- The relay's lease: two relays are harmless but wasteful.
@@ -56,6 +59,10 @@ create table projectors (
   failed_event_type   varchar(200)    character set utf8mb4 collate utf8mb4_bin null,
   failed_error        text            character set utf8mb4 null,
   failed_at           datetime(6)     null,
+  -- How often the event was tried, and by whom: the release that has the bug, and the host that has its logs.
+  failed_attempts     int unsigned    null,
+  failed_release      varchar(200)    character set utf8mb4 null,
+  failed_host         varchar(255)    character set utf8mb4 null,
   created_at          datetime(6)     not null default (utc_timestamp(6)),
   status_changed_at   datetime(6)     not null default (utc_timestamp(6)),
   primary key (name, version),
@@ -63,8 +70,12 @@ create table projectors (
   constraint projectors_status_is_known
     check (status in ('booting', 'live', 'broken', 'stalled', 'finished', 'retired')),
   constraint projectors_broken_tells_why check ((status = 'broken') = (failed_error is not null)),
-  constraint projectors_failure_has_a_time check ((failed_error is null) = (failed_at is null)),
-  -- The position of a broken projector stays just before the event that it failed on.
-  constraint projectors_broken_stands_before_its_event
-    check (failed_position is null or failed_position = position + 1)
+  constraint projectors_failure_is_whole check (
+    (failed_error is null) = (failed_at is null)
+    and (failed_error is null) = (failed_attempts is null)
+    and (failed_error is null) = (failed_host is null)
+  ),
+  -- A broken projector stands just before the event that it failed on, until a boot takes it beyond.
+  constraint projectors_never_stand_before_their_failure
+    check (failed_position is null or failed_position <= position + 1)
 ) engine = innodb;

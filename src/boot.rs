@@ -7,10 +7,11 @@ use tracing::{error, info, warn};
 use crate::apply;
 use crate::catch_up::{Cursor, CursorState};
 use crate::database::Database;
-use crate::deliver::{Delivered, Engine, Limits};
-use crate::error::{Error, is_transient};
+use crate::deliver::{Delivered, Engine, Failed, Limits};
+use crate::error::{Error, caused_by_transient, is_transient, tell};
 use crate::event::Position;
-use crate::handoff::oldest_queued;
+use crate::handoff::{has_reached, oldest_queued};
+use crate::held::HeldWatch;
 use crate::ledger::{Entry, LedgerError};
 use crate::lifecycle::{Stage, Status, Step};
 use crate::projector::{Mode, ProjectorId};
@@ -80,7 +81,7 @@ pub async fn boot(
     limits: Limits,
     progress: impl FnMut(&BootProgress),
 ) -> Result<BootReport, Error> {
-    let boot = Boot { engine: Engine::new(database, limits), registry };
+    let boot = Boot { engine: Engine::new(database, limits, registry), registry };
     boot.run(progress).await
 }
 
@@ -98,7 +99,7 @@ impl Boot<'_> {
         if self.set_up(&mut cursors).await {
             self.replay(&mut cursors, &mut progress).await?;
         }
-        if cursors.iter().any(|cursor| matches!(cursor.state, CursorState::Broke(_))) {
+        if cursors.iter().any(|cursor| matches!(cursor.state, CursorState::Broke)) {
             self.stall(&cursors).await?;
         }
         if let Some(gave_up) = cursors.iter().find_map(|cursor| match &cursor.state {
@@ -106,7 +107,7 @@ impl Boot<'_> {
             _ => None,
         }) {
             return Err(Error::OutOfReach(format!(
-                "boot gave up on transient failures of the database; run it again, it goes on where it stopped: {gave_up}"
+                "boot gave up on the database; run it again, it goes on where it stopped: {gave_up}"
             )));
         }
         let report = self.report(&before, &self.engine.ledger.entries().await?);
@@ -124,11 +125,7 @@ impl Boot<'_> {
         if !new.is_empty() {
             let high_water = self.engine.store.raise_high_water().await?.mark;
             for projector in new {
-                let position = match projector.mode {
-                    Mode::FromNow => high_water,
-                    Mode::FromBeginning | Mode::Once => Position::START,
-                };
-                self.engine.ledger.enter(projector, position).await?;
+                self.engine.ledger.enter(projector, first_position(projector.mode, high_water)).await?;
             }
         }
         let mut cursors = Vec::new();
@@ -152,9 +149,11 @@ impl Boot<'_> {
         for cursor in cursors {
             if let Err(error) = apply::set_up(&self.engine.database, &cursor.projector).await {
                 let error = error.context("setup failed");
-                let delivered = match crate::error::caused_by_transient(&error) {
-                    true => Delivered::GaveUp(format!("{error:#}")),
-                    false => self.engine.break_at(&cursor.projector, Stage::Boot, None, &error).await,
+                let delivered = match caused_by_transient(&error) {
+                    true => Delivered::GaveUp(tell(&error)),
+                    false => {
+                        self.engine.break_at(&cursor.projector, Stage::Boot, None, Failed { error, attempts: 1 }).await
+                    }
                 };
                 cursor.note(delivered);
                 return false;
@@ -165,13 +164,16 @@ impl Boot<'_> {
 
     /// Rounds of catch-up and handoff, until none is left or one broke.
     async fn replay(&self, cursors: &mut [Cursor], progress: &mut impl FnMut(&BootProgress)) -> Result<(), Error> {
+        let mut held = HeldWatch::default();
         let is_first = !self.engine.ledger.entries().await?.iter().any(|entry| entry.status == Status::Live);
         for round in 1.. {
             let Some(start) = cursors.iter().filter(|cursor| cursor.is_running()).map(|cursor| cursor.position).min()
             else {
                 return Ok(());
             };
-            let target = self.engine.store.raise_high_water().await?.mark;
+            let high_water = self.engine.store.raise_high_water().await?;
+            held.note(high_water.held);
+            let target = high_water.mark;
             info!(round, from = start.get(), through = target.get(), "replaying");
             let mut tell = |cursors: &[Cursor]| progress(&BootProgress::of(cursors, target));
             tell(cursors);
@@ -211,7 +213,7 @@ impl Boot<'_> {
 
     /// Finishes a projector of mode once, if it still stands at or beyond the mark of this round.
     async fn finish(&self, projector: &Registered, target: Position) -> Result<bool, LedgerError> {
-        let still = |entry: &Entry| Stage::Boot.plays(&entry.status) && entry.position >= target;
+        let still = |entry: &Entry| has_reached(entry, target);
         let entry = self.engine.ledger.step(&projector.id, Step::Finish, still).await?;
         let finished = entry.is_some_and(|entry| entry.status == Status::Finished);
         if finished {
@@ -250,6 +252,14 @@ impl BootProgress {
             positions: running.map(|cursor| (cursor.projector.id.clone(), cursor.position)).collect(),
             target,
         }
+    }
+}
+
+/// Where a projector begins that is seen for the first time.
+pub(crate) fn first_position(mode: Mode, high_water: Position) -> Position {
+    match mode {
+        Mode::FromNow => high_water,
+        Mode::FromBeginning | Mode::Once => Position::START,
     }
 }
 

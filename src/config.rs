@@ -59,6 +59,14 @@ pub(crate) struct Config {
           value_parser = clap::value_parser!(u64).range(3..=43_200), global = true)]
     visibility: u64,
 
+    /// What this release is called, for whoever reads of a failure: a version, a commit, an image's tag.
+    #[arg(long, value_name = "NAME", env = "PROJECTIONIST_RELEASE", global = true)]
+    release: Option<String>,
+
+    /// Where alerts are posted, as JSON, besides the log: a web hook of your chat or bug tracker.
+    #[arg(long, value_name = "URL", env = "PROJECTIONIST_ALERT_URL", hide_env_values = true, global = true)]
+    pub(crate) alert_url: Option<String>,
+
     /// How log lines look on standard error.
     #[arg(long, value_name = "FORMAT", env = "PROJECTIONIST_LOG_FORMAT", default_value = "auto", global = true)]
     pub(crate) log_format: LogFormat,
@@ -73,6 +81,9 @@ impl Config {
     pub(crate) fn registry(&self, mut registry: Registry) -> Result<Registry, Error> {
         if let Some(dir) = &self.projectors {
             declared::load(dir, &mut registry).map_err(|error| Error::Input(error.to_string()))?;
+        }
+        if let Some(release) = &self.release {
+            registry.set_release(release);
         }
         Ok(registry)
     }

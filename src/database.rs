@@ -1,16 +1,18 @@
 //! The way to MySQL or MariaDB: connections with the session that the protocol needs, and the checks of the server.
 
 use std::borrow::Cow;
+use std::future::Future;
 use std::str::FromStr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sqlx::migrate::{Migration, MigrationType, Migrator};
 use sqlx::mysql::{MySqlConnectOptions, MySqlPoolOptions};
 use sqlx::pool::PoolConnection;
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor, MySql, MySqlPool, SqlSafeStr};
+use tokio::sync::watch;
 use tokio::time::timeout;
 
-use crate::error::{Error, server_error};
+use crate::error::{Error, is_read_only, server_error};
 
 /// Under repeatable read the probe of a hole takes gap locks that block writers, and a long transaction
 /// would not see what has been committed since it began. (That time is UTC, sqlx sees to.)
@@ -27,6 +29,8 @@ const MIGRATIONS_TABLE: &str = "projectionist_migrations";
 pub struct Database {
     pub(crate) pool: MySqlPool,
     pub(crate) flavor: Flavor,
+    /// When a connection last turned out to lead to a server that is read-only.
+    distrusted: watch::Sender<Option<Instant>>,
 }
 
 /// What differs between the servers is decided by this.
@@ -35,6 +39,9 @@ pub(crate) enum Flavor {
     MySql,
     MariaDb,
 }
+
+/// Above the 50 s that a server waits for a row's lock by default: what takes longer is not slow, but cut off.
+const ANSWER_WITHIN: Duration = Duration::from_secs(60);
 
 impl Database {
     /// Connects and checks the server. The pool holds at most `connections`.
@@ -57,13 +64,43 @@ impl Database {
             Err(_) => return Err(out_of_reach(&at, &sqlx::Error::PoolTimedOut)),
         };
         check_increment(&at, increment)?;
+        let distrusted = watch::Sender::new(None);
+        let is_older = distrusted.subscribe();
         let pool = MySqlPoolOptions::new()
+            .before_acquire(move |_, about| {
+                let was_open_then = is_older.borrow().is_some_and(|since: Instant| about.age > since.elapsed());
+                Box::pin(async move { Ok(!was_open_then) })
+            })
             .max_connections(connections)
             .acquire_timeout(patience)
             .after_connect(|connection, _| Box::pin(async move { connection.execute(SESSION).await.map(|_| ()) }))
             .connect_lazy_with(options);
         let flavor = if version.contains("MariaDB") { Flavor::MariaDb } else { Flavor::MySql };
-        Ok(Database { pool, flavor })
+        Ok(Database { pool, flavor, distrusted })
+    }
+
+    /// Waits for an answer, but not for ever: a connection whose other end has gone without a word would be waited on until
+    /// the kernel gives it up, which may be hours. It is an error like any other lost connection.
+    pub(crate) async fn answered<T>(
+        &self,
+        asking: impl Future<Output = Result<T, sqlx::Error>>,
+    ) -> Result<T, sqlx::Error> {
+        let answer = timeout(ANSWER_WITHIN, asking).await.unwrap_or_else(|_| {
+            let silence = format!("the database did not answer within {} s", ANSWER_WITHIN.as_secs());
+            Err(sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, silence)))
+        });
+        if let Err(error) = &answer {
+            self.distrust(error);
+        }
+        answer
+    }
+
+    /// After a failover the former primary lives on, read-only, and our connections with it. Once one of them says so,
+    /// none that is as old is used again: new ones lead to where the name leads now.
+    pub(crate) fn distrust(&self, error: &sqlx::Error) {
+        if is_read_only(error) {
+            self.distrusted.send_replace(Some(Instant::now()));
+        }
     }
 
     /// Creates or upgrades the tables. Harmless to repeat, and safe from several hosts at once.
@@ -120,17 +157,22 @@ async fn greet(options: &MySqlConnectOptions) -> Result<(String, u64), sqlx::Err
 
 fn parse(url: &str) -> Result<MySqlConnectOptions, Error> {
     // The parser's own error may quote the URL, and with it the password: it is not passed on.
-    let options = MySqlConnectOptions::from_str(url).ok().filter(|_| url.starts_with("mysql://")).ok_or_else(|| {
-        Error::Input(
-            "the database URL is not of the form mysql://USER:PASSWORD@HOST:PORT/DATABASE \
-             (percent-encode special characters in the password)"
+    let read = |url: &str| MySqlConnectOptions::from_str(url).ok().filter(|_| url.starts_with("mysql://"));
+    let options = read(url).ok_or_else(|| {
+        Error::Input(match url.split_once('?').and_then(|(before, _)| read(before)) {
+            Some(_) => "the options after the ? of the database URL cannot be read; ssl-mode is DISABLED, PREFERRED, \
+                        REQUIRED, VERIFY_CA or VERIFY_IDENTITY"
                 .into(),
-        )
+            None => "the database URL is not of the form mysql://USER:PASSWORD@HOST:PORT/DATABASE \
+                     (percent-encode special characters in the password)"
+                .into(),
+        })
     })?;
     if options.get_database().is_none_or(str::is_empty) {
         return Err(Error::Input("the database URL names no database: end it with /DATABASE".into()));
     }
-    Ok(options.disable_statement_logging())
+    // A projector's SQL means what it means everywhere else on MySQL: `||` is or.
+    Ok(options.disable_statement_logging().pipes_as_concat(false))
 }
 
 fn out_of_reach(at: &str, error: &sqlx::Error) -> Error {

@@ -7,10 +7,11 @@ use tracing::{error, warn};
 
 use crate::apply::{self, ApplyError, Batch};
 use crate::database::Database;
+use crate::error::tell;
 use crate::event::{Event, Position};
-use crate::ledger::{Ledger, LedgerError};
+use crate::ledger::{Entry, Ledger, LedgerError};
 use crate::lifecycle::{FailedEvent, Failure, Stage, Status, Step};
-use crate::registry::Registered;
+use crate::registry::{Registered, Registry};
 use crate::retry;
 
 /// What the engine works with, in boot and in play.
@@ -20,6 +21,8 @@ pub(crate) struct Engine {
     pub(crate) store: crate::store::EventStore,
     pub(crate) ledger: Ledger,
     pub(crate) limits: Limits,
+    /// The name of the release, where it has one.
+    release: Option<String>,
 }
 
 /// What bounds the engine.
@@ -47,7 +50,7 @@ pub(crate) enum Delivered {
     /// It stands where this batch does not begin: somebody else moved it. Go on from here.
     Elsewhere(Position),
     /// It broke, and stands just before the event that it failed on.
-    Broke(Failure),
+    Broke,
     /// Transient failures outlasted [`Limits::patience`]; it stands where it stood.
     GaveUp(String),
     /// It has left this stage: another worker broke it, another boot handed it over, it was retired.
@@ -55,12 +58,13 @@ pub(crate) enum Delivered {
 }
 
 impl Engine {
-    pub(crate) fn new(database: &Database, limits: Limits) -> Self {
+    pub(crate) fn new(database: &Database, limits: Limits, registry: &Registry) -> Self {
         Engine {
             database: database.clone(),
             store: crate::store::EventStore::new(database),
             ledger: Ledger::new(database),
             limits,
+            release: registry.release().map(str::to_owned),
         }
     }
 
@@ -74,38 +78,45 @@ impl Engine {
     }
 
     /// Applies a batch whole. `Err` is the projector's own failure, somewhere in it.
-    async fn attempt(
-        &self,
-        projector: &Registered,
-        stage: Stage,
-        mut batch: Batch<'_>,
-    ) -> Result<Delivered, anyhow::Error> {
+    async fn attempt(&self, projector: &Registered, stage: Stage, mut batch: Batch<'_>) -> Result<Delivered, Failed> {
         let began = Instant::now();
         let mut attempt = 1;
+        let mut timed_out = false;
         loop {
             match apply::apply(&self.database, projector, stage, batch, self.limits.handler_timeout).await {
                 Ok(()) => return Ok(Delivered::At(batch.through)),
-                Err(ApplyError::Projector(error)) => return Err(error),
-                Err(ApplyError::Claim(entry)) => match entry {
-                    Some(entry) if stage.plays(&entry.status) => {
-                        // Another worker was faster, or a commit of ours was not acknowledged.
-                        match batch.from(entry.position) {
-                            Some(rest) if rest.after < rest.through => batch = rest,
-                            Some(_) => return Ok(Delivered::At(entry.position)),
-                            None => return Ok(Delivered::Elsewhere(entry.position)),
-                        }
-                    }
-                    _ => return Ok(Delivered::Left),
+                Err(ApplyError::Projector(error)) => return Err(Failed { error, attempts: attempt }),
+                // The first may be the network's fault: on a connection of its own, the second is not.
+                Err(ApplyError::TimedOut(error)) if timed_out => return Err(Failed { error, attempts: attempt }),
+                Err(ApplyError::TimedOut(error)) => {
+                    timed_out = true;
+                    attempt += 1;
+                    warn!(projector = %projector.id, position = batch.after.get(), error = tell(&error), "trying once more");
+                }
+                Err(ApplyError::Claim(entry)) => match without_claim(entry.as_ref(), stage, batch) {
+                    Ok(rest) => batch = rest,
+                    Err(delivered) => return Ok(delivered),
                 },
+                Err(ApplyError::Ledger(error)) if self.limits.patience.is_some() => {
+                    return Ok(Delivered::GaveUp(error.to_string()));
+                }
+                Err(ApplyError::Ledger(error)) => {
+                    // A worker that ended would lose nothing by it, but neither would it mend it.
+                    attempt += 1;
+                    if retry::worth_telling(attempt) {
+                        error!(projector = %projector.id, position = batch.after.get(), attempt, %error, "the ledger cannot be written");
+                    }
+                    tokio::time::sleep(retry::delay(attempt + 6)).await;
+                }
                 Err(ApplyError::Transient(error)) => {
                     attempt += 1;
                     if self.limits.patience.is_some_and(|patience| began.elapsed() >= patience) {
-                        return Ok(Delivered::GaveUp(format!("{error:#}")));
+                        return Ok(Delivered::GaveUp(tell(&error)));
                     }
                     if retry::worth_telling(attempt) {
                         warn!(
                             projector = %projector.id, position = batch.after.get(), attempt,
-                            error = format!("{error:#}"), "transient failure, trying again"
+                            error = tell(&error), "transient failure, trying again"
                         );
                     }
                     tokio::time::sleep(retry::delay(attempt)).await;
@@ -115,20 +126,14 @@ impl Engine {
     }
 
     /// Applies a batch that failed event by event, so that the position ends just before the failing one.
-    async fn isolate(
-        &self,
-        projector: &Registered,
-        stage: Stage,
-        batch: Batch<'_>,
-        failed: anyhow::Error,
-    ) -> Delivered {
+    async fn isolate(&self, projector: &Registered, stage: Stage, batch: Batch<'_>, failed: Failed) -> Delivered {
         let wanted: Vec<&Event> = batch.events.iter().filter(|event| projector.wants(event)).collect();
         if let [event] = wanted[..] {
             // The events before it are not wanted, but the position stands just before the one that failed.
             return match self.attempt(projector, stage, batch.until(event.position.previous())).await {
-                Ok(Delivered::At(_)) => self.break_at(projector, stage, Some(event), &failed).await,
+                Ok(Delivered::At(_)) => self.break_at(projector, stage, Some(event), failed).await,
                 Ok(delivered) => delivered,
-                Err(error) => self.break_at(projector, stage, Some(event), &error).await,
+                Err(failed) => self.break_at(projector, stage, Some(event), failed).await,
             };
         }
         let mut position = batch.after;
@@ -137,20 +142,19 @@ impl Engine {
                 continue;
             }
             for end in [event.position.previous(), event.position] {
-                let Some(step) =
-                    batch.from(position).map(|rest| rest.until(end)).filter(|step| step.after < step.through)
-                else {
-                    continue;
-                };
+                let Some(step) = batch.part(position, end) else { continue };
                 match self.attempt(projector, stage, step).await {
                     Ok(Delivered::At(reached)) => position = reached,
                     Ok(delivered) => return delivered,
-                    Err(error) => return self.break_at(projector, stage, Some(event), &error).await,
+                    Err(alone) => {
+                        let attempts = failed.attempts + alone.attempts;
+                        return self.break_at(projector, stage, Some(event), Failed { attempts, ..alone }).await;
+                    }
                 }
             }
         }
         // Each passed on its own, so the batch failed for a reason that has gone.
-        warn!(projector = %projector.id, error = format!("{failed:#}"), "a batch failed, but each of its events alone did not");
+        warn!(projector = %projector.id, error = tell(&failed.error), "a batch failed, but each of its events alone did not");
         match batch.from(position) {
             Some(rest) if rest.after < rest.through => {
                 self.attempt(projector, stage, rest).await.unwrap_or(Delivered::Elsewhere(position))
@@ -165,7 +169,7 @@ impl Engine {
         projector: &Registered,
         stage: Stage,
         event: Option<&Event>,
-        error: &anyhow::Error,
+        failed: Failed,
     ) -> Delivered {
         let failure = Failure {
             event: event.map(|event| FailedEvent {
@@ -173,16 +177,17 @@ impl Engine {
                 event_id: event.event_id.clone(),
                 event_type: event.event_type.clone(),
             }),
-            error: format!("{error:#}"),
+            error: tell(&failed.error),
             at: OffsetDateTime::now_utc(),
+            attempts: failed.attempts,
+            release: self.release.clone(),
+            host: host(),
         };
         let before = event.map(|event| event.position.previous());
         let mut attempt = 1;
         loop {
-            let step = self.ledger.step(&projector.id, Step::Break(failure.clone()), |entry| {
-                stage.plays(&entry.status) && before.is_none_or(|before| entry.position == before)
-            });
-            match step.await {
+            let still = |entry: &Entry| may_break(entry, stage, before);
+            match self.ledger.step(&projector.id, Step::Break(failure.clone()), still).await {
                 Ok(Some(entry)) if matches!(&entry.status, Status::Broken(written) if written.error == failure.error) =>
                 {
                     error!(
@@ -192,9 +197,12 @@ impl Engine {
                         event_type = event.map(|event| event.event_type.as_str()),
                         event_id = event.map(|event| event.event_id.as_str()),
                         error = failure.error,
+                        attempts = failure.attempts,
+                        release = failure.release,
+                        host = failure.host,
                         "projector broken"
                     );
-                    return Delivered::Broke(failure);
+                    return Delivered::Broke;
                 }
                 Ok(Some(entry)) if stage.plays(&entry.status) => return Delivered::Elsewhere(entry.position),
                 Ok(_) => return Delivered::Left,
@@ -211,9 +219,43 @@ impl Engine {
     }
 }
 
+/// A projector's own failure, and how often what failed was tried.
+pub(crate) struct Failed {
+    pub(crate) error: anyhow::Error,
+    pub(crate) attempts: u32,
+}
+
+/// This host's name, as the kernel has it; in a container, the container's.
+fn host() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let name = Some(name.trim().to_owned()).filter(|name| !name.is_empty());
+    name.or_else(|| std::env::var("HOSTNAME").ok()).unwrap_or_else(|| "unknown".into())
+}
+
+/// What becomes of a batch whose claim does not hold: another worker was faster, or a commit of ours was not
+/// acknowledged. `Ok`: go on with this, the rest of it.
+pub(crate) fn without_claim<'a>(entry: Option<&Entry>, stage: Stage, batch: Batch<'a>) -> Result<Batch<'a>, Delivered> {
+    let Some(entry) = entry.filter(|entry| stage.plays(&entry.status)) else { return Err(Delivered::Left) };
+    match batch.from(entry.position) {
+        Some(rest) if rest.after < rest.through => Ok(rest),
+        Some(_) => Err(Delivered::At(entry.position)),
+        None => Err(Delivered::Elsewhere(entry.position)),
+    }
+}
+
+/// Whether a projector may be marked broken: it is still this stage's, and stands just before the event that failed.
+pub(crate) fn may_break(entry: &Entry, stage: Stage, before: Option<Position>) -> bool {
+    stage.plays(&entry.status) && before.is_none_or(|before| entry.position == before)
+}
+
 impl<'a> Batch<'a> {
+    /// What of it lies between a projector that stands at `position` and `end`, if anything does.
+    pub(crate) fn part(self, position: Position, end: Position) -> Option<Self> {
+        self.from(position).map(|rest| rest.until(end)).filter(|part| part.after < part.through)
+    }
+
     /// What is left of it for a projector that stands at `position`; `None` if that lies before it.
-    fn from(self, position: Position) -> Option<Self> {
+    pub(crate) fn from(self, position: Position) -> Option<Self> {
         if position < self.after {
             return None;
         }
@@ -222,7 +264,7 @@ impl<'a> Batch<'a> {
     }
 
     /// Its beginning, through `position`.
-    fn until(self, position: Position) -> Self {
+    pub(crate) fn until(self, position: Position) -> Self {
         let through = self.through.min(position).max(self.after);
         let within = self.events.partition_point(|event| event.position <= through);
         Batch { through, events: &self.events[..within], ..self }

@@ -8,6 +8,9 @@ pub enum Error {
     /// A projector failed: exit code 1.
     #[error("{0}")]
     Projector(String),
+    /// An audit found a fault in the log: exit code 1.
+    #[error("{0}")]
+    Fault(String),
     /// Wrong usage, configuration or input: exit code 2.
     #[error("{0}")]
     Input(String),
@@ -20,10 +23,10 @@ pub enum Error {
 }
 
 impl Error {
-    /// 1 a projector failed, 2 usage, configuration or input, 3 database or queue out of reach.
+    /// 1 a projector failed (or an audit found a fault), 2 usage, configuration or input, 3 database or queue out of reach.
     pub fn exit_code(&self) -> ExitCode {
         ExitCode::from(match self {
-            Error::Projector(_) => 1,
+            Error::Projector(_) | Error::Fault(_) => 1,
             Error::Input(_) => 2,
             Error::OutOfReach(_) => 3,
             Error::Database(error) if is_transient(error) => 3,
@@ -75,9 +78,28 @@ pub(crate) fn is_transient(error: &sqlx::Error) -> bool {
     }
 }
 
+/// Whether the server does not write, as a former primary after a failover.
+pub(crate) fn is_read_only(error: &sqlx::Error) -> bool {
+    matches!(server_error(error), Some(1290 | 1836))
+}
+
+/// The database's error in what a handler returned, somewhere in its chain of causes.
+pub(crate) fn database_error(error: &anyhow::Error) -> Option<&sqlx::Error> {
+    error.chain().find_map(|cause| cause.downcast_ref::<sqlx::Error>())
+}
+
 /// [`is_transient`], for what a handler returned: somewhere in its chain of causes.
 pub(crate) fn caused_by_transient(error: &anyhow::Error) -> bool {
-    error.chain().filter_map(|cause| cause.downcast_ref::<sqlx::Error>()).any(is_transient)
+    database_error(error).is_some_and(is_transient)
+}
+
+/// An error with its causes, each once: some repeat their cause in their own words.
+pub(crate) fn tell(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).fold(String::new(), |told, cause| match told.as_str() {
+        "" => cause,
+        told if told.contains(&cause) => told.to_owned(),
+        told => format!("{told}: {cause}"),
+    })
 }
 
 fn explain(error: &sqlx::Error) -> String {

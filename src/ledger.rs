@@ -10,11 +10,13 @@ use crate::projector::{Mode, ProjectorId};
 use crate::registry::Registered;
 
 const ENTRIES: &str = "select name, version, mode, status, position, side_effects, failed_position, failed_event_id, \
-                       failed_event_type, failed_error, failed_at from projectors order by created_at, name, version";
+                       failed_event_type, failed_error, failed_at, failed_attempts, failed_release, failed_host \
+                       from projectors order by created_at, name, version";
 
 /// The fence: the first statement of every transaction that applies events.
 const LOCK: &str = "select name, version, mode, status, position, side_effects, failed_position, failed_event_id, \
-                    failed_event_type, failed_error, failed_at, connection_id() as session from projectors \
+                    failed_event_type, failed_error, failed_at, failed_attempts, failed_release, failed_host, \
+                    connection_id() as session from projectors \
                     where name = ? and version = ? for update";
 
 /// Two boots may see a new projector at once: the row of the first stands.
@@ -24,13 +26,16 @@ const ENTER: &str = "insert into projectors (name, version, mode, status, positi
 const ADVANCE: &str = "update projectors set position = ? where name = ? and version = ? and position = ?";
 
 const SET_STATUS: &str = "update projectors set status = ?, failed_position = ?, failed_event_id = ?, \
-                          failed_event_type = ?, failed_error = ?, failed_at = ?, status_changed_at = utc_timestamp(6) \
+                          failed_event_type = ?, failed_error = ?, failed_at = ?, failed_attempts = ?, \
+                          failed_release = ?, failed_host = ?, status_changed_at = utc_timestamp(6) \
                           where name = ? and version = ?";
 
 const REMOVE: &str = "delete from projectors where name = ? and version = ?";
 
 /// What is kept of an error, in characters; `failed_error` is a `text` of 65,535 bytes.
 const MAX_ERROR: usize = 8_000;
+const MAX_RELEASE: usize = 200;
+const MAX_HOST: usize = 255;
 
 /// The ledger of one database. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -64,7 +69,7 @@ impl Ledger {
     /// # Errors
     /// If the database fails.
     pub async fn entries(&self) -> Result<Vec<Entry>, sqlx::Error> {
-        sqlx::query(ENTRIES).fetch_all(&self.database.pool).await?.iter().map(decode).collect()
+        self.database.answered(sqlx::query(ENTRIES).fetch_all(&self.database.pool)).await?.iter().map(decode).collect()
     }
 
     /// Enters a new projector as booting; one that is there already is left as it is.
@@ -89,13 +94,22 @@ impl Ledger {
         still: impl Fn(&Entry) -> bool,
     ) -> Result<Option<Entry>, LedgerError> {
         let mut connection = self.database.acquire().await?;
-        let mut transaction = connection.begin().await?;
-        let Some(Locked { mut entry, .. }) = lock(&mut transaction, id).await? else { return Ok(None) };
+        let begin = async {
+            let mut transaction = connection.begin().await?;
+            let locked = lock(&mut transaction, id).await?;
+            Ok((transaction, locked))
+        };
+        let (mut transaction, Some(Locked { mut entry, .. })) = self.database.answered(begin).await? else {
+            return Ok(None);
+        };
         if still(&entry) {
             entry.status = lifecycle::take(&entry.status, entry.mode, step)
                 .map_err(|error| LedgerError::Step(id.clone(), error))?;
-            set_status(&mut transaction, id, &entry.status).await?;
-            transaction.commit().await?;
+            let commit = async {
+                set_status(&mut transaction, id, &entry.status).await?;
+                transaction.commit().await
+            };
+            self.database.answered(commit).await?;
         }
         Ok(Some(entry))
     }
@@ -153,13 +167,20 @@ async fn set_status(connection: &mut MySqlConnection, id: &ProjectorId, status: 
         .bind(event.map(|event| event.position.get()))
         .bind(event.map(|event| &event.event_id))
         .bind(event.map(|event| &event.event_type))
-        .bind(failure.map(|failure| failure.error.chars().take(MAX_ERROR).collect::<String>()))
+        .bind(failure.map(|failure| limited(&failure.error, MAX_ERROR)))
         .bind(failure.map(|failure| failure.at))
+        .bind(failure.map(|failure| failure.attempts))
+        .bind(failure.and_then(|failure| failure.release.as_deref()).map(|release| limited(release, MAX_RELEASE)))
+        .bind(failure.map(|failure| limited(&failure.host, MAX_HOST)))
         .bind(&id.name)
         .bind(id.version)
         .execute(connection)
         .await
         .map(|_| ())
+}
+
+fn limited(text: &str, characters: usize) -> String {
+    text.chars().take(characters).collect()
 }
 
 fn decode(row: &MySqlRow) -> Result<Entry, sqlx::Error> {
@@ -178,6 +199,9 @@ fn decode(row: &MySqlRow) -> Result<Entry, sqlx::Error> {
             event: decode_failed_event(row)?,
             error: row.try_get("failed_error")?,
             at: row.try_get("failed_at")?,
+            attempts: row.try_get("failed_attempts")?,
+            release: row.try_get("failed_release")?,
+            host: row.try_get("failed_host")?,
         }),
         unknown => return Err(unreadable("status", unknown)),
     };

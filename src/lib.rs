@@ -1,3 +1,8 @@
+#![doc = include_str!("../README.md")]
+#![warn(missing_docs)]
+// The modules stand in the order in which an event meets them. Imports run from commands down to words.
+
+// — words: values and rules, no I/O —
 mod chain;
 mod error;
 mod event;
@@ -6,20 +11,25 @@ mod projector;
 mod registry;
 mod retry;
 
+// — edges: the only SQL and the only AWS calls —
 mod database;
-mod declared;
 mod ledger;
 mod queue;
 mod store;
+// Projectors that are declared in files.
+mod declared;
 
+// — engine —
 mod apply;
 mod boot;
 mod catch_up;
 mod deliver;
 mod handoff;
+mod held;
 mod play;
 mod relay;
 
+// — commands —
 mod command;
 mod config;
 mod telemetry;
@@ -30,12 +40,13 @@ pub use sqlx;
 pub use boot::{BootProgress, BootReport, Booted, boot};
 pub use command::run;
 pub use database::Database;
+pub use declared::{LoadError, load};
 pub use deliver::Limits;
 pub use error::Error;
 pub use event::{Event, NewEvent, Position, TOMBSTONE};
 pub use ledger::{Entry, Ledger};
 pub use lifecycle::{FailedEvent, Failure, Status};
-pub use play::{PlaySettings, Played, play};
+pub use play::{ConvoyBudget, PlaySettings, Played, play};
 pub use projector::{EventTypes, Mode, Projector, ProjectorId};
 pub use queue::{Queue, QueueError, Receipt, Received, SqsQueue};
 pub use registry::{Registry, RegistryError};

@@ -33,6 +33,12 @@ pub struct Failure {
     pub error: String,
     /// When, in UTC.
     pub at: OffsetDateTime,
+    /// How often it was tried.
+    pub attempts: u32,
+    /// The release that failed on it, where it has a name.
+    pub release: Option<String>,
+    /// The host that did.
+    pub host: String,
 }
 
 /// Which event a projector failed on.
@@ -141,7 +147,14 @@ mod tests {
     use super::*;
 
     fn failure() -> Failure {
-        Failure { event: None, error: "no such column".into(), at: OffsetDateTime::UNIX_EPOCH }
+        Failure {
+            event: None,
+            error: "no such column".into(),
+            at: OffsetDateTime::UNIX_EPOCH,
+            attempts: 1,
+            release: None,
+            host: "here".into(),
+        }
     }
 
     fn every_status() -> [Status; 6] {

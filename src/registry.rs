@@ -10,6 +10,7 @@ use crate::projector::{EventTypes, Mode, Projector, ProjectorId};
 #[derive(Clone, Default)]
 pub struct Registry {
     projectors: Vec<Arc<Registered>>,
+    release: Option<String>,
 }
 
 impl Registry {
@@ -38,6 +39,16 @@ impl Registry {
     pub fn with(mut self, projector: impl Projector) -> Result<Self, RegistryError> {
         self.add(projector)?;
         Ok(self)
+    }
+
+    /// Names the release, for whoever reads of a failure: a version, a commit, an image's tag.
+    pub fn set_release(&mut self, release: impl Into<String>) {
+        self.release = Some(release.into());
+    }
+
+    /// The name of the release, where it has one.
+    pub fn release(&self) -> Option<&str> {
+        self.release.as_deref()
     }
 
     /// The projector of that identity.

@@ -10,11 +10,11 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use time::OffsetDateTime;
 use tokio::sync::mpsc;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 
 use super::say;
 use crate::config::Config;
-use crate::error::Error;
+use crate::error::{Error, is_transient, server_error};
 use crate::event::{NewEvent, Position};
 use crate::store::{AppendError, EventStore};
 
@@ -24,6 +24,9 @@ const LONGEST_LINE: u64 = 2 * NewEvent::MAX_JSON as u64 + 65_536;
 /// Events in one transaction, and their bytes.
 const TRANSACTION_EVENTS: usize = 500;
 const TRANSACTION_BYTES: usize = 4 * 1024 * 1024;
+
+/// A CHECK of ours did not hold, on MySQL and on MariaDB: their ideas of JSON are narrower than ours.
+const CHECK_VIOLATED: [u16; 2] = [3819, 4025];
 
 /// Events that trickle in, from a pipe that stays open, are stored this soon.
 const STORE_WITHIN: Duration = Duration::from_millis(100);
@@ -72,6 +75,7 @@ impl Append {
         let mut appending = Appending {
             store: EventStore::new(&config.database().await?),
             waiting: Vec::new(),
+            waiting_since: None,
             bytes: 0,
             stored: 0,
             last: None,
@@ -80,9 +84,9 @@ impl Append {
         std::thread::spawn(move || read_lines(input, &lines));
 
         loop {
-            let next = match appending.waiting.is_empty() {
-                true => events.recv().await,
-                false => match timeout(STORE_WITHIN, events.recv()).await {
+            let next = match appending.waiting_since {
+                None => events.recv().await,
+                Some(since) => match timeout_at(since + STORE_WITHIN, events.recv()).await {
                     Ok(next) => next,
                     Err(_) => {
                         appending.flush().await?;
@@ -107,6 +111,7 @@ impl Append {
 struct Appending {
     store: EventStore,
     waiting: Vec<(u64, NewEvent)>,
+    waiting_since: Option<Instant>,
     bytes: usize,
     stored: usize,
     last: Option<Position>,
@@ -116,6 +121,7 @@ impl Appending {
     async fn add(&mut self, line: u64, event: NewEvent) -> Result<(), Error> {
         self.bytes += event.payload.len() + event.metadata.as_ref().map_or(0, String::len);
         self.waiting.push((line, event));
+        self.waiting_since.get_or_insert_with(Instant::now);
         match self.waiting.len() >= TRANSACTION_EVENTS || self.bytes >= TRANSACTION_BYTES {
             true => self.flush().await,
             false => Ok(()),
@@ -124,31 +130,24 @@ impl Appending {
 
     /// Stores what waits. At an event that cannot be stored, those before it are, and the error names its line.
     async fn flush(&mut self) -> Result<(), Error> {
-        self.bytes = 0;
+        (self.bytes, self.waiting_since) = (0, None);
         let (lines, events): (Vec<u64>, Vec<NewEvent>) = std::mem::take(&mut self.waiting).into_iter().unzip();
-        let Err(error) = self.store(&events).await else { return Ok(()) };
-        let failed = match &error {
-            AppendError::Event { index, .. } | AppendError::WrongVersion { index, .. } => Some(*index),
-            AppendError::Duplicate { event_id } => {
-                // The last of them: the id may stand twice among the lines, too.
-                events.iter().rposition(|event| event.event_id.as_ref() == Some(event_id))
+        let (mut next, mut end, mut most) = (0, events.len(), events.len());
+        let mut refused = None;
+        while next < end {
+            let attempt = &events[next..end.min(next + most)];
+            let Err(error) = self.store(attempt).await else {
+                next += attempt.len();
+                continue;
+            };
+            let Some(reason) = refusal(&error) else { return Err(self.interrupted(error)) };
+            match refused_event(&error, attempt) {
+                // The first to be refused need not be the first that is bad: those before it are tried without it.
+                Some(index) => (end, refused) = (next + index, Some(reason)),
+                None => most = attempt.len() / 2,
             }
-            AppendError::Database(_) => None,
-        };
-        match (failed, error) {
-            (Some(index), error) => {
-                if let Err(AppendError::Database(error)) = self.store(&events[..index]).await {
-                    return Err(self.interrupted(error));
-                }
-                let reason = match error {
-                    AppendError::Event { reason, .. } => reason,
-                    error => error.to_string(),
-                };
-                Err(self.stopped_at(lines[index], &reason))
-            }
-            (None, AppendError::Database(error)) => Err(self.interrupted(error)),
-            (None, error) => Err(Error::Input(error.to_string())),
         }
+        refused.map_or(Ok(()), |reason| Err(self.stopped_at(lines[end], &reason)))
     }
 
     async fn store(&mut self, events: &[NewEvent]) -> Result<(), AppendError> {
@@ -167,9 +166,13 @@ impl Appending {
         ))
     }
 
-    fn interrupted(&self, error: sqlx::Error) -> Error {
-        eprintln!("{}", self.tally("interrupted; stored:"));
-        Error::Database(error)
+    fn interrupted(&self, error: AppendError) -> Error {
+        let told = |error: &dyn std::fmt::Display| format!("{error}\n{}", self.tally("stored before that:"));
+        match error {
+            AppendError::Database(error) if is_transient(&error) => Error::OutOfReach(told(&Error::Database(error))),
+            AppendError::Database(error) => Error::Input(told(&Error::Database(error))),
+            error => Error::Input(told(&error)),
+        }
     }
 
     fn tally(&self, verb: &str) -> String {
@@ -178,6 +181,33 @@ impl Appending {
             Some(last) => format!("{verb} {} {events}, last position {last}", self.stored),
             None => format!("{verb} 0 events"),
         }
+    }
+}
+
+/// Why an event was refused; `None` where the error says nothing about the events.
+fn refusal(error: &AppendError) -> Option<String> {
+    match error {
+        AppendError::Event { reason, .. } => Some(reason.clone()),
+        AppendError::WrongVersion { .. } | AppendError::Duplicate { .. } => Some(error.to_string()),
+        AppendError::Database(error) if server_error(error).is_some_and(|number| CHECK_VIOLATED.contains(&number)) => {
+            Some(format!(
+                "the database does not take its payload or metadata as JSON: half a surrogate pair, a number out of \
+                 range, or nested too deeply (MariaDB takes 31 levels, MySQL 100) ({error})"
+            ))
+        }
+        AppendError::Database(_) => None,
+    }
+}
+
+/// Which of these events was refused, as far as the error tells.
+fn refused_event(error: &AppendError, events: &[NewEvent]) -> Option<usize> {
+    match error {
+        AppendError::Event { index, .. } | AppendError::WrongVersion { index, .. } => Some(*index),
+        AppendError::Duplicate { event_id } if events.len() > 1 => {
+            // The last of them: the id may stand twice among the lines, too.
+            events.iter().rposition(|event| event.event_id.as_ref() == Some(event_id))
+        }
+        AppendError::Duplicate { .. } | AppendError::Database(_) => (events.len() == 1).then_some(0),
     }
 }
 

@@ -1,6 +1,7 @@
 //! The command line: one command a file. A team's binary hands its registry to [`run`] and has them all.
 
 mod append;
+mod audit;
 mod boot;
 mod fill;
 mod play;
@@ -8,6 +9,7 @@ mod relay;
 mod retire;
 mod status;
 
+use std::future::Future;
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
@@ -47,6 +49,8 @@ enum Command {
     Status(status::StatusCommand),
     /// Retires a projector: tears down what it made, and forgets it unless it has side effects
     Retire(retire::Retire),
+    /// Proves or refutes, while everything runs, that the log is what the high-water mark passed over
+    Audit(audit::Audit),
     /// Fills a gap in the log that is too wide to be filled unasked
     Fill(fill::Fill),
 }
@@ -63,12 +67,12 @@ pub fn run(registry: Registry) -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    let ended = telemetry::start(cli.config.log_format, &cli.config.log)
-        .and_then(|()| runtime.block_on(execute(cli.command, &cli.config, registry)));
+    let telemetry = telemetry::start(cli.config.log_format, &cli.config.log, cli.config.alert_url.as_deref());
+    let ended = telemetry.and_then(|_until_the_end| runtime.block_on(execute(cli.command, &cli.config, registry)));
     match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error}");
+            telemetry::report(&error, cli.config.log_format);
             error.exit_code()
         }
     }
@@ -86,6 +90,7 @@ async fn execute(command: Command, config: &Config, registry: Registry) -> Resul
         Command::Relay(relay) => relay.run(config).await,
         Command::Status(status) => status.run(config, registry).await,
         Command::Retire(retire) => retire.run(config, registry).await,
+        Command::Audit(audit) => audit.run(config).await,
         Command::Fill(fill) => fill.run(config).await,
     }
 }
@@ -117,22 +122,16 @@ fn confirm(what: &str, yes: bool) -> Result<(), Error> {
     }
 }
 
-/// Resolves at SIGTERM or SIGINT.
-async fn shutdown_signal() {
-    #[cfg(unix)]
-    {
-        use tokio::signal::unix::{SignalKind, signal};
-        let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
-        else {
-            return std::future::pending().await;
-        };
+/// Resolves at SIGTERM or SIGINT. Listens from the call on and not from the first poll, so that a signal during
+/// start-up is not the death of the process.
+fn shutdown_signal() -> Result<impl Future<Output = ()>, Error> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let listen = |kind| signal(kind).map_err(|error| Error::Input(format!("cannot listen for signals: {error}")));
+    let (mut terminate, mut interrupt) = (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?);
+    Ok(async move {
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
-    }
-    #[cfg(not(unix))]
-    if tokio::signal::ctrl_c().await.is_err() {
-        std::future::pending::<()>().await;
-    }
+    })
 }

@@ -1,5 +1,6 @@
 //! `play`: the worker.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,7 +11,7 @@ use super::relay::RelayOptions;
 use super::{say, shutdown_signal};
 use crate::config::Config;
 use crate::error::Error;
-use crate::play::{PlaySettings, play};
+use crate::play::{ConvoyBudget, PlaySettings, play};
 use crate::registry::Registry;
 
 #[derive(Debug, Args)]
@@ -36,6 +37,16 @@ pub(super) struct Play {
     #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_RECONCILE_AFTER", default_value_t = 2)]
     reconcile_after: u64,
 
+    /// The most events that one projector catches up on while the others wait; beyond, it does so by itself
+    #[arg(long, value_name = "EVENTS", env = "PROJECTIONIST_CONVOY_EVENTS", default_value_t = 10_000)]
+    convoy_events: u64,
+
+    /// The longest that one projector may take over the messages of one receive while the others wait, in seconds;
+    /// beyond, it goes on by itself
+    #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_CONVOY_SECONDS", default_value_t = 5,
+          value_parser = clap::value_parser!(u64).range(1..=3600))]
+    convoy_seconds: u64,
+
     /// How long the batch in hand may take to end after SIGTERM before it is rolled back, in seconds
     #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_GRACE", default_value_t = 10)]
     grace: u64,
@@ -46,19 +57,24 @@ pub(super) struct Play {
 
 impl Play {
     pub(super) async fn run(self, config: &Config, registry: Registry) -> Result<(), Error> {
+        let mut shutdown = pin!(shutdown_signal()?);
         let registry = config.some_registry(registry)?;
-        let database = config.database().await?;
-        let queue = Arc::new(config.queue().await?);
+        let connect = async { Ok::<_, Error>((config.database().await?, config.queue().await?)) };
+        let (database, queue) = tokio::select! {
+            connected = connect => connected?,
+            () = &mut shutdown => return Ok(()),
+        };
         let receive_wait = if self.until_idle { self.receive_wait.min(1) } else { self.receive_wait };
         let settings = PlaySettings {
             limits: config.play_limits(),
             relay: (!self.no_relay).then(|| self.relay.settings()),
             receive_wait: Duration::from_secs(receive_wait),
             reconcile_after: Duration::from_secs(self.reconcile_after),
+            convoy: ConvoyBudget { events: self.convoy_events, time: Duration::from_secs(self.convoy_seconds) },
             until_idle: self.until_idle,
             grace: Duration::from_secs(self.grace),
         };
-        let played = play(&database, queue, &registry, settings, shutdown_signal()).await?;
+        let played = play(&database, Arc::new(queue), &registry, settings, shutdown).await?;
         if !self.until_idle {
             return Ok(());
         }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::Args;
 use clap::builder::FalseyValueParser;
+use tracing::info;
 
 use super::{say, shutdown_signal};
 use crate::config::Config;
@@ -45,13 +46,18 @@ impl RelayOptions {
 
 impl RelayCommand {
     pub(super) async fn run(self, config: &Config) -> Result<(), Error> {
-        let store = EventStore::new(&config.database().await?);
-        let queue = Arc::new(config.queue().await?);
-        let mut relay = Relay::new(store.clone(), queue, self.options.settings());
-        let mut shutdown = pin!(shutdown_signal());
+        let mut shutdown = pin!(shutdown_signal()?);
+        let connect = async { Ok::<_, Error>((config.database().await?, config.queue().await?)) };
+        let (database, queue) = tokio::select! {
+            connected = connect => connected?,
+            () = &mut shutdown => return Ok(()),
+        };
+        let store = EventStore::new(&database);
+        let mut relay = Relay::new(store.clone(), Arc::new(queue), self.options.settings());
         if !self.once {
             // Fails at once where the tables are missing, rather than trying for ever.
-            store.marks().await?;
+            let marks = store.marks().await?;
+            info!(published = marks.published.get(), high_water = marks.high_water.get(), "publishing");
             tokio::select! {
                 () = relay.run() => {}
                 () = &mut shutdown => relay.release().await,

@@ -6,7 +6,7 @@ use clap::builder::FalseyValueParser;
 use super::{confirm, say};
 use crate::apply;
 use crate::config::Config;
-use crate::error::Error;
+use crate::error::{Error, tell};
 use crate::ledger::{Entry, Ledger};
 use crate::lifecycle::{Status, Step};
 use crate::registry::Registry;
@@ -62,7 +62,8 @@ impl Retire {
         if let Some(projector) = projector {
             apply::tear_down(&database, projector).await.map_err(|error| {
                 Error::Projector(format!(
-                    "{id}: its teardown failed: {error:#}; it is retired, and retire may be run again"
+                    "{id}: its teardown failed: {}; it is retired, and retire may be run again",
+                    tell(&error)
                 ))
             })?;
         }

@@ -10,6 +10,7 @@ use time::format_description::well_known::Rfc3339;
 use super::say;
 use crate::config::Config;
 use crate::error::Error;
+use crate::event::Position;
 use crate::ledger::{Entry, Ledger};
 use crate::lifecycle::{Failure, Status};
 use crate::projector::Mode;
@@ -32,6 +33,9 @@ struct StatusReport {
     high_water: u64,
     published: u64,
     projectors: Vec<ProjectorReport>,
+    /// The last position that is visible, below the mark or above; shown in the table.
+    #[serde(skip)]
+    visible: u64,
 }
 
 #[derive(Serialize)]
@@ -87,6 +91,7 @@ async fn report(ledger: &Ledger, store: &EventStore, registry: &Registry) -> Res
     let published = store.marks().await?.published;
     // Proved anew, and not as last stored: with no relay running, the stored mark would hide the lag.
     let high_water = store.provable_high_water().await?;
+    let visible = store.last_visible().await?.max(high_water).get();
     let now = OffsetDateTime::now_utc();
     let mut projectors = Vec::new();
     for entry in &entries {
@@ -94,28 +99,39 @@ async fn report(ledger: &Ledger, store: &EventStore, registry: &Registry) -> Res
             Status::Finished | Status::Retired => 0,
             _ => high_water.since(entry.position),
         };
-        let oldest = match lag_events {
-            0 => None,
-            _ => store.recorded_at(entry.position.next()).await?,
-        };
-        let lag = oldest.map_or(0.0, |oldest| (now - oldest).as_seconds_f64().max(0.0));
-        let is_known = registry.get(&entry.id).is_some();
-        projectors.push(ProjectorReport::of(entry, lag_events, (lag * 1000.0).round() / 1000.0, is_known));
+        let lag_seconds = lag_seconds(store, entry.position, lag_events, now).await?;
+        projectors.push(ProjectorReport::of(entry, lag_events, lag_seconds, registry.get(&entry.id).is_some()));
     }
     for projector in registry.iter().filter(|projector| entries.iter().all(|entry| entry.id != projector.id)) {
+        let lag_events = if projector.mode == Mode::FromNow { 0 } else { high_water.get() };
         projectors.push(ProjectorReport {
             name: projector.id.name.clone(),
             version: projector.id.version,
             mode: projector.mode.as_str(),
             status: "new",
             position: 0,
-            lag_events: if projector.mode == Mode::FromNow { 0 } else { high_water.get() },
-            lag_seconds: 0.0,
+            lag_events,
+            lag_seconds: lag_seconds(store, Position::START, lag_events, now).await?,
             failure: None,
             is_known: true,
         });
     }
-    Ok(StatusReport { high_water: high_water.get(), published: published.get(), projectors })
+    Ok(StatusReport { high_water: high_water.get(), published: published.get(), projectors, visible })
+}
+
+/// The age of the oldest event above a position, to the millisecond.
+async fn lag_seconds(
+    store: &EventStore,
+    position: Position,
+    lag_events: u64,
+    now: OffsetDateTime,
+) -> Result<f64, sqlx::Error> {
+    let oldest = match lag_events {
+        0 => None,
+        _ => store.recorded_at(position.next()).await?,
+    };
+    let lag = oldest.map_or(0.0, |oldest| (now - oldest).as_seconds_f64().max(0.0));
+    Ok((lag * 1000.0).round() / 1000.0)
 }
 
 impl ProjectorReport {
@@ -155,7 +171,15 @@ fn table(report: &StatusReport, has_set: bool) -> String {
             note,
         ]);
     }
-    let marks = format!("high-water mark {}   published {}", report.high_water, report.published);
+    let mut marks = format!("high-water mark {}   published {}", report.high_water, report.published);
+    if report.visible > report.high_water {
+        // A lag of zero says nothing about what stands above the mark.
+        marks.push_str(&format!(
+            "\nthe mark is held: the log goes on to {}, but at {} a transaction is open, or a position is missing",
+            report.visible,
+            report.high_water + 1
+        ));
+    }
     match report.projectors.is_empty() {
         true => format!("{marks}\nno projector was booted yet"),
         false => format!("{marks}\n\n{}", table.trim_fmt()),

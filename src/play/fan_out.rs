@@ -1,6 +1,7 @@
 //! Fan-out: one batch of messages to every live projector, one after the other, in registry order.
 
-use tracing::debug;
+use tokio::time::timeout;
+use tracing::{debug, warn};
 
 use super::Worker;
 use crate::apply::Batch;
@@ -11,55 +12,73 @@ use crate::lifecycle::{Stage, Status};
 use crate::queue::{Message, parse};
 
 impl Worker {
-    /// Passes messages to every live projector by the chain rule. `Ok`, with how many broke: each live
-    /// projector has committed past all of them, is broken, or is no longer ours, so they may be deleted.
+    /// Passes messages to every live projector of the convoy by the chain rule. `Ok`, with how many broke: each of
+    /// them has committed past all of the messages, is broken, is no longer ours, or has left the convoy and reads
+    /// the store instead. So they may be deleted.
     ///
     /// # Errors
     /// If ledger or log cannot be read: then nothing may be deleted.
-    pub(super) async fn fan_out(&self, bodies: &[String]) -> Result<u64, sqlx::Error> {
+    pub(super) async fn fan_out(&mut self, bodies: &[String]) -> Result<u64, sqlx::Error> {
         // Read again with every batch: what was booted, broken or retired meanwhile joins or leaves.
         let (entries, marks) = tokio::try_join!(self.engine.ledger.entries(), self.engine.store.marks())?;
-        let (runs, mut doorbells) = sort(bodies, &self.log_id);
-        // The relay stores the mark before it sends. What lies above it is of a log that was, before a backup
-        // of the database was restored.
-        let (runs, beyond): (Vec<Run>, Vec<Run>) = runs.into_iter().partition(|run| run.last() <= marks.high_water);
-        doorbells += beyond.len();
+        let (runs, doorbells) = sort(bodies, &self.log_id, marks.high_water);
         let target = match doorbells {
             0 => None,
             _ => Some(self.engine.store.raise_high_water().await?.mark),
         };
 
-        let mut broken = 0;
+        let mut broken = self.stragglers.rejoin().await;
+        let budget = self.settings.convoy;
         for projector in self.registry.iter() {
             let Some(entry) = entries.iter().find(|entry| entry.id == projector.id && entry.status == Status::Live)
             else {
                 continue;
             };
+            if self.stragglers.hold(&projector.id) {
+                continue;
+            }
+            if is_far_behind(entry.position, &runs, target, budget.events) {
+                warn!(
+                    projector = %projector.id, position = entry.position.get(),
+                    "far behind: leaves the convoy and catches up by itself"
+                );
+                self.stragglers.leave(&self.engine, projector, entry.position);
+                continue;
+            }
             let mut cursor = Cursor::new(projector, entry.position);
-            for run in &runs {
-                self.follow(&mut cursor, run).await?;
+            match timeout(budget.time, self.lead(&mut cursor, &runs, target)).await {
+                Ok(led) => led?,
+                Err(_) => {
+                    warn!(
+                        projector = %projector.id, position = cursor.position.get(), seconds = budget.time.as_secs_f32(),
+                        "takes too long: leaves the convoy and catches up by itself"
+                    );
+                    self.stragglers.leave(&self.engine, projector, cursor.position);
+                }
             }
-            if let Some(target) = target {
-                self.repair(&mut cursor, target).await?;
-            }
-            broken += u64::from(matches!(cursor.state, CursorState::Broke(_)));
+            broken += u64::from(matches!(cursor.state, CursorState::Broke));
         }
         Ok(broken)
     }
 
+    /// Brings one projector past all runs, and through the target of the doorbells.
+    async fn lead(&self, cursor: &mut Cursor, runs: &[Run], target: Option<Position>) -> Result<(), sqlx::Error> {
+        for run in runs {
+            self.follow(cursor, run).await?;
+        }
+        match target {
+            Some(target) => self.repair(cursor, target).await,
+            None => Ok(()),
+        }
+    }
+
     /// Brings one projector past one run.
     async fn follow(&self, cursor: &mut Cursor, run: &Run) -> Result<(), sqlx::Error> {
-        while cursor.is_running() {
-            match chain::link(cursor.position, run) {
-                Link::Skip => return Ok(()),
-                Link::Apply => {
-                    let rest = run.above(cursor.position);
-                    let events = &rest[..rest.len().min(self.engine.limits.batch as usize)];
-                    let through = events.last().map_or(run.last(), |event| event.position);
-                    let batch = Batch { after: cursor.position, through, events };
-                    cursor.note(self.engine.deliver(&cursor.projector, Stage::Play, batch).await);
-                }
-                Link::CatchUp => {
+        loop {
+            match need(cursor, run, self.engine.limits.batch) {
+                Need::Nothing => return Ok(()),
+                Need::Batch(batch) => cursor.note(self.engine.deliver(&cursor.projector, Stage::Play, batch).await),
+                Need::CatchUp => {
                     debug!(
                         projector = %cursor.projector.id, position = cursor.position.get(), prev = run.prev().get(),
                         "the queue does not continue this projector: catching up from the store"
@@ -68,7 +87,6 @@ impl Worker {
                 }
             }
         }
-        Ok(())
     }
 
     /// Catches one projector up from the store.
@@ -77,8 +95,43 @@ impl Worker {
     }
 }
 
+/// Whether a projector would have to read more than `budget` events from the store before it can follow.
+fn is_far_behind(position: Position, runs: &[Run], target: Option<Position>, budget: u64) -> bool {
+    let before_the_runs = runs.first().map_or(0, |run| run.prev().since(position));
+    let after_the_runs = target.map_or(0, |target| target.since(runs.last().map_or(position, Run::last).max(position)));
+    before_the_runs.max(after_the_runs) > budget
+}
+
+/// What a projector still needs before a message that carries a run may be deleted, as far as it is concerned.
+#[derive(Debug)]
+pub(crate) enum Need<'a> {
+    /// It has committed past the run, is broken, or is no longer ours.
+    Nothing,
+    /// The next events of the run.
+    Batch(Batch<'a>),
+    /// What lies before the run's end, from the store.
+    CatchUp,
+}
+
+/// The chain rule for one projector, in batches.
+pub(crate) fn need<'a>(cursor: &Cursor, run: &'a Run, most: u64) -> Need<'a> {
+    if !cursor.is_running() {
+        return Need::Nothing;
+    }
+    match chain::link(cursor.position, run) {
+        Link::Skip => Need::Nothing,
+        Link::Apply => {
+            let rest = run.above(cursor.position);
+            let events = &rest[..rest.len().min(most as usize)];
+            let through = events.last().map_or(run.last(), |event| event.position);
+            Need::Batch(Batch { after: cursor.position, through, events })
+        }
+        Link::CatchUp => Need::CatchUp,
+    }
+}
+
 /// Reads messages: the runs in them, joined and in order, and how many say no more than to look.
-fn sort(bodies: &[String], log_id: &str) -> (Vec<Run>, usize) {
+pub(crate) fn sort(bodies: &[String], log_id: &str, high_water: Position) -> (Vec<Run>, usize) {
     let mut runs = Vec::new();
     let mut doorbells = 0;
     for body in bodies {
@@ -90,5 +143,8 @@ fn sort(bodies: &[String], log_id: &str) -> (Vec<Run>, usize) {
             }
         }
     }
-    (chain::join(runs), doorbells)
+    // The relay stores the mark before it sends. What lies above it is of a log that was, before a backup
+    // of the database was restored.
+    let (runs, beyond): (Vec<Run>, Vec<Run>) = chain::join(runs).into_iter().partition(|run| run.last() <= high_water);
+    (runs, doorbells + beyond.len())
 }

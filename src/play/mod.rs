@@ -1,7 +1,8 @@
 //! Play: receive, fan out, delete, until shutdown.
 
-mod fan_out;
-mod reconcile;
+mod convoy;
+pub(crate) mod fan_out;
+pub(crate) mod reconcile;
 
 use std::future::Future;
 use std::pin::pin;
@@ -20,6 +21,8 @@ use crate::queue::{Queue, Receipt, Received};
 use crate::registry::Registry;
 use crate::relay::{Relay, RelaySettings};
 use crate::retry;
+pub use convoy::ConvoyBudget;
+use convoy::Stragglers;
 use reconcile::Reconcile;
 
 /// How play works.
@@ -34,6 +37,8 @@ pub struct PlaySettings {
     /// A projector that stands still below the high-water mark for so long, while the queue is silent, is
     /// caught up from the store: the queue has lost what it waits for.
     pub reconcile_after: Duration,
+    /// How long one projector may hold up the others.
+    pub convoy: ConvoyBudget,
     /// Whether to end once queue and log are quiet and every live projector is at the high-water mark.
     pub until_idle: bool,
     /// How long the batch in hand may take to end after the shutdown; then it is rolled back.
@@ -47,6 +52,7 @@ impl Default for PlaySettings {
             relay: Some(RelaySettings::default()),
             receive_wait: Duration::from_secs(5),
             reconcile_after: Duration::from_secs(2),
+            convoy: ConvoyBudget::default(),
             until_idle: false,
             grace: Duration::from_secs(10),
         }
@@ -76,7 +82,7 @@ pub async fn play(
     settings: PlaySettings,
     shutdown: impl Future<Output = ()>,
 ) -> Result<Played, Error> {
-    let engine = Engine::new(database, settings.limits);
+    let engine = Engine::new(database, settings.limits, registry);
     let log_id = engine.store.marks().await?.log_id;
     let mut worker = Worker {
         engine,
@@ -85,6 +91,7 @@ pub async fn play(
         settings,
         log_id,
         reconcile: Reconcile::default(),
+        stragglers: Stragglers::default(),
         played: Played::default(),
         quarrel: Quarrel::default(),
     };
@@ -102,6 +109,7 @@ pub async fn play(
         (stop, task)
     });
     worker.run(shutdown).await;
+    worker.played.broken += worker.stragglers.rejoin().await;
     if let Some((stop, task)) = relay {
         let _ = stop.send(());
         let _ = timeout(worker.settings.grace, task).await;
@@ -116,6 +124,7 @@ struct Worker {
     settings: PlaySettings,
     log_id: String,
     reconcile: Reconcile,
+    stragglers: Stragglers,
     played: Played,
     quarrel: Quarrel,
 }

@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 use tracing::{info, warn};
 
 use super::Worker;
-use crate::catch_up::{Cursor, CursorState};
 use crate::event::Position;
 use crate::lifecycle::Status;
 use crate::projector::ProjectorId;
@@ -16,20 +15,20 @@ const AT_LEAST_EVERY: Duration = Duration::from_secs(60);
 
 /// Since when each live projector has stood still below the mark.
 #[derive(Debug, Default)]
-pub(super) struct Reconcile {
+pub(crate) struct Reconcile {
     last: Option<Instant>,
     standing: HashMap<ProjectorId, (Position, Instant)>,
 }
 
 impl Reconcile {
     /// Whether the last comparison is so long ago that the next must not wait for silence.
-    pub(super) fn is_due(&mut self, now: Instant) -> bool {
+    pub(crate) fn is_due(&mut self, now: Instant) -> bool {
         now.duration_since(*self.last.get_or_insert(now)) >= AT_LEAST_EVERY
     }
 
     /// Takes note of where the live projectors stand, and says which have stood still below the mark for
     /// longer than `after`. One that moves is being fed: the queue explains its lag.
-    fn overdue(
+    pub(crate) fn overdue(
         &mut self,
         now: Instant,
         live: &[(ProjectorId, Position)],
@@ -65,11 +64,13 @@ impl Worker {
     }
 
     async fn try_reconcile(&mut self) -> Result<(), sqlx::Error> {
+        self.played.broken += self.stragglers.rejoin().await;
         let mark = self.engine.store.raise_high_water().await?.mark;
         let entries = self.engine.ledger.entries().await?;
         let live: Vec<(ProjectorId, Position)> = entries
             .into_iter()
             .filter(|entry| entry.status == Status::Live && self.registry.get(&entry.id).is_some())
+            .filter(|entry| !self.stragglers.hold(&entry.id))
             .map(|entry| (entry.id, entry.position))
             .collect();
         let overdue = self.reconcile.overdue(Instant::now(), &live, mark, self.settings.reconcile_after);
@@ -79,9 +80,8 @@ impl Worker {
                 projector = %id, position = position.get(), high_water = mark.get(),
                 "the queue does not bring what is missing: catching up from the store"
             );
-            let mut cursor = Cursor::new(projector, position);
-            self.repair(&mut cursor, mark).await?;
-            self.played.broken += u64::from(matches!(cursor.state, CursorState::Broke(_)));
+            // By itself: what it takes may be long, and messages for the others may come any moment.
+            self.stragglers.leave(&self.engine, projector, position);
         }
         Ok(())
     }

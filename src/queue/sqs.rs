@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use aws_config::BehaviorVersion;
 use aws_sdk_sqs::Client;
 use aws_sdk_sqs::config::timeout::TimeoutConfig;
-use aws_sdk_sqs::error::{DisplayErrorContext, ProvideErrorMetadata, SdkError};
+use aws_sdk_sqs::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_sqs::types::{
     BatchResultErrorEntry, ChangeMessageVisibilityBatchRequestEntry, DeleteMessageBatchRequestEntry,
     QueueAttributeName as Attribute,
@@ -59,7 +59,10 @@ impl SqsQueue {
         if config.region().is_none() {
             return Err(Error::Input("no AWS region is known; set AWS_REGION, or a profile that has one".into()));
         }
-        Self::with_client(Client::new(&config), url, visibility).await
+        Self::with_client(Client::new(&config), url, visibility).await.map_err(|error| match config.endpoint_url() {
+            Some(endpoint) => Error::OutOfReach(format!("{error} (the endpoint is {endpoint})")),
+            None => error,
+        })
     }
 
     /// As [`SqsQueue::connect`], with a client that is set up already.
@@ -204,10 +207,14 @@ where
     }
     match error {
         SdkError::ServiceError(_) => format!("{code}: {}", error.message().unwrap_or("no reason given")),
-        SdkError::DispatchFailure(_) | SdkError::TimeoutError(_) => format!(
-            "{}; check the endpoint (AWS_ENDPOINT_URL), the credentials and the network",
-            DisplayErrorContext(error)
-        ),
-        _ => DisplayErrorContext(error).to_string(),
+        SdkError::DispatchFailure(_) | SdkError::TimeoutError(_) => {
+            format!("{}; check the endpoint (AWS_ENDPOINT_URL), the credentials and the network", causes(error))
+        }
+        _ => causes(error),
     }
+}
+
+/// An error and its causes, for people: the SDK's own way prints the whole structure after them.
+fn causes(error: &dyn std::error::Error) -> String {
+    std::iter::successors(Some(error), |error| error.source()).map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }

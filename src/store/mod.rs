@@ -1,7 +1,8 @@
 //! The event store: tables `events` and `event_log`.
 
 mod append;
-mod high_water;
+mod fingerprint;
+pub(crate) mod high_water;
 mod read;
 mod relay_state;
 
@@ -40,7 +41,7 @@ impl EventStore {
     /// The marks as they are stored.
     pub(crate) async fn marks(&self) -> Result<Marks, sqlx::Error> {
         let (high_water, published, log_id): (u64, u64, String) =
-            sqlx::query_as(MARKS).fetch_one(&self.database.pool).await?;
+            self.database.answered(sqlx::query_as(MARKS).fetch_one(&self.database.pool)).await?;
         Ok(Marks { high_water: Position::new(high_water), published: Position::new(published), log_id })
     }
 }

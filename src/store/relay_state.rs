@@ -29,6 +29,9 @@ impl EventStore {
 
     /// Notes that everything up to here has been sent.
     pub(crate) async fn set_published(&self, position: Position) -> Result<(), sqlx::Error> {
-        sqlx::query(PUBLISHED).bind(position.get()).execute(&self.database.pool).await.map(|_| ())
+        self.database
+            .answered(sqlx::query(PUBLISHED).bind(position.get()).execute(&self.database.pool))
+            .await
+            .map(|_| ())
     }
 }

@@ -3,6 +3,16 @@
 
 mod support;
 
+mod alerts;
+mod audit;
+mod convoy;
+mod deploy;
+mod failover;
+mod grants;
 mod log;
 mod queue;
 mod story;
+
+mod command_line;
+mod declared;
+mod receipt;

@@ -1,6 +1,7 @@
 //! A world for each test: a database and a queue of its own, on the real parts.
 
 mod faulty_queue;
+mod folder;
 mod gate;
 mod playing;
 mod process;
@@ -15,14 +16,15 @@ use std::time::{Duration, Instant};
 use aws_sdk_sqs::types::QueueAttributeName;
 use projectionist::sqlx::{self, AssertSqlSafe, ConnectOptions, Connection, MySqlConnection, Row};
 use projectionist::{
-    BootReport, Database, Entry, EventStore, Ledger, Limits, NewEvent, PlaySettings, Played, ProjectorId, Queue,
-    Registry, RelaySettings, SqsQueue, boot, play,
+    BootReport, ConvoyBudget, Database, Entry, EventStore, Ledger, Limits, NewEvent, PlaySettings, Played, ProjectorId,
+    Queue, Registry, RelaySettings, SqsQueue, boot, play,
 };
 
 pub use faulty_queue::{Faults, FaultyQueue};
+pub use folder::Folder;
 pub use gate::Gate;
 pub use playing::Playing;
-pub use process::{Finished, Running};
+pub use process::{Finished, Piped, Running};
 pub use proxy::Proxy;
 pub use scripted::Scripted;
 pub use tally::{Hook, Tally, registry};
@@ -132,6 +134,7 @@ impl World {
             relay: Some(RelaySettings { interval: Duration::from_millis(10), max_events: 20 }),
             receive_wait: Duration::from_secs(1),
             reconcile_after: Duration::from_secs(1),
+            convoy: ConvoyBudget::default(),
             until_idle: true,
             grace: Duration::from_secs(5),
         }

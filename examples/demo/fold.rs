@@ -1,0 +1,137 @@
+//! The oracle: each read model, folded from the log in plain Rust, against the table that the projector made.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use projectionist::sqlx::{self, AssertSqlSafe};
+use serde_json::Value;
+
+use crate::stage::Stage;
+
+/// A read model as text: a row's key, and the rest of the row.
+type Model = BTreeMap<String, String>;
+
+pub struct Verdicts(Vec<Verdict>);
+
+struct Verdict {
+    table: &'static str,
+    rows: usize,
+    differences: Vec<String>,
+}
+
+struct Recorded {
+    position: u64,
+    stream_id: String,
+    event_type: String,
+    recorded_at: String,
+    payload: Value,
+}
+
+/// Compares all read models with the log. `before` is the high-water mark before the second release.
+pub async fn check(stage: &Stage, before: u64) -> anyhow::Result<Verdicts> {
+    let log = read_log(stage).await?;
+    let finished_at = stage.position("release-3", "first_orders").await?;
+    let placed = |event: &&Recorded| event.event_type == "OrderPlaced";
+    let text = |event: &Recorded, key: &str| event.payload[key].as_str().unwrap_or_default().to_owned();
+
+    let mut order_status = Model::new();
+    let mut revenue: BTreeMap<String, (u64, u64)> = BTreeMap::new();
+    let mut customers: BTreeMap<String, u64> = BTreeMap::new();
+    let mut first_orders = Model::new();
+    for event in &log {
+        let status = event.event_type.trim_start_matches("Order").to_lowercase();
+        order_status.insert(event.stream_id.clone(), format!("{status} {}", event.recorded_at));
+    }
+    for event in log.iter().filter(placed) {
+        let country = revenue.entry(text(event, "country")).or_default();
+        country.0 += 1;
+        country.1 += event.payload["cents"].as_u64().unwrap_or_default();
+        *customers.entry(text(event, "customer")).or_default() += 1;
+        if event.position <= finished_at {
+            first_orders.entry(text(event, "customer")).or_insert_with(|| event.position.to_string());
+        }
+    }
+    // From now: all since its first boot, and none from before it.
+    let outbox = stage.model("select cast(position as char), customer from outbox").await?;
+    let start = outbox.keys().filter_map(|position| position.parse::<u64>().ok()).min().unwrap_or(u64::MAX);
+    let welcomed = log.iter().filter(placed).filter(|event| event.position >= start.max(before + 1));
+    let welcomed: Model = welcomed.map(|event| (event.position.to_string(), text(event, "customer"))).collect();
+
+    let revenue =
+        revenue.into_iter().map(|(country, (orders, cents))| (country, format!("{orders} {cents}"))).collect();
+    let customers = customers.into_iter().map(|(customer, orders)| (customer, orders.to_string())).collect();
+    let status = "select order_id, concat(status, ' ', changed_at) from order_status";
+    Ok(Verdicts(vec![
+        Verdict::of("order_status", &order_status, &stage.model(status).await?),
+        Verdict::of(
+            "revenue",
+            &revenue,
+            &stage.model("select country, concat(orders, ' ', cents) from revenue").await?,
+        ),
+        Verdict::of(
+            "customers",
+            &customers,
+            &stage.model("select customer, cast(orders as char) from customers").await?,
+        ),
+        Verdict::of(
+            "first_orders",
+            &first_orders,
+            &stage.model("select customer, cast(position as char) from first_orders").await?,
+        ),
+        Verdict::of("outbox", &welcomed, &outbox),
+    ]))
+}
+
+async fn read_log(stage: &Stage) -> anyhow::Result<Vec<Recorded>> {
+    let rows: Vec<(u64, String, String, String, String)> = sqlx::query_as(
+        "select position, stream_id, event_type, cast(recorded_at as char), payload from events \
+         where event_type not like '$%' order by position",
+    )
+    .fetch_all(&stage.pool)
+    .await?;
+    rows.into_iter()
+        .map(|(position, stream_id, event_type, recorded_at, payload)| {
+            Ok(Recorded { position, stream_id, event_type, recorded_at, payload: serde_json::from_str(&payload)? })
+        })
+        .collect()
+}
+
+impl Stage {
+    /// A read model: two columns of text.
+    async fn model(&self, sql: &str) -> anyhow::Result<Model> {
+        let rows: Vec<(String, String)> = sqlx::query_as(AssertSqlSafe(sql)).fetch_all(&self.pool).await?;
+        Ok(rows.into_iter().collect())
+    }
+}
+
+impl Verdict {
+    fn of(table: &'static str, expected: &Model, found: &Model) -> Self {
+        let missing = expected
+            .iter()
+            .filter(|(key, _)| !found.contains_key(*key))
+            .map(|(key, row)| format!("missing: {key} {row}"));
+        let wrong = found.iter().filter(|(key, row)| expected.get(*key) != Some(row)).map(|(key, row)| {
+            format!("{key}: has {row}, should have {}", expected.get(key).map_or("no row", String::as_str))
+        });
+        Verdict { table, rows: found.len(), differences: missing.chain(wrong).collect() }
+    }
+}
+
+impl Verdicts {
+    pub fn all_well(&self) -> bool {
+        self.0.iter().all(|verdict| verdict.differences.is_empty() && verdict.rows > 0)
+    }
+}
+
+impl fmt::Display for Verdicts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for Verdict { table, rows, differences } in &self.0 {
+            let verdict = if differences.is_empty() && *rows > 0 { "equal" } else { "DIFFERENT" };
+            write!(f, "\n  {table:<14} {rows:>6} rows   {verdict}")?;
+            for difference in differences.iter().take(3) {
+                write!(f, "\n    {difference}")?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,432 @@
+//! One file: TOML to a projector, with the line of everything that does not hold.
+
+use std::ops::Range;
+
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+
+use super::handler::{Declared, Handlers, Step};
+use super::spelling::nearest;
+use super::{Fault, Problem, statement};
+use crate::event::NewEvent;
+use crate::projector::{EventTypes, Mode};
+
+const KEYS: [&str; 7] = ["name", "version", "mode", "side_effects", "setup", "teardown", "on"];
+const ON_KEYS: [&str; 2] = ["events", "sql"];
+const MODES: [&str; 3] = [Mode::FromBeginning.as_str(), Mode::FromNow.as_str(), Mode::Once.as_str()];
+
+/// The most `[[on]]` tables of a file: each is a prepared statement on every connection.
+const MAX_HANDLERS: usize = 1000;
+
+/// A projector, and where its file says who it is.
+#[derive(Debug)]
+pub(super) struct Declaration {
+    pub(super) projector: Declared,
+    pub(super) name_line: usize,
+    pub(super) version_line: usize,
+}
+
+/// Reads a file whose name is `file`, which is only for errors.
+///
+/// # Errors
+/// Everything that does not hold, in the order of the lines.
+pub(super) fn read(file: &str, text: &str) -> Result<Declaration, Vec<Problem>> {
+    let mut reader = Reader { file, text, line_ends: line_ends(text), problems: Vec::new() };
+    let declaration = match DeTable::parse(text) {
+        Ok(table) => reader.declaration(table.get_ref()),
+        Err(error) => {
+            let at = error.span().map_or(text.len(), |span| span.start);
+            reader.refuse(at, format!("this is not TOML: {}", error.message().replace('\n', ", ")));
+            None
+        }
+    };
+    match declaration {
+        Some(declaration) if reader.problems.is_empty() => Ok(declaration),
+        _ => {
+            reader.problems.sort_by_key(|problem| problem.line);
+            Err(reader.problems)
+        }
+    }
+}
+
+fn line_ends(text: &str) -> Vec<usize> {
+    text.match_indices('\n').map(|(at, _)| at).collect()
+}
+
+type Entry<'t> = Spanned<DeValue<'t>>;
+
+struct Reader<'f> {
+    file: &'f str,
+    text: &'f str,
+    line_ends: Vec<usize>,
+    problems: Vec<Problem>,
+}
+
+impl Reader<'_> {
+    fn line(&self, at: usize) -> usize {
+        1 + self.line_ends.partition_point(|end| *end < at)
+    }
+
+    fn line_of(&self, entry: Option<&Entry<'_>>) -> usize {
+        self.line(entry.map_or(0, |entry| entry.span().start))
+    }
+
+    fn refuse(&mut self, at: usize, reason: impl Into<String>) {
+        self.problems.push(Problem::new(self.file, Some(self.line(at)), reason));
+    }
+
+    /// `None` only with a problem. It goes on after one, so that a file's problems come all at once.
+    fn declaration(&mut self, table: &DeTable<'_>) -> Option<Declaration> {
+        self.check_keys(table, &KEYS);
+        let name = self.required(table, "name", 0, "the projector's name, like `name = \"case_status\"`");
+        let version = self.required(table, "version", 0, "`version = 1` for a new projector");
+        let mode = self.required(table, "mode", 0, "`mode = \"from_beginning\"`, \"from_now\" or \"once\"");
+        let side_effects = table.get("side_effects").map_or(Some(false), |entry| self.boolean(entry, "side_effects"));
+        let setup = self.steps(table, "setup", statement::setup);
+        let teardown = self.steps(table, "teardown", statement::teardown);
+        let handlers = self.handlers(table);
+        let (name_line, version_line) = (self.line_of(name), self.line_of(version));
+        let name = name.and_then(|entry| self.string(entry, "name"));
+        let version = version.and_then(|entry| self.version(entry));
+        let mode = mode.and_then(|entry| self.mode(entry));
+        let projector = Declared {
+            name: name?.to_owned(),
+            version: version?,
+            mode: mode?,
+            side_effects: side_effects?,
+            setup,
+            teardown,
+            handlers,
+        };
+        Some(Declaration { projector, name_line, version_line })
+    }
+
+    fn check_keys(&mut self, table: &DeTable<'_>, known: &[&str]) {
+        for key in table.keys() {
+            let name: &str = key.get_ref();
+            if known.contains(&name) {
+                continue;
+            }
+            let hint = if KEYS.contains(&name) {
+                format!("`{name}` belongs above the first [[on]]")
+            } else if ON_KEYS.contains(&name) {
+                format!("`{name}` belongs into an [[on]] table")
+            } else {
+                let near = nearest(name, known).map(|near| format!("did you mean `{near}`? ")).unwrap_or_default();
+                format!("{near}the keys here are {}", known.join(", "))
+            };
+            self.refuse(key.span().start, format!("unknown key `{name}`: {hint}"));
+        }
+    }
+
+    fn required<'t, 'd>(&mut self, table: &'t DeTable<'d>, key: &str, at: usize, add: &str) -> Option<&'t Entry<'d>> {
+        let entry = table.get(key);
+        if entry.is_none() {
+            self.refuse(at, format!("`{key}` is missing: add {add}"));
+        }
+        entry
+    }
+
+    fn wrong_type<T>(&mut self, entry: &Entry<'_>, key: &str, expected: &str) -> Option<T> {
+        let article = if matches!(entry.get_ref(), DeValue::Integer(_) | DeValue::Array(_)) { "an" } else { "a" };
+        let found = entry.get_ref().type_str();
+        self.refuse(entry.span().start, format!("`{key}` must be {expected}, and this is {article} {found}"));
+        None
+    }
+
+    fn string<'t>(&mut self, entry: &'t Entry<'_>, key: &str) -> Option<&'t str> {
+        match entry.get_ref() {
+            DeValue::String(text) => Some(text),
+            _ => self.wrong_type(entry, key, "a string in quotes"),
+        }
+    }
+
+    fn boolean(&mut self, entry: &Entry<'_>, key: &str) -> Option<bool> {
+        match entry.get_ref() {
+            DeValue::Boolean(value) => Some(*value),
+            _ => self.wrong_type(entry, key, "true or false"),
+        }
+    }
+
+    fn list<'t, 'd>(&mut self, entry: &'t Entry<'d>, key: &str, of: &str) -> Option<&'t [Entry<'d>]> {
+        match entry.get_ref() {
+            DeValue::Array(entries) => Some(entries),
+            _ => self.wrong_type(entry, key, &format!("a list of {of}")),
+        }
+    }
+
+    fn version(&mut self, entry: &Entry<'_>) -> Option<u32> {
+        let DeValue::Integer(number) = entry.get_ref() else {
+            return self.wrong_type(entry, "version", "a whole number, like 1");
+        };
+        let version = u32::from_str_radix(number.as_str(), number.radix()).ok();
+        if version.is_none() {
+            self.refuse(entry.span().start, format!("`version` must be from 1 to {}, and this is {number}", u32::MAX));
+        }
+        version
+    }
+
+    fn mode(&mut self, entry: &Entry<'_>) -> Option<Mode> {
+        let text = self.string(entry, "mode")?;
+        let mode = text.parse().ok();
+        if mode.is_none() {
+            let near = nearest(text, &MODES).map(|near| format!("did you mean \"{near}\"? ")).unwrap_or_default();
+            self.refuse(entry.span().start, format!("unknown mode {text:?}: {near}it is one of {}", MODES.join(", ")));
+        }
+        mode
+    }
+
+    fn steps(&mut self, table: &DeTable<'_>, key: &str, check: fn(&str) -> Result<String, Fault>) -> Vec<Step> {
+        let mut steps = Vec::new();
+        let Some(entries) = table.get(key).and_then(|entry| self.list(entry, key, "SQL statements")) else {
+            return steps;
+        };
+        for entry in entries {
+            let Some(text) = self.string(entry, &format!("each entry of {key}")) else { continue };
+            match check(text) {
+                Ok(sql) => steps.push(Step { sql: sql.into(), origin: self.origin(&entry.span()) }),
+                Err(fault) => self.refuse_statement(entry, text, fault),
+            }
+        }
+        steps
+    }
+
+    fn handlers(&mut self, table: &DeTable<'_>) -> Handlers {
+        let mut handlers = Handlers::new();
+        let example = "an [[on]] table with `events` and `sql`";
+        let Some(on) = self.required(table, "on", 0, example) else { return handlers };
+        let DeValue::Array(tables) = on.get_ref() else {
+            self.wrong_type::<()>(on, "on", "a list of tables, written [[on]] with two brackets");
+            return handlers;
+        };
+        if tables.is_empty() || tables.len() > MAX_HANDLERS {
+            let count = tables.len();
+            self.refuse(
+                on.span().start,
+                format!("a projector has 1 to {MAX_HANDLERS} [[on]] tables, and this has {count}"),
+            );
+            return handlers;
+        }
+        for table in tables.iter() {
+            self.handler(table, &mut handlers);
+        }
+        handlers
+    }
+
+    fn handler(&mut self, entry: &Entry<'_>, handlers: &mut Handlers) {
+        let DeValue::Table(table) = entry.get_ref() else {
+            self.wrong_type::<()>(entry, "on", "a list of tables, written [[on]]");
+            return;
+        };
+        self.check_keys(table, &ON_KEYS);
+        let at = entry.span().start;
+        let events =
+            self.required(table, "events", at, "the event types, like `events = [\"Received\"]`, or [\"*\"] for all");
+        let events = events.and_then(|events| self.events(events));
+        let Some(sql) = self.required(table, "sql", at, "the statement that is run for each of the events") else {
+            return;
+        };
+        let Some(text) = self.string(sql, "sql") else { return };
+        match statement::handler(text) {
+            Ok(compiled) => {
+                let origin = self.origin(&entry.span());
+                handlers.add(events.unwrap_or(EventTypes::All), compiled, origin);
+            }
+            Err(fault) => self.refuse_statement(sql, text, fault),
+        }
+    }
+
+    fn events(&mut self, entry: &Entry<'_>) -> Option<EventTypes> {
+        let entries = self.list(entry, "events", "event types")?;
+        if entries.is_empty() {
+            self.refuse(entry.span().start, "an empty handler: `events` needs an event type, or \"*\" for all");
+            return None;
+        }
+        let mut types = Vec::with_capacity(entries.len());
+        for event in entries {
+            let Some(event_type) = self.string(event, "each entry of events") else { continue };
+            match check_event_type(event_type, entries.len() == 1) {
+                Ok(()) => types.push(event_type.to_owned()),
+                Err(reason) => self.refuse(event.span().start, reason),
+            }
+        }
+        Some(if types == ["*"] { EventTypes::All } else { EventTypes::Only(types) })
+    }
+
+    fn origin(&self, span: &Range<usize>) -> String {
+        format!("{}:{}", self.file, self.line(span.start))
+    }
+
+    fn refuse_statement(&mut self, entry: &Entry<'_>, text: &str, fault: Fault) {
+        let span = entry.span();
+        // Where the string is written without escapes, its text is found again in the file, so that the line
+        // can be that of the fault; else it is that of the string's beginning.
+        let written = self.text.get(span.clone()).and_then(|written| written.find(text));
+        self.refuse(written.map_or(span.start, |begin| span.start + begin + fault.at), fault.reason);
+    }
+}
+
+/// Refuses what no event can be: the handler would silently never run.
+fn check_event_type(event_type: &str, alone: bool) -> Result<(), String> {
+    let characters = event_type.chars().count();
+    if event_type == "*" && !alone {
+        Err("\"*\" means every event: write it alone, or leave it out".into())
+    } else if event_type.starts_with('$') {
+        Err(format!(
+            "no event has the type {event_type:?}: types that begin with `$` are the log's own, which no projector sees"
+        ))
+    } else if characters == 0 || characters > NewEvent::MAX_NAME || event_type.ends_with(' ') {
+        Err(format!(
+            "no event has the type {event_type:?}: it has 1 to {} characters and no blank at its end",
+            NewEvent::MAX_NAME
+        ))
+    } else {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::projector::Projector as _;
+
+    const GOOD: &str = r#"
+name = "case_status"
+version = 1
+mode = "from_beginning"
+side_effects = false
+setup = ["create table if not exists case_status (case_id varchar(64) primary key)"]
+teardown = ["drop table if exists case_status"]
+
+[[on]]
+events = ["Received", "Sent"]
+sql = """insert into case_status (case_id) values (:stream_id)
+         on duplicate key update case_id = values(case_id);"""
+
+[[on]]
+events = ["*"]
+sql = "update totals set events = events + 1"
+"#;
+
+    fn problems(text: &str) -> Vec<(usize, String)> {
+        let problems = read("a.toml", text).expect_err(text);
+        problems.into_iter().map(|problem| (problem.line.expect("a line"), problem.reason)).collect()
+    }
+
+    /// Replaces one thing in a file that is good, so that the line of the problem is the only one there is.
+    fn problem_with(part: &str, replacement: &str) -> (usize, String) {
+        assert!(GOOD.contains(part), "{part}");
+        let mut problems = problems(&GOOD.replacen(part, replacement, 1));
+        assert_eq!(problems.len(), 1, "{replacement}: {problems:?}");
+        problems.remove(0)
+    }
+
+    #[test]
+    fn a_file_declares_a_projector() {
+        let Declaration { projector, name_line, version_line } = read("a.toml", GOOD).expect("it is good");
+        assert_eq!((projector.name(), projector.version(), projector.mode()), ("case_status", 1, Mode::FromBeginning));
+        assert_eq!((projector.has_side_effects(), projector.event_types()), (false, EventTypes::All));
+        assert_eq!((projector.setup.len(), projector.teardown.len()), (1, 1));
+        assert_eq!((name_line, version_line), (2, 3));
+    }
+
+    #[test]
+    fn setup_teardown_and_side_effects_may_be_left_out() {
+        let text = "name = 'a'\nversion = 2\nmode = 'once'\non = [{events = ['A'], sql = 'do 1'}]";
+        let projector = read("a.toml", text).expect("it is good").projector;
+        assert!(projector.setup.is_empty() && projector.teardown.is_empty() && !projector.has_side_effects());
+        assert_eq!((projector.mode(), projector.event_types()), (Mode::Once, EventTypes::only(["A"])));
+    }
+
+    #[test]
+    fn every_problem_has_its_line_and_says_what_to_do() {
+        for (part, replacement, line, reason) in [
+            ("name = \"case_status\"", "nam = 1\nname = \"a\"", 2, "unknown key `nam`: did you mean `name`?"),
+            ("name = \"case_status\"", "colour = 1\nname = \"a\"", 2, "the keys here are name, version"),
+            ("name = \"case_status\"\n", "", 1, "`name` is missing: add"),
+            ("version = 1\n", "", 1, "`version` is missing: add"),
+            ("mode = \"from_beginning\"\n", "", 1, "`mode` is missing: add"),
+            ("name = \"case_status\"", "name = 1", 2, "`name` must be a string in quotes, and this is an integer"),
+            ("version = 1", "version = \"1\"", 3, "`version` must be a whole number, like 1, and this is a string"),
+            ("version = 1", "version = 1.5", 3, "and this is a float"),
+            ("version = 1", "version = -1", 3, "from 1 to 4294967295, and this is -1"),
+            ("version = 1", "version = 4294967296", 3, "and this is 4294967296"),
+            ("\"from_beginning\"", "\"from_begining\"", 4, "did you mean \"from_beginning\"?"),
+            ("\"from_beginning\"", "\"later\"", 4, "one of from_beginning, from_now, once"),
+            ("\"from_beginning\"", "3", 4, "`mode` must be a string"),
+            ("side_effects = false", "side_effects = 0", 5, "must be true or false"),
+            ("setup = [", "setup = 'drop' #", 6, "`setup` must be a list of SQL statements, and this is a string"),
+            ("setup = [", "setup = [\n7, ", 7, "each entry of setup` must be a string"),
+            ("setup = [", "setup = [\n\n'drop table a', ", 8, "`drop` is not for `setup`"),
+            ("setup = [", "setup = ['''\nselect\n:position''', ", 8, "so it has no parameters"),
+            ("teardown = [", "teardown = ['', ", 7, "an empty statement in `teardown`"),
+            ("events = [\"Received\", \"Sent\"]", "", 9, "`events` is missing: add"),
+            ("events = [\"Received\", \"Sent\"]", "events = []", 10, "an empty handler"),
+            ("events = [\"Received\", \"Sent\"]", "events = 'Sent'", 10, "`events` must be a list of event types"),
+            ("events = [\"Received\", \"Sent\"]", "events = [\n1]", 11, "each entry of events` must be a string"),
+            ("\"Received\", \"Sent\"", "\"Sent\",\n\"*\"", 11, "write it alone"),
+            ("\"Received\"", "\"$tombstone\"", 10, "the log's own"),
+            ("\"Received\"", "\"\"", 10, "1 to 200 characters"),
+            ("\"Received\"", "\"Received \"", 10, "no blank at its end"),
+            ("events = [\"*\"]", "events = [\"*\"]\nmode = 'once'", 16, "belongs above the first [[on]]"),
+            ("events = [\"*\"]", "events = [\"*\"]\nsqll = ''", 16, "did you mean `sql`?"),
+            ("name = \"case_status\"", "events = []\nname = \"a\"", 2, "belongs into an [[on]] table"),
+            ("sql = \"update totals set events = events + 1\"", "", 14, "`sql` is missing: add"),
+            ("\"update totals set events = events + 1\"", "1", 16, "`sql` must be a string"),
+            ("\"update totals set events = events + 1\"", "' '", 16, "an empty handler"),
+            ("update totals set events = events + 1", "create table t (a int)", 16, "put it into `setup`"),
+            ("values(case_id)", ":case_id", 12, "unknown parameter `:case_id`"),
+            ("values(case_id)", "'", 12, "never closed"),
+            ("case_id);\"\"\"", "case_id);\n\n delete from a\"\"\"", 14, "use several [[on]] tables"),
+            // With an escape in it, the text cannot be found again: the line is that of the string.
+            ("values(case_id)", ":case_id + '\\t'", 11, "unknown parameter `:case_id`"),
+            ("version = 1", "version = ", 3, "this is not TOML: "),
+            ("version = 1", "version = 1\nversion = 2", 4, "this is not TOML: duplicate key"),
+            ("name = \"case_status\"", "name = \"case_status", 2, "this is not TOML: "),
+        ] {
+            let (found_line, found) = problem_with(part, replacement);
+            assert!(found.contains(reason), "{replacement}: {found}");
+            assert_eq!(found_line, line, "{replacement}: {found}");
+            assert!(!found.contains('\n'), "{found}");
+        }
+    }
+
+    #[test]
+    fn a_file_needs_handlers_and_not_too_many() {
+        let head = "name = 'a'\nversion = 1\nmode = 'once'\n";
+        for (tail, line, reason) in [
+            ("".to_owned(), 1, "`on` is missing: add an [[on]] table"),
+            ("on = []".to_owned(), 4, "1 to 1000 [[on]] tables, and this has 0"),
+            ("on = 'A'".to_owned(), 4, "written [[on]]"),
+            ("on = ['A']".to_owned(), 4, "written [[on]]"),
+            ("[on]\nevents = ['A']\nsql = 'do 1'".to_owned(), 4, "[[on]] with two brackets, and this is a table"),
+            ("[[on]]\nevents = ['A']\nsql = 'do 1'\n".repeat(1001), 4, "and this has 1001"),
+        ] {
+            let found = problems(&format!("{head}{tail}"));
+            assert!(
+                matches!(&found[..], [(at, found)] if *at == line && found.contains(reason)),
+                "{tail:.40}: {found:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn all_problems_of_a_file_come_at_once_in_the_order_of_its_lines() {
+        let text = GOOD
+            .replace("name =", "nome =")
+            .replace("version = 1", "version = '1'")
+            .replace("from_beginning", "tomorrow")
+            .replace("= false", "= 0")
+            .replace("if not exists", ":position")
+            .replace(":stream_id", ":stream")
+            .replace("[\"*\"]", "[]");
+        assert_eq!(problems(&text).iter().map(|(line, _)| *line).collect::<Vec<_>>(), [1, 2, 3, 4, 5, 6, 11, 15]);
+    }
+
+    #[test]
+    fn windows_line_ends_count_as_one() {
+        let text = GOOD.replace('\n', "\r\n");
+        read("a.toml", &text).expect("it is good");
+        assert_eq!(problems(&text.replace(":stream_id", ":stream"))[0].0, 11);
+    }
+}

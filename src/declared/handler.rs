@@ -1,0 +1,382 @@
+//! A declared projector at work: for each event, the statements whose events it is one of.
+
+use std::borrow::Cow;
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use anyhow::{Context as _, bail};
+use async_trait::async_trait;
+use sqlx::mysql::MySqlArguments;
+use sqlx::query::Query;
+use sqlx::{AssertSqlSafe, MySql, MySqlConnection};
+use time::OffsetDateTime;
+
+use super::json::{Found, Paths, Place, Value};
+use super::parameter::{Document, JsonParameter, Parameter};
+use super::prepared::{Class, Prepared};
+use super::statement::Compiled;
+use crate::event::Event;
+use crate::projector::{EventTypes, Mode, Projector};
+
+/// A projector that a file declares.
+#[derive(Debug)]
+pub(super) struct Declared {
+    pub(super) name: String,
+    pub(super) version: u32,
+    pub(super) mode: Mode,
+    pub(super) side_effects: bool,
+    pub(super) setup: Vec<Step>,
+    pub(super) teardown: Vec<Step>,
+    pub(super) handlers: Handlers,
+}
+
+/// A statement of setup or teardown.
+#[derive(Debug)]
+pub(super) struct Step {
+    pub(super) sql: Arc<str>,
+    /// `FILE:LINE`, for errors.
+    pub(super) origin: String,
+}
+
+/// The `[[on]]` tables of a file, in its order, and all the paths that they follow.
+#[derive(Debug)]
+pub(super) struct Handlers {
+    all: Vec<Handler>,
+    payload: Paths,
+    metadata: Paths,
+}
+
+#[derive(Debug)]
+struct Handler {
+    /// `None`: every event.
+    wanted: Option<HashSet<String>>,
+    statement: Prepared,
+    bindings: Vec<Binding>,
+    /// `FILE:LINE`, for errors.
+    origin: String,
+}
+
+/// A parameter, with where its value is found.
+#[derive(Debug)]
+enum Binding {
+    Column(fn(&Event) -> Argument<'_>),
+    Json(JsonParameter, Place),
+}
+
+impl Handlers {
+    pub(super) fn new() -> Self {
+        Handlers { all: Vec::new(), payload: Paths::new(), metadata: Paths::new() }
+    }
+
+    /// Adds the next one.
+    pub(super) fn add(&mut self, events: EventTypes, statement: Compiled, origin: String) {
+        let wanted = match events {
+            EventTypes::All => None,
+            EventTypes::Only(types) => Some(types.into_iter().collect()),
+        };
+        let prepared = Prepared::new(statement.sql, statement.parameters.len());
+        let bindings = statement.parameters.into_iter().map(|parameter| self.binding(parameter)).collect();
+        self.all.push(Handler { wanted, statement: prepared, bindings, origin });
+    }
+
+    fn binding(&mut self, parameter: Parameter) -> Binding {
+        Binding::Column(match parameter {
+            Parameter::Position => |event| Argument::Json(Value::Unsigned(event.position.get())),
+            Parameter::EventId => |event| Argument::text(&event.event_id),
+            Parameter::StreamId => |event| Argument::text(&event.stream_id),
+            Parameter::StreamVersion => |event| Argument::Json(Value::Unsigned(event.stream_version)),
+            Parameter::EventType => |event| Argument::text(&event.event_type),
+            Parameter::RecordedAt => |event| Argument::Time(event.recorded_at),
+            Parameter::Json(json) => {
+                let paths = match json.document {
+                    Document::Payload => &mut self.payload,
+                    Document::Metadata => &mut self.metadata,
+                };
+                let place = paths.add(&json.path);
+                return Binding::Json(json, place);
+            }
+        })
+    }
+
+    fn event_types(&self) -> EventTypes {
+        let mut union = HashSet::new();
+        for handler in &self.all {
+            match &handler.wanted {
+                None => return EventTypes::All,
+                Some(types) => union.extend(types.iter().cloned()),
+            }
+        }
+        EventTypes::only(union)
+    }
+}
+
+impl Handler {
+    fn wants(&self, event: &Event) -> bool {
+        self.wanted.as_ref().is_none_or(|types| types.contains(&event.event_type))
+    }
+
+    fn arguments<'e>(&self, event: &mut Lookup<'e, '_>) -> anyhow::Result<Vec<Argument<'e>>> {
+        self.bindings
+            .iter()
+            .map(|binding| match binding {
+                Binding::Column(read) => Ok(read(event.event)),
+                Binding::Json(json, place) => event.json(json, *place),
+            })
+            .collect()
+    }
+}
+
+/// An event whose documents are read once, and only when a statement asks for a path in them.
+struct Lookup<'e, 'h> {
+    event: &'e Event,
+    handlers: &'h Handlers,
+    payload: Option<Found<'e>>,
+    metadata: Option<Found<'e>>,
+}
+
+impl<'e, 'h> Lookup<'e, 'h> {
+    fn new(event: &'e Event, handlers: &'h Handlers) -> Self {
+        Lookup { event, handlers, payload: None, metadata: None }
+    }
+
+    fn json(&mut self, parameter: &JsonParameter, place: Place) -> anyhow::Result<Argument<'e>> {
+        let name = parameter.document.name();
+        let found = match self.text(parameter.document) {
+            Some(text) if parameter.path.is_empty() => return Ok(Argument::text(text)),
+            Some(text) => {
+                self.follow(parameter.document, text, place).with_context(|| format!("the {name} is not JSON"))?
+            }
+            None => None,
+        };
+        let written = &parameter.written;
+        match found {
+            Some(text) => Value::read(text).map(Argument::Json).with_context(|| format!("`{written}` cannot be read")),
+            None if parameter.optional => Ok(Argument::Json(Value::Null)),
+            None if self.text(parameter.document).is_none() => {
+                bail!("`{written}`: the event has no {name}; write `{written}?` to bind null where there is none")
+            }
+            None => bail!(
+                "`{written}` is missing in the event's {name}; write `{written}?` to bind null where it is missing"
+            ),
+        }
+    }
+
+    fn text(&self, document: Document) -> Option<&'e str> {
+        match document {
+            Document::Payload => Some(&self.event.payload),
+            Document::Metadata => self.event.metadata.as_deref(),
+        }
+    }
+
+    fn follow(
+        &mut self,
+        document: Document,
+        text: &'e str,
+        place: Place,
+    ) -> Result<Option<&'e str>, serde_json::Error> {
+        let (paths, found) = match document {
+            Document::Payload => (&self.handlers.payload, &mut self.payload),
+            Document::Metadata => (&self.handlers.metadata, &mut self.metadata),
+        };
+        let found = match found {
+            Some(found) => found,
+            none => none.insert(paths.find(text)?),
+        };
+        Ok(found.at(place))
+    }
+}
+
+/// What is bound to one `?`.
+#[derive(Debug, Clone, PartialEq)]
+enum Argument<'e> {
+    Json(Value<'e>),
+    Time(OffsetDateTime),
+}
+
+impl<'e> Argument<'e> {
+    fn text(text: &'e str) -> Self {
+        Argument::Json(Value::Text(Cow::Borrowed(text)))
+    }
+
+    /// `None` for null, which has no type of its own.
+    fn class(&self) -> Option<Class> {
+        match self {
+            Argument::Time(_) => Some(Class::Time),
+            Argument::Json(Value::Null) => None,
+            Argument::Json(Value::Boolean(_) | Value::Signed(_) | Value::Unsigned(_)) => Some(Class::Exact),
+            Argument::Json(Value::Double(_)) => Some(Class::Double),
+            Argument::Json(Value::Text(_)) => Some(Class::Text),
+        }
+    }
+
+    fn bind_to<'q>(self, query: Query<'q, MySql, MySqlArguments>) -> Query<'q, MySql, MySqlArguments> {
+        match self {
+            Argument::Time(time) => query.bind(time),
+            Argument::Json(Value::Null) => query.bind(None::<&str>),
+            Argument::Json(Value::Boolean(value)) => query.bind(value),
+            Argument::Json(Value::Signed(number)) => query.bind(number),
+            Argument::Json(Value::Unsigned(number)) => query.bind(number),
+            Argument::Json(Value::Double(number)) => query.bind(number),
+            Argument::Json(Value::Text(text)) => query.bind(text),
+        }
+    }
+}
+
+#[async_trait]
+impl Projector for Declared {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn version(&self) -> u32 {
+        self.version
+    }
+
+    fn mode(&self) -> Mode {
+        self.mode
+    }
+
+    fn event_types(&self) -> EventTypes {
+        self.handlers.event_types()
+    }
+
+    fn has_side_effects(&self) -> bool {
+        self.side_effects
+    }
+
+    async fn setup(&self, db: &mut MySqlConnection) -> anyhow::Result<()> {
+        run(&self.setup, db).await
+    }
+
+    async fn teardown(&self, db: &mut MySqlConnection) -> anyhow::Result<()> {
+        run(&self.teardown, db).await
+    }
+
+    async fn handle(&self, event: &Event, db: &mut MySqlConnection) -> anyhow::Result<()> {
+        let mut lookup = Lookup::new(event, &self.handlers);
+        for handler in self.handlers.all.iter().filter(|handler| handler.wants(event)) {
+            let arguments = handler.arguments(&mut lookup).with_context(|| handler.origin.clone())?;
+            let sql = handler.statement.text(arguments.iter().map(Argument::class));
+            let query = sqlx::query(AssertSqlSafe(sql));
+            let query = arguments.into_iter().fold(query, |query, argument| argument.bind_to(query));
+            query.execute(&mut *db).await.with_context(|| handler.origin.clone())?;
+        }
+        Ok(())
+    }
+}
+
+/// As text, since some DDL cannot be prepared.
+async fn run(steps: &[Step], db: &mut MySqlConnection) -> anyhow::Result<()> {
+    for step in steps {
+        let statement = sqlx::raw_sql(AssertSqlSafe(Arc::clone(&step.sql)));
+        statement.execute(&mut *db).await.with_context(|| step.origin.clone())?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::declared::statement;
+    use crate::event::Position;
+
+    fn event(payload: &str, metadata: Option<&str>) -> Event {
+        Event {
+            position: Position::new(7),
+            event_id: "e-7".into(),
+            stream_id: "case-1".into(),
+            stream_version: 3,
+            event_type: "Received".into(),
+            recorded_at: OffsetDateTime::UNIX_EPOCH,
+            payload: payload.into(),
+            metadata: metadata.map(Into::into),
+        }
+    }
+
+    fn arguments<'e>(sql: &str, event: &'e Event) -> Result<Vec<Argument<'e>>, String> {
+        let mut handlers = Handlers::new();
+        handlers.add(EventTypes::All, statement::handler(sql).expect(sql), "a.toml:1".into());
+        let mut lookup = Lookup::new(event, &handlers);
+        handlers.all[0].arguments(&mut lookup).map_err(|error| format!("{error:#}"))
+    }
+
+    #[test]
+    fn the_columns_of_an_event_bind_as_their_types() {
+        let event = event(r#"{ "a": 1 }"#, Some("[]"));
+        let bound = arguments(
+            "values (:position, :event_id, :stream_id, :stream_version, :event_type, :recorded_at,
+                     :payload, :metadata)",
+            &event,
+        );
+        let expected = [
+            Argument::Json(Value::Unsigned(7)),
+            Argument::text("e-7"),
+            Argument::text("case-1"),
+            Argument::Json(Value::Unsigned(3)),
+            Argument::text("Received"),
+            Argument::Time(OffsetDateTime::UNIX_EPOCH),
+            Argument::text(r#"{ "a": 1 }"#),
+            Argument::text("[]"),
+        ];
+        assert_eq!(bound.as_deref(), Ok(&expected[..]));
+    }
+
+    #[test]
+    fn a_missing_path_is_null_with_a_question_mark_and_a_failure_without() {
+        for (payload, metadata, parameter, expected) in [
+            (r#"{"a":1}"#, None, ":payload.a", Ok(Value::Signed(1))),
+            (r#"{"a":1}"#, None, ":payload.a?", Ok(Value::Signed(1))),
+            (r#"{"a":null}"#, None, ":payload.a", Ok(Value::Null)),
+            ("{}", None, ":payload.a?", Ok(Value::Null)),
+            (r#"{"a":1}"#, None, ":payload.a.b?", Ok(Value::Null)),
+            (r#"{"a":null}"#, None, ":payload.a.b?", Ok(Value::Null)),
+            ("5", None, ":payload.a?", Ok(Value::Null)),
+            ("{}", None, ":payload?", Ok(Value::Text("{}".into()))),
+            ("null", None, ":payload", Ok(Value::Text("null".into()))),
+            ("{}", None, ":metadata?", Ok(Value::Null)),
+            ("{}", None, ":metadata.a?", Ok(Value::Null)),
+            ("{}", Some("null"), ":metadata.a?", Ok(Value::Null)),
+            ("{}", Some(r#"{"a":true}"#), ":metadata.a", Ok(Value::Boolean(true))),
+            ("{}", None, ":payload.a", Err("`:payload.a` is missing in the event's payload; write `:payload.a?`")),
+            (r#"{"a":1}"#, None, ":payload.a.b", Err("`:payload.a.b` is missing in the event's payload")),
+            ("{}", None, ":metadata", Err("`:metadata`: the event has no metadata; write `:metadata?`")),
+            ("{}", None, ":metadata.a", Err("`:metadata.a`: the event has no metadata")),
+            ("{}", Some("null"), ":metadata.a", Err("`:metadata.a` is missing in the event's metadata")),
+            ("{", None, ":payload.a?", Err("the payload is not JSON")),
+            (r#"{"a":"\ud800"}"#, None, ":payload.a", Err("`:payload.a` cannot be read")),
+        ] {
+            let event = event(payload, metadata);
+            let bound = arguments(&format!("select {parameter}"), &event);
+            match expected {
+                Ok(value) => assert_eq!(bound, Ok(vec![Argument::Json(value)]), "{parameter} of {payload}"),
+                Err(reason) => {
+                    let error = bound.expect_err(parameter);
+                    assert!(error.starts_with(reason), "{parameter} of {payload}: {error}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_payload_is_not_decoded_unless_a_statement_asks_for_a_path_in_it() {
+        let event = event("not JSON", None);
+        assert_eq!(arguments("values (:payload, :position)", &event).map(|bound| bound.len()), Ok(2));
+    }
+
+    #[test]
+    fn each_statement_sees_its_own_events_and_the_projector_their_union() {
+        let statement = || statement::handler("select 1").expect("fine");
+        let mut handlers = Handlers::new();
+        handlers.add(EventTypes::only(["Received", "Sent"]), statement(), "a.toml:1".into());
+        handlers.add(EventTypes::only(["Sent"]), statement(), "a.toml:4".into());
+        let EventTypes::Only(mut types) = handlers.event_types() else { panic!("no `*` is there") };
+        types.sort();
+        assert_eq!(types, ["Received", "Sent"]);
+
+        handlers.add(EventTypes::All, statement(), "a.toml:7".into());
+        assert_eq!(handlers.event_types(), EventTypes::All);
+        let event = event("{}", None);
+        let seen: Vec<bool> = handlers.all.iter().map(|handler| handler.wants(&event)).collect();
+        assert_eq!(seen, [true, false, true]);
+    }
+}

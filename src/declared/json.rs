@@ -1,0 +1,359 @@
+//! What paths lead to in an event's JSON text, and the values that are bound for it.
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::fmt;
+
+use serde::Deserializer as _;
+use serde::de::{DeserializeSeed, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde_json::value::RawValue;
+
+/// All the paths that a projector follows in one document, so that one pass over the text finds them all and
+/// memory holds nothing else of it.
+#[derive(Debug)]
+pub(super) struct Paths {
+    /// The first is the document; each other stands after the one that it is in.
+    nodes: Vec<Node>,
+}
+
+/// A place in [`Paths`], and in what [`Paths::find`] returns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Place(usize);
+
+/// What is wanted of one object or array.
+#[derive(Debug, Default)]
+struct Node {
+    keys: HashMap<Vec<u8>, Place>,
+    /// Those of the keys that are also an index.
+    elements: HashMap<usize, Place>,
+}
+
+impl Paths {
+    pub(super) fn new() -> Self {
+        Paths { nodes: vec![Node::default()] }
+    }
+
+    /// Adds a path and returns its place. A key that is a number is an index where there is an array.
+    pub(super) fn add(&mut self, path: &[String]) -> Place {
+        let mut at = Place(0);
+        for key in path {
+            at = match self.nodes[at.0].keys.get(key.as_bytes()) {
+                Some(place) => *place,
+                None => self.add_below(at, key),
+            };
+        }
+        at
+    }
+
+    fn add_below(&mut self, parent: Place, key: &str) -> Place {
+        let place = Place(self.nodes.len());
+        self.nodes.push(Node::default());
+        let parent = &mut self.nodes[parent.0];
+        parent.keys.insert(key.as_bytes().to_vec(), place);
+        // `01` is a key and no index, so that one element has one name.
+        if let Some(index) = key.parse().ok().filter(|index: &usize| index.to_string() == key) {
+            parent.elements.insert(index, place);
+        }
+        place
+    }
+
+    /// The text that each path leads to. Of a key that is there twice the last is taken, as MySQL does.
+    ///
+    /// # Errors
+    /// If the text is not JSON, as far as it is read.
+    pub(super) fn find<'e>(&self, text: &'e str) -> Result<Found<'e>, serde_json::Error> {
+        let mut found = vec![None; self.nodes.len()];
+        found[0] = Some(text);
+        for (at, node) in self.nodes.iter().enumerate() {
+            if let Some(text) = found[at].filter(|_| !node.keys.is_empty()) {
+                look_into(text, Children { node, found: &mut found })?;
+            }
+        }
+        Ok(Found(found))
+    }
+}
+
+/// The text at each place of some [`Paths`], where there is one.
+#[derive(Debug)]
+pub(super) struct Found<'e>(Vec<Option<&'e str>>);
+
+impl<'e> Found<'e> {
+    pub(super) fn at(&self, place: Place) -> Option<&'e str> {
+        self.0[place.0]
+    }
+}
+
+/// Scalars have nothing in them, so that a path through one is missing.
+fn look_into<'e>(text: &'e str, children: Children<'_, 'e>) -> Result<(), serde_json::Error> {
+    let mut deserializer = serde_json::Deserializer::from_str(text);
+    match text.trim_ascii_start().as_bytes().first() {
+        Some(b'{') => deserializer.deserialize_map(children)?,
+        Some(b'[') => deserializer.deserialize_seq(children)?,
+        _ => return Ok(()),
+    }
+    deserializer.end()
+}
+
+/// Notes the text of what is wanted, and passes over all else.
+struct Children<'p, 'e> {
+    node: &'p Node,
+    found: &'p mut [Option<&'e str>],
+}
+
+impl<'e> Visitor<'e> for Children<'_, 'e> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object or an array")
+    }
+
+    fn visit_map<A: MapAccess<'e>>(self, mut map: A) -> Result<(), A::Error> {
+        while let Some(wanted) = map.next_key_seed(Key(self.node))? {
+            match wanted {
+                Some(place) => self.found[place.0] = Some(map.next_value::<&RawValue>()?.get()),
+                None => _ = map.next_value::<IgnoredAny>()?,
+            }
+        }
+        Ok(())
+    }
+
+    fn visit_seq<A: SeqAccess<'e>>(self, mut elements: A) -> Result<(), A::Error> {
+        for index in 0.. {
+            let more = match self.node.elements.get(&index) {
+                Some(place) => {
+                    let element = elements.next_element::<&RawValue>()?;
+                    self.found[place.0] = element.map(RawValue::get);
+                    element.is_some()
+                }
+                None => elements.next_element::<IgnoredAny>()?.is_some(),
+            };
+            if !more {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Looks a key up without a copy. It is read as bytes, since a key that nobody wants may not be Unicode.
+struct Key<'p>(&'p Node);
+
+impl<'e> DeserializeSeed<'e> for Key<'_> {
+    type Value = Option<Place>;
+
+    fn deserialize<D: serde::Deserializer<'e>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_bytes(self)
+    }
+}
+
+impl Visitor<'_> for Key<'_> {
+    type Value = Option<Place>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a key")
+    }
+
+    fn visit_bytes<E: serde::de::Error>(self, key: &[u8]) -> Result<Self::Value, E> {
+        Ok(self.0.keys.get(key).copied())
+    }
+}
+
+/// A JSON value as it is bound.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Value<'e> {
+    Null,
+    Boolean(bool),
+    Signed(i64),
+    Unsigned(u64),
+    Double(f64),
+    /// A string; a number that fits no type, as its literal, for the column to convert; the JSON text of an
+    /// object or array, byte for byte.
+    Text(Cow<'e, str>),
+}
+
+impl<'e> Value<'e> {
+    /// The value of this JSON text.
+    ///
+    /// # Errors
+    /// If it is a string that is not Unicode, or not JSON.
+    pub(super) fn read(text: &'e str) -> Result<Self, serde_json::Error> {
+        Ok(match text.as_bytes().first() {
+            Some(b'n') => Value::Null,
+            Some(b't' | b'f') => Value::Boolean(text == "true"),
+            Some(b'"') => Value::Text(string(text)?),
+            Some(b'{' | b'[') => Value::Text(Cow::Borrowed(text)),
+            _ => number(text),
+        })
+    }
+}
+
+fn string(text: &str) -> Result<Cow<'_, str>, serde_json::Error> {
+    match text.strip_prefix('"').and_then(|text| text.strip_suffix('"')) {
+        Some(inner) if !inner.contains('\\') => Ok(Cow::Borrowed(inner)),
+        _ => serde_json::from_str(text).map(Cow::Owned),
+    }
+}
+
+fn number(literal: &str) -> Value<'_> {
+    if let Ok(number) = literal.parse() {
+        return Value::Signed(number);
+    }
+    if let Ok(number) = literal.parse() {
+        return Value::Unsigned(number);
+    }
+    let double = literal.parse().ok().filter(|number: &f64| number.is_finite());
+    match double {
+        // MySQL, too, writes a double with the fewest digits that tell it from its neighbours.
+        Some(number) if Decimal::read(literal) == Decimal::read(&format!("{number:e}")) => Value::Double(number),
+        _ => Value::Text(Cow::Borrowed(literal)),
+    }
+}
+
+/// The digits of a number, without zeros at either end, and where the point stands before them.
+#[derive(Debug, PartialEq, Eq)]
+struct Decimal {
+    digits: String,
+    exponent: i64,
+}
+
+impl Decimal {
+    /// `None` where the exponent is beyond all doubles anyway.
+    fn read(literal: &str) -> Option<Decimal> {
+        let (mantissa, exponent) = literal.split_once(['e', 'E']).unwrap_or((literal, "0"));
+        let mantissa = mantissa.trim_start_matches('-');
+        let (whole, fraction) = mantissa.split_once('.').unwrap_or((mantissa, ""));
+        let all = format!("{whole}{fraction}");
+        let digits = all.trim_start_matches('0');
+        if digits.is_empty() {
+            return Some(Decimal { digits: String::new(), exponent: 0 });
+        }
+        let point = i64::try_from(whole.len()).ok()? - i64::try_from(all.len() - digits.len()).ok()?;
+        let exponent = exponent.parse::<i64>().ok()?.checked_add(point)?;
+        Some(Decimal { digits: digits.trim_end_matches('0').to_owned(), exponent })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn find<'e>(text: &'e str, path: &str) -> Option<&'e str> {
+        let keys: Vec<String> = path.split('.').filter(|key| !key.is_empty()).map(Into::into).collect();
+        let mut paths = Paths::new();
+        // Others beside it and on its way must not matter.
+        paths.add(&["z".into()]);
+        let place = paths.add(&keys);
+        paths.add(&[keys, vec!["below".into()]].concat());
+        paths.find(text).expect(text).at(place)
+    }
+
+    #[test]
+    fn a_path_leads_through_objects_and_arrays_to_the_text_as_it_was_written() {
+        for (text, path, expected) in [
+            (r#"{"a":1}"#, "a", Some("1")),
+            (r#" { "a" : { "b" : 1.50 } } "#, "a.b", Some("1.50")),
+            (r#"{"a":{"y":1, "x":[ 2 ]}}"#, "a", Some(r#"{"y":1, "x":[ 2 ]}"#)),
+            (r#"{"a":null}"#, "a", Some("null")),
+            (r#"{"a":null}"#, "a.b", None),
+            (r#"{"a":{}}"#, "a.b", None),
+            (r#"{"a":1}"#, "a.b", None),
+            (r#"{"a":"b"}"#, "a.b", None),
+            (r#"{"a":1}"#, "A", None),
+            (r#"{"a":1}"#, "b", None),
+            (r#"{"a":[10,20]}"#, "a.1", Some("20")),
+            (r#"{"a":[10,20]}"#, "a.2", None),
+            (r#"{"a":[10,20]}"#, "a.01", None),
+            (r#"{"a":[10,20]}"#, "a.99999999999999999999", None),
+            (r#"{"a":[10,20]}"#, "a.b", None),
+            (r#"{"a":{"1":"key"}}"#, "a.1", Some(r#""key""#)),
+            (r#"[[1,2],[3]]"#, "1.0", Some("3")),
+            (r#"{"a":1,"a":2}"#, "a", Some("2")),
+            (r#"{"a":{"b":1},"a":{"c":2}}"#, "a.b", None),
+            (r#"{"\u0061":1}"#, "a", Some("1")),
+            (r#"{"größe":1}"#, "größe", Some("1")),
+            (r#"{"\ud800":1,"a":2}"#, "a", Some("2")),
+            ("3", "a", None),
+            ("null", "a", None),
+            ("[]", "0", None),
+            ("7", "", Some("7")),
+        ] {
+            assert_eq!(find(text, path), expected, "{path} in {text}");
+        }
+    }
+
+    #[test]
+    fn text_that_is_not_json_is_an_error_and_no_missing_path() {
+        let mut paths = Paths::new();
+        paths.add(&["a".into()]);
+        for text in ["{", r#"{"a":1"#, r#"{"a":1} x"#, "{'a':1}", "[1,"] {
+            assert!(paths.find(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn each_json_value_binds_as_what_it_is() {
+        let text = |text: &'static str| Value::Text(text.into());
+        for (json, value) in [
+            ("null", Value::Null),
+            ("true", Value::Boolean(true)),
+            ("false", Value::Boolean(false)),
+            ("0", Value::Signed(0)),
+            ("-9223372036854775808", Value::Signed(i64::MIN)),
+            ("9223372036854775808", Value::Unsigned(1 << 63)),
+            ("18446744073709551615", Value::Unsigned(u64::MAX)),
+            ("18446744073709551616", text("18446744073709551616")),
+            ("-9223372036854775809", text("-9223372036854775809")),
+            ("0.1", Value::Double(0.1)),
+            ("-12.50", Value::Double(-12.5)),
+            ("1e3", Value::Double(1000.0)),
+            ("100000000000000000000", Value::Double(1e20)),
+            ("0.0000", Value::Double(0.0)),
+            ("5e-324", Value::Double(5e-324)),
+            ("0.10000000000000000001", text("0.10000000000000000001")),
+            ("12345678901234567.89", text("12345678901234567.89")),
+            ("1e400", text("1e400")),
+            ("1e-400", text("1e-400")),
+            ("1e99999999999999999999", text("1e99999999999999999999")),
+            (r#""plain""#, text("plain")),
+            (r#""a\n\"b\" \u00e9 \ud83d\ude00""#, text("a\n\"b\" é 😀")),
+            (r#""""#, text("")),
+            (r#"{"b": 1, "a":1.0}"#, text(r#"{"b": 1, "a":1.0}"#)),
+            ("[ 1 ]", text("[ 1 ]")),
+        ] {
+            assert_eq!(Value::read(json).expect(json), value, "{json}");
+        }
+        assert!(Value::read(r#""\ud800""#).is_err(), "half a character cannot be bound");
+    }
+
+    const NUMBER: &str = "-?(0|[1-9][0-9]{0,24})(\\.[0-9]{1,20})?([eE][-+]?[0-9]{1,3})?";
+
+    proptest! {
+        #[test]
+        fn a_number_binds_without_losing_a_digit(literal in NUMBER) {
+            let bound = match Value::read(&literal).expect("it is a number") {
+                Value::Signed(number) => number.to_string(),
+                Value::Unsigned(number) => number.to_string(),
+                Value::Double(number) => format!("{number:e}"),
+                Value::Text(text) => text.into_owned(),
+                other => panic!("{other:?}"),
+            };
+            prop_assert_eq!(Decimal::read(&bound), Decimal::read(&literal));
+        }
+
+        #[test]
+        fn every_double_binds_as_a_double(number in proptest::num::f64::NORMAL) {
+            let literal = format!("{number:e}");
+            prop_assert_eq!(Value::read(&literal).expect("a number"), Value::Double(number));
+        }
+
+        #[test]
+        fn no_text_makes_the_search_panic(text in "([{}\\[\\],:\"\\\\a01 ]|.){0,40}") {
+            let mut paths = Paths::new();
+            paths.add(&["a".into(), "0".into()]);
+            let _ = paths.find(&text);
+            let _ = Value::read(&text);
+        }
+    }
+}

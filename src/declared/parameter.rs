@@ -1,0 +1,244 @@
+//! The parameters that a declared statement can name: `:position`, `:payload.a.b?`.
+
+use super::Fault;
+use super::lexer::{is_word, span};
+use super::spelling::nearest;
+
+/// What is bound at one place of a statement.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Parameter {
+    Position,
+    EventId,
+    StreamId,
+    StreamVersion,
+    EventType,
+    RecordedAt,
+    Json(JsonParameter),
+}
+
+/// The payload or the metadata, or what a path leads to in it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct JsonParameter {
+    pub(super) document: Document,
+    /// Empty: the whole text.
+    pub(super) path: Vec<String>,
+    /// Null is bound where there is nothing; else that is the projector's failure.
+    pub(super) optional: bool,
+    /// As it stands in the statement, without a `?`.
+    pub(super) written: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Document {
+    Payload,
+    Metadata,
+}
+
+impl Document {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Document::Payload => "payload",
+            Document::Metadata => "metadata",
+        }
+    }
+}
+
+const NAMES: [&str; 8] =
+    ["position", "event_id", "stream_id", "stream_version", "event_type", "recorded_at", "payload", "metadata"];
+
+/// The longest path, in keys. JSON that is nested deeper is read by no decoder of ours either.
+const MAX_KEYS: usize = 100;
+
+impl Parameter {
+    /// Reads the parameter that this text begins with, from its colon on, and how long it is. `None` if what
+    /// follows the colon is no name, so that the colon is the SQL's own.
+    ///
+    /// # Errors
+    /// With its place in this text: an unknown name, or a path that cannot be read as it is meant.
+    pub(super) fn read(text: &str) -> Result<Option<(Parameter, usize)>, Fault> {
+        let name = &text[1..1 + span(&text[1..], is_word)];
+        if name.starts_with(|c: char| c.is_ascii_digit() || c == '$') || name.is_empty() {
+            return Ok(None);
+        }
+        let column = |parameter| after_column(text, name).map(|length| Some((parameter, length)));
+        match name {
+            "position" => column(Parameter::Position),
+            "event_id" => column(Parameter::EventId),
+            "stream_id" => column(Parameter::StreamId),
+            "stream_version" => column(Parameter::StreamVersion),
+            "event_type" => column(Parameter::EventType),
+            "recorded_at" => column(Parameter::RecordedAt),
+            "payload" => json(Document::Payload, text).map(Some),
+            "metadata" => json(Document::Metadata, text).map(Some),
+            _ => Err(Fault::new(0, unknown(name))),
+        }
+    }
+}
+
+fn unknown(name: &str) -> String {
+    let known = NAMES.map(|name| format!("`:{name}`")).join(", ");
+    let hint = nearest(name, &NAMES).map(|near| format!("did you mean `:{near}`? ")).unwrap_or_default();
+    format!("unknown parameter `:{name}`: {hint}the parameters are {known}, and paths like `:payload.amount`")
+}
+
+fn after_column(text: &str, name: &str) -> Result<usize, Fault> {
+    let length = 1 + name.len();
+    match text[length..].chars().next() {
+        Some('.') => Err(Fault::new(0, format!("`:{name}` has no path: only `:payload` and `:metadata` are JSON"))),
+        Some('?') => Err(Fault::new(0, format!("`:{name}` is never missing: leave out the `?`"))),
+        _ => Ok(length),
+    }
+}
+
+fn json(document: Document, text: &str) -> Result<(Parameter, usize), Fault> {
+    let mut length = 1 + document.name().len();
+    let mut path = Vec::new();
+    while text[length..].starts_with('.') {
+        let (key, key_length) = key(&text[length + 1..])
+            .map_err(|reason| Fault::new(0, format!("the path `{}.` {reason}", &text[..length])))?;
+        path.push(key);
+        length += 1 + key_length;
+    }
+    let written = text[..length].to_owned();
+    if path.len() > MAX_KEYS {
+        return Err(Fault::new(0, format!("this path has {} keys: at most {MAX_KEYS} are followed", path.len())));
+    }
+    let optional = text[length..].starts_with('?');
+    let end = length + usize::from(optional);
+    check_end(&written, &text[end..], optional, !path.is_empty())?;
+    Ok((Parameter::Json(JsonParameter { document, path, optional, written }), end))
+}
+
+/// Reads one key of a path, and how long it is.
+fn key(text: &str) -> Result<(String, usize), String> {
+    if text.starts_with('"') {
+        return quoted_key(text).ok_or_else(|| "has a quoted key that is never closed: add `\"`".into());
+    }
+    let word = &text[..span(text, is_word)];
+    if word.is_empty() {
+        return Err("ends in a dot: add a key, an array index, or a key in double quotes".into());
+    }
+    // A key in other letters, or that begins with a digit, could not be told from what follows it.
+    let plain = word.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
+    let number = word.bytes().all(|b| b.is_ascii_digit());
+    if !plain || (word.starts_with(|c: char| c.is_ascii_digit()) && !number) {
+        return Err(format!("goes on with the key {word}, which must be quoted: `\"{word}\"`"));
+    }
+    Ok((word.to_owned(), word.len()))
+}
+
+/// A doubled quote stands for one; nothing else is special.
+fn quoted_key(text: &str) -> Option<(String, usize)> {
+    let mut key = String::new();
+    let mut at = 1;
+    loop {
+        let end = at + text[at..].find('"')?;
+        key.push_str(&text[at..end]);
+        if !text[end + 1..].starts_with('"') {
+            return Some((key, end + 1));
+        }
+        key.push('"');
+        at = end + 2;
+    }
+}
+
+/// Refuses what would be read differently than it looks.
+fn check_end(written: &str, after: &str, optional: bool, has_path: bool) -> Result<(), Fault> {
+    let mut following = after.chars();
+    let (next, second) = (following.next(), following.next());
+    let reason = match next {
+        Some('.' | '?') => format!("`{written}` must end with its `?`: nothing can follow it there"),
+        Some(c) if is_word(c) => format!("`{written}` runs into `{c}`: put a space between them"),
+        // `:payload.odd-key` would silently subtract a column from a value.
+        Some('-') if has_path && !optional && second.is_some_and(|c| is_word(c) && !c.is_ascii_digit()) => {
+            let (front, last) = written.rsplit_once('.').unwrap_or((written, ""));
+            let word = &after[..span(after, |c| is_word(c) || c == '-')];
+            format!(
+                "`{written}{word}` can be read in two ways: quote the key (`{front}.\"{}{word}\"`), or put a \
+                 space before the minus",
+                last.trim_matches('"')
+            )
+        }
+        _ => return Ok(()),
+    };
+    Err(Fault::new(0, reason))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn payload(path: &[&str], optional: bool) -> (Document, Vec<String>, bool) {
+        (Document::Payload, path.iter().map(|key| (*key).to_owned()).collect(), optional)
+    }
+
+    #[test]
+    fn a_path_is_keys_indexes_and_quoted_keys_and_may_be_optional() {
+        for (text, length, expected) in [
+            (":payload", 8, payload(&[], false)),
+            (":payload?", 9, payload(&[], true)),
+            (":payload,", 8, payload(&[], false)),
+            (":payload.a.b_2)", 14, payload(&["a", "b_2"], false)),
+            (":payload.items.0.price? ", 23, payload(&["items", "0", "price"], true)),
+            (":payload.a-1", 10, payload(&["a"], false)),
+            (":payload.a - b", 10, payload(&["a"], false)),
+            (":payload.a?-b", 11, payload(&["a"], true)),
+            (":payload.\"odd key\".x", 20, payload(&["odd key", "x"], false)),
+            (":payload.\"a\"\"b\"", 15, payload(&["a\"b"], false)),
+            (":payload.\"\"", 11, payload(&[""], false)),
+            (":payload.\"straße.1\"?", 21, payload(&["straße.1"], true)),
+        ] {
+            let Some((Parameter::Json(read), read_length)) = Parameter::read(text).expect(text) else {
+                panic!("{text} is read as something else")
+            };
+            assert_eq!((read.document, read.path, read.optional), expected, "{text}");
+            assert_eq!(read_length, length, "{text}");
+            assert_eq!(read.written, text[..length].trim_end_matches('?'), "{text}");
+        }
+    }
+
+    #[test]
+    fn every_listed_name_is_known() {
+        for name in NAMES {
+            let (_, length) = Parameter::read(&format!(":{name} ")).expect(name).expect(name);
+            assert_eq!(length, 1 + name.len());
+        }
+    }
+
+    #[test]
+    fn a_colon_without_a_name_is_left_alone() {
+        for text in [":", ": position", ":30", ":$a", ":'x'", ":-)"] {
+            assert_eq!(Parameter::read(text), Ok(None), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_meant_is_refused_with_advice() {
+        for (text, reason) in [
+            (":positon", "did you mean `:position`?"),
+            (":Payload.x", "did you mean `:payload`?"),
+            (":amount", "the parameters are `:position`, `:event_id`"),
+            (":größe", "unknown parameter `:größe`"),
+            (":position?", "never missing: leave out the `?`"),
+            (":stream_id.a", "only `:payload` and `:metadata` are JSON"),
+            (":payload.", "ends in a dot"),
+            (":payload.a.", "ends in a dot"),
+            (":payload..a", "ends in a dot"),
+            (":payload.-a", "ends in a dot"),
+            (":payload.a?.b", "nothing can follow it"),
+            (":payload.a??", "nothing can follow it"),
+            (":payload.a?b", "put a space between"),
+            (":payload.1a", "must be quoted: `\"1a\"`"),
+            (":payload.straße", "must be quoted: `\"straße\"`"),
+            (":payload.a$b", "must be quoted"),
+            (":payload.\"a", "never closed"),
+            (":payload.\"a\"b", "put a space between"),
+            (":payload.odd-key", "quote the key (`:payload.\"odd-key\"`)"),
+        ] {
+            let fault = Parameter::read(text).expect_err(text);
+            assert!(fault.reason.contains(reason), "{text}: {}", fault.reason);
+        }
+        let deep = format!(":payload{}", ".a".repeat(MAX_KEYS + 1));
+        assert!(Parameter::read(&deep).expect_err("too deep").reason.contains("at most 100"));
+    }
+}

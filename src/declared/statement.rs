@@ -1,0 +1,391 @@
+//! One statement of a file: its parameters become `?`, and what would break the protocol is refused.
+
+use super::Fault;
+use super::lexer::{Kind, Lexer};
+use super::parameter::Parameter;
+
+/// MySQL's protocol counts the arguments of a statement in 16 bits.
+const MAX_PARAMETERS: usize = 60_000;
+
+/// Statements that commit on their own.
+const COMMITTING: &[&str] = &[
+    "alter",
+    "analyze",
+    "cache",
+    "change",
+    "check",
+    "create",
+    "drop",
+    "flush",
+    "grant",
+    "install",
+    "optimize",
+    "rename",
+    "repair",
+    "reset",
+    "revoke",
+    "stop",
+    "truncate",
+    "uninstall",
+];
+
+/// Statements that begin, end or divide a transaction, or change the connection for whoever gets it next.
+const CONTROLLING: &[&str] =
+    &["begin", "commit", "lock", "release", "rollback", "savepoint", "start", "unlock", "use", "xa"];
+
+/// One statement as it is prepared, and what is bound to its `?`, in order.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Compiled {
+    pub(super) sql: String,
+    pub(super) parameters: Vec<Parameter>,
+}
+
+/// The statement of an `[[on]]`.
+///
+/// # Errors
+/// With its place in the text, if it is none, or several, or cannot run inside the projector's transaction.
+pub(super) fn handler(text: &str) -> Result<Compiled, Fault> {
+    let compiled = compile(text, "use several [[on]] tables with the same events", None)?;
+    if compiled.sql.is_empty() {
+        return Err(Fault::new(0, "an empty handler: `sql` needs a statement"));
+    }
+    let (at, words) = opening(&compiled.sql);
+    let first = words.first().map_or("", String::as_str);
+    let refused = if COMMITTING.contains(&first) {
+        format!(
+            "`{first}` commits on its own and would break the projector's transaction: \
+             put it into `setup`, or leave it out"
+        )
+    } else if CONTROLLING.contains(&first) {
+        format!(
+            "`{first}` is not for a handler: it runs in the projector's own transaction, which is begun and \
+             committed for it"
+        )
+    } else if first == "set" && !sets_only_variables(&words) {
+        "`set` can only set user variables here (`set @name = …`): the rest belongs to the connection, \
+         which others use after it"
+            .into()
+    } else {
+        return Ok(compiled);
+    };
+    Err(Fault::new(at, refused))
+}
+
+/// A statement of `setup`.
+///
+/// # Errors
+/// With its place in the text, also if it would not be harmless to repeat.
+pub(super) fn setup(text: &str) -> Result<String, Fault> {
+    let sql = alone(text, "setup")?;
+    let (at, words) = opening(&sql);
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let destructive = match words[..] {
+        [first @ ("drop" | "truncate" | "delete"), ..] => first,
+        // A view holds nothing, and older servers have no `create view if not exists`.
+        ["create", "or", "replace", "view" | "algorithm" | "definer" | "sql", ..] => return Ok(sql),
+        ["create", "or", "replace", ..] => "create or replace",
+        _ => return Ok(sql),
+    };
+    Err(Fault::new(
+        at,
+        format!(
+            "`{destructive}` is not for `setup`: boot runs setup again whenever it resumes the projector, so it \
+             would lose what was projected; write `create table if not exists`, and clean up in `teardown`"
+        ),
+    ))
+}
+
+/// A statement of `teardown`.
+///
+/// # Errors
+/// With its place in the text.
+pub(super) fn teardown(text: &str) -> Result<String, Fault> {
+    alone(text, "teardown")
+}
+
+/// A statement that is run by itself, outside any event.
+fn alone(text: &str, list: &str) -> Result<String, Fault> {
+    let no_event = format!(
+        "`{list}` runs without an event, so it has no parameters: put a colon that is meant as text into quotes"
+    );
+    let sql = compile(text, &format!("make each of them an entry of `{list}`"), Some(&no_event))?.sql;
+    if sql.is_empty() {
+        return Err(Fault::new(0, format!("an empty statement in `{list}`: remove it")));
+    }
+    let (at, words) = opening(&sql);
+    match words.first().map(String::as_str) {
+        Some(first) if CONTROLLING.contains(&first) => {
+            Err(Fault::new(at, format!("`{first}` is not for `{list}`: each of its statements stands alone")))
+        }
+        Some("set") if words.iter().any(|word| word == "autocommit") => {
+            Err(Fault::new(at, format!("`set autocommit` is not for `{list}`: others use the connection after it")))
+        }
+        _ => Ok(sql),
+    }
+}
+
+/// Replaces every parameter by `?` and cuts off what a semicolon ends. All else stays as it is; a statement of
+/// nothing but blanks and comments comes out empty. `advice` is for who wrote several statements, `no_parameters`
+/// says why there can be none.
+fn compile(text: &str, advice: &str, no_parameters: Option<&str>) -> Result<Compiled, Fault> {
+    let mut compiled = Compiled { sql: String::with_capacity(text.len()), parameters: Vec::new() };
+    let mut lexer = Lexer::new(text);
+    let (mut copied, mut end, mut says_something) = (0, None, false);
+    while let Some(token) = lexer.next()? {
+        match token.text {
+            _ if token.kind == Kind::Gap => continue,
+            ";" => {
+                end.get_or_insert(token.at);
+                continue;
+            }
+            _ if end.is_some() => {
+                return Err(Fault::new(
+                    token.at,
+                    format!("a semicolon ends the statement, and more follows: {advice}"),
+                ));
+            }
+            "?" => return Err(Fault::new(token.at, "`?` cannot be bound: name the parameter, like `:payload.amount`")),
+            ":" => {
+                let (parameter, length) = colon(&text[token.at..]).map_err(|fault| fault.moved_by(token.at))?;
+                lexer.skip(length - 1);
+                if let Some(parameter) = parameter {
+                    if let Some(reason) = no_parameters {
+                        return Err(Fault::new(token.at, reason));
+                    }
+                    compiled.sql.push_str(&text[copied..token.at]);
+                    compiled.sql.push('?');
+                    compiled.parameters.push(parameter);
+                    copied = token.at + length;
+                }
+            }
+            _ => {}
+        }
+        says_something = true;
+        if compiled.parameters.len() > MAX_PARAMETERS {
+            return Err(Fault::new(
+                token.at,
+                format!("there are more than {MAX_PARAMETERS} parameters here: {advice}"),
+            ));
+        }
+    }
+    if says_something {
+        compiled.sql.push_str(&text[copied..end.unwrap_or(text.len())]);
+    }
+    Ok(compiled)
+}
+
+/// What a colon outside literals and comments begins, and how long it is: a parameter, or nothing of ours.
+fn colon(text: &str) -> Result<(Option<Parameter>, usize), Fault> {
+    match text[1..].chars().next() {
+        // An assignment, `@name := …`.
+        Some('=') => Ok((None, 2)),
+        Some(':') => Err(Fault::new(0, "`::` is not MySQL's: write `cast(… as …)` to convert a value")),
+        _ => Ok(Parameter::read(text)?.map_or((None, 1), |(parameter, length)| (Some(parameter), length))),
+    }
+}
+
+/// Where the statement's first word stands, and its words and symbols from there on, in lower case. Parentheses
+/// before it are no matter: `(select …)`.
+fn opening(sql: &str) -> (usize, Vec<String>) {
+    let mut lexer = Lexer::new(sql);
+    let mut tokens = Vec::new();
+    while let Ok(Some(token)) = lexer.next() {
+        let before = tokens.is_empty() && token.text == "(";
+        if token.kind != Kind::Gap && !before {
+            tokens.push(token);
+        }
+    }
+    (tokens.first().map_or(0, |first| first.at), tokens.iter().map(|token| token.text.to_lowercase()).collect())
+}
+
+/// Whether a `set` touches nothing but `@name`s, as far as its words tell.
+fn sets_only_variables(words: &[String]) -> bool {
+    let word = |at: usize| words.get(at).map_or("", String::as_str);
+    word(1) == "@" && word(2) != "@" && !words.iter().any(|word| word == "autocommit")
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn placeholders(sql: &str) -> usize {
+        let mut lexer = Lexer::new(sql);
+        let mut count = 0;
+        while let Some(token) = lexer.next().expect("it was read before") {
+            count += usize::from(token.text == "?");
+        }
+        count
+    }
+
+    #[test]
+    fn parameters_are_bound_in_the_order_in_which_they_stand() {
+        let compiled = handler("insert into t values (:stream_id,:payload.a?, -:position) ;\n-- done").expect("fine");
+        assert_eq!(compiled.sql, "insert into t values (?,?, -?) ");
+        let [Parameter::StreamId, Parameter::Json(a), Parameter::Position] = &compiled.parameters[..] else {
+            panic!("{compiled:?}")
+        };
+        assert!(a.path == ["a"] && a.optional);
+    }
+
+    #[test]
+    fn colons_in_literals_comments_and_assignments_are_left_alone() {
+        for sql in [
+            "select ':position', \":position\", `:position`",
+            "select 'it''s :position', '\\':position'",
+            "select 1 -- :position ; ?",
+            "select 1 # :position ; ?\n + 2",
+            "select /* :position ; ? */ 1",
+            "select ';', '?', \"a;b\"",
+            "select @a := 1",
+            "select '12:30', a:1, : x",
+        ] {
+            assert_eq!(handler(sql), Ok(Compiled { sql: sql.into(), parameters: vec![] }), "{sql}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_run_as_one_prepared_statement_is_refused_where_it_stands() {
+        for (sql, at, reason) in [
+            ("", 0, "an empty handler"),
+            (" -- nothing\n ;", 0, "an empty handler"),
+            ("select 1; select 2", 10, "use several [[on]] tables"),
+            ("; select 2", 2, "use several [[on]] tables"),
+            ("select ?", 7, "`?` cannot be bound"),
+            ("select '?', :position, ?", 23, "`?` cannot be bound"),
+            ("select :nothing", 7, "unknown parameter `:nothing`"),
+            ("select a::int", 8, "`::` is not MySQL's"),
+            ("select 'a", 7, "never closed"),
+            ("/*!50000 drop table t */", 0, "some servers execute"),
+        ] {
+            let fault = handler(sql).expect_err(sql);
+            assert_eq!(fault.at, at, "{sql}: {}", fault.reason);
+            assert!(fault.reason.contains(reason), "{sql}: {}", fault.reason);
+        }
+        let many = format!("select {}1", ":position,".repeat(MAX_PARAMETERS + 1));
+        assert!(handler(&many).expect_err("too many").reason.contains("more than 60000 parameters"));
+    }
+
+    #[test]
+    fn a_handler_never_commits_or_takes_the_transaction_into_its_own_hands() {
+        for sql in [
+            "create table t (a int)",
+            "CREATE TEMPORARY TABLE t (a int)",
+            "/* first */ Drop table t",
+            "truncate t",
+            "alter table t add a int",
+            "rename table a to b",
+            "grant all on *.* to a",
+            "begin",
+            "start transaction",
+            "commit",
+            "rollback to savepoint a",
+            "savepoint a",
+            "lock tables t write",
+            "unlock tables",
+            "set autocommit = 1",
+            "set @a = 1, autocommit = 0",
+            "set @@autocommit = 0",
+            "set session sql_mode = ''",
+            "set names latin1",
+            "xa start 'x'",
+            "use other",
+        ] {
+            handler(sql).expect_err(sql);
+        }
+        for sql in [
+            "set @total = :payload.amount",
+            "insert into t select * from u",
+            "(select 1)",
+            "replace into t values (1)",
+            "update t set created = 1, `drop` = 2",
+            "delete from t where id = :stream_id",
+            "with a as (select 1) select * from a",
+            "call create_case(:stream_id)",
+        ] {
+            handler(sql).expect(sql);
+        }
+    }
+
+    #[test]
+    fn setup_is_harmless_to_repeat() {
+        for sql in [
+            "drop table if exists t",
+            "TRUNCATE t",
+            "delete from t",
+            "-- fresh\ncreate or replace table t (a int)",
+            "create or replace temporary table t (a int)",
+            "begin",
+            "set autocommit = 0",
+        ] {
+            setup(sql).expect_err(sql);
+        }
+        for sql in [
+            "create table if not exists t (a int)",
+            "alter table t drop column a, drop index b",
+            "create or replace view v as select 1",
+            "create or replace algorithm = merge view v as select 1",
+            "insert ignore into t values (':a')",
+        ] {
+            assert_eq!(setup(sql).as_deref(), Ok(sql));
+        }
+        assert_eq!(teardown("drop table if exists t;").as_deref(), Ok("drop table if exists t"));
+    }
+
+    #[test]
+    fn setup_and_teardown_are_single_statements_without_parameters() {
+        for (sql, at, reason) in [
+            ("", 0, "empty statement in `setup`"),
+            ("select 1; select 2", 10, "make each of them an entry of `setup`"),
+            ("insert into t values (:position)", 22, "so it has no parameters"),
+            ("select ?", 7, "`?` cannot be bound"),
+        ] {
+            let fault = setup(sql).expect_err(sql);
+            assert_eq!(fault.at, at, "{sql}: {}", fault.reason);
+            assert!(fault.reason.contains(reason), "{sql}: {}", fault.reason);
+        }
+    }
+
+    /// Fragments that matter, in any order.
+    const SQL: &str = "([-'\"`\\\\#*/:;?.=a\n é0]|:payload|:position|\\.a|/\\*|\\*/|-- |select |.){0,30}";
+
+    proptest! {
+        #[test]
+        fn no_text_makes_the_compiler_panic(sql in SQL) {
+            for result in [handler(&sql).map(|compiled| compiled.sql), setup(&sql), teardown(&sql)] {
+                if let Err(fault) = result {
+                    prop_assert!(sql.is_char_boundary(fault.at), "{} in {:?}", fault.at, sql);
+                }
+            }
+        }
+
+        #[test]
+        fn there_are_as_many_placeholders_as_parameters(sql in SQL) {
+            if let Ok(compiled) = handler(&sql) {
+                prop_assert_eq!(placeholders(&compiled.sql), compiled.parameters.len(), "{:?}", compiled);
+            }
+        }
+
+        #[test]
+        fn a_statement_without_parameters_is_left_as_it_is(sql in SQL.prop_map(|sql| sql.replace([':', ';'], ""))) {
+            if let Ok(compiled) = handler(&sql) {
+                prop_assert_eq!(compiled.sql, sql);
+            }
+        }
+
+        #[test]
+        fn a_parameter_in_a_literal_or_a_comment_is_text(inner in "[^'\"`*/\\\\\n]{0,20}") {
+            for sql in [
+                format!("select ':position {inner}'"),
+                format!("select \":position {inner}\""),
+                format!("select `:position {inner}`"),
+                format!("select 1 /* :position {inner}*/"),
+                format!("select 1 -- :position {inner}"),
+                format!("select 1 # :position {inner}"),
+            ] {
+                prop_assert_eq!(handler(&sql), Ok(Compiled { sql, parameters: vec![] }));
+            }
+        }
+    }
+}

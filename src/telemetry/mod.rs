@@ -1,0 +1,69 @@
+//! Logs: for people on a terminal, one JSON object a line elsewhere; always to standard error. Alerts go to a
+//! web hook besides, where one is named.
+
+mod webhook;
+
+use std::io::{IsTerminal, stderr};
+
+use clap::ValueEnum;
+use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer, fmt};
+
+use crate::error::Error;
+use webhook::Poster;
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LogFormat {
+    /// For people on a terminal, JSON elsewhere.
+    Auto,
+    /// For people.
+    Human,
+    /// One JSON object a line.
+    Json,
+}
+
+impl LogFormat {
+    fn is_json(self) -> bool {
+        match self {
+            LogFormat::Auto => !stderr().is_terminal(),
+            LogFormat::Human => false,
+            LogFormat::Json => true,
+        }
+    }
+}
+
+/// Logging that was started; dropped at the end of the process, it posts the last alerts.
+pub(crate) struct Telemetry {
+    _poster: Option<Poster>,
+}
+
+/// Says why a command did not end well: among JSON lines as one of them, so that every line of the log can be
+/// read, and an alarm on errors sees this one, too.
+pub(crate) fn report(error: &Error, format: LogFormat) {
+    // Not where the filter, or a filter that could not be read, would swallow it.
+    match format.is_json() && tracing::enabled!(tracing::Level::ERROR) {
+        true => tracing::error!("{error}"),
+        false => eprintln!("error: {error}"),
+    }
+}
+
+/// Starts logging, with a filter such as `info` or `projectionist=debug`, and posts alerts to `alert_url`.
+pub(crate) fn start(format: LogFormat, filter: &str, alert_url: Option<&str>) -> Result<Telemetry, Error> {
+    // A bare level is meant for us: the libraries below us say enough at warn.
+    let ours = filter.bytes().all(|byte| byte.is_ascii_alphabetic()).then(|| format!("warn,projectionist={filter}"));
+    let filter = EnvFilter::try_new(ours.as_deref().unwrap_or(filter))
+        .map_err(|error| Error::Input(format!("the log filter {filter:?} cannot be read: {error}")))?;
+    let logs = fmt::layer().with_writer(stderr);
+    let logs = match format.is_json() {
+        true => logs.json().flatten_event(true).boxed(),
+        false => logs.with_target(false).with_ansi(stderr().is_terminal()).boxed(),
+    };
+    let (webhook, poster) = alert_url.map(webhook::start).transpose()?.unzip();
+    let webhook = webhook.map(|webhook| webhook.with_filter(LevelFilter::WARN));
+    // A team's binary may have a subscriber of its own: then its logs are the right ones.
+    let _ = tracing_subscriber::registry().with(logs.with_filter(filter)).with(webhook).try_init();
+    Ok(Telemetry { _poster: poster })
+}

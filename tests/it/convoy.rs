@@ -1,0 +1,105 @@
+//! The convoy: a projector that is slow or far behind holds up nobody, and comes back by itself.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use projectionist::{ConvoyBudget, PlaySettings, Queue, Registry};
+
+use crate::support::{Gate, Scripted, Tally, World, eventually};
+
+/// Play with little patience for one projector.
+fn impatient() -> PlaySettings {
+    PlaySettings { convoy: ConvoyBudget { events: 50, time: Duration::from_millis(300) }, ..World::restless() }
+}
+
+#[tokio::test]
+async fn a_slow_projector_holds_up_no_other_and_comes_back() {
+    let world = World::new().await;
+    let (slow, quick) = (Tally::new("a_slow_one"), Tally::new("quick"));
+    let gate = Gate::new();
+    let waiting = gate.clone();
+    let mut registry = Registry::new();
+    registry
+        .add(Scripted::new(&slow, move |_, _| {
+            let gate = waiting.clone();
+            Box::pin(async move {
+                gate.pass().await;
+                Ok(())
+            })
+        }))
+        .and_then(|()| registry.add(quick.clone()))
+        .expect("two names");
+    world.boot(&registry).await;
+
+    let playing = world.start_play_from(Arc::clone(&world.queue) as Arc<dyn Queue>, &registry, impatient());
+    world.append(40).await;
+    gate.arrival().await;
+    eventually("the quick one passes the slow one", || async { world.position("quick").await == 40 }).await;
+    world.append(40).await;
+    eventually("and goes on", || async { world.position("quick").await == 80 }).await;
+    assert_eq!((world.position("a_slow_one").await, world.status("a_slow_one").await), (0, "live".into()));
+
+    gate.open();
+    eventually("the slow one is at the end", || async { world.position("a_slow_one").await == 80 }).await;
+    world.append(40).await;
+    eventually("and in the convoy again", || async { world.position("a_slow_one").await == 120 }).await;
+    playing.stop().await;
+    world.assert_complete(&slow).await;
+    world.assert_complete(&quick).await;
+}
+
+#[tokio::test]
+async fn a_projector_that_is_far_behind_catches_up_beside_the_others() {
+    let world = World::new().await;
+    let (behind, quick) = (Tally::new("behind"), Tally::new("quick"));
+    let gate = Gate::new();
+    let waiting = gate.clone();
+    let mut registry = Registry::new();
+    registry
+        .add(Scripted::new(&behind, move |event, _| {
+            let (gate, far) = (waiting.clone(), event.position.get() > 100);
+            Box::pin(async move {
+                if far {
+                    gate.pass().await;
+                }
+                Ok(())
+            })
+        }))
+        .and_then(|()| registry.add(quick.clone()))
+        .expect("two names");
+    let only_quick = Registry::new().with(quick.clone()).expect("one name");
+    world.boot(&registry).await;
+    // An old release plays the other alone meanwhile.
+    world.append(400).await;
+    world.play_until_idle(&only_quick).await;
+    assert_eq!((world.position("behind").await, world.position("quick").await), (0, 400));
+
+    let playing = world.start_play_from(Arc::clone(&world.queue) as Arc<dyn Queue>, &registry, impatient());
+    world.append(10).await;
+    gate.arrival().await;
+    eventually("the other is fed meanwhile", || async { world.position("quick").await == 410 }).await;
+    assert!(world.position("behind").await <= 100, "it stands before the gate");
+    gate.open();
+    eventually("it comes to the end", || async { world.position("behind").await == 410 }).await;
+    playing.stop().await;
+    world.assert_complete(&behind).await;
+    world.assert_complete(&quick).await;
+}
+
+#[tokio::test]
+async fn a_projector_that_breaks_outside_the_convoy_is_counted_and_alone() {
+    let world = World::new().await;
+    let (behind, quick) = (Tally::new("behind").failing_at(250), Tally::new("quick"));
+    let registry = Registry::new().with(behind.clone()).and_then(|r| r.with(quick.clone())).expect("two names");
+    world.boot(&registry).await;
+    world.append(400).await;
+    world.play_until_idle(&Registry::new().with(quick.clone()).expect("one name")).await;
+
+    let settings = PlaySettings { until_idle: true, ..impatient() };
+    let playing = world.start_play_from(Arc::clone(&world.queue) as Arc<dyn Queue>, &registry, settings);
+    eventually("all is quiet", || async { !playing.is_running() }).await;
+    let played = playing.stop().await;
+    assert_eq!((played.broken, world.position("behind").await), (1, 249));
+    world.assert_folded(&behind).await;
+    world.assert_complete(&quick).await;
+}

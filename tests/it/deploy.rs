@@ -1,0 +1,113 @@
+//! Deploys: releases that go back and forth on one database, and what happens to the queue meanwhile.
+
+use aws_sdk_sqs::types::QueueAttributeName;
+use projectionist::Registry;
+
+use crate::support::{Gate, Scripted, Tally, World, registry};
+
+#[tokio::test]
+async fn a_release_that_is_rolled_back_and_deployed_again_misses_nothing_of_what_happened_between() {
+    let world = World::new().await;
+    let (old, new) = (Tally::new("old_one"), Tally::new("new_one"));
+    let (first, second) = (registry(&[&old]), registry(&[&old, &new]));
+    world.append(50).await;
+    world.boot(&first).await;
+    world.play_until_idle(&first).await;
+    world.append(50).await;
+    assert!(world.boot(&second).await.is_released());
+    world.play_until_idle(&second).await;
+
+    // Back: the first release does not know the new one, and consumes the queue without it.
+    world.append(50).await;
+    assert!(world.boot(&first).await.is_released());
+    world.play_until_idle(&first).await;
+    assert_eq!((world.position("new_one").await, world.status("new_one").await), (100, "live".into()));
+
+    // And forward again.
+    world.append(50).await;
+    assert!(world.boot(&second).await.is_released());
+    world.play_until_idle(&second).await;
+    world.assert_complete(&old).await;
+    world.assert_complete(&new).await;
+}
+
+#[tokio::test]
+async fn a_queue_that_is_purged_in_the_middle_of_a_boot_costs_no_event() {
+    let world = World::new().await;
+    let (live, booted) = (Tally::new("live_one"), Tally::new("booted"));
+    world.append(50).await;
+    world.boot(&registry(&[&live])).await;
+    world.append(100).await;
+    world.run(&["relay", "--once"]).await.exits(0);
+
+    let gate = Gate::new();
+    let waiting = gate.clone();
+    let scripted = Scripted::new(&booted, move |event, _| {
+        let (gate, middle) = (waiting.clone(), event.position.get() == 75);
+        Box::pin(async move {
+            if middle {
+                gate.pass().await;
+            }
+            Ok(())
+        })
+    });
+    let registry = Registry::new().with(live.clone()).and_then(|r| r.with(scripted)).expect("two names");
+    let purging = async {
+        gate.arrival().await;
+        world.sqs.purge_queue().queue_url(&world.queue_url).send().await.expect("purged");
+        gate.open();
+    };
+    let (report, ()) = tokio::join!(world.boot(&registry), purging);
+    assert!(report.is_released());
+    world.play_until_idle(&registry).await;
+    world.assert_complete(&live).await;
+    world.assert_complete(&booted).await;
+}
+
+#[tokio::test]
+async fn a_projector_that_is_retired_and_added_again_is_built_anew() {
+    let world = World::new().await;
+    let tally = Tally::new("tally");
+    let registry = registry(&[&tally]);
+    world.append(50).await;
+    world.boot(&registry).await;
+    // Its table is dropped by hand: the shipped binary does not have a projector that is written in Rust.
+    world.run(&["retire", "tally", "--yes"]).await.exits(0);
+    world.execute("drop table tally").await;
+    assert_eq!(world.status("tally").await, "new");
+
+    world.append(50).await;
+    assert!(world.boot(&registry).await.is_released());
+    world.play_until_idle(&registry).await;
+    world.assert_complete(&tally).await;
+}
+
+#[tokio::test]
+async fn what_a_dead_letter_queue_took_is_repaired_from_the_store() {
+    let dead_letters = World::new().await;
+    let arn = dead_letters
+        .sqs
+        .get_queue_attributes()
+        .queue_url(&dead_letters.queue_url)
+        .attribute_names(QueueAttributeName::QueueArn)
+        .send()
+        .await
+        .expect("its attributes");
+    let arn = arn.attributes.and_then(|all| all.get(&QueueAttributeName::QueueArn).cloned()).expect("its ARN");
+    let redrive = format!("{{\"deadLetterTargetArn\":\"{arn}\",\"maxReceiveCount\":\"1\"}}");
+    let world = World::with_queue(true, &[(QueueAttributeName::RedrivePolicy, &redrive)]).await;
+    let tally = Tally::new("tally");
+    let registry = registry(&[&tally]);
+    world.boot(&registry).await;
+    world.append(60).await;
+    world.run(&["relay", "--once", "--message-events", "20"]).await.exits(0);
+
+    // Somebody takes the head and does nothing with it: one receive is all that it had.
+    let head =
+        world.sqs.receive_message().queue_url(&world.queue_url).visibility_timeout(0).send().await.expect("received");
+    assert_eq!(head.messages().len(), 1, "the head of the queue");
+    world.play_until_idle(&registry).await;
+    world.assert_complete(&tally).await;
+    let dead = dead_letters.sqs.receive_message().queue_url(&dead_letters.queue_url).wait_time_seconds(5).send().await;
+    assert_eq!(dead.expect("received").messages().len(), 1, "the dead-letter queue has it");
+}

@@ -1,0 +1,75 @@
+//! A server that has become read-only, as the former primary after a failover.
+
+use std::time::Duration;
+
+use projectionist::sqlx::{self, MySqlConnection};
+
+use crate::support::{World, event, eventually, execute};
+
+/// The setting is the whole server's, and only users without special rights feel it: of all tests those of
+/// `grants.rs`, which hold the same lock.
+pub async fn lock_out_restricted_users(admin: &mut MySqlConnection) {
+    let locked: i64 = sqlx::query_scalar("select cast(get_lock('restricted_users', 120) as signed)")
+        .fetch_one(admin)
+        .await
+        .expect("the lock");
+    assert_eq!(locked, 1, "the lock is free within two minutes");
+}
+
+const PROJECTOR: &str = r#"
+name = "counter"
+version = 1
+mode = "from_beginning"
+setup = ["create table if not exists counter (n bigint)"]
+
+[[on]]
+events = ["*"]
+sql = "insert into counter (n) values (:position)"
+"#;
+
+/// The sessions of a user.
+async fn sessions(admin: &mut MySqlConnection, user: &str) -> Vec<u64> {
+    let sessions = "select cast(id as unsigned) from information_schema.processlist where user = ?";
+    sqlx::query_scalar(sessions).bind(user).fetch_all(admin).await.expect("the sessions")
+}
+
+#[tokio::test]
+async fn a_server_that_becomes_read_only_breaks_nobody_and_its_connections_are_given_up() {
+    let world = World::new().await;
+    let mut admin = world.connection().await;
+    lock_out_restricted_users(&mut admin).await;
+    let user = format!("u{:x}", fastrand::u64(..));
+    execute(&mut admin, &format!("create user '{user}'@'%' identified by 'x'")).await;
+    execute(&mut admin, &format!("grant select, insert, update, create on {}.* to '{user}'@'%'", world.database_name))
+        .await;
+    let url = world.database_url.replace("://root@", &format!("://{user}:x@"));
+    let folder = tempfile::tempdir().expect("a folder");
+    std::fs::write(folder.path().join("counter.toml"), PROJECTOR).expect("a file");
+    let folder = folder.path().to_str().expect("UTF-8");
+    world.run(&["boot", "--projectors", folder]).await.exits(0);
+
+    let playing = world.start(&["play", "--projectors", folder, "--database-url", &url]);
+    world.append(10).await;
+    eventually("it plays", || async { world.position("counter").await == 10 }).await;
+    let before = sessions(&mut admin, &user).await;
+    assert!(!before.is_empty());
+
+    // The writers go on, as they would on the new primary: they have special rights here.
+    execute(&mut admin, "set global read_only = 1").await;
+    world.store.append(&(0..10).map(event).collect::<Vec<_>>()).await.expect("appended");
+    tokio::time::timeout(Duration::from_secs(30), async {
+        while sessions(&mut admin, &user).await.iter().any(|session| before.contains(session)) {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    })
+    .await
+    .expect("the connections of before are given up");
+    assert_eq!((world.status("counter").await, world.position("counter").await), ("live".into(), 10));
+    execute(&mut admin, "set global read_only = 0").await;
+
+    eventually("it goes on by itself", || async { world.position("counter").await == 20 }).await;
+    playing.terminate().await.exits(0);
+    assert_eq!(world.number("select count(*) from counter").await, 20);
+    assert_eq!(world.status("counter").await, "live");
+    execute(&mut admin, &format!("drop user '{user}'@'%'")).await;
+}
