@@ -40,6 +40,8 @@ pub(crate) struct Relay {
     /// When the lease was last taken: an idle log costs reads, but hardly any writes.
     leased: Option<Instant>,
     held: HeldWatch,
+    /// How many messages were sent: a failure after progress is a first failure.
+    sent: u64,
 }
 
 /// What one look at the log came to.
@@ -76,13 +78,15 @@ pub(crate) fn deduplication_id(log_id: &str, published: Position, last: Position
 
 impl Relay {
     pub(crate) fn new(store: EventStore, queue: Arc<dyn Queue>, settings: RelaySettings) -> Self {
-        Relay { store, queue, settings, holder: Uuid::now_v7().to_string(), leased: None, held: HeldWatch::default() }
+        let (holder, held) = (Uuid::now_v7().to_string(), HeldWatch::default());
+        Relay { store, queue, settings, holder, leased: None, held, sent: 0 }
     }
 
     /// Publishes until it is dropped; the lease it then holds runs out. Failures are told and tried again.
     pub(crate) async fn run(&mut self) {
         let mut attempt = 1;
         loop {
+            let before = self.sent;
             match self.look().await {
                 Ok(Looked::Published { events, through }) => {
                     if attempt > 1 {
@@ -97,7 +101,7 @@ impl Relay {
                 }
                 Ok(Looked::Elsewhere) => tokio::time::sleep(LEASE / 5).await,
                 Err(error) => {
-                    attempt += 1;
+                    attempt = if self.sent > before { 2 } else { attempt + 1 };
                     if retry::worth_telling(attempt) {
                         warn!(attempt, %error, "the relay cannot work now, trying again");
                     }
@@ -139,6 +143,7 @@ impl Relay {
                 let deduplication_id = deduplication_id(&marks.log_id, published, packed.last);
                 self.queue.send(&packed.body, &deduplication_id).await?;
                 self.store.set_published(packed.last).await?;
+                self.sent += 1;
                 published = packed.last;
                 rest = &rest[packed.events..];
             }

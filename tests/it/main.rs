@@ -10,6 +10,7 @@ mod deploy;
 mod failover;
 mod grants;
 mod log;
+mod queue;
 mod story;
 
 mod command_line;

@@ -117,7 +117,12 @@ impl World {
 
     /// Plays in this process until all is quiet, from the given queue.
     pub async fn play_from(&self, queue: Arc<dyn Queue>, registry: &Registry) -> Played {
-        let playing = play(&self.database, queue, registry, Self::play_settings(), std::future::pending());
+        self.play_with(queue, registry, Self::play_settings()).await
+    }
+
+    /// Plays in this process until all is quiet, from the given queue, with these settings.
+    pub async fn play_with(&self, queue: Arc<dyn Queue>, registry: &Registry, settings: PlaySettings) -> Played {
+        let playing = play(&self.database, queue, registry, settings, std::future::pending());
         let played = tokio::time::timeout(PATIENCE * 2, playing).await.expect("play becomes idle");
         played.expect("play comes to an end")
     }
@@ -172,14 +177,22 @@ impl World {
         self.number("select high_water from event_log").await
     }
 
-    /// How many transactions in the world's database wait for a lock.
-    pub async fn lock_waits(&self) -> u64 {
-        self.number(&format!(
-            "select count(*) from information_schema.innodb_trx join information_schema.processlist \
-             on id = trx_mysql_thread_id where trx_state = 'LOCK WAIT' and db = '{}'",
-            self.database_name
-        ))
-        .await
+    /// How many transactions in the world's database wait for a lock. (Not by `information_schema.innodb_trx`: that is
+    /// refreshed only after nobody has read it for 0.1 s.)
+    pub async fn lock_waits(&self) -> usize {
+        let mut connection = self.connection().await;
+        let sessions: Vec<u64> =
+            sqlx::query_scalar("select cast(id as unsigned) from information_schema.processlist where db = database()")
+                .fetch_all(&mut connection)
+                .await
+                .expect("the sessions");
+        let status = sqlx::raw_sql("show engine innodb status").fetch_one(&mut connection).await.expect("the status");
+        let status: String = status.try_get(2).expect("a text");
+        let waiting = status.split("---TRANSACTION").filter(|transaction| transaction.contains("\nLOCK WAIT "));
+        let session = |transaction: &str| -> Option<u64> {
+            transaction.split_once(" thread id ")?.1.split(',').next()?.parse().ok()
+        };
+        waiting.filter_map(session).filter(|session| sessions.contains(session)).count()
     }
 
     /// Asserts the one oracle: the projector's read model is the fold of the log up to its position, each

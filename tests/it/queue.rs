@@ -1,0 +1,459 @@
+//! The queue: whatever it loses, repeats, reorders or brings from others, the read models come out the same.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use aws_sdk_sqs::types::QueueAttributeName;
+use projectionist::sqlx::{self, MySqlConnection};
+use projectionist::{
+    Event, EventTypes, NewEvent, PlaySettings, Projector, Queue, Registry, RelaySettings, SqsQueue, async_trait,
+};
+
+use crate::support::{Faults, FaultyQueue, Gate, PATIENCE, Scripted, Tally, World, event, eventually, registry, seed};
+
+/// Many small messages, so that faults have something to strike.
+fn small_messages() -> PlaySettings {
+    let relay = Some(RelaySettings { interval: Duration::from_millis(10), max_events: 3 });
+    PlaySettings { relay, ..World::play_settings() }
+}
+
+/// What is applied has come through the queue, unless a test says otherwise.
+fn without_relay() -> PlaySettings {
+    PlaySettings { relay: None, reconcile_after: PATIENCE, ..World::restless() }
+}
+
+/// A tally that stands at a gate before the event at this position is applied.
+fn gated(tally: &Tally, gate: &Gate, position: u64) -> Scripted {
+    let gate = gate.clone();
+    Scripted::new(tally, move |event: &Event, _| {
+        let gate = (event.position.get() == position).then(|| gate.clone());
+        Box::pin(async move {
+            if let Some(gate) = gate {
+                gate.pass().await;
+            }
+            Ok(())
+        })
+    })
+}
+
+impl World {
+    /// Sends a message as another party would.
+    async fn send(&self, body: &str) {
+        let send = self.sqs.send_message().queue_url(&self.queue_url).message_body(body);
+        let send = match self.queue_url.ends_with(".fifo") {
+            true => send.message_group_id("foreign").message_deduplication_id(uuid::Uuid::now_v7().to_string()),
+            false => send,
+        };
+        send.send().await.expect("sent");
+    }
+
+    /// Takes every message away, as an operator would.
+    async fn purge(&self) {
+        self.sqs.purge_queue().queue_url(&self.queue_url).send().await.expect("purged");
+        eventually("the queue is empty", async || self.depth().await == 0).await;
+    }
+
+    async fn depth(&self) -> u64 {
+        self.queue.depth().await.expect("the queue answers")
+    }
+
+    /// Publishes what there is, in a process of its own.
+    async fn publish(&self, message_events: usize) {
+        self.run(&["relay", "--once", "--message-events", &message_events.to_string()]).await.exits(0);
+    }
+
+    /// Looks at every message, and leaves it there.
+    async fn peek(&self) -> Vec<String> {
+        let received = self.queue.receive(Duration::from_secs(1)).await.expect("the queue answers");
+        let receipts: Vec<String> = received.iter().map(|message| message.receipt.clone()).collect();
+        self.queue.hide(&receipts, Duration::ZERO).await.expect("given back");
+        received.into_iter().map(|message| message.body).collect()
+    }
+}
+
+async fn survive_every_fault(world: World) {
+    let (all, closed) = (Tally::new("all_events"), Tally::new("closed").only(&["Closed"]));
+    let registry = registry(&[&all, &closed]);
+    world.boot(&registry).await;
+    world.append(200).await;
+    let faults = Faults {
+        lost: 15,
+        repeated: 15,
+        malformed: 15,
+        undeleted: 15,
+        unacknowledged: 8,
+        refused: 8,
+        shuffled: true,
+        unhidden: false,
+    };
+    let queue = Arc::new(FaultyQueue::new(&world.queue, faults, seed()));
+    let appending = async {
+        for _ in 0..20 {
+            world.append(5).await;
+        }
+    };
+    tokio::join!(world.play_with(Arc::clone(&queue) as Arc<dyn Queue>, &registry, small_messages()), appending);
+    // It may have been idle between two appends.
+    world.play_with(Arc::clone(&queue) as Arc<dyn Queue>, &registry, small_messages()).await;
+
+    world.assert_complete(&all).await;
+    world.assert_complete(&closed).await;
+    let struck = queue.struck();
+    let each =
+        [struck.lost, struck.repeated, struck.malformed, struck.undeleted, struck.unacknowledged, struck.refused];
+    assert!(each.iter().all(|&times| times > 0), "{struck:?}");
+}
+
+#[tokio::test]
+async fn no_mix_of_faults_of_a_fifo_queue_changes_the_read_models() {
+    survive_every_fault(World::new().await).await;
+}
+
+#[tokio::test]
+async fn no_mix_of_faults_of_a_standard_queue_changes_the_read_models() {
+    survive_every_fault(World::with_standard_queue().await).await;
+}
+
+#[tokio::test]
+async fn messages_that_come_in_any_order_are_applied_in_the_order_of_the_log() {
+    let world = World::with_standard_queue().await;
+    let tally = Tally::new("tally");
+    let registry = registry(&[&tally]);
+    world.boot(&registry).await;
+    world.append(200).await;
+    world.publish(2).await;
+    let shuffled = Faults { shuffled: true, repeated: 30, ..Faults::default() };
+    let queue = Arc::new(FaultyQueue::new(&world.queue, shuffled, seed()));
+    world.play_from(Arc::clone(&queue) as Arc<dyn Queue>, &registry).await;
+    world.assert_complete(&tally).await;
+    assert!(queue.struck().shuffled > 3 && queue.struck().repeated > 3, "{:?}", queue.struck());
+}
+
+#[tokio::test]
+async fn a_purge_while_live_costs_time_and_no_event() {
+    let world = World::new().await;
+    let (gate, tally) = (Gate::new(), Tally::new("tally"));
+    let registry = Registry::new().with(gated(&tally, &gate, 1)).expect("a name of its own");
+    world.boot(&registry).await;
+    world.append(100).await;
+    world.publish(2).await;
+    let settings = PlaySettings { relay: None, ..World::restless() };
+    let playing = world.start_play_from(Arc::clone(&world.queue) as Arc<dyn Queue>, &registry, settings);
+    gate.arrival().await;
+    assert_eq!(world.depth().await, 50, "the worker has a few, and the rest waits");
+    world.purge().await;
+    gate.open();
+    eventually("it is at the end", async || world.position("tally").await == 100).await;
+    assert!(playing.stop().await.messages <= 10, "the rest came from the store");
+    world.assert_complete(&tally).await;
+}
+
+#[tokio::test]
+async fn the_loss_of_the_last_message_on_an_idle_log_is_repaired() {
+    let world = World::new().await;
+    let tally = Tally::new("tally");
+    let registry = registry(&[&tally]);
+    world.boot(&registry).await;
+    world.append(3).await;
+    world.publish(10).await;
+    let lost = world.queue.receive(Duration::from_secs(1)).await.expect("received");
+    assert_eq!(lost.len(), 1);
+    world.queue.delete(&[lost[0].receipt.clone()]).await.expect("deleted");
+    assert_eq!(world.depth().await, 0);
+
+    let played = world.play_until_idle(&registry).await;
+    assert_eq!(played.messages, 0, "nothing came through the queue");
+    world.assert_complete(&tally).await;
+}
+
+#[tokio::test]
+async fn foreign_messages_neither_stop_nor_change_anything() {
+    for world in [World::new().await, World::with_standard_queue().await] {
+        let tally = Tally::new("tally");
+        let registry = registry(&[&tally]);
+        world.append(5).await;
+        world.boot(&registry).await;
+        let log_id: String = sqlx::query_scalar("select log_id from event_log")
+            .fetch_one(&mut world.connection().await)
+            .await
+            .expect("the log has an id");
+        // Types, positions and all: what a test environment would send that shares the queue by mistake.
+        let events = |positions: std::ops::RangeInclusive<u64>| {
+            let events: Vec<String> = positions
+                .map(|position| {
+                    format!(
+                        "{{\"position\":{position},\"event_id\":\"forged-{position}\",\"stream_id\":\"forged\",\
+                         \"stream_version\":{position},\"event_type\":\"Opened\",\"recorded_at\":\"2026-01-01T00:00:00Z\",\
+                         \"payload\":{{}}}}"
+                    )
+                })
+                .collect();
+            events.join(",")
+        };
+        let message =
+            |log: &str, prev: u64, events: &str| format!("{{\"log\":\"{log}\",\"prev\":{prev},\"events\":[{events}]}}");
+        let foreign = [
+            "hello".into(),
+            "{\"Type\":\"Notification\",\"Message\":\"{}\"}".into(),
+            "[1,2,3]".into(),
+            "{}".into(),
+            message("another-log", 5, &events(6..=9)),
+            // Of our log, beyond what it has: they must not run ahead of the truth.
+            message(&log_id, 5, &events(6..=9)),
+            message(&log_id, 0, &events(1..=9)),
+            message(&log_id, 5, ""),
+            message(&log_id, 900, &events(901..=902)),
+            message(&log_id, 18_446_744_073_709_551_615, &events(1..=1)),
+            format!("{{\"log\":\"{log_id}\",\"prev\":5,\"last\":18446744073709551615}}"),
+        ];
+        for body in &foreign {
+            world.send(body).await;
+        }
+        assert_eq!(world.depth().await, foreign.len() as u64);
+
+        let played = world.play_until_idle(&registry).await;
+        assert_eq!((played.messages, played.broken), (foreign.len() as u64, 0));
+        assert_eq!(world.depth().await, 0, "nobody else would take them away");
+        world.assert_complete(&tally).await;
+
+        world.append(20).await;
+        world.play_until_idle(&registry).await;
+        world.assert_complete(&tally).await;
+    }
+}
+
+/// Writes down the payload of every event.
+struct Payloads;
+
+#[async_trait]
+impl Projector for Payloads {
+    fn name(&self) -> &str {
+        "payloads"
+    }
+
+    fn event_types(&self) -> EventTypes {
+        EventTypes::All
+    }
+
+    async fn setup(&self, db: &mut MySqlConnection) -> anyhow::Result<()> {
+        sqlx::query(
+            "create table if not exists payloads (position bigint unsigned primary key, payload mediumtext not null)",
+        )
+        .execute(db)
+        .await?;
+        Ok(())
+    }
+
+    async fn handle(&self, event: &Event, db: &mut MySqlConnection) -> anyhow::Result<()> {
+        let insert = sqlx::query("insert into payloads values (?, ?)");
+        insert.bind(event.position.get()).bind(&event.payload).execute(db).await?;
+        Ok(())
+    }
+}
+
+async fn assert_payloads(world: &World) {
+    let payloads = |table: &str| format!("select group_concat(sha2(payload, 256) order by position) from {table}");
+    let of = async |table| -> String {
+        let sql = sqlx::AssertSqlSafe(payloads(table));
+        sqlx::query_scalar(sql).fetch_one(&mut world.connection().await).await.expect("some payloads")
+    };
+    assert_eq!(of("payloads").await, of("events").await);
+}
+
+fn with_payload(number: usize, bytes: usize) -> NewEvent {
+    NewEvent { payload: format!("\"{}\"", "é".repeat(bytes / 2)), ..event(number) }
+}
+
+#[tokio::test]
+async fn an_event_that_no_message_can_hold_travels_as_a_reference() {
+    for fifo in [true, false] {
+        let world = World::with_queue(fifo, &[(QueueAttributeName::MaximumMessageSize, "1024")]).await;
+        let registry = Registry::new().with(Payloads).expect("a name of its own");
+        world.boot(&registry).await;
+        let events: Vec<NewEvent> =
+            [50, 5_000, 50, 1_500].into_iter().enumerate().map(|(n, size)| with_payload(n, size)).collect();
+        world.store.append(&events).await.expect("appended");
+        world.publish(1_000).await;
+        assert_eq!(world.depth().await, 4);
+        if !fifo {
+            let bodies = world.peek().await;
+            assert!(bodies.iter().all(|body| body.len() <= 1_024));
+            let references = bodies.iter().filter(|body| body.contains("\"last\"") && !body.contains("\"events\""));
+            assert_eq!(references.count(), 2, "{bodies:?}");
+        }
+        world.play_until_idle(&registry).await;
+        assert_eq!(world.position("payloads").await, 4);
+        assert_payloads(&world).await;
+    }
+}
+
+#[tokio::test]
+async fn a_payload_of_two_megabytes_arrives_as_it_was_appended() {
+    let world = World::new().await;
+    let registry = Registry::new().with(Payloads).expect("a name of its own");
+    world.store.append(&[with_payload(0, 2_000_000)]).await.expect("appended");
+    world.boot(&registry).await;
+    world.store.append(&[with_payload(1, 2_000_000), with_payload(2, 10)]).await.expect("appended");
+    let played = world.play_until_idle(&registry).await;
+    assert!(played.messages >= 2, "{played:?}");
+    assert_eq!(world.position("payloads").await, 3);
+    assert_payloads(&world).await;
+}
+
+#[tokio::test]
+async fn a_message_that_becomes_visible_in_the_middle_of_the_work_is_applied_once() {
+    let world = World::with_standard_queue().await;
+    let (gate, tally) = (Gate::new(), Tally::new("tally"));
+    let registry = Registry::new().with(gated(&tally, &gate, 1)).expect("a name of its own");
+    world.boot(&registry).await;
+    world.append(10).await;
+    world.publish(2).await;
+
+    let queue = SqsQueue::with_client(world.sqs.clone(), &world.queue_url, Duration::from_secs(1)).await;
+    let queue = queue.expect("the queue answers");
+    let unhidden = || Arc::new(FaultyQueue::new(&queue, Faults { unhidden: true, ..Faults::default() }, 0));
+    let (first, second) = (unhidden(), unhidden());
+    let slow = world.start_play_from(Arc::clone(&first) as Arc<dyn Queue>, &registry, without_relay());
+    gate.arrival().await;
+    let other = world.start_play_from(Arc::clone(&second) as Arc<dyn Queue>, &registry, without_relay());
+    eventually("the second worker has the first one's messages", async || second.struck().received == 5).await;
+    eventually("it waits for the row that the first has locked", async || world.lock_waits().await == 1).await;
+    assert_eq!(first.struck().received, 5);
+    assert!(first.struck().unhidden > 0);
+
+    gate.open();
+    eventually("all is applied and deleted", async || world.position("tally").await == 10 && world.depth().await == 0)
+        .await;
+    slow.stop().await;
+    other.stop().await;
+    world.assert_complete(&tally).await;
+}
+
+#[tokio::test]
+async fn work_that_outlasts_the_visibility_keeps_its_messages_hidden() {
+    let world = World::with_standard_queue().await;
+    let (gate, tally) = (Gate::new(), Tally::new("tally"));
+    let registry = Registry::new().with(gated(&tally, &gate, 1)).expect("a name of its own");
+    world.boot(&registry).await;
+    world.append(1).await;
+    world.publish(1).await;
+    let queue = SqsQueue::with_client(world.sqs.clone(), &world.queue_url, Duration::from_secs(2)).await;
+    let queue = queue.expect("the queue answers");
+    let playing = world.start_play_from(Arc::new(queue.clone()), &registry, without_relay());
+    gate.arrival().await;
+    // Two long polls are twice the visibility.
+    for _ in 0..2 {
+        assert_eq!(queue.receive(Duration::from_secs(2)).await.expect("the queue answers"), []);
+    }
+    gate.open();
+    eventually("it is deleted", async || world.depth().await == 0).await;
+    assert_eq!(playing.stop().await.messages, 1);
+    world.assert_complete(&tally).await;
+}
+
+#[tokio::test]
+async fn what_is_published_again_is_not_applied_again() {
+    for world in [World::new().await, World::with_standard_queue().await] {
+        let tally = Tally::new("tally");
+        let registry = registry(&[&tally]);
+        world.boot(&registry).await;
+        world.append(50).await;
+        world.play_until_idle(&registry).await;
+        world.assert_complete(&tally).await;
+        world.execute("update event_log set published = 0").await;
+        // In messages of other ends than before, so that a FIFO queue takes them.
+        world.publish(7).await;
+        assert_eq!(world.depth().await, 8);
+        assert_eq!(world.play_until_idle(&registry).await.messages, 8);
+        world.assert_complete(&tally).await;
+    }
+}
+
+#[tokio::test]
+async fn what_a_fifo_queue_swallows_as_published_before_is_repaired() {
+    let world = World::new().await;
+    let tally = Tally::new("tally");
+    let registry = registry(&[&tally]);
+    world.boot(&registry).await;
+    world.append(50).await;
+    world.publish(10).await;
+    assert_eq!(world.depth().await, 5);
+    while world.depth().await > 0 {
+        let lost = world.queue.receive(Duration::from_secs(1)).await.expect("received");
+        let receipts: Vec<String> = lost.into_iter().map(|message| message.receipt).collect();
+        world.queue.delete(&receipts).await.expect("deleted");
+    }
+    world.execute("update event_log set published = 0").await;
+    world.publish(10).await;
+    assert_eq!(world.depth().await, 0, "within five minutes the queue takes them for the same messages");
+    world.play_until_idle(&registry).await;
+    world.assert_complete(&tally).await;
+}
+
+#[tokio::test]
+async fn a_relay_that_crashed_after_sending_sends_again_harmlessly() {
+    let world = World::with_standard_queue().await;
+    let tally = Tally::new("tally");
+    let registry = registry(&[&tally]);
+    world.boot(&registry).await;
+    world.append(60).await;
+    let faults = Faults { unacknowledged: 40, ..Faults::default() };
+    let queue = Arc::new(FaultyQueue::new(&world.queue, faults, seed()));
+    let played = world.play_with(Arc::clone(&queue) as Arc<dyn Queue>, &registry, small_messages()).await;
+    assert!(queue.struck().unacknowledged > 0);
+    assert_eq!(played.messages, 20 + queue.struck().unacknowledged, "each was sent once more");
+    world.assert_complete(&tally).await;
+}
+
+#[tokio::test]
+async fn no_message_is_deleted_while_a_live_projector_has_not_committed_past_it() {
+    let world = World::new().await;
+    let (gate, quick, slow) = (Gate::new(), Tally::new("quick"), Tally::new("slow"));
+    let registry = Registry::new().with(quick.clone()).and_then(|set| set.with(gated(&slow, &gate, 3)));
+    let registry = registry.expect("names of their own");
+    world.boot(&registry).await;
+    world.append(5).await;
+    world.publish(1).await;
+    let queue = Arc::new(FaultyQueue::counted(&world.queue));
+    let playing = world.start_play_from(Arc::clone(&queue) as Arc<dyn Queue>, &registry, without_relay());
+    gate.arrival().await;
+    assert_eq!((world.position("quick").await, world.position("slow").await), (5, 0));
+    assert_eq!((world.depth().await, queue.struck().deleted), (5, 0));
+    gate.open();
+    eventually("all are deleted", async || world.depth().await == 0).await;
+    assert_eq!(world.position("slow").await, 5, "committed before the deletion");
+    playing.stop().await;
+    world.assert_complete(&quick).await;
+    world.assert_complete(&slow).await;
+}
+
+#[tokio::test]
+async fn a_message_of_more_events_than_a_batch_is_applied_in_several_transactions() {
+    let world = World::new().await;
+    let transactions = Arc::new(AtomicU64::new(0));
+    let (tally, seen) = (Tally::new("tally"), Arc::clone(&transactions));
+    world.append(1).await;
+    let last = Arc::new(AtomicU64::new(0));
+    let scripted = Scripted::new(&tally, move |_, db| {
+        let (seen, last) = (Arc::clone(&seen), Arc::clone(&last));
+        Box::pin(async move {
+            // A transaction shows to itself what it has written: its first row tells it from the one before.
+            let own: u64 =
+                sqlx::query_scalar("select position from projectors where name = 'tally'").fetch_one(db).await?;
+            if last.swap(own, Ordering::SeqCst) != own {
+                seen.fetch_add(1, Ordering::SeqCst);
+            }
+            Ok(())
+        })
+    });
+    let registry = Registry::new().with(scripted).expect("a name of its own");
+    world.boot(&registry).await;
+    world.append(250).await;
+    world.publish(250).await;
+    assert_eq!(world.depth().await, 1);
+    let played = world.play_until_idle(&registry).await;
+    assert_eq!(played.messages, 1);
+    assert_eq!(transactions.load(Ordering::SeqCst), 3, "of at most a hundred events each");
+    world.assert_complete(&tally).await;
+}
