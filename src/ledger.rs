@@ -30,7 +30,8 @@ const SET_STATUS: &str = "update projectors set status = ?, failed_position = ?,
                           failed_release = ?, failed_host = ?, status_changed_at = utc_timestamp(6) \
                           where name = ? and version = ?";
 
-const REMOVE: &str = "delete from projectors where name = ? and version = ?";
+/// Only what retire has marked: a projector that was booted anew meanwhile is somebody else's.
+const REMOVE: &str = "delete from projectors where name = ? and version = ? and status = 'retired'";
 
 /// What is kept of an error, in characters; `failed_error` is a `text` of 65,535 bytes.
 const MAX_ERROR: usize = 8_000;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tracing::{debug, info, warn};
+use tracing::{debug, error, info, warn};
 use uuid::Uuid;
 
 use crate::error::Error;
@@ -136,6 +136,18 @@ impl Relay {
         let mut published = marks.published;
         while published < high_water.mark {
             let page = self.store.read_after(published, high_water.mark, self.settings.max_events as u64).await?;
+            if page.events.is_empty() {
+                // Below the mark every position had a row: these were deleted since. The audit will name them.
+                error!(
+                    alert = "log_fault",
+                    first = published.next().get(),
+                    last = page.through.get(),
+                    "the rows of the log between these positions are gone: nothing can be published of them"
+                );
+                self.store.set_published(page.through).await?;
+                published = page.through;
+                continue;
+            }
             let mut rest = page.events.as_slice();
             while !rest.is_empty() {
                 let (bytes, most) = (self.queue.max_message_bytes(), self.settings.max_events);
