@@ -22,20 +22,27 @@ pub(crate) fn has_reached(entry: &Entry, position: Position) -> bool {
 }
 
 impl Engine {
-    /// Makes a projector live, under its row's lock, if it still stands at or beyond `oldest_queued`.
+    /// Makes a projector live, under its row's lock, if it still stands at or beyond `oldest_queued`. Returns its
+    /// row as it is afterwards, if there is one.
     ///
     /// This is where boot may stop, not what makes it safe: a worker of an old release may have deleted
     /// messages that this projector never saw. The first message that does not continue its position
     /// makes play read the difference from the store.
-    pub(crate) async fn hand_over(&self, projector: &Registered, oldest_queued: Position) -> Result<bool, LedgerError> {
+    pub(crate) async fn hand_over(
+        &self,
+        projector: &Registered,
+        oldest_queued: Position,
+    ) -> Result<Option<Entry>, LedgerError> {
         let still = |entry: &Entry| has_reached(entry, oldest_queued);
-        let entry = self.ledger.step(&projector.id, Step::HandOver, still).await?;
-        let Some(entry) = entry.filter(|entry| entry.status == Status::Live) else { return Ok(false) };
-        info!(
-            projector = %projector.id, position = entry.position.get(), oldest_queued = oldest_queued.get(),
-            "handed over: live"
-        );
-        Ok(true)
+        let step = || self.ledger.step(&projector.id, Step::HandOver, still);
+        let entry = self.persist("hand over", step).await?;
+        if let Some(entry) = entry.as_ref().filter(|entry| entry.status == Status::Live) {
+            info!(
+                projector = %projector.id, position = entry.position.get(), oldest_queued = oldest_queued.get(),
+                "handed over: live"
+            );
+        }
+        Ok(entry)
     }
 }
 
