@@ -82,7 +82,9 @@ pub async fn play(
     settings: PlaySettings,
     shutdown: impl Future<Output = ()>,
 ) -> Result<Played, Error> {
-    let engine = Engine::new(database, settings.limits, registry);
+    // A worker that gave up on one projector would delete messages that it has not passed.
+    let limits = Limits { patience: None, ..settings.limits };
+    let engine = Engine::new(database, limits, registry);
     let log_id = engine.store.marks().await?.log_id;
     let mut worker = Worker {
         engine,
