@@ -5,8 +5,11 @@ use std::time::Duration;
 
 use anyhow::anyhow;
 use futures_util::FutureExt;
-use sqlx::Connection;
+use sqlx::pool::PoolConnection;
+use sqlx::{Connection, MySql};
+use tokio::runtime::Handle;
 use tokio::time::timeout;
+use tracing::debug;
 
 use crate::database::Database;
 use crate::error::{caused_by_transient, database_error, is_transient, server_error};
@@ -71,7 +74,8 @@ pub(crate) async fn apply(
 ) -> Result<(), ApplyError> {
     let wanted: Vec<&Event> = batch.events.iter().filter(|event| projector.wants(event)).collect();
 
-    let mut connection = database.acquire().await?;
+    let mut claim = Claim { connection: database.acquire().await?, database, handling: None };
+    let connection = &mut claim.connection;
     let begin = async {
         let mut transaction = connection.begin().await?;
         let locked = ledger::lock(&mut transaction, &projector.id).await?;
@@ -85,16 +89,13 @@ pub(crate) async fn apply(
         return Err(ApplyError::Claim(Some(entry)));
     }
     if !wanted.is_empty() {
+        claim.handling = Some(session);
         let handling = projector.projector.handle_batch(&wanted, &mut transaction);
         let handled = match timeout(handler_timeout, AssertUnwindSafe(handling).catch_unwind()).await {
             Ok(Ok(handled)) => handled,
             cut_off => {
-                // In the middle of a statement, perhaps: the connection is of no more use, and the row's
-                // lock would stay until the server has finished with it.
                 drop(transaction);
-                connection.close_on_drop();
-                drop(connection);
-                database.kill(session).await?;
+                claim.end().await?;
                 return Err(match cut_off {
                     Ok(Err(panic)) => {
                         ApplyError::Projector(anyhow!("the handler panicked: {}", panic_message(panic.as_ref())))
@@ -106,6 +107,7 @@ pub(crate) async fn apply(
                 });
             }
         };
+        claim.handling = None;
         if let Err(error) = handled {
             if let Some(error) = database_error(&error) {
                 database.distrust(error);
@@ -136,6 +138,41 @@ pub(crate) async fn apply(
     match database.answered(commit).await? {
         true => Ok(()),
         false => Err(ApplyError::Claim(Some(entry))),
+    }
+}
+
+/// The session that holds a projector's row. A handler that is cut off may be in the middle of a statement: its
+/// connection is of no more use then, and the row would stay locked until the server has finished with the statement.
+struct Claim<'a> {
+    connection: PoolConnection<MySql>,
+    database: &'a Database,
+    /// The session, while a handler runs in it.
+    handling: Option<u64>,
+}
+
+impl Claim<'_> {
+    /// Ends the session in which a handler was cut off, and with it the lock.
+    async fn end(mut self) -> Result<(), sqlx::Error> {
+        if let Some(session) = self.handling {
+            self.database.kill(session).await?;
+            self.connection.close_on_drop();
+            self.handling = None;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Claim<'_> {
+    /// The same, where nobody waits for it: the whole work was dropped, by a shutdown or for want of time.
+    fn drop(&mut self) {
+        let (Some(session), Ok(runtime)) = (self.handling, Handle::try_current()) else { return };
+        self.connection.close_on_drop();
+        let database = self.database.clone();
+        runtime.spawn(async move {
+            if let Err(error) = database.kill(session).await {
+                debug!(session, %error, "a handler's session was not ended, and ends with its statement");
+            }
+        });
     }
 }
 

@@ -16,6 +16,7 @@ use crate::ledger::{Entry, LedgerError};
 use crate::lifecycle::{Stage, Status, Step};
 use crate::projector::{Mode, ProjectorId};
 use crate::registry::{Registered, Registry};
+use crate::store::HighWater;
 
 /// A round that was longer than a batch is followed by another, so that projectors go live fresh; but
 /// against a log that grows as fast as they replay, the handoff need not wait for ever: the queue feeds them.
@@ -92,7 +93,7 @@ struct Boot<'a> {
 
 impl Boot<'_> {
     async fn run(&self, mut progress: impl FnMut(&BootProgress)) -> Result<BootReport, Error> {
-        let before = self.engine.ledger.entries().await?;
+        let before = self.entries().await?;
         check_modes(self.registry, &before)?;
         let mut cursors = self.enter(&before).await?;
 
@@ -110,7 +111,7 @@ impl Boot<'_> {
                 "boot gave up on the database; run it again, it goes on where it stopped: {gave_up}"
             )));
         }
-        let report = self.report(&before, &self.engine.ledger.entries().await?);
+        let report = self.report(&before, &self.entries().await?);
         if !report.is_released() {
             let broken: Vec<String> = report.broken().map(|booted| booted.entry.id.to_string()).collect();
             error!(alert = "boot_failed", broken = broken.join(" "), "boot failed: this release must not go on");
@@ -123,13 +124,15 @@ impl Boot<'_> {
         let known = |id: &ProjectorId| before.iter().any(|entry| entry.id == *id);
         let new: Vec<_> = self.registry.iter().filter(|projector| !known(&projector.id)).collect();
         if !new.is_empty() {
-            let high_water = self.engine.store.raise_high_water().await?.mark;
+            let high_water = self.raise_high_water().await?.mark;
             for projector in new {
-                self.engine.ledger.enter(projector, first_position(projector.mode, high_water)).await?;
+                let position = first_position(projector.mode, high_water);
+                let enter = || self.engine.ledger.enter(projector, position);
+                self.engine.persist("enter a projector", enter).await?;
             }
         }
         let mut cursors = Vec::new();
-        for entry in self.engine.ledger.entries().await? {
+        for entry in self.entries().await? {
             let Some(projector) = self.registry.get(&entry.id) else { continue };
             if Stage::Boot.plays(&entry.status) {
                 info!(
@@ -147,7 +150,8 @@ impl Boot<'_> {
     /// Runs each projector's setup; at the first that fails, `false`.
     async fn set_up(&self, cursors: &mut [Cursor]) -> bool {
         for cursor in cursors {
-            if let Err(error) = apply::set_up(&self.engine.database, &cursor.projector).await {
+            let set_up = || apply::set_up(&self.engine.database, &cursor.projector);
+            if let Err(error) = self.engine.persist("run a setup", set_up).await {
                 let error = error.context("setup failed");
                 let delivered = match caused_by_transient(&error) {
                     true => Delivered::GaveUp(tell(&error)),
@@ -165,13 +169,13 @@ impl Boot<'_> {
     /// Rounds of catch-up and handoff, until none is left or one broke.
     async fn replay(&self, cursors: &mut [Cursor], progress: &mut impl FnMut(&BootProgress)) -> Result<(), Error> {
         let mut held = HeldWatch::default();
-        let is_first = !self.engine.ledger.entries().await?.iter().any(|entry| entry.status == Status::Live);
+        let is_first = !self.entries().await?.iter().any(|entry| entry.status == Status::Live);
         for round in 1.. {
             let Some(start) = cursors.iter().filter(|cursor| cursor.is_running()).map(|cursor| cursor.position).min()
             else {
                 return Ok(());
             };
-            let high_water = self.engine.store.raise_high_water().await?;
+            let high_water = self.raise_high_water().await?;
             held.note(high_water.held);
             let target = high_water.mark;
             info!(round, from = start.get(), through = target.get(), "replaying");
@@ -196,7 +200,7 @@ impl Boot<'_> {
             let row = match projector.mode {
                 Mode::Once => self.finish(projector, target).await?,
                 Mode::FromBeginning | Mode::FromNow => {
-                    let oldest = oldest_queued(self.registry, &self.engine.ledger.entries().await?, target);
+                    let oldest = oldest_queued(self.registry, &self.entries().await?, target);
                     self.engine.hand_over(projector, oldest).await?
                 }
             };
@@ -204,16 +208,18 @@ impl Boot<'_> {
         }
         if is_first && cursors.iter().any(|cursor| cursor.projector.mode != Mode::Once) {
             // Nobody awaits anything below: the queue need not carry the history of the log.
-            self.engine.store.set_published(target).await?;
+            let publish = || self.engine.store.set_published(target);
+            self.engine.persist("set the published mark", publish).await?;
         }
         Ok(())
     }
 
-    /// Finishes a projector of mode once, if it still stands at or beyond the mark of this round; returns its
-    /// row as it is afterwards.
+    /// Finishes a projector of mode once, if it still stands at or beyond the mark of this round. Returns its row
+    /// as it is afterwards, if there is one.
     async fn finish(&self, projector: &Registered, target: Position) -> Result<Option<Entry>, LedgerError> {
         let still = |entry: &Entry| has_reached(entry, target);
-        let entry = self.engine.ledger.step(&projector.id, Step::Finish, still).await?;
+        let step = || self.engine.ledger.step(&projector.id, Step::Finish, still);
+        let entry = self.engine.persist("finish", step).await?;
         if entry.as_ref().is_some_and(|entry| entry.status == Status::Finished) {
             info!(projector = %projector.id, position = target.get(), "finished");
         }
@@ -224,10 +230,19 @@ impl Boot<'_> {
     async fn stall(&self, cursors: &[Cursor]) -> Result<(), Error> {
         for cursor in cursors.iter().filter(|cursor| cursor.is_running()) {
             let still = |entry: &Entry| matches!(entry.status, Status::Booting | Status::Stalled);
-            self.engine.ledger.step(&cursor.projector.id, Step::Stall, still).await?;
+            let step = || self.engine.ledger.step(&cursor.projector.id, Step::Stall, still);
+            self.engine.persist("stall a projector", step).await?;
             warn!(projector = %cursor.projector.id, position = cursor.position.get(), "stalled: another projector of this boot broke");
         }
         Ok(())
+    }
+
+    async fn entries(&self) -> Result<Vec<Entry>, sqlx::Error> {
+        self.engine.persist("read the ledger", || self.engine.ledger.entries()).await
+    }
+
+    async fn raise_high_water(&self) -> Result<HighWater, sqlx::Error> {
+        self.engine.persist("raise the high-water mark", || self.engine.store.raise_high_water()).await
     }
 
     fn report(&self, before: &[Entry], after: &[Entry]) -> BootReport {

@@ -1,20 +1,16 @@
 //! The one loop that reads MySQL and applies: boot's replay, and the repair of every hole.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use futures_util::StreamExt;
 use futures_util::stream;
-use tracing::warn;
 
 use crate::apply::Batch;
 use crate::deliver::{Delivered, Engine};
-use crate::error::is_transient;
 use crate::event::Position;
 use crate::ledger::Entry;
 use crate::lifecycle::Stage;
 use crate::registry::Registered;
-use crate::retry;
 use crate::store::Page;
 
 /// Projectors that apply one page at the same time, each on a connection of its own.
@@ -141,22 +137,6 @@ impl Engine {
     }
 
     async fn read(&self, after: Position, through: Position, limit: u64) -> Result<Page, sqlx::Error> {
-        let began = Instant::now();
-        for attempt in 2.. {
-            match self.store.read_after(after, through, limit).await {
-                Ok(page) => return Ok(page),
-                Err(error) if !is_transient(&error) => return Err(error),
-                Err(error) if self.limits.patience.is_some_and(|patience| began.elapsed() >= patience) => {
-                    return Err(error);
-                }
-                Err(error) => {
-                    if retry::worth_telling(attempt) {
-                        warn!(position = after.get(), attempt, %error, "cannot read the log, trying again");
-                    }
-                    tokio::time::sleep(retry::delay(attempt)).await;
-                }
-            }
-        }
-        unreachable!("the loop ends only by returning")
+        self.persist("read the log", || self.store.read_after(after, through, limit)).await
     }
 }

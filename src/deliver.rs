@@ -1,5 +1,7 @@
 //! One batch, one projector, to a decision: applied, broken at an event, or no longer ours.
 
+use std::fmt::Display;
+use std::future::Future;
 use std::time::{Duration, Instant};
 
 use time::OffsetDateTime;
@@ -7,7 +9,7 @@ use tracing::{error, warn};
 
 use crate::apply::{self, ApplyError, Batch};
 use crate::database::Database;
-use crate::error::tell;
+use crate::error::{MayPass, tell};
 use crate::event::{Event, Position};
 use crate::ledger::{Entry, Ledger, LedgerError};
 use crate::lifecycle::{FailedEvent, Failure, Stage, Status, Step};
@@ -32,7 +34,7 @@ pub struct Limits {
     pub batch: u64,
     /// How long a handler may take for one call, a batch or an event, before it counts as failed.
     pub handler_timeout: Duration,
-    /// How long boot tries again what failed transiently; `None`: for as long as it takes, as play does.
+    /// How long transient failures are tried again; `None`, and always in play: for as long as it takes.
     pub patience: Option<Duration>,
 }
 
@@ -66,6 +68,15 @@ impl Engine {
             limits,
             release: registry.release().map(str::to_owned),
         }
+    }
+
+    /// Tries again what fails only for the moment, for as long as the engine is patient. It must be harmless to repeat.
+    pub(crate) async fn persist<T, E, F>(&self, what: &str, attempt: impl FnMut() -> F) -> Result<T, E>
+    where
+        E: MayPass + Display,
+        F: Future<Output = Result<T, E>>,
+    {
+        retry::persist(self.limits.patience, what, attempt).await
     }
 
     /// Applies a batch to a projector. What is transient is tried again for as long as it takes: the

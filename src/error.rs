@@ -92,6 +92,24 @@ pub(crate) fn database_error(error: &anyhow::Error) -> Option<&sqlx::Error> {
     error.chain().find_map(|cause| cause.downcast_ref::<sqlx::Error>())
 }
 
+/// An error that may pass by itself.
+pub(crate) trait MayPass {
+    /// Whether the same thing may well succeed a moment later.
+    fn may_pass(&self) -> bool;
+}
+
+impl MayPass for sqlx::Error {
+    fn may_pass(&self) -> bool {
+        is_transient(self)
+    }
+}
+
+impl MayPass for anyhow::Error {
+    fn may_pass(&self) -> bool {
+        caused_by_transient(self)
+    }
+}
+
 /// [`is_transient`], for what a handler returned: somewhere in its chain of causes.
 pub(crate) fn caused_by_transient(error: &anyhow::Error) -> bool {
     database_error(error).is_some_and(is_transient)

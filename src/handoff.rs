@@ -22,8 +22,8 @@ pub(crate) fn has_reached(entry: &Entry, position: Position) -> bool {
 }
 
 impl Engine {
-    /// Makes a projector live, under its row's lock, if it still stands at or beyond `oldest_queued`; returns
-    /// its row as it is afterwards.
+    /// Makes a projector live, under its row's lock, if it still stands at or beyond `oldest_queued`. Returns its
+    /// row as it is afterwards, if there is one.
     ///
     /// This is where boot may stop, not what makes it safe: a worker of an old release may have deleted
     /// messages that this projector never saw. The first message that does not continue its position
@@ -34,7 +34,8 @@ impl Engine {
         oldest_queued: Position,
     ) -> Result<Option<Entry>, LedgerError> {
         let still = |entry: &Entry| has_reached(entry, oldest_queued);
-        let entry = self.ledger.step(&projector.id, Step::HandOver, still).await?;
+        let step = || self.ledger.step(&projector.id, Step::HandOver, still);
+        let entry = self.persist("hand over", step).await?;
         if let Some(entry) = entry.as_ref().filter(|entry| entry.status == Status::Live) {
             info!(
                 projector = %projector.id, position = entry.position.get(), oldest_queued = oldest_queued.get(),

@@ -4,6 +4,7 @@ use sqlx::mysql::MySqlRow;
 use sqlx::{Connection, MySqlConnection, Row};
 
 use crate::database::Database;
+use crate::error::{MayPass, is_transient};
 use crate::event::Position;
 use crate::lifecycle::{self, FailedEvent, Failure, Status, Step};
 use crate::projector::{Mode, ProjectorId};
@@ -128,6 +129,15 @@ pub(crate) enum LedgerError {
     Step(ProjectorId, lifecycle::IllegalStep),
     #[error(transparent)]
     Database(#[from] sqlx::Error),
+}
+
+impl MayPass for LedgerError {
+    fn may_pass(&self) -> bool {
+        match self {
+            LedgerError::Step(..) => false,
+            LedgerError::Database(error) => is_transient(error),
+        }
+    }
 }
 
 /// A row that is locked until its transaction ends.

@@ -1,11 +1,12 @@
 //! How long to wait before trying again: bounded, growing, jittered.
 
+use std::fmt::Display;
 use std::future::Future;
 use std::time::{Duration, Instant};
 
 use tracing::warn;
 
-use crate::error::is_transient;
+use crate::error::MayPass;
 
 const FIRST: Duration = Duration::from_millis(5);
 const LONGEST: Duration = Duration::from_secs(5);
@@ -24,19 +25,20 @@ pub(crate) fn worth_telling(attempt: u32) -> bool {
 
 /// Tries again what fails only for the moment, until `patience` is over; `None`: for as long as it takes.
 /// It must be harmless to repeat, even where it succeeded and nobody was told.
-pub(crate) async fn persist<T, F>(
+pub(crate) async fn persist<T, E, F>(
     patience: Option<Duration>,
     what: &str,
     mut attempt: impl FnMut() -> F,
-) -> Result<T, sqlx::Error>
+) -> Result<T, E>
 where
-    F: Future<Output = Result<T, sqlx::Error>>,
+    E: MayPass + Display,
+    F: Future<Output = Result<T, E>>,
 {
     let began = Instant::now();
     let mut number = 1;
     loop {
         match attempt().await {
-            Err(error) if is_transient(&error) && patience.is_none_or(|patience| began.elapsed() < patience) => {
+            Err(error) if error.may_pass() && patience.is_none_or(|patience| began.elapsed() < patience) => {
                 number += 1;
                 if worth_telling(number) {
                     warn!(attempt = number, %error, "cannot {what} now, trying again");

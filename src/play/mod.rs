@@ -82,8 +82,9 @@ pub async fn play(
     settings: PlaySettings,
     shutdown: impl Future<Output = ()>,
 ) -> Result<Played, Error> {
-    // Who gave up on a batch would delete its message: play waits for as long as it takes.
-    let engine = Engine::new(database, Limits { patience: None, ..settings.limits }, registry);
+    // A worker that gave up on one projector would delete messages that it has not passed.
+    let limits = Limits { patience: None, ..settings.limits };
+    let engine = Engine::new(database, limits, registry);
     let log_id = engine.store.marks().await?.log_id;
     let mut worker = Worker {
         engine,

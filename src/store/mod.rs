@@ -10,7 +10,7 @@ use crate::database::Database;
 use crate::event::Position;
 
 pub use append::{AppendError, Appended};
-pub(crate) use high_water::Held;
+pub(crate) use high_water::{Held, HighWater};
 pub(crate) use read::Page;
 
 const MARKS: &str = "select high_water, published, log_id from event_log";

@@ -321,7 +321,7 @@ async fn a_large_transaction_in_flight_is_not_taken_for_a_gap() {
     assert!(!published.stderr.contains("high_water_held"), "{}", published.stderr);
 
     execute(&mut large, "commit").await;
-    world.boot(&registry).await;
+    boot(&world.database, &registry, Limits::default(), |_| {}).await.expect("boot comes to an end");
     assert!(world.last_position().await > 70_000);
     world.assert_complete(&tally).await;
 }

@@ -8,6 +8,7 @@ mod audit;
 mod convoy;
 mod deploy;
 mod failover;
+mod fence;
 mod grants;
 mod log;
 mod queue;

@@ -82,8 +82,8 @@ async fn survive_every_fault(world: World) {
         repeated: 15,
         malformed: 15,
         undeleted: 15,
-        unacknowledged: 8,
-        refused: 8,
+        unacknowledged: 10,
+        refused: 10,
         shuffled: true,
         unhidden: false,
     };

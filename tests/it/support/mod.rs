@@ -23,7 +23,6 @@ use projectionist::{
 pub use faulty_queue::{Faults, FaultyQueue};
 pub use folder::Folder;
 pub use gate::Gate;
-pub use playing::Playing;
 pub use process::{Finished, Piped, Running};
 pub use proxy::Proxy;
 pub use scripted::Scripted;

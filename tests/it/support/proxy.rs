@@ -36,7 +36,7 @@ enum Fate {
 }
 
 impl Proxy {
-    /// Cuts so many percent of the commits, half of them before and half after.
+    /// Cuts so many percent of the commits, in turn before and after.
     pub async fn new(world: &World, percent: u8, seed: u64) -> Self {
         let address = world.database_url.strip_prefix("mysql://").and_then(|rest| rest.split_once('@'));
         let (user, rest) = address.expect("a URL with a user");
@@ -68,11 +68,12 @@ impl Proxy {
 impl Cuts {
     fn decide(&self) -> Fate {
         self.commits.fetch_add(1, Ordering::SeqCst);
-        let roll = self.dice.lock().expect("no panic while rolling").u8(0..100);
-        if roll >= self.percent {
+        if self.dice.lock().expect("no panic while rolling").u8(0..100) >= self.percent {
             return Fate::Passes;
         }
-        let (fate, count) = if roll % 2 == 0 { (Fate::CutBefore, &self.before) } else { (Fate::CutAfter, &self.after) };
+        let cuts = self.before.load(Ordering::SeqCst) + self.after.load(Ordering::SeqCst);
+        let (fate, count) =
+            if cuts.is_multiple_of(2) { (Fate::CutBefore, &self.before) } else { (Fate::CutAfter, &self.after) };
         count.fetch_add(1, Ordering::SeqCst);
         fate
     }
