@@ -13,9 +13,9 @@ use crate::registry::Registry;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Runs the projector's teardown and deletes its ledger row. Where the given set does not have it any more, its tables \
-stay, and so does its row, as retired. The row of a projector with side effects stays in any case, so that no later \
-release can play it again. Wait some days after the release that removed the projector: a roll-back would not play it.")]
+Runs the projector's teardown, where the given set still has it, and deletes its ledger row; where it does not, the \
+tables are yours to drop. A projector with side effects keeps its row, as retired, so that no later release can play it \
+again. Wait some days after the release that removed the projector: a roll-back would have to boot it anew.")]
 pub(super) struct Retire {
     /// The projector; its version where there are several
     #[arg(value_name = "NAME[@VERSION]")]
@@ -25,7 +25,7 @@ pub(super) struct Retire {
     #[arg(long, env = "PROJECTIONIST_YES", value_parser = FalseyValueParser::new())]
     yes: bool,
 
-    /// Retire it although it is live in the given set; forget it although the set does not have it and its tables stay
+    /// Retire it although it is live in the given set
     #[arg(long, env = "PROJECTIONIST_FORCE", value_parser = FalseyValueParser::new())]
     force: bool,
 }
@@ -49,13 +49,9 @@ impl Retire {
         }
         let fate = match (projector.is_some(), entry.side_effects) {
             (true, false) => "its tables are torn down and its position is forgotten",
-            (false, false) if self.force => {
-                "its position is forgotten; this set does not have it, so its tables stay: drop them before this name \
-                 and version are used again"
-            }
             (false, false) => {
-                "this set does not have it, so its tables stay, and its row with them, as retired; retire it with a set \
-                 that has it, and both are gone, or drop its tables and add --force"
+                "its position is forgotten; this set does not have it, so its tables stay: drop them before a release \
+                 has this name and version again, or it would be built upon them"
             }
             (true, true) => "its tables are torn down; it has side effects, so its row stays, as retired, for ever",
             (false, true) => "it has side effects, so its row stays, as retired, for ever; its tables stay, too",
@@ -74,9 +70,7 @@ impl Retire {
                 ))
             })?;
         }
-        // Forgotten with its tables still there, it would be played into them a second time, should a release
-        // have it again.
-        if !entry.side_effects && (projector.is_some() || self.force) {
+        if !entry.side_effects {
             ledger.remove(id).await?;
         }
         say(format!("{id} is retired: {fate}"))

@@ -49,7 +49,7 @@ pub(super) enum Bug {
     BootsTheRetired,
     /// Boot goes on for ever with a projector that was retired under its hands.
     BootNeverLetsGo,
-    /// Retire forgets a projector whose tables it could not tear down.
+    /// The operator leaves the tables of a projector that retire forgot without being able to tear them down.
     ForgetsWithTables,
 }
 

@@ -67,7 +67,7 @@
 //! | A projector of mode once is handed over like any other | 11 |
 //! | Boot takes a retired projector for a new one | 11 |
 //! | Boot goes on for ever with a projector that was retired under its hands | 9 |
-//! | Retire forgets a projector whose tables it could not tear down | 1 or 8 |
+//! | The operator leaves the tables of a projector that retire forgot without being able to tear them down | 1 or 8 |
 //!
 //! The last two were the engine's own, and found here.
 

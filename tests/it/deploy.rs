@@ -72,7 +72,7 @@ async fn a_projector_that_is_retired_and_added_again_is_built_anew() {
     world.append(50).await;
     world.boot(&registry).await;
     // Its table is dropped by hand: the shipped binary does not have a projector that is written in Rust.
-    world.run(&["retire", "tally", "--yes", "--force"]).await.exits(0);
+    world.run(&["retire", "tally", "--yes"]).await.exits(0);
     world.execute("drop table tally").await;
     assert_eq!(world.status("tally").await, "new");
 

@@ -40,12 +40,14 @@ async fn try_retire(sim: &Sim, registry: &Registry) -> Result<(), DatabaseError>
     if sim.world().booting > 0 {
         sim.saw(Seen::RetiredMetBoot);
     }
-    if projector.is_some() {
+    // With a set that lacks the projector its tables are the operator's to drop, and retire tells him so: here he
+    // does, unless that is the bug. Forgotten with its tables still there, it would be built upon them by a release that
+    // has it again.
+    let operator_drops = !entry.side_effects && !sim.has(Bug::ForgetsWithTables);
+    if projector.is_some() || operator_drops {
         sim.tear_down(id).await?;
     }
-    // Whose tables are still there would be built upon them, if a release had it again.
-    let can_be_forgotten = !entry.side_effects && (projector.is_some() || sim.has(Bug::ForgetsWithTables));
-    if can_be_forgotten {
+    if !entry.side_effects {
         sim.remove(id).await?;
         sim.saw(Seen::Forgotten);
         sim.world().forgotten[cast::number(id)] = true;

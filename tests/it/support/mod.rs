@@ -26,7 +26,7 @@ pub use gate::Gate;
 pub use process::{Finished, Piped, Running};
 pub use proxy::Proxy;
 pub use scripted::Scripted;
-pub use tally::{Hook, Tally, registry};
+pub use tally::{Tally, registry};
 
 /// Longer than anything here takes on a busy machine; reaching it is a failure.
 pub const PATIENCE: Duration = Duration::from_secs(60);
