@@ -5,7 +5,8 @@
 # others by a variable in its environment; with an engine it is a container (compose.sh).
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
-STATE=$ROOT/.local
+# Another folder holds another set of parts, with ports of their own: localstack/chaos has one that it may kill.
+STATE=${PROJECTIONIST_STATE:-$ROOT/.local}
 CACHE=${PROJECTIONIST_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/projectionist}
 # Debian keeps servers where only root's PATH looks.
 PATH=$PATH:/usr/sbin:/sbin
