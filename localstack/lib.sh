@@ -30,7 +30,10 @@ port_free() { # port
 }
 
 port_variable() { case $1 in sqs) echo LOCALSTACK_PORT ;; *) echo "${1^^}_PORT" ;; esac; }
-default_port() { case $1 in mariadb) echo 33061 ;; mysql) echo 33062 ;; sqs) echo 45660 ;; esac; }
+default_port() {
+  local offset=${PROJECTIONIST_PORT_OFFSET:-0}
+  case $1 in mariadb) echo $((33061 + offset)) ;; mysql) echo $((33062 + offset)) ;; sqs) echo $((45660 + offset)) ;; esac
+}
 
 choose_port() { # part: records the port it gets: the one asked for, else the last one, else the first free one
   local variable port
