@@ -8,7 +8,7 @@ use futures_util::FutureExt;
 use sqlx::Connection;
 use tokio::time::timeout;
 
-use crate::database::Database;
+use crate::database::{Database, answered};
 use crate::error::{caused_by_transient, is_transient, server_error};
 use crate::event::{Event, Position};
 use crate::ledger::{self, Entry, Locked};
@@ -36,8 +36,10 @@ pub(crate) struct Batch<'a> {
 pub(crate) enum ApplyError {
     /// The ledger no longer has the projector where this worker thought it was; `None`: not at all.
     Claim(Option<Entry>),
-    /// The projector's own: an error, a panic, a time-out, a commit of its own.
+    /// The projector's own: an error, a panic, a commit of its own.
     Projector(anyhow::Error),
+    /// The handler did not end in time: its own fault, or that of a connection that was cut off without a word.
+    TimedOut(anyhow::Error),
     /// The moment's: a deadlock, a lock wait, a lost connection.
     Transient(anyhow::Error),
     /// Ours: a statement on the ledger that cannot succeed, for want of a grant perhaps.
@@ -54,6 +56,11 @@ impl From<sqlx::Error> for ApplyError {
     }
 }
 
+/// The fence: the projector is still this stage's, and stands where the batch begins (design, section 3, step 7).
+pub(crate) fn claim_holds(entry: &Entry, stage: Stage, after: Position) -> bool {
+    stage.plays(&entry.status) && entry.position == after
+}
+
 /// Applies a batch: lock the ledger row, check the claim, run the handler, move the position, commit.
 pub(crate) async fn apply(
     database: &Database,
@@ -65,15 +72,19 @@ pub(crate) async fn apply(
     let wanted: Vec<&Event> = batch.events.iter().filter(|event| projector.wants(event)).collect();
 
     let mut connection = database.acquire().await?;
-    let mut transaction = connection.begin().await?;
-    let Some(Locked { entry, session }) = ledger::lock(&mut transaction, &projector.id).await? else {
+    let begin = async {
+        let mut transaction = connection.begin().await?;
+        let locked = ledger::lock(&mut transaction, &projector.id).await?;
+        sqlx::raw_sql(SAVEPOINT).execute(&mut *transaction).await?;
+        Ok((transaction, locked))
+    };
+    let (mut transaction, Some(Locked { entry, session })) = answered(begin).await? else {
         return Err(ApplyError::Claim(None));
     };
-    if !stage.plays(&entry.status) || entry.position != batch.after {
+    if !claim_holds(&entry, stage, batch.after) {
         return Err(ApplyError::Claim(Some(entry)));
     }
     if !wanted.is_empty() {
-        sqlx::raw_sql(SAVEPOINT).execute(&mut *transaction).await?;
         let handling = projector.projector.handle_batch(&wanted, &mut transaction);
         let handled = match timeout(handler_timeout, AssertUnwindSafe(handling).catch_unwind()).await {
             Ok(Ok(handled)) => handled,
@@ -84,10 +95,15 @@ pub(crate) async fn apply(
                 connection.close_on_drop();
                 drop(connection);
                 database.kill(session).await?;
-                return Err(ApplyError::Projector(match cut_off {
-                    Ok(Err(panic)) => anyhow!("the handler panicked: {}", panic_message(panic.as_ref())),
-                    _ => anyhow!("the handler took longer than {} s", handler_timeout.as_secs_f32()),
-                }));
+                return Err(match cut_off {
+                    Ok(Err(panic)) => {
+                        ApplyError::Projector(anyhow!("the handler panicked: {}", panic_message(panic.as_ref())))
+                    }
+                    _ => ApplyError::TimedOut(anyhow!(
+                        "the handler took longer than {} s",
+                        handler_timeout.as_secs_f32()
+                    )),
+                });
             }
         };
         if let Err(error) = handled {
@@ -96,7 +112,7 @@ pub(crate) async fn apply(
                 false => ApplyError::Projector(error),
             });
         }
-        if let Err(error) = sqlx::raw_sql(RELEASE).execute(&mut *transaction).await {
+        if let Err(error) = answered(sqlx::raw_sql(RELEASE).execute(&mut *transaction)).await {
             return Err(match server_error(&error) {
                 Some(1305) => ApplyError::Projector(anyhow!(
                     "the handler committed the transaction, by itself or by a statement that does so (such as DDL): \
@@ -106,10 +122,18 @@ pub(crate) async fn apply(
             });
         }
     }
-    if !ledger::advance(&mut transaction, &projector.id, batch.after, batch.through).await? {
-        return Err(ApplyError::Claim(Some(entry)));
+    let commit = async {
+        let has_moved = ledger::advance(&mut transaction, &projector.id, batch.after, batch.through).await?;
+        match has_moved {
+            true => transaction.commit().await?,
+            false => transaction.rollback().await?,
+        }
+        Ok(has_moved)
+    };
+    match answered(commit).await? {
+        true => Ok(()),
+        false => Err(ApplyError::Claim(Some(entry))),
     }
-    Ok(transaction.commit().await?)
 }
 
 /// Runs a projector's setup, outside any transaction: it creates tables.

@@ -10,7 +10,8 @@ use crate::database::Database;
 use crate::deliver::{Delivered, Engine, Failed, Limits};
 use crate::error::{Error, caused_by_transient, is_transient, tell};
 use crate::event::Position;
-use crate::handoff::oldest_queued;
+use crate::handoff::{has_reached, oldest_queued};
+use crate::held::HeldWatch;
 use crate::ledger::{Entry, LedgerError};
 use crate::lifecycle::{Stage, Status, Step};
 use crate::projector::{Mode, ProjectorId};
@@ -98,7 +99,7 @@ impl Boot<'_> {
         if self.set_up(&mut cursors).await {
             self.replay(&mut cursors, &mut progress).await?;
         }
-        if cursors.iter().any(|cursor| matches!(cursor.state, CursorState::Broke(_))) {
+        if cursors.iter().any(|cursor| matches!(cursor.state, CursorState::Broke)) {
             self.stall(&cursors).await?;
         }
         if let Some(gave_up) = cursors.iter().find_map(|cursor| match &cursor.state {
@@ -124,11 +125,7 @@ impl Boot<'_> {
         if !new.is_empty() {
             let high_water = self.engine.store.raise_high_water().await?.mark;
             for projector in new {
-                let position = match projector.mode {
-                    Mode::FromNow => high_water,
-                    Mode::FromBeginning | Mode::Once => Position::START,
-                };
-                self.engine.ledger.enter(projector, position).await?;
+                self.engine.ledger.enter(projector, first_position(projector.mode, high_water)).await?;
             }
         }
         let mut cursors = Vec::new();
@@ -167,13 +164,16 @@ impl Boot<'_> {
 
     /// Rounds of catch-up and handoff, until none is left or one broke.
     async fn replay(&self, cursors: &mut [Cursor], progress: &mut impl FnMut(&BootProgress)) -> Result<(), Error> {
+        let mut held = HeldWatch::default();
         let is_first = !self.engine.ledger.entries().await?.iter().any(|entry| entry.status == Status::Live);
         for round in 1.. {
             let Some(start) = cursors.iter().filter(|cursor| cursor.is_running()).map(|cursor| cursor.position).min()
             else {
                 return Ok(());
             };
-            let target = self.engine.store.raise_high_water().await?.mark;
+            let high_water = self.engine.store.raise_high_water().await?;
+            held.note(high_water.held);
+            let target = high_water.mark;
             info!(round, from = start.get(), through = target.get(), "replaying");
             let mut tell = |cursors: &[Cursor]| progress(&BootProgress::of(cursors, target));
             tell(cursors);
@@ -213,7 +213,7 @@ impl Boot<'_> {
 
     /// Finishes a projector of mode once, if it still stands at or beyond the mark of this round.
     async fn finish(&self, projector: &Registered, target: Position) -> Result<bool, LedgerError> {
-        let still = |entry: &Entry| Stage::Boot.plays(&entry.status) && entry.position >= target;
+        let still = |entry: &Entry| has_reached(entry, target);
         let entry = self.engine.ledger.step(&projector.id, Step::Finish, still).await?;
         let finished = entry.is_some_and(|entry| entry.status == Status::Finished);
         if finished {
@@ -252,6 +252,14 @@ impl BootProgress {
             positions: running.map(|cursor| (cursor.projector.id.clone(), cursor.position)).collect(),
             target,
         }
+    }
+}
+
+/// Where a projector begins that is seen for the first time.
+pub(crate) fn first_position(mode: Mode, high_water: Position) -> Position {
+    match mode {
+        Mode::FromNow => high_water,
+        Mode::FromBeginning | Mode::Once => Position::START,
     }
 }
 

@@ -11,7 +11,7 @@ use crate::apply::Batch;
 use crate::deliver::{Delivered, Engine};
 use crate::error::is_transient;
 use crate::event::Position;
-use crate::lifecycle::{Failure, Stage};
+use crate::lifecycle::Stage;
 use crate::registry::Registered;
 use crate::retry;
 use crate::store::Page;
@@ -32,7 +32,7 @@ pub(crate) enum CursorState {
     /// It does.
     Running,
     /// Its projector broke; it stands just before the event.
-    Broke(Failure),
+    Broke,
     /// Another worker, another boot or retire took it over.
     Left,
     /// The database failed for too long.
@@ -52,7 +52,7 @@ impl Cursor {
     pub(crate) fn note(&mut self, delivered: Delivered) {
         match delivered {
             Delivered::At(position) | Delivered::Elsewhere(position) => self.position = position,
-            Delivered::Broke(failure) => self.state = CursorState::Broke(failure),
+            Delivered::Broke => self.state = CursorState::Broke,
             Delivered::Left => self.state = CursorState::Left,
             Delivered::GaveUp(error) => self.state = CursorState::GaveUp(error),
         }
@@ -61,6 +61,20 @@ impl Cursor {
     fn is_due(&self, through: Position) -> bool {
         self.is_running() && self.position < through
     }
+
+    /// What it applies of the page that begins after `after`, if it stands in it.
+    pub(crate) fn batch<'a>(&self, after: Position, page: &'a Page) -> Option<Batch<'a>> {
+        if !self.is_running() || !(after..page.through).contains(&self.position) {
+            return None;
+        }
+        let known = page.events.partition_point(|event| event.position <= self.position);
+        Some(Batch { after: self.position, through: page.through, events: &page.events[known..] })
+    }
+}
+
+/// Where the next page begins: at the position of the cursor that is furthest behind `through`.
+pub(crate) fn lowest_due(cursors: &[Cursor], through: Position) -> Option<Position> {
+    cursors.iter().filter(|cursor| cursor.is_due(through)).map(|cursor| cursor.position).min()
 }
 
 impl Engine {
@@ -80,8 +94,7 @@ impl Engine {
         let mut ahead: Option<(Position, Page)> = None;
         let mut limit = self.limits.batch;
         loop {
-            let due = cursors.iter().filter(|cursor| cursor.is_due(through)).map(|cursor| cursor.position);
-            let Some(lowest) = due.min() else { return Ok(()) };
+            let Some(lowest) = lowest_due(cursors, through) else { return Ok(()) };
             let page = match ahead.take() {
                 Some((after, page)) if after == lowest => page,
                 _ => self.read(lowest, through, limit).await?,
@@ -109,11 +122,9 @@ impl Engine {
     /// Passes a page to every cursor that stands in it.
     async fn pass(&self, stage: Stage, cursors: &mut [Cursor], after: Position, page: &Page) {
         let standing_in_it =
-            cursors.iter_mut().filter(|cursor| cursor.is_running() && (after..page.through).contains(&cursor.position));
+            cursors.iter_mut().filter_map(|cursor| cursor.batch(after, page).map(|batch| (cursor, batch)));
         stream::iter(standing_in_it)
-            .for_each_concurrent(SIDE_BY_SIDE, async |cursor| {
-                let known = page.events.partition_point(|event| event.position <= cursor.position);
-                let batch = Batch { after: cursor.position, through: page.through, events: &page.events[known..] };
+            .for_each_concurrent(SIDE_BY_SIDE, async |(cursor, batch)| {
                 cursor.note(self.deliver(&cursor.projector, stage, batch).await);
             })
             .await;

@@ -1,6 +1,7 @@
 //! The way to MySQL or MariaDB: connections with the session that the protocol needs, and the checks of the server.
 
 use std::borrow::Cow;
+use std::future::Future;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -34,6 +35,21 @@ pub struct Database {
 pub(crate) enum Flavor {
     MySql,
     MariaDb,
+}
+
+/// Above the 50 s that a server waits for a row's lock by default: what takes longer is not slow, but cut off.
+const ANSWER_WITHIN: Duration = Duration::from_secs(60);
+
+/// Waits for an answer, but not for ever: a connection whose other end has gone without a word would be waited on until
+/// the kernel gives it up, which may be hours. It is an error like any other lost connection.
+pub(crate) async fn answered<T>(asking: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, sqlx::Error> {
+    match timeout(ANSWER_WITHIN, asking).await {
+        Ok(answer) => answer,
+        Err(_) => Err(sqlx::Error::Io(std::io::Error::new(
+            std::io::ErrorKind::TimedOut,
+            format!("the database did not answer within {} s", ANSWER_WITHIN.as_secs()),
+        ))),
+    }
 }
 
 impl Database {

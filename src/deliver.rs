@@ -9,7 +9,7 @@ use crate::apply::{self, ApplyError, Batch};
 use crate::database::Database;
 use crate::error::tell;
 use crate::event::{Event, Position};
-use crate::ledger::{Ledger, LedgerError};
+use crate::ledger::{Entry, Ledger, LedgerError};
 use crate::lifecycle::{FailedEvent, Failure, Stage, Status, Step};
 use crate::registry::{Registered, Registry};
 use crate::retry;
@@ -50,7 +50,7 @@ pub(crate) enum Delivered {
     /// It stands where this batch does not begin: somebody else moved it. Go on from here.
     Elsewhere(Position),
     /// It broke, and stands just before the event that it failed on.
-    Broke(Failure),
+    Broke,
     /// Transient failures outlasted [`Limits::patience`]; it stands where it stood.
     GaveUp(String),
     /// It has left this stage: another worker broke it, another boot handed it over, it was retired.
@@ -81,20 +81,21 @@ impl Engine {
     async fn attempt(&self, projector: &Registered, stage: Stage, mut batch: Batch<'_>) -> Result<Delivered, Failed> {
         let began = Instant::now();
         let mut attempt = 1;
+        let mut timed_out = false;
         loop {
             match apply::apply(&self.database, projector, stage, batch, self.limits.handler_timeout).await {
                 Ok(()) => return Ok(Delivered::At(batch.through)),
                 Err(ApplyError::Projector(error)) => return Err(Failed { error, attempts: attempt }),
-                Err(ApplyError::Claim(entry)) => match entry {
-                    Some(entry) if stage.plays(&entry.status) => {
-                        // Another worker was faster, or a commit of ours was not acknowledged.
-                        match batch.from(entry.position) {
-                            Some(rest) if rest.after < rest.through => batch = rest,
-                            Some(_) => return Ok(Delivered::At(entry.position)),
-                            None => return Ok(Delivered::Elsewhere(entry.position)),
-                        }
-                    }
-                    _ => return Ok(Delivered::Left),
+                // The first may be the network's fault: on a connection of its own, the second is not.
+                Err(ApplyError::TimedOut(error)) if timed_out => return Err(Failed { error, attempts: attempt }),
+                Err(ApplyError::TimedOut(error)) => {
+                    timed_out = true;
+                    attempt += 1;
+                    warn!(projector = %projector.id, position = batch.after.get(), error = tell(&error), "trying once more");
+                }
+                Err(ApplyError::Claim(entry)) => match without_claim(entry.as_ref(), stage, batch) {
+                    Ok(rest) => batch = rest,
+                    Err(delivered) => return Ok(delivered),
                 },
                 Err(ApplyError::Ledger(error)) if self.limits.patience.is_some() => {
                     return Ok(Delivered::GaveUp(error.to_string()));
@@ -141,11 +142,7 @@ impl Engine {
                 continue;
             }
             for end in [event.position.previous(), event.position] {
-                let Some(step) =
-                    batch.from(position).map(|rest| rest.until(end)).filter(|step| step.after < step.through)
-                else {
-                    continue;
-                };
+                let Some(step) = batch.part(position, end) else { continue };
                 match self.attempt(projector, stage, step).await {
                     Ok(Delivered::At(reached)) => position = reached,
                     Ok(delivered) => return delivered,
@@ -189,10 +186,8 @@ impl Engine {
         let before = event.map(|event| event.position.previous());
         let mut attempt = 1;
         loop {
-            let step = self.ledger.step(&projector.id, Step::Break(failure.clone()), |entry| {
-                stage.plays(&entry.status) && before.is_none_or(|before| entry.position == before)
-            });
-            match step.await {
+            let still = |entry: &Entry| may_break(entry, stage, before);
+            match self.ledger.step(&projector.id, Step::Break(failure.clone()), still).await {
                 Ok(Some(entry)) if matches!(&entry.status, Status::Broken(written) if written.error == failure.error) =>
                 {
                     error!(
@@ -207,7 +202,7 @@ impl Engine {
                         host = failure.host,
                         "projector broken"
                     );
-                    return Delivered::Broke(failure);
+                    return Delivered::Broke;
                 }
                 Ok(Some(entry)) if stage.plays(&entry.status) => return Delivered::Elsewhere(entry.position),
                 Ok(_) => return Delivered::Left,
@@ -237,9 +232,30 @@ fn host() -> String {
     name.or_else(|| std::env::var("HOSTNAME").ok()).unwrap_or_else(|| "unknown".into())
 }
 
+/// What becomes of a batch whose claim does not hold: another worker was faster, or a commit of ours was not
+/// acknowledged. `Ok`: go on with this, the rest of it.
+pub(crate) fn without_claim<'a>(entry: Option<&Entry>, stage: Stage, batch: Batch<'a>) -> Result<Batch<'a>, Delivered> {
+    let Some(entry) = entry.filter(|entry| stage.plays(&entry.status)) else { return Err(Delivered::Left) };
+    match batch.from(entry.position) {
+        Some(rest) if rest.after < rest.through => Ok(rest),
+        Some(_) => Err(Delivered::At(entry.position)),
+        None => Err(Delivered::Elsewhere(entry.position)),
+    }
+}
+
+/// Whether a projector may be marked broken: it is still this stage's, and stands just before the event that failed.
+pub(crate) fn may_break(entry: &Entry, stage: Stage, before: Option<Position>) -> bool {
+    stage.plays(&entry.status) && before.is_none_or(|before| entry.position == before)
+}
+
 impl<'a> Batch<'a> {
+    /// What of it lies between a projector that stands at `position` and `end`, if anything does.
+    pub(crate) fn part(self, position: Position, end: Position) -> Option<Self> {
+        self.from(position).map(|rest| rest.until(end)).filter(|part| part.after < part.through)
+    }
+
     /// What is left of it for a projector that stands at `position`; `None` if that lies before it.
-    fn from(self, position: Position) -> Option<Self> {
+    pub(crate) fn from(self, position: Position) -> Option<Self> {
         if position < self.after {
             return None;
         }
@@ -248,7 +264,7 @@ impl<'a> Batch<'a> {
     }
 
     /// Its beginning, through `position`.
-    fn until(self, position: Position) -> Self {
+    pub(crate) fn until(self, position: Position) -> Self {
         let through = self.through.min(position).max(self.after);
         let within = self.events.partition_point(|event| event.position <= through);
         Batch { through, events: &self.events[..within], ..self }

@@ -16,6 +16,11 @@ pub(crate) fn oldest_queued(registry: &Registry, ledger: &[Entry], high_water: P
     live.map(|entry| entry.position).min().unwrap_or(high_water)
 }
 
+/// Whether boot is done with a projector that had to come to `position`: it is still boot's, and has come there.
+pub(crate) fn has_reached(entry: &Entry, position: Position) -> bool {
+    Stage::Boot.plays(&entry.status) && entry.position >= position
+}
+
 impl Engine {
     /// Makes a projector live, under its row's lock, if it still stands at or beyond `oldest_queued`.
     ///
@@ -23,7 +28,7 @@ impl Engine {
     /// messages that this projector never saw. The first message that does not continue its position
     /// makes play read the difference from the store.
     pub(crate) async fn hand_over(&self, projector: &Registered, oldest_queued: Position) -> Result<bool, LedgerError> {
-        let still = |entry: &Entry| Stage::Boot.plays(&entry.status) && entry.position >= oldest_queued;
+        let still = |entry: &Entry| has_reached(entry, oldest_queued);
         let entry = self.ledger.step(&projector.id, Step::HandOver, still).await?;
         let Some(entry) = entry.filter(|entry| entry.status == Status::Live) else { return Ok(false) };
         info!(

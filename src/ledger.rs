@@ -3,7 +3,7 @@
 use sqlx::mysql::MySqlRow;
 use sqlx::{Connection, MySqlConnection, Row};
 
-use crate::database::Database;
+use crate::database::{Database, answered};
 use crate::event::Position;
 use crate::lifecycle::{self, FailedEvent, Failure, Status, Step};
 use crate::projector::{Mode, ProjectorId};
@@ -69,7 +69,7 @@ impl Ledger {
     /// # Errors
     /// If the database fails.
     pub async fn entries(&self) -> Result<Vec<Entry>, sqlx::Error> {
-        sqlx::query(ENTRIES).fetch_all(&self.database.pool).await?.iter().map(decode).collect()
+        answered(sqlx::query(ENTRIES).fetch_all(&self.database.pool)).await?.iter().map(decode).collect()
     }
 
     /// Enters a new projector as booting; one that is there already is left as it is.
@@ -94,13 +94,20 @@ impl Ledger {
         still: impl Fn(&Entry) -> bool,
     ) -> Result<Option<Entry>, LedgerError> {
         let mut connection = self.database.acquire().await?;
-        let mut transaction = connection.begin().await?;
-        let Some(Locked { mut entry, .. }) = lock(&mut transaction, id).await? else { return Ok(None) };
+        let begin = async {
+            let mut transaction = connection.begin().await?;
+            let locked = lock(&mut transaction, id).await?;
+            Ok((transaction, locked))
+        };
+        let (mut transaction, Some(Locked { mut entry, .. })) = answered(begin).await? else { return Ok(None) };
         if still(&entry) {
             entry.status = lifecycle::take(&entry.status, entry.mode, step)
                 .map_err(|error| LedgerError::Step(id.clone(), error))?;
-            set_status(&mut transaction, id, &entry.status).await?;
-            transaction.commit().await?;
+            let commit = async {
+                set_status(&mut transaction, id, &entry.status).await?;
+                transaction.commit().await
+            };
+            answered(commit).await?;
         }
         Ok(Some(entry))
     }

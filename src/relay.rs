@@ -8,15 +8,13 @@ use uuid::Uuid;
 
 use crate::error::Error;
 use crate::event::Position;
+use crate::held::HeldWatch;
 use crate::queue::{self, Queue, QueueError};
 use crate::retry;
-use crate::store::{EventStore, Held};
+use crate::store::EventStore;
 
 /// A relay that stops without releasing its lease is missed for this long, and no longer.
 const LEASE: Duration = Duration::from_secs(5);
-
-/// A transaction may take its time. Beyond this, somebody should look: nothing after it is published.
-const HELD_TOO_LONG: Duration = Duration::from_secs(10);
 
 /// How the relay works.
 #[derive(Debug, Clone, Copy)]
@@ -41,14 +39,7 @@ pub(crate) struct Relay {
     holder: String,
     /// When the lease was last taken: an idle log costs reads, but hardly any writes.
     leased: Option<Instant>,
-    held: Option<HeldSince>,
-}
-
-/// What the mark waits for, and since when.
-struct HeldSince {
-    held: Held,
-    since: Instant,
-    told: bool,
+    held: HeldWatch,
 }
 
 /// What one look at the log came to.
@@ -78,9 +69,14 @@ impl From<RelayError> for Error {
     }
 }
 
+/// The log and both ends: a message of other ends is another message, and repeats harmlessly.
+pub(crate) fn deduplication_id(log_id: &str, published: Position, last: Position) -> String {
+    format!("{log_id}-{published}-{last}")
+}
+
 impl Relay {
     pub(crate) fn new(store: EventStore, queue: Arc<dyn Queue>, settings: RelaySettings) -> Self {
-        Relay { store, queue, settings, holder: Uuid::now_v7().to_string(), leased: None, held: None }
+        Relay { store, queue, settings, holder: Uuid::now_v7().to_string(), leased: None, held: HeldWatch::default() }
     }
 
     /// Publishes until it is dropped; the lease it then holds runs out. Failures are told and tried again.
@@ -130,7 +126,7 @@ impl Relay {
             }
         };
         let high_water = self.store.raise_high_water().await?;
-        self.watch_held(high_water.held);
+        self.held.note(high_water.held);
 
         let marks = self.store.marks().await?;
         let mut published = marks.published;
@@ -140,8 +136,7 @@ impl Relay {
             while !rest.is_empty() {
                 let (bytes, most) = (self.queue.max_message_bytes(), self.settings.max_events);
                 let packed = queue::pack(&marks.log_id, published, rest, bytes, most);
-                // The log and both ends: a message of other ends is another message, and repeats harmlessly.
-                let deduplication_id = format!("{}-{}-{}", marks.log_id, published, packed.last);
+                let deduplication_id = deduplication_id(&marks.log_id, published, packed.last);
                 self.queue.send(&packed.body, &deduplication_id).await?;
                 self.store.set_published(packed.last).await?;
                 published = packed.last;
@@ -153,43 +148,5 @@ impl Relay {
             }
         }
         Ok(Looked::Published { events: published.since(marks.published), through: published })
-    }
-
-    fn watch_held(&mut self, held: Option<Held>) {
-        let Some(held) = held else {
-            if self.held.take().is_some_and(|held| held.told) {
-                info!("the high-water mark rises again");
-            }
-            return;
-        };
-        if self.held.as_ref().is_none_or(|before| before.held != held) {
-            self.held = Some(HeldSince { held, since: Instant::now(), told: false });
-        }
-        let Some(HeldSince { held, since, told }) = &mut self.held else { return };
-        match held {
-            Held::InFlight(position) if !*told && since.elapsed() > HELD_TOO_LONG => {
-                *told = true;
-                warn!(
-                    alert = "high_water_held",
-                    position = position.get(),
-                    seconds = since.elapsed().as_secs(),
-                    "a transaction that holds this position has neither committed nor rolled back: \
-                     nothing after it is published or replayed. Look for it in information_schema.innodb_trx"
-                );
-            }
-            Held::Gap(gap) if !*told => {
-                *told = true;
-                warn!(
-                    alert = "high_water_held",
-                    first = gap.start(),
-                    last = gap.end(),
-                    "so many positions are missing that no rollback explains it: nothing after them is published or \
-                     replayed. If no writer can still hold them, close the gap: projectionist fill {} {}",
-                    gap.start(),
-                    gap.end()
-                );
-            }
-            _ => {}
-        }
     }
 }

@@ -13,7 +13,7 @@ const STEP: usize = 10_000;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-A gap of over 10,000 positions holds the high-water mark until somebody has looked: a wrong auto_increment, an explicit \
+A gap of over 65,536 positions holds the high-water mark until somebody has looked: a wrong auto_increment, an explicit \
 position. This puts a tombstone into each missing position; what a writer has taken is left alone.")]
 pub(super) struct Fill {
     /// The first missing position

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::Args;
 use clap::builder::FalseyValueParser;
+use tracing::info;
 
 use super::{say, shutdown_signal};
 use crate::config::Config;
@@ -55,7 +56,8 @@ impl RelayCommand {
         let mut relay = Relay::new(store.clone(), Arc::new(queue), self.options.settings());
         if !self.once {
             // Fails at once where the tables are missing, rather than trying for ever.
-            store.marks().await?;
+            let marks = store.marks().await?;
+            info!(published = marks.published.get(), high_water = marks.high_water.get(), "publishing");
             tokio::select! {
                 () = relay.run() => {}
                 () = &mut shutdown => relay.release().await,

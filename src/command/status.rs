@@ -33,6 +33,9 @@ struct StatusReport {
     high_water: u64,
     published: u64,
     projectors: Vec<ProjectorReport>,
+    /// The last position that is visible, below the mark or above; shown in the table.
+    #[serde(skip)]
+    visible: u64,
 }
 
 #[derive(Serialize)]
@@ -88,6 +91,7 @@ async fn report(ledger: &Ledger, store: &EventStore, registry: &Registry) -> Res
     let published = store.marks().await?.published;
     // Proved anew, and not as last stored: with no relay running, the stored mark would hide the lag.
     let high_water = store.provable_high_water().await?;
+    let visible = store.last_visible().await?.max(high_water).get();
     let now = OffsetDateTime::now_utc();
     let mut projectors = Vec::new();
     for entry in &entries {
@@ -112,7 +116,7 @@ async fn report(ledger: &Ledger, store: &EventStore, registry: &Registry) -> Res
             is_known: true,
         });
     }
-    Ok(StatusReport { high_water: high_water.get(), published: published.get(), projectors })
+    Ok(StatusReport { high_water: high_water.get(), published: published.get(), projectors, visible })
 }
 
 /// The age of the oldest event above a position, to the millisecond.
@@ -167,7 +171,15 @@ fn table(report: &StatusReport, has_set: bool) -> String {
             note,
         ]);
     }
-    let marks = format!("high-water mark {}   published {}", report.high_water, report.published);
+    let mut marks = format!("high-water mark {}   published {}", report.high_water, report.published);
+    if report.visible > report.high_water {
+        // A lag of zero says nothing about what stands above the mark.
+        marks.push_str(&format!(
+            "\nthe mark is held: the log goes on to {}, but at {} a transaction is open, or a position is missing",
+            report.visible,
+            report.high_water + 1
+        ));
+    }
     match report.projectors.is_empty() {
         true => format!("{marks}\nno projector was booted yet"),
         false => format!("{marks}\n\n{}", table.trim_fmt()),

@@ -52,7 +52,7 @@ impl Stragglers {
         for id in ended {
             let Some(task) = self.tasks.remove(&id) else { continue };
             match task.await {
-                Ok(CursorState::Broke(_)) => broken += 1,
+                Ok(CursorState::Broke) => broken += 1,
                 Ok(_) => info!(projector = %id, "back in the convoy"),
                 Err(error) => warn!(projector = %id, %error, "its catch-up ended; it is tried in the convoy again"),
             }

@@ -21,11 +21,7 @@ impl Worker {
     pub(super) async fn fan_out(&mut self, bodies: &[String]) -> Result<u64, sqlx::Error> {
         // Read again with every batch: what was booted, broken or retired meanwhile joins or leaves.
         let (entries, marks) = tokio::try_join!(self.engine.ledger.entries(), self.engine.store.marks())?;
-        let (runs, mut doorbells) = sort(bodies, &self.log_id);
-        // The relay stores the mark before it sends. What lies above it is of a log that was, before a backup
-        // of the database was restored.
-        let (runs, beyond): (Vec<Run>, Vec<Run>) = runs.into_iter().partition(|run| run.last() <= marks.high_water);
-        doorbells += beyond.len();
+        let (runs, doorbells) = sort(bodies, &self.log_id, marks.high_water);
         let target = match doorbells {
             0 => None,
             _ => Some(self.engine.store.raise_high_water().await?.mark),
@@ -60,7 +56,7 @@ impl Worker {
                     self.stragglers.leave(&self.engine, projector, cursor.position);
                 }
             }
-            broken += u64::from(matches!(cursor.state, CursorState::Broke(_)));
+            broken += u64::from(matches!(cursor.state, CursorState::Broke));
         }
         Ok(broken)
     }
@@ -78,17 +74,11 @@ impl Worker {
 
     /// Brings one projector past one run.
     async fn follow(&self, cursor: &mut Cursor, run: &Run) -> Result<(), sqlx::Error> {
-        while cursor.is_running() {
-            match chain::link(cursor.position, run) {
-                Link::Skip => return Ok(()),
-                Link::Apply => {
-                    let rest = run.above(cursor.position);
-                    let events = &rest[..rest.len().min(self.engine.limits.batch as usize)];
-                    let through = events.last().map_or(run.last(), |event| event.position);
-                    let batch = Batch { after: cursor.position, through, events };
-                    cursor.note(self.engine.deliver(&cursor.projector, Stage::Play, batch).await);
-                }
-                Link::CatchUp => {
+        loop {
+            match need(cursor, run, self.engine.limits.batch) {
+                Need::Nothing => return Ok(()),
+                Need::Batch(batch) => cursor.note(self.engine.deliver(&cursor.projector, Stage::Play, batch).await),
+                Need::CatchUp => {
                     debug!(
                         projector = %cursor.projector.id, position = cursor.position.get(), prev = run.prev().get(),
                         "the queue does not continue this projector: catching up from the store"
@@ -97,7 +87,6 @@ impl Worker {
                 }
             }
         }
-        Ok(())
     }
 
     /// Catches one projector up from the store.
@@ -113,8 +102,36 @@ fn is_far_behind(position: Position, runs: &[Run], target: Option<Position>, bud
     before_the_runs.max(after_the_runs) > budget
 }
 
+/// What a projector still needs before a message that carries a run may be deleted, as far as it is concerned.
+#[derive(Debug)]
+pub(crate) enum Need<'a> {
+    /// It has committed past the run, is broken, or is no longer ours.
+    Nothing,
+    /// The next events of the run.
+    Batch(Batch<'a>),
+    /// What lies before the run's end, from the store.
+    CatchUp,
+}
+
+/// The chain rule for one projector, in batches.
+pub(crate) fn need<'a>(cursor: &Cursor, run: &'a Run, most: u64) -> Need<'a> {
+    if !cursor.is_running() {
+        return Need::Nothing;
+    }
+    match chain::link(cursor.position, run) {
+        Link::Skip => Need::Nothing,
+        Link::Apply => {
+            let rest = run.above(cursor.position);
+            let events = &rest[..rest.len().min(most as usize)];
+            let through = events.last().map_or(run.last(), |event| event.position);
+            Need::Batch(Batch { after: cursor.position, through, events })
+        }
+        Link::CatchUp => Need::CatchUp,
+    }
+}
+
 /// Reads messages: the runs in them, joined and in order, and how many say no more than to look.
-fn sort(bodies: &[String], log_id: &str) -> (Vec<Run>, usize) {
+pub(crate) fn sort(bodies: &[String], log_id: &str, high_water: Position) -> (Vec<Run>, usize) {
     let mut runs = Vec::new();
     let mut doorbells = 0;
     for body in bodies {
@@ -126,5 +143,8 @@ fn sort(bodies: &[String], log_id: &str) -> (Vec<Run>, usize) {
             }
         }
     }
-    (chain::join(runs), doorbells)
+    // The relay stores the mark before it sends. What lies above it is of a log that was, before a backup
+    // of the database was restored.
+    let (runs, beyond): (Vec<Run>, Vec<Run>) = chain::join(runs).into_iter().partition(|run| run.last() <= high_water);
+    (runs, doorbells + beyond.len())
 }

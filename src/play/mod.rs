@@ -1,8 +1,8 @@
 //! Play: receive, fan out, delete, until shutdown.
 
 mod convoy;
-mod fan_out;
-mod reconcile;
+pub(crate) mod fan_out;
+pub(crate) mod reconcile;
 
 use std::future::Future;
 use std::pin::pin;

@@ -15,20 +15,20 @@ const AT_LEAST_EVERY: Duration = Duration::from_secs(60);
 
 /// Since when each live projector has stood still below the mark.
 #[derive(Debug, Default)]
-pub(super) struct Reconcile {
+pub(crate) struct Reconcile {
     last: Option<Instant>,
     standing: HashMap<ProjectorId, (Position, Instant)>,
 }
 
 impl Reconcile {
     /// Whether the last comparison is so long ago that the next must not wait for silence.
-    pub(super) fn is_due(&mut self, now: Instant) -> bool {
+    pub(crate) fn is_due(&mut self, now: Instant) -> bool {
         now.duration_since(*self.last.get_or_insert(now)) >= AT_LEAST_EVERY
     }
 
     /// Takes note of where the live projectors stand, and says which have stood still below the mark for
     /// longer than `after`. One that moves is being fed: the queue explains its lag.
-    fn overdue(
+    pub(crate) fn overdue(
         &mut self,
         now: Instant,
         live: &[(ProjectorId, Position)],

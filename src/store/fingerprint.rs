@@ -8,6 +8,7 @@
 use sqlx::mysql::MySqlConnection;
 
 use super::EventStore;
+use crate::database::answered;
 use crate::event::Position;
 
 const SUM: &str = "select count(*), cast(coalesce(bit_xor(cast(conv(left(sha2(concat(position, ':', event_id), 256), 16), \
@@ -65,13 +66,8 @@ impl EventStore {
             );
             return Ok(from);
         }
-        let raised = sqlx::query(RAISE)
-            .bind(to.get())
-            .bind(sum.rows)
-            .bind(sum.bits)
-            .bind(from.get())
-            .execute(&mut *connection)
-            .await?;
+        let raise = sqlx::query(RAISE).bind(to.get()).bind(sum.rows).bind(sum.bits).bind(from.get());
+        let raised = answered(raise.execute(&mut *connection)).await?;
         match raised.rows_affected() {
             0 => Ok(self.marks().await?.high_water),
             _ => Ok(to),
@@ -108,7 +104,7 @@ impl EventStore {
 
 async fn sum(connection: &mut MySqlConnection, after: Position, through: Position) -> Result<Fingerprint, sqlx::Error> {
     let (rows, bits): (i64, u64) =
-        sqlx::query_as(SUM).bind(after.get()).bind(through.get()).fetch_one(connection).await?;
+        answered(sqlx::query_as(SUM).bind(after.get()).bind(through.get()).fetch_one(connection)).await?;
     Ok(Fingerprint { rows: rows.unsigned_abs(), bits })
 }
 

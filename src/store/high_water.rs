@@ -9,7 +9,7 @@ use std::time::Duration;
 use sqlx::QueryBuilder;
 
 use super::EventStore;
-use crate::database::Flavor;
+use crate::database::{Flavor, answered};
 use crate::error::server_error;
 use crate::event::{Position, TOMBSTONE};
 
@@ -32,14 +32,15 @@ const PATIENT: &str = "set session innodb_lock_wait_timeout = default";
 const PAGE: u64 = 10_000;
 
 /// The longest run of missing positions that is filled without being asked, and the most that are filled at once.
-/// A longer one is not a rollback: somebody inserted an explicit position, or set auto_increment.
-pub(crate) const MOST_FILLED: u64 = 10_000;
+/// A bulk insert reserves positions in steps that double up to 65,535, so that one `insert … select` may leave nearly
+/// so many without anybody's fault. A longer run is: somebody inserted an explicit position, or set auto_increment.
+pub(crate) const MOST_FILLED: u64 = 65_536;
 
 /// Tombstones in one statement.
 const FILL_CHUNK: usize = 1_000;
 
 /// How often the holes of one page are filled without the mark having moved.
-const MOST_PASSES: u32 = 3;
+pub(crate) const MOST_PASSES: u32 = 3;
 
 /// How long a hole is given to close by itself before it is probed: most are transactions that are
 /// just about to commit.
@@ -116,51 +117,54 @@ impl EventStore {
         }
     }
 
-    /// Treats all holes of a page together: one grace, one probe a run, one fill. `None`: all are closed.
+    /// Treats all holes of a page together: one grace, few probes, one fill. `None`: all that were taken are closed.
     async fn close_holes(&self, mark: Position) -> Result<Option<Held>, sqlx::Error> {
         tokio::time::sleep(GRACE).await;
         let holes = survey(mark, &self.visible_above(mark).await?).holes;
 
-        let mut held = None;
-        let mut absent = Vec::new();
-        let mut filled = 0;
-        for hole in holes {
-            let length = hole.end() - hole.start() + 1;
-            // Of any length: one transaction may well insert more rows than an operator should be called for.
-            if self.is_locked(&hole).await? {
-                // The mark cannot pass it, so nothing is gained by filling what lies beyond, and something may be lost:
-                // an `insert … select` that still runs has reserved positions there, and would have to start again.
-                held = Some(Held::InFlight(Position::new(*hole.start())));
+        let first_locked = self.first_locked(&holes).await?;
+        let mut closing = Closing::default();
+        for (index, hole) in holes.into_iter().enumerate() {
+            if !closing.takes(&hole) {
                 break;
             }
-            if length > MOST_FILLED {
-                held = Some(Held::Gap(hole));
-                break;
-            }
-            if filled + length > MOST_FILLED {
-                // Many short holes are rollbacks still: the rest of the page has its turn when these are closed.
-                break;
-            }
-            filled += length;
-            absent.extend(hole);
+            closing.probed(hole, Some(index) == first_locked);
         }
-        let refused = self.fill(&absent).await?;
-        Ok(held.or(refused))
+        let refused = self.fill(&closing.absent).await?;
+        Ok(closing.held.or(refused))
+    }
+
+    /// The lowest hole that a writer holds who is still undecided. One probe where there is none, a few more where
+    /// there is: whether anything is locked from the first hole up to another only ever turns from no to yes.
+    async fn first_locked(&self, holes: &[RangeInclusive<u64>]) -> Result<Option<usize>, sqlx::Error> {
+        let (Some(first), Some(last)) = (holes.first(), holes.last()) else { return Ok(None) };
+        if !self.is_locked(&(*first.start()..=*last.end())).await? {
+            return Ok(None);
+        }
+        // Free below `free`, locked at or below `locked`.
+        let (mut free, mut locked) = (0, holes.len() - 1);
+        while free < locked {
+            let middle = free + (locked - free) / 2;
+            match self.is_locked(&(*holes[free].start()..=*holes[middle].end())).await? {
+                true => locked = middle,
+                false => free = middle + 1,
+            }
+        }
+        Ok(Some(locked))
     }
 
     async fn visible_above(&self, mark: Position) -> Result<Vec<u64>, sqlx::Error> {
-        sqlx::query_scalar(VISIBLE).bind(mark.get()).bind(PAGE).fetch_all(&self.database.pool).await
+        answered(sqlx::query_scalar(VISIBLE).bind(mark.get()).bind(PAGE).fetch_all(&self.database.pool)).await
     }
 
-    /// Whether a writer that is still undecided holds a position of this run.
-    async fn is_locked(&self, run: &RangeInclusive<u64>) -> Result<bool, sqlx::Error> {
+    /// Whether a writer that is still undecided holds a position in this range.
+    async fn is_locked(&self, range: &RangeInclusive<u64>) -> Result<bool, sqlx::Error> {
         let (probe, locked) = match self.database.flavor {
             Flavor::MySql => (PROBE_MYSQL, 3572),
             Flavor::MariaDb => (PROBE_MARIADB, 1205),
         };
-        let probed: Result<i64, _> =
-            sqlx::query_scalar(probe).bind(run.start()).bind(run.end()).fetch_one(&self.database.pool).await;
-        match probed {
+        let probed = sqlx::query(probe).bind(range.start()).bind(range.end()).fetch_one(&self.database.pool);
+        match answered(probed).await {
             Ok(_) => Ok(false),
             Err(error) if server_error(&error) == Some(locked) => Ok(true),
             Err(error) => Err(error),
@@ -179,9 +183,9 @@ impl EventStore {
         for chunk in positions.chunks(FILL_CHUNK) {
             let mut insert = QueryBuilder::new(FILL);
             insert.push_values(chunk, |mut row, &position| {
-                row.push_bind(position).push_bind(TOMBSTONE).push_bind(position).push_bind(TOMBSTONE).push("'{}'");
+                row.push(position).push_bind(TOMBSTONE).push(position).push_bind(TOMBSTONE).push("'{}'");
             });
-            match insert.build().persistent(false).execute(&mut *connection).await {
+            match answered(insert.build().persistent(false).execute(&mut *connection)).await {
                 Ok(_) => tracing::debug!(first = chunk[0], positions = chunk.len(), "filled holes left by rollbacks"),
                 // In flight after all: it was inserted between the probe and the fill.
                 Err(error) if matches!(server_error(&error), Some(1205 | 1213)) => {
@@ -199,16 +203,54 @@ impl EventStore {
     }
 }
 
-/// What stands above a mark, by the positions that are visible there.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Survey {
-    /// The end of the run that begins just above the mark.
-    contiguous: Position,
-    /// The runs of missing positions between it and the last visible one.
-    holes: Vec<RangeInclusive<u64>>,
+/// What is to be done about the holes of a page, from below upwards.
+#[derive(Debug, Default)]
+pub(crate) struct Closing {
+    /// Positions that a tombstone has to prove empty.
+    pub(crate) absent: Vec<u64>,
+    /// The lowest hole that cannot be closed now. The mark stays below it.
+    pub(crate) held: Option<Held>,
+    /// What lies above is not looked at now.
+    is_full: bool,
 }
 
-fn survey(mark: Position, visible: &[u64]) -> Survey {
+impl Closing {
+    /// Whether the next hole is one to be looked at.
+    pub(crate) fn takes(&self, _hole: &RangeInclusive<u64>) -> bool {
+        !self.is_full && self.held.is_none()
+    }
+
+    /// Takes note of a probe.
+    ///
+    /// A hole that a writer has locked is left to it, and with it all above: the mark cannot pass it, so nothing is
+    /// gained by filling what lies beyond, and something may be lost: an `insert … select` that still runs has reserved
+    /// positions there, and would have to start again. Of any length, too: one transaction may well insert more rows
+    /// than an operator should be called for.
+    pub(crate) fn probed(&mut self, hole: RangeInclusive<u64>, is_locked: bool) {
+        let length = hole.end() - hole.start() + 1;
+        if is_locked {
+            self.held = Some(Held::InFlight(Position::new(*hole.start())));
+        } else if length > MOST_FILLED {
+            self.held = Some(Held::Gap(hole));
+        } else if self.absent.len() as u64 + length > MOST_FILLED {
+            // Many short holes are rollbacks still: the rest of the page has its turn when these are closed.
+            self.is_full = true;
+        } else {
+            self.absent.extend(hole);
+        }
+    }
+}
+
+/// What stands above a mark, by the positions that are visible there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Survey {
+    /// The end of the run that begins just above the mark.
+    pub(crate) contiguous: Position,
+    /// The runs of missing positions between it and the last visible one.
+    pub(crate) holes: Vec<RangeInclusive<u64>>,
+}
+
+pub(crate) fn survey(mark: Position, visible: &[u64]) -> Survey {
     let mut contiguous = mark.get();
     let mut holes = Vec::new();
     let mut expected = mark.get() + 1;

@@ -2,11 +2,11 @@
 
 mod append;
 mod fingerprint;
-mod high_water;
+pub(crate) mod high_water;
 mod read;
 mod relay_state;
 
-use crate::database::Database;
+use crate::database::{Database, answered};
 use crate::event::Position;
 
 pub use append::{AppendError, Appended};
@@ -41,7 +41,7 @@ impl EventStore {
     /// The marks as they are stored.
     pub(crate) async fn marks(&self) -> Result<Marks, sqlx::Error> {
         let (high_water, published, log_id): (u64, u64, String) =
-            sqlx::query_as(MARKS).fetch_one(&self.database.pool).await?;
+            answered(sqlx::query_as(MARKS).fetch_one(&self.database.pool)).await?;
         Ok(Marks { high_water: Position::new(high_water), published: Position::new(published), log_id })
     }
 }

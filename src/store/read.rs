@@ -6,6 +6,7 @@ use sqlx::mysql::MySqlRow;
 use time::OffsetDateTime;
 
 use super::EventStore;
+use crate::database::answered;
 use crate::event::{Event, Position};
 
 /// By range and not by offset, so that a page costs the same wherever it lies.
@@ -35,6 +36,10 @@ impl EventStore {
     /// `through` must not lie above the high-water mark.
     pub(crate) async fn read_after(&self, after: Position, through: Position, limit: u64) -> Result<Page, sqlx::Error> {
         let end = through.min(Position::new(after.get().saturating_add(limit)));
+        answered(self.read_page(after, end)).await
+    }
+
+    async fn read_page(&self, after: Position, end: Position) -> Result<Page, sqlx::Error> {
         let mut events = Vec::with_capacity(end.since(after) as usize);
         let mut bytes = 0;
         let mut connection = self.database.acquire().await?;
@@ -56,12 +61,12 @@ impl EventStore {
 
     /// When the event at this position was recorded; `None` if there is none.
     pub(crate) async fn recorded_at(&self, position: Position) -> Result<Option<OffsetDateTime>, sqlx::Error> {
-        sqlx::query_scalar(RECORDED_AT).bind(position.get()).fetch_optional(&self.database.pool).await
+        answered(sqlx::query_scalar(RECORDED_AT).bind(position.get()).fetch_optional(&self.database.pool)).await
     }
 
     /// The highest position that is visible, whether or not those below it are.
     pub(crate) async fn last_visible(&self) -> Result<Position, sqlx::Error> {
-        let last: Option<u64> = sqlx::query_scalar(LAST).fetch_one(&self.database.pool).await?;
+        let last: Option<u64> = answered(sqlx::query_scalar(LAST).fetch_one(&self.database.pool)).await?;
         Ok(Position::new(last.unwrap_or_default()))
     }
 }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::EventStore;
+use crate::database::answered;
 use crate::event::Position;
 
 /// Taken where it is free, expired, or ours. By the database's clock, so that the hosts' need not agree.
@@ -29,6 +30,6 @@ impl EventStore {
 
     /// Notes that everything up to here has been sent.
     pub(crate) async fn set_published(&self, position: Position) -> Result<(), sqlx::Error> {
-        sqlx::query(PUBLISHED).bind(position.get()).execute(&self.database.pool).await.map(|_| ())
+        answered(sqlx::query(PUBLISHED).bind(position.get()).execute(&self.database.pool)).await.map(|_| ())
     }
 }

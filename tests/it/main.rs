@@ -6,5 +6,10 @@ mod support;
 mod alerts;
 mod audit;
 mod convoy;
+mod grants;
 mod log;
 mod story;
+
+mod command_line;
+mod declared;
+mod receipt;

@@ -1,6 +1,7 @@
 //! A world for each test: a database and a queue of its own, on the real parts.
 
 mod faulty_queue;
+mod folder;
 mod gate;
 mod playing;
 mod process;
@@ -20,9 +21,10 @@ use projectionist::{
 };
 
 pub use faulty_queue::{Faults, FaultyQueue};
+pub use folder::Folder;
 pub use gate::Gate;
 pub use playing::Playing;
-pub use process::{Finished, Running};
+pub use process::{Finished, Piped, Running};
 pub use proxy::Proxy;
 pub use scripted::Scripted;
 pub use tally::{Hook, Tally, registry};

@@ -1,12 +1,15 @@
 //! The shipped binary as a real process, which can really be killed.
 
+use std::os::unix::process::ExitStatusExt;
 use std::process::Stdio;
+use std::sync::{Arc, Mutex};
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::process::{Child, Command};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
+use tokio::process::{Child, ChildStdin, Command};
+use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
-use super::{PATIENCE, World, setting};
+use super::{PATIENCE, World, eventually, setting};
 
 /// What a process left.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,6 +27,30 @@ impl Finished {
         self
     }
 
+    /// Asserts that what it said at its end names each of these.
+    #[track_caller]
+    pub fn says(self, words: &[&str]) -> Self {
+        let error = self.error();
+        for word in words {
+            assert!(error.contains(word), "{word:?} is not in: {error}");
+        }
+        self
+    }
+
+    /// What it said at its end, as a person reads it.
+    pub fn error(&self) -> String {
+        let last = self.stderr.lines().last().unwrap_or_default();
+        let message = serde_json::from_str::<serde_json::Value>(last).ok();
+        message.and_then(|line| Some(line["message"].as_str()?.to_owned())).unwrap_or_else(|| self.stderr.clone())
+    }
+
+    /// The log, of which every line must be JSON.
+    #[track_caller]
+    pub fn log(&self) -> Vec<serde_json::Value> {
+        let read = |line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"));
+        self.stderr.lines().map(read).collect()
+    }
+
     /// Standard output, as JSON.
     #[track_caller]
     pub fn json(&self) -> serde_json::Value {
@@ -34,6 +61,20 @@ impl Finished {
 /// A process that runs. Killed, with SIGKILL, when dropped.
 pub struct Running {
     child: Child,
+    stdout: Output,
+    stderr: Output,
+}
+
+/// What a process has written so far. Read all the while, so that it never waits for a reader.
+struct Output {
+    text: Arc<Mutex<Vec<u8>>>,
+    reading: JoinHandle<()>,
+}
+
+/// A process that runs, and reads what the test writes.
+pub struct Piped {
+    running: Running,
+    stdin: ChildStdin,
 }
 
 impl World {
@@ -63,23 +104,82 @@ impl World {
 
     /// Runs it to its end, with this on its standard input.
     pub async fn run_with(&self, arguments: &[&str], input: &[u8]) -> Finished {
+        Running::spawn_with(self.command(arguments), input).finish().await
+    }
+
+    /// Starts it.
+    pub fn start(&self, arguments: &[&str]) -> Running {
+        Running::spawn(self.command(arguments))
+    }
+
+    /// Starts it, with its standard input open.
+    pub fn start_piped(&self, arguments: &[&str]) -> Piped {
         let mut child = self.command(arguments).stdin(Stdio::piped()).spawn().expect("the binary starts");
+        let stdin = child.stdin.take().expect("piped");
+        Piped { running: Running::of(child), stdin }
+    }
+}
+
+impl Piped {
+    /// Writes lines.
+    pub async fn write(&mut self, lines: &[String]) {
+        let mut text = lines.join("\n");
+        text.push('\n');
+        self.stdin.write_all(text.as_bytes()).await.expect("it reads");
+        self.stdin.flush().await.expect("it reads");
+    }
+
+    /// The end of its standard input, and what it left.
+    pub async fn finish(self) -> Finished {
+        drop(self.stdin);
+        self.running.finish().await
+    }
+}
+
+impl Running {
+    /// Starts a command that may be any.
+    pub fn spawn(mut command: Command) -> Self {
+        Running::of(command.kill_on_drop(true).spawn().expect("it starts"))
+    }
+
+    /// Starts a command, with this on its standard input.
+    pub fn spawn_with(mut command: Command, input: &[u8]) -> Self {
+        let mut child = command.stdin(Stdio::piped()).kill_on_drop(true).spawn().expect("it starts");
         let mut stdin = child.stdin.take().expect("piped");
         let input = input.to_vec();
         // It may well stop reading before the end.
         tokio::spawn(async move {
             let _ = stdin.write_all(&input).await;
         });
-        Running { child }.finish().await
+        Running::of(child)
     }
 
-    /// Starts it.
-    pub fn start(&self, arguments: &[&str]) -> Running {
-        Running { child: self.command(arguments).spawn().expect("the binary starts") }
+    fn of(mut child: Child) -> Self {
+        let (stdout, stderr) = (child.stdout.take().expect("piped"), child.stderr.take().expect("piped"));
+        Running { child, stdout: Output::read(stdout), stderr: Output::read(stderr) }
     }
-}
 
-impl Running {
+    /// Whether it has logged this so far.
+    pub fn has_logged(&self, words: &str) -> bool {
+        self.stderr.so_far().contains(words)
+    }
+
+    /// Waits until it has logged this.
+    pub async fn logs(&self, words: &str) {
+        eventually(&format!("{words:?} in the log"), async || self.has_logged(words)).await;
+    }
+
+    /// Whether it has not ended by itself.
+    pub fn is_running(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// SIGKILL, and whether that was its end: it may have come to another just before.
+    pub async fn is_struck_down(mut self) -> bool {
+        let _ = self.child.start_kill();
+        self.child.wait().await.expect("it ended").signal() == Some(9)
+    }
+
     /// SIGKILL: it has no time for anything.
     pub async fn kill(mut self) {
         self.child.kill().await.expect("it was running");
@@ -95,14 +195,31 @@ impl Running {
 
     /// Waits for its end.
     pub async fn finish(mut self) -> Finished {
-        let (mut out, mut err) = (self.child.stdout.take().expect("piped"), self.child.stderr.take().expect("piped"));
-        let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
-        let end = async { tokio::join!(out.read_to_end(&mut stdout), err.read_to_end(&mut stderr), self.child.wait()) };
-        let (_, _, status) = timeout(PATIENCE * 2, end).await.expect("the process ends");
-        Finished {
-            code: status.expect("it ended").code(),
-            stdout: String::from_utf8_lossy(&stdout).into_owned(),
-            stderr: String::from_utf8_lossy(&stderr).into_owned(),
-        }
+        let end = async { tokio::join!(self.stdout.all(), self.stderr.all(), self.child.wait()) };
+        let (stdout, stderr, status) = timeout(PATIENCE * 2, end).await.expect("the process ends");
+        Finished { code: status.expect("it ended").code(), stdout, stderr }
+    }
+}
+
+impl Output {
+    fn read(mut from: impl AsyncRead + Unpin + Send + 'static) -> Self {
+        let text = Arc::new(Mutex::new(Vec::new()));
+        let written = Arc::clone(&text);
+        let reading = tokio::spawn(async move {
+            let mut piece = vec![0; 8192];
+            while let Ok(length @ 1..) = from.read(&mut piece).await {
+                written.lock().expect("no panic while writing").extend_from_slice(&piece[..length]);
+            }
+        });
+        Output { text, reading }
+    }
+
+    fn so_far(&self) -> String {
+        String::from_utf8_lossy(&self.text.lock().expect("no panic while writing")).into_owned()
+    }
+
+    async fn all(&mut self) -> String {
+        (&mut self.reading).await.expect("it reads to the end");
+        self.so_far()
     }
 }

@@ -1,0 +1,222 @@
+//! `append`: what is stored, what is refused, and that it tells the truth about both.
+
+use aws_sdk_sqs::types::QueueAttributeName;
+use projectionist::Queue;
+use projectionist::sqlx;
+use serde_json::Value;
+
+use super::{line, stored, tallied, tally_with};
+use crate::support::{Folder, World, eventually};
+
+#[tokio::test]
+async fn migrate_may_be_repeated_and_loses_nothing() {
+    let world = World::new().await;
+    world.execute("drop table projectors, event_log, events, projectionist_migrations").await;
+    for _ in 0..2 {
+        let migrated = world.run(&["migrate"]).await.exits(0);
+        assert_eq!(migrated.stdout, "the tables are up to date\n");
+        world.run_with(&["append"], line("a").as_bytes()).await.exits(0);
+    }
+    assert_eq!(stored(&world).await, 2);
+}
+
+#[tokio::test]
+async fn append_says_how_many_and_the_last_position_wherever_the_lines_come_from() {
+    let world = World::new().await;
+    // An empty line is none, and the last need not be ended.
+    let lines = format!("{}\n\n   \r\n{}\r\n{}", line("a"), line("b"), line("a"));
+    let folder = Folder::new().with("events.jsonl", &lines);
+    let from_file = world.run(&["append", &folder.file("events.jsonl")]).await.exits(0);
+    assert_eq!(from_file.stdout, "appended 3 events, last position 3\n");
+    for arguments in [&["append"][..], &["append", "-"]] {
+        let appended = world.run_with(arguments, lines.as_bytes()).await.exits(0);
+        assert_eq!(appended.stdout, format!("appended 3 events, last position {}\n", world.last_position().await));
+    }
+    let one = world.run_with(&["append"], line("c").as_bytes()).await.exits(0);
+    assert_eq!(one.stdout, "appended 1 event, last position 10\n");
+    assert_eq!(world.run_with(&["append"], b"\n\n").await.exits(0).stdout, "appended 0 events\n");
+    assert_eq!(stored(&world).await, 10);
+}
+
+#[tokio::test]
+async fn what_a_line_gives_is_kept_exactly() {
+    let world = World::new().await;
+    let given = concat!(
+        r#"{"stream_id":"Fall-Größe 😀 \"1\"","event_type":"Ünïcode, \\ and 'quotes'","event_id":"it's-\\-an:id","stream_version":1,"#,
+        r#""recorded_at":"2010-10-02T09:20:39.266001+02:00","metadata":[ 1.0, {"b":2, "a":"\u00e9"} ],"#,
+        r#""payload":{ "z" : 1.50, "a" : "\u0041", "big": 123456789012345678901234567890 }}"#
+    );
+    let next = r#"{"stream_id":"Fall-Größe 😀 \"1\"","event_type":"Opened","stream_version":2,"payload":null}"#;
+    world.run_with(&["append"], format!("{given}\n{next}").as_bytes()).await.exits(0);
+    let row: (String, String, String, u64, String, String, String) = sqlx::query_as(
+        "select stream_id, event_type, event_id, stream_version, cast(recorded_at as char), payload, metadata \
+         from events where position = 1",
+    )
+    .fetch_one(&mut world.connection().await)
+    .await
+    .expect("a row");
+    let expected = (
+        "Fall-Größe 😀 \"1\"",
+        "Ünïcode, \\ and 'quotes'",
+        "it's-\\-an:id",
+        1,
+        "2010-10-02 07:20:39.266001",
+        r#"{ "z" : 1.50, "a" : "\u0041", "big": 123456789012345678901234567890 }"#,
+        r#"[ 1.0, {"b":2, "a":"\u00e9"} ]"#,
+    );
+    let row = (&*row.0, &*row.1, &*row.2, row.3, &*row.4, &*row.5, &*row.6);
+    assert_eq!(row, expected);
+
+    let made = "select count(*) from events where position = 2 and stream_version = 2 and payload = 'null' and metadata is null \
+                and char_length(event_id) = 36 and abs(timestampdiff(second, recorded_at, utc_timestamp())) < 60";
+    assert_eq!(world.number(made).await, 1, "what is not given is made");
+}
+
+#[tokio::test]
+async fn what_comes_through_a_pipe_that_stays_open_is_stored_meanwhile() {
+    let world = World::new().await;
+    let mut writer = world.start_piped(&["append"]);
+    for count in [1, 3] {
+        writer.write(&[line("a"), line("b")][..count.min(2)]).await;
+        eventually("the lines are stored", async || stored(&world).await == count as u64).await;
+    }
+    assert_eq!(writer.finish().await.exits(0).stdout, "appended 3 events, last position 3\n");
+}
+
+/// A line that is refused, and words of the reason.
+const BAD_LINES: &[(&[u8], &str)] = &[
+    (b"{\"stream_id\":\"caf\xe9\",\"event_type\":\"a\",\"payload\":1}", "not UTF-8, from byte 18 on"),
+    (b"stream_id,event_type,payload", "expected value"),
+    (b"{\"stream_id\":\"a\",\"event_type\":\"a\",\"payload\":{\"a\":1}", "EOF while parsing"),
+    (b"{\"stream_id\":\"a\",\"event_type\":\"a\"}", "missing field `payload`"),
+    (b"{\"stream_id\":\"a\",\"event_type\":\"a\",\"payload\":1,\"recordedAt\":\"x\"}", "unknown field `recordedAt`"),
+    (b"{\"stream_id\":\"a\",\"event_type\":\"a\",\"payload\":1,\"recorded_at\":\"yesterday\"}", "at column"),
+    (b"{\"stream_id\":7,\"event_type\":\"a\",\"payload\":1}", "invalid type: integer"),
+    (b"{\"stream_id\":\"\",\"event_type\":\"a\",\"payload\":1}", "stream_id must be 1 to 200 characters"),
+    (b"{\"stream_id\":\"a\",\"event_type\":\"$tombstone\",\"payload\":1}", "begins with `$`"),
+    (b"{\"stream_id\":\"a\",\"event_type\":\"a\",\"payload\":1,\"stream_version\":9}", "is at version 1"),
+    (
+        b"{\"stream_id\":\"a\",\"event_type\":\"a\",\"payload\":1,\"event_id\":\"taken\"}",
+        "the id \"taken\" is in the log already",
+    ),
+    (
+        b"{\"stream_id\":\"a\",\"event_type\":\"a\",\"payload\":1,\"event_id\":\"twice\"}",
+        "the id \"twice\" is in the log already",
+    ),
+    // JSON to us, and none to the server.
+    (
+        b"{\"stream_id\":\"a\",\"event_type\":\"a\",\"payload\":\"\\ud800\"}",
+        "does not take its payload or metadata as JSON",
+    ),
+    (b"{\"stream_id\":\"a\",\"event_type\":\"a\",\"payload\":1,\"metadata\":\"\\ud800\"}", "events_metadata_is_json"),
+];
+
+#[tokio::test]
+async fn a_bad_line_is_named_with_its_reason_and_how_many_before_it_are_stored() {
+    let world = World::new().await;
+    let taken = r#"{"stream_id":"other","event_type":"Opened","payload":1,"event_id":"taken"}"#;
+    world.run_with(&["append"], taken.as_bytes()).await.exits(0);
+    for (number, (bad, reason)) in BAD_LINES.iter().enumerate() {
+        world.execute("delete from events where event_id <> 'taken'").await;
+        let twice = r#"{"stream_id":"twice","event_type":"Opened","payload":1,"event_id":"twice"}"#;
+        let before = format!("{}\n\n{twice}\n", line("a"));
+        // One that is bad, too, stands after it: only the first is told.
+        let after = format!("\n{}\n{taken}\n", line("after"));
+        let input = [before.as_bytes(), bad, after.as_bytes()].concat();
+        let finished = world.run_with(&["append"], &input).await.exits(2);
+        let last = world.number("select max(position) from events where event_type not like '$%'").await;
+        let tally = format!("stored before it: 2 events, last position {last}; nothing from line 4 on is");
+        let finished = finished.says(&["line 4: ", reason, &tally]);
+        assert_eq!((finished.stdout.as_str(), stored(&world).await), ("", 3), "{number}");
+        assert_eq!(world.number("select count(*) from events where stream_id = 'after'").await, 0);
+    }
+}
+
+#[tokio::test]
+async fn of_two_bad_events_in_one_transaction_the_first_is_named() {
+    let world = World::new().await;
+    let with = |keys: &str| format!(r#"{{"stream_id":"a","event_type":"Opened","payload":1{keys}}}"#);
+    let bad = [r#","event_id":"x""#, r#","stream_version":99"#, r#","metadata":"\ud800""#];
+    for first in bad {
+        for second in bad {
+            world.execute("delete from events").await;
+            world.run_with(&["append"], with(bad[0]).as_bytes()).await.exits(0);
+            let lines = [line("b"), line("b"), with(first), line("b"), with(second), line("b")].join("\n");
+            world
+                .run_with(&["append"], lines.as_bytes())
+                .await
+                .exits(2)
+                .says(&["line 3: ", "stored before it: 2 events"]);
+            assert_eq!(stored(&world).await, 3, "{first} {second}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_bad_line_far_into_the_input_is_counted_right() {
+    let world = World::new().await;
+    let mut lines = vec![line("a"); 1_200];
+    lines[1_100] = r#"{"stream_id":"a","event_type":"Opened","payload":"\ud800"}"#.into();
+    let finished = world.run_with(&["append"], lines.join("\n").as_bytes()).await.exits(2);
+    finished.says(&["line 1101: ", "stored before it: 1100 events"]);
+    assert_eq!(stored(&world).await, 1_100);
+    assert_eq!(world.number("select max(stream_version) from events where stream_id = 'a'").await, 1_100);
+}
+
+#[tokio::test]
+async fn a_file_that_cannot_be_read_is_named() {
+    let world = World::new().await;
+    let folder = Folder::new();
+    let missing = folder.file("missing.jsonl");
+    world.run(&["append", &missing]).await.exits(2).says(&[&missing, "No such file"]);
+    world.run(&["append", folder.path()]).await.exits(2).says(&["directory"]);
+}
+
+#[tokio::test]
+async fn a_payload_of_2_mb_is_stored_and_travels_as_a_reference() {
+    let world = World::new().await;
+    let large =
+        format!(r#"{{"stream_id":"a","event_type":"Opened","payload":{{"text":"{}"}}}}"#, "x".repeat(2_000_000));
+    let folder = Folder::new().with(
+        "a.toml",
+        &tally_with(
+            "a",
+            "mode = 'from_beginning'",
+            "if(char_length(:payload.text?) = 2000000, :position + 1000, :position)",
+        ),
+    );
+    world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
+    let lines = [line("a"), large, line("a")].join("\n");
+    world.run_with(&["append"], lines.as_bytes()).await.exits(0);
+    let published = world.run(&["relay", "--once"]).await.exits(0);
+    assert_eq!(published.stdout, "published 3 events, up to position 3\n");
+
+    let received = world.queue.receive(std::time::Duration::from_secs(5)).await.expect("messages");
+    let bodies: Vec<Value> =
+        received.iter().map(|message| serde_json::from_str(&message.body).expect("JSON")).collect();
+    let reference = bodies.iter().find(|body| body["prev"] == 1).expect("the second event");
+    assert_eq!((&reference["last"], reference.get("events")), (&2.into(), None));
+    let receipts: Vec<String> = received.into_iter().map(|message| message.receipt).collect();
+    world.queue.hide(&receipts, std::time::Duration::ZERO).await.expect("they go back");
+
+    world.run(&["play", "--until-idle", "--projectors", folder.path()]).await.exits(0);
+    assert_eq!(tallied(&world, "a").await, [1, 1002, 3]);
+}
+
+#[tokio::test]
+async fn a_payload_beyond_what_can_be_stored_is_refused_and_the_largest_is_not() {
+    let world = World::with_queue(true, &[(QueueAttributeName::MaximumMessageSize, "1024")]).await;
+    let payload =
+        |bytes: usize| format!(r#"{{"stream_id":"a","event_type":"Opened","payload":"{}"}}"#, "x".repeat(bytes - 2));
+    for (bytes, reason) in [(16_777_216, "payload has 16777216 bytes; at most 16777215"), (40_000_000, "longer than")] {
+        let lines = [line("a"), payload(bytes), line("a")].join("\n");
+        world.run_with(&["append"], lines.as_bytes()).await.exits(2).says(&[
+            "line 2: ",
+            reason,
+            "stored before it: 1 event,",
+        ]);
+    }
+    let appended = world.run_with(&["append"], payload(16_777_215).as_bytes()).await.exits(0);
+    assert_eq!(appended.stdout, "appended 1 event, last position 3\n");
+    assert_eq!(world.number("select length(payload) from events where position = 3").await, 16_777_215);
+}

@@ -1,0 +1,248 @@
+//! `play` and `relay`: until idle, side by side, and to their end by SIGTERM.
+
+use std::time::{Duration, Instant};
+
+use aws_sdk_sqs::types::QueueAttributeName as Attribute;
+use projectionist::Queue;
+use tokio::net::TcpListener;
+
+use super::{close_gate, failing_at, gated, promptly, somebody_waits, tallied, tally};
+use crate::support::{Folder, Running, World, eventually, execute};
+
+/// SIGTERM in the middle of nothing takes no longer than this.
+const QUICKLY: Duration = Duration::from_secs(3);
+
+fn through(last: u64) -> Vec<u64> {
+    (1..=last).collect()
+}
+
+#[tokio::test]
+async fn play_until_idle_plays_everything_and_exits_with_0() {
+    let world = World::new().await;
+    let folder = Folder::new().with("1.toml", &tally("a")).with("2.toml", &tally("b"));
+    world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
+    world.append(120).await;
+    let played = world.run(&["play", "--until-idle", "--projectors", folder.path()]).await.exits(0);
+    assert!(played.stdout.starts_with("idle: played "), "{}", played.stdout);
+    for name in ["a", "b"] {
+        assert_eq!((world.position(name).await, tallied(&world, name).await), (120, through(120)));
+    }
+    assert_eq!(world.queue.depth().await.expect("a depth"), 0);
+}
+
+#[tokio::test]
+async fn play_until_idle_exits_with_1_where_a_projector_broke_and_the_rest_is_at_the_mark() {
+    let world = World::new().await;
+    let folder = Folder::new()
+        .with("1.toml", &tally("a"))
+        .with("2.toml", &failing_at("poisoned", 33))
+        .with("3.toml", &tally("b"));
+    world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
+    world.append(60).await;
+    let play = ["play", "--until-idle", "--message-events=10", "--projectors", folder.path()];
+    world.run(&play).await.exits(1).says(&[
+        "1 projector(s) broke",
+        "the others are at the high-water mark",
+        "run boot",
+    ]);
+    for name in ["a", "b"] {
+        assert_eq!((world.status(name).await, tallied(&world, name).await), ("live".into(), through(60)));
+    }
+    assert_eq!((world.status("poisoned").await, tallied(&world, "poisoned").await), ("broken".into(), through(32)));
+
+    // It broke before: that is no news.
+    world.append(5).await;
+    world.run(&play).await.exits(0);
+    assert_eq!((tallied(&world, "a").await, tallied(&world, "poisoned").await), (through(65), through(32)));
+}
+
+#[tokio::test]
+async fn a_projector_that_was_not_booted_is_not_played_and_that_is_told() {
+    let world = World::new().await;
+    let folder = Folder::new().with("1.toml", &tally("a"));
+    world.append(5).await;
+    let played = world.run(&["play", "--until-idle", "--projectors", folder.path()]).await.exits(0);
+    let told = |line: &serde_json::Value| {
+        line["projector"] == "a@1" && line["message"].as_str().is_some_and(|message| message.contains("run boot"))
+    };
+    assert!(played.log().iter().any(told), "{}", played.stderr);
+    assert_eq!(world.status("a").await, "new");
+}
+
+#[tokio::test]
+async fn relay_once_publishes_what_there_is_and_exits() {
+    let world = World::new().await;
+    world.append(25).await;
+    let relay = ["relay", "--once", "--message-events=10"];
+    assert_eq!(world.run(&relay).await.exits(0).stdout, "published 25 events, up to position 25\n");
+    assert_eq!(world.run(&relay).await.exits(0).stdout, "published 0 events, up to position 25\n");
+    assert_eq!(world.queue.depth().await.expect("a depth"), 3);
+}
+
+#[tokio::test]
+async fn two_relays_at_once_publish_every_event_once() {
+    let world = World::with_standard_queue().await;
+    world.append(1_000).await;
+    let relay = ["relay", "--once", "--message-events=10"];
+    let (one, other) = tokio::join!(world.run(&relay), world.run(&relay));
+    let events = |stdout: &str| stdout.split(' ').nth(1).and_then(|count| count.parse::<u64>().ok()).expect("a count");
+    let (one, other) = (one.exits(0).stdout, other.exits(0).stdout);
+    assert_eq!(events(&one) + events(&other), 1_000, "{one}{other}");
+    // No queue takes a repetition away here.
+    assert_eq!(world.queue.depth().await.expect("a depth"), 100);
+}
+
+#[tokio::test]
+async fn play_beside_a_relay_of_its_own_process_plays_everything() {
+    let world = World::new().await;
+    let folder = Folder::new().with("1.toml", &tally("a"));
+    world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
+    world.append(50).await;
+    // Without a relay nothing is published, and play finds it in the store.
+    let play = ["play", "--no-relay", "--until-idle", "--reconcile-after=1", "--projectors", folder.path()];
+    assert_eq!(world.run(&play).await.exits(0).stdout, "idle: played 0 messages\n");
+    assert_eq!(tallied(&world, "a").await, through(50));
+
+    let relay = world.start(&["relay", "--message-events=10"]);
+    world.append(50).await;
+    eventually("all is published", async || world.number("select published from event_log").await == 100).await;
+    // The first fifty come again, and are passed over.
+    assert_eq!(world.run(&play).await.exits(0).stdout, "idle: played 10 messages\n");
+    assert_eq!(tallied(&world, "a").await, through(100));
+    relay.terminate().await.exits(0);
+}
+
+#[tokio::test]
+async fn a_projector_booted_while_play_runs_joins_without_a_restart() {
+    let world = World::new().await;
+    let folder = Folder::new().with("1.toml", &tally("a")).with("2.toml", &tally("late"));
+    let only_first = Folder::new().with("1.toml", &tally("a"));
+    world.run(&["boot", "--projectors", only_first.path()]).await.exits(0);
+    let play = world.start(&["play", "--receive-wait=1", "--reconcile-after=1", "--projectors", folder.path()]);
+    world.append(20).await;
+    eventually("the first is played", async || world.position("a").await == 20).await;
+    assert_eq!(world.status("late").await, "new");
+    world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
+    world.append(20).await;
+    eventually("both are played", async || world.position("a").await == 40 && world.position("late").await == 40).await;
+    play.terminate().await.exits(0);
+    assert_eq!((tallied(&world, "a").await, tallied(&world, "late").await), (through(40), through(40)));
+}
+
+#[tokio::test]
+async fn sigterm_ends_play_and_relay_quickly_while_they_are_idle() {
+    let world = World::new().await;
+    let folder = Folder::new().with("1.toml", &tally("a"));
+    world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
+    let play = world.start(&["play", "--no-relay", "--receive-wait=20", "--projectors", folder.path()]);
+    let relay = world.start(&["relay"]);
+    world.append(5).await;
+    eventually("the events are played", async || world.position("a").await == 5).await;
+    eventually("the messages are deleted", async || world.queue.depth().await.is_ok_and(|depth| depth == 0)).await;
+    for idle in [play, relay] {
+        let began = Instant::now();
+        let ended = idle.terminate().await.exits(0);
+        assert!(began.elapsed() < QUICKLY, "{:?}", began.elapsed());
+        assert_eq!(ended.stdout, "");
+    }
+    assert_eq!(world.number("select count(*) from event_log where relay_holder is not null").await, 0);
+}
+
+#[tokio::test]
+async fn sigterm_in_the_middle_of_a_batch_gives_its_messages_back() {
+    let world = World::new().await;
+    let folder = Folder::new().with("1.toml", &gated("a"));
+    world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
+    let mut gate = close_gate(&world).await;
+
+    // Hidden for so long that no message comes back by itself.
+    let play = ["play", "--visibility=43200", "--grace=1", "--projectors", folder.path()];
+    let worker = world.start(&play);
+    world.append(5).await;
+    somebody_waits(&world).await;
+    let began = Instant::now();
+    let ended = worker.terminate().await.exits(0);
+    assert!(began.elapsed() < Duration::from_secs(1) + QUICKLY, "{:?}", began.elapsed());
+    assert!(ended.log().iter().any(|line| line["level"] == "WARN"), "{}", ended.stderr);
+    assert_eq!((world.position("a").await, tallied(&world, "a").await), (0, vec![]), "it is rolled back");
+    let counts = [Attribute::ApproximateNumberOfMessages, Attribute::ApproximateNumberOfMessagesNotVisible];
+    let request =
+        world.sqs.get_queue_attributes().queue_url(&world.queue_url).set_attribute_names(Some(counts.to_vec()));
+    let answer = request.send().await.expect("an answer");
+    let count = |name| answer.attributes().and_then(|all| all.get(&name)).cloned().expect("a count");
+    assert_ne!(count(Attribute::ApproximateNumberOfMessages), "0");
+    assert_eq!(count(Attribute::ApproximateNumberOfMessagesNotVisible), "0");
+
+    execute(&mut gate, "rollback").await;
+    let played = world.run(&["play", "--until-idle", "--projectors", folder.path()]).await.exits(0);
+    assert_ne!(played.stdout, "idle: played 0 messages\n", "they come from the queue");
+    assert_eq!(tallied(&world, "a").await, through(5));
+}
+
+#[tokio::test]
+async fn sigterm_during_start_up_wipes_nothing() {
+    let world = World::new().await;
+    world.append(20).await;
+    let folder = Folder::new().with("1.toml", &tally("a"));
+    world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
+    let before = world.ledger.entries().await.expect("the ledger");
+    for command in ["boot", "play", "relay", "status"] {
+        for delay in [0, 3, 10, 30] {
+            let starting = world.start(&[command, "--projectors", folder.path()]);
+            // The moment of the fault.
+            tokio::time::sleep(Duration::from_millis(delay)).await;
+            let ended = starting.terminate().await;
+            // Before it listens, the signal itself is its end.
+            assert!(matches!(ended.code, Some(0) | None), "{command}: {ended:?}");
+        }
+    }
+    assert_eq!(world.ledger.entries().await.expect("the ledger"), before);
+    assert_eq!(tallied(&world, "a").await, through(20));
+}
+
+#[tokio::test]
+async fn sigterm_while_the_database_does_not_answer_ends_play_and_relay_with_0() {
+    let world = World::new().await;
+    let folder = Folder::new().with("1.toml", &tally("a"));
+    for command in ["play", "relay"] {
+        // It accepts, and says nothing.
+        let silent = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let url = format!("mysql://root@{}/x", silent.local_addr().expect("an address"));
+        let mut starting = world.command(&[command, "--projectors", folder.path()]);
+        starting.env("DATABASE_URL", url);
+        let starting = Running::spawn(starting);
+        let _connected = promptly(silent.accept()).await.expect("it connects");
+        let began = Instant::now();
+        starting.terminate().await.exits(0);
+        assert!(began.elapsed() < QUICKLY, "{:?}", began.elapsed());
+    }
+}
+
+#[tokio::test]
+async fn every_line_of_the_log_is_json_where_there_is_no_terminal() {
+    let world = World::new().await;
+    world.append(10).await;
+    let folder = Folder::new().with("1.toml", &tally("a")).with("2.toml", &failing_at("poisoned", 15));
+    let mut logs = Vec::new();
+    for (arguments, code) in [
+        (&["boot", "--log=debug", "--projectors", folder.path()][..], 0),
+        (&["append", "/no/such/file"], 2),
+        (&["status", "--queue-url=x", "--database-url=mysql://root@127.0.0.1:1/x"], 3),
+        (&["retire", "nobody"], 2),
+    ] {
+        logs.extend(world.run(arguments).await.exits(code).log());
+    }
+    world.append(10).await;
+    logs.extend(
+        world.run(&["play", "--until-idle", "--log=debug", "--projectors", folder.path()]).await.exits(1).log(),
+    );
+    let play = world.start(&["play", "--projectors", folder.path()]);
+    play.logs("playing").await;
+    logs.extend(play.terminate().await.exits(0).log());
+    assert!(logs.len() > 10, "there is something to read");
+    for line in logs {
+        for key in ["timestamp", "level", "message"] {
+            assert!(line[key].is_string(), "{key} in {line}");
+        }
+    }
+}

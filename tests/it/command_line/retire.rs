@@ -1,0 +1,142 @@
+//! `retire`: asked for, torn down, and never to come back where it has side effects.
+
+use std::process::Stdio;
+
+use tokio::process::Command;
+
+use super::{tallied, tally, tally_with};
+use crate::support::{Folder, Running, World};
+
+async fn has_table(world: &World, name: &str) -> bool {
+    let sql = "select count(*) from information_schema.tables where table_schema = database() and table_name";
+    world.number(&format!("{sql} = '{name}'")).await == 1
+}
+
+async fn booted(files: &[(&str, &str)]) -> (World, Folder) {
+    let world = World::new().await;
+    world.append(5).await;
+    let folder = Folder::new();
+    for (name, text) in files {
+        folder.write(name, text);
+    }
+    world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
+    (world, folder)
+}
+
+#[tokio::test]
+async fn retire_tears_down_and_forgets() {
+    let (world, folder) = booted(&[("1.toml", &tally("a")), ("2.toml", &tally("b"))]).await;
+    let arguments = ["retire", "a", "--yes", "--force", "--projectors", folder.path()];
+    let retired = world.run(&arguments).await.exits(0);
+    assert!(retired.stdout.contains("a@1 is retired: its tables are torn down"), "{}", retired.stdout);
+    assert_eq!((has_table(&world, "a").await, world.status("a").await), (false, "new".into()));
+    assert_eq!(
+        (tallied(&world, "b").await.len(), world.status("b").await),
+        (5, "live".into()),
+        "the other is untouched"
+    );
+    world.run(&arguments).await.exits(2).says(&["no projector \"a\"", "b@1"]);
+}
+
+#[tokio::test]
+async fn retire_without_the_file_forgets_and_leaves_the_tables() {
+    let (world, _folder) = booted(&[("1.toml", &tally("a"))]).await;
+    let retired = world.run(&["retire", "a", "--yes"]).await.exits(0);
+    assert!(retired.stdout.contains("its tables stay"), "{}", retired.stdout);
+    assert_eq!((tallied(&world, "a").await.len(), world.status("a").await), (5, "new".into()));
+}
+
+#[tokio::test]
+async fn what_is_live_in_the_given_set_is_retired_only_by_force() {
+    let (world, folder) = booted(&[("1.toml", &tally("a"))]).await;
+    let arguments = ["retire", "a", "--yes", "--projectors", folder.path()];
+    world.run(&arguments).await.exits(2).says(&["a@1 is live in this set", "take it out of the set", "--force"]);
+    assert_eq!((tallied(&world, "a").await.len(), world.status("a").await), (5, "live".into()));
+    world.run(&[&arguments[..], &["--force"]].concat()).await.exits(0);
+    assert_eq!(world.status("a").await, "new");
+}
+
+#[tokio::test]
+async fn a_retired_projector_with_side_effects_is_never_booted_or_played_again() {
+    let mails = tally_with("mails", "mode = 'from_beginning'\nside_effects = true", ":position");
+    let (world, folder) = booted(&[("1.toml", &mails), ("2.toml", &tally("a"))]).await;
+    let without = Folder::new().with("2.toml", &tally("a"));
+    let retire = ["retire", "mails", "--yes", "--projectors", without.path()];
+    let retired = world.run(&retire).await.exits(0);
+    assert!(retired.stdout.contains("its row stays, as retired, for ever"), "{}", retired.stdout);
+    assert_eq!(world.status("mails").await, "retired");
+    assert!(world.run(&retire).await.exits(0).stdout.contains("retired already"));
+
+    // Somebody adds it to the set again.
+    world.append(5).await;
+    let booted = world.run(&["boot", "--json", "--projectors", folder.path()]).await.exits(0);
+    assert_eq!(booted.json()["projectors"][0]["status"], "retired");
+    assert!(
+        booted.log().iter().any(|line| line["level"] == "WARN" && line["projector"] == "mails@1"),
+        "{}",
+        booted.stderr
+    );
+    world.run(&["play", "--until-idle", "--projectors", folder.path()]).await.exits(0);
+    assert_eq!((tallied(&world, "a").await.len(), tallied(&world, "mails").await.len()), (10, 5));
+    assert_eq!((world.status("mails").await, world.position("mails").await), ("retired".into(), 5));
+}
+
+#[tokio::test]
+async fn a_version_is_retired_by_name_and_version() {
+    let second = tally("b").replace("name = 'b'", "name = 'a'").replace("version = 1", "version = 2");
+    let (world, folder) = booted(&[("1.toml", &tally("a")), ("2.toml", &second)]).await;
+    world.run(&["retire", "a@1", "--yes", "--force", "--projectors", folder.path()]).await.exits(0);
+    let left = world.ledger.entries().await.expect("the ledger");
+    assert_eq!(left.iter().map(|entry| entry.id.to_string()).collect::<Vec<_>>(), ["a@2"]);
+    assert_eq!((has_table(&world, "a").await, has_table(&world, "b").await), (false, true));
+    world.run(&["retire", "a", "--yes"]).await.exits(0);
+    assert!(world.ledger.entries().await.expect("the ledger").is_empty());
+}
+
+#[tokio::test]
+async fn without_a_terminal_to_ask_on_nothing_is_done_unless_yes_is_said() {
+    let (world, _folder) = booted(&[("1.toml", &tally("a"))]).await;
+    let refused = world.run_with(&["retire", "a"], b"y\n").await.exits(2);
+    refused.says(&["a@1 (live, position 5) will be retired", "no terminal to ask on", "--yes"]);
+    assert_eq!(world.status("a").await, "live");
+}
+
+/// util-linux's `script` runs a command on a terminal of its own.
+#[tokio::test]
+async fn on_a_terminal_retire_asks_and_does_what_is_answered() {
+    let (world, _folder) = booted(&[("1.toml", &tally("a"))]).await;
+    if Command::new("script").arg("--version").stdout(Stdio::null()).status().await.is_err() {
+        eprintln!("passed without a test: there is no `script` (util-linux) to make a terminal");
+        return;
+    }
+    for (answer, code, said, status) in [
+        ("n\n", 2, "nothing was done", "live"),
+        ("\n", 2, "nothing was done", "live"),
+        ("y\n", 0, "a@1 is retired", "new"),
+    ] {
+        let ours = world.command(&[]);
+        let program = ours.as_std().get_program().to_str().expect("a path in UTF-8").to_owned();
+        let mut terminal = Command::new("script");
+        terminal.args(["--quiet", "--return", "--command", &format!("{program} retire a"), "/dev/null"]);
+        let variables = ours.as_std().get_envs().filter_map(|(name, value)| Some((name, value?)));
+        terminal.envs(variables).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let finished = Running::spawn_with(terminal, answer.as_bytes()).finish().await.exits(code);
+        for words in ["a@1 (live, position 5) will be retired", "Go on? [y/N]", said] {
+            assert!(finished.stdout.contains(words), "{words} in {}", finished.stdout);
+        }
+        assert_eq!(world.status("a").await, status);
+    }
+}
+
+#[tokio::test]
+async fn a_teardown_that_fails_is_told_and_may_be_run_again() {
+    let broken = tally("a").replace("'drop table if exists a'", "'drop table no_such_table'");
+    let (world, folder) = booted(&[("1.toml", &broken)]).await;
+    let arguments = ["retire", "a", "--yes", "--force", "--projectors", folder.path()];
+    let failed = world.run(&arguments).await.exits(1);
+    failed.says(&["a@1: its teardown failed", "1.toml:5", "no_such_table", "retire may be run again"]);
+    assert_eq!(world.status("a").await, "retired", "nobody plays it while its tables go");
+    folder.write("1.toml", &tally("a"));
+    world.run(&arguments).await.exits(0);
+    assert_eq!((has_table(&world, "a").await, world.status("a").await), (false, "new".into()));
+}

@@ -1,0 +1,143 @@
+//! Least privilege, and TLS: each command works for a user who may do nothing else than what the README grants.
+
+use projectionist::sqlx;
+
+use crate::support::{World, execute, is_mariadb};
+
+/// What the README lists: a command, and what its user needs on our tables. What the projectors' own statements
+/// need comes on top; here that is one table.
+const GRANTS: &[(&str, &[&str])] = &[
+    ("migrate", &["create, insert, select, update on {db}.*"]),
+    ("append", &["select, insert on {db}.events"]),
+    (
+        "boot",
+        &[
+            "select, insert on {db}.events",
+            "select, update on {db}.event_log",
+            "select, insert, update on {db}.projectors",
+        ],
+    ),
+    (
+        "play",
+        &["select, insert on {db}.events", "select, update on {db}.event_log", "select, update on {db}.projectors"],
+    ),
+    ("relay", &["select, insert on {db}.events", "select, update on {db}.event_log"]),
+    ("status", &["select on {db}.events", "select on {db}.event_log", "select on {db}.projectors"]),
+    ("audit", &["select on {db}.events", "select on {db}.event_log", "select on {db}.projectors"]),
+    ("retire", &["select, update, delete on {db}.projectors"]),
+    ("fill", &["select, insert on {db}.events"]),
+];
+
+const PROJECTOR: &str = r#"
+name = "counter"
+version = 1
+mode = "from_beginning"
+setup = ["create table if not exists counter (n bigint)"]
+teardown = ["drop table if exists counter"]
+
+[[on]]
+events = ["*"]
+sql = "insert into counter (n) values (:position)"
+"#;
+
+/// What the projector's own statements need.
+const OWN: &str = "create, insert, drop on {db}.counter";
+
+/// Runs a command as a user who has the README's grants for it, and nothing else.
+async fn run_as_granted(world: &World, command: &str, arguments: &[&str], input: &[u8]) {
+    let (_, grants) = GRANTS.iter().find(|(name, _)| *name == command).expect("the README lists it");
+    let user = format!("u{:x}", fastrand::u64(..));
+    let mut admin = world.connection().await;
+    execute(&mut admin, &format!("create user '{user}'@'%' identified by 'only-for-this'")).await;
+    let own = ["boot", "play", "retire"].contains(&command).then_some(&OWN);
+    for grant in grants.iter().chain(own) {
+        execute(&mut admin, &format!("grant {} to '{user}'@'%'", grant.replace("{db}", &world.database_name))).await;
+    }
+    let url = world.database_url.replace("://root@", &format!("://{user}:only-for-this@"));
+    assert_ne!(url, world.database_url);
+    let ran = world.run_with(&[arguments, &["--database-url", &url]].concat(), input).await;
+    execute(&mut admin, &format!("drop user '{user}'@'%'")).await;
+    ran.exits(0);
+}
+
+#[tokio::test]
+async fn each_command_does_its_work_with_no_more_than_the_grants_of_the_readme() {
+    let world = World::new().await;
+    for table in ["events", "event_log", "projectors", "projectionist_migrations"] {
+        world.execute(&format!("drop table {table}")).await;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    std::fs::write(folder.path().join("counter.toml"), PROJECTOR).expect("a file");
+    let folder = folder.path().to_str().expect("UTF-8");
+    let line = b"{\"stream_id\":\"a\",\"event_type\":\"Opened\",\"payload\":1}\n";
+
+    run_as_granted(&world, "migrate", &["migrate"], b"").await;
+    run_as_granted(&world, "append", &["append"], line).await;
+    // A rollback, so that the mark has a hole to pass by a tombstone.
+    world.execute("begin; insert into events (stream_id, stream_version, event_type, payload) values ('b', 1, 'Opened', '1'); rollback").await;
+    run_as_granted(&world, "append", &["append"], line).await;
+    run_as_granted(&world, "boot", &["boot", "--projectors", folder], b"").await;
+    assert_eq!((world.position("counter").await, world.number("select count(*) from counter").await), (3, 2));
+    run_as_granted(&world, "append", &["append"], line).await;
+    run_as_granted(&world, "relay", &["relay", "--once"], b"").await;
+    run_as_granted(&world, "append", &["append"], line).await;
+    run_as_granted(&world, "play", &["play", "--until-idle", "--projectors", folder], b"").await;
+    assert_eq!(world.number("select count(*) from counter").await, 4);
+    run_as_granted(&world, "status", &["status"], b"").await;
+    run_as_granted(&world, "audit", &["audit"], b"").await;
+    world.execute("alter table events auto_increment = 9").await;
+    run_as_granted(&world, "append", &["append"], line).await;
+    run_as_granted(&world, "fill", &["fill", "6", "8", "--yes"], b"").await;
+    assert_eq!(world.number("select count(*) from events").await, 9);
+    run_as_granted(&world, "retire", &["retire", "counter", "--force", "--yes", "--projectors", folder], b"").await;
+    assert_eq!(world.status("counter").await, "new");
+}
+
+#[test]
+fn the_readme_lists_these_grants() {
+    let readme = include_str!("../../README.md");
+    for (command, grants) in GRANTS {
+        let row = readme.lines().find(|line| line.starts_with(&format!("| `{command}` | `"))).expect(command);
+        for grant in *grants {
+            assert!(row.contains(&grant.replace("{db}.", "")), "{command}: {grant} is not in: {row}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_command_without_a_grant_says_which_and_where_to_look() {
+    let world = World::new().await;
+    let user = format!("u{:x}", fastrand::u64(..));
+    let mut admin = world.connection().await;
+    execute(&mut admin, &format!("create user '{user}'@'%' identified by 'x'")).await;
+    execute(&mut admin, &format!("grant select on {}.events to '{user}'@'%'", world.database_name)).await;
+    let url = world.database_url.replace("://root@", &format!("://{user}:x@"));
+    let ran = world.run(&["relay", "--once", "--database-url", &url]).await;
+    execute(&mut admin, &format!("drop user '{user}'@'%'")).await;
+    let ran = ran.exits(2);
+    assert!(ran.stderr.contains("event_log") && ran.stderr.contains("README"), "{}", ran.stderr);
+}
+
+#[tokio::test]
+async fn tls_is_not_given_up_silently_and_a_certificate_is_checked_when_asked_for() {
+    let world = World::new().await;
+    let with = |options: &str| format!("{}?{options}", world.database_url);
+    if is_mariadb().await {
+        // This server has no certificate.
+        let ran = world.run(&["status", "--database-url", &with("ssl-mode=REQUIRED")]).await.exits(3);
+        assert!(ran.stderr.to_lowercase().contains("tls"), "{}", ran.stderr);
+        return;
+    }
+    let (datadir, ca): (String, String) = sqlx::query_as("select @@datadir, @@ssl_ca")
+        .fetch_one(&mut world.connection().await)
+        .await
+        .expect("the server's certificate authority");
+    let ca = std::path::Path::new(&datadir).join(ca);
+    let ca = ca.to_str().expect("UTF-8");
+    world.run(&["status", "--database-url", &with("ssl-mode=REQUIRED")]).await.exits(0);
+    // The name in the certificate that the server made for itself is not this host's: one check passes, both do not.
+    world.run(&["status", "--database-url", &with(&format!("ssl-mode=VERIFY_CA&ssl-ca={ca}"))]).await.exits(0);
+    world.run(&["status", "--database-url", &with(&format!("ssl-mode=VERIFY_IDENTITY&ssl-ca={ca}"))]).await.exits(3);
+    // Signed by nobody whom this host trusts.
+    world.run(&["status", "--database-url", &with("ssl-mode=VERIFY_CA")]).await.exits(3);
+}
