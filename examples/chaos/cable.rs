@@ -1,7 +1,7 @@
-//! A cable between the processes and a server: it can be cut, stalled, and cut around a commit.
+//! A cable between the processes and a server: it can be cut, stalled, cut around a commit, or go deaf without a word.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -31,11 +31,24 @@ pub struct Cable {
 struct Wires {
     target: AtomicU16,
     next: AtomicU64,
-    connected: Mutex<HashMap<u64, AbortHandle>>,
+    connected: Mutex<HashMap<u64, Wire>>,
     flows: watch::Sender<bool>,
     armed: Mutex<VecDeque<Cut>>,
     before: AtomicU64,
     after: AtomicU64,
+}
+
+/// One connection.
+struct Wire {
+    task: AbortHandle,
+    /// Nothing comes through any more, not even that the other end has hung up.
+    is_deaf: Arc<AtomicBool>,
+}
+
+impl Wire {
+    fn hears(&self) -> bool {
+        !self.is_deaf.load(Ordering::SeqCst)
+    }
 }
 
 impl Cable {
@@ -63,7 +76,15 @@ impl Cable {
     /// Cuts every connection that `chosen` says yes to; returns how many.
     pub fn cut(&self, mut chosen: impl FnMut() -> bool) -> u64 {
         let connected = self.wires.connected.lock().expect("no panic while cutting");
-        connected.values().filter(|_| chosen()).map(AbortHandle::abort).count() as u64
+        connected.values().filter(|wire| wire.hears() && chosen()).map(|wire| wire.task.abort()).count() as u64
+    }
+
+    /// Makes every connection deaf that `chosen` says yes to, as if a host or a firewall between had gone: neither end
+    /// is told. Returns how many.
+    pub fn deafen(&self, mut chosen: impl FnMut() -> bool) -> u64 {
+        let connected = self.wires.connected.lock().expect("no panic while cutting");
+        let deafened = connected.values().filter(|wire| wire.hears() && chosen());
+        deafened.map(|wire| wire.is_deaf.store(true, Ordering::SeqCst)).count() as u64
     }
 
     /// Cuts the connection of the next commit that comes by.
@@ -83,8 +104,11 @@ impl Cable {
         self.wires.flows.send_replace(true);
     }
 
-    /// No more faults: what was armed and did not come by is forgotten.
+    /// No more faults: what was armed and did not come by is forgotten, and the ends of what is deaf are told.
     pub fn mend(&self) {
+        let connected = self.wires.connected.lock().expect("no panic while cutting");
+        connected.values().filter(|wire| !wire.hears()).for_each(|wire| wire.task.abort());
+        drop(connected);
         self.wires.armed.lock().expect("no panic while arming").clear();
         self.wires.flows.send_replace(true);
     }
@@ -93,22 +117,23 @@ impl Cable {
 async fn listen(listener: TcpListener, wires: Arc<Wires>) {
     while let Ok((client, _)) = listener.accept().await {
         let number = wires.next.fetch_add(1, Ordering::SeqCst);
+        let is_deaf = Arc::new(AtomicBool::new(false));
         let carried = {
-            let wires = Arc::clone(&wires);
+            let (wires, is_deaf) = (Arc::clone(&wires), Arc::clone(&is_deaf));
             async move {
-                carry(client, &wires).await;
+                carry(client, &wires, &is_deaf).await;
                 wires.connected.lock().expect("no panic while cutting").remove(&number);
             }
         };
         // Locked first, so that a connection that ends at once is not entered after it was removed.
         let mut connected = wires.connected.lock().expect("no panic while cutting");
-        connected.retain(|_, task| !task.is_finished());
-        connected.insert(number, tokio::spawn(carried).abort_handle());
+        connected.retain(|_, wire| !wire.task.is_finished());
+        connected.insert(number, Wire { task: tokio::spawn(carried).abort_handle(), is_deaf });
     }
 }
 
 /// Carries bytes both ways until either side hangs up, or the cable is cut.
-async fn carry(mut client: TcpStream, wires: &Wires) {
+async fn carry(mut client: TcpStream, wires: &Wires, is_deaf: &AtomicBool) {
     let mut flows = wires.flows.subscribe();
     let _ = flows.wait_for(|flows| *flows).await;
     let target = wires.target.load(Ordering::SeqCst);
@@ -118,9 +143,9 @@ async fn carry(mut client: TcpStream, wires: &Wires) {
     loop {
         tokio::select! {
             read = client.read(&mut from_client) => {
+                pass(&mut flows, is_deaf).await;
                 let Ok(count @ 1..) = read else { return };
                 let bytes = &from_client[..count];
-                let _ = flows.wait_for(|flows| *flows).await;
                 let cut = match bytes.ends_with(COMMIT) {
                     true => wires.armed.lock().expect("no panic while arming").pop_front(),
                     false => None,
@@ -140,12 +165,20 @@ async fn carry(mut client: TcpStream, wires: &Wires) {
                 }
             }
             read = server.read(&mut from_server) => {
+                pass(&mut flows, is_deaf).await;
                 let Ok(count @ 1..) = read else { return };
-                let _ = flows.wait_for(|flows| *flows).await;
                 if client.write_all(&from_server[..count]).await.is_err() {
                     return;
                 }
             }
         }
+    }
+}
+
+/// Waits until the cable flows; for ever, where it is deaf.
+async fn pass(flows: &mut watch::Receiver<bool>, is_deaf: &AtomicBool) {
+    let _ = flows.wait_for(|flows| *flows).await;
+    if is_deaf.load(Ordering::SeqCst) {
+        std::future::pending::<()>().await;
     }
 }

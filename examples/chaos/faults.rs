@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures_util::future::join_all;
 use tokio::sync::Mutex;
 use tokio::task::JoinSet;
 
@@ -27,6 +28,7 @@ enum Fault {
     CutSome,
     CutBeforeCommit,
     CutAfterCommit,
+    Deafen,
     Stall,
     CutQueue,
     StallQueue,
@@ -59,6 +61,7 @@ const DECK: &[(Fault, usize)] = &[
     (Fault::CutSome, 3),
     (Fault::CutBeforeCommit, 3),
     (Fault::CutAfterCommit, 3),
+    (Fault::Deafen, 1),
     (Fault::Stall, 2),
     (Fault::CutQueue, 2),
     (Fault::StallQueue, 1),
@@ -83,6 +86,8 @@ const BETWEEN: std::ops::Range<u64> = 300..1_300;
 pub struct Targets {
     pub parts: Arc<Parts>,
     pub database: Cable,
+    /// The applications' way to the database.
+    pub writers: Cable,
     pub queue: Cable,
     pub yard: Arc<Yard>,
     pub meddler: Meddler,
@@ -128,13 +133,15 @@ impl Targets {
             Fault::Pause => self.pause(seconds(2_000..7_000)).await,
             Fault::KillServer => self.restart("KILL", "server_kills").await?,
             Fault::RestartServer => self.restart("TERM", "server_restarts").await?,
-            Fault::CutAll => self.figures.add("connections_cut", self.database.cut(|| true)),
-            Fault::CutSome => self.figures.add("connections_cut", self.database.cut(|| fastrand::u8(..4) == 0)),
-            Fault::CutBeforeCommit => self.database.cut_at_commit(Cut::BeforeCommit),
-            Fault::CutAfterCommit => self.database.cut_at_commit(Cut::AfterCommit),
-            Fault::Stall => self.stall(&self.database, seconds(500..6_000)).await,
+            Fault::CutAll => self.cut(|| true),
+            Fault::CutSome => self.cut(|| fastrand::u8(..4) == 0),
+            Fault::CutBeforeCommit => self.a_database().cut_at_commit(Cut::BeforeCommit),
+            Fault::CutAfterCommit => self.a_database().cut_at_commit(Cut::AfterCommit),
+            // Not those of writers: what they hold then is held until the server ends it.
+            Fault::Deafen => self.figures.add("connections_deafened", self.database.deafen(|| fastrand::u8(..3) == 0)),
+            Fault::Stall => self.stall(&self.databases(), seconds(500..6_000)).await,
             Fault::CutQueue => self.figures.add("connections_cut", self.queue.cut(|| true)),
-            Fault::StallQueue => self.stall(&self.queue, seconds(2_000..8_000)).await,
+            Fault::StallQueue => self.stall(&[&self.queue], seconds(2_000..8_000)).await,
             Fault::StopLocalStack => {
                 self.figures.add("localstack_stops", 1);
                 self.parts.stop_queue(seconds(2_000..6_000)).await?;
@@ -189,9 +196,24 @@ impl Targets {
         process.signal("CONT");
     }
 
-    async fn stall(&self, cable: &Cable, duration: Duration) {
+    /// The ways to the database.
+    pub fn databases(&self) -> [&Cable; 2] {
+        [&self.database, &self.writers]
+    }
+
+    fn a_database(&self) -> &Cable {
+        self.databases()[fastrand::usize(..2)]
+    }
+
+    fn cut(&self, mut chosen: impl FnMut() -> bool) {
+        for cable in self.databases() {
+            self.figures.add("connections_cut", cable.cut(&mut chosen));
+        }
+    }
+
+    async fn stall(&self, cables: &[&Cable], duration: Duration) {
         self.figures.add("stalls", 1);
-        cable.stall(duration).await;
+        join_all(cables.iter().map(|cable| cable.stall(duration))).await;
     }
 
     async fn restart(&self, signal: &str, figure: &'static str) -> anyhow::Result<()> {
@@ -199,7 +221,9 @@ impl Targets {
         if let Err(error) = self.parts.restart_server(signal).await {
             self.figures.find(format!("the server: {error:#}"));
         }
-        self.database.lead_to(self.parts.server_port()?);
+        for cable in self.databases() {
+            cable.lead_to(self.parts.server_port()?);
+        }
         self.figures.add(figure, 1);
         Ok(())
     }

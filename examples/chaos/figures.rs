@@ -22,6 +22,7 @@ const FIGURES: &[(&str, bool)] = &[
     ("connections_cut", true),
     ("commits_cut_before", true),
     ("commits_cut_after", true),
+    ("connections_deafened", true),
     ("stalls", true),
     ("localstack_stops", true),
     ("purges", true),
@@ -42,6 +43,7 @@ const FIGURES: &[(&str, bool)] = &[
     ("looks", true),
     ("starts", true),
     ("starts_out_of_reach", false),
+    ("longest_standstill_seconds", false),
 ];
 
 /// The counters of a run, and what was found that should not be.
@@ -55,6 +57,11 @@ impl Figures {
     pub fn add(&self, name: &'static str, count: u64) {
         debug_assert!(FIGURES.iter().any(|(known, _)| *known == name), "{name} is told");
         *self.counts.lock().expect("no panic while counting").entry(name).or_default() += count;
+    }
+
+    /// Raises a figure to this, if it is lower.
+    pub fn reaches(&self, name: &'static str, count: u64) {
+        self.add(name, count.saturating_sub(self.get(name)));
     }
 
     pub fn get(&self, name: &str) -> u64 {

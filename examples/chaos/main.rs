@@ -113,14 +113,15 @@ async fn run(parts: Arc<Parts>, folder: &Path, duration: Duration, seed: u64) ->
     for folder in [&logs, &records, &releases] {
         fs::create_dir_all(folder)?;
     }
-    let targets = set(parts, logs.clone(), &records, releases).await?;
+    let targets = set(parts, folder, &records, releases).await?;
     let (parts, yard, figures) = (&targets.parts, &targets.yard, &targets.figures);
     let watching = tokio::spawn(Watch::default().keep(Arc::clone(parts), Arc::clone(yard), Arc::clone(figures)));
 
     faults::strike(&targets, duration, &mut fastrand::Rng::with_seed(seed)).await;
 
-    targets.database.mend();
-    targets.queue.mend();
+    for cable in [&targets.database, &targets.writers, &targets.queue] {
+        cable.mend();
+    }
     let mut crew = targets.crew.lock().await;
     crew.stop_writing().await;
     crew.stop().await;
@@ -132,9 +133,11 @@ async fn run(parts: Arc<Parts>, folder: &Path, duration: Duration, seed: u64) ->
     }
     watching.abort();
 
-    let (before, after) = targets.database.commits_cut();
-    figures.add("commits_cut_before", before);
-    figures.add("commits_cut_after", after);
+    for cable in targets.databases() {
+        let (before, after) = cable.commits_cut();
+        figures.add("commits_cut_before", before);
+        figures.add("commits_cut_after", after);
+    }
     let connection = &mut parts.connect().await?;
     let count = async |connection: &mut _, sql| sqlx::query_scalar::<_, i64>(sql).fetch_one(connection).await;
     figures
@@ -157,16 +160,18 @@ async fn run(parts: Arc<Parts>, folder: &Path, duration: Duration, seed: u64) ->
 }
 
 /// A fresh database and queue, the first release booted, and everybody at work.
-async fn set(parts: Arc<Parts>, logs: PathBuf, records: &Path, releases: PathBuf) -> anyhow::Result<Arc<Targets>> {
+async fn set(parts: Arc<Parts>, folder: &Path, records: &Path, releases: PathBuf) -> anyhow::Result<Arc<Targets>> {
     let figures = Arc::new(Figures::default());
     parts.make_database().await?;
     let meddler = Meddler::at(parts.queue_port()?, &figures).await?;
-    let (database, queue) = (Cable::to(parts.server_port()?).await?, Cable::to(parts.queue_port()?).await?);
+    let (database, writers) = (Cable::to(parts.server_port()?).await?, Cable::to(parts.server_port()?).await?);
+    let queue = Cable::to(parts.queue_port()?).await?;
+    // Not encrypted, so that the cable sees commits.
+    let url = |cable: &Cable| format!("mysql://root@127.0.0.1:{}/{DATABASE}?ssl-mode=DISABLED", cable.port);
     let environment = vec![
         // By this `localstack/chaos` knows what it may kill.
         ("PROJECTIONIST_CHAOS", parts.state.display().to_string()),
-        // Not encrypted, so that the cable sees commits.
-        ("DATABASE_URL", format!("mysql://root@127.0.0.1:{}/{DATABASE}?ssl-mode=DISABLED", database.port)),
+        ("DATABASE_URL", url(&database)),
         ("QUEUE_URL", meddler.queue_url.clone()),
         ("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", queue.port)),
         // The shortest that there is: a pause, or a stall, and it has expired.
@@ -175,7 +180,7 @@ async fn set(parts: Arc<Parts>, logs: PathBuf, records: &Path, releases: PathBuf
         ("PROJECTIONIST_BATCH", "200".into()),
         ("PROJECTIONIST_LOG_FORMAT", "json".into()),
     ];
-    let yard = Arc::new(Yard::new(logs, environment, &figures)?);
+    let yard = Arc::new(Yard::new(folder.to_owned(), environment, url(&writers), &figures)?);
     let first = Release::first(&releases)?;
     for arguments in [&["migrate"][..], &["append"], &["boot", "--projectors", first.path(), "--release", &first.name]]
     {
@@ -191,6 +196,7 @@ async fn set(parts: Arc<Parts>, logs: PathBuf, records: &Path, releases: PathBuf
     Ok(Arc::new(Targets {
         parts,
         database,
+        writers,
         queue,
         yard,
         meddler,

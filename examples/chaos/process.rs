@@ -1,7 +1,6 @@
 //! Real processes, each with a log of its own, and the signals that they get.
 
 use std::collections::BTreeMap;
-use std::ffi::OsString;
 use std::fs::File;
 use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
@@ -101,8 +100,11 @@ impl Process {
 
 /// Where processes are started, and all that run.
 pub struct Yard {
-    binary: OsString,
+    binary: PathBuf,
+    ourselves: PathBuf,
     environment: Vec<(&'static str, String)>,
+    /// Applications have a cable of their own.
+    writers_url: String,
     folder: PathBuf,
     figures: Arc<Figures>,
     started: AtomicU64,
@@ -114,12 +116,21 @@ impl Yard {
     pub fn new(
         folder: PathBuf,
         environment: Vec<(&'static str, String)>,
+        writers_url: String,
         figures: &Arc<Figures>,
     ) -> anyhow::Result<Self> {
         let binary = std::env::var_os("PROJECTIONIST_BIN").context("PROJECTIONIST_BIN is not set")?;
+        // Copies, so that a build in the middle of a long run changes nothing.
+        let copy = |program: PathBuf, name| {
+            let copy = folder.join(name);
+            std::fs::copy(&program, &copy).with_context(|| program.display().to_string())?;
+            anyhow::Ok(copy)
+        };
         Ok(Yard {
-            binary,
+            binary: copy(binary.into(), "projectionist")?,
+            ourselves: copy(std::env::current_exe()?, "chaos")?,
             environment,
+            writers_url,
             folder,
             figures: Arc::clone(figures),
             started: AtomicU64::new(0),
@@ -135,14 +146,18 @@ impl Yard {
         name: &str,
         arguments: &[&str],
     ) -> anyhow::Result<(Arc<Process>, Option<ChildStdin>)> {
-        let log = self.folder.join(format!("{:04}-{name}.log", self.started.fetch_add(1, Ordering::SeqCst)));
+        let log =
+            self.folder.join("logs").join(format!("{:04}-{name}.log", self.started.fetch_add(1, Ordering::SeqCst)));
         let file = File::create(&log).with_context(|| log.display().to_string())?;
         let program = match kind {
-            Kind::Writer => std::env::current_exe()?.into_os_string(),
-            _ => self.binary.clone(),
+            Kind::Writer => &self.ourselves,
+            _ => &self.binary,
         };
         let mut command = Command::new(program);
         command.args(arguments).envs(self.environment.iter().cloned()).kill_on_drop(true);
+        if matches!(kind, Kind::Writer | Kind::Append) {
+            command.env("DATABASE_URL", &self.writers_url);
+        }
         command.stdin(if kind == Kind::Append { Stdio::piped() } else { Stdio::null() });
         command.stdout(file.try_clone()?).stderr(file);
         // A signal from the terminal is for us alone: we end them in order.

@@ -15,6 +15,10 @@ const EVERY: Duration = Duration::from_millis(250);
 /// The read model of `tally` is counted this often: it grows.
 const COUNT_EVERY: Duration = Duration::from_secs(5);
 
+/// A projector of every release may stand still below the mark for so long: the 60 s for which an answer of the database
+/// is awaited, twice, and a server that is killed meanwhile.
+const STANDS_STILL_AT_MOST: Duration = Duration::from_secs(180);
+
 /// One statement, and so of one moment.
 const LEDGER: &str = "select name, position, high_water, published from projectors, event_log";
 
@@ -31,6 +35,8 @@ pub struct Watch {
     /// By projector, its position and the mark.
     seen: HashMap<String, (u64, u64)>,
     counted: Option<Instant>,
+    /// Since when `tally` has not moved; it is never broken.
+    moved: Option<Instant>,
 }
 
 impl Watch {
@@ -58,6 +64,9 @@ impl Watch {
             }
             // A boot may move a broken one, too; but nobody moves anyone back.
             let (before, mark_before) = self.seen.insert(name.clone(), (position, high_water)).unwrap_or_default();
+            if name == "tally" {
+                self.stands_still(position == before && position < high_water, figures);
+            }
             if position < before || high_water < mark_before {
                 figures.find(format!(
                     "{name} went from {before} to {position}, the mark from {mark_before} to {high_water}"
@@ -72,6 +81,19 @@ impl Watch {
             }
         }
         Ok(())
+    }
+
+    fn stands_still(&mut self, still: bool, figures: &Figures) {
+        let moved = *self.moved.get_or_insert_with(Instant::now);
+        if !still {
+            self.moved = Some(Instant::now());
+            return;
+        }
+        figures.reaches("longest_standstill_seconds", moved.elapsed().as_secs());
+        if moved.elapsed() > STANDS_STILL_AT_MOST {
+            figures.find(format!("tally has stood still for {} s, below the mark", moved.elapsed().as_secs()));
+            self.moved = None;
+        }
     }
 }
 
