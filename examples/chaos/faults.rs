@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, Semaphore};
 use tokio::task::JoinSet;
 
 use crate::cable::{Cable, Cut};
@@ -94,6 +94,7 @@ pub struct Targets {
     pub figures: Arc<Figures>,
     pub crew: Mutex<Crew>,
     pub deploys: Mutex<Deploys>,
+    pub deploying: Semaphore,
     /// One restart at a time.
     pub server: Mutex<()>,
 }
@@ -156,9 +157,15 @@ impl Targets {
                 writer::append_bad_event(&mut self.parts.connect().await?).await?;
                 self.figures.add("bad_events", 1);
             }
-            Fault::Deploy => self.deploys.lock().await.deploy(&*self.crew.lock().await, 1).await?,
-            Fault::DeployFromTwoHosts => self.deploys.lock().await.deploy(&*self.crew.lock().await, 2).await?,
-            Fault::RollBack => self.deploys.lock().await.roll_back(&*self.crew.lock().await).await?,
+            Fault::Deploy | Fault::DeployFromTwoHosts | Fault::RollBack => {
+                // One is under way and two wait at the most: boots take their time when the log is long.
+                let Ok(_place) = self.deploying.try_acquire() else { return Ok(()) };
+                let (mut deploys, crew) = (self.deploys.lock().await, self.crew.lock().await);
+                match fault {
+                    Fault::RollBack => deploys.roll_back(&crew).await?,
+                    fault => deploys.deploy(&crew, if fault == Fault::Deploy { 1 } else { 2 }).await?,
+                }
+            }
             Fault::Audit => {
                 let (audit, _) = self.yard.start(Kind::Audit, "audit", &["audit"])?;
                 self.figures.add("audits", u64::from(audit.wait().await.code == Some(0)));

@@ -30,7 +30,7 @@ use clap::Parser;
 use projectionist::sqlx;
 use tokio::io::AsyncWriteExt;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, Semaphore};
 
 use cable::Cable;
 use crew::Crew;
@@ -203,6 +203,7 @@ async fn set(parts: Arc<Parts>, folder: &Path, records: &Path, releases: PathBuf
         figures,
         crew: Mutex::new(crew),
         deploys: Mutex::new(deploys),
+        deploying: Semaphore::new(3),
         server: Mutex::new(()),
     }))
 }

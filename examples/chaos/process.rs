@@ -225,7 +225,11 @@ impl Yard {
             self.figures.add("starts_out_of_reach", 1);
         }
         let (kind, log) = (process.kind.as_str(), process.log.display());
-        if !process.kind.may_end(ended.code, terminated.is_some()) {
+        // Asked before it listened for signals, in its first milliseconds.
+        let had_not_begun = ended.code.is_none()
+            && terminated.is_some()
+            && std::fs::metadata(&process.log).is_ok_and(|log| log.len() == 0);
+        if !had_not_begun && !process.kind.may_end(ended.code, terminated.is_some()) {
             self.figures.find(format!("{kind} ended with {:?}, which it must not: {log}", ended.code));
         }
         if let Some(took) = terminated.map(|at| at.elapsed()).filter(|took| *took > ENDS_WITHIN) {
