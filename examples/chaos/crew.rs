@@ -30,11 +30,12 @@ pub struct Crew {
 }
 
 impl Crew {
-    /// Two workers, one without a relay in it, and a relay besides; two writers by plain SQL and two by `append`.
+    /// Three workers, of which one is never killed and one has no relay in it, and a relay besides; two writers by plain SQL and two by `append`.
     pub fn start(yard: &Arc<Yard>, records: &Path, release: &Release, figures: &Arc<Figures>) -> anyhow::Result<Self> {
         let posts = [
             ("play-1", Kind::Play, &["--receive-wait", "2", "--grace", GRACE][..]),
             ("play-2", Kind::Play, &["--receive-wait", "2", "--grace", GRACE, "--no-relay"]),
+            ("veteran", Kind::Veteran, &["--receive-wait", "2", "--grace", GRACE]),
             ("relay", Kind::Relay, &["--message-events", "20"]),
             ("writer-1", Kind::Writer, &[]),
             ("writer-2", Kind::Writer, &[]),
@@ -88,6 +89,11 @@ impl Crew {
         }
     }
 
+    /// Only the veteran plays and publishes.
+    pub async fn leave_to_the_veteran(&mut self) {
+        self.close(|kind| matches!(kind, Kind::Play | Kind::Relay)).await;
+    }
+
     /// Nobody plays, nobody publishes.
     pub async fn stop(&mut self) {
         self.close(|_| true).await;
@@ -115,7 +121,7 @@ async fn man(post: Arc<Post>, yard: Arc<Yard>, record: std::path::PathBuf, figur
             let record = record.to_string_lossy();
             let mut arguments = match post.kind {
                 Kind::Writer => vec!["write", post.name, &record],
-                Kind::Play => vec!["play", "--projectors", release.path(), "--release", &release.name],
+                Kind::Play | Kind::Veteran => vec!["play", "--projectors", release.path(), "--release", &release.name],
                 kind => vec![kind.as_str()],
             };
             arguments.extend(post.options);

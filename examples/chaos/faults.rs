@@ -124,13 +124,17 @@ pub async fn strike(targets: &Arc<Targets>, duration: Duration, dice: &mut fastr
     strikes.join_all().await;
 }
 
+fn is_mortal(process: &Process) -> bool {
+    !matches!(process.kind, Kind::Audit | Kind::Veteran)
+}
+
 impl Targets {
     async fn strike(&self, fault: Fault) -> anyhow::Result<()> {
         let seconds = |range| Duration::from_millis(fastrand::u64(range));
         match fault {
             Fault::Kill(kind) => self.signal("KILL", |process| process.kind == kind).await,
-            Fault::KillAny => self.signal("KILL", |process| process.kind != Kind::Audit).await,
-            Fault::Terminate => self.signal("TERM", |process| process.kind != Kind::Audit).await,
+            Fault::KillAny => self.signal("KILL", is_mortal).await,
+            Fault::Terminate => self.signal("TERM", is_mortal).await,
             Fault::Pause => self.pause(seconds(2_000..7_000)).await,
             Fault::KillServer => self.restart("KILL", "server_kills").await?,
             Fault::RestartServer => self.restart("TERM", "server_restarts").await?,

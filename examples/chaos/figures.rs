@@ -44,6 +44,7 @@ const FIGURES: &[(&str, bool)] = &[
     ("starts", true),
     ("starts_out_of_reach", false),
     ("longest_standstill_seconds", false),
+    ("veteran_recovered_in_seconds", false),
 ];
 
 /// The counters of a run, and what was found that should not be.

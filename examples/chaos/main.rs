@@ -15,6 +15,7 @@ mod parts;
 mod process;
 mod release;
 mod report;
+mod veteran;
 mod watch;
 mod writer;
 
@@ -119,11 +120,13 @@ async fn run(parts: Arc<Parts>, folder: &Path, duration: Duration, seed: u64) ->
 
     faults::strike(&targets, duration, &mut fastrand::Rng::with_seed(seed)).await;
 
+    let mut crew = targets.crew.lock().await;
+    crew.leave_to_the_veteran().await;
+    veteran::go_deaf(&targets, &mut crew).await?;
+
     for cable in [&targets.database, &targets.writers, &targets.queue] {
         cable.mend();
     }
-    let mut crew = targets.crew.lock().await;
-    crew.stop_writing().await;
     crew.stop().await;
     let last = targets.deploys.lock().await.mend().await?;
     play_until_idle(yard, &last).await?;

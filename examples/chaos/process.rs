@@ -24,6 +24,8 @@ const ENDS_WITHIN: Duration = Duration::from_secs(20);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
     Play,
+    /// A worker that is never killed, and must live through all that happens around it.
+    Veteran,
     Relay,
     Boot,
     Append,
@@ -36,6 +38,7 @@ impl Kind {
     pub fn as_str(self) -> &'static str {
         match self {
             Kind::Play => "play",
+            Kind::Veteran => "veteran",
             Kind::Relay => "relay",
             Kind::Boot => "boot",
             Kind::Append => "append",
@@ -52,14 +55,14 @@ impl Kind {
             Kind::Boot => "sigkills_of_boot",
             Kind::Append => "sigkills_of_append",
             Kind::Writer => "sigkills_of_writer",
-            Kind::Audit => return None,
+            Kind::Audit | Kind::Veteran => return None,
         })
     }
 
     /// Whether it may end so, not having been killed.
     fn may_end(self, code: Option<i32>, was_terminated: bool) -> bool {
         match (self, code) {
-            (Kind::Play | Kind::Relay | Kind::Writer, Some(0)) => was_terminated,
+            (Kind::Play | Kind::Veteran | Kind::Relay | Kind::Writer, Some(0)) => was_terminated,
             (Kind::Boot, Some(0 | 1)) | (Kind::Append | Kind::Audit, Some(0)) => true,
             // The database or the queue was away when it started.
             (Kind::Play | Kind::Relay | Kind::Boot | Kind::Append | Kind::Audit, Some(3)) => true,
