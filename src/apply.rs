@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use anyhow::anyhow;
 use futures_util::FutureExt;
-use sqlx::Connection;
+use sqlx::{AssertSqlSafe, Connection};
 use tokio::time::timeout;
 
-use crate::database::{Database, answered};
+use crate::database::{Database, SESSION_SILENT_FOR, answered};
 use crate::error::{caused_by_transient, is_transient, server_error};
 use crate::event::{Event, Position};
 use crate::ledger::{self, Entry, Locked};
@@ -76,6 +76,11 @@ pub(crate) async fn apply(
         let mut transaction = connection.begin().await?;
         let locked = ledger::lock(&mut transaction, &projector.id).await?;
         sqlx::raw_sql(SAVEPOINT).execute(&mut *transaction).await?;
+        if handler_timeout >= SESSION_SILENT_FOR {
+            let silent_for = handler_timeout + SESSION_SILENT_FOR;
+            let allow = format!("set session wait_timeout = {}", silent_for.as_secs());
+            sqlx::raw_sql(AssertSqlSafe(allow)).execute(&mut *transaction).await?;
+        }
         Ok((transaction, locked))
     };
     let (mut transaction, Some(Locked { entry, session })) = answered(begin).await? else {

@@ -8,14 +8,27 @@ use std::time::Duration;
 use sqlx::migrate::{Migration, MigrationType, Migrator};
 use sqlx::mysql::{MySqlConnectOptions, MySqlPoolOptions};
 use sqlx::pool::PoolConnection;
-use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor, MySql, MySqlPool, SqlSafeStr};
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor, MySql, MySqlConnection, MySqlPool, SqlSafeStr};
 use tokio::time::timeout;
 
 use crate::error::{Error, server_error};
 
 /// Under repeatable read the probe of a hole takes gap locks that block writers, and a long transaction
 /// would not see what has been committed since it began. (That time is UTC, sqlx sees to.)
-const SESSION: &str = "set session transaction isolation level read committed";
+///
+/// And a session that is silent is ended by the server: a worker whose host has gone without a word, in the middle of a
+/// transaction, would hold its projector's row until then, by default for eight hours. In seconds, [`SESSION_SILENT_FOR`].
+const SESSION: &str = "set session transaction isolation level read committed; set session wait_timeout = 60";
+
+/// A handler that may be silent for longer says so: see `apply`.
+pub(crate) const SESSION_SILENT_FOR: Duration = Duration::from_secs(60);
+
+/// Before the server ends it.
+const UNUSED_FOR: Duration = Duration::from_secs(30);
+
+/// A connection that goes back to the pool must answer within this, or it is closed. The pool itself would wait for ever, and
+/// be out of connections when enough of them have gone deaf, or were left in the middle of an answer.
+const RETURNS_WITHIN: Duration = Duration::from_secs(5);
 
 const VERSION: &str = "select version(), @@global.auto_increment_increment";
 
@@ -43,13 +56,25 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(60);
 /// Waits for an answer, but not for ever: a connection whose other end has gone without a word would be waited on until
 /// the kernel gives it up, which may be hours. It is an error like any other lost connection.
 pub(crate) async fn answered<T>(asking: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, sqlx::Error> {
-    match timeout(ANSWER_WITHIN, asking).await {
+    answered_within(ANSWER_WITHIN, asking).await
+}
+
+async fn answered_within<T>(
+    time: Duration,
+    asking: impl Future<Output = Result<T, sqlx::Error>>,
+) -> Result<T, sqlx::Error> {
+    match timeout(time, asking).await {
         Ok(answer) => answer,
         Err(_) => Err(sqlx::Error::Io(std::io::Error::new(
             std::io::ErrorKind::TimedOut,
-            format!("the database did not answer within {} s", ANSWER_WITHIN.as_secs()),
+            format!("the database did not answer within {} s", time.as_secs()),
         ))),
     }
+}
+
+/// Whether a connection may go back to the pool; an error closes it without waiting any more.
+async fn still_answers(connection: &mut MySqlConnection) -> Result<bool, sqlx::Error> {
+    answered_within(RETURNS_WITHIN, connection.ping()).await.map(|()| true)
 }
 
 impl Database {
@@ -76,7 +101,9 @@ impl Database {
         let pool = MySqlPoolOptions::new()
             .max_connections(connections)
             .acquire_timeout(patience)
+            .idle_timeout(UNUSED_FOR)
             .after_connect(|connection, _| Box::pin(async move { connection.execute(SESSION).await.map(|_| ()) }))
+            .after_release(|connection, _| Box::pin(still_answers(connection)))
             .connect_lazy_with(options);
         let flavor = if version.contains("MariaDB") { Flavor::MariaDb } else { Flavor::MySql };
         Ok(Database { pool, flavor })
