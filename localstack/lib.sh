@@ -5,7 +5,8 @@
 # others by a variable in its environment; with an engine it is a container (compose.sh).
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
-STATE=$ROOT/.local
+# Another folder holds another set of parts, with ports of their own: localstack/chaos has one that it may kill.
+STATE=${PROJECTIONIST_STATE:-$ROOT/.local}
 CACHE=${PROJECTIONIST_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/projectionist}
 # Debian keeps servers where only root's PATH looks.
 PATH=$PATH:/usr/sbin:/sbin
@@ -29,7 +30,10 @@ port_free() { # port
 }
 
 port_variable() { case $1 in sqs) echo LOCALSTACK_PORT ;; *) echo "${1^^}_PORT" ;; esac; }
-default_port() { case $1 in mariadb) echo 33061 ;; mysql) echo 33062 ;; sqs) echo 45660 ;; esac; }
+default_port() {
+  local offset=${PROJECTIONIST_PORT_OFFSET:-0}
+  case $1 in mariadb) echo $((33061 + offset)) ;; mysql) echo $((33062 + offset)) ;; sqs) echo $((45660 + offset)) ;; esac
+}
 
 choose_port() { # part: records the port it gets: the one asked for, else the last one, else the first free one
   local variable port

@@ -6,12 +6,12 @@ use std::time::Duration;
 use anyhow::anyhow;
 use futures_util::FutureExt;
 use sqlx::pool::PoolConnection;
-use sqlx::{Connection, MySql};
+use sqlx::{AssertSqlSafe, Connection, MySql};
 use tokio::runtime::Handle;
 use tokio::time::timeout;
 use tracing::debug;
 
-use crate::database::Database;
+use crate::database::{Database, SESSION_SILENT_FOR};
 use crate::error::{caused_by_transient, database_error, is_transient, server_error};
 use crate::event::{Event, Position};
 use crate::ledger::{self, Entry, Locked};
@@ -80,6 +80,11 @@ pub(crate) async fn apply(
         let mut transaction = connection.begin().await?;
         let locked = ledger::lock(&mut transaction, &projector.id).await?;
         sqlx::raw_sql(SAVEPOINT).execute(&mut *transaction).await?;
+        if handler_timeout >= SESSION_SILENT_FOR {
+            let silent_for = handler_timeout + SESSION_SILENT_FOR;
+            let allow = format!("set session wait_timeout = {}", silent_for.as_secs());
+            sqlx::raw_sql(AssertSqlSafe(allow)).execute(&mut *transaction).await?;
+        }
         Ok((transaction, locked))
     };
     let (mut transaction, Some(Locked { entry, session })) = database.answered(begin).await? else {

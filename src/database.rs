@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use sqlx::migrate::{Migration, MigrationType, Migrator};
 use sqlx::mysql::{MySqlConnectOptions, MySqlPoolOptions};
 use sqlx::pool::PoolConnection;
-use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor, MySql, MySqlPool, SqlSafeStr};
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor, MySql, MySqlConnection, MySqlPool, SqlSafeStr};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
@@ -16,7 +16,20 @@ use crate::error::{Error, is_read_only, server_error};
 
 /// Under repeatable read the probe of a hole takes gap locks that block writers, and a long transaction
 /// would not see what has been committed since it began. (That time is UTC, sqlx sees to.)
-const SESSION: &str = "set session transaction isolation level read committed";
+///
+/// And a session that is silent is ended by the server: a worker whose host has gone without a word, in the middle of a
+/// transaction, would hold its projector's row until then, by default for eight hours. In seconds, [`SESSION_SILENT_FOR`].
+const SESSION: &str = "set session transaction isolation level read committed; set session wait_timeout = 60";
+
+/// A handler that may be silent for longer says so: see `apply`.
+pub(crate) const SESSION_SILENT_FOR: Duration = Duration::from_secs(60);
+
+/// Before the server ends it.
+const UNUSED_FOR: Duration = Duration::from_secs(30);
+
+/// A connection that goes back to the pool must answer within this, or it is closed. The pool itself would wait for ever, and
+/// be out of connections when enough of them have gone deaf, or were left in the middle of an answer.
+const RETURNS_WITHIN: Duration = Duration::from_secs(5);
 
 const VERSION: &str = "select version(), @@global.auto_increment_increment";
 
@@ -42,6 +55,24 @@ pub(crate) enum Flavor {
 
 /// Above the 50 s that a server waits for a row's lock by default: what takes longer is not slow, but cut off.
 const ANSWER_WITHIN: Duration = Duration::from_secs(60);
+
+/// Whether a connection may go back to the pool; an error closes it without waiting any more.
+async fn still_answers(connection: &mut MySqlConnection) -> Result<bool, sqlx::Error> {
+    answered_within(RETURNS_WITHIN, connection.ping()).await.map(|()| true)
+}
+
+async fn answered_within<T>(
+    time: Duration,
+    asking: impl Future<Output = Result<T, sqlx::Error>>,
+) -> Result<T, sqlx::Error> {
+    match timeout(time, asking).await {
+        Ok(answer) => answer,
+        Err(_) => Err(sqlx::Error::Io(std::io::Error::new(
+            std::io::ErrorKind::TimedOut,
+            format!("the database did not answer within {} s", time.as_secs()),
+        ))),
+    }
+}
 
 impl Database {
     /// Connects and checks the server. The pool holds at most `connections`.
@@ -73,7 +104,9 @@ impl Database {
             })
             .max_connections(connections)
             .acquire_timeout(patience)
+            .idle_timeout(UNUSED_FOR)
             .after_connect(|connection, _| Box::pin(async move { connection.execute(SESSION).await.map(|_| ()) }))
+            .after_release(|connection, _| Box::pin(still_answers(connection)))
             .connect_lazy_with(options);
         let flavor = if version.contains("MariaDB") { Flavor::MariaDb } else { Flavor::MySql };
         Ok(Database { pool, flavor, distrusted })
@@ -85,10 +118,7 @@ impl Database {
         &self,
         asking: impl Future<Output = Result<T, sqlx::Error>>,
     ) -> Result<T, sqlx::Error> {
-        let answer = timeout(ANSWER_WITHIN, asking).await.unwrap_or_else(|_| {
-            let silence = format!("the database did not answer within {} s", ANSWER_WITHIN.as_secs());
-            Err(sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, silence)))
-        });
+        let answer = answered_within(ANSWER_WITHIN, asking).await;
         if let Err(error) = &answer {
             self.distrust(error);
         }

@@ -12,6 +12,7 @@ mod fence;
 mod grants;
 mod log;
 mod queue;
+mod readme;
 mod story;
 
 mod command_line;

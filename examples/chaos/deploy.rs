@@ -1,0 +1,126 @@
+//! Deploys as a team would carry them out: boot with the new set, then new workers; and the old set again.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use projectionist::sqlx;
+
+use crate::crew::Crew;
+use crate::figures::Figures;
+use crate::parts::Parts;
+use crate::process::{Kind, Yard};
+use crate::release::Release;
+
+/// A deploy that fails is tried again, and given up at some time: it may well be killed every time.
+const ATTEMPTS: u32 = 6;
+
+/// Which releases are out.
+pub struct Deploys {
+    pub yard: Arc<Yard>,
+    pub parts: Arc<Parts>,
+    pub figures: Arc<Figures>,
+    pub releases: PathBuf,
+    /// The newest that was ever made.
+    newest: Release,
+    current: Release,
+    previous: Release,
+}
+
+impl Deploys {
+    pub fn new(
+        yard: &Arc<Yard>,
+        parts: &Arc<Parts>,
+        figures: &Arc<Figures>,
+        releases: PathBuf,
+        first: &Release,
+    ) -> Self {
+        Deploys {
+            yard: Arc::clone(yard),
+            parts: Arc::clone(parts),
+            figures: Arc::clone(figures),
+            releases,
+            newest: first.clone(),
+            current: first.clone(),
+            previous: first.clone(),
+        }
+    }
+
+    /// A new release with a new projector, booted by so many hosts at once. One worker gets it, the other that before.
+    pub async fn deploy(&mut self, crew: &Crew, hosts: usize) -> anyhow::Result<()> {
+        // Mended only when it has to be, so that the next bad event finds one that breaks on it.
+        let mut release = self.newest.next(&self.releases, self.is_fragile_broken().await)?;
+        self.newest = release.clone();
+        for _ in 0..ATTEMPTS {
+            let boots = (0..hosts).map(|_| self.boot(&release));
+            let mut codes = Vec::new();
+            // Side by side: each begins before the first is waited for.
+            for boot in boots.collect::<anyhow::Result<Vec<_>>>()? {
+                codes.push(boot.wait().await.code);
+            }
+            if hosts > 1 {
+                self.figures.add("boots_at_once", hosts as u64);
+            }
+            if codes.contains(&Some(0)) {
+                crew.deploy("play-1", &release);
+                crew.deploy("play-2", &self.current);
+                self.previous = std::mem::replace(&mut self.current, release);
+                self.figures.add("deploys", 1);
+                return Ok(());
+            }
+            self.figures.add("boots_failed", 1);
+            if codes.contains(&Some(1)) {
+                release = release.mended(&self.releases)?;
+            }
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+        self.figures.add("deploys_given_up", 1);
+        Ok(())
+    }
+
+    /// The old release again, as it was, booted as every release is. What it does not know stays where it is.
+    pub async fn roll_back(&mut self, crew: &Crew) -> anyhow::Result<()> {
+        let boot = self.boot(&self.previous)?;
+        boot.wait().await;
+        crew.deploy("play-1", &self.previous);
+        crew.deploy("play-2", &self.previous);
+        if self.current.is_newer_than(&self.previous) {
+            self.figures.add("deploys_rolled_back", 1);
+        }
+        self.current = self.previous.clone();
+        Ok(())
+    }
+
+    fn boot(&self, release: &Release) -> anyhow::Result<Arc<crate::process::Process>> {
+        self.figures.add("boots", 1);
+        let arguments = ["boot", "--projectors", release.path(), "--release", &release.name];
+        let (process, _) = self.yard.start(Kind::Boot, &format!("boot-{}", release.name), &arguments)?;
+        Ok(process)
+    }
+
+    async fn is_fragile_broken(&self) -> bool {
+        let look = async {
+            let mut connection = self.parts.connect().await?;
+            let sql = "select count(*) from projectors where name = 'fragile' and status = 'broken'";
+            let broken: i64 = sqlx::query_scalar(sql).fetch_one(&mut connection).await?;
+            anyhow::Ok(broken > 0)
+        };
+        look.await.unwrap_or(true)
+    }
+
+    /// After all faults: the newest release, mended, must boot at once. Returns it.
+    pub async fn mend(&mut self) -> anyhow::Result<Release> {
+        let release = self.newest.mended(&self.releases)?;
+        let boot = self.boot(&release)?;
+        let ended = tokio::time::timeout(Duration::from_secs(300), boot.wait()).await;
+        match ended.context("the last boot does not end")?.code {
+            Some(0) => Ok(release),
+            code => bail!(
+                "the last boot, of {}, without any fault, ended with {code:?}: {}",
+                release.name,
+                boot.log.display()
+            ),
+        }
+    }
+}

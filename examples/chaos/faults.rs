@@ -1,0 +1,241 @@
+//! The faults: a deck that is shuffled, dealt to its end, and shuffled again, so that none waits for luck.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures_util::future::join_all;
+use tokio::sync::{Mutex, Semaphore};
+use tokio::task::JoinSet;
+
+use crate::cable::{Cable, Cut};
+use crate::crew::Crew;
+use crate::deploy::Deploys;
+use crate::figures::Figures;
+use crate::meddler::Meddler;
+use crate::parts::Parts;
+use crate::process::{Kind, Process, Yard};
+use crate::writer;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fault {
+    Kill(Kind),
+    KillAny,
+    Terminate,
+    Pause,
+    KillServer,
+    RestartServer,
+    CutAll,
+    CutSome,
+    CutBeforeCommit,
+    CutAfterCommit,
+    Deafen,
+    Stall,
+    CutQueue,
+    StallQueue,
+    StopLocalStack,
+    Purge,
+    Lose,
+    Hold,
+    Repeat,
+    Foreign,
+    Malformed,
+    BadEvent,
+    Deploy,
+    DeployFromTwoHosts,
+    RollBack,
+    Audit,
+}
+
+/// How often each is in the deck.
+const DECK: &[(Fault, usize)] = &[
+    (Fault::Kill(Kind::Play), 3),
+    (Fault::Kill(Kind::Relay), 1),
+    (Fault::Kill(Kind::Boot), 1),
+    (Fault::Kill(Kind::Writer), 1),
+    (Fault::KillAny, 3),
+    (Fault::Terminate, 2),
+    (Fault::Pause, 2),
+    (Fault::KillServer, 1),
+    (Fault::RestartServer, 1),
+    (Fault::CutAll, 2),
+    (Fault::CutSome, 3),
+    (Fault::CutBeforeCommit, 3),
+    (Fault::CutAfterCommit, 3),
+    (Fault::Deafen, 1),
+    (Fault::Stall, 2),
+    (Fault::CutQueue, 2),
+    (Fault::StallQueue, 1),
+    (Fault::StopLocalStack, 1),
+    (Fault::Purge, 1),
+    (Fault::Lose, 3),
+    (Fault::Hold, 2),
+    (Fault::Repeat, 3),
+    (Fault::Foreign, 1),
+    (Fault::Malformed, 1),
+    (Fault::BadEvent, 2),
+    (Fault::Deploy, 2),
+    (Fault::DeployFromTwoHosts, 1),
+    (Fault::RollBack, 1),
+    (Fault::Audit, 1),
+];
+
+/// A deck in so many milliseconds, about; a run of a minute sees all of it.
+const BETWEEN: std::ops::Range<u64> = 300..1_300;
+
+/// What the faults strike.
+pub struct Targets {
+    pub parts: Arc<Parts>,
+    pub database: Cable,
+    /// The applications' way to the database.
+    pub writers: Cable,
+    pub queue: Cable,
+    pub yard: Arc<Yard>,
+    pub meddler: Meddler,
+    pub figures: Arc<Figures>,
+    pub crew: Mutex<Crew>,
+    pub deploys: Mutex<Deploys>,
+    pub deploying: Semaphore,
+    /// One restart at a time.
+    pub server: Mutex<()>,
+}
+
+/// Deals faults for so long; then waits until each is over.
+pub async fn strike(targets: &Arc<Targets>, duration: Duration, dice: &mut fastrand::Rng) {
+    let began = Instant::now();
+    let mut deck: Vec<Fault> = Vec::new();
+    let mut strikes = JoinSet::new();
+    while began.elapsed() < duration {
+        tokio::time::sleep(Duration::from_millis(dice.u64(BETWEEN))).await;
+        if deck.is_empty() {
+            deck = DECK.iter().flat_map(|(fault, times)| std::iter::repeat_n(*fault, *times)).collect();
+            dice.shuffle(&mut deck);
+        }
+        let Some(fault) = deck.pop() else { continue };
+        let targets = Arc::clone(targets);
+        strikes.spawn(async move {
+            eprintln!("[{:>5.1} s] {fault:?}", began.elapsed().as_secs_f32());
+            if let Err(error) = targets.strike(fault).await {
+                // A queue or a server that is away is not there to be meddled with.
+                eprintln!("[{:>5.1} s] {fault:?} came to nothing: {error:#}", began.elapsed().as_secs_f32());
+            }
+        });
+    }
+    eprintln!("[{:>5.1} s] no more faults", began.elapsed().as_secs_f32());
+    strikes.join_all().await;
+}
+
+fn is_mortal(process: &Process) -> bool {
+    !matches!(process.kind, Kind::Audit | Kind::Veteran)
+}
+
+impl Targets {
+    async fn strike(&self, fault: Fault) -> anyhow::Result<()> {
+        let seconds = |range| Duration::from_millis(fastrand::u64(range));
+        match fault {
+            Fault::Kill(kind) => self.signal("KILL", |process| process.kind == kind).await,
+            Fault::KillAny => self.signal("KILL", is_mortal).await,
+            Fault::Terminate => self.signal("TERM", is_mortal).await,
+            Fault::Pause => self.pause(seconds(2_000..7_000)).await,
+            Fault::KillServer => self.restart("KILL", "server_kills").await?,
+            Fault::RestartServer => self.restart("TERM", "server_restarts").await?,
+            Fault::CutAll => self.cut(|| true),
+            Fault::CutSome => self.cut(|| fastrand::u8(..4) == 0),
+            Fault::CutBeforeCommit => self.a_database().cut_at_commit(Cut::BeforeCommit),
+            Fault::CutAfterCommit => self.a_database().cut_at_commit(Cut::AfterCommit),
+            // Not those of writers: what they hold then is held until the server ends it.
+            Fault::Deafen => self.figures.add("connections_deafened", self.database.deafen(|| fastrand::u8(..3) == 0)),
+            Fault::Stall => self.stall(&self.databases(), seconds(500..6_000)).await,
+            Fault::CutQueue => self.figures.add("connections_cut", self.queue.cut(|| true)),
+            Fault::StallQueue => self.stall(&[&self.queue], seconds(2_000..8_000)).await,
+            Fault::StopLocalStack => {
+                self.figures.add("localstack_stops", 1);
+                self.parts.stop_queue(seconds(2_000..6_000)).await?;
+            }
+            Fault::Purge => self.meddler.purge().await?,
+            Fault::Lose => self.meddler.lose().await?,
+            Fault::Hold => self.meddler.hold(seconds(2_000..8_000), fastrand::bool()).await?,
+            Fault::Repeat => self.meddler.repeat().await?,
+            Fault::Foreign => self.meddler.send_foreign().await?,
+            Fault::Malformed => self.meddler.send_malformed().await?,
+            Fault::BadEvent => {
+                writer::append_bad_event(&mut self.parts.connect().await?).await?;
+                self.figures.add("bad_events", 1);
+            }
+            Fault::Deploy | Fault::DeployFromTwoHosts | Fault::RollBack => {
+                // One is under way and two wait at the most: boots take their time when the log is long.
+                let Ok(_place) = self.deploying.try_acquire() else { return Ok(()) };
+                let (mut deploys, crew) = (self.deploys.lock().await, self.crew.lock().await);
+                match fault {
+                    Fault::RollBack => deploys.roll_back(&crew).await?,
+                    fault => deploys.deploy(&crew, if fault == Fault::Deploy { 1 } else { 2 }).await?,
+                }
+            }
+            Fault::Audit => {
+                let (audit, _) = self.yard.start(Kind::Audit, "audit", &["audit"])?;
+                self.figures.add("audits", u64::from(audit.wait().await.code == Some(0)));
+            }
+        }
+        Ok(())
+    }
+
+    /// Signals one of those that run and are wanted; waits a while for one.
+    async fn signal(&self, signal: &'static str, wanted: impl Fn(&Process) -> bool) {
+        for _ in 0..100 {
+            if let Some(process) = self.one(&wanted) {
+                // Not always in the middle of its start.
+                tokio::time::sleep(Duration::from_millis(fastrand::u64(0..1_000))).await;
+                process.signal(signal);
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+
+    fn one(&self, wanted: impl Fn(&Process) -> bool) -> Option<Arc<Process>> {
+        let mut running = self.yard.running();
+        running.retain(|process| wanted(process));
+        fastrand::choice(running)
+    }
+
+    /// A process that stands still for longer than messages stay hidden, and then believes that it holds them.
+    async fn pause(&self, duration: Duration) {
+        let Some(process) = self.one(|process| matches!(process.kind, Kind::Play | Kind::Relay | Kind::Boot)) else {
+            return;
+        };
+        process.signal("STOP");
+        tokio::time::sleep(duration).await;
+        process.signal("CONT");
+    }
+
+    /// The ways to the database.
+    pub fn databases(&self) -> [&Cable; 2] {
+        [&self.database, &self.writers]
+    }
+
+    fn a_database(&self) -> &Cable {
+        self.databases()[fastrand::usize(..2)]
+    }
+
+    fn cut(&self, mut chosen: impl FnMut() -> bool) {
+        for cable in self.databases() {
+            self.figures.add("connections_cut", cable.cut(&mut chosen));
+        }
+    }
+
+    async fn stall(&self, cables: &[&Cable], duration: Duration) {
+        self.figures.add("stalls", 1);
+        join_all(cables.iter().map(|cable| cable.stall(duration))).await;
+    }
+
+    async fn restart(&self, signal: &str, figure: &'static str) -> anyhow::Result<()> {
+        let _one_at_a_time = self.server.lock().await;
+        if let Err(error) = self.parts.restart_server(signal).await {
+            self.figures.find(format!("the server: {error:#}"));
+        }
+        for cable in self.databases() {
+            cable.lead_to(self.parts.server_port()?);
+        }
+        self.figures.add(figure, 1);
+        Ok(())
+    }
+}

@@ -1,0 +1,193 @@
+//! The oracle: every read model, folded from the log in plain Rust, against the table that its projector made.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fs;
+use std::path::Path;
+
+use anyhow::Context;
+use projectionist::sqlx::{self, AssertSqlSafe, MySqlConnection};
+use serde_json::Value;
+
+use crate::figures::Figures;
+
+/// What one projector's read model is, beside what it should be.
+#[derive(Debug, Default)]
+pub struct Verdict {
+    pub projector: String,
+    pub status: String,
+    pub applications: u64,
+    pub lost: u64,
+    pub repeated: u64,
+    /// Applied, but before an event of a lower position, or with what another event said.
+    pub wrong: u64,
+    /// Not at the end of the log, though it is live.
+    pub is_behind: bool,
+}
+
+struct Recorded {
+    position: u64,
+    event_id: String,
+    stream_id: String,
+    event_type: String,
+    amount: Option<i64>,
+}
+
+/// A projector in the ledger.
+type Row = (String, String, String, u64);
+
+/// A row of an append-only read model: position, event id, amount where it has one.
+type Applied = (u64, String, Option<i64>);
+
+impl Verdict {
+    pub fn is_well(&self) -> bool {
+        self.lost == 0 && self.repeated == 0 && self.wrong == 0 && !self.is_behind
+    }
+}
+
+/// Compares all read models with the log. `starts` has where those began that are from now on; `last` the projectors of
+/// the last release: if they are live, they are at the end.
+pub async fn compare(
+    connection: &mut MySqlConnection,
+    starts: &HashMap<String, u64>,
+    last: &[String],
+) -> anyhow::Result<Vec<Verdict>> {
+    let log = read_log(connection).await?;
+    let high_water: u64 = sqlx::query_scalar("select high_water from event_log").fetch_one(&mut *connection).await?;
+    let ledger: Vec<Row> =
+        sqlx::query_as("select name, mode, status, position from projectors order by created_at, name")
+            .fetch_all(&mut *connection)
+            .await?;
+    let mut verdicts = Vec::new();
+    for (name, mode, status, position) in ledger {
+        let start = match mode.as_str() {
+            "from_now" => *starts.get(&name).with_context(|| format!("nobody told where {name} began"))?,
+            _ => 0,
+        };
+        let mut verdict = match name.as_str() {
+            "counters" => of_counters(&log, position, counters(connection).await?),
+            _ => of_rows(&wanted(&log, &name, start, position), &rows(connection, &name).await?),
+        };
+        // What an older release had stays where it was; of the last, all are as far as they can be.
+        verdict.is_behind = last.contains(&name)
+            && match mode.as_str() {
+                "once" => status != "finished",
+                _ => status != "live" || position != high_water,
+            };
+        verdicts.push(Verdict { projector: name, status, ..verdict });
+    }
+    Ok(verdicts)
+}
+
+async fn read_log(connection: &mut MySqlConnection) -> anyhow::Result<Vec<Recorded>> {
+    let rows: Vec<(u64, String, String, String, String)> = sqlx::query_as(
+        "select position, event_id, stream_id, event_type, payload from events where event_type not like '$%' order by position",
+    )
+    .fetch_all(connection)
+    .await?;
+    rows.into_iter()
+        .map(|(position, event_id, stream_id, event_type, payload)| {
+            let amount = serde_json::from_str::<Value>(&payload)?["amount"].as_i64();
+            Ok(Recorded { position, event_id, stream_id, event_type, amount })
+        })
+        .collect()
+}
+
+/// The rows that an append-only projector should have.
+fn wanted(log: &[Recorded], projector: &str, start: u64, position: u64) -> Vec<Applied> {
+    let wants = |event: &&Recorded| match projector {
+        "tally" => true,
+        "fragile" => event.event_type == "Amended",
+        _ => event.event_type == "Closed",
+    };
+    let within = log.iter().filter(|event| event.position > start && event.position <= position);
+    let amount = |event: &Recorded| if projector == "fragile" { event.amount } else { None };
+    within.filter(wants).map(|event| (event.position, event.event_id.clone(), amount(event))).collect()
+}
+
+/// In the order in which they were written.
+async fn rows(connection: &mut MySqlConnection, table: &str) -> anyhow::Result<Vec<Applied>> {
+    let amount = if table == "fragile" { "amount" } else { "cast(null as signed)" };
+    let exists: i64 = sqlx::query_scalar(
+        "select count(*) from information_schema.tables where table_schema = database() and table_name = ?",
+    )
+    .bind(table)
+    .fetch_one(&mut *connection)
+    .await?;
+    if exists == 0 {
+        // Its boot was killed before its setup, and never came back.
+        return Ok(Vec::new());
+    }
+    let sql = format!("select position, event_id, {amount} from {table} order by seq");
+    Ok(sqlx::query_as(AssertSqlSafe(sql)).fetch_all(connection).await?)
+}
+
+fn of_rows(expected: &[Applied], found: &[Applied]) -> Verdict {
+    let mut times: HashMap<u64, u64> = HashMap::new();
+    for (position, ..) in found {
+        *times.entry(*position).or_default() += 1;
+    }
+    let positions: HashSet<u64> = expected.iter().map(|(position, ..)| *position).collect();
+    let lost = positions.iter().filter(|position| !times.contains_key(position)).count() as u64;
+    let repeated = times.iter().map(|(position, times)| times - u64::from(positions.contains(position))).sum();
+    let by_position: HashMap<u64, &Applied> = expected.iter().map(|row| (row.0, row)).collect();
+    let differing =
+        found.iter().filter(|row| by_position.get(&row.0).is_some_and(|expected| *expected != *row)).count();
+    let disordered = found.windows(2).filter(|pair| pair[0].0 > pair[1].0).count();
+    Verdict {
+        applications: found.len() as u64,
+        lost,
+        repeated,
+        wrong: (differing + disordered) as u64,
+        ..Verdict::default()
+    }
+}
+
+/// By name: events, and the sum of their amounts.
+type Counters = BTreeMap<String, (i64, i64)>;
+
+async fn counters(connection: &mut MySqlConnection) -> anyhow::Result<Counters> {
+    let rows: Vec<(String, i64, i64)> =
+        sqlx::query_as("select name, events, amount from counters").fetch_all(connection).await?;
+    Ok(rows.into_iter().map(|(name, events, amount)| (name, (events, amount))).collect())
+}
+
+fn of_counters(log: &[Recorded], position: u64, found: Counters) -> Verdict {
+    let mut expected = Counters::new();
+    for event in log.iter().filter(|event| event.position <= position) {
+        for name in [&event.stream_id, &event.event_type] {
+            let counter = expected.entry(name.clone()).or_default();
+            *counter = (counter.0 + 1, counter.1 + event.amount.unwrap_or_default());
+        }
+    }
+    let mut verdict =
+        Verdict { applications: found.values().map(|(events, _)| *events as u64).sum(), ..Verdict::default() };
+    for name in expected.keys().chain(found.keys().filter(|name| !expected.contains_key(*name))) {
+        let (should, has) =
+            (expected.get(name).copied().unwrap_or_default(), found.get(name).copied().unwrap_or_default());
+        verdict.lost += (should.0 - has.0).max(0) as u64;
+        verdict.repeated += (has.0 - should.0).max(0) as u64;
+        verdict.wrong += u64::from(should.0 == has.0 && should.1 != has.1);
+    }
+    verdict
+}
+
+/// Whether the log has what its writers were told is stored, and nothing that they rolled back.
+pub async fn check_records(connection: &mut MySqlConnection, records: &Path, figures: &Figures) -> anyhow::Result<()> {
+    let stored: HashSet<String> =
+        sqlx::query_scalar("select event_id from events").fetch_all(connection).await?.into_iter().collect();
+    for record in fs::read_dir(records)? {
+        // A killed writer may leave half a line at the end: an id that is not whole says nothing.
+        let text = fs::read_to_string(record?.path())?;
+        for (sign, id) in text.lines().filter(|line| line.len() == 37).map(|line| line.split_at(1)) {
+            match sign {
+                "+" => figures.add("appends_acknowledged", 1),
+                _ => figures.add("rollbacks", 1),
+            }
+            if (sign == "+") != stored.contains(id) {
+                let told = if sign == "+" { "acknowledged, and is not there" } else { "rolled back, and is there" };
+                figures.find(format!("event {id} was {told}"));
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,115 @@
+//! The parts of this run: a database server and a LocalStack that it may kill, by the scripts of `localstack/`.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail, ensure};
+use projectionist::sqlx::mysql::{MySqlConnectOptions, MySqlSslMode};
+use projectionist::sqlx::{self, ConnectOptions, MySqlConnection};
+use tokio::process::Command;
+
+pub const DATABASE: &str = "projectionist_chaos";
+
+/// How long a server may take to end or to come up.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+pub struct Parts {
+    /// `mariadb` or `mysql`.
+    pub server: String,
+    pub state: PathBuf,
+}
+
+impl Parts {
+    pub fn from_environment() -> anyhow::Result<Self> {
+        let setting =
+            |name| std::env::var(name).with_context(|| format!("{name} is not set: run this by localstack/chaos"));
+        Ok(Parts { server: setting("CHAOS_SERVER")?, state: setting("PROJECTIONIST_STATE")?.into() })
+    }
+
+    pub fn server_port(&self) -> anyhow::Result<u16> {
+        self.number(&self.server, "port")
+    }
+
+    pub fn queue_port(&self) -> anyhow::Result<u16> {
+        self.number("sqs", "port")
+    }
+
+    fn number<T: std::str::FromStr>(&self, part: &str, thing: &str) -> anyhow::Result<T> {
+        let file = self.state.join(part).join(thing);
+        let text = std::fs::read_to_string(&file).with_context(|| file.display().to_string())?;
+        text.trim().parse().ok().with_context(|| format!("{} is no number", file.display()))
+    }
+
+    /// A connection straight to the server, by no cable.
+    pub async fn connect(&self) -> anyhow::Result<MySqlConnection> {
+        let options = self.options()?.database(DATABASE);
+        Ok(tokio::time::timeout(Duration::from_secs(10), options.connect()).await??)
+    }
+
+    fn options(&self) -> anyhow::Result<MySqlConnectOptions> {
+        let options = MySqlConnectOptions::new().host("127.0.0.1").port(self.server_port()?).username("root");
+        Ok(options.ssl_mode(MySqlSslMode::Disabled))
+    }
+
+    pub async fn version(&self) -> anyhow::Result<String> {
+        Ok(sqlx::query_scalar("select version()").fetch_one(&mut self.connect().await?).await?)
+    }
+
+    /// Makes the database anew.
+    pub async fn make_database(&self) -> anyhow::Result<()> {
+        let mut server = self.options()?.connect().await?;
+        for sql in ["drop database if exists projectionist_chaos", "create database projectionist_chaos"] {
+            sqlx::raw_sql(sql).execute(&mut server).await?;
+        }
+        Ok(())
+    }
+
+    /// `kill -9`, or a clean stop; and up again.
+    pub async fn restart_server(&self, signal: &str) -> anyhow::Result<()> {
+        let pid: u32 = self.number(&self.server, "pid")?;
+        ensure!(self.is_ours(pid), "process {pid} is not our {}", self.server);
+        self::signal(pid, signal).await?;
+        let began = Instant::now();
+        while self.is_ours(pid) {
+            ensure!(began.elapsed() < PATIENCE, "{} does not end", self.server);
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        self.start_server().await
+    }
+
+    async fn start_server(&self) -> anyhow::Result<()> {
+        let up = concat!(env!("CARGO_MANIFEST_DIR"), "/localstack/up");
+        let mut told = String::new();
+        for _ in 0..3 {
+            let ended = Command::new(up).arg(&self.server).kill_on_drop(true).output();
+            let ended = tokio::time::timeout(PATIENCE * 2, ended).await.context("localstack/up does not end")??;
+            if ended.status.success() {
+                return Ok(());
+            }
+            told = String::from_utf8_lossy(&ended.stderr).into_owned();
+        }
+        bail!("{} does not come up: {told}", self.server)
+    }
+
+    /// LocalStack stands still for so long: it takes connections and says nothing.
+    pub async fn stop_queue(&self, duration: Duration) -> anyhow::Result<()> {
+        let pid: u32 = self.number("sqs", "pid")?;
+        signal(pid, "STOP").await?;
+        tokio::time::sleep(duration).await;
+        signal(pid, "CONT").await
+    }
+
+    /// Whether a process runs and is the server that `localstack/up` launched. A dead one has no environment.
+    fn is_ours(&self, pid: u32) -> bool {
+        let part = format!("PROJECTIONIST_PART={}", self.state.join(&self.server).display());
+        let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        environment.split(|byte| *byte == 0).any(|variable| variable == part.as_bytes())
+    }
+}
+
+/// Sends a signal to a process that must be ours and not yet reaped.
+pub async fn signal(pid: u32, signal: &str) -> anyhow::Result<()> {
+    let sent = Command::new("kill").args([&format!("-{signal}"), &pid.to_string()]).output().await?;
+    ensure!(sent.status.success(), "kill -{signal} {pid}: {}", String::from_utf8_lossy(&sent.stderr).trim());
+    Ok(())
+}

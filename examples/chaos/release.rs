@@ -1,0 +1,86 @@
+//! Releases: sets of projector files. Each deploy brings a new projector, and mends the fragile one or does not.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+
+const TALLY: &str = include_str!("projectors/tally.toml");
+const COUNTERS: &str = include_str!("projectors/counters.toml");
+const FRAGILE: &str = include_str!("projectors/fragile.toml");
+const NEWCOMER: &str = include_str!("projectors/newcomer.toml");
+
+/// A release has this many of the newest, so that its work does not grow with the deploys.
+const NEWCOMERS: u32 = 3;
+
+/// In turn, so that the very first release has one of each.
+const MODES: [&str; 3] = ["from_now", "once", "from_beginning"];
+
+/// A folder of projector files.
+#[derive(Debug, Clone)]
+pub struct Release {
+    pub name: String,
+    pub folder: PathBuf,
+    newest: u32,
+}
+
+impl Release {
+    /// Writes down a release. The one that is numbered 3 is the first, and has newcomers 1 to 3.
+    pub fn write(releases: &Path, newest: u32, is_mended: bool) -> anyhow::Result<Self> {
+        let name = format!("release-{newest}{}", if is_mended { "-mended" } else { "" });
+        let folder = releases.join(&name);
+        fs::create_dir_all(&folder)?;
+        let fragile = if is_mended { FRAGILE.replace(":payload.amount)", ":payload.amount?)") } else { FRAGILE.into() };
+        let mut files = vec![
+            ("tally".to_owned(), TALLY.to_owned()),
+            ("counters".into(), COUNTERS.into()),
+            ("fragile".into(), fragile),
+        ];
+        for number in newest.saturating_sub(NEWCOMERS) + 1..=newest {
+            let name = newcomer(number);
+            files.push((name.clone(), NEWCOMER.replace("NAME", &name).replace("MODE", mode(number))));
+        }
+        for (name, text) in files {
+            fs::write(folder.join(format!("{name}.toml")), text).context("a projector file")?;
+        }
+        Ok(Release { name, folder, newest })
+    }
+
+    /// The first one: with a newcomer of each mode.
+    pub fn first(releases: &Path) -> anyhow::Result<Self> {
+        Self::write(releases, NEWCOMERS, false)
+    }
+
+    /// The next one.
+    pub fn next(&self, releases: &Path, is_mended: bool) -> anyhow::Result<Self> {
+        Self::write(releases, self.newest + 1, is_mended)
+    }
+
+    /// The same one, mended.
+    pub fn mended(&self, releases: &Path) -> anyhow::Result<Self> {
+        Self::write(releases, self.newest, true)
+    }
+
+    /// The names of its projectors: those of its files.
+    pub fn projectors(&self) -> anyhow::Result<Vec<String>> {
+        let name = |entry: fs::DirEntry| entry.path().file_stem().map(|stem| stem.to_string_lossy().into_owned());
+        Ok(fs::read_dir(&self.folder)?.filter_map(|entry| name(entry.ok()?)).collect())
+    }
+
+    pub fn is_newer_than(&self, other: &Release) -> bool {
+        self.newest > other.newest
+    }
+
+    /// As an argument.
+    pub fn path(&self) -> &str {
+        self.folder.to_str().expect("we named it")
+    }
+}
+
+fn newcomer(number: u32) -> String {
+    format!("newcomer_{number}")
+}
+
+fn mode(number: u32) -> &'static str {
+    MODES[number as usize % MODES.len()]
+}
