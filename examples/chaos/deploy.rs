@@ -73,7 +73,7 @@ impl Deploys {
             if codes.contains(&Some(1)) {
                 release = release.mended(&self.releases)?;
             }
-            tokio::time::sleep(Duration::from_millis(500)).await;
+            tokio::time::sleep(Duration::from_secs(1)).await;
         }
         self.figures.add("deploys_given_up", 1);
         Ok(())
@@ -81,8 +81,10 @@ impl Deploys {
 
     /// The old release again, as it was, booted as every release is. What it does not know stays where it is.
     pub async fn roll_back(&mut self, crew: &Crew) -> anyhow::Result<()> {
-        let boot = self.boot(&self.previous)?;
-        boot.wait().await;
+        if !self.current.is_newer_than(&self.previous) {
+            self.deploy(crew, 1).await?;
+        }
+        self.boot(&self.previous)?.wait().await;
         crew.deploy("play-1", &self.previous);
         crew.deploy("play-2", &self.previous);
         if self.current.is_newer_than(&self.previous) {

@@ -162,7 +162,7 @@ impl Targets {
                 self.figures.add("bad_events", 1);
             }
             Fault::Deploy | Fault::DeployFromTwoHosts | Fault::RollBack => {
-                // One is under way and two wait at the most: boots take their time when the log is long.
+                // One is under way and three wait at the most: boots take their time when the log is long.
                 let Ok(_place) = self.deploying.try_acquire() else { return Ok(()) };
                 let (mut deploys, crew) = (self.deploys.lock().await, self.crew.lock().await);
                 match fault {
@@ -170,10 +170,20 @@ impl Targets {
                     fault => deploys.deploy(&crew, if fault == Fault::Deploy { 1 } else { 2 }).await?,
                 }
             }
-            Fault::Audit => {
-                let (audit, _) = self.yard.start(Kind::Audit, "audit", &["audit"])?;
-                self.figures.add("audits", u64::from(audit.wait().await.code == Some(0)));
+            Fault::Audit => self.audit().await?,
+        }
+        Ok(())
+    }
+
+    /// In the middle of it all. A server that is away is tried again.
+    async fn audit(&self) -> anyhow::Result<()> {
+        for _ in 0..5 {
+            let (audit, _) = self.yard.start(Kind::Audit, "audit", &["audit"])?;
+            if audit.wait().await.code == Some(0) {
+                self.figures.add("audits", 1);
+                return Ok(());
             }
+            tokio::time::sleep(Duration::from_secs(1)).await;
         }
         Ok(())
     }

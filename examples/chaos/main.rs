@@ -206,7 +206,7 @@ async fn set(parts: Arc<Parts>, folder: &Path, records: &Path, releases: PathBuf
         figures,
         crew: Mutex::new(crew),
         deploys: Mutex::new(deploys),
-        deploying: Semaphore::new(3),
+        deploying: Semaphore::new(4),
         server: Mutex::new(()),
     }))
 }
