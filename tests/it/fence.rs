@@ -229,7 +229,8 @@ async fn a_projector_that_is_retired_while_boot_runs_leaves_the_boot() {
     };
     let (report, ()) = tokio::join!(booting, retiring);
     assert_eq!(world.status("tally").await, "new", "it is forgotten");
-    assert_eq!(report.projectors.len(), 1);
+    let of_it = report.projectors.iter().find(|booted| booted.entry.id.name == "tally");
+    assert!(of_it.is_none_or(|booted| booted.entry.status == Status::Retired), "{of_it:?}");
     world.assert_complete(&other).await;
 }
 
@@ -601,8 +602,9 @@ async fn a_connection_killed_in_the_middle_of_a_transaction_breaks_nobody_in_boo
     }
 }
 
-/// Kills one session after the other, whatever it is in, until it is told to stop.
-async fn kill_at_random(world: &World, mut dice: fastrand::Rng, stop: &AtomicBool) -> u64 {
+/// Kills one session after the other, whatever it is in, until it is told to stop: one for every so many events shown,
+/// so that a slow server is not killed to a standstill.
+async fn kill_at_random(world: &World, mut dice: fastrand::Rng, shown: &AtomicU64, stop: &AtomicBool) -> u64 {
     let mut killer = MySqlConnection::connect(&server_url()).await.expect("the server answers");
     let mut killed = 0;
     while !stop.load(Ordering::SeqCst) {
@@ -616,8 +618,8 @@ async fn kill_at_random(world: &World, mut dice: fastrand::Rng, stop: &AtomicBoo
             killed +=
                 u64::from(sqlx::raw_sql(AssertSqlSafe(format!("kill {session}"))).execute(&mut killer).await.is_ok());
         }
-        // The pace of the fault, and nothing that is waited for.
-        tokio::time::sleep(Duration::from_millis(dice.u64(20..120))).await;
+        let next = shown.load(Ordering::SeqCst) + dice.u64(20..80);
+        eventually("it gets on", async || stop.load(Ordering::SeqCst) || shown.load(Ordering::SeqCst) >= next).await;
     }
     killed
 }
@@ -626,8 +628,17 @@ async fn kill_at_random(world: &World, mut dice: fastrand::Rng, stop: &AtomicBoo
 async fn sessions_killed_at_random_break_nobody_in_boot_and_in_play() {
     let world = World::new().await;
     let mut dice = fastrand::Rng::with_seed(seed());
+    let shown = Arc::new(AtomicU64::new(0));
+    let counted = |tally: Tally| {
+        let shown = Arc::clone(&shown);
+        tally.hook(move |_| {
+            shown.fetch_add(1, Ordering::SeqCst);
+            Ok(())
+        })
+    };
     let tallies =
         [Tally::new("all_events"), Tally::new("closed").only(&["Closed"]), Tally::new("once").mode(Mode::Once)];
+    let tallies = tallies.map(counted);
     let registry = registry(&[&tallies[0], &tallies[1], &tallies[2]]);
     world.append(1_500).await;
     let limits = Limits { batch: 20, patience: Some(PATIENCE), ..Limits::default() };
@@ -638,8 +649,8 @@ async fn sessions_killed_at_random_break_nobody_in_boot_and_in_play() {
         stop.store(true, Ordering::SeqCst);
         report.expect("boot comes to an end")
     };
-    let (report, killed) = tokio::join!(booting, kill_at_random(&world, dice.fork(), &stop));
-    assert!(report.is_released() && killed > 5, "{killed} sessions killed: {report:?}");
+    let (report, killed) = tokio::join!(booting, kill_at_random(&world, dice.fork(), &shown, &stop));
+    assert!(report.is_released() && killed > 2, "{killed} sessions killed: {report:?}");
     for tally in &tallies {
         world.assert_complete(tally).await;
     }
@@ -652,8 +663,8 @@ async fn sessions_killed_at_random_break_nobody_in_boot_and_in_play() {
         stop.store(true, Ordering::SeqCst);
         played
     };
-    let (played, killed) = tokio::join!(playing, kill_at_random(&world, dice.fork(), &stop));
-    assert!(played.broken == 0 && killed > 5, "{killed} sessions killed: {played:?}");
+    let (played, killed) = tokio::join!(playing, kill_at_random(&world, dice.fork(), &shown, &stop));
+    assert!(played.broken == 0 && killed > 2, "{killed} sessions killed: {played:?}");
     world.assert_complete(&tallies[0]).await;
     world.assert_complete(&tallies[1]).await;
 }
