@@ -51,12 +51,17 @@ choose_port() { # part: records the port it gets: the one asked for, else the la
 # --- processes ---
 
 launch() { # part command…: in a session and an environment of its own, so that it outlives the shell and is the same in all
-  local part=$1 dir=$STATE/$1
+  local part=$1 dir=$STATE/$1 tries
   shift
   [[ ! -e $dir/log ]] || mv "$dir/log" "$dir/log.previous"
   env -i PATH="$PATH" HOME="$HOME" LANG=C.UTF-8 PROJECTIONIST_PART="$dir" \
     setsid "$@" >"$dir/log" 2>&1 </dev/null 9>&- &
   echo $! >"$dir/pid"
+  # Before it has its environment it is told from nothing: on a busy machine it counted as ended, and lived on unknown.
+  for ((tries = 0; tries < 100; tries++)); do
+    if alive "$part" || ! kill -0 $! 2>/dev/null; then return 0; fi
+    sleep 0.05
+  done
 }
 
 alive() { # part: its process runs and is the one we launched; a number alone may have been given to another since
