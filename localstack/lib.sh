@@ -51,22 +51,28 @@ choose_port() { # part: records the port it gets: the one asked for, else the la
 # --- processes ---
 
 launch() { # part command…: in a session and an environment of its own, so that it outlives the shell and is the same in all
-  local part=$1 dir=$STATE/$1 tries
+  local part=$1 dir=$STATE/$1
   shift
   [[ ! -e $dir/log ]] || mv "$dir/log" "$dir/log.previous"
   env -i PATH="$PATH" HOME="$HOME" LANG=C.UTF-8 PROJECTIONIST_PART="$dir" \
     setsid "$@" >"$dir/log" 2>&1 </dev/null 9>&- &
   echo $! >"$dir/pid"
-  # Before it has its environment it is told from nothing: on a busy machine it counted as ended, and lived on unknown.
-  for ((tries = 0; tries < 100; tries++)); do
-    if alive "$part" || ! kill -0 $! 2>/dev/null; then return 0; fi
-    sleep 0.05
-  done
+  born $! >"$dir/born" || true
+}
+
+# When a process began, by the kernel's clock; nothing for one that has ended, reaped or not. Unlike its environment and its
+# command line it is there from the first moment, and the same across exec.
+born() { # pid
+  local stat
+  { stat=$(<"/proc/$1/stat"); } 2>/dev/null || return 1
+  # The name before the last parenthesis may hold anything.
+  read -ra stat <<<"${stat##*) }"
+  [[ ${stat[0]} != [ZX] ]] && echo "${stat[19]}"
 }
 
 alive() { # part: its process runs and is the one we launched; a number alone may have been given to another since
-  local pid
-  pid=$(recorded "$1" pid) && grep -qszxF "PROJECTIONIST_PART=$STATE/$1" "/proc/$pid/environ"
+  local pid known
+  pid=$(recorded "$1" pid) && known=$(recorded "$1" born) && [[ -n $pid && -n $known && $(born "$pid") == "$known" ]]
 }
 
 owns_port() { # part: it is our process that listens there, not a neighbour's that took the port first
@@ -106,7 +112,7 @@ stop() { # part: asks, waits, insists; nothing where it does not run
     gone "$1" || { kill -9 "$pid" && gone "$1"; } || die "$1, process $pid, cannot be stopped"
     say "$1 stopped"
   fi
-  rm -f "$STATE/$1/pid"
+  rm -f "$STATE/$1/pid" "$STATE/$1/born"
 }
 
 as_asked() { # part: it runs with the port and the services that this call names, if it names any
