@@ -8,7 +8,7 @@ use crate::apply;
 use crate::catch_up::{Cursor, CursorState};
 use crate::database::Database;
 use crate::deliver::{Delivered, Engine, Failed, Limits};
-use crate::error::{Error, caused_by_transient, is_transient, tell};
+use crate::error::{Error, caused_by_transient, tell};
 use crate::event::Position;
 use crate::handoff::{has_reached, oldest_queued};
 use crate::held::HeldWatch;
@@ -292,7 +292,6 @@ fn check_modes(registry: &Registry, ledger: &[Entry]) -> Result<(), Error> {
 impl From<LedgerError> for Error {
     fn from(error: LedgerError) -> Self {
         match error {
-            LedgerError::Database(error) if is_transient(&error) => Error::OutOfReach(format!("database: {error}")),
             LedgerError::Database(error) => Error::Database(error),
             LedgerError::Step(..) => Error::Input(error.to_string()),
         }

@@ -125,7 +125,7 @@ impl EventStore {
         let first_locked = self.first_locked(&holes).await?;
         let mut closing = Closing::default();
         for (index, hole) in holes.into_iter().enumerate() {
-            if !closing.takes(&hole) {
+            if !closing.goes_on() {
                 break;
             }
             closing.probed(hole, Some(index) == first_locked);
@@ -218,7 +218,7 @@ pub(crate) struct Closing {
 
 impl Closing {
     /// Whether the next hole is one to be looked at.
-    pub(crate) fn takes(&self, _hole: &RangeInclusive<u64>) -> bool {
+    pub(crate) fn goes_on(&self) -> bool {
         !self.is_full && self.held.is_none()
     }
 

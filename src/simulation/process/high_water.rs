@@ -70,7 +70,7 @@ async fn close_holes(sim: &Sim, mark: Position) -> Result<Closed, DatabaseError>
     }
     let mut closing = Closing::default();
     for hole in holes {
-        if !closing.takes(&hole) {
+        if !closing.goes_on() {
             break;
         }
         let is_locked = sim.is_locked(&hole).await?;
