@@ -66,6 +66,8 @@ impl Kind {
             (Kind::Boot, Some(0 | 1)) | (Kind::Append | Kind::Audit, Some(0)) => true,
             // The database or the queue was away when it started.
             (Kind::Play | Kind::Relay | Kind::Boot | Kind::Append | Kind::Audit, Some(3)) => true,
+            // It says that it was interrupted, by the code of a process that the signal ended.
+            (Kind::Boot, Some(143)) => was_terminated,
             // SIGTERM itself: these have nothing to bring to an end.
             (Kind::Boot | Kind::Append | Kind::Audit, None) => was_terminated,
             _ => false,
