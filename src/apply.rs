@@ -5,8 +5,7 @@ use std::time::Duration;
 
 use anyhow::anyhow;
 use futures_util::FutureExt;
-use sqlx::pool::PoolConnection;
-use sqlx::{AssertSqlSafe, Connection, MySql};
+use sqlx::{AssertSqlSafe, MySqlConnection};
 use tokio::runtime::Handle;
 use tokio::time::timeout;
 use tracing::debug;
@@ -14,14 +13,9 @@ use tracing::debug;
 use crate::database::{Database, SESSION_SILENT_FOR};
 use crate::error::{caused_by_transient, database_error, is_transient, server_error};
 use crate::event::{Event, Position};
-use crate::ledger::{self, Entry, Locked};
+use crate::ledger::{self, Entry, Ledger};
 use crate::lifecycle::Stage;
 use crate::registry::Registered;
-
-/// A handler that commits, or runs a statement that does (DDL), takes this savepoint away: releasing it
-/// then fails with error 1305.
-const SAVEPOINT: &str = "savepoint projectionist";
-const RELEASE: &str = "release savepoint projectionist";
 
 /// Events that move a projector from one position to another.
 #[derive(Debug, Clone, Copy)]
@@ -59,12 +53,8 @@ impl From<sqlx::Error> for ApplyError {
     }
 }
 
-/// The fence: the projector is still this stage's, and stands where the batch begins (design, section 3, step 7).
-pub(crate) fn claim_holds(entry: &Entry, stage: Stage, after: Position) -> bool {
-    stage.plays(&entry.status) && entry.position == after
-}
-
-/// Applies a batch: lock the ledger row, check the claim, run the handler, move the position, commit.
+/// Applies a batch: lock the ledger row, check the claim, run the handler, move the position, commit. That is three
+/// round trips, and those of the handler.
 pub(crate) async fn apply(
     database: &Database,
     projector: &Registered,
@@ -72,107 +62,118 @@ pub(crate) async fn apply(
     batch: Batch<'_>,
     handler_timeout: Duration,
 ) -> Result<(), ApplyError> {
-    let wanted: Vec<&Event> = batch.events.iter().filter(|event| projector.wants(event)).collect();
-
-    let mut claim = Claim { connection: database.acquire().await?, database, handling: None };
-    let connection = &mut claim.connection;
-    let begin = async {
-        let mut transaction = connection.begin().await?;
-        let locked = ledger::lock(&mut transaction, &projector.id).await?;
-        sqlx::raw_sql(SAVEPOINT).execute(&mut *transaction).await?;
-        if handler_timeout >= SESSION_SILENT_FOR {
-            let silent_for = handler_timeout + SESSION_SILENT_FOR;
-            let allow = format!("set session wait_timeout = {}", silent_for.as_secs());
-            sqlx::raw_sql(AssertSqlSafe(allow)).execute(&mut *transaction).await?;
-        }
-        Ok((transaction, locked))
-    };
-    let (mut transaction, Some(Locked { entry, session })) = database.answered(begin).await? else {
-        return Err(ApplyError::Claim(None));
-    };
-    if !claim_holds(&entry, stage, batch.after) {
-        return Err(ApplyError::Claim(Some(entry)));
+    let mut session = database.session().await?;
+    if handler_timeout >= SESSION_SILENT_FOR {
+        let silent_for = handler_timeout + SESSION_SILENT_FOR;
+        let allow = format!("set session wait_timeout = {}", silent_for.as_secs());
+        database.answered(sqlx::raw_sql(AssertSqlSafe(allow)).execute(&mut *session.connection)).await?;
     }
+    let guard = Handling { database, session: session.id, is_on: false };
+    match run(&mut session.connection, guard, projector, stage, batch, handler_timeout).await {
+        Ok(()) => {
+            database.keep(session);
+            Ok(())
+        }
+        Err(NotApplied::Begin(error)) if ledger::is_refusal(&error) => {
+            // By hand: to sqlx nothing was begun. What is not in order after this is closed by the pool.
+            database.answered(sqlx::raw_sql("rollback").execute(&mut *session.connection)).await?;
+            Err(ApplyError::Claim(Ledger::new(database).entry(&projector.id).await?))
+        }
+        Err(NotApplied::Begin(error)) => {
+            session.connection.close_on_drop();
+            Err(error.into())
+        }
+        Err(NotApplied::Since(error)) => Err(error),
+    }
+}
+
+/// How far a batch came that was not applied.
+enum NotApplied {
+    Begin(sqlx::Error),
+    Since(ApplyError),
+}
+
+impl<E: Into<ApplyError>> From<E> for NotApplied {
+    fn from(error: E) -> Self {
+        NotApplied::Since(error.into())
+    }
+}
+
+async fn run(
+    connection: &mut MySqlConnection,
+    mut guard: Handling<'_>,
+    projector: &Registered,
+    stage: Stage,
+    batch: Batch<'_>,
+    handler_timeout: Duration,
+) -> Result<(), NotApplied> {
+    let (database, id) = (guard.database, &projector.id);
+    let begin = ledger::begin(connection, id, stage, batch.after);
+    let mut transaction = database.answered(begin).await.map_err(NotApplied::Begin)?;
+
+    let wanted: Vec<&Event> = batch.events.iter().filter(|event| projector.wants(event)).collect();
     if !wanted.is_empty() {
-        claim.handling = Some(session);
+        guard.is_on = true;
         let handling = projector.projector.handle_batch(&wanted, &mut transaction);
         let handled = match timeout(handler_timeout, AssertUnwindSafe(handling).catch_unwind()).await {
             Ok(Ok(handled)) => handled,
-            cut_off => {
-                drop(transaction);
-                claim.end().await?;
-                return Err(match cut_off {
-                    Ok(Err(panic)) => {
-                        ApplyError::Projector(anyhow!("the handler panicked: {}", panic_message(panic.as_ref())))
-                    }
-                    _ => ApplyError::TimedOut(anyhow!(
-                        "the handler took longer than {} s",
-                        handler_timeout.as_secs_f32()
-                    )),
-                });
+            Ok(Err(panic)) => {
+                guard.end().await?;
+                let message = panic_message(panic.as_ref());
+                return Err(ApplyError::Projector(anyhow!("the handler panicked: {message}")).into());
+            }
+            Err(_) => {
+                guard.end().await?;
+                let seconds = handler_timeout.as_secs_f32();
+                return Err(ApplyError::TimedOut(anyhow!("the handler took longer than {seconds} s")).into());
             }
         };
-        claim.handling = None;
+        guard.is_on = false;
         if let Err(error) = handled {
             if let Some(error) = database_error(&error) {
                 database.distrust(error);
             }
-            return Err(match caused_by_transient(&error) {
-                true => ApplyError::Transient(error),
-                false => ApplyError::Projector(error),
-            });
-        }
-        if let Err(error) = database.answered(sqlx::raw_sql(RELEASE).execute(&mut *transaction)).await {
-            return Err(match server_error(&error) {
-                Some(1305) => ApplyError::Projector(anyhow!(
-                    "the handler committed the transaction, by itself or by a statement that does so (such as DDL): \
-                     what it wrote is stored, but its position is not"
-                )),
-                _ => error.into(),
-            });
+            let is_transient = caused_by_transient(&error);
+            let kind = if is_transient { ApplyError::Transient } else { ApplyError::Projector };
+            return Err(kind(error).into());
         }
     }
-    let commit = async {
-        let has_moved = ledger::advance(&mut transaction, &projector.id, batch.after, batch.through).await?;
-        match has_moved {
-            true => transaction.commit().await?,
-            false => transaction.rollback().await?,
+    match database.answered(ledger::advance(&mut transaction, id, batch.after, batch.through)).await {
+        Ok(true) => Ok(database.answered(transaction.commit()).await?),
+        Ok(false) => {
+            Err(ApplyError::Projector(anyhow!("the handler changed its projector's own row in the ledger")).into())
         }
-        Ok(has_moved)
-    };
-    match database.answered(commit).await? {
-        true => Ok(()),
-        false => Err(ApplyError::Claim(Some(entry))),
+        Err(error) if server_error(&error) == Some(1305) => Err(ApplyError::Projector(anyhow!(
+            "the handler committed the transaction, by itself or by a statement that does so (such as DDL): \
+             what it wrote is stored, but its position is not"
+        ))
+        .into()),
+        Err(error) => Err(error.into()),
     }
 }
 
-/// The session that holds a projector's row. A handler that is cut off may be in the middle of a statement: its
-/// connection is of no more use then, and the row would stay locked until the server has finished with the statement.
-struct Claim<'a> {
-    connection: PoolConnection<MySql>,
+/// While a handler runs. One that is cut off may be in the middle of a statement: its connection is of no more use then,
+/// and its projector's row would stay locked until the server has finished with the statement.
+struct Handling<'a> {
     database: &'a Database,
-    /// The session, while a handler runs in it.
-    handling: Option<u64>,
+    session: u64,
+    is_on: bool,
 }
 
-impl Claim<'_> {
+impl Handling<'_> {
     /// Ends the session in which a handler was cut off, and with it the lock.
     async fn end(mut self) -> Result<(), sqlx::Error> {
-        if let Some(session) = self.handling {
-            self.database.kill(session).await?;
-            self.connection.close_on_drop();
-            self.handling = None;
-        }
+        self.database.kill(self.session).await?;
+        self.is_on = false;
         Ok(())
     }
 }
 
-impl Drop for Claim<'_> {
+impl Drop for Handling<'_> {
     /// The same, where nobody waits for it: the whole work was dropped, by a shutdown or for want of time.
     fn drop(&mut self) {
-        let (Some(session), Ok(runtime)) = (self.handling, Handle::try_current()) else { return };
-        self.connection.close_on_drop();
-        let database = self.database.clone();
+        let (true, Ok(runtime)) = (self.is_on, Handle::try_current()) else { return };
+        let (database, session) = (self.database.clone(), self.session);
         runtime.spawn(async move {
             if let Err(error) = database.kill(session).await {
                 debug!(session, %error, "a handler's session was not ended, and ends with its statement");

@@ -4,14 +4,16 @@ use std::sync::Arc;
 
 use futures_util::StreamExt;
 use futures_util::stream;
+use tracing::debug;
 
 use crate::apply::Batch;
 use crate::deliver::{Delivered, Engine};
 use crate::event::Position;
 use crate::ledger::Entry;
 use crate::lifecycle::Stage;
+use crate::projector::ProjectorId;
 use crate::registry::Registered;
-use crate::store::Page;
+use crate::store::{Page, ReadAhead, ReadLimits, Wanted};
 
 /// Projectors that apply one page at the same time, each on a connection of its own.
 pub(crate) const SIDE_BY_SIDE: usize = 8;
@@ -68,9 +70,9 @@ impl Cursor {
         self.is_running() && self.position < through
     }
 
-    /// What it applies of the page that begins after `after`, if it stands in it.
-    pub(crate) fn batch<'a>(&self, after: Position, page: &'a Page) -> Option<Batch<'a>> {
-        if !self.is_running() || !(after..page.through).contains(&self.position) {
+    /// What it applies of a page, if it stands in it.
+    pub(crate) fn batch<'a>(&self, page: &'a Page) -> Option<Batch<'a>> {
+        if !self.is_running() || !(page.after..page.through).contains(&self.position) {
             return None;
         }
         let known = page.events.partition_point(|event| event.position <= self.position);
@@ -85,7 +87,7 @@ pub(crate) fn lowest_due(cursors: &[Cursor], through: Position) -> Option<Positi
 
 impl Engine {
     /// Brings every running cursor to `through`, which must not lie above the high-water mark. The log is
-    /// read once for all of them, from the lowest on, the next page while this one is applied.
+    /// read once for all of them, from the lowest on, and ahead of what is applied.
     /// In boot, the first failure ends it; in play, each cursor goes on without the others.
     ///
     /// # Errors
@@ -97,25 +99,20 @@ impl Engine {
         through: Position,
         mut progress: impl FnMut(&[Cursor]),
     ) -> Result<(), sqlx::Error> {
-        let mut ahead: Option<(Position, Page)> = None;
-        let mut limit = self.limits.batch;
+        let limits = ReadLimits { page: self.limits.batch, patience: self.limits.patience };
+        let mut reading: Option<ReadAhead> = None;
         loop {
             let Some(lowest) = lowest_due(cursors, through) else { return Ok(()) };
-            let page = match ahead.take() {
-                Some((after, page)) if after == lowest => page,
-                _ => self.read(lowest, through, limit).await?,
-            };
-            // A page that was cut because its events are large tells how many to ask for next.
-            limit = (page.through.since(lowest) * 2).clamp(1, self.limits.batch);
-
-            let read_ahead = async {
-                match page.through < through {
-                    true => self.read(page.through, through, limit).await.map(Some),
-                    false => Ok(None),
+            let pages = match reading.take() {
+                Some(pages) if pages.position() == lowest => reading.insert(pages),
+                _ => {
+                    let running = cursors.iter().filter(|cursor| cursor.is_running());
+                    let wanted = Wanted::by_any(running.map(|cursor| cursor.projector.event_types()));
+                    reading.insert(self.store.read_ahead(lowest, through, wanted, limits))
                 }
             };
-            let (following, ()) = tokio::join!(read_ahead, self.pass(stage, cursors, lowest, &page));
-            ahead = following?.map(|following| (page.through, following));
+            let page = pages.next().await?;
+            self.pass(stage, cursors, &page).await;
 
             progress(cursors);
             let stopped = |cursor: &Cursor| !matches!(cursor.state, CursorState::Running | CursorState::Left);
@@ -126,9 +123,10 @@ impl Engine {
     }
 
     /// Passes a page to every cursor that stands in it.
-    async fn pass(&self, stage: Stage, cursors: &mut [Cursor], after: Position, page: &Page) {
-        let standing_in_it =
-            cursors.iter_mut().filter_map(|cursor| cursor.batch(after, page).map(|batch| (cursor, batch)));
+    async fn pass(&self, stage: Stage, cursors: &mut [Cursor], page: &Page) {
+        let through = page.through;
+        self.pass_over(stage, cursors, through, |cursor| cursor.batch(page)).await;
+        let standing_in_it = cursors.iter_mut().filter_map(|cursor| cursor.batch(page).map(|batch| (cursor, batch)));
         stream::iter(standing_in_it)
             .for_each_concurrent(SIDE_BY_SIDE, async |(cursor, batch)| {
                 cursor.note(self.deliver(&cursor.projector, stage, batch).await);
@@ -136,7 +134,31 @@ impl Engine {
             .await;
     }
 
-    async fn read(&self, after: Position, through: Position, limit: u64) -> Result<Page, sqlx::Error> {
-        self.persist("read the log", || self.store.read_after(after, through, limit)).await
+    /// Moves those cursors together whose batch up to `through` has nothing for them: it costs one statement, and not a
+    /// transaction each. Whoever is not moved by that, for whatever reason, is left to be delivered to.
+    pub(crate) async fn pass_over<'a>(
+        &self,
+        stage: Stage,
+        cursors: &mut [Cursor],
+        through: Position,
+        batch: impl Fn(&Cursor) -> Option<Batch<'a>>,
+    ) {
+        let has_nothing = |cursor: &Cursor| {
+            let batch = batch(cursor).filter(|batch| batch.through == through);
+            batch.is_some_and(|batch| !batch.events.iter().any(|event| cursor.projector.wants(event)))
+        };
+        let mut idle: Vec<&mut Cursor> = cursors.iter_mut().filter(|cursor| has_nothing(cursor)).collect();
+        idle.sort_by_key(|cursor| cursor.position);
+        for together in idle.chunk_by_mut(|one, other| one.position == other.position) {
+            let ids: Vec<&ProjectorId> = together.iter().map(|cursor| &cursor.projector.id).collect();
+            match self.ledger.pass_over(&ids, stage, together[0].position, through).await {
+                Ok(moved) if moved == ids.len() as u64 => {
+                    together.iter_mut().for_each(|cursor| cursor.position = through);
+                }
+                // Some were moved and some were not: each will find out by its own claim.
+                Ok(_) => {}
+                Err(error) => debug!(%error, "projectors were not moved together"),
+            }
+        }
     }
 }

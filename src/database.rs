@@ -3,12 +3,14 @@
 use std::borrow::Cow;
 use std::future::Future;
 use std::str::FromStr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use sqlx::migrate::{Migration, MigrationType, Migrator};
 use sqlx::mysql::{MySqlConnectOptions, MySqlPoolOptions};
 use sqlx::pool::PoolConnection;
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor, MySql, MySqlConnection, MySqlPool, SqlSafeStr};
+use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
@@ -31,6 +33,8 @@ const UNUSED_FOR: Duration = Duration::from_secs(30);
 /// be out of connections when enough of them have gone deaf, or were left in the middle of an answer.
 const RETURNS_WITHIN: Duration = Duration::from_secs(5);
 
+const SESSION_ID: &str = "select connection_id()";
+
 const VERSION: &str = "select version(), @@global.auto_increment_increment";
 
 /// Read by the migrator only: its lock and its table need a name of their own, so that a team's own
@@ -44,6 +48,35 @@ pub struct Database {
     pub(crate) flavor: Flavor,
     /// When a connection last turned out to lead to a server that is read-only.
     distrusted: watch::Sender<Option<Instant>>,
+    kept: Arc<Mutex<Kept>>,
+}
+
+/// A connection, with the number that the server has for it.
+#[derive(Debug)]
+pub(crate) struct Session {
+    pub(crate) connection: PoolConnection<MySql>,
+    /// What `kill` takes.
+    pub(crate) id: u64,
+    /// Since when it has been out of the pool.
+    since: Instant,
+    used: Instant,
+}
+
+/// Sessions between two batches. The pool would ask each of them whether it still answers, twice, before it gave it out
+/// again: as many round trips as a batch has.
+#[derive(Debug)]
+struct Kept {
+    sessions: Vec<Session>,
+    most: usize,
+}
+
+impl Drop for Kept {
+    /// A connection goes back to its pool by a task. Without a runtime there is none, and it is closed.
+    fn drop(&mut self) {
+        if Handle::try_current().is_err() {
+            self.sessions.drain(..).for_each(|session| drop(session.connection.detach()));
+        }
+    }
 }
 
 /// What differs between the servers is decided by this.
@@ -109,7 +142,9 @@ impl Database {
             .after_release(|connection, _| Box::pin(still_answers(connection)))
             .connect_lazy_with(options);
         let flavor = if version.contains("MariaDB") { Flavor::MariaDb } else { Flavor::MySql };
-        Ok(Database { pool, flavor, distrusted })
+        // The other half is for what takes a connection for one statement.
+        let kept = Kept { sessions: Vec::new(), most: connections as usize / 2 };
+        Ok(Database { pool, flavor, distrusted, kept: Arc::new(Mutex::new(kept)) })
     }
 
     /// Waits for an answer, but not for ever: a connection whose other end has gone without a word would be waited on until
@@ -130,6 +165,7 @@ impl Database {
     pub(crate) fn distrust(&self, error: &sqlx::Error) {
         if is_read_only(error) {
             self.distrusted.send_replace(Some(Instant::now()));
+            self.let_go();
         }
     }
 
@@ -159,6 +195,36 @@ impl Database {
             Err(error) if server_error(&error) != Some(1094) => Err(error),
             _ => Ok(()),
         }
+    }
+
+    /// A session for a batch: one that was kept, or another of the pool.
+    pub(crate) async fn session(&self) -> Result<Session, sqlx::Error> {
+        if let Some(session) = self.kept().sessions.pop().filter(|session| session.used.elapsed() < UNUSED_FOR) {
+            return Ok(session);
+        }
+        let since = Instant::now();
+        let mut connection = self.acquire().await?;
+        let id = self.answered(sqlx::query_scalar(SESSION_ID).fetch_one(&mut *connection)).await?;
+        Ok(Session { connection, id, since, used: since })
+    }
+
+    /// Keeps a session for the next batch. It must be in order, and in no transaction.
+    pub(crate) fn keep(&self, session: Session) {
+        let is_older = self.distrusted.borrow().is_some_and(|distrusted| session.since <= distrusted);
+        let mut kept = self.kept();
+        if !is_older && kept.sessions.len() < kept.most {
+            kept.sessions.push(Session { used: Instant::now(), ..session });
+        }
+    }
+
+    /// Gives what is kept back to the pool, where every connection is asked whether it still answers.
+    pub(crate) fn let_go(&self) {
+        self.kept().sessions.clear();
+    }
+
+    fn kept(&self) -> MutexGuard<'_, Kept> {
+        // What is in it is in order after a panic, too.
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A connection of the pool.

@@ -121,6 +121,8 @@ impl Engine {
                 }
                 Err(ApplyError::Transient(error)) => {
                     attempt += 1;
+                    // What ended this connection may have ended those that are kept.
+                    self.database.let_go();
                     if self.limits.patience.is_some_and(|patience| began.elapsed() >= patience) {
                         return Ok(Delivered::GaveUp(tell(&error)));
                     }

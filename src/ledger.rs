@@ -1,12 +1,12 @@
 //! The ledger: table `projectors`. The only authority on what has been applied.
 
 use sqlx::mysql::MySqlRow;
-use sqlx::{Connection, MySqlConnection, Row};
+use sqlx::{AssertSqlSafe, Connection, MySql, MySqlConnection, Row, Transaction};
 
 use crate::database::Database;
-use crate::error::{MayPass, is_transient};
+use crate::error::{MayPass, is_transient, server_error};
 use crate::event::Position;
-use crate::lifecycle::{self, FailedEvent, Failure, Status, Step};
+use crate::lifecycle::{self, FailedEvent, Failure, Stage, Status, Step};
 use crate::projector::{Mode, ProjectorId};
 use crate::registry::Registered;
 
@@ -14,17 +14,23 @@ const ENTRIES: &str = "select name, version, mode, status, position, side_effect
                        failed_event_type, failed_error, failed_at, failed_attempts, failed_release, failed_host \
                        from projectors order by created_at, name, version";
 
-/// The fence: the first statement of every transaction that applies events.
+/// One row of [`ENTRIES`].
+const ENTRY: &str = "select name, version, mode, status, position, side_effects, failed_position, failed_event_id, \
+                     failed_event_type, failed_error, failed_at, failed_attempts, failed_release, failed_host \
+                     from projectors where name = ? and version = ?";
+
 const LOCK: &str = "select name, version, mode, status, position, side_effects, failed_position, failed_event_id, \
-                    failed_event_type, failed_error, failed_at, failed_attempts, failed_release, failed_host, \
-                    connection_id() as session from projectors \
-                    where name = ? and version = ? for update";
+                    failed_event_type, failed_error, failed_at, failed_attempts, failed_release, failed_host \
+                    from projectors where name = ? and version = ? for update";
+
+/// A handler that commits, or runs a statement that does (DDL), takes this savepoint away: releasing it
+/// then fails with error 1305.
+const SAVEPOINT: &str = "savepoint projectionist";
+const RELEASE: &str = "release savepoint projectionist";
 
 /// Two boots may see a new projector at once: the row of the first stands.
 const ENTER: &str = "insert into projectors (name, version, mode, status, position, side_effects) \
                      values (?, ?, ?, 'booting', ?, ?) on duplicate key update name = name";
-
-const ADVANCE: &str = "update projectors set position = ? where name = ? and version = ? and position = ?";
 
 const SET_STATUS: &str = "update projectors set status = ?, failed_position = ?, failed_event_id = ?, \
                           failed_event_type = ?, failed_error = ?, failed_at = ?, failed_attempts = ?, \
@@ -101,7 +107,7 @@ impl Ledger {
             let locked = lock(&mut transaction, id).await?;
             Ok((transaction, locked))
         };
-        let (mut transaction, Some(Locked { mut entry, .. })) = self.database.answered(begin).await? else {
+        let (mut transaction, Some(mut entry)) = self.database.answered(begin).await? else {
             return Ok(None);
         };
         if still(&entry) {
@@ -114,6 +120,35 @@ impl Ledger {
             self.database.answered(commit).await?;
         }
         Ok(Some(entry))
+    }
+
+    /// What the ledger has of one projector now. Waits for no lock.
+    pub(crate) async fn entry(&self, id: &ProjectorId) -> Result<Option<Entry>, sqlx::Error> {
+        let row = sqlx::query(ENTRY).bind(&id.name).bind(id.version).fetch_optional(&self.database.pool);
+        self.database.answered(row).await?.map(|row| decode(&row)).transpose()
+    }
+
+    /// Moves projectors together over events that none of them wants: the fence and the commit of each, in one
+    /// statement. Returns how many were moved; whoever is not this stage's, or does not stand at `from`, is not.
+    pub(crate) async fn pass_over(
+        &self,
+        ids: &[&ProjectorId],
+        stage: Stage,
+        from: Position,
+        to: Position,
+    ) -> Result<u64, sqlx::Error> {
+        let identity = |id: &&ProjectorId| format!("('{}', {})", id.name, id.version);
+        let identities = ids.iter().map(identity).collect::<Vec<_>>().join(", ");
+        let statuses = stage.statuses();
+        let pass_over = format!(
+            "update projectors set position = {to} \
+             where (name, version) in ({identities}) and position = {from} and status in ({statuses})"
+        );
+        let mut session = self.database.session().await?;
+        let moving = sqlx::raw_sql(AssertSqlSafe(pass_over)).execute(&mut *session.connection);
+        let moved = self.database.answered(moving).await?.rows_affected();
+        self.database.keep(session);
+        Ok(moved)
     }
 
     /// Forgets a projector: the next boot of it would start from the beginning.
@@ -140,34 +175,57 @@ impl MayPass for LedgerError {
     }
 }
 
-/// A row that is locked until its transaction ends.
-pub(crate) struct Locked {
-    pub(crate) entry: Entry,
-    /// The server's number for the session that holds the lock: what has to be killed to get it back.
-    pub(crate) session: u64,
-}
-
 /// Locks a projector's row until the transaction ends.
-pub(crate) async fn lock(connection: &mut MySqlConnection, id: &ProjectorId) -> Result<Option<Locked>, sqlx::Error> {
+async fn lock(connection: &mut MySqlConnection, id: &ProjectorId) -> Result<Option<Entry>, sqlx::Error> {
     let row = sqlx::query(LOCK).bind(&id.name).bind(id.version).fetch_optional(connection).await?;
-    row.map(|row| Ok(Locked { entry: decode(&row)?, session: row.try_get("session")? })).transpose()
+    row.map(|row| decode(&row)).transpose()
 }
 
-/// Moves a projector whose row is locked. `false`: it did not stand at `from`.
+/// The fence: begins the transaction that applies events, locks the projector's row and checks that it is still this
+/// stage's and stands at `from`. After an error the server may have begun a
+/// transaction that sqlx does not know of.
+///
+/// In one packet, which cannot be prepared: an identity has no character that SQL knows (`Registry::add`), and the rest is
+/// numbers and words of ours. What begins a transaction returns no rows, so who does not hold the claim gets an error:
+/// a subquery of two rows.
+pub(crate) async fn begin<'c>(
+    connection: &'c mut MySqlConnection,
+    id: &ProjectorId,
+    stage: Stage,
+    from: Position,
+) -> Result<Transaction<'c, MySql>, sqlx::Error> {
+    let ProjectorId { name, version } = id;
+    let statuses = stage.statuses();
+    let begin = format!(
+        "start transaction; \
+         select if(coalesce(max(position = {from} and status in ({statuses})), 0), 0, (select 1 union select 2)) \
+         from projectors where name = '{name}' and version = {version} for update; \
+         {SAVEPOINT}"
+    );
+    connection.begin_with(AssertSqlSafe(begin)).await
+}
+
+/// Whether [`begin`] failed because the claim does not hold.
+pub(crate) fn is_refusal(error: &sqlx::Error) -> bool {
+    server_error(error) == Some(1242)
+}
+
+/// Moves a projector whose claim is held, just before the commit. `false`: the row is no longer as it was locked.
+///
+/// # Errors
+/// With the server's number 1305 if the transaction is no longer the one that was begun.
 pub(crate) async fn advance(
-    connection: &mut MySqlConnection,
+    transaction: &mut MySqlConnection,
     id: &ProjectorId,
     from: Position,
     to: Position,
 ) -> Result<bool, sqlx::Error> {
-    let moved = sqlx::query(ADVANCE)
-        .bind(to.get())
-        .bind(&id.name)
-        .bind(id.version)
-        .bind(from.get())
-        .execute(connection)
-        .await?;
-    Ok(moved.rows_affected() == 1)
+    let ProjectorId { name, version } = id;
+    let advance = format!(
+        "{RELEASE}; update projectors set position = {to} \
+         where name = '{name}' and version = {version} and position = {from}"
+    );
+    Ok(sqlx::raw_sql(AssertSqlSafe(advance)).execute(transaction).await?.rows_affected() == 1)
 }
 
 async fn set_status(connection: &mut MySqlConnection, id: &ProjectorId, status: &Status) -> Result<(), sqlx::Error> {

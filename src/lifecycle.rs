@@ -140,6 +140,14 @@ impl Stage {
             Stage::Play => matches!(status, Status::Live),
         }
     }
+
+    /// The same as a list in SQL.
+    pub(crate) const fn statuses(self) -> &'static str {
+        match self {
+            Stage::Boot => "'booting', 'stalled', 'broken'",
+            Stage::Play => "'live'",
+        }
+    }
 }
 
 #[cfg(test)]
@@ -187,6 +195,10 @@ mod tests {
             let stages = [Stage::Boot, Stage::Play].iter().filter(|stage| stage.plays(&status)).count();
             let expected = usize::from(!matches!(status, Status::Finished | Status::Retired));
             assert_eq!(stages, expected, "{status}");
+            for stage in [Stage::Boot, Stage::Play] {
+                let is_listed = stage.statuses().split(", ").any(|listed| listed == format!("'{}'", status.as_str()));
+                assert_eq!(is_listed, stage.plays(&status), "{status}");
+            }
         }
     }
 }

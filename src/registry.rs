@@ -100,6 +100,11 @@ impl Registered {
         Ok(Registered { id, mode, has_side_effects, projector, wanted })
     }
 
+    /// The event types that it subscribes to; `None`: all.
+    pub(crate) fn event_types(&self) -> Option<&HashSet<String>> {
+        self.wanted.as_ref()
+    }
+
     /// Whether the projector is to see this event. It never sees a tombstone.
     pub(crate) fn wants(&self, event: &Event) -> bool {
         !event.is_tombstone() && self.wanted.as_ref().is_none_or(|types| types.contains(&event.event_type))

@@ -8,6 +8,7 @@ use crate::apply::Batch;
 use crate::catch_up::{Cursor, CursorState};
 use crate::chain::{self, Link, Run};
 use crate::event::Position;
+use crate::ledger::Entry;
 use crate::lifecycle::{Stage, Status};
 use crate::queue::{Message, parse};
 
@@ -28,16 +29,43 @@ impl Worker {
         };
 
         let mut broken = self.stragglers.rejoin().await;
+        let mut convoy = self.convoy(&entries, &runs, target);
         let budget = self.settings.convoy;
+        if let ([run], None) = (&runs[..], target) {
+            let whole = |cursor: &Cursor| match need(cursor, run, u64::MAX) {
+                Need::Batch(batch) => Some(batch),
+                Need::Nothing | Need::CatchUp => None,
+            };
+            let pass_over = self.engine.pass_over(Stage::Play, &mut convoy, run.last(), whole);
+            // A row that another worker holds for longer is waited for below, by its own projector only.
+            let _ = timeout(budget.time, pass_over).await;
+        }
+        for mut cursor in convoy {
+            match timeout(budget.time, self.lead(&mut cursor, &runs, target)).await {
+                Ok(led) => led?,
+                Err(_) => {
+                    warn!(
+                        projector = %cursor.projector.id, position = cursor.position.get(),
+                        seconds = budget.time.as_secs_f32(),
+                        "takes too long: leaves the convoy and catches up by itself"
+                    );
+                    self.stragglers.leave(&self.engine, &cursor.projector, cursor.position);
+                }
+            }
+            broken += u64::from(matches!(cursor.state, CursorState::Broke));
+        }
+        Ok(broken)
+    }
+
+    /// The live projectors that can follow, in registry order. Those that are far behind are sent off.
+    fn convoy(&mut self, entries: &[Entry], runs: &[Run], target: Option<Position>) -> Vec<Cursor> {
+        let mut convoy = Vec::new();
         for projector in self.registry.iter() {
-            let Some(entry) = entries.iter().find(|entry| entry.id == projector.id && entry.status == Status::Live)
-            else {
+            let is_it = |entry: &&Entry| entry.id == projector.id && entry.status == Status::Live;
+            let Some(entry) = entries.iter().find(is_it).filter(|entry| !self.stragglers.hold(&entry.id)) else {
                 continue;
             };
-            if self.stragglers.hold(&projector.id) {
-                continue;
-            }
-            if is_far_behind(entry.position, &runs, target, budget.events) {
+            if is_far_behind(entry.position, runs, target, self.settings.convoy.events) {
                 warn!(
                     projector = %projector.id, position = entry.position.get(),
                     "far behind: leaves the convoy and catches up by itself"
@@ -45,20 +73,9 @@ impl Worker {
                 self.stragglers.leave(&self.engine, projector, entry.position);
                 continue;
             }
-            let mut cursor = Cursor::new(projector, entry.position);
-            match timeout(budget.time, self.lead(&mut cursor, &runs, target)).await {
-                Ok(led) => led?,
-                Err(_) => {
-                    warn!(
-                        projector = %projector.id, position = cursor.position.get(), seconds = budget.time.as_secs_f32(),
-                        "takes too long: leaves the convoy and catches up by itself"
-                    );
-                    self.stragglers.leave(&self.engine, projector, cursor.position);
-                }
-            }
-            broken += u64::from(matches!(cursor.state, CursorState::Broke));
+            convoy.push(Cursor::new(projector, entry.position));
         }
-        Ok(broken)
+        convoy
     }
 
     /// Brings one projector past all runs, and through the target of the doorbells.

@@ -149,7 +149,7 @@ impl Sim {
         let world = self.world();
         let database = &world.database;
         let events = (after.get() + 1..=end.get()).filter_map(|position| database.committed(position).cloned());
-        Ok(Page { events: events.collect(), through: end })
+        Ok(Page { events: events.collect(), after, through: end })
     }
 
     pub(super) async fn lease_relay(&self, holder: u64, ticks: Tick) -> Result<bool, DatabaseError> {

@@ -11,7 +11,7 @@ use crate::event::Position;
 
 pub use append::{AppendError, Appended};
 pub(crate) use high_water::{Held, HighWater};
-pub(crate) use read::Page;
+pub(crate) use read::{Page, ReadAhead, ReadLimits, Wanted};
 
 const MARKS: &str = "select high_water, published, log_id from event_log";
 

@@ -1,16 +1,24 @@
 //! Reading the log, in order, below the high-water mark.
 
-use futures_util::TryStreamExt;
-use sqlx::Row;
+use std::collections::{BTreeSet, HashSet};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use futures_util::{Stream, TryStreamExt};
 use sqlx::mysql::MySqlRow;
+use sqlx::pool::PoolConnection;
+use sqlx::{MySql, QueryBuilder, Row};
 use time::OffsetDateTime;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 
 use super::EventStore;
 use crate::event::{Event, Position};
+use crate::retry;
 
 /// By range and not by offset, so that a page costs the same wherever it lies.
-const PAGE: &str = "select position, event_id, stream_id, stream_version, event_type, recorded_at, payload, metadata \
-                    from events where position > ? and position <= ? order by position";
+const RANGE: &str = "select position, event_id, stream_id, stream_version, event_type, recorded_at, payload, metadata \
+                     from events where position > ";
 
 /// Below the high-water mark positions have no holes, so the first one that is not there yet is the next.
 const RECORDED_AT: &str = "select recorded_at from events where position = ?";
@@ -21,13 +29,83 @@ const LAST: &str = "select max(position) from events";
 /// by the largest event, not by the log.
 const PAGE_BYTES: usize = 8 * 1024 * 1024;
 
+/// Pages that are read and not yet taken.
+const PAGES_AHEAD: usize = 2;
+
+/// The most positions that one statement reads. Each statement costs a round trip, and what the server does to begin it.
+const LONGEST_RANGE: u64 = 65_536;
+
+/// How long a statement may be open: while it is, the server keeps old versions of every row that is changed. Far below
+/// `net_write_timeout`, too, after which the server hangs up on a reader that does not read.
+const OPEN_FOR: Duration = Duration::from_secs(2);
+
+/// Event types that the server is asked to filter by; more of them would make it a slow question.
+const MOST_TYPES: usize = 200;
+
 /// A page of the log.
 #[derive(Debug)]
 pub(crate) struct Page {
-    /// The events, in order.
+    /// The events, in order: all that were asked for.
     pub(crate) events: Vec<Event>,
-    /// The page holds all events up to here.
+    /// The page begins just after this position.
+    pub(crate) after: Position,
+    /// And it ends with this one.
     pub(crate) through: Position,
+}
+
+/// Which events are read; the others are passed over by the server.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Wanted {
+    /// `None`: every event, and tombstones.
+    types: Option<BTreeSet<String>>,
+}
+
+impl Wanted {
+    /// Those that at least one of several projectors wants, each given by its event types.
+    pub(crate) fn by_any<'a>(all: impl Iterator<Item = Option<&'a HashSet<String>>>) -> Self {
+        let types = all.map(|types| types.map(|types| types.iter().cloned())).collect::<Option<Vec<_>>>();
+        let types: Option<BTreeSet<String>> = types.map(|types| types.into_iter().flatten().collect());
+        Wanted { types: types.filter(|types| types.len() <= MOST_TYPES) }
+    }
+}
+
+/// The bounds of a reading.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ReadLimits {
+    /// The most events in a page.
+    pub(crate) page: u64,
+    /// How long transient failures are tried again; `None`: for as long as it takes.
+    pub(crate) patience: Option<Duration>,
+}
+
+/// A reading of the log that goes on by itself, a few pages ahead of who takes them.
+pub(crate) struct ReadAhead {
+    pages: mpsc::Receiver<Result<Page, sqlx::Error>>,
+    next: Position,
+    task: JoinHandle<()>,
+}
+
+impl ReadAhead {
+    /// The next page begins just after this.
+    pub(crate) fn position(&self) -> Position {
+        self.next
+    }
+
+    /// The next page.
+    ///
+    /// # Errors
+    /// If the log cannot be read, for longer than the reading's patience where it is transient; or if it has ended.
+    pub(crate) async fn next(&mut self) -> Result<Page, sqlx::Error> {
+        let page = self.pages.recv().await.unwrap_or(Err(sqlx::Error::WorkerCrashed))?;
+        self.next = page.through;
+        Ok(page)
+    }
+}
+
+impl Drop for ReadAhead {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
 }
 
 impl EventStore {
@@ -35,27 +113,84 @@ impl EventStore {
     /// `through` must not lie above the high-water mark.
     pub(crate) async fn read_after(&self, after: Position, through: Position, limit: u64) -> Result<Page, sqlx::Error> {
         let end = through.min(Position::new(after.get().saturating_add(limit)));
-        self.database.answered(self.read_page(after, end)).await
+        let mut reading = Reading::open(self).await?;
+        let mut query = range(after, end, &Wanted::default());
+        let mut rows = query.build().fetch(&mut *reading.connection);
+        let page = self.database.answered(read_page(&mut rows, after, end, limit)).await?;
+        drop(rows);
+        reading.is_done = page.through == end;
+        Ok(page)
     }
 
-    async fn read_page(&self, after: Position, end: Position) -> Result<Page, sqlx::Error> {
-        let mut events = Vec::with_capacity(end.since(after) as usize);
-        let mut bytes = 0;
-        let mut connection = self.database.acquire().await?;
-        let mut rows = sqlx::query(PAGE).bind(after.get()).bind(end.get()).fetch(&mut *connection);
-        while let Some(row) = rows.try_next().await? {
-            let event = decode(&row)?;
-            bytes += event.payload.len() + event.metadata.as_ref().map_or(0, String::len);
-            events.push(event);
-            if bytes >= PAGE_BYTES {
-                drop(rows);
-                // The rows that were not read are still on the wire: it is cheaper to hang up than to read them.
-                connection.close_on_drop();
-                let through = events.last().map_or(end, |event: &Event| event.position);
-                return Ok(Page { events, through });
+    /// Begins to read all pages of the wanted events in (`after`, `through`], which must not lie above the high-water mark.
+    pub(crate) fn read_ahead(
+        &self,
+        after: Position,
+        through: Position,
+        wanted: Wanted,
+        limits: ReadLimits,
+    ) -> ReadAhead {
+        let (sender, pages) = mpsc::channel(PAGES_AHEAD);
+        let store = self.clone();
+        let task = tokio::spawn(async move {
+            if let Err(error) = store.read_all(after, through, &wanted, limits, &sender).await {
+                // Who does not listen any more need not know.
+                let _ = sender.send(Err(error)).await;
             }
+        });
+        ReadAhead { pages, next: after, task }
+    }
+
+    async fn read_all(
+        &self,
+        after: Position,
+        through: Position,
+        wanted: &Wanted,
+        limits: ReadLimits,
+        pages: &mpsc::Sender<Result<Page, sqlx::Error>>,
+    ) -> Result<(), sqlx::Error> {
+        // What was sent need not be read again after a failure.
+        let reached = AtomicU64::new(after.get());
+        let mut length = limits.page;
+        while reached.load(Ordering::Relaxed) < through.get() && !pages.is_closed() {
+            let end = through.min(Position::new(reached.load(Ordering::Relaxed).saturating_add(length)));
+            let opened = Instant::now();
+            let read = || self.read_range(&reached, end, wanted, limits.page, pages);
+            retry::persist(limits.patience, "read the log", read).await?;
+            // Longer while those who take the pages keep up: then the next range is one stream.
+            length = match opened.elapsed() {
+                open if open * 2 < OPEN_FOR => (length * 2).min(LONGEST_RANGE.max(limits.page)),
+                open if open > OPEN_FOR => (length / 2).max(limits.page),
+                _ => length,
+            };
         }
-        Ok(Page { events, through: end })
+        Ok(())
+    }
+
+    /// Reads one range by one statement, and sends it page by page.
+    async fn read_range(
+        &self,
+        reached: &AtomicU64,
+        end: Position,
+        wanted: &Wanted,
+        limit: u64,
+        pages: &mpsc::Sender<Result<Page, sqlx::Error>>,
+    ) -> Result<(), sqlx::Error> {
+        let mut after = Position::new(reached.load(Ordering::Relaxed));
+        let mut reading = Reading::open(self).await?;
+        let mut query = range(after, end, wanted);
+        let mut rows = query.build().fetch(&mut *reading.connection);
+        while after < end {
+            let page = self.database.answered(read_page(&mut rows, after, end, limit)).await?;
+            after = page.through;
+            if pages.send(Ok(page)).await.is_err() {
+                return Ok(());
+            }
+            reached.store(after.get(), Ordering::Relaxed);
+        }
+        drop(rows);
+        reading.is_done = true;
+        Ok(())
     }
 
     /// When the event at this position was recorded; `None` if there is none.
@@ -70,6 +205,63 @@ impl EventStore {
         let last: Option<u64> = self.database.answered(sqlx::query_scalar(LAST).fetch_one(&self.database.pool)).await?;
         Ok(Position::new(last.unwrap_or_default()))
     }
+}
+
+/// A connection on which rows are read. The rest of those that nobody wants any more are still on the wire: it is cheaper
+/// to hang up than to read them.
+struct Reading {
+    connection: PoolConnection<MySql>,
+    is_done: bool,
+}
+
+impl Reading {
+    async fn open(store: &EventStore) -> Result<Self, sqlx::Error> {
+        Ok(Reading { connection: store.database.acquire().await?, is_done: false })
+    }
+}
+
+impl Drop for Reading {
+    fn drop(&mut self) {
+        if !self.is_done {
+            self.connection.close_on_drop();
+        }
+    }
+}
+
+fn range(after: Position, end: Position, wanted: &Wanted) -> QueryBuilder<MySql> {
+    let mut query = QueryBuilder::new(RANGE);
+    query.push_bind(after.get()).push(" and position <= ").push_bind(end.get());
+    if let Some(types) = &wanted.types {
+        // Who wants nothing has a list, too: no type is empty.
+        query.push(" and event_type in (''");
+        for event_type in types {
+            query.push(", ").push_bind(event_type.clone());
+        }
+        query.push(")");
+    }
+    query.push(" order by position");
+    query
+}
+
+/// Reads a page from the rows of a range: fewer events than `limit` where they are large.
+async fn read_page(
+    rows: &mut (impl Stream<Item = Result<MySqlRow, sqlx::Error>> + Unpin),
+    after: Position,
+    end: Position,
+    limit: u64,
+) -> Result<Page, sqlx::Error> {
+    let mut events = Vec::with_capacity(end.since(after).min(limit) as usize);
+    let mut bytes = 0;
+    while let Some(row) = rows.try_next().await? {
+        let event = decode(&row)?;
+        let position = event.position;
+        bytes += event.payload.len() + event.metadata.as_ref().map_or(0, String::len);
+        events.push(event);
+        if position < end && (events.len() as u64 >= limit || bytes >= PAGE_BYTES) {
+            return Ok(Page { events, after, through: position });
+        }
+    }
+    Ok(Page { events, after, through: end })
 }
 
 fn decode(row: &MySqlRow) -> Result<Event, sqlx::Error> {

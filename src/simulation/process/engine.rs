@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use crate::apply::{Batch, claim_holds};
+use crate::apply::Batch;
 use crate::catch_up::{Cursor, CursorState, lowest_due};
 use crate::deliver::{Delivered, may_break, without_claim};
 use crate::event::{Event, Position};
@@ -78,7 +78,7 @@ impl Engine {
         Ok(transaction.commit().await?)
     }
 
-    /// The fence.
+    /// The fence, as `ledger::begin` has it in SQL.
     fn holds(&self, entry: &crate::ledger::Entry, claim: Claim) -> bool {
         let has = |bug| self.sim.has(bug);
         if has(Bug::NoStatusFence) || (has(Bug::PlaysWhatIsNotLive) && claim.stage == Stage::Play) {
@@ -87,7 +87,7 @@ impl Engine {
         if has(Bug::NoPositionFence) {
             return claim.stage.plays(&entry.status);
         }
-        claim_holds(entry, claim.stage, claim.after)
+        claim.stage.plays(&entry.status) && entry.position == claim.after
     }
 
     pub(super) async fn deliver(&self, projector: &Registered, stage: Stage, batch: Batch<'_>) -> Delivered {
@@ -201,9 +201,11 @@ impl Engine {
         through: Position,
     ) -> Result<(), DatabaseError> {
         while let Some(lowest) = lowest_due(cursors, through) {
-            let page = self.read(lowest, through).await?;
+            let mut page = self.read(lowest, through).await?;
+            let is_wanted = |event: &Event| cursors.iter().any(|c| c.is_running() && c.projector.wants(event));
+            page.events.retain(is_wanted);
             for cursor in cursors.iter_mut() {
-                let Some(batch) = cursor.batch(lowest, &page) else { continue };
+                let Some(batch) = cursor.batch(&page) else { continue };
                 let projector = Arc::clone(&cursor.projector);
                 cursor.note(self.deliver(&projector, stage, batch).await);
             }
