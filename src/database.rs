@@ -14,7 +14,7 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
-use crate::error::{Error, is_read_only, server_error};
+use crate::error::{Error, is_read_only, is_transient, server_error};
 
 /// Under repeatable read the probe of a hole takes gap locks that block writers, and a long transaction
 /// would not see what has been committed since it began. (That time is UTC, sqlx sees to.)
@@ -215,6 +215,22 @@ impl Database {
         if !is_older && kept.sessions.len() < kept.most {
             kept.sessions.push(Session { used: Instant::now(), ..session });
         }
+    }
+
+    /// Runs statements of ours on a session that is kept for the next.
+    pub(crate) async fn ask<T>(
+        &self,
+        asking: impl AsyncFnOnce(&mut MySqlConnection) -> Result<T, sqlx::Error>,
+    ) -> Result<T, sqlx::Error> {
+        let mut session = self.session().await?;
+        let answer = self.answered(asking(&mut session.connection)).await;
+        match &answer {
+            Ok(_) => self.keep(session),
+            // What ended this connection may have ended those that are kept.
+            Err(error) if is_transient(error) => self.let_go(),
+            Err(_) => {}
+        }
+        answer
     }
 
     /// Gives what is kept back to the pool, where every connection is asked whether it still answers.

@@ -77,7 +77,8 @@ impl Ledger {
     /// # Errors
     /// If the database fails.
     pub async fn entries(&self) -> Result<Vec<Entry>, sqlx::Error> {
-        self.database.answered(sqlx::query(ENTRIES).fetch_all(&self.database.pool)).await?.iter().map(decode).collect()
+        let rows = self.database.ask(async |connection| sqlx::query(ENTRIES).fetch_all(connection).await).await?;
+        rows.iter().map(decode).collect()
     }
 
     /// Enters a new projector as booting; one that is there already is left as it is.
@@ -124,8 +125,9 @@ impl Ledger {
 
     /// What the ledger has of one projector now. Waits for no lock.
     pub(crate) async fn entry(&self, id: &ProjectorId) -> Result<Option<Entry>, sqlx::Error> {
-        let row = sqlx::query(ENTRY).bind(&id.name).bind(id.version).fetch_optional(&self.database.pool);
-        self.database.answered(row).await?.map(|row| decode(&row)).transpose()
+        let entry = sqlx::query(ENTRY).bind(&id.name).bind(id.version);
+        let row = self.database.ask(async |connection| entry.fetch_optional(connection).await).await?;
+        row.map(|row| decode(&row)).transpose()
     }
 
     /// Moves projectors together over events that none of them wants: the fence and the commit of each, in one
@@ -144,11 +146,9 @@ impl Ledger {
             "update projectors set position = {to} \
              where (name, version) in ({identities}) and position = {from} and status in ({statuses})"
         );
-        let mut session = self.database.session().await?;
-        let moving = sqlx::raw_sql(AssertSqlSafe(pass_over)).execute(&mut *session.connection);
-        let moved = self.database.answered(moving).await?.rows_affected();
-        self.database.keep(session);
-        Ok(moved)
+        let pass_over = sqlx::raw_sql(AssertSqlSafe(pass_over));
+        let moved = self.database.ask(async |connection| pass_over.execute(connection).await).await?;
+        Ok(moved.rows_affected())
     }
 
     /// Forgets a projector: the next boot of it would start from the beginning.

@@ -11,15 +11,18 @@ use crate::event::Position;
 use crate::held::HeldWatch;
 use crate::queue::{self, Queue, QueueError};
 use crate::retry;
-use crate::store::EventStore;
+use crate::store::{EventStore, HighWater, Marks};
 
 /// A relay that stops without releasing its lease is missed for this long, and no longer.
 const LEASE: Duration = Duration::from_secs(5);
 
+/// For so long after an event, the next is expected soon: it is looked for more often.
+const BUSY_FOR: Duration = Duration::from_secs(1);
+
 /// How the relay works.
 #[derive(Debug, Clone, Copy)]
 pub struct RelaySettings {
-    /// The pause between two looks at a log in which nothing is new.
+    /// The longest pause between two looks at a log in which nothing is new. While events come, it is a tenth of that.
     pub interval: Duration,
     /// The most events in one message; the queue's largest message bounds it, too.
     pub max_events: usize,
@@ -85,6 +88,7 @@ impl Relay {
     /// Publishes until it is dropped; the lease it then holds runs out. Failures are told and tried again.
     pub(crate) async fn run(&mut self) {
         let mut attempt = 1;
+        let mut last_event: Option<Instant> = None;
         loop {
             let before = self.sent;
             match self.look().await {
@@ -95,9 +99,11 @@ impl Relay {
                     attempt = 1;
                     if events > 0 {
                         debug!(events, published = through.get(), "published");
+                        last_event = Some(Instant::now());
                         continue;
                     }
-                    tokio::time::sleep(self.settings.interval).await;
+                    let is_busy = last_event.is_some_and(|last| last.elapsed() < BUSY_FOR);
+                    tokio::time::sleep(self.settings.interval / if is_busy { 10 } else { 1 }).await;
                 }
                 Ok(Looked::Elsewhere) => tokio::time::sleep(LEASE / 5).await,
                 Err(error) => {
@@ -129,13 +135,11 @@ impl Relay {
                 leased
             }
         };
-        let high_water = self.store.raise_high_water().await?;
-        self.held.note(high_water.held);
-
         let marks = self.store.marks().await?;
+        let mark = self.raise_high_water(&marks).await?;
         let mut published = marks.published;
-        while published < high_water.mark {
-            let page = self.store.read_after(published, high_water.mark, self.settings.max_events as u64).await?;
+        while published < mark {
+            let page = self.store.read_after(published, mark, self.settings.max_events as u64).await?;
             if page.events.is_empty() {
                 // Below the mark every position had a row: these were deleted since. The audit will name them.
                 error!(
@@ -165,5 +169,19 @@ impl Relay {
             }
         }
         Ok(Looked::Published { events: published.since(marks.published), through: published })
+    }
+
+    /// Raises the mark. What is proved is published before a hole above it is waited for.
+    async fn raise_high_water(&mut self, marks: &Marks) -> Result<Position, sqlx::Error> {
+        let risen = self.store.raise_over_visible(marks.high_water).await?;
+        if risen.meets_a_hole && risen.mark > marks.published {
+            return Ok(risen.mark);
+        }
+        let high_water = match risen.meets_a_hole {
+            true => self.store.raise_high_water().await?,
+            false => HighWater { mark: risen.mark, held: None },
+        };
+        self.held.note(high_water.held);
+        Ok(high_water.mark)
     }
 }

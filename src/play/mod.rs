@@ -2,6 +2,7 @@
 
 mod convoy;
 pub(crate) mod fan_out;
+mod intake;
 pub(crate) mod reconcile;
 
 use std::future::Future;
@@ -23,6 +24,7 @@ use crate::relay::{Relay, RelaySettings};
 use crate::retry;
 pub use convoy::ConvoyBudget;
 use convoy::Stragglers;
+use intake::Intake;
 use reconcile::Reconcile;
 
 /// How play works.
@@ -110,7 +112,9 @@ pub async fn play(
         });
         (stop, task)
     });
-    worker.run(shutdown).await;
+    let mut intake = Intake::new(&worker.queue);
+    worker.run(&mut intake, shutdown).await;
+    intake.close().await;
     worker.played.broken += worker.stragglers.rejoin().await;
     if let Some((stop, task)) = relay {
         let _ = stop.send(());
@@ -150,7 +154,7 @@ impl Worker {
         Ok(())
     }
 
-    async fn run(&mut self, shutdown: impl Future<Output = ()>) {
+    async fn run(&mut self, intake: &mut Intake, shutdown: impl Future<Output = ()>) {
         let mut shutdown = pin!(shutdown);
         // So that what stands still now is known from the first poll on.
         tokio::select! {
@@ -159,11 +163,10 @@ impl Worker {
             () = self.reconcile() => {}
         }
         loop {
-            let queue = Arc::clone(&self.queue);
             let received = tokio::select! {
                 biased;
                 () = &mut shutdown => return,
-                received = queue.receive(self.wait()) => received,
+                received = intake.receive(self.wait()) => received,
             };
             let received = match received {
                 Ok(received) => {
@@ -181,6 +184,9 @@ impl Worker {
                 }
             };
             let receipts: Vec<Receipt> = received.iter().map(|message| message.receipt.clone()).collect();
+            if !received.is_empty() {
+                intake.receive_ahead(self.wait());
+            }
             let grace = self.settings.grace;
             let ended = {
                 let mut work = pin!(self.work(received));
@@ -201,7 +207,7 @@ impl Worker {
                 Some(true) => return,
                 None => {
                     warn!("the batch in hand took too long: it is rolled back, and its messages go back to the queue");
-                    if let Err(error) = queue.hide(&receipts, Duration::ZERO).await {
+                    if let Err(error) = self.queue.hide(&receipts, Duration::ZERO).await {
                         debug!(%error, "messages were not returned, and come back by themselves");
                     }
                     return;

@@ -42,6 +42,12 @@ pub trait Queue: Send + Sync {
     /// About how many messages it holds, hidden ones included.
     async fn depth(&self) -> Result<u64, QueueError>;
 
+    /// Whether it hands out nothing more while messages that were received are neither deleted nor visible again, as a FIFO
+    /// queue does within a group. Of one that does not, play receives the next messages while it applies the last.
+    fn is_ordered(&self) -> bool {
+        true
+    }
+
     /// For how long a received message is hidden.
     fn visibility(&self) -> Duration;
 

@@ -167,6 +167,10 @@ impl Queue for SqsQueue {
         Ok(values.filter_map(|count| count.parse::<u64>().ok()).sum())
     }
 
+    fn is_ordered(&self) -> bool {
+        self.is_fifo
+    }
+
     fn visibility(&self) -> Duration {
         self.visibility
     }

@@ -52,8 +52,7 @@ impl EventStore {
     /// Raises the mark from `from` to `to`, up to which everything is proved. Returns the mark as it stands: another
     /// process may have raised it meanwhile.
     pub(super) async fn raise(&self, from: Position, to: Position) -> Result<Position, sqlx::Error> {
-        let mut connection = self.database.acquire().await?;
-        let sum = self.sum(&mut connection, from, to).await?;
+        let sum = self.database.ask(async |connection| self.sum(connection, from, to).await).await?;
         if sum.rows != to.since(from) {
             // Proved a moment ago, and gone: nobody may pass over this.
             tracing::error!(
@@ -66,7 +65,7 @@ impl EventStore {
             return Ok(from);
         }
         let raise = sqlx::query(RAISE).bind(to.get()).bind(sum.rows).bind(sum.bits).bind(from.get());
-        let raised = self.database.answered(raise.execute(&mut *connection)).await?;
+        let raised = self.database.ask(async |connection| raise.execute(connection).await).await?;
         match raised.rows_affected() {
             0 => Ok(self.marks().await?.high_water),
             _ => Ok(to),

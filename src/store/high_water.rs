@@ -17,6 +17,8 @@ use crate::event::{Position, TOMBSTONE};
 /// returns is committed.
 const VISIBLE: &str = "select position from events where position > ? order by position limit ?";
 
+const IS_VISIBLE: &str = "select exists (select 1 from events where position = ?)";
+
 /// Locked by a writer: its row is inserted and not yet committed or rolled back. An error says so at once.
 const PROBE_MYSQL: &str = "select count(*) from events where position between ? and ? for share nowait";
 const PROBE_MARIADB: &str = "select count(*) from events where position between ? and ? lock in share mode nowait";
@@ -42,9 +44,9 @@ const FILL_CHUNK: usize = 1_000;
 /// How often the holes of one page are filled without the mark having moved.
 pub(crate) const MOST_PASSES: u32 = 3;
 
-/// How long a hole is given to close by itself before it is probed: most are transactions that are
-/// just about to commit.
-const GRACE: Duration = Duration::from_millis(20);
+/// How long a hole is given to close by itself before it is probed: the pauses between looks, in milliseconds. Most are
+/// transactions that are just about to commit.
+const GRACE_MILLIS: [u64; 5] = [1, 2, 3, 5, 9];
 
 /// Where the mark stands after an attempt to raise it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -53,6 +55,15 @@ pub(crate) struct HighWater {
     pub(crate) mark: Position,
     /// What keeps it from rising further now, if anything is visible above it.
     pub(crate) held: Option<Held>,
+}
+
+/// Where the mark stands after it was raised over what is visible.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Risen {
+    /// The mark.
+    pub(crate) mark: Position,
+    /// Whether something is visible above it, beyond a hole.
+    pub(crate) meets_a_hole: bool,
 }
 
 /// What the mark waits for.
@@ -70,26 +81,12 @@ impl EventStore {
         let mut mark = self.marks().await?.high_water;
         let mut passes = 0;
         loop {
-            let visible = self.visible_above(mark).await?;
-            let Survey { contiguous, holes } = survey(mark, &visible);
-            let more = visible.len() as u64 == PAGE;
-            if contiguous > mark {
-                let raised = self.raise(mark, contiguous).await?;
-                if raised == mark {
-                    return Ok(HighWater { mark, held: None });
-                }
-                if raised != contiguous {
-                    // Another process raised it meanwhile: on from there.
-                    mark = raised;
-                    continue;
-                }
-                mark = raised;
+            let risen = self.raise_over_visible(mark).await?;
+            if risen.mark > mark {
                 passes = 0;
             }
-            if holes.is_empty() {
-                if more {
-                    continue;
-                }
+            mark = risen.mark;
+            if !risen.meets_a_hole {
                 return Ok(HighWater { mark, held: None });
             }
             passes += 1;
@@ -100,6 +97,30 @@ impl EventStore {
                 let contiguous = survey(mark, &self.visible_above(mark).await?).contiguous;
                 let mark = if contiguous > mark { self.raise(mark, contiguous).await? } else { mark };
                 return Ok(HighWater { mark, held: Some(held) });
+            }
+        }
+    }
+
+    /// Raises the mark over what is visible just above it, and does not wait: a hole is left to
+    /// [`EventStore::raise_high_water`].
+    pub(crate) async fn raise_over_visible(&self, mut mark: Position) -> Result<Risen, sqlx::Error> {
+        loop {
+            let visible = self.visible_above(mark).await?;
+            let Survey { contiguous, holes } = survey(mark, &visible);
+            if contiguous > mark {
+                let raised = self.raise(mark, contiguous).await?;
+                if raised == mark {
+                    return Ok(Risen { mark, meets_a_hole: false });
+                }
+                mark = raised;
+                if raised != contiguous {
+                    // Another process raised it meanwhile: on from there.
+                    continue;
+                }
+            }
+            let meets_a_hole = !holes.is_empty();
+            if meets_a_hole || (visible.len() as u64) < PAGE {
+                return Ok(Risen { mark, meets_a_hole });
             }
         }
     }
@@ -117,9 +138,15 @@ impl EventStore {
         }
     }
 
-    /// Treats all holes of a page together: one grace, few probes, one fill. `None`: all that were taken are closed.
+    /// Treats all holes of a page together: one grace, few probes, one fill. `None`: all that were taken are closed, or
+    /// the first has closed by itself.
     async fn close_holes(&self, mark: Position) -> Result<Option<Held>, sqlx::Error> {
-        tokio::time::sleep(GRACE).await;
+        for pause in GRACE_MILLIS {
+            tokio::time::sleep(Duration::from_millis(pause)).await;
+            if self.is_visible(mark.next()).await? {
+                return Ok(None);
+            }
+        }
         let holes = survey(mark, &self.visible_above(mark).await?).holes;
 
         let first_locked = self.first_locked(&holes).await?;
@@ -154,9 +181,13 @@ impl EventStore {
     }
 
     async fn visible_above(&self, mark: Position) -> Result<Vec<u64>, sqlx::Error> {
-        self.database
-            .answered(sqlx::query_scalar(VISIBLE).bind(mark.get()).bind(PAGE).fetch_all(&self.database.pool))
-            .await
+        let visible = sqlx::query_scalar(VISIBLE).bind(mark.get()).bind(PAGE);
+        self.database.ask(async |connection| visible.fetch_all(connection).await).await
+    }
+
+    async fn is_visible(&self, position: Position) -> Result<bool, sqlx::Error> {
+        let is_visible = sqlx::query_scalar(IS_VISIBLE).bind(position.get());
+        self.database.ask(async |connection| is_visible.fetch_one(connection).await).await
     }
 
     /// Whether a writer that is still undecided holds a position in this range.

@@ -41,7 +41,7 @@ impl EventStore {
     /// The marks as they are stored.
     pub(crate) async fn marks(&self) -> Result<Marks, sqlx::Error> {
         let (high_water, published, log_id): (u64, u64, String) =
-            self.database.answered(sqlx::query_as(MARKS).fetch_one(&self.database.pool)).await?;
+            self.database.ask(async |connection| sqlx::query_as(MARKS).fetch_one(connection).await).await?;
         Ok(Marks { high_water: Position::new(high_water), published: Position::new(published), log_id })
     }
 }

@@ -17,8 +17,8 @@ const PUBLISHED: &str = "update event_log set published = greatest(published, ?)
 impl EventStore {
     /// Takes or keeps the relay's lease for so long. `false`: another relay holds it.
     pub(crate) async fn lease_relay(&self, holder: &str, lease: Duration) -> Result<bool, sqlx::Error> {
-        let taken =
-            sqlx::query(LEASE).bind(holder).bind(lease.as_secs()).bind(holder).execute(&self.database.pool).await?;
+        let take = sqlx::query(LEASE).bind(holder).bind(lease.as_secs()).bind(holder);
+        let taken = self.database.ask(async |connection| take.execute(connection).await).await?;
         Ok(taken.rows_affected() == 1)
     }
 
@@ -29,9 +29,7 @@ impl EventStore {
 
     /// Notes that everything up to here has been sent.
     pub(crate) async fn set_published(&self, position: Position) -> Result<(), sqlx::Error> {
-        self.database
-            .answered(sqlx::query(PUBLISHED).bind(position.get()).execute(&self.database.pool))
-            .await
-            .map(|_| ())
+        let note = sqlx::query(PUBLISHED).bind(position.get());
+        self.database.ask(async |connection| note.execute(connection).await).await.map(|_| ())
     }
 }

@@ -1,0 +1,52 @@
+//! Where messages come in. A queue that is not ordered hands out more while some are in work, so that the next receive can
+//! be under way meanwhile; one that is ordered would make it wait for their deletion.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::task::JoinHandle;
+use tracing::debug;
+
+use crate::queue::{Queue, QueueError, Receipt, Received};
+
+/// The receiving end of the queue.
+pub(super) struct Intake {
+    queue: Arc<dyn Queue>,
+    ahead: Option<JoinHandle<Result<Vec<Received>, QueueError>>>,
+}
+
+impl Intake {
+    pub(super) fn new(queue: &Arc<dyn Queue>) -> Self {
+        Intake { queue: Arc::clone(queue), ahead: None }
+    }
+
+    /// The next messages: those of the receive that is under way, or of another one. Nothing is lost where it is dropped.
+    pub(super) async fn receive(&mut self, wait: Duration) -> Result<Vec<Received>, QueueError> {
+        let Some(ahead) = &mut self.ahead else { return self.queue.receive(wait).await };
+        let received = ahead.await;
+        self.ahead = None;
+        received.unwrap_or_else(|error| Err(QueueError(error.to_string())))
+    }
+
+    /// Begins the next receive, where the queue's order allows it.
+    pub(super) fn receive_ahead(&mut self, wait: Duration) {
+        if self.ahead.is_none() && !self.queue.is_ordered() {
+            let queue = Arc::clone(&self.queue);
+            self.ahead = Some(tokio::spawn(async move { queue.receive(wait).await }));
+        }
+    }
+
+    /// Gives back what was received and is not in work. Messages that a receive under way still takes come back by
+    /// themselves.
+    pub(super) async fn close(mut self) {
+        let Some(ahead) = self.ahead.take() else { return };
+        if !ahead.is_finished() {
+            return ahead.abort();
+        }
+        let Ok(Ok(received)) = ahead.await else { return };
+        let receipts: Vec<Receipt> = received.into_iter().map(|message| message.receipt).collect();
+        if let Err(error) = self.queue.hide(&receipts, Duration::ZERO).await {
+            debug!(%error, "messages were not returned, and come back by themselves");
+        }
+    }
+}
