@@ -5,7 +5,7 @@ use projectionist::{EventTypes, Projector, Registry};
 use crate::lanes::{in_turn, lane, per_second};
 use crate::log::RARE;
 use crate::projectors::{Nothing, ReadModel, UpsertEach, UpsertRows, declared, empty};
-use crate::sheet::{Line, Sheet, Target, Unit};
+use crate::sheet::{By, Line, Sheet, Target, Unit};
 use crate::world::World;
 use crate::{Bench, bare};
 
@@ -34,7 +34,8 @@ pub async fn nothing(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
         unit: Unit::PerSecond,
         ours,
         bounds: bounds.into(),
-        target: Some(Target::RatioAtLeast(0.8)),
+        judged_by: By::Ratio,
+        target: Some(Target::AtLeast(0.8)),
         note: None,
     });
     Ok(())
@@ -67,7 +68,8 @@ pub async fn upsert_each(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()>
             unit: Unit::PerSecond,
             ours,
             bounds: vec![bound.clone()],
-            target: Some(Target::RatioAtLeast(least)),
+            judged_by: By::Ratio,
+            target: Some(Target::AtLeast(least)),
             note: None,
         });
     }
@@ -99,7 +101,8 @@ pub async fn upsert_rows(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()>
         unit: Unit::PerSecond,
         ours,
         bounds: vec![bound],
-        target: Some(Target::RatioAtLeast(0.9)),
+        judged_by: By::Ratio,
+        target: Some(Target::AtLeast(0.9)),
         note: None,
     });
     Ok(())
@@ -112,7 +115,7 @@ pub async fn eight_at_once(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<(
     for number in 0..MANY {
         eight.add(Nothing { name: format!("nothing_{number}"), wanted: EventTypes::All })?;
     }
-    let times = Times { what: "do-nothing", target: Some(Target::RatioAtMost(1.5)) };
+    let times = Times { what: "do-nothing", target: Some(Target::AtMost(1.5)) };
     times.compare(bench, sheet, world, [(&eight, &[]), (&only(Nothing::with_all())?, &[])]).await?;
 
     let world = &booted_once(bench, bench.options.fewer_events()).await?;
@@ -151,6 +154,7 @@ impl Times {
             unit: Unit::Seconds,
             ours,
             bounds: vec![bound],
+            judged_by: By::Ratio,
             target: self.target,
             note: None,
         });
@@ -191,7 +195,8 @@ async fn compare_wanted(
         unit: Unit::PerSecond,
         ours,
         bounds: vec![bound],
-        target: Some(Target::RatioAtLeast(8.0)),
+        judged_by: By::Ratio,
+        target: Some(Target::AtLeast(8.0)),
         note: None,
     });
     Ok(())

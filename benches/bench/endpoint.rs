@@ -56,7 +56,7 @@ impl Endpoint {
     /// A queue that was never used: no deduplication remembers what an earlier round has sent.
     pub async fn make_queue(&self, kind: Kind) -> anyhow::Result<LiveQueue> {
         let number = MADE.fetch_add(1, Ordering::Relaxed);
-        let name = format!("bench-{}-{number}", std::process::id());
+        let name = format!("{}{number}", prefix());
         let create = match kind {
             Kind::Fifo => self
                 .client
@@ -70,6 +70,20 @@ impl Endpoint {
         let sqs = SqsQueue::with_client(self.client.clone(), &url, VISIBILITY).await?;
         Ok(LiveQueue { kind, client: self.client.clone(), url, sqs: Arc::new(sqs) })
     }
+
+    /// Takes away the queues of a bench that was cut short.
+    pub async fn clear(&self) -> anyhow::Result<()> {
+        let left = self.client.list_queues().queue_name_prefix(prefix()).send().await?;
+        for url in left.queue_urls.unwrap_or_default() {
+            self.client.delete_queue().queue_url(url).send().await?;
+        }
+        Ok(())
+    }
+}
+
+/// What the names of our queues begin with.
+fn prefix() -> String {
+    format!("bench-{}-", std::process::id())
 }
 
 /// One queue, by the same client for who plays and for the bare loop.

@@ -9,7 +9,7 @@ use tokio::process::Command;
 
 use crate::lanes::{Series, median, per_second};
 use crate::projectors::{ReadModel, folder};
-use crate::sheet::{Line, Sheet, Target, Unit, grouped};
+use crate::sheet::{By, Line, Sheet, Target, Unit, grouped};
 use crate::world::World;
 use crate::{Bench, WORKER};
 
@@ -54,6 +54,7 @@ pub async fn growth(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
             unit: Unit::Seconds,
             ours: Series { name: "boot".into(), rounds: vec![first.took.as_secs_f64()] },
             bounds: vec![],
+            judged_by: By::Itself,
             target: None,
             note: None,
         });
@@ -123,14 +124,18 @@ fn add_lines(sheet: &mut Sheet, what: &str, sizes: &[Size]) {
     let Some(first) = sizes.first() else { return };
     let name = |size: &Size| format!("at {} events", grouped(size.events as f64));
     for size in sizes {
+        let is_longer = size.events > first.events;
         sheet.add(Line {
             row: 9,
             what: format!("boot process, {what}, rate {}", name(size)),
             unit: Unit::PerSecond,
             ours: Series { name: name(size), rounds: size.rates.clone() },
             // Measured at another time, so that the rounds are no pairs.
-            bounds: vec![Series { name: name(first), rounds: vec![median(&first.rates); size.rates.len()] }],
-            target: Some(Target::RatioWithin(0.85, 1.15)).filter(|_| size.events > first.events),
+            bounds: Vec::from_iter(
+                is_longer.then(|| Series { name: name(first), rounds: vec![median(&first.rates); size.rates.len()] }),
+            ),
+            judged_by: By::Ratio,
+            target: is_longer.then_some(Target::Within(0.85, 1.15)),
             note: None,
         });
         sheet.add(Line {
@@ -139,6 +144,7 @@ fn add_lines(sheet: &mut Sheet, what: &str, sizes: &[Size]) {
             unit: Unit::Mebibytes,
             ours: Series { name: name(size), rounds: size.peaks.clone() },
             bounds: vec![],
+            judged_by: By::Itself,
             target: Some(Target::AtMost(64.0)),
             note: None,
         });

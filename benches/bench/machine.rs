@@ -48,7 +48,6 @@ pub fn load() -> f64 {
 pub fn facts(server: &str, version: &str, settings: &[(String, String)]) -> Value {
     let (cpus, load) = (std::thread::available_parallelism().map_or(0, usize::from), load());
     let profile = if cfg!(debug_assertions) { "not optimised" } else { "bench" };
-    eprintln!("{server} {version}, {cpus} CPUs, load {load}, profile {profile}");
     if cfg!(debug_assertions) {
         eprintln!("WARNING: not optimised: this shows that the bench works, and no more");
     }
@@ -57,7 +56,7 @@ pub fn facts(server: &str, version: &str, settings: &[(String, String)]) -> Valu
     }
     let settings: serde_json::Map<String, Value> =
         settings.iter().map(|(name, value)| (name.clone(), json!(value))).collect();
-    json!({
+    let facts = json!({
         "server": server,
         "version": version,
         "settings": settings,
@@ -65,5 +64,24 @@ pub fn facts(server: &str, version: &str, settings: &[(String, String)]) -> Valu
         "load_at_start": load,
         "profile": profile,
         "at": time::OffsetDateTime::now_utc().unix_timestamp(),
-    })
+    });
+    eprintln!("{}", describe(&facts));
+    facts
+}
+
+/// The same for people.
+pub fn describe(facts: &Value) -> String {
+    let settings = facts["settings"].as_object().into_iter().flatten();
+    let settings: Vec<String> =
+        settings.map(|(name, value)| format!("{name}={}", value.as_str().unwrap_or_default())).collect();
+    let of = |name: &str| facts[name].as_str().unwrap_or_default().to_owned();
+    format!(
+        "{} {}, {} CPUs, load {}, profile {}; {}",
+        of("server"),
+        of("version"),
+        facts["cpus"],
+        facts["load_at_start"],
+        of("profile"),
+        settings.join(", ")
+    )
 }

@@ -177,6 +177,7 @@ async fn bench() -> anyhow::Result<ExitCode> {
         std::fs::write(file, format!("{:#}\n", sheet.json())).with_context(|| file.display().to_string())?;
     }
     world::clear(&bench.parts).await?;
+    bench.localstack().await.clear().await?;
     ended
 }
 

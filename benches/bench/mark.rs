@@ -17,7 +17,7 @@ use tokio::time::{sleep, timeout};
 
 use crate::Bench;
 use crate::lanes::{Quantiles, in_turn, lane, per_second};
-use crate::sheet::{Line, Sheet, Target, Unit};
+use crate::sheet::{By, Line, Sheet, Target, Unit};
 use crate::witness::{Recorder, positions};
 use crate::world::World;
 
@@ -67,7 +67,7 @@ pub async fn high_water(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> 
         let [ours, bound] = in_turn(bench.options.rounds, lanes).await?;
         let lost: usize = bound.rounds.iter().map(|seen| seen.lost).sum();
         for (name, figure, target) in [
-            ("p50", (|seen| seen.delays.p50) as fn(&Seen) -> f64, Some(Target::MoreByAtMost(20.0))),
+            ("p50", (|seen| seen.delays.p50) as fn(&Seen) -> f64, Some(Target::AtMost(20.0))),
             ("p99", |seen| seen.delays.p99, None),
         ] {
             sheet.add(Line {
@@ -76,8 +76,9 @@ pub async fn high_water(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> 
                 unit: Unit::Milliseconds,
                 ours: ours.of(figure),
                 bounds: vec![bound.of(figure)],
+                judged_by: By::Difference,
                 target: target.filter(|_| rollbacks == 0.0),
-                note: Some(format!("who reads on from the last position seen lost {lost} events")),
+                note: Some(format!("{what}: the latter lost {lost} events")),
             });
         }
     }
@@ -101,6 +102,7 @@ async fn append(bench: &Bench, sheet: &mut Sheet, world: &World) -> anyhow::Resu
             unit: Unit::PerSecond,
             ours,
             bounds: vec![bound.clone()],
+            judged_by: By::Ratio,
             target: None,
             note: None,
         });

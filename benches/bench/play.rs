@@ -10,7 +10,7 @@ use crate::Bench;
 use crate::endpoint::{Endpoint, Kind};
 use crate::lanes::{in_turn, lane, per_second};
 use crate::projectors::Nothing;
-use crate::sheet::{Line, Sheet, Target, Unit};
+use crate::sheet::{By, Line, Sheet, Target, Unit};
 use crate::witness::{Recorder, Witness, positions};
 use crate::world::World;
 
@@ -46,15 +46,16 @@ pub async fn one_a_message(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<(
             ],
         )
         .await?;
-        for (projectors, ours, target) in [(1, one, Some(Target::RatioAtLeast(0.9))), (10, ten, None)] {
+        for (projectors, ours, target) in [(1, one, Some(Target::AtLeast(0.9))), (10, ten, None)] {
             sheet.add(Line {
                 row: 6,
                 what: format!("play {projectors} from {} ({}) ÷ receive and delete", endpoint.name, kind.as_str()),
                 unit: Unit::PerSecond,
                 ours,
                 bounds: vec![bound.clone()],
+                judged_by: By::Ratio,
                 target,
-                note: Some(format!("{} messages of one event", backlog.events)),
+                note: Some(format!("{}: {} messages of one event", endpoint.name, backlog.events)),
             });
         }
     }
@@ -84,7 +85,12 @@ pub async fn packed(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
             ],
         )
         .await?;
-        let note = format!("{} events in {} messages, and {messages} in as many", packed.events, packed.bodies.len());
+        let note = format!(
+            "{}: {} events in {} messages, and {messages} in as many",
+            endpoint.name,
+            packed.events,
+            packed.bodies.len()
+        );
         for (what, ours, bound) in
             [("from the queue", ours, bound), ("from the log through relay and queue", ours_relayed, bound_relayed)]
         {
@@ -94,7 +100,8 @@ pub async fn packed(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
                 unit: Unit::PerSecond,
                 ours,
                 bounds: vec![bound],
-                target: Some(Target::RatioAtLeast(20.0)),
+                judged_by: By::Ratio,
+                target: Some(Target::AtLeast(20.0)),
                 note: Some(note.clone()),
             });
         }

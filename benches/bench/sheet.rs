@@ -1,12 +1,13 @@
 //! What was measured, as a table for people and as JSON with every round.
 
+use std::collections::HashSet;
 use std::fmt;
 
 use comfy_table::{Cell, CellAlignment, Table, presets};
 use serde_json::{Value, json};
 
 use crate::lanes::{Series, median};
-use crate::machine::load;
+use crate::machine::{self, load};
 
 /// One line of the table: ours, and the loops of which the best is the bound.
 pub struct Line {
@@ -14,11 +15,22 @@ pub struct Line {
     pub what: String,
     pub unit: Unit,
     pub ours: Series<f64>,
-    /// None where ours is judged by itself.
     pub bounds: Vec<Series<f64>>,
+    pub judged_by: By,
     pub target: Option<Target>,
     /// What a reader must know to read the line.
     pub note: Option<String>,
+}
+
+/// What the target is about: of each round, and then the median.
+#[derive(Clone, Copy)]
+pub enum By {
+    /// Ours ÷ the bound.
+    Ratio,
+    /// Ours − the bound.
+    Difference,
+    /// Ours alone.
+    Itself,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -29,17 +41,12 @@ pub enum Unit {
     Mebibytes,
 }
 
-/// What the issue asks for.
+/// What is asked for.
 #[derive(Clone, Copy)]
 pub enum Target {
-    /// Ours ÷ the bound.
-    RatioAtLeast(f64),
-    RatioAtMost(f64),
-    RatioWithin(f64, f64),
-    /// Ours − the bound.
-    MoreByAtMost(f64),
-    /// Ours.
+    AtLeast(f64),
     AtMost(f64),
+    Within(f64, f64),
 }
 
 /// A figure that was taken every round.
@@ -86,11 +93,9 @@ impl Unit {
 impl fmt::Display for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Target::RatioAtLeast(least) => write!(f, "≥ {least}"),
-            Target::RatioAtMost(most) => write!(f, "≤ {most}"),
-            Target::RatioWithin(least, most) => write!(f, "{least}–{most}"),
-            Target::MoreByAtMost(most) => write!(f, "≤ +{most}"),
+            Target::AtLeast(least) => write!(f, "≥ {least}"),
             Target::AtMost(most) => write!(f, "≤ {most}"),
+            Target::Within(least, most) => write!(f, "{least}–{most}"),
         }
     }
 }
@@ -100,15 +105,13 @@ impl Line {
         self.unit.best(&self.bounds)
     }
 
-    /// What the target is about: the median over the rounds of ours to the bound in the same round.
+    /// `None` where there is nothing to be compared with.
     fn judged(&self) -> Option<Spread> {
-        let figures: Vec<f64> = match (self.bound(), self.target) {
-            (_, Some(Target::AtMost(_))) => self.ours.rounds.clone(),
-            (Some(bound), Some(Target::MoreByAtMost(_))) => {
-                pairs(&self.ours, bound).map(|(ours, b)| ours - b).collect()
-            }
-            (Some(bound), _) => pairs(&self.ours, bound).map(|(ours, b)| ours / b).collect(),
-            (None, _) => return None,
+        let pairs = || Some(self.ours.rounds.iter().zip(&self.bound()?.rounds));
+        let figures: Vec<f64> = match self.judged_by {
+            By::Ratio => pairs()?.map(|(ours, bound)| ours / bound).collect(),
+            By::Difference => pairs()?.map(|(ours, bound)| ours - bound).collect(),
+            By::Itself => self.ours.rounds.clone(),
         };
         let (least, most) = (figures.iter().copied().reduce(f64::min)?, figures.iter().copied().reduce(f64::max)?);
         Some(Spread { median: median(&figures), least, most })
@@ -118,39 +121,45 @@ impl Line {
     fn is_met(&self) -> Option<bool> {
         let figure = self.judged()?.median;
         Some(match self.target? {
-            Target::RatioAtLeast(least) => figure >= least,
-            Target::RatioWithin(least, most) => (least..=most).contains(&figure),
-            Target::RatioAtMost(most) | Target::MoreByAtMost(most) | Target::AtMost(most) => figure <= most,
+            Target::AtLeast(least) => figure >= least,
+            Target::AtMost(most) => figure <= most,
+            Target::Within(least, most) => (least..=most).contains(&figure),
         })
     }
 
     fn cells(&self) -> [String; 8] {
         let judged = self.judged();
-        let two = |figure: f64| if figure.abs() < 10.0 { format!("{figure:.2}") } else { format!("{figure:.1}") };
+        let two = |figure: f64| match self.judged_by {
+            By::Difference => format!("{figure:+.1}"),
+            _ if figure.abs() < 10.0 => format!("{figure:.2}"),
+            _ => format!("{figure:.1}"),
+        };
         [
             self.row.to_string(),
             self.what.clone(),
             self.unit.show(self.ours.median()),
             self.bound().map(|bound| self.unit.show(bound.median())).unwrap_or_default(),
             judged.as_ref().map(|judged| two(judged.median)).unwrap_or_default(),
-            judged.as_ref().map(|judged| format!("{}–{}", two(judged.least), two(judged.most))).unwrap_or_default(),
+            judged.as_ref().map(|judged| format!("{} to {}", two(judged.least), two(judged.most))).unwrap_or_default(),
             self.target.map(|target| target.to_string()).unwrap_or_default(),
             self.is_met().map(|met| if met { "met" } else { "MISSED" }.to_owned()).unwrap_or_default(),
         ]
     }
 
-    /// The lanes by name, where the table has room for figures only.
-    fn legend(&self) -> String {
-        let lane = |series: &Series<f64>| format!("{} {}", series.name, self.unit.show(series.median()));
-        let bounds: Vec<String> = self.bounds.iter().map(lane).collect();
-        let mut legend = lane(&self.ours);
-        if !bounds.is_empty() {
-            legend += &format!(" ÷ {}", bounds.join(" | "));
-        }
-        match &self.note {
-            Some(note) => format!("{legend}; {note}"),
-            None => legend,
-        }
+    /// What the lanes are, and what all the bounds came to where there were several.
+    fn legend(&self) -> Option<String> {
+        let bounds: Vec<String> = match self.bounds.as_slice() {
+            [] => return self.note.clone(),
+            [bound] => vec![bound.name.clone()],
+            several => {
+                several.iter().map(|bound| format!("{} ({})", bound.name, self.unit.show(bound.median()))).collect()
+            }
+        };
+        let lanes = format!("{} ÷ {}", self.ours.name, bounds.join(", "));
+        Some(match &self.note {
+            Some(note) => format!("{lanes}; {note}"),
+            None => lanes,
+        })
     }
 
     fn json(&self, load: f64) -> Value {
@@ -181,7 +190,7 @@ impl Sheet {
     /// Takes a line, and tells it at once: the whole takes long.
     pub fn add(&mut self, line: Line) {
         let [row, what, ours, bound, judged, spread, target, met] = line.cells();
-        eprintln!("{row}  {what}: {ours} ÷ {bound} = {judged} ({spread}) {target} {met}");
+        eprintln!("{row}  {what}: {ours} | {bound} | {judged} ({spread}) {target} {met}");
         self.lines.push((line, load()));
     }
 
@@ -195,7 +204,7 @@ impl fmt::Display for Sheet {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut table = Table::new();
         table.load_style(presets::ASCII_MARKDOWN);
-        table.set_header(["row", "what", "ours", "bound", "ratio", "spread", "target", ""]);
+        table.set_header(["row", "what", "ours", "bound", "median", "spread", "target", ""]);
         for (line, _) in &self.lines {
             let is_figure = |column: usize| (2..=6).contains(&column);
             table.add_row(line.cells().into_iter().enumerate().map(|(column, text)| match is_figure(column) {
@@ -203,16 +212,16 @@ impl fmt::Display for Sheet {
                 false => Cell::new(text),
             }));
         }
-        writeln!(f, "{table}\n")?;
+        writeln!(f, "{}\n\n{table}\n", machine::describe(&self.facts))?;
+        let mut told = HashSet::new();
         for (line, _) in &self.lines {
-            writeln!(f, "{:>3}  {}: {}", line.row, line.what, line.legend())?;
+            let legend = line.legend().map(|legend| format!("{:>3}  {legend}", line.row));
+            if let Some(legend) = legend.filter(|legend| told.insert(legend.clone())) {
+                writeln!(f, "{legend}")?;
+            }
         }
         Ok(())
     }
-}
-
-fn pairs<'a>(ours: &'a Series<f64>, bound: &'a Series<f64>) -> impl Iterator<Item = (f64, f64)> + 'a {
-    ours.rounds.iter().copied().zip(bound.rounds.iter().copied())
 }
 
 /// 1234567 as 1,234,567.
