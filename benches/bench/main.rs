@@ -88,6 +88,8 @@ struct Sizes {
     /// Messages of one event.
     localstack_messages: u64,
     stub_messages: u64,
+    /// The same where the relay sends them, one after the other.
+    relayed_messages: u64,
     /// Events in messages that the relay has packed.
     packed_events: u64,
     latency_seconds: u64,
@@ -97,6 +99,7 @@ struct Sizes {
 const WHOLE: Sizes = Sizes {
     localstack_messages: 3_000,
     stub_messages: 20_000,
+    relayed_messages: 1_000,
     packed_events: 100_000,
     latency_seconds: 10,
     mark_duration: Duration::from_secs(5),
@@ -105,6 +108,7 @@ const WHOLE: Sizes = Sizes {
 const QUICK: Sizes = Sizes {
     localstack_messages: 100,
     stub_messages: 500,
+    relayed_messages: 50,
     packed_events: 3_000,
     latency_seconds: 1,
     mark_duration: Duration::from_millis(500),

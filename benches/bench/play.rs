@@ -81,19 +81,15 @@ pub async fn packed(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
                 lane("packed", || played(world, endpoint, Kind::Fifo, one, packed)),
                 lane("one event a message", || played(world, endpoint, Kind::Fifo, one, single)),
                 lane("packed, with relay", || relayed(RelaySettings::default().max_events, packed.events)),
-                lane("one event a message, with relay", || relayed(ONE_AT_A_TIME, messages)),
+                lane("one event a message, with relay", || relayed(ONE_AT_A_TIME, bench.sizes().relayed_messages)),
             ],
         )
         .await?;
-        let note = format!(
-            "{}: {} events in {} messages, and {messages} in as many",
-            endpoint.name,
-            packed.events,
-            packed.bodies.len()
-        );
-        for (what, ours, bound) in
-            [("from the queue", ours, bound), ("from the log through relay and queue", ours_relayed, bound_relayed)]
-        {
+        let packed_note = format!("{}: {} events in {} messages", endpoint.name, packed.events, packed.bodies.len());
+        for (what, ours, bound, singles) in [
+            ("from the queue", ours, bound, messages),
+            ("through relay and queue", ours_relayed, bound_relayed, bench.sizes().relayed_messages),
+        ] {
             sheet.add(Line {
                 row: 7,
                 what: format!("play a backlog {what}, {}, packed ÷ one event a message", endpoint.name),
@@ -102,7 +98,7 @@ pub async fn packed(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
                 bounds: vec![bound],
                 judged_by: By::Ratio,
                 target: Some(Target::AtLeast(20.0)),
-                note: Some(note.clone()),
+                note: Some(format!("{packed_note}, {singles} one by one")),
             });
         }
     }
