@@ -1,0 +1,138 @@
+//! The queues that are measured: of LocalStack, and of the stub.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use aws_config::BehaviorVersion;
+use aws_sdk_sqs::Client;
+use aws_sdk_sqs::types::{QueueAttributeName, SendMessageBatchRequestEntry};
+use projectionist::SqsQueue;
+
+/// As the commands have it by default.
+const VISIBILITY: Duration = Duration::from_secs(30);
+
+/// What one batch may hold.
+const MOST_IN_A_BATCH: usize = 10;
+const MOST_BYTES: usize = 1_000_000;
+
+/// Makes queues' names unique.
+static MADE: AtomicU64 = AtomicU64::new(0);
+
+/// Somebody who speaks the protocol of SQS.
+pub struct Endpoint {
+    pub name: &'static str,
+    client: Client,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    Fifo,
+    Standard,
+}
+
+impl Kind {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Kind::Fifo => "FIFO",
+            Kind::Standard => "standard",
+        }
+    }
+}
+
+impl Endpoint {
+    pub async fn at(name: &'static str, url: &str) -> Self {
+        let config = aws_config::defaults(BehaviorVersion::latest())
+            .http_client(aws_smithy_http_client::Builder::new().build_http())
+            .region("us-east-1")
+            .endpoint_url(url)
+            .test_credentials()
+            .load()
+            .await;
+        Endpoint { name, client: Client::new(&config) }
+    }
+
+    /// A queue that was never used: no deduplication remembers what an earlier round has sent.
+    pub async fn make_queue(&self, kind: Kind) -> anyhow::Result<LiveQueue> {
+        let number = MADE.fetch_add(1, Ordering::Relaxed);
+        let name = format!("{}{number}", prefix());
+        let create = match kind {
+            Kind::Fifo => self
+                .client
+                .create_queue()
+                .queue_name(format!("{name}.fifo"))
+                .attributes(QueueAttributeName::FifoQueue, "true"),
+            Kind::Standard => self.client.create_queue().queue_name(name),
+        };
+        let created = create.send().await.with_context(|| format!("{} does not answer", self.name))?;
+        let url = created.queue_url.context("a queue has a URL")?;
+        let sqs = SqsQueue::with_client(self.client.clone(), &url, VISIBILITY).await?;
+        Ok(LiveQueue { kind, client: self.client.clone(), url, sqs: Arc::new(sqs) })
+    }
+
+    /// Takes away the queues of a bench that was cut short.
+    pub async fn clear(&self) -> anyhow::Result<()> {
+        let left = self.client.list_queues().queue_name_prefix(prefix()).send().await?;
+        for url in left.queue_urls.unwrap_or_default() {
+            self.client.delete_queue().queue_url(url).send().await?;
+        }
+        Ok(())
+    }
+}
+
+/// What the names of our queues begin with.
+fn prefix() -> String {
+    format!("bench-{}-", std::process::id())
+}
+
+/// One queue, by the same client for who plays and for the bare loop.
+pub struct LiveQueue {
+    kind: Kind,
+    client: Client,
+    url: String,
+    pub sqs: Arc<SqsQueue>,
+}
+
+impl LiveQueue {
+    /// Sends messages in order, as fast as it goes.
+    pub async fn fill(&self, bodies: &[String]) -> anyhow::Result<()> {
+        for batch in batches(bodies) {
+            let mut send = self.client.send_message_batch().queue_url(&self.url);
+            for (index, body) in batch.iter().enumerate() {
+                let entry = SendMessageBatchRequestEntry::builder().id(index.to_string()).message_body(body);
+                let entry = match self.kind {
+                    Kind::Fifo => {
+                        let number = MADE.fetch_add(1, Ordering::Relaxed);
+                        entry.message_group_id("events").message_deduplication_id(number.to_string())
+                    }
+                    Kind::Standard => entry,
+                };
+                send = send.entries(entry.build()?);
+            }
+            let sent = send.send().await.context("filling the queue")?;
+            ensure!(sent.failed().is_empty(), "filling the queue: {:?}", sent.failed());
+        }
+        Ok(())
+    }
+
+    pub async fn remove(self) -> anyhow::Result<()> {
+        self.client.delete_queue().queue_url(&self.url).send().await.context("deleting the queue")?;
+        Ok(())
+    }
+}
+
+fn batches(bodies: &[String]) -> Vec<&[String]> {
+    let (mut batches, mut rest) = (Vec::new(), bodies);
+    while !rest.is_empty() {
+        let mut bytes = 0;
+        let fits = rest.iter().take(MOST_IN_A_BATCH).take_while(|body| {
+            bytes += body.len();
+            bytes <= MOST_BYTES
+        });
+        let (batch, others) = rest.split_at(fits.count().max(1));
+        batches.push(batch);
+        rest = others;
+    }
+    batches
+}

@@ -1,0 +1,152 @@
+//! Row 9: what a longer log costs. Real processes, for only they have a peak of memory.
+
+use std::path::Path;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use tokio::process::Command;
+
+use crate::lanes::{Series, median, per_second};
+use crate::projectors::{ReadModel, folder};
+use crate::sheet::{By, Line, Sheet, Target, Unit, grouped};
+use crate::world::World;
+use crate::{Bench, WORKER};
+
+/// How often the peak is looked at. It only grows: what is missed is what the last moment added.
+const LOOK_EVERY: Duration = Duration::from_millis(5);
+
+/// A process and what it needs to know.
+enum Worker<'a> {
+    /// This program with a projector in Rust that does nothing: the same `boot`, from the same crate.
+    Nothing,
+    /// The shipped binary with a projector in a file.
+    Declared(&'a Path),
+}
+
+struct Ran {
+    took: Duration,
+    peak_mib: f64,
+}
+
+/// The rounds at one length of the log.
+struct Size {
+    events: u64,
+    rates: Vec<f64>,
+    peaks: Vec<f64>,
+}
+
+/// Boots at each length of the log: of a projector that does nothing, and of a declared one with an upsert an event.
+pub async fn growth(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
+    let world = World::new(&bench.parts).await?;
+    let model = ReadModel::new("upserted");
+    model.make(&world).await?;
+    let files = folder(&[("upserted", model.declaration("*"))])?;
+    let (mut nothing, mut upserts) = (Vec::new(), Vec::new());
+    for &events in &bench.options.sizes {
+        let began = Instant::now();
+        world.fill(&bench.sample, events).await?;
+        eprintln!("  {} events after {:.1} s", grouped(events as f64), began.elapsed().as_secs_f32());
+        let first = world.boot_process(&Worker::Nothing).await?;
+        sheet.add(Line {
+            row: 9,
+            what: format!("first boot at {} events, the mark raised over all new ones", grouped(events as f64)),
+            unit: Unit::Seconds,
+            ours: Series { name: "boot".into(), rounds: vec![first.took.as_secs_f64()] },
+            bounds: vec![],
+            judged_by: By::Itself,
+            target: None,
+            note: None,
+        });
+        nothing.push(world.measure(&Worker::Nothing, events, bench.options.rounds).await?);
+        world.execute("truncate table upserted").await?;
+        upserts.push(world.measure(&Worker::Declared(files.path()), events, 1).await?);
+    }
+    for (what, sizes) in [("do-nothing", nothing), ("declared upsert", upserts)] {
+        add_lines(sheet, what, &sizes);
+    }
+    Ok(())
+}
+
+impl World {
+    /// The mark has been raised already. What a boot takes that has nothing to do is not counted: it is the start of a
+    /// process and of its connections, and no matter of the log.
+    async fn measure(&self, worker: &Worker<'_>, events: u64, rounds: usize) -> anyhow::Result<Size> {
+        let mut size = Size { events, rates: Vec::new(), peaks: Vec::new() };
+        for _ in 0..rounds {
+            self.execute("delete from projectors").await?;
+            let ran = self.boot_process(worker).await?;
+            let idle = self.boot_process(worker).await?;
+            size.rates.push(per_second(events, ran.took.saturating_sub(idle.took)));
+            size.peaks.push(ran.peak_mib);
+        }
+        Ok(size)
+    }
+
+    async fn boot_process(&self, worker: &Worker<'_>) -> anyhow::Result<Ran> {
+        let mut command = match worker {
+            Worker::Nothing => {
+                let mut command = Command::new(std::env::current_exe()?);
+                command.env(WORKER, "1");
+                command
+            }
+            Worker::Declared(folder) => {
+                let mut command = Command::new(env!("CARGO_BIN_EXE_projectionist"));
+                command.env("PROJECTORS", folder);
+                command
+            }
+        };
+        command.arg("boot").env("DATABASE_URL", &self.url).env("PROJECTIONIST_LOG", "warn").kill_on_drop(true);
+        let began = Instant::now();
+        let mut process = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn()?;
+        let pid = process.id().context("it runs")?;
+        let mut peak_mib = 0.0;
+        let ended = loop {
+            tokio::select! {
+                ended = process.wait() => break ended?,
+                () = tokio::time::sleep(LOOK_EVERY) => peak_mib = peak(pid).unwrap_or(peak_mib),
+            }
+        };
+        ensure!(ended.success(), "boot ended with {ended}");
+        Ok(Ran { took: began.elapsed(), peak_mib })
+    }
+}
+
+/// The most memory that a process has ever had resident, in MiB. `None`: it has just ended.
+fn peak(pid: u32) -> Option<f64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    Some(peak.split_whitespace().next()?.parse::<f64>().ok()? / 1024.0)
+}
+
+/// Each size beside the first.
+fn add_lines(sheet: &mut Sheet, what: &str, sizes: &[Size]) {
+    let Some(first) = sizes.first() else { return };
+    let name = |size: &Size| format!("at {} events", grouped(size.events as f64));
+    for size in sizes {
+        let is_longer = size.events > first.events;
+        sheet.add(Line {
+            row: 9,
+            what: format!("boot process, {what}, rate {}", name(size)),
+            unit: Unit::PerSecond,
+            ours: Series { name: name(size), rounds: size.rates.clone() },
+            // Measured at another time, so that the rounds are no pairs.
+            bounds: Vec::from_iter(
+                is_longer.then(|| Series { name: name(first), rounds: vec![median(&first.rates); size.rates.len()] }),
+            ),
+            judged_by: By::Ratio,
+            target: is_longer.then_some(Target::Within(0.85, 1.15)),
+            note: None,
+        });
+        sheet.add(Line {
+            row: 9,
+            what: format!("boot process, {what}, peak memory {}", name(size)),
+            unit: Unit::Mebibytes,
+            ours: Series { name: name(size), rounds: size.peaks.clone() },
+            bounds: vec![],
+            judged_by: By::Itself,
+            target: Some(Target::AtMost(64.0)),
+            note: None,
+        });
+    }
+}

@@ -1,0 +1,200 @@
+//! Row 8: from the commit of the append to the commit of the projection.
+//!
+//! Ours begins when the writer's commit has returned, and ends when play asks the queue to delete the message: the
+//! projection's transaction has committed then, in the same process, a few instructions ago. Should the engine come to put
+//! its deletions off, this would be too long and never too short. The bare way begins when a message is due to be sent, and
+//! ends when it is received. Both on a schedule, whatever is late: a delay is not hidden by the delay before it.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use projectionist::sqlx;
+use projectionist::{PlaySettings, Queue, Registry, play};
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
+use tokio::time::{sleep_until, timeout};
+
+use crate::Bench;
+use crate::endpoint::{Endpoint, Kind};
+use crate::lanes::{Quantiles, in_turn, lane};
+use crate::projectors::{ReadModel, UpsertEach};
+use crate::sheet::{By, Line, Sheet, Target, Unit};
+use crate::witness::Witness;
+use crate::world::World;
+
+/// What is not there by then is a failure.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A median delay of so many milliseconds, sending to an idle receiver, is that of a line that grows.
+const TOO_LATE: f64 = 500.0;
+
+/// Each on a connection of its own, taking every eighth event.
+const WRITERS: u64 = 8;
+
+const APPEND: &str =
+    "insert into events (stream_id, stream_version, event_type, payload) values (uuid(), 1, 'Happened', ?)";
+
+/// When so many events a second are due, for so long.
+#[derive(Clone, Copy)]
+struct Schedule {
+    per_second: u64,
+    count: u64,
+}
+
+pub async fn delays(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
+    let world = &World::new(&bench.parts).await?;
+    let model = ReadModel::new("upserted");
+    model.make(world).await?;
+    let registry = &Registry::new().with(UpsertEach(model))?;
+    world.boot(registry).await?;
+    for endpoint in [bench.localstack().await, bench.stub().await?] {
+        for per_second in [1, 100, 1_000] {
+            let schedule = Schedule { per_second, count: per_second * bench.sizes().latency_seconds };
+            let endpoint = &endpoint;
+            let lanes = [
+                lane("append to projection", || projected(world, endpoint, registry, schedule)),
+                lane("send to receive", || received(endpoint, schedule)),
+            ];
+            let [ours, bound] = in_turn(bench.options.rounds.min(3), lanes).await?;
+            let is_target = per_second == 100;
+            let overload = format!(
+                "{per_second}/s, {}: longer and longer, for the queue does not take so many one by one",
+                endpoint.name
+            );
+            let note = (bound.of(|delays| delays.p50).median() > TOO_LATE).then_some(overload);
+            for (name, figure, most) in [
+                ("p50", (|delays| delays.p50) as fn(&Quantiles) -> f64, Some(1.5)),
+                ("p95", |delays| delays.p95, None),
+                ("p99", |delays| delays.p99, Some(3.0)),
+            ] {
+                sheet.add(Line {
+                    row: 8,
+                    what: format!("latency at {per_second}/s, {}, {name}", endpoint.name),
+                    unit: Unit::Milliseconds,
+                    ours: ours.of(figure),
+                    bounds: vec![bound.of(figure)],
+                    judged_by: By::Ratio,
+                    target: most.filter(|_| is_target).map(Target::AtMost),
+                    note: note.clone(),
+                });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Appends on schedule while a worker plays, with the settings that it has by default.
+async fn projected(
+    world: &World,
+    endpoint: &Endpoint,
+    registry: &Registry,
+    schedule: Schedule,
+) -> anyhow::Result<Quantiles> {
+    let queue = endpoint.make_queue(Kind::Fifo).await?;
+    let witness = Witness::of(Arc::clone(&queue.sqs) as Arc<dyn Queue>);
+    let (stop, stopped) = oneshot::channel::<()>();
+    let (database, registry, watched) = (world.database.clone(), registry.clone(), Arc::clone(&witness));
+    let playing = tokio::spawn(async move {
+        let until = async { _ = stopped.await };
+        play(&database, watched as Arc<dyn Queue>, &registry, PlaySettings::default(), until).await
+    });
+    // The first events find connections to be opened and statements to be prepared: they are not measured.
+    Schedule { per_second: 100, count: WRITERS }.append_and_wait(world, &witness).await?;
+    let committed = schedule.append_and_wait(world, &witness).await?;
+    let _ = stop.send(());
+    playing.await??;
+    queue.remove().await?;
+    delays_of(&committed, &witness.applied())
+}
+
+fn delays_of(committed: &HashMap<u64, Instant>, applied: &HashMap<u64, Instant>) -> anyhow::Result<Quantiles> {
+    let delay = |(position, at): (&u64, &Instant)| {
+        let applied = applied.get(position).with_context(|| format!("position {position} came by no message"))?;
+        // The relay may be faster than the answer to the commit.
+        Ok(applied.saturating_duration_since(*at))
+    };
+    let delays = committed.iter().map(delay).collect::<anyhow::Result<Vec<_>>>()?;
+    Ok(Quantiles::of(&delays))
+}
+
+impl Schedule {
+    fn due(self, began: Instant, number: u64) -> tokio::time::Instant {
+        (began + Duration::from_secs(number) / self.per_second as u32).into()
+    }
+
+    async fn append_and_wait(self, world: &World, witness: &Witness) -> anyhow::Result<HashMap<u64, Instant>> {
+        let committed = self.append(world).await?;
+        let last = committed.keys().copied().max().unwrap_or_default();
+        timeout(PATIENCE, witness.deleted_through(last)).await.context("an event is not projected")?;
+        Ok(committed)
+    }
+
+    /// One event a transaction, when it is due. When each position was committed.
+    async fn append(self, world: &World) -> anyhow::Result<HashMap<u64, Instant>> {
+        let payload = format!(r#"{{"note":"{}"}}"#, "x".repeat(288));
+        let mut connections = Vec::new();
+        for _ in 0..WRITERS {
+            connections.push(world.connection().await?);
+        }
+        let (mut writers, began) = (JoinSet::new(), Instant::now());
+        for (writer, mut connection) in (0..).zip(connections) {
+            let payload = payload.clone();
+            writers.spawn(async move {
+                let mut committed = Vec::new();
+                for number in (writer..self.count).step_by(WRITERS as usize) {
+                    sleep_until(self.due(began, number)).await;
+                    let appended = sqlx::query(APPEND).bind(&payload).execute(&mut connection).await?;
+                    committed.push((appended.last_insert_id(), Instant::now()));
+                }
+                Ok::<_, sqlx::Error>(committed)
+            });
+        }
+        let mut committed = HashMap::new();
+        while let Some(of_one) = writers.join_next().await {
+            committed.extend(of_one??);
+        }
+        Ok(committed)
+    }
+}
+
+/// Sends on schedule, one after the other as the relay does, and receives beside it.
+async fn received(endpoint: &Endpoint, schedule: Schedule) -> anyhow::Result<Quantiles> {
+    let queue = endpoint.make_queue(Kind::Fifo).await?;
+    let (tell, mut told) = mpsc::unbounded_channel();
+    let began = Instant::now();
+    let clock = tokio::spawn(async move {
+        for number in 0..schedule.count {
+            sleep_until(schedule.due(began, number)).await;
+            let _ = tell.send((number, Instant::now()));
+        }
+    });
+    let sqs = Arc::clone(&queue.sqs);
+    let sender = tokio::spawn(async move {
+        let mut due = HashMap::new();
+        while let Some((number, at)) = told.recv().await {
+            sqs.send(&format!("{number} {}", "x".repeat(500)), &number.to_string()).await?;
+            due.insert(number, at);
+        }
+        Ok::<_, anyhow::Error>(due)
+    });
+    let mut arrived = HashMap::new();
+    timeout(PATIENCE, async {
+        while (arrived.len() as u64) < schedule.count {
+            let messages = queue.sqs.receive(PlaySettings::default().receive_wait).await?;
+            let now = Instant::now();
+            let number = |body: &str| body.split_once(' ').and_then(|(number, _)| number.parse().ok());
+            arrived.extend(messages.iter().filter_map(|message| Some((number(&message.body)?, now))));
+            let receipts: Vec<_> = messages.into_iter().map(|message| message.receipt).collect();
+            queue.sqs.delete(&receipts).await?;
+        }
+        Ok::<_, anyhow::Error>(())
+    })
+    .await
+    .context("a message does not arrive")??;
+    clock.await?;
+    let due: HashMap<u64, Instant> = sender.await??;
+    queue.remove().await?;
+    delays_of(&due, &arrived)
+}

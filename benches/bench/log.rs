@@ -1,0 +1,114 @@
+//! Filling a log: inside the server, from a sample of events.
+
+use std::path::Path;
+
+use anyhow::{Context, ensure};
+use projectionist::sqlx::{self, MySqlConnection, QueryBuilder};
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+use crate::world::{World, execute};
+
+/// One event in a hundred is of this type.
+pub const RARE: &str = "Case archived";
+
+/// Events in one statement.
+const CHUNK: u64 = 50_000;
+
+/// Positions are given and not left to the server, which would leave holes between bulk inserts. So many streams grow
+/// side by side, each to eight events; what a batch of a thousand events brings of one stream is four of them.
+const FILL: &str = "insert into events (position, event_id, stream_id, stream_version, event_type, recorded_at, payload) \
+    select p, concat('00000000-0000-7000-8000-', lpad(hex(p), 12, '0')), \
+    concat('case-', lpad(p div 2000 * 250 + p mod 250, 10, '0')), p mod 2000 div 250 + 1, \
+    if(p mod 100 = 0, ?, event_type), timestamp('2020-01-01') + interval p second, payload \
+    from (select thousands.n * 1000 + ones.n + ? as p from numbers thousands, numbers ones where thousands.n < ?) positions \
+    join sample on sample.n = p mod ? where p <= ? order by p";
+
+/// What events are made of.
+pub struct Sample(Vec<(String, String)>);
+
+#[derive(Deserialize)]
+struct AppendLine<'a> {
+    event_type: String,
+    #[serde(borrow)]
+    payload: &'a RawValue,
+}
+
+impl Sample {
+    /// Of a file with one event a line, as `projectionist append` takes them.
+    pub fn read(file: &Path) -> anyhow::Result<Self> {
+        let text = std::fs::read_to_string(file).with_context(|| file.display().to_string())?;
+        let lines = text.lines().map(|line| {
+            let event: AppendLine = serde_json::from_str(line)?;
+            Ok((event.event_type, event.payload.get().to_owned()))
+        });
+        let sample = lines.collect::<anyhow::Result<Vec<_>>>().with_context(|| file.display().to_string())?;
+        ensure!(!sample.is_empty(), "{} has no events", file.display());
+        Ok(Sample(sample))
+    }
+
+    /// Of events of about 300 bytes, the same in every run.
+    pub fn generated() -> Self {
+        let mut dice = fastrand::Rng::with_seed(4);
+        let types =
+            ["Confirmation of receipt", "Check confirmation", "Determine necessity of advice", "Draft decision"];
+        let event = |_| {
+            let event_type = dice.choice(types).unwrap_or_default().to_owned();
+            let payload = format!(
+                r#"{{"channel":"{}","deadline":"2026-{:02}-{:02}T00:00:00Z","department":"General","responsible":"Resource {}","amount":{}.{:02},"concept_instance":"task-{}","lifecycle_transition":"complete","org_group":"Group {}","note":"{}"}}"#,
+                ["Internet", "Desk", "Post", "E-mail"][dice.usize(..4)],
+                dice.u8(1..=12),
+                dice.u8(1..=28),
+                dice.u8(1..60),
+                dice.u16(..),
+                dice.u8(..100),
+                dice.u32(1000..99_999),
+                dice.u8(1..9),
+                "Sent on to the responsible department for assessment. ".repeat(dice.usize(1..=2)),
+            );
+            (event_type, payload)
+        };
+        Sample((0..1_000).map(event).collect())
+    }
+}
+
+impl World {
+    /// Makes the log longer, until it has so many events.
+    pub async fn fill(&self, sample: &Sample, events: u64) -> anyhow::Result<()> {
+        let mut connection = self.connection().await?;
+        prepare(&mut connection, sample).await?;
+        let mut after = self.number("select cast(coalesce(max(position), 0) as unsigned) from events").await?;
+        while after < events {
+            let end = events.min(after + CHUNK);
+            let (thousands, size) = ((end - after).div_ceil(1_000), sample.0.len() as u64);
+            let fill = sqlx::query(FILL).bind(RARE).bind(after + 1).bind(thousands).bind(size).bind(end);
+            fill.execute(&mut connection).await.context("filling the log")?;
+            after = end;
+        }
+        Ok(())
+    }
+}
+
+/// The tables from which the server makes events.
+async fn prepare(connection: &mut MySqlConnection, sample: &Sample) -> anyhow::Result<()> {
+    for table in [
+        "drop table if exists numbers, sample",
+        "create table numbers (n bigint unsigned primary key)",
+        "create table sample (n bigint unsigned primary key, event_type varchar(200) not null, payload mediumtext not null)",
+    ] {
+        execute(connection, table).await?;
+    }
+    let mut insert = QueryBuilder::new("insert into numbers ");
+    insert.push_values(0..1_000u64, |mut row, n| {
+        row.push_bind(n);
+    });
+    insert.build().execute(&mut *connection).await?;
+    for (chunk, first) in sample.0.chunks(1_000).zip((0u64..).step_by(1_000)) {
+        let mut insert = QueryBuilder::new("insert into sample ");
+        insert.push_values(chunk.iter().zip(first..), |mut row, ((event_type, payload), n)| {
+            row.push_bind(n).push_bind(event_type).push_bind(payload);
+        });
+        insert.build().execute(&mut *connection).await?;
+    }
+    Ok(())
+}

@@ -1,0 +1,206 @@
+//! `cargo bench`: each row measures ours and the bare loop that bounds it, in turn, on the local parts.
+//!
+//! Starts what is missing by `localstack/up`, makes a database and queues of its own, and takes them away again. It asserts
+//! no speed: the table says which targets are met. `cargo test --bench bench -- --quick` shows that it works, in minutes.
+
+mod bare;
+mod boot;
+mod endpoint;
+mod growth;
+mod lanes;
+mod latency;
+mod log;
+mod machine;
+mod mark;
+mod play;
+mod projectors;
+mod sheet;
+mod stub;
+mod witness;
+mod world;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::{Parser, ValueEnum};
+use tokio::signal::unix::{SignalKind, signal};
+
+use endpoint::Endpoint;
+use log::Sample;
+use machine::Parts;
+use projectionist::Registry;
+use projectors::Nothing;
+use sheet::Sheet;
+
+#[derive(Parser)]
+#[command(max_term_width = 110)]
+struct Options {
+    #[arg(long, value_enum, default_value = "mariadb")]
+    server: Server,
+    /// Events in the log of rows 1 to 5; where every event is a statement of its own, a third of it
+    #[arg(long, default_value_t = 300_000, value_parser = clap::value_parser!(u64).range(1_000..))]
+    events: u64,
+    /// How often each lane is measured
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+    /// Which rows; all, unless told
+    #[arg(long, value_delimiter = ',', default_values_t = 1..=10, value_parser = clap::value_parser!(u32).range(1..=10))]
+    rows: Vec<u32>,
+    /// The lengths of the log in row 9, ascending
+    #[arg(long, value_delimiter = ',', default_values_t = [100_000, 1_000_000, 5_000_000])]
+    sizes: Vec<u64>,
+    /// A file of events, as `projectionist append` takes them, that the log is made of; generated, unless told
+    #[arg(long)]
+    sample: Option<PathBuf>,
+    /// Write every round to this file
+    #[arg(long)]
+    json: Option<PathBuf>,
+    /// Only shows that every row works: few events, one round
+    #[arg(long)]
+    quick: bool,
+    /// What Cargo says to every bench
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Server {
+    Mariadb,
+    Mysql,
+}
+
+/// Where this is set, the program is a worker of row 9.
+const WORKER: &str = "PROJECTIONIST_BENCH_WORKER";
+
+/// What every row works with.
+struct Bench {
+    options: Options,
+    parts: Parts,
+    sample: Sample,
+    stub: SocketAddr,
+}
+
+/// How much is measured of what takes as long as a queue takes.
+struct Sizes {
+    /// Messages of one event.
+    localstack_messages: u64,
+    stub_messages: u64,
+    /// The same where the relay sends them, one after the other.
+    relayed_messages: u64,
+    /// Events in messages that the relay has packed.
+    packed_events: u64,
+    latency_seconds: u64,
+    mark_duration: Duration,
+}
+
+const WHOLE: Sizes = Sizes {
+    localstack_messages: 3_000,
+    stub_messages: 20_000,
+    relayed_messages: 1_000,
+    packed_events: 100_000,
+    latency_seconds: 10,
+    mark_duration: Duration::from_secs(5),
+};
+
+const QUICK: Sizes = Sizes {
+    localstack_messages: 100,
+    stub_messages: 500,
+    relayed_messages: 50,
+    packed_events: 3_000,
+    latency_seconds: 1,
+    mark_duration: Duration::from_millis(500),
+};
+
+impl Server {
+    fn as_str(self) -> &'static str {
+        match self {
+            Server::Mariadb => "mariadb",
+            Server::Mysql => "mysql",
+        }
+    }
+}
+
+impl Options {
+    fn read() -> Self {
+        let options = Options::parse();
+        match options.quick {
+            true => Options { events: 6_000, rounds: 1, sizes: vec![2_000, 4_000], ..options },
+            false => options,
+        }
+    }
+
+    /// For rows in which every event is a statement of its own.
+    fn fewer_events(&self) -> u64 {
+        self.events / 3
+    }
+}
+
+impl Bench {
+    fn sizes(&self) -> &'static Sizes {
+        if self.options.quick { &QUICK } else { &WHOLE }
+    }
+
+    async fn localstack(&self) -> Endpoint {
+        Endpoint::at("LocalStack", &self.parts.sqs_endpoint).await
+    }
+
+    async fn stub(&self) -> anyhow::Result<Endpoint> {
+        Ok(Endpoint::at("stub", &format!("http://{}", self.stub)).await)
+    }
+}
+
+fn main() -> anyhow::Result<ExitCode> {
+    if std::env::var_os(WORKER).is_some() {
+        return Ok(projectionist::run(Registry::new().with(Nothing::with_all())?));
+    }
+    // As the shipped binary has it.
+    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(bench())
+}
+
+async fn bench() -> anyhow::Result<ExitCode> {
+    let options = Options::read();
+    let server = options.server.as_str();
+    let parts = Parts::of(server)?;
+    let sample = options.sample.as_deref().map_or_else(|| Ok(Sample::generated()), Sample::read)?;
+    let (version, settings) = world::server(&parts).await?;
+    let mut sheet = Sheet::new(machine::facts(server, &version, &settings));
+    let bench = Bench { options, parts, sample, stub: stub::start()? };
+
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let ended = tokio::select! {
+        ended = run(&bench, &mut sheet) => ended.map(|()| ExitCode::SUCCESS),
+        _ = terminate.recv() => Ok(ExitCode::from(143)),
+        _ = interrupt.recv() => Ok(ExitCode::from(130)),
+    };
+    // What was measured until then is worth telling, too.
+    println!("\n{sheet}");
+    if let Some(file) = &bench.options.json {
+        std::fs::write(file, format!("{:#}\n", sheet.json())).with_context(|| file.display().to_string())?;
+    }
+    world::clear(&bench.parts).await?;
+    bench.localstack().await.clear().await?;
+    ended
+}
+
+async fn run(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
+    for row in &bench.options.rows {
+        eprintln!("row {row}");
+        let measured = match row {
+            1 => boot::nothing(bench, sheet).await,
+            2 => boot::upsert_each(bench, sheet).await,
+            3 => boot::upsert_rows(bench, sheet).await,
+            4 => boot::eight_at_once(bench, sheet).await,
+            5 => boot::one_in_a_hundred(bench, sheet).await,
+            6 => play::one_a_message(bench, sheet).await,
+            7 => play::packed(bench, sheet).await,
+            8 => latency::delays(bench, sheet).await,
+            9 => growth::growth(bench, sheet).await,
+            _ => mark::high_water(bench, sheet).await,
+        };
+        measured.with_context(|| format!("row {row}"))?;
+    }
+    Ok(())
+}

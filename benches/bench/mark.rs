@@ -1,0 +1,273 @@
+//! Row 10: what the high-water mark and the table's keys cost.
+//!
+//! Eight writers overlap. Ours is the relay: it raises the mark, reads up to it and hands the events to a queue that does
+//! nothing but note the time. The bare loop reads what is visible above the last position that it has seen, which is what
+//! the mark is there to prevent: it loses events, and the line says how many. Both look every five milliseconds while nothing is new.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use projectionist::sqlx::{self, AssertSqlSafe, Connection};
+use projectionist::{NewEvent, PlaySettings, Queue, Registry, RelaySettings, play};
+use tokio::sync::oneshot;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+
+use crate::Bench;
+use crate::lanes::{Quantiles, in_turn, lane, per_second};
+use crate::sheet::{By, Line, Sheet, Target, Unit};
+use crate::witness::{Recorder, positions};
+use crate::world::World;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+const WRITERS: usize = 8;
+
+const LOOK_EVERY: Duration = Duration::from_millis(5);
+
+/// A transaction is open for up to so long, so that they become visible out of order; and a writer rests for up to so long.
+const OPEN_MICROS: u64 = 4_000;
+const REST_MICROS: u64 = 20_000;
+
+const VISIBLE: &str = "select position from events where position > ? order by position";
+
+const LAST: &str = "select cast(coalesce(max(position), 0) as unsigned) from events";
+
+const PUBLISHED: &str = "select published from event_log";
+
+/// The same columns without our keys and checks.
+const BARE_TABLE: &str = "create table bare_events ( \
+    position bigint unsigned not null auto_increment primary key, \
+    event_id varchar(64) character set ascii collate ascii_bin not null default (uuid()), \
+    stream_id varchar(200) character set utf8mb4 collate utf8mb4_bin not null, stream_version bigint unsigned not null, \
+    event_type varchar(200) character set utf8mb4 collate utf8mb4_bin not null, \
+    recorded_at datetime(6) not null default (utc_timestamp(6)), \
+    payload mediumtext character set utf8mb4 collate utf8mb4_bin not null, \
+    metadata mediumtext character set utf8mb4 collate utf8mb4_bin null) engine = innodb";
+
+/// When each position was committed.
+type Committed = HashMap<u64, Instant>;
+
+/// How late a position was seen, and how many were never seen.
+struct Seen {
+    delays: Quantiles,
+    lost: usize,
+}
+
+pub async fn high_water(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
+    let world = &World::new(&bench.parts).await?;
+    let duration = bench.sizes().mark_duration;
+    for (what, rollbacks) in [("no rollbacks", 0.0), ("10% rollbacks", 0.1)] {
+        let lanes = [
+            lane("relay, by the mark", || by_the_mark(world, duration, rollbacks)),
+            lane("by the last position seen", || by_the_last_seen(world, duration, rollbacks)),
+        ];
+        let [ours, bound] = in_turn(bench.options.rounds, lanes).await?;
+        let lost: usize = bound.rounds.iter().map(|seen| seen.lost).sum();
+        for (name, figure, target) in [
+            ("p50", (|seen| seen.delays.p50) as fn(&Seen) -> f64, Some(Target::AtMost(20.0))),
+            ("p99", |seen| seen.delays.p99, None),
+        ] {
+            sheet.add(Line {
+                row: 10,
+                what: format!("from commit to the relay, 8 writers, {what}, {name}"),
+                unit: Unit::Milliseconds,
+                ours: ours.of(figure),
+                bounds: vec![bound.of(figure)],
+                judged_by: By::Difference,
+                target: target.filter(|_| rollbacks == 0.0),
+                note: Some(format!("{what}: the latter lost {lost} events")),
+            });
+        }
+    }
+    append(bench, sheet, world).await
+}
+
+/// Appends with all keys and checks, and without; and by `EventStore::append`, which also reads the stream's version.
+async fn append(bench: &Bench, sheet: &mut Sheet, world: &World) -> anyhow::Result<()> {
+    world.execute(BARE_TABLE).await?;
+    let duration = bench.sizes().mark_duration;
+    let lanes = [
+        lane("insert into events", || inserted(world, "events", duration)),
+        lane("EventStore::append", || appended(world, duration)),
+        lane("insert into a table without our keys and checks", || inserted(world, "bare_events", duration)),
+    ];
+    let [insert, append, bound] = in_turn(bench.options.rounds, lanes).await?;
+    for (what, ours) in [("insert", insert), ("EventStore::append", append)] {
+        sheet.add(Line {
+            row: 10,
+            what: format!("append, 8 writers, one event a transaction, {what} ÷ bare insert"),
+            unit: Unit::PerSecond,
+            ours,
+            bounds: vec![bound.clone()],
+            judged_by: By::Ratio,
+            target: None,
+            note: None,
+        });
+    }
+    Ok(())
+}
+
+async fn by_the_mark(world: &World, duration: Duration, rollbacks: f64) -> anyhow::Result<Seen> {
+    let recorder = Recorder::new();
+    let relay = RelaySettings { interval: LOOK_EVERY, ..RelaySettings::default() };
+    let settings = PlaySettings { relay: Some(relay), ..PlaySettings::default() };
+    let (stop, stopped) = oneshot::channel::<()>();
+    let (database, queue) = (world.database.clone(), Arc::clone(&recorder) as Arc<dyn Queue>);
+    let playing = tokio::spawn(async move {
+        let until = async { _ = stopped.await };
+        play(&database, queue, &Registry::new(), settings, until).await
+    });
+    // What other lanes have left comes first.
+    let last = world.number(LAST).await?;
+    timeout(PATIENCE, async {
+        while world.number(PUBLISHED).await? < last {
+            sleep(LOOK_EVERY).await;
+        }
+        Ok::<_, anyhow::Error>(())
+    })
+    .await
+    .context("the relay does not come to the end")??;
+
+    let committed = write(world, duration, rollbacks).await?;
+    let last = committed.keys().copied().max().unwrap_or_default();
+    timeout(PATIENCE, recorder.sent_through(last)).await.context("the relay does not come to the end")?;
+    let _ = stop.send(());
+    playing.await??;
+    let mut sent = HashMap::new();
+    for (body, at) in recorder.take() {
+        let (first, last) = positions(&body).context("a message of the relay's")?;
+        sent.extend((first..=last).map(|position| (position, at)));
+    }
+    Ok(seen(&committed, &sent))
+}
+
+async fn by_the_last_seen(world: &World, duration: Duration, rollbacks: f64) -> anyhow::Result<Seen> {
+    let mut connection = world.connection().await?;
+    let mut after: u64 = world.number(LAST).await?;
+    let (stop, mut stopped) = oneshot::channel::<()>();
+    let looking = tokio::spawn(async move {
+        let mut visible = HashMap::new();
+        // A last look when all is written.
+        let mut is_last = false;
+        loop {
+            let found: Vec<u64> = sqlx::query_scalar(VISIBLE).bind(after).fetch_all(&mut connection).await?;
+            let now = Instant::now();
+            visible.extend(found.iter().map(|position| (*position, now)));
+            if is_last {
+                return Ok::<_, sqlx::Error>(visible);
+            }
+            match found.last() {
+                Some(last) => after = *last,
+                None => sleep(LOOK_EVERY).await,
+            }
+            is_last = !matches!(stopped.try_recv(), Err(oneshot::error::TryRecvError::Empty));
+        }
+    });
+    let committed = write(world, duration, rollbacks).await?;
+    drop(stop);
+    Ok(seen(&committed, &looking.await??))
+}
+
+fn seen(committed: &Committed, seen: &HashMap<u64, Instant>) -> Seen {
+    let delays: Vec<Duration> = committed
+        .iter()
+        .filter_map(|(position, at)| Some(seen.get(position)?.saturating_duration_since(*at)))
+        .collect();
+    Seen { lost: committed.len() - delays.len(), delays: Quantiles::of(&delays) }
+}
+
+/// Eight writers, one event a transaction, for so long.
+async fn write(world: &World, duration: Duration, rollbacks: f64) -> anyhow::Result<Committed> {
+    let statement = insert_into("events");
+    let mut writers = JoinSet::new();
+    for _ in 0..WRITERS {
+        let (mut connection, statement) = (world.connection().await?, statement.clone());
+        writers.spawn(async move {
+            let (mut committed, began) = (Vec::new(), Instant::now());
+            while began.elapsed() < duration {
+                let mut transaction = connection.begin().await?;
+                let insert = sqlx::query(AssertSqlSafe(statement.clone())).execute(&mut *transaction).await?;
+                sleep(Duration::from_micros(fastrand::u64(..OPEN_MICROS))).await;
+                match fastrand::f64() < rollbacks {
+                    true => transaction.rollback().await?,
+                    false => {
+                        transaction.commit().await?;
+                        committed.push((insert.last_insert_id(), Instant::now()));
+                    }
+                }
+                sleep(Duration::from_micros(fastrand::u64(..REST_MICROS))).await;
+            }
+            Ok::<_, sqlx::Error>(committed)
+        });
+    }
+    let mut committed = HashMap::new();
+    while let Some(of_one) = writers.join_next().await {
+        committed.extend(of_one??);
+    }
+    Ok(committed)
+}
+
+/// Events a second of eight writers that do not rest.
+async fn inserted(world: &World, table: &str, duration: Duration) -> anyhow::Result<f64> {
+    let (mut writers, began) = (JoinSet::new(), Instant::now());
+    for _ in 0..WRITERS {
+        let (mut connection, statement) = (world.connection().await?, insert_into(table));
+        writers.spawn(async move {
+            let mut count = 0;
+            while began.elapsed() < duration {
+                sqlx::query(AssertSqlSafe(statement.clone())).execute(&mut connection).await?;
+                count += 1;
+            }
+            Ok::<u64, anyhow::Error>(count)
+        });
+    }
+    total(writers, began).await
+}
+
+async fn appended(world: &World, duration: Duration) -> anyhow::Result<f64> {
+    let (mut writers, began) = (JoinSet::new(), Instant::now());
+    for writer in 0..WRITERS {
+        let (store, stream) = (world.store.clone(), format!("{writer}-{}", fastrand::u64(..)));
+        writers.spawn(async move {
+            let mut count = 0;
+            while began.elapsed() < duration {
+                let event = NewEvent {
+                    event_id: None,
+                    stream_id: format!("{stream}-{count}"),
+                    stream_version: None,
+                    event_type: "Happened".into(),
+                    recorded_at: None,
+                    payload: payload(),
+                    metadata: None,
+                };
+                store.append(&[event]).await?;
+                count += 1;
+            }
+            Ok::<u64, anyhow::Error>(count)
+        });
+    }
+    total(writers, began).await
+}
+
+async fn total(mut writers: JoinSet<anyhow::Result<u64>>, began: Instant) -> anyhow::Result<f64> {
+    let mut count = 0;
+    while let Some(of_one) = writers.join_next().await {
+        count += of_one??;
+    }
+    Ok(per_second(count, began.elapsed()))
+}
+
+fn insert_into(table: &str) -> String {
+    format!(
+        "insert into {table} (stream_id, stream_version, event_type, payload) values (uuid(), 1, 'Happened', '{}')",
+        payload()
+    )
+}
+
+/// About 300 bytes.
+fn payload() -> String {
+    format!(r#"{{"note":"{}"}}"#, "x".repeat(288))
+}

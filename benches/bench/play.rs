@@ -1,0 +1,218 @@
+//! Rows 6 and 7: play, from a queue that is full already.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use projectionist::{EventTypes, PlaySettings, Queue, Registry, RelaySettings, play};
+
+use crate::Bench;
+use crate::endpoint::{Endpoint, Kind};
+use crate::lanes::{in_turn, lane, per_second};
+use crate::projectors::Nothing;
+use crate::sheet::{By, Line, Sheet, Target, Unit};
+use crate::witness::{Recorder, Witness, positions};
+use crate::world::World;
+
+/// Nothing here takes longer, not even one message at a time through LocalStack.
+const PATIENCE: Duration = Duration::from_secs(600);
+
+const ONE_AT_A_TIME: usize = 1;
+
+/// Messages as the relay makes them, of the first events of the log.
+struct Backlog {
+    bodies: Vec<String>,
+    events: u64,
+}
+
+/// One event a message: play with one projector and with ten, and who only receives and deletes the same messages.
+pub async fn one_a_message(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
+    let (world, registries) = live(bench, bench.sizes().stub_messages).await?;
+    let (world, [one, ten]) = (&world, &registries);
+    let all = record(world, bench.sizes().stub_messages, ONE_AT_A_TIME).await?;
+    let few = all.first(bench.sizes().localstack_messages as usize);
+    for (endpoint, kind, backlog) in [
+        (bench.localstack().await, Kind::Fifo, &few),
+        (bench.stub().await?, Kind::Fifo, &all),
+        (bench.stub().await?, Kind::Standard, &all),
+    ] {
+        let endpoint = &endpoint;
+        let [one, ten, bound] = in_turn(
+            bench.options.rounds,
+            [
+                lane("play, 1 projector", || played(world, endpoint, kind, one, backlog)),
+                lane("play, 10 projectors", || played(world, endpoint, kind, ten, backlog)),
+                lane("receive and delete", || received(endpoint, kind, backlog)),
+            ],
+        )
+        .await?;
+        for (projectors, ours, target) in [(1, one, Some(Target::AtLeast(0.9))), (10, ten, None)] {
+            sheet.add(Line {
+                row: 6,
+                what: format!("play {projectors} from {} ({}) ÷ receive and delete", endpoint.name, kind.as_str()),
+                unit: Unit::PerSecond,
+                ours,
+                bounds: vec![bound.clone()],
+                judged_by: By::Ratio,
+                target,
+                note: Some(format!("{}: {} messages of one event", endpoint.name, backlog.events)),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// A backlog packed as the relay does, and one event a message: of what is in the queue, and of what the relay in the
+/// worker has yet to send.
+pub async fn packed(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
+    let (world, registries) = live(bench, bench.sizes().packed_events).await?;
+    let (world, [one, _]) = (&world, &registries);
+    let packed = record(world, bench.sizes().packed_events, RelaySettings::default().max_events).await?;
+    for (endpoint, messages) in [
+        (bench.localstack().await, bench.sizes().localstack_messages),
+        (bench.stub().await?, bench.sizes().stub_messages),
+    ] {
+        let (endpoint, packed) = (&endpoint, &packed);
+        let single = &record(world, messages, ONE_AT_A_TIME).await?;
+        let relayed = |max_events, events| relayed(world, endpoint, one, max_events, events);
+        let [ours, bound, ours_relayed, bound_relayed] = in_turn(
+            bench.options.rounds,
+            [
+                lane("packed", || played(world, endpoint, Kind::Fifo, one, packed)),
+                lane("one event a message", || played(world, endpoint, Kind::Fifo, one, single)),
+                lane("packed, with relay", || relayed(RelaySettings::default().max_events, packed.events)),
+                lane("one event a message, with relay", || relayed(ONE_AT_A_TIME, bench.sizes().relayed_messages)),
+            ],
+        )
+        .await?;
+        let packed_note = format!("{}: {} events in {} messages", endpoint.name, packed.events, packed.bodies.len());
+        for (what, ours, bound, singles) in [
+            ("from the queue", ours, bound, messages),
+            ("through relay and queue", ours_relayed, bound_relayed, bench.sizes().relayed_messages),
+        ] {
+            sheet.add(Line {
+                row: 7,
+                what: format!("play a backlog {what}, {}, packed ÷ one event a message", endpoint.name),
+                unit: Unit::PerSecond,
+                ours,
+                bounds: vec![bound],
+                judged_by: By::Ratio,
+                target: Some(Target::AtLeast(20.0)),
+                note: Some(format!("{packed_note}, {singles} one by one")),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// A log of so many events, and two sets of live projectors: of one that does nothing, and of ten.
+async fn live(bench: &Bench, events: u64) -> anyhow::Result<(World, [Registry; 2])> {
+    let world = World::new(&bench.parts).await?;
+    world.fill(&bench.sample, events).await?;
+    let nothing = |number| Nothing { name: format!("nothing_{number}"), wanted: EventTypes::All };
+    let one = Registry::new().with(nothing(0))?;
+    let mut ten = Registry::new();
+    for number in 0..10 {
+        ten.add(nothing(number))?;
+    }
+    world.boot(&ten).await?;
+    Ok((world, [one, ten]))
+}
+
+impl Backlog {
+    /// The first messages of it, of one event each.
+    fn first(&self, messages: usize) -> Self {
+        let bodies: Vec<String> = self.bodies.iter().take(messages).cloned().collect();
+        Backlog { events: bodies.len() as u64, bodies }
+    }
+}
+
+/// What the relay makes of the first events of the log.
+async fn record(world: &World, events: u64, max_events: usize) -> anyhow::Result<Backlog> {
+    world.rewind_relay().await?;
+    let recorder = Recorder::new();
+    let queue = Arc::clone(&recorder) as Arc<dyn Queue>;
+    let settings = PlaySettings {
+        relay: Some(RelaySettings { max_events, ..RelaySettings::default() }),
+        ..PlaySettings::default()
+    };
+    let nobody = Registry::new();
+    let recording = play(&world.database, queue, &nobody, settings, recorder.sent_through(events));
+    tokio::time::timeout(PATIENCE, recording).await.context("the relay does not come to the end")??;
+    let of_these = |body: &String| positions(body).is_some_and(|(_, last)| last <= events);
+    let bodies: Vec<String> = recorder.take().into_iter().map(|(body, _)| body).filter(of_these).collect();
+    Ok(Backlog { bodies, events })
+}
+
+/// Events a second from a queue that is full, until the last message is deleted.
+async fn played(
+    world: &World,
+    endpoint: &Endpoint,
+    kind: Kind,
+    registry: &Registry,
+    backlog: &Backlog,
+) -> anyhow::Result<f64> {
+    world.rewind().await?;
+    let queue = endpoint.make_queue(kind).await?;
+    queue.fill(&backlog.bodies).await?;
+    let witness = Witness::of(Arc::clone(&queue.sqs) as Arc<dyn Queue>);
+    let took = play_through(world, witness, registry, None, backlog.events).await?;
+    queue.remove().await?;
+    Ok(per_second(backlog.events, took))
+}
+
+/// Events a second from a log of which nothing was published yet.
+async fn relayed(
+    world: &World,
+    endpoint: &Endpoint,
+    registry: &Registry,
+    max_events: usize,
+    events: u64,
+) -> anyhow::Result<f64> {
+    world.rewind().await?;
+    world.rewind_relay().await?;
+    let queue = endpoint.make_queue(Kind::Fifo).await?;
+    let witness = Witness::of(Arc::clone(&queue.sqs) as Arc<dyn Queue>);
+    let relay = RelaySettings { max_events, ..RelaySettings::default() };
+    let took = play_through(world, witness, registry, Some(relay), events).await?;
+    queue.remove().await?;
+    Ok(per_second(events, took))
+}
+
+/// Plays until a position has been applied by all, and deleted.
+async fn play_through(
+    world: &World,
+    witness: Arc<Witness>,
+    registry: &Registry,
+    relay: Option<RelaySettings>,
+    position: u64,
+) -> anyhow::Result<Duration> {
+    let queue = Arc::clone(&witness) as Arc<dyn Queue>;
+    let settings = PlaySettings { relay, ..PlaySettings::default() };
+    let (mut ended, began) = (None, Instant::now());
+    let until = async { ended = Some(witness.deleted_through(position).await) };
+    let playing = play(&world.database, queue, registry, settings, until);
+    tokio::time::timeout(PATIENCE, playing).await.context("play does not come to the end")??;
+    let took = ended.context("play ended by itself")?.duration_since(began);
+    let reached = world.number("select position from projectors where name = 'nothing_0'").await?;
+    ensure!(reached >= position, "play has deleted what it did not apply: {reached} of {position}");
+    Ok(took)
+}
+
+/// Messages a second for who looks into none of them.
+async fn received(endpoint: &Endpoint, kind: Kind, backlog: &Backlog) -> anyhow::Result<f64> {
+    let queue = endpoint.make_queue(kind).await?;
+    queue.fill(&backlog.bodies).await?;
+    let (began, mut left) = (Instant::now(), backlog.bodies.len());
+    let wait = PlaySettings::default().receive_wait;
+    while left > 0 {
+        let received = queue.sqs.receive(wait).await?;
+        let receipts: Vec<_> = received.into_iter().map(|message| message.receipt).collect();
+        queue.sqs.delete(&receipts).await?;
+        left -= receipts.len();
+        ensure!(began.elapsed() < PATIENCE, "{left} messages do not come");
+    }
+    let took = began.elapsed();
+    queue.remove().await?;
+    Ok(per_second(backlog.events, took))
+}

@@ -1,0 +1,54 @@
+//! As much of HTTP/1.1 as the SDK speaks to SQS: requests of a known length, one after the other on a connection.
+
+use serde_json::Value;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::TcpStream;
+
+/// What `x-amz-target` begins with.
+const SERVICE: &str = "AmazonSQS.";
+
+/// Answers requests until the connection ends. What is not understood ends it, too.
+pub async fn serve<F>(stream: TcpStream, answer: impl Fn(String, Value) -> F)
+where
+    F: Future<Output = Result<Value, &'static str>>,
+{
+    let mut stream = BufReader::with_capacity(64 * 1024, stream);
+    while let Some((target, body)) = request(&mut stream).await {
+        let (status, body) = match answer(target, body).await {
+            Ok(body) => ("200 OK", body),
+            Err(code) => ("400 Bad Request", serde_json::json!({"__type": code, "message": code})),
+        };
+        let body = body.to_string();
+        let response = format!(
+            "HTTP/1.1 {status}\r\ncontent-type: application/x-amz-json-1.0\r\ncontent-length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        if stream.write_all(response.as_bytes()).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// The operation and its arguments.
+async fn request(stream: &mut BufReader<TcpStream>) -> Option<(String, Value)> {
+    let (mut target, mut length, mut line) = (String::new(), 0, String::new());
+    loop {
+        line.clear();
+        if stream.read_line(&mut line).await.ok()? == 0 {
+            return None;
+        }
+        if line == "\r\n" {
+            break;
+        }
+        // The first line has no such header in it.
+        let Some((name, value)) = line.split_once(':') else { continue };
+        match name.to_ascii_lowercase().as_str() {
+            "content-length" => length = value.trim().parse().ok()?,
+            "x-amz-target" => value.trim().strip_prefix(SERVICE)?.clone_into(&mut target),
+            _ => {}
+        }
+    }
+    let mut body = vec![0; length];
+    stream.read_exact(&mut body).await.ok()?;
+    Some((target, serde_json::from_slice(&body).ok()?))
+}
