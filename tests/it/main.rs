@@ -10,6 +10,8 @@ mod deploy;
 mod failover;
 mod fence;
 mod grants;
+mod handler;
+mod holes;
 mod log;
 mod queue;
 mod readme;
