@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use projectionist::sqlx::{self, MySqlConnection};
-use projectionist::{ConvoyBudget, Event, Limits, PlaySettings, Projector, Queue, Registry, async_trait};
+use projectionist::{ConvoyBudget, Event, Limits, PlaySettings, Projector, Queue, Registry, async_trait, boot};
 
 use crate::support::{Gate, PATIENCE, Scripted, Tally, World, eventually, execute, registry, run, scripted_at, set};
 
@@ -140,6 +140,67 @@ async fn an_error_between_events_that_are_not_wanted_leaves_the_position_just_be
         world.play_until_idle(&registry).await;
         world.assert_broken(tally.name(), poison, "is poison").await;
         assert_eq!(tally.applied(&world).await, (1..poison / 3).map(|n| n * 3).collect::<Vec<_>>());
+    }
+}
+
+/// Boots three projectors of which the second fails at [`POISON`], and asserts that the others are stalled where they
+/// stand, that nothing is held, and that a boot of the mended one brings all to the end.
+async fn fails_in_boot(fault: impl Fn(&Tally) -> Scripted, because: &str) -> Vec<u64> {
+    let world = World::new().await;
+    let (before, faulty, after) = (Tally::new("earlier"), Tally::new("faulty"), Tally::new("later"));
+    let registry = Registry::new().with(before.clone()).and_then(|set| set.with(fault(&faulty)));
+    let registry = registry.and_then(|set| set.with(after.clone())).expect("names of their own");
+    world.append(60).await;
+    let limits = Limits { handler_timeout: Duration::from_millis(500), batch: 100, ..Limits::default() };
+    let report = boot(&world.database, &registry, limits, |_| {}).await.expect("boot comes to an end");
+
+    let broken: Vec<&str> = report.broken().map(|booted| booted.entry.id.name.as_str()).collect();
+    assert_eq!((report.is_released(), broken), (false, vec!["faulty"]));
+    world.assert_broken("faulty", POISON, because).await;
+    for tally in [&before, &after] {
+        assert_eq!(world.status(tally.name()).await, "stalled");
+        world.assert_folded(tally).await;
+    }
+    world.execute("select 1 from projectors where name = 'faulty' for update nowait").await;
+    let applied = faulty.applied(&world).await;
+
+    assert!(world.boot(&crate::support::registry(&[&before, &faulty, &after])).await.is_released());
+    world.assert_complete(&before).await;
+    world.assert_complete(&after).await;
+    assert_eq!(world.position("faulty").await, 60);
+    applied
+}
+
+/// What is applied before the position at which it fails, each once.
+fn before_the_poison() -> Vec<u64> {
+    (1..POISON).collect()
+}
+
+#[tokio::test]
+async fn a_panic_in_boot_breaks_its_projector_and_stalls_the_others() {
+    let fault = |tally: &Tally| scripted_at(tally, POISON, |_| Box::pin(async { panic!("at the poison") }));
+    assert_eq!(fails_in_boot(fault, "panicked: at the poison").await, before_the_poison());
+}
+
+#[tokio::test]
+async fn a_handler_that_never_ends_in_boot_breaks_its_projector_and_stalls_the_others() {
+    let fault = |tally: &Tally| scripted_at(tally, POISON, |_| Box::pin(std::future::pending()));
+    assert_eq!(fails_in_boot(fault, "took longer than").await, before_the_poison());
+}
+
+#[tokio::test]
+async fn a_statement_that_never_ends_in_boot_breaks_its_projector_and_stalls_the_others() {
+    let fault = |tally: &Tally| scripted_at(tally, POISON, |db| Box::pin(run(db, "select sleep(1000)")));
+    assert_eq!(fails_in_boot(fault, "took longer than").await, before_the_poison());
+}
+
+/// What it wrote is stored, and with it the batch that it was in: the README says so.
+#[tokio::test]
+async fn a_handler_that_commits_in_boot_breaks_its_projector_and_stalls_the_others() {
+    for statement in ["commit", "create table if not exists made_by_a_handler (id int primary key)"] {
+        let fault = |tally: &Tally| scripted_at(tally, POISON, move |db| Box::pin(run(db, statement)));
+        let applied = fails_in_boot(fault, "committed the transaction").await;
+        assert!(applied.contains(&POISON), "{applied:?}");
     }
 }
 
