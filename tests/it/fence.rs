@@ -8,7 +8,7 @@ use projectionist::sqlx::{self, AssertSqlSafe, Connection, MySqlConnection};
 use projectionist::{Database, Error, Limits, Mode, PlaySettings, Queue, Registry, Status, boot};
 
 use crate::support::{
-    Faults, FaultyQueue, Gate, PATIENCE, Proxy, Scripted, Tally, World, eventually, gated, registry, run, scripted_at,
+    Cuts, Faults, FaultyQueue, Gate, PATIENCE, Scripted, Tally, World, eventually, gated, registry, run, scripted_at,
     seed, server_url, set,
 };
 
@@ -327,8 +327,10 @@ async fn sessions_killed_at_random_break_nobody_in_boot_and_in_play() {
 #[tokio::test]
 async fn a_commit_whose_answer_is_lost_is_neither_missed_nor_repeated() {
     let world = World::new().await;
-    let proxy = Proxy::new(&world, 30, seed()).await;
-    let database = Database::connect(&proxy.database_url, 8, PATIENCE).await.expect("the server answers");
+    let cuts = Cuts::new(30, seed());
+    let cutting = Arc::clone(&cuts);
+    let url = world.database_url_by(move |bytes| cutting.decide(bytes)).await;
+    let database = Database::connect(&url, 8, PATIENCE).await.expect("the server answers");
     let tallies =
         [Tally::new("all_events"), Tally::new("closed").only(&["Closed"]), Tally::new("once").mode(Mode::Once)];
     let registry = registry(&[&tallies[0], &tallies[1], &tallies[2]]);
@@ -336,7 +338,7 @@ async fn a_commit_whose_answer_is_lost_is_neither_missed_nor_repeated() {
     let limits = Limits { batch: 10, patience: Some(PATIENCE), ..Limits::default() };
     let report = boot(&database, &registry, limits, |_| {}).await.expect("boot comes to an end");
     assert!(report.is_released(), "{report:?}");
-    let (before, after) = proxy.cuts();
+    let (before, after) = cuts.so_far();
     assert!(before > 3 && after > 3, "commits cut in boot: {before} before, {after} after");
     for tally in &tallies {
         world.assert_complete(tally).await;
@@ -353,8 +355,8 @@ async fn a_commit_whose_answer_is_lost_is_neither_missed_nor_repeated() {
     );
     let played = tokio::time::timeout(PATIENCE, playing).await.expect("play becomes idle").expect("play ends");
     assert_eq!(played.broken, 0);
-    let (in_play_before, in_play_after) = proxy.cuts();
-    assert!(in_play_before > before + 3 && in_play_after > after + 3, "{} commits", proxy.commits());
+    let (in_play_before, in_play_after) = cuts.so_far();
+    assert!(in_play_before > before + 3 && in_play_after > after + 3, "{} commits", cuts.commits());
     world.assert_complete(&tallies[0]).await;
     world.assert_complete(&tallies[1]).await;
 }

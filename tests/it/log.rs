@@ -8,7 +8,7 @@ use projectionist::sqlx::{self, AssertSqlSafe, MySqlConnection};
 use projectionist::{AppendError, Database, EventStore, Limits, NewEvent, Queue, boot};
 
 use crate::support::{
-    FaultyQueue, Gate, PATIENCE, Proxy, Tally, World, event, eventually, execute, gated, is_mariadb, registry, seed,
+    Cuts, FaultyQueue, Gate, PATIENCE, Tally, World, event, eventually, execute, gated, is_mariadb, registry, seed,
     server_error, set, write,
 };
 
@@ -331,9 +331,10 @@ async fn boot_hands_over_below_an_open_transaction_and_play_applies_it_later() {
 #[tokio::test]
 async fn an_append_whose_commit_was_not_acknowledged_is_stored_once() {
     let world = World::new().await;
-    let seed = seed();
-    let proxy = Proxy::new(&world, 50, seed).await;
-    let database = Database::connect(&proxy.database_url, 4, PATIENCE).await.expect("the server answers");
+    let cuts = Cuts::new(50, seed());
+    let cutting = Arc::clone(&cuts);
+    let url = world.database_url_by(move |bytes| cutting.decide(bytes)).await;
+    let database = Database::connect(&url, 4, PATIENCE).await.expect("the server answers");
     let store = EventStore::new(&database);
     let mut expected = 0;
     for round in 0..20 {
@@ -352,6 +353,6 @@ async fn an_append_whose_commit_was_not_acknowledged_is_stored_once() {
             "round {round}"
         );
     }
-    let (before, after) = proxy.cuts();
+    let (before, after) = cuts.so_far();
     assert!(before > 1 && after > 1, "commits were cut: {before} before, {after} after");
 }

@@ -5,6 +5,7 @@ mod support;
 
 mod alerts;
 mod audit;
+mod cable;
 mod convoy;
 mod deploy;
 mod failover;

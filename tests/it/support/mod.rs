@@ -26,7 +26,7 @@ pub use folder::Folder;
 pub use foreign::{server_error, write};
 pub use gate::Gate;
 pub use process::{Finished, Piped, Running};
-pub use proxy::Proxy;
+pub use proxy::{Cuts, Fate, Proxy, holds};
 pub use scripted::{Scripted, gated, run, scripted_at, set};
 pub use tally::{Tally, registry};
 
