@@ -44,6 +44,7 @@ pub struct Database {
     pub(crate) flavor: Flavor,
     /// When a connection last turned out to lead to a server that is read-only.
     distrusted: watch::Sender<Option<Instant>>,
+    answer_within: Duration,
 }
 
 /// What differs between the servers is decided by this.
@@ -109,7 +110,13 @@ impl Database {
             .after_release(|connection, _| Box::pin(still_answers(connection)))
             .connect_lazy_with(options);
         let flavor = if version.contains("MariaDB") { Flavor::MariaDb } else { Flavor::MySql };
-        Ok(Database { pool, flavor, distrusted })
+        Ok(Database { pool, flavor, distrusted, answer_within: ANSWER_WITHIN })
+    }
+
+    /// How long a statement of ours may take before its connection counts as lost: 60 s unless this says otherwise, which
+    /// is above the 50 s that a server waits for a row's lock. A handler has [`crate::Limits::handler_timeout`].
+    pub fn answering_within(self, time: Duration) -> Self {
+        Database { answer_within: time, ..self }
     }
 
     /// Waits for an answer, but not for ever: a connection whose other end has gone without a word would be waited on until
@@ -118,7 +125,7 @@ impl Database {
         &self,
         asking: impl Future<Output = Result<T, sqlx::Error>>,
     ) -> Result<T, sqlx::Error> {
-        let answer = answered_within(ANSWER_WITHIN, asking).await;
+        let answer = answered_within(self.answer_within, asking).await;
         if let Err(error) = &answer {
             self.distrust(error);
         }

@@ -17,14 +17,15 @@ const PUBLISHED: &str = "update event_log set published = greatest(published, ?)
 impl EventStore {
     /// Takes or keeps the relay's lease for so long. `false`: another relay holds it.
     pub(crate) async fn lease_relay(&self, holder: &str, lease: Duration) -> Result<bool, sqlx::Error> {
-        let taken =
-            sqlx::query(LEASE).bind(holder).bind(lease.as_secs()).bind(holder).execute(&self.database.pool).await?;
+        let take = sqlx::query(LEASE).bind(holder).bind(lease.as_secs()).bind(holder);
+        let taken = self.database.answered(take.execute(&self.database.pool)).await?;
         Ok(taken.rows_affected() == 1)
     }
 
     /// Gives the lease up, so that another relay need not wait for it to expire.
     pub(crate) async fn release_relay(&self, holder: &str) -> Result<(), sqlx::Error> {
-        sqlx::query(RELEASE).bind(holder).execute(&self.database.pool).await.map(|_| ())
+        let release = sqlx::query(RELEASE).bind(holder).execute(&self.database.pool);
+        self.database.answered(release).await.map(|_| ())
     }
 
     /// Notes that everything up to here has been sent.

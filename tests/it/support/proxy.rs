@@ -19,6 +19,8 @@ pub enum Fate {
     CutBefore,
     /// The server does it, and the client hears that the server has gone.
     CutAfter,
+    /// The server never hears of it, and neither end ever hears of the other again.
+    Silent,
     /// The server does it, and its answer is the first that the client does not hear.
     Withheld,
 }
@@ -136,6 +138,8 @@ async fn forward(mut client: TcpStream, mut server: TcpStream, decide: Decide, w
                 let fate = if is_withheld { Fate::Passes } else { decide(bytes) };
                 match fate {
                     Fate::CutBefore => return,
+                    // Both ends stay open, for as long as the test's runtime stands.
+                    Fate::Silent => std::future::pending().await,
                     Fate::Withheld => is_withheld = true,
                     Fate::Passes | Fate::CutAfter => {}
                 }
