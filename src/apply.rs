@@ -12,7 +12,7 @@ use tokio::time::timeout;
 use tracing::debug;
 
 use crate::database::{Database, SESSION_SILENT_FOR};
-use crate::error::{caused_by_transient, database_error, is_transient, server_error};
+use crate::error::{database_error, is_hang_up, is_transient, server_error};
 use crate::event::{Event, Position};
 use crate::ledger::{self, Entry, Locked};
 use crate::lifecycle::Stage;
@@ -45,6 +45,8 @@ pub(crate) enum ApplyError {
     TimedOut(anyhow::Error),
     /// The moment's: a deadlock, a lock wait, a lost connection.
     Transient(anyhow::Error),
+    /// The connection was lost while the handler sent something: the moment's fault too, unless it happens again and again.
+    HungUp(anyhow::Error),
     /// Ours: a statement on the ledger that cannot succeed, for want of a grant perhaps.
     Ledger(sqlx::Error),
 }
@@ -117,9 +119,10 @@ pub(crate) async fn apply(
             if let Some(error) = database_error(&error) {
                 database.distrust(error);
             }
-            return Err(match caused_by_transient(&error) {
-                true => ApplyError::Transient(error),
-                false => ApplyError::Projector(error),
+            return Err(match database_error(&error) {
+                Some(lost) if is_hang_up(lost) => ApplyError::HungUp(error),
+                Some(passing) if is_transient(passing) => ApplyError::Transient(error),
+                _ => ApplyError::Projector(error),
             });
         }
         if let Err(error) = database.answered(sqlx::raw_sql(RELEASE).execute(&mut *transaction)).await {

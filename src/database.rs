@@ -168,6 +168,27 @@ impl Database {
         }
     }
 
+    /// A connection beside the pool, so that whoever keeps it for long takes none from those who work.
+    pub(crate) async fn open_another(&self) -> Result<MySqlConnection, sqlx::Error> {
+        let options = self.pool.connect_options();
+        let open = async {
+            let mut connection = options.connect().await?;
+            connection.execute(SESSION).await?;
+            Ok(connection)
+        };
+        answered_within(RETURNS_WITHIN, open).await
+    }
+
+    /// Whether such a connection answers still. It is closed.
+    pub(crate) async fn still_has(&self, mut connection: MySqlConnection) -> bool {
+        answered_within(RETURNS_WITHIN, async {
+            connection.ping().await?;
+            connection.close().await
+        })
+        .await
+        .is_ok()
+    }
+
     /// A connection of the pool.
     pub(crate) async fn acquire(&self) -> Result<PoolConnection<MySql>, sqlx::Error> {
         self.pool.acquire().await

@@ -1,4 +1,4 @@
-//! Cables that go silent, so that nobody is told.
+//! Cables that fail: those that reset every connection, and those that go silent, so that nobody is told.
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -10,6 +10,40 @@ use projectionist::{Database, Limits, PlaySettings, Queue, boot, play};
 use crate::support::{
     Fate, PATIENCE, Proxy, Running, Tally, World, eventually, holds, registry, run, scripted_at, set, setting,
 };
+
+/// COM_PING, as the driver sends it.
+const PING: &[u8] = b"\x01\x00\x00\x00\x0e";
+
+/// What may pass must not break a projector, however often in a row it happens: more often than a server has to hang up
+/// on one handler before that counts as the projector's own.
+#[tokio::test]
+async fn a_network_that_resets_every_connection_again_and_again_breaks_nobody() {
+    let world = World::new().await;
+    let tally = Tally::new("tally");
+    let resets = Arc::new(AtomicU64::new(0));
+    let (counted, is_down) = (Arc::clone(&resets), AtomicBool::new(false));
+    let url = world
+        .database_url_by(move |bytes| {
+            if holds(bytes, "select 'at the poison'") && counted.load(Ordering::SeqCst) < 11 {
+                counted.fetch_add(1, Ordering::SeqCst);
+                is_down.store(true, Ordering::SeqCst);
+                return Fate::Reset;
+            }
+            // Nor does another connection live that is asked whether it does.
+            match bytes == PING && is_down.swap(false, Ordering::SeqCst) {
+                true => Fate::Reset,
+                false => Fate::Passes,
+            }
+        })
+        .await;
+    let database = Database::connect(&url, 8, PATIENCE).await.expect("the server answers");
+    let registry = set([scripted_at(&tally, 5, |db| Box::pin(run(db, "select 'at the poison'")))]);
+    world.append(10).await;
+    let report = boot(&database, &registry, Limits::default(), |_| {}).await.expect("boot comes to an end");
+    assert!(report.is_released(), "{report:?}");
+    assert_eq!(resets.load(Ordering::SeqCst), 11);
+    world.assert_complete(&tally).await;
+}
 
 /// Once it is armed: makes the first connection silent on which each of these is sent.
 struct Silences {

@@ -204,6 +204,35 @@ async fn a_handler_that_commits_in_boot_breaks_its_projector_and_stalls_the_othe
     }
 }
 
+/// By a little: the server says so. By much: it hangs up while the statement is being sent.
+#[tokio::test]
+async fn a_statement_larger_than_the_server_takes_breaks_only_its_projector() {
+    for (beyond, because) in [(1, "max_allowed_packet"), (32 << 20, "hung up on the handler 10 times in a row")] {
+        let world = World::new().await;
+        // The one that fails wants a single event, so that there is nothing to be isolated.
+        let (faulty, other) = (Tally::new("faulty").only(&["Closed"]), Tally::new("other"));
+        let large = scripted_at(&faulty, 3, move |db| {
+            Box::pin(async move {
+                let most: u64 =
+                    sqlx::query_scalar("select cast(@@max_allowed_packet as unsigned)").fetch_one(&mut *db).await?;
+                let text = "x".repeat(most as usize + beyond);
+                sqlx::query("select length(?)").bind(text).execute(db).await?;
+                Ok(())
+            })
+        });
+        let registry = Registry::new().with(large).and_then(|set| set.with(other.clone())).expect("two names");
+        world.boot(&registry).await;
+        world.append(5).await;
+        let playing = world.start_play(&registry);
+        eventually("the other is at the end", async || world.position("other").await == 5).await;
+        eventually("the one is broken", async || world.status("faulty").await == "broken").await;
+        assert_eq!(playing.stop().await.broken, 1);
+        world.assert_broken("faulty", 3, because).await;
+        world.assert_folded(&faulty).await;
+        world.assert_complete(&other).await;
+    }
+}
+
 /// Fails in its setup, until it is mended.
 struct BadSetup {
     tally: Tally,

@@ -1,4 +1,4 @@
-//! A cable that fails as a test says: it is cut, or it goes silent and nobody is told.
+//! A cable that fails as a test says: it is cut, it is reset, or it goes silent and nobody is told.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -19,6 +19,8 @@ pub enum Fate {
     CutBefore,
     /// The server does it, and the client hears that the server has gone.
     CutAfter,
+    /// The client is told so in the middle of it, as by a server that hangs up.
+    Reset,
     /// The server never hears of it, and neither end ever hears of the other again.
     Silent,
     /// The server does it, and its answer is the first that the client does not hear.
@@ -138,6 +140,10 @@ async fn forward(mut client: TcpStream, mut server: TcpStream, decide: Decide, w
                 let fate = if is_withheld { Fate::Passes } else { decide(bytes) };
                 match fate {
                     Fate::CutBefore => return,
+                    Fate::Reset => {
+                        let _ = client.set_zero_linger();
+                        return;
+                    }
                     // Both ends stay open, for as long as the test's runtime stands.
                     Fate::Silent => std::future::pending().await,
                     Fate::Withheld => is_withheld = true,
