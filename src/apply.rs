@@ -11,7 +11,7 @@ use tokio::time::timeout;
 use tracing::debug;
 
 use crate::database::{Database, SESSION_SILENT_FOR};
-use crate::error::{caused_by_transient, database_error, is_transient, server_error};
+use crate::error::{database_error, is_hang_up, is_transient, server_error};
 use crate::event::{Event, Position};
 use crate::ledger::{self, Entry, Ledger};
 use crate::lifecycle::Stage;
@@ -39,6 +39,8 @@ pub(crate) enum ApplyError {
     TimedOut(anyhow::Error),
     /// The moment's: a deadlock, a lock wait, a lost connection.
     Transient(anyhow::Error),
+    /// The connection was lost while the handler sent something: the moment's fault too, unless it happens again and again.
+    HungUp(anyhow::Error),
     /// Ours: a statement on the ledger that cannot succeed, for want of a grant perhaps.
     Ledger(sqlx::Error),
 }
@@ -133,9 +135,11 @@ async fn run(
             if let Some(error) = database_error(&error) {
                 database.distrust(error);
             }
-            let is_transient = caused_by_transient(&error);
-            let kind = if is_transient { ApplyError::Transient } else { ApplyError::Projector };
-            return Err(kind(error).into());
+            return Err(match database_error(&error) {
+                Some(lost) if is_hang_up(lost) => ApplyError::HungUp(error).into(),
+                Some(passing) if is_transient(passing) => ApplyError::Transient(error).into(),
+                _ => ApplyError::Projector(error).into(),
+            });
         }
     }
     match database.answered(ledger::advance(&mut transaction, id, batch.after, batch.through)).await {

@@ -48,6 +48,7 @@ pub struct Database {
     pub(crate) flavor: Flavor,
     /// When a connection last turned out to lead to a server that is read-only.
     distrusted: watch::Sender<Option<Instant>>,
+    answer_within: Duration,
     kept: Arc<Mutex<Kept>>,
 }
 
@@ -144,7 +145,14 @@ impl Database {
         let flavor = if version.contains("MariaDB") { Flavor::MariaDb } else { Flavor::MySql };
         // The other half is for what takes a connection for one statement.
         let kept = Kept { sessions: Vec::new(), most: connections as usize / 2 };
-        Ok(Database { pool, flavor, distrusted, kept: Arc::new(Mutex::new(kept)) })
+        let kept = Arc::new(Mutex::new(kept));
+        Ok(Database { pool, flavor, distrusted, answer_within: ANSWER_WITHIN, kept })
+    }
+
+    /// How long a statement of ours may take before its connection counts as lost: 60 s unless this says otherwise, which
+    /// is above the 50 s that a server waits for a row's lock. A handler has [`crate::Limits::handler_timeout`].
+    pub fn answering_within(self, time: Duration) -> Self {
+        Database { answer_within: time, ..self }
     }
 
     /// Waits for an answer, but not for ever: a connection whose other end has gone without a word would be waited on until
@@ -153,7 +161,7 @@ impl Database {
         &self,
         asking: impl Future<Output = Result<T, sqlx::Error>>,
     ) -> Result<T, sqlx::Error> {
-        let answer = answered_within(ANSWER_WITHIN, asking).await;
+        let answer = answered_within(self.answer_within, asking).await;
         if let Err(error) = &answer {
             self.distrust(error);
         }
@@ -241,6 +249,27 @@ impl Database {
     fn kept(&self) -> MutexGuard<'_, Kept> {
         // What is in it is in order after a panic, too.
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A connection beside the pool, so that whoever keeps it for long takes none from those who work.
+    pub(crate) async fn open_another(&self) -> Result<MySqlConnection, sqlx::Error> {
+        let options = self.pool.connect_options();
+        let open = async {
+            let mut connection = options.connect().await?;
+            connection.execute(SESSION).await?;
+            Ok(connection)
+        };
+        answered_within(RETURNS_WITHIN, open).await
+    }
+
+    /// Whether such a connection answers still. It is closed.
+    pub(crate) async fn still_has(&self, mut connection: MySqlConnection) -> bool {
+        answered_within(RETURNS_WITHIN, async {
+            connection.ping().await?;
+            connection.close().await
+        })
+        .await
+        .is_ok()
     }
 
     /// A connection of the pool.

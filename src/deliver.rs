@@ -11,6 +11,7 @@ use crate::apply::{self, ApplyError, Batch};
 use crate::database::Database;
 use crate::error::{MayPass, tell};
 use crate::event::{Event, Position};
+use crate::hang_up::HangUps;
 use crate::ledger::{Entry, Ledger, LedgerError};
 use crate::lifecycle::{FailedEvent, Failure, Stage, Status, Step};
 use crate::registry::{Registered, Registry};
@@ -93,8 +94,11 @@ impl Engine {
         let began = Instant::now();
         let mut attempt = 1;
         let mut timed_out = false;
+        let mut hang_ups = HangUps::default();
         loop {
-            match apply::apply(&self.database, projector, stage, batch, self.limits.handler_timeout).await {
+            let applied = apply::apply(&self.database, projector, stage, batch, self.limits.handler_timeout).await;
+            let is_its_doing = hang_ups.note(&self.database, &applied).await;
+            match applied {
                 Ok(()) => return Ok(Delivered::At(batch.through)),
                 Err(ApplyError::Projector(error)) => return Err(Failed { error, attempts: attempt }),
                 // The first may be the network's fault: on a connection of its own, the second is not.
@@ -119,7 +123,10 @@ impl Engine {
                     }
                     tokio::time::sleep(retry::delay(attempt + 6)).await;
                 }
-                Err(ApplyError::Transient(error)) => {
+                Err(ApplyError::HungUp(error)) if is_its_doing => {
+                    return Err(Failed { error: hang_ups.explain(error), attempts: attempt });
+                }
+                Err(ApplyError::Transient(error) | ApplyError::HungUp(error)) => {
                     attempt += 1;
                     // What ended this connection may have ended those that are kept.
                     self.database.let_go();

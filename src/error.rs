@@ -82,6 +82,13 @@ pub(crate) fn is_transient(error: &sqlx::Error) -> bool {
     }
 }
 
+/// Whether the other end was gone while we were sending. (A session that is killed while it waits for an answer ends in
+/// another way: with an error of the server's, or the end of the stream.)
+pub(crate) fn is_hang_up(error: &sqlx::Error) -> bool {
+    use std::io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset};
+    matches!(error, sqlx::Error::Io(error) if matches!(error.kind(), BrokenPipe | ConnectionAborted | ConnectionReset))
+}
+
 /// Whether the server does not write, as a former primary after a failover.
 pub(crate) fn is_read_only(error: &sqlx::Error) -> bool {
     matches!(server_error(error), Some(1290 | 1836))

@@ -83,15 +83,14 @@ impl Ledger {
 
     /// Enters a new projector as booting; one that is there already is left as it is.
     pub(crate) async fn enter(&self, projector: &Registered, position: Position) -> Result<(), sqlx::Error> {
-        sqlx::query(ENTER)
+        let enter = sqlx::query(ENTER)
             .bind(&projector.id.name)
             .bind(projector.id.version)
             .bind(projector.mode.as_str())
             .bind(position.get())
             .bind(projector.has_side_effects)
-            .execute(&self.database.pool)
-            .await
-            .map(|_| ())
+            .execute(&self.database.pool);
+        self.database.answered(enter).await.map(|_| ())
     }
 
     /// Takes a step of the lifecycle under the row's lock, if `still` holds of the row; returns the row as

@@ -25,6 +25,7 @@ mod boot;
 mod catch_up;
 mod deliver;
 mod handoff;
+mod hang_up;
 mod held;
 mod play;
 mod relay;

@@ -211,7 +211,7 @@ impl EventStore {
             return Ok(None);
         }
         let mut connection = self.database.acquire().await?;
-        sqlx::raw_sql(IMPATIENT).execute(&mut *connection).await?;
+        self.database.answered(sqlx::raw_sql(IMPATIENT).execute(&mut *connection)).await?;
         let mut held = None;
         for chunk in positions.chunks(FILL_CHUNK) {
             let mut insert = QueryBuilder::new(FILL);
@@ -231,7 +231,7 @@ impl EventStore {
                 }
             }
         }
-        sqlx::raw_sql(PATIENT).execute(&mut *connection).await?;
+        self.database.answered(sqlx::raw_sql(PATIENT).execute(&mut *connection)).await?;
         Ok(held)
     }
 }

@@ -24,7 +24,8 @@ impl EventStore {
 
     /// Gives the lease up, so that another relay need not wait for it to expire.
     pub(crate) async fn release_relay(&self, holder: &str) -> Result<(), sqlx::Error> {
-        sqlx::query(RELEASE).bind(holder).execute(&self.database.pool).await.map(|_| ())
+        let release = sqlx::query(RELEASE).bind(holder);
+        self.database.ask(async |connection| release.execute(connection).await).await.map(|_| ())
     }
 
     /// Notes that everything up to here has been sent.

@@ -3,7 +3,7 @@
 use aws_sdk_sqs::types::QueueAttributeName;
 use projectionist::Registry;
 
-use crate::support::{Gate, Scripted, Tally, World, registry};
+use crate::support::{Gate, Tally, World, gated, registry};
 
 #[tokio::test]
 async fn a_release_that_is_rolled_back_and_deployed_again_misses_nothing_of_what_happened_between() {
@@ -41,17 +41,8 @@ async fn a_queue_that_is_purged_in_the_middle_of_a_boot_costs_no_event() {
     world.run(&["relay", "--once"]).await.exits(0);
 
     let gate = Gate::new();
-    let waiting = gate.clone();
-    let scripted = Scripted::new(&booted, move |event, _| {
-        let (gate, middle) = (waiting.clone(), event.position.get() == 75);
-        Box::pin(async move {
-            if middle {
-                gate.pass().await;
-            }
-            Ok(())
-        })
-    });
-    let registry = Registry::new().with(live.clone()).and_then(|r| r.with(scripted)).expect("two names");
+    let registry =
+        Registry::new().with(live.clone()).and_then(|r| r.with(gated(&booted, 75, &gate))).expect("two names");
     let purging = async {
         gate.arrival().await;
         world.sqs.purge_queue().queue_url(&world.queue_url).send().await.expect("purged");

@@ -1,41 +1,16 @@
-//! The high-water mark: whatever writers do, nothing is applied before everything below it is decided, and
+//! The high-water mark: nothing is applied before everything below it is decided, however long a writer takes, and
 //! nothing is lost.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use projectionist::sqlx::{self, AssertSqlSafe, MySqlConnection};
-use projectionist::{AppendError, Database, Event, EventStore, Limits, NewEvent, Queue, Registry, boot};
+use projectionist::{AppendError, Database, EventStore, Limits, NewEvent, Queue, boot};
 
 use crate::support::{
-    FaultyQueue, Gate, PATIENCE, Proxy, Scripted, Tally, World, event, eventually, execute, is_mariadb, registry, seed,
+    Cuts, FaultyQueue, Gate, PATIENCE, Tally, World, event, eventually, execute, gated, is_mariadb, registry, seed,
+    server_error, set, write,
 };
-
-/// Writes one event, as a foreign writer would, in the transaction that the connection is in.
-async fn write(writer: &mut MySqlConnection, stream: &str, version: u64) -> Result<(), sqlx::Error> {
-    sqlx::query("insert into events (stream_id, stream_version, event_type, payload) values (?, ?, 'Opened', '{}')")
-        .bind(stream)
-        .bind(version)
-        .execute(writer)
-        .await
-        .map(|_| ())
-}
-
-async fn positions(world: &World, condition: &str) -> Vec<u64> {
-    let sql = format!("select position from events where {condition} order by position");
-    sqlx::query_scalar(AssertSqlSafe(sql)).fetch_all(&mut world.connection().await).await.expect("the log")
-}
-
-async fn tombstones(world: &World) -> Vec<u64> {
-    positions(world, "event_type = '$tombstone'").await
-}
-
-/// The server's number for an error, and its message.
-fn server_error(error: &sqlx::Error) -> (u16, String) {
-    let error = error.as_database_error().expect("of the server");
-    let number = error.downcast_ref::<sqlx::mysql::MySqlDatabaseError>().number();
-    (number, error.message().to_owned())
-}
 
 #[tokio::test]
 async fn a_late_commit_is_never_skipped() {
@@ -47,7 +22,7 @@ async fn a_late_commit_is_never_skipped() {
     execute(&mut slow, "begin").await;
     write(&mut slow, "slow", 1).await.expect("written");
     write(&mut world.connection().await, "fast", 1).await.expect("written");
-    assert_eq!(positions(&world, "position > 9").await, [11], "the later position is visible first");
+    assert_eq!(world.positions("position > 9").await, [11], "the later position is visible first");
 
     let published = world.run(&["relay", "--once"]).await.exits(0);
     assert!(published.stdout.contains("up to position 9"), "{}", published.stdout);
@@ -75,29 +50,7 @@ async fn a_late_commit_is_never_skipped() {
     for tally in [&replayed, &played] {
         assert_eq!(tally.applied(&world).await, (1..=11).collect::<Vec<_>>());
     }
-    assert!(tombstones(&world).await.is_empty());
-}
-
-#[tokio::test]
-async fn a_rollback_leaves_a_tombstone_that_no_projector_sees() {
-    let world = World::new().await;
-    let tally = Tally::new("tally");
-    let registry = registry(&[&tally]);
-    world.append(9).await;
-    world.boot(&registry).await;
-    let mut writer = world.connection().await;
-    execute(&mut writer, "begin").await;
-    for version in 1..=3 {
-        write(&mut writer, "taken back", version).await.expect("written");
-    }
-    execute(&mut writer, "rollback").await;
-    world.append(1).await;
-    assert_eq!(positions(&world, "position > 9").await, [13], "the rollback has left holes");
-
-    world.play_until_idle(&registry).await;
-    assert_eq!(tombstones(&world).await, [10, 11, 12]);
-    assert_eq!(world.high_water().await, 13);
-    world.assert_complete(&tally).await;
+    assert!(world.tombstones().await.is_empty());
 }
 
 #[tokio::test]
@@ -120,17 +73,17 @@ async fn a_position_that_is_reserved_and_not_inserted_is_not_lost() {
     eventually("the writer of many rows is blocked at the second", async || world.lock_waits().await == 1).await;
     // 10 is the holder's; 11 is inserted, 12 blocked, 13 and 14 only reserved.
     write(&mut world.connection().await, "fast", 1).await.expect("written");
-    assert_eq!(positions(&world, "position > 9").await, [15]);
+    assert_eq!(world.positions("position > 9").await, [15]);
 
     world.boot(&registry).await;
     assert_eq!((world.position("tally").await, world.high_water().await), (9, 9));
-    assert!(!blocked.is_finished() && tombstones(&world).await.is_empty());
+    assert!(!blocked.is_finished() && world.tombstones().await.is_empty());
 
     execute(&mut holder, "rollback").await;
     blocked.await.expect("the writer did not fail");
     world.play_until_idle(&registry).await;
-    assert_eq!(positions(&world, "stream_id = 'blocked'").await, [11, 12, 13, 14]);
-    assert_eq!(tombstones(&world).await, [10]);
+    assert_eq!(world.positions("stream_id = 'blocked'").await, [11, 12, 13, 14]);
+    assert_eq!(world.tombstones().await, [10]);
     world.assert_complete(&tally).await;
 }
 
@@ -175,128 +128,13 @@ async fn the_rows_of_an_insert_select_are_not_lost_between_those_of_others() {
     copying.await.expect("the copy did not fail");
     other.await.expect("the other writer did not fail");
     world.play_until_idle(&registry).await;
-    let (copied, other) =
-        (positions(&world, "stream_id = 'copied'").await, positions(&world, "stream_id = 'other'").await);
+    let (copied, other) = (world.positions("stream_id = 'copied'").await, world.positions("stream_id = 'other'").await);
     assert_eq!((copied.len(), other.len()), (40, 1));
     if !is_mariadb().await {
         assert!(copied[0] < other[0] && other[0] < copied[39], "{copied:?} around {other:?}");
     }
-    assert!(tombstones(&world).await.contains(&10));
+    assert!(world.tombstones().await.contains(&10));
     world.assert_complete(&tally).await;
-}
-
-/// A writer that was given a position, and comes only after it was filled: `insert_id` is what the server would have used.
-#[tokio::test]
-async fn a_writer_that_comes_after_the_fill_is_told_and_its_retry_succeeds() {
-    let world = World::new().await;
-    let tally = Tally::new("tally");
-    let registry = registry(&[&tally]);
-    world.append(9).await;
-    let mut late = world.connection().await;
-    execute(&mut late, "begin").await;
-    write(&mut late, "late", 1).await.expect("written");
-    execute(&mut late, "rollback").await;
-    world.append(1).await;
-    world.boot(&registry).await;
-    assert_eq!(tombstones(&world).await, [10]);
-
-    execute(&mut late, "set insert_id = 10").await;
-    let refused = write(&mut late, "late", 1).await.expect_err("the position is taken");
-    let (number, message) = server_error(&refused);
-    assert!(number == 1062 && message.contains("PRIMARY"), "{number} {message}");
-    write(&mut late, "late", 1).await.expect("written");
-
-    world.play_until_idle(&registry).await;
-    assert_eq!(positions(&world, "stream_id = 'late'").await, [12]);
-    world.assert_complete(&tally).await;
-}
-
-#[tokio::test]
-async fn an_append_that_comes_after_the_fill_tries_again_by_itself() {
-    let world = World::new().await;
-    let tally = Tally::new("tally");
-    let registry = registry(&[&tally]);
-    world.append(9).await;
-    world
-        .execute(
-            "insert into events (position, stream_id, stream_version, event_type, payload) \
-                   values (11, 'ahead', 1, 'Opened', '{}')",
-        )
-        .await;
-    world.boot(&registry).await;
-    assert_eq!(tombstones(&world).await, [10]);
-    // The first row that each session writes into this stream gets the position that was filled.
-    world
-        .execute(
-            "create trigger late before insert on events for each row begin \
-             if new.stream_id = 'late' and @came_late is null then set @came_late = 1, new.position = 10; end if; end",
-        )
-        .await;
-
-    let late = |version| NewEvent { stream_id: "late".into(), stream_version: Some(version), ..event(0) };
-    let appended = world.store.append(&[late(1), late(2)]).await.expect("appended");
-    assert_eq!(appended.events, 2);
-    let written = positions(&world, "stream_id = 'late'").await;
-    assert!(written.len() == 2 && written[0] > 11 && written[1] == appended.last.get(), "{written:?}");
-    world.play_until_idle(&registry).await;
-    world.assert_complete(&tally).await;
-}
-
-#[tokio::test]
-async fn an_append_whose_commit_was_not_acknowledged_is_stored_once() {
-    let world = World::new().await;
-    let seed = seed();
-    let proxy = Proxy::new(&world, 50, seed).await;
-    let database = Database::connect(&proxy.database_url, 4, PATIENCE).await.expect("the server answers");
-    let store = EventStore::new(&database);
-    let mut expected = 0;
-    for round in 0..20 {
-        // With and without the version that the stream must have.
-        let given = round % 2 == 0;
-        let events: Vec<NewEvent> = (1..=3)
-            .map(|n| NewEvent { stream_id: "one".into(), stream_version: given.then_some(expected + n), ..event(0) })
-            .collect();
-        let appended = store.append(&events).await;
-        let appended = appended.unwrap_or_else(|error| panic!("round {round}: {error}"));
-        expected += 3;
-        assert_eq!((appended.events, appended.last.get()), (3, world.last_position().await));
-        assert_eq!(
-            world.number("select count(*) from events where stream_id = 'one'").await,
-            expected,
-            "round {round}"
-        );
-    }
-    let (before, after) = proxy.cuts();
-    assert!(before > 1 && after > 1, "commits were cut: {before} before, {after} after");
-}
-
-#[tokio::test]
-async fn a_gap_that_no_rollback_explains_holds_the_mark_until_it_is_filled_on_demand() {
-    let world = World::new().await;
-    let tally = Tally::new("tally");
-    let registry = registry(&[&tally]);
-    world.append(9).await;
-    world.execute("alter table events auto_increment = 70020").await;
-    world.append(2).await;
-    assert_eq!(positions(&world, "position > 9").await, [70020, 70021]);
-
-    let published = world.run(&["relay", "--once"]).await.exits(0);
-    assert!(published.stdout.contains("up to position 9"), "{}", published.stdout);
-    assert!(published.stderr.contains("high_water_held"), "{}", published.stderr);
-    assert!(published.stderr.contains("projectionist fill 10 70019"), "{}", published.stderr);
-    world.boot(&registry).await;
-    assert_eq!((world.position("tally").await, world.high_water().await), (9, 9));
-    assert!(tombstones(&world).await.is_empty());
-
-    world.run(&["fill", "10", "70019", "--yes"]).await.exits(0);
-    // By a boot, whose batches are large: through the queue of a test so many tombstones would take a while.
-    let late = Tally::new("late");
-    let registry = Registry::new().with(late.clone()).expect("one name");
-    let booted = boot(&world.database, &registry, Limits::default(), |_| {}).await.expect("boot comes to an end");
-    assert!(booted.is_released());
-    assert_eq!(tombstones(&world).await.len(), 70_010);
-    assert_eq!(world.high_water().await, 70_021);
-    assert_eq!(late.applied(&world).await, (1..=9).chain(70_020..=70_021).collect::<Vec<_>>());
 }
 
 #[tokio::test]
@@ -323,34 +161,6 @@ async fn a_large_transaction_in_flight_is_not_taken_for_a_gap() {
     execute(&mut large, "commit").await;
     boot(&world.database, &registry, Limits::default(), |_| {}).await.expect("boot comes to an end");
     assert!(world.last_position().await > 70_000);
-    world.assert_complete(&tally).await;
-}
-
-/// The server's own setting is refused at the start; a session's cannot be seen, and only costs tombstones.
-#[tokio::test]
-async fn a_writer_that_steps_over_positions_holds_nobody_up() {
-    let world = World::new().await;
-    let tally = Tally::new("tally").only(&["Closed"]);
-    let registry = registry(&[&tally]);
-    let mut stepping = world.connection().await;
-    execute(&mut stepping, "set session auto_increment_increment = 7").await;
-    // More holes in all than would be filled unasked were they one.
-    execute(
-        &mut stepping,
-        "insert into events (stream_id, stream_version, event_type, payload) \
-         with recursive n as (select 1 as n union all select n + 1 from n where n < 1000), \
-         m as (select 1 as m union all select m + 1 from m where m < 12) \
-         select concat('stepping-', m), n, if(n < 10, 'Closed', 'Opened'), '{}' from m join n",
-    )
-    .await;
-    let last = world.last_position().await;
-    assert!(last > 7 * 11_000, "{last}");
-
-    let published = world.run(&["relay", "--once"]).await.exits(0);
-    assert!(!published.stderr.contains("high_water_held"), "{}", published.stderr);
-    assert_eq!(world.high_water().await, last);
-    let booted = boot(&world.database, &registry, Limits::default(), |_| {}).await.expect("boot comes to an end");
-    assert!(booted.is_released());
     world.assert_complete(&tally).await;
 }
 
@@ -485,7 +295,7 @@ async fn eight_writers_at_once_make_no_projector_miss_or_repeat_an_event() {
 
     assert_eq!(world.high_water().await, last);
     let rollbacks = written.rollbacks.load(Ordering::SeqCst);
-    let filled = tombstones(&world).await.len() as u64;
+    let filled = world.tombstones().await.len() as u64;
     assert!(rollbacks > 10 && filled > rollbacks / 2, "{rollbacks} rollbacks, {filled} tombstones");
     let events = written.events.load(Ordering::SeqCst) + 1;
     assert_eq!(world.number("select count(*) from events where event_type not like '$%'").await, events);
@@ -496,17 +306,7 @@ async fn eight_writers_at_once_make_no_projector_miss_or_repeat_an_event() {
 async fn boot_hands_over_below_an_open_transaction_and_play_applies_it_later() {
     let world = World::new().await;
     let (gate, tally) = (Gate::new(), Tally::new("tally"));
-    let at_gate = gate.clone();
-    let scripted = Scripted::new(&tally, move |event: &Event, _| {
-        let gate = (event.position.get() == 50).then(|| at_gate.clone());
-        Box::pin(async move {
-            if let Some(gate) = gate {
-                gate.pass().await;
-            }
-            Ok(())
-        })
-    });
-    let registry = projectionist::Registry::new().with(scripted).expect("a name of its own");
+    let registry = set([gated(&tally, 50, &gate)]);
     world.append(100).await;
     let booting = async {
         assert!(world.boot(&registry).await.is_released());
@@ -524,6 +324,35 @@ async fn boot_hands_over_below_an_open_transaction_and_play_applies_it_later() {
     assert_eq!((world.status("tally").await, world.position("tally").await), ("live".into(), 100));
     execute(&mut slow, "commit").await;
     world.play_until_idle(&registry).await;
-    assert_eq!(positions(&world, "stream_id = 'slow'").await, [101]);
+    assert_eq!(world.positions("stream_id = 'slow'").await, [101]);
     world.assert_complete(&tally).await;
+}
+
+#[tokio::test]
+async fn an_append_whose_commit_was_not_acknowledged_is_stored_once() {
+    let world = World::new().await;
+    let cuts = Cuts::new(50, seed());
+    let cutting = Arc::clone(&cuts);
+    let url = world.database_url_by(move |bytes| cutting.decide(bytes)).await;
+    let database = Database::connect(&url, 4, PATIENCE).await.expect("the server answers");
+    let store = EventStore::new(&database);
+    let mut expected = 0;
+    for round in 0..20 {
+        // With and without the version that the stream must have.
+        let given = round % 2 == 0;
+        let events: Vec<NewEvent> = (1..=3)
+            .map(|n| NewEvent { stream_id: "one".into(), stream_version: given.then_some(expected + n), ..event(0) })
+            .collect();
+        let appended = store.append(&events).await;
+        let appended = appended.unwrap_or_else(|error| panic!("round {round}: {error}"));
+        expected += 3;
+        assert_eq!((appended.events, appended.last.get()), (3, world.last_position().await));
+        assert_eq!(
+            world.number("select count(*) from events where stream_id = 'one'").await,
+            expected,
+            "round {round}"
+        );
+    }
+    let (before, after) = cuts.so_far();
+    assert!(before > 1 && after > 1, "commits were cut: {before} before, {after} after");
 }

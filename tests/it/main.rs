@@ -5,11 +5,14 @@ mod support;
 
 mod alerts;
 mod audit;
+mod cable;
 mod convoy;
 mod deploy;
 mod failover;
 mod fence;
 mod grants;
+mod handler;
+mod holes;
 mod log;
 mod queue;
 mod readme;

@@ -10,7 +10,9 @@ use projectionist::{
     Event, EventTypes, NewEvent, PlaySettings, Projector, Queue, Registry, RelaySettings, SqsQueue, async_trait,
 };
 
-use crate::support::{Faults, FaultyQueue, Gate, PATIENCE, Scripted, Tally, World, event, eventually, registry, seed};
+use crate::support::{
+    Faults, FaultyQueue, Gate, PATIENCE, Scripted, Tally, World, event, eventually, gated, registry, seed,
+};
 
 /// Many small messages, so that faults have something to strike.
 fn small_messages() -> PlaySettings {
@@ -21,20 +23,6 @@ fn small_messages() -> PlaySettings {
 /// What is applied has come through the queue, unless a test says otherwise.
 fn without_relay() -> PlaySettings {
     PlaySettings { relay: None, reconcile_after: PATIENCE, ..World::restless() }
-}
-
-/// A tally that stands at a gate before the event at this position is applied.
-fn gated(tally: &Tally, gate: &Gate, position: u64) -> Scripted {
-    let gate = gate.clone();
-    Scripted::new(tally, move |event: &Event, _| {
-        let gate = (event.position.get() == position).then(|| gate.clone());
-        Box::pin(async move {
-            if let Some(gate) = gate {
-                gate.pass().await;
-            }
-            Ok(())
-        })
-    })
 }
 
 impl World {
@@ -134,7 +122,7 @@ async fn messages_that_come_in_any_order_are_applied_in_the_order_of_the_log() {
 async fn a_purge_while_live_costs_time_and_no_event() {
     let world = World::new().await;
     let (gate, tally) = (Gate::new(), Tally::new("tally"));
-    let registry = Registry::new().with(gated(&tally, &gate, 1)).expect("a name of its own");
+    let registry = Registry::new().with(gated(&tally, 1, &gate)).expect("a name of its own");
     world.boot(&registry).await;
     world.append(100).await;
     world.publish(2).await;
@@ -305,7 +293,7 @@ async fn a_payload_of_two_megabytes_arrives_as_it_was_appended() {
 async fn a_message_that_becomes_visible_in_the_middle_of_the_work_is_applied_once() {
     let world = World::with_standard_queue().await;
     let (gate, tally) = (Gate::new(), Tally::new("tally"));
-    let registry = Registry::new().with(gated(&tally, &gate, 1)).expect("a name of its own");
+    let registry = Registry::new().with(gated(&tally, 1, &gate)).expect("a name of its own");
     world.boot(&registry).await;
     world.append(10).await;
     world.publish(2).await;
@@ -334,7 +322,7 @@ async fn a_message_that_becomes_visible_in_the_middle_of_the_work_is_applied_onc
 async fn work_that_outlasts_the_visibility_keeps_its_messages_hidden() {
     let world = World::with_standard_queue().await;
     let (gate, tally) = (Gate::new(), Tally::new("tally"));
-    let registry = Registry::new().with(gated(&tally, &gate, 1)).expect("a name of its own");
+    let registry = Registry::new().with(gated(&tally, 1, &gate)).expect("a name of its own");
     world.boot(&registry).await;
     world.append(1).await;
     world.publish(1).await;
@@ -410,7 +398,7 @@ async fn a_relay_that_crashed_after_sending_sends_again_harmlessly() {
 async fn no_message_is_deleted_while_a_live_projector_has_not_committed_past_it() {
     let world = World::new().await;
     let (gate, quick, slow) = (Gate::new(), Tally::new("quick"), Tally::new("slow"));
-    let registry = Registry::new().with(quick.clone()).and_then(|set| set.with(gated(&slow, &gate, 3)));
+    let registry = Registry::new().with(quick.clone()).and_then(|set| set.with(gated(&slow, 3, &gate)));
     let registry = registry.expect("names of their own");
     world.boot(&registry).await;
     world.append(5).await;

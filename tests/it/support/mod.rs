@@ -2,6 +2,7 @@
 
 mod faulty_queue;
 mod folder;
+mod foreign;
 mod gate;
 mod playing;
 mod process;
@@ -17,15 +18,16 @@ use aws_sdk_sqs::types::QueueAttributeName;
 use projectionist::sqlx::{self, AssertSqlSafe, ConnectOptions, Connection, MySqlConnection, Row};
 use projectionist::{
     BootReport, ConvoyBudget, Database, Entry, EventStore, Ledger, Limits, NewEvent, PlaySettings, Played, ProjectorId,
-    Queue, Registry, RelaySettings, SqsQueue, boot, play,
+    Queue, Registry, RelaySettings, SqsQueue, Status, boot, play,
 };
 
 pub use faulty_queue::{Faults, FaultyQueue};
 pub use folder::Folder;
+pub use foreign::{server_error, write};
 pub use gate::Gate;
 pub use process::{Finished, Piped, Running};
-pub use proxy::Proxy;
-pub use scripted::Scripted;
+pub use proxy::{Cuts, Fate, Proxy, holds};
+pub use scripted::{Scripted, gated, run, scripted_at, set};
 pub use tally::{Tally, registry};
 
 /// Longer than anything here takes on a busy machine; reaching it is a failure.
@@ -201,7 +203,16 @@ impl World {
         assert_eq!(tally.applied(self).await, tally.expected(self, position).await, "{} at {position}", tally.name());
     }
 
-    /// Asserts the same, and that it is at the end of the log.
+    /// Asserts that a projector broke at this position, and why.
+    pub async fn assert_broken(&self, name: &str, at: u64, because: &str) {
+        let entry = self.entry(name).await.expect("it is in the ledger");
+        let Status::Broken(failure) = &entry.status else { panic!("{name} is {}", entry.status) };
+        let event = failure.event.as_ref().expect("it failed at an event");
+        assert_eq!((event.position.get(), entry.position.get()), (at, at - 1), "{failure:?}");
+        assert!(failure.error.contains(because), "{:?} does not say {because:?}", failure.error);
+    }
+
+    /// Asserts the one oracle, and that it is at the end of the log.
     pub async fn assert_complete(&self, tally: &Tally) {
         assert_eq!(self.position(tally.name()).await, self.last_position().await, "{} is at the end", tally.name());
         self.assert_folded(tally).await;

@@ -1,4 +1,4 @@
-//! A cable to the database that is cut around commits: before the server hears of one, or before its answer is heard.
+//! A cable that fails as a test says: it is cut, it is reset, or it goes silent and nobody is told.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -11,14 +11,64 @@ use super::World;
 /// A COM_QUERY packet as the driver sends it to commit: length, sequence number, command, text.
 const COMMIT: &[u8] = b"\x07\x00\x00\x00\x03COMMIT";
 
-/// A TCP proxy in front of the server under test.
-pub struct Proxy {
-    /// The world's database, by way of this proxy. Not encrypted, so that commits can be seen.
-    pub database_url: String,
-    cuts: Arc<Cuts>,
+/// What becomes of something that a client sends, and of its connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Fate {
+    Passes,
+    /// The server never hears of it, but that the client has gone.
+    CutBefore,
+    /// The server does it, and the client hears that the server has gone.
+    CutAfter,
+    /// The client is told so in the middle of it, as by a server that hangs up.
+    Reset,
+    /// The server never hears of it, and neither end ever hears of the other again.
+    Silent,
+    /// The server does it, and its answer is the first that the client does not hear.
+    Withheld,
 }
 
-struct Cuts {
+type Decide = Arc<dyn Fn(&[u8]) -> Fate + Send + Sync>;
+
+/// A TCP proxy in front of a server.
+pub struct Proxy {
+    port: u16,
+    withheld: Arc<AtomicU64>,
+}
+
+impl Proxy {
+    /// In front of the server at `address`, each piece that a client sends being decided upon.
+    pub async fn new(address: &str, decide: impl Fn(&[u8]) -> Fate + Send + Sync + 'static) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
+        let port = listener.local_addr().expect("it is bound").port();
+        let withheld = Arc::new(AtomicU64::new(0));
+        tokio::spawn(listen(listener, address.to_owned(), Arc::new(decide), Arc::clone(&withheld)));
+        Proxy { port, withheld }
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> String {
+        format!("127.0.0.1:{}", self.port)
+    }
+
+    /// How many answers there were that it kept from a client.
+    pub fn withheld(&self) -> u64 {
+        self.withheld.load(Ordering::SeqCst)
+    }
+}
+
+impl World {
+    /// The URL of the world's database by way of a proxy. Not encrypted, so that the statements can be seen.
+    pub async fn database_url_by(&self, decide: impl Fn(&[u8]) -> Fate + Send + Sync + 'static) -> String {
+        let address = self.database_url.strip_prefix("mysql://").and_then(|rest| rest.split_once('@'));
+        let (user, rest) = address.expect("a URL with a user");
+        let (server, database) = rest.split_once('/').expect("a URL with a database");
+        let proxy = Proxy::new(server, decide).await;
+        format!("mysql://{user}@{}/{database}?ssl-mode=DISABLED", proxy.address())
+    }
+}
+
+/// Cuts cables around commits.
+pub struct Cuts {
     percent: u8,
     dice: Mutex<fastrand::Rng>,
     commits: AtomicU64,
@@ -26,47 +76,23 @@ struct Cuts {
     after: AtomicU64,
 }
 
-/// What becomes of one commit.
-enum Fate {
-    Passes,
-    /// The server never hears of it, and rolls back.
-    CutBefore,
-    /// The server commits, and nobody hears of it.
-    CutAfter,
-}
-
-impl Proxy {
-    /// Cuts so many percent of the commits, in turn before and after.
-    pub async fn new(world: &World, percent: u8, seed: u64) -> Self {
-        let address = world.database_url.strip_prefix("mysql://").and_then(|rest| rest.split_once('@'));
-        let (user, rest) = address.expect("a URL with a user");
-        let (server, database) = rest.split_once('/').expect("a URL with a database");
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
-        let port = listener.local_addr().expect("it is bound").port();
-        let cuts = Arc::new(Cuts {
+impl Cuts {
+    /// Of so many percent of the commits, in turn before and after.
+    pub fn new(percent: u8, seed: u64) -> Arc<Self> {
+        Arc::new(Cuts {
             percent,
             dice: Mutex::new(fastrand::Rng::with_seed(seed)),
             commits: AtomicU64::new(0),
             before: AtomicU64::new(0),
             after: AtomicU64::new(0),
-        });
-        tokio::spawn(listen(listener, server.to_owned(), Arc::clone(&cuts)));
-        Proxy { database_url: format!("mysql://{user}@127.0.0.1:{port}/{database}?ssl-mode=DISABLED"), cuts }
+        })
     }
 
-    /// How many commits were cut before the server heard of them, and how many after.
-    pub fn cuts(&self) -> (u64, u64) {
-        (self.cuts.before.load(Ordering::SeqCst), self.cuts.after.load(Ordering::SeqCst))
-    }
-
-    /// How many commits came by.
-    pub fn commits(&self) -> u64 {
-        self.cuts.commits.load(Ordering::SeqCst)
-    }
-}
-
-impl Cuts {
-    fn decide(&self) -> Fate {
+    /// What becomes of these bytes.
+    pub fn decide(&self, bytes: &[u8]) -> Fate {
+        if !bytes.ends_with(COMMIT) {
+            return Fate::Passes;
+        }
         self.commits.fetch_add(1, Ordering::SeqCst);
         if self.dice.lock().expect("no panic while rolling").u8(0..100) >= self.percent {
             return Fate::Passes;
@@ -77,40 +103,73 @@ impl Cuts {
         count.fetch_add(1, Ordering::SeqCst);
         fate
     }
-}
 
-async fn listen(listener: TcpListener, server: String, cuts: Arc<Cuts>) {
-    while let Ok((client, _)) = listener.accept().await {
-        let Ok(server) = TcpStream::connect(&server).await else { continue };
-        tokio::spawn(forward(client, server, Arc::clone(&cuts)));
+    /// How many commits were cut before the server heard of them, and how many after.
+    pub fn so_far(&self) -> (u64, u64) {
+        (self.before.load(Ordering::SeqCst), self.after.load(Ordering::SeqCst))
+    }
+
+    /// How many commits came by.
+    pub fn commits(&self) -> u64 {
+        self.commits.load(Ordering::SeqCst)
     }
 }
 
-/// Carries bytes both ways until either side hangs up, or the cable is cut.
-async fn forward(mut client: TcpStream, mut server: TcpStream, cuts: Arc<Cuts>) {
+/// Whether these bytes hold this text.
+pub fn holds(bytes: &[u8], text: &str) -> bool {
+    bytes.windows(text.len()).any(|window| window == text.as_bytes())
+}
+
+async fn listen(listener: TcpListener, server: String, decide: Decide, withheld: Arc<AtomicU64>) {
+    while let Ok((client, _)) = listener.accept().await {
+        let Ok(server) = TcpStream::connect(&server).await else { continue };
+        tokio::spawn(forward(client, server, Arc::clone(&decide), Arc::clone(&withheld)));
+    }
+}
+
+/// Carries bytes both ways until either side hangs up, or what was decided upon happens.
+async fn forward(mut client: TcpStream, mut server: TcpStream, decide: Decide, withheld: Arc<AtomicU64>) {
     let _ = (client.set_nodelay(true), server.set_nodelay(true));
     let (mut from_client, mut from_server) = (vec![0; 64 * 1024], vec![0; 64 * 1024]);
+    let mut is_withheld = false;
     loop {
         tokio::select! {
             read = client.read(&mut from_client) => {
-                let Ok(count @ 1..) = read else { return };
+                let Ok(count @ 1..) = read else { break };
                 let bytes = &from_client[..count];
-                let fate = if bytes.ends_with(COMMIT) { cuts.decide() } else { Fate::Passes };
-                if matches!(fate, Fate::CutBefore) || server.write_all(bytes).await.is_err() {
-                    return;
+                let fate = if is_withheld { Fate::Passes } else { decide(bytes) };
+                match fate {
+                    Fate::CutBefore => return,
+                    Fate::Reset => {
+                        let _ = client.set_zero_linger();
+                        return;
+                    }
+                    // Both ends stay open, for as long as the test's runtime stands.
+                    Fate::Silent => std::future::pending().await,
+                    Fate::Withheld => is_withheld = true,
+                    Fate::Passes | Fate::CutAfter => {}
                 }
-                if matches!(fate, Fate::CutAfter) {
+                if server.write_all(bytes).await.is_err() {
+                    break;
+                }
+                if fate == Fate::CutAfter {
                     // Its answer proves that it has committed.
                     let _ = server.read(&mut from_server).await;
                     return;
                 }
             }
             read = server.read(&mut from_server) => {
-                let Ok(count @ 1..) = read else { return };
-                if client.write_all(&from_server[..count]).await.is_err() {
-                    return;
+                let Ok(count @ 1..) = read else { break };
+                if is_withheld {
+                    withheld.fetch_add(1, Ordering::SeqCst);
+                } else if client.write_all(&from_server[..count]).await.is_err() {
+                    break;
                 }
             }
         }
+    }
+    if is_withheld {
+        // Nor does either hear that the other has gone.
+        std::future::pending().await
     }
 }

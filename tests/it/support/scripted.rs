@@ -3,10 +3,10 @@
 use std::sync::Arc;
 
 use futures_util::future::BoxFuture;
-use projectionist::sqlx::MySqlConnection;
-use projectionist::{Event, EventTypes, Mode, Projector, async_trait};
+use projectionist::sqlx::{self, MySqlConnection};
+use projectionist::{Event, EventTypes, Mode, Projector, Registry, async_trait};
 
-use super::Tally;
+use super::{Gate, Tally};
 
 type Script =
     Arc<dyn for<'a> Fn(&'a Event, &'a mut MySqlConnection) -> BoxFuture<'a, anyhow::Result<()>> + Send + Sync>;
@@ -57,4 +57,42 @@ impl Projector for Scripted {
         self.tally.handle(event, db).await?;
         (self.script)(event, db).await
     }
+}
+
+/// Runs a script at one position, and nowhere else.
+pub fn scripted_at<F>(tally: &Tally, position: u64, script: F) -> Scripted
+where
+    F: for<'a> Fn(&'a mut MySqlConnection) -> BoxFuture<'a, anyhow::Result<()>> + Send + Sync + 'static,
+{
+    Scripted::new(tally, move |event: &Event, db| match event.position.get() == position {
+        true => script(db),
+        false => Box::pin(async { Ok(()) }),
+    })
+}
+
+/// Stands at the gate at one position.
+pub fn gated(tally: &Tally, position: u64, gate: &Gate) -> Scripted {
+    let gate = gate.clone();
+    scripted_at(tally, position, move |_| {
+        let gate = gate.clone();
+        Box::pin(async move {
+            gate.pass().await;
+            Ok(())
+        })
+    })
+}
+
+/// A set of these, in this order.
+pub fn set(projectors: impl IntoIterator<Item = impl Projector>) -> Registry {
+    let mut registry = Registry::new();
+    for projector in projectors {
+        registry.add(projector).expect("a name of its own");
+    }
+    registry
+}
+
+/// Runs a statement, as a handler would.
+pub async fn run(db: &mut MySqlConnection, sql: &'static str) -> anyhow::Result<()> {
+    sqlx::raw_sql(sql).execute(db).await?;
+    Ok(())
 }

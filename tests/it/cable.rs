@@ -1,0 +1,166 @@
+//! Cables that fail: those that reset every connection, and those that go silent, so that nobody is told.
+
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use projectionist::{Database, Limits, PlaySettings, Queue, boot, play};
+
+use crate::support::{
+    Fate, PATIENCE, Proxy, Running, Tally, World, eventually, holds, registry, run, scripted_at, set, setting,
+};
+
+/// COM_PING, as the driver sends it.
+const PING: &[u8] = b"\x01\x00\x00\x00\x0e";
+
+/// What may pass must not break a projector, however often in a row it happens: more often than a server has to hang up
+/// on one handler before that counts as the projector's own.
+#[tokio::test]
+async fn a_network_that_resets_every_connection_again_and_again_breaks_nobody() {
+    let world = World::new().await;
+    let tally = Tally::new("tally");
+    let resets = Arc::new(AtomicU64::new(0));
+    let (counted, is_down) = (Arc::clone(&resets), AtomicBool::new(false));
+    let url = world
+        .database_url_by(move |bytes| {
+            if holds(bytes, "select 'at the poison'") && counted.load(Ordering::SeqCst) < 11 {
+                counted.fetch_add(1, Ordering::SeqCst);
+                is_down.store(true, Ordering::SeqCst);
+                return Fate::Reset;
+            }
+            // Nor does another connection live that is asked whether it does.
+            match bytes == PING && is_down.swap(false, Ordering::SeqCst) {
+                true => Fate::Reset,
+                false => Fate::Passes,
+            }
+        })
+        .await;
+    let database = Database::connect(&url, 8, PATIENCE).await.expect("the server answers");
+    let registry = set([scripted_at(&tally, 5, |db| Box::pin(run(db, "select 'at the poison'")))]);
+    world.append(10).await;
+    let report = boot(&database, &registry, Limits::default(), |_| {}).await.expect("boot comes to an end");
+    assert!(report.is_released(), "{report:?}");
+    assert_eq!(resets.load(Ordering::SeqCst), 11);
+    world.assert_complete(&tally).await;
+}
+
+/// Once it is armed: makes the first connection silent on which each of these is sent.
+struct Silences {
+    waiting: Mutex<HashSet<(&'static str, Fate)>>,
+    is_armed: AtomicBool,
+}
+
+impl Silences {
+    fn decide(&self, bytes: &[u8]) -> Fate {
+        if !self.is_armed.load(Ordering::SeqCst) {
+            return Fate::Passes;
+        }
+        let mut waiting = self.waiting.lock().expect("no panic while deciding");
+        let sent = waiting.iter().copied().find(|(text, _)| holds(bytes, text));
+        sent.filter(|sent| waiting.remove(sent)).map_or(Fate::Passes, |(_, fate)| fate)
+    }
+
+    fn arm(&self) {
+        self.is_armed.store(true, Ordering::SeqCst);
+    }
+
+    /// What has not come yet.
+    fn waiting(&self) -> HashSet<(&'static str, Fate)> {
+        self.waiting.lock().expect("no panic while deciding").clone()
+    }
+}
+
+/// The world's database through a cable on which these go silent, and in which little time is lost by that.
+async fn silenced(world: &World, silent: &[(&'static str, Fate)]) -> (Database, Arc<Silences>) {
+    let waiting = Mutex::new(silent.iter().copied().collect());
+    let silences = Arc::new(Silences { waiting, is_armed: AtomicBool::new(false) });
+    let deciding = Arc::clone(&silences);
+    let url = world.database_url_by(move |bytes| deciding.decide(bytes)).await;
+    // Each statement is prepared anew: it could not be told from others otherwise.
+    let url = format!("{url}&statement-cache-capacity=0");
+    let database = Database::connect(&url, 8, PATIENCE).await.expect("the server answers");
+    (database.answering_within(Duration::from_secs(2)), silences)
+}
+
+/// Boots and plays one projector through cables on which these go silent, and asserts that it takes up the work by itself.
+async fn outlives(in_boot: &[(&'static str, Fate)], in_play: &[(&'static str, Fate)]) {
+    let world = World::new().await;
+    let tally = Tally::new("tally");
+    let limits = Limits { batch: 10, handler_timeout: Duration::from_secs(2), patience: Some(PATIENCE) };
+    let handling = |position| set([scripted_at(&tally, position, |db| Box::pin(run(db, "select 'in the handler'")))]);
+
+    world.append(40).await;
+    let (database, silences) = silenced(&world, in_boot).await;
+    silences.arm();
+    let report = boot(&database, &handling(25), limits, |_| {}).await.expect("boot comes to an end");
+    assert!(report.is_released(), "{report:?}");
+    assert_eq!(silences.waiting(), HashSet::new());
+    world.assert_complete(&tally).await;
+
+    let (database, silences) = silenced(&world, in_play).await;
+    let driven = async {
+        world.append(1).await;
+        eventually("it is played", async || world.position("tally").await == 41).await;
+        silences.arm();
+        world.append(29).await;
+        eventually("all of these have gone silent", async || silences.waiting().is_empty()).await;
+        eventually("it is at the end", async || world.position("tally").await == 70).await;
+    };
+    let queue = Arc::clone(&world.queue) as Arc<dyn Queue>;
+    let settings = PlaySettings { limits, ..World::restless() };
+    let played = play(&database, queue, &handling(65), settings, driven).await.expect("play comes to an end");
+    assert_eq!(played.broken, 0);
+    world.assert_complete(&tally).await;
+}
+
+#[tokio::test]
+async fn a_handlers_connection_that_goes_silent_is_given_up_and_each_event_applied_once() {
+    let in_the_handler = [("select 'in the handler'", Fate::Silent)];
+    outlives(&in_the_handler, &in_the_handler).await;
+}
+
+#[tokio::test]
+async fn a_ledgers_connection_that_goes_silent_is_given_up_and_each_event_applied_once() {
+    // Before the row is locked, and when it is free again: in between, the server keeps the lock until it ends the session.
+    let ledger = [("BEGIN", Fate::Silent), ("COMMIT", Fate::Withheld), ("from projectors", Fate::Silent)];
+    outlives(&ledger, &ledger).await;
+}
+
+#[tokio::test]
+async fn a_connection_that_goes_silent_while_the_log_is_read_or_published_is_given_up() {
+    let log = [("from event_log", Fate::Silent), ("from events", Fate::Silent)];
+    let relay = [("set relay_holder", Fate::Silent), ("set published", Fate::Withheld)];
+    outlives(&log, &[log, relay].concat()).await;
+}
+
+/// Really killed, between the queue's taking a message and the note of it.
+#[tokio::test]
+async fn a_relay_that_is_killed_after_sending_and_before_it_notes_so_costs_nothing() {
+    for (world, sent_again) in [(World::new().await, 0), (World::with_standard_queue().await, 1)] {
+        let tally = Tally::new("tally");
+        let registry = registry(&[&tally]);
+        world.boot(&registry).await;
+        world.append(60).await;
+        let endpoint = setting("AWS_ENDPOINT_URL").expect("the parts are up");
+        let sends = AtomicU64::new(0);
+        let proxy = Proxy::new(endpoint.trim_start_matches("http://").trim_end_matches('/'), move |bytes| {
+            let is_second = holds(bytes, "AmazonSQS.SendMessage") && sends.fetch_add(1, Ordering::SeqCst) == 1;
+            if is_second { Fate::Withheld } else { Fate::Passes }
+        })
+        .await;
+        let mut relay = world.command(&["relay", "--message-events", "20"]);
+        relay.env("AWS_ENDPOINT_URL", format!("http://{}", proxy.address()));
+        let relay = Running::spawn(relay);
+        eventually("the queue has taken the second message", async || proxy.withheld() > 0).await;
+        assert!(relay.strike_down().await, "it was running");
+        assert_eq!(world.number("select published from event_log").await, 20);
+        assert_eq!(world.queue.depth().await.expect("the queue answers"), 2);
+
+        let published = world.run(&["relay", "--once", "--message-events", "20"]).await.exits(0);
+        assert!(published.stdout.contains("published 40 events, up to position 60"), "{}", published.stdout);
+        assert_eq!(world.queue.depth().await.expect("the queue answers"), 3 + sent_again);
+        assert_eq!(world.play_until_idle(&registry).await.messages, 3 + sent_again);
+        world.assert_complete(&tally).await;
+    }
+}

@@ -1,0 +1,142 @@
+//! Holes in the log: what a rollback leaves is filled, what no rollback explains is left to people, and a writer whose
+//! position was filled is told.
+
+use projectionist::{Limits, NewEvent, Registry, boot};
+
+use crate::support::{Tally, World, event, execute, registry, server_error, write};
+
+#[tokio::test]
+async fn a_rollback_leaves_a_tombstone_that_no_projector_sees() {
+    let world = World::new().await;
+    let tally = Tally::new("tally");
+    let registry = registry(&[&tally]);
+    world.append(9).await;
+    world.boot(&registry).await;
+    let mut writer = world.connection().await;
+    execute(&mut writer, "begin").await;
+    for version in 1..=3 {
+        write(&mut writer, "taken back", version).await.expect("written");
+    }
+    execute(&mut writer, "rollback").await;
+    world.append(1).await;
+    assert_eq!(world.positions("position > 9").await, [13], "the rollback has left holes");
+
+    world.play_until_idle(&registry).await;
+    assert_eq!(world.tombstones().await, [10, 11, 12]);
+    assert_eq!(world.high_water().await, 13);
+    world.assert_complete(&tally).await;
+}
+
+/// A writer that was given a position, and comes only after it was filled: `insert_id` is what the server would have used.
+#[tokio::test]
+async fn a_writer_that_comes_after_the_fill_is_told_and_its_retry_succeeds() {
+    let world = World::new().await;
+    let tally = Tally::new("tally");
+    let registry = registry(&[&tally]);
+    world.append(9).await;
+    let mut late = world.connection().await;
+    execute(&mut late, "begin").await;
+    write(&mut late, "late", 1).await.expect("written");
+    execute(&mut late, "rollback").await;
+    world.append(1).await;
+    world.boot(&registry).await;
+    assert_eq!(world.tombstones().await, [10]);
+
+    execute(&mut late, "set insert_id = 10").await;
+    let refused = write(&mut late, "late", 1).await.expect_err("the position is taken");
+    let (number, message) = server_error(&refused);
+    assert!(number == 1062 && message.contains("PRIMARY"), "{number} {message}");
+    write(&mut late, "late", 1).await.expect("written");
+
+    world.play_until_idle(&registry).await;
+    assert_eq!(world.positions("stream_id = 'late'").await, [12]);
+    world.assert_complete(&tally).await;
+}
+
+#[tokio::test]
+async fn an_append_that_comes_after_the_fill_tries_again_by_itself() {
+    let world = World::new().await;
+    let tally = Tally::new("tally");
+    let registry = registry(&[&tally]);
+    world.append(9).await;
+    world
+        .execute(
+            "insert into events (position, stream_id, stream_version, event_type, payload) \
+                   values (11, 'ahead', 1, 'Opened', '{}')",
+        )
+        .await;
+    world.boot(&registry).await;
+    assert_eq!(world.tombstones().await, [10]);
+    // The first row that each session writes into this stream gets the position that was filled.
+    world
+        .execute(
+            "create trigger late before insert on events for each row begin \
+             if new.stream_id = 'late' and @came_late is null then set @came_late = 1, new.position = 10; end if; end",
+        )
+        .await;
+
+    let late = |version| NewEvent { stream_id: "late".into(), stream_version: Some(version), ..event(0) };
+    let appended = world.store.append(&[late(1), late(2)]).await.expect("appended");
+    assert_eq!(appended.events, 2);
+    let written = world.positions("stream_id = 'late'").await;
+    assert!(written.len() == 2 && written[0] > 11 && written[1] == appended.last.get(), "{written:?}");
+    world.play_until_idle(&registry).await;
+    world.assert_complete(&tally).await;
+}
+
+#[tokio::test]
+async fn a_gap_that_no_rollback_explains_holds_the_mark_until_it_is_filled_on_demand() {
+    let world = World::new().await;
+    let tally = Tally::new("tally");
+    let registry = registry(&[&tally]);
+    world.append(9).await;
+    world.execute("alter table events auto_increment = 70020").await;
+    world.append(2).await;
+    assert_eq!(world.positions("position > 9").await, [70020, 70021]);
+
+    let published = world.run(&["relay", "--once"]).await.exits(0);
+    assert!(published.stdout.contains("up to position 9"), "{}", published.stdout);
+    assert!(published.stderr.contains("high_water_held"), "{}", published.stderr);
+    assert!(published.stderr.contains("projectionist fill 10 70019"), "{}", published.stderr);
+    world.boot(&registry).await;
+    assert_eq!((world.position("tally").await, world.high_water().await), (9, 9));
+    assert!(world.tombstones().await.is_empty());
+
+    world.run(&["fill", "10", "70019", "--yes"]).await.exits(0);
+    // By a boot, whose batches are large: through the queue of a test so many tombstones would take a while.
+    let late = Tally::new("late");
+    let registry = Registry::new().with(late.clone()).expect("one name");
+    let booted = boot(&world.database, &registry, Limits::default(), |_| {}).await.expect("boot comes to an end");
+    assert!(booted.is_released());
+    assert_eq!(world.tombstones().await.len(), 70_010);
+    assert_eq!(world.high_water().await, 70_021);
+    assert_eq!(late.applied(&world).await, (1..=9).chain(70_020..=70_021).collect::<Vec<_>>());
+}
+
+/// The server's own setting is refused at the start; a session's cannot be seen, and only costs tombstones.
+#[tokio::test]
+async fn a_writer_that_steps_over_positions_holds_nobody_up() {
+    let world = World::new().await;
+    let tally = Tally::new("tally").only(&["Closed"]);
+    let registry = registry(&[&tally]);
+    let mut stepping = world.connection().await;
+    execute(&mut stepping, "set session auto_increment_increment = 7").await;
+    // More holes in all than would be filled unasked were they one.
+    execute(
+        &mut stepping,
+        "insert into events (stream_id, stream_version, event_type, payload) \
+         with recursive n as (select 1 as n union all select n + 1 from n where n < 1000), \
+         m as (select 1 as m union all select m + 1 from m where m < 12) \
+         select concat('stepping-', m), n, if(n < 10, 'Closed', 'Opened'), '{}' from m join n",
+    )
+    .await;
+    let last = world.last_position().await;
+    assert!(last > 7 * 11_000, "{last}");
+
+    let published = world.run(&["relay", "--once"]).await.exits(0);
+    assert!(!published.stderr.contains("high_water_held"), "{}", published.stderr);
+    assert_eq!(world.high_water().await, last);
+    let booted = boot(&world.database, &registry, Limits::default(), |_| {}).await.expect("boot comes to an end");
+    assert!(booted.is_released());
+    world.assert_complete(&tally).await;
+}
