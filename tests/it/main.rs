@@ -15,6 +15,7 @@ mod queue;
 mod readme;
 mod story;
 
+mod coalesce;
 mod command_line;
 mod declared;
 mod receipt;
