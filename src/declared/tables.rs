@@ -2,8 +2,11 @@
 
 use std::fmt;
 
+use sqlx::mysql::MySqlRow;
 use sqlx::{AssertSqlSafe, MySqlConnection, Row as _};
+use tracing::debug;
 
+use crate::error::is_transient;
 use crate::multi_row::MAX_BYTES;
 
 /// Why a table's inserts are sent one by one.
@@ -22,6 +25,8 @@ pub(super) enum Refusal {
     ForeignKey,
     /// An `auto_increment`, or a default that is the time or another function.
     Column,
+    /// The server does not tell, for whatever reason.
+    Untold,
 }
 
 impl fmt::Display for Refusal {
@@ -37,6 +42,7 @@ impl fmt::Display for Refusal {
             Refusal::Trigger => "it has a trigger",
             Refusal::ForeignKey => "it has a foreign key",
             Refusal::Column => "a column of it has auto_increment, or a default that is computed",
+            Refusal::Untold => "the server does not answer what is asked about it",
         })
     }
 }
@@ -45,18 +51,28 @@ impl fmt::Display for Refusal {
 /// which every statement takes that reads or writes them: so ask *after* such a statement.
 ///
 /// Only names of letters, digits, `_` and `$`, as [`super::insert::read`] finds them, may come here.
+///
+/// # Errors
+/// What is transient. Any other error is none of the projector's: the tables are refused then.
 pub(super) async fn look_at(names: &[&str], db: &mut MySqlConnection) -> Result<Vec<Result<(), Refusal>>, sqlx::Error> {
     let mut sql = COMMON.replace("{bytes}", &(2 * MAX_BYTES).to_string());
     for name in names {
         sql.push_str(&OF_A_TABLE.replace("{table}", name));
     }
-    let rows = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(&mut *db).await?;
-    let facts: Result<Vec<Fact>, sqlx::Error> = rows
-        .iter()
-        .map(|row| Ok(Fact { kind: row.try_get(0)?, table: row.try_get(1)?, what: row.try_get(2)? }))
-        .collect();
-    let facts = facts?;
-    Ok(names.iter().map(|name| judge(&facts, name)).collect())
+    match facts(sql, db).await {
+        Ok(facts) => Ok(names.iter().map(|name| judge(&facts, name)).collect()),
+        Err(error) if is_transient(&error) => Err(error),
+        Err(error) => {
+            debug!(%error, "the tables' definitions cannot be read");
+            Ok(vec![Err(Refusal::Untold); names.len()])
+        }
+    }
+}
+
+async fn facts(sql: String, db: &mut MySqlConnection) -> Result<Vec<Fact>, sqlx::Error> {
+    let rows = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(db).await?;
+    let fact = |row: &MySqlRow| Ok(Fact { kind: row.try_get(0)?, table: row.try_get(1)?, what: row.try_get(2)? });
+    rows.iter().map(fact).collect()
 }
 
 /// One row of the answer: what it is about, the table (or pattern of databases), and what is said of it.
@@ -88,7 +104,7 @@ const COMMON: &str = "\
 /// Each part names its one table, by which MariaDB looks at no other. A default is computed where MySQL says so, and on
 /// MariaDB, where it is neither a literal nor null. A null for a `timestamp` that cannot be null was the time in old days.
 const OF_A_TABLE: &str = "\
-    union all select 'is', table_name, concat(table_type, ' ', engine) from information_schema.tables \
+    union all select 'is', table_name, concat(table_type, ' ', coalesce(engine, '')) from information_schema.tables \
         where table_schema = database() and table_name = '{table}' \
     union all select 'trigger', event_object_table, '' from information_schema.triggers \
         where event_object_schema = database() and event_object_table = '{table}' \
@@ -121,7 +137,7 @@ fn judge(facts: &[Fact], table: &str) -> Result<(), Refusal> {
     if !has_mode("STRICT_TRANS_TABLES") && !has_mode("STRICT_ALL_TABLES") {
         return Err(Refusal::Mode);
     }
-    if ["ANSI_QUOTES", "NO_BACKSLASH_ESCAPES", "IGNORE_SPACE", "ORACLE", "NARROW", "HIDDEN"].into_iter().any(has_mode) {
+    if ["ANSI_QUOTES", "NO_BACKSLASH_ESCAPES", "ORACLE", "NARROW", "HIDDEN"].into_iter().any(has_mode) {
         return Err(Refusal::Mode);
     }
     if !has_grant("TRIGGER") || !has_grant("INSERT") {
@@ -150,7 +166,7 @@ mod tests {
 
     fn good() -> Vec<Fact> {
         vec![
-            fact("session", "", "STRICT_TRANS_TABLES,NO_ZERO_DATE,wide,open"),
+            fact("session", "", "IGNORE_SPACE,STRICT_TRANS_TABLES,wide,open"),
             fact("database", "app", "INSERT"),
             fact("database", "app", "TRIGGER"),
             fact("is", "t", "BASE TABLE InnoDB"),
@@ -187,7 +203,7 @@ mod tests {
             ("session", fact("session", "", "STRICT_TRANS_TABLES,narrow,open"), Refusal::Mode),
             ("session", fact("session", "", "STRICT_ALL_TABLES,wide,hidden"), Refusal::Mode),
         ] {
-            assert_eq!(judge(&with(&[replaced], &[facts.clone()]), "t"), Err(refusal), "{facts:?}");
+            assert_eq!(judge(&with(&[replaced], std::slice::from_ref(&facts)), "t"), Err(refusal), "{facts:?}");
         }
     }
 
