@@ -14,6 +14,7 @@ mod retry;
 // — edges: the only SQL and the only AWS calls —
 mod database;
 mod ledger;
+mod multi_row;
 mod queue;
 mod store;
 // Projectors that are declared in files.
@@ -51,6 +52,7 @@ pub use error::Error;
 pub use event::{Event, NewEvent, Position, TOMBSTONE};
 pub use ledger::{Entry, Ledger};
 pub use lifecycle::{FailedEvent, Failure, Status};
+pub use multi_row::MultiRowInsert;
 pub use play::{ConvoyBudget, PlaySettings, Played, play};
 pub use projector::{EventTypes, Mode, Projector, ProjectorId};
 pub use queue::{Queue, QueueError, Receipt, Received, SqsQueue};

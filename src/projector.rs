@@ -90,7 +90,7 @@ pub trait Projector: Send + Sync + 'static {
     async fn handle(&self, event: &Event, db: &mut MySqlConnection) -> anyhow::Result<()>;
 
     /// Applies some events in order, all of them subscribed to. Override it where one statement can
-    /// serve many events. After an error the same events come again one by one, so that the failing one is found.
+    /// serve many events, perhaps with a [`MultiRowInsert`](crate::MultiRowInsert). After an error the same events come again one by one, so that the failing one is found.
     async fn handle_batch(&self, events: &[&Event], db: &mut MySqlConnection) -> anyhow::Result<()> {
         for event in events {
             self.handle(event, db).await?;

@@ -6,16 +6,20 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
 use async_trait::async_trait;
+use sqlx::error::BoxDynError;
 use sqlx::mysql::MySqlArguments;
 use sqlx::query::Query;
 use sqlx::{AssertSqlSafe, MySql, MySqlConnection};
 use time::OffsetDateTime;
 
+use super::coalesce::{self, Table, Tables};
+use super::insert::{self, Insert};
 use super::json::{Found, Paths, Place, Value};
 use super::parameter::{Document, JsonParameter, Parameter};
 use super::prepared::{Class, Prepared};
 use super::statement::Compiled;
 use crate::event::Event;
+use crate::multi_row::Rows;
 use crate::projector::{EventTypes, Mode, Projector};
 
 /// A projector that a file declares.
@@ -44,16 +48,22 @@ pub(super) struct Handlers {
     all: Vec<Handler>,
     payload: Paths,
     metadata: Paths,
+    /// Those of the inserts that may be coalesced.
+    tables: Tables,
+    /// Whether a statement may see how those before it were sent, so that none is coalesced.
+    look_back: bool,
 }
 
 #[derive(Debug)]
-struct Handler {
+pub(super) struct Handler {
     /// `None`: every event.
     wanted: Option<HashSet<String>>,
     statement: Prepared,
     bindings: Vec<Binding>,
+    /// Where the statement is an insert that can be sent for many events at once, as far as its text tells.
+    insert: Option<(Insert, Table)>,
     /// `FILE:LINE`, for errors.
-    origin: String,
+    pub(super) origin: String,
 }
 
 /// A parameter, with where its value is found.
@@ -65,7 +75,8 @@ enum Binding {
 
 impl Handlers {
     pub(super) fn new() -> Self {
-        Handlers { all: Vec::new(), payload: Paths::new(), metadata: Paths::new() }
+        let (payload, metadata) = (Paths::new(), Paths::new());
+        Handlers { all: Vec::new(), payload, metadata, tables: Tables::default(), look_back: false }
     }
 
     /// Adds the next one.
@@ -74,9 +85,34 @@ impl Handlers {
             EventTypes::All => None,
             EventTypes::Only(types) => Some(types.into_iter().collect()),
         };
+        let insert = insert::read(&statement.sql).ok().map(|insert| {
+            let table = self.tables.add(insert.table.clone());
+            (insert, table)
+        });
+        self.look_back |= insert::looks_back(&statement.sql);
         let prepared = Prepared::new(statement.sql, statement.parameters.len());
         let bindings = statement.parameters.into_iter().map(|parameter| self.binding(parameter)).collect();
-        self.all.push(Handler { wanted, statement: prepared, bindings, origin });
+        self.all.push(Handler { wanted, statement: prepared, bindings, insert, origin });
+    }
+
+    /// Those whose events this is one of.
+    pub(super) fn wanting(&self, event: &Event) -> impl Iterator<Item = &Handler> {
+        self.all.iter().filter(|handler| handler.wants(event))
+    }
+
+    /// The tables whose inserts may be coalesced, if any are.
+    pub(super) fn tables(&self) -> Option<&Tables> {
+        Some(&self.tables).filter(|_| !self.look_back)
+    }
+
+    /// Applies one event, each statement by itself.
+    pub(super) async fn apply(&self, event: &Event, db: &mut MySqlConnection) -> anyhow::Result<()> {
+        let mut lookup = Lookup::new(event, self);
+        for handler in self.wanting(event) {
+            let arguments = handler.arguments(&mut lookup).with_context(|| handler.origin.clone())?;
+            handler.execute(arguments, db).await?;
+        }
+        Ok(())
     }
 
     fn binding(&mut self, parameter: Parameter) -> Binding {
@@ -115,7 +151,11 @@ impl Handler {
         self.wanted.as_ref().is_none_or(|types| types.contains(&event.event_type))
     }
 
-    fn arguments<'e>(&self, event: &mut Lookup<'e, '_>) -> anyhow::Result<Vec<Argument<'e>>> {
+    pub(super) fn coalescable(&self) -> Option<(&Insert, Table)> {
+        self.insert.as_ref().map(|(insert, table)| (insert, *table))
+    }
+
+    pub(super) fn arguments<'e>(&self, event: &mut Lookup<'e, '_>) -> anyhow::Result<Vec<Argument<'e>>> {
         self.bindings
             .iter()
             .map(|binding| match binding {
@@ -124,10 +164,22 @@ impl Handler {
             })
             .collect()
     }
+
+    /// The statement for arguments of these types.
+    pub(super) fn text(&self, arguments: &[Argument<'_>]) -> Arc<str> {
+        self.statement.text(arguments.iter().map(Argument::class))
+    }
+
+    pub(super) async fn execute(&self, arguments: Vec<Argument<'_>>, db: &mut MySqlConnection) -> anyhow::Result<()> {
+        let query = sqlx::query(AssertSqlSafe(self.text(&arguments)));
+        let query = arguments.into_iter().fold(query, |query, argument| argument.bind_to(query));
+        query.execute(db).await.with_context(|| self.origin.clone())?;
+        Ok(())
+    }
 }
 
 /// An event whose documents are read once, and only when a statement asks for a path in them.
-struct Lookup<'e, 'h> {
+pub(super) struct Lookup<'e, 'h> {
     event: &'e Event,
     handlers: &'h Handlers,
     payload: Option<Found<'e>>,
@@ -135,7 +187,7 @@ struct Lookup<'e, 'h> {
 }
 
 impl<'e, 'h> Lookup<'e, 'h> {
-    fn new(event: &'e Event, handlers: &'h Handlers) -> Self {
+    pub(super) fn new(event: &'e Event, handlers: &'h Handlers) -> Self {
         Lookup { event, handlers, payload: None, metadata: None }
     }
 
@@ -188,7 +240,7 @@ impl<'e, 'h> Lookup<'e, 'h> {
 
 /// What is bound to one `?`.
 #[derive(Debug, Clone, PartialEq)]
-enum Argument<'e> {
+pub(super) enum Argument<'e> {
     Json(Value<'e>),
     Time(OffsetDateTime),
 }
@@ -218,6 +270,19 @@ impl<'e> Argument<'e> {
             Argument::Json(Value::Unsigned(number)) => query.bind(number),
             Argument::Json(Value::Double(number)) => query.bind(number),
             Argument::Json(Value::Text(text)) => query.bind(text),
+        }
+    }
+
+    /// The same, as one of many rows.
+    pub(super) fn bind_to_row(self, rows: &mut Rows) -> Result<(), BoxDynError> {
+        match self {
+            Argument::Time(time) => rows.bind(time),
+            Argument::Json(Value::Null) => rows.bind(None::<&str>),
+            Argument::Json(Value::Boolean(value)) => rows.bind(value),
+            Argument::Json(Value::Signed(number)) => rows.bind(number),
+            Argument::Json(Value::Unsigned(number)) => rows.bind(number),
+            Argument::Json(Value::Double(number)) => rows.bind(number),
+            Argument::Json(Value::Text(text)) => rows.bind(text),
         }
     }
 }
@@ -253,15 +318,11 @@ impl Projector for Declared {
     }
 
     async fn handle(&self, event: &Event, db: &mut MySqlConnection) -> anyhow::Result<()> {
-        let mut lookup = Lookup::new(event, &self.handlers);
-        for handler in self.handlers.all.iter().filter(|handler| handler.wants(event)) {
-            let arguments = handler.arguments(&mut lookup).with_context(|| handler.origin.clone())?;
-            let sql = handler.statement.text(arguments.iter().map(Argument::class));
-            let query = sqlx::query(AssertSqlSafe(sql));
-            let query = arguments.into_iter().fold(query, |query, argument| argument.bind_to(query));
-            query.execute(&mut *db).await.with_context(|| handler.origin.clone())?;
-        }
-        Ok(())
+        self.handlers.apply(event, db).await
+    }
+
+    async fn handle_batch(&self, events: &[&Event], db: &mut MySqlConnection) -> anyhow::Result<()> {
+        coalesce::apply(&self.name, &self.handlers, events, db).await
     }
 }
 

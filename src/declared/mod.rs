@@ -1,13 +1,16 @@
 //! Projectors without Rust: each is a TOML file that says what to run for which events.
 
+mod coalesce;
 mod file;
 mod handler;
+mod insert;
 mod json;
 mod lexer;
 mod parameter;
 mod prepared;
 mod spelling;
 mod statement;
+mod tables;
 
 use std::collections::HashMap;
 use std::error::Error;
@@ -69,6 +72,18 @@ const MAX_PROBLEMS: usize = 20;
 /// Values are bound and never become part of the SQL. Colons in literals, quoted names and comments are left
 /// alone, and so are `:=` and a colon that no name follows; `::` and `?` are refused. Text is read as MySQL reads
 /// it by default: `ANSI_QUOTES` and `NO_BACKSLASH_ESCAPES` off. A comment that servers execute (`/*! … */`) is refused.
+///
+/// # Many rows in one statement
+///
+/// The executions of one `insert … values (…)` for consecutive events of a large batch are sent as rows of one statement, where
+/// that is the same in effect. The statement is `insert [ignore]` or `replace`, into a table that is not qualified with its
+/// database, of one row, perhaps with `on duplicate key update`; all its parameters stand in the row; it has no variable, no
+/// subquery, and no function but those that depend on their arguments alone. The table is InnoDB's, without a trigger, a foreign
+/// key, an `auto_increment`, or a default or `on update` that is computed; `sql_mode` is strict. Rows wait for no other statement:
+/// all of them are sent before one that is no such insert, and those of a table before another insert into it. In a file with
+/// `row_count()`, `last_insert_id()`, `call` and their like, nothing is sent together; but what a function or a trigger of yours
+/// is told by `row_count()` of the statement *before* it is not looked into. Without the `trigger` privilege, granted to the user
+/// itself, triggers cannot be seen, and nothing is sent together either.
 ///
 /// # Errors
 /// If the directory or a file cannot be read, or a file does not hold: `FILE:LINE: reason`, of all the files at once.

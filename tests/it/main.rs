@@ -18,6 +18,7 @@ mod queue;
 mod readme;
 mod story;
 
+mod coalesce;
 mod command_line;
 mod declared;
 mod receipt;

@@ -1,0 +1,595 @@
+//! Which statements can be sent for many events at once: inserts whose rows do not depend on when, or in how many
+//! statements, they are sent. What is not known here is not one of them.
+
+use std::ops::Range;
+
+use super::lexer::{Kind, Lexer, Token};
+
+/// An `insert … values (…)` of one row.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Insert {
+    /// The table's name, without quotes.
+    pub(super) table: String,
+    /// Where the row stands in the text, with its parentheses. All parameters stand in it.
+    pub(super) row: Range<usize>,
+}
+
+/// Functions of both servers whose result is that of their arguments, and none other.
+const FUNCTIONS: &[&str] = &[
+    "abs",
+    "bit_count",
+    "ceil",
+    "ceiling",
+    "char_length",
+    "coalesce",
+    "concat",
+    "concat_ws",
+    "crc32",
+    "date_add",
+    "date_format",
+    "date_sub",
+    "datediff",
+    "day",
+    "dayofmonth",
+    "dayofweek",
+    "dayofyear",
+    "elt",
+    "extract",
+    "field",
+    "floor",
+    "from_unixtime",
+    "greatest",
+    "hex",
+    "hour",
+    "ifnull",
+    "instr",
+    "isnull",
+    "json_array",
+    "json_contains",
+    "json_extract",
+    "json_length",
+    "json_merge_patch",
+    "json_object",
+    "json_quote",
+    "json_remove",
+    "json_set",
+    "json_type",
+    "json_unquote",
+    "json_valid",
+    "json_value",
+    "last_day",
+    "lcase",
+    "least",
+    "length",
+    "locate",
+    "lower",
+    "lpad",
+    "ltrim",
+    "md5",
+    "microsecond",
+    "minute",
+    "month",
+    "nullif",
+    "pow",
+    "power",
+    "quarter",
+    "reverse",
+    "round",
+    "rpad",
+    "rtrim",
+    "second",
+    "sha1",
+    "sha2",
+    "sign",
+    "sqrt",
+    "str_to_date",
+    "strcmp",
+    "substr",
+    "substring",
+    "substring_index",
+    "timestampadd",
+    "timestampdiff",
+    "to_days",
+    "trim",
+    "ucase",
+    "unhex",
+    "upper",
+    "week",
+    "weekday",
+    "year",
+    "yearweek",
+    // Words of the grammar that look like functions.
+    "cast",
+    "convert",
+    "date",
+    "if",
+    "left",
+    "mod",
+    "repeat",
+    "replace",
+    "right",
+    "time",
+    "truncate",
+];
+
+/// Functions that only `on duplicate key update` can have.
+const TAIL_FUNCTIONS: &[&str] = &["default", "value", "values"];
+
+/// Types of a `cast` that can have a length.
+const TYPES: &[&str] = &["binary", "char", "datetime", "decimal", "nchar", "time"];
+
+/// Operators and other words after which a parenthesis may open and nothing is called.
+const BEFORE_PARENTHESIS: &[&str] = &[
+    "and", "between", "case", "div", "else", "in", "interval", "is", "like", "mod", "not", "or", "then", "when", "xor",
+];
+
+/// What else can stand among the values of a row: no column, which would be that of the row before it, or its default.
+const ROW_WORDS: &[&str] = &[
+    "as",
+    "ascii",
+    "binary",
+    "both",
+    "char",
+    "character",
+    "collate",
+    "date",
+    "datetime",
+    "day",
+    "decimal",
+    "default",
+    "double",
+    "end",
+    "escape",
+    "false",
+    "float",
+    "from",
+    "hour",
+    "integer",
+    "json",
+    "latin1",
+    "leading",
+    "microsecond",
+    "minute",
+    "month",
+    "nchar",
+    "null",
+    "quarter",
+    "second",
+    "set",
+    "signed",
+    "time",
+    "trailing",
+    "true",
+    "unsigned",
+    "using",
+    "utf8mb4",
+    "utf8mb4_bin",
+    "utf8mb4_general_ci",
+    "utf8mb4_unicode_ci",
+    "week",
+    "year",
+];
+
+/// Reserved words that stand for more than a column in `on duplicate key update`.
+const TAIL_REFUSED: &[&str] = &[
+    "current_date",
+    "current_role",
+    "current_time",
+    "current_timestamp",
+    "current_user",
+    "except",
+    "for",
+    "intersect",
+    "into",
+    "localtime",
+    "localtimestamp",
+    "over",
+    "returning",
+    "rownum",
+    "select",
+    "sysdate",
+    "table",
+    "union",
+    "utc_date",
+    "utc_time",
+    "utc_timestamp",
+    "with",
+];
+
+/// What can be told from a statement about the one before it, by which it would be seen that several were one.
+const TELLTALES: &[&str] =
+    &["call", "diagnostics", "error_count", "execute", "found_rows", "last_insert_id", "row_count", "warning_count"];
+
+/// Reads a statement with `?` for its parameters.
+///
+/// # Errors
+/// Why it is no insert that can be sent for many events at once.
+pub(super) fn read(sql: &str) -> Result<Insert, &'static str> {
+    let tokens = tokens(sql)?;
+    let mut cursor = Cursor { tokens: &tokens };
+    if cursor.takes("insert") {
+        cursor.takes("ignore");
+    } else if !cursor.takes("replace") {
+        return Err("it is no insert");
+    }
+    cursor.takes("into");
+    let table = cursor.name().ok_or("the table's name is none of plain letters and digits")?;
+    cursor.columns()?;
+    if !cursor.takes("values") && !cursor.takes("value") {
+        return Err("it has no `values`");
+    }
+    let row = cursor.parenthesized().ok_or("its values cannot be read")?;
+    check(row, Place::Row)?;
+    if cursor.takes("as") {
+        cursor.name().ok_or("the row's alias is none of plain letters and digits")?;
+        cursor.columns()?;
+    }
+    let tail = cursor.tokens;
+    match tail.first() {
+        None => {}
+        Some(_) if ["on", "duplicate", "key", "update"].iter().all(|word| cursor.takes(word)) => {
+            check(tail, Place::Tail)?;
+        }
+        Some(next) if next.token.text == "," => return Err("it has several rows"),
+        Some(_) => return Err("it has more than values and `on duplicate key update`"),
+    }
+    let end = |piece: &Piece<'_>| piece.token.at + piece.token.text.len();
+    let begin = row.first().map_or(0, |piece| piece.token.at);
+    Ok(Insert { table, row: begin..row.last().map_or(0, end) })
+}
+
+/// Whether a statement may look at what the one before it did, but for the rows that it wrote.
+pub(super) fn looks_back(sql: &str) -> bool {
+    let Ok(tokens) = tokens(sql) else { return true };
+    let is_telltale = |piece: &Piece<'_>| TELLTALES.iter().any(|word| piece.is(word));
+    let is_at = |piece: &Piece<'_>| piece.token.text == "@";
+    // `@@name` is a variable of the server's, of which some are such.
+    tokens.iter().any(is_telltale) || tokens.windows(2).any(|pair| is_at(&pair[0]) && is_at(&pair[1]))
+}
+
+/// A token that says something.
+#[derive(Debug, Clone, Copy)]
+struct Piece<'s> {
+    token: Token<'s>,
+    /// Whether it follows the one before it without a gap.
+    adjacent: bool,
+}
+
+impl Piece<'_> {
+    fn is(&self, word: &str) -> bool {
+        self.token.kind == Kind::Word && self.token.text.eq_ignore_ascii_case(word)
+    }
+}
+
+fn tokens(sql: &str) -> Result<Vec<Piece<'_>>, &'static str> {
+    let mut lexer = Lexer::new(sql);
+    let (mut pieces, mut adjacent) = (Vec::new(), false);
+    while let Some(token) = lexer.next().map_err(|_| "it cannot be read")? {
+        if token.kind != Kind::Gap {
+            pieces.push(Piece { token, adjacent });
+        } else if token.text.starts_with("/*+") {
+            return Err("it has an optimizer hint");
+        }
+        adjacent = token.kind != Kind::Gap;
+    }
+    Ok(pieces)
+}
+
+/// What of the statement has not been read.
+struct Cursor<'t, 's> {
+    tokens: &'t [Piece<'s>],
+}
+
+impl<'t, 's> Cursor<'t, 's> {
+    fn takes(&mut self, word: &str) -> bool {
+        let takes = self.tokens.first().is_some_and(|piece| piece.is(word));
+        self.tokens = &self.tokens[usize::from(takes)..];
+        takes
+    }
+
+    fn symbol(&mut self, symbol: &str) -> bool {
+        let takes = self.tokens.first().is_some_and(|piece| piece.token.text == symbol);
+        self.tokens = &self.tokens[usize::from(takes)..];
+        takes
+    }
+
+    /// A name that is nobody else's by any reading: not qualified, and of letters that have one spelling.
+    fn name(&mut self) -> Option<String> {
+        let (first, rest) = self.tokens.split_first()?;
+        let text = first.token.text;
+        let name = match first.token.kind {
+            Kind::Word => text,
+            Kind::Quoted => text.strip_prefix('`')?.strip_suffix('`')?,
+            _ => return None,
+        };
+        let is_plain = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '$';
+        let is_qualified = rest.first().is_some_and(|next| next.token.text == ".");
+        if is_qualified || name.is_empty() || !name.chars().all(is_plain) {
+            return None;
+        }
+        self.tokens = rest;
+        Some(name.to_owned())
+    }
+
+    /// A list of names in parentheses, if there is one.
+    fn columns(&mut self) -> Result<(), &'static str> {
+        const REASON: &str = "its columns cannot be read";
+        if !self.symbol("(") || self.symbol(")") {
+            return Ok(());
+        }
+        loop {
+            let first = self.tokens.first().ok_or(REASON)?;
+            let is_name = first.token.kind == Kind::Word || first.token.text.starts_with('`');
+            if !is_name || first.is("select") {
+                return Err(REASON);
+            }
+            self.tokens = &self.tokens[1..];
+            if self.symbol(")") {
+                return Ok(());
+            }
+            if !self.symbol(",") {
+                return Err(REASON);
+            }
+        }
+    }
+
+    /// What is in parentheses, with them.
+    fn parenthesized(&mut self) -> Option<&'t [Piece<'s>]> {
+        let mut depth = 0_usize;
+        for (index, piece) in self.tokens.iter().enumerate() {
+            match piece.token.text {
+                "(" => depth += 1,
+                ")" => depth = depth.checked_sub(1)?,
+                _ => {}
+            }
+            if depth == 0 {
+                let (all, rest) = self.tokens.split_at(index + 1);
+                self.tokens = rest;
+                return Some(all).filter(|_| index > 0);
+            }
+        }
+        None
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    Row,
+    /// After the row, where columns can be named, and nothing can be bound: it would be each row's own.
+    Tail,
+}
+
+fn check(pieces: &[Piece<'_>], place: Place) -> Result<(), &'static str> {
+    for (index, piece) in pieces.iter().enumerate() {
+        let next = pieces.get(index + 1);
+        let before = index.checked_sub(1).map(|before| pieces[before]);
+        let called = next.filter(|next| next.token.text == "(");
+        match piece.token.kind {
+            Kind::Quoted if piece.token.text.starts_with('`') => match (place, called) {
+                (_, Some(_)) => return Err("it calls a function of yours"),
+                (Place::Row, None) => return Err("a value is that of a column"),
+                (Place::Tail, None) => {}
+            },
+            Kind::Quoted | Kind::Gap => {}
+            Kind::Symbol => check_symbol(piece.token.text, place)?,
+            Kind::Word => match called {
+                Some(parenthesis) => check_call(piece, before, parenthesis, place)?,
+                None => check_word(piece, place)?,
+            },
+        }
+    }
+    Ok(())
+}
+
+fn check_symbol(symbol: &str, place: Place) -> Result<(), &'static str> {
+    match symbol {
+        "?" if place == Place::Tail => Err("a parameter stands after its values"),
+        "@" => Err("it has a variable"),
+        "(" | ")" | "," | "." | "+" | "-" | "*" | "/" | "%" | "=" | "<" | ">" | "!" | "&" | "|" | "^" | "~" | "?" => {
+            Ok(())
+        }
+        _ => Err("it has a symbol that is not known"),
+    }
+}
+
+fn check_call(
+    piece: &Piece<'_>,
+    before: Option<Piece<'_>>,
+    parenthesis: &Piece<'_>,
+    place: Place,
+) -> Result<(), &'static str> {
+    let is_of = |words: &[&str]| words.iter().any(|word| piece.is(word));
+    let is_known = is_of(FUNCTIONS)
+        || (place == Place::Tail && is_of(TAIL_FUNCTIONS))
+        || (is_of(TYPES) && before.is_some_and(|before| before.is("as")));
+    // A blank before the parenthesis, or a dot before the name, can make a function of yours out of one of theirs.
+    let is_theirs = parenthesis.adjacent && before.is_none_or(|before| before.token.text != ".");
+    match is_of(BEFORE_PARENTHESIS) || (is_known && is_theirs) {
+        true => Ok(()),
+        false => Err("it calls a function that is not known to return the same whenever it is called"),
+    }
+}
+
+fn check_word(piece: &Piece<'_>, place: Place) -> Result<(), &'static str> {
+    let is_of = |words: &[&str]| words.iter().any(|word| piece.is(word));
+    match place {
+        Place::Row if is_of(ROW_WORDS) || is_of(BEFORE_PARENTHESIS) || is_number(piece.token.text) => Ok(()),
+        Place::Row => Err("a value is that of a column, or has a word that is not known"),
+        Place::Tail if is_of(TAIL_REFUSED) => Err("its update reads more than the row"),
+        Place::Tail => Ok(()),
+    }
+}
+
+/// As far as it is one word: of `1.5` and `1e-3` the parts are.
+fn is_number(text: &str) -> bool {
+    let digits = |text: &str| text.bytes().all(|b| b.is_ascii_digit());
+    match text.strip_prefix("0x") {
+        Some(hex) => !hex.is_empty() && hex.bytes().all(|b| b.is_ascii_hexdigit()),
+        None => {
+            let (mantissa, exponent) = text.split_once(['e', 'E']).unwrap_or((text, ""));
+            !mantissa.is_empty() && digits(mantissa) && digits(exponent)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn an_insert_of_one_row_is_read_with_its_table_and_row() {
+        for (sql, table, row) in [
+            ("insert into t values (?)", "t", "(?)"),
+            ("INSERT t VALUES (?, 1)", "t", "(?, 1)"),
+            ("insert ignore into `t` (a, `b c`) values (?, 'a)')", "t", "(?, 'a)')"),
+            ("replace into Case_Status (a) value (?) -- done", "Case_Status", "(?)"),
+            ("insert into t () values ()", "t", "()"),
+            (
+                "insert into t values (-1.5e-3, 0x1F, 1e3, null, true, default)",
+                "t",
+                "(-1.5e-3, 0x1F, 1e3, null, true, default)",
+            ),
+            (
+                "insert into t values /* ( */ (coalesce(?, concat('a', ?)), ? -- )\n)",
+                "t",
+                "(coalesce(?, concat('a', ?)), ? -- )\n)",
+            ),
+            (
+                "insert into t values (cast(? as decimal(12, 2)), convert(? using utf8mb4), if(? > 1, 'a', 'b'))",
+                "t",
+                "",
+            ),
+            ("insert into t values (case when ? in (1, 2) then ? else not (?) end, ? div 2, ? mod 2)", "t", ""),
+            (
+                "insert into t values (date_add(?, interval 1 day), extract(year from ?), trim(both 'x' from ?))",
+                "t",
+                "",
+            ),
+            ("insert into t values (?, 1) on duplicate key update n = n + 1", "t", "(?, 1)"),
+            (
+                "insert into t values (?) on duplicate key update a = values(a), `b` = if(values(a) > t.b, 1, `t`.`b`)",
+                "t",
+                "(?)",
+            ),
+            ("insert into t (a) values (?) as new on duplicate key update a = greatest(t.a, new.a)", "t", "(?)"),
+            (
+                "insert into t (a) values (?) as new (x) on duplicate key update a = x, b = json_set(b, '$.a', x)",
+                "t",
+                "(?)",
+            ),
+        ] {
+            let insert = read(sql).unwrap_or_else(|reason| panic!("{sql}: {reason}"));
+            assert_eq!(insert.table, table, "{sql}");
+            let found = &sql[insert.row];
+            assert!(found == row || (row.is_empty() && found.starts_with('(') && sql.ends_with(found)), "{found}");
+        }
+    }
+
+    #[test]
+    fn what_may_not_be_the_same_for_many_rows_is_not_one() {
+        for (sql, why) in [
+            ("update t set a = ?", "no insert"),
+            ("with a as (select 1) select * from a", "no insert"),
+            ("set @a = ?", "no insert"),
+            ("insert into t set a = ?", "no `values`"),
+            ("insert into t select ?", "no `values`"),
+            ("insert into t (select ?)", "its columns"),
+            ("insert into t (a) select ? from u", "no `values`"),
+            ("insert low_priority into t values (?)", "no `values`"),
+            ("insert into t partition (p) values (?)", "no `values`"),
+            ("insert into other.t values (?)", "table's name"),
+            ("insert into `other`.`t` values (?)", "table's name"),
+            ("insert into `a b` values (?)", "table's name"),
+            ("insert into größe values (?)", "table's name"),
+            ("insert into \"t\" values (?)", "table's name"),
+            ("insert into t values (?), (?)", "several rows"),
+            ("insert into t values row(?)", "values cannot be read"),
+            ("insert into t values (?", "values cannot be read"),
+            ("insert into t values ((select max(a) from t))", "word that is not known"),
+            ("insert into t values (a + 1)", "column"),
+            ("insert into t values (`a`)", "column"),
+            ("insert into t values (@a)", "variable"),
+            ("insert into t values (@a := ?)", "variable"),
+            ("insert into t values (@@identity)", "variable"),
+            ("insert into t values (now())", "function"),
+            ("insert into t values (now(6), sysdate())", "function"),
+            ("insert into t values (current_timestamp)", "not known"),
+            ("insert into t values (current_timestamp())", "function"),
+            ("insert into t values (unix_timestamp())", "function"),
+            ("insert into t values (uuid())", "function"),
+            ("insert into t values (rand(?))", "function"),
+            ("insert into t values (last_insert_id())", "function"),
+            ("insert into t values (last_insert_id(?))", "function"),
+            ("insert into t values (row_count())", "function"),
+            ("insert into t values (found_rows(), connection_id())", "function"),
+            ("insert into t values (sleep(1))", "function"),
+            ("insert into t values (get_lock(?, 1))", "function"),
+            ("insert into t values (next_number(?))", "function"),
+            ("insert into t values (other.concat(?))", "not known"),
+            ("insert into t values (`concat`(?))", "function of yours"),
+            ("insert into t values (concat (?))", "function"),
+            ("insert into t values (values(a))", "function"),
+            ("insert into t values (nextval(s))", "function"),
+            ("insert into t values (next value for s)", "not known"),
+            ("insert into t values (1a)", "not known"),
+            ("insert into t values (char(10))", "function"),
+            ("insert into t values (?) on duplicate key update a = ?", "parameter"),
+            ("insert into t values (?) on duplicate key update a = (select 1)", "more than the row"),
+            ("insert into t values (?) on duplicate key update a = last_insert_id(a)", "function"),
+            ("insert into t values (?) on duplicate key update a = now()", "function"),
+            ("insert into t values (?) on duplicate key update a = current_timestamp", "more than the row"),
+            ("insert into t values (?) on duplicate key update a = @a", "variable"),
+            ("insert into t values (?) on duplicate key update a = next value for s", "more than the row"),
+            ("insert into t values (?) on duplicate key update a = `f`(1)", "function of yours"),
+            ("insert into t values (?) on duplicate key update a = other.left(1)", "function"),
+            ("insert into t values (?) on duplicate key update a = 1 returning a", "more than the row"),
+            ("insert into t values (?) returning a", "more than values"),
+            ("insert into t values (?) as `a b` on duplicate key update a = 1", "alias"),
+            ("insert into t values (?) on duplicate key", "more than values"),
+            ("insert /*+ set_var(sql_mode='') */ into t values (?)", "hint"),
+        ] {
+            let reason = read(sql).expect_err(sql);
+            assert!(reason.contains(why), "{sql}: {reason}");
+        }
+    }
+
+    #[test]
+    fn a_statement_that_looks_back_at_the_one_before_it_is_known() {
+        for sql in [
+            "insert into u select row_count()",
+            "update t set a = LAST_INSERT_ID()",
+            "set @a = found_rows()",
+            "get diagnostics @a = row_count",
+            "call p()",
+            "set @a = @@warning_count",
+            "set @a = @@session.insert_id",
+        ] {
+            assert!(looks_back(sql), "{sql}");
+        }
+        for sql in ["update t set a = @a", "insert into t values ('row_count()')", "delete from `row_count`"] {
+            assert!(!looks_back(sql), "{sql}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_makes_it_panic_and_every_parameter_stands_in_the_row(
+            sql in "insert into t( \\(a\\))? values ?\\(?([(),?'`@a. ]|now\\(\\)|coalesce\\(|null|1){0,12}\\)?( on duplicate key update a = ([(),?@a1]|values\\(){0,5})?"
+        ) {
+            let _ = looks_back(&sql);
+            if let Ok(insert) = read(&sql) {
+                let row = &sql[insert.row.clone()];
+                prop_assert!(row.starts_with('(') && row.ends_with(')'));
+                let outside = [&sql[..insert.row.start], &sql[insert.row.end..]];
+                let mut lexers = outside.map(Lexer::new);
+                for lexer in &mut lexers {
+                    while let Ok(Some(token)) = lexer.next() {
+                        prop_assert!(token.text != "?", "{}", sql);
+                    }
+                }
+            }
+        }
+    }
+}
