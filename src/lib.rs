@@ -39,6 +39,8 @@ mod telemetry;
 // — the model of all this, and what it must never do —
 #[cfg(test)]
 mod simulation;
+#[cfg(test)]
+mod spoiled;
 
 pub use async_trait::async_trait;
 pub use sqlx;

@@ -260,6 +260,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::spoiled;
 
     #[test]
     fn a_line_keeps_its_payload_byte_for_byte() {
@@ -293,10 +294,50 @@ mod tests {
         }
     }
 
+    /// A line with everything in it that a line may have.
+    const LINE: &str = r#"{"stream_id":"a","stream_version":7,"event_type":"T02 \"x\"","payload":{"n":[1.0,"\u00e9"]},"metadata":{"m":null},"event_id":"id-1","recorded_at":"2010-10-02T07:20:39.266Z"}"#;
+
+    #[test]
+    fn a_line_that_never_ends_is_refused_without_being_read_whole() {
+        let (sender, mut events) = mpsc::channel(1);
+        // More than any memory holds.
+        let endless = Box::new(std::io::repeat(b' '));
+        let reading = std::thread::spawn(move || read_lines(endless, &sender));
+        let (line, read) = events.blocking_recv().expect("a refusal");
+        assert!(line == 1 && read.is_err_and(|reason| reason.contains("longer than")));
+        reading.join().expect("it has ended");
+    }
+
     proptest! {
         #[test]
         fn no_line_makes_the_parser_panic(line in prop::collection::vec(any::<u8>(), 0..200)) {
             let _ = parse_line(&line);
+        }
+
+        /// Whatever is made of a line, what is stored of it keeps to the table's bounds, and is no larger than the line.
+        #[test]
+        fn a_spoiled_line_is_an_event_no_larger_than_itself_or_refused(line in spoiled::bytes(LINE)) {
+            let Ok(Some(event)) = parse_line(&line) else { return Ok(()) };
+            prop_assert_eq!(event.check(), Ok(()));
+            let names = event.stream_id.len() + event.event_type.len() + event.event_id.map_or(0, |id| id.len());
+            let json = event.payload.len() + event.metadata.map_or(0, |metadata| metadata.len());
+            prop_assert!(names + json <= line.len());
+        }
+
+        /// Whatever the input is, its lines are told in order, and reading ends with the first that is refused.
+        #[test]
+        fn spoiled_lines_are_read_in_order_up_to_the_first_that_is_refused(
+            input in spoiled::bytes(&[LINE, "", LINE, LINE].join("\n")),
+        ) {
+            let lines = input.split_inclusive(|&byte| byte == b'\n').count() as u64;
+            let (sender, mut events) = mpsc::channel(100);
+            read_lines(Box::new(std::io::Cursor::new(input)), &sender);
+            drop(sender);
+            let read: Vec<Read1> = std::iter::from_fn(|| events.blocking_recv()).collect();
+            prop_assert!(read.is_sorted_by(|(before, _), (after, _)| before < after));
+            prop_assert!(read.iter().all(|&(line, _)| line <= lines));
+            let refused = read.iter().position(|(_, event)| event.is_err());
+            prop_assert!(refused.is_none_or(|refused| refused + 1 == read.len()));
         }
     }
 }

@@ -287,8 +287,11 @@ fn check_event_type(event_type: &str, alone: bool) -> Result<(), String> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::projector::Projector as _;
+    use crate::spoiled;
 
     const GOOD: &str = r#"
 name = "case_status"
@@ -428,5 +431,49 @@ sql = "update totals set events = events + 1"
         let text = GOOD.replace('\n', "\r\n");
         read("a.toml", &text).expect("it is good");
         assert_eq!(problems(&text.replace(":stream_id", ":stream"))[0].0, 11);
+    }
+
+    #[test]
+    fn toml_of_any_depth_does_not_exhaust_the_stack() {
+        for deep in ["[".repeat(200_000), "{a=".repeat(200_000), "a.".repeat(200_000)] {
+            for text in [format!("name = {deep}"), deep.clone(), format!("[{deep}]")] {
+                assert!(read("a.toml", &text).is_err());
+            }
+        }
+    }
+
+    /// [`GOOD`], with parameters of every kind.
+    const BETTER: &str = r#"
+name = "case_status"
+version = 1
+mode = "from_beginning"
+setup = ["create table if not exists t (id varchar(64) primary key)"]
+
+[[on]]
+events = ["Received", "Sent"]
+sql = """insert into t values (:stream_id, :payload.a."odd ""key""".0?, ':metadata') -- :x
+         on duplicate key update id = :metadata, n = n + :payload.n, at = :recorded_at;"""
+"#;
+
+    proptest! {
+        /// Whatever is made of a file, it declares a projector that is no larger than itself, or each problem has its line.
+        #[test]
+        fn a_spoiled_file_is_a_projector_no_larger_than_itself_or_is_told_by_its_lines(
+            text in prop_oneof![spoiled::text(GOOD), spoiled::text(BETTER)],
+        ) {
+            match read("a.toml", &text) {
+                Ok(Declaration { projector, name_line, version_line }) => {
+                    let steps = projector.setup.iter().chain(&projector.teardown);
+                    prop_assert!(steps.map(|step| step.sql.len()).sum::<usize>() <= text.len());
+                    prop_assert!(projector.name().len() <= text.len());
+                    prop_assert!((1..=text.lines().count()).contains(&name_line.max(version_line)));
+                }
+                Err(problems) => {
+                    prop_assert!(!problems.is_empty() && problems.len() <= text.len() + KEYS.len());
+                    let lines = 1..=text.matches('\n').count() + 1;
+                    prop_assert!(problems.iter().all(|problem| problem.line.is_some_and(|line| lines.contains(&line))));
+                }
+            }
+        }
     }
 }

@@ -238,6 +238,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::spoiled;
 
     fn find<'e>(text: &'e str, path: &str) -> Option<&'e str> {
         let keys: Vec<String> = path.split('.').filter(|key| !key.is_empty()).map(Into::into).collect();
@@ -346,6 +347,23 @@ mod tests {
         fn every_double_binds_as_a_double(number in proptest::num::f64::NORMAL) {
             let literal = format!("{number:e}");
             prop_assert_eq!(Value::read(&literal).expect("a number"), Value::Double(number));
+        }
+
+        /// Whatever is made of a payload, what is found in it is a part of it.
+        #[test]
+        fn what_is_found_in_spoiled_json_is_a_part_of_it(
+            text in spoiled::text(r#"{"a":{"0":[1,{"b":"\u00e9"}],"c":-2.50},"a":[[null,true]]}"#),
+        ) {
+            let mut paths = Paths::new();
+            let places = [&["a"][..], &["a", "0"], &["a", "0", "1", "b"]]
+                .map(|path| paths.add(&path.iter().map(|&key| key.to_owned()).collect::<Vec<_>>()));
+            let Ok(found) = paths.find(&text) else { return Ok(()) };
+            for part in places.into_iter().filter_map(|place| found.at(place)) {
+                prop_assert!(text.contains(part));
+                if let Ok(Value::Text(bound)) = Value::read(part) {
+                    prop_assert!(bound.len() <= part.len());
+                }
+            }
         }
 
         #[test]

@@ -166,7 +166,10 @@ fn check_end(written: &str, after: &str, optional: bool, has_path: bool) -> Resu
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::spoiled;
 
     fn payload(path: &[&str], optional: bool) -> (Document, Vec<String>, bool) {
         (Document::Payload, path.iter().map(|key| (*key).to_owned()).collect(), optional)
@@ -240,5 +243,26 @@ mod tests {
         }
         let deep = format!(":payload{}", ".a".repeat(MAX_KEYS + 1));
         assert!(Parameter::read(&deep).expect_err("too deep").reason.contains("at most 100"));
+    }
+
+    proptest! {
+        /// Whatever is made of a parameter, what is read of it is a part of the text, and no larger than that.
+        #[test]
+        fn a_spoiled_parameter_is_a_part_of_its_text_or_refused_within_it(
+            rest in spoiled::text("payload.items.0.\"odd \"\"key\"\"\".price? + 1"),
+        ) {
+            let text = format!(":{rest}");
+            match Parameter::read(&text) {
+                Ok(Some((parameter, length))) => {
+                    prop_assert!(length > 1 && text.is_char_boundary(length), "{length} in {text:?}");
+                    if let Parameter::Json(read) = parameter {
+                        prop_assert!(read.path.iter().map(String::len).sum::<usize>() < length);
+                        prop_assert!(text[..length].starts_with(&read.written));
+                    }
+                }
+                Ok(None) => {}
+                Err(fault) => prop_assert!(text.is_char_boundary(fault.at), "{} in {text:?}", fault.at),
+            }
+        }
     }
 }

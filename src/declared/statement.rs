@@ -364,6 +364,7 @@ mod tests {
         fn there_are_as_many_placeholders_as_parameters(sql in SQL) {
             if let Ok(compiled) = handler(&sql) {
                 prop_assert_eq!(placeholders(&compiled.sql), compiled.parameters.len(), "{:?}", compiled);
+                prop_assert!(compiled.sql.len() <= sql.len());
             }
         }
 

@@ -141,6 +141,7 @@ mod tests {
 
     use super::*;
     use crate::chain::tests::event;
+    use crate::spoiled;
 
     const LOG: &str = "5f9c2a1e-0000-0000-0000-000000000001";
 
@@ -192,10 +193,42 @@ mod tests {
         }
     }
 
+    /// A message with everything in it that a message may have.
+    fn three_events() -> String {
+        let mut events = [event(8), event(9), event(10)];
+        events[0].event_type = "with \"quotes\" and \\".into();
+        events[1].payload = r#"{"a":[1,-2.5e3,"é\u0041",{"b":null}]}"#.into();
+        events[2].metadata = Some("[true]".into());
+        pack(LOG, Position::new(7), &events, 100_000, 100).body
+    }
+
+    #[test]
+    fn json_of_any_depth_does_not_exhaust_the_stack() {
+        let body = pack(LOG, Position::new(7), &[event(8)], 100_000, 100).body;
+        for deep in ["[".repeat(200_000), format!("{}1{}", "[".repeat(200_000), "]".repeat(200_000))] {
+            parse(&body.replace("\"payload\":{}", &format!("\"payload\":{deep}")), LOG);
+            parse(&deep, LOG);
+        }
+    }
+
     proptest! {
         #[test]
         fn no_text_makes_the_parser_panic(body in ".{0,300}") {
             parse(&body, LOG);
+        }
+
+        /// Whatever is made of a message, what is read is consecutive, and no larger than what was received.
+        #[test]
+        fn a_spoiled_message_is_a_run_no_larger_than_itself_or_a_doorbell(body in spoiled::text(&three_events())) {
+            let Message::Events(run) = parse(&body, LOG) else { return Ok(()) };
+            let events = run.above(run.prev());
+            let positions: Vec<u64> = events.iter().map(|event| event.position.get()).collect();
+            prop_assert_eq!(positions, (run.prev().get() + 1..=run.last().get()).collect::<Vec<_>>());
+            let text = |event: &Event| {
+                let names = event.event_id.len() + event.stream_id.len() + event.event_type.len();
+                names + event.payload.len() + event.metadata.as_ref().map_or(0, String::len)
+            };
+            prop_assert!(!events.is_empty() && events.iter().map(text).sum::<usize>() <= body.len());
         }
 
         /// Packing a log message by message gives back every event, in messages that the queue takes.

@@ -222,3 +222,22 @@ where
 fn causes(error: &dyn std::error::Error) -> String {
     std::iter::successors(Some(error), |error| error.source()).map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// AWS sends these; LocalStack refuses only what is the sender's fault.
+    #[test]
+    fn a_batch_that_failed_in_part_is_an_error_unless_only_receipts_had_expired() {
+        let entry = |sender_fault, code| {
+            let entry =
+                BatchResultErrorEntry::builder().id("0").sender_fault(sender_fault).code(code).message("as told");
+            entry.build().expect("all that it needs")
+        };
+        let expired = entry(true, "ReceiptHandleIsInvalid");
+        assert!(check_batch("delete", &[]).is_ok() && check_batch("delete", std::slice::from_ref(&expired)).is_ok());
+        let refused = check_batch("delete", &[expired, entry(false, "InternalError")]).expect_err("it is SQS's own");
+        assert_eq!(refused.0, "could not delete a message: as told");
+    }
+}

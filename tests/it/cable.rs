@@ -19,7 +19,8 @@ const PING: &[u8] = b"\x01\x00\x00\x00\x0e";
 #[tokio::test]
 async fn a_network_that_resets_every_connection_again_and_again_breaks_nobody() {
     let world = World::new().await;
-    let tally = Tally::new("tally");
+    // A single event for it, so that a batch that fails is not tried again event by event.
+    let tally = Tally::new("tally").only(&["Closed"]);
     let resets = Arc::new(AtomicU64::new(0));
     let (counted, is_down) = (Arc::clone(&resets), AtomicBool::new(false));
     let url = world
@@ -37,8 +38,8 @@ async fn a_network_that_resets_every_connection_again_and_again_breaks_nobody() 
         })
         .await;
     let database = Database::connect(&url, 8, PATIENCE).await.expect("the server answers");
-    let registry = set([scripted_at(&tally, 5, |db| Box::pin(run(db, "select 'at the poison'")))]);
-    world.append(10).await;
+    let registry = set([scripted_at(&tally, 3, |db| Box::pin(run(db, "select 'at the poison'")))]);
+    world.append(5).await;
     let report = boot(&database, &registry, Limits::default(), |_| {}).await.expect("boot comes to an end");
     assert!(report.is_released(), "{report:?}");
     assert_eq!(resets.load(Ordering::SeqCst), 11);

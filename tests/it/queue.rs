@@ -155,6 +155,26 @@ async fn the_loss_of_the_last_message_on_an_idle_log_is_repaired() {
     world.assert_complete(&tally).await;
 }
 
+/// As by the retention of a queue that nobody has read for too long: the oldest have gone, and nobody says so.
+#[tokio::test]
+async fn messages_that_expired_while_nobody_played_are_read_from_the_store() {
+    let world = World::new().await;
+    let tally = Tally::new("tally");
+    let registry = registry(&[&tally]);
+    world.boot(&registry).await;
+    world.append(60).await;
+    world.publish(10).await;
+    let received = world.queue.receive(Duration::from_secs(1)).await.expect("received");
+    let receipts: Vec<String> = received.into_iter().map(|message| message.receipt).collect();
+    assert_eq!(receipts.len(), 6);
+    world.queue.delete(&receipts[..4]).await.expect("deleted");
+    world.queue.hide(&receipts[4..], Duration::ZERO).await.expect("given back");
+
+    let played = world.play_with(Arc::clone(&world.queue) as Arc<dyn Queue>, &registry, World::play_settings()).await;
+    assert_eq!(played.messages, 2, "the rest came from the store");
+    world.assert_complete(&tally).await;
+}
+
 #[tokio::test]
 async fn foreign_messages_neither_stop_nor_change_anything() {
     for world in [World::new().await, World::with_standard_queue().await] {
@@ -316,6 +336,21 @@ async fn a_message_that_becomes_visible_in_the_middle_of_the_work_is_applied_onc
     slow.stop().await;
     other.stop().await;
     world.assert_complete(&tally).await;
+}
+
+#[tokio::test]
+async fn a_receipt_of_a_message_that_was_received_again_is_no_error_and_the_new_one_deletes_it() {
+    for world in [World::new().await, World::with_standard_queue().await] {
+        world.append(1).await;
+        world.publish(1).await;
+        let queue = SqsQueue::with_client(world.sqs.clone(), &world.queue_url, Duration::from_secs(1)).await;
+        let queue = queue.expect("the queue answers");
+        let receive = async || queue.receive(Duration::from_secs(20)).await.expect("received").remove(0).receipt;
+        let (stale, valid) = (receive().await, receive().await);
+        queue.delete(&[stale]).await.expect("what is too late is no failure");
+        queue.delete(&[valid]).await.expect("deleted");
+        assert_eq!(world.depth().await, 0);
+    }
 }
 
 #[tokio::test]
