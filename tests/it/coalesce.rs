@@ -218,6 +218,46 @@ async fn a_statement_in_between_on_the_same_table_keeps_its_place() {
     assert_eq!((together, alone), (240 + LOOK, 240));
 }
 
+/// Statements of the same numbers of rows come again and again, with values of other types at the same places.
+#[tokio::test]
+async fn no_value_binds_otherwise_because_of_the_rows_around_it() {
+    const VALUES: &[&str] = &[
+        "10.5",
+        "\"00123\"",
+        "12345678901234567.891",
+        "null",
+        "7",
+        "\"a\"",
+        "true",
+        "\"1e2\"",
+        "-0.25",
+        "18446744073709551617",
+    ];
+    let world = World::new().await;
+    let mut dice = fastrand::Rng::with_seed(seed());
+    let mut events = Vec::new();
+    for run in 0..60 {
+        let value = VALUES[dice.usize(..VALUES.len())];
+        for number in 0..dice.usize(1..10) {
+            let value = if dice.u8(..10) == 0 { "null" } else { value };
+            events.push(NewEvent { payload: format!(r#"{{"v":{value}}}"#), ..event(3 * number) });
+        }
+        if run % 3 == 2 {
+            events.push(of_type("Pause", 0));
+        }
+    }
+    append(&world, events).await;
+    let table =
+        "create table <a> (k bigint primary key, v varchar(40) collate utf8mb4_bin null, w text collate utf8mb4_bin)";
+    let sql = "insert into <a> values (:position, :payload.v, concat('<', coalesce(:payload.v, :payload), '>'))";
+    let mut case = Case::new(&[table], &[]);
+    case.handlers = vec![("'Opened'", sql.to_owned()), ("'Pause'", "do 1".to_owned())];
+    let together = Way::Together.boot(&world, &case).await;
+    assert_eq!(together.status, "live", "{together:?}");
+    assert_eq!(together, Way::Alone.boot(&world, &case).await);
+    assert!(statements(&world, Way::Together).await < statements(&world, Way::Alone).await);
+}
+
 #[tokio::test]
 async fn a_table_with_a_trigger_is_written_row_by_row() {
     let trigger = "create trigger <way>_trigger after insert on <b> for each row \
