@@ -118,7 +118,8 @@ pub async fn eight_at_once(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<(
     let times = Times { what: "do-nothing", target: Some(Target::AtMost(1.5)) };
     times.compare(bench, sheet, world, [(&eight, &[]), (&only(Nothing::with_all())?, &[])]).await?;
 
-    let world = &booted_once(bench, bench.options.fewer_events()).await?;
+    // Each of them is written eight times.
+    let world = &booted_once(bench, bench.options.fewer_events() / 4).await?;
     let models: Vec<ReadModel> = (0..MANY).map(|number| ReadModel::new(&format!("upserted_{number}"))).collect();
     for model in &models {
         model.make(world).await?;
