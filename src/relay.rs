@@ -22,7 +22,7 @@ const BUSY_FOR: Duration = Duration::from_secs(1);
 /// How the relay works.
 #[derive(Debug, Clone, Copy)]
 pub struct RelaySettings {
-    /// The longest pause between two looks at a log in which nothing is new. While events come, it is a tenth of that.
+    /// The longest pause between two looks at a log in which nothing is new. While events come, it is a twentieth of that.
     pub interval: Duration,
     /// The most events in one message; the queue's largest message bounds it, too.
     pub max_events: usize,
@@ -42,6 +42,8 @@ pub(crate) struct Relay {
     holder: String,
     /// When the lease was last taken: an idle log costs reads, but hardly any writes.
     leased: Option<Instant>,
+    /// As this relay left them: while it has the lease, hardly anybody else moves them, and who does only makes work.
+    marks: Option<Marks>,
     held: HeldWatch,
     /// How many messages were sent: a failure after progress is a first failure.
     sent: u64,
@@ -82,7 +84,7 @@ pub(crate) fn deduplication_id(log_id: &str, published: Position, last: Position
 impl Relay {
     pub(crate) fn new(store: EventStore, queue: Arc<dyn Queue>, settings: RelaySettings) -> Self {
         let (holder, held) = (Uuid::now_v7().to_string(), HeldWatch::default());
-        Relay { store, queue, settings, holder, leased: None, held, sent: 0 }
+        Relay { store, queue, settings, holder, leased: None, marks: None, held, sent: 0 }
     }
 
     /// Publishes until it is dropped; the lease it then holds runs out. Failures are told and tried again.
@@ -103,7 +105,7 @@ impl Relay {
                         continue;
                     }
                     let is_busy = last_event.is_some_and(|last| last.elapsed() < BUSY_FOR);
-                    tokio::time::sleep(self.settings.interval / if is_busy { 10 } else { 1 }).await;
+                    tokio::time::sleep(self.settings.interval / if is_busy { 20 } else { 1 }).await;
                 }
                 Ok(Looked::Elsewhere) => tokio::time::sleep(LEASE / 5).await,
                 Err(error) => {
@@ -132,10 +134,15 @@ impl Relay {
                 let asked = Instant::now();
                 self.leased = self.store.lease_relay(&self.holder, LEASE).await?.then_some(asked);
                 let Some(leased) = self.leased else { return Ok(Looked::Elsewhere) };
+                // Others may have moved them meanwhile.
+                self.marks = None;
                 leased
             }
         };
-        let marks = self.store.marks().await?;
+        let marks = match self.marks.take() {
+            Some(marks) => marks,
+            None => self.store.marks().await?,
+        };
         let mark = self.raise_high_water(&marks).await?;
         let mut published = marks.published;
         while published < mark {
@@ -168,7 +175,9 @@ impl Relay {
                 break;
             }
         }
-        Ok(Looked::Published { events: published.since(marks.published), through: published })
+        let events = published.since(marks.published);
+        self.marks = Some(Marks { high_water: mark, published, ..marks });
+        Ok(Looked::Published { events, through: published })
     }
 
     /// Raises the mark. What is proved is published before a hole above it is waited for.

@@ -27,7 +27,7 @@ pub(super) struct RelayCommand {
 /// Options of every command with a relay in it.
 #[derive(Debug, Args)]
 pub(super) struct RelayOptions {
-    /// The longest pause between two looks at a log in which nothing is new, in milliseconds; a tenth of it while events come
+    /// The longest pause between two looks at a log in which nothing is new, in milliseconds; a twentieth while events come
     #[arg(long, value_name = "MS", env = "PROJECTIONIST_RELAY_INTERVAL", default_value_t = 50,
           value_parser = clap::value_parser!(u64).range(1..=60_000))]
     relay_interval: u64,

@@ -9,14 +9,13 @@ use uuid::Uuid;
 use super::EventStore;
 use crate::error::{is_transient, server_error};
 use crate::event::{NewEvent, Position};
+use crate::multi_row::{Rows, Statement};
 use crate::retry;
 
+/// One text for any number of rows, with [`INSERT_ROW`] for each.
 const INSERT: &str =
-    "insert into events (event_id, stream_id, stream_version, event_type, recorded_at, payload, metadata) ";
-
-/// What goes into one statement: rows, and bytes of payload and metadata. An event that is larger goes alone.
-const INSERT_ROWS: usize = 500;
-const INSERT_BYTES: usize = 2 * 1024 * 1024;
+    "insert into events (event_id, stream_id, stream_version, event_type, recorded_at, payload, metadata) values ";
+const INSERT_ROW: &str = "(?, ?, ?, ?, coalesce(?, utc_timestamp(6)), ?, ?)";
 
 const VERSIONS: &str = "select stream_id, max(stream_version) from events where stream_id in (";
 
@@ -117,20 +116,20 @@ impl EventStore {
         let mut connection = self.database.acquire().await?;
         let mut transaction = connection.begin().await?;
         let versions = assign_versions(events, current_versions(&mut transaction, events).await?)?;
-        for chunk in chunks(events) {
-            let mut insert = QueryBuilder::new(INSERT);
-            insert.push_values(chunk, |mut row, index| {
-                let event = &events[index];
-                row.push_bind(&ids[index]).push_bind(&event.stream_id).push_bind(versions[index]);
-                row.push_bind(&event.event_type);
-                match event.recorded_at {
-                    Some(at) => row.push_bind(at),
-                    None => row.push("utc_timestamp(6)"),
-                };
-                row.push_bind(&event.payload).push_bind(&event.metadata);
-            });
-            insert.build().persistent(false).execute(&mut *transaction).await.map_err(refused)?;
+        let mut rows = Rows::default();
+        for ((event, id), version) in events.iter().zip(ids).zip(versions) {
+            rows.begin();
+            rows.bind(id.as_str())
+                .and_then(|()| rows.bind(event.stream_id.as_str()))
+                .and_then(|()| rows.bind(version))
+                .and_then(|()| rows.bind(event.event_type.as_str()))
+                .and_then(|()| rows.bind(event.recorded_at))
+                .and_then(|()| rows.bind(event.payload.as_str()))
+                .and_then(|()| rows.bind(event.metadata.as_deref()))
+                .map_err(sqlx::Error::Encode)?;
         }
+        let insert = Statement { head: INSERT, row: INSERT_ROW, tail: "" };
+        rows.send(insert, &mut transaction).await.map_err(refused)?;
         *asked = true;
         Ok(transaction.commit().await?)
     }
@@ -147,13 +146,17 @@ async fn current_versions(
     events: &[NewEvent],
 ) -> Result<HashMap<String, u64>, sqlx::Error> {
     let streams: HashSet<&str> = events.iter().map(|event| event.stream_id.as_str()).collect();
+    let mut streams: Vec<&str> = streams.into_iter().collect();
+    // A prepared statement for each power of two, not for each number. To name a stream twice does no harm.
+    let last = streams.last().copied().unwrap_or_default();
+    streams.resize(streams.len().next_power_of_two(), last);
     let mut query = QueryBuilder::new(VERSIONS);
     let mut list = query.separated(", ");
     for stream in streams {
         list.push_bind(stream);
     }
     query.push(") group by stream_id");
-    let rows: Vec<(String, u64)> = query.build_query_as().persistent(false).fetch_all(connection).await?;
+    let rows: Vec<(String, u64)> = query.build_query_as().fetch_all(connection).await?;
     Ok(rows.into_iter().collect())
 }
 
@@ -170,26 +173,6 @@ fn assign_versions(events: &[NewEvent], mut current: HashMap<String, u64>) -> Re
         versions.push(*version);
     }
     Ok(versions)
-}
-
-/// The events that go into each statement, by index.
-fn chunks(events: &[NewEvent]) -> Vec<std::ops::Range<usize>> {
-    let mut chunks: Vec<std::ops::Range<usize>> = Vec::new();
-    let mut bytes = 0;
-    for (index, event) in events.iter().enumerate() {
-        let size = event.payload.len() + event.metadata.as_ref().map_or(0, String::len);
-        match chunks.last_mut() {
-            Some(chunk) if chunk.len() < INSERT_ROWS && bytes + size <= INSERT_BYTES => {
-                chunk.end += 1;
-                bytes += size;
-            }
-            _ => {
-                chunks.push(index..index + 1);
-                bytes = size;
-            }
-        }
-    }
-    chunks
 }
 
 /// Which unique key a row ran into.
@@ -253,11 +236,5 @@ mod tests {
         let Err(AppendError::WrongVersion { index: 1, expected: 2, actual: 2, .. }) = error else {
             panic!("{error:?}");
         };
-    }
-
-    #[test]
-    fn a_large_event_has_a_statement_of_its_own() {
-        let events = [event("a", None, 10), event("a", None, 10), event("a", None, INSERT_BYTES), event("a", None, 10)];
-        assert_eq!(chunks(&events), [0..2, 2..3, 3..4]);
     }
 }
