@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use futures_util::{Stream, TryStreamExt};
 use sqlx::mysql::MySqlRow;
 use sqlx::pool::PoolConnection;
-use sqlx::{MySql, QueryBuilder, Row};
+use sqlx::{MySql, MySqlConnection, QueryBuilder, Row};
 use time::OffsetDateTime;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -113,13 +113,37 @@ impl EventStore {
     /// `through` must not lie above the high-water mark.
     pub(crate) async fn read_after(&self, after: Position, through: Position, limit: u64) -> Result<Page, sqlx::Error> {
         let end = through.min(Position::new(after.get().saturating_add(limit)));
-        let mut reading = Reading::open(self).await?;
-        let mut query = range(after, end, &Wanted::default());
-        let mut rows = query.build().fetch(&mut *reading.connection);
-        let page = self.database.answered(read_page(&mut rows, after, end, limit)).await?;
-        drop(rows);
-        reading.is_done = page.through == end;
-        Ok(page)
+        self.reading(async |connection| {
+            let mut query = range(after, end, &Wanted::default());
+            let mut rows = query.build().fetch(connection);
+            let page = self.database.answered(read_page(&mut rows, after, end, limit)).await?;
+            let is_done = page.through == end;
+            Ok((page, is_done))
+        })
+        .await
+    }
+
+    /// Reads rows on a session that is kept for the next, if they were read to their end.
+    async fn reading<T>(
+        &self,
+        read: impl AsyncFnOnce(&mut MySqlConnection) -> Result<(T, bool), sqlx::Error>,
+    ) -> Result<T, sqlx::Error> {
+        let mut session = self.database.session().await?;
+        let mut reading = Reading { connection: &mut session.connection, is_done: false };
+        let (value, is_done) = match read(reading.connection).await {
+            Ok(read) => read,
+            Err(error) => {
+                // What ended this connection may have ended those that are kept.
+                self.database.let_go();
+                return Err(error);
+            }
+        };
+        reading.is_done = is_done;
+        drop(reading);
+        if is_done {
+            self.database.keep(session);
+        }
+        Ok(value)
     }
 
     /// Begins to read all pages of the wanted events in (`after`, `through`], which must not lie above the high-water mark.
@@ -177,20 +201,20 @@ impl EventStore {
         pages: &mpsc::Sender<Result<Page, sqlx::Error>>,
     ) -> Result<(), sqlx::Error> {
         let mut after = Position::new(reached.load(Ordering::Relaxed));
-        let mut reading = Reading::open(self).await?;
-        let mut query = range(after, end, wanted);
-        let mut rows = query.build().fetch(&mut *reading.connection);
-        while after < end {
-            let page = self.database.answered(read_page(&mut rows, after, end, limit)).await?;
-            after = page.through;
-            if pages.send(Ok(page)).await.is_err() {
-                return Ok(());
+        self.reading(async |connection| {
+            let mut query = range(after, end, wanted);
+            let mut rows = query.build().fetch(connection);
+            while after < end {
+                let page = self.database.answered(read_page(&mut rows, after, end, limit)).await?;
+                after = page.through;
+                if pages.send(Ok(page)).await.is_err() {
+                    return Ok(((), false));
+                }
+                reached.store(after.get(), Ordering::Relaxed);
             }
-            reached.store(after.get(), Ordering::Relaxed);
-        }
-        drop(rows);
-        reading.is_done = true;
-        Ok(())
+            Ok(((), true))
+        })
+        .await
     }
 
     /// When the event at this position was recorded; `None` if there is none.
@@ -207,20 +231,14 @@ impl EventStore {
     }
 }
 
-/// A connection on which rows are read. The rest of those that nobody wants any more are still on the wire: it is cheaper
-/// to hang up than to read them.
-struct Reading {
-    connection: PoolConnection<MySql>,
+/// While rows are read. The rest of those that nobody wants any more are still on the wire: it is cheaper to hang up than to
+/// read them.
+struct Reading<'c> {
+    connection: &'c mut PoolConnection<MySql>,
     is_done: bool,
 }
 
-impl Reading {
-    async fn open(store: &EventStore) -> Result<Self, sqlx::Error> {
-        Ok(Reading { connection: store.database.acquire().await?, is_done: false })
-    }
-}
-
-impl Drop for Reading {
+impl Drop for Reading<'_> {
     fn drop(&mut self) {
         if !self.is_done {
             self.connection.close_on_drop();
