@@ -87,7 +87,7 @@ pub async fn play(
     // A worker that gave up on one projector would delete messages that it has not passed.
     let limits = Limits { patience: None, ..settings.limits };
     let engine = Engine::new(database, limits, registry);
-    let log_id = engine.store.marks().await?.log_id;
+    let log_id = engine.persist("read the marks of the log", || engine.store.marks()).await?.log_id;
     let mut worker = Worker {
         engine,
         queue,
@@ -138,7 +138,7 @@ struct Worker {
 impl Worker {
     /// Says whom it plays, and whom not.
     async fn introduce(&self) -> Result<(), Error> {
-        let entries = self.engine.ledger.entries().await?;
+        let entries = self.engine.persist("read the ledger", || self.engine.ledger.entries()).await?;
         for projector in self.registry.iter() {
             match entries.iter().find(|entry| entry.id == projector.id) {
                 None => warn!(projector = %projector.id, "not booted, and so not played: run boot"),

@@ -1,20 +1,21 @@
 //! The way to MySQL or MariaDB: connections with the session that the protocol needs, and the checks of the server.
 
+mod kept;
+
 use std::borrow::Cow;
 use std::future::Future;
 use std::str::FromStr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use sqlx::migrate::{Migration, MigrationType, Migrator};
 use sqlx::mysql::{MySqlConnectOptions, MySqlPoolOptions};
 use sqlx::pool::PoolConnection;
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor, MySql, MySqlConnection, MySqlPool, SqlSafeStr};
-use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
-use crate::error::{Error, is_read_only, is_transient, server_error};
+use crate::error::{Error, is_read_only, server_error};
+use kept::Kept;
 
 /// Under repeatable read the probe of a hole takes gap locks that block writers, and a long transaction
 /// would not see what has been committed since it began. (That time is UTC, sqlx sees to.)
@@ -37,8 +38,6 @@ const RETURNS_WITHIN: Duration = Duration::from_secs(5);
 /// on (transact-rs/sqlx#4335), the statement after that waits for 40 ms. A server allows 16,382 in all, by default.
 const STATEMENTS: usize = 256;
 
-const SESSION_ID: &str = "select connection_id()";
-
 const VERSION: &str = "select version(), @@global.auto_increment_increment";
 
 /// Read by the migrator only: its lock and its table need a name of their own, so that a team's own
@@ -53,35 +52,7 @@ pub struct Database {
     /// When a connection last turned out to lead to a server that is read-only.
     distrusted: watch::Sender<Option<Instant>>,
     answer_within: Duration,
-    kept: Arc<Mutex<Kept>>,
-}
-
-/// A connection, with the number that the server has for it.
-#[derive(Debug)]
-pub(crate) struct Session {
-    pub(crate) connection: PoolConnection<MySql>,
-    /// What `kill` takes.
-    pub(crate) id: u64,
-    /// Since when it has been out of the pool.
-    since: Instant,
-    used: Instant,
-}
-
-/// Sessions between two batches. The pool would ask each of them whether it still answers, twice, before it gave it out
-/// again: as many round trips as a batch has.
-#[derive(Debug)]
-struct Kept {
-    sessions: Vec<Session>,
-    most: usize,
-}
-
-impl Drop for Kept {
-    /// A connection goes back to its pool by a task. Without a runtime there is none, and it is closed.
-    fn drop(&mut self) {
-        if Handle::try_current().is_err() {
-            self.sessions.drain(..).for_each(|session| drop(session.connection.detach()));
-        }
-    }
+    kept: Kept,
 }
 
 /// What differs between the servers is decided by this.
@@ -148,8 +119,7 @@ impl Database {
             .connect_lazy_with(options);
         let flavor = if version.contains("MariaDB") { Flavor::MariaDb } else { Flavor::MySql };
         // The other half is for what takes a connection for one statement.
-        let kept = Kept { sessions: Vec::new(), most: connections as usize / 2 };
-        let kept = Arc::new(Mutex::new(kept));
+        let kept = Kept::new(connections as usize / 2);
         Ok(Database { pool, flavor, distrusted, answer_within: ANSWER_WITHIN, kept })
     }
 
@@ -190,7 +160,7 @@ impl Database {
             Migration::new(version, Cow::Borrowed(name), MigrationType::Simple, sql.into_sql_str(), false)
         };
         let mut migrator =
-            Migrator::with_migrations(vec![migration(1, "tables", include_str!("../migrations/0001_tables.sql"))]);
+            Migrator::with_migrations(vec![migration(1, "tables", include_str!("../../migrations/0001_tables.sql"))]);
         migrator.dangerous_set_table_name(MIGRATIONS_TABLE);
         migrator.run(&self.pool).await.map_err(|error| match error {
             sqlx::migrate::MigrateError::Execute(error) | sqlx::migrate::MigrateError::ExecuteMigration(error, _) => {
@@ -207,52 +177,6 @@ impl Database {
             Err(error) if server_error(&error) != Some(1094) => Err(error),
             _ => Ok(()),
         }
-    }
-
-    /// A session for a batch: one that was kept, or another of the pool.
-    pub(crate) async fn session(&self) -> Result<Session, sqlx::Error> {
-        if let Some(session) = self.kept().sessions.pop().filter(|session| session.used.elapsed() < UNUSED_FOR) {
-            return Ok(session);
-        }
-        let since = Instant::now();
-        let mut connection = self.acquire().await?;
-        let id = self.answered(sqlx::query_scalar(SESSION_ID).fetch_one(&mut *connection)).await?;
-        Ok(Session { connection, id, since, used: since })
-    }
-
-    /// Keeps a session for the next batch. It must be in order, and in no transaction.
-    pub(crate) fn keep(&self, session: Session) {
-        let is_older = self.distrusted.borrow().is_some_and(|distrusted| session.since <= distrusted);
-        let mut kept = self.kept();
-        if !is_older && kept.sessions.len() < kept.most {
-            kept.sessions.push(Session { used: Instant::now(), ..session });
-        }
-    }
-
-    /// Runs statements of ours on a session that is kept for the next.
-    pub(crate) async fn ask<T>(
-        &self,
-        asking: impl AsyncFnOnce(&mut MySqlConnection) -> Result<T, sqlx::Error>,
-    ) -> Result<T, sqlx::Error> {
-        let mut session = self.session().await?;
-        let answer = self.answered(asking(&mut session.connection)).await;
-        match &answer {
-            Ok(_) => self.keep(session),
-            // What ended this connection may have ended those that are kept.
-            Err(error) if is_transient(error) => self.let_go(),
-            Err(_) => {}
-        }
-        answer
-    }
-
-    /// Gives what is kept back to the pool, where every connection is asked whether it still answers.
-    pub(crate) fn let_go(&self) {
-        self.kept().sessions.clear();
-    }
-
-    fn kept(&self) -> MutexGuard<'_, Kept> {
-        // What is in it is in order after a panic, too.
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A connection beside the pool, so that whoever keeps it for long takes none from those who work.

@@ -1,0 +1,99 @@
+//! Sessions that are kept between two batches, or two statements of ours.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use sqlx::pool::PoolConnection;
+use sqlx::{MySql, MySqlConnection};
+use tokio::runtime::Handle;
+
+use super::{Database, UNUSED_FOR};
+use crate::error::is_transient;
+
+const SESSION_ID: &str = "select connection_id()";
+
+/// A connection, with the number that the server has for it.
+#[derive(Debug)]
+pub(crate) struct Session {
+    pub(crate) connection: PoolConnection<MySql>,
+    /// What `kill` takes.
+    pub(crate) id: u64,
+    /// Since when it has been out of the pool.
+    since: Instant,
+    used: Instant,
+}
+
+/// Sessions between two batches. The pool would ask each of them whether it still answers, three times, before it gave it
+/// out again: as many round trips as a batch has.
+#[derive(Debug, Clone)]
+pub(super) struct Kept(Arc<Mutex<Sessions>>);
+
+#[derive(Debug)]
+struct Sessions {
+    idle: Vec<Session>,
+    most: usize,
+}
+
+impl Kept {
+    pub(super) fn new(most: usize) -> Self {
+        Kept(Arc::new(Mutex::new(Sessions { idle: Vec::new(), most })))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Sessions> {
+        // What is in it is in order after a panic, too.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Sessions {
+    /// A connection goes back to its pool by a task. Without a runtime there is none, and it is closed.
+    fn drop(&mut self) {
+        if Handle::try_current().is_err() {
+            self.idle.drain(..).for_each(|session| drop(session.connection.detach()));
+        }
+    }
+}
+
+impl Database {
+    /// A session for a batch: one that was kept, or another of the pool.
+    pub(crate) async fn session(&self) -> Result<Session, sqlx::Error> {
+        if let Some(session) = self.kept.lock().idle.pop().filter(|session| session.used.elapsed() < UNUSED_FOR) {
+            return Ok(session);
+        }
+        let since = Instant::now();
+        let mut connection = self.acquire().await?;
+        let id = self.answered(sqlx::query_scalar(SESSION_ID).fetch_one(&mut *connection)).await?;
+        Ok(Session { connection, id, since, used: since })
+    }
+
+    /// Keeps a session for the next batch. It must be in order, and in no transaction.
+    pub(crate) fn keep(&self, session: Session) {
+        let is_older = self.distrusted.borrow().is_some_and(|distrusted| session.since <= distrusted);
+        let mut kept = self.kept.lock();
+        if !is_older && kept.idle.len() < kept.most {
+            kept.idle.push(Session { used: Instant::now(), ..session });
+        }
+    }
+
+    /// Runs statements of ours on a session that is kept for the next. Nobody has asked such a session whether it still
+    /// answers: if it was ended meanwhile, that is the statement's error, and the caller tries again.
+    pub(crate) async fn ask<T>(
+        &self,
+        asking: impl AsyncFnOnce(&mut MySqlConnection) -> Result<T, sqlx::Error>,
+    ) -> Result<T, sqlx::Error> {
+        let mut session = self.session().await?;
+        let answer = self.answered(asking(&mut session.connection)).await;
+        match &answer {
+            Ok(_) => self.keep(session),
+            // What ended this connection may have ended those that are kept.
+            Err(error) if is_transient(error) => self.let_go(),
+            Err(_) => {}
+        }
+        answer
+    }
+
+    /// Gives what is kept back to the pool, where every connection is asked whether it still answers.
+    pub(crate) fn let_go(&self) {
+        self.kept.lock().idle.clear();
+    }
+}
