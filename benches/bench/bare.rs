@@ -5,31 +5,89 @@ use std::time::{Duration, Instant};
 
 use anyhow::ensure;
 use futures_util::TryStreamExt;
+use futures_util::future::try_join_all;
 use projectionist::sqlx::mysql::MySqlRow;
 use projectionist::sqlx::{self, Connection, MySqlConnection, Row};
 use time::OffsetDateTime;
+use tokio::sync::mpsc;
 
+use crate::fence::Fence;
+use crate::log::{ONE_IN, RARE};
 use crate::projectors::{ROWS, ReadModel, Written};
 use crate::world::World;
 
-const PAGE: &str = "select position, event_id, stream_id, stream_version, event_type, recorded_at, payload, metadata \
-                    from events where position > ? and position <= ? order by position";
+macro_rules! events {
+    ($which:literal) => {
+        concat!(
+            "select position, event_id, stream_id, stream_version, event_type, recorded_at, payload, metadata from events ",
+            $which,
+            " order by position"
+        )
+    };
+}
 
-const ALL: &str = "select position, event_id, stream_id, stream_version, event_type, recorded_at, payload, metadata \
-                   from events order by position";
+const PAGE: &str = events!("where position > ? and position <= ?");
+
+const RARE_PAGE: &str = events!("where position > ? and position <= ? and event_type in (?)");
+
+const ALL: &str = events!("");
+
+/// As many positions as boot reads by one statement.
+const RANGE: u64 = 65_536;
+
+/// Pages that are read ahead, as boot has them.
+const PAGES_AHEAD: usize = 2;
 
 /// Reads a log of so many events in pages, and does nothing.
 pub async fn read_pages(world: &World, events: u64, page: u64) -> anyhow::Result<Duration> {
+    read_ranges(world, events, page, None).await
+}
+
+/// Reads what is rare in a log of so many events, and does nothing.
+pub async fn read_rare(world: &World, events: u64) -> anyhow::Result<Duration> {
+    read_ranges(world, events, RANGE, Some(RARE)).await
+}
+
+async fn read_ranges(world: &World, events: u64, length: u64, only: Option<&str>) -> anyhow::Result<Duration> {
+    let (page, expected) = if only.is_some() { (RARE_PAGE, events / ONE_IN) } else { (PAGE, events) };
     let mut connection = world.connection().await?;
     let began = Instant::now();
     let mut count = 0;
-    for after in (0..events).step_by(page as usize) {
-        let mut rows = sqlx::query(PAGE).bind(after).bind(after + page).fetch(&mut connection);
+    for after in (0..events).step_by(length as usize) {
+        let range = sqlx::query(page).bind(after).bind(after + length);
+        let mut rows = only.into_iter().fold(range, |range, only| range.bind(only)).fetch(&mut connection);
         while let Some(row) = rows.try_next().await? {
             touch(&row)?;
             count += 1;
         }
     }
+    finished(began, count, expected)
+}
+
+/// Reads a log of so many events in one statement and ahead, and moves so many positions past each page, side by side.
+pub async fn read_and_commit(world: &World, events: u64, positions: u32) -> anyhow::Result<Duration> {
+    let mut fences = Vec::new();
+    for number in 0..positions {
+        fences.push(Fence::new(world, number).await?);
+    }
+    let mut connection = world.connection().await?;
+    let began = Instant::now();
+    let (sender, mut pages) = mpsc::channel(PAGES_AHEAD);
+    let reading = tokio::spawn(async move {
+        let mut pages = sqlx::query(ALL).fetch(&mut connection).try_chunks(ROWS);
+        while let Some(page) = pages.try_next().await? {
+            page.iter().try_for_each(touch)?;
+            sender.send(page).await?;
+        }
+        anyhow::Ok(())
+    });
+    let mut count = 0;
+    while let Some(page) = pages.recv().await {
+        let length = page.len() as u64;
+        try_join_all(fences.iter_mut().map(|fence| fence.advance(length))).await?;
+        count += length;
+    }
+    reading.await??;
     finished(began, count, events)
 }
 

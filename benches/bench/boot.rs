@@ -2,10 +2,10 @@
 
 use projectionist::{EventTypes, Projector, Registry};
 
-use crate::lanes::{in_turn, lane, per_second};
+use crate::lanes::{Series, in_turn, lane, per_second};
 use crate::log::RARE;
 use crate::projectors::{Nothing, ReadModel, UpsertEach, UpsertRows, declared, empty};
-use crate::sheet::{By, Line, Sheet, Target, Unit};
+use crate::sheet::{By, Least, Line, Sheet, Target, Unit};
 use crate::world::World;
 use crate::{Bench, bare};
 
@@ -108,15 +108,33 @@ pub async fn upsert_rows(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()>
     Ok(())
 }
 
-/// Boot of eight at once, and of one.
+/// Boot of eight at once, and of one; and the commits that eight cannot do without.
 pub async fn eight_at_once(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
-    let world = &booted_once(bench, bench.options.events).await?;
+    let events = bench.options.events;
+    let world = &booted_once(bench, events).await?;
     let mut eight = Registry::new();
     for number in 0..MANY {
         eight.add(Nothing { name: format!("nothing_{number}"), wanted: EventTypes::All })?;
     }
-    let times = Times { what: "do-nothing", target: Some(Target::AtMost(1.5)) };
-    times.compare(bench, sheet, world, [(&eight, &[]), (&only(Nothing::with_all())?, &[])]).await?;
+    let (eight, one) = (&eight, &only(Nothing::with_all())?);
+    let commits = |positions| async move { Ok(bare::read_and_commit(world, events, positions).await?.as_secs_f64()) };
+    let [ours, bound, eight_commits, one_commit] = in_turn(
+        bench.options.rounds,
+        [
+            lane("boot of eight", || seconds(world, eight, &[])),
+            lane("of one", || seconds(world, one, &[])),
+            lane("one read, and eight fenced commits side by side per 1,000 events", || commits(MANY as u32)),
+            lane("one read, and one such commit", || commits(1)),
+        ],
+    )
+    .await?;
+    let least = Least {
+        what: "boot, do-nothing, 8 projectors ÷ read and 8 commits".into(),
+        bare: eight_commits,
+        bare_bound: one_commit,
+        target: Target::AtMost(1.25),
+    };
+    sheet.add_with_least(times("boot, do-nothing", ours, bound, Some(Target::AtMost(1.5))), least);
 
     // Each of them is written eight times.
     let world = &booted_once(bench, bench.options.fewer_events() / 4).await?;
@@ -124,73 +142,72 @@ pub async fn eight_at_once(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<(
     for model in &models {
         model.make(world).await?;
     }
-    let (eight, one) = (declared(&models, "*")?, declared(&models[..1], "*")?);
-    let times = Times { what: "declared upsert", target: None };
-    times.compare(bench, sheet, world, [(&eight, &models), (&one, &models[..1])]).await
+    let (eight, one) = (&declared(&models, "*")?, &declared(&models[..1], "*")?);
+    let lanes = [
+        lane("boot of eight", || seconds(world, eight, &models)),
+        lane("of one", || seconds(world, one, &models[..1])),
+    ];
+    let [ours, bound] = in_turn(bench.options.rounds, lanes).await?;
+    sheet.add(times("boot, declared upsert", ours, bound, None));
+    Ok(())
 }
 
 /// Eight and one, by the time that they take.
-struct Times {
-    what: &'static str,
-    target: Option<Target>,
-}
-
-impl Times {
-    async fn compare(
-        self,
-        bench: &Bench,
-        sheet: &mut Sheet,
-        world: &World,
-        [eight, one]: [(&Registry, &[ReadModel]); 2],
-    ) -> anyhow::Result<()> {
-        let seconds = |(registry, models)| async move {
-            empty(world, models).await?;
-            Ok(world.boot(registry).await?.as_secs_f64())
-        };
-        let lanes = [lane("boot of eight", move || seconds(eight)), lane("of one", move || seconds(one))];
-        let [ours, bound] = in_turn(bench.options.rounds, lanes).await?;
-        sheet.add(Line {
-            row: 4,
-            what: format!("boot, {}, 8 projectors ÷ 1", self.what),
-            unit: Unit::Seconds,
-            ours,
-            bounds: vec![bound],
-            judged_by: By::Ratio,
-            target: self.target,
-            note: None,
-        });
-        Ok(())
+fn times(what: &str, ours: Series<f64>, bound: Series<f64>, target: Option<Target>) -> Line {
+    Line {
+        row: 4,
+        what: format!("{what}, 8 projectors ÷ 1"),
+        unit: Unit::Seconds,
+        ours,
+        bounds: vec![bound],
+        judged_by: By::Ratio,
+        target,
+        note: None,
     }
 }
 
-/// Boot of a projector that wants one event in a hundred, and of the same that wants all; by the events of the log.
+/// Boot of a projector that wants one event in a hundred, and of the same that wants all, by the events of the log; and the
+/// read in which the server passes over the others.
 pub async fn one_in_a_hundred(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
-    let rare = Nothing { name: "rare".into(), wanted: EventTypes::only([RARE]) };
-    compare_wanted(bench, sheet, "do-nothing", bench.options.events, [only(rare)?, only(Nothing::with_all())?], &[])
-        .await?;
-    let models = [ReadModel::new("upserted")];
-    let registries = [declared(&models, RARE)?, declared(&models, "*")?];
-    compare_wanted(bench, sheet, "declared upsert", bench.options.fewer_events(), registries, &models).await
+    let events = bench.options.events;
+    let world = &booted_once(bench, events).await?;
+    let rare = &only(Nothing { name: "rare".into(), wanted: EventTypes::only([RARE]) })?;
+    let all = &only(Nothing::with_all())?;
+    let [ours, bound, bare, bare_bound] = in_turn(
+        bench.options.rounds,
+        [
+            lane(WANTS_RARE, || boot(world, rare, &[], events)),
+            lane(WANTS_ALL, || boot(world, all, &[], events)),
+            lane("read of 1% by type", || async { Ok(per_second(events, bare::read_rare(world, events).await?)) }),
+            lane("read of all", || async { Ok(per_second(events, bare::read_stream(world, events).await?)) }),
+        ],
+    )
+    .await?;
+    let least = Least {
+        what: "boot, do-nothing, 1% of the events ÷ read of 1%".into(),
+        bare,
+        bare_bound,
+        target: Target::AtLeast(0.8),
+    };
+    sheet.add_with_least(wanted("do-nothing", ours, bound), least);
+
+    let events = bench.options.fewer_events();
+    let world = &booted_once(bench, events).await?;
+    let models = &[ReadModel::new("upserted")];
+    models[0].make(world).await?;
+    let (rare, all) = (&declared(models, RARE)?, &declared(models, "*")?);
+    let lanes =
+        [lane(WANTS_RARE, || boot(world, rare, models, events)), lane(WANTS_ALL, || boot(world, all, models, events))];
+    let [ours, bound] = in_turn(bench.options.rounds, lanes).await?;
+    sheet.add(wanted("declared upsert", ours, bound));
+    Ok(())
 }
 
-async fn compare_wanted(
-    bench: &Bench,
-    sheet: &mut Sheet,
-    what: &str,
-    events: u64,
-    [rare, all]: [Registry; 2],
-    models: &[ReadModel],
-) -> anyhow::Result<()> {
-    let world = &booted_once(bench, events).await?;
-    for model in models {
-        model.make(world).await?;
-    }
-    let lanes = [
-        lane("boot of who wants 1%", || boot(world, &rare, models, events)),
-        lane("of who wants all", || boot(world, &all, models, events)),
-    ];
-    let [ours, bound] = in_turn(bench.options.rounds, lanes).await?;
-    sheet.add(Line {
+const WANTS_RARE: &str = "boot of who wants 1%";
+const WANTS_ALL: &str = "of who wants all";
+
+fn wanted(what: &str, ours: Series<f64>, bound: Series<f64>) -> Line {
+    Line {
         row: 5,
         what: format!("boot, {what}, 1% of the events ÷ all"),
         unit: Unit::PerSecond,
@@ -199,8 +216,7 @@ async fn compare_wanted(
         judged_by: By::Ratio,
         target: Some(Target::AtLeast(8.0)),
         note: None,
-    });
-    Ok(())
+    }
 }
 
 /// A world with so many events, in which the first boot has raised the mark: that is measured in row 9.
@@ -213,8 +229,12 @@ async fn booted_once(bench: &Bench, events: u64) -> anyhow::Result<World> {
 
 /// Events of the log a second.
 async fn boot(world: &World, registry: &Registry, models: &[ReadModel], events: u64) -> anyhow::Result<f64> {
+    Ok(events as f64 / seconds(world, registry, models).await?)
+}
+
+async fn seconds(world: &World, registry: &Registry, models: &[ReadModel]) -> anyhow::Result<f64> {
     empty(world, models).await?;
-    Ok(per_second(events, world.boot(registry).await?))
+    Ok(world.boot(registry).await?.as_secs_f64())
 }
 
 fn only(projector: impl Projector) -> anyhow::Result<Registry> {

@@ -9,8 +9,9 @@ use serde_json::value::RawValue;
 
 use crate::world::{World, execute};
 
-/// One event in a hundred is of this type.
+/// One event in [`ONE_IN`] is of this type.
 pub const RARE: &str = "Case archived";
+pub const ONE_IN: u64 = 100;
 
 /// Events in one statement.
 const CHUNK: u64 = 50_000;

@@ -6,6 +6,7 @@
 mod bare;
 mod boot;
 mod endpoint;
+mod fence;
 mod growth;
 mod lanes;
 mod latency;

@@ -8,9 +8,10 @@ use projectionist::{EventTypes, PlaySettings, Queue, Registry, RelaySettings, pl
 
 use crate::Bench;
 use crate::endpoint::{Endpoint, Kind};
+use crate::fence::Fence;
 use crate::lanes::{in_turn, lane, per_second};
 use crate::projectors::Nothing;
-use crate::sheet::{By, Line, Sheet, Target, Unit};
+use crate::sheet::{By, Least, Line, Sheet, Target, Unit};
 use crate::witness::{Recorder, Witness, positions};
 use crate::world::World;
 
@@ -25,7 +26,8 @@ struct Backlog {
     events: u64,
 }
 
-/// One event a message: play with one projector and with ten, and who only receives and deletes the same messages.
+/// One event a message: play with one projector and with ten, and who only receives and deletes the same messages; and who
+/// commits a position in between, without which nothing may be deleted.
 pub async fn one_a_message(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
     let (world, registries) = live(bench, bench.sizes().stub_messages).await?;
     let (world, [one, ten]) = (&world, &registries);
@@ -37,27 +39,39 @@ pub async fn one_a_message(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<(
         (bench.stub().await?, Kind::Standard, &all),
     ] {
         let endpoint = &endpoint;
-        let [one, ten, bound] = in_turn(
+        let committing = match kind {
+            Kind::Fifo => "receive, commit, delete, one after the other",
+            Kind::Standard => "receive, commit, delete, with the next receive meanwhile",
+        };
+        let [one, ten, bound, bare] = in_turn(
             bench.options.rounds,
             [
                 lane("play, 1 projector", || played(world, endpoint, kind, one, backlog)),
                 lane("play, 10 projectors", || played(world, endpoint, kind, ten, backlog)),
                 lane("receive and delete", || received(endpoint, kind, backlog)),
+                lane(committing, || committed(world, endpoint, kind, backlog)),
             ],
         )
         .await?;
-        for (projectors, ours, target) in [(1, one, Some(Target::AtLeast(0.9))), (10, ten, None)] {
-            sheet.add(Line {
-                row: 6,
-                what: format!("play {projectors} from {} ({}) ÷ receive and delete", endpoint.name, kind.as_str()),
-                unit: Unit::PerSecond,
-                ours,
-                bounds: vec![bound.clone()],
-                judged_by: By::Ratio,
-                target,
-                note: Some(format!("{}: {} messages of one event", endpoint.name, backlog.events)),
-            });
-        }
+        let what = |projectors| format!("play {projectors} from {} ({})", endpoint.name, kind.as_str());
+        let line = |projectors, ours, target| Line {
+            row: 6,
+            what: format!("{} ÷ receive and delete", what(projectors)),
+            unit: Unit::PerSecond,
+            ours,
+            bounds: vec![bound.clone()],
+            judged_by: By::Ratio,
+            target,
+            note: Some(format!("{}: {} messages of one event", endpoint.name, backlog.events)),
+        };
+        let least = Least {
+            what: format!("{} ÷ the same with a commit", what(1)),
+            bare,
+            bare_bound: bound.clone(),
+            target: Target::AtLeast(0.9),
+        };
+        sheet.add_with_least(line(1, one, Some(Target::AtLeast(0.9))), least);
+        sheet.add(line(10, ten, None));
     }
     Ok(())
 }
@@ -201,16 +215,39 @@ async fn play_through(
 
 /// Messages a second for who looks into none of them.
 async fn received(endpoint: &Endpoint, kind: Kind, backlog: &Backlog) -> anyhow::Result<f64> {
+    drain(endpoint, kind, backlog, None).await
+}
+
+/// The same for who moves a position past what was received, before it is deleted.
+async fn committed(world: &World, endpoint: &Endpoint, kind: Kind, backlog: &Backlog) -> anyhow::Result<f64> {
+    drain(endpoint, kind, backlog, Some(Fence::new(world, 0).await?)).await
+}
+
+async fn drain(endpoint: &Endpoint, kind: Kind, backlog: &Backlog, mut fence: Option<Fence>) -> anyhow::Result<f64> {
     let queue = endpoint.make_queue(kind).await?;
     queue.fill(&backlog.bodies).await?;
+    // A FIFO queue gives out nothing before the last messages are deleted, and who commits nothing has nothing to do meanwhile.
+    let is_ahead = kind == Kind::Standard && fence.is_some();
     let (began, mut left) = (Instant::now(), backlog.bodies.len());
     let wait = PlaySettings::default().receive_wait;
+    let mut received = queue.sqs.receive(wait).await?;
     while left > 0 {
-        let received = queue.sqs.receive(wait).await?;
         let receipts: Vec<_> = received.into_iter().map(|message| message.receipt).collect();
-        queue.sqs.delete(&receipts).await?;
         left -= receipts.len();
         ensure!(began.elapsed() < PATIENCE, "{left} messages do not come");
+        let work = async {
+            if let Some(fence) = &mut fence {
+                fence.advance(receipts.len() as u64).await?;
+            }
+            anyhow::Ok(queue.sqs.delete(&receipts).await?)
+        };
+        let next = async { if left > 0 { Ok(queue.sqs.receive(wait).await?) } else { Ok(Vec::new()) } };
+        received = if is_ahead {
+            tokio::try_join!(next, work)?.0
+        } else {
+            work.await?;
+            next.await?
+        };
     }
     let took = began.elapsed();
     queue.remove().await?;

@@ -10,6 +10,7 @@ use crate::lanes::{Series, median};
 use crate::machine::{self, load};
 
 /// One line of the table: ours, and the loops of which the best is the bound.
+#[derive(Clone)]
 pub struct Line {
     pub row: u32,
     pub what: String,
@@ -20,6 +21,16 @@ pub struct Line {
     pub target: Option<Target>,
     /// What a reader must know to read the line.
     pub note: Option<String>,
+}
+
+/// Beside a line whose target compares with something that does less than is asked of ours: the least that does it all.
+pub struct Least {
+    pub what: String,
+    pub bare: Series<f64>,
+    /// What the target compares with, as bare loops have it. If the least misses the target by that, so must ours.
+    pub bare_bound: Series<f64>,
+    /// How close ours must come to the least then.
+    pub target: Target,
 }
 
 /// What the target is about: of each round, and then the median.
@@ -49,6 +60,14 @@ pub enum Target {
     Within(f64, f64),
 }
 
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Verdict {
+    Met,
+    Missed,
+    /// Missed, as the least that does it all would miss it; and ours is as close to that as it must be.
+    BoundShown,
+}
+
 /// A figure that was taken every round.
 struct Spread {
     median: f64,
@@ -59,7 +78,14 @@ struct Spread {
 pub struct Sheet {
     /// On what it was measured.
     facts: Value,
-    lines: Vec<(Line, f64)>,
+    lines: Vec<Told>,
+}
+
+struct Told {
+    line: Line,
+    /// `None` where nothing is asked for.
+    verdict: Option<Verdict>,
+    load_afterwards: f64,
 }
 
 impl Unit {
@@ -117,33 +143,44 @@ impl Line {
         Some(Spread { median: median(&figures), least, most })
     }
 
-    /// `None` where nothing is asked for.
-    fn is_met(&self) -> Option<bool> {
+    /// By its own target alone.
+    fn verdict(&self) -> Option<Verdict> {
         let figure = self.judged()?.median;
-        Some(match self.target? {
+        let is_met = match self.target? {
             Target::AtLeast(least) => figure >= least,
             Target::AtMost(most) => figure <= most,
             Target::Within(least, most) => (least..=most).contains(&figure),
-        })
+        };
+        Some(if is_met { Verdict::Met } else { Verdict::Missed })
     }
 
-    fn cells(&self) -> [String; 8] {
-        let judged = self.judged();
-        let two = |figure: f64| match self.judged_by {
+    /// What is judged, as it stands in the table.
+    fn figure(&self, figure: f64) -> String {
+        match self.judged_by {
             By::Difference => format!("{figure:+.1}"),
             _ if figure.abs() < 10.0 => format!("{figure:.2}"),
             _ => format!("{figure:.1}"),
+        }
+    }
+
+    /// Ours ÷ the least, and the verdict on this line by that.
+    fn beside(&self, least: Least) -> (Line, Option<Verdict>) {
+        let bare = Line { ours: least.bare.clone(), bounds: vec![least.bare_bound], ..self.clone() };
+        let figure = bare.judged().map(|judged| self.figure(judged.median)).unwrap_or_default();
+        let other = bare.bound().map_or("", |bound| &bound.name);
+        let second = Line {
+            what: least.what,
+            note: Some(format!("which itself comes to {figure} ÷ {other}")),
+            bounds: vec![least.bare],
+            // Who meets the one target need not come close to anything.
+            target: Some(least.target).filter(|_| self.verdict() == Some(Verdict::Missed)),
+            ..self.clone()
         };
-        [
-            self.row.to_string(),
-            self.what.clone(),
-            self.unit.show(self.ours.median()),
-            self.bound().map(|bound| self.unit.show(bound.median())).unwrap_or_default(),
-            judged.as_ref().map(|judged| two(judged.median)).unwrap_or_default(),
-            judged.as_ref().map(|judged| format!("{} to {}", two(judged.least), two(judged.most))).unwrap_or_default(),
-            self.target.map(|target| target.to_string()).unwrap_or_default(),
-            self.is_met().map(|met| if met { "met" } else { "MISSED" }.to_owned()).unwrap_or_default(),
-        ]
+        let verdict = match [self, &bare, &second].map(Line::verdict) {
+            [Some(Verdict::Missed), Some(Verdict::Missed), Some(Verdict::Met)] => Some(Verdict::BoundShown),
+            [verdict, ..] => verdict,
+        };
+        (second, verdict)
     }
 
     /// What the lanes are, and what all the bounds came to where there were several.
@@ -162,7 +199,7 @@ impl Line {
         })
     }
 
-    fn json(&self, load: f64) -> Value {
+    fn json(&self) -> Value {
         let series =
             |series: &Series<f64>| json!({"name": series.name, "median": series.median(), "rounds": series.rounds});
         let judged =
@@ -175,10 +212,45 @@ impl Line {
             "bounds": self.bounds.iter().map(series).collect::<Vec<_>>(),
             "judged": judged,
             "target": self.target.map(|target| target.to_string()),
-            "met": self.is_met(),
             "note": self.note,
-            "load_afterwards": load,
         })
+    }
+}
+
+impl Verdict {
+    fn as_str(self) -> &'static str {
+        match self {
+            Verdict::Met => "met",
+            Verdict::Missed => "MISSED",
+            Verdict::BoundShown => "bound shown",
+        }
+    }
+}
+
+impl Told {
+    fn cells(&self) -> [String; 8] {
+        let line = &self.line;
+        let judged = line.judged();
+        [
+            line.row.to_string(),
+            line.what.clone(),
+            line.unit.show(line.ours.median()),
+            line.bound().map(|bound| line.unit.show(bound.median())).unwrap_or_default(),
+            judged.as_ref().map(|judged| line.figure(judged.median)).unwrap_or_default(),
+            judged
+                .as_ref()
+                .map(|judged| format!("{} to {}", line.figure(judged.least), line.figure(judged.most)))
+                .unwrap_or_default(),
+            line.target.map(|target| target.to_string()).unwrap_or_default(),
+            self.verdict.map(|verdict| verdict.as_str().to_owned()).unwrap_or_default(),
+        ]
+    }
+
+    fn json(&self) -> Value {
+        let mut json = self.line.json();
+        json["verdict"] = json!(self.verdict.map(Verdict::as_str));
+        json["load_afterwards"] = json!(self.load_afterwards);
+        json
     }
 }
 
@@ -187,15 +259,29 @@ impl Sheet {
         Sheet { facts, lines: Vec::new() }
     }
 
-    /// Takes a line, and tells it at once: the whole takes long.
+    /// Takes a line.
     pub fn add(&mut self, line: Line) {
-        let [row, what, ours, bound, judged, spread, target, met] = line.cells();
-        eprintln!("{row}  {what}: {ours} | {bound} | {judged} ({spread}) {target} {met}");
-        self.lines.push((line, load()));
+        let verdict = line.verdict();
+        self.tell(line, verdict);
+    }
+
+    /// Takes a line, and one below it that compares with the least that does it all.
+    pub fn add_with_least(&mut self, line: Line, least: Least) {
+        let (second, verdict) = line.beside(least);
+        self.tell(line, verdict);
+        self.add(second);
+    }
+
+    /// Tells a line at once: the whole takes long.
+    fn tell(&mut self, line: Line, verdict: Option<Verdict>) {
+        let told = Told { line, verdict, load_afterwards: load() };
+        let [row, what, ours, bound, judged, spread, target, verdict] = told.cells();
+        eprintln!("{row}  {what}: {ours} | {bound} | {judged} ({spread}) {target} {verdict}");
+        self.lines.push(told);
     }
 
     pub fn json(&self) -> Value {
-        let lines: Vec<Value> = self.lines.iter().map(|(line, load)| line.json(*load)).collect();
+        let lines: Vec<Value> = self.lines.iter().map(Told::json).collect();
         json!({"facts": self.facts, "lines": lines})
     }
 }
@@ -205,16 +291,16 @@ impl fmt::Display for Sheet {
         let mut table = Table::new();
         table.load_style(presets::ASCII_MARKDOWN);
         table.set_header(["row", "what", "ours", "bound", "median", "spread", "target", ""]);
-        for (line, _) in &self.lines {
+        for told in &self.lines {
             let is_figure = |column: usize| (2..=6).contains(&column);
-            table.add_row(line.cells().into_iter().enumerate().map(|(column, text)| match is_figure(column) {
+            table.add_row(told.cells().into_iter().enumerate().map(|(column, text)| match is_figure(column) {
                 true => Cell::new(text).set_alignment(CellAlignment::Right),
                 false => Cell::new(text),
             }));
         }
         writeln!(f, "{}\n\n{table}\n", machine::describe(&self.facts))?;
         let mut told = HashSet::new();
-        for (line, _) in &self.lines {
+        for Told { line, .. } in &self.lines {
             let legend = line.legend().map(|legend| format!("{:>3}  {legend}", line.row));
             if let Some(legend) = legend.filter(|legend| told.insert(legend.clone())) {
                 writeln!(f, "{legend}")?;

@@ -104,6 +104,10 @@ impl Queue for Witness {
         self.queue.depth().await
     }
 
+    fn is_ordered(&self) -> bool {
+        self.queue.is_ordered()
+    }
+
     fn visibility(&self) -> Duration {
         self.queue.visibility()
     }
