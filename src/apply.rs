@@ -28,6 +28,13 @@ pub(crate) struct Batch<'a> {
     pub(crate) events: &'a [Event],
 }
 
+impl<'a> Batch<'a> {
+    /// The events that a projector is to see.
+    pub(crate) fn wanted(self, projector: &Registered) -> impl Iterator<Item = &'a Event> {
+        self.events.iter().filter(|event| projector.wants(event))
+    }
+}
+
 /// Why a batch was not applied. Nothing of it was.
 #[derive(Debug)]
 pub(crate) enum ApplyError {
@@ -113,7 +120,7 @@ async fn run(
     let begin = ledger::begin(connection, id, stage, batch.after);
     let mut transaction = database.answered(begin).await.map_err(NotApplied::Begin)?;
 
-    let wanted: Vec<&Event> = batch.events.iter().filter(|event| projector.wants(event)).collect();
+    let wanted: Vec<&Event> = batch.wanted(projector).collect();
     if !wanted.is_empty() {
         guard.is_on = true;
         let handling = projector.projector.handle_batch(&wanted, &mut transaction);

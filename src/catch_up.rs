@@ -145,7 +145,7 @@ impl Engine {
     ) {
         let has_nothing = |cursor: &Cursor| {
             let batch = batch(cursor).filter(|batch| batch.through == through);
-            batch.is_some_and(|batch| !batch.events.iter().any(|event| cursor.projector.wants(event)))
+            batch.is_some_and(|batch| batch.wanted(&cursor.projector).next().is_none())
         };
         let mut idle: Vec<&mut Cursor> = cursors.iter_mut().filter(|cursor| has_nothing(cursor)).collect();
         idle.sort_by_key(|cursor| cursor.position);
@@ -160,5 +160,47 @@ impl Engine {
                 Err(error) => debug!(%error, "projectors were not moved together"),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use async_trait::async_trait;
+    use sqlx::MySqlConnection;
+
+    use super::*;
+    use crate::event::Event;
+    use crate::hot_path;
+    use crate::projector::{EventTypes, Projector};
+    use crate::registry::Registry;
+
+    struct WantsHalf;
+
+    #[async_trait]
+    impl Projector for WantsHalf {
+        fn name(&self) -> &str {
+            "wants_half"
+        }
+
+        fn event_types(&self) -> EventTypes {
+            EventTypes::only(["Check confirmation", "Draft decision"])
+        }
+
+        async fn handle(&self, _: &Event, _: &mut MySqlConnection) -> anyhow::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn hot_path_batch_of_a_page() {
+        let registry = Registry::new().with(WantsHalf).expect("a name");
+        let cursor = Cursor::new(registry.iter().next().expect("one"), Position::new(10));
+        let (after, through) = (Position::START, Position::new(hot_path::EVENTS));
+        let page = Page { events: hot_path::events(), after, through };
+        let wanted = hot_path::count(|| {
+            let batch = cursor.batch(&page).expect("it stands in the page");
+            batch.wanted(&cursor.projector).collect::<Vec<&Event>>()
+        });
+        assert_eq!((wanted.len(), wanted[0].position), (45, Position::new(12)));
     }
 }

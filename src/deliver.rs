@@ -147,7 +147,7 @@ impl Engine {
 
     /// Applies a batch that failed event by event, so that the position ends just before the failing one.
     async fn isolate(&self, projector: &Registered, stage: Stage, batch: Batch<'_>, failed: Failed) -> Delivered {
-        let wanted: Vec<&Event> = batch.events.iter().filter(|event| projector.wants(event)).collect();
+        let wanted: Vec<&Event> = batch.wanted(projector).collect();
         if let [event] = wanted[..] {
             // The events before it are not wanted, but the position stands just before the one that failed.
             return match self.attempt(projector, stage, batch.until(event.position.previous())).await {

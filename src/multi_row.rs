@@ -228,7 +228,8 @@ impl Rows {
         Ok(affected)
     }
 
-    fn arguments(&self, rows: Range<usize>) -> Result<MySqlArguments, BoxDynError> {
+    /// What one statement binds that sends these rows.
+    pub(crate) fn arguments(&self, rows: Range<usize>) -> Result<MySqlArguments, BoxDynError> {
         let values = self.row(rows.start).start..self.row(rows.end - 1).end;
         let mut arguments = MySqlArguments::default();
         arguments.reserve(values.len(), self.bytes_of(values.clone()).len());

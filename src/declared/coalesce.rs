@@ -199,13 +199,7 @@ impl<'h> Batch<'h> {
         let waiting =
             self.waiting[table].get_or_insert_with(|| Waiting { handler, insert, text, rows: Rows::default() });
         let before = waiting.rows.size();
-        waiting.rows.begin();
-        for argument in arguments {
-            argument
-                .bind_to_row(&mut waiting.rows)
-                .map_err(sqlx::Error::Encode)
-                .with_context(|| handler.origin.clone())?;
-        }
+        handler.bind_to_row(arguments, &mut waiting.rows)?;
         let (rows, size) = (waiting.rows.len(), waiting.rows.size());
         self.size += size - before;
         if self.size >= MAX_WAITING {

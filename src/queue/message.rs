@@ -141,7 +141,7 @@ mod tests {
 
     use super::*;
     use crate::chain::tests::event;
-    use crate::spoiled;
+    use crate::{hot_path, spoiled};
 
     const LOG: &str = "5f9c2a1e-0000-0000-0000-000000000001";
 
@@ -162,6 +162,20 @@ mod tests {
         let packed = pack(LOG, Position::new(7), &events, 100_000, 100);
         assert_eq!(Some(unpack(&packed)), Run::new(Position::new(7), events));
         assert_eq!((packed.last, packed.events), (Position::new(9), 2));
+    }
+
+    #[test]
+    fn hot_path_pack() {
+        let events = hot_path::events();
+        let packed = hot_path::count(|| pack(LOG, Position::START, &events, 100_000, 100));
+        assert_eq!(packed.last, Position::new(hot_path::EVENTS));
+    }
+
+    #[test]
+    fn hot_path_parse() {
+        let body = pack(LOG, Position::START, &hot_path::events(), 100_000, 100).body;
+        let Message::Events(run) = hot_path::count(|| parse(&body, LOG)) else { panic!("a doorbell") };
+        assert_eq!(run.last(), Position::new(hot_path::EVENTS));
     }
 
     #[test]

@@ -43,7 +43,7 @@ impl From<DatabaseError> for ApplyError {
 
 impl Engine {
     async fn apply(&self, projector: &Registered, stage: Stage, batch: Batch<'_>) -> Result<(), ApplyError> {
-        let wanted: Vec<&Event> = batch.events.iter().filter(|event| projector.wants(event)).collect();
+        let wanted: Vec<&Event> = batch.wanted(projector).collect();
         let claim = Claim { stage, after: batch.after };
         let mut transaction = self.sim.begin();
         let Some(entry) = transaction.lock(&projector.id).await? else {
@@ -120,7 +120,7 @@ impl Engine {
 
     async fn isolate(&self, projector: &Registered, stage: Stage, batch: Batch<'_>, failed: String) -> Delivered {
         self.sim.saw(Seen::Isolated);
-        let wanted: Vec<&Event> = batch.events.iter().filter(|event| projector.wants(event)).collect();
+        let wanted: Vec<&Event> = batch.wanted(projector).collect();
         if let [event] = wanted[..] {
             return match self.attempt(projector, stage, batch.until(event.position.previous())).await {
                 Ok(Delivered::At(_)) => self.break_at(projector, stage, Some(event), &failed).await,
