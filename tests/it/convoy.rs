@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use projectionist::{ConvoyBudget, PlaySettings, Queue, Registry};
 
-use crate::support::{Gate, Scripted, Tally, World, eventually};
+use crate::support::{Gate, Scripted, Tally, World, eventually, registry};
 
 /// Play with little patience for one projector.
 fn impatient() -> PlaySettings {
@@ -106,4 +106,43 @@ async fn a_projector_that_breaks_outside_the_convoy_is_counted_and_alone() {
     assert_eq!((played.broken, world.position("behind").await), (1, 249));
     world.assert_folded(&behind).await;
     world.assert_complete(&quick).await;
+}
+
+/// Together, by one statement: and whoever stands elsewhere, or is no longer live, is not moved by it.
+#[tokio::test]
+async fn projectors_to_which_messages_bring_nothing_are_moved_with_the_others_and_only_from_where_they_stand() {
+    let world = World::new().await;
+    let all = Tally::new("everything");
+    let idle = ["ahead", "behind", "beside", "leaving"].map(|name| Tally::new(name).only(&["Never"]));
+    let registry = registry(&[&idle[0], &all, &idle[1], &idle[2], &idle[3]]);
+    world.boot(&registry).await;
+    world.append(40).await;
+    // As if other workers had been there first, and a boot of another release were at work.
+    world.execute("update projectors set position = 7 where name = 'ahead'").await;
+    world.execute("update projectors set position = 3 where name in ('behind', 'beside')").await;
+    world.execute("update projectors set status = 'stalled' where name = 'leaving'").await;
+    assert_eq!(world.play_until_idle(&registry).await.broken, 0);
+    for tally in [&all, &idle[0], &idle[1], &idle[2]] {
+        world.assert_complete(tally).await;
+    }
+    assert_eq!((world.position("leaving").await, world.status("leaving").await), (0, "stalled".into()));
+}
+
+/// The server is asked for no other events then.
+#[tokio::test]
+async fn projectors_that_want_few_event_types_pass_the_others_in_boot_and_see_each_of_their_own() {
+    let world = World::new().await;
+    let (opened, closed) = (Tally::new("opened").only(&["Opened"]), Tally::new("closed").only(&["Closed"]));
+    let never = Tally::new("never").only(&["Never"]);
+    world.append(1_000).await;
+    let first = registry(&[&opened]);
+    world.boot(&first).await;
+    world.append(700).await;
+    // Behind by different amounts, and with different events to come.
+    world.execute("update projectors set status = 'stalled' where name = 'opened'").await;
+    let report = world.boot(&registry(&[&never, &closed, &opened])).await;
+    assert!(report.is_released(), "{report:?}");
+    for tally in [&opened, &closed, &never] {
+        world.assert_complete(tally).await;
+    }
 }
