@@ -10,18 +10,20 @@ use crate::lifecycle::{self, FailedEvent, Failure, Stage, Status, Step};
 use crate::projector::{Mode, ProjectorId};
 use crate::registry::Registered;
 
-const ENTRIES: &str = "select name, version, mode, status, position, side_effects, failed_position, failed_event_id, \
-                       failed_event_type, failed_error, failed_at, failed_attempts, failed_release, failed_host \
-                       from projectors order by created_at, name, version";
+/// The columns of an [`Entry`], of those rows that the rest of the statement names.
+macro_rules! select_entry {
+    ($rest:literal) => {
+        concat!(
+            "select name, version, mode, status, position, side_effects, failed_position, failed_event_id, \
+             failed_event_type, failed_error, failed_at, failed_attempts, failed_release, failed_host from projectors ",
+            $rest
+        )
+    };
+}
 
-/// One row of [`ENTRIES`].
-const ENTRY: &str = "select name, version, mode, status, position, side_effects, failed_position, failed_event_id, \
-                     failed_event_type, failed_error, failed_at, failed_attempts, failed_release, failed_host \
-                     from projectors where name = ? and version = ?";
-
-const LOCK: &str = "select name, version, mode, status, position, side_effects, failed_position, failed_event_id, \
-                    failed_event_type, failed_error, failed_at, failed_attempts, failed_release, failed_host \
-                    from projectors where name = ? and version = ? for update";
+const ENTRIES: &str = select_entry!("order by created_at, name, version");
+const ENTRY: &str = select_entry!("where name = ? and version = ?");
+const LOCK: &str = select_entry!("where name = ? and version = ? for update");
 
 /// A handler that commits, or runs a statement that does (DDL), takes this savepoint away: releasing it
 /// then fails with error 1305.

@@ -5,7 +5,7 @@ use projectionist::{EventTypes, Projector, Registry};
 use crate::lanes::{Series, in_turn, lane, per_second};
 use crate::log::RARE;
 use crate::projectors::{Nothing, ReadModel, UpsertEach, UpsertRows, declared, empty};
-use crate::sheet::{By, Least, Line, Sheet, Target, Unit};
+use crate::sheet::{Least, Line, Sheet, Target, Unit};
 use crate::world::World;
 use crate::{Bench, bare};
 
@@ -28,16 +28,8 @@ pub async fn nothing(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
         ],
     )
     .await?;
-    sheet.add(Line {
-        row: 1,
-        what: "boot, do-nothing ÷ read".into(),
-        unit: Unit::PerSecond,
-        ours,
-        bounds: bounds.into(),
-        judged_by: By::Ratio,
-        target: Some(Target::AtLeast(0.8)),
-        note: None,
-    });
+    let what = "boot, do-nothing ÷ read".into();
+    sheet.add(Line::ratio(1, what, Unit::PerSecond, ours, bounds.into(), Some(Target::AtLeast(0.8))));
     Ok(())
 }
 
@@ -62,16 +54,14 @@ pub async fn upsert_each(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()>
     )
     .await?;
     for (what, ours, least) in [("in Rust", each, 0.9), ("declared", file, 3.0)] {
-        sheet.add(Line {
-            row: 2,
-            what: format!("boot, upsert per event {what} ÷ by hand"),
-            unit: Unit::PerSecond,
+        sheet.add(Line::ratio(
+            2,
+            format!("boot, upsert per event {what} ÷ by hand"),
+            Unit::PerSecond,
             ours,
-            bounds: vec![bound.clone()],
-            judged_by: By::Ratio,
-            target: Some(Target::AtLeast(least)),
-            note: None,
-        });
+            vec![bound.clone()],
+            Some(Target::AtLeast(least)),
+        ));
     }
     Ok(())
 }
@@ -95,16 +85,14 @@ pub async fn upsert_rows(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()>
         ],
     )
     .await?;
-    sheet.add(Line {
-        row: 3,
-        what: "boot, batched upsert ÷ by hand".into(),
-        unit: Unit::PerSecond,
+    sheet.add(Line::ratio(
+        3,
+        "boot, batched upsert ÷ by hand".into(),
+        Unit::PerSecond,
         ours,
-        bounds: vec![bound],
-        judged_by: By::Ratio,
-        target: Some(Target::AtLeast(0.9)),
-        note: None,
-    });
+        vec![bound],
+        Some(Target::AtLeast(0.9)),
+    ));
     Ok(())
 }
 
@@ -154,16 +142,7 @@ pub async fn eight_at_once(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<(
 
 /// Eight and one, by the time that they take.
 fn times(what: &str, ours: Series<f64>, bound: Series<f64>, target: Option<Target>) -> Line {
-    Line {
-        row: 4,
-        what: format!("{what}, 8 projectors ÷ 1"),
-        unit: Unit::Seconds,
-        ours,
-        bounds: vec![bound],
-        judged_by: By::Ratio,
-        target,
-        note: None,
-    }
+    Line::ratio(4, format!("{what}, 8 projectors ÷ 1"), Unit::Seconds, ours, vec![bound], target)
 }
 
 /// Boot of a projector that wants one event in a hundred, and of the same that wants all, by the events of the log; and the
@@ -207,16 +186,14 @@ const WANTS_RARE: &str = "boot of who wants 1%";
 const WANTS_ALL: &str = "of who wants all";
 
 fn wanted(what: &str, ours: Series<f64>, bound: Series<f64>) -> Line {
-    Line {
-        row: 5,
-        what: format!("boot, {what}, 1% of the events ÷ all"),
-        unit: Unit::PerSecond,
+    Line::ratio(
+        5,
+        format!("boot, {what}, 1% of the events ÷ all"),
+        Unit::PerSecond,
         ours,
-        bounds: vec![bound],
-        judged_by: By::Ratio,
-        target: Some(Target::AtLeast(8.0)),
-        note: None,
-    }
+        vec![bound],
+        Some(Target::AtLeast(8.0)),
+    )
 }
 
 /// A world with so many events, in which the first boot has raised the mark: that is measured in row 9.

@@ -96,16 +96,14 @@ async fn append(bench: &Bench, sheet: &mut Sheet, world: &World) -> anyhow::Resu
     ];
     let [insert, append, bound] = in_turn(bench.options.rounds, lanes).await?;
     for (what, ours) in [("insert", insert), ("EventStore::append", append)] {
-        sheet.add(Line {
-            row: 10,
-            what: format!("append, 8 writers, one event a transaction, {what} ÷ bare insert"),
-            unit: Unit::PerSecond,
+        sheet.add(Line::ratio(
+            10,
+            format!("append, 8 writers, one event a transaction, {what} ÷ bare insert"),
+            Unit::PerSecond,
             ours,
-            bounds: vec![bound.clone()],
-            judged_by: By::Ratio,
-            target: None,
-            note: None,
-        });
+            vec![bound.clone()],
+            None,
+        ));
     }
     Ok(())
 }

@@ -23,6 +23,20 @@ pub struct Line {
     pub note: Option<String>,
 }
 
+impl Line {
+    /// A line that is judged by its ratio, and speaks for itself.
+    pub fn ratio(
+        row: u32,
+        what: String,
+        unit: Unit,
+        ours: Series<f64>,
+        bounds: Vec<Series<f64>>,
+        target: Option<Target>,
+    ) -> Self {
+        Line { row, what, unit, ours, bounds, judged_by: By::Ratio, target, note: None }
+    }
+}
+
 /// Beside a line whose target compares with something that does less than is asked of ours: the least that does it all.
 pub struct Least {
     pub what: String,

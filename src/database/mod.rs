@@ -34,7 +34,7 @@ const UNUSED_FOR: Duration = Duration::from_secs(30);
 /// be out of connections when enough of them have gone deaf, or were left in the middle of an answer.
 const RETURNS_WITHIN: Duration = Duration::from_secs(5);
 
-/// Prepared statements that a connection keeps. One more closes another, and with sqlx 0.9.0, which leaves Nagle's algorithm
+/// Prepared statements that a connection keeps, unless the URL says otherwise. One more closes another, and with sqlx 0.9.0, which leaves Nagle's algorithm
 /// on (transact-rs/sqlx#4335), the statement after that waits for 40 ms. A server allows 16,382 in all, by default.
 const STATEMENTS: usize = 256;
 

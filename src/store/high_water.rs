@@ -94,8 +94,7 @@ impl EventStore {
             let stubborn = (passes > MOST_PASSES).then(|| Held::InFlight(mark.next()));
             if let Some(held) = self.close_holes(mark).await?.or(stubborn) {
                 // Below the first position that is held, holes may have been closed.
-                let contiguous = survey(mark, &self.visible_above(mark).await?).contiguous;
-                let mark = if contiguous > mark { self.raise(mark, contiguous).await? } else { mark };
+                let mark = self.raise_over_visible(mark).await?.mark;
                 return Ok(HighWater { mark, held: Some(held) });
             }
         }
