@@ -76,7 +76,7 @@ impl Projector for AnnounceReceipt {
     }
 
     async fn handle(&self, event: &Event, _: &mut sqlx::MySqlConnection) -> anyhow::Result<()> {
-        println!("idempotency-key {}: {} was received", event.event_id, event.stream_id);
+        println!("idempotency-key {}: {} was received", event.event_id(), event.stream_id());
         Ok(())
     }
 }

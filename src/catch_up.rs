@@ -75,7 +75,7 @@ impl Cursor {
         if !self.is_running() || !(page.after..page.through).contains(&self.position) {
             return None;
         }
-        let known = page.events.partition_point(|event| event.position <= self.position);
+        let known = page.events.partition_point(|event| event.position() <= self.position);
         Some(Batch { after: self.position, through: page.through, events: &page.events[known..] })
     }
 }
@@ -201,6 +201,6 @@ mod tests {
             let batch = cursor.batch(&page).expect("it stands in the page");
             batch.wanted(&cursor.projector).collect::<Vec<&Event>>()
         });
-        assert_eq!((wanted.len(), wanted[0].position), (45, Position::new(12)));
+        assert_eq!((wanted.len(), wanted[0].position()), (45, Position::new(12)));
     }
 }

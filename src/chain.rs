@@ -17,7 +17,7 @@ impl Run {
         let mut expected = prev;
         let consecutive = events.iter().all(|event| {
             expected = expected.next();
-            event.position == expected
+            event.position() == expected
         });
         (consecutive && !events.is_empty()).then_some(Run { prev, events })
     }
@@ -28,7 +28,7 @@ impl Run {
 
     /// The last position in it.
     pub(crate) fn last(&self) -> Position {
-        self.events.last().map_or(self.prev, |event| event.position)
+        self.events.last().map_or(self.prev, Event::position)
     }
 
     /// The events above a position.
@@ -83,9 +83,14 @@ pub(crate) mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::event::Recorded;
 
     pub(crate) fn event(position: u64) -> Event {
-        Event {
+        recorded(position).into()
+    }
+
+    pub(crate) fn recorded(position: u64) -> Recorded {
+        Recorded {
             position: Position::new(position),
             event_id: format!("event-{position}"),
             stream_id: "case-1".into(),
@@ -127,7 +132,7 @@ pub(crate) mod tests {
                     seen = seen.max(run.last().get());
                     match link(Position::new(position), run) {
                         Link::Skip => {}
-                        Link::Apply => applied.extend(run.above(Position::new(position)).iter().map(|e| e.position.get())),
+                        Link::Apply => applied.extend(run.above(Position::new(position)).iter().map(|e| e.position().get())),
                         // The store holds every position, so catching up applies exactly these.
                         Link::CatchUp => applied.extend(position + 1..=run.last().get()),
                     }
@@ -142,7 +147,7 @@ pub(crate) mod tests {
             runs in prop::collection::vec((0u64..60, 1u64..8), 0..12),
         ) {
             let positions = |runs: &[Run]| -> std::collections::BTreeSet<u64> {
-                runs.iter().flat_map(|run| run.events.iter().map(|event| event.position.get())).collect()
+                runs.iter().flat_map(|run| run.events.iter().map(|event| event.position().get())).collect()
             };
             let runs: Vec<Run> = runs.into_iter().map(|(prev, length)| run(prev, prev + length)).collect();
             let joined = join(runs.clone());

@@ -150,7 +150,7 @@ impl Engine {
         let wanted: Vec<&Event> = batch.wanted(projector).collect();
         if let [event] = wanted[..] {
             // The events before it are not wanted, but the position stands just before the one that failed.
-            return match self.attempt(projector, stage, batch.until(event.position.previous())).await {
+            return match self.attempt(projector, stage, batch.until(event.position().previous())).await {
                 Ok(Delivered::At(_)) => self.break_at(projector, stage, Some(event), failed).await,
                 Ok(delivered) => delivered,
                 Err(failed) => self.break_at(projector, stage, Some(event), failed).await,
@@ -158,10 +158,10 @@ impl Engine {
         }
         let mut position = batch.after;
         for event in wanted {
-            if event.position <= position {
+            if event.position() <= position {
                 continue;
             }
-            for end in [event.position.previous(), event.position] {
+            for end in [event.position().previous(), event.position()] {
                 let Some(step) = batch.part(position, end) else { continue };
                 match self.attempt(projector, stage, step).await {
                     Ok(Delivered::At(reached)) => position = reached,
@@ -193,9 +193,9 @@ impl Engine {
     ) -> Delivered {
         let failure = Failure {
             event: event.map(|event| FailedEvent {
-                position: event.position,
-                event_id: event.event_id.clone(),
-                event_type: event.event_type.clone(),
+                position: event.position(),
+                event_id: event.event_id().to_owned(),
+                event_type: event.event_type().to_owned(),
             }),
             error: tell(&failed.error),
             at: OffsetDateTime::now_utc(),
@@ -203,7 +203,7 @@ impl Engine {
             release: self.release.clone(),
             host: host(),
         };
-        let before = event.map(|event| event.position.previous());
+        let before = event.map(|event| event.position().previous());
         let mut attempt = 1;
         loop {
             let still = |entry: &Entry| may_break(entry, stage, before);
@@ -213,9 +213,9 @@ impl Engine {
                     error!(
                         alert = "projector_broken",
                         projector = %projector.id,
-                        position = event.map(|event| event.position.get()),
-                        event_type = event.map(|event| event.event_type.as_str()),
-                        event_id = event.map(|event| event.event_id.as_str()),
+                        position = event.map(|event| event.position().get()),
+                        event_type = event.map(Event::event_type),
+                        event_id = event.map(Event::event_id),
                         error = failure.error,
                         attempts = failure.attempts,
                         release = failure.release,
@@ -279,14 +279,14 @@ impl<'a> Batch<'a> {
         if position < self.after {
             return None;
         }
-        let known = self.events.partition_point(|event| event.position <= position);
+        let known = self.events.partition_point(|event| event.position() <= position);
         Some(Batch { after: position, events: &self.events[known..], ..self })
     }
 
     /// Its beginning, through `position`.
     pub(crate) fn until(self, position: Position) -> Self {
         let through = self.through.min(position).max(self.after);
-        let within = self.events.partition_point(|event| event.position <= through);
+        let within = self.events.partition_point(|event| event.position() <= through);
         Batch { through, events: &self.events[..within], ..self }
     }
 }

@@ -4,6 +4,8 @@ use std::fmt;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use sqlx::mysql::MySqlRow;
+use sqlx::{Decode, MySql, Row, Type};
 use time::OffsetDateTime;
 
 /// The event type of a row that only fills a position whose transaction rolled back.
@@ -57,36 +59,125 @@ impl fmt::Display for Position {
 
 /// One row of the log.
 ///
-/// Payload and metadata are kept as the JSON text that was appended, and are decoded only when a
-/// projector asks: most projectors look at few of the events that they pass.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// Its texts stay where the server or the queue put them until a projector asks: most projectors look at few of the events that
+/// they pass, and at little of those.
 pub struct Event {
+    position: Position,
+    stream_version: u64,
+    recorded_at: OffsetDateTime,
+    /// Asked of every event, by every projector.
+    is_tombstone: bool,
+    texts: Texts,
+}
+
+/// Where an event's texts are.
+enum Texts {
+    /// In the row that the server sent, each of whose columns was looked at once.
+    Row(MySqlRow),
+    Given(Box<Recorded>),
+}
+
+/// The columns of such a row: those of the log's table, in its order.
+enum Column {
+    Position,
+    EventId,
+    StreamId,
+    StreamVersion,
+    EventType,
+    RecordedAt,
+    Payload,
+    Metadata,
+}
+
+/// The fields of an event, by name: what an [`Event`] is made of where it does not come from the log, as in a test of a
+/// projector.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Recorded {
     /// Its place in the global order.
     pub position: Position,
-    /// Unique over the whole log; the idempotency key for effects outside the database.
+    /// Unique over the whole log.
     pub event_id: String,
     /// The aggregate it belongs to.
     pub stream_id: String,
     /// Its place in the stream, from 1.
     pub stream_version: u64,
-    /// What happened; projectors subscribe by it.
+    /// What happened.
     pub event_type: String,
     /// When, in UTC, to the microsecond.
     pub recorded_at: OffsetDateTime,
-    /// The payload's JSON text, byte for byte as it was appended.
+    /// The payload's JSON text.
     pub payload: String,
     /// The metadata's JSON text, where there is one.
     pub metadata: Option<String>,
 }
 
 impl Event {
+    /// The event in a row of the log, with its columns in the order of the log's table.
+    ///
+    /// # Errors
+    /// If a column is not what the log's table has there. After this, each can be read.
+    pub(crate) fn from_row(row: MySqlRow) -> Result<Self, sqlx::Error> {
+        for column in [Column::EventId, Column::StreamId, Column::Payload] {
+            row.try_get::<&str, _>(column as usize)?;
+        }
+        let is_tombstone = row.try_get::<&str, _>(Column::EventType as usize)? == TOMBSTONE;
+        row.try_get::<Option<&str>, _>(Column::Metadata as usize)?;
+        Ok(Event {
+            position: Position::new(row.try_get(Column::Position as usize)?),
+            stream_version: row.try_get(Column::StreamVersion as usize)?,
+            recorded_at: row.try_get(Column::RecordedAt as usize)?,
+            is_tombstone,
+            texts: Texts::Row(row),
+        })
+    }
+
+    /// Its place in the global order.
+    pub fn position(&self) -> Position {
+        self.position
+    }
+
+    /// Unique over the whole log; the idempotency key for effects outside the database.
+    pub fn event_id(&self) -> &str {
+        self.text(Column::EventId, |given| given.event_id.as_str())
+    }
+
+    /// The aggregate it belongs to.
+    pub fn stream_id(&self) -> &str {
+        self.text(Column::StreamId, |given| given.stream_id.as_str())
+    }
+
+    /// Its place in the stream, from 1.
+    pub fn stream_version(&self) -> u64 {
+        self.stream_version
+    }
+
+    /// What happened; projectors subscribe by it.
+    pub fn event_type(&self) -> &str {
+        self.text(Column::EventType, |given| given.event_type.as_str())
+    }
+
+    /// When, in UTC, to the microsecond.
+    pub fn recorded_at(&self) -> OffsetDateTime {
+        self.recorded_at
+    }
+
+    /// The payload's JSON text, byte for byte as it was appended.
+    pub fn payload_text(&self) -> &str {
+        self.text(Column::Payload, |given| given.payload.as_str())
+    }
+
+    /// The metadata's JSON text, where there is one.
+    pub fn metadata_text(&self) -> Option<&str> {
+        self.text(Column::Metadata, |given| given.metadata.as_deref())
+    }
+
     /// Decodes the payload.
     ///
     /// # Errors
     /// If the JSON does not have the shape of `T`. Returned from a handler, it breaks the projector at
     /// this event.
     pub fn payload<T: DeserializeOwned>(&self) -> Result<T, serde_json::Error> {
-        serde_json::from_str(&self.payload)
+        serde_json::from_str(self.payload_text())
     }
 
     /// Decodes the metadata; `null` stands in where there is none, so `T` may be an `Option`.
@@ -94,12 +185,75 @@ impl Event {
     /// # Errors
     /// If the JSON does not have the shape of `T`.
     pub fn metadata<T: DeserializeOwned>(&self) -> Result<T, serde_json::Error> {
-        serde_json::from_str(self.metadata.as_deref().unwrap_or("null"))
+        serde_json::from_str(self.metadata_text().unwrap_or("null"))
     }
 
     /// Whether this row only fills a position. Tombstones move projectors on and are shown to none.
     pub fn is_tombstone(&self) -> bool {
-        self.event_type == TOMBSTONE
+        self.is_tombstone
+    }
+
+    /// Payload and metadata, in bytes.
+    pub(crate) fn json_bytes(&self) -> usize {
+        self.payload_text().len() + self.metadata_text().map_or(0, str::len)
+    }
+
+    /// A text, wherever it is. That it can be read was seen when the event was made.
+    fn text<'e, T>(&'e self, column: Column, given: impl FnOnce(&'e Recorded) -> T) -> T
+    where
+        T: Decode<'e, MySql> + Type<MySql> + Default,
+    {
+        match &self.texts {
+            Texts::Row(row) => row.try_get(column as usize).unwrap_or_default(),
+            Texts::Given(recorded) => given(recorded),
+        }
+    }
+
+    /// Its fields, by name.
+    fn recorded(&self) -> Recorded {
+        Recorded {
+            position: self.position,
+            event_id: self.event_id().to_owned(),
+            stream_id: self.stream_id().to_owned(),
+            stream_version: self.stream_version(),
+            event_type: self.event_type().to_owned(),
+            recorded_at: self.recorded_at(),
+            payload: self.payload_text().to_owned(),
+            metadata: self.metadata_text().map(str::to_owned),
+        }
+    }
+}
+
+impl From<Recorded> for Event {
+    fn from(recorded: Recorded) -> Self {
+        Event {
+            position: recorded.position,
+            stream_version: recorded.stream_version,
+            recorded_at: recorded.recorded_at,
+            is_tombstone: recorded.event_type == TOMBSTONE,
+            texts: Texts::Given(Box::new(recorded)),
+        }
+    }
+}
+
+impl Clone for Event {
+    /// A copy of its fields, which keeps nothing of what else was read with it.
+    fn clone(&self) -> Self {
+        self.recorded().into()
+    }
+}
+
+impl PartialEq for Event {
+    fn eq(&self, other: &Self) -> bool {
+        self.recorded() == other.recorded()
+    }
+}
+
+impl Eq for Event {}
+
+impl fmt::Debug for Event {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.recorded().fmt(f)
     }
 }
 

@@ -55,7 +55,7 @@ pub use database::Database;
 pub use declared::{LoadError, load};
 pub use deliver::Limits;
 pub use error::Error;
-pub use event::{Event, NewEvent, Position, TOMBSTONE};
+pub use event::{Event, NewEvent, Position, Recorded, TOMBSTONE};
 pub use ledger::{Entry, Ledger};
 pub use lifecycle::{FailedEvent, Failure, Status};
 pub use multi_row::MultiRowInsert;

@@ -87,7 +87,7 @@ fn upsert(table: &str, rows: usize) -> String {
 
 impl<'e> From<&'e Event> for Written<'e> {
     fn from(event: &'e Event) -> Self {
-        Written { stream_id: &event.stream_id, event_type: &event.event_type, recorded_at: event.recorded_at }
+        Written { stream_id: event.stream_id(), event_type: event.event_type(), recorded_at: event.recorded_at() }
     }
 }
 

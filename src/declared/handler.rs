@@ -117,12 +117,12 @@ impl Handlers {
 
     fn binding(&mut self, parameter: Parameter) -> Binding {
         Binding::Column(match parameter {
-            Parameter::Position => |event| Argument::Json(Value::Unsigned(event.position.get())),
-            Parameter::EventId => |event| Argument::text(&event.event_id),
-            Parameter::StreamId => |event| Argument::text(&event.stream_id),
-            Parameter::StreamVersion => |event| Argument::Json(Value::Unsigned(event.stream_version)),
-            Parameter::EventType => |event| Argument::text(&event.event_type),
-            Parameter::RecordedAt => |event| Argument::Time(event.recorded_at),
+            Parameter::Position => |event| Argument::Json(Value::Unsigned(event.position().get())),
+            Parameter::EventId => |event| Argument::text(event.event_id()),
+            Parameter::StreamId => |event| Argument::text(event.stream_id()),
+            Parameter::StreamVersion => |event| Argument::Json(Value::Unsigned(event.stream_version())),
+            Parameter::EventType => |event| Argument::text(event.event_type()),
+            Parameter::RecordedAt => |event| Argument::Time(event.recorded_at()),
             Parameter::Json(json) => {
                 let paths = match json.document {
                     Document::Payload => &mut self.payload,
@@ -148,7 +148,7 @@ impl Handlers {
 
 impl Handler {
     fn wants(&self, event: &Event) -> bool {
-        self.wanted.as_ref().is_none_or(|types| types.contains(&event.event_type))
+        self.wanted.as_ref().is_none_or(|types| types.contains(event.event_type()))
     }
 
     pub(super) fn coalescable(&self) -> Option<(&Insert, Table)> {
@@ -224,8 +224,8 @@ impl<'e, 'h> Lookup<'e, 'h> {
 
     fn text(&self, document: Document) -> Option<&'e str> {
         match document {
-            Document::Payload => Some(&self.event.payload),
-            Document::Metadata => self.event.metadata.as_deref(),
+            Document::Payload => Some(self.event.payload_text()),
+            Document::Metadata => self.event.metadata_text(),
         }
     }
 
@@ -348,11 +348,11 @@ async fn run(steps: &[Step], db: &mut MySqlConnection) -> anyhow::Result<()> {
 mod tests {
     use super::*;
     use crate::declared::statement;
-    use crate::event::Position;
+    use crate::event::{Position, Recorded};
     use crate::hot_path;
 
     fn event(payload: &str, metadata: Option<&str>) -> Event {
-        Event {
+        Event::from(Recorded {
             position: Position::new(7),
             event_id: "e-7".into(),
             stream_id: "case-1".into(),
@@ -361,7 +361,7 @@ mod tests {
             recorded_at: OffsetDateTime::UNIX_EPOCH,
             payload: payload.into(),
             metadata: metadata.map(Into::into),
-        }
+        })
     }
 
     fn arguments<'e>(sql: &str, event: &'e Event) -> Result<Vec<Argument<'e>>, String> {

@@ -140,7 +140,7 @@ pub(crate) fn need<'a>(cursor: &Cursor, run: &'a Run, most: u64) -> Need<'a> {
         Link::Apply => {
             let rest = run.above(cursor.position);
             let events = &rest[..rest.len().min(most as usize)];
-            let through = events.last().map_or(run.last(), |event| event.position);
+            let through = events.last().map_or(run.last(), |event| event.position());
             Need::Batch(Batch { after: cursor.position, through, events })
         }
         Link::CatchUp => Need::CatchUp,

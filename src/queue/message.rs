@@ -6,7 +6,7 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 use crate::chain::Run;
-use crate::event::{Event, Position};
+use crate::event::{Event, Position, Recorded};
 
 /// What a message says.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -91,7 +91,7 @@ pub(crate) fn pack(log_id: &str, prev: Position, events: &[Event], max_bytes: us
             body.push(',');
         }
         body.push_str(&text);
-        last = event.position;
+        last = event.position();
         count += 1;
     }
     if count > 0 {
@@ -105,16 +105,17 @@ pub(crate) fn pack(log_id: &str, prev: Position, events: &[Event], max_bytes: us
 impl<'a> Wire<'a> {
     /// `None`: it cannot travel in SQS, which takes neither U+FFFE and U+FFFF nor what is not JSON to us.
     fn write(event: &'a Event) -> Option<String> {
-        event.recorded_at.format(&Rfc3339).ok()?;
+        let recorded_at = event.recorded_at();
+        recorded_at.format(&Rfc3339).ok()?;
         let wire = Wire {
-            position: event.position.get(),
-            event_id: event.event_id.as_str().into(),
-            stream_id: event.stream_id.as_str().into(),
-            stream_version: event.stream_version,
-            event_type: event.event_type.as_str().into(),
-            recorded_at: event.recorded_at,
-            payload: serde_json::from_str(&event.payload).ok()?,
-            metadata: event.metadata.as_deref().map(serde_json::from_str).transpose().ok()?,
+            position: event.position().get(),
+            event_id: event.event_id().into(),
+            stream_id: event.stream_id().into(),
+            stream_version: event.stream_version(),
+            event_type: event.event_type().into(),
+            recorded_at,
+            payload: serde_json::from_str(event.payload_text()).ok()?,
+            metadata: event.metadata_text().map(serde_json::from_str).transpose().ok()?,
         };
         let text = serde_json::to_string(&wire).ok()?;
         // One by one: a search for a single character goes by memchr, one for either of two does not.
@@ -122,7 +123,7 @@ impl<'a> Wire<'a> {
     }
 
     fn into_event(self) -> Event {
-        Event {
+        Event::from(Recorded {
             position: Position::new(self.position),
             event_id: self.event_id.into_owned(),
             stream_id: self.stream_id.into_owned(),
@@ -131,7 +132,7 @@ impl<'a> Wire<'a> {
             recorded_at: self.recorded_at,
             payload: self.payload.get().to_owned(),
             metadata: self.metadata.map(|metadata| metadata.get().to_owned()),
-        }
+        })
     }
 }
 
@@ -140,7 +141,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::chain::tests::event;
+    use crate::chain::tests::{event, recorded};
     use crate::{hot_path, spoiled};
 
     const LOG: &str = "5f9c2a1e-0000-0000-0000-000000000001";
@@ -154,11 +155,11 @@ mod tests {
 
     #[test]
     fn what_is_packed_comes_out_byte_for_byte() {
-        let mut first = event(8);
+        let mut first = recorded(8);
         first.payload = r#"{ "amount" : 1.50, "ab": "é\u0041", "big": 123456789012345678901234567890 }"#.into();
         first.metadata = Some("[ ]".into());
         first.event_type = "with \"quotes\" and \\".into();
-        let events = vec![first, event(9)];
+        let events = vec![first.into(), event(9)];
         let packed = pack(LOG, Position::new(7), &events, 100_000, 100);
         assert_eq!(Some(unpack(&packed)), Run::new(Position::new(7), events));
         assert_eq!((packed.last, packed.events), (Position::new(9), 2));
@@ -181,8 +182,7 @@ mod tests {
     #[test]
     fn an_event_that_cannot_travel_is_sent_as_a_reference() {
         for payload in [format!("\"{}\"", "x".repeat(5_000)), "\"\u{ffff}\"".into()] {
-            let mut large = event(8);
-            large.payload = payload;
+            let large = Recorded { payload, ..recorded(8) }.into();
             let packed = pack(LOG, Position::new(7), &[large, event(9)], 2_000, 100);
             assert_eq!(packed.last, Position::new(8));
             assert_eq!(parse(&packed.body, LOG), Message::Doorbell("a reference"));
@@ -209,11 +209,11 @@ mod tests {
 
     /// A message with everything in it that a message may have.
     fn three_events() -> String {
-        let mut events = [event(8), event(9), event(10)];
+        let mut events = [recorded(8), recorded(9), recorded(10)];
         events[0].event_type = "with \"quotes\" and \\".into();
         events[1].payload = r#"{"a":[1,-2.5e3,"é\u0041",{"b":null}]}"#.into();
         events[2].metadata = Some("[true]".into());
-        pack(LOG, Position::new(7), &events, 100_000, 100).body
+        pack(LOG, Position::new(7), &events.map(Event::from), 100_000, 100).body
     }
 
     #[test]
@@ -236,11 +236,10 @@ mod tests {
         fn a_spoiled_message_is_a_run_no_larger_than_itself_or_a_doorbell(body in spoiled::text(&three_events())) {
             let Message::Events(run) = parse(&body, LOG) else { return Ok(()) };
             let events = run.above(run.prev());
-            let positions: Vec<u64> = events.iter().map(|event| event.position.get()).collect();
+            let positions: Vec<u64> = events.iter().map(|event| event.position().get()).collect();
             prop_assert_eq!(positions, (run.prev().get() + 1..=run.last().get()).collect::<Vec<_>>());
             let text = |event: &Event| {
-                let names = event.event_id.len() + event.stream_id.len() + event.event_type.len();
-                names + event.payload.len() + event.metadata.as_ref().map_or(0, String::len)
+                event.event_id().len() + event.stream_id().len() + event.event_type().len() + event.json_bytes()
             };
             prop_assert!(!events.is_empty() && events.iter().map(text).sum::<usize>() <= body.len());
         }
@@ -253,9 +252,7 @@ mod tests {
             max_events in 1usize..10,
         ) {
             let events: Vec<Event> = sizes.iter().zip(1..).map(|(&size, position)| {
-                let mut event = event(position);
-                event.payload = format!("\"{}\"", "x".repeat(size));
-                event
+                Recorded { payload: format!("\"{}\"", "x".repeat(size)), ..recorded(position) }.into()
             }).collect();
             let mut prev = Position::START;
             let mut travelled = Vec::new();
@@ -267,7 +264,7 @@ mod tests {
                     Message::Events(run) => travelled.extend(run.above(prev).to_vec()),
                     Message::Doorbell(_) => travelled.push(rest[0].clone()),
                 }
-                prop_assert_eq!(travelled.last().map(|event| event.position), Some(packed.last));
+                prop_assert_eq!(travelled.last().map(Event::position), Some(packed.last));
                 prev = packed.last;
             }
             prop_assert_eq!(travelled, events);

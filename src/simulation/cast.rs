@@ -94,7 +94,7 @@ pub(super) fn is_in(release: Release, actor: usize) -> bool {
 /// Whether a projector's read model holds this event: told apart from the engine's own notion of it.
 pub(super) fn wants(actor: usize, event: &Event) -> bool {
     match ACTORS[actor].only_closed {
-        true => event.event_type == TYPES[1],
-        false => TYPES.contains(&event.event_type.as_str()),
+        true => event.event_type() == TYPES[1],
+        false => TYPES.contains(&event.event_type()),
     }
 }

@@ -231,7 +231,7 @@ pub(super) fn at_rest(world: &mut World, release: cast::Release) {
 
 /// What a writer was told is stored is there, once.
 fn check_appends(world: &mut World) {
-    let mut ids: Vec<&str> = world.database.events.iter().flatten().map(|row| row.event.event_id.as_str()).collect();
+    let mut ids: Vec<&str> = world.database.events.iter().flatten().map(|row| row.event.event_id()).collect();
     ids.sort_unstable();
     let repeated = ids.windows(2).find(|pair| pair[0] == pair[1]).map(|pair| pair[0].to_owned());
     let lost = world.acknowledged.iter().find(|id| ids.binary_search(&id.as_str()).is_err()).cloned();

@@ -8,7 +8,7 @@ use super::invariants;
 use super::seen::Seen;
 use super::transaction::Transaction;
 use super::world::{Sim, Tick};
-use crate::event::{Event, Position, TOMBSTONE};
+use crate::event::{Event, Position, Recorded, TOMBSTONE};
 use crate::ledger::Entry;
 use crate::lifecycle::{self, Status, Step};
 use crate::projector::ProjectorId;
@@ -246,7 +246,7 @@ impl Sim {
 pub(super) const PATIENT_LOCK_WAIT: Tick = LOCK_WAIT;
 
 fn tombstone(position: u64) -> Event {
-    Event {
+    Event::from(Recorded {
         position: Position::new(position),
         event_id: format!("tombstone-{position}"),
         stream_id: TOMBSTONE.into(),
@@ -255,5 +255,5 @@ fn tombstone(position: u64) -> Event {
         recorded_at: time::OffsetDateTime::UNIX_EPOCH,
         payload: "{}".into(),
         metadata: None,
-    }
+    })
 }

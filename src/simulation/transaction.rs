@@ -53,7 +53,7 @@ impl Transaction {
     /// Inserts a row. One that is locked by others is waited for; a committed one is a collision.
     pub(super) async fn insert(&mut self, event: Event, patience: Tick) -> Result<(), DatabaseError> {
         self.sim.statement(Some(self.id)).await?;
-        let (own, position) = (self.id, event.position.get());
+        let (own, position) = (self.id, event.position().get());
         let holder = |world: &super::world::World| world.database.row(position)?.owner.filter(|&owner| owner != own);
         self.sim.until_free(patience, holder).await?;
         let mut world = self.sim.world();
@@ -65,7 +65,7 @@ impl Transaction {
             return Err(DatabaseError::Lost);
         };
         open.inserted.push(position);
-        world.note(|| format!("inserts {position} ({})", event.event_type));
+        world.note(|| format!("inserts {position} ({})", event.event_type()));
         // A server that starts reads the counter from the table.
         world.database.counter = world.database.counter.max(position);
         world.database.put(position, Row { event, owner: Some(own) });
@@ -77,7 +77,7 @@ impl Transaction {
         let own = self.id;
         let of = |world: &super::world::World| {
             let rows = world.database.events.iter().flatten();
-            rows.filter(|row| row.owner != Some(own)).find(|row| row.event.event_id == event_id).map(|row| row.owner)
+            rows.filter(|row| row.owner != Some(own)).find(|row| row.event.event_id() == event_id).map(|row| row.owner)
         };
         self.sim.until_free(PATIENT_LOCK_WAIT, |world| of(world).flatten()).await?;
         match of(&self.sim.world()) {
@@ -122,7 +122,7 @@ impl Transaction {
             return Err(HandlerError::Transient);
         }
         for event in wanted {
-            let position = event.position.get();
+            let position = event.position().get();
             if let Some(how) = failing(&mut world, actor, position, release) {
                 world.note(|| format!("the handler of {id} fails at {position}: {how:?}"));
                 return Err(match how {
@@ -132,7 +132,7 @@ impl Transaction {
             }
         }
         if let Some(open) = world.database.open.get_mut(&self.id) {
-            open.applied.extend(wanted.iter().map(|event| event.position.get()));
+            open.applied.extend(wanted.iter().map(|event| event.position().get()));
         }
         Ok(())
     }

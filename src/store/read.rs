@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use futures_util::{Stream, TryStreamExt};
 use sqlx::mysql::MySqlRow;
 use sqlx::pool::PoolConnection;
-use sqlx::{MySql, MySqlConnection, QueryBuilder, Row};
+use sqlx::{MySql, MySqlConnection, QueryBuilder};
 use time::OffsetDateTime;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -271,26 +271,13 @@ async fn read_page(
     let mut events = Vec::with_capacity(end.since(after).min(limit) as usize);
     let mut bytes = 0;
     while let Some(row) = rows.try_next().await? {
-        let event = decode(&row)?;
-        let position = event.position;
-        bytes += event.payload.len() + event.metadata.as_ref().map_or(0, String::len);
+        let event = Event::from_row(row)?;
+        let position = event.position();
+        bytes += event.json_bytes();
         events.push(event);
         if position < end && (events.len() as u64 >= limit || bytes >= PAGE_BYTES) {
             return Ok(Page { events, after, through: position });
         }
     }
     Ok(Page { events, after, through: end })
-}
-
-fn decode(row: &MySqlRow) -> Result<Event, sqlx::Error> {
-    Ok(Event {
-        position: Position::new(row.try_get(0)?),
-        event_id: row.try_get(1)?,
-        stream_id: row.try_get(2)?,
-        stream_version: row.try_get(3)?,
-        event_type: row.try_get(4)?,
-        recorded_at: row.try_get(5)?,
-        payload: row.try_get(6)?,
-        metadata: row.try_get(7)?,
-    })
 }

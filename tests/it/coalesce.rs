@@ -551,7 +551,7 @@ impl Projector for ByHand {
         let mut rows = MultiRowInsert::new("insert into alone_b (k, n, s) values")
             .with_tail("on duplicate key update n = n + values(n), s = values(s)");
         for event in events {
-            rows.row().bind(&event.stream_id).bind(1).bind(Some("odd").filter(|_| event.position.get() % 2 == 1));
+            rows.row().bind(event.stream_id()).bind(1).bind(Some("odd").filter(|_| event.position().get() % 2 == 1));
         }
         assert_eq!(rows.len(), events.len());
         let affected = rows.execute(db).await?;

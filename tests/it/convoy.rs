@@ -60,7 +60,7 @@ async fn a_projector_that_is_far_behind_catches_up_beside_the_others() {
     let mut registry = Registry::new();
     registry
         .add(Scripted::new(&behind, move |event, _| {
-            let (gate, far) = (waiting.clone(), event.position.get() > 100);
+            let (gate, far) = (waiting.clone(), event.position().get() > 100);
             Box::pin(async move {
                 if far {
                     gate.pass().await;

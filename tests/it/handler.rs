@@ -287,7 +287,7 @@ async fn a_boot_after_a_failure_resumes_each_projector_and_shows_no_event_twice(
         .map(|n| {
             let (is_mended, shown) = (Arc::clone(&is_mended), Arc::clone(&shown[n]));
             Tally::new(["first", "poisoned", "last"][n]).hook(move |event| {
-                let is_poison = n == 1 && event.position.get() == 250 && !is_mended.load(Ordering::SeqCst);
+                let is_poison = n == 1 && event.position().get() == 250 && !is_mended.load(Ordering::SeqCst);
                 anyhow::ensure!(!is_poison, "poison");
                 shown.fetch_add(1, Ordering::SeqCst);
                 Ok(())

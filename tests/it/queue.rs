@@ -255,7 +255,7 @@ impl Projector for Payloads {
 
     async fn handle(&self, event: &Event, db: &mut MySqlConnection) -> anyhow::Result<()> {
         let insert = sqlx::query("insert into payloads values (?, ?)");
-        insert.bind(event.position.get()).bind(&event.payload).execute(db).await?;
+        insert.bind(event.position().get()).bind(event.payload_text()).execute(db).await?;
         Ok(())
     }
 }

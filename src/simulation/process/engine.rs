@@ -122,7 +122,7 @@ impl Engine {
         self.sim.saw(Seen::Isolated);
         let wanted: Vec<&Event> = batch.wanted(projector).collect();
         if let [event] = wanted[..] {
-            return match self.attempt(projector, stage, batch.until(event.position.previous())).await {
+            return match self.attempt(projector, stage, batch.until(event.position().previous())).await {
                 Ok(Delivered::At(_)) => self.break_at(projector, stage, Some(event), &failed).await,
                 Ok(delivered) => delivered,
                 Err(error) => self.break_at(projector, stage, Some(event), &error).await,
@@ -130,10 +130,10 @@ impl Engine {
         }
         let mut position = batch.after;
         for event in wanted {
-            if event.position <= position {
+            if event.position() <= position {
                 continue;
             }
-            for end in [event.position.previous(), event.position] {
+            for end in [event.position().previous(), event.position()] {
                 let Some(step) = batch.part(position, end) else { continue };
                 match self.attempt(projector, stage, step).await {
                     Ok(Delivered::At(reached)) => position = reached,
@@ -163,9 +163,9 @@ impl Engine {
         error: &str,
     ) -> Delivered {
         let failed = |event: &Event| FailedEvent {
-            position: event.position,
-            event_id: event.event_id.clone(),
-            event_type: event.event_type.clone(),
+            position: event.position(),
+            event_id: event.event_id().to_owned(),
+            event_type: event.event_type().to_owned(),
         };
         let at = time::OffsetDateTime::UNIX_EPOCH;
         let failure = Failure {
@@ -176,7 +176,7 @@ impl Engine {
             release: None,
             host: "simulation".into(),
         };
-        let before = event.map(|event| event.position.previous());
+        let before = event.map(|event| event.position().previous());
         loop {
             let still = |entry: &crate::ledger::Entry| may_break(entry, stage, before);
             match self.sim.ledger_step(&projector.id, Step::Break(failure.clone()), still).await {

@@ -1,6 +1,6 @@
 //! Writers: the Rust API, which tries again, and plain inserts of any language, which do not.
 
-use crate::event::{Event, Position};
+use crate::event::{Event, Position, Recorded};
 use crate::simulation::cast::TYPES;
 use crate::simulation::seen::Seen;
 use crate::simulation::statements::{DatabaseError, PATIENT_LOCK_WAIT};
@@ -120,7 +120,7 @@ fn event(world: &mut World, position: u64, append: &Append, row: usize) -> Event
     }
     // Some cannot travel in a message, and only a reference to them can.
     let payload = if world.roll(30) { "\"\u{ffff}\"" } else { "1" };
-    Event {
+    Event::from(Recorded {
         position: Position::new(position),
         event_id: append.ids[row].clone(),
         stream_id: "case".into(),
@@ -129,5 +129,5 @@ fn event(world: &mut World, position: u64, append: &Append, row: usize) -> Event
         recorded_at: time::OffsetDateTime::UNIX_EPOCH,
         payload: payload.into(),
         metadata: None,
-    }
+    })
 }

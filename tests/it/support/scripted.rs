@@ -64,7 +64,7 @@ pub fn scripted_at<F>(tally: &Tally, position: u64, script: F) -> Scripted
 where
     F: for<'a> Fn(&'a mut MySqlConnection) -> BoxFuture<'a, anyhow::Result<()>> + Send + Sync + 'static,
 {
-    Scripted::new(tally, move |event: &Event, db| match event.position.get() == position {
+    Scripted::new(tally, move |event: &Event, db| match event.position().get() == position {
         true => script(db),
         false => Box::pin(async { Ok(()) }),
     })

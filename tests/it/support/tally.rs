@@ -45,7 +45,7 @@ impl Tally {
 
     /// Failing at this position.
     pub fn failing_at(self, position: u64) -> Self {
-        self.hook(move |event| match event.position.get() == position {
+        self.hook(move |event| match event.position().get() == position {
             true => anyhow::bail!("event {position} is poison"),
             false => Ok(()),
         })
@@ -122,7 +122,7 @@ impl Projector for Tally {
     async fn handle(&self, event: &Event, db: &mut MySqlConnection) -> anyhow::Result<()> {
         let sql = format!("insert into {} (position) values (?)", self.name);
         // Written first, so that a fault in the hook leaves something that must be rolled back.
-        sqlx::query(AssertSqlSafe(sql)).bind(event.position.get()).execute(db).await?;
+        sqlx::query(AssertSqlSafe(sql)).bind(event.position().get()).execute(db).await?;
         self.hook.as_ref().map_or(Ok(()), |hook| hook(event))
     }
 }
