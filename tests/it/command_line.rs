@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use projectionist::sqlx::{self, AssertSqlSafe, MySqlConnection};
 
-use crate::support::{World, eventually, execute};
+use crate::support::{Session, World, eventually, execute};
 
 /// A projector that writes down each event that it is shown: a repetition would be seen.
 fn tally(name: &str) -> String {
@@ -52,11 +52,8 @@ async fn close_gate(world: &World) -> MySqlConnection {
 
 /// Waits until a handler stands at the gate.
 async fn somebody_waits(world: &World) {
-    let waiting = format!(
-        "select count(*) from information_schema.processlist where db = '{}' and info like 'update gate%'",
-        world.database_name
-    );
-    eventually("a handler stands at the gate", async || world.number(&waiting).await > 0).await;
+    let waits = |session: &Session| session.statement.starts_with("update gate");
+    eventually("a handler stands at the gate", async || world.sessions().await.iter().any(waits)).await;
 }
 
 /// What such a projector has written down, in its order.

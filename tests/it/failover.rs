@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use projectionist::sqlx::{self, MySqlConnection};
 
-use crate::support::{World, event, eventually, execute};
+use crate::support::{self, World, event, eventually, execute};
 
 /// The setting is the whole server's, and only users without special rights feel it: of all tests those of
 /// `grants.rs`, which hold the same lock.
@@ -29,8 +29,8 @@ sql = "insert into counter (n) values (:position)"
 
 /// The sessions of a user.
 async fn sessions(admin: &mut MySqlConnection, user: &str) -> Vec<u64> {
-    let sessions = "select cast(id as unsigned) from information_schema.processlist where user = ?";
-    sqlx::query_scalar(sessions).bind(user).fetch_all(admin).await.expect("the sessions")
+    let all = support::sessions(admin).await.into_iter();
+    all.filter(|session| session.user == user).map(|session| session.id).collect()
 }
 
 #[tokio::test]

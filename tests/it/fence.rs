@@ -4,12 +4,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use projectionist::sqlx::{self, AssertSqlSafe, Connection, MySqlConnection};
+use projectionist::sqlx::{self, Connection, MySqlConnection};
 use projectionist::{Database, Error, Limits, Mode, PlaySettings, Queue, Registry, Status, boot};
 
 use crate::support::{
-    Cuts, Faults, FaultyQueue, Gate, PATIENCE, Scripted, Tally, World, eventually, gated, registry, run, scripted_at,
-    seed, server_url, set,
+    Cuts, Faults, FaultyQueue, Gate, PATIENCE, Scripted, Tally, World, eventually, gated, kill, registry, run,
+    scripted_at, seed, server_url, set,
 };
 
 // Two at once.
@@ -263,15 +263,8 @@ async fn kill_at_random(world: &World, mut dice: fastrand::Rng, shown: &AtomicU6
     let mut killer = MySqlConnection::connect(&server_url()).await.expect("the server answers");
     let mut killed = 0;
     while !stop.load(Ordering::SeqCst) {
-        let sessions: Vec<u64> =
-            sqlx::query_scalar("select cast(id as unsigned) from information_schema.processlist where db = ?")
-                .bind(&world.database_name)
-                .fetch_all(&mut killer)
-                .await
-                .expect("the sessions");
-        if let Some(session) = dice.choice(sessions) {
-            killed +=
-                u64::from(sqlx::raw_sql(AssertSqlSafe(format!("kill {session}"))).execute(&mut killer).await.is_ok());
+        if let Some(session) = dice.choice(world.sessions().await) {
+            killed += kill(&mut killer, [session]).await as u64;
         }
         let next = shown.load(Ordering::SeqCst) + dice.u64(20..80);
         eventually("it gets on", async || stop.load(Ordering::SeqCst) || shown.load(Ordering::SeqCst) >= next).await;

@@ -8,8 +8,8 @@ use projectionist::sqlx::{self, AssertSqlSafe, MySqlConnection};
 use projectionist::{AppendError, Database, EventStore, Limits, NewEvent, Queue, boot};
 
 use crate::support::{
-    Cuts, FaultyQueue, Gate, PATIENCE, Tally, World, event, eventually, execute, gated, is_mariadb, registry, seed,
-    server_error, set, write,
+    Cuts, FaultyQueue, Gate, PATIENCE, Session, Tally, World, event, eventually, execute, gated, is_mariadb, registry,
+    seed, server_error, set, write,
 };
 
 #[tokio::test]
@@ -114,10 +114,11 @@ async fn the_rows_of_an_insert_select_are_not_lost_between_those_of_others() {
     match is_mariadb().await {
         // For the table's counter, which is not listed among the waits of transactions.
         true => {
-            let waiting =
-                "select count(*) from information_schema.processlist where state = 'Update' and info like 'insert%'";
-            let waiting = format!("{waiting} and db = '{}'", world.database_name);
-            eventually("the other writer waits for the statement", async || world.number(&waiting).await == 1).await;
+            let waits = |session: &&Session| session.state == "Update" && session.statement.starts_with("insert");
+            eventually("the other writer waits for the statement", async || {
+                world.sessions().await.iter().filter(waits).count() == 1
+            })
+            .await;
         }
         false => eventually("the other writer is done", async || other.is_finished()).await,
     }

@@ -8,6 +8,7 @@ mod playing;
 mod process;
 mod proxy;
 mod scripted;
+mod sessions;
 mod tally;
 
 use std::future::Future;
@@ -28,6 +29,7 @@ pub use gate::Gate;
 pub use process::{Finished, Piped, Running};
 pub use proxy::{Cuts, Fate, Proxy, holds};
 pub use scripted::{Scripted, gated, run, scripted_at, set};
+pub use sessions::{Session, kill, sessions};
 pub use tally::{Tally, registry};
 
 /// Longer than anything here takes on a busy machine; reaching it is a failure.
@@ -182,11 +184,7 @@ impl World {
     /// refreshed only after nobody has read it for 0.1 s.)
     pub async fn lock_waits(&self) -> usize {
         let mut connection = self.connection().await;
-        let sessions: Vec<u64> =
-            sqlx::query_scalar("select cast(id as unsigned) from information_schema.processlist where db = database()")
-                .fetch_all(&mut connection)
-                .await
-                .expect("the sessions");
+        let sessions: Vec<u64> = self.sessions().await.iter().map(|session| session.id).collect();
         let status = sqlx::raw_sql("show engine innodb status").fetch_one(&mut connection).await.expect("the status");
         let status: String = status.try_get(2).expect("a text");
         let waiting = status.split("---TRANSACTION").filter(|transaction| transaction.contains("\nLOCK WAIT "));
@@ -229,15 +227,8 @@ impl Drop for World {
         let clean = async move {
             let mut server = server_connection().await;
             // The test's own connections may hold locks still: its runtime stands while we are here.
-            let sessions: Vec<u64> =
-                sqlx::query_scalar("select cast(id as unsigned) from information_schema.processlist where db = ?")
-                    .bind(&name)
-                    .fetch_all(&mut server)
-                    .await
-                    .expect("the sessions");
-            for session in sessions {
-                let _ = sqlx::raw_sql(AssertSqlSafe(format!("kill {session}"))).execute(&mut server).await;
-            }
+            let sessions = sessions(&mut server).await;
+            kill(&mut server, sessions.into_iter().filter(|session| session.database == name)).await;
             execute(&mut server, &format!("drop database {name}")).await;
             // A client of its own: the test's has its connections in the runtime that stands.
             let _ = sqs_client().await.delete_queue().queue_url(queue_url).send().await;
