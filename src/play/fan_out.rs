@@ -3,7 +3,7 @@
 use tokio::time::timeout;
 use tracing::{debug, warn};
 
-use super::Worker;
+use super::worker::Worker;
 use crate::apply::Batch;
 use crate::catch_up::{Cursor, CursorState};
 use crate::chain::{self, Link, Run};
@@ -30,7 +30,7 @@ impl Worker {
 
         let mut broken = self.stragglers.rejoin().await;
         let mut convoy = self.convoy(&entries, &runs, target);
-        let budget = self.settings.convoy;
+        let budget = self.budget;
         if let ([run], None) = (&runs[..], target) {
             let whole = |cursor: &Cursor| match need(cursor, run, u64::MAX) {
                 Need::Batch(batch) => Some(batch),
@@ -65,7 +65,7 @@ impl Worker {
             let Some(entry) = entries.iter().find(is_it).filter(|entry| !self.stragglers.hold(&entry.id)) else {
                 continue;
             };
-            if is_far_behind(entry.position, runs, target, self.settings.convoy.events) {
+            if is_far_behind(entry.position, runs, target, self.budget.events) {
                 warn!(
                     projector = %projector.id, position = entry.position.get(),
                     "far behind: leaves the convoy and catches up by itself"

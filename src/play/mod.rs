@@ -4,6 +4,7 @@ mod convoy;
 pub(crate) mod fan_out;
 mod intake;
 pub(crate) mod reconcile;
+pub(crate) mod worker;
 
 use std::future::Future;
 use std::pin::pin;
@@ -15,17 +16,15 @@ use tokio::time::timeout;
 use tracing::{debug, info, warn};
 
 use crate::database::Database;
-use crate::deliver::{Engine, Limits};
+use crate::deliver::Limits;
 use crate::error::Error;
-use crate::lifecycle::{Stage, Status};
 use crate::queue::{Queue, Receipt, Received};
 use crate::registry::Registry;
 use crate::relay::{Relay, RelaySettings};
 use crate::retry;
 pub use convoy::ConvoyBudget;
-use convoy::Stragglers;
 use intake::Intake;
-use reconcile::Reconcile;
+use worker::Worker;
 
 /// How play works.
 #[derive(Debug, Clone)]
@@ -84,25 +83,11 @@ pub async fn play(
     settings: PlaySettings,
     shutdown: impl Future<Output = ()>,
 ) -> Result<Played, Error> {
-    // A worker that gave up on one projector would delete messages that it has not passed.
-    let limits = Limits { patience: None, ..settings.limits };
-    let engine = Engine::new(database, limits, registry);
-    let log_id = engine.persist("read the marks of the log", || engine.store.marks()).await?.log_id;
-    let mut worker = Worker {
-        engine,
-        queue,
-        registry: registry.clone(),
-        settings,
-        log_id,
-        reconcile: Reconcile::default(),
-        stragglers: Stragglers::default(),
-        played: Played::default(),
-        quarrel: Quarrel::default(),
-    };
-    worker.introduce().await?;
+    let worker = Worker::new(database, registry, settings.limits, settings.convoy, settings.reconcile_after).await?;
+    let mut player = Player { worker, queue, settings, messages: 0, quarrel: Quarrel::default() };
 
-    let relay = worker.settings.relay.map(|settings| {
-        let mut relay = Relay::new(worker.engine.store.clone(), Arc::clone(&worker.queue), settings);
+    let relay = player.settings.relay.map(|settings| {
+        let mut relay = Relay::new(player.worker.engine.store.clone(), Arc::clone(&player.queue), settings);
         let (stop, stopped) = oneshot::channel::<()>();
         let task = tokio::spawn(async move {
             tokio::select! {
@@ -112,55 +97,35 @@ pub async fn play(
         });
         (stop, task)
     });
-    let mut intake = Intake::new(&worker.queue);
-    worker.run(&mut intake, shutdown).await;
+    let mut intake = Intake::new(&player.queue);
+    player.run(&mut intake, shutdown).await;
     intake.close().await;
-    worker.played.broken += worker.stragglers.rejoin().await;
+    let broken = player.worker.broken_so_far().await;
     if let Some((stop, task)) = relay {
         let _ = stop.send(());
-        let _ = timeout(worker.settings.grace, task).await;
+        let _ = timeout(player.settings.grace, task).await;
     }
-    Ok(worker.played)
+    Ok(Played { messages: player.messages, broken })
 }
 
-struct Worker {
-    engine: Engine,
+/// A worker that the queue feeds.
+struct Player {
+    worker: Worker,
     queue: Arc<dyn Queue>,
-    registry: Registry,
     settings: PlaySettings,
-    log_id: String,
-    reconcile: Reconcile,
-    stragglers: Stragglers,
-    played: Played,
+    /// How many were taken from the queue and deleted.
+    messages: u64,
     quarrel: Quarrel,
 }
 
-impl Worker {
-    /// Says whom it plays, and whom not.
-    async fn introduce(&self) -> Result<(), Error> {
-        let entries = self.engine.persist("read the ledger", || self.engine.ledger.entries()).await?;
-        for projector in self.registry.iter() {
-            match entries.iter().find(|entry| entry.id == projector.id) {
-                None => warn!(projector = %projector.id, "not booted, and so not played: run boot"),
-                Some(entry) if entry.status == Status::Live => {
-                    info!(projector = %entry.id, position = entry.position.get(), "playing");
-                }
-                Some(entry) if Stage::Boot.plays(&entry.status) => {
-                    warn!(projector = %entry.id, status = %entry.status, "not live, and so not played: run boot");
-                }
-                Some(entry) => info!(projector = %entry.id, status = %entry.status, "not played"),
-            }
-        }
-        Ok(())
-    }
-
+impl Player {
     async fn run(&mut self, intake: &mut Intake, shutdown: impl Future<Output = ()>) {
         let mut shutdown = pin!(shutdown);
         // So that what stands still now is known from the first poll on.
         tokio::select! {
             biased;
             () = &mut shutdown => return,
-            () = self.reconcile() => {}
+            () = self.worker.reconcile() => {}
         }
         loop {
             let received = tokio::select! {
@@ -179,7 +144,7 @@ impl Worker {
                     tokio::select! {
                         biased;
                         () = &mut shutdown => return,
-                        () = async { tokio::time::sleep(pause).await; self.reconcile().await; } => continue,
+                        () = async { tokio::time::sleep(pause).await; self.worker.reconcile().await; } => continue,
                     }
                 }
             };
@@ -221,7 +186,7 @@ impl Worker {
     /// messages with it.
     fn wait(&self) -> Duration {
         let PlaySettings { receive_wait, reconcile_after, .. } = self.settings;
-        match self.reconcile.has_suspects() {
+        match self.worker.reconcile.has_suspects() {
             true => receive_wait.min(reconcile_after),
             false => receive_wait,
         }
@@ -230,7 +195,7 @@ impl Worker {
     /// Deals with one receive. `true`: all is quiet, and that is what it was to wait for.
     async fn work(&mut self, received: Vec<Received>) -> bool {
         if received.is_empty() {
-            self.reconcile().await;
+            self.worker.reconcile().await;
             return self.settings.until_idle && self.is_idle().await;
         }
         let receipts: Vec<Receipt> = received.iter().map(|message| message.receipt.clone()).collect();
@@ -239,49 +204,30 @@ impl Worker {
         let (queue, visibility) = (Arc::clone(&self.queue), self.queue.visibility());
         tokio::select! {
             biased;
-            () = self.pass(&bodies) => {}
+            () = self.worker.pass(&bodies) => {}
             never = keep_hidden(queue.as_ref(), &receipts, visibility) => match never {},
         }
         // Every live projector has committed past them, or is broken.
         match self.queue.delete(&receipts).await {
-            Ok(()) => self.played.messages += receipts.len() as u64,
+            Ok(()) => self.messages += receipts.len() as u64,
             Err(error) => warn!(%error, "could not delete messages: they come again, and are known by their positions"),
         }
-        if self.reconcile.is_due(Instant::now()) {
-            self.reconcile().await;
+        if self.worker.reconcile.is_due(Instant::now()) {
+            self.worker.reconcile().await;
         }
         false
     }
 
-    /// Fans messages out, again and again if the database is away, until each live projector is past them.
-    async fn pass(&mut self, bodies: &[String]) {
-        loop {
-            match self.fan_out(bodies).await {
-                Ok(broken) => {
-                    self.quarrel.over("the database works again");
-                    self.played.broken += broken;
-                    return;
-                }
-                Err(error) => {
-                    let pause = self.quarrel.again("cannot fan out, trying again", &error);
-                    tokio::time::sleep(pause).await;
-                }
-            }
-        }
-    }
-
     /// Whether queue and log are quiet and every live projector is at the high-water mark.
     async fn is_idle(&self) -> bool {
+        let store = &self.worker.engine.store;
         let quiet = async {
-            let high_water = self.engine.store.raise_high_water().await?;
-            let all_seen = high_water.held.is_none() && self.engine.store.last_visible().await? == high_water.mark;
-            let published = self.engine.store.marks().await?.published;
+            let high_water = store.raise_high_water().await?;
+            let all_seen = high_water.held.is_none() && store.last_visible().await? == high_water.mark;
+            let published = store.marks().await?.published;
             let all_sent = self.settings.relay.is_none() || published >= high_water.mark;
-            let entries = self.engine.ledger.entries().await?;
-            let live =
-                entries.iter().filter(|entry| entry.status == Status::Live && self.registry.get(&entry.id).is_some());
-            let mut live = live;
-            Ok::<_, sqlx::Error>(all_seen && all_sent && live.all(|entry| entry.position >= high_water.mark))
+            let mut live = self.worker.live().await?.into_iter();
+            Ok::<_, sqlx::Error>(all_seen && all_sent && live.all(|(_, position)| position >= high_water.mark))
         };
         match quiet.await {
             Ok(quiet) => quiet && self.queue.depth().await.is_ok_and(|depth| depth == 0),
@@ -305,13 +251,13 @@ async fn keep_hidden(queue: &dyn Queue, receipts: &[Receipt], visibility: Durati
 
 /// Something that is away: told once and then at intervals, not with every attempt.
 #[derive(Debug, Default)]
-struct Quarrel {
+pub(crate) struct Quarrel {
     attempts: u32,
 }
 
 impl Quarrel {
     /// Notes another failure, and says how long to wait.
-    fn again(&mut self, what: &str, error: &dyn std::fmt::Display) -> Duration {
+    pub(crate) fn again(&mut self, what: &str, error: &dyn std::fmt::Display) -> Duration {
         self.attempts += 1;
         if retry::worth_telling(self.attempts) {
             warn!(attempt = self.attempts, %error, "{what}");
@@ -319,7 +265,7 @@ impl Quarrel {
         retry::delay(self.attempts + 4)
     }
 
-    fn over(&mut self, what: &str) {
+    pub(crate) fn over(&mut self, what: &str) {
         if std::mem::take(&mut self.attempts) > 0 {
             info!("{what}");
         }

@@ -5,9 +5,8 @@ use std::time::{Duration, Instant};
 
 use tracing::{info, warn};
 
-use super::Worker;
+use super::worker::Worker;
 use crate::event::Position;
-use crate::lifecycle::Status;
 use crate::projector::ProjectorId;
 
 /// However busy the queue is, positions are compared this often.
@@ -62,23 +61,18 @@ impl Reconcile {
 impl Worker {
     /// Compares, and catches up from the store what has stood still for too long. If the database is away,
     /// the next time will do.
-    pub(super) async fn reconcile(&mut self) {
+    pub(crate) async fn reconcile(&mut self) {
         if let Err(error) = self.try_reconcile().await {
             warn!(%error, "could not reconcile now");
         }
     }
 
     async fn try_reconcile(&mut self) -> Result<(), sqlx::Error> {
-        self.played.broken += self.stragglers.rejoin().await;
+        self.broken += self.stragglers.rejoin().await;
         let mark = self.engine.store.raise_high_water().await?.mark;
-        let entries = self.engine.ledger.entries().await?;
-        let live: Vec<(ProjectorId, Position)> = entries
-            .into_iter()
-            .filter(|entry| entry.status == Status::Live && self.registry.get(&entry.id).is_some())
-            .filter(|entry| !self.stragglers.hold(&entry.id))
-            .map(|entry| (entry.id, entry.position))
-            .collect();
-        let overdue = self.reconcile.overdue(Instant::now(), &live, mark, self.settings.reconcile_after);
+        let mut live = self.live().await?;
+        live.retain(|(id, _)| !self.stragglers.hold(id));
+        let overdue = self.reconcile.overdue(Instant::now(), &live, mark, self.reconcile_after);
         for (id, position) in live.into_iter().filter(|(id, _)| overdue.contains(id)) {
             let Some(projector) = self.registry.get(&id) else { continue };
             info!(

@@ -1,0 +1,111 @@
+//! The worker: the engine, the convoy, and what is known of who stands still. Play feeds it from the queue, and so does Lambda.
+
+use std::time::Duration;
+
+use tracing::{info, warn};
+
+use super::Quarrel;
+use super::convoy::{ConvoyBudget, Stragglers};
+use super::reconcile::Reconcile;
+use crate::database::Database;
+use crate::deliver::{Engine, Limits};
+use crate::error::Error;
+use crate::event::Position;
+use crate::lifecycle::{Stage, Status};
+use crate::projector::ProjectorId;
+use crate::registry::Registry;
+
+/// What passes messages to the live projectors of a set, and repairs what the queue loses.
+pub(crate) struct Worker {
+    pub(crate) engine: Engine,
+    pub(super) registry: Registry,
+    pub(super) log_id: String,
+    pub(super) budget: ConvoyBudget,
+    /// How long a projector may stand still below the mark before the queue has lost what it waits for.
+    pub(super) reconcile_after: Duration,
+    pub(super) reconcile: Reconcile,
+    pub(super) stragglers: Stragglers,
+    /// Projectors that broke since it began.
+    pub(super) broken: u64,
+    quarrel: Quarrel,
+}
+
+impl Worker {
+    /// Reads which log it is, and says whom it plays, and whom not.
+    ///
+    /// # Errors
+    /// If the log or the ledger cannot be read, for another reason than that the database is away: that is waited for.
+    pub(crate) async fn new(
+        database: &Database,
+        registry: &Registry,
+        limits: Limits,
+        budget: ConvoyBudget,
+        reconcile_after: Duration,
+    ) -> Result<Self, Error> {
+        // A worker that gave up on one projector would delete messages that it has not passed.
+        let limits = Limits { patience: None, ..limits };
+        let engine = Engine::new(database, limits, registry);
+        let log_id = engine.persist("read the marks of the log", || engine.store.marks()).await?.log_id;
+        let worker = Worker {
+            engine,
+            registry: registry.clone(),
+            log_id,
+            budget,
+            reconcile_after,
+            reconcile: Reconcile::default(),
+            stragglers: Stragglers::default(),
+            broken: 0,
+            quarrel: Quarrel::default(),
+        };
+        worker.introduce().await?;
+        Ok(worker)
+    }
+
+    /// Says whom it plays, and whom not.
+    async fn introduce(&self) -> Result<(), Error> {
+        let entries = self.engine.persist("read the ledger", || self.engine.ledger.entries()).await?;
+        for projector in self.registry.iter() {
+            match entries.iter().find(|entry| entry.id == projector.id) {
+                None => warn!(projector = %projector.id, "not booted, and so not played: run boot"),
+                Some(entry) if entry.status == Status::Live => {
+                    info!(projector = %entry.id, position = entry.position.get(), "playing");
+                }
+                Some(entry) if Stage::Boot.plays(&entry.status) => {
+                    warn!(projector = %entry.id, status = %entry.status, "not live, and so not played: run boot");
+                }
+                Some(entry) => info!(projector = %entry.id, status = %entry.status, "not played"),
+            }
+        }
+        Ok(())
+    }
+
+    /// Fans messages out, again and again if the database is away, until each live projector is past them.
+    pub(crate) async fn pass(&mut self, bodies: &[String]) {
+        loop {
+            match self.fan_out(bodies).await {
+                Ok(broken) => {
+                    self.quarrel.over("the database works again");
+                    self.broken += broken;
+                    return;
+                }
+                Err(error) => {
+                    let pause = self.quarrel.again("cannot fan out, trying again", &error);
+                    tokio::time::sleep(pause).await;
+                }
+            }
+        }
+    }
+
+    /// The live projectors of the set, and where they stand.
+    pub(crate) async fn live(&self) -> Result<Vec<(ProjectorId, Position)>, sqlx::Error> {
+        let entries = self.engine.ledger.entries().await?.into_iter();
+        let live = entries.filter(|entry| entry.status == Status::Live && self.registry.get(&entry.id).is_some());
+        Ok(live.map(|entry| (entry.id, entry.position)).collect())
+    }
+
+    /// How many projectors broke since it began, outside the convoy as well.
+    pub(crate) async fn broken_so_far(&mut self) -> u64 {
+        self.broken += self.stragglers.rejoin().await;
+        self.broken
+    }
+}
