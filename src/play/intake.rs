@@ -1,5 +1,5 @@
-//! Where messages come in. A queue that is not ordered hands out more while some are in work, so that the next receive can
-//! be under way meanwhile; one that is ordered would make it wait for their deletion.
+//! Where messages come in. The next receive is under way as early as the queue's order allows: while messages are in work
+//! where there is none, and while they are deleted where there is one, for then it is answered as soon as they are gone.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,9 +28,9 @@ impl Intake {
         received.unwrap_or_else(|error| Err(QueueError(error.to_string())))
     }
 
-    /// Begins the next receive, where the queue's order allows it.
+    /// Begins the next receive, unless it is under way.
     pub(super) fn receive_ahead(&mut self, wait: Duration) {
-        if self.ahead.is_none() && !self.queue.is_ordered() {
+        if self.ahead.is_none() {
             let queue = Arc::clone(&self.queue);
             self.ahead = Some(tokio::spawn(async move { queue.receive(wait).await }));
         }

@@ -9,6 +9,7 @@ pub(crate) mod worker;
 use std::future::Future;
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
@@ -149,17 +150,16 @@ impl Player {
                 }
             };
             let receipts: Vec<Receipt> = received.iter().map(|message| message.receipt.clone()).collect();
-            if !received.is_empty() {
-                intake.receive_ahead(self.wait());
-            }
             let grace = self.settings.grace;
+            let is_last = AtomicBool::new(false);
             let ended = {
-                let mut work = pin!(self.work(received));
+                let mut work = pin!(self.work(received, intake, &is_last));
                 tokio::select! {
                     biased;
                     ended = &mut work => Some(ended),
                     () = &mut shutdown => {
                         info!("shutting down: finishing the batch in hand");
+                        is_last.store(true, Ordering::Relaxed);
                         match timeout(grace, work).await {
                             Ok(_) => return,
                             Err(_) => None,
@@ -192,8 +192,9 @@ impl Player {
         }
     }
 
-    /// Deals with one receive. `true`: all is quiet, and that is what it was to wait for.
-    async fn work(&mut self, received: Vec<Received>) -> bool {
+    /// Deals with one receive, and begins the next unless it `is_last`. `true`: all is quiet, and that is what it was to
+    /// wait for.
+    async fn work(&mut self, received: Vec<Received>, intake: &mut Intake, is_last: &AtomicBool) -> bool {
         if received.is_empty() {
             self.worker.reconcile().await;
             return self.settings.until_idle && self.is_idle().await;
@@ -202,10 +203,17 @@ impl Player {
         let bodies: Vec<String> = received.into_iter().map(|message| message.body).collect();
 
         let (queue, visibility) = (Arc::clone(&self.queue), self.queue.visibility());
+        if !queue.is_ordered() {
+            intake.receive_ahead(self.wait());
+        }
         tokio::select! {
             biased;
             () = self.worker.pass(&bodies) => {}
             never = keep_hidden(queue.as_ref(), &receipts, visibility) => match never {},
+        }
+        // One that does not wait would find their group closed still.
+        if queue.is_ordered() && !self.wait().is_zero() && !is_last.load(Ordering::Relaxed) {
+            intake.receive_ahead(self.wait());
         }
         // Every live projector has committed past them, or is broken.
         match self.queue.delete(&receipts).await {
