@@ -18,18 +18,28 @@ pub async fn nothing(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
     let world = booted_once(bench, events).await?;
     let (world, registry) = (&world, &only(Nothing::with_all())?);
     let pages = |page| async move { Ok(per_second(events, bare::read_pages(world, events, page).await?)) };
-    let [ours, bounds @ ..] = in_turn(
+    let [ours, bare, bounds @ ..] = in_turn(
         bench.options.rounds,
         [
             lane("boot", || boot(world, registry, &[], events)),
+            lane("one stream, with a fenced commit every 1,000 events", || async {
+                Ok(per_second(events, bare::read_and_commit(world, events, 1).await?))
+            }),
             lane("read in pages of 1,000", move || pages(1_000)),
             lane("in pages of 5,000", move || pages(5_000)),
             lane("as one stream", || async { Ok(per_second(events, bare::read_stream(world, events).await?)) }),
         ],
     )
     .await?;
+    let least = Least {
+        what: "boot, do-nothing ÷ read and commit".into(),
+        bare,
+        bare_bound: bounds[2].clone(),
+        target: Target::AtLeast(0.8),
+    };
     let what = "boot, do-nothing ÷ read".into();
-    sheet.add(Line::ratio(1, what, Unit::PerSecond, ours, bounds.into(), Some(Target::AtLeast(0.8))));
+    let line = Line::ratio(1, what, Unit::PerSecond, ours, bounds.into(), Some(Target::AtLeast(0.8)));
+    sheet.add_with_least(line, least);
     Ok(())
 }
 

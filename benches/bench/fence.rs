@@ -29,9 +29,19 @@ impl Fence {
 
     /// So many events further, in one transaction.
     pub async fn advance(&mut self, events: u64) -> anyhow::Result<()> {
+        self.advance_with(events, async |_: &mut MySqlConnection| Ok(())).await
+    }
+
+    /// The same, with what is written on the way.
+    pub async fn advance_with(
+        &mut self,
+        events: u64,
+        write: impl AsyncFnOnce(&mut MySqlConnection) -> Result<(), sqlx::Error>,
+    ) -> anyhow::Result<()> {
         let (from, to) = (self.position, self.position + events);
         let mut transaction = self.connection.begin().await?;
         let found: u64 = sqlx::query_scalar(HOLD).bind(self.number).fetch_one(&mut *transaction).await?;
+        write(&mut transaction).await?;
         let moved = sqlx::query(MOVE).bind(to).bind(self.number).bind(from).execute(&mut *transaction).await?;
         ensure!((found, moved.rows_affected()) == (from, 1), "the position is at {found}, not at {from}");
         transaction.commit().await?;

@@ -9,9 +9,9 @@ use tokio::process::Command;
 
 use crate::lanes::{Series, median, per_second};
 use crate::projectors::{ReadModel, folder};
-use crate::sheet::{By, Line, Sheet, Target, Unit, grouped};
+use crate::sheet::{By, Least, Line, Sheet, Target, Unit, grouped};
 use crate::world::World;
-use crate::{Bench, WORKER};
+use crate::{Bench, WORKER, bare};
 
 /// How often the peak is looked at. It only grows: what is missed is what the last moment added.
 const LOOK_EVERY: Duration = Duration::from_millis(5);
@@ -33,6 +33,8 @@ struct Ran {
 struct Size {
     events: u64,
     rates: Vec<f64>,
+    /// One bare stream of the same rows, with a fenced commit every 1,000: what the log's length does to that.
+    bare_rates: Vec<f64>,
     peaks: Vec<f64>,
 }
 
@@ -62,9 +64,8 @@ pub async fn growth(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
         world.execute("truncate table upserted").await?;
         upserts.push(world.measure(&Worker::Declared(files.path()), events, 1).await?);
     }
-    for (what, sizes) in [("do-nothing", nothing), ("declared upsert", upserts)] {
-        add_lines(sheet, what, &sizes);
-    }
+    add_lines(sheet, "do-nothing", &nothing, true);
+    add_lines(sheet, "declared upsert", &upserts, false);
     Ok(())
 }
 
@@ -72,13 +73,14 @@ impl World {
     /// The mark has been raised already. What a boot takes that has nothing to do is not counted: it is the start of a
     /// process and of its connections, and no matter of the log.
     async fn measure(&self, worker: &Worker<'_>, events: u64, rounds: usize) -> anyhow::Result<Size> {
-        let mut size = Size { events, rates: Vec::new(), peaks: Vec::new() };
+        let mut size = Size { events, rates: Vec::new(), bare_rates: Vec::new(), peaks: Vec::new() };
         for _ in 0..rounds {
             self.execute("delete from projectors").await?;
             let ran = self.boot_process(worker).await?;
             let idle = self.boot_process(worker).await?;
             size.rates.push(per_second(events, ran.took.saturating_sub(idle.took)));
             size.peaks.push(ran.peak_mib);
+            size.bare_rates.push(per_second(events, bare::read_and_commit(self, events, 1).await?));
         }
         Ok(size)
     }
@@ -119,13 +121,13 @@ fn peak(pid: u32) -> Option<f64> {
     Some(peak.split_whitespace().next()?.parse::<f64>().ok()? / 1024.0)
 }
 
-/// Each size beside the first.
-fn add_lines(sheet: &mut Sheet, what: &str, sizes: &[Size]) {
+/// Each size beside the first; and beside the bare read, where reading is all there is to do.
+fn add_lines(sheet: &mut Sheet, what: &str, sizes: &[Size], is_bare: bool) {
     let Some(first) = sizes.first() else { return };
     let name = |size: &Size| format!("at {} events", grouped(size.events as f64));
     for size in sizes {
         let is_longer = size.events > first.events;
-        sheet.add(Line {
+        let line = Line {
             row: 9,
             what: format!("boot process, {what}, rate {}", name(size)),
             unit: Unit::PerSecond,
@@ -137,7 +139,23 @@ fn add_lines(sheet: &mut Sheet, what: &str, sizes: &[Size]) {
             judged_by: By::Ratio,
             target: is_longer.then_some(Target::Within(0.85, 1.15)),
             note: None,
-        });
+        };
+        let bare = |rounds| Series { name: format!("bare read and commit {}", name(size)), rounds };
+        match is_longer && is_bare {
+            true => {
+                let least = Least {
+                    what: format!("boot process, {what} {} ÷ bare read and commit of as many", name(size)),
+                    bare: bare(size.bare_rates.clone()),
+                    bare_bound: Series {
+                        name: name(first),
+                        rounds: vec![median(&first.bare_rates); size.bare_rates.len()],
+                    },
+                    target: Target::AtLeast(0.8),
+                };
+                sheet.add_with_least(line, least);
+            }
+            false => sheet.add(line),
+        }
         sheet.add(Line {
             row: 9,
             what: format!("boot process, {what}, peak memory {}", name(size)),

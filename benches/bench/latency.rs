@@ -10,19 +10,20 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use futures_util::future::try_join;
 use projectionist::sqlx;
 use projectionist::{PlaySettings, Queue, Registry, play};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::{sleep_until, timeout};
 
-use crate::Bench;
 use crate::endpoint::{Endpoint, Kind};
 use crate::lanes::{Quantiles, in_turn, lane};
 use crate::projectors::{ReadModel, UpsertEach};
-use crate::sheet::{By, Line, Sheet, Target, Unit};
+use crate::sheet::{By, Least, Line, Sheet, Target, Unit};
 use crate::witness::Witness;
 use crate::world::World;
+use crate::{Bench, by_hand};
 
 /// What is not there by then is a failure.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -47,7 +48,8 @@ pub async fn delays(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
     let world = &World::new(&bench.parts).await?;
     let model = ReadModel::new("upserted");
     model.make(world).await?;
-    let registry = &Registry::new().with(UpsertEach(model))?;
+    let registry = &Registry::new().with(UpsertEach(model.clone()))?;
+    let model = &model;
     world.boot(registry).await?;
     for endpoint in [bench.localstack().await, bench.stub().await?] {
         for per_second in [1, 100, 1_000] {
@@ -56,8 +58,9 @@ pub async fn delays(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
             let lanes = [
                 lane("append to projection", || projected(world, endpoint, registry, schedule)),
                 lane("send to receive", || received(endpoint, schedule)),
+                lane("append to projection by hand", || projected_by_hand(world, endpoint, model, schedule)),
             ];
-            let [ours, bound] = in_turn(bench.options.rounds.min(3), lanes).await?;
+            let [ours, bound, by_hand] = in_turn(bench.options.rounds.min(3), lanes).await?;
             let is_overloaded = bound.of(|delays| delays.p50).median() > TOO_LATE;
             let note = format!("{per_second}/s, {}: the queue does not take so many one by one", endpoint.name);
             let note = is_overloaded.then_some(note);
@@ -66,7 +69,7 @@ pub async fn delays(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
                 ("p95", |delays| delays.p95, None),
                 ("p99", |delays| delays.p99, Some(3.0)),
             ] {
-                sheet.add(Line {
+                let line = Line {
                     row: 8,
                     what: format!("latency at {per_second}/s, {}, {name}", endpoint.name),
                     unit: Unit::Milliseconds,
@@ -75,7 +78,17 @@ pub async fn delays(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
                     judged_by: By::Ratio,
                     target: most.filter(|_| per_second == 100).map(Target::AtMost),
                     note: note.clone(),
-                });
+                };
+                let least = Least {
+                    what: format!("latency at {per_second}/s, {}, {name} ÷ by hand", endpoint.name),
+                    bare: by_hand.of(figure),
+                    bare_bound: bound.of(figure),
+                    target: Target::AtMost(1.25),
+                };
+                match line.target {
+                    Some(_) => sheet.add_with_least(line, least),
+                    None => sheet.add(line),
+                }
             }
         }
     }
@@ -104,6 +117,28 @@ async fn projected(
     playing.await??;
     queue.remove().await?;
     delays_of(&committed, &witness.applied())
+}
+
+/// Appends on the same schedule to what publishes and applies by hand.
+async fn projected_by_hand(
+    world: &World,
+    endpoint: &Endpoint,
+    model: &ReadModel,
+    schedule: Schedule,
+) -> anyhow::Result<Quantiles> {
+    let queue = endpoint.make_queue(Kind::Fifo).await?;
+    let publishing = tokio::spawn(by_hand::publish(world, Arc::clone(&queue.sqs)).await?);
+    let count = WRITERS + schedule.count;
+    let applying = by_hand::apply(world, &queue.sqs, model, count as usize);
+    let appending = async {
+        Schedule { per_second: 100, count: WRITERS }.append(world).await?;
+        schedule.append(world).await
+    };
+    let (applied, committed) =
+        timeout(PATIENCE, try_join(applying, appending)).await.context("an event is not projected")??;
+    publishing.abort();
+    queue.remove().await?;
+    delays_of(&committed, &applied)
 }
 
 fn delays_of(committed: &HashMap<u64, Instant>, applied: &HashMap<u64, Instant>) -> anyhow::Result<Quantiles> {

@@ -5,6 +5,7 @@
 
 mod bare;
 mod boot;
+mod by_hand;
 mod endpoint;
 mod fence;
 mod growth;
