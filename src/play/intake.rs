@@ -5,9 +5,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::task::JoinHandle;
+use tokio::time::timeout;
 use tracing::debug;
 
 use crate::queue::{Queue, QueueError, Receipt, Received};
+
+/// What a queue takes to answer that has messages. One that has none waits for some.
+const ANSWERS_WITHIN: Duration = Duration::from_secs(1);
 
 /// The receiving end of the queue.
 pub(super) struct Intake {
@@ -36,14 +40,12 @@ impl Intake {
         }
     }
 
-    /// Gives back what was received and is not in work. Messages that a receive under way still takes come back by
+    /// Gives back what was received and is not in work. Messages that a receive under way takes after this come back by
     /// themselves.
     pub(super) async fn close(mut self) {
-        let Some(ahead) = self.ahead.take() else { return };
-        if !ahead.is_finished() {
-            return ahead.abort();
-        }
-        let Ok(Ok(received)) = ahead.await else { return };
+        let Some(mut ahead) = self.ahead.take() else { return };
+        let Ok(received) = timeout(ANSWERS_WITHIN, &mut ahead).await else { return ahead.abort() };
+        let Ok(Ok(received)) = received else { return };
         let receipts: Vec<Receipt> = received.into_iter().map(|message| message.receipt).collect();
         if let Err(error) = self.queue.hide(&receipts, Duration::ZERO).await {
             debug!(%error, "messages were not returned, and come back by themselves");

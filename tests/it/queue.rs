@@ -21,7 +21,7 @@ fn small_messages() -> PlaySettings {
 }
 
 /// What is applied has come through the queue, unless a test says otherwise.
-fn without_relay() -> PlaySettings {
+pub fn without_relay() -> PlaySettings {
     PlaySettings { relay: None, reconcile_after: PATIENCE, ..World::restless() }
 }
 
@@ -47,12 +47,12 @@ impl World {
     }
 
     /// Publishes what there is, in a process of its own.
-    async fn publish(&self, message_events: usize) {
+    pub async fn publish(&self, message_events: usize) {
         self.run(&["relay", "--once", "--message-events", &message_events.to_string()]).await.exits(0);
     }
 
     /// Looks at every message, and leaves it there.
-    async fn peek(&self) -> Vec<String> {
+    pub async fn peek(&self) -> Vec<String> {
         let received = self.queue.receive(Duration::from_secs(1)).await.expect("the queue answers");
         let receipts: Vec<String> = received.iter().map(|message| message.receipt.clone()).collect();
         self.queue.hide(&receipts, Duration::ZERO).await.expect("given back");
