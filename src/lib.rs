@@ -28,6 +28,7 @@ mod deliver;
 mod handoff;
 mod hang_up;
 mod held;
+mod lag;
 mod play;
 mod relay;
 

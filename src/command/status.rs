@@ -1,20 +1,22 @@
 //! `status`: every projector, the high-water mark and the published position.
 
+use std::sync::Arc;
+
 use clap::Args;
 use clap::builder::FalseyValueParser;
 use comfy_table::{Table, TableStyle};
 use serde::Serialize;
-use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 use super::say;
 use crate::config::Config;
 use crate::error::Error;
 use crate::event::Position;
+use crate::lag::{Lag, Standing};
 use crate::ledger::{Entry, Ledger};
-use crate::lifecycle::{Failure, Status};
+use crate::lifecycle::Failure;
 use crate::projector::Mode;
-use crate::registry::Registry;
+use crate::registry::{Registered, Registry};
 use crate::store::EventStore;
 
 #[derive(Debug, Args)]
@@ -87,63 +89,43 @@ impl StatusCommand {
 }
 
 async fn report(ledger: &Ledger, store: &EventStore, registry: &Registry) -> Result<StatusReport, Error> {
-    let entries = ledger.entries().await?;
-    let published = store.marks().await?.published;
-    // Proved anew, and not as last stored: with no relay running, the stored mark would hide the lag.
-    let high_water = store.provable_high_water().await?;
-    let visible = store.last_visible().await?.max(high_water).get();
-    let now = OffsetDateTime::now_utc();
-    let mut projectors = Vec::new();
-    for entry in &entries {
-        let lag_events = match entry.status {
-            Status::Finished | Status::Retired => 0,
-            _ => high_water.since(entry.position),
+    let standing = Standing::read(ledger, store).await?;
+    let visible = store.last_visible().await?.max(standing.high_water).get();
+    let known = |entry: &Entry| registry.get(&entry.id).is_some();
+    let mut projectors: Vec<ProjectorReport> =
+        standing.projectors.iter().map(|(entry, lag)| ProjectorReport::of(entry, *lag, known(entry))).collect();
+    let is_new = |projector: &&Arc<Registered>| standing.projectors.iter().all(|(entry, _)| entry.id != projector.id);
+    for projector in registry.iter().filter(is_new) {
+        let lag = match projector.mode {
+            Mode::FromNow => Lag::default(),
+            Mode::FromBeginning | Mode::Once => standing.lag(store, Position::START).await?,
         };
-        let lag_seconds = lag_seconds(store, entry.position, lag_events, now).await?;
-        projectors.push(ProjectorReport::of(entry, lag_events, lag_seconds, registry.get(&entry.id).is_some()));
-    }
-    for projector in registry.iter().filter(|projector| entries.iter().all(|entry| entry.id != projector.id)) {
-        let lag_events = if projector.mode == Mode::FromNow { 0 } else { high_water.get() };
         projectors.push(ProjectorReport {
             name: projector.id.name.clone(),
             version: projector.id.version,
             mode: projector.mode.as_str(),
             status: "new",
             position: 0,
-            lag_events,
-            lag_seconds: lag_seconds(store, Position::START, lag_events, now).await?,
+            lag_events: lag.events,
+            lag_seconds: lag.seconds,
             failure: None,
             is_known: true,
         });
     }
-    Ok(StatusReport { high_water: high_water.get(), published: published.get(), projectors, visible })
-}
-
-/// The age of the oldest event above a position, to the millisecond.
-async fn lag_seconds(
-    store: &EventStore,
-    position: Position,
-    lag_events: u64,
-    now: OffsetDateTime,
-) -> Result<f64, sqlx::Error> {
-    let oldest = match lag_events {
-        0 => None,
-        _ => store.recorded_at(position.next()).await?,
-    };
-    let lag = oldest.map_or(0.0, |oldest| (now - oldest).as_seconds_f64().max(0.0));
-    Ok((lag * 1000.0).round() / 1000.0)
+    let (high_water, published) = (standing.high_water.get(), standing.published.get());
+    Ok(StatusReport { high_water, published, projectors, visible })
 }
 
 impl ProjectorReport {
-    fn of(entry: &Entry, lag_events: u64, lag_seconds: f64, is_known: bool) -> Self {
+    fn of(entry: &Entry, lag: Lag, is_known: bool) -> Self {
         ProjectorReport {
             name: entry.id.name.clone(),
             version: entry.id.version,
             mode: entry.mode.as_str(),
             status: entry.status.as_str(),
             position: entry.position.get(),
-            lag_events,
-            lag_seconds,
+            lag_events: lag.events,
+            lag_seconds: lag.seconds,
             failure: entry.status.failure().map(FailureReport::from),
             is_known,
         }
