@@ -1,6 +1,7 @@
 //! Boot: rounds of catch-up, until every new projector of a release can be handed over.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use tracing::{error, info, warn};
 
@@ -16,6 +17,7 @@ use crate::ledger::{Entry, LedgerError};
 use crate::lifecycle::{Stage, Status, Step};
 use crate::projector::{Mode, ProjectorId};
 use crate::registry::{Registered, Registry};
+use crate::retry;
 use crate::store::HighWater;
 
 /// A round that was longer than a batch is followed by another, so that projectors go live fresh; but
@@ -93,6 +95,7 @@ struct Boot<'a> {
 
 impl Boot<'_> {
     async fn run(&self, mut progress: impl FnMut(&BootProgress)) -> Result<BootReport, Error> {
+        let began = Instant::now();
         let before = self.entries().await?;
         check_modes(self.registry, &before)?;
         let mut cursors = self.enter(&before).await?;
@@ -112,9 +115,17 @@ impl Boot<'_> {
             )));
         }
         let report = self.report(&before, &self.entries().await?);
-        if !report.is_released() {
+        let (released, release) = (report.is_released(), self.engine.release.as_deref());
+        let seconds = retry::seconds(began.elapsed());
+        if released {
+            info!(released, release, seconds, projectors = report.projectors.len(), "booted: this release may go on");
+        } else {
             let broken: Vec<String> = report.broken().map(|booted| booted.entry.id.to_string()).collect();
-            error!(alert = "boot_failed", broken = broken.join(" "), "boot failed: this release must not go on");
+            let broken = broken.join(" ");
+            error!(
+                alert = "boot_failed",
+                broken, released, release, seconds, "boot failed: this release must not go on"
+            );
         }
         Ok(report)
     }
@@ -137,11 +148,11 @@ impl Boot<'_> {
             if Stage::Boot.plays(&entry.status) {
                 info!(
                     projector = %entry.id, mode = %entry.mode, status = %entry.status, position = entry.position.get(),
-                    "booting"
+                    release = self.engine.release, "booting"
                 );
                 cursors.push(Cursor::new(projector, entry.position));
             } else if entry.status == Status::Retired {
-                warn!(projector = %entry.id, "retired, and never played again: take it out of the set, or give it a new version");
+                warn!(projector = %entry.id, status = %entry.status, "retired, and never played again: take it out of the set, or give it a new version");
             }
         }
         Ok(cursors)
@@ -196,12 +207,11 @@ impl Boot<'_> {
     /// Hands over, or finishes, every cursor that has come far enough.
     async fn release(&self, cursors: &mut [Cursor], target: Position, is_first: bool) -> Result<(), Error> {
         for cursor in cursors.iter_mut().filter(|cursor| cursor.is_running()) {
-            let projector = &cursor.projector;
-            let row = match projector.mode {
-                Mode::Once => self.finish(projector, target).await?,
+            let row = match cursor.projector.mode {
+                Mode::Once => self.finish(cursor, target).await?,
                 Mode::FromBeginning | Mode::FromNow => {
                     let oldest = oldest_queued(self.registry, &self.entries().await?, target);
-                    self.engine.hand_over(projector, oldest).await?
+                    self.engine.hand_over(cursor, oldest).await?
                 }
             };
             cursor.note_row(row.as_ref());
@@ -216,12 +226,18 @@ impl Boot<'_> {
 
     /// Finishes a projector of mode once, if it still stands at or beyond the mark of this round. Returns its row
     /// as it is afterwards, if there is one.
-    async fn finish(&self, projector: &Registered, target: Position) -> Result<Option<Entry>, LedgerError> {
+    async fn finish(&self, cursor: &Cursor, target: Position) -> Result<Option<Entry>, LedgerError> {
+        let id = &cursor.projector.id;
         let still = |entry: &Entry| has_reached(entry, target);
-        let step = || self.engine.ledger.step(&projector.id, Step::Finish, still);
+        let step = || self.engine.ledger.step(id, Step::Finish, still);
         let entry = self.engine.persist("finish", step).await?;
-        if entry.as_ref().is_some_and(|entry| entry.status == Status::Finished) {
-            info!(projector = %projector.id, position = target.get(), "finished");
+        if let Some(entry) = entry.as_ref().filter(|entry| entry.status == Status::Finished) {
+            let (from, began) = cursor.start;
+            info!(
+                projector = %id, status = %entry.status, position = entry.position.get(),
+                events = entry.position.since(from), seconds = retry::seconds(began.elapsed()),
+                release = self.engine.release, "finished"
+            );
         }
         Ok(entry)
     }
@@ -232,7 +248,10 @@ impl Boot<'_> {
             let still = |entry: &Entry| matches!(entry.status, Status::Booting | Status::Stalled);
             let step = || self.engine.ledger.step(&cursor.projector.id, Step::Stall, still);
             self.engine.persist("stall a projector", step).await?;
-            warn!(projector = %cursor.projector.id, position = cursor.position.get(), "stalled: another projector of this boot broke");
+            warn!(
+                projector = %cursor.projector.id, status = "stalled", position = cursor.position.get(),
+                release = self.engine.release, "stalled: another projector of this boot broke"
+            );
         }
         Ok(())
     }

@@ -1,6 +1,7 @@
 //! The one loop that reads MySQL and applies: boot's replay, and the repair of every hole.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use futures_util::StreamExt;
 use futures_util::stream;
@@ -23,6 +24,8 @@ pub(crate) struct Cursor {
     pub(crate) projector: Arc<Registered>,
     pub(crate) position: Position,
     pub(crate) state: CursorState,
+    /// Where it began, and when.
+    pub(crate) start: (Position, Instant),
 }
 
 /// Whether a cursor goes on.
@@ -40,7 +43,8 @@ pub(crate) enum CursorState {
 
 impl Cursor {
     pub(crate) fn new(projector: &Arc<Registered>, position: Position) -> Self {
-        Cursor { projector: Arc::clone(projector), position, state: CursorState::Running }
+        let start = (position, Instant::now());
+        Cursor { projector: Arc::clone(projector), position, state: CursorState::Running, start }
     }
 
     pub(crate) fn is_running(&self) -> bool {

@@ -25,7 +25,7 @@ pub(crate) struct Engine {
     pub(crate) ledger: Ledger,
     pub(crate) limits: Limits,
     /// The name of the release, where it has one.
-    release: Option<String>,
+    pub(crate) release: Option<String>,
 }
 
 /// What bounds the engine.
@@ -106,7 +106,7 @@ impl Engine {
                 Err(ApplyError::TimedOut(error)) => {
                     timed_out = true;
                     attempt += 1;
-                    warn!(projector = %projector.id, position = batch.after.get(), error = tell(&error), "trying once more");
+                    warn!(projector = %projector.id, position = batch.after.get(), attempt, error = tell(&error), "trying once more");
                 }
                 Err(ApplyError::Claim(entry)) => match without_claim(entry.as_ref(), stage, batch) {
                     Ok(rest) => batch = rest,
@@ -214,6 +214,7 @@ impl Engine {
                         alert = "projector_broken",
                         projector = %projector.id,
                         position = event.map(|event| event.position().get()),
+                        status = entry.status.as_str(),
                         event_type = event.map(Event::event_type),
                         event_id = event.map(Event::event_id),
                         error = failure.error,

@@ -2,11 +2,13 @@
 
 use tracing::info;
 
+use crate::catch_up::Cursor;
 use crate::deliver::Engine;
 use crate::event::Position;
 use crate::ledger::{Entry, LedgerError};
 use crate::lifecycle::{Stage, Status, Step};
-use crate::registry::{Registered, Registry};
+use crate::registry::Registry;
+use crate::retry;
 
 /// The oldest event that may still be in the queue: the lowest position that a live projector of this
 /// release still awaits. With none live, nobody has taken anything out of the queue, and the high-water
@@ -30,16 +32,19 @@ impl Engine {
     /// makes play read the difference from the store.
     pub(crate) async fn hand_over(
         &self,
-        projector: &Registered,
+        cursor: &Cursor,
         oldest_queued: Position,
     ) -> Result<Option<Entry>, LedgerError> {
+        let id = &cursor.projector.id;
         let still = |entry: &Entry| has_reached(entry, oldest_queued);
-        let step = || self.ledger.step(&projector.id, Step::HandOver, still);
+        let step = || self.ledger.step(id, Step::HandOver, still);
         let entry = self.persist("hand over", step).await?;
         if let Some(entry) = entry.as_ref().filter(|entry| entry.status == Status::Live) {
+            let (from, began) = cursor.start;
             info!(
-                projector = %projector.id, position = entry.position.get(), oldest_queued = oldest_queued.get(),
-                "handed over: live"
+                projector = %id, status = %entry.status, position = entry.position.get(),
+                oldest_queued = oldest_queued.get(), events = entry.position.since(from),
+                seconds = retry::seconds(began.elapsed()), release = self.release, "handed over: live"
             );
         }
         Ok(entry)

@@ -23,6 +23,11 @@ pub(crate) fn worth_telling(attempt: u32) -> bool {
     attempt <= 3 || attempt.is_multiple_of(60)
 }
 
+/// A duration as the log has it: in seconds, to the millisecond.
+pub(crate) fn seconds(duration: Duration) -> f64 {
+    duration.as_millis() as f64 / 1000.0
+}
+
 /// Tries again what fails only for the moment, until `patience` is over; `None`: for as long as it takes.
 /// It must be harmless to repeat, even where it succeeded and nobody was told.
 pub(crate) async fn persist<T, E, F>(

@@ -43,7 +43,7 @@ impl Audit {
         let progress = |at: Position, end: Position| {
             if told.elapsed() >= TELL_EVERY {
                 told = Instant::now();
-                info!(position = at.get(), target = end.get(), "auditing");
+                info!(position = at.get(), through = end.get(), "auditing");
             }
         };
         let log = EventStore::new(&database).audit(progress).await?;

@@ -159,7 +159,7 @@ impl Display {
         let left = (rate > 0.0).then(|| ((target - lowest.min(target)) as f64 / rate).round());
         info!(
             position = lowest,
-            target,
+            through = target,
             events_per_second = rate.round(),
             seconds_left = left,
             projectors = progress.positions.len(),

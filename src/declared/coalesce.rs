@@ -17,6 +17,7 @@ use super::insert::Insert;
 use super::tables::{Refusal, look_at};
 use crate::event::Event;
 use crate::multi_row::{MAX_BYTES, MAX_ROWS, Rows, Statement};
+use crate::projector::ProjectorId;
 
 /// The fewest executions in a batch for which a table is looked at: that costs about as much as twenty of them.
 const WORTH_A_LOOK: usize = 32;
@@ -79,7 +80,7 @@ enum Standing {
 
 /// Applies events, as [`Handlers::apply`] does it one by one.
 pub(super) async fn apply(
-    projector: &str,
+    projector: &ProjectorId,
     handlers: &Handlers,
     events: &[&Event],
     db: &mut MySqlConnection,
@@ -102,7 +103,7 @@ pub(super) async fn apply(
 
 /// What waits to be sent, and what is known of the tables.
 struct Batch<'h> {
-    projector: &'h str,
+    projector: &'h ProjectorId,
     handlers: &'h Handlers,
     tables: Vec<Standing>,
     waiting: Vec<Option<Waiting<'h>>>,
@@ -121,7 +122,7 @@ struct Waiting<'h> {
 
 impl<'h> Batch<'h> {
     /// `None` where no table is worth a look.
-    fn new(projector: &'h str, handlers: &'h Handlers, events: &[&Event]) -> Option<Self> {
+    fn new(projector: &'h ProjectorId, handlers: &'h Handlers, events: &[&Event]) -> Option<Self> {
         let tables = handlers.tables()?;
         let mut executions = vec![0; tables.names.len()];
         for event in events {
@@ -172,7 +173,7 @@ impl<'h> Batch<'h> {
                 Err(refusal) => {
                     if tables.refuse(table, refusal) {
                         info!(
-                            projector = self.projector, table = tables.names[table], reason = %refusal,
+                            projector = %self.projector, table = tables.names[table], reason = %refusal,
                             "the table's inserts are sent one by one"
                         );
                     }

@@ -9,7 +9,7 @@ use super::handler::{Declared, Handlers, Step};
 use super::spelling::nearest;
 use super::{Fault, Problem, statement};
 use crate::event::NewEvent;
-use crate::projector::{EventTypes, Mode};
+use crate::projector::{EventTypes, Mode, ProjectorId};
 
 const KEYS: [&str; 7] = ["name", "version", "mode", "side_effects", "setup", "teardown", "on"];
 const ON_KEYS: [&str; 2] = ["events", "sql"];
@@ -90,8 +90,7 @@ impl Reader<'_> {
         let version = version.and_then(|entry| self.version(entry));
         let mode = mode.and_then(|entry| self.mode(entry));
         let projector = Declared {
-            name: name?.to_owned(),
-            version: version?,
+            id: ProjectorId { name: name?.to_owned(), version: version? },
             mode: mode?,
             side_effects: side_effects?,
             setup,

@@ -20,13 +20,12 @@ use super::prepared::{Class, Prepared};
 use super::statement::Compiled;
 use crate::event::Event;
 use crate::multi_row::Rows;
-use crate::projector::{EventTypes, Mode, Projector};
+use crate::projector::{EventTypes, Mode, Projector, ProjectorId};
 
 /// A projector that a file declares.
 #[derive(Debug)]
 pub(super) struct Declared {
-    pub(super) name: String,
-    pub(super) version: u32,
+    pub(super) id: ProjectorId,
     pub(super) mode: Mode,
     pub(super) side_effects: bool,
     pub(super) setup: Vec<Step>,
@@ -299,11 +298,11 @@ impl<'e> Argument<'e> {
 #[async_trait]
 impl Projector for Declared {
     fn name(&self) -> &str {
-        &self.name
+        &self.id.name
     }
 
     fn version(&self) -> u32 {
-        self.version
+        self.id.version
     }
 
     fn mode(&self) -> Mode {
@@ -331,7 +330,7 @@ impl Projector for Declared {
     }
 
     async fn handle_batch(&self, events: &[&Event], db: &mut MySqlConnection) -> anyhow::Result<()> {
-        coalesce::apply(&self.name, &self.handlers, events, db).await
+        coalesce::apply(&self.id, &self.handlers, events, db).await
     }
 }
 

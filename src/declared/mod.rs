@@ -256,7 +256,7 @@ struct Loaded {
 impl Loaded {
     fn add(&mut self, file: &str, declaration: Declaration) -> Result<(), Vec<Problem>> {
         let Declaration { projector, name_line, version_line } = declaration;
-        let id = ProjectorId { name: projector.name.clone(), version: projector.version };
+        let id = projector.id.clone();
         let (line, reason) = match self.registry.add(projector) {
             Ok(()) => {
                 self.origins.insert(id, format!("{file}:{name_line}"));

@@ -1,6 +1,6 @@
 //! The worker: the engine, the convoy, and what is known of who stands still. Play feeds it from the queue, and so does Lambda.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tracing::{info, warn};
 
@@ -14,6 +14,10 @@ use crate::event::Position;
 use crate::lifecycle::{Stage, Status};
 use crate::projector::ProjectorId;
 use crate::registry::Registry;
+use crate::retry;
+
+/// A receive that takes so long is worth a line in the log.
+const SLOW: Duration = Duration::from_secs(1);
 
 /// What passes messages to the live projectors of a set, and repairs what the queue loses.
 pub(crate) struct Worker {
@@ -66,9 +70,12 @@ impl Worker {
         let entries = self.engine.persist("read the ledger", || self.engine.ledger.entries()).await?;
         for projector in self.registry.iter() {
             match entries.iter().find(|entry| entry.id == projector.id) {
-                None => warn!(projector = %projector.id, "not booted, and so not played: run boot"),
+                None => warn!(projector = %projector.id, status = "new", "not booted, and so not played: run boot"),
                 Some(entry) if entry.status == Status::Live => {
-                    info!(projector = %entry.id, position = entry.position.get(), "playing");
+                    info!(
+                        projector = %entry.id, status = %entry.status, position = entry.position.get(),
+                        release = self.engine.release, "playing"
+                    );
                 }
                 Some(entry) if Stage::Boot.plays(&entry.status) => {
                     warn!(projector = %entry.id, status = %entry.status, "not live, and so not played: run boot");
@@ -81,12 +88,13 @@ impl Worker {
 
     /// Fans messages out, again and again if the database is away, until each live projector is past them.
     pub(crate) async fn pass(&mut self, bodies: &[String]) {
+        let began = Instant::now();
         loop {
             match self.fan_out(bodies).await {
                 Ok(broken) => {
                     self.quarrel.over("the database works again");
                     self.broken += broken;
-                    return;
+                    return note_committed(bodies.len(), began.elapsed());
                 }
                 Err(error) => {
                     let pause = self.quarrel.again("cannot fan out, trying again", &error);
@@ -107,5 +115,12 @@ impl Worker {
     pub(crate) async fn broken_so_far(&mut self) -> u64 {
         self.broken += self.stragglers.rejoin().await;
         self.broken
+    }
+}
+
+/// Takes note of a receive that every live projector is past, and tells of one that was slow.
+fn note_committed(messages: usize, took: Duration) {
+    if took >= SLOW {
+        info!(messages, seconds = retry::seconds(took), "a slow receive");
     }
 }

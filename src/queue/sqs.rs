@@ -184,7 +184,7 @@ impl Queue for SqsQueue {
 /// either way the message comes again and is known by its positions.
 fn check_batch(doing: &str, failed: &[BatchResultErrorEntry]) -> Result<(), QueueError> {
     for entry in failed {
-        tracing::debug!(code = entry.code(), message = entry.message(), "could not {doing} a message: it comes again");
+        tracing::debug!(code = entry.code(), reason = entry.message(), "could not {doing} a message: it comes again");
     }
     match failed.iter().find(|entry| !entry.sender_fault()) {
         Some(entry) => {
