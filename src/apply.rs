@@ -1,7 +1,7 @@
 //! One batch, one projector, one transaction.
 
 use std::panic::AssertUnwindSafe;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::anyhow;
 use futures_util::FutureExt;
@@ -15,6 +15,7 @@ use crate::error::{database_error, is_hang_up, is_transient, server_error};
 use crate::event::{Event, Position};
 use crate::ledger::{self, Entry, Ledger};
 use crate::lifecycle::Stage;
+use crate::metrics;
 use crate::registry::Registered;
 
 /// Events that move a projector from one position to another.
@@ -116,7 +117,7 @@ async fn run(
     batch: Batch<'_>,
     handler_timeout: Duration,
 ) -> Result<(), NotApplied> {
-    let (database, id) = (guard.database, &projector.id);
+    let (database, id, began) = (guard.database, &projector.id, Instant::now());
     let begin = ledger::begin(connection, id, stage, batch.after);
     let mut transaction = database.answered(begin).await.map_err(NotApplied::Begin)?;
 
@@ -150,7 +151,11 @@ async fn run(
         }
     }
     match database.answered(ledger::advance(&mut transaction, id, batch.after, batch.through)).await {
-        Ok(true) => Ok(database.answered(transaction.commit()).await?),
+        Ok(true) => {
+            database.answered(transaction.commit()).await?;
+            metrics::applied(id, wanted.len(), began.elapsed());
+            Ok(())
+        }
         Ok(false) => {
             Err(ApplyError::Projector(anyhow!("the handler changed its projector's own row in the ledger")).into())
         }

@@ -15,6 +15,7 @@ use crate::handoff::{has_reached, oldest_queued};
 use crate::held::HeldWatch;
 use crate::ledger::{Entry, LedgerError};
 use crate::lifecycle::{Stage, Status, Step};
+use crate::metrics;
 use crate::projector::{Mode, ProjectorId};
 use crate::registry::{Registered, Registry};
 use crate::retry;
@@ -163,6 +164,7 @@ impl Boot<'_> {
         for cursor in cursors {
             let set_up = || apply::set_up(&self.engine.database, &cursor.projector);
             if let Err(error) = self.engine.persist("run a setup", set_up).await {
+                metrics::failed(&cursor.projector.id);
                 let error = error.context("setup failed");
                 let delivered = match caused_by_transient(&error) {
                     true => Delivered::GaveUp(tell(&error)),

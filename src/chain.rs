@@ -33,8 +33,12 @@ impl Run {
 
     /// The events above a position.
     pub(crate) fn above(&self, position: Position) -> &[Event] {
-        let known = position.since(self.prev).min(self.events.len() as u64) as usize;
-        &self.events[known..]
+        &self.events[self.known(position) as usize..]
+    }
+
+    /// How many of its events do not lie above a position.
+    pub(crate) fn known(&self, position: Position) -> u64 {
+        position.since(self.prev).min(self.events.len() as u64)
     }
 }
 

@@ -11,7 +11,7 @@ use crate::deliver::Limits;
 use crate::error::Error;
 use crate::queue::SqsQueue;
 use crate::registry::Registry;
-use crate::telemetry::LogFormat;
+use crate::telemetry::{LogFormat, MetricsFormat, Reporter, service_name};
 
 /// A deploy waits this long for a database that is away; a worker waits for as long as it takes.
 const BOOT_PATIENCE: Duration = Duration::from_secs(60);
@@ -62,6 +62,16 @@ pub(crate) struct Config {
     /// What this release is called, for whoever reads of a failure: a version, a commit, an image's tag.
     #[arg(long, value_name = "NAME", env = "PROJECTIONIST_RELEASE", global = true)]
     release: Option<String>,
+
+    /// Whether boot, play and relay write metrics to standard error, among the log lines: emf is CloudWatch's embedded
+    /// metric format.
+    #[arg(long, value_name = "FORMAT", env = "PROJECTIONIST_METRICS", default_value = "none", global = true)]
+    metrics: MetricsFormat,
+
+    /// What this installation is called in its metrics: the dimension Service.
+    #[arg(long, value_name = "NAME", env = "PROJECTIONIST_SERVICE", default_value = "projectionist",
+          value_parser = service_name, global = true)]
+    service: String,
 
     /// Where alerts are posted, as JSON, besides the log: a web hook of your chat or bug tracker.
     #[arg(long, value_name = "URL", env = "PROJECTIONIST_ALERT_URL", hide_env_values = true, global = true)]
@@ -114,6 +124,11 @@ impl Config {
             .as_deref()
             .ok_or_else(|| Error::Input("no queue is named: give --queue-url or set QUEUE_URL".into()))?;
         SqsQueue::connect(url, Duration::from_secs(self.visibility)).await
+    }
+
+    /// Writes metrics, if they are asked for. To be made before anything is done that is to be counted.
+    pub(crate) fn reporter(&self) -> Reporter {
+        Reporter::new(self.metrics, &self.service, self.release.as_deref())
     }
 
     /// What bounds the engine in boot.

@@ -14,6 +14,7 @@ use crate::event::{Event, Position};
 use crate::hang_up::HangUps;
 use crate::ledger::{Entry, Ledger, LedgerError};
 use crate::lifecycle::{FailedEvent, Failure, Stage, Status, Step};
+use crate::metrics;
 use crate::registry::{Registered, Registry};
 use crate::retry;
 
@@ -97,6 +98,9 @@ impl Engine {
         let mut hang_ups = HangUps::default();
         loop {
             let applied = apply::apply(&self.database, projector, stage, batch, self.limits.handler_timeout).await;
+            if applied.as_ref().is_err_and(|error| !matches!(error, ApplyError::Claim(_))) {
+                metrics::failed(&projector.id);
+            }
             let is_its_doing = hang_ups.note(&self.database, &applied).await;
             match applied {
                 Ok(()) => return Ok(Delivered::At(batch.through)),

@@ -23,6 +23,11 @@ struct HeldSince {
 }
 
 impl HeldWatch {
+    /// Since when the mark has been held by the same thing, if anything holds it.
+    pub(crate) fn since(&self) -> Option<Instant> {
+        self.held.as_ref().map(|held| held.since)
+    }
+
     /// Takes note of what holds the mark now, if anything does.
     pub(crate) fn note(&mut self, held: Option<Held>) {
         let Some(held) = held else {

@@ -7,6 +7,7 @@ mod chain;
 mod error;
 mod event;
 mod lifecycle;
+mod metrics;
 mod projector;
 mod registry;
 mod retry;

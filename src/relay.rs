@@ -9,6 +9,7 @@ use uuid::Uuid;
 use crate::error::Error;
 use crate::event::Position;
 use crate::held::HeldWatch;
+use crate::metrics::{self, RelaySaw};
 use crate::queue::{self, Queue, QueueError};
 use crate::retry;
 use crate::store::{EventStore, HighWater, Marks};
@@ -167,6 +168,7 @@ impl Relay {
                 self.queue.send(&packed.body, &deduplication_id).await?;
                 self.store.set_published(packed.last).await?;
                 self.sent += 1;
+                metrics::sent(packed.events);
                 published = packed.last;
                 rest = &rest[packed.events..];
             }
@@ -175,6 +177,7 @@ impl Relay {
                 break;
             }
         }
+        metrics::looked(RelaySaw { high_water: mark, published, held_since: self.held.since() });
         let events = published.since(marks.published);
         self.marks = Some(Marks { high_water: mark, published, ..marks });
         Ok(Looked::Published { events, through: published })

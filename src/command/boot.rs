@@ -51,6 +51,7 @@ struct ProjectorOutcome<'a> {
 impl Boot {
     pub(super) async fn run(self, config: &Config, registry: Registry) -> Result<(), Error> {
         let registry = config.some_registry(registry)?;
+        let reporter = config.reporter();
         let mut display = Display::new();
         // The first process of a container has no default for a signal: it has to listen, or be killed.
         let shutdown = shutdown_signal()?;
@@ -63,6 +64,7 @@ impl Boot {
             () = shutdown => Err(Error::Interrupted),
         };
         display.end();
+        reporter.flush();
         let report = report?;
 
         match self.json {

@@ -13,6 +13,7 @@ use crate::config::Config;
 use crate::error::Error;
 use crate::play::{ConvoyBudget, PlaySettings, play};
 use crate::registry::Registry;
+use crate::telemetry::Watched;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -59,6 +60,7 @@ impl Play {
     pub(super) async fn run(self, config: &Config, registry: Registry) -> Result<(), Error> {
         let mut shutdown = pin!(shutdown_signal()?);
         let registry = config.some_registry(registry)?;
+        let reporter = config.reporter();
         let connect = async { Ok::<_, Error>((config.database().await?, config.queue().await?)) };
         let (database, queue) = tokio::select! {
             connected = connect => connected?,
@@ -74,7 +76,8 @@ impl Play {
             until_idle: self.until_idle,
             grace: Duration::from_secs(self.grace),
         };
-        let played = play(&database, Arc::new(queue), &registry, settings, shutdown).await?;
+        let playing = play(&database, Arc::new(queue), &registry, settings, shutdown);
+        let played = reporter.beside(&Watched::new(&database, &registry), playing).await?;
         if !self.until_idle {
             return Ok(());
         }

@@ -47,6 +47,7 @@ impl RelayOptions {
 impl RelayCommand {
     pub(super) async fn run(self, config: &Config) -> Result<(), Error> {
         let mut shutdown = pin!(shutdown_signal()?);
+        let reporter = config.reporter();
         let connect = async { Ok::<_, Error>((config.database().await?, config.queue().await?)) };
         let (database, queue) = tokio::select! {
             connected = connect => connected?,
@@ -58,25 +59,33 @@ impl RelayCommand {
             // Fails at once where the tables are missing, rather than trying for ever.
             let marks = store.marks().await?;
             info!(published = marks.published.get(), high_water = marks.high_water.get(), "publishing");
-            tokio::select! {
-                () = relay.run() => {}
-                () = &mut shutdown => relay.release().await,
-            }
+            let relaying = async {
+                tokio::select! {
+                    () = relay.run() => {}
+                    () = &mut shutdown => relay.release().await,
+                }
+            };
+            reporter.flush_beside(relaying).await;
             return Ok(());
         }
-        let mut published = 0;
-        let through = loop {
-            let looked = tokio::select! {
-                looked = relay.look() => looked?,
-                () = &mut shutdown => break store.marks().await?.published,
-            };
-            match looked {
-                Looked::Published { events: 0, through } => break through,
-                Looked::Published { events, .. } => published += events,
-                // It publishes what there is, or its lease runs out.
-                Looked::Elsewhere => tokio::time::sleep(Duration::from_millis(200)).await,
+        let relaying = async {
+            let mut published = 0;
+            loop {
+                let looked = tokio::select! {
+                    looked = relay.look() => looked?,
+                    () = &mut shutdown => return Ok((published, store.marks().await?.published)),
+                };
+                match looked {
+                    Looked::Published { events: 0, through } => return Ok((published, through)),
+                    Looked::Published { events, .. } => published += events,
+                    // It publishes what there is, or its lease runs out.
+                    Looked::Elsewhere => tokio::time::sleep(Duration::from_millis(200)).await,
+                }
             }
         };
+        let relayed: Result<_, Error> = relaying.await;
+        reporter.flush();
+        let (published, through) = relayed?;
         relay.release().await;
         say(format!("published {published} events, up to position {through}"))
     }

@@ -12,6 +12,7 @@ use crate::catch_up::{Cursor, CursorState};
 use crate::deliver::Engine;
 use crate::event::Position;
 use crate::lifecycle::Stage;
+use crate::metrics;
 use crate::projector::ProjectorId;
 use crate::registry::Registered;
 use crate::retry;
@@ -62,6 +63,7 @@ impl Stragglers {
 
     /// Sends a projector off, to catch up by itself.
     pub(super) fn leave(&mut self, engine: &Engine, projector: &Arc<Registered>, position: Position) {
+        metrics::fell_back(&projector.id);
         let task = tokio::spawn(catch_up_alone(engine.clone(), Cursor::new(projector, position)));
         self.tasks.insert(projector.id.clone(), task);
     }

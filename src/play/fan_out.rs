@@ -10,6 +10,7 @@ use crate::chain::{self, Link, Run};
 use crate::event::Position;
 use crate::ledger::Entry;
 use crate::lifecycle::{Stage, Status};
+use crate::metrics;
 use crate::queue::{Message, parse};
 
 impl Worker {
@@ -73,6 +74,7 @@ impl Worker {
                 self.stragglers.leave(&self.engine, projector, entry.position);
                 continue;
             }
+            metrics::skipped(&entry.id, runs.iter().map(|run| run.known(entry.position)).sum());
             convoy.push(Cursor::new(projector, entry.position));
         }
         convoy
@@ -108,6 +110,9 @@ impl Worker {
 
     /// Catches one projector up from the store.
     pub(super) async fn repair(&self, cursor: &mut Cursor, through: Position) -> Result<(), sqlx::Error> {
+        if cursor.is_running() && cursor.position < through {
+            metrics::fell_back(&cursor.projector.id);
+        }
         self.engine.catch_up(Stage::Play, std::slice::from_mut(cursor), through, |_| {}).await
     }
 }

@@ -12,6 +12,7 @@ use crate::deliver::{Engine, Limits};
 use crate::error::Error;
 use crate::event::Position;
 use crate::lifecycle::{Stage, Status};
+use crate::metrics;
 use crate::projector::ProjectorId;
 use crate::registry::Registry;
 use crate::retry;
@@ -120,6 +121,7 @@ impl Worker {
 
 /// Takes note of a receive that every live projector is past, and tells of one that was slow.
 fn note_committed(messages: usize, took: Duration) {
+    metrics::committed(took);
     if took >= SLOW {
         info!(messages, seconds = retry::seconds(took), "a slow receive");
     }

@@ -1,6 +1,8 @@
 //! Logs: for people on a terminal, one JSON object a line elsewhere; always to standard error. Alerts go to a
-//! web hook besides, where one is named.
+//! web hook besides, where one is named. Metrics, where they are asked for, are lines among those of the log.
 
+mod emf;
+mod reporter;
 mod webhook;
 
 use std::io::{IsTerminal, stderr};
@@ -12,6 +14,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer, fmt};
 
 use crate::error::Error;
+pub(crate) use reporter::{MetricsFormat, Reporter, Watched, service_name};
 use webhook::Poster;
 
 /// How log lines look.
