@@ -3,6 +3,7 @@
 mod append;
 mod bad_input;
 mod boot;
+mod cloudwatch;
 mod play;
 mod retire;
 mod secrets;
