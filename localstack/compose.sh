@@ -6,7 +6,7 @@ compose() {
   env MARIADB_PORT="$(recorded mariadb port || default_port mariadb)" \
     MYSQL_PORT="$(recorded mysql port || default_port mysql)" \
     LOCALSTACK_PORT="$(recorded sqs port || default_port sqs)" \
-    LOCALSTACK_SERVICES="${LOCALSTACK_SERVICES:-$(recorded sqs services || echo sqs)}" \
+    LOCALSTACK_SERVICES="${LOCALSTACK_SERVICES:-$(recorded sqs services || echo "$sqs_services")}" \
     docker compose --project-name "projectionist-$(cksum <<<"$ROOT" | cut -d' ' -f1)" --file "$ROOT/localstack/compose.yaml" "$@"
 }
 
@@ -25,7 +25,7 @@ compose_up() { # part…
   for part; do
     mkdir -p "$STATE/$part"
     if ! as_asked "$part" || ! runs_in_compose "$part"; then choose_port "$part"; fi
-    [[ $part != sqs ]] || echo "${LOCALSTACK_SERVICES:-sqs}" >"$STATE/sqs/services"
+    [[ $part != sqs ]] || echo "${LOCALSTACK_SERVICES:-$sqs_services}" >"$STATE/sqs/services"
   done
   compose up --detach --wait "$@" >&2 || { compose logs --tail 40 >&2; die "docker compose could not start: $*"; }
   for part; do

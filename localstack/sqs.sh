@@ -2,6 +2,8 @@
 # SQS: LocalStack in host mode, from PyPI, without a token.
 
 sqs_region=us-east-1
+# SQS, and what infra/ is tried out on. A service that nobody calls is never loaded, and costs nothing.
+sqs_services=sqs,cloudformation,cloudwatch,events,iam,logs,secretsmanager,sns,ssm,sts
 # The name changes with the list, so that an upgrade never runs on the packages of before.
 sqs_venv=$CACHE/localstack-$(cksum <"$ROOT/localstack/requirements.txt" | cut -d' ' -f1)
 
@@ -44,14 +46,29 @@ sqs_install() {
 }
 
 sqs_start() {
-  local address services=${LOCALSTACK_SERVICES:-sqs}
+  local address services=${LOCALSTACK_SERVICES:-$sqs_services}
   address=127.0.0.1:$(recorded sqs port)
   echo "$services" >"$STATE/sqs/services"
   # Services load when first called: for SQS alone that is as quick as beforehand, for many it is much quicker.
-  launch sqs env SERVICES="$services" STRICT_SERVICE_LOADING=1 EAGER_SERVICE_LOADING=0 \
+  # Where it takes this machine for its container it would share one folder with every other LocalStack, and lose it to them.
+  launch sqs env OVERRIDE_IN_DOCKER=0 SERVICES="$services" STRICT_SERVICE_LOADING=1 EAGER_SERVICE_LOADING=0 \
     GATEWAY_LISTEN="$address" LOCALSTACK_HOST="$address" SQS_ENDPOINT_STRATEGY=path FILESYSTEM_ROOT="$STATE/sqs/fs" \
     DISABLE_EVENTS=1 SKIP_SSL_CERT_DOWNLOAD=1 DNS_ADDRESS=0 \
     "$sqs_venv/bin/python" "$ROOT/localstack/localstack_loopback.py"
+}
+
+# The AWS CLI comes with LocalStack's own packages. As .local/bin/aws it speaks to this LocalStack, and is called as on AWS.
+aws_cli() {
+  mkdir -p "$STATE/sqs" "$STATE/bin"
+  sqs_install
+  cat >"$STATE/bin/aws.new" <<END
+#!/bin/sh
+# Made by localstack/up. Version 1 of the CLI wants the endpoint spelled out, and knows the region by this name only.
+export AWS_DEFAULT_REGION=$sqs_region AWS_ACCESS_KEY_ID=test AWS_SECRET_ACCESS_KEY=test
+exec '$sqs_venv/bin/aws' --endpoint-url "\${AWS_ENDPOINT_URL:-$(sqs_endpoint)}" "\$@"
+END
+  chmod +x "$STATE/bin/aws.new"
+  mv "$STATE/bin/aws.new" "$STATE/bin/aws"
 }
 
 sqs_call() { # action json: prints the answer; fails where it is an error
