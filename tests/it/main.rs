@@ -13,6 +13,7 @@ mod fence;
 mod grants;
 mod handler;
 mod holes;
+mod infra;
 mod intake;
 mod log;
 mod queue;

@@ -164,6 +164,11 @@ impl Running {
         self.stderr.so_far().contains(words)
     }
 
+    /// All that it has logged so far.
+    pub fn logged(&self) -> String {
+        self.stderr.so_far()
+    }
+
     /// Waits until it has logged this.
     pub async fn logs(&self, words: &str) {
         eventually(&format!("{words:?} in the log"), async || self.has_logged(words)).await;

@@ -1,0 +1,259 @@
+//! infra/deploy: what it lets through, what it stops, and what it says.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use tokio::task::JoinHandle;
+
+use super::stand_in::StandIn;
+use crate::support::{Folder, Running, Tally, World, eventually};
+
+/// A projector file that does as a [`Tally`] does, so that its read model can be compared with the log.
+fn tally(name: &str) -> String {
+    file(name, "*", ":position")
+}
+
+/// Fails at the first event of this type, none of which has an amount; mended, it does without.
+fn fragile(is_mended: bool) -> String {
+    let amount = if is_mended { ":payload.amount?" } else { ":payload.amount" };
+    file("fragile", "Closed", &format!("coalesce({amount}, 0) * 0 + :position"))
+}
+
+fn file(name: &str, events: &str, position: &str) -> String {
+    format!(
+        "name = \"{name}\"\nversion = 1\nmode = \"from_beginning\"\nsetup = [\"create table if not exists {name} \
+         (seq bigint auto_increment primary key, position bigint unsigned not null)\"]\nteardown = [\"drop table if exists \
+         {name}\"]\n\n[[on]]\nevents = [\"{events}\"]\nsql = \"insert into {name} (position) values ({position})\"\n"
+    )
+}
+
+/// An application that appends all the time, by a process of its own.
+struct Load {
+    stop: Arc<AtomicBool>,
+    writing: JoinHandle<usize>,
+}
+
+impl Load {
+    fn start(world: &World) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let mut writer = world.start_piped(&["append"]);
+        let told = Arc::clone(&stop);
+        let writing = tokio::spawn(async move {
+            let mut pulse = tokio::time::interval(Duration::from_millis(20));
+            let mut written = 0;
+            while !told.load(Ordering::Relaxed) {
+                pulse.tick().await;
+                let line = |number: usize| {
+                    let kind = ["Opened", "Amended", "Closed"][number % 3];
+                    format!("{{\"stream_id\":\"case-{}\",\"event_type\":\"{kind}\",\"payload\":{{}}}}", number % 10)
+                };
+                writer.write(&(written..written + 3).map(line).collect::<Vec<_>>()).await;
+                written += 3;
+            }
+            writer.finish().await.exits(0);
+            written
+        });
+        Load { stop, writing }
+    }
+
+    /// How many events it appended.
+    async fn stop(self) -> usize {
+        self.stop.store(true, Ordering::Relaxed);
+        self.writing.await.expect("the writer ends")
+    }
+}
+
+#[tokio::test]
+async fn releases_go_back_and_forth_under_load_and_one_with_a_projector_that_breaks_does_not_go_out() {
+    let world = World::new().await;
+    let stand_in = StandIn::new(&world).await;
+    let (cases, customers, broken) =
+        (Tally::new("cases"), Tally::new("customers"), Tally::new("fragile").only(&["Closed"]));
+    let first = || Folder::new().with("cases.toml", &tally("cases"));
+    stand_in.push("orders:1", first()).await;
+    let second = || first().with("customers.toml", &tally("customers"));
+    stand_in.push("orders:2", second().with("fragile.toml", &fragile(false))).await;
+    stand_in.push("orders:3", second().with("fragile.toml", &fragile(true))).await;
+    stand_in.push("orders:4", first().with("fragile.toml", &fragile(true))).await;
+    world.append(300).await;
+    let load = Load::start(&world);
+
+    // The first release, to a stack without a worker.
+    let deployed = stand_in.deploy("orders:1").await.exits(0);
+    assert!(deployed.stdout.contains("cases@1  live"), "{}", deployed.stdout);
+    assert!(deployed.stdout.contains("released: orders:1"), "{}", deployed.stdout);
+    let goes_on = async || {
+        let mark = world.last_position().await;
+        eventually("the workers play what is new", async || world.position("cases").await >= mark).await;
+    };
+    goes_on().await;
+
+    // The second brings one that breaks: the deploy fails, and the service goes on as it was.
+    let failed = stand_in.deploy("orders:2").await.exits(1);
+    assert!(failed.stderr.contains("a projector is broken"), "{}", failed.stderr);
+    assert!(failed.stdout.contains("fragile@1  broken"), "{}", failed.stdout);
+    assert!(failed.stdout.contains("payload.amount"), "it says why: {}", failed.stdout);
+    assert_eq!(world.status("customers").await, "stalled");
+    assert_eq!(stand_in.cloud().await.parameter("Image"), "orders:1");
+    assert_eq!(stand_in.cloud().await.workers(), 2);
+    assert!(stand_in.cloud().await.replaced.is_empty(), "no worker was replaced");
+    goes_on().await;
+
+    // Mended it goes through, and all the old workers stop in order.
+    stand_in.deploy("orders:3").await.exits(0);
+    assert_eq!((world.status("customers").await, world.status("fragile").await), ("live".into(), "live".into()));
+    assert_eq!(stand_in.cloud().await.replaced.len(), 2);
+    goes_on().await;
+
+    // Back to the first, which does not know the two: they stand still.
+    stand_in.deploy("orders:1").await.exits(0);
+    let stands = world.position("customers").await;
+    goes_on().await;
+    assert_eq!((world.position("customers").await, world.status("customers").await), (stands, "live".into()));
+
+    // And forward again.
+    stand_in.deploy("orders:3").await.exits(0);
+    let mark = world.last_position().await;
+    eventually("they catch up", async || world.position("customers").await >= mark).await;
+
+    // The fourth has no customers any more: its projector is retired, and what it made dropped by hand.
+    stand_in.deploy("orders:4").await.exits(0);
+    world.run(&["retire", "customers", "--yes"]).await.exits(0);
+    world.execute("drop table customers").await;
+    goes_on().await;
+
+    // Rolled back after that, it is built anew.
+    stand_in.deploy("orders:3").await.exits(0);
+    let written = load.stop().await;
+    eventually("all are at the end of the log", async || {
+        let end = world.last_position().await;
+        let ends = async |name| world.position(name).await == end;
+        ends("cases").await && ends("customers").await && ends("fragile").await
+    })
+    .await;
+    stand_in.cloud().await.stop_workers().await;
+    assert!(written > 0 && cases.applied(&world).await.len() == 300 + written, "each event is there, once");
+    for read_model in [&cases, &customers, &broken] {
+        world.assert_complete(read_model).await;
+    }
+    let cloud = stand_in.cloud().await;
+    assert!(cloud.replaced.iter().all(|worker| worker.code == Some(0)), "every worker stopped in order");
+}
+
+#[tokio::test]
+async fn a_deploy_that_is_cancelled_stops_its_boot_and_the_next_one_goes_on_from_there() {
+    let world = World::new().await;
+    world.append(2000).await;
+    let stand_in = StandIn::new(&world).await;
+    let slow = tally("cases").replace(
+        "insert into cases (position) values (:position)",
+        "insert into cases (position) select :position from dual where sleep(0.02) = 0",
+    );
+    stand_in.push("orders:1", Folder::new().with("cases.toml", &slow)).await;
+    let mut command = stand_in.gate(&["orders", "orders:1"]);
+    command.env("PROJECTIONIST_BATCH", "20");
+    let gate = Running::spawn(command);
+    eventually("boot is under way", async || world.entry("cases").await.is_some()).await;
+    gate.terminate().await.exits(143);
+    let cloud = stand_in.cloud().await;
+    let codes: Vec<_> = cloud.stopped_tasks().map(|task| task.code).collect();
+    assert!(codes.contains(&Some(143)), "boot was told to stop, and did: {codes:?}");
+    assert_eq!(cloud.parameter("Image"), "", "nothing was released");
+    drop(cloud);
+
+    stand_in.push("orders:2", Folder::new().with("cases.toml", &tally("cases"))).await;
+    stand_in.deploy("orders:2").await.exits(0);
+    world.assert_folded(&Tally::new("cases")).await;
+    stand_in.cloud().await.stop_workers().await;
+}
+
+#[tokio::test]
+async fn workers_that_do_not_start_leave_the_release_before_in_place() {
+    let world = World::new().await;
+    world.append(30).await;
+    let stand_in = StandIn::new(&world).await;
+    stand_in.push("orders:1", Folder::new().with("cases.toml", &tally("cases"))).await;
+    stand_in.deploy("orders:1").await.exits(0);
+    stand_in.push("orders:2", Folder::new().with("cases.toml", &tally("cases"))).await;
+    stand_in.cloud().await.break_workers();
+    let failed = stand_in.deploy("orders:2").await.exits(3);
+    assert!(failed.stdout.contains("Worker: ECS Deployment Circuit Breaker was triggered."), "{}", failed.stdout);
+    assert!(failed.stderr.contains("UPDATE_ROLLBACK_COMPLETE"), "{}", failed.stderr);
+    let mut cloud = stand_in.cloud().await;
+    assert_eq!((cloud.parameter("Image").to_owned(), cloud.workers()), ("orders:1".into(), 2));
+    cloud.stop_workers().await;
+}
+
+#[tokio::test]
+async fn the_gate_says_what_is_wrong_and_what_to_do() {
+    let world = World::new().await;
+    let boots = "ecs run-task";
+    let cases: &[(&[&str], Option<(&str, &str)>, i32, &[&str])] = &[
+        (&["orders"], None, 2, &["usage: infra/deploy"]),
+        (&["--timeout", "soon", "orders", "orders:1"], None, 2, &["whole minutes"]),
+        (&["orders", "orders:latest"], None, 2, &["orders:latest", "tag of its own"]),
+        (&["orders", "orders"], None, 2, &["tag of its own"]),
+        (&["orders", "orders:gone"], None, 3, &["did not start", "CannotPullContainerError"]),
+        (
+            &["orders", "orders:1"],
+            Some((
+                "cloudformation",
+                "Unable to locate credentials. You can configure credentials by running \"aws login\".",
+            )),
+            2,
+            &["Unable to locate credentials", "log on to AWS"],
+        ),
+        (
+            &["orders", "orders:1"],
+            Some((
+                "cloudformation",
+                "An error occurred (ValidationError) when calling the DescribeStacks operation: Stack with id orders does not exist",
+            )),
+            3,
+            &["does not exist", "create the stack first"],
+        ),
+        (
+            &["orders", "orders:1"],
+            Some((
+                boots,
+                "An error occurred (ClusterNotFoundException) when calling the RunTask operation: Cluster not found.",
+            )),
+            3,
+            &["Cluster not found", "main"],
+        ),
+        (
+            &["orders", "orders:1"],
+            Some((
+                boots,
+                "An error occurred (AccessDeniedException) when calling the RunTask operation: not authorized",
+            )),
+            2,
+            &["AccessDenied", "infra/deployer.yaml"],
+        ),
+        (
+            &["orders", "orders:1"],
+            Some(("logs", "An error occurred (AccessDeniedException) when calling the GetLogEvents operation: no")),
+            2,
+            &["GetLogEvents", "infra/deployer.yaml"],
+        ),
+    ];
+    for (arguments, refusal, code, words) in cases {
+        let stand_in = StandIn::new(&world).await;
+        stand_in.push("orders:1", Folder::new().with("cases.toml", &tally("cases"))).await;
+        if let Some((call, words)) = refusal {
+            stand_in.refuse(call, words).await;
+        }
+        let failed = Running::spawn(stand_in.gate(arguments)).finish().await.exits(*code);
+        for word in *words {
+            assert!(failed.stderr.contains(word), "{arguments:?}: {word:?} is not in {}", failed.stderr);
+        }
+    }
+
+    let stand_in = StandIn::new(&world).await;
+    for (status, word) in [("UPDATE_IN_PROGRESS", "another deploy"), ("ROLLBACK_COMPLETE", "delete it")] {
+        stand_in.cloud().await.status = status.into();
+        let failed = stand_in.deploy("orders:1").await.exits(3);
+        assert!(failed.stderr.contains(word), "{}", failed.stderr);
+    }
+}
