@@ -1,0 +1,154 @@
+//! Every name in the templates is one that the code has; nothing here needs a server.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+
+use super::{MetricFilter, file, resources, template, value};
+
+/// Names that the templates have and the code will have when the branches that bring them are merged. Whoever merges one is
+/// told by the first test to take its names out of here.
+const AWAITED: &[&str] = &[
+    "LagEvents",
+    "LagSeconds",
+    "EventsApplied",
+    "Failures",
+    "FallbackReads",
+    "DuplicatesSkipped",
+    "ApplyTime",
+    "HighWaterMark",
+    "Published",
+    "GapAge",
+    "RelayBatchSize",
+    "ReceiveToCommit",
+    "Heartbeat",
+    "PROJECTIONIST_DATABASE_SECRET",
+    "PROJECTIONIST_DATABASE_AUTH",
+    "PROJECTIONIST_HEARTBEAT",
+    "PROJECTIONIST_METRICS",
+    "PROJECTIONIST_SERVICE",
+    "PROJECTIONIST_RELAY_SECONDS",
+];
+
+/// All of src/, as text.
+fn source() -> String {
+    fn read(folder: &Path, text: &mut String) {
+        for entry in fs::read_dir(folder).expect("a folder") {
+            let path = entry.expect("an entry").path();
+            match path.is_dir() {
+                true => read(&path, text),
+                false => text.push_str(&fs::read_to_string(path).expect("text")),
+            }
+        }
+    }
+    let mut text = String::new();
+    read(&file("src"), &mut text);
+    text
+}
+
+/// Asserts that the code has this name, as a string.
+#[track_caller]
+fn assert_known(source: &str, name: &str) {
+    match AWAITED.contains(&name) {
+        true => assert!(!has(source, name), "{name} is there now: take it out of AWAITED"),
+        false => assert!(has(source, name), "a template names {name:?}, which the code does not have"),
+    }
+}
+
+fn has(source: &str, name: &str) -> bool {
+    source.contains(&format!("\"{name}\""))
+}
+
+/// What comes after each of these words, up to a quotation mark.
+fn quoted<'a>(text: &'a str, before: &'a str) -> impl Iterator<Item = &'a str> {
+    text.split(before).skip(1).filter_map(|rest| rest.split(['"', '\\']).next())
+}
+
+#[test]
+fn every_metric_that_an_alarm_or_the_dashboard_names_is_written_by_the_code() {
+    let (source, monitoring) = (source(), template("monitoring.yaml"));
+    let filters = MetricFilter::all();
+    let of_filter = |name: &str| filters.iter().any(|filter| filter.metric == name);
+    let mut alarms = 0;
+    for alarm in resources(&monitoring, "AWS::CloudWatch::Alarm") {
+        alarms += 1;
+        let (namespace, metric) = (value(alarm, "Namespace"), value(alarm, "MetricName"));
+        match namespace {
+            "Projectionist" => {
+                assert_known(&source, metric);
+                assert!(
+                    alarm.contains("Dimensions: [{Name: Service, Value: !Ref Service}]"),
+                    "as it is written: {alarm}"
+                );
+            }
+            "AWS/SQS" => assert!(alarm.contains("Dimensions: [{Name: QueueName,"), "{alarm}"),
+            "!Sub Projectionist/${Service" => assert!(of_filter(metric), "no filter makes {metric}"),
+            other => panic!("an alarm on {other:?}"),
+        }
+    }
+    assert_eq!(alarms, 8);
+
+    let shown: BTreeSet<&str> =
+        quoted(&monitoring, "MetricName=\\\"").chain(quoted(&monitoring, "[\"Projectionist\", \"")).collect();
+    assert!(shown.len() >= 12, "{shown:?}");
+    shown.iter().for_each(|metric| assert_known(&source, metric));
+    let counted: Vec<&str> = quoted(&monitoring, "[\"Projectionist/${Service}\", \"").collect();
+    assert!(counted.len() == 4 && counted.iter().all(|metric| of_filter(metric)), "{counted:?}");
+}
+
+#[test]
+fn every_alert_of_the_code_has_a_metric_filter_and_an_alarm_and_no_filter_waits_for_another() {
+    let (source, monitoring) = (source(), template("monitoring.yaml"));
+    let alerts: BTreeSet<&str> = quoted(&source, "alert = \"").collect();
+    let filters = MetricFilter::all();
+    let filtered: BTreeSet<&str> = filters.iter().map(|filter| filter.equals.as_str()).collect();
+    assert!(alerts.len() >= 4, "the code has alerts: {alerts:?}");
+    assert_eq!(filtered, alerts);
+    for filter in &filters {
+        assert_eq!(filter.field, "alert");
+        let camel: String =
+            filter.equals.split('_').map(|word| format!("{}{}", word[..1].to_uppercase(), &word[1..])).collect();
+        assert_eq!(filter.metric, camel, "the metric is called as the alert is");
+        let mut alarms = resources(&monitoring, "AWS::CloudWatch::Alarm");
+        assert!(alarms.any(|alarm| value(alarm, "MetricName") == filter.metric), "nobody is told of {}", filter.metric);
+    }
+}
+
+#[test]
+fn every_variable_that_a_template_sets_is_one_that_the_program_reads() {
+    let source = source();
+    let (ecs, lambda) = (template("ecs.yaml"), template("lambda.yaml"));
+    let of_ecs = ecs.lines().filter_map(|line| line.trim().strip_prefix("- {Name: ")?.split(',').next());
+    let of_lambda = lambda.lines().filter_map(|line| line.trim().split_once(':').map(|(name, _)| name));
+    let is_variable = |name: &&str| name.starts_with("PROJECT") || *name == "QUEUE_URL";
+    let set: BTreeSet<&str> = of_ecs.chain(of_lambda).filter(is_variable).collect();
+    assert!(set.len() >= 9, "{set:?}");
+    set.iter().for_each(|variable| assert_known(&source, variable));
+}
+
+#[test]
+fn the_times_in_the_templates_fit_each_other() {
+    let number = |text: &str| -> u64 { text.parse().unwrap_or_else(|_| panic!("{text:?} is a number")) };
+    let (queue, ecs, lambda) = (template("queue.yaml"), template("ecs.yaml"), template("lambda.yaml"));
+    let grace = value(&ecs, "{Name: PROJECTIONIST_GRACE, Value");
+    assert!(
+        number(value(&ecs, "StopTimeout")) >= number(grace) + 15,
+        "a worker has time to end, and to hand messages back"
+    );
+
+    let timeout = number(value(&lambda, "      Timeout"));
+    let (_, visibility) = queue.split_once("  VisibilityTimeout:\n").expect("a parameter");
+    assert!(number(value(visibility, "Default")) >= 6 * timeout, "as AWS advises for Lambda");
+    assert!(
+        timeout >= 4 * number(value(&lambda, "PROJECTIONIST_HANDLER_TIMEOUT")) + 2,
+        "an endless handler is found out"
+    );
+}
+
+#[test]
+fn a_wrong_name_is_found() {
+    let source = source();
+    assert!(!has(&source, "LagSecond"), "not by a part of it");
+    assert!(std::panic::catch_unwind(|| assert_known(&source, "LagMinutes")).is_err());
+    assert!(AWAITED.iter().all(|name| name.len() > 5));
+}
