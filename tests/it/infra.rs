@@ -71,3 +71,22 @@ impl MetricFilter {
         line[self.field.as_str()].as_str() == Some(&self.equals)
     }
 }
+
+/// A projector file that does as a [`Tally`] does, so that its read model can be compared with the log.
+fn tally(name: &str) -> String {
+    projector(name, "*", ":position")
+}
+
+/// Fails at the first event of this type, none of which has an amount; mended, it does without.
+fn fragile(is_mended: bool) -> String {
+    let amount = if is_mended { ":payload.amount?" } else { ":payload.amount" };
+    projector("fragile", "Closed", &format!("coalesce({amount}, 0) * 0 + :position"))
+}
+
+fn projector(name: &str, events: &str, position: &str) -> String {
+    format!(
+        "name = \"{name}\"\nversion = 1\nmode = \"from_beginning\"\nsetup = [\"create table if not exists {name} \
+         (seq bigint auto_increment primary key, position bigint unsigned not null)\"]\nteardown = [\"drop table if exists \
+         {name}\"]\n\n[[on]]\nevents = [\"{events}\"]\nsql = \"insert into {name} (position) values ({position})\"\n"
+    )
+}

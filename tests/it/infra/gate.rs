@@ -7,26 +7,8 @@ use std::time::Duration;
 use tokio::task::JoinHandle;
 
 use super::stand_in::StandIn;
+use super::{fragile, tally};
 use crate::support::{Folder, Running, Tally, World, eventually};
-
-/// A projector file that does as a [`Tally`] does, so that its read model can be compared with the log.
-fn tally(name: &str) -> String {
-    file(name, "*", ":position")
-}
-
-/// Fails at the first event of this type, none of which has an amount; mended, it does without.
-fn fragile(is_mended: bool) -> String {
-    let amount = if is_mended { ":payload.amount?" } else { ":payload.amount" };
-    file("fragile", "Closed", &format!("coalesce({amount}, 0) * 0 + :position"))
-}
-
-fn file(name: &str, events: &str, position: &str) -> String {
-    format!(
-        "name = \"{name}\"\nversion = 1\nmode = \"from_beginning\"\nsetup = [\"create table if not exists {name} \
-         (seq bigint auto_increment primary key, position bigint unsigned not null)\"]\nteardown = [\"drop table if exists \
-         {name}\"]\n\n[[on]]\nevents = [\"{events}\"]\nsql = \"insert into {name} (position) values ({position})\"\n"
-    )
-}
 
 /// An application that appends all the time, by a process of its own.
 struct Load {

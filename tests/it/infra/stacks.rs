@@ -1,1 +1,282 @@
-//! TODO
+//! The templates on LocalStack: what its CloudFormation can create is there, works, changes and goes.
+
+use std::collections::{BTreeSet, HashMap};
+
+use aws_sdk_sqs::types::QueueAttributeName;
+use serde_json::{Value, json};
+
+use super::stand_in::{StandIn, forward};
+use super::{MetricFilter, file, fragile, tally};
+use crate::support::{Folder, Running, Tally, World, eventually};
+
+/// What this LocalStack says that it has made, and has not.
+const NOT_MADE: [&str; 4] =
+    ["AWS::CloudWatch::Dashboard", "AWS::ECS::Service", "AWS::ECS::TaskDefinition", "AWS::Logs::MetricFilter"];
+
+/// The three stacks of one system, under a name that no other test has.
+struct Stacks {
+    service: String,
+    /// What they say when they are made.
+    outputs: HashMap<String, String>,
+}
+
+impl Stacks {
+    async fn create() -> Self {
+        let id = uuid::Uuid::now_v7().simple().to_string();
+        let mut stacks = Stacks { service: format!("t{}", &id[12..]), outputs: HashMap::new() };
+        stacks.create_one("queue", &[]).await;
+        stacks.create_one("monitoring", &[]).await;
+        let secret =
+            aws(&["secretsmanager", "create-secret", "--name", &stacks.name("database"), "--secret-string", "x"]).await;
+        let ecs = [
+            ("BootImage", "none:yet"),
+            ("Cluster", "main"),
+            ("Subnets", "subnet-1,subnet-2"),
+            ("SecurityGroups", "sg-1"),
+            ("DatabaseSecret", secret["ARN"].as_str().expect("an ARN")),
+        ];
+        stacks.create_one("ecs", &ecs).await;
+        stacks
+    }
+
+    fn name(&self, of: &str) -> String {
+        format!("{}-{of}", self.service)
+    }
+
+    /// From the template of this name.
+    async fn create_one(&mut self, of: &str, parameters: &[(&str, &str)]) {
+        self.change("create-stack", of, parameters).await;
+        self.comes_to(of, "CREATE_COMPLETE").await;
+        let stack = self.described(of).await;
+        for output in stack["Outputs"].as_array().expect("outputs") {
+            let text = |key: &str| output[key].as_str().expect("text").to_owned();
+            self.outputs.insert(text("OutputKey"), text("OutputValue"));
+        }
+    }
+
+    async fn update(&self, of: &str, parameters: &[(&str, &str)]) {
+        self.change("update-stack", of, parameters).await;
+        self.comes_to(of, "UPDATE_COMPLETE").await;
+    }
+
+    async fn change(&self, how: &str, of: &str, parameters: &[(&str, &str)]) {
+        let all = [("Service", self.service.as_str())].into_iter().chain(parameters.iter().copied());
+        let all: Value = all.map(|(name, value)| json!({"ParameterKey": name, "ParameterValue": value})).collect();
+        let body = format!("file://{}", file("infra").join(format!("{of}.yaml")).display());
+        let (stack, parameters) = (self.name(of), all.to_string());
+        let capabilities = ["--capabilities", "CAPABILITY_IAM"];
+        let call =
+            ["cloudformation", how, "--stack-name", &stack, "--template-body", &body, "--parameters", &parameters];
+        aws(&[call.as_slice(), &capabilities].concat()).await;
+    }
+
+    async fn comes_to(&self, of: &str, status: &str) {
+        eventually(status, async || self.described(of).await["StackStatus"] == status).await;
+    }
+
+    async fn described(&self, of: &str) -> Value {
+        let described = aws(&["cloudformation", "describe-stacks", "--stack-name", &self.name(of)]).await;
+        described["Stacks"][0].clone()
+    }
+
+    async fn resources(&self, of: &str) -> Vec<Value> {
+        let described = aws(&["cloudformation", "describe-stack-resources", "--stack-name", &self.name(of)]).await;
+        described["StackResources"].as_array().expect("resources").clone()
+    }
+
+    fn output(&self, name: &str) -> &str {
+        self.outputs.get(name).expect("an output of this name")
+    }
+
+    /// The state of an alarm, and what it says of a metric.
+    async fn alarm(&self, of: &str) -> Value {
+        aws(&["cloudwatch", "describe-alarms", "--alarm-names", &self.name(of)]).await["MetricAlarms"][0].clone()
+    }
+
+    /// What a metric filter does: a 1 for each line that it matches, and else its default, 0.
+    async fn count(&self, lines: &[Value]) {
+        let data: Value = MetricFilter::all()
+            .iter()
+            .map(|filter| {
+                let count = lines.iter().filter(|line| filter.matches(line)).count();
+                json!({"MetricName": filter.metric, "Value": count})
+            })
+            .collect();
+        let namespace = format!("Projectionist/{}", self.service);
+        aws(&["cloudwatch", "put-metric-data", "--namespace", &namespace, "--metric-data", &data.to_string()]).await;
+    }
+
+    async fn delete(&self) {
+        for of in ["ecs", "monitoring", "queue"] {
+            let name = self.name(of);
+            aws(&["cloudformation", "delete-stack", "--stack-name", &name]).await;
+            // By its name a stack that was deleted is not found.
+            let gone = async || ask(&["cloudformation", "describe-stacks", "--stack-name", &name]).await.is_err();
+            eventually("the stack is deleted", gone).await;
+        }
+    }
+}
+
+/// What the AWS CLI answers, or what it says against it.
+async fn ask(arguments: &[&str]) -> Result<Value, String> {
+    let arguments: Vec<String> = arguments.iter().chain(&["--output", "json"]).map(|word| word.to_string()).collect();
+    let (code, text) = forward(&file(".local/bin/aws"), &arguments).await;
+    match code {
+        0 if text.trim().is_empty() => Ok(Value::Null),
+        0 => Ok(serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"))),
+        _ => Err(text),
+    }
+}
+
+async fn aws(arguments: &[&str]) -> Value {
+    ask(arguments).await.unwrap_or_else(|error| panic!("aws {}: {error}", arguments.join(" ")))
+}
+
+async fn attributes(world: &World, url: &str) -> Value {
+    let all = QueueAttributeName::All;
+    let answer = world.sqs.get_queue_attributes().queue_url(url).attribute_names(all).send().await.expect("attributes");
+    answer
+        .attributes
+        .unwrap_or_default()
+        .into_iter()
+        .map(|(name, value)| (name.as_str().to_owned(), json!(value)))
+        .collect()
+}
+
+/// Asserts that what the templates say is what is there.
+async fn check_what_is_there(stacks: &Stacks, world: &World) {
+    let mut resources = Vec::new();
+    for of in ["queue", "monitoring", "ecs"] {
+        resources.extend(stacks.resources(of).await);
+    }
+    let mut not_made = BTreeSet::new();
+    for resource in &resources {
+        assert_eq!(resource["ResourceStatus"], "CREATE_COMPLETE", "{resource}");
+        if resource["ResourceStatusReason"].as_str().is_some_and(|reason| reason.contains("fallback")) {
+            not_made.insert(resource["ResourceType"].as_str().expect("a type").to_owned());
+        }
+    }
+    assert_eq!(not_made.iter().map(String::as_str).collect::<Vec<_>>(), NOT_MADE, "all else is there");
+
+    let queue = attributes(world, stacks.output("QueueUrl")).await;
+    let dead = attributes(world, stacks.output("DeadLetterQueueUrl")).await;
+    let redrive: Value = serde_json::from_str(queue["RedrivePolicy"].as_str().expect("a policy")).expect("JSON");
+    assert_eq!(redrive["deadLetterTargetArn"], dead["QueueArn"]);
+    assert_eq!(redrive["maxReceiveCount"].to_string().trim_matches('"'), "10");
+    for (attribute, expected) in [
+        ("FifoQueue", "true"),
+        ("ContentBasedDeduplication", "false"),
+        ("VisibilityTimeout", "360"),
+        ("MessageRetentionPeriod", "345600"),
+        ("MaximumMessageSize", "1048576"),
+        ("SqsManagedSseEnabled", "true"),
+    ] {
+        assert_eq!(queue[attribute], expected, "{attribute}");
+    }
+    assert_eq!((&dead["FifoQueue"], &dead["MessageRetentionPeriod"]), (&json!("true"), &json!("1209600")));
+    assert!(queue["Policy"].as_str().is_some_and(|policy| policy.contains("aws:SecureTransport")), "{queue}");
+
+    let group = stacks.output("LogGroup");
+    let groups = aws(&["logs", "describe-log-groups", "--log-group-name-prefix", group]).await;
+    assert_eq!(groups["logGroups"][0]["logGroupName"], group, "its retention is passed over by LocalStack");
+
+    let topic = stacks.output("TopicArn");
+    let alarms = aws(&["cloudwatch", "describe-alarms", "--alarm-name-prefix", &stacks.name("")]).await;
+    let alarms = alarms["MetricAlarms"].as_array().expect("alarms");
+    assert_eq!(alarms.len(), 8);
+    assert!(alarms.iter().all(|alarm| alarm["AlarmActions"] == json!([topic])), "{alarms:?}");
+
+    for (role, policy, may_use_the_queue) in [("PlayRole", "play", true), ("BootRole", "boot", false)] {
+        let role = resources.iter().find(|resource| resource["LogicalResourceId"] == role).expect("a role");
+        let role = role["PhysicalResourceId"].as_str().expect("a name");
+        let policy = aws(&["iam", "get-role-policy", "--role-name", role, "--policy-name", policy]).await.to_string();
+        assert!(policy.contains("secretsmanager:GetSecretValue"), "{policy}");
+        assert_eq!(policy.contains(queue["QueueArn"].as_str().expect("an ARN")), may_use_the_queue, "{policy}");
+        assert_eq!(policy.contains("sqs:"), may_use_the_queue, "{policy}");
+    }
+}
+
+/// A queue that is told what the stack's topic tells.
+async fn subscribed(stacks: &Stacks, world: &World) -> String {
+    let name = stacks.name("told");
+    let url = world.sqs.create_queue().queue_name(&name).send().await.expect("a queue").queue_url.expect("a URL");
+    let arn = attributes(world, &url).await["QueueArn"].as_str().expect("an ARN").to_owned();
+    let topic = stacks.output("TopicArn");
+    aws(&["sns", "subscribe", "--topic-arn", topic, "--protocol", "sqs", "--notification-endpoint", &arn]).await;
+    url
+}
+
+#[tokio::test]
+async fn the_stacks_work_on_localstack_a_broken_projector_raises_the_alarm_and_they_update_and_go() {
+    let world = World::new().await;
+    let stacks = Stacks::create().await;
+    check_what_is_there(&stacks, &world).await;
+    let told = subscribed(&stacks, &world).await;
+
+    // The gate, with the CloudFormation and the logs of LocalStack.
+    let release = || Folder::new().with("cases.toml", &tally("cases")).with("fragile.toml", &fragile(false));
+    let stand_in = StandIn::before(&world, file(".local/bin/aws"), file("infra/ecs.yaml")).await;
+    stand_in.push("orders:1", release()).await;
+    let gate = Running::spawn(stand_in.gate(&[&stacks.name("ecs"), "orders:1"])).finish().await.exits(0);
+    assert!(gate.stdout.contains("INFO booting projector=cases@1"), "from the log: {}", gate.stdout);
+    assert!(gate.stdout.contains("cases@1  live"), "the outcome: {}", gate.stdout);
+    let described = stacks.described("ecs").await["Parameters"].to_string();
+    assert_eq!(described.matches("orders:1").count(), 2, "both images: {described}");
+    assert!(described.contains(&stacks.service), "the other parameters stay: {described}");
+
+    // Only the queue of the stack can feed this worker within the time of the test.
+    let (projectors, queue) = (release(), stacks.output("QueueUrl"));
+    let play = ["play", "--projectors", projectors.path(), "--queue-url", queue, "--reconcile-after", "3600"];
+    let worker = world.start(&[play.as_slice(), &["--log-format", "json"]].concat());
+    let cases = Tally::new("cases");
+    let appended = async |kind: &str| {
+        let line = format!("{{\"stream_id\":\"case-1\",\"event_type\":\"{kind}\",\"payload\":{{}}}}\n");
+        world.run_with(&["append"], line.repeat(20).as_bytes()).await.exits(0);
+        let end = world.last_position().await;
+        eventually("the worker is at the end of the log", async || world.position("cases").await == end).await;
+        world.assert_complete(&cases).await;
+    };
+    appended("Opened").await;
+
+    // An event breaks a projector: its log line, the filter, the metric, the alarm, the topic.
+    assert_ne!(stacks.alarm("projector-broken").await["StateValue"], "ALARM");
+    appended("Closed").await;
+    worker.logs("\"projector_broken\"").await;
+    let lines = || -> Vec<Value> {
+        let logged = worker.logged();
+        let whole = logged.split_inclusive('\n').filter(|line| line.ends_with('\n'));
+        whole.map(|line| serde_json::from_str(line).expect("every line is JSON")).collect()
+    };
+    let before = lines();
+    stacks.count(&before).await;
+    let is = async |state: &str| stacks.alarm("projector-broken").await["StateValue"] == state;
+    eventually("the alarm is raised", async || is("ALARM").await).await;
+    let received = world.sqs.receive_message().queue_url(&told).wait_time_seconds(20).send().await.expect("received");
+    let notice = received.messages().first().and_then(|message| message.body()).expect("somebody is told").to_owned();
+    assert!(notice.contains(&stacks.name("projector-broken")), "{notice}");
+    assert_ne!(stacks.alarm("boot-failed").await["StateValue"], "ALARM", "only this one");
+
+    // Both stacks change in place, and the worker goes on.
+    stacks.update("queue", &[("VisibilityTimeout", "400")]).await;
+    assert_eq!(attributes(&world, queue).await["VisibilityTimeout"], "400");
+    stacks.update("monitoring", &[("HasWorker", "false")]).await;
+    assert_eq!(stacks.alarm("no-heartbeat").await, Value::Null, "nobody has a heartbeat");
+    appended("Amended").await;
+
+    // Nothing breaks any more: the lines since make a 0, and the alarm ends.
+    let since = lines().split_off(before.len());
+    eventually("the alarm is over", async || {
+        stacks.count(&since).await;
+        is("OK").await
+    })
+    .await;
+
+    worker.terminate().await.exits(0);
+    stacks.delete().await;
+    assert!(world.sqs.get_queue_attributes().queue_url(queue).send().await.is_err(), "the queue is gone");
+    let left = aws(&["cloudwatch", "describe-alarms", "--alarm-name-prefix", &stacks.name("")]).await;
+    assert_eq!(left["MetricAlarms"], json!([]));
+    let group = format!("/projectionist/{}", stacks.service);
+    assert_eq!(aws(&["logs", "describe-log-groups", "--log-group-name-prefix", &group]).await["logGroups"], json!([]));
+    world.sqs.delete_queue().queue_url(told).send().await.expect("deleted");
+}

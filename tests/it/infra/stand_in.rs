@@ -196,9 +196,8 @@ impl Cloud {
                     );
                 };
                 let Some((cli, _)) = real else { return page(&lines, arguments) };
-                let shipped = this.shipped.entry(task).or_default();
-                ship(&cli, arguments, &lines[*shipped..], *shipped == 0).await;
-                *shipped = lines.len();
+                let shipped = this.shipped.insert(task, lines.len());
+                ship(&cli, arguments, &lines[shipped.unwrap_or(0)..], shipped.is_none()).await;
                 forward(&cli, arguments).await
             }
             (call, _) => panic!("the gate calls {call:?}, which nobody answers"),
