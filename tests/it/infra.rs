@@ -1,5 +1,6 @@
 //! What is in infra/: the templates, the deploy gate, and what its README tells a newcomer to do.
 
+mod behind;
 mod gate;
 mod names;
 mod newcomer;

@@ -167,11 +167,14 @@ async fn workers_that_do_not_start_leave_the_release_before_in_place() {
     cloud.stop_workers().await;
 }
 
+/// Arguments of the gate, a call that AWS refuses with these words, the exit code, and what is said.
+type Case = (&'static [&'static str], Option<(&'static str, &'static str)>, i32, &'static [&'static str]);
+
 #[tokio::test]
 async fn the_gate_says_what_is_wrong_and_what_to_do() {
     let world = World::new().await;
     let boots = "ecs run-task";
-    let cases: &[(&[&str], Option<(&str, &str)>, i32, &[&str])] = &[
+    let cases: &[Case] = &[
         (&["orders"], None, 2, &["usage: infra/deploy"]),
         (&["--timeout", "soon", "orders", "orders:1"], None, 2, &["whole minutes"]),
         (&["orders", "orders:latest"], None, 2, &["orders:latest", "tag of its own"]),

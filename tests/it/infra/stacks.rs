@@ -6,7 +6,8 @@ use aws_sdk_sqs::types::QueueAttributeName;
 use serde_json::{Value, json};
 use time::format_description::well_known::Rfc3339;
 
-use super::stand_in::{StandIn, forward};
+use super::behind::forward;
+use super::stand_in::StandIn;
 use super::{MetricFilter, file, fragile, tally};
 use crate::support::{Folder, Running, Tally, World, eventually, is_mariadb};
 

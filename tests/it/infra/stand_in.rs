@@ -16,13 +16,14 @@ use tokio::process::Command;
 use tokio::sync::Mutex;
 use tokio::task::JoinHandle;
 
+use super::behind::{forward, ship, with_template};
 use crate::support::{Finished, Folder, Running, World};
 
 /// How many workers the service has.
 const WORKERS: usize = 2;
 
 /// Exit code and output of one call of `aws`.
-type Answer = (i32, String);
+pub type Answer = (i32, String);
 
 pub struct StandIn {
     port: u16,
@@ -402,7 +403,7 @@ fn stopped(finished: Finished) -> (Task, Value) {
     (Task::Stopped(finished), described)
 }
 
-fn option<'a>(arguments: &'a [String], name: &str) -> &'a str {
+pub fn option<'a>(arguments: &'a [String], name: &str) -> &'a str {
     let at = arguments.iter().position(|argument| argument == name).unwrap_or_else(|| panic!("{name} is not given"));
     &arguments[at + 1]
 }
@@ -423,42 +424,4 @@ fn page(lines: &[String], arguments: &[String]) -> Answer {
     let to = lines.len().min(from + 20);
     let events: Vec<Value> = lines[from..to].iter().map(|line| json!({"message": line})).collect();
     (0, json!({"events": events, "nextForwardToken": format!("f/{to}")}).to_string())
-}
-
-// — LocalStack behind it —
-
-/// Its CloudFormation does not keep templates for `--use-previous-template`.
-fn with_template(arguments: &[String], template: &Path) -> Vec<String> {
-    let body = format!("--template-body=file://{}", template.display());
-    arguments
-        .iter()
-        .map(|argument| if argument == "--use-previous-template" { body.clone() } else { argument.clone() })
-        .collect()
-}
-
-/// Asks the real CLI.
-pub async fn forward(cli: &Path, arguments: &[String]) -> Answer {
-    let output = Command::new(cli).args(arguments).output().await.expect("the CLI runs");
-    let text = if output.status.success() { output.stdout } else { output.stderr };
-    (output.status.code().unwrap_or(-1), String::from_utf8_lossy(&text).into_owned())
-}
-
-/// What the log driver does: makes the stream, and puts the new lines into it.
-async fn ship(cli: &Path, arguments: &[String], lines: &[String], is_first: bool) {
-    let (group, stream) = (option(arguments, "--log-group-name"), option(arguments, "--log-stream-name"));
-    let call = async |operation: &str, more: &[String]| {
-        let names = ["logs", operation, "--log-group-name", group, "--log-stream-name", stream];
-        let arguments: Vec<String> = names.iter().map(|word| word.to_string()).chain(more.iter().cloned()).collect();
-        let (code, text) = forward(cli, &arguments).await;
-        assert_eq!(code, 0, "{text}");
-    };
-    if is_first {
-        call("create-log-stream", &[]).await;
-    }
-    if !lines.is_empty() {
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or(Duration::ZERO);
-        let events: Value =
-            lines.iter().map(|line| json!({"timestamp": now.as_millis() as u64, "message": line})).collect();
-        call("put-log-events", &["--log-events".into(), events.to_string()]).await;
-    }
 }
