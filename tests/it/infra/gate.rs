@@ -235,6 +235,17 @@ async fn the_gate_says_what_is_wrong_and_what_to_do() {
         }
     }
 
+    // What fails now and then is asked again; the exit code decides, and not the log.
+    let stand_in = StandIn::new(&world).await;
+    stand_in.push("orders:1", Folder::new().with("cases.toml", &tally("cases"))).await;
+    stand_in.refuse_times("ecs describe-tasks", "Connection was closed before we received a valid response", 3).await;
+    stand_in
+        .refuse("logs", "An error occurred (ServiceUnavailableException) when calling the GetLogEvents operation")
+        .await;
+    let deployed = stand_in.deploy("orders:1").await.exits(0);
+    assert!(deployed.stdout.contains("released: orders:1"), "{}", deployed.stdout);
+    stand_in.cloud().await.stop_workers().await;
+
     let stand_in = StandIn::new(&world).await;
     for (status, word) in [("UPDATE_IN_PROGRESS", "another deploy"), ("ROLLBACK_COMPLETE", "delete it")] {
         stand_in.cloud().await.status = status.into();

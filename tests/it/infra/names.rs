@@ -24,6 +24,7 @@ const AWAITED: &[&str] = &[
     "Heartbeat",
     "PROJECTIONIST_DATABASE_SECRET",
     "PROJECTIONIST_DATABASE_AUTH",
+    "PROJECTIONIST_DATABASE_CA",
     "PROJECTIONIST_HEARTBEAT",
     "PROJECTIONIST_METRICS",
     "PROJECTIONIST_SERVICE",
@@ -118,11 +119,11 @@ fn every_alert_of_the_code_has_a_metric_filter_and_an_alarm_and_no_filter_waits_
 fn every_variable_that_a_template_sets_is_one_that_the_program_reads() {
     let source = source();
     let (ecs, lambda) = (template("ecs.yaml"), template("lambda.yaml"));
-    let of_ecs = ecs.lines().filter_map(|line| line.trim().strip_prefix("- {Name: ")?.split(',').next());
+    let of_ecs = ecs.lines().filter_map(|line| line.split_once("{Name: ")?.1.split(',').next());
     let of_lambda = lambda.lines().filter_map(|line| line.trim().split_once(':').map(|(name, _)| name));
-    let is_variable = |name: &&str| name.starts_with("PROJECT") || *name == "QUEUE_URL";
+    let is_variable = |name: &&str| name.starts_with("PROJECT") || name.ends_with("_URL");
     let set: BTreeSet<&str> = of_ecs.chain(of_lambda).filter(is_variable).collect();
-    assert!(set.len() >= 9, "{set:?}");
+    assert!(set.len() >= 12, "{set:?}");
     set.iter().for_each(|variable| assert_known(&source, variable));
 }
 

@@ -42,8 +42,8 @@ pub struct Cloud {
     workers: Vec<Running>,
     /// What the workers left that were replaced.
     pub replaced: Vec<Finished>,
-    /// Calls that begin so are refused, with these words.
-    refusals: Vec<(String, String)>,
+    /// Calls that begin so are refused, with these words, so many times.
+    refusals: Vec<(String, String, usize)>,
     /// A CLI that reaches LocalStack, and the template of the stack.
     real: Option<(PathBuf, PathBuf)>,
     shipped: HashMap<String, usize>,
@@ -97,7 +97,12 @@ impl StandIn {
 
     /// From now on calls that begin so are refused.
     pub async fn refuse(&self, call: &str, words: &str) {
-        self.cloud().await.refusals.push((call.into(), words.into()));
+        self.refuse_times(call, words, usize::MAX).await;
+    }
+
+    /// So many times.
+    pub async fn refuse_times(&self, call: &str, words: &str, times: usize) {
+        self.cloud().await.refusals.push((call.into(), words.into(), times));
     }
 
     pub async fn cloud(&self) -> tokio::sync::MutexGuard<'_, Cloud> {
@@ -161,7 +166,9 @@ impl Cloud {
     async fn call(cloud: &Arc<Mutex<Cloud>>, arguments: &[String]) -> Answer {
         let mut this = cloud.lock().await;
         let line = arguments.join(" ");
-        if let Some((_, words)) = this.refusals.iter().find(|(call, _)| line.starts_with(call.as_str())) {
+        let is_refused = |(call, _, left): &&mut (String, String, usize)| *left > 0 && line.starts_with(call.as_str());
+        if let Some((_, words, left)) = this.refusals.iter_mut().find(is_refused) {
+            *left -= 1;
             return (254, words.clone());
         }
         let call = (arguments[0].as_str(), arguments[1].as_str());
