@@ -3,9 +3,10 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 
-use crate::database::Database;
+use crate::aws::{self, Secret, Tokens};
+use crate::database::{Database, Login, Source};
 use crate::declared;
 use crate::deliver::Limits;
 use crate::error::Error;
@@ -15,6 +16,13 @@ use crate::telemetry::{LogFormat, MetricsFormat, Reporter, service_name};
 
 /// A deploy waits this long for a database that is away; a worker waits for as long as it takes.
 const BOOT_PATIENCE: Duration = Duration::from_secs(60);
+
+/// How the database knows us.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum DatabaseAuth {
+    Password,
+    Iam,
+}
 
 /// Options of every command.
 #[derive(Debug, Args)]
@@ -28,6 +36,22 @@ pub(crate) struct Config {
     /// ?ssl-mode=VERIFY_IDENTITY&ssl-ca=FILE.
     #[arg(long, value_name = "URL", env = "DATABASE_URL", hide_env_values = true, global = true)]
     database_url: Option<String>,
+
+    /// The ARN or name of a secret in Secrets Manager, instead of the URL: a URL, or JSON as RDS writes it. One that has user
+    /// and password only stands beside a URL without them, mysql://HOST:PORT/DATABASE. It is read again whenever the
+    /// database refuses the password.
+    #[arg(long, value_name = "ARN", env = "PROJECTIONIST_DATABASE_SECRET", global = true)]
+    database_secret: Option<String>,
+
+    /// How the database knows us: by a password, or by IAM (a token of RDS for each new connection, made with our AWS
+    /// credentials). IAM wants the server's certificate checked.
+    #[arg(long, value_name = "HOW", env = "PROJECTIONIST_DATABASE_AUTH", default_value = "password", global = true)]
+    database_auth: DatabaseAuth,
+
+    /// File of certificates to check the database's with, one or many (the bundle of RDS): the same as
+    /// ?ssl-mode=VERIFY_IDENTITY&ssl-ca=FILE in the URL, for a secret, too.
+    #[arg(long, value_name = "FILE", env = "PROJECTIONIST_DATABASE_CA", global = true)]
+    database_ca: Option<PathBuf>,
 
     /// The SQS queue, FIFO or standard. Credentials, region and endpoint come as for every AWS tool:
     /// AWS_REGION, AWS_PROFILE, AWS_ENDPOINT_URL and so on.
@@ -111,11 +135,27 @@ impl Config {
     }
 
     pub(crate) async fn database(&self) -> Result<Database, Error> {
-        let url = self
-            .database_url
-            .as_deref()
-            .ok_or_else(|| Error::Input("no database is named: give --database-url or set DATABASE_URL".into()))?;
-        Database::connect(url, self.connections, Duration::from_secs(self.connect_timeout)).await
+        let login = self.login().await?;
+        Database::open(login, self.connections, Duration::from_secs(self.connect_timeout)).await
+    }
+
+    async fn login(&self) -> Result<Login, Error> {
+        if let Some(ca) = self.database_ca.as_ref().filter(|ca| !ca.is_file()) {
+            return Err(Error::Input(format!("--database-ca: there is no file {}", ca.display())));
+        }
+        let source = match (&self.database_secret, self.database_auth) {
+            (None, DatabaseAuth::Password) => Source::Url,
+            (Some(secret), DatabaseAuth::Password) => Source::Secret(Secret::new(&aws::config().await?, secret)),
+            (None, DatabaseAuth::Iam) => Source::Tokens(Tokens::new(&aws::config().await?)?),
+            (Some(_), DatabaseAuth::Iam) => {
+                return Err(Error::Input(
+                    "with --database-auth iam there is no secret to read: leave --database-secret out, and give \
+                     --database-url mysql://USER@HOST:PORT/DATABASE"
+                        .into(),
+                ));
+            }
+        };
+        Login::new(self.database_url.as_deref(), source, self.database_ca.clone())
     }
 
     pub(crate) async fn queue(&self) -> Result<SqsQueue, Error> {

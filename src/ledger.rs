@@ -90,9 +90,8 @@ impl Ledger {
             .bind(projector.id.version)
             .bind(projector.mode.as_str())
             .bind(position.get())
-            .bind(projector.has_side_effects)
-            .execute(&self.database.pool);
-        self.database.answered(enter).await.map(|_| ())
+            .bind(projector.has_side_effects);
+        self.database.answer(async |connection| enter.execute(connection).await).await.map(|_| ())
     }
 
     /// Takes a step of the lifecycle under the row's lock, if `still` holds of the row; returns the row as
@@ -154,7 +153,8 @@ impl Ledger {
 
     /// Forgets a projector: the next boot of it would start from the beginning.
     pub(crate) async fn remove(&self, id: &ProjectorId) -> Result<(), sqlx::Error> {
-        sqlx::query(REMOVE).bind(&id.name).bind(id.version).execute(&self.database.pool).await.map(|_| ())
+        let remove = sqlx::query(REMOVE).bind(&id.name).bind(id.version);
+        self.database.answer(async |connection| remove.execute(connection).await).await.map(|_| ())
     }
 }
 

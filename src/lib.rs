@@ -13,6 +13,7 @@ mod registry;
 mod retry;
 
 // — edges: the only SQL and the only AWS calls —
+mod aws;
 mod database;
 mod ledger;
 mod multi_row;

@@ -1,11 +1,12 @@
 //! The way to MySQL or MariaDB: connections with the session that the protocol needs, and the checks of the server.
 
 mod kept;
+mod login;
 
 use std::borrow::Cow;
 use std::future::Future;
-use std::str::FromStr;
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
 
 use sqlx::migrate::{Migration, MigrationType, Migrator};
 use sqlx::mysql::{MySqlConnectOptions, MySqlPoolOptions};
@@ -16,6 +17,8 @@ use tokio::time::timeout;
 
 use crate::error::{Error, is_read_only, server_error};
 use kept::Kept;
+use login::is_refused;
+pub(crate) use login::{Login, Source};
 
 /// Under repeatable read the probe of a hole takes gap locks that block writers, and a long transaction
 /// would not see what has been committed since it began. (That time is UTC, sqlx sees to.)
@@ -34,10 +37,6 @@ const UNUSED_FOR: Duration = Duration::from_secs(30);
 /// be out of connections when enough of them have gone deaf, or were left in the middle of an answer.
 const RETURNS_WITHIN: Duration = Duration::from_secs(5);
 
-/// Prepared statements that a connection keeps, unless the URL says otherwise. One more closes another, and with sqlx 0.9.0, which leaves Nagle's algorithm
-/// on (transact-rs/sqlx#4335), the statement after that waits for 40 ms. A server allows 16,382 in all, by default.
-const STATEMENTS: usize = 256;
-
 const VERSION: &str = "select version(), @@global.auto_increment_increment";
 
 /// Read by the migrator only: its lock and its table need a name of their own, so that a team's own
@@ -47,12 +46,13 @@ const MIGRATIONS_TABLE: &str = "projectionist_migrations";
 /// A pool of connections to one database, all in the session that the protocol needs. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Database {
-    pub(crate) pool: MySqlPool,
+    pool: MySqlPool,
     pub(crate) flavor: Flavor,
     /// When a connection last turned out to lead to a server that is read-only.
     distrusted: watch::Sender<Option<Instant>>,
     answer_within: Duration,
     kept: Kept,
+    login: Arc<Login>,
 }
 
 /// What differs between the servers is decided by this.
@@ -90,7 +90,12 @@ impl Database {
     /// [`Error::Input`] where the URL is not one or the server is set up in a way that cannot work,
     /// [`Error::OutOfReach`] where the server does not answer or does not let us in. No error shows the password.
     pub async fn connect(url: &str, connections: u32, patience: Duration) -> Result<Self, Error> {
-        let options = parse(url)?;
+        Self::open(Login::new(Some(url), Source::Url, None)?, connections, patience).await
+    }
+
+    /// [`Database::connect`], by any way in.
+    pub(crate) async fn open(login: Login, connections: u32, patience: Duration) -> Result<Self, Error> {
+        let options = login.options().await?;
         let at = format!(
             "{}@{}:{}/{}",
             options.get_username(),
@@ -100,8 +105,8 @@ impl Database {
         );
         // Once without the pool, which would go on trying where there is nothing to hope for.
         let (version, increment) = match timeout(patience, greet(&options)).await {
-            Ok(greeted) => greeted.map_err(|error| out_of_reach(&at, &error))?,
-            Err(_) => return Err(out_of_reach(&at, &sqlx::Error::PoolTimedOut)),
+            Ok(greeted) => greeted.map_err(|error| out_of_reach(&at, &error, &login))?,
+            Err(_) => return Err(out_of_reach(&at, &sqlx::Error::PoolTimedOut, &login)),
         };
         check_increment(&at, increment)?;
         let distrusted = watch::Sender::new(None);
@@ -120,7 +125,7 @@ impl Database {
         let flavor = if version.contains("MariaDB") { Flavor::MariaDb } else { Flavor::MySql };
         // The other half is for what takes a connection for one statement.
         let kept = Kept::new(connections as usize / 2);
-        Ok(Database { pool, flavor, distrusted, answer_within: ANSWER_WITHIN, kept })
+        Ok(Database { pool, flavor, distrusted, answer_within: ANSWER_WITHIN, kept, login: Arc::new(login) })
     }
 
     /// How long a statement of ours may take before its connection counts as lost: 60 s unless this says otherwise, which
@@ -140,6 +145,14 @@ impl Database {
             self.distrust(error);
         }
         answer
+    }
+
+    /// [`Database::answered`], on a connection of the pool.
+    pub(crate) async fn answer<T>(
+        &self,
+        asking: impl AsyncFnOnce(&mut MySqlConnection) -> Result<T, sqlx::Error>,
+    ) -> Result<T, sqlx::Error> {
+        self.answered(async { asking(&mut *self.acquire().await?).await }).await
     }
 
     /// After a failover the former primary lives on, read-only, and our connections with it. Once one of them says so,
@@ -162,7 +175,8 @@ impl Database {
         let mut migrator =
             Migrator::with_migrations(vec![migration(1, "tables", include_str!("../../migrations/0001_tables.sql"))]);
         migrator.dangerous_set_table_name(MIGRATIONS_TABLE);
-        migrator.run(&self.pool).await.map_err(|error| match error {
+        let mut connection = self.acquire().await?;
+        migrator.run(&mut *connection).await.map_err(|error| match error {
             sqlx::migrate::MigrateError::Execute(error) | sqlx::migrate::MigrateError::ExecuteMigration(error, _) => {
                 Error::Database(error)
             }
@@ -172,7 +186,7 @@ impl Database {
 
     /// Ends another session of ours, and with it the statement that it is in and the locks that it holds.
     pub(crate) async fn kill(&self, session: u64) -> Result<(), sqlx::Error> {
-        match sqlx::raw_sql(AssertSqlSafe(format!("kill {session}"))).execute(&self.pool).await {
+        match sqlx::raw_sql(AssertSqlSafe(format!("kill {session}"))).execute(&mut *self.acquire().await?).await {
             // 1094: it has ended by itself.
             Err(error) if server_error(&error) != Some(1094) => Err(error),
             _ => Ok(()),
@@ -181,6 +195,7 @@ impl Database {
 
     /// A connection beside the pool, so that whoever keeps it for long takes none from those who work.
     pub(crate) async fn open_another(&self) -> Result<MySqlConnection, sqlx::Error> {
+        self.login.keep_fresh(&self.pool).await;
         let options = self.pool.connect_options();
         let open = async {
             let mut connection = options.connect().await?;
@@ -200,9 +215,22 @@ impl Database {
         .is_ok()
     }
 
-    /// A connection of the pool.
+    /// A connection of the pool. If it is a new one, with the password as it is now: while it is being changed, the server may
+    /// refuse the old one and the new one not be known yet, which is a matter of time like any lost connection.
     pub(crate) async fn acquire(&self) -> Result<PoolConnection<MySql>, sqlx::Error> {
-        self.pool.acquire().await
+        let began = SystemTime::now();
+        self.login.keep_fresh(&self.pool).await;
+        let mut acquired = self.pool.acquire().await;
+        if acquired.as_ref().is_err_and(is_refused) && self.login.renew(&self.pool, began).await {
+            acquired = self.pool.acquire().await;
+        }
+        acquired.map_err(|error| match is_refused(&error) {
+            true => sqlx::Error::Io(std::io::Error::new(
+                std::io::ErrorKind::PermissionDenied,
+                format!("the database lets nobody in: {error}; {}", self.login.advice()),
+            )),
+            false => error,
+        })
     }
 }
 
@@ -224,33 +252,9 @@ async fn greet(options: &MySqlConnectOptions) -> Result<(String, u64), sqlx::Err
     Ok(greeted)
 }
 
-fn parse(url: &str) -> Result<MySqlConnectOptions, Error> {
-    // The parser's own error may quote the URL, and with it the password: it is not passed on.
-    let read = |url: &str| MySqlConnectOptions::from_str(url).ok().filter(|_| url.starts_with("mysql://"));
-    let options = read(url).ok_or_else(|| {
-        Error::Input(match url.split_once('?').and_then(|(before, _)| read(before)) {
-            Some(_) => "the options after the ? of the database URL cannot be read; ssl-mode is DISABLED, PREFERRED, \
-                        REQUIRED, VERIFY_CA or VERIFY_IDENTITY"
-                .into(),
-            None => "the database URL is not of the form mysql://USER:PASSWORD@HOST:PORT/DATABASE \
-                     (percent-encode special characters in the password)"
-                .into(),
-        })
-    })?;
-    if options.get_database().is_none_or(str::is_empty) {
-        return Err(Error::Input("the database URL names no database: end it with /DATABASE".into()));
-    }
-    // A projector's SQL means what it means everywhere else on MySQL: `||` is or.
-    let options = options.disable_statement_logging().pipes_as_concat(false);
-    Ok(match url.contains("statement-cache-capacity") {
-        true => options,
-        false => options.statement_cache_capacity(STATEMENTS),
-    })
-}
-
-fn out_of_reach(at: &str, error: &sqlx::Error) -> Error {
+fn out_of_reach(at: &str, error: &sqlx::Error, login: &Login) -> Error {
     let (why, what_to_do) = match (server_error(error), error) {
-        (Some(1045 | 1698), _) => (error.to_string(), "check the user and the password in the database URL"),
+        (Some(1045 | 1698), _) => (error.to_string(), login.advice()),
         (Some(1049), _) => (error.to_string(), "create the database, or name another in the URL"),
         (Some(1044), _) => (error.to_string(), "grant the user access to this database"),
         (_, sqlx::Error::PoolTimedOut) => {

@@ -1,19 +1,17 @@
-//! SQS, FIFO or standard: the only AWS calls.
+//! SQS, FIFO or standard.
 
 use std::time::Duration;
 
 use async_trait::async_trait;
-use aws_config::BehaviorVersion;
 use aws_sdk_sqs::Client;
-use aws_sdk_sqs::config::timeout::TimeoutConfig;
 use aws_sdk_sqs::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_sqs::types::{
     BatchResultErrorEntry, ChangeMessageVisibilityBatchRequestEntry, DeleteMessageBatchRequestEntry,
     QueueAttributeName as Attribute,
 };
-use aws_smithy_http_client::tls;
 
 use super::{Queue, QueueError, Receipt, Received};
+use crate::aws::{self, causes};
 use crate::error::Error;
 
 /// All events are one ordered sequence, so on a FIFO queue they are one group.
@@ -21,9 +19,6 @@ const GROUP: &str = "events";
 
 /// What one receive, and one batch of deletions, may hold.
 const MOST_IN_A_BATCH: usize = 10;
-
-/// Above the 20 s of the longest poll: an answer that takes longer will not come.
-const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 
 /// One SQS queue. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -48,17 +43,7 @@ impl SqsQueue {
                 "the queue URL {url:?} is not one; it looks like https://sqs.REGION.amazonaws.com/ACCOUNT/NAME"
             )));
         }
-        let http = aws_smithy_http_client::Builder::new()
-            .tls_provider(tls::Provider::Rustls(tls::rustls_provider::CryptoMode::Ring))
-            .build_https();
-        let config = aws_config::defaults(BehaviorVersion::latest())
-            .http_client(http)
-            .timeout_config(TimeoutConfig::builder().operation_attempt_timeout(ANSWER_WITHIN).build())
-            .load()
-            .await;
-        if config.region().is_none() {
-            return Err(Error::Input("no AWS region is known; set AWS_REGION, or a profile that has one".into()));
-        }
+        let config = aws::config().await?;
         Self::with_client(Client::new(&config), url, visibility).await.map_err(|error| match config.endpoint_url() {
             Some(endpoint) => Error::OutOfReach(format!("{error} (the endpoint is {endpoint})")),
             None => error,
@@ -216,11 +201,6 @@ where
         }
         _ => causes(error),
     }
-}
-
-/// An error and its causes, for people: the SDK's own way prints the whole structure after them.
-fn causes(error: &dyn std::error::Error) -> String {
-    std::iter::successors(Some(error), |error| error.source()).map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 #[cfg(test)]

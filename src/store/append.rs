@@ -135,7 +135,10 @@ impl EventStore {
     }
 
     async fn position_of(&self, event_id: &str) -> Result<Option<Position>, sqlx::Error> {
-        let find = || sqlx::query_scalar(POSITION_OF).bind(event_id).fetch_optional(&self.database.pool);
+        let find = async || {
+            let mut connection = self.database.acquire().await?;
+            sqlx::query_scalar(POSITION_OF).bind(event_id).fetch_optional(&mut *connection).await
+        };
         let position: Option<u64> = retry::persist(Some(PATIENCE), "find out what was appended", find).await?;
         Ok(position.map(Position::new))
     }

@@ -195,8 +195,8 @@ impl EventStore {
             Flavor::MySql => (PROBE_MYSQL, 3572),
             Flavor::MariaDb => (PROBE_MARIADB, 1205),
         };
-        let probed = sqlx::query(probe).bind(range.start()).bind(range.end()).fetch_one(&self.database.pool);
-        match self.database.answered(probed).await {
+        let probe = sqlx::query(probe).bind(range.start()).bind(range.end());
+        match self.database.answer(async |connection| probe.fetch_one(connection).await).await {
             Ok(_) => Ok(false),
             Err(error) if server_error(&error) == Some(locked) => Ok(true),
             Err(error) => Err(error),

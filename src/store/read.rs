@@ -219,14 +219,14 @@ impl EventStore {
 
     /// When the event at this position was recorded; `None` if there is none.
     pub(crate) async fn recorded_at(&self, position: Position) -> Result<Option<OffsetDateTime>, sqlx::Error> {
-        self.database
-            .answered(sqlx::query_scalar(RECORDED_AT).bind(position.get()).fetch_optional(&self.database.pool))
-            .await
+        let recorded_at = sqlx::query_scalar(RECORDED_AT).bind(position.get());
+        self.database.answer(async |connection| recorded_at.fetch_optional(connection).await).await
     }
 
     /// The highest position that is visible, whether or not those below it are.
     pub(crate) async fn last_visible(&self) -> Result<Position, sqlx::Error> {
-        let last: Option<u64> = self.database.answered(sqlx::query_scalar(LAST).fetch_one(&self.database.pool)).await?;
+        let last = sqlx::query_scalar(LAST);
+        let last: Option<u64> = self.database.answer(async |connection| last.fetch_one(connection).await).await?;
         Ok(Position::new(last.unwrap_or_default()))
     }
 }

@@ -16,6 +16,7 @@ mod holes;
 mod infra;
 mod intake;
 mod log;
+mod login;
 mod queue;
 mod readme;
 mod story;

@@ -1,0 +1,369 @@
+//! The way in: where the server is, as whom, and by what password, which may be another one tomorrow.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::{Duration, SystemTime};
+
+use serde::Deserialize;
+use sqlx::mysql::{MySqlConnectOptions, MySqlSslMode};
+use sqlx::{ConnectOptions, MySqlPool};
+use tokio::sync::Mutex;
+use tracing::{info, warn};
+
+use crate::aws::{Secret, Tokens};
+use crate::error::{Error, server_error};
+
+/// Prepared statements that a connection keeps, unless the URL says otherwise. One more closes another, and with sqlx 0.9.0, which leaves Nagle's algorithm
+/// on (transact-rs/sqlx#4335), the statement after that waits for 40 ms. A server allows 16,382 in all, by default.
+const STATEMENTS: usize = 256;
+
+/// While tokens cannot be made, the next attempt comes after this: the old one may be good still.
+const TRY_AGAIN_AFTER: Duration = Duration::from_secs(5);
+
+/// Where the password comes from.
+#[derive(Debug)]
+pub(crate) enum Source {
+    /// The URL.
+    Url,
+    /// Secrets Manager: the whole URL, or RDS's JSON.
+    Secret(Secret),
+    /// IAM, for a while each.
+    Tokens(Tokens),
+}
+
+/// How to get in. New connections of a pool take what this gave it last.
+pub(crate) struct Login {
+    /// What the URL says, where there is one.
+    base: Option<MySqlConnectOptions>,
+    ca: Option<PathBuf>,
+    source: Source,
+    /// When the password was last read or made, and how long it is good.
+    known: Mutex<Known>,
+}
+
+#[derive(Clone, Copy)]
+struct Known {
+    since: SystemTime,
+    /// `None`: until the server refuses it.
+    until: Option<SystemTime>,
+}
+
+/// What RDS keeps in a secret. Those that it manages by itself have the first two only.
+#[derive(Deserialize)]
+struct RdsSecret {
+    username: String,
+    password: String,
+    host: Option<String>,
+    port: Option<Port>,
+    dbname: Option<String>,
+    engine: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Port {
+    Number(u16),
+    Text(String),
+}
+
+impl fmt::Debug for Login {
+    /// Without the options: they print the password.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Login").field("source", &self.source).finish_non_exhaustive()
+    }
+}
+
+impl Login {
+    /// # Errors
+    /// [`Error::Input`] where the URL is not one, or what is asked for together cannot be had together.
+    pub(crate) fn new(url: Option<&str>, source: Source, ca: Option<PathBuf>) -> Result<Self, Error> {
+        let base = url.map(parse).transpose()?;
+        let names = |url: &str| url_parts(url).is_some_and(|(user, password)| user || password);
+        match (&source, url) {
+            (Source::Url | Source::Tokens(_), None) => {
+                return Err(Error::Input(
+                    "no database is named: give --database-url or set DATABASE_URL, or give --database-secret".into(),
+                ));
+            }
+            (Source::Secret(_), Some(url)) if names(url) => {
+                return Err(Error::Input(
+                    "the database URL and the secret both name a user: leave one of them out, or user and password out of \
+                     the URL (mysql://HOST:PORT/DATABASE)"
+                        .into(),
+                ));
+            }
+            (Source::Tokens(_), Some(url)) if !names(url) => {
+                return Err(Error::Input(
+                    "the database URL names no user, and IAM authentication needs one: mysql://USER@HOST:PORT/DATABASE"
+                        .into(),
+                ));
+            }
+            (Source::Tokens(_), Some(url)) if url_parts(url).is_some_and(|(_, password)| password) => {
+                return Err(Error::Input(
+                    "the database URL has a password, and with IAM authentication there is none: leave it out".into(),
+                ));
+            }
+            _ => {}
+        }
+        let known = Mutex::new(Known { since: SystemTime::UNIX_EPOCH, until: None });
+        let login = Login { base, ca, source, known };
+        if let (Source::Tokens(_), Some(base)) = (&login.source, &login.base) {
+            login.check_tls(&login.with_ca(base.clone()))?;
+        }
+        Ok(login)
+    }
+
+    /// Reads or makes the password, and says what to connect with.
+    ///
+    /// # Errors
+    /// [`Error::OutOfReach`] where AWS does not give it, [`Error::Input`] where the secret is not one of a database.
+    pub(crate) async fn options(&self) -> Result<MySqlConnectOptions, Error> {
+        let mut known = self.known.lock().await;
+        let (options, until) = self.look().await?;
+        *known = Known { since: SystemTime::now(), until };
+        Ok(options)
+    }
+
+    /// Gives the pool a new password if the one that it has will not do for long. Where there is none to be had the pool
+    /// keeps what it has, so that nothing stops while that is good still.
+    pub(super) async fn keep_fresh(&self, pool: &MySqlPool) {
+        if !matches!(self.source, Source::Tokens(_)) {
+            return;
+        }
+        let mut known = self.known.lock().await;
+        let now = SystemTime::now();
+        if known.until.is_none_or(|until| now < until) {
+            return;
+        }
+        match self.look().await {
+            Ok((options, until)) => {
+                pool.set_connect_options(options);
+                *known = Known { since: now, until };
+            }
+            Err(error) => {
+                warn!(%error, "no new password for the database, going on with the last one");
+                known.until = Some(now + TRY_AGAIN_AFTER);
+            }
+        }
+    }
+
+    /// After the server refused the password: looks for another, unless somebody has since `began`. Whether there may be one.
+    pub(super) async fn renew(&self, pool: &MySqlPool, began: SystemTime) -> bool {
+        if matches!(self.source, Source::Url) {
+            return false;
+        }
+        let mut known = self.known.lock().await;
+        if known.since > began {
+            return true;
+        }
+        match self.look().await {
+            Ok((options, until)) => {
+                pool.set_connect_options(options);
+                *known = Known { since: SystemTime::now(), until };
+                info!("the database refused the password, and it was read again");
+                true
+            }
+            Err(error) => {
+                warn!(%error, "the database refused the password, and there is no new one");
+                false
+            }
+        }
+    }
+
+    async fn look(&self) -> Result<(MySqlConnectOptions, Option<SystemTime>), Error> {
+        let missing = || Error::Input("no database is named".into());
+        match &self.source {
+            Source::Url => Ok((self.with_ca(self.base.clone().ok_or_else(missing)?), None)),
+            Source::Secret(secret) => {
+                let text = secret.read().await.map_err(Error::OutOfReach)?;
+                let options = read_secret(&text, self.base.clone())
+                    .map_err(|reason| Error::Input(format!("the secret {} {reason}", secret.id)))?;
+                Ok((self.with_ca(options), None))
+            }
+            Source::Tokens(tokens) => {
+                let options = self.with_ca(self.base.clone().ok_or_else(missing)?).enable_cleartext_plugin(true);
+                self.check_tls(&options)?;
+                let token = tokens.make(options.get_host(), options.get_port(), options.get_username()).await;
+                let token = token.map_err(Error::OutOfReach)?;
+                Ok((options.password(&token.text), Some(token.fresh_until)))
+            }
+        }
+    }
+
+    /// What to do where the server does not let us in.
+    pub(super) fn advice(&self) -> &'static str {
+        match self.source {
+            Source::Url => "check the user and the password in the database URL",
+            Source::Secret(_) => "check the user and the password in the secret",
+            Source::Tokens(_) => {
+                "check that the user was created for IAM (identified with AWSAuthenticationPlugin as 'RDS'), that \
+                 rds-db:connect is allowed for it, that the URL has the server's own name, and AWS_REGION"
+            }
+        }
+    }
+
+    /// With a file of certificates the server's is checked, and its name unless the URL asks for the certificate alone.
+    fn with_ca(&self, options: MySqlConnectOptions) -> MySqlConnectOptions {
+        match &self.ca {
+            None => options,
+            Some(ca) if matches!(options.get_ssl_mode(), MySqlSslMode::VerifyCa) => options.ssl_ca(ca),
+            Some(ca) => options.ssl_mode(MySqlSslMode::VerifyIdentity).ssl_ca(ca),
+        }
+    }
+
+    /// A token is sent as it is: whoever reads it may be us for a quarter of an hour.
+    fn check_tls(&self, options: &MySqlConnectOptions) -> Result<(), Error> {
+        match options.get_ssl_mode() {
+            MySqlSslMode::VerifyCa | MySqlSslMode::VerifyIdentity => Ok(()),
+            _ => Err(Error::Input(
+                "IAM authentication sends the token in clear text, and so only to a server whose certificate was checked: \
+                 give --database-ca FILE (the bundle of RDS), or ?ssl-mode=VERIFY_IDENTITY in the database URL"
+                    .into(),
+            )),
+        }
+    }
+}
+
+/// Whether the server refused user or password.
+pub(super) fn is_refused(error: &sqlx::Error) -> bool {
+    matches!(server_error(error), Some(1045 | 1698))
+}
+
+/// Whether a URL has a user, and a password.
+fn url_parts(url: &str) -> Option<(bool, bool)> {
+    let authority = url.strip_prefix("mysql://")?.split(['/', '?', '#']).next()?;
+    let (login, _) = authority.rsplit_once('@')?;
+    Some((!login.is_empty(), login.contains(':')))
+}
+
+/// What a secret says, in the place that the URL names if there is one. An error never quotes the text.
+fn read_secret(text: &str, base: Option<MySqlConnectOptions>) -> Result<MySqlConnectOptions, String> {
+    let text = text.trim();
+    if text.starts_with("mysql://") {
+        return match base {
+            None => parse(text).map_err(|error| format!("is a URL, but {error}")),
+            Some(_) => Err("is a whole URL: leave --database-url (DATABASE_URL) out".into()),
+        };
+    }
+    let secret: RdsSecret = serde_json::from_str(text).map_err(|_| {
+        "is neither a URL (mysql://USER:PASSWORD@HOST:PORT/DATABASE) nor JSON with username and password, as RDS writes it"
+            .to_owned()
+    })?;
+    if let Some(engine) =
+        secret.engine.filter(|engine| !["mysql", "mariadb", "aurora", "aurora-mysql"].contains(&engine.as_str()))
+    {
+        return Err(format!("is of a database of another kind: {engine}"));
+    }
+    let mut options = match base {
+        Some(base) => base,
+        None => {
+            let (Some(host), Some(dbname)) = (&secret.host, &secret.dbname) else {
+                return Err("names no host or no dbname: say where the database is by \
+                            --database-url mysql://HOST:PORT/DATABASE beside the secret"
+                    .into());
+            };
+            let port = match &secret.port {
+                None => 3306,
+                Some(Port::Number(port)) => *port,
+                Some(Port::Text(port)) => port.parse().map_err(|_| "has a port that is none".to_owned())?,
+            };
+            ours(MySqlConnectOptions::new().host(host).port(port).database(dbname), false)
+        }
+    };
+    options = options.username(&secret.username).password(&secret.password);
+    Ok(options)
+}
+
+fn parse(url: &str) -> Result<MySqlConnectOptions, Error> {
+    // The parser's own error may quote the URL, and with it the password: it is not passed on.
+    let read = |url: &str| MySqlConnectOptions::from_str(url).ok().filter(|_| url.starts_with("mysql://"));
+    let options = read(url).ok_or_else(|| {
+        Error::Input(match url.split_once('?').and_then(|(before, _)| read(before)) {
+            Some(_) => "the options after the ? of the database URL cannot be read; ssl-mode is DISABLED, PREFERRED, \
+                        REQUIRED, VERIFY_CA or VERIFY_IDENTITY"
+                .into(),
+            None => "the database URL is not of the form mysql://USER:PASSWORD@HOST:PORT/DATABASE \
+                     (percent-encode special characters in the password)"
+                .into(),
+        })
+    })?;
+    if options.get_database().is_none_or(str::is_empty) {
+        return Err(Error::Input("the database URL names no database: end it with /DATABASE".into()));
+    }
+    Ok(ours(options, url.contains("statement-cache-capacity")))
+}
+
+fn ours(options: MySqlConnectOptions, keeps_statements: bool) -> MySqlConnectOptions {
+    // A projector's SQL means what it means everywhere else on MySQL: `||` is or.
+    let options = options.disable_statement_logging().pipes_as_concat(false);
+    match keeps_statements {
+        true => options,
+        false => options.statement_cache_capacity(STATEMENTS),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_secret_is_a_url_or_what_rds_writes() {
+        let at = |options: MySqlConnectOptions| {
+            (
+                options.get_username().to_owned(),
+                options.get_host().to_owned(),
+                options.get_port(),
+                options.get_database().map(str::to_owned),
+            )
+        };
+        let app = |port| ("app".to_owned(), "db.example.com".to_owned(), port, Some("shop".to_owned()));
+        for (text, base, port) in [
+            ("mysql://app:p%40ss@db.example.com:3310/shop\n", None, 3310),
+            (
+                r#"{"engine":"mysql","host":"db.example.com","username":"app","password":"p@ss","dbname":"shop","port":3307}"#,
+                None,
+                3307,
+            ),
+            (
+                r#"{"host":"db.example.com","username":"app","password":"p@ss","dbname":"shop","port":"3308"}"#,
+                None,
+                3308,
+            ),
+            (r#"{"host":"db.example.com","username":"app","password":"p@ss","dbname":"shop"}"#, None, 3306),
+            // As RDS manages it, beside a URL without a user.
+            (r#"{"username":"app","password":"p@ss"}"#, Some("mysql://db.example.com:3309/shop"), 3309),
+        ] {
+            let base = base.map(|url| parse(url).expect("a URL"));
+            assert_eq!(at(read_secret(text, base).expect(text)), app(port), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_secret_of_a_database_is_told_and_never_quoted() {
+        for (text, because) in [
+            ("hunter2-0815", "neither a URL"),
+            (r#"{"username":"app","password":["hunter2-0815"]}"#, "neither a URL"),
+            (r#"{"username":"app","password":"hunter2-0815"}"#, "--database-url mysql://HOST"),
+            (r#"{"engine":"postgres","host":"h","dbname":"d","username":"app","password":"hunter2-0815"}"#, "postgres"),
+            (r#"{"host":"h","dbname":"d","port":"hunter2","username":"app","password":"hunter2-0815"}"#, "port"),
+            ("mysql://app:hunter2-0815@db.example.com", "names no database"),
+        ] {
+            let reason = read_secret(text, None).expect_err(text);
+            assert!(reason.contains(because) && !reason.contains("hunter2"), "{text}: {reason}");
+        }
+    }
+
+    #[test]
+    fn a_url_is_known_by_its_parts() {
+        for (url, parts) in [
+            ("mysql://h/d", None),
+            ("mysql://u@h/d", Some((true, false))),
+            ("mysql://u:p@h/d", Some((true, true))),
+            ("mysql://:p@h/d", Some((true, true))),
+            ("mysql://u@h/d?x=a:b@c", Some((true, false))),
+        ] {
+            assert_eq!(url_parts(url), parts, "{url}");
+        }
+    }
+}

@@ -1,0 +1,174 @@
+//! What stands before a database on RDS: TLS with a certificate for a name, and tokens instead of passwords. The real server
+//! is behind it, which here has no such certificate and knows nothing of IAM.
+
+use std::io::{Error, ErrorKind, Result};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, copy_bidirectional};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::rustls::ServerConfig;
+use tokio_rustls::rustls::crypto::ring::default_provider;
+use tokio_rustls::rustls::pki_types::pem::PemObject;
+use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
+
+use super::World;
+
+/// The flag in a greeting, and in the answer to it, that says TLS. Of the second byte.
+const SSL: u8 = 0x08;
+
+/// Whom a gateway lets in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Door {
+    /// Whom the server does.
+    Passwords,
+    /// Who sends a token, which is kept for the test to look at; to the server that is `root`.
+    Tokens,
+}
+
+/// A gateway, for `localhost`.
+pub struct Gateway {
+    port: u16,
+    seen: Arc<Seen>,
+}
+
+#[derive(Default)]
+struct Seen {
+    tokens: Mutex<Vec<String>>,
+    is_closed: watch::Sender<bool>,
+}
+
+/// A file beside the tests' certificates.
+pub fn certificate(name: &str) -> String {
+    let folder = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/certificates"));
+    folder.join(name).to_str().expect("UTF-8").to_owned()
+}
+
+impl Gateway {
+    /// In front of the world's server.
+    pub async fn new(world: &World, door: Door) -> Self {
+        let server =
+            world.database_url.split('@').nth(1).and_then(|rest| rest.split('/').next()).expect("a server").to_owned();
+        let chain = CertificateDer::pem_file_iter(certificate("server.pem")).expect("a file");
+        let chain = chain.map(|certificate| certificate.expect("a certificate")).collect();
+        let key = PrivateKeyDer::from_pem_file(certificate("server-key.pem")).expect("a key");
+        let config =
+            ServerConfig::builder_with_provider(Arc::new(default_provider())).with_safe_default_protocol_versions();
+        let config = config.expect("versions").with_no_client_auth().with_single_cert(chain, key).expect("a pair");
+        let acceptor = TlsAcceptor::from(Arc::new(config));
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
+        let port = listener.local_addr().expect("it is bound").port();
+        let seen = Arc::new(Seen::default());
+        let all = Arc::clone(&seen);
+        tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                let (server, acceptor, seen) = (server.clone(), acceptor.clone(), Arc::clone(&all));
+                tokio::spawn(async move {
+                    let server = TcpStream::connect(&server).await?;
+                    let _ = (client.set_nodelay(true), server.set_nodelay(true));
+                    serve(client, server, acceptor, door, &seen).await
+                });
+            }
+        });
+        Gateway { port, seen }
+    }
+
+    /// The URL of the world's database by way of it.
+    pub fn url(&self, world: &World, login: &str, host: &str) -> String {
+        format!("mysql://{login}@{host}:{}/{}", self.port, world.database_name)
+    }
+
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// The tokens that were sent so far.
+    pub fn tokens(&self) -> Vec<String> {
+        self.seen.tokens.lock().expect("no panic while writing").clone()
+    }
+
+    /// Hangs up on everybody, and refuses every token from now on; or does so no more.
+    pub fn close(&self, is_closed: bool) {
+        self.seen.is_closed.send_replace(is_closed);
+    }
+}
+
+async fn serve(mut client: TcpStream, mut server: TcpStream, tls: TlsAcceptor, door: Door, seen: &Seen) -> Result<()> {
+    let (number, mut greeting) = read(&mut server).await?;
+    // Protocol, version, connection, the first part of the nonce and a zero stand before the flags.
+    let flags = 1 + end_of_text(&greeting, 1)? + 4 + 8 + 1;
+    greeting[flags + 1] |= SSL;
+    write(&mut client, number, &greeting).await?;
+    let (_, request) = read(&mut client).await?;
+    if request.len() != 32 {
+        return Err(Error::new(ErrorKind::InvalidData, "it does not ask for TLS"));
+    }
+    let mut client = tls.accept(client).await?;
+    let (number, mut answer) = read(&mut client).await?;
+    answer[1] &= !SSL;
+    match door {
+        Door::Passwords => {
+            write(&mut server, number - 1, &answer).await?;
+            loop {
+                let (number, packet) = read(&mut server).await?;
+                write(&mut client, number + 1, &packet).await?;
+                if matches!(packet[0], 0x00 | 0xff) {
+                    break;
+                }
+                let (number, packet) = read(&mut client).await?;
+                write(&mut server, number - 1, &packet).await?;
+            }
+        }
+        Door::Tokens => {
+            write(&mut client, number + 1, b"\xfemysql_clear_password\0").await?;
+            let (number, token) = read(&mut client).await?;
+            let token = String::from_utf8_lossy(&token).trim_end_matches('\0').to_owned();
+            seen.tokens.lock().expect("no panic while writing").push(token);
+            if *seen.is_closed.borrow() {
+                return write(&mut client, number + 1, b"\xff\x15\x04#28000Access denied for user").await;
+            }
+            write(&mut server, 1, &as_root(&answer)?).await?;
+            let mut packet = read(&mut server).await?;
+            if packet.1[0] == 0xfe {
+                write(&mut server, packet.0 + 1, b"").await?;
+                packet = read(&mut server).await?;
+            }
+            write(&mut client, number + 1, &packet.1).await?;
+        }
+    }
+    let mut closed = seen.is_closed.subscribe();
+    tokio::select! {
+        copied = copy_bidirectional(&mut client, &mut server) => copied.map(|_| ()),
+        _ = closed.wait_for(|is_closed| *is_closed) => Ok(()),
+    }
+}
+
+/// The answer to a greeting, of `root` and without a password.
+fn as_root(answer: &[u8]) -> Result<Vec<u8>> {
+    let user = 32;
+    let secret = end_of_text(answer, user)? + user;
+    let rest = secret + 1 + usize::from(answer[secret]);
+    Ok([&answer[..user], b"root\0\0", &answer[rest..]].concat())
+}
+
+/// How long a text that a zero ends is from there on, with its zero.
+fn end_of_text(bytes: &[u8], from: usize) -> Result<usize> {
+    let length = bytes[from..].iter().position(|byte| *byte == 0);
+    length.map(|length| length + 1).ok_or_else(|| Error::new(ErrorKind::InvalidData, "no zero ends it"))
+}
+
+async fn read(from: &mut (impl AsyncRead + Unpin)) -> Result<(u8, Vec<u8>)> {
+    let mut head = [0; 4];
+    from.read_exact(&mut head).await?;
+    let mut body = vec![0; u32::from_le_bytes([head[0], head[1], head[2], 0]) as usize];
+    from.read_exact(&mut body).await?;
+    Ok((head[3], body))
+}
+
+async fn write(to: &mut (impl AsyncWrite + Unpin), number: u8, body: &[u8]) -> Result<()> {
+    let [low, middle, high, _] = (body.len() as u32).to_le_bytes();
+    to.write_all(&[&[low, middle, high, number], body].concat()).await?;
+    to.flush().await
+}
