@@ -61,7 +61,7 @@ pub(crate) struct Config {
     /// The most database connections that are open at once.
     #[arg(long, value_name = "N", env = "PROJECTIONIST_CONNECTIONS", default_value_t = 16,
           value_parser = clap::value_parser!(u32).range(4..=1000), global = true)]
-    connections: u32,
+    pub(crate) connections: u32,
 
     /// How long to wait for a database connection, in seconds.
     #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_CONNECT_TIMEOUT", default_value_t = 10,
@@ -76,12 +76,12 @@ pub(crate) struct Config {
     /// How long a handler may take for one call before it counts as failed, in seconds.
     #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_HANDLER_TIMEOUT", default_value_t = 30,
           value_parser = clap::value_parser!(u64).range(1..=3600), global = true)]
-    handler_timeout: u64,
+    pub(crate) handler_timeout: u64,
 
     /// For how long a received message is hidden from other workers, in seconds; extended while work goes on.
     #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_VISIBILITY", default_value_t = 30,
           value_parser = clap::value_parser!(u64).range(3..=43_200), global = true)]
-    visibility: u64,
+    pub(crate) visibility: u64,
 
     /// What this release is called, for whoever reads of a failure: a version, a commit, an image's tag.
     #[arg(long, value_name = "NAME", env = "PROJECTIONIST_RELEASE", global = true)]
@@ -156,6 +156,11 @@ impl Config {
             }
         };
         Login::new(self.database_url.as_deref(), source, self.database_ca.clone())
+    }
+
+    /// Whether a queue is named.
+    pub(crate) fn names_queue(&self) -> bool {
+        self.queue_url.is_some()
     }
 
     pub(crate) async fn queue(&self) -> Result<SqsQueue, Error> {

@@ -3,6 +3,7 @@
 mod append;
 mod audit;
 mod boot;
+mod doctor;
 mod fill;
 mod play;
 mod relay;
@@ -53,6 +54,8 @@ enum Command {
     Audit(audit::Audit),
     /// Fills a gap in the log that is too wide to be filled unasked
     Fill(fill::Fill),
+    /// Looks whether database, queue, grants, permissions and projectors are set up as they should be, and changes nothing
+    Doctor(doctor::Doctor),
 }
 
 /// Runs the command line with these projectors, and those of the files that `--projectors` names.
@@ -92,6 +95,7 @@ async fn execute(command: Command, config: &Config, registry: Registry) -> Resul
         Command::Retire(retire) => retire.run(config, registry).await,
         Command::Audit(audit) => audit.run(config).await,
         Command::Fill(fill) => fill.run(config).await,
+        Command::Doctor(doctor) => doctor.run(config, registry).await,
     }
 }
 

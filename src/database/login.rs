@@ -109,7 +109,7 @@ impl Login {
         let known = Mutex::new(Known { since: SystemTime::UNIX_EPOCH, until: None });
         let login = Login { base, ca, source, known };
         if let (Source::Tokens(_), Some(base)) = (&login.source, &login.base) {
-            login.check_tls(&login.with_ca(base.clone()))?;
+            Self::check_tls(&login.with_ca(base.clone()))?;
         }
         Ok(login)
     }
@@ -183,7 +183,7 @@ impl Login {
             }
             Source::Tokens(tokens) => {
                 let options = self.with_ca(self.base.clone().ok_or_else(missing)?).enable_cleartext_plugin(true);
-                self.check_tls(&options)?;
+                Self::check_tls(&options)?;
                 let token = tokens.make(options.get_host(), options.get_port(), options.get_username()).await;
                 let token = token.map_err(Error::OutOfReach)?;
                 Ok((options.password(&token.text), Some(token.fresh_until)))
@@ -213,16 +213,21 @@ impl Login {
     }
 
     /// A token is sent as it is: whoever reads it may be us for a quarter of an hour.
-    fn check_tls(&self, options: &MySqlConnectOptions) -> Result<(), Error> {
-        match options.get_ssl_mode() {
-            MySqlSslMode::VerifyCa | MySqlSslMode::VerifyIdentity => Ok(()),
-            _ => Err(Error::Input(
+    fn check_tls(options: &MySqlConnectOptions) -> Result<(), Error> {
+        match is_verified(options) {
+            true => Ok(()),
+            false => Err(Error::Input(
                 "IAM authentication sends the token in clear text, and so only to a server whose certificate was checked: \
                  give --database-ca FILE (the bundle of RDS), or ?ssl-mode=VERIFY_IDENTITY in the database URL"
                     .into(),
             )),
         }
     }
+}
+
+/// Whether the server must prove itself.
+pub(super) fn is_verified(options: &MySqlConnectOptions) -> bool {
+    matches!(options.get_ssl_mode(), MySqlSslMode::VerifyCa | MySqlSslMode::VerifyIdentity)
 }
 
 /// Whether the server refused user or password.

@@ -1,7 +1,9 @@
 //! The way to MySQL or MariaDB: connections with the session that the protocol needs, and the checks of the server.
 
+mod inspect;
 mod kept;
 mod login;
+mod needs;
 
 use std::borrow::Cow;
 use std::future::Future;
@@ -16,9 +18,11 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 
 use crate::error::{Error, is_read_only, server_error};
+pub(crate) use inspect::{Inspected, May, Migrated};
 use kept::Kept;
 use login::is_refused;
 pub(crate) use login::{Login, Source};
+pub(crate) use needs::{NEEDS, TABLES};
 
 /// Under repeatable read the probe of a hole takes gap locks that block writers, and a long transaction
 /// would not see what has been committed since it began. (That time is UTC, sqlx sees to.)
@@ -96,13 +100,7 @@ impl Database {
     /// [`Database::connect`], by any way in.
     pub(crate) async fn open(login: Login, connections: u32, patience: Duration) -> Result<Self, Error> {
         let options = login.options().await?;
-        let at = format!(
-            "{}@{}:{}/{}",
-            options.get_username(),
-            options.get_host(),
-            options.get_port(),
-            options.get_database().unwrap_or_default()
-        );
+        let at = inspect::place(&options);
         // Once without the pool, which would go on trying where there is nothing to hope for.
         let (version, increment) = match timeout(patience, greet(&options)).await {
             Ok(greeted) => greeted.map_err(|error| out_of_reach(&at, &error, &login))?,
@@ -169,19 +167,23 @@ impl Database {
     /// # Errors
     /// If a statement fails, or if the database was migrated by a newer release than this one.
     pub async fn migrate(&self) -> Result<(), Error> {
+        let mut connection = self.acquire().await?;
+        Self::migrator().run(&mut *connection).await.map_err(|error| match error {
+            sqlx::migrate::MigrateError::Execute(error) | sqlx::migrate::MigrateError::ExecuteMigration(error, _) => {
+                Error::Database(error)
+            }
+            error => Error::Input(format!("the tables cannot be migrated: {error}")),
+        })
+    }
+
+    fn migrator() -> Migrator {
         let migration = |version, name: &'static str, sql: &'static str| {
             Migration::new(version, Cow::Borrowed(name), MigrationType::Simple, sql.into_sql_str(), false)
         };
         let mut migrator =
             Migrator::with_migrations(vec![migration(1, "tables", include_str!("../../migrations/0001_tables.sql"))]);
         migrator.dangerous_set_table_name(MIGRATIONS_TABLE);
-        let mut connection = self.acquire().await?;
-        migrator.run(&mut *connection).await.map_err(|error| match error {
-            sqlx::migrate::MigrateError::Execute(error) | sqlx::migrate::MigrateError::ExecuteMigration(error, _) => {
-                Error::Database(error)
-            }
-            error => Error::Input(format!("the tables cannot be migrated: {error}")),
-        })
+        migrator
     }
 
     /// Ends another session of ours, and with it the statement that it is in and the locks that it holds.

@@ -1,5 +1,6 @@
 //! The live queue: a seam, so that faults can be put between us and SQS.
 
+mod inspect;
 mod message;
 mod sqs;
 
@@ -7,6 +8,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 
+pub(crate) use inspect::Allowed;
 pub(crate) use message::{Message, pack, parse};
 pub use sqs::SqsQueue;
 

@@ -23,8 +23,8 @@ const MOST_IN_A_BATCH: usize = 10;
 /// One SQS queue. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct SqsQueue {
-    client: Client,
-    url: String,
+    pub(super) client: Client,
+    pub(super) url: String,
     is_fifo: bool,
     visibility: Duration,
     max_message_bytes: usize,
@@ -179,8 +179,13 @@ fn check_batch(doing: &str, failed: &[BatchResultErrorEntry]) -> Result<(), Queu
     }
 }
 
+/// Whether AWS does not allow it.
+pub(super) fn is_denied<E: ProvideErrorMetadata>(error: &SdkError<E>) -> bool {
+    error.code().is_some_and(|code| code.contains("AccessDenied"))
+}
+
 /// What went wrong and, where that can be told, what to do.
-fn explain<E>(error: &SdkError<E>) -> String
+pub(super) fn explain<E>(error: &SdkError<E>) -> String
 where
     E: std::error::Error + ProvideErrorMetadata + 'static,
 {
@@ -188,7 +193,7 @@ where
     if code.ends_with("QueueDoesNotExist") || code.ends_with("NonExistentQueue") {
         return "it does not exist; create it, or correct the queue URL (and the region)".into();
     }
-    if code.contains("AccessDenied") {
+    if is_denied(error) {
         return format!(
             "{}; allow sqs:GetQueueAttributes, SendMessage, ReceiveMessage, DeleteMessage and ChangeMessageVisibility on it",
             error.message().unwrap_or(code)

@@ -8,6 +8,7 @@ mod audit;
 mod cable;
 mod convoy;
 mod deploy;
+mod doctor;
 mod failover;
 mod fence;
 mod grants;

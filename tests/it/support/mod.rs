@@ -10,6 +10,7 @@ mod process;
 mod proxy;
 mod scripted;
 mod sessions;
+mod stub;
 mod tally;
 
 use std::future::Future;
@@ -32,6 +33,7 @@ pub use process::{Finished, Piped, Running};
 pub use proxy::{Cuts, Fate, Proxy, holds};
 pub use scripted::{Scripted, gated, run, scripted_at, set};
 pub use sessions::{Session, kill, sessions};
+pub use stub::Stub;
 pub use tally::{Tally, registry};
 
 /// Longer than anything here takes on a busy machine; reaching it is a failure.

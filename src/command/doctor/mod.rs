@@ -1,0 +1,191 @@
+//! `doctor`: whether everything is set up as it should be, and what to do where it is not.
+
+mod database;
+mod queue;
+
+use std::fmt;
+
+use clap::Args;
+use clap::builder::FalseyValueParser;
+use serde::Serialize;
+
+use super::say;
+use crate::config::Config;
+use crate::database::{Database, NEEDS};
+use crate::error::Error;
+use crate::ledger::Ledger;
+use crate::lifecycle::Status;
+use crate::registry::Registry;
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Changes nothing: grants are asked of statements that are explained or prepared and not run, permissions of calls of SQS that \
+could not do anything (a batch of no messages, receipts that are none). Exit codes: 0 nothing is wrong, whatever the warnings; \
+2 something is; 3 database or queue are out of reach.")]
+pub(super) struct Doctor {
+    /// The commands that this user and these credentials are for; of others, what is missing is only noted
+    #[arg(long = "for", value_name = "COMMAND", env = "PROJECTIONIST_DOCTOR_FOR", value_delimiter = ',',
+          default_values = ["boot", "play"], value_parser = commands())]
+    commands: Vec<String>,
+
+    /// Print one JSON document
+    #[arg(long, env = "PROJECTIONIST_JSON", value_parser = FalseyValueParser::new())]
+    json: bool,
+}
+
+fn commands() -> Vec<&'static str> {
+    NEEDS.iter().map(|(command, _)| *command).collect()
+}
+
+/// How well it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Level {
+    Ok,
+    /// Nobody's fault, and worth knowing.
+    Note,
+    /// It works, but not as well or as safely as it could.
+    Warning,
+    /// It does not work.
+    Wrong,
+    OutOfReach,
+}
+
+/// One line.
+#[derive(Debug, Serialize)]
+struct Check {
+    check: String,
+    level: Level,
+    says: String,
+    /// What to do.
+    #[serde(rename = "do")]
+    remedy: Option<String>,
+}
+
+#[derive(Serialize)]
+struct Report<'a> {
+    healthy: bool,
+    checks: &'a [Check],
+}
+
+impl fmt::Display for Level {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Level::Ok => "ok",
+            Level::Note => "note",
+            Level::Warning => "warning",
+            Level::Wrong => "WRONG",
+            Level::OutOfReach => "OUT OF REACH",
+        })
+    }
+}
+
+impl fmt::Display for Check {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:<12}  {:<27}  {}", self.level.to_string(), self.check, self.says)?;
+        self.remedy.as_ref().map_or(Ok(()), |remedy| write!(f, "; {remedy}"))
+    }
+}
+
+impl Check {
+    fn ok(check: &str, says: impl Into<String>) -> Self {
+        Check { check: check.into(), level: Level::Ok, says: says.into(), remedy: None }
+    }
+
+    fn bad(level: Level, check: &str, says: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Check { check: check.into(), level, says: says.into(), remedy: Some(remedy.into()) }
+    }
+
+    /// What kept a check from being made.
+    fn failed(check: &str, error: &Error) -> Self {
+        let level = match error {
+            Error::OutOfReach(_) => Level::OutOfReach,
+            _ => Level::Wrong,
+        };
+        Check { check: check.into(), level, says: error.to_string(), remedy: None }
+    }
+}
+
+impl Doctor {
+    pub(super) async fn run(self, config: &Config, registry: Registry) -> Result<(), Error> {
+        let mut checks = Vec::new();
+        let registry = config.registry(registry);
+        let wants = |commands: &[&str]| self.commands.iter().any(|command| commands.contains(&command.as_str()));
+        match config.database().await {
+            Ok(database) => {
+                checks.push(Check::ok("database", database.place()));
+                database::examine(&database, config.connections, &self.commands, &mut checks).await;
+                examine_projectors(&database, registry, &mut checks).await;
+            }
+            Err(error) => {
+                checks.push(Check::failed("database", &error));
+                if let Err(error) = registry {
+                    checks.push(Check::failed("projectors", &error));
+                }
+            }
+        }
+        if config.names_queue() || wants(&["play", "relay"]) {
+            match config.queue().await {
+                Ok(queue) => queue::examine(&queue, config, &mut checks).await,
+                Err(error) => checks.push(Check::failed("queue", &error)),
+            }
+        }
+        self.tell(&checks)
+    }
+
+    fn tell(&self, checks: &[Check]) -> Result<(), Error> {
+        let worst = checks.iter().map(|check| check.level).max().unwrap_or(Level::Ok);
+        match self.json {
+            true => {
+                let report = Report { healthy: worst < Level::Wrong, checks };
+                say(serde_json::to_string(&report).unwrap_or_else(|error| unreachable!("plain strings: {error}")))?;
+            }
+            false => {
+                for check in checks {
+                    say(check)?;
+                }
+            }
+        }
+        let bad: Vec<&str> =
+            checks.iter().filter(|check| check.level >= Level::Wrong).map(|check| check.check.as_str()).collect();
+        let told = format!("not as it should be: {}; each line on standard output says what to do", bad.join(", "));
+        match worst {
+            Level::OutOfReach => Err(Error::OutOfReach(told)),
+            Level::Wrong => Err(Error::Input(told)),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Whether the files load, and who is to be booted.
+async fn examine_projectors(database: &Database, registry: Result<Registry, Error>, checks: &mut Vec<Check>) {
+    let registry = match registry {
+        Ok(registry) if registry.is_empty() => {
+            return checks.push(Check::bad(
+                Level::Note,
+                "projectors",
+                "there are none",
+                "to look at some, name their folder with --projectors DIR",
+            ));
+        }
+        Ok(registry) => registry,
+        Err(error) => return checks.push(Check::failed("projectors", &error)),
+    };
+    // Where the ledger cannot be read, another line has said so.
+    let Ok(entries) = Ledger::new(database).entries().await else { return };
+    for projector in registry.iter() {
+        let check = format!("projector {}", projector.id);
+        let status = entries.iter().find(|entry| entry.id == projector.id).map(|entry| &entry.status);
+        checks.push(match status {
+            Some(Status::Live | Status::Finished) => Check::ok(&check, status.map_or("", Status::as_str)),
+            Some(Status::Retired) => {
+                Check::bad(Level::Warning, &check, "retired, and never played again", "take it out of this release")
+            }
+            Some(Status::Broken(failure)) => {
+                Check::bad(Level::Warning, &check, format!("broken: {}", failure.error), "mend it, and run boot")
+            }
+            Some(status) => Check::bad(Level::Warning, &check, status.as_str(), "run boot"),
+            None => Check::bad(Level::Warning, &check, "not booted, and so not played", "run boot"),
+        });
+    }
+}

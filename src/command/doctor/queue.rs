@@ -1,0 +1,237 @@
+//! The queue: kind, times, sizes, dead letters, encryption, permissions, clock.
+
+use std::collections::HashMap;
+
+use super::database::of_clock;
+use super::{Check, Level};
+use crate::config::Config;
+use crate::error::Error;
+use crate::queue::{Allowed, SqsQueue};
+
+/// In seconds: AWS refuses what was signed five minutes before or after.
+const CLOCKS_MAY_DIFFER: f64 = 60.0;
+
+/// In seconds. What expires is read from the store; that is slower, and no loss.
+const SHORT_RETENTION: u64 = 24 * 3600;
+
+/// With fewer tries, a worker that is killed or slow now and then sends good messages to the dead letters.
+const FEWEST_RECEIVES: u64 = 5;
+
+/// In bytes: below, a message holds few events.
+const SMALL_MESSAGE: u64 = 64 * 1024;
+
+pub(super) async fn examine(queue: &SqsQueue, config: &Config, checks: &mut Vec<Check>) {
+    let inspected = match queue.inspect().await {
+        Ok(inspected) => inspected,
+        Err(error) => {
+            let error = Error::OutOfReach(format!("the queue cannot be used: {error}"));
+            return checks.push(Check::failed("queue", &error));
+        }
+    };
+    checks.extend(judge(&inspected.attributes, config.visibility, config.handler_timeout));
+    if let Some(policy) = inspected.attributes.get("RedrivePolicy") {
+        checks.extend(examine_dead_letters(queue, policy, &inspected.attributes).await);
+    }
+    if let Some(ahead) = inspected.clock_ahead {
+        checks.push(of_clock("SQS clock", ahead, CLOCKS_MAY_DIFFER, "AWS refuses what is signed five minutes off"));
+    }
+    for (action, allowed) in queue.permissions().await {
+        let check = format!("sqs:{action}");
+        checks.push(match allowed {
+            Allowed::Yes => Check::ok(&check, "allowed"),
+            Allowed::No(told) => Check::bad(
+                Level::Wrong,
+                &check,
+                told,
+                format!("allow sqs:{action} on the queue, in the role and in its policy"),
+            ),
+            Allowed::Untold(told) => {
+                Check::bad(Level::Note, &check, format!("cannot be told: {told}"), "look at the role")
+            }
+        });
+    }
+}
+
+fn judge(attributes: &HashMap<String, String>, visibility: u64, handler_timeout: u64) -> Vec<Check> {
+    let number = |name: &str| attributes.get(name).and_then(|value| value.parse::<u64>().ok());
+    let is_true = |name: &str| attributes.get(name).is_some_and(|value| value == "true");
+    let arn = attributes.get("QueueArn").map_or("", String::as_str);
+    let mut checks =
+        vec![Check::ok("queue", format!("{arn}, {}", if is_true("FifoQueue") { "FIFO" } else { "standard" }))];
+
+    checks.push(match visibility >= handler_timeout {
+        true => Check::ok("visibility", format!("{visibility} s for a worker, extended while it works")),
+        false => Check::bad(
+            Level::Warning,
+            "visibility",
+            format!("{visibility} s, and a handler may take {handler_timeout} s: a message comes again if it is not extended in time"),
+            "raise --visibility to --handler-timeout or more",
+        ),
+    });
+    if let Some(own) = number("VisibilityTimeout").filter(|own| *own < handler_timeout) {
+        checks.push(Check::bad(
+            Level::Note,
+            "visibility of the queue",
+            format!("{own} s; a worker sets its own, but a Lambda function has this, and a handler may take {handler_timeout} s"),
+            "for Lambda, raise VisibilityTimeout to six times the function's timeout",
+        ));
+    }
+    let retention = number("MessageRetentionPeriod").unwrap_or_default();
+    checks.push(match retention >= SHORT_RETENTION {
+        true => Check::ok("retention", format!("{} days", retention / 86_400)),
+        false => Check::bad(
+            Level::Warning,
+            "retention",
+            format!("{retention} s: what expires while no worker runs is read from the database, which is slower"),
+            "raise MessageRetentionPeriod to four days",
+        ),
+    });
+    let largest = number("MaximumMessageSize").unwrap_or_default();
+    checks.push(match largest >= SMALL_MESSAGE {
+        true => Check::ok("message size", format!("{largest} bytes")),
+        false => Check::bad(
+            Level::Warning,
+            "message size",
+            format!("{largest} bytes: a message holds few events, and what does not fit is read from the database"),
+            "raise MaximumMessageSize to what SQS takes",
+        ),
+    });
+    if is_true("FifoQueue") {
+        let scope = attributes.get("DeduplicationScope").map_or("queue", String::as_str);
+        let limit = attributes.get("FifoThroughputLimit").map_or("perQueue", String::as_str);
+        checks.push(Check::ok(
+            "deduplication",
+            format!("of each {scope}, limit {limit}: our events are one group, so any will do"),
+        ));
+    }
+    if let Some(delay) = number("DelaySeconds").filter(|delay| *delay > 0) {
+        checks.push(Check::bad(
+            Level::Warning,
+            "delay",
+            format!("every message is held back for {delay} s"),
+            "set DelaySeconds to 0",
+        ));
+    }
+    checks.push(match is_true("SqsManagedSseEnabled") || attributes.contains_key("KmsMasterKeyId") {
+        true => Check::ok("encryption", attributes.get("KmsMasterKeyId").map_or("by SQS's own key", String::as_str)),
+        false => Check::bad(
+            Level::Warning,
+            "encryption",
+            "messages, and the events in them, are not encrypted at rest",
+            "set SqsManagedSseEnabled to true",
+        ),
+    });
+    if !attributes.contains_key("RedrivePolicy") {
+        checks.push(Check::bad(
+            Level::Note,
+            "dead letters",
+            "there is no dead-letter queue: a message that nobody can delete comes again until it expires, and loses nothing",
+            "to see such messages, set RedrivePolicy",
+        ));
+    }
+    checks
+}
+
+/// The queue that messages go to which were received too often.
+async fn examine_dead_letters(queue: &SqsQueue, policy: &str, source: &HashMap<String, String>) -> Vec<Check> {
+    let policy: serde_json::Value = serde_json::from_str(policy).unwrap_or_default();
+    let receives = policy["maxReceiveCount"].as_u64().or_else(|| policy["maxReceiveCount"].as_str()?.parse().ok());
+    let name = policy["deadLetterTargetArn"].as_str().and_then(|arn| arn.rsplit(':').next()).unwrap_or_default();
+    let mut checks = vec![match receives.unwrap_or_default() {
+        receives if receives >= FEWEST_RECEIVES => Check::ok("redrive", format!("after {receives} receives")),
+        receives => Check::bad(
+            Level::Warning,
+            "redrive",
+            format!("after {receives} receives: a few workers that are killed send good messages to the dead letters"),
+            format!("raise maxReceiveCount to {FEWEST_RECEIVES} or more"),
+        ),
+    }];
+    checks.push(match queue.dead_letters(name).await {
+        Ok(Some(attributes)) => of_dead_letters(name, &attributes, source),
+        Ok(None) => Check::bad(
+            Level::Note,
+            "dead letters",
+            format!("{name}, which we may not look at"),
+            "to have it checked, allow sqs:GetQueueUrl and sqs:GetQueueAttributes on it",
+        ),
+        Err(error) => Check::bad(Level::Wrong, "dead letters", format!("{name}: {error}"), "correct RedrivePolicy"),
+    });
+    checks
+}
+
+fn of_dead_letters(name: &str, theirs: &HashMap<String, String>, source: &HashMap<String, String>) -> Check {
+    let number = |of: &HashMap<String, String>, name: &str| of.get(name).and_then(|value| value.parse::<u64>().ok());
+    if theirs.get("FifoQueue") != source.get("FifoQueue") {
+        return Check::bad(
+            Level::Wrong,
+            "dead letters",
+            format!("{name} is of the other kind than the queue: SQS drops what it cannot hand over"),
+            "make both FIFO or both standard",
+        );
+    }
+    if number(theirs, "MessageRetentionPeriod") < number(source, "MessageRetentionPeriod") {
+        return Check::bad(
+            Level::Warning,
+            "dead letters",
+            format!("{name} keeps messages for less long than the queue, counted from when they were sent"),
+            "raise its MessageRetentionPeriod to 14 days",
+        );
+    }
+    match number(theirs, "ApproximateNumberOfMessages").unwrap_or_default() {
+        0 => Check::ok("dead letters", format!("{name}, empty")),
+        waiting => Check::bad(
+            Level::Warning,
+            "dead letters",
+            format!("{name} has {waiting} messages"),
+            "nothing is lost by them; look for workers that were killed, then purge it",
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn attributes(changed: &[(&str, &str)]) -> HashMap<String, String> {
+        let usual = [
+            ("QueueArn", "arn:aws:sqs:us-east-1:123456789012:projectionist.fifo"),
+            ("FifoQueue", "true"),
+            ("VisibilityTimeout", "30"),
+            ("MessageRetentionPeriod", "345600"),
+            ("MaximumMessageSize", "1048576"),
+            ("DelaySeconds", "0"),
+            ("SqsManagedSseEnabled", "true"),
+            ("RedrivePolicy", "{}"),
+        ];
+        usual.iter().chain(changed).map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+    }
+
+    #[test]
+    fn each_attribute_that_is_not_as_it_should_be_has_its_line_and_no_other() {
+        let bad = |attributes: &HashMap<String, String>, visibility| -> Vec<(String, Level)> {
+            let checks = judge(attributes, visibility, 30).into_iter();
+            checks.filter(|check| check.level != Level::Ok).map(|check| (check.check, check.level)).collect()
+        };
+        assert_eq!(bad(&attributes(&[]), 30), []);
+        assert_eq!(bad(&attributes(&[]), 10), [("visibility".to_owned(), Level::Warning)]);
+        for (name, value, check, level) in [
+            ("VisibilityTimeout", "10", "visibility of the queue", Level::Note),
+            ("MessageRetentionPeriod", "3600", "retention", Level::Warning),
+            ("MaximumMessageSize", "1024", "message size", Level::Warning),
+            ("DelaySeconds", "5", "delay", Level::Warning),
+            ("SqsManagedSseEnabled", "false", "encryption", Level::Warning),
+        ] {
+            assert_eq!(bad(&attributes(&[(name, value)]), 30), [(check.to_owned(), level)], "{name} = {value}");
+        }
+    }
+
+    #[test]
+    fn dead_letters_of_the_other_kind_or_kept_for_less_long_are_told() {
+        let source = attributes(&[]);
+        let level = |changed: &[(&str, &str)]| of_dead_letters("dead.fifo", &attributes(changed), &source).level;
+        assert_eq!(level(&[]), Level::Ok);
+        assert_eq!(level(&[("FifoQueue", "false")]), Level::Wrong);
+        assert_eq!(level(&[("MessageRetentionPeriod", "60")]), Level::Warning);
+        assert_eq!(level(&[("ApproximateNumberOfMessages", "3")]), Level::Warning);
+    }
+}

@@ -1,0 +1,194 @@
+//! What `doctor` asks a server, without changing anything.
+
+use std::collections::HashMap;
+use std::time::{Duration, SystemTime};
+
+use sqlx::{AssertSqlSafe, Row};
+
+use super::Database;
+use super::login::is_verified;
+use crate::error::server_error;
+
+/// Each is absent where a server does not have it.
+const SETTINGS: &str = "show global variables where variable_name in ('version', 'version_comment', 'read_only', \
+    'innodb_read_only', 'log_bin', 'binlog_format', 'sync_binlog', 'innodb_flush_log_at_trx_commit', 'max_connections', \
+    'max_user_connections', 'innodb_lock_wait_timeout', 'max_allowed_packet')";
+
+const CONNECTED: &str = "show global status like 'Threads_connected'";
+
+const TLS: &str = "show session status like 'Ssl_version'";
+
+/// Of the session, as the driver has set it up; and the server's clock, in microseconds since 1970.
+const SESSION: &str = "select @@session.sql_mode, current_user(), cast(unix_timestamp(now(6)) * 1000000 as unsigned)";
+
+const MIGRATED: &str = "select version from projectionist_migrations where success order by version";
+
+/// Whether triggers are shown to the user: only by a grant of its own, not by one of a role.
+const SEES_TRIGGERS: &str = "\
+    select count(*) from (\
+        select grantee, privilege_type from information_schema.user_privileges \
+        union all select grantee, privilege_type from information_schema.schema_privileges \
+            where cast(database() as binary) like cast(table_schema as binary) \
+        union all select grantee, privilege_type from information_schema.table_privileges where table_schema = database()\
+    ) as granted where privilege_type = 'TRIGGER' and grantee = concat('''', substring_index(current_user(), '@', 1), \
+        '''@''', substring_index(current_user(), '@', -1), '''')";
+
+/// What a server says of itself.
+#[derive(Debug)]
+pub(crate) struct Inspected {
+    pub(crate) settings: HashMap<String, String>,
+    pub(crate) user: String,
+    pub(crate) sql_mode: String,
+    /// Such as `TLSv1.3`; empty where the connection is not encrypted.
+    pub(crate) tls: String,
+    /// Whether the server's certificate is checked.
+    pub(crate) is_verified: bool,
+    pub(crate) connected: Option<u64>,
+    /// By how many seconds the server's clock is ahead of this host's.
+    pub(crate) clock_ahead: f64,
+    pub(crate) sees_triggers: bool,
+}
+
+/// How far the tables are.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Migrated {
+    /// As this release needs them.
+    UpToDate,
+    /// Some are missing, or of an older release.
+    Behind,
+    /// Of a newer release.
+    Ahead,
+    /// The user may not look; the tables are there.
+    Untold,
+}
+
+/// Whether the user may do something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum May {
+    Yes,
+    No,
+}
+
+impl Database {
+    /// Asks the server about itself.
+    pub(crate) async fn inspect(&self) -> Result<Inspected, sqlx::Error> {
+        let is_verified = is_verified(&self.pool.connect_options());
+        let ask = async |connection: &mut sqlx::MySqlConnection| {
+            let pairs =
+                async |connection: &mut sqlx::MySqlConnection, sql| -> Result<HashMap<String, String>, sqlx::Error> {
+                    let rows = sqlx::raw_sql(sql).fetch_all(connection).await?;
+                    rows.iter().map(|row| Ok((row.try_get::<String, _>(0)?.to_lowercase(), row.try_get(1)?))).collect()
+                };
+            let settings = pairs(connection, SETTINGS).await?;
+            let connected =
+                pairs(connection, CONNECTED).await?.into_values().next().and_then(|count| count.parse().ok());
+            let tls = pairs(connection, TLS).await?.into_values().next().unwrap_or_default();
+            let sees_triggers: i64 = sqlx::query_scalar(SEES_TRIGGERS).fetch_one(&mut *connection).await?;
+            let asked = SystemTime::now();
+            let (sql_mode, user, time): (String, String, u64) =
+                sqlx::query_as(SESSION).fetch_one(&mut *connection).await?;
+            let here = since_1970(asked) + asked.elapsed().unwrap_or_default().as_secs_f64() / 2.0;
+            let clock_ahead = time as f64 / 1e6 - here;
+            Ok(Inspected {
+                settings,
+                user,
+                sql_mode,
+                tls,
+                is_verified,
+                connected,
+                clock_ahead,
+                sees_triggers: sees_triggers > 0,
+            })
+        };
+        self.answer(ask).await
+    }
+
+    /// How far the tables are.
+    pub(crate) async fn migrated(&self) -> Result<Migrated, sqlx::Error> {
+        let ours: Vec<i64> = Self::migrator().iter().map(|migration| migration.version).collect();
+        let ask = async |connection: &mut sqlx::MySqlConnection| {
+            sqlx::query_scalar::<_, i64>(MIGRATED).fetch_all(connection).await
+        };
+        match self.answer(ask).await {
+            Ok(applied) if applied.iter().any(|version| !ours.contains(version)) => Ok(Migrated::Ahead),
+            Ok(applied) if ours.iter().all(|version| applied.contains(version)) => Ok(Migrated::UpToDate),
+            Ok(_) => Ok(Migrated::Behind),
+            Err(error) if server_error(&error) == Some(1146) => Ok(Migrated::Behind),
+            Err(error) if is_denied(&error) => match self.has_tables().await? {
+                true => Ok(Migrated::Untold),
+                false => Ok(Migrated::Behind),
+            },
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Whether no table of ours is known to be missing: who may do nothing with a table is not told.
+    async fn has_tables(&self) -> Result<bool, sqlx::Error> {
+        for table in ["events", "event_log", "projectors"] {
+            let explain = format!("explain select 1 from {table}");
+            let ask = async |connection: &mut sqlx::MySqlConnection| {
+                sqlx::raw_sql(AssertSqlSafe(explain)).execute(connection).await
+            };
+            match self.answer(ask).await {
+                Err(error) if server_error(&error) == Some(1146) => return Ok(false),
+                Err(error) if !is_denied(&error) => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(true)
+    }
+
+    /// Whether the user may do this with a table of ours; `create` is asked of the whole database. The server checks grants
+    /// before it plans or prepares a statement, and none is executed: so those of roles count, and nothing changes.
+    pub(crate) async fn may(&self, privilege: &str, table: &str) -> Result<May, sqlx::Error> {
+        let column = match table {
+            "events" => "event_type",
+            "event_log" => "published",
+            "projectors" => "name",
+            _ => "version",
+        };
+        let ask = match privilege {
+            "select" => format!("explain select 1 from {table}"),
+            "insert" => format!("explain insert into {table} ({column}) values (0)"),
+            "update" => format!("explain update {table} set {column} = {column}"),
+            "delete" => format!("explain delete from {table}"),
+            _ => "prepare projectionist_doctor from 'create table projectionist_doctor (n int)'".into(),
+        };
+        let ask = async |connection: &mut sqlx::MySqlConnection| {
+            sqlx::raw_sql(AssertSqlSafe(ask)).execute(&mut *connection).await?;
+            // It was there only if that was a `prepare`.
+            let _ = sqlx::raw_sql("deallocate prepare projectionist_doctor").execute(connection).await;
+            Ok(())
+        };
+        match self.answer(ask).await {
+            Err(error) if is_denied(&error) => Ok(May::No),
+            // It got past the grants, and found something else: no such table, a value that will not do, a read-only server.
+            Err(error) if server_error(&error).is_none() => Err(error),
+            _ => Ok(May::Yes),
+        }
+    }
+
+    /// Where it is, without a password.
+    pub(crate) fn place(&self) -> String {
+        place(&self.pool.connect_options())
+    }
+}
+
+pub(super) fn place(options: &sqlx::mysql::MySqlConnectOptions) -> String {
+    format!(
+        "{}@{}:{}/{}",
+        options.get_username(),
+        options.get_host(),
+        options.get_port(),
+        options.get_database().unwrap_or_default()
+    )
+}
+
+fn since_1970(time: SystemTime) -> f64 {
+    time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs_f64()
+}
+
+/// Access denied to the database, to a table, to a column, or for want of a right of the server's.
+fn is_denied(error: &sqlx::Error) -> bool {
+    matches!(server_error(error), Some(1044 | 1142 | 1143 | 1227))
+}

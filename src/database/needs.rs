@@ -1,0 +1,52 @@
+//! What each command needs of the server's grants, and no more. The README's table says the same, by test.
+
+/// A table of ours, `*` for all of them, and what a command does with it.
+pub(crate) type Need = (&'static str, &'static [&'static str]);
+
+/// The commands, in the README's order.
+pub(crate) const NEEDS: &[(&str, &[Need])] = &[
+    ("migrate", &[("*", &["create", "insert", "select", "update"])]),
+    ("append", &[("events", &["select", "insert"])]),
+    (
+        "boot",
+        &[
+            ("events", &["select", "insert"]),
+            ("event_log", &["select", "update"]),
+            ("projectors", &["select", "insert", "update"]),
+        ],
+    ),
+    (
+        "play",
+        &[
+            ("events", &["select", "insert"]),
+            ("event_log", &["select", "update"]),
+            ("projectors", &["select", "update"]),
+        ],
+    ),
+    ("relay", &[("events", &["select", "insert"]), ("event_log", &["select", "update"])]),
+    ("status", &[("events", &["select"]), ("event_log", &["select"]), ("projectors", &["select"])]),
+    ("audit", &[("events", &["select"]), ("event_log", &["select"]), ("projectors", &["select"])]),
+    ("retire", &[("projectors", &["select", "update", "delete"])]),
+    ("fill", &[("events", &["select", "insert"])]),
+];
+
+/// What `*` stands for.
+pub(crate) const TABLES: &[&str] = &["events", "event_log", "projectors", "projectionist_migrations"];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_readme_lists_these_grants() {
+        let readme = include_str!("../../README.md");
+        for (command, needs) in NEEDS {
+            let grants: Vec<String> =
+                needs.iter().map(|(table, privileges)| format!("`{} on {table}`", privileges.join(", "))).collect();
+            let row = format!("| `{command}` | {} |", grants.join(" · "));
+            assert!(readme.lines().any(|line| line == row), "{row}");
+        }
+        // What it is good for is shown in tests/it/coalesce.rs, and that all is done without it in tests/it/grants.rs.
+        assert!(readme.contains("For speed, not for anything else, `boot` and `play` can use `trigger, insert`"));
+    }
+}

@@ -1,0 +1,307 @@
+//! `doctor`: everything well, and each thing that is not, by its line. What a server's own settings come to is tested beside
+//! the code: those of the servers under test are everybody's.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use aws_sdk_sqs::types::{MessageSystemAttributeName, QueueAttributeName as Attribute};
+use projectionist::Queue;
+use projectionist::sqlx::MySqlConnection;
+
+use crate::failover::lock_out_restricted_users;
+use crate::grants::grants_of;
+use crate::support::{Finished, Folder, Running, Stub, World, execute, is_mariadb};
+
+/// Keeps the server from being made read-only, by another test, for as long as what this returns is there.
+async fn kept_writable(world: &World) -> MySqlConnection {
+    let mut keeper = world.connection().await;
+    lock_out_restricted_users(&mut keeper).await;
+    keeper
+}
+
+/// The lines of a report: what is checked, how it is, and what is said of it and to be done.
+fn lines(report: &Finished) -> BTreeMap<String, (String, String)> {
+    let report = report.json();
+    let text = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
+    let checks = report["checks"].as_array().expect("checks").iter();
+    checks
+        .map(|check| {
+            (
+                text(&check["check"]),
+                (text(&check["level"]), format!("{}; {}", text(&check["says"]), text(&check["do"]))),
+            )
+        })
+        .collect()
+}
+
+/// Those that are not well, without what is so because of the parts that tests run on.
+fn bad(report: &Finished) -> BTreeMap<String, (String, String)> {
+    let mut lines = lines(report);
+    lines.retain(|check, (level, _)| level != "ok" && check != "TLS" && check != "durability");
+    lines
+}
+
+fn checks(lines: &BTreeMap<String, (String, String)>) -> Vec<(&str, &str)> {
+    lines.iter().map(|(check, (level, _))| (check.as_str(), level.as_str())).collect()
+}
+
+const COUNTER: &str = "name = 'counter'\nversion = 1\nmode = 'from_beginning'\n\
+    setup = ['create table if not exists counter (n bigint)']\n\n\
+    [[on]]\nevents = ['*']\nsql = 'insert into counter (n) values (:position)'\n";
+
+/// A queue with one for dead letters, which must outlive it.
+async fn with_dead_letters(receives: u32, dead_is_fifo: bool) -> (World, World) {
+    let dead_letters = World::with_queue(dead_is_fifo, &[(Attribute::MessageRetentionPeriod, "1209600")]).await;
+    let arn =
+        format!("arn:aws:sqs:us-east-1:000000000000:{}", dead_letters.queue_url.rsplit('/').next().expect("a name"));
+    let policy = format!(r#"{{"deadLetterTargetArn":"{arn}","maxReceiveCount":"{receives}"}}"#);
+    (World::with_queue(true, &[(Attribute::RedrivePolicy, &policy)]).await, dead_letters)
+}
+
+#[tokio::test]
+async fn where_all_is_well_each_line_says_so_and_nothing_is_changed() {
+    let (world, _dead_letters) = with_dead_letters(5, true).await;
+    let _writable = kept_writable(&world).await;
+    let folder = Folder::new().with("1.toml", COUNTER);
+    world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
+    world.append(5).await;
+    world.run(&["relay", "--once"]).await.exits(0);
+    let everything = "--for=migrate,append,boot,play,relay,status,audit,retire,fill";
+    for _ in 0..3 {
+        let report = world.run(&["doctor", "--json", everything, "--projectors", folder.path()]).await.exits(0);
+        assert_eq!(bad(&report), BTreeMap::new());
+        assert_eq!(report.json()["healthy"], true);
+        let lines = lines(&report);
+        assert_eq!(lines["durability"].0, "warning", "the parts do without");
+        assert_eq!(lines["TLS"].0, if is_mariadb().await { "warning" } else { "note" });
+        for check in
+            ["database", "version", "tables", "grants for play", "queue", "redrive", "dead letters", "SQS clock"]
+        {
+            assert_eq!(lines[check].0, "ok", "{check}");
+        }
+        for action in ["SendMessage", "ReceiveMessage", "DeleteMessage", "ChangeMessageVisibility"] {
+            assert_eq!(lines[&format!("sqs:{action}")], ("ok".into(), "allowed; ".into()));
+        }
+        assert_eq!(lines["projector counter@1"].0, "ok");
+    }
+    assert_eq!(world.queue.depth().await.expect("a depth"), 1, "nothing was sent, and nothing taken");
+    let received = world.sqs.receive_message().queue_url(&world.queue_url);
+    let received =
+        received.message_system_attribute_names(MessageSystemAttributeName::All).send().await.expect("received");
+    let count = received.messages()[0]
+        .attributes()
+        .and_then(|all| all.get(&MessageSystemAttributeName::ApproximateReceiveCount));
+    assert_eq!(count.map(String::as_str), Some("1"), "nobody has received it before");
+    assert_eq!(world.number("select count(*) from events").await, 5);
+    assert_eq!(world.number("select count(*) from information_schema.tables where table_schema = database()").await, 5);
+
+    // For people, a line each.
+    let told = world.run(&["doctor", "--projectors", folder.path()]).await.exits(0).stdout;
+    assert!(told.lines().any(|line| line.starts_with("ok ") && line.contains("projector counter@1")), "{told}");
+    let standard = World::with_standard_queue().await;
+    let report = standard.run(&["doctor", "--json"]).await.exits(0);
+    assert_eq!(checks(&bad(&report)), [("dead letters", "note"), ("projectors", "note")]);
+    assert!(lines(&report)["queue"].1.contains("standard"));
+}
+
+#[tokio::test]
+async fn each_grant_that_a_command_lacks_is_named() {
+    let world = World::new().await;
+    let mut admin = kept_writable(&world).await;
+    let user = format!("u{:x}", fastrand::u64(..));
+    execute(&mut admin, &format!("create user '{user}'@'%' identified by 'x'")).await;
+    let url = world.database_url.replace("://root@", &format!("://{user}:x@"));
+    let on = |table: &str| format!("{}.{table}", world.database_name);
+    for command in ["migrate", "append", "boot", "play", "relay", "status", "audit", "retire", "fill"] {
+        let check = format!("grants for {command}");
+        let option = format!("--for={command}");
+        let doctor = ["doctor", "--json", &option, "--database-url", &url];
+        for (privileges, table) in grants_of(command) {
+            execute(&mut admin, &format!("grant {} on {} to '{user}'@'%'", privileges.join(", "), on(table))).await;
+        }
+        let report = world.run(&doctor).await.exits(0);
+        assert_eq!(lines(&report)[&check].0, "ok", "{command}: {}", report.stdout);
+        for (privileges, table) in grants_of(command) {
+            for privilege in privileges {
+                execute(&mut admin, &format!("revoke {privilege} on {} from '{user}'@'%'", on(table))).await;
+                let report = world.run(&doctor).await.exits(2);
+                let (level, told) = &lines(&report)[&check];
+                assert_eq!(level, "wrong", "{command} without {privilege} on {table}");
+                let named = if table == "*" && privilege != "create" { "events" } else { table };
+                assert!(
+                    told.starts_with(&format!("missing: {privilege} on {named}")),
+                    "{command}, {privilege} on {table}: {told}"
+                );
+                execute(&mut admin, &format!("grant {privilege} on {} to '{user}'@'%'", on(table))).await;
+            }
+        }
+        for (privileges, table) in grants_of(command) {
+            execute(&mut admin, &format!("revoke {} on {} from '{user}'@'%'", privileges.join(", "), on(table))).await;
+        }
+        // Who may do nothing at all may not even come in.
+        execute(&mut admin, &format!("grant show view on {} to '{user}'@'%'", on("*"))).await;
+    }
+    execute(&mut admin, &format!("drop user '{user}'@'%'")).await;
+}
+
+#[tokio::test]
+async fn a_database_that_was_not_migrated_is_told_and_so_is_one_of_a_newer_release() {
+    let world = World::new().await;
+    let _writable = kept_writable(&world).await;
+    world.execute("insert into projectionist_migrations values (9999, 'later', now(), 1, 'x', 1)").await;
+    let report = world.run(&["doctor", "--json"]).await.exits(2);
+    assert!(lines(&report)["tables"].1.contains("newer release"), "{}", report.stdout);
+    for table in ["events", "event_log", "projectors", "projectionist_migrations"] {
+        world.execute(&format!("drop table {table}")).await;
+    }
+    let report = world.run(&["doctor", "--json"]).await.exits(2);
+    assert_eq!(report.json()["healthy"], false);
+    let bad = bad(&report);
+    assert_eq!(checks(&bad), [("dead letters", "note"), ("projectors", "note"), ("tables", "wrong")]);
+    assert!(bad["tables"].1.contains("projectionist migrate"));
+    report.says(&["tables"]);
+}
+
+#[tokio::test]
+async fn a_server_that_takes_no_writes_is_told() {
+    let world = World::new().await;
+    let mut admin = kept_writable(&world).await;
+    execute(&mut admin, "set global read_only = 1").await;
+    let (doctor, for_status) =
+        (world.run(&["doctor", "--json"]).await, world.run(&["doctor", "--json", "--for=status"]).await);
+    execute(&mut admin, "set global read_only = 0").await;
+    let doctor = doctor.exits(2);
+    assert!(lines(&doctor)["primary"].1.contains("name the primary"), "{}", doctor.stdout);
+    assert_eq!(lines(&for_status.exits(0))["primary"].0, "note");
+}
+
+#[tokio::test]
+async fn each_attribute_of_the_queue_that_should_be_another_is_told() {
+    let world = World::with_queue(
+        true,
+        &[
+            (Attribute::VisibilityTimeout, "10"),
+            (Attribute::MessageRetentionPeriod, "3600"),
+            (Attribute::MaximumMessageSize, "2048"),
+            (Attribute::DelaySeconds, "3"),
+            (Attribute::SqsManagedSseEnabled, "false"),
+        ],
+    )
+    .await;
+    let _writable = kept_writable(&world).await;
+    let report = world.run(&["doctor", "--json", "--visibility=20"]).await.exits(0);
+    let expected = [
+        ("dead letters", "note"),
+        ("delay", "warning"),
+        ("encryption", "warning"),
+        ("message size", "warning"),
+        ("projectors", "note"),
+        ("retention", "warning"),
+        ("visibility", "warning"),
+        ("visibility of the queue", "note"),
+    ];
+    assert_eq!(checks(&bad(&report)), expected);
+
+    let (world, dead_letters) = with_dead_letters(1, true).await;
+    dead_letters.queue.send("x", "x").await.expect("sent");
+    let report = world.run(&["doctor", "--json"]).await.exits(0);
+    let bad = bad(&report);
+    assert_eq!(checks(&bad), [("dead letters", "warning"), ("projectors", "note"), ("redrive", "warning")]);
+    assert!(bad["redrive"].1.contains("raise maxReceiveCount") && bad["dead letters"].1.contains("has 1 messages"));
+}
+
+#[tokio::test]
+async fn projectors_that_do_not_load_or_are_not_live_are_told() {
+    let world = World::new().await;
+    let _writable = kept_writable(&world).await;
+    let folder = Folder::new().with("1.toml", COUNTER);
+    let report = world.run(&["doctor", "--json", "--projectors", folder.path()]).await.exits(0);
+    assert_eq!(
+        bad(&report)["projector counter@1"],
+        ("warning".into(), "not booted, and so not played; run boot".into())
+    );
+    let spoiled = Folder::new().with("1.toml", "name = 'counter'\nversion = 0\n");
+    let report = world.run(&["doctor", "--json", "--projectors", spoiled.path()]).await.exits(2);
+    assert!(bad(&report)["projectors"].1.contains("1.toml"), "{}", report.stdout);
+}
+
+#[tokio::test]
+async fn a_database_or_a_queue_out_of_reach_is_told_and_the_rest_looked_at_all_the_same() {
+    let world = World::new().await;
+    let _writable = kept_writable(&world).await;
+    let report = world.run(&["doctor", "--json", "--database-url=mysql://root@127.0.0.1:1/x"]).await.exits(3);
+    let both = lines(&report);
+    assert_eq!((both["database"].0.as_str(), both["queue"].0.as_str()), ("out_of_reach", "ok"));
+    let gone = world.queue_url.replace("test_", "gone_");
+    let report = world.run(&["doctor", "--json", "--queue-url", &gone]).await.exits(3);
+    let both = lines(&report);
+    assert_eq!((both["database"].0.as_str(), both["queue"].0.as_str()), ("ok", "out_of_reach"));
+    assert!(both["queue"].1.contains("does not exist"));
+    let mut nothing = world.command(&["doctor", "--json"]);
+    nothing.env_remove("DATABASE_URL").env_remove("QUEUE_URL");
+    let report = Running::spawn(nothing).finish().await.exits(2);
+    assert_eq!(checks(&bad(&report)), [("database", "wrong"), ("queue", "wrong")]);
+    // Boot needs no queue.
+    let mut boot = world.command(&["doctor", "--json", "--for=boot"]);
+    boot.env_remove("QUEUE_URL");
+    assert!(!lines(&Running::spawn(boot).finish().await.exits(0)).contains_key("queue"));
+}
+
+async fn doctor_at(world: &World, stub: &Stub) -> Finished {
+    let mut doctor = world.command(&["doctor", "--json"]);
+    doctor
+        .env("AWS_ENDPOINT_URL", stub.endpoint())
+        .env("QUEUE_URL", format!("{}/000000000000/q.fifo", stub.endpoint()));
+    Running::spawn(doctor).finish().await
+}
+
+#[tokio::test]
+async fn each_permission_that_is_missing_is_named() {
+    let world = World::new().await;
+    let _writable = kept_writable(&world).await;
+    let stub = Stub::new().await;
+    let well = [("dead letters", "note"), ("projectors", "note")];
+    assert_eq!(checks(&bad(&doctor_at(&world, &stub).await.exits(0))), well);
+    for (action, call) in [
+        ("SendMessage", "SendMessageBatch"),
+        ("ReceiveMessage", "ReceiveMessage"),
+        ("DeleteMessage", "DeleteMessage"),
+        ("ChangeMessageVisibility", "ChangeMessageVisibility"),
+    ] {
+        let stub = Stub::new().await;
+        stub.denies(call);
+        let report = doctor_at(&world, &stub).await.exits(2);
+        let check = format!("sqs:{action}");
+        assert_eq!(checks(&bad(&report)), [&well[..], &[(check.as_str(), "wrong")]].concat());
+        assert!(lines(&report)[&check].1.contains(&format!("allow sqs:{action} on the queue")));
+    }
+    stub.denies("GetQueueAttributes");
+    let report = doctor_at(&world, &stub).await.exits(3);
+    assert!(lines(&report)["queue"].1.contains("allow sqs:GetQueueAttributes"), "{}", report.stdout);
+}
+
+#[tokio::test]
+async fn a_clock_that_is_far_from_that_of_sqs_is_told() {
+    let world = World::new().await;
+    let _writable = kept_writable(&world).await;
+    let stub = Stub::new().await;
+    stub.is_ahead(Duration::from_secs(200));
+    let report = doctor_at(&world, &stub).await.exits(0);
+    let (level, told) = &lines(&report)["SQS clock"];
+    assert_eq!(level, "warning");
+    assert!(told.contains("s ahead of this host's") && told.contains("NTP"), "{told}");
+}
+
+#[tokio::test]
+async fn the_environment_says_how_often_a_call_is_tried() {
+    let world = World::new().await;
+    let stub = Stub::new().await;
+    stub.answers("GetQueueAttributes", 500, r#"{"__type":"com.amazonaws.sqs#InternalError","message":"not now"}"#);
+    for (attempts, before) in [("1", 0), ("2", 1)] {
+        let mut relay = world.command(&["relay", "--once"]);
+        relay.env("AWS_ENDPOINT_URL", stub.endpoint()).env("QUEUE_URL", format!("{}/0/q.fifo", stub.endpoint()));
+        relay.env("AWS_MAX_ATTEMPTS", attempts);
+        Running::spawn(relay).finish().await.exits(3);
+        assert_eq!(stub.asked("GetQueueAttributes") - before, attempts.parse::<usize>().expect("a number"));
+    }
+}
