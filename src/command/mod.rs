@@ -5,6 +5,7 @@ mod audit;
 mod boot;
 mod doctor;
 mod fill;
+mod health;
 mod play;
 mod relay;
 mod retire;
@@ -23,7 +24,7 @@ use crate::telemetry;
 
 /// Boots, plays and retires projectors: replays a MySQL event store, then hands over to one live SQS queue.
 ///
-/// Exit codes: 0 well, 1 a projector failed, 2 usage, configuration or input, 3 database or queue out of reach.
+/// Exit codes: 0 well, 1 a projector failed (or a worker is ill), 2 usage, configuration or input, 3 database or queue out of reach.
 /// Results go to standard output, logs to standard error.
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 110)]
@@ -56,6 +57,8 @@ enum Command {
     Fill(fill::Fill),
     /// Looks whether database, queue, grants, permissions and projectors are set up as they should be, and changes nothing
     Doctor(doctor::Doctor),
+    /// Looks whether a worker's loop still turns: the health check of its container
+    Health(health::Health),
 }
 
 /// Runs the command line with these projectors, and those of the files that `--projectors` names.
@@ -96,6 +99,7 @@ async fn execute(command: Command, config: &Config, registry: Registry) -> Resul
         Command::Audit(audit) => audit.run(config).await,
         Command::Fill(fill) => fill.run(config).await,
         Command::Doctor(doctor) => doctor.run(config, registry).await,
+        Command::Health(health) => health.run(),
     }
 }
 

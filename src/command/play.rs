@@ -1,5 +1,6 @@
 //! `play`: the worker.
 
+use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,6 +8,7 @@ use std::time::Duration;
 use clap::Args;
 use clap::builder::FalseyValueParser;
 
+use super::health::Heart;
 use super::relay::RelayOptions;
 use super::{say, shutdown_signal};
 use crate::config::Config;
@@ -52,6 +54,10 @@ pub(super) struct Play {
     #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_GRACE", default_value_t = 10)]
     grace: u64,
 
+    /// File to touch every second for as long as the loop turns, or waits as it should; `health` looks at it
+    #[arg(long, value_name = "FILE", env = "PROJECTIONIST_HEARTBEAT")]
+    heartbeat: Option<PathBuf>,
+
     #[command(flatten)]
     relay: RelayOptions,
 }
@@ -61,6 +67,7 @@ impl Play {
         let mut shutdown = pin!(shutdown_signal()?);
         let registry = config.some_registry(registry)?;
         let reporter = config.reporter();
+        let heart = Heart::new(self.heartbeat.as_deref())?;
         let connect = async { Ok::<_, Error>((config.database().await?, config.queue().await?)) };
         let (database, queue) = tokio::select! {
             connected = connect => connected?,
@@ -77,7 +84,12 @@ impl Play {
             grace: Duration::from_secs(self.grace),
         };
         let playing = play(&database, Arc::new(queue), &registry, settings, shutdown);
-        let played = reporter.beside(&Watched::new(&database, &registry), playing).await?;
+        let watched = Watched::new(&database, &registry);
+        let played = tokio::select! {
+            biased;
+            played = reporter.beside(&watched, playing) => played?,
+            never = heart.beat() => match never {},
+        };
         if !self.until_idle {
             return Ok(());
         }

@@ -6,6 +6,7 @@ mod boot;
 mod cloudwatch;
 mod play;
 mod retire;
+mod rolling;
 mod secrets;
 mod status;
 mod team;

@@ -185,11 +185,16 @@ impl Running {
         self.child.wait().await.expect("it ended").signal() == Some(9)
     }
 
+    /// Sends it a signal, such as TERM.
+    pub async fn signal(&self, name: &str) {
+        let id = self.child.id().expect("it is running").to_string();
+        let sent = Command::new("kill").args(["-s", name, &id]).status().await.expect("kill is there");
+        assert!(sent.success(), "the signal was sent");
+    }
+
     /// SIGTERM, and what it left.
     pub async fn terminate(self) -> Finished {
-        let id = self.child.id().expect("it is running").to_string();
-        let sent = Command::new("kill").args(["-TERM", &id]).status().await.expect("kill is there");
-        assert!(sent.success(), "the signal was sent");
+        self.signal("TERM").await;
         self.finish().await
     }
 

@@ -1,0 +1,129 @@
+//! `health`: whether a worker's loop still turns, by the file that `play --heartbeat` touches.
+
+use std::convert::Infallible;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use clap::Args;
+use tracing::warn;
+
+use super::say;
+use crate::error::Error;
+
+/// How often the file is touched.
+const BEAT: Duration = Duration::from_secs(1);
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+For the health check of a container. Exit code 0: the worker's loop turns, or waits as it should, for messages or for a \
+database that is away. 1: it does not, and is best replaced. Lag is no part of it: a worker that is behind is not ill.")]
+pub(super) struct Health {
+    /// The file that `play --heartbeat` touches
+    #[arg(long, value_name = "FILE", env = "PROJECTIONIST_HEARTBEAT")]
+    heartbeat: PathBuf,
+
+    /// For how long it may be untouched, in seconds
+    #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_MAX_AGE", default_value_t = 30,
+          value_parser = clap::value_parser!(u64).range(3..=86_400))]
+    max_age: u64,
+}
+
+impl Health {
+    pub(super) fn run(self) -> Result<(), Error> {
+        let file = self.heartbeat.display();
+        let touched = std::fs::metadata(&self.heartbeat).and_then(|file| file.modified());
+        let touched = touched.map_err(|error| Error::Unhealthy(format!("no heartbeat in {file}: {error}")))?;
+        // One that is ahead was touched before the clock was set back: that is not long ago.
+        let age = SystemTime::now().duration_since(touched).unwrap_or_default().as_secs();
+        match age <= self.max_age {
+            true => say(format!("well: the last heartbeat was {age} s ago")),
+            false => Err(Error::Unhealthy(format!(
+                "the last heartbeat in {file} was {age} s ago: the worker's loop stands still"
+            ))),
+        }
+    }
+}
+
+/// The heartbeat of a loop: touches a file for as long as it is polled. So it must be polled by the task that the loop is in,
+/// and stops when that is stopped, or blocked by a handler.
+pub(super) struct Heart {
+    file: Option<PathBuf>,
+}
+
+impl Heart {
+    /// With a first beat, by which it is known whether the file can be written; without a file it does nothing.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where the file cannot be written.
+    pub(super) fn new(file: Option<&Path>) -> Result<Self, Error> {
+        if let Some(file) = file {
+            touch(file).map_err(|error| {
+                Error::Input(format!(
+                    "the heartbeat cannot be written to {}: {error}; name a file that can, on a volume where the root is \
+                     read-only",
+                    file.display()
+                ))
+            })?;
+        }
+        Ok(Heart { file: file.map(Path::to_owned) })
+    }
+
+    pub(super) async fn beat(&self) -> Infallible {
+        let Some(file) = &self.file else { std::future::pending().await };
+        let mut is_told = false;
+        loop {
+            match touch(file) {
+                Ok(()) => is_told = false,
+                Err(error) if !is_told => {
+                    warn!(file = %file.display(), %error, "the heartbeat cannot be written");
+                    is_told = true;
+                }
+                Err(_) => {}
+            }
+            tokio::time::sleep(BEAT).await;
+        }
+    }
+}
+
+impl Drop for Heart {
+    /// Whoever has ended is not well.
+    fn drop(&mut self) {
+        if let Some(file) = &self.file {
+            let _ = std::fs::remove_file(file);
+        }
+    }
+}
+
+fn touch(file: &Path) -> std::io::Result<()> {
+    File::options().create(true).truncate(false).write(true).open(file)?.set_modified(SystemTime::now())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_loop_that_is_blocked_has_no_heartbeat() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let file = folder.path().join("heartbeat");
+        let heart = Heart::new(Some(&file)).expect("it can be written");
+        let touched = || std::fs::metadata(&file).and_then(|file| file.modified()).expect("it is there");
+        let first = touched();
+        let blocks = async { std::thread::sleep(2 * BEAT) };
+        tokio::select! {
+            biased;
+            () = blocks => {}
+            never = heart.beat() => match never {},
+        }
+        assert_eq!(touched(), first);
+        let waits = tokio::time::sleep(2 * BEAT);
+        tokio::select! {
+            () = waits => {}
+            never = heart.beat() => match never {},
+        }
+        assert!(touched() > first);
+        drop(heart);
+        assert!(!file.exists(), "whoever has ended is not well");
+    }
+}
