@@ -44,7 +44,7 @@ pub(crate) struct Config {
     database_secret: Option<String>,
 
     /// How the database knows us: by a password, or by IAM (a token of RDS for each new connection, made with our AWS
-    /// credentials). IAM wants the server's certificate checked.
+    /// credentials; URL or secret say as whom). IAM wants the server's certificate checked.
     #[arg(long, value_name = "HOW", env = "PROJECTIONIST_DATABASE_AUTH", default_value = "password", global = true)]
     database_auth: DatabaseAuth,
 
@@ -146,13 +146,9 @@ impl Config {
         let source = match (&self.database_secret, self.database_auth) {
             (None, DatabaseAuth::Password) => Source::Url,
             (Some(secret), DatabaseAuth::Password) => Source::Secret(Secret::new(&aws::config().await?, secret)),
-            (None, DatabaseAuth::Iam) => Source::Tokens(Tokens::new(&aws::config().await?)?),
-            (Some(_), DatabaseAuth::Iam) => {
-                return Err(Error::Input(
-                    "with --database-auth iam there is no secret to read: leave --database-secret out, and give \
-                     --database-url mysql://USER@HOST:PORT/DATABASE"
-                        .into(),
-                ));
+            (secret, DatabaseAuth::Iam) => {
+                let config = aws::config().await?;
+                Source::Tokens(Tokens::new(&config)?, secret.as_ref().map(|secret| Secret::new(&config, secret)))
             }
         };
         Login::new(self.database_url.as_deref(), source, self.database_ca.clone())

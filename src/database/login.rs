@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::{Duration, SystemTime};
 
+use futures_util::future::BoxFuture;
 use serde::Deserialize;
 use sqlx::mysql::{MySqlConnectOptions, MySqlSslMode};
 use sqlx::{ConnectOptions, MySqlPool};
@@ -28,8 +29,8 @@ pub(crate) enum Source {
     Url,
     /// Secrets Manager: the whole URL, or RDS's JSON.
     Secret(Secret),
-    /// IAM, for a while each.
-    Tokens(Tokens),
+    /// IAM, for a while each. A secret may say where the database is, and as whom.
+    Tokens(Tokens, Option<Secret>),
 }
 
 /// How to get in. New connections of a pool take what this gave it last.
@@ -53,7 +54,8 @@ struct Known {
 #[derive(Deserialize)]
 struct RdsSecret {
     username: String,
-    password: String,
+    /// With IAM, there need be none.
+    password: Option<String>,
     host: Option<String>,
     port: Option<Port>,
     dbname: Option<String>,
@@ -81,25 +83,25 @@ impl Login {
         let base = url.map(parse).transpose()?;
         let names = |url: &str| url_parts(url).is_some_and(|(user, password)| user || password);
         match (&source, url) {
-            (Source::Url | Source::Tokens(_), None) => {
+            (Source::Url | Source::Tokens(_, None), None) => {
                 return Err(Error::Input(
                     "no database is named: give --database-url or set DATABASE_URL, or give --database-secret".into(),
                 ));
             }
-            (Source::Secret(_), Some(url)) if names(url) => {
+            (Source::Secret(_) | Source::Tokens(_, Some(_)), Some(url)) if names(url) => {
                 return Err(Error::Input(
                     "the database URL and the secret both name a user: leave one of them out, or user and password out of \
                      the URL (mysql://HOST:PORT/DATABASE)"
                         .into(),
                 ));
             }
-            (Source::Tokens(_), Some(url)) if !names(url) => {
+            (Source::Tokens(_, None), Some(url)) if !names(url) => {
                 return Err(Error::Input(
                     "the database URL names no user, and IAM authentication needs one: mysql://USER@HOST:PORT/DATABASE"
                         .into(),
                 ));
             }
-            (Source::Tokens(_), Some(url)) if url_parts(url).is_some_and(|(_, password)| password) => {
+            (Source::Tokens(..), Some(url)) if url_parts(url).is_some_and(|(_, password)| password) => {
                 return Err(Error::Input(
                     "the database URL has a password, and with IAM authentication there is none: leave it out".into(),
                 ));
@@ -108,7 +110,7 @@ impl Login {
         }
         let known = Mutex::new(Known { since: SystemTime::UNIX_EPOCH, until: None });
         let login = Login { base, ca, source, known };
-        if let (Source::Tokens(_), Some(base)) = (&login.source, &login.base) {
+        if let (Source::Tokens(..), Some(base)) = (&login.source, &login.base) {
             Self::check_tls(&login.with_ca(base.clone()))?;
         }
         Ok(login)
@@ -128,7 +130,7 @@ impl Login {
     /// Gives the pool a new password if the one that it has will not do for long. Where there is none to be had the pool
     /// keeps what it has, so that nothing stops while that is good still.
     pub(super) async fn keep_fresh(&self, pool: &MySqlPool) {
-        if !matches!(self.source, Source::Tokens(_)) {
+        if !matches!(self.source, Source::Tokens(..)) {
             return;
         }
         let mut known = self.known.lock().await;
@@ -171,18 +173,28 @@ impl Login {
         }
     }
 
-    async fn look(&self) -> Result<(MySqlConnectOptions, Option<SystemTime>), Error> {
+    /// Boxed: it is rare, large, and in the future of every statement.
+    fn look(&self) -> BoxFuture<'_, Result<(MySqlConnectOptions, Option<SystemTime>), Error>> {
+        Box::pin(self.look_now())
+    }
+
+    async fn look_now(&self) -> Result<(MySqlConnectOptions, Option<SystemTime>), Error> {
         let missing = || Error::Input("no database is named".into());
         match &self.source {
             Source::Url => Ok((self.with_ca(self.base.clone().ok_or_else(missing)?), None)),
             Source::Secret(secret) => {
-                let text = secret.read().await.map_err(Error::OutOfReach)?;
-                let options = read_secret(&text, self.base.clone())
-                    .map_err(|reason| Error::Input(format!("the secret {} {reason}", secret.id)))?;
-                Ok((self.with_ca(options), None))
+                let (options, has_password) = self.placed(secret).await?;
+                match has_password {
+                    true => Ok((options, None)),
+                    false => Err(Error::Input(format!("the secret {} has no password", secret.id))),
+                }
             }
-            Source::Tokens(tokens) => {
-                let options = self.with_ca(self.base.clone().ok_or_else(missing)?).enable_cleartext_plugin(true);
+            Source::Tokens(tokens, secret) => {
+                let options = match secret {
+                    Some(secret) => self.placed(secret).await?.0,
+                    None => self.with_ca(self.base.clone().ok_or_else(missing)?),
+                };
+                let options = options.enable_cleartext_plugin(true);
                 Self::check_tls(&options)?;
                 let token = tokens.make(options.get_host(), options.get_port(), options.get_username()).await;
                 let token = token.map_err(Error::OutOfReach)?;
@@ -191,12 +203,21 @@ impl Login {
         }
     }
 
+    /// What a secret says, and whether there is a password in it.
+    async fn placed(&self, secret: &Secret) -> Result<(MySqlConnectOptions, bool), Error> {
+        let text = secret.read().await.map_err(Error::OutOfReach)?;
+        let read = read_secret(&text, self.base.clone());
+        let (options, has_password) =
+            read.map_err(|reason| Error::Input(format!("the secret {} {reason}", secret.id)))?;
+        Ok((self.with_ca(options), has_password))
+    }
+
     /// What to do where the server does not let us in.
     pub(super) fn advice(&self) -> &'static str {
         match self.source {
             Source::Url => "check the user and the password in the database URL",
             Source::Secret(_) => "check the user and the password in the secret",
-            Source::Tokens(_) => {
+            Source::Tokens(..) => {
                 "check that the user was created for IAM (identified with AWSAuthenticationPlugin as 'RDS'), that \
                  rds-db:connect is allowed for it, that the URL has the server's own name, and AWS_REGION"
             }
@@ -242,12 +263,16 @@ fn url_parts(url: &str) -> Option<(bool, bool)> {
     Some((!login.is_empty(), login.contains(':')))
 }
 
-/// What a secret says, in the place that the URL names if there is one. An error never quotes the text.
-fn read_secret(text: &str, base: Option<MySqlConnectOptions>) -> Result<MySqlConnectOptions, String> {
+/// What a secret says, in the place that the URL names if there is one, and whether there is a password in it. An error never
+/// quotes the text.
+fn read_secret(text: &str, base: Option<MySqlConnectOptions>) -> Result<(MySqlConnectOptions, bool), String> {
     let text = text.trim();
     if text.starts_with("mysql://") {
         return match base {
-            None => parse(text).map_err(|error| format!("is a URL, but {error}")),
+            None => {
+                // A user without one is let in, or not, as anywhere else.
+                parse(text).map(|options| (options, true)).map_err(|error| format!("is a URL, but {error}"))
+            }
             Some(_) => Err("is a whole URL: leave --database-url (DATABASE_URL) out".into()),
         };
     }
@@ -276,8 +301,11 @@ fn read_secret(text: &str, base: Option<MySqlConnectOptions>) -> Result<MySqlCon
             ours(MySqlConnectOptions::new().host(host).port(port).database(dbname), false)
         }
     };
-    options = options.username(&secret.username).password(&secret.password);
-    Ok(options)
+    options = options.username(&secret.username);
+    Ok(match &secret.password {
+        Some(password) => (options.password(password), true),
+        None => (options, false),
+    })
 }
 
 fn parse(url: &str) -> Result<MySqlConnectOptions, Error> {
@@ -340,7 +368,9 @@ mod tests {
             (r#"{"username":"app","password":"p@ss"}"#, Some("mysql://db.example.com:3309/shop"), 3309),
         ] {
             let base = base.map(|url| parse(url).expect("a URL"));
-            assert_eq!(at(read_secret(text, base).expect(text)), app(port), "{text}");
+            let (options, has_password) = read_secret(text, base).expect(text);
+            assert!(has_password, "{text}");
+            assert_eq!(at(options), app(port), "{text}");
         }
     }
 

@@ -291,17 +291,3 @@ async fn a_clock_that_is_far_from_that_of_sqs_is_told() {
     assert_eq!(level, "warning");
     assert!(told.contains("s ahead of this host's") && told.contains("NTP"), "{told}");
 }
-
-#[tokio::test]
-async fn the_environment_says_how_often_a_call_is_tried() {
-    let world = World::new().await;
-    let stub = Stub::new().await;
-    stub.answers("GetQueueAttributes", 500, r#"{"__type":"com.amazonaws.sqs#InternalError","message":"not now"}"#);
-    for (attempts, before) in [("1", 0), ("2", 1)] {
-        let mut relay = world.command(&["relay", "--once"]);
-        relay.env("AWS_ENDPOINT_URL", stub.endpoint()).env("QUEUE_URL", format!("{}/0/q.fifo", stub.endpoint()));
-        relay.env("AWS_MAX_ATTEMPTS", attempts);
-        Running::spawn(relay).finish().await.exits(3);
-        assert_eq!(stub.asked("GetQueueAttributes") - before, attempts.parse::<usize>().expect("a number"));
-    }
-}

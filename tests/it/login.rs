@@ -251,6 +251,17 @@ async fn a_worker_is_let_in_by_tokens_and_takes_a_new_one_for_each_new_connectio
         (world.status("counter").await, world.number("select count(*) from counter").await),
         ("live".into(), 20)
     );
+
+    // Where it is, and as whom, may be in a secret as well.
+    let text = format!(
+        r#"{{"host":"localhost","port":{},"dbname":"{}","username":"app"}}"#,
+        gateway.port(),
+        world.database_name
+    );
+    let arn = keep_secret(&world, &text).await;
+    let status = ["status", "--database-auth=iam", "--database-ca", &bundle, "--database-secret", &arn];
+    start(&world, &status, &[]).finish().await.exits(0);
+    start(&world, &["status", "--database-secret", &arn], &[]).finish().await.exits(2).says(&["has no password"]);
 }
 
 #[tokio::test]
@@ -269,16 +280,6 @@ async fn a_token_is_sent_to_no_server_that_has_not_proved_itself() {
         .await
         .says(&["has a password"]);
     status(&["--database-url", &url.replace("app@", ""), "--database-ca", &other], 2).await.says(&["names no user"]);
-    status(&["--database-url", &url, "--database-secret", "x"], 2).await.says(&["no secret to read"]);
+    status(&["--database-url", &url, "--database-secret", "x"], 2).await.says(&["both name a user"]);
     assert_eq!(gateway.tokens(), Vec::<String>::new());
-}
-
-#[tokio::test]
-async fn settings_of_aws_that_cannot_be_read_are_told() {
-    let world = World::new().await;
-    for (name, value) in [("AWS_MAX_ATTEMPTS", "0"), ("AWS_RETRY_MODE", "eager")] {
-        let mut relay = world.command(&["relay", "--once"]);
-        relay.env(name, value);
-        Running::spawn(relay).finish().await.exits(2).says(&[name]);
-    }
 }

@@ -5,6 +5,7 @@ mod support;
 
 mod alerts;
 mod audit;
+mod aws;
 mod cable;
 mod convoy;
 mod deploy;

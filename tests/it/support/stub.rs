@@ -21,6 +21,7 @@ struct State {
     answers: HashMap<String, (u16, String)>,
     asked: HashMap<String, usize>,
     clock_ahead: Duration,
+    takes: HashMap<String, Duration>,
 }
 
 impl Stub {
@@ -67,6 +68,11 @@ impl Stub {
         );
     }
 
+    /// How long it takes over an action from now on.
+    pub fn takes(&self, action: &str, time: Duration) {
+        self.state().takes.insert(action.to_owned(), time);
+    }
+
     /// By how much its clock is ahead.
     pub fn is_ahead(&self, time: Duration) {
         self.state().clock_ahead = time;
@@ -89,17 +95,19 @@ impl Stub {
         while let Some(head) = read_request(&mut client).await {
             let action =
                 head.lines().find_map(|line| line.strip_prefix("x-amz-target: amazonsqs.")).unwrap_or_default();
-            let (status, body, date) = {
+            let (status, body, date, takes) = {
                 let mut state = self.state();
                 let known = state.answers.iter().find(|(name, _)| name.to_lowercase() == action);
                 let (name, (status, body)) = known
                     .map_or((action.to_owned(), (200, "{}".to_owned())), |(name, answer)| {
                         (name.clone(), answer.clone())
                     });
-                *state.asked.entry(name).or_default() += 1;
+                *state.asked.entry(name.clone()).or_default() += 1;
+                let takes = state.takes.get(&name).copied().unwrap_or_default();
                 let date = (OffsetDateTime::now_utc() + state.clock_ahead).format(&Rfc2822).expect("a date");
-                (status, body, date.replace("+0000", "GMT"))
+                (status, body, date.replace("+0000", "GMT"), takes)
             };
+            tokio::time::sleep(takes).await;
             let answer = format!(
                 "HTTP/1.1 {status} X\r\ncontent-type: application/x-amz-json-1.0\r\ndate: {date}\r\ncontent-length: {}\r\n\r\n{body}",
                 body.len()
