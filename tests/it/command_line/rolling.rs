@@ -26,6 +26,9 @@ async fn roll(world: World) {
         while !done.load(Ordering::SeqCst) || appended < 1_000 {
             world.append(10).await;
             appended += 10;
+            // As fast as it is played: what is still to be played at the end would measure the machine.
+            let last = world.last_position().await;
+            eventually("the workers follow", async || world.position("a").await + 500 >= last).await;
         }
         appended
     };
