@@ -1,16 +1,20 @@
 //! Sessions that are kept between two batches, or two statements of ours.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use sqlx::pool::PoolConnection;
 use sqlx::{MySql, MySqlConnection};
 use tokio::runtime::Handle;
+use tokio::time::timeout;
 
 use super::{Database, UNUSED_FOR};
 use crate::error::is_transient;
 
 const SESSION_ID: &str = "select connection_id()";
+
+/// How often it is looked whether all connections are at rest.
+const LOOK_EVERY: Duration = Duration::from_millis(5);
 
 /// A connection, with the number that the server has for it.
 #[derive(Debug)]
@@ -95,5 +99,26 @@ impl Database {
     /// Gives what is kept back to the pool, where every connection is asked whether it still answers.
     pub(crate) fn let_go(&self) {
         self.kept.lock().idle.clear();
+    }
+
+    /// Waits until no connection is in use, but not longer than this: what was cut off has been rolled back then, or its
+    /// session was ended.
+    pub(crate) async fn at_rest(&self, within: Duration) -> bool {
+        let resting = async {
+            while self.pool.num_idle() + self.kept.lock().idle.len() < self.pool.size() as usize {
+                tokio::time::sleep(LOOK_EVERY).await;
+            }
+        };
+        timeout(within, resting).await.is_ok()
+    }
+
+    /// Hangs up all connections that are not in use, without asking whether they still answer. For who was frozen: the other
+    /// end may be gone without a word, and the clock may have stood still.
+    pub(crate) fn hang_up(&self) {
+        let idle: Vec<Session> = self.kept.lock().idle.drain(..).collect();
+        idle.into_iter().for_each(|session| drop(session.connection.detach()));
+        while let Some(connection) = self.pool.try_acquire() {
+            drop(connection.detach());
+        }
     }
 }

@@ -217,6 +217,11 @@ impl Database {
         .is_ok()
     }
 
+    /// How many connections there may be at once.
+    pub(crate) fn connections(&self) -> u32 {
+        self.pool.options().get_max_connections()
+    }
+
     /// A connection of the pool. If it is a new one, with the password as it is now: while it is being changed, the server may
     /// refuse the old one and the new one not be known yet, which is a matter of time like any lost connection.
     pub(crate) async fn acquire(&self) -> Result<PoolConnection<MySql>, sqlx::Error> {

@@ -11,6 +11,7 @@ use crate::event::Position;
 use crate::ledger::Entry;
 use crate::lifecycle::{Stage, Status};
 use crate::metrics;
+use crate::projector::ProjectorId;
 use crate::queue::{Message, parse};
 
 impl Worker {
@@ -29,8 +30,9 @@ impl Worker {
             _ => Some(self.engine.store.raise_high_water().await?.mark),
         };
 
-        let mut broken = self.stragglers.rejoin().await;
-        let mut convoy = self.convoy(&entries, &runs, target);
+        let mut broken = self.stragglers.rejoin();
+        let held_up = self.led.take();
+        let mut convoy = self.convoy(&entries, &runs, target, held_up.as_ref());
         let budget = self.budget;
         if let ([run], None) = (&runs[..], target) {
             let whole = |cursor: &Cursor| match need(cursor, run, u64::MAX) {
@@ -42,7 +44,10 @@ impl Worker {
             let _ = timeout(budget.time, pass_over).await;
         }
         for mut cursor in convoy {
-            match timeout(budget.time, self.lead(&mut cursor, &runs, target)).await {
+            self.led = Some(cursor.projector.id.clone());
+            let led = timeout(budget.time, self.lead(&mut cursor, &runs, target)).await;
+            self.led = None;
+            match led {
                 Ok(led) => led?,
                 Err(_) => {
                     warn!(
@@ -58,18 +63,27 @@ impl Worker {
         Ok(broken)
     }
 
-    /// The live projectors that can follow, in registry order. Those that are far behind are sent off.
-    fn convoy(&mut self, entries: &[Entry], runs: &[Run], target: Option<Position>) -> Vec<Cursor> {
+    /// The live projectors that can follow, in registry order. Those that are far behind are sent off, and who held up the
+    /// last fan-out until it was cut off: there was no time to let it go then.
+    fn convoy(
+        &mut self,
+        entries: &[Entry],
+        runs: &[Run],
+        target: Option<Position>,
+        held_up: Option<&ProjectorId>,
+    ) -> Vec<Cursor> {
         let mut convoy = Vec::new();
         for projector in self.registry.iter() {
             let is_it = |entry: &&Entry| entry.id == projector.id && entry.status == Status::Live;
             let Some(entry) = entries.iter().find(is_it).filter(|entry| !self.stragglers.hold(&entry.id)) else {
                 continue;
             };
-            if is_far_behind(entry.position, runs, target, self.budget.events) {
+            let is_slow = held_up == Some(&projector.id);
+            if is_slow || is_far_behind(entry.position, runs, target, self.budget.events) {
+                let why = if is_slow { "slow" } else { "far behind" };
                 warn!(
                     projector = %projector.id, position = entry.position.get(),
-                    "far behind: leaves the convoy and catches up by itself"
+                    "{why}: leaves the convoy and catches up by itself"
                 );
                 self.stragglers.leave(&self.engine, projector, entry.position);
                 continue;

@@ -1,6 +1,7 @@
 //! Play: receive, fan out, delete, until shutdown.
 
 mod convoy;
+mod cut_off;
 pub(crate) mod fan_out;
 mod intake;
 pub(crate) mod reconcile;
@@ -24,8 +25,9 @@ use crate::registry::Registry;
 use crate::relay::{Relay, RelaySettings};
 use crate::retry;
 pub use convoy::ConvoyBudget;
+pub(crate) use cut_off::Deadline;
 use intake::Intake;
-use worker::Worker;
+pub(crate) use worker::Worker;
 
 /// How play works.
 #[derive(Debug, Clone)]
@@ -101,7 +103,7 @@ pub async fn play(
     let mut intake = Intake::new(&player.queue);
     player.run(&mut intake, shutdown).await;
     intake.close().await;
-    let broken = player.worker.broken_so_far().await;
+    let broken = player.worker.broken_so_far();
     if let Some((stop, task)) = relay {
         let _ = stop.send(());
         let _ = timeout(player.settings.grace, task).await;

@@ -68,7 +68,7 @@ impl Worker {
     }
 
     async fn try_reconcile(&mut self) -> Result<(), sqlx::Error> {
-        self.broken += self.stragglers.rejoin().await;
+        self.broken += self.stragglers.rejoin();
         let mark = self.engine.store.raise_high_water().await?.mark;
         let mut live = self.live().await?;
         live.retain(|(id, _)| !self.stragglers.hold(id));

@@ -11,6 +11,7 @@ use crate::database::Database;
 use crate::deliver::{Engine, Limits};
 use crate::error::Error;
 use crate::event::Position;
+use crate::ledger::Entry;
 use crate::lifecycle::{Stage, Status};
 use crate::metrics;
 use crate::projector::ProjectorId;
@@ -30,6 +31,8 @@ pub(crate) struct Worker {
     pub(super) reconcile_after: Duration,
     pub(super) reconcile: Reconcile,
     pub(super) stragglers: Stragglers,
+    /// Whom the others in the convoy wait for.
+    pub(super) led: Option<ProjectorId>,
     /// Projectors that broke since it began.
     pub(super) broken: u64,
     quarrel: Quarrel,
@@ -58,7 +61,8 @@ impl Worker {
             budget,
             reconcile_after,
             reconcile: Reconcile::default(),
-            stragglers: Stragglers::default(),
+            stragglers: Stragglers::new(database.connections()),
+            led: None,
             broken: 0,
             quarrel: Quarrel::default(),
         };
@@ -105,16 +109,22 @@ impl Worker {
         }
     }
 
+    /// What the ledger has of the projectors of the set.
+    pub(crate) async fn entries(&self) -> Result<Vec<Entry>, sqlx::Error> {
+        let mut entries = self.engine.ledger.entries().await?;
+        entries.retain(|entry| self.registry.get(&entry.id).is_some());
+        Ok(entries)
+    }
+
     /// The live projectors of the set, and where they stand.
-    pub(crate) async fn live(&self) -> Result<Vec<(ProjectorId, Position)>, sqlx::Error> {
-        let entries = self.engine.ledger.entries().await?.into_iter();
-        let live = entries.filter(|entry| entry.status == Status::Live && self.registry.get(&entry.id).is_some());
+    pub(super) async fn live(&self) -> Result<Vec<(ProjectorId, Position)>, sqlx::Error> {
+        let live = self.entries().await?.into_iter().filter(|entry| entry.status == Status::Live);
         Ok(live.map(|entry| (entry.id, entry.position)).collect())
     }
 
     /// How many projectors broke since it began, outside the convoy as well.
-    pub(crate) async fn broken_so_far(&mut self) -> u64 {
-        self.broken += self.stragglers.rejoin().await;
+    pub(crate) fn broken_so_far(&mut self) -> u64 {
+        self.broken += self.stragglers.rejoin();
         self.broken
     }
 }

@@ -1,0 +1,101 @@
+//! Work that has to end by a given moment, wherever it is then: an invocation of Lambda, after which the process is frozen.
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep_until, timeout};
+use tracing::{debug, warn};
+
+use super::worker::Worker;
+use crate::event::Position;
+use crate::projector::ProjectorId;
+use crate::queue::{Message, parse};
+
+/// When work is cut off: at a moment, or at the shutdown if that comes first.
+#[derive(Debug, Clone)]
+pub(crate) struct Deadline {
+    at: Instant,
+    /// What is left after it: to roll back, and to look how far everybody has come.
+    margin: Duration,
+    shutdown: watch::Receiver<bool>,
+}
+
+impl Deadline {
+    /// So long from now, less a margin; of what is very short, half is margin.
+    pub(crate) fn after(remaining: Duration, margin: Duration, shutdown: watch::Receiver<bool>) -> Self {
+        let margin = margin.min(remaining / 2);
+        Deadline { at: Instant::now() + (remaining - margin), margin, shutdown }
+    }
+
+    /// Resolves when it is reached.
+    pub(crate) async fn reached(&self) {
+        let mut shutdown = self.shutdown.clone();
+        let stopped = async {
+            if shutdown.wait_for(|stop| *stop).await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        };
+        tokio::select! {
+            () = sleep_until(self.at) => {}
+            () = stopped => {}
+        }
+    }
+
+    /// Time to work.
+    pub(crate) fn remaining(&self) -> Duration {
+        self.at.saturating_duration_since(Instant::now())
+    }
+}
+
+impl Worker {
+    /// Passes messages to every live projector of the convoy, and says which of them were passed: all, unless the deadline
+    /// was reached. Those may be deleted. Nothing runs on afterwards.
+    ///
+    /// Stragglers may go on for as long as one projector may hold up the convoy, and then finish the page in hand. What
+    /// they have not committed is done again later, as in play when its process ends: the store has it.
+    pub(crate) async fn pass_until(&mut self, bodies: &[String], deadline: &Deadline) -> Vec<bool> {
+        let is_done = tokio::select! {
+            biased;
+            () = self.pass(bodies) => true,
+            () = deadline.reached() => false,
+        };
+        let outside = self.stragglers.outside();
+        self.wind_down(if is_done { self.budget.time } else { Duration::ZERO }, deadline).await;
+        if is_done {
+            return vec![true; bodies.len()];
+        }
+        warn!(messages = bodies.len(), "time is over: what is not committed is rolled back");
+        match timeout(deadline.margin / 4, self.passed(bodies, &outside)).await {
+            Ok(Ok(passed)) => passed,
+            Ok(Err(error)) => {
+                debug!(%error, "cannot tell who has passed which messages: all come again");
+                vec![false; bodies.len()]
+            }
+            Err(_) => vec![false; bodies.len()],
+        }
+    }
+
+    /// Ends what goes on outside the convoy, and waits until all that was cut off is rolled back.
+    pub(crate) async fn wind_down(&mut self, grace: Duration, deadline: &Deadline) {
+        self.broken += self.stragglers.wind_down(tokio::time::sleep(grace), deadline.reached()).await;
+        // Who is frozen with a transaction open would hold its projector's row.
+        if !self.engine.database.at_rest(deadline.margin / 2).await {
+            debug!("not all connections are at rest");
+        }
+    }
+
+    /// Which messages every live projector has passed, by the ledger, but for those that are outside the convoy: they read
+    /// the store instead. Of what is no more than a doorbell nobody can tell.
+    async fn passed(&self, bodies: &[String], outside: &HashSet<ProjectorId>) -> Result<Vec<bool>, sqlx::Error> {
+        let (live, marks) = tokio::try_join!(self.live(), self.engine.store.marks())?;
+        let in_convoy = live.into_iter().filter(|(id, _)| !outside.contains(id));
+        let slowest = in_convoy.map(|(_, position)| position).min();
+        let limit = slowest.map_or(marks.high_water, |slowest: Position| slowest.min(marks.high_water));
+        let is_passed = |body: &String| match parse(body, &self.log_id) {
+            Message::Events(run) => run.last() <= limit,
+            Message::Doorbell(_) => false,
+        };
+        Ok(bodies.iter().map(is_passed).collect())
+    }
+}
