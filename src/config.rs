@@ -24,6 +24,9 @@ enum DatabaseAuth {
     Iam,
 }
 
+/// The most database connections, where a command does not say otherwise.
+const CONNECTIONS: u32 = 16;
+
 /// Options of every command.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Common options")]
@@ -58,10 +61,10 @@ pub(crate) struct Config {
     #[arg(long, value_name = "URL", env = "QUEUE_URL", global = true)]
     queue_url: Option<String>,
 
-    /// The most database connections that are open at once.
-    #[arg(long, value_name = "N", env = "PROJECTIONIST_CONNECTIONS", default_value_t = 16,
+    /// The most database connections that are open at once. [default: 16; lambda: 4]
+    #[arg(long, value_name = "N", env = "PROJECTIONIST_CONNECTIONS",
           value_parser = clap::value_parser!(u32).range(4..=1000), global = true)]
-    pub(crate) connections: u32,
+    connections: Option<u32>,
 
     /// How long to wait for a database connection, in seconds.
     #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_CONNECT_TIMEOUT", default_value_t = 10,
@@ -135,8 +138,13 @@ impl Config {
     }
 
     pub(crate) async fn database(&self) -> Result<Database, Error> {
+        self.database_of(CONNECTIONS).await
+    }
+
+    /// With so many connections, unless it was said otherwise.
+    pub(crate) async fn database_of(&self, connections: u32) -> Result<Database, Error> {
         let login = self.login().await?;
-        Database::open(login, self.connections, Duration::from_secs(self.connect_timeout)).await
+        Database::open(login, self.connections.unwrap_or(connections), Duration::from_secs(self.connect_timeout)).await
     }
 
     async fn login(&self) -> Result<Login, Error> {

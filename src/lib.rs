@@ -31,6 +31,7 @@ mod handoff;
 mod hang_up;
 mod held;
 mod lag;
+mod lambda;
 mod play;
 mod relay;
 

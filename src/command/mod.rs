@@ -6,11 +6,13 @@ mod boot;
 mod doctor;
 mod fill;
 mod health;
+mod lambda;
 mod play;
 mod relay;
 mod retire;
 mod status;
 
+use std::ffi::OsString;
 use std::future::Future;
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
@@ -19,6 +21,7 @@ use clap::{Parser, Subcommand};
 
 use crate::config::Config;
 use crate::error::Error;
+use crate::lambda::RUNTIME_API;
 use crate::registry::Registry;
 use crate::telemetry;
 
@@ -45,6 +48,8 @@ enum Command {
     Boot(boot::Boot),
     /// Plays every live projector: the worker
     Play(play::Play),
+    /// Plays as a function of AWS Lambda, invoked with messages and by a schedule
+    Lambda(lambda::Lambda),
     /// Publishes the log to the queue, without playing
     Relay(relay::RelayCommand),
     /// Shows every projector, the high-water mark and the published position
@@ -65,7 +70,7 @@ enum Command {
 ///
 /// Starts its own runtime and logs; returns what `main` should.
 pub fn run(registry: Registry) -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::parse_from(arguments());
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -84,6 +89,15 @@ pub fn run(registry: Registry) -> ExitCode {
     }
 }
 
+/// The command line. Lambda starts `bootstrap` without any.
+fn arguments() -> Vec<OsString> {
+    let mut arguments: Vec<OsString> = std::env::args_os().collect();
+    if arguments.len() == 1 && std::env::var_os(RUNTIME_API).is_some() {
+        arguments.push("lambda".into());
+    }
+    arguments
+}
+
 async fn execute(command: Command, config: &Config, registry: Registry) -> Result<(), Error> {
     match command {
         Command::Migrate => {
@@ -93,6 +107,7 @@ async fn execute(command: Command, config: &Config, registry: Registry) -> Resul
         Command::Append(append) => append.run(config).await,
         Command::Boot(boot) => boot.run(config, registry).await,
         Command::Play(play) => play.run(config, registry).await,
+        Command::Lambda(lambda) => lambda.run(config, registry).await,
         Command::Relay(relay) => relay.run(config).await,
         Command::Status(status) => status.run(config, registry).await,
         Command::Retire(retire) => retire.run(config, registry).await,

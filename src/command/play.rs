@@ -35,6 +35,24 @@ pub(super) struct Play {
           value_parser = clap::value_parser!(u64).range(0..=20))]
     receive_wait: u64,
 
+    /// How long the batch in hand may take to end after SIGTERM before it is rolled back, in seconds
+    #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_GRACE", default_value_t = 10)]
+    grace: u64,
+
+    /// File to touch every second for as long as the loop turns, or waits as it should; `health` looks at it
+    #[arg(long, value_name = "FILE", env = "PROJECTIONIST_HEARTBEAT")]
+    heartbeat: Option<PathBuf>,
+
+    #[command(flatten)]
+    convoy: ConvoyOptions,
+
+    #[command(flatten)]
+    relay: RelayOptions,
+}
+
+/// Options of every command that plays.
+#[derive(Debug, Args)]
+pub(super) struct ConvoyOptions {
     /// How long a projector may stand still below the high-water mark, while the queue is silent, before what
     /// it misses is read from the store, in seconds
     #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_RECONCILE_AFTER", default_value_t = 2)]
@@ -49,17 +67,16 @@ pub(super) struct Play {
     #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_CONVOY_SECONDS", default_value_t = 5,
           value_parser = clap::value_parser!(u64).range(1..=3600))]
     convoy_seconds: u64,
+}
 
-    /// How long the batch in hand may take to end after SIGTERM before it is rolled back, in seconds
-    #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_GRACE", default_value_t = 10)]
-    grace: u64,
+impl ConvoyOptions {
+    pub(super) fn budget(&self) -> ConvoyBudget {
+        ConvoyBudget { events: self.convoy_events, time: Duration::from_secs(self.convoy_seconds) }
+    }
 
-    /// File to touch every second for as long as the loop turns, or waits as it should; `health` looks at it
-    #[arg(long, value_name = "FILE", env = "PROJECTIONIST_HEARTBEAT")]
-    heartbeat: Option<PathBuf>,
-
-    #[command(flatten)]
-    relay: RelayOptions,
+    pub(super) fn reconcile_after(&self) -> Duration {
+        Duration::from_secs(self.reconcile_after)
+    }
 }
 
 impl Play {
@@ -78,8 +95,8 @@ impl Play {
             limits: config.play_limits(),
             relay: (!self.no_relay).then(|| self.relay.settings()),
             receive_wait: Duration::from_secs(receive_wait),
-            reconcile_after: Duration::from_secs(self.reconcile_after),
-            convoy: ConvoyBudget { events: self.convoy_events, time: Duration::from_secs(self.convoy_seconds) },
+            reconcile_after: self.convoy.reconcile_after(),
+            convoy: self.convoy.budget(),
             until_idle: self.until_idle,
             grace: Duration::from_secs(self.grace),
         };

@@ -23,6 +23,14 @@ pub(crate) const NEEDS: &[(&str, &[Need])] = &[
             ("projectors", &["select", "update"]),
         ],
     ),
+    (
+        "lambda",
+        &[
+            ("events", &["select", "insert"]),
+            ("event_log", &["select", "update"]),
+            ("projectors", &["select", "update"]),
+        ],
+    ),
     ("relay", &[("events", &["select", "insert"]), ("event_log", &["select", "update"])]),
     ("status", &[("events", &["select"]), ("event_log", &["select"]), ("projectors", &["select"])]),
     ("audit", &[("events", &["select"]), ("event_log", &["select"]), ("projectors", &["select"])]),
@@ -47,6 +55,8 @@ mod tests {
             assert!(readme.lines().any(|line| line == row), "{row}");
         }
         // What it is good for is shown in tests/it/coalesce.rs, and that all is done without it in tests/it/grants.rs.
-        assert!(readme.contains("For speed, not for anything else, `boot` and `play` can use `trigger, insert`"));
+        assert!(
+            readme.contains("For speed, not for anything else, `boot`, `play` and `lambda` can use `trigger, insert`")
+        );
     }
 }

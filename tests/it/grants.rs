@@ -3,7 +3,7 @@
 use projectionist::sqlx;
 
 use crate::failover::lock_out_restricted_users;
-use crate::support::{World, execute, is_mariadb};
+use crate::support::{PATIENCE, World, execute, is_mariadb, schedule};
 
 /// What the README lists for a command: privileges, and the table of ours. What the projectors' own statements need comes on
 /// top; here that is one table. (That the README lists what `doctor` looks for is a test beside the latter.)
@@ -33,20 +33,39 @@ sql = "insert into counter (n) values (:position)"
 /// What the projector's own statements need.
 const OWN: &str = "create, insert, drop on {db}.counter";
 
+/// A user who has the README's grants for a command, and nothing else.
+struct Granted {
+    name: String,
+    url: String,
+}
+
+impl Granted {
+    async fn new(world: &World, command: &str) -> Self {
+        let grants = grants_of(command).into_iter();
+        let grants = grants.map(|(all, table)| format!("{} on {{db}}.{table}", all.join(", ")));
+        let name = format!("u{:x}", fastrand::u64(..));
+        let mut admin = world.connection().await;
+        execute(&mut admin, &format!("create user '{name}'@'%' identified by 'only-for-this'")).await;
+        let own = ["boot", "play", "lambda", "retire"].contains(&command).then(|| OWN.to_owned());
+        for grant in grants.chain(own) {
+            execute(&mut admin, &format!("grant {} to '{name}'@'%'", grant.replace("{db}", &world.database_name)))
+                .await;
+        }
+        let url = world.database_url.replace("://root@", &format!("://{name}:only-for-this@"));
+        assert_ne!(url, world.database_url);
+        Granted { name, url }
+    }
+
+    async fn drop(self, world: &World) {
+        world.execute(&format!("drop user '{}'@'%'", self.name)).await;
+    }
+}
+
 /// Runs a command as a user who has the README's grants for it, and nothing else.
 async fn run_as_granted(world: &World, command: &str, arguments: &[&str], input: &[u8]) {
-    let grants = grants_of(command).into_iter().map(|(all, table)| format!("{} on {{db}}.{table}", all.join(", ")));
-    let user = format!("u{:x}", fastrand::u64(..));
-    let mut admin = world.connection().await;
-    execute(&mut admin, &format!("create user '{user}'@'%' identified by 'only-for-this'")).await;
-    let own = ["boot", "play", "retire"].contains(&command).then(|| OWN.to_owned());
-    for grant in grants.chain(own) {
-        execute(&mut admin, &format!("grant {} to '{user}'@'%'", grant.replace("{db}", &world.database_name))).await;
-    }
-    let url = world.database_url.replace("://root@", &format!("://{user}:only-for-this@"));
-    assert_ne!(url, world.database_url);
-    let ran = world.run_with(&[arguments, &["--database-url", &url]].concat(), input).await;
-    execute(&mut admin, &format!("drop user '{user}'@'%'")).await;
+    let user = Granted::new(world, command).await;
+    let ran = world.run_with(&[arguments, &["--database-url", &user.url]].concat(), input).await;
+    user.drop(world).await;
     ran.exits(0);
 }
 
@@ -75,12 +94,20 @@ async fn each_command_does_its_work_with_no_more_than_the_grants_of_the_readme()
     run_as_granted(&world, "append", &["append"], line).await;
     run_as_granted(&world, "play", &["play", "--until-idle", "--projectors", folder], b"").await;
     assert_eq!(world.number("select count(*) from counter").await, 4);
+    let user = Granted::new(&world, "lambda").await;
+    let mut function = world.function(&["--projectors", folder, "--database-url", &user.url]).await;
+    run_as_granted(&world, "append", &["append"], line).await;
+    function.invoke(&schedule(), PATIENCE).await.expect("an answer");
+    assert_eq!(function.drain(&world).await, 1);
+    function.process.terminate().await.exits(0);
+    user.drop(&world).await;
+    assert_eq!(world.number("select count(*) from counter").await, 5);
     run_as_granted(&world, "status", &["status"], b"").await;
     run_as_granted(&world, "audit", &["audit"], b"").await;
-    world.execute("alter table events auto_increment = 9").await;
+    world.execute("alter table events auto_increment = 10").await;
     run_as_granted(&world, "append", &["append"], line).await;
-    run_as_granted(&world, "fill", &["fill", "6", "8", "--yes"], b"").await;
-    assert_eq!(world.number("select count(*) from events").await, 9);
+    run_as_granted(&world, "fill", &["fill", "7", "9", "--yes"], b"").await;
+    assert_eq!(world.number("select count(*) from events").await, 10);
     run_as_granted(&world, "retire", &["retire", "counter", "--force", "--yes", "--projectors", folder], b"").await;
     assert_eq!(world.status("counter").await, "new");
 }

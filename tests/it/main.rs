@@ -17,6 +17,7 @@ mod handler;
 mod holes;
 mod infra;
 mod intake;
+mod lambda;
 mod log;
 mod login;
 mod queue;

@@ -114,7 +114,7 @@ impl Doctor {
         match config.database().await {
             Ok(database) => {
                 checks.push(Check::ok("database", database.place()));
-                database::examine(&database, config.connections, &self.commands, &mut checks).await;
+                database::examine(&database, database.connections(), &self.commands, &mut checks).await;
                 examine_projectors(&database, registry, &mut checks).await;
             }
             Err(error) => {

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
 
 use super::World;
 
@@ -33,6 +34,7 @@ type Decide = Arc<dyn Fn(&[u8]) -> Fate + Send + Sync>;
 pub struct Proxy {
     port: u16,
     withheld: Arc<AtomicU64>,
+    silence: watch::Sender<()>,
 }
 
 impl Proxy {
@@ -41,13 +43,22 @@ impl Proxy {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
         let port = listener.local_addr().expect("it is bound").port();
         let withheld = Arc::new(AtomicU64::new(0));
-        tokio::spawn(listen(listener, address.to_owned(), Arc::new(decide), Arc::clone(&withheld)));
-        Proxy { port, withheld }
+        let silence = watch::Sender::new(());
+        let carrying =
+            Carrying { decide: Arc::new(decide), withheld: Arc::clone(&withheld), silence: silence.subscribe() };
+        tokio::spawn(listen(listener, address.to_owned(), carrying));
+        Proxy { port, withheld, silence }
     }
 
     /// Where it listens.
     pub fn address(&self) -> String {
         format!("127.0.0.1:{}", self.port)
+    }
+
+    /// Makes every connection silent that is open now: neither end ever hears of the other again. Those that are opened
+    /// after this work.
+    pub fn silence(&self) {
+        self.silence.send_replace(());
     }
 
     /// How many answers there were that it kept from a client.
@@ -59,11 +70,17 @@ impl Proxy {
 impl World {
     /// The URL of the world's database by way of a proxy. Not encrypted, so that the statements can be seen.
     pub async fn database_url_by(&self, decide: impl Fn(&[u8]) -> Fate + Send + Sync + 'static) -> String {
+        self.database_proxy(decide).await.1
+    }
+
+    /// The same, and the proxy.
+    pub async fn database_proxy(&self, decide: impl Fn(&[u8]) -> Fate + Send + Sync + 'static) -> (Proxy, String) {
         let address = self.database_url.strip_prefix("mysql://").and_then(|rest| rest.split_once('@'));
         let (user, rest) = address.expect("a URL with a user");
         let (server, database) = rest.split_once('/').expect("a URL with a database");
         let proxy = Proxy::new(server, decide).await;
-        format!("mysql://{user}@{}/{database}?ssl-mode=DISABLED", proxy.address())
+        let url = format!("mysql://{user}@{}/{database}?ssl-mode=DISABLED", proxy.address());
+        (proxy, url)
     }
 }
 
@@ -120,20 +137,32 @@ pub fn holds(bytes: &[u8], text: &str) -> bool {
     bytes.windows(text.len()).any(|window| window == text.as_bytes())
 }
 
-async fn listen(listener: TcpListener, server: String, decide: Decide, withheld: Arc<AtomicU64>) {
+/// What all connections share.
+#[derive(Clone)]
+struct Carrying {
+    decide: Decide,
+    withheld: Arc<AtomicU64>,
+    silence: watch::Receiver<()>,
+}
+
+async fn listen(listener: TcpListener, server: String, mut carrying: Carrying) {
     while let Ok((client, _)) = listener.accept().await {
         let Ok(server) = TcpStream::connect(&server).await else { continue };
-        tokio::spawn(forward(client, server, Arc::clone(&decide), Arc::clone(&withheld)));
+        carrying.silence.mark_unchanged();
+        tokio::spawn(forward(client, server, carrying.clone()));
     }
 }
 
 /// Carries bytes both ways until either side hangs up, or what was decided upon happens.
-async fn forward(mut client: TcpStream, mut server: TcpStream, decide: Decide, withheld: Arc<AtomicU64>) {
+async fn forward(mut client: TcpStream, mut server: TcpStream, carrying: Carrying) {
+    let Carrying { decide, withheld, mut silence } = carrying;
     let _ = (client.set_nodelay(true), server.set_nodelay(true));
     let (mut from_client, mut from_server) = (vec![0; 64 * 1024], vec![0; 64 * 1024]);
     let mut is_withheld = false;
     loop {
         tokio::select! {
+            // Both ends stay open, as with every silence here.
+            Ok(()) = silence.changed() => std::future::pending().await,
             read = client.read(&mut from_client) => {
                 let Ok(count @ 1..) = read else { break };
                 let bytes = &from_client[..count];

@@ -55,6 +55,17 @@ impl Tally {
         &self.name
     }
 
+    /// The same as a projector file, that runs these statements after it has written an event down. (`:position` is the event's.)
+    pub fn file(&self, then: &[&str]) -> String {
+        let name = &self.name;
+        let then: String = then.iter().map(|sql| format!("\n[[on]]\nevents = ['*']\nsql = '{sql}'\n")).collect();
+        format!(
+            "name = '{name}'\nversion = 1\nmode = 'from_beginning'\n\
+             setup = ['create table if not exists {name} (seq bigint auto_increment primary key, position bigint unsigned not null)']\n\
+             [[on]]\nevents = ['*']\nsql = 'insert into {name} (position) values (:position)'\n{then}"
+        )
+    }
+
     /// The positions that it has written down, in the order in which it did.
     pub async fn applied(&self, world: &World) -> Vec<u64> {
         let sql = format!("select position from {} order by seq", self.name);

@@ -1,0 +1,188 @@
+//! The interface of the Lambda runtime: invocations come by it, and answers go.
+//! <https://docs.aws.amazon.com/lambda/latest/dg/runtimes-api.html>
+
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde_json::{Value, json};
+use tokio::sync::oneshot;
+use tracing::error;
+
+use crate::error::Error;
+
+/// Where Lambda says that it is.
+pub(crate) const RUNTIME_API: &str = "AWS_LAMBDA_RUNTIME_API";
+
+/// The longest time-out that a function may have.
+const LONGEST: Duration = Duration::from_secs(15 * 60);
+
+/// Above the 6 MB that Lambda invokes a function with.
+const MOST_BYTES: u64 = 16 * 1024 * 1024;
+
+/// An answer is taken by a process on the same host.
+const TAKEN_WITHIN: Duration = Duration::from_secs(10);
+
+/// One invocation.
+#[derive(Debug)]
+pub(crate) struct Invocation {
+    id: String,
+    /// What it was invoked with.
+    pub(crate) event: String,
+    /// When Lambda ends it, by the clock of the host.
+    ends: SystemTime,
+}
+
+impl Invocation {
+    /// How much time is left.
+    pub(crate) fn remaining(&self) -> Duration {
+        self.ends.duration_since(SystemTime::now()).unwrap_or_default()
+    }
+}
+
+/// The runtime's interface. Cheap to clone.
+#[derive(Debug, Clone)]
+pub(crate) struct RuntimeApi {
+    agent: ureq::Agent,
+    base: Arc<str>,
+}
+
+impl RuntimeApi {
+    /// Where the environment says that it is.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where it does not.
+    pub(crate) fn from_environment() -> Result<Self, Error> {
+        let address = std::env::var(RUNTIME_API).map_err(|_| {
+            Error::Input(format!("{RUNTIME_API} is not set: this command is what AWS Lambda starts, and sets that for; use play elsewhere"))
+        })?;
+        // No proxy stands between us and it; and what was open before the process was frozen is not used after.
+        let config = ureq::Agent::config_builder().proxy(None).max_idle_connections(0);
+        Ok(RuntimeApi { agent: config.build().into(), base: base(&address).into() })
+    }
+
+    /// Waits for the next invocation, for as long as it takes; frozen, most of the time.
+    ///
+    /// # Errors
+    /// [`Error::OutOfReach`] where the runtime's interface does not answer as it should.
+    pub(crate) async fn next(&self) -> Result<Invocation, Error> {
+        let api = self.clone();
+        on_a_thread(move || {
+            loop {
+                match api.ask() {
+                    // Emulators say now and then that there is nothing yet.
+                    Ok(None) => {}
+                    Ok(Some(invocation)) => return Ok(invocation),
+                    Err(why) => {
+                        return Err(Error::OutOfReach(format!(
+                            "no invocation comes from the Lambda runtime at {}: {why}",
+                            api.base
+                        )));
+                    }
+                }
+            }
+        })
+        .await
+        .map_err(|error| Error::OutOfReach(format!("no thread can be started: {error}")))?
+    }
+
+    fn ask(&self) -> Result<Option<Invocation>, String> {
+        let url = format!("{}/invocation/next", self.base);
+        let mut response = self.agent.get(url).call().map_err(|error| error.to_string())?;
+        if response.status() == 204 {
+            return Ok(None);
+        }
+        let header = |name: &str| response.headers().get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
+        let id = header("lambda-runtime-aws-request-id").ok_or("it has no request id")?;
+        let ends =
+            header("lambda-runtime-deadline-ms").and_then(|ends| ends.parse().ok()).ok_or("it has no deadline")?;
+        let ends = ends_at(Duration::from_millis(ends), SystemTime::now());
+        let body = response.body_mut().with_config().limit(MOST_BYTES).read_to_string();
+        Ok(Some(Invocation { id, ends, event: body.map_err(|error| error.to_string())? }))
+    }
+
+    /// Ends an invocation. An answer that is not taken is told: Lambda takes the invocation for failed then, and messages come again.
+    pub(crate) async fn answer(&self, invocation: Invocation, answer: Result<Value, Error>) {
+        match answer {
+            Ok(answer) => self.post(format!("invocation/{}/response", invocation.id), answer).await,
+            Err(error) => {
+                error!(request_id = invocation.id, "the invocation failed: {error}");
+                self.post(format!("invocation/{}/error", invocation.id), describe(&error)).await;
+            }
+        }
+    }
+
+    /// Says that the function cannot be invoked at all.
+    pub(crate) async fn init_failed(&self, error: &Error) {
+        self.post("init/error".into(), describe(error)).await;
+    }
+
+    async fn post(&self, path: String, body: Value) {
+        let (agent, url) = (self.agent.clone(), format!("{}/{path}", self.base));
+        let posted = on_a_thread(move || {
+            let post = agent.post(url).header("content-type", "application/json");
+            let post = match body["errorType"].as_str() {
+                Some(kind) => post.header("lambda-runtime-function-error-type", kind),
+                None => post,
+            };
+            let post = post.config().timeout_global(Some(TAKEN_WITHIN)).build();
+            post.send(body.to_string()).map(|_| ()).map_err(|error| error.to_string())
+        });
+        let told = posted.await.unwrap_or_else(|error| Err(error.to_string()));
+        if let Err(why) = told {
+            error!("the Lambda runtime did not take {path}: {why}");
+        }
+    }
+}
+
+/// Lambda names host and port; emulators name a URL.
+fn base(address: &str) -> String {
+    let scheme = if address.contains("://") { "" } else { "http://" };
+    format!("{scheme}{}/2018-06-01/runtime", address.trim_end_matches('/'))
+}
+
+/// Lambda says when it ends an invocation; emulators say after how long, and no function has longer than this.
+fn ends_at(deadline: Duration, now: SystemTime) -> SystemTime {
+    if deadline <= LONGEST { now + deadline } else { UNIX_EPOCH + deadline }
+}
+
+/// As Lambda shows it to who invoked the function.
+fn describe(error: &Error) -> Value {
+    let kind = match error {
+        Error::Projector(_) | Error::Fault(_) | Error::Unhealthy(_) => "Projectionist.Failed",
+        Error::Input(_) => "Projectionist.Input",
+        Error::OutOfReach(_) => "Projectionist.OutOfReach",
+        Error::Interrupted => "Projectionist.Interrupted",
+        Error::Database(_) => "Projectionist.Database",
+    };
+    json!({ "errorType": kind, "errorMessage": error.to_string() })
+}
+
+/// On a thread of its own and not of the runtime's: that would wait at its end for one that waits for an invocation.
+async fn on_a_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
+    let (done, result) = oneshot::channel();
+    let run = move || {
+        let _ = done.send(work());
+    };
+    std::thread::Builder::new().name("runtime-api".into()).spawn(run)?;
+    result.await.map_err(io::Error::other)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_interface_is_found_by_host_and_port_as_lambda_names_it_and_by_a_url_as_emulators_do() {
+        assert_eq!(base("127.0.0.1:9001"), "http://127.0.0.1:9001/2018-06-01/runtime");
+        assert_eq!(base("http://[::]:9000/.rt/"), "http://[::]:9000/.rt/2018-06-01/runtime");
+    }
+
+    #[test]
+    fn a_deadline_is_a_moment_as_lambda_gives_it_or_a_duration_as_emulators_do() {
+        let now = UNIX_EPOCH + Duration::from_secs(1_795_379_353);
+        let moment = Duration::from_millis(1_795_379_360_500);
+        assert_eq!(ends_at(moment, now), now + Duration::from_millis(7_500));
+        assert_eq!(ends_at(Duration::from_millis(600_000), now), now + Duration::from_secs(600));
+    }
+}

@@ -1,0 +1,155 @@
+//! A scheduled invocation: publishes the log, and catches up what the queue does not feed.
+
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use tokio::time::timeout;
+
+use crate::error::Error;
+use crate::event::Position;
+use crate::lifecycle::Status;
+use crate::play::{Deadline, Quarrel, Worker};
+use crate::projector::ProjectorId;
+use crate::relay::Relay;
+
+/// How often it is looked whether all is done.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+
+/// And how often once it was, while publishing goes on.
+const THEN_EVERY: Duration = Duration::from_secs(1);
+
+/// How long the relay's lease may take to be given up: it runs out by itself.
+const RELEASED_WITHIN: Duration = Duration::from_millis(500);
+
+/// What a scheduled invocation answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(crate) struct Summary {
+    /// Events that were published meanwhile.
+    events: u64,
+    /// Everything up to here has been published.
+    published: u64,
+    /// The high-water mark.
+    high_water: u64,
+    /// Live projectors that are not yet where the mark was when it began. The next invocation goes on with them.
+    behind: Vec<String>,
+    /// Projectors of the set that are broken.
+    broken: Vec<String>,
+}
+
+/// One look at log and ledger.
+struct Look {
+    published: Position,
+    high_water: Position,
+    live: Vec<(ProjectorId, Position)>,
+    broken: Vec<ProjectorId>,
+}
+
+/// What is known so far.
+#[derive(Default)]
+struct Watch {
+    /// The first look: what is to be done.
+    first: Option<Look>,
+    last: Option<Look>,
+    /// Why there was no look, the last time.
+    error: Option<sqlx::Error>,
+    quarrel: Quarrel,
+}
+
+/// Publishes until what was in the log at the beginning is published, and for `relay_for` at least; and meanwhile catches up
+/// from the store the live projectors that stand still below the mark. Ends when all of them are where the mark was at the
+/// beginning, or at the deadline. Nothing runs on afterwards, and the relay's lease is given up.
+///
+/// # Errors
+/// If the database is out of reach all the time, or nothing can be published.
+pub(crate) async fn relay_and_reconcile(
+    worker: &mut Worker,
+    mut relay: Relay,
+    relay_for: Duration,
+    deadline: &Deadline,
+) -> Result<Summary, Error> {
+    let mut watch = Watch::default();
+    let is_done = tokio::select! {
+        biased;
+        () = watch.until_done(worker, relay_for) => true,
+        () = relay.run() => false,
+        () = deadline.reached() => false,
+    };
+    let _ = timeout(RELEASED_WITHIN, relay.release()).await;
+    worker.wind_down(Duration::ZERO, deadline).await;
+    watch.summary(is_done)
+}
+
+impl Watch {
+    /// Looks again and again, and reconciles.
+    async fn until_done(&mut self, worker: &mut Worker, relay_for: Duration) {
+        let began = Instant::now();
+        loop {
+            worker.reconcile().await;
+            let is_done = self.look(worker).await;
+            if is_done && began.elapsed() >= relay_for {
+                return;
+            }
+            tokio::time::sleep(if is_done { THEN_EVERY.min(relay_for) } else { LOOK_EVERY }).await;
+        }
+    }
+
+    /// Looks once, and says whether all is done.
+    async fn look(&mut self, worker: &Worker) -> bool {
+        match look(worker).await {
+            Ok(look) => {
+                self.quarrel.over("the database works again");
+                self.error = None;
+                let target = self.first.as_ref().map_or(look.high_water, |first| first.high_water);
+                let is_done = look.published >= target && look.live.iter().all(|(_, position)| *position >= target);
+                match self.first {
+                    Some(_) => self.last = Some(look),
+                    None => self.first = Some(look),
+                }
+                is_done
+            }
+            Err(error) => {
+                tokio::time::sleep(self.quarrel.again("cannot look at the log, trying again", &error)).await;
+                self.error = Some(error);
+                false
+            }
+        }
+    }
+
+    fn summary(self, is_done: bool) -> Result<Summary, Error> {
+        let Some(first) = self.first else {
+            return Err(self
+                .error
+                .map_or_else(|| Error::OutOfReach("the database did not answer in time".into()), Error::Database));
+        };
+        let target = first.high_water;
+        let before = first.published;
+        let last = self.last.unwrap_or(first);
+        if !is_done && before < target && last.published == before {
+            return Err(Error::OutOfReach(format!(
+                "nothing of what is in the log after position {before}, through {target}, could be published; the log lines before \
+                 this say why"
+            )));
+        }
+        let behind = last.live.iter().filter(|(_, position)| *position < target);
+        Ok(Summary {
+            events: last.published.since(before),
+            published: last.published.get(),
+            high_water: last.high_water.get(),
+            behind: behind.map(|(id, _)| id.to_string()).collect(),
+            broken: last.broken.iter().map(ToString::to_string).collect(),
+        })
+    }
+}
+
+async fn look(worker: &Worker) -> Result<Look, sqlx::Error> {
+    let (mut live, mut broken) = (Vec::new(), Vec::new());
+    let marks = worker.engine.store.marks().await?;
+    for entry in worker.entries().await? {
+        match entry.status {
+            Status::Live => live.push((entry.id, entry.position)),
+            Status::Broken(_) => broken.push(entry.id),
+            _ => {}
+        }
+    }
+    Ok(Look { published: marks.published, high_water: marks.high_water, live, broken })
+}

@@ -1,0 +1,270 @@
+//! Lambda around the shipped binary: the runtime's interface, and an event source mapping that hands over what is really in the
+//! queue and deletes what the function does not return.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use aws_sdk_sqs::types::{DeleteMessageBatchRequestEntry, Message, MessageSystemAttributeName};
+use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::process::Command;
+use tokio::sync::{Mutex, mpsc, watch};
+use tokio::time::timeout;
+
+use super::{PATIENCE, Running, World};
+
+/// What a function said to an invocation: an answer, or an error.
+pub type Answer = Result<Value, Value>;
+
+/// A function: the process, and the runtime that invokes it.
+pub struct Function {
+    pub process: Running,
+    runtime: Runtime,
+}
+
+/// The runtime's interface of one process.
+pub struct Runtime {
+    address: String,
+    invocations: mpsc::UnboundedSender<(Value, Duration)>,
+    answers: mpsc::UnboundedReceiver<Answer>,
+    init_errors: mpsc::UnboundedReceiver<Value>,
+    asked: watch::Receiver<u64>,
+}
+
+/// What the interface's connections share.
+struct Shared {
+    invocations: Mutex<mpsc::UnboundedReceiver<(Value, Duration)>>,
+    answers: mpsc::UnboundedSender<Answer>,
+    init_errors: mpsc::UnboundedSender<Value>,
+    asked: watch::Sender<u64>,
+}
+
+impl Runtime {
+    pub async fn new() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
+        let address = listener.local_addr().expect("it is bound").to_string();
+        let (invocations, invoked) = mpsc::unbounded_channel();
+        let (answered, answers) = mpsc::unbounded_channel();
+        let (failed, init_errors) = mpsc::unbounded_channel();
+        let asked = watch::Sender::new(0);
+        let asks = asked.subscribe();
+        let shared = Shared { invocations: Mutex::new(invoked), answers: answered, init_errors: failed, asked };
+        tokio::spawn(async move {
+            let shared = Arc::new(shared);
+            while let Ok((stream, _)) = listener.accept().await {
+                tokio::spawn(serve(stream, Arc::clone(&shared)));
+            }
+        });
+        Runtime { address, invocations, answers, init_errors, asked: asks }
+    }
+
+    /// Sets a command up as Lambda would.
+    pub fn set_up(&self, command: &mut Command) {
+        command.env("AWS_LAMBDA_RUNTIME_API", &self.address);
+    }
+
+    /// What the process said of its initialization.
+    pub async fn init_error(&mut self) -> Value {
+        timeout(PATIENCE, self.init_errors.recv()).await.expect("it says so in time").expect("the runtime stands")
+    }
+}
+
+impl World {
+    /// A function that is initialized.
+    pub async fn function(&self, arguments: &[&str]) -> Function {
+        Function::start(self.command(&[&["lambda"], arguments].concat())).await
+    }
+}
+
+impl Function {
+    /// Starts this command as a function, and waits until it asks for its first invocation.
+    pub async fn start(mut command: Command) -> Self {
+        let runtime = Runtime::new().await;
+        runtime.set_up(&mut command);
+        let mut function = Function { process: Running::spawn(command), runtime };
+        function.is_waiting_for(1).await;
+        function
+    }
+
+    /// Waits until it has asked for so many invocations.
+    pub async fn is_waiting_for(&mut self, invocations: u64) {
+        let asked = self.runtime.asked.wait_for(|asked| *asked >= invocations);
+        timeout(PATIENCE, asked).await.expect("it asks in time").expect("the runtime stands");
+    }
+
+    /// Invokes it, and does not wait for the answer. It has so much time.
+    pub fn begin(&self, event: &Value, time: Duration) {
+        self.runtime.invocations.send((event.clone(), time)).expect("the runtime stands");
+    }
+
+    /// The answer to what was begun.
+    pub async fn answer(&mut self) -> Answer {
+        timeout(PATIENCE, self.runtime.answers.recv()).await.expect("it answers in time").expect("the runtime stands")
+    }
+
+    /// Invokes it.
+    pub async fn invoke(&mut self, event: &Value, time: Duration) -> Answer {
+        self.begin(event, time);
+        self.answer().await
+    }
+
+    /// Hands over what is in the queue until nothing is, as an event source mapping does. Asserts that nothing is returned.
+    pub async fn drain(&mut self, world: &World) -> usize {
+        let mut messages = 0;
+        loop {
+            let batch = world.capture().await;
+            if batch.messages.is_empty() {
+                return messages;
+            }
+            messages += batch.messages.len();
+            let answer = self.invoke(&batch.event(world), PATIENCE).await.expect("an answer");
+            assert_eq!(batch.settle(world, &answer).await, Vec::<usize>::new(), "{answer}");
+        }
+    }
+}
+
+/// What EventBridge sends.
+pub fn schedule() -> Value {
+    json!({
+        "version": "0", "id": "53dc4d37-cffa-4f76-80c9-8b7d4a4d2eaa", "detail-type": "Scheduled Event", "source": "aws.events",
+        "account": "000000000000", "time": "2026-11-22T20:00:00Z", "region": "us-east-1",
+        "resources": ["arn:aws:events:us-east-1:000000000000:rule/every-minute"], "detail": {}
+    })
+}
+
+/// Messages that were received for a function.
+pub struct Captured {
+    pub messages: Vec<Message>,
+}
+
+impl World {
+    /// Receives what there is, ten messages at most.
+    pub async fn capture(&self) -> Captured {
+        let receive = self.sqs.receive_message().queue_url(&self.queue_url).max_number_of_messages(10);
+        let receive = receive.wait_time_seconds(1).visibility_timeout(600);
+        let received = receive.message_system_attribute_names(MessageSystemAttributeName::All).send().await;
+        Captured { messages: received.expect("the queue answers").messages.unwrap_or_default() }
+    }
+}
+
+impl Captured {
+    /// As the mapping hands them over.
+    pub fn event(&self, world: &World) -> Value {
+        let queue = world.queue_url.rsplit('/').next().expect("a name");
+        let record = |message: &Message| {
+            let attributes = message.attributes().into_iter().flatten();
+            json!({
+                "messageId": message.message_id(),
+                "receiptHandle": message.receipt_handle(),
+                "body": message.body(),
+                "attributes": attributes.map(|(name, value)| (name.as_str().to_owned(), json!(value))).collect::<serde_json::Map<_, _>>(),
+                "messageAttributes": {},
+                "md5OfBody": message.md5_of_body(),
+                "eventSource": "aws:sqs",
+                "eventSourceARN": format!("arn:aws:sqs:us-east-1:000000000000:{queue}"),
+                "awsRegion": "us-east-1",
+            })
+        };
+        json!({ "Records": self.messages.iter().map(record).collect::<Vec<_>>() })
+    }
+
+    /// Deletes what the answer does not return, and makes the rest visible at once. Says which, from 0, were returned.
+    pub async fn settle(&self, world: &World, answer: &Value) -> Vec<usize> {
+        let returned = answer["batchItemFailures"].as_array().expect("a list of failures");
+        let returned: HashSet<&str> =
+            returned.iter().map(|failure| failure["itemIdentifier"].as_str().expect("an id")).collect();
+        let is_returned = |message: &&Message| returned.contains(message.message_id().expect("an id"));
+        assert_eq!(
+            self.messages.iter().filter(is_returned).count(),
+            returned.len(),
+            "only what it was given: {answer}"
+        );
+        let done: Vec<&Message> = self.messages.iter().filter(|message| !is_returned(message)).collect();
+        if !done.is_empty() {
+            let entry = |(id, message): (usize, &&Message)| {
+                let entry = DeleteMessageBatchRequestEntry::builder().id(id.to_string());
+                entry.receipt_handle(message.receipt_handle().expect("a receipt")).build().expect("all that it needs")
+            };
+            let entries = done.iter().enumerate().map(entry).collect();
+            let delete = world.sqs.delete_message_batch().queue_url(&world.queue_url).set_entries(Some(entries));
+            assert!(delete.send().await.expect("the queue answers").failed().is_empty());
+        }
+        self.give_back(world, is_returned).await;
+        let is_at = |(index, message): (usize, &Message)| is_returned(&message).then_some(index);
+        self.messages.iter().enumerate().filter_map(is_at).collect()
+    }
+
+    /// Makes them all visible again: their function has died.
+    pub async fn abandon(&self, world: &World) {
+        self.give_back(world, |_| true).await;
+    }
+
+    async fn give_back(&self, world: &World, which: impl Fn(&&Message) -> bool) {
+        for message in self.messages.iter().filter(which) {
+            let show = world.sqs.change_message_visibility().queue_url(&world.queue_url).visibility_timeout(0);
+            show.receipt_handle(message.receipt_handle().expect("a receipt")).send().await.expect("given back");
+        }
+    }
+}
+
+/// Serves one request.
+async fn serve(stream: TcpStream, shared: Arc<Shared>) {
+    let mut stream = BufReader::new(stream);
+    let Some((request, body)) = read(&mut stream).await else { return };
+    let json = || serde_json::from_slice(&body).unwrap_or_else(|error| panic!("{error}: {body:?}"));
+    let answer = match request.split_once(' ').expect("a method and a path") {
+        ("GET", "/2018-06-01/runtime/invocation/next") => {
+            shared.asked.send_modify(|asked| *asked += 1);
+            let Some((event, time)) = shared.invocations.lock().await.recv().await else { return };
+            let ends = (SystemTime::now() + time).duration_since(UNIX_EPOCH).expect("after 1970").as_millis();
+            let event = event.as_str().map_or_else(|| event.to_string(), str::to_owned);
+            format!(
+                "HTTP/1.1 200 OK\r\nLambda-Runtime-Aws-Request-Id: {}\r\nLambda-Runtime-Deadline-Ms: {ends}\r\n\
+                 Lambda-Runtime-Invoked-Function-Arn: arn:aws:lambda:us-east-1:000000000000:function:projectionist\r\n\
+                 Content-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{event}",
+                uuid::Uuid::now_v7(),
+                event.len()
+            )
+        }
+        ("POST", path) => {
+            match path.rsplit('/').next() {
+                Some("response") => _ = shared.answers.send(Ok(json())),
+                Some("error") if path.ends_with("/init/error") => _ = shared.init_errors.send(json()),
+                Some("error") => _ = shared.answers.send(Err(json())),
+                _ => panic!("there is no {path}"),
+            }
+            "HTTP/1.1 202 Accepted\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".into()
+        }
+        other => panic!("there is no {other:?}"),
+    };
+    let _ = stream.get_mut().write_all(answer.as_bytes()).await;
+}
+
+/// A request's method and path, and its body.
+async fn read(stream: &mut BufReader<TcpStream>) -> Option<(String, Vec<u8>)> {
+    let mut request = None;
+    let mut length = 0;
+    loop {
+        let mut line = String::new();
+        if stream.read_line(&mut line).await.ok()? == 0 {
+            return None;
+        }
+        let line = line.trim_end().to_owned();
+        match request {
+            None => request = Some(line.rsplit_once(' ')?.0.to_owned()),
+            Some(_) if line.is_empty() => break,
+            Some(_) => {
+                if let Some((name, value)) = line.split_once(':')
+                    && name.eq_ignore_ascii_case("content-length")
+                {
+                    length = value.trim().parse().ok()?;
+                }
+            }
+        }
+    }
+    let mut body = vec![0; length];
+    stream.read_exact(&mut body).await.ok()?;
+    Some((request?, body))
+}
