@@ -79,13 +79,18 @@ impl Lambda {
         });
         let api = RuntimeApi::from_environment()?;
         let init = timeout(INIT_WITHIN, Function::init(self, config, registry));
-        let init = init.await.unwrap_or_else(|_| {
+        let init = tokio::select! {
+            biased;
+            _ = shutdown.wait_for(|stop| *stop) => return Ok(()),
+            init = init => init,
+        };
+        let late = || {
             let seconds = INIT_WITHIN.as_secs();
-            Err(Error::OutOfReach(format!(
+            Error::OutOfReach(format!(
                 "the database did not answer within {seconds} s; check that the function may reach it"
-            )))
-        });
-        let mut function = match init {
+            ))
+        };
+        let mut function = match init.unwrap_or_else(|_| Err(late())) {
             Ok(function) => function,
             Err(error) => {
                 api.init_failed(&error).await;
