@@ -10,7 +10,8 @@ use projectionist::sqlx::{self, AssertSqlSafe, MySqlConnection};
 use serde_json::{Value, json};
 
 use crate::support::{
-    Fate, Folder, Function, PATIENCE, Running, Runtime, Tally, World, eventually, execute, holds, schedule,
+    Fate, Folder, Function, PATIENCE, Proxy, Running, Runtime, Tally, World, eventually, execute, holds, schedule,
+    setting,
 };
 
 /// A statement that waits where somebody holds the gate at the event's position.
@@ -364,6 +365,52 @@ async fn a_scheduled_invocation_that_publishes_for_longer_brings_what_comes_mean
         "{}",
         left.stderr
     );
+}
+
+#[tokio::test]
+async fn a_scheduled_invocation_that_can_do_nothing_fails_in_time_and_the_next_makes_up_for_it() {
+    let world = World::new().await;
+    let a = Tally::new("a");
+    let folder = world.booted(&[&a.file(&[])]).await;
+    let (is_queue_away, is_database_away) = (Arc::new(AtomicBool::new(true)), Arc::new(AtomicBool::new(false)));
+    let away = |is_away: &Arc<AtomicBool>| {
+        let is_away = Arc::clone(is_away);
+        move |_: &[u8]| if is_away.load(Ordering::SeqCst) { Fate::Reset } else { Fate::Passes }
+    };
+    let endpoint = setting("AWS_ENDPOINT_URL").expect("the parts are up");
+    let queue = Proxy::new(endpoint.trim_start_matches("http://").trim_end_matches('/'), away(&is_queue_away)).await;
+    let url = world.database_url_by(away(&is_database_away)).await;
+    let options =
+        ["lambda", "--projectors", folder.path(), "--connect-timeout=2", "--reconcile-after=0", "--database-url", &url];
+    let mut command = world.command(&options);
+    command.env("AWS_ENDPOINT_URL", format!("http://{}", queue.address()));
+    let mut function = Function::start(command).await;
+    world.append(20).await;
+
+    let refused = |answer: Result<Value, Value>, word: &str| {
+        let error = answer.expect_err("it can do nothing");
+        assert!(error["errorMessage"].as_str().is_some_and(|message| message.contains(word)), "{error}");
+    };
+    refused(function.invoke(&schedule(), Duration::from_secs(8)).await, "queue");
+    is_queue_away.store(false, Ordering::SeqCst);
+    is_database_away.store(true, Ordering::SeqCst);
+    refused(function.invoke(&schedule(), Duration::from_secs(8)).await, "database");
+    is_database_away.store(false, Ordering::SeqCst);
+    // Now it has the queue, and loses it again.
+    function.invoke(&schedule(), PATIENCE).await.expect("an answer");
+    world.append(20).await;
+    is_queue_away.store(true, Ordering::SeqCst);
+    refused(
+        function.invoke(&schedule(), Duration::from_secs(8)).await,
+        "nothing of what is in the log after position 20",
+    );
+    // It has caught up from the store meanwhile, and publishes as soon as it can.
+    assert_eq!(world.position("a").await, 40);
+    is_queue_away.store(false, Ordering::SeqCst);
+    let summary = function.invoke(&schedule(), PATIENCE).await.expect("an answer");
+    assert_eq!((&summary["published"], &summary["events"]), (&json!(40), &json!(20)));
+    function.drain(&world).await;
+    world.assert_complete(&a).await;
 }
 
 #[tokio::test]
