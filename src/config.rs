@@ -90,7 +90,7 @@ pub(crate) struct Config {
     #[arg(long, value_name = "NAME", env = "PROJECTIONIST_RELEASE", global = true)]
     release: Option<String>,
 
-    /// Whether boot, play and relay write metrics to standard error, among the log lines: emf is CloudWatch's embedded
+    /// Whether boot, play, lambda and relay write metrics to standard error, among the log lines: emf is CloudWatch's embedded
     /// metric format.
     #[arg(long, value_name = "FORMAT", env = "PROJECTIONIST_METRICS", default_value = "none", global = true)]
     metrics: MetricsFormat,

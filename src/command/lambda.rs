@@ -20,6 +20,7 @@ use crate::play::{Deadline, Worker};
 use crate::queue::Queue;
 use crate::registry::Registry;
 use crate::relay::Relay;
+use crate::telemetry::{Reporter, Watched};
 
 /// Of a function's initialization; Lambda breaks it off after 10 s, and then nobody is told why.
 const INIT_WITHIN: Duration = Duration::from_secs(8);
@@ -61,6 +62,8 @@ struct Function<'a> {
     options: Lambda,
     config: &'a Config,
     database: Database,
+    registry: Registry,
+    reporter: Reporter,
     worker: Worker,
     queue: Option<Arc<dyn Queue>>,
     last_used: SystemTime,
@@ -113,11 +116,12 @@ impl Lambda {
 impl<'a> Function<'a> {
     async fn init(options: Lambda, config: &'a Config, registry: Registry) -> Result<Self, Error> {
         let registry = config.some_registry(registry)?;
+        let reporter = config.reporter();
         let database = config.database_of(CONNECTIONS).await?;
         let (budget, reconcile_after) = (options.convoy.budget(), options.convoy.reconcile_after());
         let worker = Worker::new(&database, &registry, config.play_limits(), budget, reconcile_after).await?;
         let (last_used, has_been_invoked) = (SystemTime::now(), false);
-        Ok(Function { options, config, database, worker, queue: None, last_used, has_been_invoked })
+        Ok(Function { options, config, database, registry, reporter, worker, queue: None, last_used, has_been_invoked })
     }
 
     async fn invoke(
@@ -132,9 +136,18 @@ impl<'a> Function<'a> {
         let answer = match parse(event)? {
             Invoked::Messages(batch) => {
                 let passed = self.worker.pass_until(&batch.bodies, &deadline).await;
+                self.reporter.flush();
                 Ok(batch.answer(&passed))
             }
-            Invoked::Schedule => self.on_schedule(&deadline).await,
+            Invoked::Schedule => {
+                let answer = self.on_schedule(&deadline).await;
+                let watched = Watched::new(&self.database, &self.registry);
+                let report = self.reporter.report(&watched, answer.is_ok());
+                if timeout(deadline.look_within(), report).await.is_err() {
+                    self.reporter.flush();
+                }
+                answer
+            }
         };
         self.last_used = SystemTime::now();
         answer
@@ -150,11 +163,10 @@ impl<'a> Function<'a> {
         }
         let longest = self.config.play_limits().handler_timeout;
         if !std::mem::replace(&mut self.has_been_invoked, true) && deadline.remaining() < longest {
+            let (longest, time) = (longest.as_secs(), deadline.remaining().as_secs());
             warn!(
-                handler_timeout = longest.as_secs(),
-                time_out = deadline.remaining().as_secs(),
-                "a handler may take longer than the function: what it does is rolled back at the function's time-out, again and \
-                 again; raise that, or lower --handler-timeout"
+                "a handler may take {longest} s, and the function leaves it {time} s: what it does is rolled back at the \
+                 function's time-out, again and again; raise that, or lower --handler-timeout"
             );
         }
     }

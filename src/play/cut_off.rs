@@ -42,6 +42,11 @@ impl Deadline {
         }
     }
 
+    /// How long a look at the database may take after it.
+    pub(crate) fn look_within(&self) -> Duration {
+        self.margin / 4
+    }
+
     /// Time to work.
     pub(crate) fn remaining(&self) -> Duration {
         self.at.saturating_duration_since(Instant::now())
@@ -66,7 +71,7 @@ impl Worker {
             return vec![true; bodies.len()];
         }
         warn!(messages = bodies.len(), "time is over: what is not committed is rolled back");
-        match timeout(deadline.margin / 4, self.passed(bodies, &outside)).await {
+        match timeout(deadline.look_within(), self.passed(bodies, &outside)).await {
             Ok(Ok(passed)) => passed,
             Ok(Err(error)) => {
                 debug!(%error, "cannot tell who has passed which messages: all come again");

@@ -414,6 +414,30 @@ async fn a_scheduled_invocation_that_can_do_nothing_fails_in_time_and_the_next_m
 }
 
 #[tokio::test]
+async fn invocations_write_metrics_before_their_answer() {
+    let world = World::new().await;
+    let a = Tally::new("a");
+    let folder = world.booted(&[&a.file(&[])]).await;
+    let mut function = world.function(&["--projectors", folder.path(), "--metrics=emf"]).await;
+    let total = |left: &str, name: &str| -> Option<f64> {
+        let lines = left.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        let metrics = lines.filter(|line| line.get("_aws").is_some());
+        metrics.filter_map(|line| line[name].as_f64()).reduce(|one, other| one + other)
+    };
+    world.append_and_publish(30).await;
+    assert_eq!(function.drain(&world).await, 3);
+    let totals = |names: [&str; 2]| {
+        let written = function.process.logged();
+        names.map(|name| total(&written, name))
+    };
+    // Written before the answer; read by the test a little later.
+    eventually("what was applied", async || totals(["EventsApplied", "Heartbeat"]) == [Some(30.0), None]).await;
+    function.invoke(&schedule(), PATIENCE).await.expect("an answer");
+    let totals = || ["LagSeconds", "Heartbeat"].map(|name| total(&function.process.logged(), name));
+    eventually("the lag, and a heartbeat", async || totals() == [Some(0.0), Some(1.0)]).await;
+}
+
+#[tokio::test]
 async fn a_projector_that_is_far_behind_makes_no_message_fail_and_catches_up_in_invocations() {
     let world = World::new().await;
     let (behind, quick) = (Tally::new("behind"), Tally::new("quick"));
