@@ -1,0 +1,244 @@
+//! Invocations that do not come to a good end: no time, no database, a handler that never ends, a kill, a freeze, SIGTERM.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use projectionist::Queue;
+use projectionist::sqlx::{self, AssertSqlSafe, MySqlConnection};
+use serde_json::Value;
+
+use super::{GATE, close_gate, waiting_handlers};
+use crate::support::{Fate, PATIENCE, Tally, World, eventually, execute, holds};
+
+/// In a FIFO queue, and so in this order: what was passed is deleted, what was not and all after it is returned.
+#[tokio::test]
+async fn an_invocation_that_runs_out_of_time_answers_before_its_end_and_the_next_goes_on() {
+    let world = World::new().await;
+    let (quick, slow, last) = (Tally::new("quick"), Tally::new("slow"), Tally::new("the_last"));
+    let folder = world.booted(&[&quick.file(&[]), &slow.file(&[GATE]), &last.file(&[])]).await;
+    let mut gate = close_gate(&world, 25).await;
+    world.append_and_publish(50).await;
+    let options = ["--projectors", folder.path(), "--batch=10", "--convoy-seconds=60", "--deadline-margin=1500"];
+    let mut function = world.function(&options).await;
+
+    let batch = world.capture().await;
+    assert_eq!(batch.messages.len(), 5);
+    function.begin(&batch.event(&world), Duration::from_secs(8));
+    eventually("the slow one waits", async || waiting_handlers(&world).await == 1).await;
+    let answer = function.answer().await.expect("an answer");
+    assert_eq!(waiting_handlers(&world).await, 0, "nobody is frozen in the middle of a transaction");
+    assert_eq!(
+        (world.position("quick").await, world.position("slow").await, world.position("the_last").await),
+        (50, 20, 0)
+    );
+    // Nobody has passed them, for the last one had no turn yet.
+    assert_eq!(batch.settle(&world, &answer).await, [0, 1, 2, 3, 4]);
+
+    // It is known now who is slow: it holds up nobody.
+    let batch = world.capture().await;
+    function.begin(&batch.event(&world), Duration::from_secs(8));
+    eventually("the last one has its turn", async || world.position("the_last").await == 50).await;
+    let answer = function.answer().await.expect("an answer");
+    assert_eq!(batch.settle(&world, &answer).await, Vec::<usize>::new());
+    assert_eq!(
+        (waiting_handlers(&world).await, world.position("slow").await, world.queue.depth().await.expect("a depth")),
+        (0, 20, 0)
+    );
+
+    execute(&mut gate, "rollback").await;
+    world.append_and_publish(10).await;
+    assert_eq!(function.drain(&world).await, 1);
+    for tally in [&quick, &slow, &last] {
+        world.assert_complete(tally).await;
+    }
+}
+
+#[tokio::test]
+async fn of_a_batch_that_runs_out_of_time_what_everybody_has_passed_is_not_returned() {
+    for (world, is_fifo) in [(World::new().await, true), (World::with_standard_queue().await, false)] {
+        let (first, slow) = (Tally::new("first"), Tally::new("slow"));
+        let folder = world.booted(&[&first.file(&[]), &slow.file(&[GATE])]).await;
+        let mut gate = close_gate(&world, 25).await;
+        world.append_and_publish(50).await;
+        let options = ["--projectors", folder.path(), "--batch=10", "--convoy-seconds=60", "--deadline-margin=1500"];
+        let mut function = world.function(&options).await;
+        let batch = world.capture().await;
+        let event = batch.event(&world);
+        let answer = function.invoke(&event, Duration::from_secs(8)).await.expect("an answer");
+        // Those that end with 10 and 20, wherever they are in the batch; of a FIFO queue they are the first.
+        let last = |record: &Value| {
+            let body: Value = serde_json::from_str(record["body"].as_str().expect("a body")).expect("JSON");
+            body["events"].as_array().and_then(|events| events.last()?["position"].as_u64()).expect("a position")
+        };
+        let positions: Vec<u64> = event["Records"].as_array().expect("records").iter().map(last).collect();
+        let returned = batch.settle(&world, &answer).await;
+        let returned_positions: Vec<u64> = returned.iter().map(|&index| positions[index]).collect();
+        let mut not_passed = positions.clone();
+        not_passed.retain(|&position| position > 20);
+        assert_eq!(returned_positions, not_passed);
+        assert!(!is_fifo || positions == [10, 20, 30, 40, 50], "{positions:?}");
+
+        execute(&mut gate, "rollback").await;
+        assert_eq!(function.drain(&world).await, not_passed.len());
+        world.append_and_publish(5).await;
+        function.drain(&world).await;
+        for tally in [&first, &slow] {
+            world.assert_complete(tally).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_database_that_goes_away_in_the_middle_of_a_batch_makes_it_come_again_and_loses_nothing() {
+    let world = World::new().await;
+    let (a, b) = (Tally::new("a"), Tally::new("b"));
+    let folder = world.booted(&[&a.file(&[]), &b.file(&[])]).await;
+    let (is_down, commits) = (Arc::new(AtomicBool::new(false)), AtomicU64::new(0));
+    let down = Arc::clone(&is_down);
+    let url = world
+        .database_url_by(move |bytes| {
+            // The third commit is the last that the server hears of, until it is there again.
+            if holds(bytes, "COMMIT") && commits.fetch_add(1, Ordering::SeqCst) == 2 {
+                down.store(true, Ordering::SeqCst);
+                return Fate::CutAfter;
+            }
+            if down.load(Ordering::SeqCst) { Fate::Reset } else { Fate::Passes }
+        })
+        .await;
+    world.append_and_publish(50).await;
+    let options = ["--projectors", folder.path(), "--batch=10", "--connect-timeout=2", "--database-url", &url];
+    let mut function = world.function(&options).await;
+    let batch = world.capture().await;
+    let answer = function.invoke(&batch.event(&world), Duration::from_secs(8)).await.expect("an answer");
+    assert!(is_down.load(Ordering::SeqCst), "it went away");
+    assert_eq!((world.position("a").await, world.position("b").await), (30, 0));
+    assert_eq!(batch.settle(&world, &answer).await, [0, 1, 2, 3, 4], "all after what nobody can vouch for");
+
+    is_down.store(false, Ordering::SeqCst);
+    assert_eq!(function.drain(&world).await, 5);
+    world.assert_complete(&a).await;
+    world.assert_complete(&b).await;
+}
+
+#[tokio::test]
+async fn a_handler_that_never_ends_is_found_out_in_one_invocation_and_breaks_only_its_projector() {
+    let world = World::new().await;
+    let (endless, b) = (Tally::new("an_endless_one"), Tally::new("b"));
+    let folder = world.booted(&[&endless.file(&[GATE]), &b.file(&[])]).await;
+    let _gate = close_gate(&world, 15).await;
+    world.append_and_publish(30).await;
+    let options = ["--projectors", folder.path(), "--handler-timeout=2", "--convoy-seconds=1"];
+    let mut function = world.function(&options).await;
+    assert_eq!(function.drain(&world).await, 3);
+    assert_eq!((world.status("an_endless_one").await, world.position("an_endless_one").await), ("broken".into(), 14));
+    world.assert_folded(&endless).await;
+    world.assert_complete(&b).await;
+}
+
+#[tokio::test]
+async fn after_an_invocation_that_was_killed_each_event_is_applied_once() {
+    let world = World::new().await;
+    let (a, b) = (Tally::new("a"), Tally::new("b"));
+    let folder = world.booted(&[&a.file(&[]), &b.file(&[GATE])]).await;
+    let mut gate = close_gate(&world, 25).await;
+    world.append_and_publish(50).await;
+    let options = ["--projectors", folder.path(), "--batch=10", "--convoy-seconds=60"];
+    let function = world.function(&options).await;
+    let batch = world.capture().await;
+    function.begin(&batch.event(&world), PATIENCE);
+    eventually("it is in the middle of the batch", async || waiting_handlers(&world).await == 1).await;
+    assert!(function.process.strike_down().await, "it was running");
+    assert_eq!((world.position("a").await, world.position("b").await), (50, 20));
+    batch.abandon(&world).await;
+
+    execute(&mut gate, "rollback").await;
+    let mut another = world.function(&options).await;
+    assert_eq!(another.drain(&world).await, 5);
+    world.assert_complete(&a).await;
+    world.assert_complete(&b).await;
+}
+
+/// The process stands still meanwhile, as a function does between two invocations.
+#[tokio::test]
+async fn a_function_whose_connections_were_ended_while_it_was_frozen_passes_the_next_batch() {
+    let world = World::new().await;
+    let (a, b) = (Tally::new("a"), Tally::new("b"));
+    let folder = world.booted(&[&a.file(&[]), &b.file(&[])]).await;
+    // A user of its own, so that its sessions can be told from the test's.
+    let user = format!("u{:x}", fastrand::u64(..));
+    let mut admin = world.connection().await;
+    execute(&mut admin, &format!("create user '{user}'@'%' identified by 'x'")).await;
+    execute(&mut admin, &format!("grant all on {}.* to '{user}'@'%'", world.database_name)).await;
+    let url = world.database_url.replace("://root@", &format!("://{user}:x@"));
+    let mut function = world.function(&["--projectors", folder.path(), "--database-url", &url]).await;
+    for round in 1..=3 {
+        world.append_and_publish(30).await;
+        assert_eq!(function.drain(&world).await, 3);
+        function.is_waiting_for(round * 2).await;
+        function.process.signal("STOP").await;
+        assert!(end_sessions(&mut admin, &user).await > 0, "connections are kept between invocations");
+        world.append_and_publish(30).await;
+        let batch = world.capture().await;
+        function.begin(&batch.event(&world), PATIENCE);
+        function.process.signal("CONT").await;
+        let answer = function.answer().await.expect("an answer");
+        assert_eq!(batch.settle(&world, &answer).await, Vec::<usize>::new());
+        world.assert_complete(&a).await;
+        world.assert_complete(&b).await;
+    }
+    execute(&mut admin, &format!("drop user '{user}'@'%'")).await;
+}
+
+/// Ends every session of a user, and says how many there were.
+async fn end_sessions(admin: &mut MySqlConnection, user: &str) -> usize {
+    let sessions =
+        sqlx::query_scalar::<_, u64>("select cast(id as unsigned) from information_schema.processlist where user = ?");
+    let sessions = sessions.bind(user).fetch_all(&mut *admin).await.expect("the sessions");
+    for session in &sessions {
+        // One that has gone by itself meanwhile cannot be ended.
+        let _ = sqlx::raw_sql(AssertSqlSafe(format!("kill {session}"))).execute(&mut *admin).await;
+    }
+    sessions.len()
+}
+
+/// As behind a network that forgets connections on which nothing is sent.
+#[tokio::test]
+async fn a_function_whose_connections_went_silent_while_it_was_not_used_passes_the_next_batch() {
+    let world = World::new().await;
+    let a = Tally::new("a");
+    let folder = world.booted(&[&a.file(&[])]).await;
+    let (proxy, url) = world.database_proxy(|_| Fate::Passes).await;
+    let options = ["--projectors", folder.path(), "--idle-timeout=0", "--database-url", &url];
+    let mut function = world.function(&options).await;
+    for round in 1..=3 {
+        proxy.silence();
+        world.append_and_publish(30).await;
+        let batch = world.capture().await;
+        let answer = function.invoke(&batch.event(&world), PATIENCE / 2).await.expect("an answer");
+        assert_eq!(batch.settle(&world, &answer).await, Vec::<usize>::new());
+        world.assert_complete(&a).await;
+        function.is_waiting_for(round + 1).await;
+    }
+}
+
+#[tokio::test]
+async fn sigterm_ends_a_function_and_an_invocation_in_hand_answers_first() {
+    let world = World::new().await;
+    let a = Tally::new("a");
+    let folder = world.booted(&[&a.file(&[GATE])]).await;
+    let idle = world.function(&["--projectors", folder.path()]).await;
+    idle.process.terminate().await.exits(0);
+
+    let _gate = close_gate(&world, 5).await;
+    world.append_and_publish(10).await;
+    let mut busy = world.function(&["--projectors", folder.path(), "--convoy-seconds=60"]).await;
+    let batch = world.capture().await;
+    busy.begin(&batch.event(&world), PATIENCE * 10);
+    eventually("it is in the middle of the batch", async || waiting_handlers(&world).await == 1).await;
+    busy.process.signal("TERM").await;
+    let answer = busy.answer().await.expect("an answer");
+    assert_eq!(batch.settle(&world, &answer).await, [0]);
+    assert_eq!((waiting_handlers(&world).await, world.position("a").await), (0, 0));
+    busy.process.finish().await.exits(0);
+}

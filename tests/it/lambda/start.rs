@@ -1,0 +1,116 @@
+//! How a function starts, and what it refuses.
+
+use std::process::Stdio;
+use std::time::Instant;
+
+use serde_json::json;
+
+use crate::support::{Folder, Function, PATIENCE, Running, Runtime, Tally, World, schedule};
+
+#[tokio::test]
+async fn what_is_no_event_of_ours_is_refused_with_what_was_expected_and_the_function_goes_on() {
+    let world = World::new().await;
+    let a = Tally::new("a");
+    let folder = world.booted(&[&a.file(&[])]).await;
+    let mut command = world.command(&["lambda", "--projectors", folder.path()]);
+    command.env_remove("QUEUE_URL");
+    let mut function = Function::start(command).await;
+    for (event, word) in [
+        (json!("{\"Records\":"), "EOF"),
+        (json!({"Records": [{"eventSource": "aws:s3", "s3": {}}]}), "aws:s3"),
+        (json!({"key": "value"}), "neither Records nor a detail-type"),
+        (schedule(), "QUEUE_URL"),
+    ] {
+        let error = function.invoke(&event, PATIENCE).await.expect_err("it is refused");
+        assert_eq!(error["errorType"], "Projectionist.Input");
+        let message = error["errorMessage"].as_str().expect("a message");
+        assert!(message.contains(word), "{message}");
+    }
+    // A batch needs no queue's URL.
+    world.append_and_publish(20).await;
+    assert_eq!(function.drain(&world).await, 2);
+    world.assert_complete(&a).await;
+}
+
+#[tokio::test]
+async fn a_function_that_cannot_be_initialized_says_why_to_lambda_and_exits_as_every_command() {
+    let world = World::new().await;
+    let folder = Folder::new().with("1.toml", &Tally::new("a").file(&[]));
+    let with_projectors = ["lambda", "--projectors", folder.path()];
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let silent = format!("mysql://root@{}/x", silent.local_addr().expect("an address"));
+    for (arguments, url, kind, code, words) in [
+        (
+            &["lambda"][..],
+            Some(world.database_url.as_str()),
+            "Projectionist.Input",
+            2,
+            &["no projectors", "PROJECTORS"][..],
+        ),
+        (&with_projectors, None, "Projectionist.Input", 2, &["no database is named", "DATABASE_URL"]),
+        (&with_projectors, Some("mysql://root@127.0.0.1:1/x"), "Projectionist.OutOfReach", 3, &["127.0.0.1:1/x"]),
+        (&with_projectors, Some(&silent), "Projectionist.OutOfReach", 3, &["did not answer"]),
+    ] {
+        let mut runtime = Runtime::new().await;
+        let mut command = world.command(arguments);
+        match url {
+            Some(url) => command.env("DATABASE_URL", url),
+            None => command.env_remove("DATABASE_URL"),
+        };
+        runtime.set_up(&mut command);
+        let ended = Running::spawn(command).finish().await.exits(code).says(words);
+        let error = runtime.init_error().await;
+        assert_eq!((&error["errorType"], error["errorMessage"].as_str()), (&json!(kind), Some(ended.error().as_str())));
+    }
+    let elsewhere = world.run(&with_projectors).await.exits(2);
+    elsewhere.says(&["AWS_LAMBDA_RUNTIME_API is not set", "use play elsewhere"]);
+}
+
+#[tokio::test]
+async fn the_binary_without_arguments_is_a_function_where_lambda_starts_it() {
+    let world = World::new().await;
+    let a = Tally::new("a");
+    let folder = world.booted(&[&a.file(&[])]).await;
+    let mut bootstrap = world.command(&[]);
+    bootstrap.env("PROJECTORS", folder.path());
+    let mut function = Function::start(bootstrap).await;
+    world.append_and_publish(10).await;
+    assert_eq!(function.drain(&world).await, 1);
+    world.assert_complete(&a).await;
+}
+
+/// Not a test: prints how long a function takes from its start to its first question, and to its first answer, that is with
+/// its first projection committed. `PROJECTIONIST_BINARY` names another binary than that of the tests.
+#[tokio::test]
+#[ignore = "measures, and asserts nothing"]
+async fn cold_start() {
+    let world = World::new().await;
+    let a = Tally::new("a");
+    let folder = world.booted(&[&a.file(&[])]).await;
+    let (mut to_init, mut to_commit) = (Vec::new(), Vec::new());
+    for _ in 0..15 {
+        world.append_and_publish(10).await;
+        let batch = world.capture().await;
+        let command = world.command(&["lambda", "--projectors", folder.path()]);
+        let command = match std::env::var("PROJECTIONIST_BINARY") {
+            Ok(binary) => {
+                let mut other = tokio::process::Command::new(binary);
+                other.args(command.as_std().get_args()).stdout(Stdio::piped()).stderr(Stdio::piped());
+                command.as_std().get_envs().for_each(|(name, value)| _ = value.map(|value| other.env(name, value)));
+                other
+            }
+            Err(_) => command,
+        };
+        let began = Instant::now();
+        let mut function = Function::start(command).await;
+        to_init.push(began.elapsed());
+        let answer = function.invoke(&batch.event(&world), PATIENCE).await.expect("an answer");
+        to_commit.push(began.elapsed());
+        assert_eq!(batch.settle(&world, &answer).await, Vec::<usize>::new());
+    }
+    world.assert_complete(&a).await;
+    for (what, mut times) in [("init done", to_init), ("first batch of ten events committed", to_commit)] {
+        times.sort();
+        eprintln!("{what}: median {:?}, from {:?} to {:?}", times[times.len() / 2], times[0], times[times.len() - 1]);
+    }
+}
