@@ -22,7 +22,7 @@ async fn close_gate(world: &World, at: u64) -> MySqlConnection {
     keeper
 }
 
-/// Sessions with a transaction open that they do not end: those of the function, for the test has none.
+/// Sessions that are in the statement of the gate. (Whether they wait there, says `lock_waits`: others are just passing it.)
 async fn waiting_handlers(world: &World) -> u64 {
     let name = &world.database_name;
     world

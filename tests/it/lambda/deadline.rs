@@ -25,7 +25,7 @@ async fn an_invocation_that_runs_out_of_time_answers_before_its_end_and_the_next
     let batch = world.capture().await;
     assert_eq!(batch.messages.len(), 5);
     function.begin(&batch.event(&world), Duration::from_secs(8));
-    eventually("the slow one waits", async || waiting_handlers(&world).await == 1).await;
+    eventually("the slow one waits", async || world.lock_waits().await == 1).await;
     let answer = function.answer().await.expect("an answer");
     assert_eq!(waiting_handlers(&world).await, 0, "nobody is frozen in the middle of a transaction");
     assert_eq!(
@@ -147,7 +147,7 @@ async fn after_an_invocation_that_was_killed_each_event_is_applied_once() {
     let function = world.function(&options).await;
     let batch = world.capture().await;
     function.begin(&batch.event(&world), PATIENCE);
-    eventually("it is in the middle of the batch", async || waiting_handlers(&world).await == 1).await;
+    eventually("it is in the middle of the batch", async || world.lock_waits().await == 1).await;
     assert!(function.process.strike_down().await, "it was running");
     assert_eq!((world.position("a").await, world.position("b").await), (50, 20));
     batch.abandon(&world).await;
@@ -235,7 +235,7 @@ async fn sigterm_ends_a_function_and_an_invocation_in_hand_answers_first() {
     let mut busy = world.function(&["--projectors", folder.path(), "--convoy-seconds=60"]).await;
     let batch = world.capture().await;
     busy.begin(&batch.event(&world), PATIENCE * 10);
-    eventually("it is in the middle of the batch", async || waiting_handlers(&world).await == 1).await;
+    eventually("it is in the middle of the batch", async || world.lock_waits().await == 1).await;
     busy.process.signal("TERM").await;
     let answer = busy.answer().await.expect("an answer");
     assert_eq!(batch.settle(&world, &answer).await, [0]);
