@@ -32,9 +32,10 @@ impl Standing {
     /// Waits for no lock. Takes a few statements, and one for each projector that is behind.
     pub(crate) async fn read(ledger: &Ledger, store: &EventStore) -> Result<Self, sqlx::Error> {
         let entries = ledger.entries().await?;
-        let published = store.marks().await?.published;
-        let high_water = store.provable_high_water().await?;
-        let mut standing = Standing { high_water, published, projectors: Vec::new(), now: OffsetDateTime::now_utc() };
+        let marks = store.marks().await?;
+        let high_water = store.provable_high_water(marks.high_water).await?;
+        let mut standing =
+            Standing { high_water, published: marks.published, projectors: Vec::new(), now: OffsetDateTime::now_utc() };
         for entry in entries {
             let lag = match entry.status {
                 Status::Finished | Status::Retired => Lag::default(),

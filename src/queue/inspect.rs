@@ -55,11 +55,7 @@ impl SqsQueue {
         let here = DateTime::from(asked).as_secs_f64() + asked.elapsed().unwrap_or_default().as_secs_f64() / 2.0;
         // The header has no fractions.
         let clock_ahead = clock.time().map(|time| time.as_secs_f64() + 0.5 - here);
-        let attributes = answer.attributes.unwrap_or_default().into_iter();
-        Ok(InspectedQueue {
-            attributes: attributes.map(|(name, value)| (name.as_str().to_owned(), value)).collect(),
-            clock_ahead,
-        })
+        Ok(InspectedQueue { attributes: by_name(answer.attributes), clock_ahead })
     }
 
     /// The attributes of another queue of the same account and region; `None` where we may not look.
@@ -70,10 +66,7 @@ impl SqsQueue {
             Err(error) => return Err(QueueError(explain(&error))),
         };
         match self.client.get_queue_attributes().queue_url(url).attribute_names(Attribute::All).send().await {
-            Ok(answer) => {
-                let attributes = answer.attributes.unwrap_or_default().into_iter();
-                Ok(Some(attributes.map(|(name, value)| (name.as_str().to_owned(), value)).collect()))
-            }
+            Ok(answer) => Ok(Some(by_name(answer.attributes))),
             Err(error) if sqs::is_denied(&error) => Ok(None),
             Err(error) => Err(QueueError(explain(&error))),
         }
@@ -96,6 +89,11 @@ impl SqsQueue {
             ("ChangeMessageVisibility", judge(hide)),
         ]
     }
+}
+
+/// By the names that SQS gives them.
+fn by_name(attributes: Option<HashMap<Attribute, String>>) -> HashMap<String, String> {
+    attributes.unwrap_or_default().into_iter().map(|(name, value)| (name.as_str().to_owned(), value)).collect()
 }
 
 fn judge<T, E>(answer: Result<T, SdkError<E>>) -> Allowed

@@ -124,9 +124,8 @@ impl EventStore {
         }
     }
 
-    /// The mark as far as reading proves it, stored by nobody: a run without holes is its own proof.
-    pub(crate) async fn provable_high_water(&self) -> Result<Position, sqlx::Error> {
-        let mut mark = self.marks().await?.high_water;
+    /// The mark as far above this as reading proves it, stored by nobody: a run without holes is its own proof.
+    pub(crate) async fn provable_high_water(&self, mut mark: Position) -> Result<Position, sqlx::Error> {
         loop {
             let visible = self.visible_above(mark).await?;
             let Survey { contiguous, holes } = survey(mark, &visible);

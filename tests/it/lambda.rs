@@ -7,7 +7,7 @@ mod start;
 use projectionist::Queue;
 use projectionist::sqlx::MySqlConnection;
 
-use crate::support::{Folder, PATIENCE, Tally, World, execute};
+use crate::support::{Folder, PATIENCE, Session, Tally, World, execute};
 
 /// A statement that waits where somebody holds the gate at the event's position.
 const GATE: &str = "update gate set n = n + 1 where at = :position";
@@ -23,13 +23,9 @@ async fn close_gate(world: &World, at: u64) -> MySqlConnection {
 }
 
 /// Sessions that are in the statement of the gate. (Whether they wait there, says `lock_waits`: others are just passing it.)
-async fn waiting_handlers(world: &World) -> u64 {
-    let name = &world.database_name;
-    world
-        .number(&format!(
-            "select count(*) from information_schema.processlist where db = '{name}' and info like 'update gate%'"
-        ))
-        .await
+async fn waiting_handlers(world: &World) -> usize {
+    let waits = |session: &&Session| session.statement.starts_with("update gate");
+    world.sessions().await.iter().filter(waits).count()
 }
 
 impl World {

@@ -5,11 +5,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use projectionist::Queue;
-use projectionist::sqlx::{self, AssertSqlSafe, MySqlConnection};
 use serde_json::Value;
 
 use super::{GATE, close_gate, waiting_handlers};
-use crate::support::{Fate, PATIENCE, Tally, World, eventually, execute, holds};
+use crate::support::{Fate, PATIENCE, Tally, World, eventually, execute, holds, kill, sessions};
 
 /// In a FIFO queue, and so in this order: what was passed is deleted, what was not and all after it is returned.
 #[tokio::test]
@@ -177,7 +176,8 @@ async fn a_function_whose_connections_were_ended_while_it_was_frozen_passes_the_
         assert_eq!(function.drain(&world).await, 3);
         function.is_waiting_for(round * 2).await;
         function.process.signal("STOP").await;
-        assert!(end_sessions(&mut admin, &user).await > 0, "connections are kept between invocations");
+        let its_own = sessions(&mut admin).await.into_iter().filter(|session| session.user == user);
+        assert!(kill(&mut admin, its_own).await > 0, "connections are kept between invocations");
         world.append_and_publish(30).await;
         let batch = world.capture().await;
         function.begin(&batch.event(&world), PATIENCE);
@@ -188,18 +188,6 @@ async fn a_function_whose_connections_were_ended_while_it_was_frozen_passes_the_
         world.assert_complete(&b).await;
     }
     execute(&mut admin, &format!("drop user '{user}'@'%'")).await;
-}
-
-/// Ends every session of a user, and says how many there were.
-async fn end_sessions(admin: &mut MySqlConnection, user: &str) -> usize {
-    let sessions =
-        sqlx::query_scalar::<_, u64>("select cast(id as unsigned) from information_schema.processlist where user = ?");
-    let sessions = sessions.bind(user).fetch_all(&mut *admin).await.expect("the sessions");
-    for session in &sessions {
-        // One that has gone by itself meanwhile cannot be ended.
-        let _ = sqlx::raw_sql(AssertSqlSafe(format!("kill {session}"))).execute(&mut *admin).await;
-    }
-    sessions.len()
 }
 
 /// As behind a network that forgets connections on which nothing is sent.
