@@ -50,10 +50,11 @@ sqs_start() {
   address=127.0.0.1:$(recorded sqs port)
   echo "$services" >"$STATE/sqs/services"
   # Services load when first called: for SQS alone that is as quick as beforehand, for many it is much quicker.
+  # It would tell its own CloudWatch of each message in a request of its own, and be busy with that for minutes after a load.
   # Where it takes this machine for its container it would share one folder with every other LocalStack, and lose it to them.
   launch sqs env OVERRIDE_IN_DOCKER=0 SERVICES="$services" STRICT_SERVICE_LOADING=1 EAGER_SERVICE_LOADING=0 \
     GATEWAY_LISTEN="$address" LOCALSTACK_HOST="$address" SQS_ENDPOINT_STRATEGY=path FILESYSTEM_ROOT="$STATE/sqs/fs" \
-    DISABLE_EVENTS=1 SKIP_SSL_CERT_DOWNLOAD=1 DNS_ADDRESS=0 \
+    SQS_DISABLE_CLOUDWATCH_METRICS=1 DISABLE_EVENTS=1 SKIP_SSL_CERT_DOWNLOAD=1 DNS_ADDRESS=0 \
     "$sqs_venv/bin/python" "$ROOT/localstack/localstack_loopback.py"
 }
 
