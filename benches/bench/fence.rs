@@ -12,6 +12,8 @@ const HOLD: &str = "select position from positions where number = ? for update";
 
 const MOVE: &str = "update positions set position = ? where number = ? and position = ?";
 
+const ALL: &str = "select number, position from positions";
+
 /// One position, on a connection of its own.
 pub struct Fence {
     connection: MySqlConnection,
@@ -25,6 +27,13 @@ impl Fence {
         world.execute(TABLE).await?;
         world.execute(&format!("replace into positions values ({number}, 0)")).await?;
         Ok(Fence { connection: world.connection().await?, number, position: 0 })
+    }
+
+    /// Asks for whom there is something to do: of what deploys and other workers have changed, only the database knows.
+    pub async fn ask(&mut self) -> anyhow::Result<()> {
+        let all: Vec<(u32, u64)> = sqlx::query_as(ALL).fetch_all(&mut self.connection).await?;
+        ensure!(all.contains(&(self.number, self.position)), "the position is not where it was left: {all:?}");
+        Ok(())
     }
 
     /// So many events further, in one transaction.

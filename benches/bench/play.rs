@@ -27,7 +27,7 @@ struct Backlog {
 }
 
 /// One event a message: play with one projector and with ten, and who only receives and deletes the same messages; and who
-/// commits a position in between, without which nothing may be deleted.
+/// asks in between for whom they are, and commits a position, without which nothing may be deleted.
 pub async fn one_a_message(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
     let (world, registries) = live(bench, bench.sizes().stub_messages).await?;
     let (world, [one, ten]) = (&world, &registries);
@@ -40,8 +40,8 @@ pub async fn one_a_message(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<(
     ] {
         let endpoint = &endpoint;
         let committing = match kind {
-            Kind::Fifo => "receive, commit, delete, one after the other",
-            Kind::Standard => "receive, commit, delete, with the next receive meanwhile",
+            Kind::Fifo => "receive, ask who is live, commit, delete, one after the other",
+            Kind::Standard => "receive, ask who is live, commit, delete, with the next receive meanwhile",
         };
         let [one, ten, bound, bare] = in_turn(
             bench.options.rounds,
@@ -218,7 +218,7 @@ async fn received(endpoint: &Endpoint, kind: Kind, backlog: &Backlog) -> anyhow:
     drain(endpoint, kind, backlog, None).await
 }
 
-/// The same for who moves a position past what was received, before it is deleted.
+/// The same for who asks for whom it is, and moves a position past what was received, before it is deleted.
 async fn committed(world: &World, endpoint: &Endpoint, kind: Kind, backlog: &Backlog) -> anyhow::Result<f64> {
     drain(endpoint, kind, backlog, Some(Fence::new(world, 0).await?)).await
 }
@@ -237,6 +237,7 @@ async fn drain(endpoint: &Endpoint, kind: Kind, backlog: &Backlog, mut fence: Op
         ensure!(began.elapsed() < PATIENCE, "{left} messages do not come");
         let work = async {
             if let Some(fence) = &mut fence {
+                fence.ask().await?;
                 fence.advance(receipts.len() as u64).await?;
             }
             anyhow::Ok(queue.sqs.delete(&receipts).await?)
