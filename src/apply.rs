@@ -63,7 +63,7 @@ impl From<sqlx::Error> for ApplyError {
     }
 }
 
-/// Applies a batch: lock the ledger row, check the claim, run the handler, move the position, commit. That is three
+/// Applies a batch: lock the ledger row, check the claim, run the handler, move the position, commit. That is two
 /// round trips, and those of the handler.
 pub(crate) async fn apply(
     database: &Database,
@@ -79,34 +79,12 @@ pub(crate) async fn apply(
         database.answered(sqlx::raw_sql(AssertSqlSafe(allow)).execute(&mut *session.connection)).await?;
     }
     let guard = Handling { database, session: session.id, is_on: false };
-    match run(&mut session.connection, guard, projector, stage, batch, handler_timeout).await {
-        Ok(()) => {
-            database.keep(session);
-            Ok(())
-        }
-        Err(NotApplied::Begin(error)) if ledger::is_refusal(&error) => {
-            // By hand: to sqlx nothing was begun. What is not in order after this is closed by the pool.
-            database.answered(sqlx::raw_sql("rollback").execute(&mut *session.connection)).await?;
-            Err(ApplyError::Claim(Ledger::new(database).entry(&projector.id).await?))
-        }
-        Err(NotApplied::Begin(error)) => {
-            session.connection.close_on_drop();
-            Err(error.into())
-        }
-        Err(NotApplied::Since(error)) => Err(error),
+    let applied = run(&mut session.connection, guard, projector, stage, batch, handler_timeout).await;
+    // Of another session the pool sees to it that what was begun is rolled back.
+    if applied.is_ok() {
+        database.keep(session);
     }
-}
-
-/// How far a batch came that was not applied.
-enum NotApplied {
-    Begin(sqlx::Error),
-    Since(ApplyError),
-}
-
-impl<E: Into<ApplyError>> From<E> for NotApplied {
-    fn from(error: E) -> Self {
-        NotApplied::Since(error.into())
-    }
+    applied
 }
 
 async fn run(
@@ -116,26 +94,28 @@ async fn run(
     stage: Stage,
     batch: Batch<'_>,
     handler_timeout: Duration,
-) -> Result<(), NotApplied> {
+) -> Result<(), ApplyError> {
     let (database, id, began) = (guard.database, &projector.id, Instant::now());
-    let begin = ledger::begin(connection, id, stage, batch.after);
-    let mut transaction = database.answered(begin).await.map_err(NotApplied::Begin)?;
+    if !database.answered(ledger::begin(connection, id, stage, batch.after)).await? {
+        database.answered(sqlx::raw_sql("rollback").execute(&mut *connection)).await?;
+        return Err(ApplyError::Claim(Ledger::new(database).entry(id).await?));
+    }
 
     let wanted: Vec<&Event> = batch.wanted(projector).collect();
     if !wanted.is_empty() {
         guard.is_on = true;
-        let handling = projector.projector.handle_batch(&wanted, &mut transaction);
+        let handling = projector.projector.handle_batch(&wanted, connection);
         let handled = match timeout(handler_timeout, AssertUnwindSafe(handling).catch_unwind()).await {
             Ok(Ok(handled)) => handled,
             Ok(Err(panic)) => {
                 guard.end().await?;
                 let message = panic_message(panic.as_ref());
-                return Err(ApplyError::Projector(anyhow!("the handler panicked: {message}")).into());
+                return Err(ApplyError::Projector(anyhow!("the handler panicked: {message}")));
             }
             Err(_) => {
                 guard.end().await?;
                 let seconds = handler_timeout.as_secs_f32();
-                return Err(ApplyError::TimedOut(anyhow!("the handler took longer than {seconds} s")).into());
+                return Err(ApplyError::TimedOut(anyhow!("the handler took longer than {seconds} s")));
             }
         };
         guard.is_on = false;
@@ -144,28 +124,23 @@ async fn run(
                 database.distrust(error);
             }
             return Err(match database_error(&error) {
-                Some(lost) if is_hang_up(lost) => ApplyError::HungUp(error).into(),
-                Some(passing) if is_transient(passing) => ApplyError::Transient(error).into(),
-                _ => ApplyError::Projector(error).into(),
+                Some(lost) if is_hang_up(lost) => ApplyError::HungUp(error),
+                Some(passing) if is_transient(passing) => ApplyError::Transient(error),
+                _ => ApplyError::Projector(error),
             });
         }
     }
-    match database.answered(ledger::advance(&mut transaction, id, batch.after, batch.through)).await {
-        Ok(true) => {
-            database.answered(transaction.commit()).await?;
-            metrics::applied(id, wanted.len(), began.elapsed());
-            Ok(())
-        }
-        Ok(false) => {
-            Err(ApplyError::Projector(anyhow!("the handler changed its projector's own row in the ledger")).into())
-        }
-        Err(error) if server_error(&error) == Some(1305) => Err(ApplyError::Projector(anyhow!(
+    let committed = database.answered(ledger::commit(connection, id, batch.after, batch.through)).await;
+    committed.map_err(|error| match server_error(&error) {
+        Some(1305) => ApplyError::Projector(anyhow!(
             "the handler committed the transaction, by itself or by a statement that does so (such as DDL): \
              what it wrote is stored, but its position is not"
-        ))
-        .into()),
-        Err(error) => Err(error.into()),
-    }
+        )),
+        Some(1690) => ApplyError::Projector(anyhow!("the handler changed its projector's own row in the ledger")),
+        _ => error.into(),
+    })?;
+    metrics::applied(id, wanted.len(), began.elapsed());
+    Ok(())
 }
 
 /// While a handler runs. One that is cut off may be in the middle of a statement: its connection is of no more use then,

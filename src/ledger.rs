@@ -1,10 +1,10 @@
 //! The ledger: table `projectors`. The only authority on what has been applied.
 
 use sqlx::mysql::MySqlRow;
-use sqlx::{AssertSqlSafe, Connection, MySql, MySqlConnection, Row, Transaction};
+use sqlx::{AssertSqlSafe, Connection, MySqlConnection, Row};
 
 use crate::database::Database;
-use crate::error::{MayPass, is_transient, server_error};
+use crate::error::{MayPass, is_transient};
 use crate::event::Position;
 use crate::lifecycle::{self, FailedEvent, Failure, Stage, Status, Step};
 use crate::projector::{Mode, ProjectorId};
@@ -22,6 +22,8 @@ macro_rules! select_entry {
 }
 
 const ENTRIES: &str = select_entry!("order by created_at, name, version");
+/// No more of them than who plays needs: it asks with every receive.
+const LIVE: &str = "select name, version, position from projectors where status = 'live'";
 const ENTRY: &str = select_entry!("where name = ? and version = ?");
 const LOCK: &str = select_entry!("where name = ? and version = ? for update");
 
@@ -29,6 +31,9 @@ const LOCK: &str = select_entry!("where name = ? and version = ? for update");
 /// then fails with error 1305.
 const SAVEPOINT: &str = "savepoint projectionist";
 const RELEASE: &str = "release savepoint projectionist";
+
+/// Fails, and so ends the packet that it is in, unless the statement before it found one row: no number is larger.
+const MOVED_ONE: &str = "select 18446744073709551615 + (row_count() != 1)";
 
 /// Two boots may see a new projector at once: the row of the first stands.
 const ENTER: &str = "insert into projectors (name, version, mode, status, position, side_effects) \
@@ -81,6 +86,13 @@ impl Ledger {
     pub async fn entries(&self) -> Result<Vec<Entry>, sqlx::Error> {
         let rows = self.database.ask(async |connection| sqlx::query(ENTRIES).fetch_all(connection).await).await?;
         rows.iter().map(decode).collect()
+    }
+
+    /// The projectors that are live, of any release, and where they stand. Waits for no lock.
+    pub(crate) async fn live(&self) -> Result<Vec<(ProjectorId, Position)>, sqlx::Error> {
+        let live = self.database.ask(async |connection| sqlx::query_as(LIVE).fetch_all(connection).await).await?;
+        let decode = |(name, version, position)| (ProjectorId { name, version }, Position::new(position));
+        Ok(live.into_iter().map(decode).collect())
     }
 
     /// Enters a new projector as booting; one that is there already is left as it is.
@@ -182,51 +194,50 @@ async fn lock(connection: &mut MySqlConnection, id: &ProjectorId) -> Result<Opti
     row.map(|row| decode(&row)).transpose()
 }
 
-/// The fence: begins the transaction that applies events, locks the projector's row and checks that it is still this
-/// stage's and stands at `from`. After an error the server may have begun a
-/// transaction that sqlx does not know of.
+/// The fence: begins the transaction that applies events, and locks the projector's row if it is still this stage's and
+/// stands at `from`. `false`, with nothing locked but the transaction begun, if it is not.
 ///
 /// In one packet, which cannot be prepared: an identity has no character that SQL knows (`Registry::add`), and the rest is
-/// numbers and words of ours. What begins a transaction returns no rows, so who does not hold the claim gets an error:
-/// a subquery of two rows.
-pub(crate) async fn begin<'c>(
-    connection: &'c mut MySqlConnection,
+/// numbers and words of ours. An update that changes nothing locks as `for update` does, and says in fewer words whether
+/// there is such a row.
+pub(crate) async fn begin(
+    session: &mut MySqlConnection,
     id: &ProjectorId,
     stage: Stage,
     from: Position,
-) -> Result<Transaction<'c, MySql>, sqlx::Error> {
+) -> Result<bool, sqlx::Error> {
     let ProjectorId { name, version } = id;
     let statuses = stage.statuses();
     let begin = format!(
         "start transaction; \
-         select if(coalesce(max(position = {from} and status in ({statuses})), 0), 0, (select 1 union select 2)) \
-         from projectors where name = '{name}' and version = {version} for update; \
+         update projectors set status = status \
+         where name = '{name}' and version = {version} and position = {from} and status in ({statuses}); \
          {SAVEPOINT}"
     );
-    connection.begin_with(AssertSqlSafe(begin)).await
+    Ok(sqlx::raw_sql(AssertSqlSafe(begin)).execute(session).await?.rows_affected() == 1)
 }
 
-/// Whether [`begin`] failed because the claim does not hold.
-pub(crate) fn is_refusal(error: &sqlx::Error) -> bool {
-    server_error(error) == Some(1242)
-}
-
-/// Moves a projector whose claim is held, just before the commit. `false`: the row is no longer as it was locked.
+/// Moves a projector whose claim is held, and commits, in one packet too: it ends before the commit where the row is no
+/// longer as it was locked.
 ///
 /// # Errors
-/// With the server's number 1305 if the transaction is no longer the one that was begun.
-pub(crate) async fn advance(
-    transaction: &mut MySqlConnection,
+/// With the server's number 1305 if the transaction is no longer the one that was begun; 1690 if the row has changed. After
+/// an error nothing is committed, unless it is the answer that was lost.
+pub(crate) async fn commit(
+    session: &mut MySqlConnection,
     id: &ProjectorId,
     from: Position,
     to: Position,
-) -> Result<bool, sqlx::Error> {
+) -> Result<(), sqlx::Error> {
     let ProjectorId { name, version } = id;
-    let advance = format!(
-        "{RELEASE}; update projectors set position = {to} \
-         where name = '{name}' and version = {version} and position = {from}"
+    let commit = format!(
+        "{RELEASE}; \
+         update projectors set position = {to} \
+         where name = '{name}' and version = {version} and position = {from}; \
+         {MOVED_ONE}; \
+         commit"
     );
-    Ok(sqlx::raw_sql(AssertSqlSafe(advance)).execute(transaction).await?.rows_affected() == 1)
+    sqlx::raw_sql(AssertSqlSafe(commit)).execute(session).await.map(|_| ())
 }
 
 async fn set_status(connection: &mut MySqlConnection, id: &ProjectorId, status: &Status) -> Result<(), sqlx::Error> {

@@ -10,8 +10,9 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
-/// A COM_QUERY packet as the driver sends it to commit: length, sequence number, command, text.
-const COMMIT: &[u8] = b"\x07\x00\x00\x00\x03COMMIT";
+/// How what a client sends ends where it commits: the driver's own packet (length, sequence number, command, text), and the
+/// last statement of ours that moves a position.
+const COMMITS: [&[u8]; 2] = [b"\x07\x00\x00\x00\x03COMMIT", b"; commit"];
 
 /// When the cable is cut around a commit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -146,7 +147,7 @@ async fn carry(mut client: TcpStream, wires: &Wires, is_deaf: &AtomicBool) {
                 pass(&mut flows, is_deaf).await;
                 let Ok(count @ 1..) = read else { return };
                 let bytes = &from_client[..count];
-                let cut = match bytes.ends_with(COMMIT) {
+                let cut = match COMMITS.iter().any(|commit| bytes.ends_with(commit)) {
                     true => wires.armed.lock().expect("no panic while arming").pop_front(),
                     false => None,
                 };

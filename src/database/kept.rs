@@ -3,15 +3,21 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use sqlx::mysql::MySqlTransactionManager;
 use sqlx::pool::PoolConnection;
-use sqlx::{MySql, MySqlConnection};
+use sqlx::{MySql, MySqlConnection, Row, SqlSafeStr};
+use sqlx_core::transaction::TransactionManager;
 use tokio::runtime::Handle;
 use tokio::time::timeout;
 
 use super::{Database, UNUSED_FOR};
 use crate::error::is_transient;
 
-const SESSION_ID: &str = "select connection_id()";
+/// To sqlx a session is in a transaction for as long as it lives, so that one that a handler begins is a savepoint in ours,
+/// and so that we can commit ours in one packet with the position: sqlx would send its commit in a packet of its own. To the
+/// server it is in one only between [`ledger::begin`](crate::ledger::begin) and the commit.
+const NEST: &str = "start transaction";
+const SESSION_ID: &str = "rollback; select connection_id()";
 
 /// How often it is looked whether all connections are at rest.
 const LOOK_EVERY: Duration = Duration::from_millis(5);
@@ -66,15 +72,21 @@ impl Database {
         }
         let since = Instant::now();
         let mut connection = self.acquire().await?;
-        let id = self.answered(sqlx::query_scalar(SESSION_ID).fetch_one(&mut *connection)).await?;
+        let open = async {
+            MySqlTransactionManager::begin(&mut connection, Some(NEST.into_sql_str())).await?;
+            sqlx::raw_sql(SESSION_ID).fetch_one(&mut *connection).await?.try_get(0)
+        };
+        let id = self.answered(open).await?;
         Ok(Session { connection, id, since, used: since })
     }
 
-    /// Keeps a session for the next batch. It must be in order, and in no transaction.
+    /// Keeps a session for the next batch. It must be in order, and in no transaction of the server.
     pub(crate) fn keep(&self, session: Session) {
         let is_older = self.distrusted.borrow().is_some_and(|distrusted| session.since <= distrusted);
+        // A handler may have forgotten to end what it began.
+        let is_nested_once = MySqlTransactionManager::get_transaction_depth(&session.connection) == 1;
         let mut kept = self.kept.lock();
-        if !is_older && kept.idle.len() < kept.most {
+        if !is_older && is_nested_once && kept.idle.len() < kept.most {
             kept.idle.push(Session { used: Instant::now(), ..session });
         }
     }

@@ -11,9 +11,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use sqlx::migrate::{Migration, MigrationType, Migrator};
-use sqlx::mysql::{MySqlConnectOptions, MySqlPoolOptions};
+use sqlx::mysql::{MySqlConnectOptions, MySqlPoolOptions, MySqlTransactionManager};
 use sqlx::pool::PoolConnection;
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor, MySql, MySqlConnection, MySqlPool, SqlSafeStr};
+use sqlx_core::transaction::TransactionManager;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
@@ -69,9 +70,16 @@ pub(crate) enum Flavor {
 /// Above the 50 s that a server waits for a row's lock by default: what takes longer is not slow, but cut off.
 const ANSWER_WITHIN: Duration = Duration::from_secs(60);
 
-/// Whether a connection may go back to the pool; an error closes it without waiting any more.
+/// Whether a connection may go back to the pool, where it is in no transaction; an error closes it without waiting any more.
 async fn still_answers(connection: &mut MySqlConnection) -> Result<bool, sqlx::Error> {
-    answered_within(RETURNS_WITHIN, connection.ping()).await.map(|()| true)
+    let answers = async {
+        match MySqlTransactionManager::get_transaction_depth(connection) {
+            0 => connection.ping().await.map(|()| true),
+            1 => MySqlTransactionManager::rollback(connection).await.map(|()| true),
+            _ => Ok(false),
+        }
+    };
+    answered_within(RETURNS_WITHIN, answers).await
 }
 
 async fn answered_within<T>(

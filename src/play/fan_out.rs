@@ -8,8 +8,7 @@ use crate::apply::Batch;
 use crate::catch_up::{Cursor, CursorState};
 use crate::chain::{self, Link, Run};
 use crate::event::Position;
-use crate::ledger::Entry;
-use crate::lifecycle::{Stage, Status};
+use crate::lifecycle::Stage;
 use crate::metrics;
 use crate::projector::ProjectorId;
 use crate::queue::{Message, parse};
@@ -23,7 +22,7 @@ impl Worker {
     /// If ledger or log cannot be read: then nothing may be deleted.
     pub(super) async fn fan_out(&mut self, bodies: &[String]) -> Result<u64, sqlx::Error> {
         // Read again with every batch: what was booted, broken or retired meanwhile joins or leaves.
-        let (entries, marks) = tokio::try_join!(self.engine.ledger.entries(), self.engine.store.marks())?;
+        let (live, marks) = tokio::try_join!(self.engine.ledger.live(), self.engine.store.marks())?;
         let (runs, doorbells) = sort(bodies, &self.log_id, marks.high_water);
         let target = match doorbells {
             0 => None,
@@ -32,7 +31,7 @@ impl Worker {
 
         let mut broken = self.stragglers.rejoin();
         let held_up = self.led.take();
-        let mut convoy = self.convoy(&entries, &runs, target, held_up.as_ref());
+        let mut convoy = self.convoy(&live, &runs, target, held_up.as_ref());
         let budget = self.budget;
         if let ([run], None) = (&runs[..], target) {
             let whole = |cursor: &Cursor| match need(cursor, run, u64::MAX) {
@@ -67,29 +66,29 @@ impl Worker {
     /// last fan-out until it was cut off: there was no time to let it go then.
     fn convoy(
         &mut self,
-        entries: &[Entry],
+        live: &[(ProjectorId, Position)],
         runs: &[Run],
         target: Option<Position>,
         held_up: Option<&ProjectorId>,
     ) -> Vec<Cursor> {
         let mut convoy = Vec::new();
         for projector in self.registry.iter() {
-            let is_it = |entry: &&Entry| entry.id == projector.id && entry.status == Status::Live;
-            let Some(entry) = entries.iter().find(is_it).filter(|entry| !self.stragglers.hold(&entry.id)) else {
-                continue;
-            };
-            let is_slow = held_up == Some(&projector.id);
-            if is_slow || is_far_behind(entry.position, runs, target, self.budget.events) {
-                let why = if is_slow { "slow" } else { "far behind" };
-                warn!(
-                    projector = %projector.id, position = entry.position.get(),
-                    "{why}: leaves the convoy and catches up by itself"
-                );
-                self.stragglers.leave(&self.engine, projector, entry.position);
+            let Some(&(_, position)) = live.iter().find(|(id, _)| *id == projector.id) else { continue };
+            if self.stragglers.hold(&projector.id) {
                 continue;
             }
-            metrics::skipped(&entry.id, runs.iter().map(|run| run.known(entry.position)).sum());
-            convoy.push(Cursor::new(projector, entry.position));
+            let is_slow = held_up == Some(&projector.id);
+            if is_slow || is_far_behind(position, runs, target, self.budget.events) {
+                let why = if is_slow { "slow" } else { "far behind" };
+                warn!(
+                    projector = %projector.id, position = position.get(),
+                    "{why}: leaves the convoy and catches up by itself"
+                );
+                self.stragglers.leave(&self.engine, projector, position);
+                continue;
+            }
+            metrics::skipped(&projector.id, runs.iter().map(|run| run.known(position)).sum());
+            convoy.push(Cursor::new(projector, position));
         }
         convoy
     }

@@ -118,8 +118,9 @@ impl Worker {
 
     /// The live projectors of the set, and where they stand.
     pub(super) async fn live(&self) -> Result<Vec<(ProjectorId, Position)>, sqlx::Error> {
-        let live = self.entries().await?.into_iter().filter(|entry| entry.status == Status::Live);
-        Ok(live.map(|entry| (entry.id, entry.position)).collect())
+        let mut live = self.engine.ledger.live().await?;
+        live.retain(|(id, _)| self.registry.get(id).is_some());
+        Ok(live)
     }
 
     /// How many projectors broke since it began, outside the convoy as well.

@@ -8,7 +8,7 @@ use projectionist::Queue;
 use serde_json::Value;
 
 use super::{GATE, close_gate, waiting_handlers};
-use crate::support::{Fate, PATIENCE, Tally, World, eventually, execute, holds, kill, sessions};
+use crate::support::{Fate, PATIENCE, Tally, World, commits, eventually, execute, kill, sessions};
 
 /// In a FIFO queue, and so in this order: what was passed is deleted, what was not and all after it is returned.
 #[tokio::test]
@@ -93,12 +93,12 @@ async fn a_database_that_goes_away_in_the_middle_of_a_batch_makes_it_come_again_
     let world = World::new().await;
     let (a, b) = (Tally::new("a"), Tally::new("b"));
     let folder = world.booted(&[&a.file(&[]), &b.file(&[])]).await;
-    let (is_down, commits) = (Arc::new(AtomicBool::new(false)), AtomicU64::new(0));
+    let (is_down, committed) = (Arc::new(AtomicBool::new(false)), AtomicU64::new(0));
     let down = Arc::clone(&is_down);
     let url = world
         .database_url_by(move |bytes| {
             // The third commit is the last that the server hears of, until it is there again.
-            if holds(bytes, "COMMIT") && commits.fetch_add(1, Ordering::SeqCst) == 2 {
+            if commits(bytes) && committed.fetch_add(1, Ordering::SeqCst) == 2 {
                 down.store(true, Ordering::SeqCst);
                 return Fate::CutAfter;
             }

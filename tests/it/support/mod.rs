@@ -32,7 +32,7 @@ pub use gate::Gate;
 pub use gateway::{Door, Gateway, certificate};
 pub use lambda::{Function, Runtime, schedule};
 pub use process::{Finished, Piped, Running};
-pub use proxy::{Cuts, Fate, Proxy, holds};
+pub use proxy::{Cuts, Fate, Proxy, commits, holds};
 pub use scripted::{Scripted, gated, run, scripted_at, set};
 pub use sessions::{Session, kill, sessions};
 pub use stub::Stub;

@@ -9,8 +9,9 @@ use tokio::sync::watch;
 
 use super::World;
 
-/// A COM_QUERY packet as the driver sends it to commit: length, sequence number, command, text.
-const COMMIT: &[u8] = b"\x07\x00\x00\x00\x03COMMIT";
+/// How what a client sends ends where it commits: the driver's own packet (length, sequence number, command, text), and the
+/// last statement of ours that moves a position.
+const COMMITS: [&[u8]; 2] = [b"\x07\x00\x00\x00\x03COMMIT", b"; commit"];
 
 /// What becomes of something that a client sends, and of its connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -107,7 +108,7 @@ impl Cuts {
 
     /// What becomes of these bytes.
     pub fn decide(&self, bytes: &[u8]) -> Fate {
-        if !bytes.ends_with(COMMIT) {
+        if !commits(bytes) {
             return Fate::Passes;
         }
         self.commits.fetch_add(1, Ordering::SeqCst);
@@ -130,6 +131,11 @@ impl Cuts {
     pub fn commits(&self) -> u64 {
         self.commits.load(Ordering::SeqCst)
     }
+}
+
+/// Whether a transaction is committed by what a client sends.
+pub fn commits(bytes: &[u8]) -> bool {
+    COMMITS.iter().any(|commit| bytes.ends_with(commit))
 }
 
 /// Whether these bytes hold this text.
