@@ -111,6 +111,12 @@ pub struct Recorded {
     pub metadata: Option<String>,
 }
 
+/// When an event was recorded. What is no date (`0000-00-00`, which a server stores whose `sql_mode` is lax) is read as
+/// 1970-01-01, 00:00 in UTC: one row that says no time must not stop everybody behind it.
+pub(crate) fn recorded_at(row: &MySqlRow, column: usize) -> OffsetDateTime {
+    row.try_get(column).unwrap_or(OffsetDateTime::UNIX_EPOCH)
+}
+
 impl Event {
     /// The event in a row of the log, with its columns in the order of the log's table.
     ///
@@ -125,7 +131,7 @@ impl Event {
         Ok(Event {
             position: Position::new(row.try_get(Column::Position as usize)?),
             stream_version: row.try_get(Column::StreamVersion as usize)?,
-            recorded_at: row.try_get(Column::RecordedAt as usize)?,
+            recorded_at: recorded_at(&row, Column::RecordedAt as usize),
             is_tombstone,
             texts: Texts::Row(row),
         })

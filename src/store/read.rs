@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use super::EventStore;
-use crate::event::{Event, Position};
+use crate::event::{self, Event, Position};
 use crate::retry;
 
 /// By range and not by offset, so that a page costs the same wherever it lies.
@@ -219,8 +219,9 @@ impl EventStore {
 
     /// When the event at this position was recorded; `None` if there is none.
     pub(crate) async fn recorded_at(&self, position: Position) -> Result<Option<OffsetDateTime>, sqlx::Error> {
-        let recorded_at = sqlx::query_scalar(RECORDED_AT).bind(position.get());
-        self.database.answer(async |connection| recorded_at.fetch_optional(connection).await).await
+        let recorded_at = sqlx::query(RECORDED_AT).bind(position.get());
+        let row = self.database.answer(async |connection| recorded_at.fetch_optional(connection).await).await?;
+        Ok(row.map(|row| event::recorded_at(&row, 0)))
     }
 
     /// The highest position that is visible, whether or not those below it are.

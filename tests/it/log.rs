@@ -138,6 +138,34 @@ async fn the_rows_of_an_insert_select_are_not_lost_between_those_of_others() {
     world.assert_complete(&tally).await;
 }
 
+/// As a server stores it whose `sql_mode` is lax.
+#[tokio::test]
+async fn a_row_without_a_date_stops_nobody() {
+    let world = World::new().await;
+    let (tally, later) = (Tally::new("tally"), Tally::new("later"));
+    world.boot(&registry(&[&tally])).await;
+    let mut lax = world.connection().await;
+    execute(&mut lax, "set session sql_mode = ''").await;
+    for (version, date) in (1..).zip(["0000-00-00", "2020-00-10", "2020-02-00"]) {
+        let columns = "stream_id, stream_version, event_type, recorded_at, payload";
+        execute(
+            &mut lax,
+            &format!("insert into events ({columns}) values ('undated', {version}, 'Happened', '{date}', '{{}}')"),
+        )
+        .await;
+    }
+    world.append(5).await;
+    // It says for how long the next event has been waiting.
+    world.run(&["status"]).await.exits(0);
+
+    world.play_until_idle(&registry(&[&tally])).await;
+    assert!(world.boot(&registry(&[&tally, &later])).await.is_released());
+    assert_eq!(world.positions("position <= 3").await, [1, 2, 3]);
+    for tally in [&tally, &later] {
+        world.assert_complete(tally).await;
+    }
+}
+
 #[tokio::test]
 async fn a_large_transaction_in_flight_is_not_taken_for_a_gap() {
     let world = World::new().await;
