@@ -103,7 +103,8 @@ pub(crate) fn pack(log_id: &str, prev: Position, events: &[Event], max_bytes: us
 }
 
 impl<'a> Wire<'a> {
-    /// `None`: it cannot travel in SQS, which takes neither U+FFFE and U+FFFF nor what is not JSON to us.
+    /// `None`: it cannot travel in SQS, which takes neither U+FFFE and U+FFFF nor what is not JSON to us; or it would not come
+    /// out byte for byte, for white space around it, or as it says `null` where there could be nothing.
     fn write(event: &'a Event) -> Option<String> {
         let recorded_at = event.recorded_at();
         recorded_at.format(&Rfc3339).ok()?;
@@ -114,8 +115,11 @@ impl<'a> Wire<'a> {
             stream_version: event.stream_version(),
             event_type: event.event_type().into(),
             recorded_at,
-            payload: serde_json::from_str(event.payload_text()).ok()?,
-            metadata: event.metadata_text().map(serde_json::from_str).transpose().ok()?,
+            payload: raw(event.payload_text())?,
+            metadata: match event.metadata_text() {
+                Some(text) => Some(raw(text).filter(|raw| raw.get() != "null")?),
+                None => None,
+            },
         };
         let text = serde_json::to_string(&wire).ok()?;
         // One by one: a search for a single character goes by memchr, one for either of two does not.
@@ -134,6 +138,11 @@ impl<'a> Wire<'a> {
             metadata: self.metadata.map(|metadata| metadata.get().to_owned()),
         })
     }
+}
+
+/// A JSON text as it is, if it has nothing around it that would be lost.
+fn raw(text: &str) -> Option<&RawValue> {
+    serde_json::from_str::<&RawValue>(text).ok().filter(|raw| raw.get().len() == text.len())
 }
 
 #[cfg(test)]
@@ -187,6 +196,19 @@ mod tests {
             assert_eq!(packed.last, Position::new(8));
             assert_eq!(parse(&packed.body, LOG), Message::Doorbell("a reference"));
         }
+    }
+
+    #[test]
+    fn what_would_not_come_out_byte_for_byte_is_sent_as_a_reference() {
+        for (payload, metadata) in [(" {}", None), ("{}\n", None), ("{}", Some("null")), ("{}", Some("1 "))] {
+            let spaced = Recorded { payload: payload.into(), metadata: metadata.map(str::to_owned), ..recorded(8) };
+            let packed = pack(LOG, Position::new(7), &[spaced.into(), event(9)], 2_000, 100);
+            assert_eq!(packed.last, Position::new(8), "{payload:?} {metadata:?}");
+            assert_eq!(parse(&packed.body, LOG), Message::Doorbell("a reference"));
+        }
+        // As a payload, null is as good as anything.
+        let null = Recorded { payload: "null".into(), metadata: None, ..recorded(8) }.into();
+        assert_eq!(unpack(&pack(LOG, Position::new(7), &[null], 2_000, 100)).last(), Position::new(8));
     }
 
     #[test]
