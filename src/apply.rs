@@ -43,8 +43,9 @@ pub(crate) enum ApplyError {
     Claim(Option<Entry>),
     /// The projector's own: an error, a panic, a commit of its own.
     Projector(anyhow::Error),
-    /// The handler did not end in time: its own fault, or that of a connection that was cut off without a word.
-    TimedOut(anyhow::Error),
+    /// The handler's own fault, or that of its connection: it did not end in time, perhaps because the connection was cut off
+    /// without a word; or the two do not understand each other, perhaps because it binds more than its statement has room for.
+    Doubtful(anyhow::Error),
     /// The moment's: a deadlock, a lock wait, a lost connection.
     Transient(anyhow::Error),
     /// The connection was lost while the handler sent something: the moment's fault too, unless it happens again and again.
@@ -108,18 +109,23 @@ async fn run(
         let handled = match timeout(handler_timeout, AssertUnwindSafe(handling).catch_unwind()).await {
             Ok(Ok(handled)) => handled,
             Ok(Err(panic)) => {
-                guard.end().await?;
+                guard.end().await;
                 let message = panic_message(panic.as_ref());
                 return Err(ApplyError::Projector(anyhow!("the handler panicked: {message}")));
             }
             Err(_) => {
-                guard.end().await?;
+                guard.end().await;
                 let seconds = handler_timeout.as_secs_f32();
-                return Err(ApplyError::TimedOut(anyhow!("the handler took longer than {seconds} s")));
+                return Err(ApplyError::Doubtful(anyhow!("the handler took longer than {seconds} s")));
             }
         };
-        guard.is_on = false;
         if let Err(error) = handled {
+            if let Some(sqlx::Error::Protocol(_)) = database_error(&error) {
+                // It may wait for an answer that nobody owes it.
+                guard.end().await;
+                return Err(ApplyError::Doubtful(error));
+            }
+            guard.is_on = false;
             if let Some(error) = database_error(&error) {
                 database.distrust(error);
             }
@@ -129,6 +135,7 @@ async fn run(
                 _ => ApplyError::Projector(error),
             });
         }
+        guard.is_on = false;
     }
     let committed = database.answered(ledger::commit(connection, id, batch.after, batch.through)).await;
     committed.map_err(|error| match server_error(&error) {
@@ -152,11 +159,13 @@ struct Handling<'a> {
 }
 
 impl Handling<'_> {
-    /// Ends the session in which a handler was cut off, and with it the lock.
-    async fn end(mut self) -> Result<(), sqlx::Error> {
-        self.database.kill(self.session).await?;
-        self.is_on = false;
-        Ok(())
+    /// Ends the session in which a handler was cut off, and with it the lock. Where that cannot be done now, it is tried
+    /// once more, as where nobody waits for it: what became of the handler is known all the same.
+    async fn end(mut self) {
+        match self.database.kill(self.session).await {
+            Ok(()) => self.is_on = false,
+            Err(error) => debug!(session = self.session, %error, "a handler's session was not ended at once"),
+        }
     }
 }
 

@@ -12,7 +12,7 @@ use crate::database::Database;
 use crate::error::{MayPass, tell};
 use crate::event::{Event, Position};
 use crate::hang_up::HangUps;
-use crate::ledger::{Entry, Ledger, LedgerError};
+use crate::ledger::{self, Entry, Ledger, LedgerError};
 use crate::lifecycle::{FailedEvent, Failure, Stage, Status, Step};
 use crate::metrics;
 use crate::registry::{Registered, Registry};
@@ -94,7 +94,7 @@ impl Engine {
     async fn attempt(&self, projector: &Registered, stage: Stage, mut batch: Batch<'_>) -> Result<Delivered, Failed> {
         let began = Instant::now();
         let mut attempt = 1;
-        let mut timed_out = false;
+        let mut is_doubted = false;
         let mut hang_ups = HangUps::default();
         loop {
             let applied = apply::apply(&self.database, projector, stage, batch, self.limits.handler_timeout).await;
@@ -105,10 +105,10 @@ impl Engine {
             match applied {
                 Ok(()) => return Ok(Delivered::At(batch.through)),
                 Err(ApplyError::Projector(error)) => return Err(Failed { error, attempts: attempt }),
-                // The first may be the network's fault: on a connection of its own, the second is not.
-                Err(ApplyError::TimedOut(error)) if timed_out => return Err(Failed { error, attempts: attempt }),
-                Err(ApplyError::TimedOut(error)) => {
-                    timed_out = true;
+                // The first may be the network's fault: on another connection, the second is not.
+                Err(ApplyError::Doubtful(error)) if is_doubted => return Err(Failed { error, attempts: attempt }),
+                Err(ApplyError::Doubtful(error)) => {
+                    is_doubted = true;
                     attempt += 1;
                     warn!(projector = %projector.id, position = batch.after.get(), attempt, error = tell(&error), "trying once more");
                 }
@@ -201,7 +201,8 @@ impl Engine {
                 event_id: event.event_id().to_owned(),
                 event_type: event.event_type().to_owned(),
             }),
-            error: tell(&failed.error),
+            // As the ledger keeps it: by this it is known again.
+            error: ledger::limited(&tell(&failed.error), ledger::MAX_ERROR),
             at: OffsetDateTime::now_utc(),
             attempts: failed.attempts,
             release: self.release.clone(),

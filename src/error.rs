@@ -54,9 +54,7 @@ const TRANSIENT: &[u16] = &[
     1203, // user has too many connections
     1205, // lock wait timeout
     1213, // deadlock
-    1290, // running with --read-only
     1317, // query interrupted
-    1836, // read-only mode
     1927, // MariaDB: connection was killed
     3100, 3101, // group replication rolled the transaction back
     3572, // nowait and the row is locked
@@ -81,6 +79,7 @@ pub(crate) fn is_transient(error: &sqlx::Error) -> bool {
         | sqlx::Error::PoolTimedOut
         | sqlx::Error::PoolClosed
         | sqlx::Error::WorkerCrashed => true,
+        error if is_read_only(error) => true,
         error => server_error(error).is_some_and(|number| TRANSIENT.contains(&number)),
     }
 }
@@ -92,9 +91,14 @@ pub(crate) fn is_hang_up(error: &sqlx::Error) -> bool {
     matches!(error, sqlx::Error::Io(error) if matches!(error.kind(), BrokenPipe | ConnectionAborted | ConnectionReset))
 }
 
-/// Whether the server does not write, as a former primary after a failover.
+/// Whether the server does not write, as a former primary after a failover. (1290 says of other options, too, that they are in
+/// the way: `--secure-file-priv`.)
 pub(crate) fn is_read_only(error: &sqlx::Error) -> bool {
-    matches!(server_error(error), Some(1290 | 1836))
+    match server_error(error) {
+        Some(1836) => true,
+        Some(1290) => error.to_string().contains("read-only"),
+        _ => false,
+    }
 }
 
 /// The database's error in what a handler returned, somewhere in its chain of causes.

@@ -48,7 +48,7 @@ const SET_STATUS: &str = "update projectors set status = ?, failed_position = ?,
 const REMOVE: &str = "delete from projectors where name = ? and version = ? and status = 'retired'";
 
 /// What is kept of an error, in characters; `failed_error` is a `text` of 65,535 bytes.
-const MAX_ERROR: usize = 8_000;
+pub(crate) const MAX_ERROR: usize = 8_000;
 const MAX_RELEASE: usize = 200;
 const MAX_HOST: usize = 255;
 
@@ -248,7 +248,7 @@ async fn set_status(connection: &mut MySqlConnection, id: &ProjectorId, status: 
         .bind(event.map(|event| event.position.get()))
         .bind(event.map(|event| &event.event_id))
         .bind(event.map(|event| &event.event_type))
-        .bind(failure.map(|failure| limited(&failure.error, MAX_ERROR)))
+        .bind(failure.map(|failure| failure.error.as_str()))
         .bind(failure.map(|failure| failure.at))
         .bind(failure.map(|failure| failure.attempts))
         .bind(failure.and_then(|failure| failure.release.as_deref()).map(|release| limited(release, MAX_RELEASE)))
@@ -260,7 +260,7 @@ async fn set_status(connection: &mut MySqlConnection, id: &ProjectorId, status: 
         .map(|_| ())
 }
 
-fn limited(text: &str, characters: usize) -> String {
+pub(crate) fn limited(text: &str, characters: usize) -> String {
     text.chars().take(characters).collect()
 }
 

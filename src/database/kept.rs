@@ -42,16 +42,37 @@ pub(super) struct Kept(Arc<Mutex<Sessions>>);
 struct Sessions {
     idle: Vec<Session>,
     most: usize,
+    /// Those who wait for a connection: what is kept goes to them first, or they might wait in vain.
+    waiting: usize,
 }
 
 impl Kept {
     pub(super) fn new(most: usize) -> Self {
-        Kept(Arc::new(Mutex::new(Sessions { idle: Vec::new(), most })))
+        Kept(Arc::new(Mutex::new(Sessions { idle: Vec::new(), most, waiting: 0 })))
+    }
+
+    /// For as long as the answer is held, somebody waits for a connection. If there is none left, one that is kept is let go.
+    pub(super) fn wait(&self, is_none_left: bool) -> Waiting {
+        let mut sessions = self.lock();
+        sessions.waiting += 1;
+        let let_go = if is_none_left { sessions.idle.pop() } else { None };
+        drop(sessions);
+        drop(let_go);
+        Waiting(self.clone())
     }
 
     fn lock(&self) -> MutexGuard<'_, Sessions> {
         // What is in it is in order after a panic, too.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Somebody who waits for a connection.
+pub(super) struct Waiting(Kept);
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.0.lock().waiting -= 1;
     }
 }
 
@@ -86,7 +107,7 @@ impl Database {
         // A handler may have forgotten to end what it began.
         let is_nested_once = MySqlTransactionManager::get_transaction_depth(&session.connection) == 1;
         let mut kept = self.kept.lock();
-        if !is_older && is_nested_once && kept.idle.len() < kept.most {
+        if !is_older && is_nested_once && kept.idle.len() < kept.most && (kept.waiting == 0 || self.has_room()) {
             kept.idle.push(Session { used: Instant::now(), ..session });
         }
     }
@@ -106,6 +127,11 @@ impl Database {
             Err(_) => {}
         }
         answer
+    }
+
+    /// Whether the pool has a connection to give, or may open another.
+    pub(super) fn has_room(&self) -> bool {
+        self.pool.num_idle() > 0 || self.pool.size() < self.connections()
     }
 
     /// Gives what is kept back to the pool, where every connection is asked whether it still answers.

@@ -196,7 +196,9 @@ impl Database {
 
     /// Ends another session of ours, and with it the statement that it is in and the locks that it holds.
     pub(crate) async fn kill(&self, session: u64) -> Result<(), sqlx::Error> {
-        match sqlx::raw_sql(AssertSqlSafe(format!("kill {session}"))).execute(&mut *self.acquire().await?).await {
+        let mut connection = self.acquire().await?;
+        let kill = sqlx::raw_sql(AssertSqlSafe(format!("kill {session}"))).execute(&mut *connection);
+        match answered_within(RETURNS_WITHIN, kill).await {
             // 1094: it has ended by itself.
             Err(error) if server_error(&error) != Some(1094) => Err(error),
             _ => Ok(()),
@@ -235,6 +237,7 @@ impl Database {
     pub(crate) async fn acquire(&self) -> Result<PoolConnection<MySql>, sqlx::Error> {
         let began = SystemTime::now();
         self.login.keep_fresh(&self.pool).await;
+        let _waiting = self.kept.wait(!self.has_room());
         let mut acquired = self.pool.acquire().await;
         if acquired.as_ref().is_err_and(is_refused) && self.login.renew(&self.pool, began).await {
             acquired = self.pool.acquire().await;

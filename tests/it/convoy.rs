@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use projectionist::{ConvoyBudget, PlaySettings, Queue, Registry};
+use projectionist::{ConvoyBudget, Database, Limits, PlaySettings, Queue, Registry, play};
 
-use crate::support::{Gate, Scripted, Tally, World, eventually, registry};
+use crate::support::{Gate, PATIENCE, Scripted, Tally, World, eventually, registry, scripted_at, set};
 
 /// Play with little patience for one projector.
 fn impatient() -> PlaySettings {
@@ -87,6 +87,33 @@ async fn a_projector_that_is_far_behind_catches_up_beside_the_others() {
     assert_eq!(world.position("quick").await, 410);
     playing.stop().await;
     world.assert_complete(&behind).await;
+    world.assert_complete(&quick).await;
+}
+
+/// The reader of the log waits until its pages are taken, the handler for nothing, and all other sessions are kept: who ends
+/// the handler's must get a connection all the same.
+#[tokio::test]
+async fn with_as_few_connections_as_can_be_a_handler_that_never_ends_is_found_out_far_behind() {
+    let world = World::new().await;
+    let (endless, quick) = (Tally::new("endless"), Tally::new("quick"));
+    let registry = set([
+        scripted_at(&endless, 21, |_| Box::pin(std::future::pending())),
+        scripted_at(&quick, 0, |_| Box::pin(async { Ok(()) })),
+    ]);
+    world.append(20).await;
+    assert!(world.boot(&registry).await.is_released());
+    world.append(5_000).await;
+
+    let database = Database::connect(&world.database_url, 4, PATIENCE).await.expect("the server answers");
+    let limits = Limits { batch: 100, handler_timeout: Duration::from_secs(1), ..World::restless().limits };
+    let settings = PlaySettings { limits, ..impatient() };
+    let both = async {
+        eventually("the one is found out", async || world.status("endless").await == "broken").await;
+        eventually("the other is at the end", async || world.position("quick").await == 5_020).await;
+    };
+    let played = play(&database, Arc::clone(&world.queue) as Arc<dyn Queue>, &registry, settings, both).await;
+    assert_eq!(played.expect("play comes to an end").broken, 1);
+    world.assert_broken("endless", 21, "took longer than").await;
     world.assert_complete(&quick).await;
 }
 

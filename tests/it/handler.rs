@@ -126,6 +126,26 @@ async fn a_handler_that_rolls_back_breaks_only_its_projector() {
     fails_alone(fault, "the transaction").await;
 }
 
+/// The driver tells of it before anything is sent, and then waits for an answer that nobody owes it.
+fn binds_too_much(tally: &Tally) -> Scripted {
+    scripted_at(tally, POISON, |db| {
+        Box::pin(async move {
+            sqlx::query("select ?").bind(1).bind(2).execute(db).await?;
+            Ok(())
+        })
+    })
+}
+
+#[tokio::test]
+async fn a_statement_with_more_values_than_it_has_room_for_breaks_only_its_projector() {
+    fails_alone(binds_too_much, "expected 1 parameters").await;
+}
+
+#[tokio::test]
+async fn a_statement_with_more_values_than_it_has_room_for_in_boot_breaks_its_projector_and_stalls_the_others() {
+    assert_eq!(fails_in_boot(binds_too_much, "expected 1 parameters").await, before_the_poison());
+}
+
 #[tokio::test]
 async fn an_error_between_events_that_are_not_wanted_leaves_the_position_just_before_it() {
     let world = World::new().await;
