@@ -57,7 +57,10 @@ impl RelayCommand {
         let mut relay = Relay::new(store.clone(), Arc::new(queue), self.options.settings());
         if !self.once {
             // Fails at once where the tables are missing, rather than trying for ever.
-            let marks = store.marks().await?;
+            let marks = tokio::select! {
+                marks = store.marks() => marks?,
+                () = &mut shutdown => return Ok(()),
+            };
             info!(published = marks.published.get(), high_water = marks.high_water.get(), "publishing");
             let relaying = async {
                 tokio::select! {

@@ -14,13 +14,13 @@ use crate::projector::ProjectorId;
 use crate::queue::{Message, parse};
 
 impl Worker {
-    /// Passes messages to every live projector of the convoy by the chain rule. `Ok`, with how many broke: each of
+    /// Passes messages to every live projector of the convoy by the chain rule, and counts those that break. `Ok`: each of
     /// them has committed past all of the messages, is broken, is no longer ours, or has left the convoy and reads
     /// the store instead. So they may be deleted.
     ///
     /// # Errors
     /// If ledger or log cannot be read: then nothing may be deleted.
-    pub(super) async fn fan_out(&mut self, bodies: &[String]) -> Result<u64, sqlx::Error> {
+    pub(super) async fn fan_out(&mut self, bodies: &[String]) -> Result<(), sqlx::Error> {
         // Read again with every batch: what was booted, broken or retired meanwhile joins or leaves.
         let (live, marks) = tokio::try_join!(self.engine.ledger.live(), self.engine.store.marks())?;
         let (runs, doorbells) = sort(bodies, &self.log_id, marks.high_water);
@@ -29,7 +29,7 @@ impl Worker {
             _ => Some(self.engine.store.raise_high_water().await?.mark),
         };
 
-        let mut broken = self.stragglers.rejoin();
+        self.broken += self.stragglers.rejoin();
         let held_up = self.led.take();
         let mut convoy = self.convoy(&live, &runs, target, held_up.as_ref());
         let budget = self.budget;
@@ -57,9 +57,9 @@ impl Worker {
                     self.stragglers.leave(&self.engine, &cursor.projector, cursor.position);
                 }
             }
-            broken += u64::from(matches!(cursor.state, CursorState::Broke));
+            self.broken += u64::from(matches!(cursor.state, CursorState::Broke));
         }
-        Ok(broken)
+        Ok(())
     }
 
     /// The live projectors that can follow, in registry order. Those that are far behind are sent off, and who held up the

@@ -86,7 +86,13 @@ pub async fn play(
     settings: PlaySettings,
     shutdown: impl Future<Output = ()>,
 ) -> Result<Played, Error> {
-    let worker = Worker::new(database, registry, settings.limits, settings.convoy, settings.reconcile_after).await?;
+    let mut shutdown = pin!(shutdown);
+    let worker = tokio::select! {
+        biased;
+        // The database may be away, and is waited for.
+        () = &mut shutdown => return Ok(Played::default()),
+        worker = Worker::new(database, registry, settings.limits, settings.convoy, settings.reconcile_after) => worker?,
+    };
     let mut player = Player { worker, queue, settings, messages: 0, quarrel: Quarrel::default() };
 
     let relay = player.settings.relay.map(|settings| {

@@ -1,5 +1,7 @@
 //! `play` and `relay`: until idle, side by side, and to their end by SIGTERM.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use aws_sdk_sqs::types::QueueAttributeName as Attribute;
@@ -7,7 +9,7 @@ use projectionist::Queue;
 use tokio::net::TcpListener;
 
 use super::{close_gate, failing_at, gated, promptly, somebody_waits, tallied, tally};
-use crate::support::{Folder, Running, World, eventually, execute};
+use crate::support::{Fate, Folder, Running, World, eventually, execute, holds};
 
 /// SIGTERM in the middle of nothing takes no longer than this.
 const QUICKLY: Duration = Duration::from_secs(3);
@@ -213,6 +215,32 @@ async fn sigterm_while_the_database_does_not_answer_ends_play_and_relay_with_0()
         starting.env("DATABASE_URL", url);
         let starting = Running::spawn(starting);
         let _connected = promptly(silent.accept()).await.expect("it connects");
+        let began = Instant::now();
+        starting.terminate().await.exits(0);
+        assert!(began.elapsed() < QUICKLY, "{:?}", began.elapsed());
+    }
+}
+
+#[tokio::test]
+async fn sigterm_while_the_database_says_nothing_any_more_ends_play_and_relay_that_are_starting() {
+    let world = World::new().await;
+    let folder = Folder::new().with("1.toml", &tally("a"));
+    for command in ["play", "relay"] {
+        let is_silent = Arc::new(AtomicBool::new(false));
+        let falls_silent = Arc::clone(&is_silent);
+        let url = world
+            .database_url_by(move |bytes| match holds(bytes, "from event_log") {
+                true => {
+                    falls_silent.store(true, Ordering::SeqCst);
+                    Fate::Silent
+                }
+                false => Fate::Passes,
+            })
+            .await;
+        let mut starting = world.command(&[command, "--projectors", folder.path()]);
+        starting.env("DATABASE_URL", url);
+        let starting = Running::spawn(starting);
+        eventually("it asks for the marks", async || is_silent.load(Ordering::SeqCst)).await;
         let began = Instant::now();
         starting.terminate().await.exits(0);
         assert!(began.elapsed() < QUICKLY, "{:?}", began.elapsed());
