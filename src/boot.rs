@@ -27,6 +27,7 @@ pub(crate) const MOST_ROUNDS_FOR_FRESHNESS: u32 = 20;
 
 /// What boot did.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct BootReport {
     /// Each projector of the set, in registry order, as the ledger has it afterwards.
     pub projectors: Vec<Booted>,
@@ -34,6 +35,7 @@ pub struct BootReport {
 
 /// What boot did with one projector.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Booted {
     /// As the ledger has it afterwards.
     pub entry: Entry,
@@ -58,6 +60,7 @@ impl BootReport {
 
 /// How far boot is.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct BootProgress {
     /// Where each projector stands that is being booted.
     pub positions: Vec<(ProjectorId, Position)>,

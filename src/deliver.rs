@@ -32,7 +32,7 @@ pub(crate) struct Engine {
 /// What bounds the engine.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// The most events in one transaction.
+    /// The most events in one transaction, at least 1.
     pub batch: u64,
     /// How long a handler may take for one call, a batch or an event, before it counts as failed.
     pub handler_timeout: Duration,
@@ -67,7 +67,8 @@ impl Engine {
             database: database.clone(),
             store: crate::store::EventStore::new(database),
             ledger: Ledger::new(database),
-            limits,
+            // Of none, a batch would pass over what it should hold.
+            limits: Limits { batch: limits.batch.max(1), ..limits },
             release: registry.release().map(str::to_owned),
         }
     }

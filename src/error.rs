@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 /// Why a command did not end well. The variant decides the exit code.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum Error {
     /// A projector failed: exit code 1.
     #[error("{0}")]
@@ -145,6 +146,9 @@ fn explain(error: &sqlx::Error) -> String {
                 "the database lacks our tables, or has those of another release ({error}); run `projectionist migrate`"
             )
         }
+        Some(1050) => format!(
+            "a table of that name is there already, and not of our making ({error}); rename it, or take another database"
+        ),
         Some(1044 | 1142 | 1143 | 1227 | 1370) => {
             format!("the database user may not do this ({error}); grant it what the README lists for this command")
         }

@@ -264,6 +264,13 @@ impl fmt::Debug for Event {
 }
 
 /// An event that is to be appended. The log gives it its position.
+///
+/// ```
+/// use projectionist::NewEvent;
+///
+/// let event = NewEvent { stream_version: Some(7), ..NewEvent::new("case-891", "Check confirmation", r#"{"by":"ann"}"#) };
+/// assert_eq!(event.check(), Ok(()));
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NewEvent {
     /// A UUID is made where none is given. Give one where an append may be repeated: the second is refused.
@@ -289,6 +296,19 @@ impl NewEvent {
     pub const MAX_NAME: usize = 200;
     /// The longest event id, in ASCII characters.
     pub const MAX_EVENT_ID: usize = 64;
+
+    /// An event of a stream, with its payload's JSON text; everything else as the log gives it.
+    pub fn new(stream_id: impl Into<String>, event_type: impl Into<String>, payload: impl Into<String>) -> Self {
+        NewEvent {
+            event_id: None,
+            stream_id: stream_id.into(),
+            stream_version: None,
+            event_type: event_type.into(),
+            recorded_at: None,
+            payload: payload.into(),
+            metadata: None,
+        }
+    }
 
     /// Checks everything that can be checked without the database.
     ///

@@ -60,6 +60,7 @@ pub struct Ledger {
 
 /// What the ledger has of one projector.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Entry {
     /// Which projector.
     pub id: ProjectorId,

@@ -1,8 +1,8 @@
 #![doc = include_str!("../README.md")]
 #![warn(missing_docs)]
-// The modules stand in the order in which an event meets them. Imports run from commands down to words.
+// Imports run from commands down to words.
 
-// — words: values and rules, no I/O —
+// — words: values and rules —
 mod chain;
 mod error;
 mod event;
@@ -12,7 +12,7 @@ mod projector;
 mod registry;
 mod retry;
 
-// — edges: the only SQL and the only AWS calls —
+// — edges: SQL and AWS —
 mod aws;
 mod database;
 mod ledger;
@@ -50,8 +50,10 @@ mod spoiled;
 #[cfg(test)]
 mod hot_path;
 
+pub use anyhow;
 pub use async_trait::async_trait;
 pub use sqlx;
+pub use time;
 
 pub use boot::{BootProgress, BootReport, Booted, boot};
 pub use command::run;

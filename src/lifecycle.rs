@@ -26,6 +26,7 @@ pub enum Status {
 
 /// The event that a projector could not apply.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Failure {
     /// What it failed on; `None` where setup failed, before any event.
     pub event: Option<FailedEvent>,
@@ -43,6 +44,7 @@ pub struct Failure {
 
 /// Which event a projector failed on.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct FailedEvent {
     /// Its position; the projector's own position stays just before it.
     pub position: Position,

@@ -1,6 +1,7 @@
 //! The projectors of one release, in the order in which they are played.
 
 use std::collections::HashSet;
+use std::fmt;
 use std::sync::Arc;
 
 use crate::event::Event;
@@ -11,6 +12,13 @@ use crate::projector::{EventTypes, Mode, Projector, ProjectorId};
 pub struct Registry {
     projectors: Vec<Arc<Registered>>,
     release: Option<String>,
+}
+
+impl fmt::Debug for Registry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ids: Vec<String> = self.iter().map(|registered| registered.id.to_string()).collect();
+        f.debug_struct("Registry").field("projectors", &ids).field("release", &self.release).finish()
+    }
 }
 
 impl Registry {
@@ -113,6 +121,7 @@ impl Registered {
 
 /// Why a projector cannot be registered.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum RegistryError {
     /// The name has a character that is not allowed, or too many or none.
     #[error("projector name {0:?} must be 1 to 100 of A-Z a-z 0-9 _ . -")]

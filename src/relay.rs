@@ -25,7 +25,7 @@ const BUSY_FOR: Duration = Duration::from_secs(1);
 pub struct RelaySettings {
     /// The longest pause between two looks at a log in which nothing is new. While events come, it is a twentieth of that.
     pub interval: Duration,
-    /// The most events in one message; the queue's largest message bounds it, too.
+    /// The most events in one message, at least 1; the queue's largest message bounds it, too.
     pub max_events: usize,
 }
 
@@ -85,6 +85,7 @@ pub(crate) fn deduplication_id(log_id: &str, published: Position, last: Position
 impl Relay {
     pub(crate) fn new(store: EventStore, queue: Arc<dyn Queue>, settings: RelaySettings) -> Self {
         let (holder, held) = (Uuid::now_v7().to_string(), HeldWatch::default());
+        let settings = RelaySettings { max_events: settings.max_events.max(1), ..settings };
         Relay { store, queue, settings, holder, leased: None, marks: None, held, sent: 0 }
     }
 

@@ -6,7 +6,7 @@ use clap::builder::FalseyValueParser;
 use super::{confirm, say};
 use crate::config::Config;
 use crate::error::Error;
-use crate::store::EventStore;
+use crate::store::{EventStore, Held};
 
 /// Positions that are filled between two looks.
 const STEP: usize = 10_000;
@@ -51,8 +51,12 @@ impl Fill {
             filled.clear();
             filled.extend(next..=end);
             if let Some(held) = store.fill(&filled).await? {
+                let at = match held {
+                    Held::InFlight(position) => position.get(),
+                    Held::Gap(gap) => *gap.start(),
+                };
                 return Err(Error::Input(format!(
-                    "a writer holds a position there ({held:?}); filled up to {}",
+                    "a transaction that has not ended holds position {at}; filled up to {}. Run it again when that has ended",
                     next - 1
                 )));
             }

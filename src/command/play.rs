@@ -36,7 +36,8 @@ pub(super) struct Play {
     receive_wait: u64,
 
     /// How long the batch in hand may take to end after SIGTERM before it is rolled back, in seconds
-    #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_GRACE", default_value_t = 10)]
+    #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_GRACE", default_value_t = 10,
+          value_parser = clap::value_parser!(u64).range(..=3600))]
     grace: u64,
 
     /// File to touch every second for as long as the loop turns, or waits as it should; `health` looks at it
@@ -55,7 +56,8 @@ pub(super) struct Play {
 pub(super) struct ConvoyOptions {
     /// How long a projector may stand still below the high-water mark, while the queue is silent, before what
     /// it misses is read from the store, in seconds
-    #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_RECONCILE_AFTER", default_value_t = 2)]
+    #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_RECONCILE_AFTER", default_value_t = 2,
+          value_parser = clap::value_parser!(u64).range(..=3600))]
     reconcile_after: u64,
 
     /// The most events that one projector catches up on while the others wait; beyond, it does so by itself

@@ -30,7 +30,10 @@ pub(crate) use needs::{NEEDS, TABLES};
 ///
 /// And a session that is silent is ended by the server: a worker whose host has gone without a word, in the middle of a
 /// transaction, would hold its projector's row until then, by default for eight hours. In seconds, [`SESSION_SILENT_FOR`].
-const SESSION: &str = "set session transaction isolation level read committed; set session wait_timeout = 60";
+///
+/// And who wants to change a table waits for those who use it no longer than for a row: by default it would be a year.
+const SESSION: &str = "set session transaction isolation level read committed; set session wait_timeout = 60; \
+                       set session lock_wait_timeout = 60";
 
 /// A handler that may be silent for longer says so: see `apply`.
 pub(crate) const SESSION_SILENT_FOR: Duration = Duration::from_secs(60);
@@ -180,6 +183,11 @@ impl Database {
             sqlx::migrate::MigrateError::Execute(error) | sqlx::migrate::MigrateError::ExecuteMigration(error, _) => {
                 Error::Database(error)
             }
+            sqlx::migrate::MigrateError::Dirty(version) => Error::Input(format!(
+                "migration {version} was begun and did not come to its end: a table of its may have been there already, or it \
+                 was interrupted. Look what there is of events, event_log and projectors, drop what it has made, \
+                 `delete from {MIGRATIONS_TABLE} where not success`, and run `projectionist migrate` again"
+            )),
             error => Error::Input(format!("the tables cannot be migrated: {error}")),
         })
     }

@@ -65,6 +65,7 @@ impl Default for PlaySettings {
 
 /// What play did.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Played {
     /// Messages that were taken from the queue and deleted.
     pub messages: u64,

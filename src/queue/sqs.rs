@@ -50,7 +50,7 @@ impl SqsQueue {
         })
     }
 
-    /// As [`SqsQueue::connect`], with a client that is set up already.
+    /// As [`SqsQueue::connect`], with a client that is set up already, for whoever has set up AWS in their own way.
     ///
     /// # Errors
     /// [`Error::OutOfReach`] where the queue does not exist, does not answer, or may not be used.

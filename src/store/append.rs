@@ -29,6 +29,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 /// What an append did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Appended {
     /// How many events.
     pub events: usize,
@@ -38,6 +39,7 @@ pub struct Appended {
 
 /// Why nothing was appended.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum AppendError {
     /// An event cannot be stored at all: which one, from 0, and why.
     #[error("event {index}: {reason}")]
@@ -114,8 +116,13 @@ impl EventStore {
 
     async fn attempt(&self, events: &[NewEvent], ids: &[String], asked: &mut bool) -> Result<(), AppendError> {
         let mut connection = self.database.acquire().await?;
-        let mut transaction = connection.begin().await?;
-        let versions = assign_versions(events, current_versions(&mut transaction, events).await?)?;
+        let begin = async {
+            let mut transaction = connection.begin().await?;
+            let versions = current_versions(&mut transaction, events).await?;
+            Ok((transaction, versions))
+        };
+        let (mut transaction, versions) = self.database.answered(begin).await?;
+        let versions = assign_versions(events, versions)?;
         let mut rows = Rows::default();
         for ((event, id), version) in events.iter().zip(ids).zip(versions) {
             rows.begin();
@@ -129,15 +136,15 @@ impl EventStore {
                 .map_err(sqlx::Error::Encode)?;
         }
         let insert = Statement { head: INSERT, row: INSERT_ROW, tail: "" };
-        rows.send(insert, &mut transaction).await.map_err(refused)?;
+        self.database.answered(rows.send(insert, &mut transaction)).await.map_err(refused)?;
         *asked = true;
-        Ok(transaction.commit().await?)
+        Ok(self.database.answered(transaction.commit()).await?)
     }
 
     async fn position_of(&self, event_id: &str) -> Result<Option<Position>, sqlx::Error> {
         let find = async || {
-            let mut connection = self.database.acquire().await?;
-            sqlx::query_scalar(POSITION_OF).bind(event_id).fetch_optional(&mut *connection).await
+            let find = sqlx::query_scalar(POSITION_OF).bind(event_id);
+            self.database.answer(async |connection| find.fetch_optional(connection).await).await
         };
         let position: Option<u64> = retry::persist(Some(PATIENCE), "find out what was appended", find).await?;
         Ok(position.map(Position::new))

@@ -1,6 +1,8 @@
 //! The main job, from the first event to three complete read models.
 
-use projectionist::Mode;
+use std::sync::Arc;
+
+use projectionist::{Limits, Mode, PlaySettings, Queue, RelaySettings, boot};
 
 use crate::support::{Tally, World, registry};
 
@@ -20,6 +22,23 @@ async fn what_is_booted_and_played_is_the_fold_of_the_log() {
         world.assert_complete(&all).await;
         world.assert_complete(&closed).await;
     }
+}
+
+/// A batch of no events would move the position and apply nothing.
+#[tokio::test]
+async fn limits_of_nothing_are_limits_of_one() {
+    let world = World::new().await;
+    let tally = Tally::new("tally");
+    let registry = registry(&[&tally]);
+    let limits = Limits { batch: 0, ..Limits::default() };
+    world.append(10).await;
+    assert!(boot(&world.database, &registry, limits, |_| {}).await.expect("boot ends").is_released());
+    world.append(10).await;
+    let relay = Some(RelaySettings { max_events: 0, ..RelaySettings::default() });
+    let settings = PlaySettings { limits, relay, ..World::play_settings() };
+    let played = world.play_with(Arc::clone(&world.queue) as Arc<dyn Queue>, &registry, settings).await;
+    assert_eq!(played.messages, 10);
+    world.assert_complete(&tally).await;
 }
 
 #[tokio::test]

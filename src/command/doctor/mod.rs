@@ -124,7 +124,7 @@ impl Doctor {
                 }
             }
         }
-        if config.names_queue() || wants(&["play", "relay"]) {
+        if config.names_queue() || wants(&["play", "relay", "lambda"]) {
             match config.queue().await {
                 Ok(queue) => queue::examine(&queue, config, &mut checks).await,
                 Err(error) => checks.push(Check::failed("queue", &error)),

@@ -21,6 +21,22 @@ async fn migrate_may_be_repeated_and_loses_nothing() {
 }
 
 #[tokio::test]
+async fn a_table_of_somebody_elses_is_told_and_migrate_works_when_it_is_out_of_the_way() {
+    let world = World::new().await;
+    world.execute("drop table projectors, event_log, events, projectionist_migrations").await;
+    world.execute("create table events (of_mine int)").await;
+    let refused = world.run(&["migrate"]).await.exits(2);
+    assert!(refused.stderr.contains("a table of that name is there already"), "{}", refused.stderr);
+    world.execute("rename table events to mine").await;
+    let refused = world.run(&["migrate"]).await.exits(2);
+    let what_to_do = "delete from projectionist_migrations where not success";
+    assert!(refused.stderr.contains(what_to_do), "{}", refused.stderr);
+    world.execute(what_to_do).await;
+    world.run(&["migrate"]).await.exits(0);
+    world.run_with(&["append"], line("a").as_bytes()).await.exits(0);
+}
+
+#[tokio::test]
 async fn append_says_how_many_and_the_last_position_wherever_the_lines_come_from() {
     let world = World::new().await;
     // An empty line is none, and the last need not be ended.
