@@ -15,6 +15,10 @@ pub(super) enum Bug {
     PlaysWhatIsNotLive,
     /// Play waits for a broken projector as if it were to come back by itself.
     WaitsForTheBroken,
+    /// Who leaves the convoy catches up with nothing.
+    ForgetsWhoLeft,
+    /// Who has left the convoy is in it again after one event, and what it missed is deleted.
+    RejoinsTooEarly,
     /// Nobody compares positions with the high-water mark.
     NeverReconciles,
     /// The relay notes as published what it is about to send, and nobody reconciles.
@@ -61,6 +65,8 @@ pub(super) const BUGS: &[(Bug, &[u8])] = &[
     (Bug::TrustsTheQueue, &[1]),
     (Bug::PlaysWhatIsNotLive, &[6, 10, 11]),
     (Bug::WaitsForTheBroken, &[9, 10]),
+    (Bug::ForgetsWhoLeft, &[9]),
+    (Bug::RejoinsTooEarly, &[7]),
     (Bug::NeverReconciles, &[9]),
     (Bug::PublishedBeforeSent, &[9]),
     (Bug::PublishesPastTheMark, &[2]),

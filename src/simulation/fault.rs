@@ -78,30 +78,26 @@ impl Scheduler<'_> {
 
     /// SIGKILL, at whatever it was about to do.
     fn crash(&mut self) {
-        let Some(at) = self.some_slot(|_| true) else { return };
-        let slot = self.slots.swap_remove(at);
+        let Some(at) = self.some_slot(|who| !matches!(who, Who::Straggler(..))) else { return };
+        let who = self.slots[at].who;
         let mut world = self.sim.world();
-        world.note(|| format!("{} is killed", slot.who));
-        world.saw(match slot.who {
+        world.note(|| format!("{who} is killed"));
+        world.saw(match who {
             Who::Play(..) => Seen::CrashedPlay,
             Who::Boot(..) => Seen::CrashedBoot,
             Who::Relay(_) => Seen::CrashedRelay,
             Who::Retire(..) => Seen::CrashedRetire,
-            Who::Writer(_) | Who::Nobody => Seen::CrashedWriter,
+            Who::Writer(_) | Who::Straggler(..) | Who::Nobody => Seen::CrashedWriter,
         });
-        world.is_killing = true;
         drop(world);
-        drop(slot);
-        self.sim.world().is_killing = false;
-        self.census();
+        self.kill(|other| *other == who);
     }
 
     /// SIGTERM, with a batch in hand that takes too long: rolled back, its messages returned.
     fn terminate(&mut self) {
         let Some(at) = self.some_slot(|who| matches!(who, Who::Play(..))) else { return };
-        let slot = self.slots.swap_remove(at);
-        let who = slot.who;
-        drop(slot);
+        let who = self.slots[at].who;
+        self.slots.retain(|slot| slot.who != who && !slot.who.belongs_to(who));
         let mut world = self.sim.world();
         world.saw(Seen::Terminated);
         world.note(|| format!("{who} is terminated"));
@@ -111,12 +107,14 @@ impl Scheduler<'_> {
     }
 
     fn pause(&mut self) {
-        let Some(at) = self.some_slot(|_| true) else { return };
+        let Some(at) = self.some_slot(|who| !matches!(who, Who::Straggler(..))) else { return };
         let mut world = self.sim.world();
         let ticks = world.rng.u64(5..150);
         world.saw(Seen::Paused);
-        self.slots[at].paused_until = world.clock + ticks;
         let who = self.slots[at].who;
+        for slot in self.slots.iter_mut().filter(|slot| slot.who == who || slot.who.belongs_to(who)) {
+            slot.paused_until = world.clock + ticks;
+        }
         world.note(|| format!("{who} gets no time for {ticks}"));
     }
 

@@ -9,11 +9,11 @@ use super::cast;
 use super::database::Open;
 use super::queue::{Delivery, Message};
 use super::seen::Seen;
-use super::world::World;
+use super::world::{Who, World};
 use crate::event::Position;
 use crate::ledger::Entry;
 use crate::lifecycle::{Stage, Status};
-use crate::projector::Mode;
+use crate::projector::{Mode, ProjectorId};
 
 /// What must never be, and was.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -183,14 +183,19 @@ pub(super) fn before_send(world: &mut World, last: Position) {
 }
 
 /// 7: each projector of this release that was live before the message was received, and still is, stands
-/// beyond it.
+/// beyond it; but for those that have left the convoy of the worker that deletes it, and read the store instead.
 pub(super) fn before_delete(world: &mut World, message: &Message, delivery: &Delivery, release: cast::Release) {
     let Some(last) = message.last else { return };
     let waits = |row: &&super::database::LedgerRow| {
         row.entry.status == Status::Live && row.live_since < delivery.received_at && row.entry.position < last
     };
     let of_release = |row: &&super::database::LedgerRow| cast::is_in(release, row.actor);
-    if let Some(row) = world.database.ledger.iter().filter(of_release).find(waits) {
+    let worker = world.who;
+    let in_convoy = |row: &&super::database::LedgerRow| {
+        let is_outside = |(of, id): &(u64, ProjectorId)| worker == Who::Play(*of, release) && *id == row.entry.id;
+        !world.outside.iter().any(is_outside)
+    };
+    if let Some(row) = world.database.ledger.iter().filter(of_release).filter(in_convoy).find(waits) {
         let what =
             format!("a message through {last} is deleted, and {} stands at {}", row.entry.id, row.entry.position);
         world.violated(7, || what);

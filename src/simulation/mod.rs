@@ -30,7 +30,8 @@
 //! which the counter falls back. The queue: FIFO with its group and its deduplication, or standard; loss, repetition,
 //! disorder, purge, expired visibility, stale receipts, a dead-letter queue, foreign messages. Processes: killed,
 //! terminated and paused anywhere; two of each. Projectors: errors and panics until they are mended, in all
-//! releases or in one, at events and in setup; failures that do not repeat; deadlocks; all three modes.
+//! releases or in one, at events and in setup; failures that do not repeat; deadlocks; all three modes; who takes too long,
+//! leaves the convoy and catches up by itself.
 //!
 //! Not modelled: time as such (patience and leases are short, in steps), streams and their versions, handlers that
 //! commit by themselves, gaps wider than the engine fills by itself, two retirements of one projector at once, backups
@@ -50,6 +51,8 @@
 //! | Play applies whatever it gets, as if the queue lost nothing | 1 |
 //! | Play passes events to whatever has a ledger row, and its fence lets them through | 6 or 10 or 11 |
 //! | Play waits for a broken projector as if it were to come back by itself | 9 or 10 |
+//! | Who leaves the convoy catches up with nothing | 9 |
+//! | Who has left the convoy is in it again after one event, and what it missed is deleted | 7 |
 //! | Nobody compares positions with the high-water mark | 9 |
 //! | The relay notes as published what it is about to send, and nobody reconciles | 9 |
 //! | The relay publishes what is visible, and not what is proved | 2 |

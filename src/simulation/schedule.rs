@@ -1,8 +1,6 @@
 //! One schedule: which process goes on next, what breaks in between, and how all comes to rest. Everything
 //! follows from the seed.
 
-use std::future::Future;
-use std::pin::Pin;
 use std::task::{Context, Poll, Waker};
 
 use super::bug::Bug;
@@ -11,7 +9,7 @@ use super::fault::{FAULTS, Fault};
 use super::invariants::{self, Violation};
 use super::process::{Ended, boot, play, relay, retire, writer};
 use super::seen::{Counts, Seen};
-use super::world::{Chances, Failing, Poison, Sim, Tick, Wait, Who, World};
+use super::world::{Chances, Failing, Poison, Process, Sim, Tick, Wait, Who, World};
 use crate::lifecycle::Status;
 use crate::registry::Registry;
 
@@ -61,7 +59,7 @@ pub(super) struct Scheduler<'a> {
 /// A process that runs.
 pub(super) struct Slot {
     pub(super) who: Who,
-    process: Pin<Box<dyn Future<Output = Ended>>>,
+    process: Process,
     wait: Wait,
     /// It gets no time until then: a stopped machine, a long collection of garbage.
     pub(super) paused_until: Tick,
@@ -106,6 +104,7 @@ impl Scheduler<'_> {
                 queue_away: chance(60),
                 queue_loses: chance(200),
                 queue_repeats: chance(200),
+                slow: chance(30),
                 rollback: chance(400),
                 poison: chance(300),
             };
@@ -293,13 +292,18 @@ impl Scheduler<'_> {
                 self.census();
             }
         }
+        let sent_off = std::mem::take(&mut self.sim.world().sent_off);
+        for (who, process) in sent_off {
+            self.start(who, process);
+        }
         invariants::after_step(&mut self.sim.world());
     }
 
-    /// Kills all of these processes.
+    /// Kills all of these processes, and what they have sent off.
     pub(super) fn kill(&mut self, is: impl Fn(&Who) -> bool) {
         self.sim.world().is_killing = true;
-        self.slots.retain(|slot| !is(&slot.who));
+        let dead: Vec<Who> = self.slots.iter().map(|slot| slot.who).filter(|who| is(who)).collect();
+        self.slots.retain(|slot| !is(&slot.who) && !dead.iter().any(|dead| slot.who.belongs_to(*dead)));
         self.sim.world().is_killing = false;
         self.census();
     }
@@ -307,6 +311,8 @@ impl Scheduler<'_> {
     /// What the world knows of who runs.
     pub(super) fn census(&mut self) {
         let mut world = self.sim.world();
+        let plays = |number: u64| self.slots.iter().any(|slot| matches!(slot.who, Who::Play(of, _) if of == number));
+        world.outside.retain(|&(worker, _)| plays(worker));
         let playing = self.slots.iter().filter_map(|slot| match slot.who {
             Who::Play(_, release) => Some(release),
             _ => None,
@@ -335,7 +341,7 @@ impl Scheduler<'_> {
         }
         self.highest_release = self.highest_release.max(release);
         let (number, registry) = (self.number(), self.releases[release].clone());
-        self.start(Who::Play(number, release), Box::pin(play::play(self.sim.clone(), release, registry)));
+        self.start(Who::Play(number, release), Box::pin(play::play(self.sim.clone(), number, release, registry)));
     }
 
     pub(super) fn start_boot(&mut self, release: Release) {
@@ -351,7 +357,7 @@ impl Scheduler<'_> {
         self.start(Who::Retire(number, release), Box::pin(retire::retire(self.sim.clone(), registry)));
     }
 
-    fn start(&mut self, who: Who, process: Pin<Box<dyn Future<Output = Ended>>>) {
+    fn start(&mut self, who: Who, process: Process) {
         self.sim.note(|| format!("{who} starts"));
         self.slots.push(Slot { who, process, wait: Wait::Ready, paused_until: 0 });
         self.census();

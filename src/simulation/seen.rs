@@ -22,7 +22,7 @@ seen! {
     Sent, MessageLost, MessageRepeated, MessageDeduplicated, Reordered, VisibilityExpired, TwoWorkersOneMessage,
     Purged, DeadLettered, StaleReceipt, Foreign, Reference, QueueAway,
     // play
-    AppliedFromQueue, Skipped, CaughtUp, Doorbell, Reconciled, JoinedWithoutRestart,
+    AppliedFromQueue, Skipped, CaughtUp, Doorbell, Reconciled, JoinedWithoutRestart, LeftConvoy, Rejoined,
     // the engine
     StalePosition, StaleStatus, RowGone, Deadlock, Isolated, FlakyPassedAlone, Panicked, BrokeInPlay, BrokeInBoot,
     BrokeAtSetup, Mended,

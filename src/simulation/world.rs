@@ -17,9 +17,11 @@ use super::bug::Bug;
 use super::cast::Release;
 use super::database::Database;
 use super::invariants::Violation;
+use super::process::Ended;
 use super::queue::Queue;
 use super::seen::{Counts, Seen};
 use crate::event::Position;
+use crate::projector::ProjectorId;
 
 /// Time, in ticks of about a second. Each step of a process takes one.
 pub(super) type Tick = u64;
@@ -31,9 +33,21 @@ pub(super) enum Who {
     Writer(u64),
     Relay(u64),
     Play(u64, Release),
+    /// What a worker of that number has sent off, to catch up by itself: it lives and dies with the worker.
+    Straggler(u64, Release),
     Boot(u64, Release),
     Retire(u64, Release),
 }
+
+impl Who {
+    /// Whether it ends when the worker of that number does.
+    pub(super) fn belongs_to(self, worker: Who) -> bool {
+        matches!((self, worker), (Who::Straggler(of, _), Who::Play(number, _)) if of == number)
+    }
+}
+
+/// A process that runs, or is to.
+pub(super) type Process = Pin<Box<dyn Future<Output = Ended>>>;
 
 /// What a process that has yielded waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,6 +76,8 @@ pub(super) struct Chances {
     /// A message is lost, or sent twice, by send.
     pub(super) queue_loses: u32,
     pub(super) queue_repeats: u32,
+    /// A projector takes too long, by step: it leaves the convoy.
+    pub(super) slow: u32,
     /// A writer rolls back.
     pub(super) rollback: u32,
     /// A projector cannot take an event, by event.
@@ -104,6 +120,9 @@ pub(super) struct World {
     /// The releases of the workers that run, and how many boots do.
     pub(super) playing: Vec<Release>,
     pub(super) booting: usize,
+    /// Who has left the convoy of which worker, and what is to be started for them.
+    pub(super) outside: Vec<(u64, ProjectorId)>,
+    pub(super) sent_off: Vec<(Who, Process)>,
     /// Who was retired and forgotten.
     pub(super) forgotten: [bool; super::cast::ACTORS.len()],
     /// Only differences matter.
@@ -137,6 +156,8 @@ impl World {
             acknowledged: Vec::new(),
             playing: Vec::new(),
             booting: 0,
+            outside: Vec::new(),
+            sent_off: Vec::new(),
             forgotten: Default::default(),
             origin: Instant::now(),
             is_closing: false,
@@ -277,6 +298,7 @@ impl fmt::Display for Who {
             Who::Writer(number) => write!(f, "writer#{number}"),
             Who::Relay(number) => write!(f, "relay#{number}"),
             Who::Play(number, release) => write!(f, "play#{number} r{release}"),
+            Who::Straggler(number, release) => write!(f, "apart#{number} r{release}"),
             Who::Boot(number, release) => write!(f, "boot#{number} r{release}"),
             Who::Retire(number, release) => write!(f, "retire#{number} r{release}"),
         }

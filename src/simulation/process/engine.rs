@@ -18,6 +18,7 @@ use crate::simulation::transaction::HandlerError;
 use crate::simulation::world::{Sim, Tick};
 use crate::store::Page;
 
+#[derive(Clone)]
 pub(super) struct Engine {
     pub(super) sim: Sim,
     pub(super) registry: Registry,

@@ -23,12 +23,13 @@ use crate::simulation::cast::Release;
 use crate::simulation::queue::{Receipt, Received, VISIBILITY};
 use crate::simulation::seen::Seen;
 use crate::simulation::statements::{DatabaseError, LOG_ID};
-use crate::simulation::world::{Sim, Tick};
+use crate::simulation::world::{Sim, Tick, Who};
 
 const RECEIVE_WAIT: Tick = 10;
 const RECONCILE_AFTER: Duration = Duration::from_secs(10);
 
 struct Worker {
+    number: u64,
     engine: Engine,
     reconcile: Reconcile,
     /// Who was live when it last looked.
@@ -36,10 +37,10 @@ struct Worker {
 }
 
 /// Plays until it is killed.
-pub(in crate::simulation) async fn play(sim: Sim, release: Release, registry: Registry) -> Ended {
+pub(in crate::simulation) async fn play(sim: Sim, number: u64, release: Release, registry: Registry) -> Ended {
     let batch = sim.world().rng.u64(1..=4);
     let engine = Engine { sim, registry, release, batch, patience: None };
-    let mut worker = Worker { engine, reconcile: Reconcile::default(), live: Vec::new() };
+    let mut worker = Worker { number, engine, reconcile: Reconcile::default(), live: Vec::new() };
     loop {
         match worker.engine.sim.receive(RECEIVE_WAIT).await {
             Ok(received) => worker.work(received).await,
@@ -100,15 +101,48 @@ impl Worker {
             let Some(entry) = entries.iter().find(|entry| entry.id == projector.id && self.is_ours(entry)) else {
                 continue;
             };
-            let mut cursor = Cursor::new(projector, entry.position);
-            for run in &runs {
-                self.follow(&mut cursor, run).await?;
+            if self.holds(&entry.id) {
+                continue;
             }
-            if let Some(target) = target {
-                self.repair(&mut cursor, target).await?;
+            let mut cursor = Cursor::new(projector, entry.position);
+            let led = {
+                let work = pin!(self.lead(&mut cursor, &runs, target));
+                CutOff { sim: &sim, work }.await
+            };
+            match led {
+                Some(led) => led?,
+                None => self.leave(cursor),
             }
         }
         Ok(())
+    }
+
+    async fn lead(&self, cursor: &mut Cursor, runs: &[Run], target: Option<Position>) -> Result<(), DatabaseError> {
+        for run in runs {
+            self.follow(cursor, run).await?;
+        }
+        match target {
+            Some(target) => self.repair(cursor, target).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Whether a projector is outside the convoy.
+    fn holds(&self, id: &ProjectorId) -> bool {
+        self.engine.sim.world().outside.iter().any(|(worker, outside)| *worker == self.number && outside == id)
+    }
+
+    /// Sends a projector off, to catch up by itself.
+    fn leave(&self, cursor: Cursor) {
+        let sim = &self.engine.sim;
+        sim.saw(Seen::LeftConvoy);
+        sim.note(|| format!("{} leaves the convoy at {}", cursor.projector.id, cursor.position));
+        let mut world = sim.world();
+        world.outside.push((self.number, cursor.projector.id.clone()));
+        if world.bug != Some(Bug::ForgetsWhoLeft) {
+            let who = Who::Straggler(self.number, self.engine.release);
+            world.sent_off.push((who, Box::pin(catch_up_alone(self.engine.clone(), self.number, cursor))));
+        }
     }
 
     fn is_ours(&self, entry: &Entry) -> bool {
@@ -168,6 +202,7 @@ impl Worker {
             .into_iter()
             .filter(|entry| entry.status == Status::Live && self.engine.registry.get(&entry.id).is_some())
             .map(|entry| (entry.id, entry.position))
+            .filter(|(id, _)| !self.holds(id))
             .collect();
         let now = sim.world().instant();
         let overdue = self.reconcile.overdue(now, &live, mark, RECONCILE_AFTER);
@@ -175,8 +210,7 @@ impl Worker {
             let Some(projector) = self.engine.registry.get(&id) else { continue };
             sim.saw(Seen::Reconciled);
             sim.note(|| format!("reconciles {id}, which stays at {position}, with {mark}"));
-            let mut cursor = Cursor::new(projector, position);
-            self.repair(&mut cursor, mark).await?;
+            self.leave(Cursor::new(projector, position));
         }
         Ok(())
     }
@@ -192,6 +226,52 @@ impl Worker {
             self.engine.sim.saw(Seen::JoinedWithoutRestart);
         }
         self.live = live;
+    }
+}
+
+/// Catches up to the mark as it is at the end, or until the projector breaks or is taken over.
+async fn catch_up_alone(engine: Engine, worker: u64, mut cursor: Cursor) -> Ended {
+    let sim = engine.sim.clone();
+    while cursor.is_running() {
+        let start = cursor.position;
+        let round = async {
+            let mark = raise_high_water(&sim).await?.mark;
+            let through = if sim.has(Bug::RejoinsTooEarly) { mark.min(start.next()) } else { mark };
+            engine.catch_up(Stage::Play, std::slice::from_mut(&mut cursor), through).await?;
+            Ok::<_, DatabaseError>(through.since(start))
+        };
+        match round.await {
+            // The last round was short: the next messages continue it.
+            Ok(events) if events <= engine.batch => break,
+            Ok(_) => {}
+            Err(_) => sim.back_off().await,
+        }
+    }
+    sim.saw(Seen::Rejoined);
+    sim.note(|| format!("{} is at {} and rejoins the convoy", cursor.projector.id, cursor.position));
+    sim.world().outside.retain(|outside| *outside != (worker, cursor.projector.id.clone()));
+    Ended::Done
+}
+
+/// Work that may take too long at every step: `None`, and what was not committed is rolled back.
+struct CutOff<'a, F> {
+    sim: &'a Sim,
+    work: Pin<&'a mut F>,
+}
+
+impl<F: Future> Future for CutOff<'_, F> {
+    type Output = Option<F::Output>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let is_slow = {
+            let mut world = self.sim.world();
+            let chance = world.chances.slow;
+            world.roll(chance)
+        };
+        if is_slow {
+            return Poll::Ready(None);
+        }
+        self.work.as_mut().poll(context).map(Some)
     }
 }
 
