@@ -184,20 +184,17 @@ impl Drop for Handling<'_> {
 
 /// Runs a projector's setup, outside any transaction: it creates tables.
 pub(crate) async fn set_up(database: &Database, projector: &Registered) -> anyhow::Result<()> {
-    let mut connection = database.acquire().await?;
-    AssertUnwindSafe(projector.projector.setup(&mut connection))
-        .catch_unwind()
-        .await
-        .unwrap_or_else(|panic| Err(anyhow!("setup panicked: {}", panic_message(panic.as_ref()))))
+    let set_up = async |db: &mut MySqlConnection| AssertUnwindSafe(projector.projector.setup(db)).catch_unwind().await;
+    let set_up = database.while_connected(set_up).await?;
+    set_up.unwrap_or_else(|panic| Err(anyhow!("setup panicked: {}", panic_message(panic.as_ref()))))
 }
 
 /// Runs a projector's teardown, likewise.
 pub(crate) async fn tear_down(database: &Database, projector: &Registered) -> anyhow::Result<()> {
-    let mut connection = database.acquire().await?;
-    AssertUnwindSafe(projector.projector.teardown(&mut connection))
-        .catch_unwind()
-        .await
-        .unwrap_or_else(|panic| Err(anyhow!("teardown panicked: {}", panic_message(panic.as_ref()))))
+    let tear_down =
+        async |db: &mut MySqlConnection| AssertUnwindSafe(projector.projector.teardown(db)).catch_unwind().await;
+    let tear_down = database.while_connected(tear_down).await?;
+    tear_down.unwrap_or_else(|panic| Err(anyhow!("teardown panicked: {}", panic_message(panic.as_ref()))))
 }
 
 fn panic_message(panic: &(dyn std::any::Any + Send)) -> &str {

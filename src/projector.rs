@@ -75,7 +75,8 @@ pub trait Projector: Send + Sync + 'static {
     }
 
     /// Creates what the handler writes to. Boot runs it at first sight, and again whenever it resumes
-    /// the projector, so it must be harmless to repeat: `create table if not exists`.
+    /// the projector, so it must be harmless to repeat: `create table if not exists`. It may take as long as it
+    /// likes, but not be silent on its connection for a minute: then the server ends that, and it is run again.
     async fn setup(&self, _db: &mut MySqlConnection) -> anyhow::Result<()> {
         Ok(())
     }

@@ -158,7 +158,7 @@ impl<'a> Function<'a> {
     fn wake(&mut self, deadline: &Deadline) {
         let kept_for = Duration::from_secs(self.options.idle_timeout);
         if !self.last_used.elapsed().is_ok_and(|unused| unused < kept_for) {
-            self.database.hang_up();
+            self.database.close_idle();
             self.queue = None;
         }
         let longest = self.config.play_limits().handler_timeout;

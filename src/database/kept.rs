@@ -152,7 +152,7 @@ impl Database {
 
     /// Hangs up all connections that are not in use, without asking whether they still answer. For who was frozen: the other
     /// end may be gone without a word, and the clock may have stood still.
-    pub(crate) fn hang_up(&self) {
+    pub(crate) fn close_idle(&self) {
         let idle: Vec<Session> = self.kept.lock().idle.drain(..).collect();
         idle.into_iter().for_each(|session| drop(session.connection.detach()));
         while let Some(connection) = self.pool.try_acquire() {

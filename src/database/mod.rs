@@ -7,13 +7,14 @@ mod needs;
 
 use std::borrow::Cow;
 use std::future::Future;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use sqlx::migrate::{Migration, MigrationType, Migrator};
 use sqlx::mysql::{MySqlConnectOptions, MySqlPoolOptions, MySqlTransactionManager};
 use sqlx::pool::PoolConnection;
-use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor, MySql, MySqlConnection, MySqlPool, SqlSafeStr};
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor, MySql, MySqlConnection, MySqlPool, Row, SqlSafeStr};
 use sqlx_core::transaction::TransactionManager;
 use tokio::sync::watch;
 use tokio::time::timeout;
@@ -46,6 +47,12 @@ const UNUSED_FOR: Duration = Duration::from_secs(30);
 const RETURNS_WITHIN: Duration = Duration::from_secs(5);
 
 const VERSION: &str = "select version(), @@global.auto_increment_increment";
+
+const SESSION_ID: &str = "select connection_id()";
+
+/// A user sees its own without any grant. (`information_schema.processlist` would fail on MySQL while any session binds bytes
+/// that are no UTF-8.)
+const SESSIONS: &str = "show processlist";
 
 /// Read by the migrator only: its lock and its table need a name of their own, so that a team's own
 /// sqlx migrations can live in the same database.
@@ -162,6 +169,42 @@ impl Database {
         asking: impl AsyncFnOnce(&mut MySqlConnection) -> Result<T, sqlx::Error>,
     ) -> Result<T, sqlx::Error> {
         self.answered(async { asking(&mut *self.acquire().await?).await }).await
+    }
+
+    /// Runs what may take as long as it likes, such as the making of an index, on a connection of the pool; but not longer
+    /// than the server knows its session. A session that is not heard any more ends there, by [`SESSION_SILENT_FOR`].
+    pub(crate) async fn while_connected<T>(
+        &self,
+        work: impl AsyncFnOnce(&mut MySqlConnection) -> T,
+    ) -> Result<T, sqlx::Error> {
+        let mut connection = self.acquire().await?;
+        let id: u64 = self.answered(sqlx::query_scalar(SESSION_ID).fetch_one(&mut *connection)).await?;
+        {
+            let mut work = pin!(work(&mut connection));
+            loop {
+                match timeout(self.answer_within, &mut work).await {
+                    Ok(done) => return Ok(done),
+                    // Where nobody can tell, the next look will.
+                    Err(_) if self.knows(id).await.unwrap_or(true) => {}
+                    // The end may be on its way to us.
+                    Err(_) => match timeout(RETURNS_WITHIN, &mut work).await {
+                        Ok(done) => return Ok(done),
+                        Err(_) => break,
+                    },
+                }
+            }
+        }
+        connection.close_on_drop();
+        Err(sqlx::Error::Io(std::io::Error::new(
+            std::io::ErrorKind::TimedOut,
+            "the server does not know the session any more: its connection was lost without a word",
+        )))
+    }
+
+    /// Whether the server has that session of ours.
+    async fn knows(&self, session: u64) -> Result<bool, sqlx::Error> {
+        let sessions = self.answer(async |connection| sqlx::raw_sql(SESSIONS).fetch_all(connection).await).await?;
+        Ok(sessions.iter().any(|row| row.get_unchecked::<u64, _>(0) == session))
     }
 
     /// After a failover the former primary lives on, read-only, and our connections with it. Once one of them says so,

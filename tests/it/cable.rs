@@ -8,7 +8,7 @@ use std::time::Duration;
 use projectionist::{Database, Limits, PlaySettings, Queue, boot, play};
 
 use crate::support::{
-    Fate, PATIENCE, Proxy, Running, Tally, World, eventually, holds, registry, run, scripted_at, set, setting,
+    Fate, PATIENCE, Proxy, Running, Tally, World, eventually, holds, kill, registry, run, scripted_at, set, setting,
 };
 
 /// COM_PING, as the driver sends it.
@@ -126,6 +126,26 @@ async fn a_ledgers_connection_that_goes_silent_is_given_up_and_each_event_applie
     // Before the row is locked, and when it is free again: in between, the server keeps the lock until it ends the session.
     let ledger = [("start transaction", Fate::Silent), ("; commit", Fate::Withheld), ("from projectors", Fate::Silent)];
     outlives(&ledger, &ledger).await;
+}
+
+/// A setup may take as long as it likes: it is given up when the server does not know its session any more.
+#[tokio::test]
+async fn a_setup_whose_connection_goes_silent_is_given_up_and_run_again() {
+    let world = World::new().await;
+    let tally = Tally::new("tally");
+    world.append(10).await;
+    let (database, silences) = silenced(&world, &[("create table if not exists", Fate::Withheld)]).await;
+    silences.arm();
+    let ending = async {
+        eventually("the answer is withheld", async || silences.waiting().is_empty()).await;
+        // As the server does by itself, when a session has been silent for a minute.
+        kill(&mut world.connection().await, world.sessions().await).await;
+    };
+    let limits = Limits { patience: Some(PATIENCE), ..Limits::default() };
+    let registry = set([tally.clone()]);
+    let (report, ()) = tokio::join!(boot(&database, &registry, limits, |_| {}), ending);
+    assert!(report.expect("boot comes to an end").is_released());
+    world.assert_complete(&tally).await;
 }
 
 #[tokio::test]
