@@ -1,5 +1,7 @@
 //! `play` and `relay`: until idle, side by side, and to their end by SIGTERM.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use aws_sdk_sqs::types::QueueAttributeName as Attribute;
@@ -7,7 +9,7 @@ use projectionist::Queue;
 use tokio::net::TcpListener;
 
 use super::{close_gate, failing_at, gated, promptly, somebody_waits, tallied, tally};
-use crate::support::{Folder, Running, World, eventually, execute};
+use crate::support::{Fate, Folder, Proxy, Running, World, eventually, execute, holds};
 
 /// SIGTERM in the middle of nothing takes no longer than this.
 const QUICKLY: Duration = Duration::from_secs(3);
@@ -110,6 +112,56 @@ async fn play_beside_a_relay_of_its_own_process_plays_everything() {
     assert_eq!(world.run(&play).await.exits(0).stdout, "idle: played 10 messages\n");
     assert_eq!(tallied(&world, "a").await, through(100));
     relay.terminate().await.exits(0);
+}
+
+/// The queue's network resets every connection for a while.
+#[tokio::test]
+async fn while_the_queue_is_away_projectors_read_the_store_and_the_log_says_so_and_not_with_every_attempt() {
+    let world = World::new().await;
+    let folder = Folder::new().with("1.toml", &tally("a")).with("2.toml", &tally("b"));
+    world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
+    let (is_away, refused) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+    let (away, receives) = (Arc::clone(&is_away), Arc::clone(&refused));
+    let proxy = Proxy::before_the_queue(move |bytes| {
+        if !away.load(Ordering::SeqCst) {
+            return Fate::Passes;
+        }
+        receives.fetch_add(u64::from(holds(bytes, "AmazonSQS.ReceiveMessage")), Ordering::SeqCst);
+        Fate::Reset
+    })
+    .await;
+    let mut play = world.command(&["play", "--receive-wait=1", "--reconcile-after=1", "--projectors", folder.path()]);
+    // Each attempt of ours is one of the SDK's.
+    play.env("AWS_ENDPOINT_URL", format!("http://{}", proxy.address())).env("AWS_MAX_ATTEMPTS", "1");
+    let play = Running::spawn(play);
+    let are_at = async |position| world.position("a").await == position && world.position("b").await == position;
+    let told = |log: &str, words: &str| log.lines().filter(|line| line.contains(words)).count();
+    world.append(20).await;
+    eventually("both are played", async || are_at(20).await).await;
+
+    is_away.store(true, Ordering::SeqCst);
+    world.append(30).await;
+    eventually("both are fed from the store", async || are_at(50).await).await;
+    eventually("it tries again and again", async || refused.load(Ordering::SeqCst) >= 7).await;
+    world.append(10).await;
+    eventually("both are fed still", async || are_at(60).await).await;
+    for words in ["cannot receive from the queue, trying again", "the relay cannot work now, trying again"] {
+        let lines = told(&play.logged(), words);
+        assert!((1..=3).contains(&lines), "{lines} times: {words}\n{}", play.logged());
+    }
+    assert!(!play.has_logged("the queue answers again"), "{}", play.logged());
+    assert_eq!(world.number("select published from event_log").await, 20);
+
+    is_away.store(false, Ordering::SeqCst);
+    play.logs("the queue answers again").await;
+    world.append(20).await;
+    eventually("both are played", async || are_at(80).await).await;
+    eventually("all is published", async || world.number("select published from event_log").await == 80).await;
+    eventually("all is deleted", async || world.queue.depth().await.is_ok_and(|depth| depth == 0)).await;
+    let log = play.terminate().await.exits(0).stderr;
+    assert_eq!(told(&log, "the queue answers again"), 1);
+    assert!(told(&log, "cannot receive from the queue, trying again") <= 3, "{log}");
+    assert_eq!((tallied(&world, "a").await, tallied(&world, "b").await), (through(80), through(80)));
 }
 
 #[tokio::test]
