@@ -4,6 +4,7 @@ mod append;
 mod bad_input;
 mod boot;
 mod cloudwatch;
+mod killed;
 mod play;
 mod retire;
 mod rolling;
