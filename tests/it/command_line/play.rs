@@ -9,7 +9,7 @@ use projectionist::Queue;
 use serde_json::json;
 use tokio::net::TcpListener;
 
-use super::{close_gate, failing_at, gated, promptly, somebody_waits, tallied, tally};
+use super::{assert_failed_at, close_gate, failing_at, gated, promptly, somebody_waits, tallied, tally};
 use crate::support::{Fate, Folder, Proxy, Running, Stub, World, eventually, execute, holds};
 
 /// SIGTERM in the middle of nothing takes no longer than this.
@@ -52,6 +52,7 @@ async fn play_until_idle_exits_with_1_where_a_projector_broke_and_the_rest_is_at
         assert_eq!((world.status(name).await, tallied(&world, name).await), ("live".into(), through(60)));
     }
     assert_eq!((world.status("poisoned").await, tallied(&world, "poisoned").await), ("broken".into(), through(32)));
+    assert_failed_at(&world, "poisoned", 33).await;
 
     // It broke before: that is no news.
     world.append(5).await;
