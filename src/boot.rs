@@ -25,6 +25,9 @@ use crate::store::HighWater;
 /// against a log that grows as fast as they replay, the handoff need not wait for ever: the queue feeds them.
 pub(crate) const MOST_ROUNDS_FOR_FRESHNESS: u32 = 20;
 
+/// Why a release may not go on though nothing of it broke.
+pub(crate) const NOT_AT_ITS_END: &str = "boot did not come to its end: not every projector is live";
+
 /// What boot did.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -89,7 +92,14 @@ pub async fn boot(
     progress: impl FnMut(&BootProgress),
 ) -> Result<BootReport, Error> {
     let boot = Boot { engine: Engine::new(database, limits, registry), registry };
-    boot.run(progress).await
+    boot.run(progress).await.inspect_err(|error| tell_failed(error, registry.release()))
+}
+
+/// Tells that a boot ended, before its end, for a reason other than a broken projector: somebody should look, for the
+/// deploy stands. [`boot`] does so itself; what ends a boot outside it, and may do so only once, calls this.
+pub(crate) fn tell_failed(error: &Error, release: Option<&str>) {
+    let released = false;
+    error!(alert = "boot_failed", %error, released, release, "boot failed: this release must not go on");
 }
 
 struct Boot<'a> {
@@ -125,10 +135,11 @@ impl Boot<'_> {
             info!(released, release, seconds, projectors = report.projectors.len(), "booted: this release may go on");
         } else {
             let broken: Vec<String> = report.broken().map(|booted| booted.entry.id.to_string()).collect();
-            let broken = broken.join(" ");
+            let error = broken.is_empty().then_some(NOT_AT_ITS_END);
+            let broken = (!broken.is_empty()).then(|| broken.join(" "));
             error!(
                 alert = "boot_failed",
-                broken, released, release, seconds, "boot failed: this release must not go on"
+                broken, error, released, release, seconds, "boot failed: this release must not go on"
             );
         }
         Ok(report)

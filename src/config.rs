@@ -88,7 +88,7 @@ pub(crate) struct Config {
 
     /// What this release is called, for whoever reads of a failure: a version, a commit, an image's tag.
     #[arg(long, value_name = "NAME", env = "PROJECTIONIST_RELEASE", global = true)]
-    release: Option<String>,
+    pub(crate) release: Option<String>,
 
     /// Whether boot, play, lambda and relay write metrics to standard error, among the log lines: emf is CloudWatch's embedded
     /// metric format.
@@ -108,7 +108,7 @@ pub(crate) struct Config {
     #[arg(long, value_name = "FORMAT", env = "PROJECTIONIST_LOG_FORMAT", default_value = "auto", global = true)]
     pub(crate) log_format: LogFormat,
 
-    /// Which log lines are shown: error, warn, info, debug, or a filter such as projectionist=debug.
+    /// Which log lines are shown: error, warn, info, debug, or a filter such as projectionist=debug. Alerts always are.
     #[arg(long, value_name = "FILTER", env = "PROJECTIONIST_LOG", default_value = "info", global = true)]
     pub(crate) log: String,
 }

@@ -10,7 +10,7 @@ use tracing::info;
 
 use super::status::FailureReport;
 use super::{say, shutdown_signal};
-use crate::boot::{BootProgress, BootReport, Booted, boot};
+use crate::boot::{BootProgress, BootReport, Booted, NOT_AT_ITS_END, boot, tell_failed};
 use crate::config::Config;
 use crate::error::Error;
 use crate::registry::Registry;
@@ -50,18 +50,21 @@ struct ProjectorOutcome<'a> {
 
 impl Boot {
     pub(super) async fn run(self, config: &Config, registry: Registry) -> Result<(), Error> {
-        let registry = config.some_registry(registry)?;
+        let release = config.release.clone().or_else(|| registry.release().map(str::to_owned));
+        // A deploy stands, too, where boot cannot begin, or is stopped.
+        let failed = |error: &Error| tell_failed(error, release.as_deref());
+        let registry = config.some_registry(registry).inspect_err(failed)?;
         let reporter = config.reporter();
         let mut display = Display::new();
         // The first process of a container has no default for a signal: it has to listen, or be killed.
-        let shutdown = shutdown_signal()?;
+        let shutdown = shutdown_signal().inspect_err(failed)?;
         let booting = async {
-            let database = config.database().await?;
+            let database = config.database().await.inspect_err(failed)?;
             boot(&database, &registry, config.boot_limits(), |progress| display.show(progress)).await
         };
         let report = tokio::select! {
             report = booting => report,
-            () = shutdown => Err(Error::Interrupted),
+            () = shutdown => Err(Error::Interrupted).inspect_err(failed),
         };
         display.end();
         reporter.flush();
@@ -76,7 +79,7 @@ impl Boot {
         }
         let broken: Vec<String> = report.broken().map(|booted| booted.entry.id.to_string()).collect();
         Err(Error::Projector(match broken.is_empty() {
-            true => "boot did not come to its end: not every projector is live".into(),
+            true => NOT_AT_ITS_END.into(),
             false => format!("broken: {}; mend it and run boot again, it goes on where it stopped", broken.join(", ")),
         }))
     }

@@ -8,7 +8,7 @@ mod webhook;
 use std::io::{IsTerminal, stderr};
 
 use clap::ValueEnum;
-use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::filter::{FilterExt, LevelFilter, filter_fn};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer, fmt};
@@ -53,7 +53,8 @@ pub(crate) fn report(error: &Error, format: LogFormat) {
     }
 }
 
-/// Starts logging, with a filter such as `info` or `projectionist=debug`, and posts alerts to `alert_url`.
+/// Starts logging, with a filter such as `info` or `projectionist=debug`, and posts alerts to `alert_url`. What somebody should
+/// look at is in the log whatever the filter says: an alarm that reads the log waits for it.
 pub(crate) fn start(format: LogFormat, filter: &str, alert_url: Option<&str>) -> Result<Telemetry, Error> {
     // A bare level is meant for us: the libraries below us say enough at warn.
     let ours = filter.bytes().all(|byte| byte.is_ascii_alphabetic()).then(|| format!("warn,projectionist={filter}"));
@@ -65,7 +66,11 @@ pub(crate) fn start(format: LogFormat, filter: &str, alert_url: Option<&str>) ->
         false => logs.with_target(false).with_ansi(stderr().is_terminal()).boxed(),
     };
     let (webhook, poster) = alert_url.map(webhook::start).transpose()?.unzip();
-    let webhook = webhook.map(|webhook| webhook.with_filter(LevelFilter::WARN));
+    let alerts = || {
+        let is_alert = filter_fn(|line| line.fields().field("alert").is_some());
+        is_alert.with_max_level_hint(LevelFilter::WARN)
+    };
+    let webhook = webhook.map(|webhook| webhook.with_filter(alerts()));
     if format.is_json() {
         // A handler's panic is caught and told, but the default would print lines that are no JSON before that.
         std::panic::set_hook(Box::new(|panic| {
@@ -74,6 +79,6 @@ pub(crate) fn start(format: LogFormat, filter: &str, alert_url: Option<&str>) ->
         }));
     }
     // A team's binary may have a subscriber of its own: then its logs are the right ones.
-    let _ = tracing_subscriber::registry().with(logs.with_filter(filter)).with(webhook).try_init();
+    let _ = tracing_subscriber::registry().with(logs.with_filter(filter.or(alerts()))).with(webhook).try_init();
     Ok(Telemetry { _poster: poster })
 }

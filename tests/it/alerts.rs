@@ -1,16 +1,18 @@
 //! Alerts: a log line always, an HTTP POST where one is named, and never in the way of the work.
 
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
+use projectionist::sqlx::{Connection, MySqlConnection};
+use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
-use crate::support::World;
+use crate::support::{Fate, Folder, Tally, World, eventually, execute, holds, write};
 
 /// A web hook that answers with these status codes in turn, the last one for ever, and keeps what it gets.
-/// Without any, it never answers.
+/// Without any, it never answers, and keeps a null for each attempt.
 async fn webhook(codes: &'static [u16]) -> (String, Arc<Mutex<Vec<Value>>>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let url = format!("http://{}/secret-token", listener.local_addr().expect("bound"));
@@ -22,6 +24,7 @@ async fn webhook(codes: &'static [u16]) -> (String, Arc<Mutex<Vec<Value>>>) {
             let Ok((mut stream, _)) = listener.accept().await else { return };
             let Some(code) = codes.get(turn).or(codes.last()) else {
                 silent.push(stream);
+                kept.lock().expect("no panic").push(Value::Null);
                 continue;
             };
             let body = read_body(&mut stream).await;
@@ -94,4 +97,205 @@ async fn a_web_hook_that_never_answers_delays_the_end_of_a_boot_but_does_not_pre
     let boot = world.run(&["boot", "--projectors", folder, "--alert-url", &url]).await.exits(1);
     assert!(began.elapsed() < Duration::from_secs(30), "its time-out bounds it");
     assert!(boot.stderr.contains("\"alert\":\"projector_broken\""), "the log has it: {}", boot.stderr);
+}
+
+/// Of a web hook's alerts: what each is.
+fn kinds(posted: &Mutex<Vec<Value>>) -> Vec<String> {
+    let posted = posted.lock().expect("no panic");
+    posted.iter().map(|alert| alert["alert"].as_str().unwrap_or_default().to_owned()).collect()
+}
+
+/// The only alert that was posted.
+#[track_caller]
+fn only(posted: &Mutex<Vec<Value>>, kind: &str) -> Value {
+    assert_eq!(kinds(posted), [kind]);
+    posted.lock().expect("no panic")[0].clone()
+}
+
+#[tokio::test]
+async fn a_boot_that_gives_up_on_a_database_that_went_away_alerts_once_and_exits_with_3() {
+    let world = World::new().await;
+    let tally = Tally::new("tally");
+    world.append(50).await;
+    let projectors = Folder::new().with("tally.toml", &tally.file(&[]));
+    let (batches, is_away) = (AtomicU64::new(0), AtomicBool::new(false));
+    let database = world
+        .database_url_by(move |bytes| {
+            // In the third batch, and for good.
+            if holds(bytes, "; commit") && batches.fetch_add(1, Ordering::SeqCst) == 2 {
+                is_away.store(true, Ordering::SeqCst);
+            }
+            if is_away.load(Ordering::SeqCst) { Fate::Reset } else { Fate::Passes }
+        })
+        .await;
+    let (url, posted) = webhook(&[200]).await;
+    let boot = ["boot", "--batch=10", "--connect-timeout=1", "--projectors", projectors.path()];
+    let on = ["--database-url", &database, "--alert-url", &url, "--release", "v7"];
+    // For as long as boot is patient: a minute.
+    let gave_up = world.run(&[&boot[..], &on].concat()).await.exits(3);
+
+    let alert = only(&posted, "boot_failed");
+    assert_eq!(alert["error"].as_str(), Some(gave_up.error().as_str()), "the reason");
+    assert!(gave_up.error().contains("gave up on the database; run it again"), "{}", gave_up.error());
+    assert_eq!((&alert["broken"], &alert["release"], &alert["released"]), (&json!(null), &json!("v7"), &json!(false)));
+    assert_eq!((world.status("tally").await, world.position("tally").await), ("booting".into(), 20));
+    world.run(&boot).await.exits(0);
+    world.assert_complete(&tally).await;
+}
+
+#[tokio::test]
+async fn whatever_else_stops_a_deploy_alerts_once_with_its_reason_and_a_boot_that_goes_well_does_not() {
+    let world = World::new().await;
+    world.append(20).await;
+    // Slow enough to be met in the middle.
+    let slow = Tally::new("slow").file(&["do sleep(0.1)"]);
+    let projectors = Folder::new().with("slow.toml", &slow);
+    let (url, posted) = webhook(&[200]).await;
+    let alert = || {
+        let alert = only(&posted, "boot_failed");
+        posted.lock().expect("no panic").clear();
+        assert_eq!((&alert["broken"], &alert["release"]), (&json!(null), &json!("v7")), "{alert}");
+        alert["error"].as_str().expect("a reason").to_owned()
+    };
+    // Not even a filter that hides everything hides this.
+    let boot = ["boot", "--batch=1", "--log=off", "--alert-url", &url, "--release", "v7", "--projectors"];
+
+    let booting = world.start(&[&boot[..], &[projectors.path()]].concat());
+    eventually("it is on its way", || async { world.entry("slow").await.is_some_and(|slow| slow.position.get() > 1) })
+        .await;
+    let stopped = booting.terminate().await.exits(143);
+    assert!(stopped.stderr.contains("\"alert\":\"boot_failed\""), "{}", stopped.stderr);
+    assert!(alert().contains("interrupted"));
+
+    world.run(&[&boot[..], &[projectors.path(), "--database-url=mysql://root@127.0.0.1:1/x"]].concat()).await.exits(3);
+    assert!(alert().contains("127.0.0.1:1"));
+
+    world.run(&[&boot[..], &[Folder::new().path()]].concat()).await.exits(2);
+    assert!(alert().contains("no *.toml file"));
+
+    world.run(&[&boot[..], &[projectors.path()]].concat()).await.exits(0);
+    assert_eq!(kinds(&posted), [""; 0]);
+
+    projectors.write("slow.toml", &slow.replace("from_beginning", "once"));
+    world.run(&[&boot[..], &[projectors.path()]].concat()).await.exits(2);
+    assert!(alert().contains("give it a new version"));
+}
+
+#[tokio::test]
+async fn a_gap_that_holds_the_mark_is_posted_with_its_ends() {
+    let world = World::new().await;
+    world.append(9).await;
+    world.execute("alter table events auto_increment = 70020").await;
+    world.append(2).await;
+    let (url, posted) = webhook(&[200]).await;
+    world.run(&["relay", "--once", "--alert-url", &url]).await.exits(0);
+    let alert = only(&posted, "high_water_held");
+    assert_eq!((alert["first"].as_u64(), alert["last"].as_u64()), (Some(10), Some(70_019)), "{alert}");
+    assert!(alert["text"].as_str().is_some_and(|text| text.contains("projectionist fill 10 70019")), "{alert}");
+}
+
+#[tokio::test]
+async fn a_transaction_that_holds_the_mark_for_long_is_posted_once_with_its_position_and_logged_whatever_the_filter() {
+    let world = World::new().await;
+    let tally = Tally::new("tally");
+    let projectors = Folder::new().with("tally.toml", &tally.file(&[]));
+    world.run(&["boot", "--projectors", projectors.path()]).await.exits(0);
+    let mut open = world.connection().await;
+    execute(&mut open, "begin").await;
+    write(&mut open, "open", 1).await.expect("written");
+    world.append(5).await;
+
+    let (url, posted) = webhook(&[200]).await;
+    let play = world.start(&["play", "--log=error", "--alert-url", &url, "--projectors", projectors.path()]);
+    eventually("somebody is told", async || !kinds(&posted).is_empty()).await;
+    let alert = only(&posted, "high_water_held");
+    assert_eq!((alert["position"].as_u64(), &alert["first"]), (Some(1), &json!(null)), "{alert}");
+    assert_eq!(alert["level"], "WARN");
+    play.logs("\"alert\":\"high_water_held\"").await;
+
+    execute(&mut open, "commit").await;
+    eventually("it is played", async || world.position("tally").await == 6).await;
+    play.terminate().await.exits(0);
+    assert_eq!(kinds(&posted).len(), 1, "and not with every look");
+    world.assert_complete(&tally).await;
+}
+
+#[tokio::test]
+async fn rows_that_are_gone_when_they_are_to_be_published_are_a_fault_that_is_posted() {
+    let world = World::new().await;
+    let (one, other) = (Tally::new("one").file(&[]), Tally::new("other").file(&[]));
+    let projectors = Folder::new().with("1.toml", &one);
+    world.append(10).await;
+    world.run(&["boot", "--projectors", projectors.path()]).await.exits(0);
+    world.append(10).await;
+    // One is live already, so that a boot raises the mark and leaves it to the relay to publish.
+    projectors.write("2.toml", &other);
+    world.run(&["boot", "--projectors", projectors.path()]).await.exits(0);
+    assert_eq!((world.high_water().await, world.number("select published from event_log").await), (20, 10));
+    world.execute("delete from events where position > 10").await;
+
+    let (url, posted) = webhook(&[200]).await;
+    world.run(&["relay", "--once", "--alert-url", &url]).await.exits(0);
+    let alert = only(&posted, "log_fault");
+    assert_eq!((alert["first"].as_u64(), alert["last"].as_u64()), (Some(11), Some(20)), "{alert}");
+    assert_eq!(alert["level"], "ERROR");
+    // It does not stand still there, and does not tell it again.
+    assert_eq!(world.number("select published from event_log").await, 20);
+    world.run(&["relay", "--once", "--alert-url", &url]).await.exits(0);
+    assert_eq!(kinds(&posted).len(), 1);
+}
+
+#[tokio::test]
+async fn a_row_that_vanishes_just_before_the_mark_passes_it_is_a_fault_that_is_posted_and_the_mark_stays() {
+    let world = World::new().await;
+    world.append(3).await;
+    let (direct, is_deleted) = (world.database_url.clone(), AtomicBool::new(false));
+    let database = world
+        .database_url_by(move |bytes| {
+            // They have been seen, and are summed up next.
+            if holds(bytes, "bit_xor") && !is_deleted.swap(true, Ordering::SeqCst) {
+                delete_second_row(&direct);
+            }
+            Fate::Passes
+        })
+        .await;
+    let (url, posted) = webhook(&[200]).await;
+    let relay = ["relay", "--once", "--alert-url", &url];
+    let published = world.run(&[&relay[..], &["--database-url", &database]].concat()).await.exits(0);
+    assert_eq!(published.stdout, "published 0 events, up to position 0\n");
+    let alert = only(&posted, "log_fault");
+    let [first, last, rows] = ["first", "last", "rows"].map(|field| alert[field].as_u64());
+    assert_eq!((first, last, rows), (Some(1), Some(3), Some(2)), "{alert}");
+    assert_eq!(world.high_water().await, 0);
+}
+
+/// On a thread of its own, while everything else waits.
+fn delete_second_row(database_url: &str) {
+    let url = database_url.to_owned();
+    let delete = async move {
+        let mut connection = MySqlConnection::connect(&url).await.expect("the server answers");
+        execute(&mut connection, "delete from events where position = 2").await;
+    };
+    let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    std::thread::spawn(move || runtime().block_on(delete)).join().expect("it is deleted");
+}
+
+#[tokio::test]
+async fn a_web_hook_that_never_answers_delays_nothing_that_is_played() {
+    let world = World::new().await;
+    let tally = Tally::new("tally");
+    // The one that fails is played first.
+    let failing = Tally::new("failing").file(&["insert into nowhere values (:position)"]);
+    let projectors = Folder::new().with("1.toml", &failing).with("2.toml", &tally.file(&[]));
+    world.run(&["boot", "--projectors", projectors.path()]).await.exits(0);
+    let (url, posted) = webhook(&[]).await;
+    let play = world.start(&["play", "--alert-url", &url, "--projectors", projectors.path()]);
+    world.append(20).await;
+    eventually("the hook is asked", async || !kinds(&posted).is_empty()).await;
+    assert_eq!(world.status("failing").await, "broken");
+    world.append(20).await;
+    eventually("the other is played", async || world.position("tally").await == 40).await;
+    assert!(!play.has_logged("an alert could not be posted"), "it waits for the hook still: {}", play.logged());
+    play.terminate().await.exits(0);
+    world.assert_complete(&tally).await;
 }

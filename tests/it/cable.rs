@@ -8,7 +8,7 @@ use std::time::Duration;
 use projectionist::{Database, Limits, PlaySettings, Queue, boot, play};
 
 use crate::support::{
-    Fate, PATIENCE, Proxy, Running, Tally, World, eventually, holds, kill, registry, run, scripted_at, set, setting,
+    Fate, PATIENCE, Proxy, Running, Tally, World, eventually, holds, kill, registry, run, scripted_at, set,
 };
 
 /// COM_PING, as the driver sends it.
@@ -163,9 +163,8 @@ async fn a_relay_that_is_killed_after_sending_and_before_it_notes_so_costs_nothi
         let registry = registry(&[&tally]);
         world.boot(&registry).await;
         world.append(60).await;
-        let endpoint = setting("AWS_ENDPOINT_URL").expect("the parts are up");
         let sends = AtomicU64::new(0);
-        let proxy = Proxy::new(endpoint.trim_start_matches("http://").trim_end_matches('/'), move |bytes| {
+        let proxy = Proxy::before_the_queue(move |bytes| {
             let is_second = holds(bytes, "AmazonSQS.SendMessage") && sends.fetch_add(1, Ordering::SeqCst) == 1;
             if is_second { Fate::Withheld } else { Fate::Passes }
         })

@@ -4,6 +4,7 @@ mod append;
 mod bad_input;
 mod boot;
 mod cloudwatch;
+mod killed;
 mod play;
 mod retire;
 mod rolling;
@@ -62,6 +63,20 @@ async fn somebody_waits(world: &World) {
 async fn tallied(world: &World, name: &str) -> Vec<u64> {
     let sql = format!("select cast(position as unsigned) from {name} order by seq");
     sqlx::query_scalar(AssertSqlSafe(sql)).fetch_all(&mut world.connection().await).await.expect("its table")
+}
+
+/// Asserts that the ledger's row of a projector names the event that it failed on, as it is in the log.
+async fn assert_failed_at(world: &World, name: &str, position: u64) {
+    let mut connection = world.connection().await;
+    let failed = format!(
+        "select failed_position, failed_event_id, failed_event_type from projectors where name = '{name}' and status = 'broken'"
+    );
+    let event = format!("select position, event_id, event_type from events where position = {position}");
+    let [failed, event]: [(u64, String, String); 2] = [
+        sqlx::query_as(AssertSqlSafe(failed)).fetch_one(&mut connection).await.expect("it is broken, at an event"),
+        sqlx::query_as(AssertSqlSafe(event)).fetch_one(&mut connection).await.expect("it is in the log"),
+    ];
+    assert_eq!(failed, event, "{name}");
 }
 
 /// Events in the log, without those that only fill a position.

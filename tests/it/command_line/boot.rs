@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::{failing_at, tallied, tally, tally_with};
+use super::{assert_failed_at, failing_at, tallied, tally, tally_with};
 use crate::support::{Folder, World, eventually};
 
 fn outcome(booted: &Value, index: usize) -> Value {
@@ -55,6 +55,7 @@ async fn a_failing_handler_breaks_its_projector_stalls_the_others_and_ends_boot_
     let failure = &booted["projectors"][1]["failure"];
     assert_eq!((&failure["position"], &failure["event_type"]), (&json!(23), &json!("Amended")));
     assert!(failure["error"].as_str().is_some_and(|error| error.contains("2.toml:7")), "{failure}");
+    assert_failed_at(&world, "poisoned", 23).await;
     let mut stood_at = Vec::new();
     for (index, name) in [(0, "first"), (2, "last")] {
         let of = &booted["projectors"][index];

@@ -1,15 +1,16 @@
 //! `play` and `relay`: until idle, side by side, and to their end by SIGTERM.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use aws_sdk_sqs::types::QueueAttributeName as Attribute;
 use projectionist::Queue;
+use serde_json::json;
 use tokio::net::TcpListener;
 
-use super::{close_gate, failing_at, gated, promptly, somebody_waits, tallied, tally};
-use crate::support::{Fate, Folder, Running, World, eventually, execute, holds};
+use super::{assert_failed_at, close_gate, failing_at, gated, promptly, somebody_waits, tallied, tally};
+use crate::support::{Fate, Folder, Proxy, Running, Stub, World, eventually, execute, holds};
 
 /// SIGTERM in the middle of nothing takes no longer than this.
 const QUICKLY: Duration = Duration::from_secs(3);
@@ -51,6 +52,7 @@ async fn play_until_idle_exits_with_1_where_a_projector_broke_and_the_rest_is_at
         assert_eq!((world.status(name).await, tallied(&world, name).await), ("live".into(), through(60)));
     }
     assert_eq!((world.status("poisoned").await, tallied(&world, "poisoned").await), ("broken".into(), through(32)));
+    assert_failed_at(&world, "poisoned", 33).await;
 
     // It broke before: that is no news.
     world.append(5).await;
@@ -112,6 +114,103 @@ async fn play_beside_a_relay_of_its_own_process_plays_everything() {
     assert_eq!(world.run(&play).await.exits(0).stdout, "idle: played 10 messages\n");
     assert_eq!(tallied(&world, "a").await, through(100));
     relay.terminate().await.exits(0);
+}
+
+/// The queue's network resets every connection for a while.
+#[tokio::test]
+async fn while_the_queue_is_away_projectors_read_the_store_and_the_log_says_so_and_not_with_every_attempt() {
+    let world = World::new().await;
+    let folder = Folder::new().with("1.toml", &tally("a")).with("2.toml", &tally("b"));
+    world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
+    let (is_away, refused) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+    let (away, receives) = (Arc::clone(&is_away), Arc::clone(&refused));
+    let proxy = Proxy::before_the_queue(move |bytes| {
+        if !away.load(Ordering::SeqCst) {
+            return Fate::Passes;
+        }
+        receives.fetch_add(u64::from(holds(bytes, "AmazonSQS.ReceiveMessage")), Ordering::SeqCst);
+        Fate::Reset
+    })
+    .await;
+    let mut play = world.command(&["play", "--receive-wait=1", "--reconcile-after=1", "--projectors", folder.path()]);
+    // Each attempt of ours is one of the SDK's.
+    play.env("AWS_ENDPOINT_URL", format!("http://{}", proxy.address())).env("AWS_MAX_ATTEMPTS", "1");
+    let play = Running::spawn(play);
+    let are_at = async |position| world.position("a").await == position && world.position("b").await == position;
+    let told = |log: &str, words: &str| log.lines().filter(|line| line.contains(words)).count();
+    world.append(20).await;
+    eventually("both are played", async || are_at(20).await).await;
+
+    is_away.store(true, Ordering::SeqCst);
+    world.append(30).await;
+    eventually("both are fed from the store", async || are_at(50).await).await;
+    eventually("it tries again and again", async || refused.load(Ordering::SeqCst) >= 7).await;
+    world.append(10).await;
+    eventually("both are fed still", async || are_at(60).await).await;
+    for words in ["cannot receive from the queue, trying again", "the relay cannot work now, trying again"] {
+        let lines = told(&play.logged(), words);
+        assert!((1..=3).contains(&lines), "{lines} times: {words}\n{}", play.logged());
+    }
+    assert!(!play.has_logged("the queue answers again"), "{}", play.logged());
+    assert_eq!(world.number("select published from event_log").await, 20);
+
+    is_away.store(false, Ordering::SeqCst);
+    play.logs("the queue answers again").await;
+    world.append(20).await;
+    eventually("both are played", async || are_at(80).await).await;
+    eventually("all is published", async || world.number("select published from event_log").await == 80).await;
+    eventually("all is deleted", async || world.queue.depth().await.is_ok_and(|depth| depth == 0)).await;
+    let log = play.terminate().await.exits(0).stderr;
+    assert_eq!(told(&log, "the queue answers again"), 1);
+    assert!(told(&log, "cannot receive from the queue, trying again") <= 3, "{log}");
+    assert_eq!((tallied(&world, "a").await, tallied(&world, "b").await), (through(80), through(80)));
+}
+
+/// By a stub that hands out what was really in the queue: LocalStack never fails in a part of a batch by itself.
+#[tokio::test]
+async fn messages_that_sqs_fails_to_delete_come_again_and_are_not_applied_again() {
+    let world = World::new().await;
+    let folder = Folder::new().with("1.toml", &tally("a")).with("2.toml", &tally("b"));
+    world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
+    world.append(30).await;
+    world.run(&["relay", "--once", "--message-events=10"]).await.exits(0);
+    let sent = world.queue.receive(Duration::from_secs(1)).await.expect("the queue answers");
+    let sent: Vec<String> = sent.into_iter().map(|message| message.body).collect();
+    assert_eq!(sent.len(), 3);
+
+    let stub = Stub::new().await;
+    let handed_out = |which: &[usize]| {
+        let message =
+            |n: &usize| json!({"MessageId": format!("m{n}"), "ReceiptHandle": format!("r{n}"), "Body": sent[*n]});
+        json!({"Messages": which.iter().map(message).collect::<Vec<_>>()}).to_string()
+    };
+    let failed = |id: &str| json!({"Id": id, "SenderFault": false, "Code": "InternalError", "Message": "as SQS says"});
+    let deleted = |id: &str| json!({ "Id": id });
+    // Of the first two the second is not deleted, and then it is not again.
+    stub.answers_first("ReceiveMessage", [&[0, 1][..], &[1], &[1], &[2]].map(handed_out));
+    stub.answers("ReceiveMessage", 200, "{}");
+    stub.takes("ReceiveMessage", Duration::from_millis(50));
+    stub.answers_first(
+        "DeleteMessageBatch",
+        [json!({"Successful": [deleted("0")], "Failed": [failed("1")]}), json!({"Failed": [failed("0")]})]
+            .map(|answer| answer.to_string()),
+    );
+    stub.answers("DeleteMessageBatch", 200, &json!({"Successful": [deleted("0")]}).to_string());
+
+    // What is applied comes from the messages, and not from the store because they are late.
+    let mut play = world.command(&["play", "--no-relay", "--reconcile-after=3600", "--metrics=emf"]);
+    play.env("AWS_ENDPOINT_URL", stub.endpoint()).env("PROJECTORS", folder.path());
+    let play = Running::spawn(play);
+    eventually("all is played", async || world.position("a").await == 30 && world.position("b").await == 30).await;
+    eventually("all is deleted", async || stub.asked("DeleteMessageBatch") == 4).await;
+    let log = play.terminate().await.exits(0).log();
+    let refusals = log.iter().filter(|line| line["error"] == "could not delete a message: as SQS says").count();
+    assert_eq!(refusals, 2, "{log:?}");
+    for name in ["a", "b"] {
+        let of_it = log.iter().filter(|line| line["Projector"] == format!("{name}@1"));
+        let skipped: u64 = of_it.filter_map(|line| line["DuplicatesSkipped"].as_u64()).sum();
+        assert_eq!((skipped, tallied(&world, name).await), (20, through(30)), "ten events came three times");
+    }
 }
 
 #[tokio::test]

@@ -185,10 +185,15 @@ impl Running {
         self.child.wait().await.expect("it ended").signal() == Some(9)
     }
 
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.child.id().expect("it is running")
+    }
+
     /// Sends it a signal, such as TERM.
     pub async fn signal(&self, name: &str) {
-        let id = self.child.id().expect("it is running").to_string();
-        let sent = Command::new("kill").args(["-s", name, &id]).status().await.expect("kill is there");
+        let sent =
+            Command::new("kill").args(["-s", name, &self.id().to_string()]).status().await.expect("kill is there");
         assert!(sent.success(), "the signal was sent");
     }
 

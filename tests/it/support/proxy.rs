@@ -7,7 +7,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
-use super::World;
+use super::{World, setting};
 
 /// How what a client sends ends where it commits: the driver's own packet (length, sequence number, command, text), and the
 /// last statement of ours that moves a position.
@@ -49,6 +49,12 @@ impl Proxy {
             Carrying { decide: Arc::new(decide), withheld: Arc::clone(&withheld), silence: silence.subscribe() };
         tokio::spawn(listen(listener, address.to_owned(), carrying));
         Proxy { port, withheld, silence }
+    }
+
+    /// In front of the queue's endpoint.
+    pub async fn before_the_queue(decide: impl Fn(&[u8]) -> Fate + Send + Sync + 'static) -> Self {
+        let endpoint = setting("AWS_ENDPOINT_URL").expect("the parts are up");
+        Self::new(endpoint.trim_start_matches("http://").trim_end_matches('/'), decide).await
     }
 
     /// Where it listens.

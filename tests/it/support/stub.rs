@@ -1,6 +1,6 @@
 //! An endpoint that answers as SQS would where LocalStack does not: by permissions, by another clock, by failures.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -19,6 +19,7 @@ pub struct Stub {
 #[derive(Default)]
 struct State {
     answers: HashMap<String, (u16, String)>,
+    first: HashMap<String, VecDeque<String>>,
     asked: HashMap<String, usize>,
     clock_ahead: Duration,
     takes: HashMap<String, Duration>,
@@ -56,6 +57,11 @@ impl Stub {
     /// What it answers to an action from now on.
     pub fn answers(&self, action: &str, status: u16, body: &str) {
         self.state().answers.insert(action.to_owned(), (status, body.to_owned()));
+    }
+
+    /// What it answers to an action before that, well and once each, in this order.
+    pub fn answers_first(&self, action: &str, bodies: impl IntoIterator<Item = String>) {
+        self.state().first.entry(action.to_owned()).or_default().extend(bodies);
     }
 
     /// As AWS answers who lacks a permission.
@@ -103,6 +109,8 @@ impl Stub {
                         (name.clone(), answer.clone())
                     });
                 *state.asked.entry(name.clone()).or_default() += 1;
+                let first = state.first.get_mut(&name).and_then(VecDeque::pop_front);
+                let (status, body) = first.map_or((status, body), |first| (200, first));
                 let takes = state.takes.get(&name).copied().unwrap_or_default();
                 let date = (OffsetDateTime::now_utc() + state.clock_ahead).format(&Rfc2822).expect("a date");
                 (status, body, date.replace("+0000", "GMT"), takes)
