@@ -1,4 +1,5 @@
-//! Deploys as a team would carry them out: boot with the new set, then new workers; and the old set again.
+//! Deploys as a team would carry them out: boot with the new set, then new workers; and the old set again. What no release
+//! has any more is retired.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -9,6 +10,7 @@ use projectionist::sqlx;
 
 use crate::crew::Crew;
 use crate::figures::Figures;
+use crate::fold::{self, Retired};
 use crate::parts::Parts;
 use crate::process::{Kind, Yard};
 use crate::release::Release;
@@ -26,6 +28,8 @@ pub struct Deploys {
     newest: Release,
     current: Release,
     previous: Release,
+    /// Gone, and never to come back.
+    pub retired: Vec<Retired>,
 }
 
 impl Deploys {
@@ -44,6 +48,7 @@ impl Deploys {
             newest: first.clone(),
             current: first.clone(),
             previous: first.clone(),
+            retired: Vec::new(),
         }
     }
 
@@ -92,6 +97,51 @@ impl Deploys {
         }
         self.current = self.previous.clone();
         Ok(())
+    }
+
+    /// Retires a projector that neither release has any more between which workers go back and forth. The worker that is never
+    /// killed has it still, if it is of the first release.
+    pub async fn retire(&mut self, crew: &Crew) -> anyhow::Result<()> {
+        let mut found = self.retirable().await.ok().flatten();
+        for _ in 0..ATTEMPTS {
+            if found.is_some() {
+                break;
+            }
+            self.deploy(crew, 1).await?;
+            found = self.retirable().await.ok().flatten();
+        }
+        let (name, mode) = found.context("no projector is old enough")?;
+        for _ in 0..ATTEMPTS {
+            let arguments = ["retire", &name, "--yes", "--projectors", self.current.path()];
+            let (process, _) = self.yard.start(Kind::Retire, "retire", &arguments)?;
+            process.wait().await;
+            // It may have been killed just after, or have lost its connection: the ledger says what it did.
+            if let Ok(Some(rows)) = self.rows_if_gone(&name).await {
+                self.figures.add("retired", 1);
+                self.retired.push(Retired { name, mode, rows });
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+        bail!("{name} could not be retired")
+    }
+
+    /// The name and the mode of one that nobody needs.
+    async fn retirable(&self) -> anyhow::Result<Option<(String, String)>> {
+        let older = if self.current.is_newer_than(&self.previous) { &self.previous } else { &self.current };
+        let sql = "select name, mode from projectors";
+        let mut known: Vec<(String, String)> = sqlx::query_as(sql).fetch_all(&mut self.parts.connect().await?).await?;
+        known.retain(|(name, _)| older.left_behind().any(|left| left == *name));
+        Ok(fastrand::choice(known))
+    }
+
+    /// How many rows a projector has written that is not in the ledger any more.
+    async fn rows_if_gone(&self, name: &str) -> anyhow::Result<Option<usize>> {
+        let mut connection = self.parts.connect().await?;
+        match fold::is_in_ledger(&mut connection, name).await? {
+            true => Ok(None),
+            false => Ok(Some(fold::rows(&mut connection, name).await?.len())),
+        }
     }
 
     fn boot(&self, release: &Release) -> anyhow::Result<Arc<crate::process::Process>> {

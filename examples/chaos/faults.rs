@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use futures_util::future::join_all;
+use futures_util::future::{join, join_all};
 use tokio::sync::{Mutex, Semaphore};
 use tokio::task::JoinSet;
 
@@ -43,6 +43,7 @@ enum Fault {
     Deploy,
     DeployFromTwoHosts,
     RollBack,
+    Retire,
     Audit,
 }
 
@@ -52,6 +53,7 @@ const DECK: &[(Fault, usize)] = &[
     (Fault::Kill(Kind::Relay), 1),
     (Fault::Kill(Kind::Boot), 1),
     (Fault::Kill(Kind::Writer), 1),
+    (Fault::Kill(Kind::Append), 1),
     (Fault::KillAny, 3),
     (Fault::Terminate, 2),
     (Fault::Pause, 2),
@@ -73,9 +75,10 @@ const DECK: &[(Fault, usize)] = &[
     (Fault::Foreign, 1),
     (Fault::Malformed, 1),
     (Fault::BadEvent, 2),
-    (Fault::Deploy, 2),
+    (Fault::Deploy, 1),
     (Fault::DeployFromTwoHosts, 1),
     (Fault::RollBack, 1),
+    (Fault::Retire, 1),
     (Fault::Audit, 1),
 ];
 
@@ -132,6 +135,11 @@ impl Targets {
     async fn strike(&self, fault: Fault) -> anyhow::Result<()> {
         let seconds = |range| Duration::from_millis(fastrand::u64(range));
         match fault {
+            Fault::Kill(Kind::Boot) => {
+                // It brings its own: there may be none for a while.
+                let is_boot = |process: &Process| process.kind == Kind::Boot;
+                join(self.change(Fault::Deploy), self.signal("KILL", is_boot)).await.0?;
+            }
             Fault::Kill(kind) => self.signal("KILL", |process| process.kind == kind).await,
             Fault::KillAny => self.signal("KILL", is_mortal).await,
             Fault::Terminate => self.signal("TERM", is_mortal).await,
@@ -161,18 +169,23 @@ impl Targets {
                 writer::append_bad_event(&mut self.parts.connect().await?).await?;
                 self.figures.add("bad_events", 1);
             }
-            Fault::Deploy | Fault::DeployFromTwoHosts | Fault::RollBack => {
-                // One is under way and three wait at the most: boots take their time when the log is long.
-                let Ok(_place) = self.deploying.try_acquire() else { return Ok(()) };
-                let (mut deploys, crew) = (self.deploys.lock().await, self.crew.lock().await);
-                match fault {
-                    Fault::RollBack => deploys.roll_back(&crew).await?,
-                    fault => deploys.deploy(&crew, if fault == Fault::Deploy { 1 } else { 2 }).await?,
-                }
-            }
+            Fault::Deploy | Fault::DeployFromTwoHosts | Fault::RollBack | Fault::Retire => self.change(fault).await?,
             Fault::Audit => self.audit().await?,
         }
         Ok(())
+    }
+
+    /// Other projectors, or others of them.
+    async fn change(&self, fault: Fault) -> anyhow::Result<()> {
+        // One is under way and three wait at the most: boots take their time when the log is long.
+        let Ok(_place) = self.deploying.try_acquire() else { return Ok(()) };
+        let (mut deploys, crew) = (self.deploys.lock().await, self.crew.lock().await);
+        match fault {
+            Fault::RollBack => deploys.roll_back(&crew).await,
+            Fault::Retire => deploys.retire(&crew).await,
+            Fault::DeployFromTwoHosts => deploys.deploy(&crew, 2).await,
+            _ => deploys.deploy(&crew, 1).await,
+        }
     }
 
     /// In the middle of it all. A server that is away is tried again.
@@ -188,14 +201,15 @@ impl Targets {
         Ok(())
     }
 
-    /// Signals one of those that run and are wanted; waits a while for one.
+    /// Signals one of those that run and are wanted; waits a while for one, and for another where that has ended meanwhile.
     async fn signal(&self, signal: &'static str, wanted: impl Fn(&Process) -> bool) {
         for _ in 0..100 {
             if let Some(process) = self.one(&wanted) {
                 // Not always in the middle of its start.
                 tokio::time::sleep(Duration::from_millis(fastrand::u64(0..1_000))).await;
-                process.signal(signal);
-                return;
+                if process.signal(signal).await.is_ok() {
+                    return;
+                }
             }
             tokio::time::sleep(Duration::from_millis(100)).await;
         }

@@ -24,6 +24,13 @@ pub struct Verdict {
     pub is_behind: bool,
 }
 
+/// A projector that was retired without being torn down, and how many rows it had written by then.
+pub struct Retired {
+    pub name: String,
+    pub mode: String,
+    pub rows: usize,
+}
+
 struct Recorded {
     position: u64,
     event_id: String,
@@ -36,7 +43,7 @@ struct Recorded {
 type Row = (String, String, String, u64);
 
 /// A row of an append-only read model: position, event id, amount where it has one.
-type Applied = (u64, String, Option<i64>);
+pub type Applied = (u64, String, Option<i64>);
 
 impl Verdict {
     pub fn is_well(&self) -> bool {
@@ -59,10 +66,7 @@ pub async fn compare(
             .await?;
     let mut verdicts = Vec::new();
     for (name, mode, status, position) in ledger {
-        let start = match mode.as_str() {
-            "from_now" => *starts.get(&name).with_context(|| format!("nobody told where {name} began"))?,
-            _ => 0,
-        };
+        let start = start(&name, &mode, starts)?;
         let mut verdict = match name.as_str() {
             "counters" => of_counters(&log, position, counters(connection).await?),
             _ => of_rows(&wanted(&log, &name, start, position), &rows(connection, &name).await?),
@@ -76,6 +80,40 @@ pub async fn compare(
         verdicts.push(Verdict { projector: name, status, ..verdict });
     }
     Ok(verdicts)
+}
+
+/// The same of what was retired: up to its last row each is a fold of the log, and has not been touched since.
+pub async fn compare_retired(
+    connection: &mut MySqlConnection,
+    starts: &HashMap<String, u64>,
+    retired: &[Retired],
+    figures: &Figures,
+) -> anyhow::Result<Vec<Verdict>> {
+    let log = read_log(connection).await?;
+    let mut verdicts = Vec::new();
+    for Retired { name, mode, rows: had } in retired {
+        let found = rows(connection, name).await?;
+        if is_in_ledger(connection, name).await? || found.len() != *had {
+            figures.find(format!("{name} was retired with {had} rows, and came back: it has {}", found.len()));
+        }
+        let last = found.iter().map(|(position, ..)| *position).max().unwrap_or_default();
+        let verdict = of_rows(&wanted(&log, name, start(name, mode, starts)?, last), &found);
+        verdicts.push(Verdict { projector: name.clone(), status: "retired".into(), ..verdict });
+    }
+    Ok(verdicts)
+}
+
+pub async fn is_in_ledger(connection: &mut MySqlConnection, name: &str) -> anyhow::Result<bool> {
+    let count = sqlx::query_scalar::<_, i64>("select count(*) from projectors where name = ?");
+    Ok(count.bind(name).fetch_one(connection).await? > 0)
+}
+
+/// The position after which a projector began.
+fn start(name: &str, mode: &str, starts: &HashMap<String, u64>) -> anyhow::Result<u64> {
+    match mode {
+        "from_now" => starts.get(name).copied().with_context(|| format!("nobody told where {name} began")),
+        _ => Ok(0),
+    }
 }
 
 async fn read_log(connection: &mut MySqlConnection) -> anyhow::Result<Vec<Recorded>> {
@@ -105,7 +143,7 @@ fn wanted(log: &[Recorded], projector: &str, start: u64, position: u64) -> Vec<A
 }
 
 /// In the order in which they were written.
-async fn rows(connection: &mut MySqlConnection, table: &str) -> anyhow::Result<Vec<Applied>> {
+pub async fn rows(connection: &mut MySqlConnection, table: &str) -> anyhow::Result<Vec<Applied>> {
     let amount = if table == "fragile" { "amount" } else { "cast(null as signed)" };
     let exists: i64 = sqlx::query_scalar(
         "select count(*) from information_schema.tables where table_schema = database() and table_name = ?",

@@ -15,6 +15,7 @@ mod parts;
 mod process;
 mod release;
 mod report;
+mod stepping;
 mod veteran;
 mod watch;
 mod writer;
@@ -38,7 +39,7 @@ use crew::Crew;
 use deploy::Deploys;
 use faults::Targets;
 use figures::Figures;
-use meddler::Meddler;
+use meddler::{Meddler, QueueKind};
 use parts::{DATABASE, Parts};
 use process::{Kind, Yard};
 use release::Release;
@@ -56,6 +57,9 @@ struct Options {
     /// Chooses the faults; the moments are the machine's
     #[arg(long)]
     seed: Option<u64>,
+    /// The kind of queue
+    #[arg(long, value_enum, default_value_t = QueueKind::Fifo)]
+    queue: QueueKind,
     /// Print the figures as one JSON object
     #[arg(long)]
     json: bool,
@@ -82,17 +86,18 @@ async fn main() -> anyhow::Result<ExitCode> {
     fastrand::seed(seed);
     let parts = Arc::new(Parts::from_environment()?);
     let folder = parts.state.join("run");
-    eprintln!("seed {seed}, {} s on {}; logs in {}", options.seconds, parts.server, folder.display());
+    let again = format!("--seed {seed} --queue {}", options.queue.as_str());
+    eprintln!("{again}, {} s on {}; logs in {}", options.seconds, parts.server, folder.display());
 
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let report = tokio::select! {
-        report = run(parts, &folder, Duration::from_secs(options.seconds), seed) => report,
+        report = run(parts, &folder, Duration::from_secs(options.seconds), options.queue, seed) => report,
         // The processes end with us.
         _ = terminate.recv() => return Ok(ExitCode::from(143)),
         _ = interrupt.recv() => return Ok(ExitCode::from(130)),
     };
     let report = report.with_context(|| {
-        format!("chaos came to no end: repeat it with --seed {seed}, and see the logs in {}", folder.display())
+        format!("chaos came to no end: repeat it with {again}, and see the logs in {}", folder.display())
     })?;
     match options.json {
         true => println!("{}", report.json()),
@@ -101,20 +106,26 @@ async fn main() -> anyhow::Result<ExitCode> {
     match report.is_well() {
         true => Ok(ExitCode::SUCCESS),
         false => {
-            eprintln!("FAILED: repeat it with --seed {seed}; the logs of all processes are in {}", folder.display());
+            eprintln!("FAILED: repeat it with {again}; the logs of all processes are in {}", folder.display());
             Ok(ExitCode::FAILURE)
         }
     }
 }
 
-async fn run(parts: Arc<Parts>, folder: &Path, duration: Duration, seed: u64) -> anyhow::Result<Report> {
+async fn run(
+    parts: Arc<Parts>,
+    folder: &Path,
+    duration: Duration,
+    queue: QueueKind,
+    seed: u64,
+) -> anyhow::Result<Report> {
     let began = Instant::now();
     let [logs, records, releases] = ["logs", "records", "releases"].map(|name| folder.join(name));
     let _ = fs::remove_dir_all(folder);
     for folder in [&logs, &records, &releases] {
         fs::create_dir_all(folder)?;
     }
-    let targets = set(parts, folder, &records, releases).await?;
+    let targets = set(parts, folder, queue, &records, releases).await?;
     let (parts, yard, figures) = (&targets.parts, &targets.yard, &targets.figures);
     let watching = tokio::spawn(Watch::default().keep(Arc::clone(parts), Arc::clone(yard), Arc::clone(figures)));
 
@@ -135,6 +146,8 @@ async fn run(parts: Arc<Parts>, folder: &Path, duration: Duration, seed: u64) ->
         figures.find(format!("the last audit is not well: {}", audit.log.display()));
     }
     watching.abort();
+    yard.judge_memory();
+    stepping::refuse(&targets, &last).await?;
 
     for cable in targets.databases() {
         let (before, after) = cable.commits_cut();
@@ -149,11 +162,14 @@ async fn run(parts: Arc<Parts>, folder: &Path, duration: Duration, seed: u64) ->
         .add("tombstones", count(connection, "select count(*) from events where event_type like '$%'").await? as u64);
     fold::check_records(connection, &records, figures).await?;
     let starts = read_logs(&logs, figures)?;
-    let verdicts = fold::compare(connection, &starts, &last.projectors()?).await?;
+    let mut verdicts = fold::compare(connection, &starts, &last.projectors()?).await?;
+    let retired = &targets.deploys.lock().await.retired;
+    verdicts.extend(fold::compare_retired(connection, &starts, retired, figures).await?);
     Ok(Report {
         seed,
         server: parts.server.clone(),
         version: parts.version().await?,
+        queue: queue.as_str(),
         seconds: duration.as_secs(),
         took: began.elapsed(),
         memory_peaks: yard.memory_peaks(),
@@ -163,10 +179,16 @@ async fn run(parts: Arc<Parts>, folder: &Path, duration: Duration, seed: u64) ->
 }
 
 /// A fresh database and queue, the first release booted, and everybody at work.
-async fn set(parts: Arc<Parts>, folder: &Path, records: &Path, releases: PathBuf) -> anyhow::Result<Arc<Targets>> {
+async fn set(
+    parts: Arc<Parts>,
+    folder: &Path,
+    kind: QueueKind,
+    records: &Path,
+    releases: PathBuf,
+) -> anyhow::Result<Arc<Targets>> {
     let figures = Arc::new(Figures::default());
     parts.make_database().await?;
-    let meddler = Meddler::at(parts.queue_port()?, &figures).await?;
+    let meddler = Meddler::at(parts.queue_port()?, kind, &figures).await?;
     let (database, writers) = (Cable::to(parts.server_port()?).await?, Cable::to(parts.server_port()?).await?);
     let queue = Cable::to(parts.queue_port()?).await?;
     // Not encrypted, so that the cable sees commits.

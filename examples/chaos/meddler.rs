@@ -1,5 +1,6 @@
 //! Who meddles with the queue, behind the workers' backs and by no cable.
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -11,7 +12,7 @@ use uuid::Uuid;
 
 use crate::figures::Figures;
 
-const QUEUE: &str = "projectionist-chaos.fifo";
+const QUEUE: &str = "projectionist-chaos";
 
 /// As the relay has it: on a FIFO queue, a message that is received hides all behind it.
 const GROUP: &str = "events";
@@ -19,8 +20,25 @@ const GROUP: &str = "events";
 /// Bodies that came by, to be sent again.
 const KEPT: usize = 50;
 
+/// What kind of queue it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum QueueKind {
+    Fifo,
+    Standard,
+}
+
+impl QueueKind {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            QueueKind::Fifo => "fifo",
+            QueueKind::Standard => "standard",
+        }
+    }
+}
+
 pub struct Meddler {
     sqs: Client,
+    kind: QueueKind,
     pub queue_url: String,
     figures: Arc<Figures>,
     seen: Mutex<Vec<String>>,
@@ -28,7 +46,7 @@ pub struct Meddler {
 
 impl Meddler {
     /// Makes the queue anew.
-    pub async fn at(port: u16, figures: &Arc<Figures>) -> anyhow::Result<Self> {
+    pub async fn at(port: u16, kind: QueueKind, figures: &Arc<Figures>) -> anyhow::Result<Self> {
         let config = aws_config::defaults(aws_config::BehaviorVersion::latest())
             .http_client(aws_smithy_http_client::Builder::new().build_http())
             .endpoint_url(format!("http://127.0.0.1:{port}"))
@@ -36,13 +54,18 @@ impl Meddler {
             .load()
             .await;
         let sqs = Client::new(&config);
-        if let Ok(left) = sqs.get_queue_url().queue_name(QUEUE).send().await {
+        let (name, is_fifo) = match kind {
+            QueueKind::Fifo => (format!("{QUEUE}.fifo"), Some("true")),
+            QueueKind::Standard => (QUEUE.to_owned(), None),
+        };
+        if let Ok(left) = sqs.get_queue_url().queue_name(&name).send().await {
             sqs.delete_queue().set_queue_url(left.queue_url).send().await?;
         }
-        let create = sqs.create_queue().queue_name(QUEUE).attributes(Attribute::FifoQueue, "true");
+        let attributes = is_fifo.map(|is_fifo| HashMap::from([(Attribute::FifoQueue, is_fifo.to_owned())]));
+        let create = sqs.create_queue().queue_name(name).set_attributes(attributes);
         let created = create.send().await.context("LocalStack does not answer")?;
         let queue_url = created.queue_url.context("a queue has a URL")?;
-        Ok(Meddler { sqs, queue_url, figures: Arc::clone(figures), seen: Mutex::default() })
+        Ok(Meddler { sqs, kind, queue_url, figures: Arc::clone(figures), seen: Mutex::default() })
     }
 
     /// Takes messages out of the queue: lost.
@@ -144,11 +167,17 @@ impl Meddler {
         Ok(())
     }
 
-    /// To the relay's group or, so that it overtakes, to another.
+    /// On a FIFO queue, to the relay's group or, so that it overtakes, to another.
     async fn send(&self, body: &str) -> anyhow::Result<()> {
-        let group = if fastrand::bool() { GROUP } else { "elsewhere" };
         let send = self.sqs.send_message().queue_url(&self.queue_url).message_body(body);
-        send.message_group_id(group).message_deduplication_id(Uuid::now_v7().to_string()).send().await?;
+        let send = match self.kind {
+            QueueKind::Fifo => {
+                let group = if fastrand::bool() { GROUP } else { "elsewhere" };
+                send.message_group_id(group).message_deduplication_id(Uuid::now_v7().to_string())
+            }
+            QueueKind::Standard => send,
+        };
+        send.send().await?;
         Ok(())
     }
 }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use tokio::process::{Child, ChildStdin, Command};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::figures::Figures;
 use crate::parts;
@@ -20,6 +20,9 @@ pub const GRACE: &str = "5";
 
 /// From SIGTERM to the end: the grace of the batch in hand, that of the relay, and a busy machine.
 const ENDS_WITHIN: Duration = Duration::from_secs(20);
+
+/// The most memory that a process may ever have resident, of whatever kind and however long the log is, in MiB.
+const MOST_MEMORY: u64 = 64;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
@@ -32,6 +35,9 @@ pub enum Kind {
     /// Ours: it appends by plain SQL.
     Writer,
     Audit,
+    Retire,
+    /// Any that is to be refused: who starts it judges it.
+    Refused,
 }
 
 impl Kind {
@@ -44,6 +50,8 @@ impl Kind {
             Kind::Append => "append",
             Kind::Writer => "writer",
             Kind::Audit => "audit",
+            Kind::Retire => "retire",
+            Kind::Refused => "refused",
         }
     }
 
@@ -55,7 +63,8 @@ impl Kind {
             Kind::Boot => "sigkills_of_boot",
             Kind::Append => "sigkills_of_append",
             Kind::Writer => "sigkills_of_writer",
-            Kind::Audit | Kind::Veteran => return None,
+            Kind::Retire => "sigkills_of_retire",
+            Kind::Audit | Kind::Veteran | Kind::Refused => return None,
         })
     }
 
@@ -64,12 +73,14 @@ impl Kind {
         match (self, code) {
             (Kind::Play | Kind::Veteran | Kind::Relay | Kind::Writer, Some(0)) => was_terminated,
             (Kind::Boot, Some(0 | 1)) | (Kind::Append | Kind::Audit, Some(0)) => true,
+            // What one that was killed, or lost its connection, had done already is an error to the next.
+            (Kind::Retire, Some(0 | 2)) | (Kind::Refused, _) => true,
             // The database or the queue was away when it started.
-            (Kind::Play | Kind::Relay | Kind::Boot | Kind::Append | Kind::Audit, Some(3)) => true,
+            (Kind::Play | Kind::Relay | Kind::Boot | Kind::Append | Kind::Audit | Kind::Retire, Some(3)) => true,
             // It says that it was interrupted, by the code of a process that the signal ended.
             (Kind::Boot, Some(143)) => was_terminated,
             // SIGTERM itself: these have nothing to bring to an end.
-            (Kind::Boot | Kind::Append | Kind::Audit, None) => was_terminated,
+            (Kind::Boot | Kind::Append | Kind::Audit | Kind::Retire, None) => was_terminated,
             _ => false,
         }
     }
@@ -80,9 +91,12 @@ pub struct Process {
     pub kind: Kind,
     pub pid: u32,
     pub log: PathBuf,
-    orders: mpsc::UnboundedSender<&'static str>,
+    orders: mpsc::UnboundedSender<Order>,
     ended: watch::Receiver<Option<Ended>>,
 }
+
+/// A signal, and who wants to know that it was sent.
+type Order = (&'static str, oneshot::Sender<()>);
 
 /// `None`: a signal ended it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -91,9 +105,11 @@ pub struct Ended {
 }
 
 impl Process {
-    /// To `kill`, by the name of the signal. One that has ended gets none.
-    pub fn signal(&self, signal: &'static str) {
-        let _ = self.orders.send(signal);
+    /// To `kill`, by the name of the signal. One that has ended gets none: what this returns says so, and need not be awaited.
+    pub fn signal(&self, signal: &'static str) -> oneshot::Receiver<()> {
+        let (sends, sent) = oneshot::channel();
+        let _ = self.orders.send((signal, sends));
+        sent
     }
 
     pub async fn wait(&self) -> Ended {
@@ -189,18 +205,19 @@ impl Yard {
         self: Arc<Self>,
         process: Arc<Process>,
         mut child: Child,
-        mut orders: mpsc::UnboundedReceiver<&'static str>,
+        mut orders: mpsc::UnboundedReceiver<Order>,
         ends: watch::Sender<Option<Ended>>,
     ) {
         let (mut was_killed, mut terminated) = (false, None);
         let status = loop {
             tokio::select! {
                 status = child.wait() => break status,
-                Some(order) = orders.recv() => {
+                Some((order, sent)) = orders.recv() => {
                     // Not reaped before `wait` says so: until then the number is its own.
                     if parts::signal(process.pid, order).await.is_err() {
                         continue;
                     }
+                    let _ = sent.send(());
                     match order {
                         "KILL" => {
                             was_killed = true;
@@ -251,6 +268,13 @@ impl Yard {
             let mut peaks = self.peaks.lock().expect("no panic in the yard");
             let before = peaks.entry(process.kind).or_default();
             *before = kilobytes.max(*before);
+        }
+    }
+
+    /// Finds who had more memory than it may.
+    pub fn judge_memory(&self) {
+        for (kind, peak) in self.memory_peaks().into_iter().filter(|(_, peak)| *peak > MOST_MEMORY) {
+            self.figures.find(format!("{kind} had {peak} MiB of memory resident, and may have {MOST_MEMORY}"));
         }
     }
 

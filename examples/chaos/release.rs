@@ -67,6 +67,11 @@ impl Release {
         Ok(fs::read_dir(&self.folder)?.filter_map(|entry| name(entry.ok()?)).collect())
     }
 
+    /// The newcomers of older releases that it does not have any more.
+    pub fn left_behind(&self) -> impl Iterator<Item = String> {
+        (1..=self.newest.saturating_sub(NEWCOMERS)).map(newcomer)
+    }
+
     pub fn is_newer_than(&self, other: &Release) -> bool {
         self.newest > other.newest
     }

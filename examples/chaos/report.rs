@@ -13,6 +13,7 @@ pub struct Report {
     pub seed: u64,
     pub server: String,
     pub version: String,
+    pub queue: &'static str,
     pub seconds: u64,
     pub took: Duration,
     /// In MiB, of each kind of process.
@@ -42,6 +43,7 @@ impl Report {
             ("seed", json!(self.seed)),
             ("server", json!(self.server)),
             ("version", json!(self.version)),
+            ("queue", json!(self.queue)),
             ("seconds", json!(self.seconds)),
             ("took_seconds", json!(self.took.as_secs())),
             ("well", json!(self.is_well())),
@@ -63,10 +65,10 @@ impl Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Report { seed, server, version, seconds, .. } = self;
+        let Report { seed, server, version, queue, seconds, .. } = self;
         writeln!(
             f,
-            "\nchaos on {server} {version}: seed {seed}, {seconds} s of faults, {} s in all\n",
+            "\nchaos on {server} {version} and a {queue} queue: seed {seed}, {seconds} s of faults, {} s in all\n",
             self.took.as_secs()
         )?;
         for (name, count) in self.figures.all() {

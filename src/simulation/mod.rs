@@ -33,10 +33,37 @@
 //! releases or in one, at events and in setup; failures that do not repeat; deadlocks; all three modes; who takes too long,
 //! leaves the convoy and catches up by itself.
 //!
-//! Not modelled: time as such (patience and leases are short, in steps), streams and their versions, handlers that
-//! commit by themselves, gaps wider than the engine fills by itself, two retirements of one projector at once, backups
-//! that are restored, the bounds of memory (invariant 12), and what SQL and SQS really do: that is for the tests on
-//! real parts.
+//! # What is not modelled
+//!
+//! Of the log: streams and their versions, gaps wider than the engine fills by itself and `fill`, rows that are deleted below
+//! the mark, the mark that is proved for `status` and not stored. A hole is looked at once in its grace, and not five times;
+//! each hole is probed, where the engine finds the lowest locked one with few probes.
+//!
+//! Of the relay: that it keeps the marks in memory for as long as it has the lease (here they are read with every look), that
+//! it publishes what is proved before it waits for a hole above, and that it gives its lease up when it is stopped.
+//!
+//! Of play:
+//!
+//! - the convoy and its stragglers: its budgets, who is far behind or slow and leaves it, their tasks beside it, and how they
+//!   join again. Here everybody is led to the end of the batch, and reconcile catches up in place;
+//! - passing over: that projectors for which a batch or a page has nothing are moved together by one statement;
+//! - receiving ahead, while messages are in work or are deleted, and giving back what was received so;
+//! - the poll that is cut short while somebody stands still, and the comparison before the first receive;
+//! - the grace of a shutdown, in which the batch in hand may be finished: here it is rolled back; and `--until-idle`;
+//! - the relay in the same process, which ends with it;
+//! - functions: a deadline in the middle of a batch, and which of its messages were passed by then.
+//!
+//! Of applying, in boot and in play: projectors that take a page side by side, and reading ahead of them; handlers that
+//! commit by themselves, that take too long (and are tried once more), or on which the server hangs up; a ledger that refuses
+//! our statements; sessions that are kept between batches, and given up when a server turns out to be read-only; and that
+//! fence, position and commit share statements and packets, each of which is a step of its own here.
+//!
+//! Of boot and retire: that a setup is tried again when the database fails, modes that contradict the ledger, and two
+//! retirements of one projector at once.
+//!
+//! Of everything: time as such (patience and leases are short, in steps), backups that are restored, passwords that change,
+//! the bounds of memory (invariant 12), what is logged and measured, and what SQL and SQS really do. All that is for the tests
+//! on real parts.
 //!
 //! # The deliberate bugs
 //!

@@ -73,6 +73,32 @@ async fn a_projector_that_is_retired_and_added_again_is_built_anew() {
     world.assert_complete(&tally).await;
 }
 
+/// It cannot be prevented: without its row nobody knows that there ever was one. The README says so.
+#[tokio::test]
+async fn a_retired_projector_with_side_effects_whose_row_is_deleted_by_hand_is_new_and_played_again() {
+    let world = World::new().await;
+    let mails = Tally::new("mails").with_side_effects();
+    let registry = registry(&[&mails]);
+    world.append(20).await;
+    world.boot(&registry).await;
+    world.run(&["retire", "mails", "--yes"]).await.exits(0);
+    world.append(20).await;
+    // With its row it stays where it was, however often a release has it again.
+    assert!(world.boot(&registry).await.is_released());
+    world.play_until_idle(&registry).await;
+    assert_eq!((world.status("mails").await, world.position("mails").await), ("retired".into(), 20));
+    assert_eq!(mails.applied(&world).await, (1..=20).collect::<Vec<_>>());
+
+    world.execute("delete from projectors where name = 'mails'").await;
+    assert_eq!(world.status("mails").await, "new");
+    // Still not without a boot.
+    world.play_until_idle(&registry).await;
+    assert_eq!(mails.applied(&world).await, (1..=20).collect::<Vec<_>>());
+    assert!(world.boot(&registry).await.is_released());
+    assert_eq!((world.status("mails").await, world.position("mails").await), ("live".into(), 40));
+    assert_eq!(mails.applied(&world).await, (1..=20).chain(1..=40).collect::<Vec<_>>());
+}
+
 #[tokio::test]
 async fn what_a_dead_letter_queue_took_is_repaired_from_the_store() {
     let dead_letters = World::new().await;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use projectionist::sqlx::{self, MySqlConnection};
 
-use crate::support::{self, World, event, eventually, execute};
+use crate::support::{self, Folder, World, event, eventually, execute};
 
 /// The setting is the whole server's, and only users without special rights feel it: of all tests those of
 /// `grants.rs`, which hold the same lock.
@@ -27,22 +27,39 @@ events = ["*"]
 sql = "insert into counter (n) values (:position)"
 "#;
 
+/// The same, slow enough to be met in the middle: 20 ms for each event.
+const SLOW_PROJECTOR: &str = r#"
+name = "counter"
+version = 1
+mode = "from_beginning"
+setup = ["create table if not exists counter (n bigint)"]
+
+[[on]]
+events = ["*"]
+sql = "insert into counter (n) values (:position + sleep(0.02))"
+"#;
+
 /// The sessions of a user.
 async fn sessions(admin: &mut MySqlConnection, user: &str) -> Vec<u64> {
     let all = support::sessions(admin).await.into_iter();
     all.filter(|session| session.user == user).map(|session| session.id).collect()
 }
 
+/// A user without special rights, and the URL for it. Of all tests only this one has any, until its connection ends.
+async fn restricted_user(world: &World, admin: &mut MySqlConnection) -> (String, String) {
+    lock_out_restricted_users(admin).await;
+    let user = format!("u{:x}", fastrand::u64(..));
+    execute(admin, &format!("create user '{user}'@'%' identified by 'x'")).await;
+    execute(admin, &format!("grant select, insert, update, create on {}.* to '{user}'@'%'", world.database_name)).await;
+    let url = world.database_url.replace("://root@", &format!("://{user}:x@"));
+    (user, url)
+}
+
 #[tokio::test]
 async fn a_server_that_becomes_read_only_breaks_nobody_and_its_connections_are_given_up() {
     let world = World::new().await;
     let mut admin = world.connection().await;
-    lock_out_restricted_users(&mut admin).await;
-    let user = format!("u{:x}", fastrand::u64(..));
-    execute(&mut admin, &format!("create user '{user}'@'%' identified by 'x'")).await;
-    execute(&mut admin, &format!("grant select, insert, update, create on {}.* to '{user}'@'%'", world.database_name))
-        .await;
-    let url = world.database_url.replace("://root@", &format!("://{user}:x@"));
+    let (user, url) = restricted_user(&world, &mut admin).await;
     let folder = tempfile::tempdir().expect("a folder");
     std::fs::write(folder.path().join("counter.toml"), PROJECTOR).expect("a file");
     let folder = folder.path().to_str().expect("UTF-8");
@@ -71,5 +88,30 @@ async fn a_server_that_becomes_read_only_breaks_nobody_and_its_connections_are_g
     playing.terminate().await.exits(0);
     assert_eq!(world.number("select count(*) from counter").await, 20);
     assert_eq!(world.status("counter").await, "live");
+    execute(&mut admin, &format!("drop user '{user}'@'%'")).await;
+}
+
+#[tokio::test]
+async fn a_server_that_becomes_read_only_in_the_middle_of_a_boot_breaks_nobody() {
+    let world = World::new().await;
+    let mut admin = world.connection().await;
+    let (user, url) = restricted_user(&world, &mut admin).await;
+    let folder = Folder::new().with("counter.toml", SLOW_PROJECTOR);
+    world.append(200).await;
+    let booting = world.start(&["boot", "--batch=10", "--projectors", folder.path(), "--database-url", &url]);
+    eventually("it is on its way", || async { world.entry("counter").await.is_some_and(|c| c.position.get() > 20) })
+        .await;
+
+    execute(&mut admin, "set global read_only = 1").await;
+    booting.logs("trying again").await;
+    let position = world.position("counter").await;
+    assert!(position < 200, "in the middle of it");
+    assert_eq!(world.status("counter").await, "booting");
+    assert_eq!(world.number("select count(*) from counter").await, position, "what was refused is rolled back");
+    execute(&mut admin, "set global read_only = 0").await;
+
+    booting.finish().await.exits(0);
+    assert_eq!((world.status("counter").await, world.position("counter").await), ("live".into(), 200));
+    assert_eq!(world.number("select count(*) from counter").await, 200);
     execute(&mut admin, &format!("drop user '{user}'@'%'")).await;
 }

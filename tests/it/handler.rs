@@ -341,31 +341,32 @@ async fn a_boot_after_a_failure_resumes_each_projector_and_shows_no_event_twice(
 
 // What is transient breaks nobody.
 
+/// As the command has them: in boot, what is transient is tried again for a while only.
+fn boot_limits() -> Limits {
+    Limits { batch: 100, patience: Some(PATIENCE), ..Limits::default() }
+}
+
 /// Two rows for others to lock.
 async fn create_pair(world: &World) {
     world.execute("create table pair (id int primary key, n int not null)").await;
     world.execute("insert into pair values (1, 0), (2, 0)").await;
 }
 
-#[tokio::test]
-async fn a_deadlock_in_a_handler_is_tried_again_and_breaks_nobody() {
-    let world = World::new().await;
-    create_pair(&world).await;
-    let (gate, tally, met) = (Gate::new(), Tally::new("tally"), Arc::new(AtomicU64::new(0)));
-    let (at_gate, noted) = (gate.clone(), Arc::clone(&met));
-    let scripted = scripted_at(&tally, 5, move |db| {
+/// Locks one row, stands at the gate, and locks the other.
+fn locking_both(tally: &Tally, gate: &Gate, met: &Arc<AtomicU64>) -> Scripted {
+    let (at_gate, noted) = (gate.clone(), Arc::clone(met));
+    scripted_at(tally, 5, move |db| {
         let (gate, met) = (at_gate.clone(), Arc::clone(&noted));
         Box::pin(async move {
             run(db, "update pair set n = n + 1 where id = 1").await?;
             gate.pass().await;
             noting(&met, run(db, "update pair set n = n + 1 where id = 2").await)
         })
-    });
-    let registry = set([scripted]);
-    world.boot(&registry).await;
-    world.append(10).await;
+    })
+}
 
-    let playing = world.start_play(&registry);
+/// Locks them the other way round, when such a handler stands at the gate, and lets it into the deadlock.
+async fn win_a_deadlock(world: &World, gate: &Gate) {
     gate.arrival().await;
     let mut other = world.connection().await;
     execute(&mut other, "create table ballast (n int not null)").await;
@@ -381,6 +382,19 @@ async fn a_deadlock_in_a_handler_is_tried_again_and_breaks_nobody() {
     eventually("the other waits for the handler", async || world.lock_waits().await == 1).await;
     gate.open();
     other.await.expect("the other one won");
+}
+
+#[tokio::test]
+async fn a_deadlock_in_a_handler_is_tried_again_and_breaks_nobody() {
+    let world = World::new().await;
+    create_pair(&world).await;
+    let (gate, tally, met) = (Gate::new(), Tally::new("tally"), Arc::new(AtomicU64::new(0)));
+    let registry = set([locking_both(&tally, &gate, &met)]);
+    world.boot(&registry).await;
+    world.append(10).await;
+
+    let playing = world.start_play(&registry);
+    win_a_deadlock(&world, &gate).await;
     eventually("it is at the end", async || world.position("tally").await == 10).await;
     assert_eq!(playing.stop().await.broken, 0);
     assert_eq!(met.load(Ordering::SeqCst), 1213, "the handler lost");
@@ -389,19 +403,38 @@ async fn a_deadlock_in_a_handler_is_tried_again_and_breaks_nobody() {
 }
 
 #[tokio::test]
-async fn a_lock_wait_timeout_in_a_handler_is_tried_again_and_breaks_nobody() {
+async fn a_deadlock_in_boot_is_tried_again_and_breaks_nobody() {
     let world = World::new().await;
     create_pair(&world).await;
-    let (tally, met) = (Tally::new("tally"), Arc::new(AtomicU64::new(0)));
-    let noted = Arc::clone(&met);
-    let scripted = scripted_at(&tally, 5, move |db| {
+    let (gate, tally, met) = (Gate::new(), Tally::new("tally"), Arc::new(AtomicU64::new(0)));
+    let registry = set([locking_both(&tally, &gate, &met)]);
+    world.append(10).await;
+    let booting = boot(&world.database, &registry, boot_limits(), |_| {});
+    let (booted, ()) = tokio::join!(booting, win_a_deadlock(&world, &gate));
+    assert!(booted.expect("boot comes to an end").is_released());
+    assert_eq!(met.load(Ordering::SeqCst), 1213, "the handler lost");
+    assert_eq!(world.number("select sum(n) div 1 from pair").await, 202, "its first update was made once");
+    world.assert_complete(&tally).await;
+}
+
+/// Locks the first row, or gives up after a second.
+fn locking_impatiently(tally: &Tally, met: &Arc<AtomicU64>) -> Scripted {
+    let noted = Arc::clone(met);
+    scripted_at(tally, 5, move |db| {
         let met = Arc::clone(&noted);
         Box::pin(async move {
             run(db, "set session innodb_lock_wait_timeout = 1").await?;
             noting(&met, run(db, "update pair set n = n + 1 where id = 1").await)
         })
-    });
-    let registry = set([scripted]);
+    })
+}
+
+#[tokio::test]
+async fn a_lock_wait_timeout_in_a_handler_is_tried_again_and_breaks_nobody() {
+    let world = World::new().await;
+    create_pair(&world).await;
+    let (tally, met) = (Tally::new("tally"), Arc::new(AtomicU64::new(0)));
+    let registry = set([locking_impatiently(&tally, &met)]);
     world.boot(&registry).await;
     let mut other = world.connection().await;
     execute(&mut other, "begin").await;
@@ -413,6 +446,27 @@ async fn a_lock_wait_timeout_in_a_handler_is_tried_again_and_breaks_nobody() {
     execute(&mut other, "commit").await;
     eventually("it is at the end", async || world.position("tally").await == 10).await;
     assert_eq!(playing.stop().await.broken, 0);
+    assert_eq!(world.number("select n from pair where id = 1").await, 101);
+    world.assert_complete(&tally).await;
+}
+
+#[tokio::test]
+async fn a_lock_wait_timeout_in_boot_is_tried_again_and_breaks_nobody() {
+    let world = World::new().await;
+    create_pair(&world).await;
+    let (tally, met) = (Tally::new("tally"), Arc::new(AtomicU64::new(0)));
+    let registry = set([locking_impatiently(&tally, &met)]);
+    let mut other = world.connection().await;
+    execute(&mut other, "begin").await;
+    execute(&mut other, "update pair set n = n + 100 where id = 1").await;
+    world.append(10).await;
+    let holding = async {
+        eventually("the handler's wait has timed out", async || met.load(Ordering::SeqCst) == 1205).await;
+        assert_eq!((world.status("tally").await, world.position("tally").await), ("booting".into(), 0));
+        execute(&mut other, "commit").await;
+    };
+    let (booted, ()) = tokio::join!(boot(&world.database, &registry, boot_limits(), |_| {}), holding);
+    assert!(booted.expect("boot comes to an end").is_released());
     assert_eq!(world.number("select n from pair where id = 1").await, 101);
     world.assert_complete(&tally).await;
 }

@@ -1,9 +1,12 @@
 //! Holes in the log: what a rollback leaves is filled, what no rollback explains is left to people, and a writer whose
 //! position was filled is told.
 
+use std::time::Duration;
+
+use projectionist::sqlx::MySqlConnection;
 use projectionist::{Limits, NewEvent, Registry, boot};
 
-use crate::support::{Tally, World, event, execute, registry, server_error, write};
+use crate::support::{PATIENCE, Running, Tally, World, event, execute, registry, server_error, write};
 
 #[tokio::test]
 async fn a_rollback_leaves_a_tombstone_that_no_projector_sees() {
@@ -51,6 +54,129 @@ async fn a_writer_that_comes_after_the_fill_is_told_and_its_retry_succeeds() {
     world.play_until_idle(&registry).await;
     assert_eq!(world.positions("stream_id = 'late'").await, [12]);
     world.assert_complete(&tally).await;
+}
+
+/// What a writer does once it has the position for which it has waited.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Then {
+    Commits,
+    RollsBack,
+    /// It stays undecided until the relay has come to its end, and commits.
+    Thinks,
+}
+
+/// Both wait for the same gap, which somebody locks; when it is free, either may be first.
+#[tokio::test]
+async fn a_fill_and_a_writer_that_wait_for_the_same_position_never_both_have_it() {
+    let world = World::new().await;
+    let tally = Tally::new("tally");
+    let registry = registry(&[&tally]);
+    world.append(9).await;
+    world.boot(&registry).await;
+    let (mut written, mut filled) = (Vec::new(), Vec::new());
+    for then in [Then::Commits, Then::RollsBack, Then::Thinks] {
+        for relay_first in [false, true, false, true] {
+            let (hole, who_had_it) = race(&world, then, relay_first).await;
+            eprintln!("{hole}: {then:?}, {}: {who_had_it:?}", if relay_first { "relay first" } else { "writer first" });
+            match who_had_it {
+                Had::Writer if then != Then::RollsBack => written.push(hole),
+                Had::Writer | Had::Fill => filled.push(hole),
+            }
+        }
+    }
+    world.play_until_idle(&registry).await;
+    assert_eq!(world.tombstones().await, filled);
+    let streams: Vec<u64> = world.positions("stream_id like 'raced-%'").await;
+    assert_eq!(written.iter().filter(|position| !streams.contains(position)).count(), 0, "{written:?} of {streams:?}");
+    world.assert_complete(&tally).await;
+}
+
+/// Who had the position.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Had {
+    Writer,
+    Fill,
+}
+
+/// Makes a hole for which a relay and a writer wait, in this order, and lets them go on. Whoever has it, the mark never
+/// passes what is undecided, and a writer that does not have it is told, and succeeds with its next attempt.
+async fn race(world: &World, then: Then, relay_first: bool) -> (u64, Had) {
+    let hole = world.last_position().await + 1;
+    let ahead = hole + 1;
+    world
+        .execute(&format!(
+            "insert into events (position, stream_id, stream_version, event_type, payload) \
+             values ({ahead}, 'ahead-{ahead}', 1, 'Opened', '{{}}')"
+        ))
+        .await;
+    // A gap's lock: no row is locked by it, so that the probe finds nobody; and whoever inserts waits.
+    let mut holder = world.connection().await;
+    execute(&mut holder, "set session transaction isolation level repeatable read").await;
+    execute(&mut holder, "begin").await;
+    execute(&mut holder, &format!("select position from events where position = {hole} for update")).await;
+
+    let stream = format!("raced-{hole}");
+    let mut writer = world.connection().await;
+    execute(&mut writer, &format!("set insert_id = {hole}")).await;
+    execute(&mut writer, "begin").await;
+    let start_writer = |mut writer: MySqlConnection, stream: String| {
+        tokio::spawn(async move {
+            let written = write(&mut writer, &stream, 1).await;
+            (writer, written)
+        })
+    };
+    let (mut relay, writing) = if relay_first {
+        let mut relay = world.start(&["relay", "--once"]);
+        waiting(world, 1, &mut relay).await;
+        (relay, start_writer(writer, stream.clone()))
+    } else {
+        let writing = start_writer(writer, stream.clone());
+        (world.start(&["relay", "--once"]), writing)
+    };
+    waiting(world, 2, &mut relay).await;
+    execute(&mut holder, "rollback").await;
+
+    let ended = tokio::time::timeout(PATIENCE, writing).await.expect("the writer waits for nobody any more");
+    let (mut writer, written) = ended.expect("no panic");
+    let had = match &written {
+        Ok(()) => Had::Writer,
+        Err(error) => {
+            let (number, message) = server_error(error);
+            assert!(number == 1062 && message.contains("PRIMARY"), "{number} {message}");
+            Had::Fill
+        }
+    };
+    match (had, then) {
+        (Had::Writer, Then::Thinks) => {
+            relay.finish().await.exits(0);
+            assert_eq!(world.high_water().await, hole - 1, "the mark does not pass who is undecided");
+            execute(&mut writer, "commit").await;
+        }
+        (_, Then::Thinks | Then::Commits) => {
+            if had == Had::Fill {
+                write(&mut writer, &stream, 1).await.expect("written, at a position of its own");
+            }
+            execute(&mut writer, "commit").await;
+            relay.finish().await.exits(0);
+        }
+        (_, Then::RollsBack) => {
+            execute(&mut writer, "rollback").await;
+            relay.finish().await.exits(0);
+        }
+    }
+    // What was left undecided is decided now.
+    world.run(&["relay", "--once"]).await.exits(0);
+    assert_eq!(world.high_water().await, world.last_position().await);
+    let is_lost = then != Then::RollsBack && world.positions(&format!("stream_id = '{stream}'")).await.len() != 1;
+    assert!(!is_lost, "{stream} is in the log once");
+    (hole, had)
+}
+
+/// Waits until so many wait for a lock, or the relay has lost its patience.
+async fn waiting(world: &World, count: usize, relay: &mut Running) {
+    while world.lock_waits().await < count && relay.is_running() {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
 }
 
 #[tokio::test]

@@ -5,11 +5,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use aws_sdk_sqs::types::QueueAttributeName as Attribute;
-use projectionist::Queue;
+use projectionist::{Queue, Status};
 use serde_json::json;
 use tokio::net::TcpListener;
 
-use super::{assert_failed_at, close_gate, failing_at, gated, promptly, somebody_waits, tallied, tally};
+use super::{assert_failed_at, close_gate, failing_at, gated, promptly, somebody_waits, tallied, tally, tally_with};
 use crate::support::{Fate, Folder, Proxy, Running, Stub, World, eventually, execute, holds};
 
 /// SIGTERM in the middle of nothing takes no longer than this.
@@ -283,23 +283,52 @@ async fn sigterm_in_the_middle_of_a_batch_gives_its_messages_back() {
 #[tokio::test]
 async fn sigterm_during_start_up_wipes_nothing() {
     let world = World::new().await;
-    world.append(20).await;
-    let folder = Folder::new().with("1.toml", &tally("a"));
-    world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
-    let before = world.ledger.entries().await.expect("the ledger");
-    for command in ["boot", "play", "relay", "status"] {
-        for delay in [0, 3, 10, 30] {
-            let starting = world.start(&[command, "--projectors", folder.path()]);
+    world.append(200).await;
+    // Slow enough that a boot does not come to its end by the way: 10 ms for each event.
+    let slow = tally_with("a", "mode = 'from_beginning'", ":position + sleep(0.01)");
+    let folder = Folder::new().with("1.toml", &slow).with("2.toml", &failing_at("poisoned", 15));
+    let with_batch = ["--batch=10", "--projectors", folder.path()];
+    world.run(&[&["boot"], &with_batch[..]].concat()).await.exits(1);
+    assert_eq!((world.status("a").await, world.status("poisoned").await), ("stalled".into(), "broken".into()));
+    // Mended: there is something to boot for both.
+    folder.write("2.toml", &tally("poisoned"));
+    let mut before = world.ledger.entries().await.expect("the ledger");
+    for (command, delays) in [
+        ("play", &[0, 3, 10, 30][..]),
+        ("relay", &[0, 3, 10, 30]),
+        ("status", &[0, 3, 10, 30]),
+        ("boot", &[0, 3, 10, 30, 100, 300]),
+    ] {
+        let options = if command == "boot" { &with_batch[..] } else { &with_batch[1..] };
+        for delay in delays {
+            let starting = world.start(&[&[command], options].concat());
             // The moment of the fault.
-            tokio::time::sleep(Duration::from_millis(delay)).await;
+            tokio::time::sleep(Duration::from_millis(*delay)).await;
             let ended = starting.terminate().await;
             // Before it listens, the signal itself is its end; and a boot that did not come to its own says so.
             let is_right = matches!(ended.code, Some(0) | None) || (command == "boot" && ended.code == Some(143));
             assert!(is_right, "{command}: {ended:?}");
+
+            // What the server is still at for it has an end.
+            world.execute("select * from projectors for update").await;
+            let now = world.ledger.entries().await.expect("the ledger");
+            assert_eq!(now.len(), before.len());
+            for (now, before) in now.iter().zip(&before) {
+                // As it was or, in a boot, further.
+                let is_further = command == "boot" && now.position >= before.position && now.status == Status::Live;
+                let is_as_it_was = now.status == before.status
+                    && (now.position == before.position || command == "boot" && now.position > before.position);
+                assert!(now.id == before.id && (is_as_it_was || is_further), "{command}: {before:?}, and then {now:?}");
+                assert_eq!(tallied(&world, &now.id.name).await, through(now.position.get()), "{command}: {now:?}");
+            }
+            before = now;
         }
     }
-    assert_eq!(world.ledger.entries().await.expect("the ledger"), before);
-    assert_eq!(tallied(&world, "a").await, through(20));
+    assert_eq!(world.status("a").await, "stalled", "no boot has come to its end");
+    world.run(&[&["boot"], &with_batch[..]].concat()).await.exits(0);
+    for name in ["a", "poisoned"] {
+        assert_eq!((world.status(name).await, tallied(&world, name).await), ("live".into(), through(200)));
+    }
 }
 
 #[tokio::test]
