@@ -44,8 +44,8 @@
 //!
 //! Of play:
 //!
-//! - the convoy and its stragglers: its budgets, who is far behind or slow and leaves it, their tasks beside it, and how they
-//!   join again. Here everybody is led to the end of the batch, and reconcile catches up in place;
+//! - the convoy's budgets: who is far behind, and for how long who is slow is waited for. Here anybody leaves at any step, and
+//!   as many catch up beside it as have left;
 //! - passing over: that projectors for which a batch or a page has nothing are moved together by one statement;
 //! - receiving ahead, while messages are in work or are deleted, and giving back what was received so;
 //! - the poll that is cut short while somebody stands still, and the comparison before the first receive;
