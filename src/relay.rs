@@ -12,7 +12,7 @@ use crate::held::HeldWatch;
 use crate::metrics::{self, RelaySaw};
 use crate::queue::{self, Queue, QueueError};
 use crate::retry;
-use crate::store::{EventStore, HighWater, Marks};
+use crate::store::{EventStore, HighWater, Marks, Page};
 
 /// A relay that stops without releasing its lease is missed for this long, and no longer.
 const LEASE: Duration = Duration::from_secs(5);
@@ -82,6 +82,19 @@ pub(crate) fn deduplication_id(log_id: &str, published: Position, last: Position
     format!("{log_id}-{published}-{last}")
 }
 
+/// The first positions of a page after `published` that have no row, if any has none. Those behind its last event begin the
+/// next page.
+fn first_gap(published: Position, page: &Page) -> Option<(Position, Position)> {
+    let mut next = published.next();
+    for event in &page.events {
+        if event.position() != next {
+            return Some((next, event.position().previous()));
+        }
+        next = next.next();
+    }
+    page.events.is_empty().then_some((next, page.through))
+}
+
 impl Relay {
     pub(crate) fn new(store: EventStore, queue: Arc<dyn Queue>, settings: RelaySettings) -> Self {
         let (holder, held) = (Uuid::now_v7().to_string(), HeldWatch::default());
@@ -149,14 +162,16 @@ impl Relay {
         let mut published = marks.published;
         while published < mark {
             let page = self.store.read_after(published, mark, self.settings.max_events as u64).await?;
-            if page.events.is_empty() {
-                // Below the mark every position had a row: these were deleted since. The audit will name them.
+            if let Some((first, last)) = first_gap(published, &page) {
+                // Below the mark every position had a row: these were deleted since. The audit will name all of them.
                 error!(
                     alert = "log_fault",
-                    first = published.next().get(),
-                    last = page.through.get(),
+                    first = first.get(),
+                    last = last.get(),
                     "the rows of the log between these positions are gone: nothing can be published of them"
                 );
+            }
+            if page.events.is_empty() {
                 self.store.set_published(page.through).await?;
                 published = page.through;
                 continue;
