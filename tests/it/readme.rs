@@ -9,7 +9,8 @@ fn every_test_that_the_readme_names_exists() {
     let readme = fs::read_to_string(root.join("README.md")).expect("the README");
     let guarantees =
         readme.split("## What it guarantees").nth(1).and_then(|rest| rest.split("\nNot guaranteed:").next());
-    let tests = text_of(&root.join("tests/it"));
+    // A few are beside the code: what needs no server.
+    let tests = ["tests/it", "src"].map(|folder| text_of(&root.join(folder))).concat();
     let is_test_name = |code: &&str| code.len() > 15 && code.bytes().all(|b| b.is_ascii_lowercase() || b == b'_');
     let named: Vec<&str> =
         guarantees.expect("the section").split('`').skip(1).step_by(2).filter(is_test_name).collect();
