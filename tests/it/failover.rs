@@ -28,16 +28,9 @@ sql = "insert into counter (n) values (:position)"
 "#;
 
 /// The same, slow enough to be met in the middle: 20 ms for each event.
-const SLOW_PROJECTOR: &str = r#"
-name = "counter"
-version = 1
-mode = "from_beginning"
-setup = ["create table if not exists counter (n bigint)"]
-
-[[on]]
-events = ["*"]
-sql = "insert into counter (n) values (:position + sleep(0.02))"
-"#;
+fn slow_projector() -> String {
+    PROJECTOR.replace(":position)", ":position + sleep(0.02))")
+}
 
 /// The sessions of a user.
 async fn sessions(admin: &mut MySqlConnection, user: &str) -> Vec<u64> {
@@ -96,7 +89,7 @@ async fn a_server_that_becomes_read_only_in_the_middle_of_a_boot_breaks_nobody()
     let world = World::new().await;
     let mut admin = world.connection().await;
     let (user, url) = restricted_user(&world, &mut admin).await;
-    let folder = Folder::new().with("counter.toml", SLOW_PROJECTOR);
+    let folder = Folder::new().with("counter.toml", &slow_projector());
     world.append(200).await;
     let booting = world.start(&["boot", "--batch=10", "--projectors", folder.path(), "--database-url", &url]);
     eventually("it is on its way", || async { world.entry("counter").await.is_some_and(|c| c.position.get() > 20) })
