@@ -132,10 +132,13 @@ async fn run(
             return Err(match database_error(&error) {
                 Some(lost) if is_hang_up(lost) => ApplyError::HungUp(error),
                 Some(passing) if is_transient(passing) => ApplyError::Transient(error),
-                _ => ApplyError::Projector(error),
+                _ => ApplyError::Projector(unreadable(&wanted).unwrap_or(error)),
             });
         }
         guard.is_on = false;
+        if let Some(error) = unreadable(&wanted) {
+            return Err(ApplyError::Projector(error));
+        }
     }
     let committed = database.answered(ledger::commit(connection, id, batch.after, batch.through)).await;
     committed.map_err(|error| match server_error(&error) {
@@ -148,6 +151,12 @@ async fn run(
     })?;
     metrics::applied(id, wanted.len(), began.elapsed());
     Ok(())
+}
+
+/// Of a handler that was given nothing for a field that cannot be read: what it did with that does not count.
+fn unreadable(wanted: &[&Event]) -> Option<anyhow::Error> {
+    let (event, error) = wanted.iter().find_map(|event| Some((event, event.spoiled()?)))?;
+    Some(anyhow!("event {} cannot be read: {error}", event.position()))
 }
 
 /// While a handler runs. One that is cut off may be in the middle of a statement: its connection is of no more use then,

@@ -1,6 +1,8 @@
 //! A recorded fact and its place in the one global order.
 
+use std::collections::HashSet;
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -59,20 +61,20 @@ impl fmt::Display for Position {
 
 /// One row of the log.
 ///
-/// Its texts stay where the server or the queue put them until a projector asks: most projectors look at few of the events that
+/// Its fields stay where the server or the queue put them until a projector asks: most projectors look at few of the events that
 /// they pass, and at little of those.
 pub struct Event {
     position: Position,
-    stream_version: u64,
-    recorded_at: OffsetDateTime,
     /// Asked of every event, by every projector.
     is_tombstone: bool,
-    texts: Texts,
+    /// Whether a field was asked for that the row does not have as it should.
+    is_spoiled: AtomicBool,
+    fields: Fields,
 }
 
-/// Where an event's texts are.
-enum Texts {
-    /// In the row that the server sent, each of whose columns was looked at once.
+/// Where an event's fields are.
+enum Fields {
+    /// In the row that the server sent.
     Row(MySqlRow),
     Given(Box<Recorded>),
 }
@@ -118,23 +120,46 @@ pub(crate) fn recorded_at(row: &MySqlRow, column: usize) -> OffsetDateTime {
 }
 
 impl Event {
-    /// The event in a row of the log, with its columns in the order of the log's table.
+    /// The event in a row of the log, with its columns in the order of the log's table. Its position is decoded, and it is seen
+    /// whether it is a tombstone; the rest is decoded when it is asked for, unless [`Event::check`] looks.
     ///
     /// # Errors
-    /// If a column is not what the log's table has there. After this, each can be read.
+    /// If these are not what the log's table has there.
     pub(crate) fn from_row(row: MySqlRow) -> Result<Self, sqlx::Error> {
-        for column in [Column::EventId, Column::StreamId, Column::Payload] {
-            row.try_get::<&str, _>(column as usize)?;
-        }
-        let is_tombstone = row.try_get::<&str, _>(Column::EventType as usize)? == TOMBSTONE;
-        row.try_get::<Option<&str>, _>(Column::Metadata as usize)?;
         Ok(Event {
             position: Position::new(row.try_get(Column::Position as usize)?),
-            stream_version: row.try_get(Column::StreamVersion as usize)?,
-            recorded_at: recorded_at(&row, Column::RecordedAt as usize),
-            is_tombstone,
-            texts: Texts::Row(row),
+            is_tombstone: row.try_get_unchecked::<&[u8], _>(Column::EventType as usize)? == TOMBSTONE.as_bytes(),
+            is_spoiled: AtomicBool::new(false),
+            fields: Fields::Row(row),
         })
+    }
+
+    /// Looks at every field.
+    ///
+    /// # Errors
+    /// If one is not what the log's table has there.
+    pub(crate) fn check(&self) -> Result<(), sqlx::Error> {
+        let Fields::Row(row) = &self.fields else { return Ok(()) };
+        // By name, for the error to have it.
+        for column in ["event_id", "stream_id", "event_type", "payload"] {
+            row.try_get::<&str, _>(column)?;
+        }
+        row.try_get::<Option<&str>, _>("metadata")?;
+        row.try_get::<u64, _>("stream_version").map(|_| ())
+    }
+
+    /// Why a field could not be read that was asked for; `None`: all could. Whoever asked was given nothing in its place, and
+    /// must not be believed.
+    pub(crate) fn spoiled(&self) -> Option<sqlx::Error> {
+        self.is_spoiled.load(Ordering::Relaxed).then(|| self.check().err()).flatten()
+    }
+
+    /// Whether its type is one of these. One whose type cannot be read may be: it must not be passed over, and is spoiled.
+    pub(crate) fn may_be_of(&self, types: &HashSet<String>) -> bool {
+        match self.event_type() {
+            "" => self.is_spoiled.load(Ordering::Relaxed),
+            event_type => types.contains(event_type),
+        }
     }
 
     /// Its place in the global order.
@@ -144,37 +169,40 @@ impl Event {
 
     /// Unique over the whole log; the idempotency key for effects outside the database.
     pub fn event_id(&self) -> &str {
-        self.text(Column::EventId, |given| given.event_id.as_str())
+        self.field(Column::EventId, |given| given.event_id.as_str())
     }
 
     /// The aggregate it belongs to.
     pub fn stream_id(&self) -> &str {
-        self.text(Column::StreamId, |given| given.stream_id.as_str())
+        self.field(Column::StreamId, |given| given.stream_id.as_str())
     }
 
     /// Its place in the stream, from 1.
     pub fn stream_version(&self) -> u64 {
-        self.stream_version
+        self.field(Column::StreamVersion, |given| given.stream_version)
     }
 
     /// What happened; projectors subscribe by it.
     pub fn event_type(&self) -> &str {
-        self.text(Column::EventType, |given| given.event_type.as_str())
+        self.field(Column::EventType, |given| given.event_type.as_str())
     }
 
     /// When, in UTC, to the microsecond.
     pub fn recorded_at(&self) -> OffsetDateTime {
-        self.recorded_at
+        match &self.fields {
+            Fields::Row(row) => recorded_at(row, Column::RecordedAt as usize),
+            Fields::Given(recorded) => recorded.recorded_at,
+        }
     }
 
     /// The payload's JSON text, byte for byte as it was appended.
     pub fn payload_text(&self) -> &str {
-        self.text(Column::Payload, |given| given.payload.as_str())
+        self.field(Column::Payload, |given| given.payload.as_str())
     }
 
     /// The metadata's JSON text, where there is one.
     pub fn metadata_text(&self) -> Option<&str> {
-        self.text(Column::Metadata, |given| given.metadata.as_deref())
+        self.field(Column::Metadata, |given| given.metadata.as_deref())
     }
 
     /// Decodes the payload.
@@ -199,19 +227,28 @@ impl Event {
         self.is_tombstone
     }
 
-    /// Payload and metadata, in bytes.
+    /// Payload and metadata, in bytes. Decodes neither.
     pub(crate) fn json_bytes(&self) -> usize {
-        self.payload_text().len() + self.metadata_text().map_or(0, str::len)
+        match &self.fields {
+            Fields::Row(row) => {
+                let bytes = |column: Column| row.try_get_unchecked::<Option<&[u8]>, _>(column as usize).ok().flatten();
+                bytes(Column::Payload).map_or(0, <[u8]>::len) + bytes(Column::Metadata).map_or(0, <[u8]>::len)
+            }
+            Fields::Given(recorded) => recorded.payload.len() + recorded.metadata.as_ref().map_or(0, String::len),
+        }
     }
 
-    /// A text, wherever it is. That it can be read was seen when the event was made.
-    fn text<'e, T>(&'e self, column: Column, given: impl FnOnce(&'e Recorded) -> T) -> T
+    /// A field, wherever it is.
+    fn field<'e, T>(&'e self, column: Column, given: impl FnOnce(&'e Recorded) -> T) -> T
     where
         T: Decode<'e, MySql> + Type<MySql> + Default,
     {
-        match &self.texts {
-            Texts::Row(row) => row.try_get(column as usize).unwrap_or_default(),
-            Texts::Given(recorded) => given(recorded),
+        match &self.fields {
+            Fields::Row(row) => row.try_get(column as usize).unwrap_or_else(|_| {
+                self.is_spoiled.store(true, Ordering::Relaxed);
+                T::default()
+            }),
+            Fields::Given(recorded) => given(recorded),
         }
     }
 
@@ -234,10 +271,9 @@ impl From<Recorded> for Event {
     fn from(recorded: Recorded) -> Self {
         Event {
             position: recorded.position,
-            stream_version: recorded.stream_version,
-            recorded_at: recorded.recorded_at,
             is_tombstone: recorded.event_type == TOMBSTONE,
-            texts: Texts::Given(Box::new(recorded)),
+            is_spoiled: AtomicBool::new(false),
+            fields: Fields::Given(Box::new(recorded)),
         }
     }
 }

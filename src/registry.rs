@@ -115,7 +115,7 @@ impl Registered {
 
     /// Whether the projector is to see this event. It never sees a tombstone.
     pub(crate) fn wants(&self, event: &Event) -> bool {
-        !event.is_tombstone() && self.wanted.as_ref().is_none_or(|types| types.contains(event.event_type()))
+        !event.is_tombstone() && self.wanted.as_ref().is_none_or(|types| event.may_be_of(types))
     }
 }
 

@@ -5,7 +5,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use projectionist::sqlx::{self, MySqlConnection};
-use projectionist::{ConvoyBudget, Event, Limits, PlaySettings, Projector, Queue, Registry, async_trait, boot};
+use projectionist::{
+    ConvoyBudget, Database, Event, Limits, NewEvent, PlaySettings, Projector, Queue, Registry, async_trait, boot,
+};
 
 use crate::support::{
     Gate, PATIENCE, Scripted, Session, Tally, World, eventually, execute, registry, run, scripted_at, set,
@@ -469,4 +471,33 @@ async fn a_lock_wait_timeout_in_boot_is_tried_again_and_breaks_nobody() {
     assert!(booted.expect("boot comes to an end").is_released());
     assert_eq!(world.number("select n from pair where id = 1").await, 101);
     world.assert_complete(&tally).await;
+}
+
+// What cannot be read.
+
+#[tokio::test]
+async fn a_payload_that_is_no_text_breaks_who_asks_for_it_and_nobody_else() {
+    let world = World::new().await;
+    world.append(10).await;
+    let garbled = NewEvent::new("case-0", "Amended", r#"{"note":"garbled"}"#);
+    world.store.append(&[garbled]).await.expect("it is stored");
+    world.append(10).await;
+    let url = world.database_url_garbled(b"garbled", b"\xffarbled").await;
+    let database = Database::connect(&url, 8, PATIENCE).await.expect("the server answers");
+
+    let indifferent = Tally::new("indifferent");
+    let booted = boot(&database, &registry(&[&indifferent]), boot_limits(), |_| {}).await;
+    assert!(booted.expect("boot comes to an end").is_released());
+    world.assert_complete(&indifferent).await;
+
+    // It is content with whatever it gets.
+    let reader = Tally::new("reader").hook(|event| {
+        std::hint::black_box(event.payload_text());
+        Ok(())
+    });
+    let booted = boot(&database, &registry(&[&reader]), boot_limits(), |_| {}).await;
+    assert!(!booted.expect("boot comes to an end").is_released());
+    world.assert_broken("reader", 11, "event 11 cannot be read").await;
+    world.assert_broken("reader", 11, "payload").await;
+    world.assert_folded(&reader).await;
 }

@@ -266,3 +266,27 @@ async fn a_writer_that_steps_over_positions_holds_nobody_up() {
     assert!(booted.is_released());
     world.assert_complete(&tally).await;
 }
+
+/// A range of the log has fewer rows than positions then, and as many rows as it has positions would reach beyond it.
+#[tokio::test]
+async fn where_events_were_deleted_a_replay_does_not_read_past_the_mark() {
+    let world = World::new().await;
+    world.append(100).await;
+    world.boot(&registry(&[&Tally::new("before")])).await;
+    world.execute("delete from events where position between 20 and 80").await;
+    let mut writer = world.connection().await;
+    execute(&mut writer, "begin").await;
+    write(&mut writer, "in flight", 1).await.expect("written");
+    world.append(50).await;
+
+    let tally = Tally::new("after");
+    let limits = Limits { batch: 10, patience: Some(PATIENCE), ..Limits::default() };
+    let booted = boot(&world.database, &registry(&[&tally]), limits, |_| {}).await.expect("boot comes to an end");
+    assert!(booted.is_released());
+    assert_eq!((world.high_water().await, world.position("after").await), (100, 100));
+    world.assert_folded(&tally).await;
+
+    execute(&mut writer, "commit").await;
+    world.play_until_idle(&registry(&[&tally])).await;
+    world.assert_complete(&tally).await;
+}

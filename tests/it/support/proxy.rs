@@ -2,16 +2,23 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
+use tokio::time::timeout;
 
 use super::{World, setting};
 
-/// How what a client sends ends where it commits: the driver's own packet (length, sequence number, command, text), and the
-/// last statement of ours that moves a position.
-const COMMITS: [&[u8]; 2] = [b"\x07\x00\x00\x00\x03COMMIT", b"; commit"];
+/// How the driver commits: a packet's length, sequence number, command and text.
+const COMMIT: &[u8] = b"\x07\x00\x00\x00\x03COMMIT";
+
+/// How the engine does, behind the statements that move a position; what follows may begin the next transaction.
+const AND_COMMIT: &str = "; commit";
+
+/// A server that has been silent for so long has answered all statements of a packet.
+const ANSWERED: Duration = Duration::from_millis(100);
 
 /// What becomes of something that a client sends, and of its connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -31,6 +38,9 @@ pub enum Fate {
 
 type Decide = Arc<dyn Fn(&[u8]) -> Fate + Send + Sync>;
 
+/// What a server sends, and what its clients get instead; of the same length.
+type Garbled = Option<(&'static [u8], &'static [u8])>;
+
 /// A TCP proxy in front of a server.
 pub struct Proxy {
     port: u16,
@@ -41,12 +51,20 @@ pub struct Proxy {
 impl Proxy {
     /// In front of the server at `address`, each piece that a client sends being decided upon.
     pub async fn new(address: &str, decide: impl Fn(&[u8]) -> Fate + Send + Sync + 'static) -> Self {
+        Self::garbling(address, decide, None).await
+    }
+
+    async fn garbling(address: &str, decide: impl Fn(&[u8]) -> Fate + Send + Sync + 'static, garbled: Garbled) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
         let port = listener.local_addr().expect("it is bound").port();
         let withheld = Arc::new(AtomicU64::new(0));
         let silence = watch::Sender::new(());
-        let carrying =
-            Carrying { decide: Arc::new(decide), withheld: Arc::clone(&withheld), silence: silence.subscribe() };
+        let carrying = Carrying {
+            decide: Arc::new(decide),
+            garbled,
+            withheld: Arc::clone(&withheld),
+            silence: silence.subscribe(),
+        };
         tokio::spawn(listen(listener, address.to_owned(), carrying));
         Proxy { port, withheld, silence }
     }
@@ -82,10 +100,23 @@ impl World {
 
     /// The same, and the proxy.
     pub async fn database_proxy(&self, decide: impl Fn(&[u8]) -> Fate + Send + Sync + 'static) -> (Proxy, String) {
+        self.garbling_proxy(decide, None).await
+    }
+
+    /// The URL of the world's database by way of a proxy that gives its clients other bytes than the server has sent.
+    pub async fn database_url_garbled(&self, sent: &'static [u8], given: &'static [u8]) -> String {
+        self.garbling_proxy(|_| Fate::Passes, Some((sent, given))).await.1
+    }
+
+    async fn garbling_proxy(
+        &self,
+        decide: impl Fn(&[u8]) -> Fate + Send + Sync + 'static,
+        garbled: Garbled,
+    ) -> (Proxy, String) {
         let address = self.database_url.strip_prefix("mysql://").and_then(|rest| rest.split_once('@'));
         let (user, rest) = address.expect("a URL with a user");
         let (server, database) = rest.split_once('/').expect("a URL with a database");
-        let proxy = Proxy::new(server, decide).await;
+        let proxy = Proxy::garbling(server, decide, garbled).await;
         let url = format!("mysql://{user}@{}/{database}?ssl-mode=DISABLED", proxy.address());
         (proxy, url)
     }
@@ -141,7 +172,7 @@ impl Cuts {
 
 /// Whether a transaction is committed by what a client sends.
 pub fn commits(bytes: &[u8]) -> bool {
-    COMMITS.iter().any(|commit| bytes.ends_with(commit))
+    bytes.ends_with(COMMIT) || holds(bytes, AND_COMMIT)
 }
 
 /// Whether these bytes hold this text.
@@ -153,6 +184,7 @@ pub fn holds(bytes: &[u8], text: &str) -> bool {
 #[derive(Clone)]
 struct Carrying {
     decide: Decide,
+    garbled: Garbled,
     withheld: Arc<AtomicU64>,
     silence: watch::Receiver<()>,
 }
@@ -167,7 +199,7 @@ async fn listen(listener: TcpListener, server: String, mut carrying: Carrying) {
 
 /// Carries bytes both ways until either side hangs up, or what was decided upon happens.
 async fn forward(mut client: TcpStream, mut server: TcpStream, carrying: Carrying) {
-    let Carrying { decide, withheld, mut silence } = carrying;
+    let Carrying { decide, garbled, withheld, mut silence } = carrying;
     let _ = (client.set_nodelay(true), server.set_nodelay(true));
     let (mut from_client, mut from_server) = (vec![0; 64 * 1024], vec![0; 64 * 1024]);
     let mut is_withheld = false;
@@ -194,16 +226,23 @@ async fn forward(mut client: TcpStream, mut server: TcpStream, carrying: Carryin
                     break;
                 }
                 if fate == Fate::CutAfter {
-                    // Its answer proves that it has committed.
+                    // Its last answer proves that it has committed; each statement before that has one of its own.
                     let _ = server.read(&mut from_server).await;
+                    while let Ok(Ok(1..)) = timeout(ANSWERED, server.read(&mut from_server)).await {}
                     return;
                 }
             }
             read = server.read(&mut from_server) => {
                 let Ok(count @ 1..) = read else { break };
+                let answer = &mut from_server[..count];
+                if let Some((sent, given)) = garbled
+                    && let Some(at) = answer.windows(sent.len()).position(|window| window == sent)
+                {
+                    answer[at..at + given.len()].copy_from_slice(given);
+                }
                 if is_withheld {
                     withheld.fetch_add(1, Ordering::SeqCst);
-                } else if client.write_all(&from_server[..count]).await.is_err() {
+                } else if client.write_all(answer).await.is_err() {
                     break;
                 }
             }
