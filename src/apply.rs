@@ -1,5 +1,6 @@
 //! One batch, one projector, one transaction.
 
+use std::any::Any;
 use std::panic::AssertUnwindSafe;
 use std::time::{Duration, Instant};
 
@@ -10,7 +11,7 @@ use tokio::runtime::Handle;
 use tokio::time::timeout;
 use tracing::debug;
 
-use crate::database::{Database, SESSION_SILENT_FOR};
+use crate::database::{Database, SESSION_SILENT_FOR, Session};
 use crate::error::{database_error, is_hang_up, is_transient, server_error};
 use crate::event::{Event, Position};
 use crate::ledger::{self, Entry, Ledger};
@@ -64,44 +65,115 @@ impl From<sqlx::Error> for ApplyError {
     }
 }
 
+/// Whether a projector's row stays claimed from batch to batch, and the claim in between: the commit of the one and the claim
+/// for the next are one round trip then.
+#[derive(Debug, Default)]
+pub(crate) struct Hold {
+    /// Whether the next batch follows at once, so that it is worth while.
+    pub(crate) goes_on: bool,
+    claim: Option<Claim>,
+}
+
+/// A session whose transaction has locked a projector's row, and nothing else. Dropped, the pool rolls it back.
+#[derive(Debug)]
+struct Claim {
+    session: Session,
+    at: Position,
+    since: Instant,
+}
+
+impl Hold {
+    /// No claim before, and none after.
+    pub(crate) fn none() -> Self {
+        Hold::default()
+    }
+
+    pub(crate) fn is_claimed(&self) -> bool {
+        self.claim.is_some()
+    }
+
+    /// Gives the row back to whoever waits for it.
+    pub(crate) fn let_go(&mut self) {
+        self.claim = None;
+    }
+
+    /// The session of a claim at this position. A claim that is old is given back: its session may have ended.
+    fn take(&mut self, at: Position) -> Option<Session> {
+        let claim = self.claim.take()?;
+        (claim.at == at && claim.since.elapsed() < HELD_FOR).then_some(claim.session)
+    }
+}
+
+/// How long a projector's row is claimed while its next batch is awaited.
+pub(crate) const HELD_FOR: Duration = Duration::from_secs(2);
+
 /// Applies a batch: lock the ledger row, check the claim, run the handler, move the position, commit. That is two
-/// round trips, and those of the handler.
+/// round trips, and those of the handler; from a batch to the one that follows at once, one.
 pub(crate) async fn apply(
     database: &Database,
     projector: &Registered,
     stage: Stage,
     batch: Batch<'_>,
     handler_timeout: Duration,
+    hold: &mut Hold,
 ) -> Result<(), ApplyError> {
+    let mut session = match hold.take(batch.after) {
+        Some(claimed) => claimed,
+        None => claim(database, projector, stage, batch.after, handler_timeout).await?,
+    };
+    let guard = Handling { database, session: session.id, is_on: false };
+    let next = hold.goes_on.then_some(stage);
+    match run(&mut session.connection, guard, projector, batch, handler_timeout, next).await? {
+        Row::Claimed => hold.claim = Some(Claim { session, at: batch.through, since: Instant::now() }),
+        Row::Free => database.keep(session),
+        // The pool sees to it that what was begun is rolled back, as it does after an error.
+        Row::Lost => {}
+    }
+    Ok(())
+}
+
+/// Opens a session with the row locked.
+async fn claim(
+    database: &Database,
+    projector: &Registered,
+    stage: Stage,
+    at: Position,
+    handler_timeout: Duration,
+) -> Result<Session, ApplyError> {
     let mut session = database.session().await?;
+    let connection = &mut session.connection;
     if handler_timeout >= SESSION_SILENT_FOR {
         let silent_for = handler_timeout + SESSION_SILENT_FOR;
         let allow = format!("set session wait_timeout = {}", silent_for.as_secs());
-        database.answered(sqlx::raw_sql(AssertSqlSafe(allow)).execute(&mut *session.connection)).await?;
+        database.answered(sqlx::raw_sql(AssertSqlSafe(allow)).execute(&mut **connection)).await?;
     }
-    let guard = Handling { database, session: session.id, is_on: false };
-    let applied = run(&mut session.connection, guard, projector, stage, batch, handler_timeout).await;
-    // Of another session the pool sees to it that what was begun is rolled back.
-    if applied.is_ok() {
-        database.keep(session);
+    if !database.answered(ledger::begin(connection, &projector.id, stage, at)).await? {
+        database.answered(sqlx::raw_sql("rollback").execute(&mut **connection)).await?;
+        return Err(ApplyError::Claim(Ledger::new(database).entry(&projector.id).await?));
     }
-    applied
+    Ok(session)
 }
 
+/// What a session has of its projector's row after a commit.
+enum Row {
+    Free,
+    /// Locked again, for the next batch.
+    Claimed,
+    /// Somebody else was faster; the transaction has begun all the same.
+    Lost,
+}
+
+/// Runs the handler in a session that has the claim, and commits; and claims the row for what comes `next`, unless the batch
+/// had nothing for the projector.
 async fn run(
     connection: &mut MySqlConnection,
     mut guard: Handling<'_>,
     projector: &Registered,
-    stage: Stage,
     batch: Batch<'_>,
     handler_timeout: Duration,
-) -> Result<(), ApplyError> {
+    next: Option<Stage>,
+) -> Result<Row, ApplyError> {
     let (database, id, began) = (guard.database, &projector.id, Instant::now());
-    if !database.answered(ledger::begin(connection, id, stage, batch.after)).await? {
-        database.answered(sqlx::raw_sql("rollback").execute(&mut *connection)).await?;
-        return Err(ApplyError::Claim(Ledger::new(database).entry(id).await?));
-    }
-
     let wanted: Vec<&Event> = batch.wanted(projector).collect();
     if !wanted.is_empty() {
         guard.is_on = true;
@@ -110,8 +182,7 @@ async fn run(
             Ok(Ok(handled)) => handled,
             Ok(Err(panic)) => {
                 guard.end().await;
-                let message = panic_message(panic.as_ref());
-                return Err(ApplyError::Projector(anyhow!("the handler panicked: {message}")));
+                return Err(ApplyError::Projector(panicked("the handler", panic.as_ref())));
             }
             Err(_) => {
                 guard.end().await;
@@ -140,8 +211,15 @@ async fn run(
             return Err(ApplyError::Projector(error));
         }
     }
-    let committed = database.answered(ledger::commit(connection, id, batch.after, batch.through)).await;
-    committed.map_err(|error| match server_error(&error) {
+    let (from, to) = (batch.after, batch.through);
+    let committed = match next.filter(|_| !wanted.is_empty()) {
+        None => database.answered(ledger::commit(connection, id, from, to)).await.map(|()| Row::Free),
+        Some(stage) => {
+            let claimed = database.answered(ledger::commit_and_begin(connection, id, stage, from, to)).await;
+            claimed.map(|is_claimed| if is_claimed { Row::Claimed } else { Row::Lost })
+        }
+    };
+    let row = committed.map_err(|error| match server_error(&error) {
         Some(1305) => ApplyError::Projector(anyhow!(
             "the handler committed the transaction, by itself or by a statement that does so (such as DDL): \
              what it wrote is stored, but its position is not"
@@ -150,7 +228,7 @@ async fn run(
         _ => error.into(),
     })?;
     metrics::applied(id, wanted.len(), began.elapsed());
-    Ok(())
+    Ok(row)
 }
 
 /// Of a handler that was given nothing for a field that cannot be read: what it did with that does not count.
@@ -194,19 +272,18 @@ impl Drop for Handling<'_> {
 /// Runs a projector's setup, outside any transaction: it creates tables.
 pub(crate) async fn set_up(database: &Database, projector: &Registered) -> anyhow::Result<()> {
     let set_up = async |db: &mut MySqlConnection| AssertUnwindSafe(projector.projector.setup(db)).catch_unwind().await;
-    let set_up = database.while_connected(set_up).await?;
-    set_up.unwrap_or_else(|panic| Err(anyhow!("setup panicked: {}", panic_message(panic.as_ref()))))
+    database.while_connected(set_up).await?.unwrap_or_else(|panic| Err(panicked("setup", panic.as_ref())))
 }
 
 /// Runs a projector's teardown, likewise.
 pub(crate) async fn tear_down(database: &Database, projector: &Registered) -> anyhow::Result<()> {
     let tear_down =
         async |db: &mut MySqlConnection| AssertUnwindSafe(projector.projector.teardown(db)).catch_unwind().await;
-    let tear_down = database.while_connected(tear_down).await?;
-    tear_down.unwrap_or_else(|panic| Err(anyhow!("teardown panicked: {}", panic_message(panic.as_ref()))))
+    database.while_connected(tear_down).await?.unwrap_or_else(|panic| Err(panicked("teardown", panic.as_ref())))
 }
 
-fn panic_message(panic: &(dyn std::any::Any + Send)) -> &str {
+fn panicked(what: &str, panic: &(dyn Any + Send)) -> anyhow::Error {
     let message = panic.downcast_ref::<&str>().copied();
-    message.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("(no message)")
+    let message = message.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("(no message)");
+    anyhow!("{what} panicked: {message}")
 }

@@ -5,9 +5,10 @@ use std::time::Instant;
 
 use futures_util::StreamExt;
 use futures_util::stream;
+use tokio::time::timeout;
 use tracing::debug;
 
-use crate::apply::Batch;
+use crate::apply::{Batch, HELD_FOR, Hold};
 use crate::deliver::{Delivered, Engine};
 use crate::event::Position;
 use crate::ledger::Entry;
@@ -18,6 +19,9 @@ use crate::store::{Page, ReadAhead, ReadLimits, Wanted};
 
 /// Projectors that apply one page at the same time, each on a connection of its own.
 pub(crate) const SIDE_BY_SIDE: usize = 8;
+
+/// Connections of a database where one may stay claimed: that one, the reader's, and one for whoever needs another.
+const MAY_HOLD_ONE: u32 = 3;
 
 /// A projector on its way through the log.
 pub(crate) struct Cursor {
@@ -104,6 +108,7 @@ impl Engine {
         mut progress: impl FnMut(&[Cursor]),
     ) -> Result<(), sqlx::Error> {
         let limits = ReadLimits { page: self.limits.batch, patience: self.limits.patience };
+        let mut hold = Hold::none();
         let mut reading: Option<ReadAhead> = None;
         loop {
             let Some(lowest) = lowest_due(cursors, through) else { return Ok(()) };
@@ -115,8 +120,15 @@ impl Engine {
                     reading.insert(self.store.read_ahead(lowest, through, wanted, limits))
                 }
             };
-            let page = pages.next().await?;
-            self.pass(stage, cursors, &page).await;
+            let page = match timeout(HELD_FOR, pages.next()).await {
+                Ok(page) => page?,
+                Err(_) => {
+                    hold.let_go();
+                    pages.next().await?
+                }
+            };
+            hold.goes_on = page.through < through && self.may_hold(stage, cursors);
+            self.pass(stage, cursors, &page, &mut hold).await;
 
             progress(cursors);
             let stopped = |cursor: &Cursor| !matches!(cursor.state, CursorState::Running | CursorState::Left);
@@ -126,11 +138,31 @@ impl Engine {
         }
     }
 
+    /// Whether a row may stay claimed from page to page. Only in boot, for in play other workers are at it; only where a
+    /// projector is alone, for among several it would be claimed while the others are waited for, and they may wait for a
+    /// boot that waits for it; and not where its handler acts elsewhere, which cannot be rolled back: such a one looks at its
+    /// row just before.
+    fn may_hold(&self, stage: Stage, cursors: &[Cursor]) -> bool {
+        let mut running = cursors.iter().filter(|cursor| cursor.is_running());
+        match (running.next(), running.next()) {
+            (Some(alone), None) => {
+                stage == Stage::Boot && !alone.projector.has_side_effects && self.database.connections() >= MAY_HOLD_ONE
+            }
+            _ => false,
+        }
+    }
+
     /// Passes a page to every cursor that stands in it.
-    async fn pass(&self, stage: Stage, cursors: &mut [Cursor], page: &Page) {
-        let through = page.through;
-        self.pass_over(stage, cursors, through, |cursor| cursor.batch(page)).await;
+    async fn pass(&self, stage: Stage, cursors: &mut [Cursor], page: &Page, hold: &mut Hold) {
+        if !hold.is_claimed() {
+            self.pass_over(stage, cursors, page.through, |cursor| cursor.batch(page)).await;
+        }
         let standing_in_it = cursors.iter_mut().filter_map(|cursor| cursor.batch(page).map(|batch| (cursor, batch)));
+        let mut standing_in_it: Vec<_> = standing_in_it.collect();
+        if let [(cursor, batch)] = standing_in_it.as_mut_slice() {
+            cursor.note(self.deliver_on(&cursor.projector, stage, *batch, hold).await);
+            return;
+        }
         stream::iter(standing_in_it)
             .for_each_concurrent(SIDE_BY_SIDE, async |(cursor, batch)| {
                 cursor.note(self.deliver(&cursor.projector, stage, batch).await);

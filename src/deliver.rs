@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use time::OffsetDateTime;
 use tracing::{error, warn};
 
-use crate::apply::{self, ApplyError, Batch};
+use crate::apply::{self, ApplyError, Batch, Hold};
 use crate::database::Database;
 use crate::error::{MayPass, tell};
 use crate::event::{Event, Position};
@@ -85,20 +85,38 @@ impl Engine {
     /// Applies a batch to a projector. What is transient is tried again for as long as it takes: the
     /// caller ends this by dropping it, and then nothing of the transaction in hand is applied.
     pub(crate) async fn deliver(&self, projector: &Registered, stage: Stage, batch: Batch<'_>) -> Delivered {
-        match self.attempt(projector, stage, batch).await {
+        self.deliver_on(projector, stage, batch, &mut Hold::none()).await
+    }
+
+    /// [`Engine::deliver`], with the claim that the batch before may have left; and one for the next.
+    pub(crate) async fn deliver_on(
+        &self,
+        projector: &Registered,
+        stage: Stage,
+        batch: Batch<'_>,
+        hold: &mut Hold,
+    ) -> Delivered {
+        match self.attempt(projector, stage, batch, hold).await {
             Ok(delivered) => delivered,
             Err(failed) => self.isolate(projector, stage, batch, failed).await,
         }
     }
 
     /// Applies a batch whole. `Err` is the projector's own failure, somewhere in it.
-    async fn attempt(&self, projector: &Registered, stage: Stage, mut batch: Batch<'_>) -> Result<Delivered, Failed> {
+    async fn attempt(
+        &self,
+        projector: &Registered,
+        stage: Stage,
+        mut batch: Batch<'_>,
+        hold: &mut Hold,
+    ) -> Result<Delivered, Failed> {
         let began = Instant::now();
         let mut attempt = 1;
         let mut is_doubted = false;
         let mut hang_ups = HangUps::default();
         loop {
-            let applied = apply::apply(&self.database, projector, stage, batch, self.limits.handler_timeout).await;
+            let applied =
+                apply::apply(&self.database, projector, stage, batch, self.limits.handler_timeout, hold).await;
             if applied.as_ref().is_err_and(|error| !matches!(error, ApplyError::Claim(_))) {
                 metrics::failed(&projector.id);
             }
@@ -152,10 +170,12 @@ impl Engine {
 
     /// Applies a batch that failed event by event, so that the position ends just before the failing one.
     async fn isolate(&self, projector: &Registered, stage: Stage, batch: Batch<'_>, failed: Failed) -> Delivered {
+        // Whoever marks it broken needs the row.
+        let hold = &mut Hold::none();
         let wanted: Vec<&Event> = batch.wanted(projector).collect();
         if let [event] = wanted[..] {
             // The events before it are not wanted, but the position stands just before the one that failed.
-            return match self.attempt(projector, stage, batch.until(event.position().previous())).await {
+            return match self.attempt(projector, stage, batch.until(event.position().previous()), hold).await {
                 Ok(Delivered::At(_)) => self.break_at(projector, stage, Some(event), failed).await,
                 Ok(delivered) => delivered,
                 Err(failed) => self.break_at(projector, stage, Some(event), failed).await,
@@ -168,7 +188,7 @@ impl Engine {
             }
             for end in [event.position().previous(), event.position()] {
                 let Some(step) = batch.part(position, end) else { continue };
-                match self.attempt(projector, stage, step).await {
+                match self.attempt(projector, stage, step, hold).await {
                     Ok(Delivered::At(reached)) => position = reached,
                     Ok(delivered) => return delivered,
                     Err(alone) => {
@@ -182,7 +202,7 @@ impl Engine {
         warn!(projector = %projector.id, error = tell(&failed.error), "a batch failed, but each of its events alone did not");
         match batch.from(position) {
             Some(rest) if rest.after < rest.through => {
-                self.attempt(projector, stage, rest).await.unwrap_or(Delivered::Elsewhere(position))
+                self.attempt(projector, stage, rest, hold).await.unwrap_or(Delivered::Elsewhere(position))
             }
             _ => Delivered::At(position),
         }

@@ -32,8 +32,9 @@ const LOCK: &str = select_entry!("where name = ? and version = ? for update");
 const SAVEPOINT: &str = "savepoint projectionist";
 const RELEASE: &str = "release savepoint projectionist";
 
-/// Fails, and so ends the packet that it is in, unless the statement before it found one row: no number is larger.
-const MOVED_ONE: &str = "select 18446744073709551615 + (row_count() != 1)";
+/// Fails, and so ends the packet that it is in, unless the statement before it found one row: no number is larger. A `select`
+/// would do so too, with a result that somebody has to read; `do` would only warn on MariaDB.
+const MOVED_ONE: &str = "set @projectionist = 18446744073709551615 + (row_count() != 1)";
 
 /// Two boots may see a new projector at once: the row of the first stands.
 const ENTER: &str = "insert into projectors (name, version, mode, status, position, side_effects) \
@@ -199,22 +200,14 @@ async fn lock(connection: &mut MySqlConnection, id: &ProjectorId) -> Result<Opti
 /// stands at `from`. `false`, with nothing locked but the transaction begun, if it is not.
 ///
 /// In one packet, which cannot be prepared: an identity has no character that SQL knows (`Registry::add`), and the rest is
-/// numbers and words of ours. An update that changes nothing locks as `for update` does, and says in fewer words whether
-/// there is such a row.
+/// numbers and words of ours.
 pub(crate) async fn begin(
     session: &mut MySqlConnection,
     id: &ProjectorId,
     stage: Stage,
     from: Position,
 ) -> Result<bool, sqlx::Error> {
-    let ProjectorId { name, version } = id;
-    let statuses = stage.statuses();
-    let begin = format!(
-        "start transaction; \
-         update projectors set status = status \
-         where name = '{name}' and version = {version} and position = {from} and status in ({statuses}); \
-         {SAVEPOINT}"
-    );
+    let begin = format!("start transaction; {}; {SAVEPOINT}", claim(id, stage, from));
     Ok(sqlx::raw_sql(AssertSqlSafe(begin)).execute(session).await?.rows_affected() == 1)
 }
 
@@ -230,15 +223,42 @@ pub(crate) async fn commit(
     from: Position,
     to: Position,
 ) -> Result<(), sqlx::Error> {
-    let ProjectorId { name, version } = id;
-    let commit = format!(
+    let commit = format!("{}; commit", advance(id, from, to));
+    sqlx::raw_sql(AssertSqlSafe(commit)).execute(session).await.map(|_| ())
+}
+
+/// [`commit`], and [`begin`] for the next batch behind it in the same packet. Returns what the latter does; whoever waits
+/// for the row has it first.
+///
+/// # Errors
+/// As [`commit`]. After any other error it may be committed all the same.
+pub(crate) async fn commit_and_begin(
+    session: &mut MySqlConnection,
+    id: &ProjectorId,
+    stage: Stage,
+    from: Position,
+    to: Position,
+) -> Result<bool, sqlx::Error> {
+    let commit = format!("{}; commit and chain; {}; {SAVEPOINT}", advance(id, from, to), claim(id, stage, to));
+    Ok(sqlx::raw_sql(AssertSqlSafe(commit)).execute(session).await?.rows_affected() == 2)
+}
+
+/// An update that changes nothing locks as `for update` does, and says in fewer words whether there is such a row.
+fn claim(ProjectorId { name, version }: &ProjectorId, stage: Stage, at: Position) -> String {
+    let statuses = stage.statuses();
+    format!(
+        "update projectors set status = status \
+         where name = '{name}' and version = {version} and position = {at} and status in ({statuses})"
+    )
+}
+
+fn advance(ProjectorId { name, version }: &ProjectorId, from: Position, to: Position) -> String {
+    format!(
         "{RELEASE}; \
          update projectors set position = {to} \
          where name = '{name}' and version = {version} and position = {from}; \
-         {MOVED_ONE}; \
-         commit"
-    );
-    sqlx::raw_sql(AssertSqlSafe(commit)).execute(session).await.map(|_| ())
+         {MOVED_ONE}"
+    )
 }
 
 async fn set_status(connection: &mut MySqlConnection, id: &ProjectorId, status: &Status) -> Result<(), sqlx::Error> {

@@ -9,10 +9,16 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
+use tokio::time::timeout;
 
-/// How what a client sends ends where it commits: the driver's own packet (length, sequence number, command, text), and the
-/// last statement of ours that moves a position.
-const COMMITS: [&[u8]; 2] = [b"\x07\x00\x00\x00\x03COMMIT", b"; commit"];
+/// How the driver commits: a packet's length, sequence number, command and text.
+const COMMIT: &[u8] = b"\x07\x00\x00\x00\x03COMMIT";
+
+/// How the engine does, behind the statements that move a position; what follows may begin the next transaction.
+const AND_COMMIT: &[u8] = b"; commit";
+
+/// A server that has been silent for so long has answered all statements of a packet.
+const ANSWERED: Duration = Duration::from_millis(100);
 
 /// When the cable is cut around a commit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -147,7 +153,7 @@ async fn carry(mut client: TcpStream, wires: &Wires, is_deaf: &AtomicBool) {
                 pass(&mut flows, is_deaf).await;
                 let Ok(count @ 1..) = read else { return };
                 let bytes = &from_client[..count];
-                let cut = match COMMITS.iter().any(|commit| bytes.ends_with(commit)) {
+                let cut = match commits(bytes) {
                     true => wires.armed.lock().expect("no panic while arming").pop_front(),
                     false => None,
                 };
@@ -159,8 +165,9 @@ async fn carry(mut client: TcpStream, wires: &Wires, is_deaf: &AtomicBool) {
                     return;
                 }
                 if cut == Some(Cut::AfterCommit) {
-                    // Its answer proves that it has committed.
+                    // Its last answer proves that it has committed; each statement before that has one of its own.
                     let _ = server.read(&mut from_server).await;
+                    while let Ok(Ok(1..)) = timeout(ANSWERED, server.read(&mut from_server)).await {}
                     wires.after.fetch_add(1, Ordering::SeqCst);
                     return;
                 }
@@ -174,6 +181,11 @@ async fn carry(mut client: TcpStream, wires: &Wires, is_deaf: &AtomicBool) {
             }
         }
     }
+}
+
+/// Whether a transaction is committed by what a client sends.
+fn commits(bytes: &[u8]) -> bool {
+    bytes.ends_with(COMMIT) || bytes.windows(AND_COMMIT.len()).any(|window| window == AND_COMMIT)
 }
 
 /// Waits until the cable flows; for ever, where it is deaf.

@@ -22,6 +22,7 @@ use tokio::time::timeout;
 use crate::error::{Error, is_read_only, server_error};
 pub(crate) use inspect::{Inspected, May, Migrated};
 use kept::Kept;
+pub(crate) use kept::Session;
 use login::is_refused;
 pub(crate) use login::{Login, Source};
 pub(crate) use needs::{NEEDS, TABLES};
@@ -98,11 +99,13 @@ async fn answered_within<T>(
 ) -> Result<T, sqlx::Error> {
     match timeout(time, asking).await {
         Ok(answer) => answer,
-        Err(_) => Err(sqlx::Error::Io(std::io::Error::new(
-            std::io::ErrorKind::TimedOut,
-            format!("the database did not answer within {} s", time.as_secs()),
-        ))),
+        Err(_) => Err(timed_out(format!("the database did not answer within {} s", time.as_secs()))),
     }
+}
+
+/// What a connection is lost by where nobody says so; to whoever asks whether it may pass, an error like any other of that kind.
+fn timed_out(what: String) -> sqlx::Error {
+    sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, what))
 }
 
 impl Database {
@@ -195,10 +198,7 @@ impl Database {
             }
         }
         connection.close_on_drop();
-        Err(sqlx::Error::Io(std::io::Error::new(
-            std::io::ErrorKind::TimedOut,
-            "the server does not know the session any more: its connection was lost without a word",
-        )))
+        Err(timed_out("the server does not know the session any more: its connection was lost without a word".into()))
     }
 
     /// Whether the server has that session of ours.

@@ -35,6 +35,8 @@ pub(super) enum Bug {
     NoStatusFence,
     /// The fence does not look at the position.
     NoPositionFence,
+    /// Boot claims a row for its next batch, and does not look what it has locked.
+    HoldsUnseen,
     /// Projection and position are committed one after the other.
     TwoTransactions,
     /// A projector is taken past the event that it fails on.
@@ -75,6 +77,7 @@ pub(super) const BUGS: &[(Bug, &[u8])] = &[
     (Bug::IgnoresARefusedFill, &[3]),
     (Bug::NoStatusFence, &[6, 10, 11]),
     (Bug::NoPositionFence, &[6]),
+    (Bug::HoldsUnseen, &[6, 10, 11]),
     (Bug::TwoTransactions, &[4]),
     (Bug::SkipsTheFailing, &[1]),
     (Bug::MovesAtGoLive, &[4]),

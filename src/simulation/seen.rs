@@ -25,7 +25,7 @@ seen! {
     AppliedFromQueue, Skipped, CaughtUp, Doorbell, Reconciled, JoinedWithoutRestart, LeftConvoy, Rejoined,
     // the engine
     StalePosition, StaleStatus, RowGone, Deadlock, Isolated, FlakyPassedAlone, Panicked, BrokeInPlay, BrokeInBoot,
-    BrokeAtSetup, Mended,
+    BrokeAtSetup, Mended, HeldOn,
     // boot
     TwoBoots, HandedOver, HandedOverBesideOldRelease, HandedOverFromBroken, NotYetThere, Stalled, Finished, GaveUp,
     BootRepeated, LetGo,

@@ -14,6 +14,7 @@ mod failover;
 mod fence;
 mod grants;
 mod handler;
+mod hold;
 mod holes;
 mod infra;
 mod intake;

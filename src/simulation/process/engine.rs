@@ -14,7 +14,7 @@ use crate::simulation::cast::Release;
 use crate::simulation::invariants::Claim;
 use crate::simulation::seen::Seen;
 use crate::simulation::statements::DatabaseError;
-use crate::simulation::transaction::HandlerError;
+use crate::simulation::transaction::{HandlerError, Transaction};
 use crate::simulation::world::{Sim, Tick};
 use crate::store::Page;
 
@@ -42,19 +42,30 @@ impl From<DatabaseError> for ApplyError {
     }
 }
 
+/// A claim from batch to batch, as `apply::Hold` has it.
+#[derive(Default)]
+struct Hold {
+    goes_on: bool,
+    claim: Option<(Position, Transaction, crate::ledger::Entry)>,
+}
+
 impl Engine {
-    async fn apply(&self, projector: &Registered, stage: Stage, batch: Batch<'_>) -> Result<(), ApplyError> {
+    async fn apply(
+        &self,
+        projector: &Registered,
+        stage: Stage,
+        batch: Batch<'_>,
+        hold: &mut Hold,
+    ) -> Result<(), ApplyError> {
         let wanted: Vec<&Event> = batch.wanted(projector).collect();
         let claim = Claim { stage, after: batch.after };
-        let mut transaction = self.sim.begin();
-        let Some(entry) = transaction.lock(&projector.id).await? else {
-            self.sim.saw(Seen::RowGone);
-            return Err(ApplyError::Claim(None));
+        let (mut transaction, entry) = match hold.claim.take().filter(|(at, ..)| *at == batch.after) {
+            Some((_, transaction, entry)) => {
+                self.sim.saw(Seen::HeldOn);
+                (transaction, entry)
+            }
+            None => self.claim(projector, claim).await?,
         };
-        if !self.holds(&entry, claim) {
-            self.sim.saw(if stage.plays(&entry.status) { Seen::StalePosition } else { Seen::StaleStatus });
-            return Err(ApplyError::Claim(Some(entry)));
-        }
         if !wanted.is_empty() {
             match transaction.handle(&projector.id, self.release, &wanted).await {
                 Ok(()) => {}
@@ -76,7 +87,47 @@ impl Engine {
             transaction.lock(&projector.id).await?;
         }
         transaction.advance(entry, claim, batch.through).await?;
-        Ok(transaction.commit().await?)
+        transaction.commit().await?;
+        if hold.goes_on && !wanted.is_empty() {
+            hold.claim = self.claim_next(projector, stage, batch.through).await?;
+        }
+        Ok(())
+    }
+
+    /// The claim that travels behind a commit, in the same packet. Others may have the row first.
+    async fn claim_next(
+        &self,
+        projector: &Registered,
+        stage: Stage,
+        at: Position,
+    ) -> Result<Option<(Position, Transaction, crate::ledger::Entry)>, ApplyError> {
+        if self.sim.has(Bug::HoldsUnseen) {
+            let mut transaction = self.sim.begin();
+            let locked = transaction.lock(&projector.id).await?;
+            return Ok(locked.map(|entry| (at, transaction, entry)));
+        }
+        match self.claim(projector, Claim { stage, after: at }).await {
+            Ok((transaction, entry)) => Ok(Some((at, transaction, entry))),
+            Err(ApplyError::Claim(_)) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn claim(
+        &self,
+        projector: &Registered,
+        claim: Claim,
+    ) -> Result<(Transaction, crate::ledger::Entry), ApplyError> {
+        let mut transaction = self.sim.begin();
+        let Some(entry) = transaction.lock(&projector.id).await? else {
+            self.sim.saw(Seen::RowGone);
+            return Err(ApplyError::Claim(None));
+        };
+        if !self.holds(&entry, claim) {
+            self.sim.saw(if claim.stage.plays(&entry.status) { Seen::StalePosition } else { Seen::StaleStatus });
+            return Err(ApplyError::Claim(Some(entry)));
+        }
+        Ok((transaction, entry))
     }
 
     /// The fence, as `ledger::begin` has it in SQL.
@@ -92,17 +143,27 @@ impl Engine {
     }
 
     pub(super) async fn deliver(&self, projector: &Registered, stage: Stage, batch: Batch<'_>) -> Delivered {
-        match self.attempt(projector, stage, batch).await {
+        self.deliver_on(projector, stage, batch, &mut Hold::default()).await
+    }
+
+    async fn deliver_on(&self, projector: &Registered, stage: Stage, batch: Batch<'_>, hold: &mut Hold) -> Delivered {
+        match self.attempt(projector, stage, batch, hold).await {
             Ok(delivered) => delivered,
             // In a box: it is rare, and would make every delivery as large as itself.
             Err(failed) => Box::pin(self.isolate(projector, stage, batch, failed)).await,
         }
     }
 
-    async fn attempt(&self, projector: &Registered, stage: Stage, mut batch: Batch<'_>) -> Result<Delivered, String> {
+    async fn attempt(
+        &self,
+        projector: &Registered,
+        stage: Stage,
+        mut batch: Batch<'_>,
+        hold: &mut Hold,
+    ) -> Result<Delivered, String> {
         let began = self.sim.now();
         loop {
-            match self.apply(projector, stage, batch).await {
+            match self.apply(projector, stage, batch, hold).await {
                 Ok(()) => return Ok(Delivered::At(batch.through)),
                 Err(ApplyError::Projector(error)) => return Err(error),
                 Err(ApplyError::Claim(entry)) => match without_claim(entry.as_ref(), stage, batch) {
@@ -121,9 +182,10 @@ impl Engine {
 
     async fn isolate(&self, projector: &Registered, stage: Stage, batch: Batch<'_>, failed: String) -> Delivered {
         self.sim.saw(Seen::Isolated);
+        let hold = &mut Hold::default();
         let wanted: Vec<&Event> = batch.wanted(projector).collect();
         if let [event] = wanted[..] {
-            return match self.attempt(projector, stage, batch.until(event.position().previous())).await {
+            return match self.attempt(projector, stage, batch.until(event.position().previous()), hold).await {
                 Ok(Delivered::At(_)) => self.break_at(projector, stage, Some(event), &failed).await,
                 Ok(delivered) => delivered,
                 Err(error) => self.break_at(projector, stage, Some(event), &error).await,
@@ -136,12 +198,12 @@ impl Engine {
             }
             for end in [event.position().previous(), event.position()] {
                 let Some(step) = batch.part(position, end) else { continue };
-                match self.attempt(projector, stage, step).await {
+                match self.attempt(projector, stage, step, hold).await {
                     Ok(Delivered::At(reached)) => position = reached,
                     Ok(delivered) => return delivered,
                     Err(_) if self.sim.has(Bug::SkipsTheFailing) => {
                         let nothing = Batch { events: &[], ..step };
-                        return self.attempt(projector, stage, nothing).await.unwrap_or(Delivered::Left);
+                        return self.attempt(projector, stage, nothing, hold).await.unwrap_or(Delivered::Left);
                     }
                     Err(error) => return self.break_at(projector, stage, Some(event), &error).await,
                 }
@@ -150,7 +212,7 @@ impl Engine {
         self.sim.saw(Seen::FlakyPassedAlone);
         match batch.from(position) {
             Some(rest) if rest.after < rest.through => {
-                self.attempt(projector, stage, rest).await.unwrap_or(Delivered::Elsewhere(position))
+                self.attempt(projector, stage, rest, hold).await.unwrap_or(Delivered::Elsewhere(position))
             }
             _ => Delivered::At(position),
         }
@@ -201,14 +263,17 @@ impl Engine {
         cursors: &mut [Cursor],
         through: Position,
     ) -> Result<(), DatabaseError> {
+        let mut hold = Hold::default();
         while let Some(lowest) = lowest_due(cursors, through) {
             let mut page = self.read(lowest, through).await?;
             let is_wanted = |event: &Event| cursors.iter().any(|c| c.is_running() && c.projector.wants(event));
             page.events.retain(is_wanted);
+            let is_alone = cursors.iter().filter(|cursor| cursor.is_running()).count() == 1;
+            hold.goes_on = stage == Stage::Boot && page.through < through && is_alone;
             for cursor in cursors.iter_mut() {
                 let Some(batch) = cursor.batch(&page) else { continue };
                 let projector = Arc::clone(&cursor.projector);
-                cursor.note(self.deliver(&projector, stage, batch).await);
+                cursor.note(self.deliver_on(&projector, stage, batch, &mut hold).await);
             }
             let stopped = |cursor: &Cursor| !matches!(cursor.state, CursorState::Running | CursorState::Left);
             if stage == Stage::Boot && cursors.iter().any(stopped) {
