@@ -66,7 +66,7 @@ pub use ledger::{Entry, Ledger};
 pub use lifecycle::{FailedEvent, Failure, Status};
 pub use multi_row::MultiRowInsert;
 pub use play::{ConvoyBudget, PlaySettings, Played, play};
-pub use projector::{EventTypes, Mode, Projector, ProjectorId};
+pub use projector::{EventTypes, Mode, Projector, ProjectorId, SessionUse};
 pub use queue::{Queue, QueueError, Receipt, Received, SqsQueue};
 pub use registry::{Registry, RegistryError};
 pub use relay::RelaySettings;

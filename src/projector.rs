@@ -74,6 +74,27 @@ pub trait Projector: Send + Sync + 'static {
         false
     }
 
+    /// A word for the state of the handler's code: a version, a hash. It is part of the definition's digest, so that
+    /// a worker of another release, whose handler means something else by the same name and version, is known.
+    ///
+    /// Change it with every change to what the handler stores. Without one, the digest is made of name, mode, event
+    /// types and side effects alone.
+    fn revision(&self) -> String {
+        String::new()
+    }
+
+    /// The tables that this projector writes and no other does, as `table` or `database.table`. Boot refuses to build
+    /// a new projector on one that already has rows, and to carry on where one is missing. Tables that
+    /// [`Projector::setup`] creates need not be named: boot sees them.
+    fn tables(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    /// What the projector's statements may leave behind in their database session.
+    fn session(&self) -> SessionUse {
+        SessionUse::Own
+    }
+
     /// Creates what the handler writes to. Boot runs it at first sight, and again whenever it resumes
     /// the projector, so it must be harmless to repeat: `create table if not exists`. It may take as long as it
     /// likes, but not be silent on its connection for a minute: then the server ends that, and it is run again.
@@ -98,6 +119,19 @@ pub trait Projector: Send + Sync + 'static {
         }
         Ok(())
     }
+}
+
+/// What a projector's statements may leave behind in their database session: user variables, temporary tables, user
+/// locks, prepared statements. (Session variables are checked before every commit, whatever this says.)
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum SessionUse {
+    /// Nothing. The session may serve other projectors afterwards, which saves connections.
+    Shared,
+    /// Something, which only this projector may see: a session is kept for it alone. The default.
+    Own,
+    /// Something that must not reach even the next event: each event has a transaction and a new session of its own.
+    EachEvent,
 }
 
 /// Where a projector starts, and whether it goes on.

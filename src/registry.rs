@@ -4,8 +4,10 @@ use std::collections::HashSet;
 use std::fmt;
 use std::sync::Arc;
 
+use ring::digest::{Context, SHA256};
+
 use crate::event::Event;
-use crate::projector::{EventTypes, Mode, Projector, ProjectorId};
+use crate::projector::{EventTypes, Mode, Projector, ProjectorId, SessionUse};
 
 /// The projectors of one release, in the order in which events are fanned out to them.
 #[derive(Clone, Default)]
@@ -85,6 +87,11 @@ pub(crate) struct Registered {
     pub(crate) id: ProjectorId,
     pub(crate) mode: Mode,
     pub(crate) has_side_effects: bool,
+    pub(crate) session: SessionUse,
+    /// The tables that it says are its own.
+    pub(crate) tables: Vec<String>,
+    /// SHA-256 of its definition, in hexadecimal.
+    pub(crate) digest: String,
     pub(crate) projector: Arc<dyn Projector>,
     /// `None`: every event.
     wanted: Option<HashSet<String>>,
@@ -105,7 +112,9 @@ impl Registered {
             EventTypes::Only(types) => Some(types.into_iter().collect()),
         };
         let (mode, has_side_effects) = (projector.mode(), projector.has_side_effects());
-        Ok(Registered { id, mode, has_side_effects, projector, wanted })
+        let digest = digest(&id, mode, has_side_effects, wanted.as_ref(), &projector.revision());
+        let (session, tables) = (projector.session(), projector.tables());
+        Ok(Registered { id, mode, has_side_effects, session, tables, digest, projector, wanted })
     }
 
     /// The event types that it subscribes to; `None`: all.
@@ -117,6 +126,27 @@ impl Registered {
     pub(crate) fn wants(&self, event: &Event) -> bool {
         !event.is_tombstone() && self.wanted.as_ref().is_none_or(|types| event.may_be_of(types))
     }
+}
+
+/// The digest of a definition. Each part is preceded by its length, so that no two definitions give the same text.
+fn digest(
+    id: &ProjectorId,
+    mode: Mode,
+    has_side_effects: bool,
+    wanted: Option<&HashSet<String>>,
+    revision: &str,
+) -> String {
+    let mut types: Vec<&str> = wanted.map_or_else(|| vec!["*"], |types| types.iter().map(String::as_str).collect());
+    types.sort_unstable();
+    let effects = if has_side_effects { "side effects" } else { "none" };
+    let version = id.version.to_string();
+    let parts = [id.name.as_str(), version.as_str(), mode.as_str(), effects, revision].into_iter().chain(types);
+    let mut context = Context::new(&SHA256);
+    for part in parts {
+        context.update(&(part.len() as u64).to_be_bytes());
+        context.update(part.as_bytes());
+    }
+    context.finish().as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Why a projector cannot be registered.
@@ -132,4 +162,33 @@ pub enum RegistryError {
     /// Name and version are the identity, so no two projectors may share them.
     #[error("projector {0} is registered twice; give one of them another name or version")]
     Duplicate(ProjectorId),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_digest_differs_whenever_a_part_of_the_definition_does() {
+        let id = |name: &str| ProjectorId { name: name.into(), version: 1 };
+        let types = |types: &[&str]| Some(types.iter().map(|&of| of.to_owned()).collect::<HashSet<_>>());
+        let of = |name: &str, mode, effects, wanted: Option<HashSet<String>>, revision: &str| {
+            digest(&id(name), mode, effects, wanted.as_ref(), revision)
+        };
+        let all = [
+            of("a", Mode::FromBeginning, false, None, ""),
+            of("b", Mode::FromBeginning, false, None, ""),
+            of("a", Mode::FromNow, false, None, ""),
+            of("a", Mode::FromBeginning, true, None, ""),
+            of("a", Mode::FromBeginning, false, types(&["x"]), ""),
+            of("a", Mode::FromBeginning, false, types(&["x", "y"]), ""),
+            of("a", Mode::FromBeginning, false, types(&["xy"]), ""),
+            of("a", Mode::FromBeginning, false, None, "2"),
+        ];
+        assert_eq!(all.iter().collect::<HashSet<_>>().len(), all.len());
+        let (one, other) = (types(&["x", "y"]), types(&["y", "x"]));
+        let digest = |wanted| of("a", Mode::FromBeginning, false, wanted, "");
+        assert_eq!(digest(one), digest(other), "the order of the types does not matter");
+        assert!(all[0].len() == 64 && all[0].bytes().all(|byte| byte.is_ascii_hexdigit()));
+    }
 }

@@ -148,6 +148,8 @@ impl Database {
             _ => "version",
         };
         let ask = match privilege {
+            // Preparing an `alter` checks no grant. Running this one does, and then fails for want of the column.
+            "alter" => format!("alter table {table} drop column projectionist_doctor"),
             "select" => format!("explain select 1 from {table}"),
             "insert" => format!("explain insert into {table} ({column}) values (0)"),
             "update" => format!("explain update {table} set {column} = {column}"),

@@ -11,6 +11,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
+use ring::rand::{SecureRandom, SystemRandom};
 use sqlx::migrate::{Migration, MigrationType, Migrator};
 use sqlx::mysql::{MySqlConnectOptions, MySqlPoolOptions, MySqlTransactionManager};
 use sqlx::pool::PoolConnection;
@@ -58,6 +59,11 @@ const SESSIONS: &str = "show processlist";
 /// Read by the migrator only: its lock and its table need a name of their own, so that a team's own
 /// sqlx migrations can live in the same database.
 const MIGRATIONS_TABLE: &str = "projectionist_migrations";
+
+/// The length of the key that signs messages: that of the hash, as RFC 2104 advises.
+const SIGNING_KEY_BYTES: usize = 32;
+
+const SET_FIRST_KEY: &str = "update event_log set signing_key = ? where signing_key is null";
 
 /// A pool of connections to one database, all in the session that the protocol needs. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -222,7 +228,17 @@ impl Database {
     /// If a statement fails, or if the database was migrated by a newer release than this one.
     pub async fn migrate(&self) -> Result<(), Error> {
         let mut connection = self.acquire().await?;
-        Self::migrator().run(&mut *connection).await.map_err(|error| match error {
+        self.run_migrations(&mut connection).await?;
+        let mut key = [0; SIGNING_KEY_BYTES];
+        SystemRandom::new()
+            .fill(&mut key)
+            .map_err(|_| Error::Input("the operating system gives no random numbers to make a key of".into()))?;
+        sqlx::query(SET_FIRST_KEY).bind(key.as_slice()).execute(&mut *connection).await?;
+        Ok(())
+    }
+
+    async fn run_migrations(&self, connection: &mut MySqlConnection) -> Result<(), Error> {
+        Self::migrator().run(connection).await.map_err(|error| match error {
             sqlx::migrate::MigrateError::Execute(error) | sqlx::migrate::MigrateError::ExecuteMigration(error, _) => {
                 Error::Database(error)
             }
@@ -239,8 +255,10 @@ impl Database {
         let migration = |version, name: &'static str, sql: &'static str| {
             Migration::new(version, Cow::Borrowed(name), MigrationType::Simple, sql.into_sql_str(), false)
         };
-        let mut migrator =
-            Migrator::with_migrations(vec![migration(1, "tables", include_str!("../../migrations/0001_tables.sql"))]);
+        let mut migrator = Migrator::with_migrations(vec![
+            migration(1, "tables", include_str!("../../migrations/0001_tables.sql")),
+            migration(2, "guarantees", include_str!("../../migrations/0002_guarantees.sql")),
+        ]);
         migrator.dangerous_set_table_name(MIGRATIONS_TABLE);
         migrator
     }

@@ -5,7 +5,7 @@ pub(crate) type Need = (&'static str, &'static [&'static str]);
 
 /// The commands, in the README's order.
 pub(crate) const NEEDS: &[(&str, &[Need])] = &[
-    ("migrate", &[("*", &["create", "insert", "select", "update"])]),
+    ("migrate", &[("*", &["alter", "create", "insert", "select", "update"])]),
     ("append", &[("events", &["select", "insert"])]),
     (
         "boot",
@@ -39,7 +39,8 @@ pub(crate) const NEEDS: &[(&str, &[Need])] = &[
 ];
 
 /// What `*` stands for.
-pub(crate) const TABLES: &[&str] = &["events", "event_log", "projectors", "projectionist_migrations"];
+pub(crate) const TABLES: &[&str] =
+    &["events", "event_log", "projectors", "log_acceptances", "projectionist_migrations"];
 
 #[cfg(test)]
 mod tests {

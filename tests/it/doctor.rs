@@ -93,7 +93,7 @@ async fn where_all_is_well_each_line_says_so_and_nothing_is_changed() {
         .and_then(|all| all.get(&MessageSystemAttributeName::ApproximateReceiveCount));
     assert_eq!(count.map(String::as_str), Some("1"), "nobody has received it before");
     assert_eq!(world.number("select count(*) from events").await, 5);
-    assert_eq!(world.number("select count(*) from information_schema.tables where table_schema = database()").await, 5);
+    assert_eq!(world.number("select count(*) from information_schema.tables where table_schema = database()").await, 6);
 
     // For people, a line each.
     let told = world.run(&["doctor", "--projectors", folder.path()]).await.exits(0).stdout;
@@ -151,7 +151,7 @@ async fn a_database_that_was_not_migrated_is_told_and_so_is_one_of_a_newer_relea
     world.execute("insert into projectionist_migrations values (9999, 'later', now(), 1, 'x', 1)").await;
     let report = world.run(&["doctor", "--json"]).await.exits(2);
     assert!(lines(&report)["tables"].1.contains("newer release"), "{}", report.stdout);
-    for table in ["events", "event_log", "projectors", "projectionist_migrations"] {
+    for table in ["events", "event_log", "projectors", "log_acceptances", "projectionist_migrations"] {
         world.execute(&format!("drop table {table}")).await;
     }
     let report = world.run(&["doctor", "--json"]).await.exits(2);

@@ -74,7 +74,7 @@ async fn each_command_does_its_work_with_no_more_than_the_grants_of_the_readme()
     let world = World::new().await;
     let mut admin = world.connection().await;
     lock_out_restricted_users(&mut admin).await;
-    for table in ["events", "event_log", "projectors", "projectionist_migrations"] {
+    for table in ["events", "event_log", "projectors", "log_acceptances", "projectionist_migrations"] {
         world.execute(&format!("drop table {table}")).await;
     }
     let folder = tempfile::tempdir().expect("a folder");

@@ -11,7 +11,7 @@ use crate::support::{Folder, World, eventually};
 #[tokio::test]
 async fn migrate_may_be_repeated_and_loses_nothing() {
     let world = World::new().await;
-    world.execute("drop table projectors, event_log, events, projectionist_migrations").await;
+    world.execute("drop table projectors, event_log, events, log_acceptances, projectionist_migrations").await;
     for _ in 0..2 {
         let migrated = world.run(&["migrate"]).await.exits(0);
         assert_eq!(migrated.stdout, "the tables are up to date\n");
@@ -23,7 +23,7 @@ async fn migrate_may_be_repeated_and_loses_nothing() {
 #[tokio::test]
 async fn a_table_of_somebody_elses_is_told_and_migrate_works_when_it_is_out_of_the_way() {
     let world = World::new().await;
-    world.execute("drop table projectors, event_log, events, projectionist_migrations").await;
+    world.execute("drop table projectors, event_log, events, log_acceptances, projectionist_migrations").await;
     world.execute("create table events (of_mine int)").await;
     let refused = world.run(&["migrate"]).await.exits(2);
     assert!(refused.stderr.contains("a table of that name is there already"), "{}", refused.stderr);
