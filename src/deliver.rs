@@ -123,9 +123,9 @@ impl Engine {
             let is_its_doing = hang_ups.note(&self.database, &applied).await;
             match applied {
                 Ok(()) => return Ok(Delivered::At(batch.through)),
-                Err(ApplyError::Projector(error)) => return Err(Failed { error, attempts: attempt }),
+                Err(ApplyError::Projector(error)) => return Err(Failed::new(error, attempt)),
                 // The first may be the network's fault: on another connection, the second is not.
-                Err(ApplyError::Doubtful(error)) if is_doubted => return Err(Failed { error, attempts: attempt }),
+                Err(ApplyError::Doubtful(error)) if is_doubted => return Err(Failed::new(error, attempt)),
                 Err(ApplyError::Doubtful(error)) => {
                     is_doubted = true;
                     attempt += 1;
@@ -147,7 +147,7 @@ impl Engine {
                     tokio::time::sleep(retry::delay(attempt + 6)).await;
                 }
                 Err(ApplyError::HungUp(error)) if is_its_doing => {
-                    return Err(Failed { error: hang_ups.explain(error), attempts: attempt });
+                    return Err(Failed::new(hang_ups.explain(error), attempt));
                 }
                 Err(ApplyError::Transient(error) | ApplyError::HungUp(error)) => {
                     attempt += 1;
@@ -228,6 +228,7 @@ impl Engine {
             attempts: failed.attempts,
             release: self.release.clone(),
             host: host(),
+            rebuild: failed.rebuild,
         };
         let before = event.map(|event| event.position().previous());
         let mut attempt = 1;
@@ -247,6 +248,7 @@ impl Engine {
                         attempts = failure.attempts,
                         release = failure.release,
                         host = failure.host,
+                        rebuild = failure.rebuild,
                         "projector broken"
                     );
                     return Delivered::Broke;
@@ -270,6 +272,22 @@ impl Engine {
 pub(crate) struct Failed {
     pub(crate) error: anyhow::Error,
     pub(crate) attempts: u32,
+    /// Why the read model must be rebuilt, if it must: see [`Failure::rebuild`].
+    pub(crate) rebuild: Option<String>,
+}
+
+impl Failed {
+    /// A failure after which the projector may go on, once its cause is removed.
+    pub(crate) fn new(error: anyhow::Error, attempts: u32) -> Self {
+        Failed { error, attempts, rebuild: None }
+    }
+
+    #[expect(dead_code, reason = "boot uses it next")]
+    /// A failure after which the read model must be rebuilt. The error is the reason, too.
+    pub(crate) fn for_rebuild(error: anyhow::Error, attempts: u32) -> Self {
+        let rebuild = Some(tell(&error));
+        Failed { error, attempts, rebuild }
+    }
 }
 
 /// This host's name, as the kernel has it; in a container, the container's.

@@ -15,7 +15,8 @@ macro_rules! select_entry {
     ($rest:literal) => {
         concat!(
             "select name, version, mode, status, position, side_effects, failed_position, failed_event_id, \
-             failed_event_type, failed_error, failed_at, failed_attempts, failed_release, failed_host from projectors ",
+             failed_event_type, failed_error, failed_at, failed_attempts, failed_release, failed_host, rebuild_reason, \
+             start_position, digest, event_types, owned_tables from projectors ",
             $rest
         )
     };
@@ -42,8 +43,8 @@ const ENTER: &str = "insert into projectors (name, version, mode, status, positi
 
 const SET_STATUS: &str = "update projectors set status = ?, failed_position = ?, failed_event_id = ?, \
                           failed_event_type = ?, failed_error = ?, failed_at = ?, failed_attempts = ?, \
-                          failed_release = ?, failed_host = ?, status_changed_at = utc_timestamp(6) \
-                          where name = ? and version = ?";
+                          failed_release = ?, failed_host = ?, rebuild_reason = coalesce(?, rebuild_reason), \
+                          status_changed_at = utc_timestamp(6) where name = ? and version = ?";
 
 /// Only what retire has marked: a projector that was booted anew meanwhile is somebody else's.
 const REMOVE: &str = "delete from projectors where name = ? and version = ? and status = 'retired'";
@@ -73,6 +74,17 @@ pub struct Entry {
     pub position: Position,
     /// Whether it acts outside the database.
     pub side_effects: bool,
+    /// Where it began. `None`: it was booted before the ledger kept this.
+    pub start_position: Option<Position>,
+    /// The digest of the definition with which it was last booted. `None`: it was booted before the ledger kept this.
+    pub digest: Option<String>,
+    /// The event types with which it was last booted; `["*"]` is all of them. `None`: not known.
+    pub event_types: Option<Vec<String>>,
+    /// The tables that its setup has made or that it names as its own, as `table` or `database.table`. `None`: not
+    /// known.
+    pub owned_tables: Option<Vec<String>>,
+    /// Why its read model must be rebuilt. Boot neither resumes such a projector nor hands it over.
+    pub rebuild_reason: Option<String>,
 }
 
 impl Ledger {
@@ -158,7 +170,8 @@ impl Ledger {
         let statuses = stage.statuses();
         let pass_over = format!(
             "update projectors set position = {to} \
-             where (name, version) in ({identities}) and position = {from} and status in ({statuses})"
+             where (name, version) in ({identities}) and position = {from} and status in ({statuses}) \
+             and rebuild_reason is null"
         );
         let pass_over = sqlx::raw_sql(AssertSqlSafe(pass_over));
         let moved = self.database.ask(async |connection| pass_over.execute(connection).await).await?;
@@ -248,7 +261,8 @@ fn claim(ProjectorId { name, version }: &ProjectorId, stage: Stage, at: Position
     let statuses = stage.statuses();
     format!(
         "update projectors set status = status \
-         where name = '{name}' and version = {version} and position = {at} and status in ({statuses})"
+         where name = '{name}' and version = {version} and position = {at} and status in ({statuses}) \
+         and rebuild_reason is null"
     )
 }
 
@@ -274,6 +288,7 @@ async fn set_status(connection: &mut MySqlConnection, id: &ProjectorId, status: 
         .bind(failure.map(|failure| failure.attempts))
         .bind(failure.and_then(|failure| failure.release.as_deref()).map(|release| limited(release, MAX_RELEASE)))
         .bind(failure.map(|failure| limited(&failure.host, MAX_HOST)))
+        .bind(failure.and_then(|failure| failure.rebuild.as_deref()).map(|reason| limited(reason, MAX_ERROR)))
         .bind(&id.name)
         .bind(id.version)
         .execute(connection)
@@ -304,6 +319,7 @@ fn decode(row: &MySqlRow) -> Result<Entry, sqlx::Error> {
             attempts: row.try_get("failed_attempts")?,
             release: row.try_get("failed_release")?,
             host: row.try_get("failed_host")?,
+            rebuild: row.try_get("rebuild_reason")?,
         }),
         unknown => return Err(unreadable("status", unknown)),
     };
@@ -313,7 +329,20 @@ fn decode(row: &MySqlRow) -> Result<Entry, sqlx::Error> {
         status,
         position: Position::new(row.try_get("position")?),
         side_effects: row.try_get("side_effects")?,
+        start_position: row.try_get::<Option<u64>, _>("start_position")?.map(Position::new),
+        digest: row.try_get("digest")?,
+        event_types: decode_list(row, "event_types")?,
+        owned_tables: decode_list(row, "owned_tables")?,
+        rebuild_reason: row.try_get("rebuild_reason")?,
     })
+}
+
+fn decode_list(row: &MySqlRow, column: &str) -> Result<Option<Vec<String>>, sqlx::Error> {
+    let Some(text) = row.try_get::<Option<String>, _>(column)? else { return Ok(None) };
+    let list = serde_json::from_str(&text).map_err(|error| {
+        sqlx::Error::Decode(format!("projectors.{column} is not a JSON list of strings: {error}").into())
+    })?;
+    Ok(Some(list))
 }
 
 fn decode_failed_event(row: &MySqlRow) -> Result<Option<FailedEvent>, sqlx::Error> {
