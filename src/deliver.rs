@@ -18,6 +18,10 @@ use crate::metrics;
 use crate::registry::{Registered, Registry};
 use crate::retry;
 
+/// How often in a row a transaction may be rolled back under a handler's hands before that counts as the projector's own
+/// failure. Deadlocks are rare, and what a handler does by itself it does each time.
+const ROLLED_BACK_TOO_OFTEN: u32 = 5;
+
 /// What the engine works with, in boot and in play.
 #[derive(Debug, Clone)]
 pub(crate) struct Engine {
@@ -96,9 +100,38 @@ impl Engine {
         batch: Batch<'_>,
         hold: &mut Hold,
     ) -> Delivered {
+        if projector.goes_event_by_event() {
+            return self.deliver_each(projector, stage, batch).await;
+        }
         match self.attempt(projector, stage, batch, hold).await {
             Ok(delivered) => delivered,
             Err(failed) => self.isolate(projector, stage, batch, failed).await,
+        }
+    }
+
+    /// Applies a batch with a transaction for each event that the projector wants. What it does elsewhere cannot be rolled
+    /// back, so an event that fails must not repeat those before it.
+    async fn deliver_each(&self, projector: &Registered, stage: Stage, batch: Batch<'_>) -> Delivered {
+        let hold = &mut Hold::none();
+        let mut position = batch.after;
+        let mut wanted = batch.wanted(projector).peekable();
+        loop {
+            let event = wanted.next();
+            // What follows the last event goes with it.
+            let end = event.filter(|_| wanted.peek().is_some()).map_or(batch.through, Event::position);
+            if let Some(step) = batch.part(position, end) {
+                let delivered = match self.attempt(projector, stage, step, hold).await {
+                    Ok(delivered) => delivered,
+                    Err(failed) => self.isolate(projector, stage, step, failed).await,
+                };
+                match delivered {
+                    Delivered::At(reached) => position = reached,
+                    other => return other,
+                }
+            }
+            if end == batch.through {
+                return Delivered::At(position);
+            }
         }
     }
 
@@ -113,6 +146,7 @@ impl Engine {
         let began = Instant::now();
         let mut attempt = 1;
         let mut is_doubted = false;
+        let mut rolled_back = 0;
         let mut hang_ups = HangUps::default();
         loop {
             let applied =
@@ -124,6 +158,20 @@ impl Engine {
             match applied {
                 Ok(()) => return Ok(Delivered::At(batch.through)),
                 Err(ApplyError::Projector(error)) => return Err(Failed::new(error, attempt)),
+                Err(ApplyError::Stored(error)) => {
+                    let error = error.context(format!("events {} to {}", batch.after.next(), batch.through));
+                    // The event is not known, and none of the batch may be tried again.
+                    return Ok(self.break_at(projector, stage, None, Failed::for_rebuild(error, attempt)).await);
+                }
+                Err(ApplyError::RolledBack(error)) if rolled_back == ROLLED_BACK_TOO_OFTEN => {
+                    return Err(Failed::new(error, attempt));
+                }
+                Err(ApplyError::RolledBack(error)) => {
+                    rolled_back += 1;
+                    attempt += 1;
+                    warn!(projector = %projector.id, position = batch.after.get(), attempt, error = tell(&error), "trying again");
+                    tokio::time::sleep(retry::delay(attempt)).await;
+                }
                 // The first may be the network's fault: on another connection, the second is not.
                 Err(ApplyError::Doubtful(error)) if is_doubted => return Err(Failed::new(error, attempt)),
                 Err(ApplyError::Doubtful(error)) => {
@@ -282,7 +330,6 @@ impl Failed {
         Failed { error, attempts, rebuild: None }
     }
 
-    #[expect(dead_code, reason = "boot uses it next")]
     /// A failure after which the read model must be rebuilt. The error is the reason, too.
     pub(crate) fn for_rebuild(error: anyhow::Error, attempts: u32) -> Self {
         let rebuild = Some(tell(&error));

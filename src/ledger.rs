@@ -28,15 +28,6 @@ const LIVE: &str = "select name, version, position from projectors where status 
 const ENTRY: &str = select_entry!("where name = ? and version = ?");
 const LOCK: &str = select_entry!("where name = ? and version = ? for update");
 
-/// A handler that commits, or runs a statement that does (DDL), takes this savepoint away: releasing it
-/// then fails with error 1305.
-const SAVEPOINT: &str = "savepoint projectionist";
-const RELEASE: &str = "release savepoint projectionist";
-
-/// Fails, and so ends the packet that it is in, unless the statement before it found one row: no number is larger. A `select`
-/// would do so too, with a result that somebody has to read; `do` would only warn on MariaDB.
-const MOVED_ONE: &str = "set @projectionist = 18446744073709551615 + (row_count() != 1)";
-
 /// Two boots may see a new projector at once: the row of the first stands.
 const ENTER: &str = "insert into projectors (name, version, mode, status, position, side_effects) \
                      values (?, ?, ?, 'booting', ?, ?) on duplicate key update name = name";
@@ -209,70 +200,84 @@ async fn lock(connection: &mut MySqlConnection, id: &ProjectorId) -> Result<Opti
     row.map(|row| decode(&row)).transpose()
 }
 
-/// The fence: begins the transaction that applies events, and locks the projector's row if it is still this stage's and
-/// stands at `from`. `false`, with nothing locked but the transaction begun, if it is not.
-///
-/// In one packet, which cannot be prepared: an identity has no character that SQL knows (`Registry::add`), and the rest is
-/// numbers and words of ours.
-pub(crate) async fn begin(
-    session: &mut MySqlConnection,
-    id: &ProjectorId,
-    stage: Stage,
-    from: Position,
-) -> Result<bool, sqlx::Error> {
-    let begin = format!("start transaction; {}; {SAVEPOINT}", claim(id, stage, from));
-    Ok(sqlx::raw_sql(AssertSqlSafe(begin)).execute(session).await?.rows_affected() == 1)
+/// A projector's row, as the transaction that applies a batch to it claims and moves it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Claim<'a> {
+    pub(crate) id: &'a ProjectorId,
+    pub(crate) stage: Stage,
+    /// The savepoint that stands at the beginning of the transaction. A handler that commits, or runs a statement that
+    /// does (DDL), takes it away: releasing it then fails with error 1305. So does a deadlock, which rolls back the
+    /// whole transaction.
+    pub(crate) savepoint: &'a str,
+    /// A condition that holds as long as the handler has not changed its session.
+    pub(crate) unchanged: &'a str,
 }
 
-/// Moves a projector whose claim is held, and commits, in one packet too: it ends before the commit where the row is no
-/// longer as it was locked.
-///
-/// # Errors
-/// With the server's number 1305 if the transaction is no longer the one that was begun; 1690 if the row has changed. After
-/// an error nothing is committed, unless it is the answer that was lost.
-pub(crate) async fn commit(
-    session: &mut MySqlConnection,
-    id: &ProjectorId,
-    from: Position,
-    to: Position,
-) -> Result<(), sqlx::Error> {
-    let commit = format!("{}; commit", advance(id, from, to));
-    sqlx::raw_sql(AssertSqlSafe(commit)).execute(session).await.map(|_| ())
-}
+impl Claim<'_> {
+    /// The fence: begins the transaction that applies events, and locks the projector's row if it is still this stage's
+    /// and its position is `from`. `false`, with nothing locked, if it is not.
+    ///
+    /// In one packet, which cannot be prepared: an identity has no character that SQL knows (`Registry::add`), and the
+    /// rest is numbers and words of ours. The session's `autocommit` is off, so that the first statement begins the
+    /// transaction.
+    pub(crate) async fn begin(self, session: &mut MySqlConnection, from: Position) -> Result<bool, sqlx::Error> {
+        Ok(sqlx::raw_sql(AssertSqlSafe(self.claim(from))).execute(session).await?.rows_affected() == 1)
+    }
 
-/// [`commit`], and [`begin`] for the next batch behind it in the same packet. Returns what the latter does; whoever waits
-/// for the row has it first.
-///
-/// # Errors
-/// As [`commit`]. After any other error it may be committed all the same.
-pub(crate) async fn commit_and_begin(
-    session: &mut MySqlConnection,
-    id: &ProjectorId,
-    stage: Stage,
-    from: Position,
-    to: Position,
-) -> Result<bool, sqlx::Error> {
-    let commit = format!("{}; commit and chain; {}; {SAVEPOINT}", advance(id, from, to), claim(id, stage, to));
-    Ok(sqlx::raw_sql(AssertSqlSafe(commit)).execute(session).await?.rows_affected() == 2)
-}
+    /// Moves a projector whose claim is held, and commits, in one packet: it ends before the commit where the transaction
+    /// is another one, the row is not as it was locked, or the session has been changed. Returns whether the row was
+    /// still there.
+    ///
+    /// # Errors
+    /// With the server's number 1305 if the transaction is no longer the one that was begun; 1690 if the row or the
+    /// session has changed. After an error nothing is committed, unless it is the answer that was lost.
+    pub(crate) async fn commit(
+        self,
+        session: &mut MySqlConnection,
+        from: Position,
+        to: Position,
+    ) -> Result<bool, sqlx::Error> {
+        let commit = format!("{}; commit", self.advance(from, to));
+        Ok(sqlx::raw_sql(AssertSqlSafe(commit)).execute(session).await?.rows_affected() == 1)
+    }
 
-/// An update that changes nothing locks as `for update` does, and says in fewer words whether there is such a row.
-fn claim(ProjectorId { name, version }: &ProjectorId, stage: Stage, at: Position) -> String {
-    let statuses = stage.statuses();
-    format!(
-        "update projectors set status = status \
-         where name = '{name}' and version = {version} and position = {at} and status in ({statuses}) \
-         and rebuild_reason is null"
-    )
-}
+    /// [`Claim::commit`], and [`Claim::begin`] for the next batch behind it in the same packet. Returns what the latter
+    /// does; another session that waits for the row has it first.
+    ///
+    /// # Errors
+    /// As [`Claim::commit`]. After any other error it may be committed all the same.
+    pub(crate) async fn commit_and_begin(
+        self,
+        session: &mut MySqlConnection,
+        from: Position,
+        to: Position,
+    ) -> Result<bool, sqlx::Error> {
+        let commit = format!("{}; commit; {}", self.advance(from, to), self.claim(to));
+        Ok(sqlx::raw_sql(AssertSqlSafe(commit)).execute(session).await?.rows_affected() == 2)
+    }
 
-fn advance(ProjectorId { name, version }: &ProjectorId, from: Position, to: Position) -> String {
-    format!(
-        "{RELEASE}; \
-         update projectors set position = {to} \
-         where name = '{name}' and version = {version} and position = {from}; \
-         {MOVED_ONE}"
-    )
+    /// An update that changes nothing locks as `for update` does, and says in fewer words whether there is such a row.
+    fn claim(self, at: Position) -> String {
+        let Claim { id: ProjectorId { name, version }, stage, savepoint, .. } = self;
+        let statuses = stage.statuses();
+        format!(
+            "update projectors set status = status \
+             where name = '{name}' and version = {version} and position = {at} and status in ({statuses}) \
+             and rebuild_reason is null; savepoint {savepoint}"
+        )
+    }
+
+    /// No number is larger than that one, so that the update fails where the condition does not hold. (It depends on the
+    /// row, or it would be computed, and fail, in any case.)
+    fn advance(self, from: Position, to: Position) -> String {
+        let Claim { id: ProjectorId { name, version }, savepoint, unchanged, .. } = self;
+        format!(
+            "release savepoint {savepoint}; \
+             update projectors \
+             set position = if(position = {from} and {unchanged}, {to}, 18446744073709551615 + (position >= 0)) \
+             where name = '{name}' and version = {version}"
+        )
+    }
 }
 
 async fn set_status(connection: &mut MySqlConnection, id: &ProjectorId, status: &Status) -> Result<(), sqlx::Error> {
