@@ -250,14 +250,22 @@ async fn read(connection: &mut MySqlConnection, names: &[&str]) -> Result<Vec<St
         names.iter().map(|name| format!("convert(coalesce(@@session.{name}, '') using ascii)")).collect();
     let select = format!("select {}", columns.join(", "));
     let row = sqlx::raw_sql(AssertSqlSafe(select)).fetch_one(connection).await?;
-    (0..names.len()).map(|column| row.try_get(column)).collect()
+    (0..names.len()).map(|column| row.try_get(column).map(as_number)).collect()
+}
+
+/// A switch as SQL compares it, whichever way the server prints it.
+fn as_number(value: String) -> String {
+    match value.as_str() {
+        "ON" | "YES" => "1".into(),
+        "OFF" | "NO" => "0".into(),
+        _ => value,
+    }
 }
 
 /// Compared without a conversion: a number with a number, text with text.
 fn condition(expected: &[(String, String)], database: &str) -> String {
     let mut condition = String::new();
     for (name, value) in expected {
-        // Switches and numbers are numbers in SQL, whatever they look like in `show variables`.
         let is_number = !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_digit());
         match (is_number, value.as_str()) {
             (true, "1") => condition.push_str(&format!("@@{name} and ")),
