@@ -9,12 +9,12 @@ use futures_util::FutureExt;
 use sqlx::{AssertSqlSafe, MySqlConnection};
 use tokio::runtime::Handle;
 use tokio::time::timeout;
-use tracing::{debug, error};
+use tracing::debug;
 
 use crate::database::{Database, Ended, HandlerSession, SESSION_SILENT_FOR, SessionId};
 use crate::error::{database_error, is_hang_up, is_transient, server_error, tell};
 use crate::event::{Event, Position};
-use crate::ledger::{Claim, Entry, Ledger};
+use crate::ledger::{Claim, Entry, Ledger, Moved};
 use crate::lifecycle::Stage;
 use crate::metrics;
 use crate::projector::SessionUse;
@@ -130,10 +130,16 @@ pub(crate) async fn apply(
     };
     let next = hold.goes_on && projector.session != SessionUse::EachEvent;
     match run(database, &mut session, projector, stage, batch, handler_timeout, next).await? {
-        Row::Claimed => hold.claim = Some(Claimed { session, at: batch.through, since: Instant::now() }),
-        Row::Free => database.keep_handler_session(session),
+        Moved::Claimed => hold.claim = Some(Claimed { session, at: batch.through, since: Instant::now() }),
+        Moved::Free => database.keep_handler_session(session),
         // Dropped, the session is closed, and what was begun in it is rolled back, as after an error.
-        Row::Lost => {}
+        Moved::Lost => {}
+        Moved::No => {
+            return Err(ApplyError::Stored(anyhow!(
+                "the handler's writes are stored without its position: it deleted its projector's row in the ledger, or hid \
+                 the ledger behind a temporary table. The batch cannot be applied again: rebuild the read model"
+            )));
+        }
     }
     Ok(())
 }
@@ -163,15 +169,6 @@ async fn claim(
     Ok(session)
 }
 
-/// What a session has of its projector's row after a commit.
-enum Row {
-    Free,
-    /// Locked again, for the next batch.
-    Claimed,
-    /// Somebody else was faster; the transaction has begun all the same.
-    Lost,
-}
-
 /// Runs the handler in a session that has the claim, and commits; and, if `next`, claims the row for what comes next, unless
 /// the batch had nothing for the projector.
 async fn run(
@@ -182,7 +179,7 @@ async fn run(
     batch: Batch<'_>,
     handler_timeout: Duration,
     next: bool,
-) -> Result<Row, ApplyError> {
+) -> Result<Moved, ApplyError> {
     let began = Instant::now();
     let wanted: Vec<&Event> = batch.wanted(projector).collect();
     if !wanted.is_empty() {
@@ -192,25 +189,19 @@ async fn run(
     let unchanged = database.session_is_unchanged();
     let savepoint = session.savepoint.clone();
     let row = Claim { id: &projector.id, stage, savepoint: &savepoint, unchanged: &unchanged };
-    let committed = match next && !wanted.is_empty() {
-        false => database.answered(row.commit(&mut session.connection, from, to)).await.map(|was_there| {
-            if !was_there {
-                error!(projector = %projector.id, alert = "projector_broken", "its row is gone from the ledger: its handler deleted it");
-            }
-            Row::Free
-        }),
-        true => {
-            let claimed = database.answered(row.commit_and_begin(&mut session.connection, from, to)).await;
-            claimed.map(|is_claimed| if is_claimed { Row::Claimed } else { Row::Lost })
+    let moving = async {
+        match next && !wanted.is_empty() {
+            true => row.commit_and_begin(&mut session.connection, from, to).await,
+            false => row.commit(&mut session.connection, from, to).await,
         }
     };
-    let row = match committed {
-        Ok(row) => row,
+    let moved = match database.answered(moving).await {
+        Ok(moved) => moved,
         Err(error) => return Err(not_committed(database, session, error).await),
     };
     session.committed();
     metrics::applied(&projector.id, wanted.len(), began.elapsed());
-    Ok(row)
+    Ok(moved)
 }
 
 /// Runs the handler. After an error nothing of the batch is stored, or it says so.

@@ -213,6 +213,20 @@ pub(crate) struct Claim<'a> {
     pub(crate) unchanged: &'a str,
 }
 
+/// What has become of a projector's row with a commit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Moved {
+    /// It was moved, and nobody has it.
+    Free,
+    /// It was moved, and is locked for the next batch.
+    Claimed,
+    /// It was moved, and another session had it before it could be locked again. A transaction has begun all the same.
+    Lost,
+    /// The handler's writes are committed, and no row was moved: the handler deleted it, or hid the ledger behind a
+    /// temporary table.
+    No,
+}
+
 impl Claim<'_> {
     /// The fence: begins the transaction that applies events, and locks the projector's row if it is still this stage's
     /// and its position is `from`. `false`, with nothing locked, if it is not.
@@ -225,8 +239,7 @@ impl Claim<'_> {
     }
 
     /// Moves a projector whose claim is held, and commits, in one packet: it ends before the commit where the transaction
-    /// is another one, the row is not as it was locked, or the session has been changed. Returns whether the row was
-    /// still there.
+    /// is another one, the row is not as it was locked, or the session has been changed.
     ///
     /// # Errors
     /// With the server's number 1305 if the transaction is no longer the one that was begun; 1690 if the row or the
@@ -236,13 +249,14 @@ impl Claim<'_> {
         session: &mut MySqlConnection,
         from: Position,
         to: Position,
-    ) -> Result<bool, sqlx::Error> {
+    ) -> Result<Moved, sqlx::Error> {
         let commit = format!("{}; commit", self.advance(from, to));
-        Ok(sqlx::raw_sql(AssertSqlSafe(commit)).execute(session).await?.rows_affected() == 1)
+        let rows = sqlx::raw_sql(AssertSqlSafe(commit)).execute(session).await?.rows_affected();
+        Ok(if rows == 1 { Moved::Free } else { Moved::No })
     }
 
-    /// [`Claim::commit`], and [`Claim::begin`] for the next batch behind it in the same packet. Returns what the latter
-    /// does; another session that waits for the row has it first.
+    /// [`Claim::commit`], and [`Claim::begin`] for the next batch behind it in the same packet. Another session that waits
+    /// for the row has it first.
     ///
     /// # Errors
     /// As [`Claim::commit`]. After any other error it may be committed all the same.
@@ -251,9 +265,14 @@ impl Claim<'_> {
         session: &mut MySqlConnection,
         from: Position,
         to: Position,
-    ) -> Result<bool, sqlx::Error> {
+    ) -> Result<Moved, sqlx::Error> {
         let commit = format!("{}; commit; {}", self.advance(from, to), self.claim(to));
-        Ok(sqlx::raw_sql(AssertSqlSafe(commit)).execute(session).await?.rows_affected() == 2)
+        let rows = sqlx::raw_sql(AssertSqlSafe(commit)).execute(session).await?.rows_affected();
+        Ok(match rows {
+            2 => Moved::Claimed,
+            1 => Moved::Lost,
+            _ => Moved::No,
+        })
     }
 
     /// An update that changes nothing locks as `for update` does, and says in fewer words whether there is such a row.
