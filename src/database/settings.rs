@@ -219,7 +219,7 @@ impl Settings {
             .filter(|((_, expected), found)| expected != *found)
             .map(|((name, expected), found)| format!("{name} is {found:?} and was {expected:?}"))
             .collect();
-        let now: Option<String> = sqlx::query_scalar("select database()").fetch_one(&mut *connection).await?;
+        let now: Option<String> = sqlx::query_scalar("select database() limit 1").fetch_one(&mut *connection).await?;
         if now.as_deref() != Some(&*self.database) {
             let now = now.as_deref().unwrap_or("none");
             changed.push(format!("the default database is {now} and was {}", self.database));
@@ -233,7 +233,7 @@ impl Settings {
 }
 
 /// `sysdate` goes on where `set timestamp` has stopped `now`.
-const CLOCK_GOES: &str = "select abs(@@timestamp - unix_timestamp(sysdate())) < 5";
+const CLOCK_GOES: &str = "select abs(@@timestamp - unix_timestamp(sysdate())) < 5 limit 1";
 
 /// The session variables that this server has, of those that are of interest.
 async fn known(connection: &mut MySqlConnection) -> Result<Vec<String>, Error> {
@@ -248,7 +248,8 @@ async fn read(connection: &mut MySqlConnection, names: &[&str]) -> Result<Vec<St
     // Converted here, for `character_set_results` may be wrong.
     let columns: Vec<String> =
         names.iter().map(|name| format!("convert(coalesce(@@session.{name}, '') using ascii)")).collect();
-    let select = format!("select {}", columns.join(", "));
+    // `sql_select_limit` may be 0, and a `limit` stands above it.
+    let select = format!("select {} limit 1", columns.join(", "));
     let row = sqlx::raw_sql(AssertSqlSafe(select)).fetch_one(connection).await?;
     (0..names.len()).map(|column| row.try_get(column).map(as_number)).collect()
 }

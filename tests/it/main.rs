@@ -16,6 +16,7 @@ mod grants;
 mod handler;
 mod hold;
 mod holes;
+mod hostile;
 mod infra;
 mod intake;
 mod lambda;
