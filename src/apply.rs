@@ -147,7 +147,7 @@ async fn claim(
         let allow = format!("set session wait_timeout = {}", silent_for.as_secs());
         database.answered(sqlx::raw_sql(AssertSqlSafe(allow)).execute(&mut **connection)).await?;
     }
-    if !database.answered(ledger::begin(connection, &projector.id, stage, at)).await? {
+    if !database.answered(ledger::begin(connection, projector, stage, at)).await? {
         database.answered(sqlx::raw_sql("rollback").execute(&mut **connection)).await?;
         return Err(ApplyError::Claim(Ledger::new(database).entry(&projector.id).await?));
     }
@@ -215,7 +215,7 @@ async fn run(
     let committed = match next.filter(|_| !wanted.is_empty()) {
         None => database.answered(ledger::commit(connection, id, from, to)).await.map(|()| Row::Free),
         Some(stage) => {
-            let claimed = database.answered(ledger::commit_and_begin(connection, id, stage, from, to)).await;
+            let claimed = database.answered(ledger::commit_and_begin(connection, projector, stage, from, to)).await;
             claimed.map(|is_claimed| if is_claimed { Row::Claimed } else { Row::Lost })
         }
     };

@@ -131,7 +131,7 @@ impl Engine {
                     attempt += 1;
                     warn!(projector = %projector.id, position = batch.after.get(), attempt, error = tell(&error), "trying once more");
                 }
-                Err(ApplyError::Claim(entry)) => match without_claim(entry.as_ref(), stage, batch) {
+                Err(ApplyError::Claim(entry)) => match without_claim(entry.as_ref(), projector, stage, batch) {
                     Ok(rest) => batch = rest,
                     Err(delivered) => return Ok(delivered),
                 },
@@ -216,6 +216,19 @@ impl Engine {
         event: Option<&Event>,
         failed: Failed,
     ) -> Delivered {
+        let before = event.map(|event| event.position().previous());
+        self.break_if(projector, stage, event, failed, |entry| may_break(entry, projector, stage, before)).await
+    }
+
+    /// Marks a projector broken if `still` holds of its row, under the row's lock.
+    pub(crate) async fn break_if(
+        &self,
+        projector: &Registered,
+        stage: Stage,
+        event: Option<&Event>,
+        failed: Failed,
+        still: impl Fn(&Entry) -> bool,
+    ) -> Delivered {
         let failure = Failure {
             event: event.map(|event| FailedEvent {
                 position: event.position(),
@@ -230,11 +243,9 @@ impl Engine {
             host: host(),
             rebuild: failed.rebuild,
         };
-        let before = event.map(|event| event.position().previous());
         let mut attempt = 1;
         loop {
-            let still = |entry: &Entry| may_break(entry, stage, before);
-            match self.ledger.step(&projector.id, Step::Break(failure.clone()), still).await {
+            match self.ledger.step(&projector.id, Step::Break(failure.clone()), &still).await {
                 Ok(Some(entry)) if matches!(&entry.status, Status::Broken(written) if written.error == failure.error) =>
                 {
                     error!(
@@ -253,7 +264,9 @@ impl Engine {
                     );
                     return Delivered::Broke;
                 }
-                Ok(Some(entry)) if stage.plays(&entry.status) => return Delivered::Elsewhere(entry.position),
+                Ok(Some(entry)) if stage.plays(&entry.status) && entry.is_booted_with(&projector.digest) => {
+                    return Delivered::Elsewhere(entry.position);
+                }
                 Ok(_) => return Delivered::Left,
                 Err(LedgerError::Step(..)) => return Delivered::Left,
                 Err(LedgerError::Database(error)) => {
@@ -282,7 +295,6 @@ impl Failed {
         Failed { error, attempts, rebuild: None }
     }
 
-    #[expect(dead_code, reason = "boot uses it next")]
     /// A failure after which the read model must be rebuilt. The error is the reason, too.
     pub(crate) fn for_rebuild(error: anyhow::Error, attempts: u32) -> Self {
         let rebuild = Some(tell(&error));
@@ -299,8 +311,14 @@ fn host() -> String {
 
 /// What becomes of a batch whose claim does not hold: another worker was faster, or a commit of ours was not
 /// acknowledged. `Ok`: go on with this, the rest of it.
-pub(crate) fn without_claim<'a>(entry: Option<&Entry>, stage: Stage, batch: Batch<'a>) -> Result<Batch<'a>, Delivered> {
-    let Some(entry) = entry.filter(|entry| stage.plays(&entry.status)) else { return Err(Delivered::Left) };
+pub(crate) fn without_claim<'a>(
+    entry: Option<&Entry>,
+    projector: &Registered,
+    stage: Stage,
+    batch: Batch<'a>,
+) -> Result<Batch<'a>, Delivered> {
+    let is_ours = |entry: &&Entry| stage.plays(&entry.status) && entry.is_booted_with(&projector.digest);
+    let Some(entry) = entry.filter(is_ours) else { return Err(Delivered::Left) };
     match batch.from(entry.position) {
         Some(rest) if rest.after < rest.through => Ok(rest),
         Some(_) => Err(Delivered::At(entry.position)),
@@ -308,9 +326,12 @@ pub(crate) fn without_claim<'a>(entry: Option<&Entry>, stage: Stage, batch: Batc
     }
 }
 
-/// Whether a projector may be marked broken: it is still this stage's, and stands just before the event that failed.
-pub(crate) fn may_break(entry: &Entry, stage: Stage, before: Option<Position>) -> bool {
-    stage.plays(&entry.status) && before.is_none_or(|before| entry.position == before)
+/// Whether a projector may be marked broken: it is still this stage's, stands just before the event that failed, and was
+/// booted with the definition that failed.
+pub(crate) fn may_break(entry: &Entry, projector: &Registered, stage: Stage, before: Option<Position>) -> bool {
+    stage.plays(&entry.status)
+        && before.is_none_or(|before| entry.position == before)
+        && entry.is_booted_with(&projector.digest)
 }
 
 impl<'a> Batch<'a> {

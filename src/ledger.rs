@@ -23,8 +23,8 @@ macro_rules! select_entry {
 }
 
 const ENTRIES: &str = select_entry!("order by created_at, name, version");
-/// No more of them than who plays needs: it asks with every receive.
-const LIVE: &str = "select name, version, position from projectors where status = 'live'";
+/// No more columns than a worker needs, which asks with every receive.
+const LIVE: &str = "select name, version, position, digest from projectors where status = 'live'";
 const ENTRY: &str = select_entry!("where name = ? and version = ?");
 const LOCK: &str = select_entry!("where name = ? and version = ? for update");
 
@@ -38,8 +38,17 @@ const RELEASE: &str = "release savepoint projectionist";
 const MOVED_ONE: &str = "set @projectionist = 18446744073709551615 + (row_count() != 1)";
 
 /// Two boots may see a new projector at once: the row of the first stands.
-const ENTER: &str = "insert into projectors (name, version, mode, status, position, side_effects) \
-                     values (?, ?, ?, 'booting', ?, ?) on duplicate key update name = name";
+const ENTER: &str = "insert into projectors \
+                         (name, version, mode, status, position, side_effects, start_position, digest, event_types) \
+                     values (?, ?, ?, 'booting', ?, ?, ?, ?, ?) on duplicate key update name = name";
+
+/// Only over the digest that was compared with: two boots of different releases must not take turns unseen.
+const SET_DEFINITION: &str = "update projectors set digest = ?, event_types = ? \
+                              where name = ? and version = ? and digest <=> ?";
+
+const SET_OWNED_TABLES: &str = "update projectors set owned_tables = ? where name = ? and version = ?";
+
+const ACCEPT: &str = "update projectors set rebuild_reason = null where name = ? and version = ?";
 
 const SET_STATUS: &str = "update projectors set status = ?, failed_position = ?, failed_event_id = ?, \
                           failed_event_type = ?, failed_error = ?, failed_at = ?, failed_attempts = ?, \
@@ -87,6 +96,28 @@ pub struct Entry {
     pub rebuild_reason: Option<String>,
 }
 
+impl Entry {
+    /// Whether a definition with this digest is the one that it was last booted with; a row without a digest takes any.
+    pub(crate) fn is_booted_with(&self, digest: &str) -> bool {
+        self.digest.as_deref().is_none_or(|booted| booted == digest)
+    }
+
+    /// Whether it has moved since it began, so that its read model holds something. Without a start, any position
+    /// counts.
+    pub(crate) fn is_past_start(&self) -> bool {
+        self.position > self.start_position.unwrap_or(Position::START)
+    }
+}
+
+/// A live projector, as far as a worker has to know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Live {
+    pub(crate) id: ProjectorId,
+    pub(crate) position: Position,
+    /// The digest of the definition with which it was last booted, if the ledger has one.
+    pub(crate) digest: Option<String>,
+}
+
 impl Ledger {
     /// The ledger in this database.
     pub fn new(database: &Database) -> Self {
@@ -102,10 +133,14 @@ impl Ledger {
         rows.iter().map(decode).collect()
     }
 
-    /// The projectors that are live, of any release, and where they stand. Waits for no lock.
-    pub(crate) async fn live(&self) -> Result<Vec<(ProjectorId, Position)>, sqlx::Error> {
+    /// The projectors that are live, of any release. Waits for no lock.
+    pub(crate) async fn live(&self) -> Result<Vec<Live>, sqlx::Error> {
         let live = self.database.ask(async |connection| sqlx::query_as(LIVE).fetch_all(connection).await).await?;
-        let decode = |(name, version, position)| (ProjectorId { name, version }, Position::new(position));
+        let decode = |(name, version, position, digest)| Live {
+            id: ProjectorId { name, version },
+            position: Position::new(position),
+            digest,
+        };
         Ok(live.into_iter().map(decode).collect())
     }
 
@@ -116,8 +151,34 @@ impl Ledger {
             .bind(projector.id.version)
             .bind(projector.mode.as_str())
             .bind(position.get())
-            .bind(projector.has_side_effects);
+            .bind(projector.has_side_effects)
+            .bind(position.get())
+            .bind(&projector.digest)
+            .bind(encode_list(&projector.subscription()));
         self.database.answer(async |connection| enter.execute(connection).await).await.map(|_| ())
+    }
+
+    /// Records the definition with which a projector is booted, in place of the one with the digest `before`.
+    pub(crate) async fn set_definition(&self, projector: &Registered, before: Option<&str>) -> Result<(), sqlx::Error> {
+        let set = sqlx::query(SET_DEFINITION)
+            .bind(&projector.digest)
+            .bind(encode_list(&projector.subscription()))
+            .bind(&projector.id.name)
+            .bind(projector.id.version)
+            .bind(before);
+        self.database.answer(async |connection| set.execute(connection).await).await.map(|_| ())
+    }
+
+    /// Records the tables that a projector owns.
+    pub(crate) async fn set_owned_tables(&self, id: &ProjectorId, tables: &[String]) -> Result<(), sqlx::Error> {
+        let set = sqlx::query(SET_OWNED_TABLES).bind(encode_list(tables)).bind(&id.name).bind(id.version);
+        self.database.answer(async |connection| set.execute(connection).await).await.map(|_| ())
+    }
+
+    /// Forgets why a read model must be rebuilt: an operator has repaired it.
+    pub(crate) async fn accept(&self, id: &ProjectorId) -> Result<(), sqlx::Error> {
+        let accept = sqlx::query(ACCEPT).bind(&id.name).bind(id.version);
+        self.database.answer(async |connection| accept.execute(connection).await).await.map(|_| ())
     }
 
     /// Takes a step of the lifecycle under the row's lock, if `still` holds of the row; returns the row as
@@ -157,21 +218,25 @@ impl Ledger {
     }
 
     /// Moves projectors together over events that none of them wants: the fence and the commit of each, in one
-    /// statement. Returns how many were moved; whoever is not this stage's, or does not stand at `from`, is not.
+    /// statement. Returns how many were moved. A projector is not moved that is not this stage's, does not stand at
+    /// `from`, or was booted with another definition.
     pub(crate) async fn pass_over(
         &self,
-        ids: &[&ProjectorId],
+        projectors: &[&Registered],
         stage: Stage,
         from: Position,
         to: Position,
     ) -> Result<u64, sqlx::Error> {
-        let identity = |id: &&ProjectorId| format!("('{}', {})", id.name, id.version);
-        let identities = ids.iter().map(identity).collect::<Vec<_>>().join(", ");
+        let identity = |of: &&Registered| format!("('{}', {})", of.id.name, of.id.version);
+        let identities = projectors.iter().map(identity).collect::<Vec<_>>().join(", ");
+        // A digest contains the identity, so that one list of digests serves all of them.
+        let digest = |of: &&Registered| format!("'{}'", of.digest);
+        let digests = projectors.iter().map(digest).collect::<Vec<_>>().join(", ");
         let statuses = stage.statuses();
         let pass_over = format!(
             "update projectors set position = {to} \
              where (name, version) in ({identities}) and position = {from} and status in ({statuses}) \
-             and rebuild_reason is null"
+             and rebuild_reason is null and (digest is null or digest in ({digests}))"
         );
         let pass_over = sqlx::raw_sql(AssertSqlSafe(pass_over));
         let moved = self.database.ask(async |connection| pass_over.execute(connection).await).await?;
@@ -209,18 +274,18 @@ async fn lock(connection: &mut MySqlConnection, id: &ProjectorId) -> Result<Opti
     row.map(|row| decode(&row)).transpose()
 }
 
-/// The fence: begins the transaction that applies events, and locks the projector's row if it is still this stage's and
-/// stands at `from`. `false`, with nothing locked but the transaction begun, if it is not.
+/// The fence: begins the transaction that applies events, and locks the projector's row if it is still this stage's,
+/// stands at `from` and was booted with this definition. `false`, with nothing locked but the transaction begun, if it is not.
 ///
 /// In one packet, which cannot be prepared: an identity has no character that SQL knows (`Registry::add`), and the rest is
 /// numbers and words of ours.
 pub(crate) async fn begin(
     session: &mut MySqlConnection,
-    id: &ProjectorId,
+    projector: &Registered,
     stage: Stage,
     from: Position,
 ) -> Result<bool, sqlx::Error> {
-    let begin = format!("start transaction; {}; {SAVEPOINT}", claim(id, stage, from));
+    let begin = format!("start transaction; {}; {SAVEPOINT}", claim(projector, stage, from));
     Ok(sqlx::raw_sql(AssertSqlSafe(begin)).execute(session).await?.rows_affected() == 1)
 }
 
@@ -247,22 +312,24 @@ pub(crate) async fn commit(
 /// As [`commit`]. After any other error it may be committed all the same.
 pub(crate) async fn commit_and_begin(
     session: &mut MySqlConnection,
-    id: &ProjectorId,
+    projector: &Registered,
     stage: Stage,
     from: Position,
     to: Position,
 ) -> Result<bool, sqlx::Error> {
-    let commit = format!("{}; commit and chain; {}; {SAVEPOINT}", advance(id, from, to), claim(id, stage, to));
+    let (advance, claim) = (advance(&projector.id, from, to), claim(projector, stage, to));
+    let commit = format!("{advance}; commit and chain; {claim}; {SAVEPOINT}");
     Ok(sqlx::raw_sql(AssertSqlSafe(commit)).execute(session).await?.rows_affected() == 2)
 }
 
 /// An update that changes nothing locks as `for update` does, and says in fewer words whether there is such a row.
-fn claim(ProjectorId { name, version }: &ProjectorId, stage: Stage, at: Position) -> String {
-    let statuses = stage.statuses();
+/// A worker whose definition is not the booted one finds no row.
+fn claim(projector: &Registered, stage: Stage, at: Position) -> String {
+    let (ProjectorId { name, version }, digest, statuses) = (&projector.id, &projector.digest, stage.statuses());
     format!(
         "update projectors set status = status \
          where name = '{name}' and version = {version} and position = {at} and status in ({statuses}) \
-         and rebuild_reason is null"
+         and rebuild_reason is null and (digest is null or digest = '{digest}')"
     )
 }
 
@@ -335,6 +402,10 @@ fn decode(row: &MySqlRow) -> Result<Entry, sqlx::Error> {
         owned_tables: decode_list(row, "owned_tables")?,
         rebuild_reason: row.try_get("rebuild_reason")?,
     })
+}
+
+fn encode_list(list: &[String]) -> String {
+    serde_json::Value::from(list).to_string()
 }
 
 fn decode_list(row: &MySqlRow, column: &str) -> Result<Option<Vec<String>>, sqlx::Error> {

@@ -175,8 +175,16 @@ async fn examine_projectors(database: &Database, registry: Result<Registry, Erro
     let Ok(entries) = Ledger::new(database).entries().await else { return };
     for projector in registry.iter() {
         let check = format!("projector {}", projector.id);
-        let status = entries.iter().find(|entry| entry.id == projector.id).map(|entry| &entry.status);
+        let entry = entries.iter().find(|entry| entry.id == projector.id);
+        let is_changed = entry.is_some_and(|entry| !entry.is_booted_with(&projector.digest));
+        let status = entry.map(|entry| &entry.status);
         checks.push(match status {
+            Some(Status::Live | Status::Finished) if is_changed => Check::bad(
+                Level::Warning,
+                &check,
+                "changed since it was booted, so a worker with this set does not play it",
+                "run boot",
+            ),
             Some(Status::Live | Status::Finished) => Check::ok(&check, status.map_or("", Status::as_str)),
             Some(Status::Retired) => {
                 Check::bad(Level::Warning, &check, "retired, and never played again", "take it out of this release")
