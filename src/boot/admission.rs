@@ -207,7 +207,7 @@ impl Boot<'_> {
 
     /// Runs a projector's setup, and records the tables that it owns. Breaks one that is past its start and whose table
     /// is missing or was just created: what it had applied is not in there.
-    async fn set_up(&self, cursor: &mut Cursor, tables: &mut Tables) -> Result<(), Error> {
+    async fn set_up(&mut self, cursor: &mut Cursor, tables: &mut Tables) -> Result<(), Error> {
         let projector = cursor.projector.clone();
         let id = &projector.id;
         let read = self.engine.persist("read the ledger", || self.engine.ledger.entry(id)).await?;
@@ -219,7 +219,9 @@ impl Boot<'_> {
         let must_be_whole = entry.is_past_start() && !self.accepts(&projector);
         if let Some(table) = missing(&entry, &projector, tables).filter(|_| must_be_whole) {
             let reason = format!("its table {table} is gone, and with it what it was built of");
-            cursor.note(self.break_for_rebuild(&projector, &format!("{reason}; {}", way_out(&projector))).await);
+            let reason = format!("{reason}; {}", way_out(&projector));
+            cursor.note(self.break_for_rebuild(&projector, &reason).await);
+            self.remarks.refused.insert(id.clone(), reason);
             return Ok(());
         }
         let set_up = || apply::set_up(&self.engine.database, &projector);
@@ -230,7 +232,9 @@ impl Boot<'_> {
         let created = tables.created_since(&before);
         if let (Some(table), true) = (created.first(), must_be_whole) {
             let reason = format!("its setup has just created the table {table}, which lacks what came before");
-            cursor.note(self.break_for_rebuild(&projector, &format!("{reason}; {}", way_out(&projector))).await);
+            let reason = format!("{reason}; {}", way_out(&projector));
+            cursor.note(self.break_for_rebuild(&projector, &reason).await);
+            self.remarks.refused.insert(id.clone(), reason);
             return Ok(());
         }
         self.record_tables(&projector, &entry, created, tables).await?;

@@ -65,7 +65,8 @@ pub async fn boot(
 ) -> Result<BootReport, Error> {
     let booting = async {
         let boot = Boot::new(database, registry, settings.into())?;
-        boot.run(progress).await
+        // In a box: the caller's future would be as large as all that boot does.
+        Box::pin(boot.run(progress)).await
     };
     booting.await.inspect_err(|error| tell_failed(error, registry.release()))
 }

@@ -28,7 +28,7 @@ mended goes live whatever becomes of the others. Run boot again: it goes on wher
 pub(super) struct Boot {
     /// Boot only these, and exit by what becomes of them
     #[arg(value_name = "NAME[@VERSION]")]
-    projectors: Vec<String>,
+    names: Vec<String>,
 
     /// Accept of this projector what boot refuses: rows in the tables of a new one, more event types than it was booted with,
     /// a table that was gone and has been restored. May be repeated
@@ -109,7 +109,7 @@ impl Boot {
 
     fn settings(&self, config: &Config, registry: &Registry) -> Result<BootSettings, Error> {
         let mut settings = BootSettings::from(config.boot_limits(Duration::from_secs(self.patience)));
-        settings.only = find_all(&self.projectors, registry)?;
+        settings.only = find_all(&self.names, registry)?;
         settings.accept = find_all(&self.accept, registry)?;
         Ok(settings)
     }

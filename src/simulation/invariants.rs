@@ -10,7 +10,7 @@ use super::cast;
 use super::database::Open;
 use super::queue::{Delivery, Message};
 use super::seen::Seen;
-use super::world::{Who, World};
+use super::world::{Tick, Who, World};
 use crate::event::Position;
 use crate::ledger::Entry;
 use crate::lifecycle::{Stage, Status};
@@ -211,7 +211,14 @@ pub(super) fn before_delete(world: &mut World, message: &Message, delivery: &Del
     let worker = world.who;
     let in_convoy = |row: &&super::database::LedgerRow| {
         let is_outside = |(of, id): &(u64, ProjectorId)| worker == Who::Play(*of, release) && *id == row.entry.id;
-        !world.outside.iter().any(is_outside)
+        // It was outside when the message was passed to the others, and has read the store.
+        let has_rejoined = |(of, id, since, began_at): &(u64, ProjectorId, Tick, Position)| {
+            worker == Who::Play(*of, release)
+                && *id == row.entry.id
+                && *since >= delivery.received_at
+                && row.entry.position >= *began_at
+        };
+        !world.outside.iter().any(is_outside) && !world.rejoined.iter().any(has_rejoined)
     };
     if let Some(row) = world.database.ledger.iter().filter(of_release).filter(in_convoy).find(waits) {
         let what =

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use projectionist::sqlx::{self, Connection, MySqlConnection};
-use projectionist::{Database, Error, Limits, Mode, PlaySettings, Queue, Registry, Status, boot};
+use projectionist::{Database, Error, Limits, Mode, PlaySettings, Queue, Registry, boot};
 
 use crate::support::{
     Cuts, Faults, FaultyQueue, Gate, PATIENCE, Scripted, Tally, World, eventually, gated, kill, registry, run,

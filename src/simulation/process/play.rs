@@ -240,6 +240,7 @@ impl Worker {
 /// Catches up to the mark as it is at the end, or until the projector breaks or is taken over.
 async fn catch_up_alone(engine: Engine, worker: u64, mut cursor: Cursor) -> Ended {
     let sim = engine.sim.clone();
+    let began_at = sim.world().database.high_water;
     while cursor.is_running() {
         let start = cursor.position;
         let round = async {
@@ -257,7 +258,11 @@ async fn catch_up_alone(engine: Engine, worker: u64, mut cursor: Cursor) -> Ende
     }
     sim.saw(Seen::Rejoined);
     sim.note(|| format!("{} is at {} and rejoins the convoy", cursor.projector.id, cursor.position));
-    sim.world().outside.retain(|outside| *outside != (worker, cursor.projector.id.clone()));
+    let mut world = sim.world();
+    let clock = world.clock;
+    world.outside.retain(|outside| *outside != (worker, cursor.projector.id.clone()));
+    world.rejoined.push((worker, cursor.projector.id.clone(), clock, began_at));
+    drop(world);
     Ended::Done
 }
 
