@@ -190,3 +190,33 @@ impl BootProgress {
         BootProgress { positions, target, waiting }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::registry::Registry;
+
+    struct Idle;
+
+    #[crate::async_trait]
+    impl crate::Projector for Idle {
+        fn name(&self) -> &str {
+            "idle"
+        }
+
+        async fn handle(&self, _: &crate::Event, _: &mut sqlx::MySqlConnection) -> anyhow::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// As where `autocommit` is 0: the insert succeeded, and nothing is there.
+    #[test]
+    fn a_projector_of_the_set_without_a_row_is_never_released() {
+        let registry = Registry::new().with(Idle).expect("a name");
+        let chosen = || registry.iter().map(std::sync::Arc::as_ref);
+        let report = Remarks::default().report(chosen(), &[], &[], Position::new(5));
+        assert!(!report.is_released());
+        assert_eq!((report.projectors.len(), report.projectors[0].status()), (1, "new"));
+        assert!(report.why().contains("idle@1") && report.why().contains("not stored"), "{}", report.why());
+    }
+}

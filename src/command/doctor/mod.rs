@@ -190,7 +190,11 @@ async fn examine_projectors(database: &Database, registry: Result<Registry, Erro
                 Check::bad(Level::Warning, &check, "retired, and never played again", "take it out of this release")
             }
             Some(Status::Broken(failure)) => {
-                Check::bad(Level::Warning, &check, format!("broken: {}", failure.error), "mend it, and run boot")
+                let remedy = match failure.rebuild {
+                    None => "mend it, and run boot",
+                    Some(_) => "retire it and run boot again, or give it a new version",
+                };
+                Check::bad(Level::Warning, &check, format!("broken: {}", failure.error), remedy)
             }
             Some(status) => Check::bad(Level::Warning, &check, status.as_str(), "run boot"),
             None => Check::bad(Level::Warning, &check, "not booted, and so not played", "run boot"),
