@@ -14,9 +14,6 @@ use crate::queue::SqsQueue;
 use crate::registry::Registry;
 use crate::telemetry::{LogFormat, MetricsFormat, Reporter, service_name};
 
-/// A deploy waits this long for a database that is away; a worker waits for as long as it takes.
-const BOOT_PATIENCE: Duration = Duration::from_secs(60);
-
 /// How the database knows us.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum DatabaseAuth {
@@ -202,9 +199,9 @@ impl Config {
         Reporter::new(self.metrics, &self.service, self.release.as_deref())
     }
 
-    /// What bounds the engine in boot.
-    pub(crate) fn boot_limits(&self) -> Limits {
-        Limits { patience: Some(BOOT_PATIENCE), ..self.play_limits() }
+    /// What bounds the engine in boot. A worker waits for as long as it takes; a deploy does not.
+    pub(crate) fn boot_limits(&self, patience: Duration) -> Limits {
+        Limits { patience: Some(patience), ..self.play_limits() }
     }
 
     /// What bounds the engine in play.

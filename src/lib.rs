@@ -18,6 +18,7 @@ mod database;
 mod ledger;
 mod multi_row;
 mod queue;
+mod read_model;
 mod store;
 // Projectors that are declared in files.
 mod declared;
@@ -55,7 +56,7 @@ pub use async_trait::async_trait;
 pub use sqlx;
 pub use time;
 
-pub use boot::{BootProgress, BootReport, Booted, boot};
+pub use boot::{BootProgress, BootReport, BootSettings, BootWaiting, Booted, boot};
 pub use command::run;
 pub use database::Database;
 pub use declared::{LoadError, load};

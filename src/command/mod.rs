@@ -128,6 +128,17 @@ fn say(text: impl std::fmt::Display) -> Result<(), Error> {
     }
 }
 
+/// Reads NAME[@VERSION].
+fn parse_projector(text: &str) -> Result<(&str, Option<u32>), Error> {
+    match text.split_once('@') {
+        None => Ok((text, None)),
+        Some((name, version)) => match version.parse() {
+            Ok(version) => Ok((name, Some(version))),
+            Err(_) => Err(Error::Input(format!("{text:?}: the version after @ must be a number"))),
+        },
+    }
+}
+
 /// Asks before something that cannot be undone. Without a terminal there is nobody to ask.
 fn confirm(what: &str, yes: bool) -> Result<(), Error> {
     if yes {

@@ -71,6 +71,8 @@ pub struct Played {
     pub messages: u64,
     /// Projectors that broke meanwhile.
     pub broken: u64,
+    /// Live projectors that were not played at the end: they were booted with another definition than this worker has.
+    pub outdated: u64,
 }
 
 /// Plays every live projector of a set, until `shutdown`. Projectors that are booted, broken or retired
@@ -111,11 +113,12 @@ pub async fn play(
     player.run(&mut intake, shutdown).await;
     intake.close().await;
     let broken = player.worker.broken_so_far();
+    let outdated = player.worker.outdated().len() as u64;
     if let Some((stop, task)) = relay {
         let _ = stop.send(());
         let _ = timeout(player.settings.grace, task).await;
     }
-    Ok(Played { messages: player.messages, broken })
+    Ok(Played { messages: player.messages, broken, outdated })
 }
 
 /// A worker that the queue feeds.

@@ -70,7 +70,7 @@ impl Worker {
     async fn try_reconcile(&mut self) -> Result<(), sqlx::Error> {
         self.broken += self.stragglers.rejoin();
         let mark = self.engine.store.raise_high_water().await?.mark;
-        let mut live = self.live().await?;
+        let mut live = self.live_and_outdated().await?;
         live.retain(|(id, _)| !self.stragglers.hold(id));
         let overdue = self.reconcile.overdue(Instant::now(), &live, mark, self.reconcile_after);
         for (id, position) in live.into_iter().filter(|(id, _)| overdue.contains(id)) {

@@ -3,6 +3,7 @@
 mod append;
 mod fingerprint;
 pub(crate) mod high_water;
+mod look;
 mod read;
 mod relay_state;
 
@@ -11,6 +12,7 @@ use crate::event::Position;
 
 pub use append::{AppendError, Appended};
 pub(crate) use high_water::{Held, HighWater};
+pub(crate) use look::{AddedTypes, HeldMark};
 pub(crate) use read::{Page, ReadAhead, ReadLimits, Wanted};
 
 const MARKS: &str = "select high_water, published, log_id from event_log";

@@ -8,21 +8,17 @@ use futures_util::{Stream, TryStreamExt};
 use sqlx::mysql::MySqlRow;
 use sqlx::pool::PoolConnection;
 use sqlx::{MySql, MySqlConnection, QueryBuilder};
-use time::OffsetDateTime;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use super::EventStore;
-use crate::event::{self, Event, Position};
+use crate::event::{Event, Position};
 use crate::retry;
 
 /// By range and not by offset, so that a page costs the same wherever it lies.
 const RANGE: &str = "select position, event_id, stream_id, stream_version, event_type, recorded_at, payload, metadata \
                      from events where position > ";
-
-/// Below the high-water mark positions have no holes, so the first one that is not there yet is the next.
-const RECORDED_AT: &str = "select recorded_at from events where position = ?";
 
 const LAST: &str = "select max(position) from events";
 
@@ -226,13 +222,6 @@ impl EventStore {
             Ok((None, true))
         })
         .await
-    }
-
-    /// When the event at this position was recorded; `None` if there is none.
-    pub(crate) async fn recorded_at(&self, position: Position) -> Result<Option<OffsetDateTime>, sqlx::Error> {
-        let recorded_at = sqlx::query(RECORDED_AT).bind(position.get());
-        let row = self.database.answer(async |connection| recorded_at.fetch_optional(connection).await).await?;
-        Ok(row.map(|row| event::recorded_at(&row, 0)))
     }
 
     /// The highest position that is visible, whether or not those below it are.

@@ -203,7 +203,7 @@ async fn fails_in_boot(fault: impl Fn(&Tally) -> Scripted, because: &str) -> Vec
     let limits = Limits { handler_timeout: Duration::from_millis(500), batch: 100, ..Limits::default() };
     let report = boot(&world.database, &registry, limits, |_| {}).await.expect("boot comes to an end");
 
-    let broken: Vec<&str> = report.broken().map(|booted| booted.entry.id.name.as_str()).collect();
+    let broken: Vec<&str> = report.broken().map(|booted| booted.id.name.as_str()).collect();
     assert_eq!((report.is_released(), broken), (false, vec!["faulty"]));
     world.assert_broken("faulty", POISON, because).await;
     for tally in [&before, &after] {

@@ -175,14 +175,26 @@ async fn examine_projectors(database: &Database, registry: Result<Registry, Erro
     let Ok(entries) = Ledger::new(database).entries().await else { return };
     for projector in registry.iter() {
         let check = format!("projector {}", projector.id);
-        let status = entries.iter().find(|entry| entry.id == projector.id).map(|entry| &entry.status);
+        let entry = entries.iter().find(|entry| entry.id == projector.id);
+        let is_changed = entry.is_some_and(|entry| !entry.is_booted_with(&projector.digest));
+        let status = entry.map(|entry| &entry.status);
         checks.push(match status {
+            Some(Status::Live | Status::Finished) if is_changed => Check::bad(
+                Level::Warning,
+                &check,
+                "changed since it was booted, so a worker with this set does not play it",
+                "run boot",
+            ),
             Some(Status::Live | Status::Finished) => Check::ok(&check, status.map_or("", Status::as_str)),
             Some(Status::Retired) => {
                 Check::bad(Level::Warning, &check, "retired, and never played again", "take it out of this release")
             }
             Some(Status::Broken(failure)) => {
-                Check::bad(Level::Warning, &check, format!("broken: {}", failure.error), "mend it, and run boot")
+                let remedy = match failure.rebuild {
+                    None => "mend it, and run boot",
+                    Some(_) => "retire it and run boot again, or give it a new version",
+                };
+                Check::bad(Level::Warning, &check, format!("broken: {}", failure.error), remedy)
             }
             Some(status) => Check::bad(Level::Warning, &check, status.as_str(), "run boot"),
             None => Check::bad(Level::Warning, &check, "not booted, and so not played", "run boot"),
