@@ -190,7 +190,8 @@ impl<'a> Function<'a> {
                 Arc::clone(self.queue.insert(Arc::new(connected)))
             }
         };
-        let relay = Relay::new(self.worker.engine.store.clone(), queue, self.options.relay.settings());
+        let (store, watch) = (self.worker.engine.store.clone(), self.worker.watch.clone());
+        let relay = Relay::new(store, queue, self.options.relay.settings(), watch);
         let relay_for = Duration::from_secs(self.options.relay_seconds);
         let summary = relay_and_reconcile(&mut self.worker, relay, relay_for, deadline).await?;
         serde_json::to_value(summary).map_err(|error| Error::Input(error.to_string()))

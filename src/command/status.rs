@@ -34,6 +34,8 @@ pub(super) struct StatusCommand {
 struct StatusReport {
     high_water: u64,
     published: u64,
+    /// What is wrong with the log, as far as a look at its end tells; `audit` tells more.
+    log_fault: Option<String>,
     projectors: Vec<ProjectorReport>,
     /// The last position that is visible, below the mark or above; shown in the table.
     #[serde(skip)]
@@ -113,7 +115,8 @@ async fn report(ledger: &Ledger, store: &EventStore, registry: &Registry) -> Res
         });
     }
     let (high_water, published) = (standing.high_water.get(), standing.published.get());
-    Ok(StatusReport { high_water, published, projectors, visible })
+    let log_fault = store.log_fault().await?.map(|fault| fault.to_string());
+    Ok(StatusReport { high_water, published, log_fault, projectors, visible })
 }
 
 impl ProjectorReport {
@@ -154,12 +157,15 @@ fn table(report: &StatusReport, has_set: bool) -> String {
         ]);
     }
     let mut marks = format!("high-water mark {}   published {}", report.high_water, report.published);
+    if let Some(fault) = &report.log_fault {
+        marks.push_str(&format!("\nlog fault: {fault}"));
+    }
     if report.visible > report.high_water {
         // A lag of zero says nothing about what stands above the mark.
         marks.push_str(&format!(
             "\nthe mark is held: the log goes on to {}, but at {} a transaction is open, or a position is missing",
             report.visible,
-            report.high_water + 1
+            report.high_water.saturating_add(1)
         ));
     }
     match report.projectors.is_empty() {

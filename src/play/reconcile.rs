@@ -69,7 +69,7 @@ impl Worker {
 
     async fn try_reconcile(&mut self) -> Result<(), sqlx::Error> {
         self.broken += self.stragglers.rejoin();
-        let mark = self.engine.store.raise_high_water().await?.mark;
+        let mark = self.watch.raise_high_water(&self.engine.store).await?.mark;
         let mut live = self.live().await?;
         live.retain(|(id, _)| !self.stragglers.hold(id));
         let overdue = self.reconcile.overdue(Instant::now(), &live, mark, self.reconcile_after);

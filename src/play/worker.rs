@@ -11,6 +11,7 @@ use crate::database::Database;
 use crate::deliver::{Engine, Limits};
 use crate::error::Error;
 use crate::event::Position;
+use crate::held::LogWatch;
 use crate::ledger::Entry;
 use crate::lifecycle::{Stage, Status};
 use crate::metrics;
@@ -31,6 +32,8 @@ pub(crate) struct Worker {
     pub(super) reconcile_after: Duration,
     pub(super) reconcile: Reconcile,
     pub(super) stragglers: Stragglers,
+    /// What is known of the mark's troubles. The relay of this process has it, too.
+    pub(crate) watch: LogWatch,
     /// Whom the others in the convoy wait for.
     pub(super) led: Option<ProjectorId>,
     /// Projectors that broke since it began.
@@ -62,6 +65,7 @@ impl Worker {
             reconcile_after,
             reconcile: Reconcile::default(),
             stragglers: Stragglers::new(database.connections()),
+            watch: LogWatch::default(),
             led: None,
             broken: 0,
             quarrel: Quarrel::default(),

@@ -23,6 +23,12 @@ const RANGE: &str = "select position, event_id, stream_id, stream_version, event
 /// Below the high-water mark positions have no holes, so the first one that is not there yet is the next.
 const RECORDED_AT: &str = "select recorded_at from events where position = ?";
 
+const FIRST_FROM: &str = "select min(position) from events where position >= ?";
+
+const ENDS: &str = "select (select min(position) from events where position > 0), \
+                    exists (select 1 from events where position = 0), \
+                    exists (select 1 from events where position = 18446744073709551615)";
+
 const LAST: &str = "select max(position) from events";
 
 /// Payloads and metadata that a page may hold before it is cut, in bytes: memory is bounded by this and
@@ -51,6 +57,17 @@ pub(crate) struct Page {
     pub(crate) after: Position,
     /// And it ends with this one.
     pub(crate) through: Position,
+}
+
+/// The ends of the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Ends {
+    /// The first position above 0 that has a row.
+    pub(crate) first: Option<u64>,
+    /// Whether there is a row at position 0.
+    pub(crate) has_zero: bool,
+    /// Whether there is a row at the highest position there is.
+    pub(crate) has_last: bool,
 }
 
 /// Which events are read; the others are passed over by the server.
@@ -223,6 +240,21 @@ impl EventStore {
         let recorded_at = sqlx::query(RECORDED_AT).bind(position.get());
         let row = self.database.answer(async |connection| recorded_at.fetch_optional(connection).await).await?;
         Ok(row.map(|row| event::recorded_at(&row, 0)))
+    }
+
+    /// The last position of the gap that begins at `first`, or `mark` where no row follows up to it.
+    pub(crate) async fn end_of_gap(&self, first: Position, mark: Position) -> Result<Position, sqlx::Error> {
+        let next = sqlx::query_scalar(FIRST_FROM).bind(first.get());
+        let next: Option<u64> = self.database.answer(async |connection| next.fetch_one(connection).await).await?;
+        Ok(next.map_or(mark, |next| Position::new(next).previous()).min(mark))
+    }
+
+    /// Where the log begins and ends.
+    pub(crate) async fn ends(&self) -> Result<Ends, sqlx::Error> {
+        let ends = sqlx::query_as(ENDS);
+        let (first, has_zero, has_last): (Option<u64>, bool, bool) =
+            self.database.answer(async |connection| ends.fetch_one(connection).await).await?;
+        Ok(Ends { first, has_zero, has_last })
     }
 
     /// The highest position that is visible, whether or not those below it are.

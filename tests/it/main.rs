@@ -20,6 +20,7 @@ mod infra;
 mod intake;
 mod lambda;
 mod log;
+mod log_end;
 mod login;
 mod queue;
 mod readme;

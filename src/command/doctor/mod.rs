@@ -1,6 +1,7 @@
 //! `doctor`: whether everything is set up as it should be, and what to do where it is not.
 
 mod database;
+mod log;
 mod queue;
 
 use std::fmt;
@@ -115,6 +116,7 @@ impl Doctor {
             Ok(database) => {
                 checks.push(Check::ok("database", database.place()));
                 database::examine(&database, database.connections(), &self.commands, &mut checks).await;
+                log::examine(&database, &mut checks).await;
                 examine_projectors(&database, registry, &mut checks).await;
             }
             Err(error) => {

@@ -46,7 +46,7 @@ async fn in_every_state() -> (World, Folder) {
 async fn the_json_has_exactly_the_keys_and_values_of_the_contract_in_every_state() {
     let (world, folder) = in_every_state().await;
     let status = world.run(&["status", "--json", "--projectors", folder.path()]).await.exits(0).json();
-    assert_eq!(keys(&status), ["high_water", "projectors", "published"]);
+    assert_eq!(keys(&status), ["high_water", "log_fault", "projectors", "published"]);
     assert_eq!((&status["high_water"], &status["published"]), (&json!(15), &json!(10)), "as boot left it");
     let expected = [
         ("living", "from_beginning", "live", 10, 5),
