@@ -222,7 +222,8 @@ impl Relay {
                 break;
             }
         }
-        metrics::looked(RelaySaw { high_water: mark, published, held_since: self.watch.since() });
+        metrics::looked(RelaySaw { high_water: mark, published });
+        metrics::mark_held(self.watch.since());
         let events = published.since(marks.published);
         let held = marks.held.filter(|_| mark == marks.high_water);
         self.marks = Some(Marks { high_water: mark, published, held, ..marks });

@@ -14,6 +14,7 @@ use crate::boot::{BootProgress, BootReport, Booted, NOT_AT_ITS_END, boot, tell_f
 use crate::config::Config;
 use crate::error::Error;
 use crate::registry::Registry;
+use crate::text::printable;
 
 /// How often progress is told where there is no terminal.
 const TELL_EVERY: Duration = Duration::from_secs(5);
@@ -110,7 +111,8 @@ fn line(booted: &Booted) -> String {
         format!("{:<40} {:<9} position {:>10}  {outcome}", entry.id.to_string(), entry.status, entry.position);
     if let Some(failure) = entry.status.failure() {
         let event = failure.event.as_ref().map(|event| format!(" at {} ({})", event.position, event.event_type));
-        line.push_str(&format!("\n  failed{}: {}", event.unwrap_or_default(), failure.error));
+        let told = format!("failed{}: {}", event.unwrap_or_default(), failure.error);
+        line.push_str(&format!("\n  {}", printable(&told)));
     }
     line
 }

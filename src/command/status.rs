@@ -18,6 +18,7 @@ use crate::lifecycle::Failure;
 use crate::projector::Mode;
 use crate::registry::{Registered, Registry};
 use crate::store::EventStore;
+use crate::text::printable;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -153,7 +154,7 @@ fn table(report: &StatusReport, has_set: bool) -> String {
             projector.position.to_string(),
             projector.lag_events.to_string(),
             format!("{:.1}", projector.lag_seconds),
-            note,
+            printable(&note).into_owned(),
         ]);
     }
     let mut marks = format!("high-water mark {}   published {}", report.high_water, report.published);

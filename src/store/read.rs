@@ -326,3 +326,22 @@ async fn read_page(
     }
     Ok(Page { events, after, through: end })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_reading_that_ends_without_a_word_is_an_error_and_not_the_end_of_the_log() {
+        let (sender, pages) = mpsc::channel(PAGES_AHEAD);
+        let task = tokio::spawn(async move {
+            let (after, through) = (Position::START, Position::new(7));
+            sender.send(Ok(Page { events: Vec::new(), after, through })).await.expect("it listens");
+            panic!("as the test asks");
+        });
+        let mut reading = ReadAhead { pages, next: Position::START, task };
+        assert_eq!(reading.next().await.expect("a page").through, Position::new(7));
+        let ended = reading.next().await;
+        assert!(matches!(ended, Err(sqlx::Error::WorkerCrashed)), "{ended:?}");
+    }
+}

@@ -24,6 +24,7 @@ mod log_end;
 mod login;
 mod queue;
 mod readme;
+mod relay;
 mod story;
 
 mod coalesce;

@@ -17,6 +17,7 @@ use crate::error::Error;
 use crate::ledger::Ledger;
 use crate::lifecycle::Status;
 use crate::registry::Registry;
+use crate::text::printable;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -83,7 +84,7 @@ impl fmt::Display for Level {
 
 impl fmt::Display for Check {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:<12}  {:<27}  {}", self.level.to_string(), self.check, self.says)?;
+        write!(f, "{:<12}  {:<27}  {}", self.level.to_string(), self.check, printable(&self.says))?;
         self.remedy.as_ref().map_or(Ok(()), |remedy| write!(f, "; {remedy}"))
     }
 }
