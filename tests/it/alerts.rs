@@ -345,7 +345,7 @@ async fn errors_are_kept_to_their_numbers_in_ledger_log_and_alerts_where_that_is
         entry.status.failure().expect("it is broken").error.clone()
     };
     let error = ledger().await;
-    assert!(error.contains("mails.toml:7") && error.ends_with("MySQL error 1062 (23000)"), "{error}");
+    assert!(error.contains("mails.toml:6") && error.ends_with("MySQL error 1062 (23000)"), "{error}");
     let alerts = serde_json::to_string(&*posted.lock().expect("no panic")).expect("JSON");
     for text in [&failed.stderr, &failed.stdout, &alerts, &error] {
         assert!(!text.contains(SECRET), "{text}");

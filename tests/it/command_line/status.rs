@@ -110,7 +110,7 @@ async fn the_table_shows_what_the_json_says() {
 async fn an_empty_ledger_has_a_status_too() {
     let world = World::new().await;
     let json = world.run(&["status", "--json"]).await.exits(0).json();
-    assert_eq!(json, json!({"high_water": 0, "published": 0, "projectors": []}));
+    assert_eq!(json, json!({"high_water": 0, "published": 0, "log_fault": null, "projectors": []}));
     let table = world.run(&["status"]).await.exits(0).stdout;
     assert!(table.contains("no projector was booted yet"), "{table}");
 }
