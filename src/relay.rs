@@ -117,11 +117,7 @@ impl Relay {
             let Err(panic) = ended.map(|never: Infallible| match never {});
             let message = panic.downcast_ref::<&str>().copied();
             let message = message.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
-            error!(
-                alert = "task_panicked",
-                error = message.unwrap_or("(no message)"),
-                "the relay panicked; it begins again"
-            );
+            error!(error = message.unwrap_or("(no message)"), "the relay panicked; it begins again");
             // What it was about to note is read again.
             (self.leased, self.marks) = (None, None);
             tokio::time::sleep(AFTER_A_PANIC).await;
