@@ -78,10 +78,11 @@ impl Fill {
         let taken = HumanCount((last - first).saturating_add(1) - filled);
         match filled {
             0 => say(format!("nothing to fill: each position from {first} to {last} has a row")),
-            filled => say(format!(
-                "filled {} positions from {first} to {last}; {taken} had a row already",
-                HumanCount(filled)
-            )),
+            1 => say(format!("filled 1 position from {first} to {last}; {taken} had a row already")),
+            filled => {
+                let filled = HumanCount(filled);
+                say(format!("filled {filled} positions from {first} to {last}; {taken} had a row already"))
+            }
         }
     }
 }

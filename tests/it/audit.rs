@@ -127,6 +127,6 @@ async fn rows_at_positions_that_no_event_may_have_are_named_and_break_nothing() 
     let fill = world.run(&["fill", "18446744073709551614", "18446744073709551614", "--yes"]).await.exits(0);
     assert_eq!(
         fill.stdout,
-        "filled 1 positions from 18446744073709551614 to 18446744073709551614; 0 had a row already\n"
+        "filled 1 position from 18446744073709551614 to 18446744073709551614; 0 had a row already\n"
     );
 }
