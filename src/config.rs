@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use clap::builder::FalseyValueParser;
 use clap::{Args, ValueEnum};
 
 use crate::aws::{self, Secret, Tokens};
@@ -121,6 +122,11 @@ pub(crate) struct Config {
     /// Where alerts are posted, as JSON, besides the log: a web hook of your chat or bug tracker.
     #[arg(long, value_name = "URL", env = "PROJECTIONIST_ALERT_URL", hide_env_values = true, global = true)]
     pub(crate) alert_url: Option<String>,
+
+    /// Keep errors of the database to their numbers, in the ledger, the log and alerts: what the server says may name values of
+    /// rows, such as an e-mail address in "Duplicate entry".
+    #[arg(long, env = "PROJECTIONIST_REDACT_ERRORS", value_parser = FalseyValueParser::new(), global = true)]
+    pub(crate) redact_errors: bool,
 
     /// How log lines look on standard error.
     #[arg(long, value_name = "FORMAT", env = "PROJECTIONIST_LOG_FORMAT", default_value = "auto", global = true)]

@@ -358,7 +358,7 @@ impl Failed {
 }
 
 /// This host's name, as the kernel has it; in a container, the container's.
-fn host() -> String {
+pub(crate) fn host() -> String {
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let name = Some(name.trim().to_owned()).filter(|name| !name.is_empty());
     name.or_else(|| std::env::var("HOSTNAME").ok()).unwrap_or_else(|| "unknown".into())

@@ -11,6 +11,7 @@ mod metrics;
 mod projector;
 mod registry;
 mod retry;
+mod text;
 
 // — edges: SQL and AWS —
 mod aws;

@@ -113,7 +113,7 @@ impl Boot<'_> {
 }
 
 /// Why the mark has not reached the target, and what to do.
-fn reason(HighWater { mark, held }: &HighWater, target: Position) -> String {
+fn reason(HighWater { mark, held, .. }: &HighWater, target: Position) -> String {
     let held_by = match held {
         Some(Held::InFlight(position)) => format!(
             "a transaction that holds position {position} has neither committed nor rolled back. Look for it in \

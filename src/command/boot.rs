@@ -15,6 +15,7 @@ use crate::config::Config;
 use crate::error::Error;
 use crate::projector::ProjectorId;
 use crate::registry::Registry;
+use crate::text::printable;
 
 /// How often progress is told where there is no terminal.
 const TELL_EVERY: Duration = Duration::from_secs(5);
@@ -168,9 +169,10 @@ fn line(booted: &Booted) -> String {
     match (failure, &booted.reason) {
         (Some(failure), _) => {
             let event = failure.event.as_ref().map(|event| format!(" at {} ({})", event.position, event.event_type));
-            line.push_str(&format!("\n  failed{}: {}", event.unwrap_or_default(), failure.error));
+            let failed = format!("failed{}: {}", event.unwrap_or_default(), failure.error);
+            line.push_str(&format!("\n  {}", printable(&failed)));
         }
-        (None, Some(reason)) => line.push_str(&format!("\n  {reason}")),
+        (None, Some(reason)) => line.push_str(&format!("\n  {}", printable(reason))),
         (None, None) => {}
     }
     line

@@ -18,6 +18,7 @@ use crate::lifecycle::Failure;
 use crate::projector::Mode;
 use crate::registry::{Registered, Registry};
 use crate::store::EventStore;
+use crate::text::printable;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -38,6 +39,8 @@ struct StatusReport {
     /// What has held the mark below the end of the log for some seconds; null if nothing has.
     held: Option<HeldReport>,
     published: u64,
+    /// What is wrong with the log, as far as a look at its end tells; `audit` tells more.
+    log_fault: Option<String>,
     projectors: Vec<ProjectorReport>,
 }
 
@@ -128,6 +131,7 @@ async fn report(ledger: &Ledger, store: &EventStore, registry: &Registry) -> Res
             is_known: true,
         });
     }
+    let log_fault = store.log_fault().await?.map(|fault| fault.to_string());
     Ok(StatusReport {
         high_water: standing.high_water.get(),
         visible: standing.visible.get(),
@@ -137,6 +141,7 @@ async fn report(ledger: &Ledger, store: &EventStore, registry: &Registry) -> Res
             since: held.since.format(&Rfc3339).unwrap_or_else(|_| held.since.to_string()),
         }),
         published: standing.published.get(),
+        log_fault,
         projectors,
     })
 }
@@ -178,17 +183,15 @@ fn table(report: &StatusReport, has_set: bool) -> String {
             projector.position.to_string(),
             projector.lag_events.to_string(),
             format!("{:.1}", projector.lag_seconds),
-            note,
+            printable(&note).into_owned(),
         ]);
     }
     let mut marks = format!(
         "high-water mark {}   end of the log {}   published {}",
         report.high_water, report.visible, report.published
     );
-    if report.visible < report.high_water {
-        marks.push_str(
-            "\nthe log ends below the high-water mark: it was truncated, or the database was restored; see audit",
-        );
+    if let Some(fault) = &report.log_fault {
+        marks.push_str(&format!("\nlog fault: {fault}"));
     }
     match &report.held {
         Some(HeldReport { position, last: None, since }) => marks.push_str(&format!(

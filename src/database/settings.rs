@@ -66,7 +66,6 @@ const SETTINGS: &[Setting] = &[
     ("sql_warnings", "0", Once, "single-row inserts would answer in another form"),
     ("auto_increment_increment", "1", EachCommit, "numbers that tables give out would differ"),
     ("auto_increment_offset", "1", EachCommit, "numbers that tables give out would differ"),
-    ("insert_id", "0", Once, "the next row would get this number"),
     ("group_concat_max_len", "1048576", EachCommit, "long lists would be cut off with a warning only"),
     ("div_precision_increment", "4", EachCommit, "quotients would have other digits"),
     ("default_week_format", "0", EachCommit, "week numbers would differ"),
@@ -99,9 +98,6 @@ const STRICT_MARIADB: &str =
 /// Modes in which a projector file's text would mean something else than what was read.
 const OTHER_TEXT: &[&str] =
     &["ANSI_QUOTES", "NO_BACKSLASH_ESCAPES", "ANSI", "ORACLE", "DB2", "MAXDB", "MSSQL", "POSTGRESQL"];
-
-/// `insert_id` and the time are set when a session opens, and differ with each statement.
-const DYNAMIC: &[&str] = &["insert_id"];
 
 /// The statements that make a session what the protocol needs, for one server.
 #[derive(Debug, Clone)]
@@ -162,7 +158,7 @@ impl Settings {
 
         let handler = set(0, &mode);
         sqlx::raw_sql(AssertSqlSafe(handler.clone())).execute(&mut *connection).await?;
-        let checked: Vec<&&Setting> = settings.iter().filter(|(name, ..)| !DYNAMIC.contains(name)).collect();
+        let checked = &settings;
         let mut names: Vec<&str> = checked.iter().map(|(name, ..)| *name).collect();
         names.extend(["sql_mode", "collation_connection", "autocommit"]);
         let values = read(connection, &names).await?;

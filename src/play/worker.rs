@@ -12,6 +12,7 @@ use crate::database::Database;
 use crate::deliver::{Engine, Limits};
 use crate::error::Error;
 use crate::event::Position;
+use crate::held::LogWatch;
 use crate::ledger::{Entry, Live};
 use crate::lifecycle::{Stage, Status};
 use crate::metrics;
@@ -32,6 +33,8 @@ pub(crate) struct Worker {
     pub(super) reconcile_after: Duration,
     pub(super) reconcile: Reconcile,
     pub(super) stragglers: Stragglers,
+    /// What is known of the mark's troubles. The relay of this process has it, too.
+    pub(crate) watch: LogWatch,
     /// Whom the others in the convoy wait for.
     pub(super) led: Option<ProjectorId>,
     /// Projectors that broke since it began.
@@ -65,6 +68,7 @@ impl Worker {
             reconcile_after,
             reconcile: Reconcile::default(),
             stragglers: Stragglers::new(database.handler_connections()),
+            watch: LogWatch::default(),
             led: None,
             broken: 0,
             outdated: BTreeSet::new(),

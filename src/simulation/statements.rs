@@ -84,7 +84,7 @@ impl Sim {
         self.statement(None).await?;
         let world = self.world();
         let database = &world.database;
-        Ok(Marks { high_water: database.high_water, published: database.published, log_id: LOG_ID.into() })
+        Ok(Marks { high_water: database.high_water, published: database.published, log_id: LOG_ID.into(), held: None })
     }
 
     pub(super) async fn visible_above(&self, mark: Position, limit: usize) -> Result<Vec<u64>, DatabaseError> {
@@ -290,7 +290,7 @@ fn tombstone(position: u64) -> Event {
     Event::from(Recorded {
         position: Position::new(position),
         event_id: format!("tombstone-{position}"),
-        stream_id: TOMBSTONE.into(),
+        stream_id: format!("{TOMBSTONE}-{position}"),
         stream_version: position,
         event_type: TOMBSTONE.into(),
         recorded_at: time::OffsetDateTime::UNIX_EPOCH,

@@ -20,6 +20,12 @@ use crate::retry;
 const RANGE: &str = "select position, event_id, stream_id, stream_version, event_type, recorded_at, payload, metadata \
                      from events where position > ";
 
+const FIRST_FROM: &str = "select min(position) from events where position >= ?";
+
+const ENDS: &str = "select (select min(position) from events where position > 0), \
+                    exists (select 1 from events where position = 0), \
+                    exists (select 1 from events where position = 18446744073709551615)";
+
 const LAST: &str = "select max(position) from events";
 
 /// Payloads and metadata that a page may hold before it is cut, in bytes: memory is bounded by this and
@@ -48,6 +54,17 @@ pub(crate) struct Page {
     pub(crate) after: Position,
     /// And it ends with this one.
     pub(crate) through: Position,
+}
+
+/// The ends of the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Ends {
+    /// The first position above 0 that has a row.
+    pub(crate) first: Option<u64>,
+    /// Whether there is a row at position 0.
+    pub(crate) has_zero: bool,
+    /// Whether there is a row at the highest position there is.
+    pub(crate) has_last: bool,
 }
 
 /// Which events are read; the others are passed over by the server.
@@ -224,6 +241,21 @@ impl EventStore {
         .await
     }
 
+    /// The last position of the gap that begins at `first`, or `mark` where no row follows up to it.
+    pub(crate) async fn end_of_gap(&self, first: Position, mark: Position) -> Result<Position, sqlx::Error> {
+        let next = sqlx::query_scalar(FIRST_FROM).bind(first.get());
+        let next: Option<u64> = self.database.answer(async |connection| next.fetch_one(connection).await).await?;
+        Ok(next.map_or(mark, |next| Position::new(next).previous()).min(mark))
+    }
+
+    /// Where the log begins and ends.
+    pub(crate) async fn ends(&self) -> Result<Ends, sqlx::Error> {
+        let ends = sqlx::query_as(ENDS);
+        let (first, has_zero, has_last): (Option<u64>, bool, bool) =
+            self.database.answer(async |connection| ends.fetch_one(connection).await).await?;
+        Ok(Ends { first, has_zero, has_last })
+    }
+
     /// The highest position that is visible, whether or not those below it are.
     pub(crate) async fn last_visible(&self) -> Result<Position, sqlx::Error> {
         let last = sqlx::query_scalar(LAST);
@@ -292,4 +324,23 @@ async fn read_page(
         }
     }
     Ok(Page { events, after, through: end })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_reading_that_ends_without_a_word_is_an_error_and_not_the_end_of_the_log() {
+        let (sender, pages) = mpsc::channel(PAGES_AHEAD);
+        let task = tokio::spawn(async move {
+            let (after, through) = (Position::START, Position::new(7));
+            sender.send(Ok(Page { events: Vec::new(), after, through })).await.expect("it listens");
+            panic!("as the test asks");
+        });
+        let mut reading = ReadAhead { pages, next: Position::START, task };
+        assert_eq!(reading.next().await.expect("a page").through, Position::new(7));
+        let ended = reading.next().await;
+        assert!(matches!(ended, Err(sqlx::Error::WorkerCrashed)), "{ended:?}");
+    }
 }

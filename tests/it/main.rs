@@ -22,9 +22,11 @@ mod infra;
 mod intake;
 mod lambda;
 mod log;
+mod log_end;
 mod login;
 mod queue;
 mod readme;
+mod relay;
 mod story;
 
 mod coalesce;

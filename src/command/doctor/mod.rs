@@ -1,6 +1,7 @@
 //! `doctor`: whether everything is set up as it should be, and what to do where it is not.
 
 mod database;
+mod log;
 mod queue;
 
 use std::fmt;
@@ -16,6 +17,7 @@ use crate::error::Error;
 use crate::ledger::Ledger;
 use crate::lifecycle::Status;
 use crate::registry::Registry;
+use crate::text::printable;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -82,7 +84,7 @@ impl fmt::Display for Level {
 
 impl fmt::Display for Check {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:<12}  {:<27}  {}", self.level.to_string(), self.check, self.says)?;
+        write!(f, "{:<12}  {:<27}  {}", self.level.to_string(), self.check, printable(&self.says))?;
         self.remedy.as_ref().map_or(Ok(()), |remedy| write!(f, "; {remedy}"))
     }
 }
@@ -115,6 +117,7 @@ impl Doctor {
             Ok(database) => {
                 checks.push(Check::ok("database", database.place()));
                 database::examine(&database, database.connections(), &self.commands, &mut checks).await;
+                log::examine(&database, &mut checks).await;
                 examine_projectors(&database, registry, &mut checks).await;
             }
             Err(error) => {
