@@ -11,6 +11,7 @@ mod metrics;
 mod projector;
 mod registry;
 mod retry;
+mod signature;
 
 // — edges: SQL and AWS —
 mod aws;

@@ -20,7 +20,8 @@ use crate::telemetry::Watched;
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Plays only what boot has made live. Ends at SIGTERM or SIGINT, with the batch in hand finished or rolled back, and exit \
-code 0. With --until-idle, exit code 1 says that a projector broke meanwhile; all others are at the high-water mark then, too.")]
+code 0. With --until-idle, exit code 1 says that a projector broke meanwhile, or that the queue has messages that are not of \
+this log; all other projectors are at the high-water mark then, too.")]
 pub(super) struct Play {
     /// Do not publish the log: a relay runs elsewhere
     #[arg(long, env = "PROJECTIONIST_NO_RELAY", value_parser = FalseyValueParser::new())]
@@ -113,9 +114,13 @@ impl Play {
             return Ok(());
         }
         say(format!("idle: played {} messages", played.messages))?;
-        match played.broken {
-            0 => Ok(()),
-            broken => Err(Error::Projector(format!(
+        match (played.broken, played.foreign) {
+            (0, 0) => Ok(()),
+            (0, foreign) => Err(Error::Foreign(format!(
+                "{foreign} message(s) in the queue are not of this log: they were not applied and not deleted. All projectors are \
+                 at the high-water mark; look who sends these messages, or whether this is the right queue"
+            ))),
+            (broken, _) => Err(Error::Projector(format!(
                 "{broken} projector(s) broke and the others are at the high-water mark; see status, mend, and run boot"
             ))),
         }

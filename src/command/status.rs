@@ -34,6 +34,9 @@ pub(super) struct StatusCommand {
 struct StatusReport {
     high_water: u64,
     published: u64,
+    /// How often a message was received that is not of this log, and when last.
+    foreign_messages: u64,
+    foreign_at: Option<String>,
     projectors: Vec<ProjectorReport>,
     /// The last position that is visible, below the mark or above; shown in the table.
     #[serde(skip)]
@@ -113,7 +116,10 @@ async fn report(ledger: &Ledger, store: &EventStore, registry: &Registry) -> Res
         });
     }
     let (high_water, published) = (standing.high_water.get(), standing.published.get());
-    Ok(StatusReport { high_water, published, projectors, visible })
+    let queue = store.queue_record().await?;
+    let foreign_at = queue.foreign_at.map(|at| at.format(&Rfc3339).unwrap_or_else(|_| at.to_string()));
+    let foreign_messages = queue.foreign_messages;
+    Ok(StatusReport { high_water, published, foreign_messages, foreign_at, projectors, visible })
 }
 
 impl ProjectorReport {
@@ -160,6 +166,12 @@ fn table(report: &StatusReport, has_set: bool) -> String {
             "\nthe mark is held: the log goes on to {}, but at {} a transaction is open, or a position is missing",
             report.visible,
             report.high_water + 1
+        ));
+    }
+    if let Some(at) = &report.foreign_at {
+        marks.push_str(&format!(
+            "\nmessages that are not of this log were received {} times, last at {at}: they stay in the queue; see doctor",
+            report.foreign_messages
         ));
     }
     match report.projectors.is_empty() {

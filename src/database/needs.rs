@@ -36,6 +36,7 @@ pub(crate) const NEEDS: &[(&str, &[Need])] = &[
     ("audit", &[("events", &["select"]), ("event_log", &["select"]), ("projectors", &["select"])]),
     ("retire", &[("projectors", &["select", "update", "delete"])]),
     ("fill", &[("events", &["select", "insert"])]),
+    ("rotate", &[("event_log", &["select", "update"])]),
 ];
 
 /// What `*` stands for.

@@ -34,6 +34,8 @@ pub(crate) struct Summary {
     behind: Vec<String>,
     /// Projectors of the set that are broken.
     broken: Vec<String>,
+    /// How often a message was received that is not of this log, by any worker or function, since the log was made.
+    foreign: u64,
 }
 
 /// One look at log and ledger.
@@ -42,6 +44,7 @@ struct Look {
     high_water: Position,
     live: Vec<(ProjectorId, Position)>,
     broken: Vec<ProjectorId>,
+    foreign: u64,
 }
 
 /// What is known so far.
@@ -137,13 +140,14 @@ impl Watch {
             high_water: last.high_water.get(),
             behind: behind.map(|(id, _)| id.to_string()).collect(),
             broken: last.broken.iter().map(ToString::to_string).collect(),
+            foreign: last.foreign,
         })
     }
 }
 
 async fn look(worker: &Worker) -> Result<Look, sqlx::Error> {
     let (mut live, mut broken) = (Vec::new(), Vec::new());
-    let marks = worker.engine.store.marks().await?;
+    let (marks, queue) = tokio::try_join!(worker.engine.store.marks(), worker.engine.store.queue_record())?;
     for entry in worker.entries().await? {
         match entry.status {
             Status::Live => live.push((entry.id, entry.position)),
@@ -151,5 +155,6 @@ async fn look(worker: &Worker) -> Result<Look, sqlx::Error> {
             _ => {}
         }
     }
-    Ok(Look { published: marks.published, high_water: marks.high_water, live, broken })
+    let foreign = queue.foreign_messages;
+    Ok(Look { published: marks.published, high_water: marks.high_water, live, broken, foreign })
 }
