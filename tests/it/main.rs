@@ -12,6 +12,7 @@ mod deploy;
 mod doctor;
 mod failover;
 mod fence;
+mod foreign_messages;
 mod grants;
 mod handler;
 mod hold;

@@ -99,10 +99,10 @@ impl Worker {
         if sim.has(Bug::WaitsForTheBroken) && entries.iter().any(|entry| entry.status.failure().is_some()) {
             return Err(DatabaseError::Lost);
         }
-        let Sorted { runs, has_references, foreign } = match sim.has(Bug::AppliesWhatIsNotSigned) {
-            true => sort(&bodies.iter().map(|body| signed_anew(body)).collect::<Vec<_>>(), &view),
-            false => sort(bodies, &view),
-        };
+        let Sorted { mut runs, has_references, foreign } = sort(bodies, &view);
+        if sim.has(Bug::AppliesWhatIsNotSigned) {
+            runs = sort(&bodies.iter().map(|body| signed_anew(body)).collect::<Vec<_>>(), &view).runs;
+        }
         let target = match has_references {
             false => None,
             true => {

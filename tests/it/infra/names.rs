@@ -59,14 +59,14 @@ fn every_metric_that_an_alarm_or_the_dashboard_names_is_written_by_the_code() {
             other => panic!("an alarm on {other:?}"),
         }
     }
-    assert_eq!(alarms, 8);
+    assert_eq!(alarms, 10);
 
     let shown: BTreeSet<&str> =
         quoted(&monitoring, "MetricName=\\\"").chain(quoted(&monitoring, "[\"Projectionist\", \"")).collect();
     assert!(shown.len() >= 12, "{shown:?}");
     shown.iter().for_each(|metric| assert_known(&source, metric));
     let counted: Vec<&str> = quoted(&monitoring, "[\"Projectionist/${Service}\", \"").collect();
-    assert!(counted.len() == 4 && counted.iter().all(|metric| of_filter(metric)), "{counted:?}");
+    assert!(counted.len() == 6 && counted.iter().all(|metric| of_filter(metric)), "{counted:?}");
 }
 
 #[test]
