@@ -237,8 +237,7 @@ async fn a_foreign_message_that_holds_up_the_group_of_the_events_holds_up_no_pro
     world.append(10).await;
     world.publish(10).await;
     // It comes with a message of ours, and stays hidden for 30 s then.
-    let settings = PlaySettings { receive_wait: Duration::from_secs(1), ..World::restless() };
-    let playing = world.start_play_from(Arc::clone(&world.queue) as Arc<dyn Queue>, &registry, settings);
+    let playing = world.start_play_from(Arc::clone(&world.queue) as Arc<dyn Queue>, &registry, World::restless());
     eventually("the first are played", async || world.position("tally").await == 10).await;
     world.append(10).await;
     let began = Instant::now();
@@ -439,12 +438,13 @@ async fn restored(rotates: bool) {
         world.append(10).await;
         world.publish(5).await;
         let queue = Arc::new(world.queue_hiding(Duration::from_secs(2)).await);
-        let playing = world.start_play_from(queue, &registry, World::restless());
+        let settings = PlaySettings { relay: None, ..World::restless() };
+        let playing = world.start_play_from(queue, &registry, settings);
         eventually("it has played ten", async || world.position("payloads").await == 10).await;
 
         // Ten more are published and wait, as if nobody had received them; then the database is restored.
         world.append(10).await;
-        world.run(&["relay", "--once", "--message-events=5", "--queue-url", &world.queue_url]).await.exits(0);
+        world.publish(5).await;
         eventually("they are played, and deleted", async || world.position("payloads").await == 20).await;
         let (log, key) = world.identity().await;
         let events: Vec<(u64, String, String)> =
@@ -495,7 +495,7 @@ async fn the_key_is_rotated_while_workers_and_functions_run() {
         let projectors = Folder::new().with("payloads.toml", PAYLOADS);
         world.run(&["boot", "--projectors", projectors.path()]).await.exits(0);
         let play =
-            ["play", "--receive-wait=1", "--message-events=3", "--visibility=2", "--projectors", projectors.path()];
+            ["play", "--receive-wait=1", "--message-events=3", "--visibility=3", "--projectors", projectors.path()];
         let worker = world.start(&play);
         let mut function = world.function(&["--projectors", projectors.path()]).await;
         for round in 1..=3 {
