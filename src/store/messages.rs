@@ -14,7 +14,7 @@ use crate::signature::KEY_BYTES;
 /// The marks, and the ids of the events at ten positions, by the primary key: read with every receive, and so in one
 /// statement, whose text is always the same.
 const VIEW: &str = "select high_water, published, log_id, signing_key, position, event_id from event_log \
-                    left join events on position in (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)";
+                    left join events force index (primary) on position in (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)";
 
 /// How many positions [`VIEW`] takes: what one receive brings at most.
 const POSITIONS_IN_A_VIEW: usize = 10;
