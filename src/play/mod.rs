@@ -80,10 +80,16 @@ pub struct Played {
     pub foreign: u64,
 }
 
-/// After a receive of nothing but messages that are not ours, the next one waits for so long; it doubles. Meanwhile their owner
+/// After receives of nothing but messages that are not ours, the next one waits for so long; it doubles. Meanwhile their owner
 /// can have them, and projectors are fed from the store.
 const FIRST_FOREIGN_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_FOREIGN_PAUSE: Duration = Duration::from_secs(30);
+
+/// A receive that brings so many messages may have left some of ours behind them.
+const FULL_RECEIVE: usize = 10;
+
+/// So many messages that are not ours are taken at most, and given back together, to see what stands behind them.
+const MOST_SET_ASIDE: usize = 100;
 
 /// After so many receives without a message of ours, a queue that still holds some that are not is taken to hold nothing else.
 const BARREN_RECEIVES: u32 = 3;
@@ -164,8 +170,10 @@ struct Player {
     foreign: HashSet<u64>,
     /// Those that came with messages of ours: hidden until their visibility expires, so that ours are not held up by them.
     hidden: VecDeque<(Instant, Receipt)>,
-    /// Receives in a row that brought nothing but messages that are not ours.
-    foreign_receives: u32,
+    /// Those that came without any of ours, and are given back once it is seen what stands behind them.
+    aside: Vec<Receipt>,
+    /// Pauses in a row because nothing came but messages that are not ours.
+    foreign_pauses: u32,
     /// Receives in a row that brought no message of ours.
     barren_receives: u32,
 }
@@ -190,7 +198,8 @@ impl Player {
             quarrel: Quarrel::default(),
             foreign: HashSet::new(),
             hidden: VecDeque::new(),
-            foreign_receives: 0,
+            aside: Vec::new(),
+            foreign_pauses: 0,
             barren_receives: 0,
         }
     }
@@ -279,7 +288,8 @@ impl Player {
         if received.is_empty() {
             self.barren_receives += 1;
             self.worker.reconcile().await;
-            return self.next_if_idle(Next::Receive).await;
+            let next = if self.aside.is_empty() { Next::Receive } else { self.leave_foreign().await };
+            return self.next_if_idle(next).await;
         }
         let mut receipts = Vec::with_capacity(received.len());
         let (mut ids, mut bodies) = (Vec::with_capacity(received.len()), Vec::with_capacity(received.len()));
@@ -291,7 +301,7 @@ impl Player {
 
         let (queue, visibility) = (Arc::clone(&self.queue), self.queue.visibility());
         // Not while it only takes messages that are not ours: what is received ahead is hidden from their owner.
-        if !queue.is_ordered() && self.foreign_receives == 0 {
+        if !queue.is_ordered() && self.barren_receives == 0 {
             intake.receive_ahead(self.wait());
         }
         let verdicts = tokio::select! {
@@ -303,14 +313,17 @@ impl Player {
         let (ours, foreign) = self.tell_apart(&verdicts, receipts, &ids, &bodies);
         if ours.is_empty() {
             self.barren_receives += 1;
-            self.foreign_receives += 1;
-            if let Err(error) = self.queue.hide(&foreign, Duration::ZERO).await {
-                debug!(%error, "messages that are not ours were not given back, and come back by themselves");
+            let is_full = foreign.len() >= FULL_RECEIVE;
+            self.aside.extend(foreign);
+            if is_full && self.aside.len() < MOST_SET_ASIDE && !is_last.load(Ordering::Relaxed) {
+                return Next::Receive;
             }
-            return self.next_if_idle(Next::Pause).await;
+            let next = self.leave_foreign().await;
+            return self.next_if_idle(next).await;
         }
-        (self.barren_receives, self.foreign_receives) = (0, 0);
-        self.keep_for_the_end(foreign);
+        (self.barren_receives, self.foreign_pauses) = (0, 0);
+        let aside = std::mem::take(&mut self.aside);
+        self.keep_for_the_end(aside.into_iter().chain(foreign));
         // One that does not wait would find their group closed still.
         if queue.is_ordered() && !self.wait().is_zero() && !is_last.load(Ordering::Relaxed) {
             intake.receive_ahead(self.wait());
@@ -351,19 +364,30 @@ impl Player {
     }
 
     /// Remembers messages that are not ours and stay hidden.
-    fn keep_for_the_end(&mut self, foreign: Vec<Receipt>) {
+    fn keep_for_the_end(&mut self, foreign: impl Iterator<Item = Receipt>) {
         let (now, visibility) = (Instant::now(), self.queue.visibility());
         while self.hidden.front().is_some_and(|(since, _)| now.duration_since(*since) > visibility)
             || self.hidden.len() > MOST_FOREIGN_KNOWN
         {
             self.hidden.pop_front();
         }
-        self.hidden.extend(foreign.into_iter().map(|receipt| (now, receipt)));
+        self.hidden.extend(foreign.map(|receipt| (now, receipt)));
+    }
+
+    /// Gives back what came without any of ours.
+    async fn leave_foreign(&mut self) -> Next {
+        self.foreign_pauses += 1;
+        let aside = std::mem::take(&mut self.aside);
+        if let Err(error) = self.queue.hide(&aside, Duration::ZERO).await {
+            debug!(%error, "messages that are not ours were not given back, and come back by themselves");
+        }
+        Next::Pause
     }
 
     /// Gives back what is hidden and not ours, and adds to the log's count what it does not have yet. Best effort.
     async fn give_back_foreign(&mut self) {
-        let hidden: Vec<Receipt> = self.hidden.drain(..).map(|(_, receipt)| receipt).collect();
+        let mut hidden: Vec<Receipt> = self.hidden.drain(..).map(|(_, receipt)| receipt).collect();
+        hidden.append(&mut self.aside);
         let give_back = async {
             if let Err(error) = self.queue.hide(&hidden, Duration::ZERO).await {
                 debug!(%error, "messages that are not ours were not given back, and come back by themselves");
@@ -375,7 +399,7 @@ impl Player {
 
     /// Receives nothing for a while, so that the owner of what is not ours can have it. Projectors are fed from the store.
     async fn leave_to_the_owner(&mut self) {
-        let doubled = FIRST_FOREIGN_PAUSE * (1 << (self.foreign_receives - 1).min(5));
+        let doubled = FIRST_FOREIGN_PAUSE * (1 << self.foreign_pauses.saturating_sub(1).min(5));
         let longest = if self.settings.until_idle { FIRST_FOREIGN_PAUSE } else { LONGEST_FOREIGN_PAUSE };
         let until = tokio::time::Instant::now() + doubled.min(longest);
         let step = self.settings.reconcile_after.clamp(Duration::from_millis(100), FIRST_FOREIGN_PAUSE);
