@@ -16,6 +16,9 @@ pub enum Error {
     /// An audit found a fault in the log: exit code 1.
     #[error("{0}")]
     Fault(String),
+    /// The queue has messages that are not of this log: exit code 1.
+    #[error("{0}")]
+    Foreign(String),
     /// A worker's loop stands still: exit code 1.
     #[error("{0}")]
     Unhealthy(String),
@@ -37,7 +40,7 @@ impl Error {
     /// 1 a projector failed (or an audit found a fault, or a worker is ill), 2 usage, configuration or input, 3 database or queue out of reach, 143 interrupted.
     pub fn exit_code(&self) -> ExitCode {
         ExitCode::from(match self {
-            Error::Projector(_) | Error::Fault(_) | Error::Unhealthy(_) => 1,
+            Error::Projector(_) | Error::Fault(_) | Error::Foreign(_) | Error::Unhealthy(_) => 1,
             Error::Input(_) => 2,
             Error::OutOfReach(_) => 3,
             Error::Interrupted => 143,

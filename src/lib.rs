@@ -11,6 +11,7 @@ mod metrics;
 mod projector;
 mod registry;
 mod retry;
+mod signature;
 mod text;
 
 // — edges: SQL and AWS —

@@ -60,10 +60,11 @@ pub(crate) const RELAY_BATCH_SIZE: Metric = of_service("RelayBatchSize", "Count"
 pub(crate) const RECEIVE_TO_COMMIT: Metric = of_service("ReceiveToCommit", "Milliseconds");
 pub(crate) const MOST_LAG_SECONDS: Metric = of_service("LagSeconds", "Seconds");
 pub(crate) const HEARTBEAT: Metric = of_service("Heartbeat", "Count");
+pub(crate) const FOREIGN_MESSAGES: Metric = of_service("ForeignMessages", "Count");
 
 /// Every metric there is: what a template may name, and what `infra/cloudwatch.md` explains.
 #[cfg(test)]
-pub(crate) const ALL: [Metric; 14] = [
+pub(crate) const ALL: [Metric; 15] = [
     LAG_EVENTS,
     LAG_SECONDS,
     EVENTS_APPLIED,
@@ -78,6 +79,7 @@ pub(crate) const ALL: [Metric; 14] = [
     RECEIVE_TO_COMMIT,
     MOST_LAG_SECONDS,
     HEARTBEAT,
+    FOREIGN_MESSAGES,
 ];
 
 /// What was counted since it was last taken.
@@ -88,6 +90,8 @@ pub(crate) struct Counted {
     pub(crate) message_events: Samples,
     /// Milliseconds from a receive until every live projector had committed it.
     pub(crate) receive_to_commit: Samples,
+    /// Messages that were received and are not of our log.
+    pub(crate) foreign_messages: u64,
     /// What the relay saw when it last looked; `None` where this process has no relay at work.
     pub(crate) relay: Option<RelaySaw>,
     /// Whether the mark is held, and since when; `None` where this process has not tried to raise it.
@@ -202,6 +206,11 @@ pub(crate) fn skipped(id: &ProjectorId, events: u64) {
 /// All live projectors have committed what was received.
 pub(crate) fn committed(took: Duration) {
     count(|counted| counted.receive_to_commit.add(millis(took)));
+}
+
+/// So many messages were received that are not of our log.
+pub(crate) fn foreign(messages: u64) {
+    count(|counted| counted.foreign_messages += messages);
 }
 
 /// The relay sent a message with so many events.

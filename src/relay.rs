@@ -52,6 +52,8 @@ pub(crate) struct Relay {
     /// As this relay left them: while it has the lease, hardly anybody else moves them, and who does only makes work.
     marks: Option<Marks>,
     watch: LogWatch,
+    /// Whether the log has it that this is the queue.
+    is_recorded: bool,
     /// How many messages were sent: a failure after progress is a first failure.
     sent: u64,
 }
@@ -106,7 +108,7 @@ impl Relay {
     pub(crate) fn new(store: EventStore, queue: Arc<dyn Queue>, settings: RelaySettings, watch: LogWatch) -> Self {
         let holder = Uuid::now_v7().to_string();
         let settings = RelaySettings { max_events: settings.max_events.max(1), ..settings };
-        Relay { store, queue, settings, holder, leased: None, marks: None, watch, sent: 0 }
+        Relay { store, queue, settings, holder, leased: None, marks: None, watch, is_recorded: false, sent: 0 }
     }
 
     /// Publishes until it is dropped; the lease it then holds runs out. Failures, and panics, are logged and tried again: a
@@ -173,7 +175,8 @@ impl Relay {
                 let asked = Instant::now();
                 self.leased = self.store.lease_relay(&self.holder, LEASE).await?.then_some(asked);
                 let Some(leased) = self.leased else { return Ok(Looked::Elsewhere) };
-                // Others may have moved them meanwhile.
+                // Others may have moved them meanwhile, or have given the log another id and key: until now, messages were
+                // signed with the ones before. They are not ours then, and nobody applies them; their events come from the store.
                 self.marks = None;
                 leased
             }
@@ -203,9 +206,10 @@ impl Relay {
             }
             let mut rest = page.events.as_slice();
             while !rest.is_empty() {
+                self.record_queue().await?;
                 let (bytes, most) = (self.queue.max_message_bytes(), self.settings.max_events);
-                let packed = queue::pack(&marks.log_id, published, rest, bytes, most);
-                let deduplication_id = deduplication_id(&marks.log_id, published, packed.last);
+                let packed = queue::pack(&marks.log, published, rest, bytes, most);
+                let deduplication_id = deduplication_id(&marks.log.id, published, packed.last);
                 self.queue.send(&packed.body, &deduplication_id).await?;
                 self.store.set_published(packed.last).await?;
                 self.sent += 1;
@@ -224,6 +228,20 @@ impl Relay {
         let held = marks.held.filter(|_| mark == marks.high_water);
         self.marks = Some(Marks { high_water: mark, published, held, ..marks });
         Ok(Looked::Published { events, through: published })
+    }
+
+    /// Has it kept with the log which queue this is, so that a worker on another one is noticed.
+    async fn record_queue(&mut self) -> Result<(), sqlx::Error> {
+        if self.is_recorded {
+            return Ok(());
+        }
+        if let Some(queue) = self.queue.identity()
+            && self.store.recorded_queue().await?.as_ref() != Some(&queue)
+        {
+            self.store.record_queue(&queue).await?;
+        }
+        self.is_recorded = true;
+        Ok(())
     }
 
     /// Raises the mark. What is proved is published before a hole above it is waited for.

@@ -33,6 +33,7 @@ const FIGURES: &[(&str, bool)] = &[
     ("messages_held", true),
     ("messages_foreign", true),
     ("messages_malformed", true),
+    ("messages_forged", true),
     ("boots", true),
     ("boots_failed", false),
     ("boots_at_once", true),

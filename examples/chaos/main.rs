@@ -140,6 +140,10 @@ async fn run(
     }
     crew.stop().await;
     let last = targets.deploys.lock().await.mend().await?;
+    let taken = targets.meddler.collect().await?;
+    if taken > 0 {
+        figures.find(format!("{taken} messages that are not of the log were taken out of the queue by somebody"));
+    }
     play_until_idle(yard, &last).await?;
     let (audit, _) = yard.start(Kind::Audit, "audit-last", &["audit"])?;
     if audit.wait().await.code != Some(0) {

@@ -68,6 +68,8 @@ struct Function<'a> {
     queue: Option<Arc<dyn Queue>>,
     last_used: SystemTime,
     has_been_invoked: bool,
+    /// Whether it was looked whether the log was last published to another queue.
+    has_checked_queue: bool,
 }
 
 impl Lambda {
@@ -129,7 +131,18 @@ impl<'a> Function<'a> {
         let (budget, reconcile_after) = (options.convoy.budget(), options.convoy.reconcile_after());
         let worker = Worker::new(&database, &registry, config.play_limits(), budget, reconcile_after).await?;
         let (last_used, has_been_invoked) = (SystemTime::now(), false);
-        Ok(Function { options, config, database, registry, reporter, worker, queue: None, last_used, has_been_invoked })
+        Ok(Function {
+            options,
+            config,
+            database,
+            registry,
+            reporter,
+            worker,
+            queue: None,
+            last_used,
+            has_been_invoked,
+            has_checked_queue: false,
+        })
     }
 
     async fn invoke(
@@ -143,7 +156,8 @@ impl<'a> Function<'a> {
         self.wake(&deadline);
         let answer = match parse(event)? {
             Invoked::Messages(batch) => {
-                let passed = self.worker.pass_until(&batch.bodies, &deadline).await;
+                self.check_queue(&batch.queue, &deadline).await;
+                let passed = self.worker.pass_until(&batch.ids, &batch.bodies, &deadline).await;
                 self.reporter.flush();
                 Ok(batch.answer(&passed))
             }
@@ -159,6 +173,15 @@ impl<'a> Function<'a> {
         };
         self.last_used = SystemTime::now();
         answer
+    }
+
+    /// Looks once whether the log was last published to another queue. That only tells of something: where it cannot be told
+    /// now, the next invocation will.
+    async fn check_queue(&mut self, queue: &str, deadline: &Deadline) {
+        if !self.has_checked_queue {
+            let check = timeout(deadline.look_within(), self.worker.check_queue(Some(queue.to_owned())));
+            self.has_checked_queue = check.await.is_ok_and(|checked| checked.is_ok());
+        }
     }
 
     /// Lets go of what may not have outlived the time since the last invocation; by the host's clock, for the process's own
@@ -190,6 +213,9 @@ impl<'a> Function<'a> {
                 Arc::clone(self.queue.insert(Arc::new(connected)))
             }
         };
+        if let Some(queue) = queue.identity() {
+            self.check_queue(&queue, deadline).await;
+        }
         let (store, watch) = (self.worker.engine.store.clone(), self.worker.watch.clone());
         let relay = Relay::new(store, queue, self.options.relay.settings(), watch);
         let relay_for = Duration::from_secs(self.options.relay_seconds);

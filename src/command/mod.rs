@@ -10,6 +10,7 @@ mod lambda;
 mod play;
 mod relay;
 mod retire;
+mod rotate;
 mod status;
 
 use std::ffi::OsString;
@@ -61,6 +62,8 @@ enum Command {
     Audit(audit::Audit),
     /// Fills a gap in the log that is too wide to be filled unasked
     Fill(fill::Fill),
+    /// Gives the log a new id and a new signing key: after a restore or a clone, or when the key may have leaked
+    Rotate(rotate::Rotate),
     /// Looks whether database, queue, grants, permissions and projectors are set up as they should be, and changes nothing
     Doctor(doctor::Doctor),
     /// Looks whether a worker's loop still turns: the health check of its container
@@ -117,6 +120,7 @@ async fn execute(command: Command, config: &Config, registry: Registry) -> Resul
         Command::Retire(retire) => retire.run(config, registry).await,
         Command::Audit(audit) => audit.run(config).await,
         Command::Fill(fill) => fill.run(config).await,
+        Command::Rotate(rotate) => rotate.run(config).await,
         Command::Doctor(doctor) => doctor.run(config, registry).await,
         Command::Health(health) => health.run(),
     }

@@ -21,7 +21,8 @@ use crate::telemetry::Watched;
 #[command(after_help = "\
 Plays only what boot has made live. Ends at SIGTERM or SIGINT, with the batch in hand finished or rolled back, and exit \
 code 0. A projector that was booted with another definition than this worker has is not played. With --until-idle, exit code 1 \
-says that a projector broke meanwhile, or was not played for that reason; all others are at the high-water mark then, too.")]
+says that a projector broke meanwhile, or was not played for that reason, or that the queue has messages that are not of this log; \
+all others are at the high-water mark then, too.")]
 pub(super) struct Play {
     /// Do not publish the log: a relay runs elsewhere
     #[arg(long, env = "PROJECTIONIST_NO_RELAY", value_parser = FalseyValueParser::new())]
@@ -114,13 +115,17 @@ impl Play {
             return Ok(());
         }
         say(format!("idle: played {} messages", played.messages))?;
-        match (played.broken, played.outdated) {
-            (0, 0) => Ok(()),
-            (0, outdated) => Err(Error::Projector(format!(
+        match (played.broken, played.outdated, played.foreign) {
+            (0, 0, 0) => Ok(()),
+            (0, 0, foreign) => Err(Error::Foreign(format!(
+                "{foreign} message(s) in the queue are not of this log: they were not applied and not deleted. All projectors are \
+                 at the high-water mark; look who sends these messages, or whether this is the right queue"
+            ))),
+            (0, outdated, _) => Err(Error::Projector(format!(
                 "{outdated} projector(s) were booted with another definition than this worker has, and were not played; \
                  the log lines before this name them. Run boot with this set, or play with the one that was booted"
             ))),
-            (broken, _) => Err(Error::Projector(format!(
+            (broken, ..) => Err(Error::Projector(format!(
                 "{broken} projector(s) broke and the others are at the high-water mark; see status, mend, and run boot"
             ))),
         }

@@ -12,6 +12,8 @@ use super::{say, shutdown_signal};
 use crate::config::Config;
 use crate::error::Error;
 use crate::held::LogWatch;
+use crate::play::check_queue;
+use crate::queue::Queue;
 use crate::relay::{Looked, Relay, RelaySettings};
 use crate::store::EventStore;
 
@@ -55,6 +57,12 @@ impl RelayCommand {
             () = &mut shutdown => return Ok(()),
         };
         let store = EventStore::new(&database);
+        if let Some(identity) = queue.identity() {
+            tokio::select! {
+                checked = check_queue(&store, &identity) => checked?,
+                () = &mut shutdown => return Ok(()),
+            }
+        }
         let mut relay = Relay::new(store.clone(), Arc::new(queue), self.options.settings(), LogWatch::default());
         if !self.once {
             // Fails at once where the tables are missing, rather than trying for ever.

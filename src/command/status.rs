@@ -41,6 +41,9 @@ struct StatusReport {
     published: u64,
     /// What is wrong with the log, as far as a look at its end tells; `audit` tells more.
     log_fault: Option<String>,
+    /// How often a message was received that is not of this log, and when last.
+    foreign_messages: u64,
+    foreign_at: Option<String>,
     projectors: Vec<ProjectorReport>,
 }
 
@@ -132,6 +135,8 @@ async fn report(ledger: &Ledger, store: &EventStore, registry: &Registry) -> Res
         });
     }
     let log_fault = store.log_fault().await?.map(|fault| fault.to_string());
+    let queue = store.queue_record().await?;
+    let foreign_at = queue.foreign_at.map(|at| at.format(&Rfc3339).unwrap_or_else(|_| at.to_string()));
     Ok(StatusReport {
         high_water: standing.high_water.get(),
         visible: standing.visible.get(),
@@ -142,6 +147,8 @@ async fn report(ledger: &Ledger, store: &EventStore, registry: &Registry) -> Res
         }),
         published: standing.published.get(),
         log_fault,
+        foreign_messages: queue.foreign_messages,
+        foreign_at,
         projectors,
     })
 }
@@ -202,6 +209,12 @@ fn table(report: &StatusReport, has_set: bool) -> String {
              projectionist fill {position} {last}"
         )),
         None => {}
+    }
+    if let Some(at) = &report.foreign_at {
+        marks.push_str(&format!(
+            "\nmessages that are not of this log were received {} times, last at {at}: they stay in the queue; see doctor",
+            report.foreign_messages
+        ));
     }
     match report.projectors.is_empty() {
         true => format!("{marks}\nno projector was booted yet"),

@@ -13,7 +13,6 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use ring::rand::{SecureRandom, SystemRandom};
 use sqlx::migrate::{Migration, MigrationType, Migrator};
 use sqlx::mysql::{MySqlConnectOptions, MySqlPoolOptions};
 use sqlx::pool::PoolConnection;
@@ -22,6 +21,7 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 
 use crate::error::{Error, is_read_only, server_error};
+use crate::signature::random_key;
 pub(crate) use ended::Ended;
 pub(crate) use inspect::{Inspected, May, Migrated};
 pub(crate) use kept::{HandlerSession, Session, SessionId};
@@ -56,9 +56,6 @@ const SESSIONS: &str = "show processlist";
 /// Read by the migrator only: its lock and its table need a name of their own, so that a team's own
 /// sqlx migrations can live in the same database.
 const MIGRATIONS_TABLE: &str = "projectionist_migrations";
-
-/// The length of the key that signs messages: that of the hash, as RFC 2104 advises.
-const SIGNING_KEY_BYTES: usize = 32;
 
 const SET_FIRST_KEY: &str = "update event_log set signing_key = ? where signing_key is null";
 
@@ -274,10 +271,7 @@ impl Database {
     pub async fn migrate(&self) -> Result<(), Error> {
         let mut connection = self.acquire().await?;
         self.run_migrations(&mut connection).await?;
-        let mut key = [0; SIGNING_KEY_BYTES];
-        SystemRandom::new()
-            .fill(&mut key)
-            .map_err(|_| Error::Input("the operating system gives no random numbers to make a key of".into()))?;
+        let key = random_key()?;
         sqlx::query(SET_FIRST_KEY).bind(key.as_slice()).execute(&mut *connection).await?;
         Ok(())
     }

@@ -53,6 +53,7 @@ pub(crate) const NEEDS: &[(&str, &[Need])] = &[
     ),
     ("retire", &[("projectors", &["select", "update", "delete"])]),
     ("fill", &[("events", &["select", "insert"]), ("event_log", &["select"])]),
+    ("rotate", &[("event_log", &["select", "update"])]),
 ];
 
 /// What `*` stands for.

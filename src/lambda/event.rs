@@ -17,9 +17,10 @@ pub(crate) enum Invoked {
 /// Messages of one queue, in its order.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Batch {
-    ids: Vec<String>,
+    pub(crate) ids: Vec<String>,
     pub(crate) bodies: Vec<String>,
-    is_fifo: bool,
+    /// Its ARN, as the mapping names it.
+    pub(crate) queue: String,
 }
 
 #[derive(Deserialize)]
@@ -55,7 +56,7 @@ pub(crate) fn parse(event: &str) -> Result<Invoked, Error> {
     let envelope: Envelope = serde_json::from_str(event).map_err(|error| refuse(error.to_string()))?;
     match envelope {
         Envelope { records: Some(records), .. } => {
-            let is_fifo = records.iter().any(|record| record.event_source_arn.ends_with(".fifo"));
+            let queue = records.first().map(|record| record.event_source_arn.clone()).unwrap_or_default();
             let (mut ids, mut bodies) = (Vec::with_capacity(records.len()), Vec::with_capacity(records.len()));
             for record in records {
                 match (record.event_source.as_deref(), record.message_id, record.body) {
@@ -67,7 +68,7 @@ pub(crate) fn parse(event: &str) -> Result<Invoked, Error> {
                     (source, ..) => return Err(refuse(format!("records of {}", source.unwrap_or("no named source")))),
                 }
             }
-            Ok(Invoked::Messages(Batch { ids, bodies, is_fifo }))
+            Ok(Invoked::Messages(Batch { ids, bodies, queue }))
         }
         Envelope { detail_type: Some(detail_type), .. } if detail_type == "Scheduled Event" => Ok(Invoked::Schedule),
         Envelope { detail_type: Some(other), .. } => Err(refuse(format!("an event of type {other:?}"))),
@@ -80,8 +81,9 @@ impl Batch {
     /// FIFO queue the first that may not is returned with all after it, so that they come again in their order.
     pub(crate) fn answer(&self, passed: &[bool]) -> Value {
         let mut is_held = false;
+        let is_fifo = self.queue.ends_with(".fifo");
         let failed = self.ids.iter().zip(passed).filter(|(_, passed)| {
-            is_held = !**passed || is_held && self.is_fifo;
+            is_held = !**passed || is_held && is_fifo;
             is_held
         });
         let failures: Vec<Value> = failed.map(|(id, _)| json!({ "itemIdentifier": id })).collect();

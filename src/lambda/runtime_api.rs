@@ -149,7 +149,7 @@ fn ends_at(deadline: Duration, now: SystemTime) -> SystemTime {
 /// As Lambda shows it to who invoked the function.
 fn describe(error: &Error) -> Value {
     let kind = match error {
-        Error::Projector(_) | Error::Fault(_) | Error::Unhealthy(_) => "Projectionist.Failed",
+        Error::Projector(_) | Error::Fault(_) | Error::Foreign(_) | Error::Unhealthy(_) => "Projectionist.Failed",
         Error::Input(_) => "Projectionist.Input",
         Error::OutOfReach(_) => "Projectionist.OutOfReach",
         Error::Interrupted => "Projectionist.Interrupted",

@@ -37,6 +37,8 @@ pub(crate) struct Summary {
     outdated: Vec<String>,
     /// Projectors of the set that are broken.
     broken: Vec<String>,
+    /// How often a message was received that is not of this log, by any worker or function, since the log was made.
+    foreign: u64,
 }
 
 /// One look at log and ledger.
@@ -47,6 +49,7 @@ struct Look {
     /// Live projectors that this function does not play: they were booted with another definition.
     outdated: Vec<ProjectorId>,
     broken: Vec<ProjectorId>,
+    foreign: u64,
 }
 
 /// What is known so far.
@@ -143,13 +146,14 @@ impl Watch {
             behind: behind.map(|(id, _)| id.to_string()).collect(),
             outdated: last.outdated.iter().map(ToString::to_string).collect(),
             broken: last.broken.iter().map(ToString::to_string).collect(),
+            foreign: last.foreign,
         })
     }
 }
 
 async fn look(worker: &Worker) -> Result<Look, sqlx::Error> {
     let (mut live, mut outdated, mut broken) = (Vec::new(), Vec::new(), Vec::new());
-    let marks = worker.engine.store.marks().await?;
+    let (marks, queue) = tokio::try_join!(worker.engine.store.marks(), worker.engine.store.queue_record())?;
     for entry in worker.entries().await? {
         match entry.status {
             Status::Live if worker.outdated().contains(&entry.id) => outdated.push(entry.id),
@@ -158,5 +162,6 @@ async fn look(worker: &Worker) -> Result<Look, sqlx::Error> {
             _ => {}
         }
     }
-    Ok(Look { published: marks.published, high_water: marks.high_water, live, outdated, broken })
+    let foreign = queue.foreign_messages;
+    Ok(Look { published: marks.published, high_water: marks.high_water, live, outdated, broken, foreign })
 }

@@ -7,10 +7,11 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout};
 use tracing::{debug, warn};
 
+use super::foreign::{claimed_positions, recognize};
 use super::worker::Worker;
 use crate::event::Position;
 use crate::projector::ProjectorId;
-use crate::queue::{Message, parse};
+use crate::queue::Message;
 
 /// When work is cut off: at a moment, or at the shutdown if that comes first.
 #[derive(Debug, Clone)]
@@ -54,21 +55,23 @@ impl Deadline {
 }
 
 impl Worker {
-    /// Passes messages to every live projector of the convoy, and says which of them were passed: all, unless the deadline
-    /// was reached. Those may be deleted. Nothing runs on afterwards.
+    /// Passes messages to every live projector of the convoy, and says which of them were passed: all that are ours, unless the
+    /// deadline was reached. Those may be deleted. Nothing runs on afterwards.
     ///
     /// Stragglers may go on for as long as one projector may hold up the convoy, and then finish the page in hand. What
     /// they have not committed is done again later, as in play when its process ends: the store has it.
-    pub(crate) async fn pass_until(&mut self, bodies: &[String], deadline: &Deadline) -> Vec<bool> {
-        let is_done = tokio::select! {
+    pub(crate) async fn pass_until(&mut self, ids: &[String], bodies: &[String], deadline: &Deadline) -> Vec<bool> {
+        let verdicts = tokio::select! {
             biased;
-            () = self.pass(bodies) => true,
-            () = deadline.reached() => false,
+            verdicts = self.pass(bodies) => Some(verdicts),
+            () = deadline.reached() => None,
         };
         let outside = self.stragglers.outside();
-        self.wind_down(if is_done { self.budget.time } else { Duration::ZERO }, deadline).await;
-        if is_done {
-            return vec![true; bodies.len()];
+        self.wind_down(if verdicts.is_some() { self.budget.time } else { Duration::ZERO }, deadline).await;
+        if let Some(verdicts) = verdicts {
+            // Best effort, as all that only tells of something.
+            let _ = timeout(deadline.look_within(), self.note_foreign(&verdicts, ids, bodies)).await;
+            return verdicts.iter().map(Option::is_none).collect();
         }
         warn!(messages = bodies.len(), "time is over: what is not committed is rolled back");
         match timeout(deadline.look_within(), self.passed(bodies, &outside)).await {
@@ -91,15 +94,17 @@ impl Worker {
     }
 
     /// Which messages every live projector has passed, by the ledger, but for those that are outside the convoy: they read
-    /// the store instead. Of what is no more than a doorbell nobody can tell.
+    /// the store instead. Of a reference nobody can tell.
     async fn passed(&self, bodies: &[String], outside: &HashSet<ProjectorId>) -> Result<Vec<bool>, sqlx::Error> {
-        let (live, marks) = tokio::try_join!(self.live(), self.engine.store.marks())?;
+        let positions = claimed_positions(bodies);
+        let (live, view) = tokio::try_join!(self.live(), self.engine.store.view(&positions))?;
         let in_convoy = live.into_iter().filter(|(id, _)| !outside.contains(id));
         let slowest = in_convoy.map(|(_, position)| position).min();
-        let limit = slowest.map_or(marks.high_water, |slowest: Position| slowest.min(marks.high_water));
-        let is_passed = |body: &String| match parse(body, &self.log_id) {
+        let high_water = view.marks.high_water;
+        let limit = slowest.map_or(high_water, |slowest: Position| slowest.min(high_water));
+        let is_passed = |body: &String| match recognize(body, &view) {
             Message::Events(run) => run.last() <= limit,
-            Message::Doorbell(_) => false,
+            Message::Reference(_) | Message::NotOurs(_) => false,
         };
         Ok(bodies.iter().map(is_passed).collect())
     }

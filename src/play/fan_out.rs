@@ -3,6 +3,7 @@
 use tokio::time::timeout;
 use tracing::{debug, warn};
 
+use super::foreign::{claimed_positions, recognize};
 use super::worker::Worker;
 use crate::apply::Batch;
 use crate::catch_up::{Cursor, CursorState};
@@ -11,26 +12,33 @@ use crate::event::Position;
 use crate::lifecycle::Stage;
 use crate::metrics;
 use crate::projector::ProjectorId;
-use crate::queue::{Message, parse};
+use crate::queue::{Foreign, Message};
+use crate::store::LogView;
 
 impl Worker {
     /// Passes messages to every live projector of the convoy by the chain rule, and counts those that break. `Ok`: each of
-    /// them has committed past all of the messages, is broken, is no longer ours, or has left the convoy and reads
-    /// the store instead. So they may be deleted.
+    /// them has committed past all of our messages, is broken, is no longer ours, or has left the convoy and reads
+    /// the store instead. So they may be deleted, but for those that are not ours: it says of each message why it is not.
     ///
     /// # Errors
     /// If ledger or log cannot be read: then nothing may be deleted.
-    pub(super) async fn fan_out(&mut self, bodies: &[String]) -> Result<(), sqlx::Error> {
-        // Read again with every batch: what was booted, broken or retired meanwhile joins or leaves.
-        let (live, marks) = tokio::try_join!(self.engine.ledger.live(), self.engine.store.marks())?;
+    pub(super) async fn fan_out(&mut self, bodies: &[String]) -> Result<Vec<Option<Foreign>>, sqlx::Error> {
+        // Read again with every batch: what was booted, broken or retired meanwhile joins or leaves. So is the identity of the
+        // log: nothing is applied because of an id or a key that was its own once.
+        let positions = claimed_positions(bodies);
+        let (live, view) = tokio::try_join!(self.engine.ledger.live(), self.engine.store.view(&positions))?;
         let live = self.sort_out(live);
-        let (runs, doorbells) = sort(bodies, &self.log_id, marks.high_water);
-        let target = match doorbells {
-            0 => None,
-            _ => Some(self.engine.store.raise_high_water().await?.mark),
+        self.note_log(&view.marks.log.id);
+        let Sorted { runs, has_references, foreign } = sort(bodies, &view);
+        self.broken += self.stragglers.rejoin();
+        if runs.is_empty() && !has_references {
+            return Ok(foreign);
+        }
+        let target = match has_references {
+            false => None,
+            true => Some(self.engine.store.raise_high_water().await?.mark),
         };
 
-        self.broken += self.stragglers.rejoin();
         let held_up = self.led.take();
         let mut convoy = self.convoy(&live, &runs, target, held_up.as_ref());
         let budget = self.budget;
@@ -60,7 +68,7 @@ impl Worker {
             }
             self.broken += u64::from(matches!(cursor.state, CursorState::Broke));
         }
-        Ok(())
+        Ok(foreign)
     }
 
     /// The live projectors that can follow, in registry order. Those that are far behind are sent off, and who held up the
@@ -94,7 +102,7 @@ impl Worker {
         convoy
     }
 
-    /// Brings one projector past all runs, and through the target of the doorbells.
+    /// Brings one projector past all runs, and through the target of the references.
     async fn lead(&self, cursor: &mut Cursor, runs: &[Run], target: Option<Position>) -> Result<(), sqlx::Error> {
         for run in runs {
             self.follow(cursor, run).await?;
@@ -166,21 +174,32 @@ pub(crate) fn need<'a>(cursor: &Cursor, run: &'a Run, most: u64) -> Need<'a> {
     }
 }
 
-/// Reads messages: the runs in them, joined and in order, and how many say no more than to look.
-pub(crate) fn sort(bodies: &[String], log_id: &str, high_water: Position) -> (Vec<Run>, usize) {
+/// What came with one receive.
+#[derive(Debug)]
+pub(crate) struct Sorted {
+    /// The events, joined and in order.
+    pub(crate) runs: Vec<Run>,
+    /// Whether there are events that have to be read from the store.
+    pub(crate) has_references: bool,
+    /// Of each message, in the order in which they came, why it is not ours; `None`: it is.
+    pub(crate) foreign: Vec<Option<Foreign>>,
+}
+
+/// Reads messages. Each run is compared with the log before it is joined to others.
+pub(crate) fn sort(bodies: &[String], view: &LogView) -> Sorted {
     let mut runs = Vec::new();
-    let mut doorbells = 0;
-    for body in bodies {
-        match parse(body, log_id) {
-            Message::Events(run) => runs.push(run),
-            Message::Doorbell(reason) => {
-                debug!(reason, "a doorbell");
-                doorbells += 1;
-            }
+    let mut has_references = false;
+    let foreign = bodies.iter().map(|body| match recognize(body, view) {
+        Message::Events(run) => {
+            runs.push(run);
+            None
         }
-    }
-    // The relay stores the mark before it sends. What lies above it is of a log that was, before a backup
-    // of the database was restored.
-    let (runs, beyond): (Vec<Run>, Vec<Run>) = chain::join(runs).into_iter().partition(|run| run.last() <= high_water);
-    (runs, doorbells + beyond.len())
+        Message::Reference(_) => {
+            has_references = true;
+            None
+        }
+        Message::NotOurs(why) => Some(why),
+    });
+    let foreign = foreign.collect();
+    Sorted { runs: chain::join(runs), has_references, foreign }
 }

@@ -3,11 +3,14 @@
 mod convoy;
 mod cut_off;
 pub(crate) mod fan_out;
+pub(crate) mod foreign;
 mod intake;
 pub(crate) mod reconcile;
 pub(crate) mod worker;
 
+use std::collections::{HashSet, VecDeque};
 use std::future::Future;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,13 +23,14 @@ use tracing::{debug, info, warn};
 use crate::database::Database;
 use crate::deliver::Limits;
 use crate::error::Error;
-use crate::queue::{Queue, Receipt, Received};
+use crate::queue::{Foreign, Queue, Receipt, Received};
 use crate::registry::Registry;
 use crate::relay::{Relay, RelaySettings};
 use crate::retry;
 use crate::store::LogFault;
 pub use convoy::ConvoyBudget;
 pub(crate) use cut_off::Deadline;
+pub(crate) use foreign::check_queue;
 use intake::Intake;
 pub(crate) use worker::Worker;
 
@@ -44,7 +48,8 @@ pub struct PlaySettings {
     pub reconcile_after: Duration,
     /// How long one projector may hold up the others.
     pub convoy: ConvoyBudget,
-    /// Whether to end once queue and log are quiet and every live projector is at the high-water mark.
+    /// Whether to end once queue and log are quiet and every live projector is at the high-water mark. A queue that holds
+    /// only messages of others counts as quiet.
     pub until_idle: bool,
     /// How long the batch in hand may take to end after the shutdown; then it is rolled back.
     pub grace: Duration,
@@ -74,7 +79,26 @@ pub struct Played {
     pub broken: u64,
     /// Live projectors that were not played at the end: they were booted with another definition than this worker has.
     pub outdated: u64,
+    /// Messages that are not of this log. They were neither applied nor deleted.
+    pub foreign: u64,
 }
+
+/// After receives of nothing but messages that are not ours, the next one waits for so long; it doubles. Meanwhile their owner
+/// can have them, and projectors are fed from the store.
+const FIRST_FOREIGN_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_FOREIGN_PAUSE: Duration = Duration::from_secs(30);
+
+/// A receive that brings so many messages may have left some of ours behind them.
+const FULL_RECEIVE: usize = 10;
+
+/// So many messages that are not ours are taken at most, and given back together, to see what stands behind them.
+const MOST_SET_ASIDE: usize = 100;
+
+/// After so many receives without a message of ours, a queue that still holds some that are not is taken to hold nothing else.
+const BARREN_RECEIVES: u32 = 3;
+
+/// Beyond, messages that are not ours are not told from each other, and not given back at the end: they come back by themselves.
+const MOST_FOREIGN_KNOWN: usize = 10_000;
 
 /// Plays every live projector of a set, until `shutdown`. Projectors that are booted, broken or retired
 /// meanwhile join or leave without a restart; one that was not booted is never played.
@@ -95,9 +119,9 @@ pub async fn play(
         biased;
         // The database may be away, and is waited for.
         () = &mut shutdown => return Ok(Played::default()),
-        worker = Worker::new(database, registry, settings.limits, settings.convoy, settings.reconcile_after) => worker?,
+        worker = start(database, registry, &settings, queue.as_ref()) => worker?,
     };
-    let mut player = Player { worker, queue, settings, messages: 0, quarrel: Quarrel::default(), fault: None };
+    let mut player = Player::new(worker, queue, settings);
 
     let relay = player.settings.relay.map(|settings| {
         let (store, watch) = (player.worker.engine.store.clone(), player.worker.watch.clone());
@@ -114,6 +138,7 @@ pub async fn play(
     let mut intake = Intake::new(&player.queue);
     player.run(&mut intake, shutdown).await;
     intake.close().await;
+    player.give_back_foreign().await;
     let broken = player.worker.broken_so_far();
     let outdated = player.worker.outdated().len() as u64;
     if let Some((stop, task)) = relay {
@@ -122,8 +147,23 @@ pub async fn play(
     }
     match player.fault {
         Some(fault) => Err(Error::Fault(fault.to_string())),
-        None => Ok(Played { messages: player.messages, broken, outdated }),
+        None => Ok(Played { messages: player.messages, broken, outdated, foreign: player.foreign.len() as u64 }),
     }
+}
+
+async fn start(
+    database: &Database,
+    registry: &Registry,
+    settings: &PlaySettings,
+    queue: &dyn Queue,
+) -> Result<Worker, Error> {
+    let budget = settings.convoy;
+    let mut worker = Worker::new(database, registry, settings.limits, budget, settings.reconcile_after).await?;
+    // Not waited for: the log was just read, and this only tells of something.
+    if let Err(error) = worker.check_queue(queue.identity()).await {
+        debug!(%error, "cannot tell whether the queue has changed");
+    }
+    Ok(worker)
 }
 
 /// A worker that the queue feeds.
@@ -136,9 +176,45 @@ struct Player {
     quarrel: Quarrel,
     /// Why it can never be idle: the log has lost its end.
     fault: Option<LogFault>,
+    /// The messages that are not ours, each once.
+    foreign: HashSet<u64>,
+    /// Those that came with messages of ours: hidden until their visibility expires, so that ours are not held up by them.
+    hidden: VecDeque<(Instant, Receipt)>,
+    /// Those that came without any of ours, and are given back once it is seen what stands behind them.
+    aside: Vec<Receipt>,
+    /// Pauses in a row because nothing came but messages that are not ours.
+    foreign_pauses: u32,
+    /// Receives in a row that brought no message of ours.
+    barren_receives: u32,
+}
+
+/// What is next after a receive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Next {
+    Receive,
+    /// A pause, because it brought nothing but messages that are not ours.
+    Pause,
+    /// The end: all is quiet, and that is what it was to wait for.
+    End,
 }
 
 impl Player {
+    fn new(worker: Worker, queue: Arc<dyn Queue>, settings: PlaySettings) -> Self {
+        Player {
+            worker,
+            queue,
+            settings,
+            messages: 0,
+            quarrel: Quarrel::default(),
+            foreign: HashSet::new(),
+            hidden: VecDeque::new(),
+            aside: Vec::new(),
+            foreign_pauses: 0,
+            barren_receives: 0,
+            fault: None,
+        }
+    }
+
     async fn run(&mut self, intake: &mut Intake, shutdown: impl Future<Output = ()>) {
         let mut shutdown = pin!(shutdown);
         // So that what stands still now is known from the first poll on.
@@ -187,8 +263,15 @@ impl Player {
                 }
             };
             match ended {
-                Some(false) => {}
-                Some(true) => return,
+                Some(Next::Receive) => {}
+                Some(Next::Pause) => {
+                    tokio::select! {
+                        biased;
+                        () = &mut shutdown => return,
+                        () = self.leave_to_the_owner() => {}
+                    }
+                }
+                Some(Next::End) => return,
                 None => {
                     warn!("the batch in hand took too long: it is rolled back, and its messages go back to the queue");
                     if let Err(error) = self.queue.hide(&receipts, Duration::ZERO).await {
@@ -211,43 +294,152 @@ impl Player {
         }
     }
 
-    /// Deals with one receive, and begins the next unless it `is_last`. `true`: all is quiet, and that is what it was to
-    /// wait for.
-    async fn work(&mut self, received: Vec<Received>, intake: &mut Intake, is_last: &AtomicBool) -> bool {
+    /// Deals with one receive, and begins the next unless it `is_last`.
+    async fn work(&mut self, received: Vec<Received>, intake: &mut Intake, is_last: &AtomicBool) -> Next {
         if received.is_empty() {
+            self.barren_receives += 1;
             self.worker.reconcile().await;
-            return self.settings.until_idle && self.is_idle().await;
+            let next = if self.aside.is_empty() { Next::Receive } else { self.leave_foreign().await };
+            return self.next_if_idle(next).await;
         }
-        let receipts: Vec<Receipt> = received.iter().map(|message| message.receipt.clone()).collect();
-        let bodies: Vec<String> = received.into_iter().map(|message| message.body).collect();
+        let mut receipts = Vec::with_capacity(received.len());
+        let (mut ids, mut bodies) = (Vec::with_capacity(received.len()), Vec::with_capacity(received.len()));
+        for Received { receipt, id, body } in received {
+            receipts.push(receipt);
+            ids.push(id);
+            bodies.push(body);
+        }
 
         let (queue, visibility) = (Arc::clone(&self.queue), self.queue.visibility());
-        if !queue.is_ordered() {
+        // Not while it only takes messages that are not ours: what is received ahead is hidden from their owner.
+        if !queue.is_ordered() && self.barren_receives == 0 {
             intake.receive_ahead(self.wait());
         }
-        tokio::select! {
+        let verdicts = tokio::select! {
             biased;
-            () = self.worker.pass(&bodies) => {}
+            verdicts = self.worker.pass(&bodies) => verdicts,
             never = keep_hidden(queue.as_ref(), &receipts, visibility) => match never {},
+        };
+        self.worker.note_foreign(&verdicts, &ids, &bodies).await;
+        let (ours, foreign) = self.tell_apart(&verdicts, receipts, &ids, &bodies);
+        if ours.is_empty() {
+            self.barren_receives += 1;
+            let is_full = foreign.len() >= FULL_RECEIVE;
+            self.aside.extend(foreign);
+            if is_full && self.aside.len() < MOST_SET_ASIDE && !is_last.load(Ordering::Relaxed) {
+                return Next::Receive;
+            }
+            let next = self.leave_foreign().await;
+            return self.next_if_idle(next).await;
         }
+        (self.barren_receives, self.foreign_pauses) = (0, 0);
+        let aside = std::mem::take(&mut self.aside);
+        self.keep_for_the_end(aside.into_iter().chain(foreign));
         // One that does not wait would find their group closed still.
         if queue.is_ordered() && !self.wait().is_zero() && !is_last.load(Ordering::Relaxed) {
             intake.receive_ahead(self.wait());
         }
         // Every live projector has committed past them, or is broken.
-        match self.queue.delete(&receipts).await {
-            Ok(()) => self.messages += receipts.len() as u64,
+        match self.queue.delete(&ours).await {
+            Ok(()) => self.messages += ours.len() as u64,
             Err(error) => warn!(%error, "could not delete messages: they come again, and are known by their positions"),
         }
         if self.worker.reconcile.is_due(Instant::now()) {
             self.worker.reconcile().await;
         }
-        false
+        Next::Receive
     }
 
-    /// Whether queue and log are quiet and every live projector is at the high-water mark; or the log has a fault, so that
-    /// this never comes.
-    async fn is_idle(&mut self) -> bool {
+    /// The receipts of our messages, and those of the others.
+    fn tell_apart(
+        &mut self,
+        verdicts: &[Option<Foreign>],
+        receipts: Vec<Receipt>,
+        ids: &[String],
+        bodies: &[String],
+    ) -> (Vec<Receipt>, Vec<Receipt>) {
+        let (mut ours, mut foreign) = (Vec::with_capacity(receipts.len()), Vec::new());
+        for (at, receipt) in receipts.into_iter().enumerate() {
+            if verdicts[at].is_none() {
+                ours.push(receipt);
+                continue;
+            }
+            foreign.push(receipt);
+            if self.foreign.len() < MOST_FOREIGN_KNOWN {
+                let mut hasher = DefaultHasher::new();
+                if ids[at].is_empty() { &bodies[at] } else { &ids[at] }.hash(&mut hasher);
+                self.foreign.insert(hasher.finish());
+            }
+        }
+        (ours, foreign)
+    }
+
+    /// Remembers messages that are not ours and stay hidden.
+    fn keep_for_the_end(&mut self, foreign: impl Iterator<Item = Receipt>) {
+        let (now, visibility) = (Instant::now(), self.queue.visibility());
+        while self.hidden.front().is_some_and(|(since, _)| now.duration_since(*since) > visibility)
+            || self.hidden.len() > MOST_FOREIGN_KNOWN
+        {
+            self.hidden.pop_front();
+        }
+        self.hidden.extend(foreign.map(|receipt| (now, receipt)));
+    }
+
+    /// Gives back what came without any of ours.
+    async fn leave_foreign(&mut self) -> Next {
+        self.foreign_pauses += 1;
+        let aside = std::mem::take(&mut self.aside);
+        if let Err(error) = self.queue.hide(&aside, Duration::ZERO).await {
+            debug!(%error, "messages that are not ours were not given back, and come back by themselves");
+        }
+        Next::Pause
+    }
+
+    /// Gives back what is hidden and not ours, and adds to the log's count what it does not have yet. Best effort.
+    async fn give_back_foreign(&mut self) {
+        let mut hidden: Vec<Receipt> = self.hidden.drain(..).map(|(_, receipt)| receipt).collect();
+        hidden.append(&mut self.aside);
+        let give_back = async {
+            if let Err(error) = self.queue.hide(&hidden, Duration::ZERO).await {
+                debug!(%error, "messages that are not ours were not given back, and come back by themselves");
+            }
+            self.worker.count_foreign().await;
+        };
+        let _ = timeout(self.settings.grace, give_back).await;
+    }
+
+    /// Receives nothing for a while, so that the owner of what is not ours can have it. Projectors are fed from the store.
+    async fn leave_to_the_owner(&mut self) {
+        let doubled = FIRST_FOREIGN_PAUSE * (1 << self.foreign_pauses.saturating_sub(1).min(5));
+        let longest = if self.settings.until_idle { FIRST_FOREIGN_PAUSE } else { LONGEST_FOREIGN_PAUSE };
+        let until = tokio::time::Instant::now() + doubled.min(longest);
+        let step = self.settings.reconcile_after.clamp(Duration::from_millis(100), FIRST_FOREIGN_PAUSE);
+        while tokio::time::Instant::now() < until {
+            self.worker.reconcile().await;
+            tokio::time::sleep_until(until.min(tokio::time::Instant::now() + step)).await;
+        }
+    }
+
+    /// [`Next::End`] where it is to end once all is quiet, and all is; else what is next.
+    async fn next_if_idle(&mut self, next: Next) -> Next {
+        if !self.settings.until_idle || !self.is_quiet().await {
+            return next;
+        }
+        // Nobody can tell what a message is that another worker has, or that stands behind one that is hidden. All of its
+        // events are applied.
+        if self.fault.is_some() {
+            return Next::End;
+        }
+        let has_only_foreign = !self.foreign.is_empty() && self.barren_receives >= BARREN_RECEIVES;
+        match has_only_foreign || next == Next::Receive && self.queue.depth().await.is_ok_and(|depth| depth == 0) {
+            true => Next::End,
+            false => next,
+        }
+    }
+
+    /// Whether the log is quiet and every live projector is at the high-water mark; or the log has a fault, so that this
+    /// never comes.
+    async fn is_quiet(&mut self) -> bool {
         let store = &self.worker.engine.store;
         let quiet = async {
             let high_water = store.raise_high_water().await?;
@@ -265,7 +457,7 @@ impl Player {
                 self.fault = Some(fault);
                 true
             }
-            Ok((quiet, None)) => quiet && self.queue.depth().await.is_ok_and(|depth| depth == 0),
+            Ok((quiet, None)) => quiet,
             Err(error) => {
                 debug!(%error, "cannot tell whether all is quiet");
                 false

@@ -7,6 +7,7 @@ use tracing::{info, warn};
 
 use super::Quarrel;
 use super::convoy::{ConvoyBudget, Stragglers};
+use super::foreign::ForeignWatch;
 use super::reconcile::Reconcile;
 use crate::database::Database;
 use crate::deliver::{Engine, Limits};
@@ -17,6 +18,7 @@ use crate::ledger::{Entry, Live};
 use crate::lifecycle::{Stage, Status};
 use crate::metrics;
 use crate::projector::ProjectorId;
+use crate::queue::Foreign;
 use crate::registry::Registry;
 use crate::retry;
 
@@ -27,7 +29,9 @@ const SLOW: Duration = Duration::from_secs(1);
 pub(crate) struct Worker {
     pub(crate) engine: Engine,
     pub(super) registry: Registry,
+    /// Which log it was when messages last came; only to tell of a change.
     pub(super) log_id: String,
+    pub(super) foreign: ForeignWatch,
     pub(super) budget: ConvoyBudget,
     /// How long a projector may stand still below the mark before the queue has lost what it waits for.
     pub(super) reconcile_after: Duration,
@@ -59,11 +63,12 @@ impl Worker {
         // A worker that gave up on one projector would delete messages that it has not passed.
         let limits = Limits { patience: None, ..limits };
         let engine = Engine::new(database, limits, registry);
-        let log_id = engine.persist("read the marks of the log", || engine.store.marks()).await?.log_id;
+        let log_id = engine.persist("read the marks of the log", || engine.store.marks()).await?.log.id;
         let worker = Worker {
             engine,
             registry: registry.clone(),
             log_id,
+            foreign: ForeignWatch::default(),
             budget,
             reconcile_after,
             reconcile: Reconcile::default(),
@@ -101,14 +106,18 @@ impl Worker {
         Ok(())
     }
 
-    /// Fans messages out, again and again if the database is away, until each live projector is past them.
-    pub(crate) async fn pass(&mut self, bodies: &[String]) {
+    /// Fans messages out, again and again if the database is away, until each live projector is past those that are ours. Says
+    /// of each message why it is not ours; `None`: it is, and may be deleted.
+    pub(crate) async fn pass(&mut self, bodies: &[String]) -> Vec<Option<Foreign>> {
         let began = Instant::now();
         loop {
             match self.fan_out(bodies).await {
-                Ok(()) => {
+                Ok(verdicts) => {
                     self.quarrel.over("the database works again");
-                    return note_committed(bodies.len(), began.elapsed());
+                    if verdicts.iter().any(Option::is_none) {
+                        note_committed(bodies.len(), began.elapsed());
+                    }
+                    return verdicts;
                 }
                 Err(error) => {
                     let pause = self.quarrel.again("cannot fan out, trying again", &error);

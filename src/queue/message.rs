@@ -1,4 +1,6 @@
-//! The wire format: consecutive events, with the position just before the first.
+//! The wire format: consecutive events, with the position just before the first, signed.
+
+use std::fmt::{self, Write};
 
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
@@ -7,14 +9,53 @@ use time::format_description::well_known::Rfc3339;
 
 use crate::chain::Run;
 use crate::event::{Event, Position, Recorded};
+use crate::signature::{LogIdentity, SIGNATURE_DIGITS};
 
 /// What a message says.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Message {
     /// Consecutive events of our log.
     Events(Run),
-    /// Only that there is something to look for in the store, and why it says no more.
-    Doorbell(&'static str),
+    /// The event at this position of our log, which is read from the store.
+    Reference(Position),
+    /// Somebody else's. It is never applied and never deleted.
+    NotOurs(Foreign),
+}
+
+/// Why a message is not ours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Foreign {
+    /// Not of our form.
+    NotReadable,
+    /// Of our form, but without a signature.
+    NotSigned,
+    /// It names another log.
+    OtherLog,
+    /// It names our log, and its signature is not made with our key, or not of this text.
+    WrongSignature,
+    /// Signed with our key, but not what this release writes.
+    UnknownShape,
+    /// Its positions are not consecutive.
+    NotConsecutive,
+    /// It ends beyond the high-water mark: of a log that was, before the database was restored.
+    BeyondTheMark,
+    /// It ends with another event than the log has there: the database was restored, or it is a clone.
+    OtherEvent,
+}
+
+impl fmt::Display for Foreign {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Foreign::NotReadable => "not readable",
+            Foreign::NotSigned => "not signed",
+            Foreign::OtherLog => "of another log",
+            Foreign::WrongSignature => "wrong signature",
+            Foreign::UnknownShape => "of an unknown shape",
+            Foreign::NotConsecutive => "not consecutive",
+            Foreign::BeyondTheMark => "beyond the high-water mark",
+            Foreign::OtherEvent => "another event than in the log",
+        })
+    }
 }
 
 /// A message that is ready to be sent.
@@ -26,17 +67,27 @@ pub(crate) struct Packed {
     pub(crate) events: usize,
 }
 
-/// `{"log":"…","prev":41,"events":[{"position":42,…},…]}`; a reference has `"last":42` in the place of `events`.
-#[derive(Serialize, Deserialize)]
+/// A body begins with this, and then has the signature of all that comes after [`SIGNATURE_ENDS`], byte for byte: it is
+/// found by its place, so that nothing is parsed that is not verified.
+const SIGNATURE_BEGINS: &str = "{\"sig\":\"";
+const SIGNATURE_ENDS: &str = "\",";
+
+/// What is signed begins here.
+const SIGNED_FROM: usize = SIGNATURE_BEGINS.len() + SIGNATURE_DIGITS + SIGNATURE_ENDS.len();
+
+/// A body ends with this, the last position, and a brace.
+const LAST: &str = "\"last\":";
+
+/// `{"sig":"…","log":"…","prev":41,"events":[{"position":42,…},…],"last":43}`; a reference is without `events`: its event is
+/// too large to travel, and is read from the store.
+#[derive(Deserialize)]
 struct Envelope<'a> {
     /// Which log: positions of another one would mean other events.
     log: &'a str,
     prev: u64,
-    #[serde(default, skip_serializing_if = "Option::is_none", borrow)]
+    #[serde(default, borrow)]
     events: Option<Vec<Wire<'a>>>,
-    /// Only in a reference: an event that is too large to travel, and is read from the store.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    last: Option<u64>,
+    last: u64,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -57,34 +108,57 @@ struct Wire<'a> {
     metadata: Option<&'a RawValue>,
 }
 
-/// Reads a message. Whatever is not a run of events of this log rings the doorbell: it can delay, and
-/// cost a read of the store, but it can neither change nor stop anything.
-pub(crate) fn parse(body: &str, log_id: &str) -> Message {
-    let Ok(envelope) = serde_json::from_str::<Envelope<'_>>(body) else {
-        return Message::Doorbell("not readable");
+/// Reads a message. Nothing of it is parsed before its signature is verified.
+pub(crate) fn parse(body: &str, log: &LogIdentity) -> Message {
+    read(body, log).unwrap_or_else(Message::NotOurs)
+}
+
+fn read(body: &str, log: &LogIdentity) -> Result<Message, Foreign> {
+    let Some((signature, signed)) = split_signature(body) else {
+        return Err(if body.starts_with("{\"log\":") { Foreign::NotSigned } else { Foreign::NotReadable });
     };
-    if envelope.log != log_id {
-        return Message::Doorbell("of another log");
+    if !log.key.verifies(signed, signature) {
+        let is_named = signed.strip_prefix("\"log\":\"").is_some_and(|rest| rest.starts_with(&log.id));
+        return Err(if is_named { Foreign::WrongSignature } else { Foreign::OtherLog });
     }
-    let Some(events) = envelope.events else { return Message::Doorbell("a reference") };
+    let envelope: Envelope<'_> = serde_json::from_str(body).map_err(|_| Foreign::UnknownShape)?;
+    if envelope.log != log.id {
+        return Err(Foreign::OtherLog);
+    }
+    let last = Position::new(envelope.last);
+    let Some(events) = envelope.events else { return Ok(Message::Reference(last)) };
     let events = events.into_iter().map(Wire::into_event).collect();
-    match Run::new(Position::new(envelope.prev), events) {
-        Some(run) => Message::Events(run),
-        None => Message::Doorbell("not consecutive"),
-    }
+    let run = Run::new(Position::new(envelope.prev), events).filter(|run| run.last() == last);
+    run.map(Message::Events).ok_or(Foreign::NotConsecutive)
+}
+
+/// The signature, and the text that it is of.
+fn split_signature(body: &str) -> Option<(&str, &str)> {
+    let (signature, rest) = body.strip_prefix(SIGNATURE_BEGINS)?.split_at_checked(SIGNATURE_DIGITS)?;
+    Some((signature, rest.strip_prefix(SIGNATURE_ENDS)?))
+}
+
+/// Where a message claims to end, before anything is verified: which row of the log it is to be compared with.
+pub(crate) fn claimed_last(body: &str) -> Option<Position> {
+    let body = body.strip_suffix('}')?;
+    let before = body.trim_end_matches(|digit: char| digit.is_ascii_digit());
+    before.ends_with(LAST).then(|| body[before.len()..].parse().ok().map(Position::new))?
 }
 
 /// Packs as many of these consecutive events as fit into one message, at most `max_events`; a first event
 /// that does not fit alone travels as a reference. `events` must not be empty.
-pub(crate) fn pack(log_id: &str, prev: Position, events: &[Event], max_bytes: usize, max_events: usize) -> Packed {
-    let head = format!("{{\"log\":\"{log_id}\",\"prev\":{prev},\"events\":[");
-    let mut body = head;
+pub(crate) fn pack(log: &LogIdentity, prev: Position, events: &[Event], max_bytes: usize, max_events: usize) -> Packed {
+    let (id, no_signature) = (&log.id, "0".repeat(SIGNATURE_DIGITS));
+    let mut body = format!("{SIGNATURE_BEGINS}{no_signature}{SIGNATURE_ENDS}\"log\":\"{id}\",\"prev\":{prev},");
+    let head = body.len();
+    body.push_str("\"events\":[");
     let mut last = prev;
     let mut count = 0;
     for event in events.iter().take(max_events) {
         let Some(text) = Wire::write(event) else { break };
-        // With the comma before it, and the brackets after.
-        if body.len() + text.len() + 3 > max_bytes {
+        // With the comma before it, and all that comes after the last.
+        let end = 1 + "],".len() + LAST.len() + digits(event.position()) + "}".len();
+        if body.len() + text.len() + end > max_bytes {
             break;
         }
         if count > 0 {
@@ -95,11 +169,21 @@ pub(crate) fn pack(log_id: &str, prev: Position, events: &[Event], max_bytes: us
         count += 1;
     }
     if count > 0 {
-        body.push_str("]}");
-        return Packed { body, last, events: count };
+        body.push_str("],");
+    } else {
+        body.truncate(head);
+        last = prev.next();
+        count = 1;
     }
-    let last = prev.next();
-    Packed { body: format!("{{\"log\":\"{log_id}\",\"prev\":{prev},\"last\":{last}}}"), last, events: 1 }
+    // Writing to a string does not fail.
+    let _ = write!(body, "{LAST}{last}}}");
+    let signature = log.key.sign(&body[SIGNED_FROM..]);
+    body.replace_range(SIGNATURE_BEGINS.len()..SIGNATURE_BEGINS.len() + SIGNATURE_DIGITS, &signature);
+    Packed { body, last, events: count }
+}
+
+fn digits(position: Position) -> usize {
+    position.get().checked_ilog10().map_or(1, |log| log as usize + 1)
 }
 
 impl<'a> Wire<'a> {
@@ -151,14 +235,36 @@ mod tests {
 
     use super::*;
     use crate::chain::tests::{event, recorded};
+    use crate::signature::SigningKey;
     use crate::{hot_path, spoiled};
 
     const LOG: &str = "5f9c2a1e-0000-0000-0000-000000000001";
 
+    fn log() -> LogIdentity {
+        LogIdentity { id: LOG.into(), key: SigningKey::new(&[7; 32]) }
+    }
+
+    /// As whoever has the key would sign it.
+    fn signed(text: &str) -> String {
+        format!("{SIGNATURE_BEGINS}{}{SIGNATURE_ENDS}{text}", log().key.sign(text))
+    }
+
+    /// Parses a message that must say where it ends to whoever has not verified it.
+    fn parse(body: &str) -> Message {
+        let message = super::parse(body, &log());
+        let last = match &message {
+            Message::Events(run) => run.last(),
+            Message::Reference(last) => *last,
+            Message::NotOurs(_) => return message,
+        };
+        assert_eq!(claimed_last(body), Some(last), "{body}");
+        message
+    }
+
     fn unpack(packed: &Packed) -> Run {
-        match parse(&packed.body, LOG) {
+        match parse(&packed.body) {
             Message::Events(run) => run,
-            doorbell => panic!("{doorbell:?}"),
+            other => panic!("{other:?}"),
         }
     }
 
@@ -169,22 +275,23 @@ mod tests {
         first.metadata = Some("[ ]".into());
         first.event_type = "with \"quotes\" and \\".into();
         let events = vec![first.into(), event(9)];
-        let packed = pack(LOG, Position::new(7), &events, 100_000, 100);
+        let packed = pack(&log(), Position::new(7), &events, 100_000, 100);
         assert_eq!(Some(unpack(&packed)), Run::new(Position::new(7), events));
         assert_eq!((packed.last, packed.events), (Position::new(9), 2));
     }
 
     #[test]
     fn hot_path_pack() {
-        let events = hot_path::events();
-        let packed = hot_path::count(|| pack(LOG, Position::START, &events, 100_000, 100));
+        let (events, log) = (hot_path::events(), log());
+        let packed = hot_path::count(|| pack(&log, Position::START, &events, 100_000, 100));
         assert_eq!(packed.last, Position::new(hot_path::EVENTS));
     }
 
     #[test]
     fn hot_path_parse() {
-        let body = pack(LOG, Position::START, &hot_path::events(), 100_000, 100).body;
-        let Message::Events(run) = hot_path::count(|| parse(&body, LOG)) else { panic!("a doorbell") };
+        let body = pack(&log(), Position::START, &hot_path::events(), 100_000, 100).body;
+        let log = log();
+        let Message::Events(run) = hot_path::count(|| super::parse(&body, &log)) else { panic!("not ours") };
         assert_eq!(run.last(), Position::new(hot_path::EVENTS));
     }
 
@@ -192,9 +299,9 @@ mod tests {
     fn an_event_that_cannot_travel_is_sent_as_a_reference() {
         for payload in [format!("\"{}\"", "x".repeat(5_000)), "\"\u{ffff}\"".into()] {
             let large = Recorded { payload, ..recorded(8) }.into();
-            let packed = pack(LOG, Position::new(7), &[large, event(9)], 2_000, 100);
+            let packed = pack(&log(), Position::new(7), &[large, event(9)], 2_000, 100);
             assert_eq!(packed.last, Position::new(8));
-            assert_eq!(parse(&packed.body, LOG), Message::Doorbell("a reference"));
+            assert_eq!(parse(&packed.body), Message::Reference(Position::new(8)));
         }
     }
 
@@ -202,31 +309,79 @@ mod tests {
     fn what_would_not_come_out_byte_for_byte_is_sent_as_a_reference() {
         for (payload, metadata) in [(" {}", None), ("{}\n", None), ("{}", Some("null")), ("{}", Some("1 "))] {
             let spaced = Recorded { payload: payload.into(), metadata: metadata.map(str::to_owned), ..recorded(8) };
-            let packed = pack(LOG, Position::new(7), &[spaced.into(), event(9)], 2_000, 100);
+            let packed = pack(&log(), Position::new(7), &[spaced.into(), event(9)], 2_000, 100);
             assert_eq!(packed.last, Position::new(8), "{payload:?} {metadata:?}");
-            assert_eq!(parse(&packed.body, LOG), Message::Doorbell("a reference"));
+            assert_eq!(parse(&packed.body), Message::Reference(Position::new(8)));
         }
         // As a payload, null is as good as anything.
         let null = Recorded { payload: "null".into(), metadata: None, ..recorded(8) }.into();
-        assert_eq!(unpack(&pack(LOG, Position::new(7), &[null], 2_000, 100)).last(), Position::new(8));
+        assert_eq!(unpack(&pack(&log(), Position::new(7), &[null], 2_000, 100)).last(), Position::new(8));
     }
 
     #[test]
-    fn what_is_not_a_run_of_this_log_is_a_doorbell() {
-        let good = pack(LOG, Position::new(7), &[event(8), event(9)], 100_000, 100).body;
-        assert!(matches!(parse(&good, LOG), Message::Events(_)));
+    fn whatever_is_not_signed_with_the_key_of_this_log_is_not_ours() {
+        let good = pack(&log(), Position::new(7), &[event(8), event(9)], 100_000, 100).body;
+        assert!(matches!(parse(&good), Message::Events(_)));
+        let unsigned = format!("{{{}", &good[SIGNED_FROM..]);
+        let other = LogIdentity { key: SigningKey::new(&[8; 32]), ..log() };
         for (body, why) in [
-            (String::new(), "not readable"),
-            ("hello".into(), "not readable"),
-            ("[1,2]".into(), "not readable"),
-            (good[..good.len() - 1].into(), "not readable"),
-            (good.replace(LOG, "another"), "of another log"),
-            (good.replace("\"prev\":7", "\"prev\":6"), "not consecutive"),
-            (good.replace("\"position\":9", "\"position\":10"), "not consecutive"),
-            (format!("{{\"log\":\"{LOG}\",\"prev\":7,\"events\":[]}}"), "not consecutive"),
+            (String::new(), Foreign::NotReadable),
+            ("hello".into(), Foreign::NotReadable),
+            ("[1,2]".into(), Foreign::NotReadable),
+            (format!(" {good}"), Foreign::NotReadable),
+            (good[..SIGNED_FROM - 3].into(), Foreign::NotReadable),
+            (unsigned, Foreign::NotSigned),
+            (good[..SIGNED_FROM].into(), Foreign::OtherLog),
+            (good.replace(LOG, "another"), Foreign::OtherLog),
+            (good[..good.len() - 1].into(), Foreign::WrongSignature),
+            (format!("{good} "), Foreign::WrongSignature),
+            (good.replace("\"prev\":7", "\"prev\":6"), Foreign::WrongSignature),
+            (good.replace("Confirmation", "confirmation"), Foreign::WrongSignature),
+            (pack(&other, Position::new(7), &[event(8), event(9)], 100_000, 100).body, Foreign::WrongSignature),
         ] {
-            assert_eq!(parse(&body, LOG), Message::Doorbell(why), "{body}");
+            assert_eq!(parse(&body), Message::NotOurs(why), "{body}");
         }
+    }
+
+    /// Of a bug of ours, or of a release to come.
+    #[test]
+    fn what_is_signed_and_is_not_a_run_is_not_ours_either() {
+        let good = pack(&log(), Position::new(7), &[event(8), event(9)], 100_000, 100).body;
+        let good = &good[SIGNED_FROM..];
+        assert!(matches!(parse(&signed(good)), Message::Events(_)));
+        for (text, why) in [
+            (good[..good.len() - 1].into(), Foreign::UnknownShape),
+            ("}".into(), Foreign::UnknownShape),
+            (good.replace(LOG, "another"), Foreign::OtherLog),
+            (good.replace("\"prev\":7", "\"prev\":6"), Foreign::NotConsecutive),
+            (good.replace("\"position\":9", "\"position\":10"), Foreign::NotConsecutive),
+            (good.replace("\"last\":9", "\"last\":8"), Foreign::NotConsecutive),
+            (format!("\"log\":\"{LOG}\",\"prev\":7,\"events\":[],\"last\":7}}"), Foreign::NotConsecutive),
+        ] {
+            assert_eq!(super::parse(&signed(&text), &log()), Message::NotOurs(why), "{text}");
+        }
+    }
+
+    #[test]
+    fn where_a_message_claims_to_end_is_read_off_its_end_whatever_is_in_it() {
+        for (body, claimed) in [
+            ("{\"last\":42}", Some(42)),
+            ("\"last\":0}", Some(0)),
+            ("{\"last\":18446744073709551615}", Some(u64::MAX)),
+            ("{\"last\":18446744073709551616}", None),
+            ("{\"last\":}", None),
+            ("{\"last\":-1}", None),
+            ("{\"last\":42}\n", None),
+            ("42}", None),
+            ("}", None),
+            ("", None),
+        ] {
+            assert_eq!(claimed_last(body), claimed.map(Position::new), "{body}");
+        }
+        let mut tricky = recorded(8);
+        tricky.payload = "{\"last\":5}".into();
+        let packed = pack(&log(), Position::new(7), &[tricky.into()], 100_000, 100);
+        assert_eq!(claimed_last(&packed.body), Some(Position::new(8)));
     }
 
     /// A message with everything in it that a message may have.
@@ -235,28 +390,41 @@ mod tests {
         events[0].event_type = "with \"quotes\" and \\".into();
         events[1].payload = r#"{"a":[1,-2.5e3,"é\u0041",{"b":null}]}"#.into();
         events[2].metadata = Some("[true]".into());
-        pack(LOG, Position::new(7), &events.map(Event::from), 100_000, 100).body
+        pack(&log(), Position::new(7), &events.map(Event::from), 100_000, 100).body
     }
 
     #[test]
     fn json_of_any_depth_does_not_exhaust_the_stack() {
-        let body = pack(LOG, Position::new(7), &[event(8)], 100_000, 100).body;
+        let body = pack(&log(), Position::new(7), &[event(8)], 100_000, 100).body;
         for deep in ["[".repeat(200_000), format!("{}1{}", "[".repeat(200_000), "]".repeat(200_000))] {
-            parse(&body.replace("\"payload\":{}", &format!("\"payload\":{deep}")), LOG);
-            parse(&deep, LOG);
+            let text = body[SIGNED_FROM..].replace("\"payload\":{}", &format!("\"payload\":{deep}"));
+            super::parse(&signed(&text), &log());
+            super::parse(&signed(&deep), &log());
         }
     }
 
     proptest! {
         #[test]
         fn no_text_makes_the_parser_panic(body in ".{0,300}") {
-            parse(&body, LOG);
+            super::parse(&body, &log());
+            super::parse(&signed(&body), &log());
+            claimed_last(&body);
         }
 
-        /// Whatever is made of a message, what is read is consecutive, and no larger than what was received.
+        /// Whatever is made of a message by somebody without the key, it is what it was or not ours.
         #[test]
-        fn a_spoiled_message_is_a_run_no_larger_than_itself_or_a_doorbell(body in spoiled::text(&three_events())) {
-            let Message::Events(run) = parse(&body, LOG) else { return Ok(()) };
+        fn a_spoiled_message_is_not_ours(body in spoiled::text(&three_events())) {
+            let message = super::parse(&body, &log());
+            prop_assert!(body == three_events() || matches!(message, Message::NotOurs(_)), "{message:?}");
+        }
+
+        /// And by somebody with the key: what is read is consecutive, and no larger than what was received.
+        #[test]
+        fn a_spoiled_text_that_is_signed_is_a_run_no_larger_than_itself_or_not_ours(
+            text in spoiled::text(&three_events()[SIGNED_FROM..]),
+        ) {
+            let body = signed(&text);
+            let Message::Events(run) = super::parse(&body, &log()) else { return Ok(()) };
             let events = run.above(run.prev());
             let positions: Vec<u64> = events.iter().map(|event| event.position().get()).collect();
             prop_assert_eq!(positions, (run.prev().get() + 1..=run.last().get()).collect::<Vec<_>>());
@@ -280,11 +448,12 @@ mod tests {
             let mut travelled = Vec::new();
             while (prev.get() as usize) < events.len() {
                 let rest = &events[prev.get() as usize..];
-                let packed = pack(LOG, prev, rest, max_bytes, max_events);
+                let packed = pack(&log(), prev, rest, max_bytes, max_events);
                 prop_assert!(packed.body.len() <= max_bytes && packed.events <= max_events);
-                match parse(&packed.body, LOG) {
+                match parse(&packed.body) {
                     Message::Events(run) => travelled.extend(run.above(prev).to_vec()),
-                    Message::Doorbell(_) => travelled.push(rest[0].clone()),
+                    Message::Reference(_) => travelled.push(rest[0].clone()),
+                    Message::NotOurs(why) => prop_assert!(false, "{why}"),
                 }
                 prop_assert_eq!(travelled.last().map(Event::position), Some(packed.last));
                 prev = packed.last;

@@ -9,7 +9,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 
 pub(crate) use inspect::Allowed;
-pub(crate) use message::{Message, pack, parse};
+pub(crate) use message::{Foreign, Message, claimed_last, pack, parse};
 pub use sqs::SqsQueue;
 
 /// What a received message must be deleted or returned by.
@@ -20,6 +20,8 @@ pub type Receipt = String;
 pub struct Received {
     /// What it must be deleted or returned by; valid until it becomes visible again.
     pub receipt: Receipt,
+    /// By which people find it in the queue's own tools; empty where the queue has no such thing.
+    pub id: String,
     /// Its text.
     pub body: String,
 }
@@ -48,6 +50,12 @@ pub trait Queue: Send + Sync {
     /// queue does within a group. Of one that does not, play receives the next messages while it applies the last.
     fn is_ordered(&self) -> bool {
         true
+    }
+
+    /// What tells this queue from all others, such as its ARN; `None` where nothing does. It is kept with the log, so that a
+    /// worker on another queue is noticed.
+    fn identity(&self) -> Option<String> {
+        None
     }
 
     /// For how long a received message is hidden.

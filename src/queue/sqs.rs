@@ -25,6 +25,8 @@ const MOST_IN_A_BATCH: usize = 10;
 pub struct SqsQueue {
     pub(super) client: Client,
     pub(super) url: String,
+    /// The ARN, or the URL where the queue does not say.
+    identity: String,
     is_fifo: bool,
     visibility: Duration,
     max_message_bytes: usize,
@@ -60,12 +62,14 @@ impl SqsQueue {
             .queue_url(url)
             .attribute_names(Attribute::FifoQueue)
             .attribute_names(Attribute::MaximumMessageSize)
+            .attribute_names(Attribute::QueueArn)
             .send()
             .await
             .map_err(|error| Error::OutOfReach(format!("the queue {url} cannot be used: {}", explain(&error))))?;
         let attribute = |name| attributes.attributes().and_then(|all| all.get(&name)).map(String::as_str);
         Ok(SqsQueue {
             url: url.to_owned(),
+            identity: attribute(Attribute::QueueArn).unwrap_or(url).to_owned(),
             is_fifo: attribute(Attribute::FifoQueue) == Some("true"),
             // What every queue takes, should it not say.
             max_message_bytes: attribute(Attribute::MaximumMessageSize)
@@ -101,7 +105,10 @@ impl Queue for SqsQueue {
             .map_err(|error| QueueError(explain(&error)))?;
         let messages = received.messages.unwrap_or_default().into_iter();
         Ok(messages
-            .filter_map(|message| Some(Received { receipt: message.receipt_handle?, body: message.body? }))
+            .filter_map(|message| {
+                let id = message.message_id.unwrap_or_default();
+                Some(Received { receipt: message.receipt_handle?, id, body: message.body? })
+            })
             .collect())
     }
 
@@ -154,6 +161,10 @@ impl Queue for SqsQueue {
 
     fn is_ordered(&self) -> bool {
         self.is_fifo
+    }
+
+    fn identity(&self) -> Option<String> {
+        Some(self.identity.clone())
     }
 
     fn visibility(&self) -> Duration {

@@ -11,6 +11,10 @@ pub(super) enum Bug {
     CatchesUpOneTooLate,
     /// Play applies whatever it gets, as if the queue lost nothing.
     TrustsTheQueue,
+    /// Play takes a message for ours whatever its signature is.
+    AppliesWhatIsNotSigned,
+    /// Play deletes what it has received, whether it is ours or not.
+    DeletesWhatIsNotOurs,
     /// Play passes events to whatever has a ledger row, and its fence lets them through.
     PlaysWhatIsNotLive,
     /// Play waits for a broken projector as if it were to come back by itself.
@@ -71,6 +75,8 @@ pub(super) const BUGS: &[(Bug, &[u8])] = &[
     (Bug::DeletesDespiteError, &[7]),
     (Bug::CatchesUpOneTooLate, &[1]),
     (Bug::TrustsTheQueue, &[1]),
+    (Bug::AppliesWhatIsNotSigned, &[15]),
+    (Bug::DeletesWhatIsNotOurs, &[7]),
     (Bug::PlaysWhatIsNotLive, &[6, 10, 11]),
     (Bug::WaitsForTheBroken, &[9, 10]),
     (Bug::ForgetsWhoLeft, &[9]),

@@ -1,9 +1,13 @@
 //! What breaks, and who comes and goes.
 
 use super::queue::VISIBILITY;
-use super::schedule::Scheduler;
+use super::schedule::{self, Scheduler};
 use super::seen::Seen;
-use super::world::Who;
+use super::statements::log;
+use super::world::{Who, World};
+use crate::event::{Event, Position, Recorded};
+use crate::queue;
+use crate::signature::{LogIdentity, SigningKey};
 
 /// Something that happens between two steps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,6 +28,7 @@ pub(super) enum Fault {
     ExpireVisibility,
     Purge,
     Foreign,
+    Forge,
     SkipTime,
 }
 
@@ -45,6 +50,7 @@ pub(super) const FAULTS: &[(Fault, u32)] = &[
     (Fault::ExpireVisibility, 8),
     (Fault::Purge, 2),
     (Fault::Foreign, 3),
+    (Fault::Forge, 6),
     (Fault::SkipTime, 6),
 ];
 
@@ -178,9 +184,39 @@ impl Scheduler<'_> {
                 let body = bodies[world.rng.usize(0..bodies.len())];
                 world.enqueue(body, None, None);
             }
+            Fault::Forge if world.database.high_water > Position::START => {
+                world.saw(Seen::Forged);
+                let body = forgery(world);
+                world.enqueue(&body, None, None);
+                let to = world.rng.usize(0..=messages);
+                world.queue.messages[to..].rotate_right(1);
+            }
             Fault::SkipTime => world.clock += world.rng.u64(1..VISIBILITY * 2),
             _ => return,
         }
         world.note(|| format!("{fault:?}"));
     }
+}
+
+/// A message by somebody who has seen all that was sent, and wants other events to be applied: the log's id, its positions and
+/// event ids, and payloads of his own.
+fn forgery(world: &mut World) -> String {
+    let last = world.rng.u64(1..=world.database.high_water.get());
+    let prev = world.rng.u64(last.saturating_sub(4)..last);
+    let forge = |position| {
+        let event = world.database.committed(position)?;
+        Some(Event::from(Recorded {
+            position: event.position(),
+            event_id: event.event_id().into(),
+            stream_id: event.stream_id().into(),
+            stream_version: event.stream_version(),
+            event_type: event.event_type().into(),
+            recorded_at: event.recorded_at(),
+            payload: "\"forged\"".into(),
+            metadata: None,
+        }))
+    };
+    let events: Vec<Event> = (prev + 1..=last).filter_map(forge).collect();
+    let guessed = LogIdentity { key: SigningKey::new(b"a key that was guessed"), ..log() };
+    queue::pack(&guessed, Position::new(prev), &events, schedule::MESSAGE_BYTES, events.len()).body
 }

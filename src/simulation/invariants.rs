@@ -2,7 +2,7 @@
 //! and by nothing that the processes say of themselves, but for the claim under which they apply events.
 //!
 //! 1, 4, 5, 6, 10 and 11 with every commit, 2 and 3 after every step, 7 with every deletion, 8 and 9 at rest, 13 with every
-//! projector that a boot releases. 14 is not modelled, and 15 is contained in 1: what is applied is compared with the log.
+//! projector that a boot releases, 15 with every call of a handler. 14 is not modelled.
 
 use std::fmt;
 
@@ -11,7 +11,7 @@ use super::database::Open;
 use super::queue::{Delivery, Message};
 use super::seen::Seen;
 use super::world::{Tick, Who, World};
-use crate::event::Position;
+use crate::event::{Event, Position};
 use crate::ledger::Entry;
 use crate::lifecycle::{Stage, Status};
 use crate::projector::{Mode, ProjectorId};
@@ -199,10 +199,20 @@ pub(super) fn before_send(world: &mut World, last: Position) {
     }
 }
 
-/// 7: each projector of this release that was live before the message was received, and still is, stands
+/// 15: what a handler gets is a row of the log.
+pub(super) fn before_handle(world: &mut World, event: &Event) {
+    let position = event.position().get();
+    if world.database.committed(position) != Some(event) {
+        world.violated(15, || format!("a handler gets an event at {position} that is not the log's"));
+    }
+}
+
+/// 7: nothing is deleted that is not ours; and each projector of this release that was live before the message was received, and still is, stands
 /// beyond it; but for those that have left the convoy of the worker that deletes it, and read the store instead.
 pub(super) fn before_delete(world: &mut World, message: &Message, delivery: &Delivery, release: cast::Release) {
-    let Some(last) = message.last else { return };
+    let Some(last) = message.last else {
+        return world.violated(7, || "a message that is not ours is deleted".into());
+    };
     let waits = |row: &&super::database::LedgerRow| {
         let since = row.live_since.max(row.defined_at);
         row.entry.status == Status::Live && since < delivery.received_at && row.entry.position < last

@@ -28,7 +28,8 @@
 //! order, rollbacks, spare reservations, unique positions and event ids, row locks with time-outs, transactions that
 //! outlive their client until the server notices, lost connections, commits that are not acknowledged, restarts after
 //! which the counter falls back. The queue: FIFO with its group and its deduplication, or standard; loss, repetition,
-//! disorder, purge, expired visibility, stale receipts, a dead-letter queue, foreign messages. Processes: killed,
+//! disorder, purge, expired visibility, stale receipts, a dead-letter queue, messages that are foreign, and forged ones by somebody who
+//! knows the log's id, its positions and its event ids, and not its key. Processes: killed,
 //! terminated and paused anywhere; two of each. Projectors: errors and panics until they are mended, in all
 //! releases or in one, at events and in setup; failures that do not repeat; deadlocks; all three modes; who takes too long,
 //! leaves the convoy and catches up by itself.
@@ -77,6 +78,8 @@
 //! | Play takes a fan-out that could not read the log for one that succeeded | 7 |
 //! | Play catches up where `prev` > position + 1, and not where `prev` > position | 1 |
 //! | Play applies whatever it gets, as if the queue lost nothing | 1 |
+//! | Play takes a message for ours whatever its signature is | 15 |
+//! | Play deletes what it has received, whether it is ours or not | 7 |
 //! | Play passes events to whatever has a ledger row, and its fence lets them through | 6 or 10 or 11 |
 //! | Play waits for a broken projector as if it were to come back by itself | 9 or 10 |
 //! | Who leaves the convoy catches up with nothing | 9 |

@@ -17,7 +17,7 @@ use crate::registry::Registry;
 pub(super) const LONGEST_LOG: usize = 40;
 
 /// The largest message. What a message holds is bounded by the number of events here.
-pub(super) const MESSAGE_BYTES: usize = 1_000;
+pub(super) const MESSAGE_BYTES: usize = 1_100;
 
 /// Within so many steps everything has to come to rest, once nothing breaks any more.
 const LONGEST_REST: u64 = 6_000;

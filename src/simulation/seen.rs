@@ -20,9 +20,9 @@ seen! {
     LockWait, LockWaitTimeout, OrphanHeldLock, CommitLost, AckLost, ConnectionCut, DatabaseRestart, CounterFellBack,
     // the queue
     Sent, MessageLost, MessageRepeated, MessageDeduplicated, Reordered, VisibilityExpired, TwoWorkersOneMessage,
-    Purged, DeadLettered, StaleReceipt, Foreign, Reference, QueueAway,
+    Purged, DeadLettered, StaleReceipt, Foreign, Forged, Reference, QueueAway,
     // play
-    AppliedFromQueue, Skipped, CaughtUp, Doorbell, Reconciled, JoinedWithoutRestart, Outdated, LeftConvoy, Rejoined,
+    AppliedFromQueue, Skipped, CaughtUp, ReadReference, OnlyForeign, Reconciled, JoinedWithoutRestart, Outdated, LeftConvoy, Rejoined,
     // the engine
     StalePosition, StaleStatus, StaleDefinition, RowGone, Deadlock, Isolated, FlakyPassedAlone, Panicked, BrokeInPlay, BrokeInBoot,
     BrokeAtSetup, Mended, HeldOn,

@@ -13,9 +13,15 @@ use crate::ledger::Entry;
 use crate::lifecycle::{self, Status, Step};
 use crate::projector::ProjectorId;
 use crate::registry::Registered;
-use crate::store::{Held, Marks, Page};
+use crate::signature::{LogIdentity, SigningKey};
+use crate::store::{Held, LogView, Marks, Page};
 
 pub(super) const LOG_ID: &str = "log-1";
+
+/// Which log it is, and its key.
+pub(super) fn log() -> LogIdentity {
+    LogIdentity { id: LOG_ID.into(), key: SigningKey::new(b"the log's own key") }
+}
 
 /// How long a statement waits for a lock (`innodb_lock_wait_timeout`); the fill waits for a second.
 const LOCK_WAIT: Tick = 50;
@@ -84,7 +90,16 @@ impl Sim {
         self.statement(None).await?;
         let world = self.world();
         let database = &world.database;
-        Ok(Marks { high_water: database.high_water, published: database.published, log_id: LOG_ID.into(), held: None })
+        Ok(Marks { high_water: database.high_water, published: database.published, log: log(), held: None })
+    }
+
+    /// The marks, and which events stand at these positions.
+    pub(super) async fn view(&self, positions: &[Position]) -> Result<LogView, DatabaseError> {
+        let marks = self.marks().await?;
+        let world = self.world();
+        let id =
+            |position: &Position| Some((*position, world.database.committed(position.get())?.event_id().to_owned()));
+        Ok(LogView { marks, event_ids: positions.iter().filter_map(id).collect() })
     }
 
     pub(super) async fn visible_above(&self, mark: Position, limit: usize) -> Result<Vec<u64>, DatabaseError> {

@@ -3,7 +3,7 @@
 use super::cast;
 use super::cast::Release;
 use super::database::{Open, Row, TransactionId};
-use super::invariants::Claim;
+use super::invariants::{self, Claim};
 use super::seen::Seen;
 use super::statements::{DatabaseError, PATIENT_LOCK_WAIT};
 use super::world::{Failing, Sim, Tick};
@@ -123,6 +123,7 @@ impl Transaction {
         }
         for event in wanted {
             let position = event.position().get();
+            invariants::before_handle(&mut world, event);
             if let Some(how) = failing(&mut world, actor, position, release) {
                 world.note(|| format!("the handler of {id} fails at {position}: {how:?}"));
                 return Err(match how {

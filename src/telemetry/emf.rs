@@ -75,6 +75,7 @@ impl Report<'_> {
         if self.has_heartbeat {
             document.put(metrics::HEARTBEAT, 1);
         }
+        document.put_count(metrics::FOREIGN_MESSAGES, self.counted.foreign_messages);
         document
     }
 
@@ -180,6 +181,7 @@ mod tests {
         counted.projectors.insert(id("a"), of);
         counted.projectors.insert(id("retired"), OfProjector { events_applied: 1, ..OfProjector::default() });
         counted.message_events = samples(&[10.0]);
+        counted.foreign_messages = 2;
         counted.receive_to_commit = samples(&[7.25]);
         let (high_water, published) = (Position::new(90), Position::new(80));
         counted.relay = Some(RelaySaw { high_water, published });

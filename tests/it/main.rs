@@ -12,6 +12,7 @@ mod deploy;
 mod doctor;
 mod failover;
 mod fence;
+mod foreign_messages;
 mod gate_truth;
 mod grants;
 mod handler;

@@ -17,6 +17,7 @@ use crate::error::Error;
 use crate::ledger::Ledger;
 use crate::lifecycle::Status;
 use crate::registry::Registry;
+use crate::store::EventStore;
 use crate::text::printable;
 
 #[derive(Debug, Args)]
@@ -113,8 +114,11 @@ impl Doctor {
         let mut checks = Vec::new();
         let registry = config.registry(registry);
         let wants = |commands: &[&str]| self.commands.iter().any(|command| commands.contains(&command.as_str()));
+        let mut record = None;
         match config.database().await {
             Ok(database) => {
+                // Where the log cannot be read, another line says so.
+                record = EventStore::new(&database).queue_record().await.ok();
                 checks.push(Check::ok("database", database.place()));
                 database::examine(&database, database.connections(), &self.commands, &mut checks).await;
                 log::examine(&database, &mut checks).await;
@@ -129,7 +133,7 @@ impl Doctor {
         }
         if config.names_queue() || wants(&["play", "relay", "lambda"]) {
             match config.queue().await {
-                Ok(queue) => queue::examine(&queue, config, &mut checks).await,
+                Ok(queue) => queue::examine(&queue, record.as_ref(), config, &mut checks).await,
                 Err(error) => checks.push(Check::failed("queue", &error)),
             }
         }

@@ -2,11 +2,15 @@
 
 use std::collections::HashMap;
 
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
 use super::database::of_clock;
 use super::{Check, Level};
 use crate::config::Config;
 use crate::error::Error;
-use crate::queue::{Allowed, SqsQueue};
+use crate::queue::{Allowed, Queue, SqsQueue};
+use crate::store::QueueRecord;
 
 /// In seconds: AWS refuses what was signed five minutes before or after.
 const CLOCKS_MAY_DIFFER: f64 = 60.0;
@@ -20,7 +24,10 @@ const FEWEST_RECEIVES: u64 = 5;
 /// In bytes: below, a message holds few events.
 const SMALL_MESSAGE: u64 = 64 * 1024;
 
-pub(super) async fn examine(queue: &SqsQueue, config: &Config, checks: &mut Vec<Check>) {
+/// In hours: messages that are not of the log and were received since then are still worth a warning.
+const FOREIGN_FOR: i64 = 24;
+
+pub(super) async fn examine(queue: &SqsQueue, record: Option<&QueueRecord>, config: &Config, checks: &mut Vec<Check>) {
     let inspected = match queue.inspect().await {
         Ok(inspected) => inspected,
         Err(error) => {
@@ -29,6 +36,10 @@ pub(super) async fn examine(queue: &SqsQueue, config: &Config, checks: &mut Vec<
         }
     };
     checks.extend(judge(&inspected.attributes, config.visibility, config.handler_timeout));
+    if let Some(record) = record {
+        checks.push(of_publishing(record, queue.identity().as_deref()));
+        checks.push(of_foreign(record, OffsetDateTime::now_utc()));
+    }
     if let Some(policy) = inspected.attributes.get("RedrivePolicy") {
         checks.extend(examine_dead_letters(queue, policy, &inspected.attributes).await);
     }
@@ -49,6 +60,42 @@ pub(super) async fn examine(queue: &SqsQueue, config: &Config, checks: &mut Vec<
                 Check::bad(Level::Note, &check, format!("cannot be told: {told}"), "look at the role")
             }
         });
+    }
+}
+
+/// Whether the log is published to this queue.
+fn of_publishing(record: &QueueRecord, queue: Option<&str>) -> Check {
+    match (&record.queue, queue) {
+        (None, _) => Check::ok("published to", "nothing was published yet"),
+        (Some(published_to), Some(queue)) if published_to != queue => Check::bad(
+            Level::Warning,
+            "published to",
+            format!("the log was last published to {published_to}, which is another queue"),
+            "correct QUEUE_URL, here or where the relay runs; where the queue was changed on purpose, this ends with the next event",
+        ),
+        (Some(_), _) => Check::ok("published to", "this queue"),
+    }
+}
+
+/// Whether the queue brings messages of others.
+fn of_foreign(record: &QueueRecord, now: OffsetDateTime) -> Check {
+    let Some(at) = record.foreign_at else {
+        return Check::ok("foreign messages", "none");
+    };
+    let told = format!(
+        "{} received that are not of this log, last at {}; they are neither applied nor deleted",
+        record.foreign_messages,
+        at.format(&Rfc3339).unwrap_or_else(|_| at.to_string())
+    );
+    match (now - at).whole_hours() < FOREIGN_FOR {
+        true => Check::bad(
+            Level::Warning,
+            "foreign messages",
+            told,
+            "look who sends them, give each system a queue of its own, and let only the relay's role send (infra/queue.yaml); \
+             after `rotate` or a restore, purge the queue",
+        ),
+        false => Check::ok("foreign messages", told),
     }
 }
 

@@ -14,15 +14,17 @@ use crate::chain::Run;
 use crate::event::Position;
 use crate::ledger::Entry;
 use crate::lifecycle::{Stage, Status};
-use crate::play::fan_out::{Need, need, sort};
+use crate::play::fan_out::{Need, Sorted, need, sort};
+use crate::play::foreign::claimed_positions;
 use crate::play::reconcile::Reconcile;
 use crate::projector::ProjectorId;
+use crate::queue::Foreign;
 use crate::registry::Registry;
 use crate::simulation::bug::Bug;
 use crate::simulation::cast::Release;
 use crate::simulation::queue::{Receipt, Received, VISIBILITY};
 use crate::simulation::seen::Seen;
-use crate::simulation::statements::{DatabaseError, LOG_ID};
+use crate::simulation::statements::{DatabaseError, log};
 use crate::simulation::world::{Sim, Tick, Who};
 
 const RECEIVE_WAIT: Tick = 10;
@@ -63,36 +65,48 @@ impl Worker {
         if sim.has(Bug::DeletesBeforeCommit) {
             let _ = sim.delete(&receipts, self.engine.release).await;
         }
-        keep_hidden(&sim, &receipts, self.pass(&bodies)).await;
-        // Not deleted, they come again, and are known by their positions.
-        let _ = sim.delete(&receipts, self.engine.release).await;
+        let verdicts = keep_hidden(&sim, &receipts, self.pass(&bodies)).await;
+        let is_deleted = |at: &usize| verdicts[*at].is_none() || sim.has(Bug::DeletesWhatIsNotOurs);
+        let (ours, foreign): (Vec<usize>, Vec<usize>) = (0..receipts.len()).partition(is_deleted);
+        if ours.is_empty() {
+            sim.saw(Seen::OnlyForeign);
+            sim.hide(&foreign.iter().map(|&at| receipts[at]).collect::<Vec<_>>(), 0);
+            sim.back_off().await;
+            return self.reconcile().await;
+        }
+        // Not deleted, they come again, and are known by their positions. What is not ours stays hidden for a while.
+        let _ = sim.delete(&ours.iter().map(|&at| receipts[at]).collect::<Vec<_>>(), self.engine.release).await;
         if self.reconcile.is_due(sim.world().instant()) {
             self.reconcile().await;
         }
     }
 
-    async fn pass(&mut self, bodies: &[String]) {
-        while self.fan_out(bodies).await.is_err() {
-            if self.engine.sim.has(Bug::DeletesDespiteError) {
-                return;
+    async fn pass(&mut self, bodies: &[String]) -> Vec<Option<Foreign>> {
+        loop {
+            match self.fan_out(bodies).await {
+                Ok(verdicts) => return verdicts,
+                Err(_) if self.engine.sim.has(Bug::DeletesDespiteError) => return vec![None; bodies.len()],
+                Err(_) => self.engine.sim.back_off().await,
             }
-            self.engine.sim.back_off().await;
         }
     }
 
-    async fn fan_out(&mut self, bodies: &[String]) -> Result<(), DatabaseError> {
+    async fn fan_out(&mut self, bodies: &[String]) -> Result<Vec<Option<Foreign>>, DatabaseError> {
         let sim = self.engine.sim.clone();
         let entries = sim.entries().await?;
-        let marks = sim.marks().await?;
+        let view = sim.view(&claimed_positions(bodies)).await?;
         self.watch(&entries);
         if sim.has(Bug::WaitsForTheBroken) && entries.iter().any(|entry| entry.status.failure().is_some()) {
             return Err(DatabaseError::Lost);
         }
-        let (runs, doorbells) = sort(bodies, LOG_ID, marks.high_water);
-        let target = match doorbells {
-            0 => None,
-            _ => {
-                sim.saw(Seen::Doorbell);
+        let Sorted { mut runs, has_references, foreign } = sort(bodies, &view);
+        if sim.has(Bug::AppliesWhatIsNotSigned) {
+            runs = sort(&bodies.iter().map(|body| signed_anew(body)).collect::<Vec<_>>(), &view).runs;
+        }
+        let target = match has_references {
+            false => None,
+            true => {
+                sim.saw(Seen::ReadReference);
                 Some(Box::pin(raise_high_water(&sim)).await?.mark)
             }
         };
@@ -114,7 +128,7 @@ impl Worker {
                 None => self.leave(cursor),
             }
         }
-        Ok(())
+        Ok(foreign)
     }
 
     async fn lead(&self, cursor: &mut Cursor, runs: &[Run], target: Option<Position>) -> Result<(), DatabaseError> {
@@ -266,6 +280,15 @@ async fn catch_up_alone(engine: Engine, worker: u64, mut cursor: Cursor) -> Ende
     Ended::Done
 }
 
+/// A message as if its signature were right, whatever it is.
+fn signed_anew(body: &str) -> String {
+    let Some((head, text)) = body.split_once("\",").filter(|(head, _)| head.starts_with("{\"sig\":\"")) else {
+        return body.to_owned();
+    };
+    let opens = head.len() - head.trim_start_matches("{\"sig\":\"").len();
+    format!("{}{}\",{text}", &head[..opens], log().key.sign(text))
+}
+
 /// Work that may take too long at every step: `None`, and what was not committed is rolled back.
 struct CutOff<'a, F> {
     sim: &'a Sim,
@@ -289,9 +312,9 @@ impl<F: Future> Future for CutOff<'_, F> {
 }
 
 /// Keeps messages hidden for as long as work goes on: as long as the process is not paused.
-async fn keep_hidden(sim: &Sim, receipts: &[Receipt], work: impl Future<Output = ()>) {
+async fn keep_hidden<T>(sim: &Sim, receipts: &[Receipt], work: impl Future<Output = T>) -> T {
     let due = sim.now() + VISIBILITY / 3;
-    KeepHidden { sim, receipts, due, work: pin!(work) }.await;
+    KeepHidden { sim, receipts, due, work: pin!(work) }.await
 }
 
 struct KeepHidden<'a, F> {
@@ -301,10 +324,10 @@ struct KeepHidden<'a, F> {
     work: Pin<&'a mut F>,
 }
 
-impl<F: Future<Output = ()>> Future for KeepHidden<'_, F> {
-    type Output = ();
+impl<F: Future> Future for KeepHidden<'_, F> {
+    type Output = F::Output;
 
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<F::Output> {
         let now = self.sim.now();
         if now >= self.due {
             self.due = now + VISIBILITY / 3;

@@ -83,9 +83,9 @@ impl Relay {
             let page = self.sim.read_after(published, mark, self.max_events as u64).await?;
             let mut rest = page.events.as_slice();
             while !rest.is_empty() {
-                let packed = queue::pack(&marks.log_id, published, rest, schedule::MESSAGE_BYTES, self.max_events);
-                let id = deduplication_id(&marks.log_id, published, packed.last);
-                if !packed.body.ends_with("]}") {
+                let packed = queue::pack(&marks.log, published, rest, schedule::MESSAGE_BYTES, self.max_events);
+                let id = deduplication_id(&marks.log.id, published, packed.last);
+                if !packed.body.contains("\"events\":[") {
                     self.sim.saw(Seen::Reference);
                 }
                 self.publish(&packed.body, &id, packed.last).await?;

@@ -46,7 +46,11 @@ async fn in_every_state() -> (World, Folder) {
 async fn the_json_has_exactly_the_keys_and_values_of_the_contract_in_every_state() {
     let (world, folder) = in_every_state().await;
     let status = world.run(&["status", "--json", "--projectors", folder.path()]).await.exits(0).json();
-    assert_eq!(keys(&status), ["held", "high_water", "log_fault", "projectors", "published", "visible"]);
+    assert_eq!(
+        keys(&status),
+        ["foreign_at", "foreign_messages", "held", "high_water", "log_fault", "projectors", "published", "visible"]
+    );
+    assert_eq!((&status["foreign_messages"], &status["foreign_at"]), (&json!(0), &json!(null)));
     assert_eq!((&status["high_water"], &status["published"]), (&json!(15), &json!(10)), "as boot left it");
     let expected = [
         ("living", "from_beginning", "live", 10, 5),
@@ -121,8 +125,10 @@ async fn the_table_shows_what_the_json_says() {
 async fn an_empty_ledger_has_a_status_too() {
     let world = World::new().await;
     let json = world.run(&["status", "--json"]).await.exits(0).json();
-    let expected =
-        json!({"high_water": 0, "visible": 0, "held": null, "published": 0, "log_fault": null, "projectors": []});
+    let expected = json!({
+        "high_water": 0, "visible": 0, "held": null, "published": 0, "log_fault": null,
+        "foreign_messages": 0, "foreign_at": null, "projectors": []
+    });
     assert_eq!(json, expected);
     let table = world.run(&["status"]).await.exits(0).stdout;
     assert!(table.contains("no projector was booted yet"), "{table}");

@@ -59,14 +59,14 @@ fn every_metric_that_an_alarm_or_the_dashboard_names_is_written_by_the_code() {
             other => panic!("an alarm on {other:?}"),
         }
     }
-    assert_eq!(alarms, 8);
+    assert_eq!(alarms, 10);
 
     let shown: BTreeSet<&str> =
         quoted(&monitoring, "MetricName=\\\"").chain(quoted(&monitoring, "[\"Projectionist\", \"")).collect();
     assert!(shown.len() >= 12, "{shown:?}");
     shown.iter().for_each(|metric| assert_known(&source, metric));
     let counted: Vec<&str> = quoted(&monitoring, "[\"Projectionist/${Service}\", \"").collect();
-    assert!(counted.len() == 4 && counted.iter().all(|metric| of_filter(metric)), "{counted:?}");
+    assert!(counted.len() == 6 && counted.iter().all(|metric| of_filter(metric)), "{counted:?}");
 }
 
 #[test]
@@ -125,4 +125,25 @@ fn a_wrong_name_is_found() {
     let source = source();
     assert!(!has(&source, "LagSecond"), "not by a part of it");
     assert!(std::panic::catch_unwind(|| assert_known(&source, "LagMinutes")).is_err());
+}
+
+/// What it does on LocalStack is shown in stacks.rs; this LocalStack makes no function.
+#[test]
+fn every_stack_with_a_relay_names_the_role_that_may_send_to_the_queue() {
+    let queue = template("queue.yaml");
+    assert!(queue.contains("ArnNotEquals: {aws:PrincipalArn: !Ref SenderRoleArns}"));
+    for stack in ["ecs.yaml", "lambda.yaml"] {
+        let template = template(stack);
+        let (_, outputs) = template.split_once("\nOutputs:\n").expect("outputs");
+        let (_, output) = outputs.split_once("  RelayRoleArn:\n").unwrap_or_else(|| panic!("{stack} names no role"));
+        let role = value(output, "Value").trim_start_matches("!GetAtt ").trim_end_matches(".Arn");
+        let (_, of_role) = template.split_once(&format!("\n  {role}:\n    Type: AWS::IAM::Role\n")).expect("a role");
+        let policy = match of_role.split_once("\n  Policy:\n") {
+            Some((_, policy)) => policy,
+            None => of_role,
+        };
+        assert!(policy.contains("sqs:SendMessage"), "the role of {stack} is not the relay's");
+    }
+    let readme = template("README.md");
+    assert!(readme.contains("SenderRoleArns=$relay"), "the README says how");
 }

@@ -150,6 +150,14 @@ async fn aws(arguments: &[&str]) -> Value {
     ask(arguments).await.unwrap_or_else(|error| panic!("aws {}: {error}", arguments.join(" ")))
 }
 
+/// The statement of a queue's policy that refuses senders.
+fn denied_senders(attributes: &Value) -> Option<Value> {
+    let policy: Value = serde_json::from_str(attributes["Policy"].as_str().expect("a policy")).expect("JSON");
+    let statements = policy["Statement"].as_array().expect("statements");
+    let is_it = |statement: &&Value| statement["Effect"] == "Deny" && statement["Action"] == "sqs:SendMessage";
+    statements.iter().find(is_it).cloned()
+}
+
 async fn attributes(world: &World, url: &str) -> Value {
     let all = QueueAttributeName::All;
     let answer = world.sqs.get_queue_attributes().queue_url(url).attribute_names(all).send().await.expect("attributes");
@@ -201,7 +209,7 @@ async fn check_what_is_there(stacks: &Stacks, world: &World) {
     let topic = stacks.output("TopicArn");
     let alarms = aws(&["cloudwatch", "describe-alarms", "--alarm-name-prefix", &stacks.name("")]).await;
     let alarms = alarms["MetricAlarms"].as_array().expect("alarms");
-    assert_eq!(alarms.len(), 8);
+    assert_eq!(alarms.len(), 10);
     assert!(alarms.iter().all(|alarm| alarm["AlarmActions"] == json!([topic])), "{alarms:?}");
 
     for (role, policy, may_use_the_queue) in [("PlayRole", "play", true), ("BootRole", "boot", false)] {
@@ -280,8 +288,14 @@ async fn the_stacks_work_on_localstack_a_broken_projector_raises_the_alarm_and_t
     assert_eq!(stacks.state("boot-failed").await, "OK", "only this one");
 
     // The queue changes in place, and the worker goes on. (Alarms stay as they are in this LocalStack.)
-    stacks.update("queue", &[("VisibilityTimeout", "400"), ("RetentionSeconds", "86400")]).await;
+    assert!(denied_senders(&attributes(&world, queue).await).is_none(), "the roles are made after the queue");
+    let relay = stacks.output("RelayRoleArn");
+    let others = [("VisibilityTimeout", "400"), ("RetentionSeconds", "86400"), ("SenderRoleArns", relay)];
+    stacks.update("queue", &others).await;
     let changed = attributes(&world, queue).await;
+    let denied = denied_senders(&changed).expect("from now on only the relay's role may send");
+    assert_eq!(denied["Condition"], json!({"ArnNotEquals": {"aws:PrincipalArn": [relay]}}), "{denied}");
+    assert_eq!((&denied["Principal"], &denied["Resource"]), (&json!("*"), &changed["QueueArn"]), "{denied}");
     assert_eq!((&changed["VisibilityTimeout"], &changed["MessageRetentionPeriod"]), (&json!("400"), &json!("86400")));
     appended("Amended").await;
 

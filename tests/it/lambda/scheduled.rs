@@ -23,7 +23,7 @@ async fn a_scheduled_invocation_publishes_and_catches_up_what_the_queue_does_not
     // Nobody takes the messages, so it is the store that feeds them.
     assert_eq!(
         summary,
-        json!({"events": 30, "published": 30, "high_water": 30, "behind": [], "outdated": [], "broken": []})
+        json!({"events": 30, "published": 30, "high_water": 30, "behind": [], "outdated": [], "broken": [], "foreign": 0})
     );
     assert_eq!((world.position("a").await, world.queue.depth().await.expect("a depth")), (30, 3));
     assert_eq!(function.drain(&world).await, 3);
@@ -35,7 +35,7 @@ async fn a_scheduled_invocation_publishes_and_catches_up_what_the_queue_does_not
     let summary = function.invoke(&schedule(), PATIENCE).await.expect("an answer");
     assert_eq!(
         summary,
-        json!({"events": 0, "published": 60, "high_water": 60, "behind": [], "outdated": [], "broken": []})
+        json!({"events": 0, "published": 60, "high_water": 60, "behind": [], "outdated": [], "broken": [], "foreign": 0})
     );
     world.assert_complete(&a).await;
     world.assert_complete(&b).await;

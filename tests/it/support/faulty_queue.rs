@@ -151,6 +151,10 @@ impl Queue for FaultyQueue {
         self.queue.depth().await
     }
 
+    fn identity(&self) -> Option<String> {
+        self.queue.identity()
+    }
+
     fn visibility(&self) -> Duration {
         self.queue.visibility()
     }

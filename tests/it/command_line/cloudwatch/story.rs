@@ -52,6 +52,13 @@ pub async fn story() -> Lines {
     world.append(5).await;
     run(&mut lines, 0, "v3", &["play", "--until-idle", "--no-relay", "--reconcile-after=1"]).await;
 
+    // Somebody else's message is in the queue, which is another one than before.
+    let send = world.sqs.send_message().queue_url(&world.queue_url).message_body("hello").message_group_id("other");
+    send.message_deduplication_id("1").send().await.expect("sent");
+    world.execute("update event_log set queue = 'arn:aws:sqs:us-east-1:000000000000:before'").await;
+    run(&mut lines, 1, "v3", &play).await;
+    world.sqs.purge_queue().queue_url(&world.queue_url).send().await.expect("purged");
+
     // A session is ended in the middle of a handler, which then waits for longer than the others may have to.
     execute(&mut gate, "start transaction").await;
     execute(&mut gate, "select n from gate for update").await;
@@ -172,6 +179,18 @@ pub fn check(heading: &str, query: &str, found: &[Row]) {
         }
         "Is anything wrong with the log?" => {
             assert!(found.iter().any(|row| text(row, "fault").contains("position 7 has no row")), "{found:?}");
+        }
+        "Which messages are not ours?" => {
+            let mut told = all(&["alert", "reasons", "published_to"]);
+            told.sort();
+            let expected =
+                ["foreign_messages 1 not readable -", "queue_changed - arn:aws:sqs:us-east-1:000000000000:before"];
+            assert_eq!(told, expected);
+            for row in found {
+                assert!(text(row, "queue").ends_with(".fifo"), "{row:?}");
+            }
+            let foreign = found.iter().find(|row| row.contains_key("reasons")).expect("it is there");
+            assert!(number(foreign, "messages") == 1.0 && text(foreign, "example").len() == 36, "{foreign:?}");
         }
         "What else went wrong?" => {
             assert!(
