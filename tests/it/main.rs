@@ -16,6 +16,7 @@ mod grants;
 mod handler;
 mod hold;
 mod holes;
+mod hostile_files;
 mod infra;
 mod intake;
 mod lambda;
@@ -24,6 +25,7 @@ mod login;
 mod queue;
 mod readme;
 mod story;
+mod types;
 
 mod coalesce;
 mod command_line;
