@@ -300,6 +300,27 @@ async fn a_table_with_auto_increment_or_a_computed_default_is_written_row_by_row
     assert_eq!((together, alone), (1 + 6 + LOOK, 120));
 }
 
+/// MariaDB: the insert of one row that a constraint refuses is an error, even with `ignore`; of many, it leaves that row out.
+#[tokio::test]
+async fn an_insert_that_ignores_errors_is_written_row_by_row_where_a_constraint_can_refuse_a_row() {
+    for (column, value) in [
+        ("n bigint, check (n <> 100)", ":payload.number"),
+        ("n bigint check (n < 100)", ":payload.number"),
+        ("n json", "if(:payload.number = 100, 'x', '1')"),
+    ] {
+        let world = World::new().await;
+        append(&world, (0..120).map(event).collect()).await;
+        let table = format!("create table <a> (k varchar(40) primary key, {column})");
+        let insert =
+            format!("insert ignore into <a> (k, n) values (concat(:stream_id, '-', :payload.number), {value})");
+        let case = Case::new(&[&table], &[&insert]);
+        let alone = Way::Alone.boot(&world, &case).await;
+        assert_eq!(alone.status, if is_mariadb().await { "broken" } else { "live" }, "{column}: {alone:?}");
+        assert_eq!(Way::Together.boot(&world, &case).await, alone, "{column}");
+    }
+    // Without one, it is sent together: see above.
+}
+
 #[tokio::test]
 async fn a_view_and_a_table_without_transactions_are_written_row_by_row() {
     let view = "create view <b> as select * from <a>";

@@ -162,7 +162,9 @@ async fn rows(world: &World) -> Vec<(u64, Option<String>, Option<i64>)> {
 /// Plays a file that does these things beside a plain one, and asserts what must hold. Returns how the file's projector ended.
 async fn play(oddities: &[Oddity]) -> Status {
     let world = World::new().await;
-    world.execute("create table odd (position bigint unsigned not null, what varchar(30), value bigint) engine = InnoDB").await;
+    world
+        .execute("create table odd (position bigint unsigned not null, what varchar(30), value bigint) engine = InnoDB")
+        .await;
     world.execute("create table victim (position bigint unsigned not null, at timestamp(6) null, text varchar(40) collate utf8mb4_bin, number bigint) engine = InnoDB").await;
     for oddity in oddities.iter().filter(|oddity| !oddity.setup.is_empty()) {
         world.execute(oddity.setup).await;
@@ -240,11 +242,8 @@ async fn whatever_a_file_does_together_it_is_exact_or_broken_and_others_are_not_
 /// What a file's own variables and `last_insert_id()` have is the same in boot, a thousand events at a time, and in play.
 #[tokio::test]
 async fn a_files_user_variables_begin_anew_with_each_event() {
-    let stateful: Vec<Oddity> = ODDITIES
-        .iter()
-        .filter(|oddity| ["counts", "sees", "last_id"].contains(&oddity.name))
-        .copied()
-        .collect();
+    let stateful: Vec<Oddity> =
+        ODDITIES.iter().filter(|oddity| ["counts", "sees", "last_id"].contains(&oddity.name)).copied().collect();
     assert_eq!(stateful.len(), 3);
     let status = play(&stateful).await;
     assert_eq!(status.to_string(), "live", "{status:?}");

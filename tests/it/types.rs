@@ -1,6 +1,7 @@
 //! What a declared statement does with an event's values, whatever was bound before them, and however they are sent.
 
 use std::fmt::Write as _;
+use std::time::Duration;
 
 use projectionist::sqlx::{self, AssertSqlSafe, Connection, MySqlConnection};
 use projectionist::{
@@ -9,7 +10,7 @@ use projectionist::{
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use crate::support::{Folder, PATIENCE, World, event, seed};
+use crate::support::{Folder, PATIENCE, World, event, seed, server_error};
 
 /// JSON values of every kind.
 const VALUES: &[&str] = &[
@@ -203,7 +204,8 @@ async fn same_as_alone(statements: &[String], payloads: &[String]) -> usize {
         let of = |(number, payload): (usize, &String)| NewEvent {
             event_type: format!("E{number}"),
             payload: payload.clone(),
-            stream_version: None,
+            // Some to the second, some with a fraction.
+            recorded_at: Some(OffsetDateTime::UNIX_EPOCH + Duration::from_micros(number as u64 * 1_500_000)),
             ..event(number % 4)
         };
         payloads.iter().enumerate().map(of).collect()
@@ -417,4 +419,152 @@ async fn a_text_is_compared_by_the_collation_of_the_column() {
         assert_eq!(world.number(&format!("select cast(sum(n) as unsigned) from {table}")).await, expected, "{table}");
     }
     connection.ping().await.expect("it is there");
+}
+
+/// A JSON text for the payload: `a` and `b.c` have odd values, or the whole is odd.
+fn odd_json(dice: &mut fastrand::Rng) -> String {
+    const PARTS: [&str; 22] = [
+        "x",
+        "é",
+        "😀",
+        "\\\\",
+        "\\\"",
+        "\\/",
+        "\\n",
+        "\\u00e9",
+        "\\ud83d\\ude00",
+        "\\'",
+        "\\v",
+        "\\x41",
+        "\\a",
+        "\\0",
+        "\\é",
+        "\\😀",
+        "'",
+        " ",
+        "\\ud800",
+        "\t",
+        "\\u00",
+        "\u{1}",
+    ];
+    const NUMBERS: [&str; 24] = [
+        "1",
+        "-1",
+        "1.5",
+        "1.",
+        "-2.",
+        "0.",
+        "1.e5",
+        "2.e-1",
+        "1e5",
+        "1E+2",
+        "1e",
+        "1e+",
+        "1.5e-",
+        "-",
+        "01",
+        ".5",
+        "+1",
+        "-0",
+        "NaN",
+        "0x1",
+        "18446744073709551615",
+        "0.10",
+        "1e999",
+        "-0.0",
+    ];
+    let value = |dice: &mut fastrand::Rng| match dice.u8(..6) {
+        0 => ["true", "false", "null", "True", "[]", "{\"x\":\"\\'\"}", "[1.,2]"][dice.usize(..7)].to_owned(),
+        1..3 => NUMBERS[dice.usize(..NUMBERS.len())].to_owned(),
+        _ => {
+            // The refused ones stand at the end, and are rare.
+            let parts = if dice.u8(..8) == 0 { PARTS.len() } else { PARTS.len() - 4 };
+            let text: String = (0..dice.usize(1..4)).map(|_| PARTS[dice.usize(..parts)]).collect();
+            format!("\"{text}\"")
+        }
+    };
+    let (a, c) = (value(dice), value(dice));
+    let end = ["", "", "", " ", "\n", "\0", "\0 rest \"", " \0", "x", ","][dice.usize(..10)];
+    let key = ["k", "\\'", "\\x", "\\u0061b"][dice.usize(..4)];
+    format!("{{\"{key}\":1,\"a\":{a},\"b\":{{\"c\":{c}}}}}{end}")
+}
+
+/// Whether a value that was bound is what the server's `json_value` gives for it. The differences are on purpose: a number is
+/// bound as a number, a boolean as 1 or 0, an object or array as its text; and MariaDB gives null for an empty string.
+fn is_the_same(bound: Option<&str>, servers: Option<&str>) -> bool {
+    let number = |text: Option<&str>| text.and_then(|text| text.parse::<f64>().ok());
+    match (bound, servers) {
+        _ if bound == servers => true,
+        (Some("1"), Some("true")) | (Some("0"), Some("false")) | (Some(""), None) => true,
+        (Some(bound), None) => bound.starts_with(['[', '{']),
+        _ => number(bound).is_some() && number(bound) == number(servers),
+    }
+}
+
+/// Decodes every payload.
+struct Decodes;
+
+#[async_trait]
+impl Projector for Decodes {
+    fn name(&self) -> &str {
+        "decodes"
+    }
+
+    async fn handle(&self, event: &Event, _db: &mut MySqlConnection) -> anyhow::Result<()> {
+        event.payload::<serde_json::Map<String, serde_json::Value>>()?;
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn what_the_log_accepts_as_json_is_read_as_the_server_reads_it() {
+    let mut dice = fastrand::Rng::with_seed(seed());
+    let world = World::new().await;
+    let column = "varchar(600) character set utf8mb4 collate utf8mb4_bin null";
+    world
+        .execute(&format!(
+            "create table odd (position bigint unsigned primary key, a {column}, c {column}, whole mediumtext)"
+        ))
+        .await;
+    let text = "name = 'odd'\nversion = 1\nmode = 'from_beginning'\n[[on]]\nevents = ['*']\n\
+                sql = 'insert into odd values (:position, :payload.a?, :payload.b.c?, :payload)'\n";
+    let folder = Folder::new().with("odd.toml", text);
+    let mut registry = Registry::new();
+    load(folder.path().as_ref(), &mut registry).expect("the file holds");
+    registry.add(Decodes).expect("a name");
+    let mut writer = world.connection().await;
+    let mut refused_by_serde = 0;
+    let mut append = async |count: usize, dice: &mut fastrand::Rng| {
+        for _ in 0..count {
+            let payload = odd_json(dice);
+            let insert = "insert into events (stream_id, stream_version, event_type, payload) \
+                          select 'odd', coalesce(max(stream_version), 0) + 1, 'Opened', ? from events";
+            match sqlx::query(insert).bind(&payload).execute(&mut writer).await {
+                Ok(_) => refused_by_serde += usize::from(serde_json::from_str::<serde_json::Value>(&payload).is_err()),
+                Err(error) => {
+                    assert!([3819, 4025, 3140, 3141].contains(&server_error(&error).0), "{payload:?}: {error}")
+                }
+            }
+        }
+        refused_by_serde
+    };
+    append(200, &mut dice).await;
+    assert!(world.boot(&registry).await.is_released(), "{:?}", world.ledger.entries().await);
+    assert!(append(100, &mut dice).await > 10, "too few texts are odd");
+    world.play_until_idle(&registry).await;
+    assert_eq!((world.status("odd").await, world.status("decodes").await), ("live".into(), "live".into()));
+    type Row = (u64, String, Option<String>, Option<String>, Option<String>, Option<String>, bool);
+    let rows: Vec<Row> = sqlx::query_as(
+        "select position, payload, a, json_value(payload, '$.a'), c, json_value(payload, '$.b.c'), \
+         binary whole <=> binary payload from events join odd using (position) order by position",
+    )
+    .fetch_all(&mut writer)
+    .await
+    .expect("the rows");
+    assert!(rows.len() as u64 == world.last_position().await && rows.len() > 80, "{}", rows.len());
+    for (position, payload, a, servers_a, c, servers_c, is_whole) in rows {
+        assert!(is_the_same(a.as_deref(), servers_a.as_deref()), "{position}, {payload:?}: {a:?}, not {servers_a:?}");
+        assert!(is_the_same(c.as_deref(), servers_c.as_deref()), "{position}, {payload:?}: {c:?}, not {servers_c:?}");
+        assert!(is_whole, "{position}: the whole payload is byte for byte");
+    }
 }
