@@ -11,12 +11,13 @@ use tokio::runtime::Handle;
 use tokio::time::timeout;
 use tracing::debug;
 
-use crate::database::{Database, SESSION_SILENT_FOR, Session};
-use crate::error::{database_error, is_hang_up, is_transient, server_error};
+use crate::database::{Database, Ended, HandlerSession, SESSION_SILENT_FOR, SessionId};
+use crate::error::{database_error, is_hang_up, is_transient, server_error, tell};
 use crate::event::{Event, Position};
-use crate::ledger::{self, Entry, Ledger};
+use crate::ledger::{Claim, Entry, Ledger, Moved};
 use crate::lifecycle::Stage;
 use crate::metrics;
+use crate::projector::SessionUse;
 use crate::registry::Registered;
 
 /// How long a projector's row is claimed while its next batch is awaited.
@@ -40,13 +41,19 @@ impl<'a> Batch<'a> {
     }
 }
 
-/// Why a batch was not applied. Nothing of it was.
+/// Why a batch was not applied. Nothing of it is stored, but for [`ApplyError::Stored`].
 #[derive(Debug)]
 pub(crate) enum ApplyError {
     /// The ledger no longer has the projector where this worker thought it was; `None`: not at all.
     Claim(Option<Entry>),
-    /// The projector's own: an error, a panic, a commit of its own.
+    /// The projector's own: an error, a panic, a session that it has changed.
     Projector(anyhow::Error),
+    /// The transaction was rolled back while the handler had it, and the handler went on: it does not pass on errors, or it
+    /// rolls back by itself. The moment's fault, unless it happens again and again.
+    RolledBack(anyhow::Error),
+    /// The handler committed a part of the batch, by itself or by a statement that does so. The batch must not be applied
+    /// again, not even in part.
+    Stored(anyhow::Error),
     /// The handler's own fault, or that of its connection: it did not end in time, perhaps because the connection was cut off
     /// without a word; or the two do not understand each other, perhaps because it binds more than its statement has room for.
     Doubtful(anyhow::Error),
@@ -74,13 +81,13 @@ impl From<sqlx::Error> for ApplyError {
 pub(crate) struct Hold {
     /// Whether the next batch follows at once, so that it is worth while.
     pub(crate) goes_on: bool,
-    claim: Option<Claim>,
+    claim: Option<Claimed>,
 }
 
 /// A session whose transaction has locked a projector's row, and nothing else. Dropped, the pool rolls it back.
 #[derive(Debug)]
-struct Claim {
-    session: Session,
+struct Claimed {
+    session: HandlerSession,
     at: Position,
     since: Instant,
 }
@@ -101,7 +108,7 @@ impl Hold {
     }
 
     /// The session of a claim at this position. A claim that is old is given back: its session may have ended.
-    fn take(&mut self, at: Position) -> Option<Session> {
+    fn take(&mut self, at: Position) -> Option<HandlerSession> {
         let claim = self.claim.take()?;
         (claim.at == at && claim.since.elapsed() < HELD_FOR).then_some(claim.session)
     }
@@ -121,13 +128,18 @@ pub(crate) async fn apply(
         Some(claimed) => claimed,
         None => claim(database, projector, stage, batch.after, handler_timeout).await?,
     };
-    let guard = Handling { database, session: session.id, is_on: false };
-    let next = hold.goes_on.then_some(stage);
-    match run(&mut session.connection, guard, projector, batch, handler_timeout, next).await? {
-        Row::Claimed => hold.claim = Some(Claim { session, at: batch.through, since: Instant::now() }),
-        Row::Free => database.keep(session),
-        // The pool sees to it that what was begun is rolled back, as it does after an error.
-        Row::Lost => {}
+    let next = hold.goes_on && projector.session != SessionUse::EachEvent;
+    match run(database, &mut session, projector, stage, batch, handler_timeout, next).await? {
+        Moved::Claimed => hold.claim = Some(Claimed { session, at: batch.through, since: Instant::now() }),
+        Moved::Free => database.keep_handler_session(session),
+        // Dropped, the session is closed, and what was begun in it is rolled back, as after an error.
+        Moved::Lost => {}
+        Moved::No => {
+            return Err(ApplyError::Stored(anyhow!(
+                "the handler's writes are stored without its position: it deleted its projector's row in the ledger, or hid \
+                 the ledger behind a temporary table. The batch cannot be applied again: rebuild the read model"
+            )));
+        }
     }
     Ok(())
 }
@@ -139,96 +151,184 @@ async fn claim(
     stage: Stage,
     at: Position,
     handler_timeout: Duration,
-) -> Result<Session, ApplyError> {
-    let mut session = database.session().await?;
-    let connection = &mut session.connection;
+) -> Result<HandlerSession, ApplyError> {
+    let mut session = database.handler_session(&projector.id, projector.session).await?;
     if handler_timeout >= SESSION_SILENT_FOR {
         let silent_for = handler_timeout + SESSION_SILENT_FOR;
         let allow = format!("set session wait_timeout = {}", silent_for.as_secs());
-        database.answered(sqlx::raw_sql(AssertSqlSafe(allow)).execute(&mut **connection)).await?;
+        session.has_set();
+        database.answered(sqlx::raw_sql(AssertSqlSafe(allow)).execute(&mut *session.connection)).await?;
     }
-    if !database.answered(ledger::begin(connection, &projector.id, stage, at)).await? {
-        database.answered(sqlx::raw_sql("rollback").execute(&mut **connection)).await?;
+    let unchanged = database.session_is_unchanged();
+    let row = Claim { id: &projector.id, stage, savepoint: &session.savepoint, unchanged: &unchanged };
+    if !database.answered(row.begin(&mut session.connection, at)).await? {
+        database.answered(sqlx::raw_sql("rollback").execute(&mut *session.connection)).await?;
+        database.keep_handler_session(session);
         return Err(ApplyError::Claim(Ledger::new(database).entry(&projector.id).await?));
     }
     Ok(session)
 }
 
-/// What a session has of its projector's row after a commit.
-enum Row {
-    Free,
-    /// Locked again, for the next batch.
-    Claimed,
-    /// Somebody else was faster; the transaction has begun all the same.
-    Lost,
-}
-
-/// Runs the handler in a session that has the claim, and commits; and claims the row for what comes `next`, unless the batch
-/// had nothing for the projector.
+/// Runs the handler in a session that has the claim, and commits; and, if `next`, claims the row for what comes next, unless
+/// the batch had nothing for the projector.
 async fn run(
-    connection: &mut MySqlConnection,
-    mut guard: Handling<'_>,
+    database: &Database,
+    session: &mut HandlerSession,
     projector: &Registered,
+    stage: Stage,
     batch: Batch<'_>,
     handler_timeout: Duration,
-    next: Option<Stage>,
-) -> Result<Row, ApplyError> {
-    let (database, id, began) = (guard.database, &projector.id, Instant::now());
+    next: bool,
+) -> Result<Moved, ApplyError> {
+    let began = Instant::now();
     let wanted: Vec<&Event> = batch.wanted(projector).collect();
     if !wanted.is_empty() {
-        guard.is_on = true;
-        let handling = projector.projector.handle_batch(&wanted, connection);
-        let handled = match timeout(handler_timeout, AssertUnwindSafe(handling).catch_unwind()).await {
-            Ok(Ok(handled)) => handled,
-            Ok(Err(panic)) => {
-                guard.end().await;
-                return Err(ApplyError::Projector(panicked("the handler", panic.as_ref())));
-            }
-            Err(_) => {
-                guard.end().await;
-                let seconds = handler_timeout.as_secs_f32();
-                return Err(ApplyError::Doubtful(anyhow!("the handler took longer than {seconds} s")));
-            }
-        };
-        if let Err(error) = handled {
-            if let Some(sqlx::Error::Protocol(_)) = database_error(&error) {
-                // It may wait for an answer that nobody owes it.
-                guard.end().await;
-                return Err(ApplyError::Doubtful(error));
-            }
-            guard.is_on = false;
-            if let Some(error) = database_error(&error) {
-                database.distrust(error);
-            }
-            return Err(match database_error(&error) {
-                Some(lost) if is_hang_up(lost) => ApplyError::HungUp(error),
-                Some(passing) if is_transient(passing) => ApplyError::Transient(error),
-                _ => ApplyError::Projector(unreadable(&wanted).unwrap_or(error)),
-            });
-        }
-        guard.is_on = false;
-        if let Some(error) = unreadable(&wanted) {
-            return Err(ApplyError::Projector(error));
-        }
+        handle(database, session, projector, &wanted, handler_timeout).await?;
     }
     let (from, to) = (batch.after, batch.through);
-    let committed = match next.filter(|_| !wanted.is_empty()) {
-        None => database.answered(ledger::commit(connection, id, from, to)).await.map(|()| Row::Free),
-        Some(stage) => {
-            let claimed = database.answered(ledger::commit_and_begin(connection, id, stage, from, to)).await;
-            claimed.map(|is_claimed| if is_claimed { Row::Claimed } else { Row::Lost })
+    let unchanged = database.session_is_unchanged();
+    let savepoint = session.savepoint.clone();
+    let row = Claim { id: &projector.id, stage, savepoint: &savepoint, unchanged: &unchanged };
+    let moving = async {
+        match next && !wanted.is_empty() {
+            true => row.commit_and_begin(&mut session.connection, from, to).await,
+            false => row.commit(&mut session.connection, from, to).await,
         }
     };
-    let row = committed.map_err(|error| match server_error(&error) {
-        Some(1305) => ApplyError::Projector(anyhow!(
-            "the handler committed the transaction, by itself or by a statement that does so (such as DDL): \
-             what it wrote is stored, but its position is not"
+    let moved = match database.answered(moving).await {
+        Ok(moved) => moved,
+        Err(error) => return Err(not_committed(database, session, error).await),
+    };
+    session.committed();
+    metrics::applied(&projector.id, wanted.len(), began.elapsed());
+    Ok(moved)
+}
+
+/// Runs the handler. After an error nothing of the batch is stored, or it says so.
+async fn handle(
+    database: &Database,
+    session: &mut HandlerSession,
+    projector: &Registered,
+    wanted: &[&Event],
+    handler_timeout: Duration,
+) -> Result<(), ApplyError> {
+    let mut guard = Handling { database, session: session.id.clone(), is_on: true };
+    let handling = projector.projector.handle_batch(wanted, &mut session.connection);
+    let handled = match timeout(handler_timeout, AssertUnwindSafe(handling).catch_unwind()).await {
+        Ok(Ok(Ok(()))) => {
+            guard.is_on = false;
+            return unreadable(wanted).map_or(Ok(()), |error| Err(ApplyError::Projector(error)));
+        }
+        Ok(Ok(Err(error))) => Err(error),
+        Ok(Err(panic)) => Ok(ApplyError::Projector(panicked("the handler", panic.as_ref()))),
+        Err(_) => {
+            let seconds = handler_timeout.as_secs_f32();
+            Ok(ApplyError::Doubtful(anyhow!("the handler took longer than {seconds} s")))
+        }
+    };
+    let error = match handled {
+        // It may wait for an answer that nobody owes it.
+        Err(error) if matches!(database_error(&error), Some(sqlx::Error::Protocol(_))) => {
+            Ok(ApplyError::Doubtful(error))
+        }
+        Err(error) => Err(error),
+        cut_off => cut_off,
+    };
+    let error = match error {
+        Ok(cut_off) => {
+            // It may be in the middle of a statement, which must end before the session can say anything.
+            let ended = match database.stop_statement(&session.id).await {
+                Ok(()) => database.roll_back(session).await,
+                Err(error) => Err(error),
+            };
+            match ended {
+                Ok(ended) => {
+                    guard.is_on = false;
+                    return Err(with_what_is_stored(ended, cut_off));
+                }
+                Err(_) => {
+                    guard.end().await;
+                    return Err(cut_off);
+                }
+            }
+        }
+        Err(error) => error,
+    };
+    guard.is_on = false;
+    if let Some(error) = database_error(&error) {
+        database.distrust(error);
+    }
+    let error = match database_error(&error) {
+        Some(lost) if is_hang_up(lost) => ApplyError::HungUp(error),
+        Some(passing) if is_transient(passing) => ApplyError::Transient(error),
+        _ => ApplyError::Projector(unreadable(wanted).unwrap_or(error)),
+    };
+    Err(match database.roll_back(session).await {
+        Ok(ended) => with_what_is_stored(ended, error),
+        // The connection is lost. What the handler may have committed before, nobody can tell.
+        Err(_) => error,
+    })
+}
+
+/// An error of a handler, with what became of its transaction.
+fn with_what_is_stored(ended: Ended, error: ApplyError) -> ApplyError {
+    match (ended, error) {
+        (Ended::Stored(by), error) => ApplyError::Stored(stored(&by, error.cause())),
+        (Ended::RolledBack, ApplyError::Projector(error)) => ApplyError::RolledBack(error),
+        (_, error) => error,
+    }
+}
+
+/// Why a commit of ours failed. Nothing of the batch is stored, or it says so.
+async fn not_committed(database: &Database, session: &mut HandlerSession, error: sqlx::Error) -> ApplyError {
+    let Some(number) = server_error(&error) else { return error.into() };
+    if number == 1305 {
+        return match database.how_it_ended(session).await {
+            Ok(Ended::Stored(by)) => ApplyError::Stored(stored(&by, None)),
+            Ok(Ended::Whole | Ended::RolledBack) => ApplyError::RolledBack(anyhow!(
+                "the transaction was rolled back while the handler had it: by a deadlock or a lock wait whose error the handler \
+                 did not pass on, or by the handler itself"
+            )),
+            Err(lost) => lost.into(),
+        };
+    }
+    if is_transient(&error) {
+        return error.into();
+    }
+    match database.changed_settings(session).await {
+        Ok(Some(changed)) => ApplyError::Projector(anyhow!(
+            "the handler has changed its session and not changed it back: {changed}. What it applies next would mean \
+             something else; set the value back before the handler ends, or do without it"
         )),
-        Some(1690) => ApplyError::Projector(anyhow!("the handler changed its projector's own row in the ledger")),
-        _ => error.into(),
-    })?;
-    metrics::applied(id, wanted.len(), began.elapsed());
-    Ok(row)
+        Ok(None) if number == 1690 => {
+            ApplyError::Projector(anyhow!("the handler changed its projector's own row in the ledger"))
+        }
+        Ok(None) => error.into(),
+        Err(lost) => lost.into(),
+    }
+}
+
+fn stored(by: &str, error: Option<&anyhow::Error>) -> anyhow::Error {
+    let error = error.map(|error| format!("; then it failed: {}", tell(error))).unwrap_or_default();
+    anyhow!(
+        "the handler committed the transaction, by itself or by a statement that does so (counted: {by}). A part of this \
+         batch is stored without its position, so that it cannot be applied again: rebuild the read model{error}"
+    )
+}
+
+impl ApplyError {
+    /// What the handler returned, if it did.
+    fn cause(&self) -> Option<&anyhow::Error> {
+        match self {
+            ApplyError::Projector(error)
+            | ApplyError::RolledBack(error)
+            | ApplyError::Stored(error)
+            | ApplyError::Doubtful(error)
+            | ApplyError::Transient(error)
+            | ApplyError::HungUp(error) => Some(error),
+            ApplyError::Claim(_) | ApplyError::Ledger(_) => None,
+        }
+    }
 }
 
 /// Of a handler that was given nothing for a field that cannot be read: what it did with that does not count.
@@ -241,7 +341,7 @@ fn unreadable(wanted: &[&Event]) -> Option<anyhow::Error> {
 /// and its projector's row would stay locked until the server has finished with the statement.
 struct Handling<'a> {
     database: &'a Database,
-    session: u64,
+    session: SessionId,
     is_on: bool,
 }
 
@@ -249,9 +349,9 @@ impl Handling<'_> {
     /// Ends the session in which a handler was cut off, and with it the lock. Where that cannot be done now, it is tried
     /// once more, as where nobody waits for it: what became of the handler is known all the same.
     async fn end(mut self) {
-        match self.database.kill(self.session).await {
+        match self.database.kill(&self.session).await {
             Ok(()) => self.is_on = false,
-            Err(error) => debug!(session = self.session, %error, "a handler's session was not ended at once"),
+            Err(error) => debug!(session = self.session.number(), %error, "a handler's session was not ended at once"),
         }
     }
 }
@@ -260,10 +360,10 @@ impl Drop for Handling<'_> {
     /// The same, where nobody waits for it: the whole work was dropped, by a shutdown or for want of time.
     fn drop(&mut self) {
         let (true, Ok(runtime)) = (self.is_on, Handle::try_current()) else { return };
-        let (database, session) = (self.database.clone(), self.session);
+        let (database, session) = (self.database.clone(), self.session.clone());
         runtime.spawn(async move {
-            if let Err(error) = database.kill(session).await {
-                debug!(session, %error, "a handler's session was not ended, and ends with its statement");
+            if let Err(error) = database.kill(&session).await {
+                debug!(session = session.number(), %error, "a handler's session was not ended, and ends with its statement");
             }
         });
     }
@@ -272,14 +372,14 @@ impl Drop for Handling<'_> {
 /// Runs a projector's setup, outside any transaction: it creates tables.
 pub(crate) async fn set_up(database: &Database, projector: &Registered) -> anyhow::Result<()> {
     let set_up = async |db: &mut MySqlConnection| AssertUnwindSafe(projector.projector.setup(db)).catch_unwind().await;
-    database.while_connected(set_up).await?.unwrap_or_else(|panic| Err(panicked("setup", panic.as_ref())))
+    database.for_setup(set_up).await?.unwrap_or_else(|panic| Err(panicked("setup", panic.as_ref())))
 }
 
 /// Runs a projector's teardown, likewise.
 pub(crate) async fn tear_down(database: &Database, projector: &Registered) -> anyhow::Result<()> {
     let tear_down =
         async |db: &mut MySqlConnection| AssertUnwindSafe(projector.projector.teardown(db)).catch_unwind().await;
-    database.while_connected(tear_down).await?.unwrap_or_else(|panic| Err(panicked("teardown", panic.as_ref())))
+    database.for_setup(tear_down).await?.unwrap_or_else(|panic| Err(panicked("teardown", panic.as_ref())))
 }
 
 fn panicked(what: &str, panic: &(dyn Any + Send)) -> anyhow::Error {

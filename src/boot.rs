@@ -182,9 +182,7 @@ impl Boot<'_> {
                 let error = error.context("setup failed");
                 let delivered = match caused_by_transient(&error) {
                     true => Delivered::GaveUp(tell(&error)),
-                    false => {
-                        self.engine.break_at(&cursor.projector, Stage::Boot, None, Failed { error, attempts: 1 }).await
-                    }
+                    false => self.engine.break_at(&cursor.projector, Stage::Boot, None, Failed::new(error, 1)).await,
                 };
                 cursor.note(delivered);
                 return false;

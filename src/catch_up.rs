@@ -20,9 +20,6 @@ use crate::store::{Page, ReadAhead, ReadLimits, Wanted};
 /// Projectors that apply one page at the same time, each on a connection of its own.
 pub(crate) const SIDE_BY_SIDE: usize = 8;
 
-/// Connections of a database where one may stay claimed: that one, the reader's, and one for whoever needs another.
-const MAY_HOLD_ONE: u32 = 3;
-
 /// A projector on its way through the log.
 pub(crate) struct Cursor {
     pub(crate) projector: Arc<Registered>,
@@ -145,9 +142,7 @@ impl Engine {
     fn may_hold(&self, stage: Stage, cursors: &[Cursor]) -> bool {
         let mut running = cursors.iter().filter(|cursor| cursor.is_running());
         match (running.next(), running.next()) {
-            (Some(alone), None) => {
-                stage == Stage::Boot && !alone.projector.has_side_effects && self.database.connections() >= MAY_HOLD_ONE
-            }
+            (Some(alone), None) => stage == Stage::Boot && !alone.projector.goes_event_by_event(),
             _ => false,
         }
     }
@@ -163,8 +158,9 @@ impl Engine {
             cursor.note(self.deliver_on(&cursor.projector, stage, *batch, hold).await);
             return;
         }
+        let side_by_side = SIDE_BY_SIDE.min(self.database.handler_connections() as usize);
         stream::iter(standing_in_it)
-            .for_each_concurrent(SIDE_BY_SIDE, async |(cursor, batch)| {
+            .for_each_concurrent(side_by_side, async |(cursor, batch)| {
                 cursor.note(self.deliver(&cursor.projector, stage, batch).await);
             })
             .await;

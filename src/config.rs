@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 
 use crate::aws::{self, Secret, Tokens};
-use crate::database::{Database, Login, Source};
+use crate::database::{Database, Login, Source, SqlMode};
 use crate::declared;
 use crate::deliver::Limits;
 use crate::error::Error;
@@ -22,6 +22,22 @@ const BOOT_PATIENCE: Duration = Duration::from_secs(60);
 enum DatabaseAuth {
     Password,
     Iam,
+}
+
+/// The modes in which projectors' statements run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum SqlModes {
+    Strict,
+    Server,
+}
+
+impl From<SqlModes> for SqlMode {
+    fn from(modes: SqlModes) -> Self {
+        match modes {
+            SqlModes::Strict => SqlMode::Strict,
+            SqlModes::Server => SqlMode::Server,
+        }
+    }
 }
 
 /// The most database connections, where a command does not say otherwise.
@@ -70,6 +86,11 @@ pub(crate) struct Config {
     #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_CONNECT_TIMEOUT", default_value_t = 10,
           value_parser = clap::value_parser!(u64).range(1..=3600), global = true)]
     connect_timeout: u64,
+
+    /// The modes in which projectors' statements run: strict, as a new server has them, so that a value that does not fit is
+    /// an error; or the server's own, whatever they are.
+    #[arg(long, value_name = "MODES", env = "PROJECTIONIST_SQL_MODE", default_value = "strict", global = true)]
+    sql_mode: SqlModes,
 
     /// The most events that are applied in one transaction.
     #[arg(long, value_name = "EVENTS", env = "PROJECTIONIST_BATCH", default_value_t = 1000,
@@ -144,7 +165,8 @@ impl Config {
     /// With so many connections, unless it was said otherwise.
     pub(crate) async fn database_of(&self, connections: u32) -> Result<Database, Error> {
         let login = self.login().await?;
-        Database::open(login, self.connections.unwrap_or(connections), Duration::from_secs(self.connect_timeout)).await
+        let patience = Duration::from_secs(self.connect_timeout);
+        Database::open(login, self.connections.unwrap_or(connections), patience, self.sql_mode.into()).await
     }
 
     async fn login(&self) -> Result<Login, Error> {

@@ -18,6 +18,10 @@ use crate::metrics;
 use crate::registry::{Registered, Registry};
 use crate::retry;
 
+/// How often in a row a transaction may be rolled back under a handler's hands before that counts as the projector's own
+/// failure. Deadlocks are rare, and what a handler does by itself it does each time.
+const ROLLED_BACK_TOO_OFTEN: u32 = 5;
+
 /// What the engine works with, in boot and in play.
 #[derive(Debug, Clone)]
 pub(crate) struct Engine {
@@ -96,9 +100,38 @@ impl Engine {
         batch: Batch<'_>,
         hold: &mut Hold,
     ) -> Delivered {
+        if projector.goes_event_by_event() {
+            return self.deliver_each(projector, stage, batch).await;
+        }
         match self.attempt(projector, stage, batch, hold).await {
             Ok(delivered) => delivered,
             Err(failed) => self.isolate(projector, stage, batch, failed).await,
+        }
+    }
+
+    /// Applies a batch with a transaction for each event that the projector wants. What it does elsewhere cannot be rolled
+    /// back, so an event that fails must not repeat those before it.
+    async fn deliver_each(&self, projector: &Registered, stage: Stage, batch: Batch<'_>) -> Delivered {
+        let hold = &mut Hold::none();
+        let mut position = batch.after;
+        let mut wanted = batch.wanted(projector).peekable();
+        loop {
+            let event = wanted.next();
+            // What follows the last event goes with it.
+            let end = event.filter(|_| wanted.peek().is_some()).map_or(batch.through, Event::position);
+            if let Some(step) = batch.part(position, end) {
+                let delivered = match self.attempt(projector, stage, step, hold).await {
+                    Ok(delivered) => delivered,
+                    Err(failed) => self.isolate(projector, stage, step, failed).await,
+                };
+                match delivered {
+                    Delivered::At(reached) => position = reached,
+                    other => return other,
+                }
+            }
+            if end == batch.through {
+                return Delivered::At(position);
+            }
         }
     }
 
@@ -113,6 +146,7 @@ impl Engine {
         let began = Instant::now();
         let mut attempt = 1;
         let mut is_doubted = false;
+        let mut rolled_back = 0;
         let mut hang_ups = HangUps::default();
         loop {
             let applied =
@@ -123,9 +157,23 @@ impl Engine {
             let is_its_doing = hang_ups.note(&self.database, &applied).await;
             match applied {
                 Ok(()) => return Ok(Delivered::At(batch.through)),
-                Err(ApplyError::Projector(error)) => return Err(Failed { error, attempts: attempt }),
+                Err(ApplyError::Projector(error)) => return Err(Failed::new(error, attempt)),
+                Err(ApplyError::Stored(error)) => {
+                    let error = error.context(format!("events {} to {}", batch.after.next(), batch.through));
+                    // The event is not known, and none of the batch may be tried again.
+                    return Ok(self.break_at(projector, stage, None, Failed::for_rebuild(error, attempt)).await);
+                }
+                Err(ApplyError::RolledBack(error)) if rolled_back == ROLLED_BACK_TOO_OFTEN => {
+                    return Err(Failed::new(error, attempt));
+                }
+                Err(ApplyError::RolledBack(error)) => {
+                    rolled_back += 1;
+                    attempt += 1;
+                    warn!(projector = %projector.id, position = batch.after.get(), attempt, error = tell(&error), "trying again");
+                    tokio::time::sleep(retry::delay(attempt)).await;
+                }
                 // The first may be the network's fault: on another connection, the second is not.
-                Err(ApplyError::Doubtful(error)) if is_doubted => return Err(Failed { error, attempts: attempt }),
+                Err(ApplyError::Doubtful(error)) if is_doubted => return Err(Failed::new(error, attempt)),
                 Err(ApplyError::Doubtful(error)) => {
                     is_doubted = true;
                     attempt += 1;
@@ -147,7 +195,7 @@ impl Engine {
                     tokio::time::sleep(retry::delay(attempt + 6)).await;
                 }
                 Err(ApplyError::HungUp(error)) if is_its_doing => {
-                    return Err(Failed { error: hang_ups.explain(error), attempts: attempt });
+                    return Err(Failed::new(hang_ups.explain(error), attempt));
                 }
                 Err(ApplyError::Transient(error) | ApplyError::HungUp(error)) => {
                     attempt += 1;
@@ -228,6 +276,7 @@ impl Engine {
             attempts: failed.attempts,
             release: self.release.clone(),
             host: host(),
+            rebuild: failed.rebuild,
         };
         let before = event.map(|event| event.position().previous());
         let mut attempt = 1;
@@ -247,6 +296,7 @@ impl Engine {
                         attempts = failure.attempts,
                         release = failure.release,
                         host = failure.host,
+                        rebuild = failure.rebuild,
                         "projector broken"
                     );
                     return Delivered::Broke;
@@ -270,6 +320,21 @@ impl Engine {
 pub(crate) struct Failed {
     pub(crate) error: anyhow::Error,
     pub(crate) attempts: u32,
+    /// Why the read model must be rebuilt, if it must: see [`Failure::rebuild`].
+    pub(crate) rebuild: Option<String>,
+}
+
+impl Failed {
+    /// A failure after which the projector may go on, once its cause is removed.
+    pub(crate) fn new(error: anyhow::Error, attempts: u32) -> Self {
+        Failed { error, attempts, rebuild: None }
+    }
+
+    /// A failure after which the read model must be rebuilt. The error is the reason, too.
+    pub(crate) fn for_rebuild(error: anyhow::Error, attempts: u32) -> Self {
+        let rebuild = Some(tell(&error));
+        Failed { error, attempts, rebuild }
+    }
 }
 
 /// This host's name, as the kernel has it; in a container, the container's.

@@ -71,7 +71,18 @@ mod tests {
 
     fn entry(name: &str, status: Status, position: u64) -> Entry {
         let id = ProjectorId { name: name.into(), version: 1 };
-        Entry { id, mode: Mode::FromBeginning, status, position: Position::new(position), side_effects: false }
+        Entry {
+            id,
+            mode: Mode::FromBeginning,
+            status,
+            position: Position::new(position),
+            side_effects: false,
+            start_position: Some(Position::START),
+            digest: None,
+            event_types: None,
+            owned_tables: None,
+            rebuild_reason: None,
+        }
     }
 
     #[test]

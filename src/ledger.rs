@@ -16,7 +16,8 @@ macro_rules! select_entry {
     ($rest:literal) => {
         concat!(
             "select name, version, mode, status, position, side_effects, failed_position, failed_event_id, \
-             failed_event_type, failed_error, failed_at, failed_attempts, failed_release, failed_host from projectors ",
+             failed_event_type, failed_error, failed_at, failed_attempts, failed_release, failed_host, rebuild_reason, \
+             start_position, digest, event_types, owned_tables from projectors ",
             $rest
         )
     };
@@ -28,23 +29,14 @@ const LIVE: &str = "select name, version, position from projectors where status 
 const ENTRY: &str = select_entry!("where name = ? and version = ?");
 const LOCK: &str = select_entry!("where name = ? and version = ? for update");
 
-/// A handler that commits, or runs a statement that does (DDL), takes this savepoint away: releasing it
-/// then fails with error 1305.
-const SAVEPOINT: &str = "savepoint projectionist";
-const RELEASE: &str = "release savepoint projectionist";
-
-/// Fails, and so ends the packet that it is in, unless the statement before it found one row: no number is larger. A `select`
-/// would do so too, with a result that somebody has to read; `do` would only warn on MariaDB.
-const MOVED_ONE: &str = "set @projectionist = 18446744073709551615 + (row_count() != 1)";
-
 /// Two boots may see a new projector at once: the row of the first stands.
 const ENTER: &str = "insert into projectors (name, version, mode, status, position, side_effects) \
                      values (?, ?, ?, 'booting', ?, ?) on duplicate key update name = name";
 
 const SET_STATUS: &str = "update projectors set status = ?, failed_position = ?, failed_event_id = ?, \
                           failed_event_type = ?, failed_error = ?, failed_at = ?, failed_attempts = ?, \
-                          failed_release = ?, failed_host = ?, status_changed_at = utc_timestamp(6) \
-                          where name = ? and version = ?";
+                          failed_release = ?, failed_host = ?, rebuild_reason = coalesce(?, rebuild_reason), \
+                          status_changed_at = utc_timestamp(6) where name = ? and version = ?";
 
 /// Only what retire has marked: a projector that was booted anew meanwhile is somebody else's.
 const REMOVE: &str = "delete from projectors where name = ? and version = ? and status = 'retired'";
@@ -74,6 +66,17 @@ pub struct Entry {
     pub position: Position,
     /// Whether it acts outside the database.
     pub side_effects: bool,
+    /// Where it began. `None`: it was booted before the ledger kept this.
+    pub start_position: Option<Position>,
+    /// The digest of the definition with which it was last booted. `None`: it was booted before the ledger kept this.
+    pub digest: Option<String>,
+    /// The event types with which it was last booted; `["*"]` is all of them. `None`: not known.
+    pub event_types: Option<Vec<String>>,
+    /// The tables that its setup has made or that it names as its own, as `table` or `database.table`. `None`: not
+    /// known.
+    pub owned_tables: Option<Vec<String>>,
+    /// Why its read model must be rebuilt. Boot neither resumes such a projector nor hands it over.
+    pub rebuild_reason: Option<String>,
 }
 
 impl Ledger {
@@ -159,7 +162,8 @@ impl Ledger {
         let statuses = stage.statuses();
         let pass_over = format!(
             "update projectors set position = {to} \
-             where (name, version) in ({identities}) and position = {from} and status in ({statuses})"
+             where (name, version) in ({identities}) and position = {from} and status in ({statuses}) \
+             and rebuild_reason is null"
         );
         let pass_over = sqlx::raw_sql(AssertSqlSafe(pass_over));
         let moved = self.database.ask(async |connection| pass_over.execute(connection).await).await?;
@@ -197,69 +201,103 @@ async fn lock(connection: &mut MySqlConnection, id: &ProjectorId) -> Result<Opti
     row.map(|row| decode(&row)).transpose()
 }
 
-/// The fence: begins the transaction that applies events, and locks the projector's row if it is still this stage's and
-/// stands at `from`. `false`, with nothing locked but the transaction begun, if it is not.
-///
-/// In one packet, which cannot be prepared: an identity has no character that SQL knows (`Registry::add`), and the rest is
-/// numbers and words of ours.
-pub(crate) async fn begin(
-    session: &mut MySqlConnection,
-    id: &ProjectorId,
-    stage: Stage,
-    from: Position,
-) -> Result<bool, sqlx::Error> {
-    let begin = format!("start transaction; {}; {SAVEPOINT}", claim(id, stage, from));
-    Ok(sqlx::raw_sql(AssertSqlSafe(begin)).execute(session).await?.rows_affected() == 1)
+/// A projector's row, as the transaction that applies a batch to it claims and moves it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Claim<'a> {
+    pub(crate) id: &'a ProjectorId,
+    pub(crate) stage: Stage,
+    /// The savepoint that stands at the beginning of the transaction. A handler that commits, or runs a statement that
+    /// does (DDL), takes it away: releasing it then fails with error 1305. So does a deadlock, which rolls back the
+    /// whole transaction.
+    pub(crate) savepoint: &'a str,
+    /// A condition that holds as long as the handler has not changed its session.
+    pub(crate) unchanged: &'a str,
 }
 
-/// Moves a projector whose claim is held, and commits, in one packet too: it ends before the commit where the row is no
-/// longer as it was locked.
-///
-/// # Errors
-/// With the server's number 1305 if the transaction is no longer the one that was begun; 1690 if the row has changed. After
-/// an error nothing is committed, unless it is the answer that was lost.
-pub(crate) async fn commit(
-    session: &mut MySqlConnection,
-    id: &ProjectorId,
-    from: Position,
-    to: Position,
-) -> Result<(), sqlx::Error> {
-    let commit = format!("{}; commit", advance(id, from, to));
-    sqlx::raw_sql(AssertSqlSafe(commit)).execute(session).await.map(|_| ())
+/// What has become of a projector's row with a commit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Moved {
+    /// It was moved, and nobody has it.
+    Free,
+    /// It was moved, and is locked for the next batch.
+    Claimed,
+    /// It was moved, and another session had it before it could be locked again. A transaction has begun all the same.
+    Lost,
+    /// The handler's writes are committed, and no row was moved: the handler deleted it, or hid the ledger behind a
+    /// temporary table.
+    No,
 }
 
-/// [`commit`], and [`begin`] for the next batch behind it in the same packet. Returns what the latter does; whoever waits
-/// for the row has it first.
-///
-/// # Errors
-/// As [`commit`]. After any other error it may be committed all the same.
-pub(crate) async fn commit_and_begin(
-    session: &mut MySqlConnection,
-    id: &ProjectorId,
-    stage: Stage,
-    from: Position,
-    to: Position,
-) -> Result<bool, sqlx::Error> {
-    let commit = format!("{}; commit and chain; {}; {SAVEPOINT}", advance(id, from, to), claim(id, stage, to));
-    Ok(sqlx::raw_sql(AssertSqlSafe(commit)).execute(session).await?.rows_affected() == 2)
-}
+impl Claim<'_> {
+    /// The fence: begins the transaction that applies events, and locks the projector's row if it is still this stage's
+    /// and its position is `from`. `false`, with nothing locked, if it is not.
+    ///
+    /// In one packet, which cannot be prepared: an identity has no character that SQL knows (`Registry::add`), and the
+    /// rest is numbers and words of ours. The session's `autocommit` is off, so that the first statement begins the
+    /// transaction.
+    pub(crate) async fn begin(self, session: &mut MySqlConnection, from: Position) -> Result<bool, sqlx::Error> {
+        Ok(sqlx::raw_sql(AssertSqlSafe(self.claim(from))).execute(session).await?.rows_affected() == 1)
+    }
 
-/// An update that changes nothing locks as `for update` does, and says in fewer words whether there is such a row.
-fn claim(ProjectorId { name, version }: &ProjectorId, stage: Stage, at: Position) -> String {
-    let statuses = stage.statuses();
-    format!(
-        "update projectors set status = status \
-         where name = '{name}' and version = {version} and position = {at} and status in ({statuses})"
-    )
-}
+    /// Moves a projector whose claim is held, and commits, in one packet: it ends before the commit where the transaction
+    /// is another one, the row is not as it was locked, or the session has been changed.
+    ///
+    /// # Errors
+    /// With the server's number 1305 if the transaction is no longer the one that was begun; 1690 if the row or the
+    /// session has changed. After an error nothing is committed, unless it is the answer that was lost.
+    pub(crate) async fn commit(
+        self,
+        session: &mut MySqlConnection,
+        from: Position,
+        to: Position,
+    ) -> Result<Moved, sqlx::Error> {
+        let commit = format!("{}; commit", self.advance(from, to));
+        let rows = sqlx::raw_sql(AssertSqlSafe(commit)).execute(session).await?.rows_affected();
+        Ok(if rows == 1 { Moved::Free } else { Moved::No })
+    }
 
-fn advance(ProjectorId { name, version }: &ProjectorId, from: Position, to: Position) -> String {
-    format!(
-        "{RELEASE}; \
-         update projectors set position = {to} \
-         where name = '{name}' and version = {version} and position = {from}; \
-         {MOVED_ONE}"
-    )
+    /// [`Claim::commit`], and [`Claim::begin`] for the next batch behind it in the same packet. Another session that waits
+    /// for the row has it first.
+    ///
+    /// # Errors
+    /// As [`Claim::commit`]. After any other error it may be committed all the same.
+    pub(crate) async fn commit_and_begin(
+        self,
+        session: &mut MySqlConnection,
+        from: Position,
+        to: Position,
+    ) -> Result<Moved, sqlx::Error> {
+        let commit = format!("{}; commit; {}", self.advance(from, to), self.claim(to));
+        let rows = sqlx::raw_sql(AssertSqlSafe(commit)).execute(session).await?.rows_affected();
+        Ok(match rows {
+            2 => Moved::Claimed,
+            1 => Moved::Lost,
+            _ => Moved::No,
+        })
+    }
+
+    /// An update that changes nothing locks as `for update` does, and says in fewer words whether there is such a row.
+    fn claim(self, at: Position) -> String {
+        let Claim { id: ProjectorId { name, version }, stage, savepoint, .. } = self;
+        let statuses = stage.statuses();
+        format!(
+            "update projectors set status = status \
+             where name = '{name}' and version = {version} and position = {at} and status in ({statuses}) \
+             and rebuild_reason is null; savepoint {savepoint}"
+        )
+    }
+
+    /// No number is larger than that one, so that the update fails where the condition does not hold. (It depends on the
+    /// row, or it would be computed, and fail, in any case.)
+    fn advance(self, from: Position, to: Position) -> String {
+        let Claim { id: ProjectorId { name, version }, savepoint, unchanged, .. } = self;
+        format!(
+            "release savepoint {savepoint}; \
+             update projectors \
+             set position = if(position = {from} and {unchanged}, {to}, 18446744073709551615 + (position >= 0)) \
+             where name = '{name}' and version = {version}"
+        )
+    }
 }
 
 async fn set_status(connection: &mut MySqlConnection, id: &ProjectorId, status: &Status) -> Result<(), sqlx::Error> {
@@ -275,6 +313,7 @@ async fn set_status(connection: &mut MySqlConnection, id: &ProjectorId, status: 
         .bind(failure.map(|failure| failure.attempts))
         .bind(failure.and_then(|failure| failure.release.as_deref()).map(|release| limited(release, MAX_RELEASE)))
         .bind(failure.map(|failure| limited(&failure.host, MAX_HOST)))
+        .bind(failure.and_then(|failure| failure.rebuild.as_deref()).map(|reason| limited(reason, MAX_ERROR)))
         .bind(&id.name)
         .bind(id.version)
         .execute(connection)
@@ -305,6 +344,7 @@ fn decode(row: &MySqlRow) -> Result<Entry, sqlx::Error> {
             attempts: row.try_get("failed_attempts")?,
             release: row.try_get("failed_release")?,
             host: row.try_get("failed_host")?,
+            rebuild: row.try_get("rebuild_reason")?,
         }),
         unknown => return Err(unreadable("status", unknown)),
     };
@@ -314,7 +354,20 @@ fn decode(row: &MySqlRow) -> Result<Entry, sqlx::Error> {
         status,
         position: Position::new(row.try_get("position")?),
         side_effects: row.try_get("side_effects")?,
+        start_position: row.try_get::<Option<u64>, _>("start_position")?.map(Position::new),
+        digest: row.try_get("digest")?,
+        event_types: decode_list(row, "event_types")?,
+        owned_tables: decode_list(row, "owned_tables")?,
+        rebuild_reason: row.try_get("rebuild_reason")?,
     })
+}
+
+fn decode_list(row: &MySqlRow, column: &str) -> Result<Option<Vec<String>>, sqlx::Error> {
+    let Some(text) = row.try_get::<Option<String>, _>(column)? else { return Ok(None) };
+    let list = serde_json::from_str(&text).map_err(|error| {
+        sqlx::Error::Decode(format!("projectors.{column} is not a JSON list of strings: {error}").into())
+    })?;
+    Ok(Some(list))
 }
 
 fn decode_failed_event(row: &MySqlRow) -> Result<Option<FailedEvent>, sqlx::Error> {

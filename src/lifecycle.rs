@@ -40,6 +40,9 @@ pub struct Failure {
     pub release: Option<String>,
     /// The host that did.
     pub host: String,
+    /// Why the read model must be rebuilt, where the failure says so: a table that is gone, a batch of which only a
+    /// part is stored. Neither boot nor play applies anything to such a projector.
+    pub rebuild: Option<String>,
 }
 
 /// Which event a projector failed on.
@@ -138,12 +141,17 @@ impl Stage {
     /// Whether this stage may apply events to a projector of that status.
     pub(crate) const fn plays(self, status: &Status) -> bool {
         match self {
-            Stage::Boot => matches!(status, Status::Booting | Status::Stalled | Status::Broken(_)),
+            Stage::Boot => match status {
+                Status::Booting | Status::Stalled => true,
+                // Its read model is not whole: what is applied to it only hides that.
+                Status::Broken(failure) => failure.rebuild.is_none(),
+                Status::Live | Status::Finished | Status::Retired => false,
+            },
             Stage::Play => matches!(status, Status::Live),
         }
     }
 
-    /// The same as a list in SQL.
+    /// The same statuses as a list in SQL. A statement that uses it asks for `rebuild_reason is null`, too.
     pub(crate) const fn statuses(self) -> &'static str {
         match self {
             Stage::Boot => "'booting', 'stalled', 'broken'",
@@ -164,6 +172,19 @@ mod tests {
             attempts: 1,
             release: None,
             host: "here".into(),
+            rebuild: None,
+        }
+    }
+
+    #[test]
+    fn a_projector_that_must_be_rebuilt_is_played_by_no_stage_and_only_retired() {
+        let must_be_rebuilt = Status::Broken(Failure { rebuild: Some("its table is gone".into()), ..failure() });
+        assert!(!Stage::Boot.plays(&must_be_rebuilt) && !Stage::Play.plays(&must_be_rebuilt));
+        for mode in [Mode::FromBeginning, Mode::FromNow, Mode::Once] {
+            for step in [Step::HandOver, Step::Finish, Step::Break(failure()), Step::Stall] {
+                assert!(take(&must_be_rebuilt, mode, step.clone()).is_err(), "{mode} {step:?}");
+            }
+            assert_eq!(take(&must_be_rebuilt, mode, Step::Retire), Ok(Status::Retired));
         }
     }
 

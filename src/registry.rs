@@ -122,6 +122,12 @@ impl Registered {
         self.wanted.as_ref()
     }
 
+    /// Whether each event needs a transaction of its own: one that failed would repeat effects of those before it outside
+    /// the database, or find what they left in the session.
+    pub(crate) fn goes_event_by_event(&self) -> bool {
+        self.has_side_effects || self.session == SessionUse::EachEvent
+    }
+
     /// Whether the projector is to see this event. It never sees a tombstone.
     pub(crate) fn wants(&self, event: &Event) -> bool {
         !event.is_tombstone() && self.wanted.as_ref().is_none_or(|types| event.may_be_of(types))

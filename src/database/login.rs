@@ -129,7 +129,7 @@ impl Login {
 
     /// Gives the pool a new password if the one that it has will not do for long. Where there is none to be had the pool
     /// keeps what it has, so that nothing stops while that is good still.
-    pub(super) async fn keep_fresh(&self, pool: &MySqlPool) {
+    pub(super) async fn keep_fresh(&self, pools: &[&MySqlPool]) {
         if !matches!(self.source, Source::Tokens(..)) {
             return;
         }
@@ -140,7 +140,7 @@ impl Login {
         }
         match self.look().await {
             Ok((options, until)) => {
-                pool.set_connect_options(options);
+                pools.iter().for_each(|pool| pool.set_connect_options(options.clone()));
                 *known = Known { since: now, until };
             }
             Err(error) => {
@@ -151,7 +151,7 @@ impl Login {
     }
 
     /// After the server refused the password: looks for another, unless somebody has since `began`. Whether there may be one.
-    pub(super) async fn renew(&self, pool: &MySqlPool, began: SystemTime) -> bool {
+    pub(super) async fn renew(&self, pools: &[&MySqlPool], began: SystemTime) -> bool {
         if matches!(self.source, Source::Url) {
             return false;
         }
@@ -161,7 +161,7 @@ impl Login {
         }
         match self.look().await {
             Ok((options, until)) => {
-                pool.set_connect_options(options);
+                pools.iter().for_each(|pool| pool.set_connect_options(options.clone()));
                 *known = Known { since: SystemTime::now(), until };
                 info!("the database refused the password, and it was read again");
                 true

@@ -1,9 +1,11 @@
 //! The way to MySQL or MariaDB: connections with the session that the protocol needs, and the checks of the server.
 
+mod ended;
 mod inspect;
 mod kept;
 mod login;
 mod needs;
+mod settings;
 
 use std::borrow::Cow;
 use std::future::Future;
@@ -13,33 +15,28 @@ use std::time::{Duration, Instant, SystemTime};
 
 use ring::rand::{SecureRandom, SystemRandom};
 use sqlx::migrate::{Migration, MigrationType, Migrator};
-use sqlx::mysql::{MySqlConnectOptions, MySqlPoolOptions, MySqlTransactionManager};
+use sqlx::mysql::{MySqlConnectOptions, MySqlPoolOptions};
 use sqlx::pool::PoolConnection;
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor, MySql, MySqlConnection, MySqlPool, Row, SqlSafeStr};
-use sqlx_core::transaction::TransactionManager;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
 use crate::error::{Error, is_read_only, server_error};
+pub(crate) use ended::Ended;
 pub(crate) use inspect::{Inspected, May, Migrated};
-use kept::Kept;
-pub(crate) use kept::Session;
+pub(crate) use kept::{HandlerSession, Session, SessionId};
+use kept::{Kept, has_room};
 use login::is_refused;
 pub(crate) use login::{Login, Source};
 pub(crate) use needs::{NEEDS, TABLES};
-
-/// Under repeatable read the probe of a hole takes gap locks that block writers, and a long transaction
-/// would not see what has been committed since it began. (That time is UTC, sqlx sees to.)
-///
-/// And a session that is silent is ended by the server: a worker whose host has gone without a word, in the middle of a
-/// transaction, would hold its projector's row until then, by default for eight hours. In seconds, [`SESSION_SILENT_FOR`].
-///
-/// And who wants to change a table waits for those who use it no longer than for a row: by default it would be a year.
-const SESSION: &str = "set session transaction isolation level read committed; set session wait_timeout = 60; \
-                       set session lock_wait_timeout = 60";
+use settings::Settings;
+pub(crate) use settings::SqlMode;
 
 /// A handler that may be silent for longer says so: see `apply`.
 pub(crate) const SESSION_SILENT_FOR: Duration = Duration::from_secs(60);
+
+/// One for our own statements, and one for a handler.
+const LEAST_CONNECTIONS: u32 = 2;
 
 /// Before the server ends it.
 const UNUSED_FOR: Duration = Duration::from_secs(30);
@@ -68,12 +65,17 @@ const SET_FIRST_KEY: &str = "update event_log set signing_key = ? where signing_
 /// A pool of connections to one database, all in the session that the protocol needs. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Database {
+    /// For our own statements. No handler and no setup ever has a connection of it.
     pool: MySqlPool,
+    /// For handlers and setups. A connection is closed when it comes back: nobody knows what was done to its session.
+    handler_pool: MySqlPool,
     pub(crate) flavor: Flavor,
     /// When a connection last turned out to lead to a server that is read-only.
     distrusted: watch::Sender<Option<Instant>>,
     answer_within: Duration,
-    kept: Kept,
+    kept: Kept<Session>,
+    handler_sessions: Kept<HandlerSession>,
+    settings: Arc<Settings>,
     login: Arc<Login>,
 }
 
@@ -87,16 +89,9 @@ pub(crate) enum Flavor {
 /// Above the 50 s that a server waits for a row's lock by default: what takes longer is not slow, but cut off.
 const ANSWER_WITHIN: Duration = Duration::from_secs(60);
 
-/// Whether a connection may go back to the pool, where it is in no transaction; an error closes it without waiting any more.
+/// Whether a connection of ours may go back to the pool. A transaction that was left open in it is rolled back.
 async fn still_answers(connection: &mut MySqlConnection) -> Result<bool, sqlx::Error> {
-    let answers = async {
-        match MySqlTransactionManager::get_transaction_depth(connection) {
-            0 => connection.ping().await.map(|()| true),
-            1 => MySqlTransactionManager::rollback(connection).await.map(|()| true),
-            _ => Ok(false),
-        }
-    };
-    answered_within(RETURNS_WITHIN, answers).await
+    answered_within(RETURNS_WITHIN, async { sqlx::raw_sql("rollback").execute(connection).await.map(|_| true) }).await
 }
 
 async fn answered_within<T>(
@@ -121,36 +116,59 @@ impl Database {
     /// [`Error::Input`] where the URL is not one or the server is set up in a way that cannot work,
     /// [`Error::OutOfReach`] where the server does not answer or does not let us in. No error shows the password.
     pub async fn connect(url: &str, connections: u32, patience: Duration) -> Result<Self, Error> {
-        Self::open(Login::new(Some(url), Source::Url, None)?, connections, patience).await
+        Self::open(Login::new(Some(url), Source::Url, None)?, connections, patience, SqlMode::Strict).await
     }
 
-    /// [`Database::connect`], by any way in.
-    pub(crate) async fn open(login: Login, connections: u32, patience: Duration) -> Result<Self, Error> {
+    /// [`Database::connect`], by any way in, with the modes in which projectors' statements run.
+    pub(crate) async fn open(
+        login: Login,
+        connections: u32,
+        patience: Duration,
+        sql_mode: SqlMode,
+    ) -> Result<Self, Error> {
+        if connections < LEAST_CONNECTIONS {
+            return Err(Error::Input(format!(
+                "{connections} connections are too few: at least {LEAST_CONNECTIONS} are needed, one for our own \
+                 statements and one for a handler"
+            )));
+        }
         let options = login.options().await?;
         let at = inspect::place(&options);
         // Once without the pool, which would go on trying where there is nothing to hope for.
-        let (version, increment) = match timeout(patience, greet(&options)).await {
-            Ok(greeted) => greeted.map_err(|error| out_of_reach(&at, &error, &login))?,
+        let (flavor, settings) = match timeout(patience, greet(&options, &at, sql_mode)).await {
+            Ok(Ok(greeted)) => greeted,
+            Ok(Err(Error::Database(error))) => return Err(out_of_reach(&at, &error, &login)),
+            Ok(Err(error)) => return Err(error),
             Err(_) => return Err(out_of_reach(&at, &sqlx::Error::PoolTimedOut, &login)),
         };
-        check_increment(&at, increment)?;
         let distrusted = watch::Sender::new(None);
         let is_older = distrusted.subscribe();
+        let (for_handlers, set) = (connections / 2, Arc::clone(&settings.ours));
         let pool = MySqlPoolOptions::new()
             .before_acquire(move |_, about| {
                 let was_open_then = is_older.borrow().is_some_and(|since: Instant| about.age > since.elapsed());
                 Box::pin(async move { Ok(!was_open_then) })
             })
-            .max_connections(connections)
+            .max_connections(connections - for_handlers)
             .acquire_timeout(patience)
             .idle_timeout(UNUSED_FOR)
-            .after_connect(|connection, _| Box::pin(async move { connection.execute(SESSION).await.map(|_| ()) }))
+            .after_connect(move |connection, _| {
+                let set = Arc::clone(&set);
+                Box::pin(async move { connection.execute(AssertSqlSafe(set)).await.map(|_| ()) })
+            })
             .after_release(|connection, _| Box::pin(still_answers(connection)))
+            .connect_lazy_with(options.clone());
+        let handler_pool = MySqlPoolOptions::new()
+            .max_connections(for_handlers)
+            .acquire_timeout(patience)
+            .after_release(|_, _| Box::pin(async { Ok(false) }))
             .connect_lazy_with(options);
-        let flavor = if version.contains("MariaDB") { Flavor::MariaDb } else { Flavor::MySql };
-        // The other half is for what takes a connection for one statement.
-        let kept = Kept::new(connections as usize / 2);
-        Ok(Database { pool, flavor, distrusted, answer_within: ANSWER_WITHIN, kept, login: Arc::new(login) })
+        // The other half of ours is for what takes a connection for one statement.
+        let (kept, handler_sessions) =
+            (Kept::new((connections - for_handlers) as usize / 2), Kept::new(for_handlers as usize));
+        let (settings, login) = (Arc::new(settings), Arc::new(login));
+        let answer_within = ANSWER_WITHIN;
+        Ok(Database { pool, handler_pool, flavor, distrusted, answer_within, kept, handler_sessions, settings, login })
     }
 
     /// How long a statement of ours may take before its connection counts as lost: 60 s unless this says otherwise, which
@@ -180,30 +198,32 @@ impl Database {
         self.answered(async { asking(&mut *self.acquire().await?).await }).await
     }
 
-    /// Runs what may take as long as it likes, such as the making of an index, on a connection of the pool; but not longer
-    /// than the server knows its session. A session that is not heard any more ends there, by [`SESSION_SILENT_FOR`].
-    pub(crate) async fn while_connected<T>(
+    /// Runs a setup or a teardown, on a session of its own that is closed afterwards. It may take as long as it likes, but
+    /// not longer than the server knows its session. One that is not heard any more ends there, by
+    /// [`SESSION_SILENT_FOR`].
+    pub(crate) async fn for_setup<T>(
         &self,
         work: impl AsyncFnOnce(&mut MySqlConnection) -> T,
     ) -> Result<T, sqlx::Error> {
-        let mut connection = self.acquire().await?;
-        let id: u64 = self.answered(sqlx::query_scalar(SESSION_ID).fetch_one(&mut *connection)).await?;
-        {
-            let mut work = pin!(work(&mut connection));
-            loop {
-                match timeout(self.answer_within, &mut work).await {
+        let mut connection = self.acquire_for_handler().await?;
+        let open = async {
+            connection.execute(AssertSqlSafe(Arc::clone(&self.settings.setup))).await?;
+            sqlx::query_scalar(SESSION_ID).fetch_one(&mut *connection).await
+        };
+        let id: u64 = self.answered(open).await?;
+        let mut work = pin!(work(&mut connection));
+        loop {
+            match timeout(self.answer_within, &mut work).await {
+                Ok(done) => return Ok(done),
+                // Where nobody can tell, the next look will.
+                Err(_) if self.knows(id).await.unwrap_or(true) => {}
+                // The end may be on its way to us.
+                Err(_) => match timeout(RETURNS_WITHIN, &mut work).await {
                     Ok(done) => return Ok(done),
-                    // Where nobody can tell, the next look will.
-                    Err(_) if self.knows(id).await.unwrap_or(true) => {}
-                    // The end may be on its way to us.
-                    Err(_) => match timeout(RETURNS_WITHIN, &mut work).await {
-                        Ok(done) => return Ok(done),
-                        Err(_) => break,
-                    },
-                }
+                    Err(_) => break,
+                },
             }
         }
-        connection.close_on_drop();
         Err(timed_out("the server does not know the session any more: its connection was lost without a word".into()))
     }
 
@@ -220,6 +240,31 @@ impl Database {
             self.distrusted.send_replace(Some(Instant::now()));
             self.let_go();
         }
+    }
+
+    fn is_distrusted(&self, since: Instant) -> bool {
+        self.distrusted.borrow().is_some_and(|distrusted| since <= distrusted)
+    }
+
+    /// A condition in SQL that holds in a handler's session as long as nothing has changed it.
+    pub(crate) fn session_is_unchanged(&self) -> Arc<str> {
+        self.settings.unchanged()
+    }
+
+    /// What a handler has changed in its session, if anything.
+    ///
+    /// # Errors
+    /// If the connection is lost.
+    pub(crate) async fn changed_settings(&self, session: &mut HandlerSession) -> Result<Option<String>, sqlx::Error> {
+        self.answered_soon(self.settings.changed(&mut session.connection)).await
+    }
+
+    /// [`Database::answered`], of what takes no time and waits for no lock.
+    pub(crate) async fn answered_soon<T>(
+        &self,
+        asking: impl Future<Output = Result<T, sqlx::Error>>,
+    ) -> Result<T, sqlx::Error> {
+        answered_within(RETURNS_WITHIN, asking).await
     }
 
     /// Creates or upgrades the tables. Harmless to repeat, and safe from several hosts at once.
@@ -263,24 +308,35 @@ impl Database {
         migrator
     }
 
-    /// Ends another session of ours, and with it the statement that it is in and the locks that it holds.
-    pub(crate) async fn kill(&self, session: u64) -> Result<(), sqlx::Error> {
-        let mut connection = self.acquire().await?;
-        let kill = sqlx::raw_sql(AssertSqlSafe(format!("kill {session}"))).execute(&mut *connection);
-        match answered_within(RETURNS_WITHIN, kill).await {
-            // 1094: it has ended by itself.
-            Err(error) if server_error(&error) != Some(1094) => Err(error),
-            _ => Ok(()),
+    /// Ends the statement that a handler's session is in, and not the session. Harmless where it is in none.
+    pub(crate) async fn stop_statement(&self, session: &SessionId) -> Result<(), sqlx::Error> {
+        self.end(session, "kill query").await
+    }
+
+    /// Ends a handler's session, and with it the statement that it is in and the locks that it holds. The server says
+    /// which session that is: one of this number may be another's after a failover or a restart.
+    pub(crate) async fn kill(&self, session: &SessionId) -> Result<(), sqlx::Error> {
+        self.end(session, "kill").await
+    }
+
+    async fn end(&self, session: &SessionId, how: &str) -> Result<(), sqlx::Error> {
+        let find = format!("select is_used_lock('{}')", session.lock);
+        if has_room(&self.pool) {
+            let mut connection = self.acquire().await?;
+            return answered_within(RETURNS_WITHIN, end_holder(&mut connection, &find, how)).await;
         }
+        // All of ours may wait for what this session holds.
+        let mut connection = self.open_another().await?;
+        answered_within(RETURNS_WITHIN, end_holder(&mut connection, &find, how)).await
     }
 
     /// A connection beside the pool, so that whoever keeps it for long takes none from those who work.
     pub(crate) async fn open_another(&self) -> Result<MySqlConnection, sqlx::Error> {
-        self.login.keep_fresh(&self.pool).await;
+        self.login.keep_fresh(&self.pools()).await;
         let options = self.pool.connect_options();
         let open = async {
             let mut connection = options.connect().await?;
-            connection.execute(SESSION).await?;
+            connection.execute(AssertSqlSafe(Arc::clone(&self.settings.ours))).await?;
             Ok(connection)
         };
         answered_within(RETURNS_WITHIN, open).await
@@ -298,18 +354,38 @@ impl Database {
 
     /// How many connections there may be at once.
     pub(crate) fn connections(&self) -> u32 {
-        self.pool.options().get_max_connections()
+        self.pool.options().get_max_connections() + self.handler_connections()
     }
 
-    /// A connection of the pool. If it is a new one, with the password as it is now: while it is being changed, the server may
-    /// refuse the old one and the new one not be known yet, which is a matter of time like any lost connection.
+    /// How many handlers may have a connection at once.
+    pub(crate) fn handler_connections(&self) -> u32 {
+        self.handler_pool.options().get_max_connections()
+    }
+
+    fn pools(&self) -> [&MySqlPool; 2] {
+        [&self.pool, &self.handler_pool]
+    }
+
+    /// A connection for statements of ours.
     pub(crate) async fn acquire(&self) -> Result<PoolConnection<MySql>, sqlx::Error> {
+        let _waiting = self.wait_for_ours();
+        self.acquire_of(&self.pool).await
+    }
+
+    /// A new connection for a handler or a setup.
+    async fn acquire_for_handler(&self) -> Result<PoolConnection<MySql>, sqlx::Error> {
+        let _waiting = self.wait_for_a_handlers();
+        self.acquire_of(&self.handler_pool).await
+    }
+
+    /// A connection of a pool. If it is a new one, with the password as it is now: while it is being changed, the server may
+    /// refuse the old one and the new one not be known yet, which is a matter of time like any lost connection.
+    async fn acquire_of(&self, pool: &MySqlPool) -> Result<PoolConnection<MySql>, sqlx::Error> {
         let began = SystemTime::now();
-        self.login.keep_fresh(&self.pool).await;
-        let _waiting = self.kept.wait(!self.has_room());
-        let mut acquired = self.pool.acquire().await;
-        if acquired.as_ref().is_err_and(is_refused) && self.login.renew(&self.pool, began).await {
-            acquired = self.pool.acquire().await;
+        self.login.keep_fresh(&self.pools()).await;
+        let mut acquired = pool.acquire().await;
+        if acquired.as_ref().is_err_and(is_refused) && self.login.renew(&self.pools(), began).await {
+            acquired = pool.acquire().await;
         }
         acquired.map_err(|error| match is_refused(&error) {
             true => sqlx::Error::Io(std::io::Error::new(
@@ -318,6 +394,18 @@ impl Database {
             )),
             false => error,
         })
+    }
+}
+
+/// Ends the session that holds a user lock, if one does, or its statement.
+async fn end_holder(connection: &mut MySqlConnection, find: &str, how: &str) -> Result<(), sqlx::Error> {
+    let holder: Option<i64> = sqlx::raw_sql(AssertSqlSafe(find)).fetch_one(&mut *connection).await?.try_get(0)?;
+    // It has ended by itself, or its server has.
+    let Some(holder) = holder else { return Ok(()) };
+    match sqlx::raw_sql(AssertSqlSafe(format!("{how} {holder}"))).execute(connection).await {
+        // 1094: it has ended in between.
+        Err(error) if server_error(&error) != Some(1094) => Err(error),
+        _ => Ok(()),
     }
 }
 
@@ -331,12 +419,15 @@ fn check_increment(at: &str, increment: u64) -> Result<(), Error> {
     }
 }
 
-/// The server's version, and by how much its auto-increment steps.
-async fn greet(options: &MySqlConnectOptions) -> Result<(String, u64), sqlx::Error> {
+/// Looks at the server: which one it is, by how much its auto-increment steps, and what its sessions must be told.
+async fn greet(options: &MySqlConnectOptions, at: &str, sql_mode: SqlMode) -> Result<(Flavor, Settings), Error> {
     let mut connection = options.connect().await?;
-    let greeted = sqlx::query_as(VERSION).fetch_one(&mut connection).await?;
+    let (version, increment): (String, u64) = sqlx::query_as(VERSION).fetch_one(&mut connection).await?;
+    check_increment(at, increment)?;
+    let flavor = if version.contains("MariaDB") { Flavor::MariaDb } else { Flavor::MySql };
+    let settings = Settings::probe(&mut connection, flavor, sql_mode, options.get_collation()).await?;
     connection.close().await?;
-    Ok(greeted)
+    Ok((flavor, settings))
 }
 
 fn out_of_reach(at: &str, error: &sqlx::Error, login: &Login) -> Error {

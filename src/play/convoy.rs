@@ -42,14 +42,14 @@ pub(super) struct Stragglers {
     outside: HashMap<ProjectorId, AbortHandle>,
     /// Whether they are to end with the page in hand.
     stop: watch::Sender<bool>,
-    /// How many catch up at once. Each takes two connections, one that reads and one that applies: if all read, none could apply.
+    /// How many catch up at once.
     room: Arc<Semaphore>,
 }
 
 impl Stragglers {
-    /// Of a worker that has so many connections.
+    /// For a worker whose handlers have `connections` at once. One of them is for the projectors in the convoy.
     pub(super) fn new(connections: u32) -> Self {
-        let at_once = (connections.saturating_sub(2) / 2).max(1) as usize;
+        let at_once = connections.saturating_sub(1).max(1) as usize;
         Stragglers {
             tasks: JoinSet::new(),
             outside: HashMap::new(),

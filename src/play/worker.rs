@@ -61,7 +61,7 @@ impl Worker {
             budget,
             reconcile_after,
             reconcile: Reconcile::default(),
-            stragglers: Stragglers::new(database.connections()),
+            stragglers: Stragglers::new(database.handler_connections()),
             led: None,
             broken: 0,
             quarrel: Quarrel::default(),

@@ -195,7 +195,18 @@ impl Sim {
         }
         world.note(|| format!("enters {} at {position}", projector.id));
         let (id, mode, side_effects) = (projector.id.clone(), projector.mode, projector.has_side_effects);
-        let entry = Entry { id, mode, status: Status::Booting, position, side_effects };
+        let entry = Entry {
+            id,
+            mode,
+            status: Status::Booting,
+            position,
+            side_effects,
+            start_position: Some(position),
+            digest: Some(projector.digest.clone()),
+            event_types: None,
+            owned_tables: None,
+            rebuild_reason: None,
+        };
         world.database.ledger.push(LedgerRow { actor, entry, lock: None, start: position, live_since: 0, folded: 0 });
         invariants::after_enter(&mut world, actor, mark);
         Ok(())

@@ -11,6 +11,7 @@ use sqlx::{MySql, MySqlConnection, QueryBuilder};
 use time::OffsetDateTime;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
+use tokio::time::timeout;
 
 use super::EventStore;
 use crate::event::{self, Event, Position};
@@ -181,7 +182,13 @@ impl EventStore {
             let end = through.min(Position::new(reached.load(Ordering::Relaxed).saturating_add(length)));
             let opened = Instant::now();
             let read = || self.read_range(&reached, end, wanted, limits.page, pages);
-            retry::persist(limits.patience, "read the log", read).await?;
+            if let Some(page) = retry::persist(limits.patience, "read the log", read).await? {
+                let through = page.through.get();
+                if pages.send(Ok(page)).await.is_err() {
+                    return Ok(());
+                }
+                reached.store(through, Ordering::Relaxed);
+            }
             // Longer while those who take the pages keep up: then the next range is one stream.
             length = match opened.elapsed() {
                 open if open * 2 < OPEN_FOR => (length * 2).min(LONGEST_RANGE.max(limits.page)),
@@ -192,7 +199,7 @@ impl EventStore {
         Ok(())
     }
 
-    /// Reads one range by one statement, and sends it page by page.
+    /// Reads one range by one statement, and sends it page by page. Returns a page that could not be sent soon.
     async fn read_range(
         &self,
         reached: &AtomicU64,
@@ -200,7 +207,7 @@ impl EventStore {
         wanted: &Wanted,
         limit: u64,
         pages: &mpsc::Sender<Result<Page, sqlx::Error>>,
-    ) -> Result<(), sqlx::Error> {
+    ) -> Result<Option<Page>, sqlx::Error> {
         let mut after = Position::new(reached.load(Ordering::Relaxed));
         self.reading(async |connection| {
             let mut query = range(after, end, wanted);
@@ -208,12 +215,15 @@ impl EventStore {
             while after < end {
                 let page = self.database.answered(read_page(&mut rows, after, end, limit)).await?;
                 after = page.through;
-                if pages.send(Ok(page)).await.is_err() {
-                    return Ok(((), false));
+                // A slow taker must not keep the connection from others: the rest is read by another statement.
+                match timeout(OPEN_FOR, pages.reserve()).await {
+                    Ok(Ok(place)) => place.send(Ok(page)),
+                    Ok(Err(_)) => return Ok((None, false)),
+                    Err(_) => return Ok((Some(page), false)),
                 }
                 reached.store(after.get(), Ordering::Relaxed);
             }
-            Ok(((), true))
+            Ok((None, true))
         })
         .await
     }

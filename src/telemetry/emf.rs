@@ -190,6 +190,7 @@ mod tests {
             attempts: 1,
             release: None,
             host: "here".into(),
+            rebuild: None,
         };
         let projectors = vec![
             (id("a"), Status::Live, Lag { events: 4, seconds: 1.5 }),

@@ -104,22 +104,50 @@ async fn a_statement_that_never_ends_and_is_put_out_of_the_convoy_breaks_only_it
     world.assert_folded(&faulty).await;
 }
 
-/// Of these three, only position and status are promised: what such a handler writes is stored without its position, from
-/// the events before it in the batch and, outside any transaction, from those after it.
-#[tokio::test]
-async fn a_statement_that_commits_by_itself_breaks_only_its_projector() {
-    let fault = |tally: &Tally| {
-        scripted_at(tally, POISON, |db| {
-            Box::pin(run(db, "create table if not exists made_by_a_handler (id int primary key)"))
-        })
-    };
-    fails_alone(fault, "committed the transaction").await;
+/// Plays a projector that commits at [`POISON`], and asserts that it is never applied again: what it stored of the batch
+/// is there once, it is broken, and a boot does not hand it over.
+async fn commits_by_itself(statement: &'static str) {
+    let world = World::new().await;
+    let (faulty, other) = (Tally::new("faulty"), Tally::new("other"));
+    let registry = Registry::new().with(scripted_at(&faulty, POISON, move |db| Box::pin(run(db, statement))));
+    let registry = registry.and_then(|set| set.with(other.clone())).expect("two names");
+    world.append(30).await;
+    assert!(world.boot(&registry).await.is_released());
+    world.append(30).await;
+    assert_eq!(world.play_until_idle(&registry).await.broken, 1);
+    world.assert_complete(&other).await;
+    must_be_rebuilt(&world, &faulty).await;
+    let repaired = crate::support::registry(&[&faulty, &other]);
+    assert!(!world.boot(&repaired).await.is_released());
+    must_be_rebuilt(&world, &faulty).await;
+    // The way out.
+    world.execute("drop table faulty").await;
+    world.execute("delete from projectors where name = 'faulty'").await;
+    assert!(world.boot(&repaired).await.is_released());
+    world.assert_complete(&faulty).await;
+}
+
+/// Asserts that a projector is broken since its handler committed a part of a batch, and that no event was applied twice.
+async fn must_be_rebuilt(world: &World, tally: &Tally) {
+    let entry = world.entry(tally.name()).await.expect("it is in the ledger");
+    let failure = entry.status.failure().expect("it is broken");
+    for words in ["the handler committed the transaction", "rebuild"] {
+        assert!(failure.error.contains(words), "{failure:?}");
+    }
+    assert!(entry.rebuild_reason.is_some() && entry.position.get() < POISON, "{entry:?}");
+    let applied = tally.applied(world).await;
+    assert_eq!(applied, (1..=applied.len() as u64).collect::<Vec<_>>());
+    assert!(applied.len() as u64 >= POISON, "what was committed is stored");
 }
 
 #[tokio::test]
-async fn a_handler_that_commits_breaks_only_its_projector() {
-    let fault = |tally: &Tally| scripted_at(tally, POISON, |db| Box::pin(run(db, "commit")));
-    fails_alone(fault, "committed the transaction").await;
+async fn a_statement_that_commits_by_itself_breaks_its_projector_and_nothing_is_applied_twice() {
+    commits_by_itself("create table if not exists made_by_a_handler (id int primary key)").await;
+}
+
+#[tokio::test]
+async fn a_handler_that_commits_breaks_its_projector_and_nothing_is_applied_twice() {
+    commits_by_itself("commit").await;
 }
 
 #[tokio::test]
@@ -215,13 +243,19 @@ async fn a_statement_that_never_ends_in_boot_breaks_its_projector_and_stalls_the
     assert_eq!(fails_in_boot(fault, "took longer than").await, before_the_poison());
 }
 
-/// What it wrote is stored, and with it the batch that it was in: the README says so.
 #[tokio::test]
-async fn a_handler_that_commits_in_boot_breaks_its_projector_and_stalls_the_others() {
+async fn a_handler_that_commits_in_boot_breaks_its_projector_and_nothing_is_applied_twice() {
     for statement in ["commit", "create table if not exists made_by_a_handler (id int primary key)"] {
-        let fault = |tally: &Tally| scripted_at(tally, POISON, move |db| Box::pin(run(db, statement)));
-        let applied = fails_in_boot(fault, "committed the transaction").await;
-        assert!(applied.contains(&POISON), "{applied:?}");
+        let world = World::new().await;
+        let (faulty, other) = (Tally::new("faulty"), Tally::new("other"));
+        let registry = Registry::new().with(scripted_at(&faulty, POISON, move |db| Box::pin(run(db, statement))));
+        let registry = registry.and_then(|set| set.with(other.clone())).expect("two names");
+        world.append(60).await;
+        assert!(!world.boot(&registry).await.is_released());
+        must_be_rebuilt(&world, &faulty).await;
+        assert_eq!(world.status("other").await, "stalled");
+        world.boot(&crate::support::registry(&[&faulty, &other])).await;
+        must_be_rebuilt(&world, &faulty).await;
     }
 }
 

@@ -238,6 +238,7 @@ impl Engine {
             attempts: 1,
             release: None,
             host: "simulation".into(),
+            rebuild: None,
         };
         let before = event.map(|event| event.position().previous());
         loop {

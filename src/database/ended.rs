@@ -1,0 +1,183 @@
+//! What became of a transaction that ended while a handler had it.
+//!
+//! A deadlock rolls back the whole transaction, and so does a handler's own `rollback`: nothing is stored, and the
+//! batch may be applied again. A commit, by the handler or by a statement that does so on its own (DDL), stores a part of
+//! the batch without its position: the batch must never be applied again. The server counts the commands of each
+//! session, and by that the two are told apart.
+
+use std::collections::HashMap;
+
+use sqlx::{AssertSqlSafe, MySqlConnection, Row};
+
+use super::Database;
+use super::kept::HandlerSession;
+use crate::error::server_error;
+
+const ROLLBACK: &str = "rollback";
+
+const COMMANDS: &str = "show session status like 'Com\\_%'";
+
+/// What opens a session: the driver's statement and ours.
+const SETS_TO_OPEN: u64 = 2;
+const BEGINS_TO_OPEN: u64 = 1;
+
+/// Commands that never end a transaction. Whatever is not named here may have committed.
+const HARMLESS: &[&str] = &[
+    "admin_commands",
+    "call_procedure",
+    "change_db",
+    "compound_sql",
+    "create_temporary_table",
+    "dealloc_sql",
+    "delete",
+    "delete_multi",
+    "do",
+    "drop_temporary_table",
+    "empty_query",
+    "execute_immediate",
+    "execute_sql",
+    "explain_other",
+    "get_diagnostics",
+    "ha_close",
+    "ha_open",
+    "ha_read",
+    "help",
+    "insert",
+    "insert_select",
+    "kill",
+    "multi",
+    "prepare_sql",
+    "release_savepoint",
+    "replace",
+    "replace_select",
+    "resignal",
+    "rollback",
+    "rollback_to_savepoint",
+    "savepoint",
+    "select",
+    "set_role",
+    "signal",
+    "stmt_close",
+    "stmt_execute",
+    "stmt_fetch",
+    "stmt_prepare",
+    "stmt_reprepare",
+    "stmt_reset",
+    "stmt_send_long_data",
+    "update",
+    "update_multi",
+];
+
+/// What we sent on a handler's session, as the server counts it.
+#[derive(Debug, Default, Clone, Copy)]
+pub(super) struct Commands {
+    commits: u64,
+    sets: u64,
+}
+
+/// How a transaction ended under a handler's hands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Ended {
+    /// It has not ended: it was rolled back just now.
+    Whole,
+    /// It was rolled back as a whole, by the server or by the handler. Nothing is stored.
+    RolledBack,
+    /// Something of it was committed, or may have been: by these commands.
+    Stored(String),
+}
+
+impl HandlerSession {
+    /// Notes that a commit of ours was carried out on it.
+    pub(crate) fn committed(&mut self) {
+        self.commands.commits += 1;
+    }
+
+    /// Notes that we set a variable on it.
+    pub(crate) fn has_set(&mut self) {
+        self.commands.sets += 1;
+    }
+}
+
+impl Database {
+    /// Rolls back what a handler's session has in hand, and tells what became of the transaction that a batch began.
+    ///
+    /// # Errors
+    /// If the connection is lost: then nobody can tell.
+    pub(crate) async fn roll_back(&self, session: &mut HandlerSession) -> Result<Ended, sqlx::Error> {
+        let release = format!("release savepoint {}; rollback", session.savepoint);
+        let rolled_back = sqlx::raw_sql(AssertSqlSafe(release)).execute(&mut *session.connection);
+        match self.answered_soon(rolled_back).await {
+            Ok(_) => Ok(Ended::Whole),
+            Err(error) if server_error(&error).is_none() => Err(error),
+            Err(_) => self.how_it_ended(session).await,
+        }
+    }
+
+    /// What became of a transaction whose savepoint is gone.
+    ///
+    /// # Errors
+    /// If the connection is lost: then nobody can tell.
+    pub(crate) async fn how_it_ended(&self, session: &mut HandlerSession) -> Result<Ended, sqlx::Error> {
+        let counts = async {
+            sqlx::raw_sql(ROLLBACK).execute(&mut *session.connection).await?;
+            counts(&mut session.connection).await
+        };
+        let counts = self.answered_soon(counts).await?;
+        Ok(judge(counts, session.commands))
+    }
+}
+
+async fn counts(connection: &mut MySqlConnection) -> Result<HashMap<String, u64>, sqlx::Error> {
+    let rows = sqlx::raw_sql(COMMANDS).fetch_all(connection).await?;
+    let mut counts = HashMap::new();
+    for row in rows {
+        let (name, count): (String, String) = (row.try_get(0)?, row.try_get(1)?);
+        counts.insert(name.trim_start_matches("Com_").to_lowercase(), count.parse().unwrap_or(u64::MAX));
+    }
+    Ok(counts)
+}
+
+fn judge(counts: HashMap<String, u64>, ours: Commands) -> Ended {
+    let expected = |name: &str| match name {
+        "commit" => ours.commits,
+        "begin" => BEGINS_TO_OPEN,
+        "set_option" => SETS_TO_OPEN + ours.sets,
+        _ => 0,
+    };
+    let is_harmless = |name: &str| HARMLESS.contains(&name) || name.starts_with("show_");
+    let mut committed: Vec<String> = counts
+        .iter()
+        .filter(|(name, count)| !is_harmless(name) && **count > expected(name))
+        .map(|(name, _)| name.replace('_', " "))
+        .collect();
+    committed.sort();
+    match committed.is_empty() {
+        true => Ended::RolledBack,
+        false => Ended::Stored(committed.join(", ")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn counts(counts: &[(&str, u64)]) -> HashMap<String, u64> {
+        let opened = [("begin", 1), ("set_option", 2), ("commit", 3), ("rollback", 4), ("create_table", 0)];
+        opened.iter().chain(counts).map(|(name, count)| ((*name).to_owned(), *count)).collect()
+    }
+
+    #[test]
+    fn a_transaction_is_rolled_back_only_if_every_command_beyond_ours_is_harmless() {
+        let ours = Commands { commits: 3, sets: 0 };
+        assert_eq!(
+            judge(counts(&[("insert", 9), ("call_procedure", 1), ("show_warnings", 1)]), ours),
+            Ended::RolledBack
+        );
+        for (name, count) in
+            [("commit", 4), ("begin", 2), ("set_option", 3), ("create_table", 1), ("no_such_command", 1)]
+        {
+            let stored = judge(counts(&[(name, count)]), ours);
+            assert_eq!(stored, Ended::Stored(name.replace('_', " ")), "{name}");
+        }
+    }
+}

@@ -1,0 +1,330 @@
+//! Every session variable that the protocol or a handler's meaning depends on, in one place.
+//!
+//! A server, an `init_connect` or a handler may set any of these. So each session of ours sets all of them when it
+//! opens, and [`Database::open`](super::Database::open) reads them back once: a server that does not take a value is
+//! refused, with the variable's name. A handler's session is checked again with every commit (see [`Settings::unchanged`]).
+
+use std::sync::Arc;
+
+use sqlx::{AssertSqlSafe, MySqlConnection, Row};
+
+use super::Flavor;
+use crate::error::{Error, server_error};
+
+/// Which modes a projector's statements run in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) enum SqlMode {
+    /// The default of the server's release, which is strict: a value that does not fit is an error.
+    #[default]
+    Strict,
+    /// What the server is configured with.
+    Server,
+}
+
+/// When a variable is compared with its value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Check {
+    /// When the server is first seen.
+    Once,
+    /// And with every commit of a handler: another value would change what its next batch does.
+    EachCommit,
+}
+use Check::{EachCommit, Once};
+
+/// A variable, its value as SQL, when it is compared, and why it is here. One that a server does not have is left out.
+type Setting = (&'static str, &'static str, Check, &'static str);
+
+/// In this order: `max_join_size` resets `sql_big_selects`.
+#[rustfmt::skip]
+const SETTINGS: &[Setting] = &[
+    ("completion_type", "'NO_CHAIN'", EachCommit, "CHAIN begins a transaction behind every commit, RELEASE hangs up"),
+    // Under repeatable read the probe of a hole takes gap locks, and a long transaction does not see new commits.
+    ("transaction_isolation", "'READ-COMMITTED'", EachCommit, "read uncommitted shows rows that are rolled back later"),
+    ("tx_isolation", "'READ-COMMITTED'", EachCommit, "the same, by its name on MariaDB before 11.1"),
+    ("transaction_read_only", "0", EachCommit, "nothing can be written"),
+    ("tx_read_only", "0", EachCommit, "the same, by its name on MariaDB before 11.1"),
+    ("innodb_lock_wait_timeout", "50", Once, "a longer wait would count as a lost connection"),
+    ("lock_wait_timeout", "60", Once, "a change of a table would wait for a year"),
+    // A session whose client is gone without a word would hold its projector's row, by default for eight hours.
+    ("wait_timeout", "60", Once, "a silent session would keep its locks"),
+    ("net_read_timeout", "60", Once, "a slow network would end a statement"),
+    ("net_write_timeout", "60", Once, "a reader that pauses would be cut off"),
+    ("idle_transaction_timeout", "0", Once, "a handler that waits for something else would be cut off"),
+    ("idle_readonly_transaction_timeout", "0", Once, "the same"),
+    ("idle_write_transaction_timeout", "0", Once, "the same"),
+    ("max_statement_time", "0", EachCommit, "a long statement would be ended; the handler has its own time limit"),
+    ("max_execution_time", "0", EachCommit, "the same, by its name on MySQL"),
+    ("sql_select_limit", "18446744073709551615", EachCommit, "results would be cut off without an error"),
+    ("max_join_size", "18446744073709551615", Once, "large reads would be refused"),
+    ("sql_big_selects", "1", Once, "large reads would be refused"),
+    ("sql_safe_updates", "0", Once, "updates without a key would be refused"),
+    ("foreign_key_checks", "1", EachCommit, "broken references would be stored"),
+    ("unique_checks", "1", EachCommit, "duplicates could be stored"),
+    ("check_constraint_checks", "1", EachCommit, "what a CHECK forbids would be stored"),
+    ("sql_auto_is_null", "0", EachCommit, "`is null` would find the last inserted row"),
+    ("sql_notes", "1", Once, "warnings would not be counted"),
+    ("sql_warnings", "0", Once, "single-row inserts would answer in another form"),
+    ("auto_increment_increment", "1", EachCommit, "numbers that tables give out would differ"),
+    ("auto_increment_offset", "1", EachCommit, "numbers that tables give out would differ"),
+    ("insert_id", "0", Once, "the next row would get this number"),
+    ("group_concat_max_len", "1048576", EachCommit, "long lists would be cut off with a warning only"),
+    ("div_precision_increment", "4", EachCommit, "quotients would have other digits"),
+    ("default_week_format", "0", EachCommit, "week numbers would differ"),
+    ("lc_time_names", "'en_US'", EachCommit, "names of months and days would differ"),
+    ("max_sort_length", "1024", EachCommit, "long values would be sorted and grouped by their beginning"),
+    ("block_encryption_mode", "'aes-128-ecb'", EachCommit, "aes_encrypt would give other bytes"),
+    ("cte_max_recursion_depth", "1000", EachCommit, "recursive queries would end elsewhere"),
+    ("max_recursive_iterations", "4294967295", EachCommit, "recursive queries would be cut off with a warning only"),
+    ("windowing_use_high_precision", "1", EachCommit, "sums over windows would have other digits"),
+    ("default_regex_flags", "''", EachCommit, "patterns would match something else"),
+    ("system_versioning_asof", "default", EachCommit, "tables with a history would be read as of another time"),
+    ("default_storage_engine", "'InnoDB'", Once, "a setup would make tables without transactions"),
+    ("default_tmp_storage_engine", "'InnoDB'", Once, "temporary tables would have no transactions"),
+    ("sql_buffer_result", "0", Once, "every result would be copied to a table first"),
+    ("big_tables", "0", Once, "every temporary table would be on disk"),
+    ("updatable_views_with_limit", "1", Once, "updates of some views would be refused"),
+    ("profiling", "0", Once, "every statement would be recorded"),
+    ("time_zone", "'+00:00'", EachCommit, "timestamps would be stored and read in another zone"),
+    ("character_set_client", "'utf8mb4'", EachCommit, "text would arrive as other characters"),
+    ("character_set_results", "'utf8mb4'", EachCommit, "text would be read as other characters"),
+    ("character_set_connection", "'utf8mb4'", EachCommit, "literals would be converted to other characters"),
+];
+
+/// The modes that a new server of this kind has.
+const STRICT_MYSQL: &str = "ONLY_FULL_GROUP_BY,STRICT_TRANS_TABLES,NO_ZERO_IN_DATE,NO_ZERO_DATE,\
+                            ERROR_FOR_DIVISION_BY_ZERO,NO_ENGINE_SUBSTITUTION";
+const STRICT_MARIADB: &str =
+    "STRICT_TRANS_TABLES,ERROR_FOR_DIVISION_BY_ZERO,NO_AUTO_CREATE_USER,NO_ENGINE_SUBSTITUTION";
+
+/// Modes in which a projector file's text would mean something else than what was read.
+const OTHER_TEXT: &[&str] =
+    &["ANSI_QUOTES", "NO_BACKSLASH_ESCAPES", "ANSI", "ORACLE", "DB2", "MAXDB", "MSSQL", "POSTGRESQL"];
+
+/// `insert_id` and the time are set when a session opens, and differ with each statement.
+const DYNAMIC: &[&str] = &["insert_id"];
+
+/// The statements that make a session what the protocol needs, for one server.
+#[derive(Debug, Clone)]
+pub(super) struct Settings {
+    /// For our own statements.
+    pub(super) ours: Arc<str>,
+    /// For a handler: no statement commits by itself, so that what follows a rollback can be rolled back, too.
+    pub(super) handler: Arc<str>,
+    /// For setups: as for a handler, but each statement commits.
+    pub(super) setup: Arc<str>,
+    /// A condition that holds in a handler's session as long as nothing has changed it.
+    unchanged: Arc<str>,
+    /// The variables in that condition, and their values as text.
+    expected: Arc<[(String, String)]>,
+    /// The default database.
+    database: Arc<str>,
+}
+
+impl Settings {
+    /// Sets everything in this session, reads it back, and makes the statements of it.
+    ///
+    /// # Errors
+    /// [`Error::Input`] with the variable's name where the server does not take a value.
+    pub(super) async fn probe(
+        connection: &mut MySqlConnection,
+        flavor: Flavor,
+        sql_mode: SqlMode,
+        collation: Option<&str>,
+    ) -> Result<Self, Error> {
+        let known = known(connection).await?;
+        let is_known = |name: &str| known.iter().any(|known| known.eq_ignore_ascii_case(name));
+        let settings: Vec<&Setting> = SETTINGS.iter().filter(|(name, ..)| is_known(name)).collect();
+        let strict = match flavor {
+            Flavor::MySql => STRICT_MYSQL,
+            Flavor::MariaDb => STRICT_MARIADB,
+        };
+        let collation = collation.unwrap_or(match flavor {
+            Flavor::MySql => "utf8mb4_0900_ai_ci",
+            Flavor::MariaDb => "utf8mb4_general_ci",
+        });
+        let mode = match sql_mode {
+            SqlMode::Strict => strict.to_owned(),
+            SqlMode::Server => {
+                let server: String = sqlx::query_scalar("select @@global.sql_mode").fetch_one(&mut *connection).await?;
+                let is_fine = |mode: &&str| !OTHER_TEXT.contains(mode) && !mode.is_empty();
+                server.split(',').filter(is_fine).collect::<Vec<_>>().join(",")
+            }
+        };
+        let restricted = restricted(connection, &settings).await?;
+        let common: String = settings
+            .iter()
+            .filter(|(name, ..)| !restricted.contains(name))
+            .map(|(name, value, ..)| format!("{name} = {value}, "))
+            .collect();
+        let text = format!("{common}collation_connection = '{collation}', timestamp = default");
+        let set =
+            |autocommit: u8, mode: &str| format!("set session {text}, sql_mode = '{mode}', autocommit = {autocommit}");
+
+        let handler = set(0, &mode);
+        sqlx::raw_sql(AssertSqlSafe(handler.clone())).execute(&mut *connection).await?;
+        let checked: Vec<&&Setting> = settings.iter().filter(|(name, ..)| !DYNAMIC.contains(name)).collect();
+        let mut names: Vec<&str> = checked.iter().map(|(name, ..)| *name).collect();
+        names.extend(["sql_mode", "collation_connection", "autocommit"]);
+        let values = read(connection, &names).await?;
+        for ((name, value, _, why), found) in checked.iter().zip(&values) {
+            let wanted = value.trim_matches('\'');
+            let is_wanted = match (wanted.parse::<f64>(), found.parse::<f64>()) {
+                (Ok(wanted), Ok(found)) => wanted == found,
+                _ => wanted == "default" || wanted.eq_ignore_ascii_case(found),
+            };
+            if !is_wanted {
+                return Err(Error::Input(format!(
+                    "sessions on this server have {name} = {found}, and must have {wanted}, for otherwise {why}; \
+                     let the database user set it, or change it on the server"
+                )));
+            }
+        }
+        let each_commit = |name: &&str| match checked.iter().find(|(checked, ..)| checked == name) {
+            Some((.., check, _)) => *check == EachCommit,
+            None => true,
+        };
+        let expected: Vec<(String, String)> = names
+            .iter()
+            .zip(&values)
+            .filter(|(name, _)| each_commit(name))
+            .map(|(name, value)| ((*name).to_owned(), value.clone()))
+            .collect();
+        let database: String = sqlx::query_scalar("select database()").fetch_one(&mut *connection).await?;
+        let unchanged = condition(&expected, &database);
+        sqlx::raw_sql("rollback").execute(connection).await?;
+        Ok(Settings {
+            ours: set(1, strict).into(),
+            handler: handler.into(),
+            setup: set(1, &mode).into(),
+            unchanged: unchanged.into(),
+            expected: expected.into(),
+            database: database.into(),
+        })
+    }
+
+    /// A condition that holds as long as nothing has changed a handler's session: the values that were read back, the
+    /// default database, and a clock that goes.
+    pub(super) fn unchanged(&self) -> Arc<str> {
+        Arc::clone(&self.unchanged)
+    }
+
+    /// What has been changed in a session, as `variable is A and was B`; `None` if nothing was.
+    pub(super) async fn changed(&self, connection: &mut MySqlConnection) -> Result<Option<String>, sqlx::Error> {
+        let names: Vec<&str> = self.expected.iter().map(|(name, _)| name.as_str()).collect();
+        let values = read(connection, &names).await?;
+        let mut changed: Vec<String> = self
+            .expected
+            .iter()
+            .zip(&values)
+            .filter(|((_, expected), found)| expected != *found)
+            .map(|((name, expected), found)| format!("{name} is {found:?} and was {expected:?}"))
+            .collect();
+        let now: Option<String> = sqlx::query_scalar("select database()").fetch_one(&mut *connection).await?;
+        if now.as_deref() != Some(&*self.database) {
+            let now = now.as_deref().unwrap_or("none");
+            changed.push(format!("the default database is {now} and was {}", self.database));
+        }
+        let clock: bool = sqlx::query_scalar(CLOCK_GOES).fetch_one(&mut *connection).await?;
+        if !clock {
+            changed.push("timestamp is set, so that now() stands still".into());
+        }
+        Ok((!changed.is_empty()).then(|| changed.join(", ")))
+    }
+}
+
+/// `sysdate` goes on where `set timestamp` has stopped `now`.
+const CLOCK_GOES: &str = "select abs(@@timestamp - unix_timestamp(sysdate())) < 5";
+
+/// The session variables that this server has, of those that are of interest.
+async fn known(connection: &mut MySqlConnection) -> Result<Vec<String>, Error> {
+    let names: Vec<String> = SETTINGS.iter().map(|(name, ..)| format!("'{name}'")).collect();
+    let show = format!("show session variables where variable_name in ({})", names.join(", "));
+    let rows = sqlx::raw_sql(AssertSqlSafe(show)).fetch_all(connection).await?;
+    rows.iter().map(|row| row.try_get(0).map_err(Error::Database)).collect()
+}
+
+/// Variables as text, in this order.
+async fn read(connection: &mut MySqlConnection, names: &[&str]) -> Result<Vec<String>, sqlx::Error> {
+    // Converted here, for `character_set_results` may be wrong.
+    let columns: Vec<String> =
+        names.iter().map(|name| format!("convert(coalesce(@@session.{name}, '') using ascii)")).collect();
+    let select = format!("select {}", columns.join(", "));
+    let row = sqlx::raw_sql(AssertSqlSafe(select)).fetch_one(connection).await?;
+    (0..names.len()).map(|column| row.try_get(column).map(as_number)).collect()
+}
+
+/// A switch as SQL compares it, whichever way the server prints it.
+fn as_number(value: String) -> String {
+    match value.as_str() {
+        "ON" | "YES" => "1".into(),
+        "OFF" | "NO" => "0".into(),
+        _ => value,
+    }
+}
+
+/// Compared without a conversion: a number with a number, text with text.
+fn condition(expected: &[(String, String)], database: &str) -> String {
+    let mut condition = String::new();
+    for (name, value) in expected {
+        let is_number = !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_digit());
+        match (is_number, value.as_str()) {
+            (true, "1") => condition.push_str(&format!("@@{name} and ")),
+            (true, "0") => condition.push_str(&format!("not @@{name} and ")),
+            (true, number) => condition.push_str(&format!("@@{name} = {number} and ")),
+            (false, text) => condition.push_str(&format!("@@{name} = '{text}' and ")),
+        }
+    }
+    let database = database.replace('\\', "\\\\").replace('\'', "''");
+    condition.push_str(&format!("database() = '{database}' and abs(@@timestamp - unix_timestamp(sysdate())) < 5"));
+    condition
+}
+
+/// The variables that the server lets only an administrator set. They must have their values already: that is checked
+/// when they are read back.
+///
+/// # Errors
+/// [`Error::Input`] with the variable's name where the server refuses a value for another reason.
+async fn restricted<'s>(connection: &mut MySqlConnection, settings: &[&'s Setting]) -> Result<Vec<&'s str>, Error> {
+    let all: Vec<String> = settings.iter().map(|(name, value, ..)| format!("{name} = {value}")).collect();
+    let all = format!("set session {}", all.join(", "));
+    if sqlx::raw_sql(AssertSqlSafe(all)).execute(&mut *connection).await.is_ok() {
+        return Ok(Vec::new());
+    }
+    let mut restricted = Vec::new();
+    for (name, value, _, why) in settings {
+        let set = format!("set session {name} = {value}");
+        match sqlx::raw_sql(AssertSqlSafe(set)).execute(&mut *connection).await {
+            Ok(_) => {}
+            Err(error) if server_error(&error) == Some(1227) => restricted.push(*name),
+            Err(error) if server_error(&error).is_none() => return Err(Error::Database(error)),
+            Err(error) => {
+                return Err(Error::Input(format!(
+                    "the server does not let a session set {name} to {value}, and with another value {why}: {error}"
+                )));
+            }
+        }
+    }
+    Ok(restricted)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_variable_is_listed_once_with_a_reason() {
+        for (index, (name, value, _, why)) in SETTINGS.iter().enumerate() {
+            assert!(!value.is_empty() && !why.is_empty(), "{name}");
+            assert!(SETTINGS[..index].iter().all(|(other, ..)| other != name), "{name} is listed twice");
+        }
+    }
+
+    #[test]
+    fn a_condition_compares_numbers_as_numbers_and_text_as_text() {
+        let expected = [("autocommit", "0"), ("unique_checks", "1"), ("div", "4"), ("zone", "+00:00"), ("flags", "")];
+        let expected = expected.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        assert!(condition(&expected, "app").starts_with(
+            "not @@autocommit and @@unique_checks and @@div = 4 and @@zone = '+00:00' and @@flags = '' and database() = 'app'"
+        ));
+    }
+}
