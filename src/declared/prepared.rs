@@ -185,7 +185,9 @@ impl Prepared {
 
 /// Writes a value where a parameter stands, with what gives it its type there.
 pub(super) fn write_typed(class: Class, place: Place, value: &str, text: &mut String) {
-    let (before, after) = if place == Place::Expression { class.wrapping() } else { ("", "") };
+    // MySQL drops the fraction of a time that a text column gets, unless it has a type of its own.
+    let is_typed = place == Place::Expression || (place, class) == (Place::Row, Class::Time);
+    let (before, after) = if is_typed { class.wrapping() } else { ("", "") };
     text.push_str(before);
     text.push_str(value);
     text.push_str(after);
@@ -326,6 +328,7 @@ mod tests {
         assert_eq!(bound(&prepared, &[Null]), "insert into t values (?) /* f */");
         assert_eq!(bound(&prepared, &[Signed]), "insert into t values (?) /* i */");
         assert_eq!(bound(&prepared, &[Unsigned]), "insert into t values (?) /* i */");
+        assert_eq!(bound(&prepared, &[Time]), "insert into t values ( cast(? as datetime(6))) /* d */");
     }
 
     #[test]

