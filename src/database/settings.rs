@@ -66,7 +66,6 @@ const SETTINGS: &[Setting] = &[
     ("sql_warnings", "0", Once, "single-row inserts would answer in another form"),
     ("auto_increment_increment", "1", EachCommit, "numbers that tables give out would differ"),
     ("auto_increment_offset", "1", EachCommit, "numbers that tables give out would differ"),
-    ("insert_id", "0", Once, "the next row would get this number"),
     ("group_concat_max_len", "1048576", EachCommit, "long lists would be cut off with a warning only"),
     ("div_precision_increment", "4", EachCommit, "quotients would have other digits"),
     ("default_week_format", "0", EachCommit, "week numbers would differ"),
