@@ -2,13 +2,16 @@
 
 use std::collections::HashSet;
 use std::fmt;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sqlx::mysql::MySqlRow;
 use sqlx::{Decode, MySql, Row, Type};
-use time::OffsetDateTime;
+use time::{OffsetDateTime, PrimitiveDateTime, UtcOffset};
+
+use crate::lenient;
 
 /// The event type of a row that only fills a position whose transaction rolled back.
 ///
@@ -70,6 +73,15 @@ pub struct Event {
     /// Whether a field was asked for that the row does not have as it should.
     is_spoiled: AtomicBool,
     fields: Fields,
+    /// Payload and metadata, where they are JSON to the server and not to serde_json. Made when they are first read.
+    rewritten: OnceLock<Box<Rewritten>>,
+}
+
+/// JSON texts that [`lenient::rewritten`] has changed.
+#[derive(Default)]
+struct Rewritten {
+    payload: Option<String>,
+    metadata: Option<String>,
 }
 
 /// Where an event's fields are.
@@ -113,10 +125,20 @@ pub struct Recorded {
     pub metadata: Option<String>,
 }
 
+/// A time as the database stores it: a `datetime` in UTC.
+///
+/// Bind this and not the [`OffsetDateTime`]: sqlx binds that as a `timestamp`, which MariaDB turns into null before 1970
+/// and from 2038-01-19T03:14:08Z on.
+pub(crate) fn datetime(at: OffsetDateTime) -> PrimitiveDateTime {
+    let at = at.to_offset(UtcOffset::UTC);
+    PrimitiveDateTime::new(at.date(), at.time())
+}
+
 /// When an event was recorded. What is no date (`0000-00-00`, which a server stores whose `sql_mode` is lax) is read as
 /// 1970-01-01, 00:00 in UTC: one row that says no time must not stop everybody behind it.
 pub(crate) fn recorded_at(row: &MySqlRow, column: usize) -> OffsetDateTime {
-    row.try_get(column).unwrap_or(OffsetDateTime::UNIX_EPOCH)
+    let recorded_at = row.try_get::<PrimitiveDateTime, _>(column);
+    recorded_at.map_or(OffsetDateTime::UNIX_EPOCH, PrimitiveDateTime::assume_utc)
 }
 
 impl Event {
@@ -131,6 +153,7 @@ impl Event {
             is_tombstone: row.try_get_unchecked::<&[u8], _>(Column::EventType as usize)? == TOMBSTONE.as_bytes(),
             is_spoiled: AtomicBool::new(false),
             fields: Fields::Row(row),
+            rewritten: OnceLock::new(),
         })
     }
 
@@ -188,11 +211,19 @@ impl Event {
     }
 
     /// When, in UTC, to the microsecond.
+    ///
+    /// To bind it to a statement, use [`Event::recorded_at_utc`]. An [`OffsetDateTime`] is bound as a `timestamp`, which MariaDB
+    /// stores as null before 1970 and from 2038-01-19T03:14:08Z on.
     pub fn recorded_at(&self) -> OffsetDateTime {
         match &self.fields {
             Fields::Row(row) => recorded_at(row, Column::RecordedAt as usize),
             Fields::Given(recorded) => recorded.recorded_at,
         }
+    }
+
+    /// When, in UTC, to the microsecond, as a `datetime` column stores it. This is the one to bind to a statement.
+    pub fn recorded_at_utc(&self) -> PrimitiveDateTime {
+        datetime(self.recorded_at())
     }
 
     /// The payload's JSON text, byte for byte as it was appended.
@@ -205,13 +236,15 @@ impl Event {
         self.field(Column::Metadata, |given| given.metadata.as_deref())
     }
 
-    /// Decodes the payload.
+    /// Decodes the payload. What the database accepts as JSON and serde_json does not (MariaDB's `\\'`, `1.`; MySQL's NUL after
+    /// the document) is read as the database reads it.
     ///
     /// # Errors
     /// If the JSON does not have the shape of `T`. Returned from a handler, it breaks the projector at
     /// this event.
     pub fn payload<T: DeserializeOwned>(&self) -> Result<T, serde_json::Error> {
-        serde_json::from_str(self.payload_text())
+        let read = serde_json::from_str(self.payload_text());
+        read.or_else(|error| self.lenient_payload().map_or(Err(error), serde_json::from_str))
     }
 
     /// Decodes the metadata; `null` stands in where there is none, so `T` may be an `Option`.
@@ -219,7 +252,25 @@ impl Event {
     /// # Errors
     /// If the JSON does not have the shape of `T`.
     pub fn metadata<T: DeserializeOwned>(&self) -> Result<T, serde_json::Error> {
-        serde_json::from_str(self.metadata_text().unwrap_or("null"))
+        let read = serde_json::from_str(self.metadata_text().unwrap_or("null"));
+        read.or_else(|error| self.lenient_metadata().map_or(Err(error), serde_json::from_str))
+    }
+
+    /// The payload for serde_json, where that has refused the payload as it was written; `None` where that cannot help.
+    pub(crate) fn lenient_payload(&self) -> Option<&str> {
+        self.rewritten().payload.as_deref()
+    }
+
+    /// The metadata, likewise.
+    pub(crate) fn lenient_metadata(&self) -> Option<&str> {
+        self.rewritten().metadata.as_deref()
+    }
+
+    fn rewritten(&self) -> &Rewritten {
+        self.rewritten.get_or_init(|| {
+            let payload = lenient::rewritten(self.payload_text());
+            Box::new(Rewritten { payload, metadata: self.metadata_text().and_then(lenient::rewritten) })
+        })
     }
 
     /// Whether this row only fills a position. Tombstones move projectors on and are shown to none.
@@ -274,6 +325,7 @@ impl From<Recorded> for Event {
             is_tombstone: recorded.event_type == TOMBSTONE,
             is_spoiled: AtomicBool::new(false),
             fields: Fields::Given(Box::new(recorded)),
+            rewritten: OnceLock::new(),
         }
     }
 }

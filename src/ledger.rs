@@ -2,10 +2,11 @@
 
 use sqlx::mysql::MySqlRow;
 use sqlx::{AssertSqlSafe, Connection, MySqlConnection, Row};
+use time::PrimitiveDateTime;
 
 use crate::database::Database;
 use crate::error::{MayPass, is_transient};
-use crate::event::Position;
+use crate::event::{Position, datetime};
 use crate::lifecycle::{self, FailedEvent, Failure, Stage, Status, Step};
 use crate::projector::{Mode, ProjectorId};
 use crate::registry::Registered;
@@ -382,7 +383,7 @@ async fn set_status(connection: &mut MySqlConnection, id: &ProjectorId, status: 
         .bind(event.map(|event| &event.event_id))
         .bind(event.map(|event| &event.event_type))
         .bind(failure.map(|failure| failure.error.as_str()))
-        .bind(failure.map(|failure| failure.at))
+        .bind(failure.map(|failure| datetime(failure.at)))
         .bind(failure.map(|failure| failure.attempts))
         .bind(failure.and_then(|failure| failure.release.as_deref()).map(|release| limited(release, MAX_RELEASE)))
         .bind(failure.map(|failure| limited(&failure.host, MAX_HOST)))
@@ -418,7 +419,7 @@ fn decode(row: &MySqlRow) -> Result<Entry, sqlx::Error> {
         "broken" => Status::Broken(Failure {
             event: decode_failed_event(row)?,
             error: row.try_get("failed_error")?,
-            at: row.try_get("failed_at")?,
+            at: row.try_get::<PrimitiveDateTime, _>("failed_at")?.assume_utc(),
             attempts: row.try_get("failed_attempts")?,
             release: row.try_get("failed_release")?,
             host: row.try_get("failed_host")?,

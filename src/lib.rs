@@ -6,6 +6,7 @@
 mod chain;
 mod error;
 mod event;
+mod lenient;
 mod lifecycle;
 mod metrics;
 mod projector;

@@ -6,6 +6,7 @@ use sqlx::encode::{Encode, IsNull};
 use sqlx::error::BoxDynError;
 use sqlx::mysql::{MySqlArguments, MySqlTypeInfo};
 use sqlx::{Arguments as _, AssertSqlSafe, MySql, MySqlConnection, Type};
+use time::{OffsetDateTime, PrimitiveDateTime};
 
 /// The most rows of a statement: twice as many are hardly faster.
 pub(crate) const MAX_ROWS: usize = 512;
@@ -90,7 +91,7 @@ impl MultiRowInsert {
         self
     }
 
-    /// Adds a value to the row that was begun last.
+    /// Adds a value to the row that was begun last. A time with an offset is bound as a `datetime` in UTC.
     pub fn bind<'v, T: Encode<'v, MySql> + Type<MySql>>(&mut self, value: T) -> &mut Self {
         let bound = self.rows.bind(value);
         if let (Err(error), None) = (bound, &self.failed) {
@@ -182,7 +183,11 @@ impl Rows {
     /// # Errors
     /// If it cannot be encoded.
     pub(crate) fn bind<'v, T: Encode<'v, MySql> + Type<MySql>>(&mut self, value: T) -> Result<(), BoxDynError> {
-        let type_info = value.produces().unwrap_or_else(T::type_info);
+        let mut type_info = value.produces().unwrap_or_else(T::type_info);
+        if type_info == <OffsetDateTime as Type<MySql>>::type_info() {
+            // A `timestamp` of the same bytes, which MariaDB turns into null outside of 1970 to 2038.
+            type_info = <PrimitiveDateTime as Type<MySql>>::type_info();
+        }
         let is_null = value.encode(&mut self.bytes)?.is_null();
         self.values.push(Value { end: self.bytes.len(), is_null, type_info });
         Ok(())

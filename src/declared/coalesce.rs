@@ -14,7 +14,9 @@ use tracing::info;
 
 use super::handler::{Argument, Handler, Handlers, Lookup};
 use super::insert::Insert;
-use super::tables::{Refusal, look_at};
+use super::literal::Literals;
+use super::prepared::{Form, Text};
+use super::tables::{Asked, Refusal, look_at};
 use crate::event::Event;
 use crate::multi_row::{MAX_BYTES, MAX_ROWS, Rows, Statement};
 use crate::projector::ProjectorId;
@@ -33,6 +35,8 @@ const MAX_WAITING: usize = 8 * MAX_BYTES;
 #[derive(Debug, Default)]
 pub(super) struct Tables {
     names: Vec<String>,
+    /// Of each, whether an `insert ignore` goes to it.
+    ignores: Vec<bool>,
     refused: Mutex<Vec<Option<(Instant, Refusal)>>>,
 }
 
@@ -42,12 +46,15 @@ pub(super) struct Table(usize);
 
 impl Tables {
     /// The table of that name, in whatever case: where the server tells two apart, they only wait for each other needlessly.
-    pub(super) fn add(&mut self, name: String) -> Table {
-        let known = self.names.iter().position(|other| other.eq_ignore_ascii_case(&name));
-        Table(known.unwrap_or_else(|| {
-            self.names.push(name);
+    pub(super) fn add(&mut self, insert: &Insert) -> Table {
+        let known = self.names.iter().position(|other| other.eq_ignore_ascii_case(&insert.table));
+        let table = known.unwrap_or_else(|| {
+            self.names.push(insert.table.clone());
+            self.ignores.push(false);
             self.names.len() - 1
-        }))
+        });
+        self.ignores[table] |= insert.ignores;
+        Table(table)
     }
 
     fn are_refused(&self) -> Vec<bool> {
@@ -111,13 +118,52 @@ struct Batch<'h> {
     size: usize,
 }
 
-/// Rows of one handler, of the same types.
+/// Rows of one handler.
 struct Waiting<'h> {
     handler: &'h Handler,
     insert: &'h Insert,
-    /// The statement for one row, with the types in it.
-    text: Arc<str>,
-    rows: Rows,
+    rows: Pending,
+}
+
+/// Rows as they will be sent.
+enum Pending {
+    /// Of the same types, with the statement for one row.
+    Bound(Arc<Text>, Rows),
+    /// Of any types.
+    Literal(Literals),
+}
+
+impl Pending {
+    fn new(form: Form) -> Self {
+        match form {
+            Form::Bound(text) => Pending::Bound(text, Rows::default()),
+            Form::Literal => Pending::Literal(Literals::default()),
+        }
+    }
+
+    /// Whether a row of this form can be one of these.
+    fn takes(&self, form: &Form) -> bool {
+        match (self, form) {
+            (Pending::Bound(text, _), Form::Bound(other)) => Arc::ptr_eq(text, other),
+            (Pending::Literal(_), Form::Literal) => true,
+            _ => false,
+        }
+    }
+
+    fn len(&self) -> usize {
+        match self {
+            Pending::Bound(_, rows) => rows.len(),
+            Pending::Literal(rows) => rows.len(),
+        }
+    }
+
+    /// In bytes.
+    fn size(&self) -> usize {
+        match self {
+            Pending::Bound(_, rows) => rows.size(),
+            Pending::Literal(rows) => rows.size(),
+        }
+    }
 }
 
 impl<'h> Batch<'h> {
@@ -165,8 +211,9 @@ impl<'h> Batch<'h> {
         let tables = self.handlers.tables().context("a table was touched")?;
         let touched: Vec<usize> =
             (0..self.tables.len()).filter(|table| self.tables[*table] == Standing::Touched).collect();
-        let names: Vec<&str> = touched.iter().map(|table| tables.names[*table].as_str()).collect();
-        let found = look_at(&names, db).await.context("the tables' definitions cannot be read")?;
+        let asked = |table: &usize| Asked { name: &tables.names[*table], ignores: tables.ignores[*table] };
+        let asked: Vec<Asked<'_>> = touched.iter().map(asked).collect();
+        let found = look_at(&asked, db).await.context("the tables' definitions cannot be read")?;
         for (table, found) in touched.into_iter().zip(found) {
             self.tables[table] = match found {
                 Ok(()) => Standing::Sound,
@@ -192,15 +239,17 @@ impl<'h> Batch<'h> {
         arguments: Vec<Argument<'_>>,
         db: &mut MySqlConnection,
     ) -> anyhow::Result<()> {
-        let text = handler.text(&arguments);
-        let joins = |waiting: &Waiting<'_>| std::ptr::eq(waiting.handler, handler) && waiting.text == text;
+        let form = handler.form(&arguments, true);
+        let joins = |waiting: &Waiting<'_>| std::ptr::eq(waiting.handler, handler) && waiting.rows.takes(&form);
         if self.waiting[table].as_ref().is_some_and(|waiting| !joins(waiting)) {
             self.send(table, db).await?;
         }
-        let waiting =
-            self.waiting[table].get_or_insert_with(|| Waiting { handler, insert, text, rows: Rows::default() });
+        let waiting = self.waiting[table].get_or_insert_with(|| Waiting { handler, insert, rows: Pending::new(form) });
         let before = waiting.rows.size();
-        handler.bind_to_row(arguments, &mut waiting.rows)?;
+        match &mut waiting.rows {
+            Pending::Bound(_, rows) => handler.bind_to_row(arguments, rows)?,
+            Pending::Literal(rows) => rows.add(handler.with_literals(&arguments, insert.row.clone())),
+        }
         let (rows, size) = (waiting.rows.len(), waiting.rows.size());
         self.size += size - before;
         if self.size >= MAX_WAITING {
@@ -221,11 +270,15 @@ impl<'h> Batch<'h> {
     }
 
     async fn send(&mut self, table: usize, db: &mut MySqlConnection) -> anyhow::Result<()> {
-        let Some(Waiting { handler, insert, text, rows }) = self.waiting[table].take() else { return Ok(()) };
+        let Some(Waiting { handler, insert, rows }) = self.waiting[table].take() else { return Ok(()) };
         self.size -= rows.size();
-        let Insert { row, .. } = insert;
-        let statement = Statement { head: &text[..row.start], row: &text[row.clone()], tail: &text[row.end..] };
-        rows.send(statement, db).await.with_context(|| handler.origin.clone())?;
-        Ok(())
+        let sent = match rows {
+            Pending::Bound(text, rows) => {
+                let (head, row, tail) = text.around(&insert.row);
+                rows.send(Statement { head, row, tail }, db).await.map(|_| ())
+            }
+            Pending::Literal(rows) => rows.send(handler.around(&insert.row), db).await,
+        };
+        sent.with_context(|| handler.origin.clone())
     }
 }

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use ring::digest::{Context, SHA256};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
@@ -49,6 +50,48 @@ pub(super) fn read(file: &str, text: &str) -> Result<Declaration, Vec<Problem>> 
     }
 }
 
+/// A hash of everything that a file says: not of its comments and blanks, nor of the order of its keys.
+fn revision(table: &DeTable<'_>) -> String {
+    let mut context = Context::new(&SHA256);
+    for key in KEYS.iter().filter(|key| **key != "name" && **key != "version") {
+        // What is left out is what it is by default.
+        let is_default = |value: &DeValue<'_>| match value {
+            DeValue::Boolean(value) => !value,
+            DeValue::Array(entries) => entries.is_empty(),
+            _ => false,
+        };
+        if let Some(value) = table.get(*key).map(Spanned::get_ref).filter(|value| !is_default(value)) {
+            hash(key, &mut context);
+            hash_value(value, &mut context);
+        }
+    }
+    context.finish().as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Each part is preceded by its length, so that no two definitions give the same bytes.
+fn hash(part: &str, context: &mut Context) {
+    context.update(&(part.len() as u64).to_be_bytes());
+    context.update(part.as_bytes());
+}
+
+fn hash_value(value: &DeValue<'_>, context: &mut Context) {
+    hash(value.type_str(), context);
+    match value {
+        DeValue::Array(entries) => {
+            context.update(&(entries.len() as u64).to_be_bytes());
+            entries.iter().for_each(|entry| hash_value(entry.get_ref(), context));
+        }
+        DeValue::Table(table) => {
+            for key in ON_KEYS {
+                hash(key, context);
+                table.get(key).into_iter().for_each(|value| hash_value(value.get_ref(), context));
+            }
+        }
+        DeValue::String(text) => hash(text.replace("\r\n", "\n").trim(), context),
+        other => hash(&format!("{other:?}"), context),
+    }
+}
+
 fn line_ends(text: &str) -> Vec<usize> {
     text.match_indices('\n').map(|(at, _)| at).collect()
 }
@@ -90,6 +133,8 @@ impl Reader<'_> {
         let version = version.and_then(|entry| self.version(entry));
         let mode = mode.and_then(|entry| self.mode(entry));
         let projector = Declared {
+            revision: revision(table),
+            tables: setup.iter().filter_map(|step: &Step| statement::created_table(&step.sql)).collect(),
             id: ProjectorId { name: name?.to_owned(), version: version? },
             mode: mode?,
             side_effects: side_effects?,
@@ -289,7 +334,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::projector::Projector as _;
+    use crate::projector::{Projector as _, SessionUse};
     use crate::spoiled;
 
     const GOOD: &str = r#"
@@ -330,6 +375,44 @@ sql = "update totals set events = events + 1"
         assert_eq!((projector.has_side_effects(), projector.event_types()), (false, EventTypes::All));
         assert_eq!((projector.setup.len(), projector.teardown.len()), (1, 1));
         assert_eq!((name_line, version_line), (2, 3));
+    }
+
+    #[test]
+    fn a_revision_is_of_what_a_file_says_and_not_of_how_it_is_written() {
+        let revision = |text: &str| read("a.toml", text).expect(text).projector.revision();
+        let good = revision(GOOD);
+        assert!(good.len() == 64);
+        for same in [
+            GOOD.replace('\n', "\r\n"),
+            format!("# a comment\n\n{}", GOOD.replace("side_effects = false", "# none")),
+            GOOD.replace("version = 1\nmode = \"from_beginning\"", "mode = 'from_beginning'\nversion = 1 # one"),
+            GOOD.replace("teardown = [", "teardown = [ # at the end\n  "),
+        ] {
+            assert_eq!(revision(&same), good, "{same}");
+        }
+        for (part, other) in [
+            ("from_beginning", "from_now"),
+            ("side_effects = false", "side_effects = true"),
+            ("varchar(64)", "varchar(65)"),
+            ("drop table if exists case_status", "drop table case_status"),
+            ("\"Received\", \"Sent\"", "\"Received\""),
+            (":stream_id", ":event_id"),
+            ("events + 1", "events + 2"),
+            ("\n[[on]]\nevents = [\"*\"]", "\n[[on]]\nevents = ['*']\nsql = 'do 1'\n[[on]]\nevents = [\"*\"]"),
+        ] {
+            assert!(GOOD.contains(part), "{part}");
+            assert_ne!(revision(&GOOD.replacen(part, other, 1)), good, "{other}");
+        }
+    }
+
+    #[test]
+    fn a_file_says_which_tables_are_its_own_and_what_it_leaves_in_its_session() {
+        let projector = read("a.toml", GOOD).expect("it is good").projector;
+        assert_eq!((projector.tables(), projector.session()), (vec!["case_status".to_owned()], SessionUse::Shared));
+        let calling = GOOD.replace("update totals set events = events + 1", "call count_events()");
+        assert_eq!(read("a.toml", &calling).expect("it is good").projector.session(), SessionUse::EachEvent);
+        let counting = GOOD.replace("update totals set events = events + 1", "set @n = last_insert_id()");
+        assert_eq!(read("a.toml", &counting).expect("it is good").projector.session(), SessionUse::Shared);
     }
 
     #[test]

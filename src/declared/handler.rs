@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::collections::HashSet;
+use std::ops::Range;
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
@@ -10,17 +11,19 @@ use sqlx::error::BoxDynError;
 use sqlx::mysql::MySqlArguments;
 use sqlx::query::Query;
 use sqlx::{AssertSqlSafe, MySql, MySqlConnection};
-use time::OffsetDateTime;
+use time::PrimitiveDateTime;
 
 use super::coalesce::{self, Table, Tables};
 use super::insert::{self, Insert};
 use super::json::{Found, Paths, Place, Value};
+use super::literal;
 use super::parameter::{Document, JsonParameter, Parameter};
-use super::prepared::{Class, Prepared};
+use super::prepared::{Class, Form, Place as Stands, Prepared, write_typed};
+use super::session::{self, Leaves};
 use super::statement::Compiled;
 use crate::event::Event;
 use crate::multi_row::Rows;
-use crate::projector::{EventTypes, Mode, Projector, ProjectorId};
+use crate::projector::{EventTypes, Mode, Projector, ProjectorId, SessionUse};
 
 /// A projector that a file declares.
 #[derive(Debug)]
@@ -31,6 +34,10 @@ pub(super) struct Declared {
     pub(super) setup: Vec<Step>,
     pub(super) teardown: Vec<Step>,
     pub(super) handlers: Handlers,
+    /// A hash of all that the file says.
+    pub(super) revision: String,
+    /// The tables that `setup` creates.
+    pub(super) tables: Vec<String>,
 }
 
 /// A statement of setup or teardown.
@@ -51,6 +58,10 @@ pub(super) struct Handlers {
     tables: Tables,
     /// Whether a statement may see how those before it were sent, so that none is coalesced.
     look_back: bool,
+    /// What the statements leave in their session.
+    leaves: Leaves,
+    /// What makes each event begin with the same state of the session, where the statements can tell.
+    reset: Option<Arc<str>>,
 }
 
 #[derive(Debug)]
@@ -75,7 +86,15 @@ enum Binding {
 impl Handlers {
     pub(super) fn new() -> Self {
         let (payload, metadata) = (Paths::new(), Paths::new());
-        Handlers { all: Vec::new(), payload, metadata, tables: Tables::default(), look_back: false }
+        Handlers {
+            all: Vec::new(),
+            payload,
+            metadata,
+            tables: Tables::default(),
+            look_back: false,
+            leaves: Leaves::default(),
+            reset: None,
+        }
     }
 
     /// Adds the next one.
@@ -85,11 +104,13 @@ impl Handlers {
             EventTypes::Only(types) => Some(types.into_iter().collect()),
         };
         let insert = insert::read(&statement.sql).ok().map(|insert| {
-            let table = self.tables.add(insert.table.clone());
+            let table = self.tables.add(&insert);
             (insert, table)
         });
-        self.look_back |= insert::looks_back(&statement.sql);
-        let prepared = Prepared::new(statement.sql, statement.parameters.len());
+        self.leaves.add(session::read(&statement.sql));
+        self.reset = self.leaves.reset().map(Arc::from);
+        self.look_back |= insert::looks_back(&statement.sql) || self.reset.is_some() || self.leaves.is_opaque;
+        let prepared = Prepared::new(statement.sql);
         let bindings = statement.parameters.into_iter().map(|parameter| self.binding(parameter)).collect();
         self.all.push(Handler { wanted, statement: prepared, bindings, insert, origin });
     }
@@ -106,6 +127,10 @@ impl Handlers {
 
     /// Applies one event, each statement by itself.
     pub(super) async fn apply(&self, event: &Event, db: &mut MySqlConnection) -> anyhow::Result<()> {
+        if let Some(reset) = &self.reset {
+            // Without it, a variable has what the event before it left in boot, and nothing where events come alone.
+            sqlx::raw_sql(AssertSqlSafe(Arc::clone(reset))).execute(&mut *db).await?;
+        }
         let mut lookup = Lookup::new(event, self);
         for handler in self.wanting(event) {
             let arguments = handler.arguments(&mut lookup).with_context(|| handler.origin.clone())?;
@@ -121,7 +146,7 @@ impl Handlers {
             Parameter::StreamId => |event| Argument::text(event.stream_id()),
             Parameter::StreamVersion => |event| Argument::Json(Value::Unsigned(event.stream_version())),
             Parameter::EventType => |event| Argument::text(event.event_type()),
-            Parameter::RecordedAt => |event| Argument::Time(event.recorded_at()),
+            Parameter::RecordedAt => |event| Argument::Time(event.recorded_at_utc()),
             Parameter::Json(json) => {
                 let paths = match json.document {
                     Document::Payload => &mut self.payload,
@@ -164,25 +189,54 @@ impl Handler {
             .collect()
     }
 
-    /// The statement for arguments of these types.
-    pub(super) fn text(&self, arguments: &[Argument<'_>]) -> Arc<str> {
-        self.statement.text(arguments.iter().map(Argument::class))
+    /// How to send arguments of these types, alone or as one of `many` rows.
+    pub(super) fn form(&self, arguments: &[Argument<'_>], many: bool) -> Form {
+        self.statement.form(arguments.iter().map(Argument::class), many)
+    }
+
+    /// The text of the statement around a row in it.
+    pub(super) fn around(&self, row: &Range<usize>) -> (&str, &str) {
+        let sql = self.statement.sql();
+        (&sql[..row.start], &sql[row.end..])
+    }
+
+    /// A part of the statement, in which all its parameters stand, with literals for them.
+    pub(super) fn with_literals(&self, arguments: &[Argument<'_>], part: Range<usize>) -> String {
+        self.statement.with_literals(part, |index, place, text| {
+            let argument = &arguments[index];
+            write_typed(argument.class(), place, &argument.literal(), text);
+        })
+    }
+
+    /// The arguments that are bound: a null in an expression is part of the text.
+    fn bound<'e>(&self, arguments: Vec<Argument<'e>>) -> impl Iterator<Item = Argument<'e>> {
+        let is_bound = |(argument, place): &(Argument<'e>, Stands)| {
+            argument.class() != Class::Null || *place != Stands::Expression
+        };
+        arguments.into_iter().zip(self.statement.places()).filter(is_bound).map(|(argument, _)| argument)
     }
 
     /// Adds them to the rows that one statement sends.
     pub(super) fn bind_to_row(&self, arguments: Vec<Argument<'_>>, rows: &mut Rows) -> anyhow::Result<()> {
         rows.begin();
-        for argument in arguments {
+        for argument in self.bound(arguments) {
             argument.bind_to_row(rows).map_err(sqlx::Error::Encode).with_context(|| self.origin.clone())?;
         }
         Ok(())
     }
 
     pub(super) async fn execute(&self, arguments: Vec<Argument<'_>>, db: &mut MySqlConnection) -> anyhow::Result<()> {
-        let query = sqlx::query(AssertSqlSafe(self.text(&arguments)));
-        let query = arguments.into_iter().fold(query, |query, argument| argument.bind_to(query));
-        query.execute(db).await.with_context(|| self.origin.clone())?;
-        Ok(())
+        let executed = match self.form(&arguments, false) {
+            Form::Bound(text) => {
+                let query = sqlx::query(AssertSqlSafe(Arc::clone(&text.sql)));
+                self.bound(arguments).fold(query, |query, argument| argument.bind_to(query)).execute(db).await
+            }
+            Form::Literal => {
+                let sql = self.with_literals(&arguments, 0..self.statement.sql().len());
+                sqlx::raw_sql(AssertSqlSafe(sql)).execute(db).await
+            }
+        };
+        executed.map(|_| ()).with_context(|| self.origin.clone())
     }
 }
 
@@ -240,7 +294,13 @@ impl<'e, 'h> Lookup<'e, 'h> {
         };
         let found = match found {
             Some(found) => found,
-            none => none.insert(paths.find(text)?),
+            none => none.insert(paths.find(text).or_else(|error| {
+                let lenient = match document {
+                    Document::Payload => self.event.lenient_payload(),
+                    Document::Metadata => self.event.lenient_metadata(),
+                };
+                lenient.map_or(Err(error), |text| paths.find(text))
+            })?),
         };
         Ok(found.at(place))
     }
@@ -250,7 +310,7 @@ impl<'e, 'h> Lookup<'e, 'h> {
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Argument<'e> {
     Json(Value<'e>),
-    Time(OffsetDateTime),
+    Time(PrimitiveDateTime),
 }
 
 impl<'e> Argument<'e> {
@@ -258,14 +318,27 @@ impl<'e> Argument<'e> {
         Argument::Json(Value::Text(Cow::Borrowed(text)))
     }
 
-    /// `None` for null, which has no type of its own.
-    fn class(&self) -> Option<Class> {
+    fn class(&self) -> Class {
         match self {
-            Argument::Time(_) => Some(Class::Time),
-            Argument::Json(Value::Null) => None,
-            Argument::Json(Value::Boolean(_) | Value::Signed(_) | Value::Unsigned(_)) => Some(Class::Exact),
-            Argument::Json(Value::Double(_)) => Some(Class::Double),
-            Argument::Json(Value::Text(_)) => Some(Class::Text),
+            Argument::Time(_) => Class::Time,
+            Argument::Json(Value::Null) => Class::Null,
+            Argument::Json(Value::Boolean(_) | Value::Signed(_)) => Class::Signed,
+            Argument::Json(Value::Unsigned(_)) => Class::Unsigned,
+            Argument::Json(Value::Double(_)) => Class::Double,
+            Argument::Json(Value::Text(_)) => Class::Text,
+        }
+    }
+
+    /// As a literal of SQL, of the same type and value.
+    fn literal(&self) -> String {
+        match self {
+            Argument::Time(time) => literal::datetime(*time),
+            Argument::Json(Value::Null) => "null".into(),
+            Argument::Json(Value::Boolean(value)) => u8::from(*value).to_string(),
+            Argument::Json(Value::Signed(number)) => number.to_string(),
+            Argument::Json(Value::Unsigned(number)) => number.to_string(),
+            Argument::Json(Value::Double(number)) => literal::double(*number),
+            Argument::Json(Value::Text(text)) => literal::text(text),
         }
     }
 
@@ -273,7 +346,8 @@ impl<'e> Argument<'e> {
         match self {
             Argument::Time(time) => query.bind(time),
             Argument::Json(Value::Null) => query.bind(None::<&str>),
-            Argument::Json(Value::Boolean(value)) => query.bind(value),
+            // A `bool` would be sent as an unsigned number, of which nothing can be subtracted.
+            Argument::Json(Value::Boolean(value)) => query.bind(i64::from(value)),
             Argument::Json(Value::Signed(number)) => query.bind(number),
             Argument::Json(Value::Unsigned(number)) => query.bind(number),
             Argument::Json(Value::Double(number)) => query.bind(number),
@@ -286,7 +360,7 @@ impl<'e> Argument<'e> {
         match self {
             Argument::Time(time) => rows.bind(time),
             Argument::Json(Value::Null) => rows.bind(None::<&str>),
-            Argument::Json(Value::Boolean(value)) => rows.bind(value),
+            Argument::Json(Value::Boolean(value)) => rows.bind(i64::from(value)),
             Argument::Json(Value::Signed(number)) => rows.bind(number),
             Argument::Json(Value::Unsigned(number)) => rows.bind(number),
             Argument::Json(Value::Double(number)) => rows.bind(number),
@@ -317,6 +391,21 @@ impl Projector for Declared {
         self.side_effects
     }
 
+    fn revision(&self) -> String {
+        self.revision.clone()
+    }
+
+    fn tables(&self) -> Vec<String> {
+        self.tables.clone()
+    }
+
+    fn session(&self) -> SessionUse {
+        match self.handlers.leaves.is_opaque {
+            true => SessionUse::EachEvent,
+            false => SessionUse::Shared,
+        }
+    }
+
     async fn setup(&self, db: &mut MySqlConnection) -> anyhow::Result<()> {
         run(&self.setup, db).await
     }
@@ -345,6 +434,8 @@ async fn run(steps: &[Step], db: &mut MySqlConnection) -> anyhow::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use time::OffsetDateTime;
+
     use super::*;
     use crate::declared::statement;
     use crate::event::{Position, Recorded};
@@ -384,7 +475,7 @@ mod tests {
             Argument::text("case-1"),
             Argument::Json(Value::Unsigned(3)),
             Argument::text("Received"),
-            Argument::Time(OffsetDateTime::UNIX_EPOCH),
+            Argument::Time(event.recorded_at_utc()),
             Argument::text(r#"{ "a": 1 }"#),
             Argument::text("[]"),
         ];
@@ -446,7 +537,7 @@ mod tests {
                 let mut lookup = Lookup::new(event, &handlers);
                 for handler in handlers.wanting(event) {
                     let arguments = handler.arguments(&mut lookup).expect("all are there");
-                    handler.text(&arguments);
+                    handler.form(&arguments, true);
                     handler.bind_to_row(arguments, &mut rows).expect("they can be encoded");
                 }
             }

@@ -12,6 +12,8 @@ pub(super) struct Insert {
     pub(super) table: String,
     /// Where the row stands in the text, with its parentheses. All parameters stand in it.
     pub(super) row: Range<usize>,
+    /// Whether it is an `insert ignore`.
+    pub(super) ignores: bool,
 }
 
 /// Functions of both servers whose result is that of their arguments, and none other.
@@ -65,7 +67,6 @@ const FUNCTIONS: &[&str] = &[
     "lower",
     "lpad",
     "ltrim",
-    "md5",
     "microsecond",
     "minute",
     "month",
@@ -78,7 +79,6 @@ const FUNCTIONS: &[&str] = &[
     "rpad",
     "rtrim",
     "second",
-    "sha1",
     "sha2",
     "sign",
     "sqrt",
@@ -207,8 +207,9 @@ const TELLTALES: &[&str] =
 pub(super) fn read(sql: &str) -> Result<Insert, &'static str> {
     let tokens = tokens(sql)?;
     let mut cursor = Cursor { tokens: &tokens };
+    let mut ignores = false;
     if cursor.takes("insert") {
-        cursor.takes("ignore");
+        ignores = cursor.takes("ignore");
     } else if !cursor.takes("replace") {
         return Err("it is no insert");
     }
@@ -235,7 +236,7 @@ pub(super) fn read(sql: &str) -> Result<Insert, &'static str> {
     }
     let end = |piece: &Piece<'_>| piece.token.at + piece.token.text.len();
     let begin = row.first().map_or(0, |piece| piece.token.at);
-    Ok(Insert { table, row: begin..row.last().map_or(0, end) })
+    Ok(Insert { table, row: begin..row.last().map_or(0, end), ignores })
 }
 
 /// Whether a statement may look at what the one before it did, but for the rows that it wrote.

@@ -6,8 +6,10 @@ mod handler;
 mod insert;
 mod json;
 mod lexer;
+mod literal;
 mod parameter;
 mod prepared;
+mod session;
 mod spelling;
 mod statement;
 mod tables;
@@ -66,10 +68,17 @@ const MAX_PROBLEMS: usize = 20;
 /// at its end (`:payload.order.amount?`) it is null. JSON strings bind as text, integers as 64-bit integers, other
 /// numbers as doubles, booleans as 1 and 0, null as null, and an object or array as its JSON text, as it was
 /// written. A number that neither type holds exactly binds as its literal, so that a `decimal` or `varchar` column
-/// loses no digit. Of a key that is there twice, the last counts. To MySQL's `json` columns a bound number or
+/// loses no digit. Of a key that is there twice, the last counts. JSON that only the database accepts (MariaDB's `\'` and
+/// `1.`, MySQL's NUL after the document) is read as the database reads it; an object or array of such a document binds as
+/// JSON that is valid everywhere. To MySQL's `json` columns a bound number or
 /// boolean is no JSON: write `json_extract(:payload, '$.amount')` there.
 ///
-/// Values are bound and never become part of the SQL. Colons in literals, quoted names and comments are left
+/// What a value does never depends on the values before it. In an expression, text behaves as `'text'` does, a whole number as
+/// `cast(1 as signed)` (`unsigned` for `:position`, `:stream_version` and numbers above 2^63 - 1), any other number as `1.5e0`,
+/// a time as `cast('…' as datetime(6))`.
+///
+/// Values are bound, and no value is read as SQL. A statement whose values have had more than 16 combinations of types sends
+/// the others as quoted literals. Colons in literals, quoted names and comments are left
 /// alone, and so are `:=` and a colon that no name follows; `::` and `?` are refused. Text is read as MySQL reads
 /// it by default: `ANSI_QUOTES` and `NO_BACKSLASH_ESCAPES` off. A comment that servers execute (`/*! … */`) is refused.
 ///
@@ -79,11 +88,25 @@ const MAX_PROBLEMS: usize = 20;
 /// that is the same in effect. The statement is `insert [ignore]` or `replace`, into a table that is not qualified with its
 /// database, of one row, perhaps with `on duplicate key update`; all its parameters stand in the row; it has no variable, no
 /// subquery, and no function but those that depend on their arguments alone. The table is InnoDB's, without a trigger, a foreign
-/// key, an `auto_increment`, or a default or `on update` that is computed; `sql_mode` is strict. Rows wait for no other statement:
+/// key, an `auto_increment`, or a default or `on update` that is computed; nor, for `insert ignore`, a check constraint (which
+/// a `json` column is on MariaDB); `sql_mode` is strict. Rows wait for no other statement:
 /// all of them are sent before one that is no such insert, and those of a table before another insert into it. In a file with
 /// `row_count()`, `last_insert_id()`, `call` and their like, nothing is sent together; but what a function or a trigger of yours
 /// is told by `row_count()` of the statement *before* it is not looked into. Without the `trigger` privilege, granted to the user
 /// itself, triggers cannot be seen, and nothing is sent together either.
+///
+/// # The session
+///
+/// Each event finds the session as if it were the first: the user variables that the file names (`@total`) are null, and
+/// `last_insert_id()` and `row_count()` are 0. They live from one `[[on]]` to the next of the same event. A file that names any is
+/// applied one event after the other.
+///
+/// A file that calls what cannot be seen through gets a transaction and a new session for each event, which costs a
+/// connection each: `call`, a function that is not one of the server's, `get_lock`, a sequence. A name counts as the server's if it
+/// is written without a database before it and without a blank before its parenthesis.
+///
+/// Refused are `set` of anything but user variables, in handlers, `setup` and `teardown`; and in handlers also what begins or ends a
+/// transaction, locks tables, prepares statements, or acts on the server.
 ///
 /// # Errors
 /// If the directory or a file cannot be read, or a file does not hold: `FILE:LINE: reason`, of all the files at once.

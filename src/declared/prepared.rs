@@ -1,21 +1,35 @@
-//! A prepared statement of its own for each combination of argument types.
+//! How a statement is sent, so that what it does depends on its arguments and on nothing that was sent before.
 //!
-//! MySQL, since 8.0.22, keeps the types that it found for a statement's parameters, and converts later arguments
-//! to them. Seen on 9.7: once a double was bound, the string `00123` arrives as `123`, and a long number loses
-//! its digits. What an event does must not depend on the events before it on that connection. A connection knows
-//! a prepared statement by its text, so a comment with the types makes it one of its own. MariaDB does not
-//! convert, and is not harmed.
+//! MySQL (since 8.0.22) derives the type of a parameter from its place in the statement and from the value of its first
+//! execution, and converts later values to that type. In `ifnull(?, 0)`, the first value decides whether `00123` is
+//! stored as `00123` or as `123`. MariaDB does not convert. So here:
+//!
+//! - A parameter in an expression stands inside a function that gives it one type: `concat(?)`, `cast(? as signed)`.
+//!   These keep what a plain literal has: `concat(?)` is as easily coerced to a column's collation as `'text'` is, while
+//!   `convert(? using utf8mb4)` is not and fails with error 1267 beside a column of another collation.
+//! - A parameter that is alone as a value of an inserted row takes its type from the column. It needs no function, and a
+//!   null does not need a statement of its own.
+//! - Each combination of types has a text, and so a prepared statement, of its own. A connection keeps a hundred of
+//!   them, and closing one costs a delay of 40 ms (Nagle's algorithm and a delayed acknowledgement). So the
+//!   combinations of one statement are bounded: the others are sent as text, with literals for the parameters.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// A connection keeps a hundred prepared statements; a field that takes more shapes than this is prepared again.
-const MAX_TEXTS: usize = 64;
+use super::lexer::{Kind, Lexer, Token};
+
+/// The most texts of one statement that are prepared.
+const MAX_TEXTS: usize = 16;
+
+/// The most of them that are also prepared for many rows: there each has about ten sizes.
+const MAX_ROW_TEXTS: usize = 4;
 
 /// What MySQL tells apart. Within a class, no argument changes what another one does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Class {
-    Exact,
+    Null,
+    Signed,
+    Unsigned,
     Double,
     Text,
     Time,
@@ -24,18 +38,46 @@ pub(super) enum Class {
 impl Class {
     fn letter(self) -> char {
         match self {
-            Class::Exact => 'n',
+            Class::Null => '0',
+            Class::Signed => 'i',
+            Class::Unsigned => 'u',
             Class::Double => 'f',
             Class::Text => 't',
             Class::Time => 'd',
         }
     }
+
+    /// What stands before and after a value of this class in an expression.
+    pub(super) fn wrapping(self) -> (&'static str, &'static str) {
+        match self {
+            Class::Null => ("", ""),
+            Class::Signed => (" cast(", " as signed)"),
+            Class::Unsigned => (" cast(", " as unsigned)"),
+            // Exact for every double, and it keeps the sign of a zero.
+            Class::Double => ("(", " * 1e0)"),
+            Class::Text => (" concat(", ")"),
+            Class::Time => (" cast(", " as datetime(6))"),
+        }
+    }
+}
+
+/// Where a parameter stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Place {
+    /// Alone, as a value of a row: `values (?, 1)`.
+    Row,
+    /// In an expression.
+    Expression,
+    /// Where the grammar has a number or a parameter and no expression: `limit ?`.
+    Number,
 }
 
 /// A statement and its texts.
 #[derive(Debug)]
 pub(super) struct Prepared {
     sql: Box<str>,
+    /// Where each `?` stands in the text, and what kind of place that is.
+    places: Box<[(usize, Place)]>,
     seen: Mutex<Seen>,
 }
 
@@ -43,82 +85,299 @@ pub(super) struct Prepared {
 struct Seen {
     /// The class of each parameter when it last was not null.
     latest: Vec<Class>,
-    /// Kept so that no event copies its statement.
-    texts: HashMap<Vec<Class>, Arc<str>>,
+    /// The classes of this execution. Kept to save an allocation.
+    now: Vec<Class>,
+    texts: HashMap<Vec<Class>, Arc<Text>>,
+}
+
+/// A text that is prepared.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Text {
+    pub(super) sql: Arc<str>,
+    /// By how many bytes the statement has grown.
+    grown: usize,
+}
+
+/// How an execution is sent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Form {
+    /// As a prepared statement.
+    Bound(Arc<Text>),
+    /// As text, with literals for the parameters.
+    Literal,
+}
+
+impl Text {
+    /// The statement in three parts: before its row, the row, after it. All parameters stand in the row.
+    pub(super) fn around(&self, row: &std::ops::Range<usize>) -> (&str, &str, &str) {
+        let end = row.end + self.grown;
+        (&self.sql[..row.start], &self.sql[row.start..end], &self.sql[end..])
+    }
 }
 
 impl Prepared {
-    pub(super) fn new(sql: String, parameters: usize) -> Self {
-        let seen = Seen { latest: vec![Class::Text; parameters], texts: HashMap::new() };
-        Prepared { sql: sql.into(), seen: Mutex::new(seen) }
+    /// Of a statement with `?` for its parameters.
+    pub(super) fn new(sql: String) -> Self {
+        let places = places(&sql);
+        let latest = vec![Class::Text; places.len()];
+        let seen = Seen { latest, now: Vec::with_capacity(places.len()), texts: HashMap::new() };
+        Prepared { sql: sql.into(), places: places.into(), seen: Mutex::new(seen) }
     }
 
-    /// The text for arguments of these classes. Null (`None`) is of any class, and takes the latest, so that a
-    /// statement with many optional parameters does not become as many statements as there are combinations.
-    pub(super) fn text(&self, classes: impl Iterator<Item = Option<Class>>) -> Arc<str> {
+    pub(super) fn sql(&self) -> &str {
+        &self.sql
+    }
+
+    /// The places of the parameters, in order.
+    pub(super) fn places(&self) -> impl Iterator<Item = Place> {
+        self.places.iter().map(|(_, place)| *place)
+    }
+
+    /// How to send arguments of these classes, alone or as one of `many` rows.
+    pub(super) fn form(&self, classes: impl Iterator<Item = Class>, many: bool) -> Form {
         // What is remembered is true after a panic, too.
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        for (latest, class) in seen.latest.iter_mut().zip(classes) {
-            *latest = class.unwrap_or(*latest);
+        let Seen { latest, now, texts } = &mut *seen;
+        now.clear();
+        for ((latest, (_, place)), class) in latest.iter_mut().zip(&self.places).zip(classes) {
+            now.push(match (place, class) {
+                // A null has the column's type, whatever else the column gets.
+                (Place::Row, Class::Null) => *latest,
+                (Place::Row, Class::Unsigned) => Class::Signed,
+                _ => class,
+            });
+            *latest = now[now.len() - 1];
         }
-        let Seen { latest, texts } = &mut *seen;
-        if let Some(text) = texts.get(latest) {
-            return Arc::clone(text);
+        if let Some(text) = texts.get(now) {
+            return match many && texts.len() > MAX_ROW_TEXTS {
+                true => Form::Literal,
+                false => Form::Bound(Arc::clone(text)),
+            };
         }
         if texts.len() >= MAX_TEXTS {
+            if !self.places.iter().any(|(_, place)| *place == Place::Number) {
+                return Form::Literal;
+            }
             texts.clear();
         }
-        let text = with_types(&self.sql, latest);
-        texts.insert(latest.clone(), Arc::clone(&text));
+        let text = Arc::new(with_types(&self.sql, &self.places, now));
+        texts.insert(now.clone(), Arc::clone(&text));
+        Form::Bound(text)
+    }
+
+    /// The statement with this for each of its parameters, in the part of its text that is given.
+    pub(super) fn with_literals(
+        &self,
+        part: std::ops::Range<usize>,
+        mut write: impl FnMut(usize, Place, &mut String),
+    ) -> String {
+        let mut text = String::with_capacity(part.len() * 2);
+        let mut copied = part.start;
+        for (index, (at, place)) in self.places.iter().enumerate() {
+            text.push_str(&self.sql[copied..*at]);
+            write(index, *place, &mut text);
+            copied = at + 1;
+        }
+        text.push_str(&self.sql[copied..part.end]);
         text
     }
 }
 
-/// At the end, where a line comment of the statement's own may take it in without harm.
-fn with_types(sql: &str, classes: &[Class]) -> Arc<str> {
+/// Writes a value where a parameter stands, with what gives it its type there.
+pub(super) fn write_typed(class: Class, place: Place, value: &str, text: &mut String) {
+    // MySQL drops the fraction of a time that a text column gets, unless it has a type of its own.
+    let is_typed = place == Place::Expression || (place, class) == (Place::Row, Class::Time);
+    let (before, after) = if is_typed { class.wrapping() } else { ("", "") };
+    text.push_str(before);
+    text.push_str(value);
+    text.push_str(after);
+}
+
+/// With a comment of the types at the end, where a line comment of the statement's own may take it in without harm.
+fn with_types(sql: &str, places: &[(usize, Place)], classes: &[Class]) -> Text {
     if classes.is_empty() {
-        return sql.into();
+        return Text { sql: sql.into(), grown: 0 };
     }
+    let mut text = String::with_capacity(sql.len() + 24 * classes.len());
+    let mut copied = 0;
+    for ((at, place), class) in places.iter().zip(classes) {
+        text.push_str(&sql[copied..*at]);
+        let is_written = *class == Class::Null && *place == Place::Expression;
+        write_typed(*class, *place, if is_written { "null" } else { "?" }, &mut text);
+        copied = at + 1;
+    }
+    text.push_str(&sql[copied..]);
+    let grown = text.len() - sql.len();
     let letters: String = classes.iter().map(|class| class.letter()).collect();
-    format!("{sql} /* {letters} */").into()
+    Text { sql: format!("{text} /* {letters} */").into(), grown }
+}
+
+/// Functions that take a number or a parameter, and no expression.
+const NUMBER_FUNCTIONS: &[&str] = &["lag", "lead", "nth_value", "ntile"];
+
+/// Where each `?` stands, and what kind of place that is.
+fn places(sql: &str) -> Vec<(usize, Place)> {
+    let tokens = tokens(sql);
+    let is = |at: usize, word: &str| tokens.get(at).is_some_and(|token| token.text.eq_ignore_ascii_case(word));
+    let in_rows = rows(&tokens);
+    let mut calls: Vec<usize> = Vec::new();
+    let mut places = Vec::new();
+    for (index, token) in tokens.iter().enumerate() {
+        match token.text {
+            "(" => calls.push(index),
+            ")" => _ = calls.pop(),
+            "?" => {
+                let before = |steps: usize, word: &str| index.checked_sub(steps).is_some_and(|at| is(at, word));
+                let is_second = before(1, ",") && before(3, "limit");
+                let is_argument = calls.last().and_then(|open| open.checked_sub(1)).is_some_and(|name| {
+                    NUMBER_FUNCTIONS.iter().any(|function| is(name, function)) && before(1, ",") || is(name, "ntile")
+                });
+                let place = if before(1, "limit") || before(1, "offset") || is_second || is_argument {
+                    Place::Number
+                } else if in_rows.contains(&index) {
+                    Place::Row
+                } else {
+                    Place::Expression
+                };
+                places.push((token.at, place));
+            }
+            _ => {}
+        }
+    }
+    places
+}
+
+fn tokens(sql: &str) -> Vec<Token<'_>> {
+    let mut lexer = Lexer::new(sql);
+    let mut tokens = Vec::new();
+    while let Ok(Some(token)) = lexer.next() {
+        if token.kind != Kind::Gap {
+            tokens.push(token);
+        }
+    }
+    tokens
+}
+
+/// The tokens that are `?` alone as a value in a row of an `insert … values (…), (…)`.
+fn rows(tokens: &[Token<'_>]) -> Vec<usize> {
+    let mut found = Vec::new();
+    let is_word = |at: usize, words: &[&str]| {
+        tokens.get(at).is_some_and(|token: &Token<'_>| {
+            token.kind == Kind::Word && words.iter().any(|word| token.text.eq_ignore_ascii_case(word))
+        })
+    };
+    if !is_word(0, &["insert", "replace"]) {
+        return found;
+    }
+    let text = |at: usize| tokens.get(at).map_or("", |token| token.text);
+    let (mut depth, mut in_rows) = (0_usize, false);
+    for index in 0..tokens.len() {
+        match text(index) {
+            "(" => {
+                // Each row follows the word, or the row before it.
+                let begins = depth == 0
+                    && index > 0
+                    && (is_word(index - 1, &["values", "value"]) || (in_rows && text(index - 1) == ","));
+                in_rows = begins || (in_rows && depth > 0);
+                depth += 1;
+            }
+            ")" => depth = depth.saturating_sub(1),
+            "," => {}
+            "?" if in_rows && depth == 1 => {
+                if matches!(text(index - 1), "(" | ",") && matches!(text(index + 1), "," | ")") {
+                    found.push(index);
+                }
+            }
+            _ if depth == 0 => in_rows = false,
+            _ => {}
+        }
+    }
+    found
 }
 
 #[cfg(test)]
 mod tests {
-    use super::Class::{Double, Exact, Text, Time};
+    use super::Class::{Double, Null, Signed, Text, Time, Unsigned};
     use super::*;
 
-    #[test]
-    fn arguments_of_other_types_get_a_statement_of_their_own() {
-        let prepared = Prepared::new("values (?, ?)".into(), 2);
-        let text = |classes: [Option<Class>; 2]| prepared.text(classes.into_iter());
-        let first = text([Some(Exact), Some(Time)]);
-        assert_eq!(&*first, "values (?, ?) /* nd */");
-        assert_eq!(&*text([Some(Double), Some(Time)]), "values (?, ?) /* fd */");
-        assert_eq!(&*text([Some(Text), Some(Time)]), "values (?, ?) /* td */");
-        assert!(Arc::ptr_eq(&first, &text([Some(Exact), Some(Time)])), "it is not made again");
+    fn bound(prepared: &Prepared, classes: &[Class]) -> String {
+        match prepared.form(classes.iter().copied(), false) {
+            Form::Bound(text) => text.sql.to_string(),
+            Form::Literal => "literal".into(),
+        }
     }
 
     #[test]
-    fn null_goes_with_the_statement_of_the_latest_value() {
-        let prepared = Prepared::new("values (?)".into(), 1);
-        let text = |class| prepared.text([class].into_iter()).to_string();
-        assert_eq!(text(None), "values (?) /* t */");
-        assert_eq!(text(Some(Double)), "values (?) /* f */");
-        assert_eq!(text(None), "values (?) /* f */");
+    fn each_combination_of_types_has_a_statement_of_its_own() {
+        let prepared = Prepared::new("values (?, ?)".into());
+        assert_eq!(bound(&prepared, &[Signed, Time]), "values ( cast(? as signed),  cast(? as datetime(6))) /* id */");
+        assert_eq!(bound(&prepared, &[Double, Text]), "values ((? * 1e0),  concat(?)) /* ft */");
+        assert_eq!(bound(&prepared, &[Null, Unsigned]), "values (null,  cast(? as unsigned)) /* 0u */");
+        let first = prepared.form([Signed, Time].into_iter(), false);
+        let (Form::Bound(first), Form::Bound(again)) = (first, prepared.form([Signed, Time].into_iter(), false)) else {
+            panic!("they are bound")
+        };
+        assert!(Arc::ptr_eq(&first, &again), "it is not made again");
+    }
+
+    #[test]
+    fn a_value_alone_in_a_row_is_bound_as_it_is_and_a_null_there_joins_the_latest() {
+        let prepared = Prepared::new("insert into t values (?)".into());
+        assert_eq!(bound(&prepared, &[Null]), "insert into t values (?) /* t */");
+        assert_eq!(bound(&prepared, &[Double]), "insert into t values (?) /* f */");
+        assert_eq!(bound(&prepared, &[Null]), "insert into t values (?) /* f */");
+        assert_eq!(bound(&prepared, &[Signed]), "insert into t values (?) /* i */");
+        assert_eq!(bound(&prepared, &[Unsigned]), "insert into t values (?) /* i */");
+        assert_eq!(bound(&prepared, &[Time]), "insert into t values ( cast(? as datetime(6))) /* d */");
+    }
+
+    #[test]
+    fn the_place_of_a_parameter_is_known() {
+        use Place::{Expression, Number, Row};
+        for (sql, expected) in [
+            ("insert into t values (?, ?+1, f(?), (?), ?)", vec![Row, Expression, Expression, Expression, Row]),
+            ("replace t (a, b) value (?, -?), (1, ?)", vec![Row, Expression, Row]),
+            ("insert into t (a) values (?) on duplicate key update a = ?, b = values(b)", vec![Row, Expression]),
+            ("insert into t (a) select ? from u", vec![Expression]),
+            ("insert into value (value) values (?)", vec![Row]),
+            ("insert into t set a = ?", vec![Expression]),
+            ("update t set a = ? where b in (?, ?)", vec![Expression; 3]),
+            ("insert into t select * from (values row(?)) v", vec![Expression]),
+            ("delete from t where a = ? limit ?", vec![Expression, Number]),
+            ("select a from t limit ?, ?", vec![Number, Number]),
+            ("select a from t limit ? offset ?", vec![Number, Number]),
+            ("select lag(?, ?) over (), ntile(?) over ()", vec![Expression, Number, Number]),
+            ("call p(?, ?)", vec![Expression; 2]),
+        ] {
+            let found: Vec<Place> = places(sql).into_iter().map(|(_, place)| place).collect();
+            assert_eq!(found, expected, "{sql}");
+        }
     }
 
     #[test]
     fn a_statement_without_parameters_has_one_text() {
-        assert_eq!(&*Prepared::new("do 1".into(), 0).text([].into_iter()), "do 1");
+        assert_eq!(bound(&Prepared::new("do 1".into()), &[]), "do 1");
     }
 
     #[test]
-    fn memory_does_not_grow_with_the_shapes_of_events() {
-        let prepared = Prepared::new("values (?)".into(), 8);
-        for shape in 0..256 {
-            prepared.text((0..8).map(|bit| Some(if shape >> bit & 1 == 0 { Exact } else { Text })));
-        }
-        assert!(prepared.seen.lock().expect("no panic").texts.len() <= MAX_TEXTS);
+    fn the_row_is_found_in_a_text_that_has_grown() {
+        let sql = "insert into t values (?, lower(?)) on duplicate key update a = 1";
+        let prepared = Prepared::new(sql.into());
+        let Form::Bound(text) = prepared.form([Text, Text].into_iter(), true) else { panic!("it is bound") };
+        let row = sql.find("(?").expect("a row")..sql.find(" on").expect("an end");
+        let expected = ("insert into t values ", "(?, lower( concat(?)))", " on duplicate key update a = 1 /* tt */");
+        assert_eq!(text.around(&row), expected);
+    }
+
+    #[test]
+    fn many_combinations_of_types_are_sent_as_literals() {
+        let prepared = Prepared::new("select f(?, ?, ?, ?, ?, ?, ?, ?)".into());
+        let classes = |shape: usize| (0..8).map(move |bit| if shape >> bit & 1 == 0 { Signed } else { Text });
+        let literals = |many| (0..256).filter(|shape| prepared.form(classes(*shape), many) == Form::Literal).count();
+        assert_eq!(literals(false), 256 - MAX_TEXTS);
+        assert_eq!(literals(true), 256, "there are too many for rows already");
+        assert_eq!(prepared.seen.lock().expect("no panic").texts.len(), MAX_TEXTS);
+        let limited = Prepared::new("select a from t where f(?, ?, ?, ?, ?, ?, ?) limit ?".into());
+        assert!((0..256).all(|shape| limited.form(classes(shape), false) != Form::Literal), "no literal can be there");
     }
 }

@@ -1,8 +1,8 @@
 //! One statement of a file: its parameters become `?`, and what would break the protocol is refused.
 
-use super::Fault;
-use super::lexer::{Kind, Lexer};
+use super::lexer::{Kind, Lexer, Token};
 use super::parameter::Parameter;
+use super::{Fault, session};
 
 /// MySQL's protocol counts the arguments of a statement in 16 bits.
 const MAX_PARAMETERS: usize = 60_000;
@@ -33,6 +33,23 @@ const COMMITTING: &[&str] = &[
 const CONTROLLING: &[&str] =
     &["begin", "commit", "lock", "release", "rollback", "savepoint", "start", "unlock", "use", "xa"];
 
+/// Statements that act on the session or the server, or run text that is not in the file.
+const FOREIGN: &[&str] = &[
+    "backup",
+    "binlog",
+    "clone",
+    "deallocate",
+    "execute",
+    "handler",
+    "help",
+    "import",
+    "kill",
+    "prepare",
+    "purge",
+    "restart",
+    "shutdown",
+];
+
 /// One statement as it is prepared, and what is bound to its `?`, in order.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Compiled {
@@ -61,10 +78,14 @@ pub(super) fn handler(text: &str) -> Result<Compiled, Fault> {
             "`{first}` is not for a handler: it runs in the projector's own transaction, which is begun and \
              committed for it"
         )
-    } else if first == "set" && !sets_only_variables(&words) {
-        "`set` can only set user variables here (`set @name = …`): the rest belongs to the connection, \
-         which others use after it"
+    } else if FOREIGN.contains(&first) {
+        format!("`{first}` is not for a handler: it acts on more than the rows of a read model")
+    } else if first == "set" && !sets_only_variables(&compiled.sql) {
+        "`set` can only set user variables here (`set @name = …`): the rest belongs to the session, and would change \
+         what later statements do"
             .into()
+    } else if words.windows(3).any(|words| words[0] == "into" && words[1] == "@" && words[2] == "@") {
+        "a handler cannot set a system variable (`into @@…`): it belongs to the session".into()
     } else {
         return Ok(compiled);
     };
@@ -117,9 +138,13 @@ fn alone(text: &str, list: &str) -> Result<String, Fault> {
         Some(first) if CONTROLLING.contains(&first) => {
             Err(Fault::new(at, format!("`{first}` is not for `{list}`: each of its statements stands alone")))
         }
-        Some("set") if words.iter().any(|word| word == "autocommit") => {
-            Err(Fault::new(at, format!("`set autocommit` is not for `{list}`: others use the connection after it")))
-        }
+        Some("set") if !sets_only_variables(&sql) => Err(Fault::new(
+            at,
+            format!(
+                "`set` can only set user variables in `{list}`: it runs in a session of its own, which is thrown away \
+                 afterwards, so that a setting would not reach the handlers"
+            ),
+        )),
         _ => Ok(sql),
     }
 }
@@ -187,21 +212,67 @@ fn colon(text: &str) -> Result<(Option<Parameter>, usize), Fault> {
 /// Where the statement's first word stands, and its words and symbols from there on, in lower case. Parentheses
 /// before it are no matter: `(select …)`.
 fn opening(sql: &str) -> (usize, Vec<String>) {
-    let mut lexer = Lexer::new(sql);
-    let mut tokens = Vec::new();
-    while let Ok(Some(token)) = lexer.next() {
-        let before = tokens.is_empty() && token.text == "(";
-        if token.kind != Kind::Gap && !before {
-            tokens.push(token);
-        }
-    }
+    let tokens: Vec<Token<'_>> = tokens(sql).into_iter().skip_while(|token| token.text == "(").collect();
     (tokens.first().map_or(0, |first| first.at), tokens.iter().map(|token| token.text.to_lowercase()).collect())
 }
 
-/// Whether a `set` touches nothing but `@name`s, as far as its words tell.
-fn sets_only_variables(words: &[String]) -> bool {
-    let word = |at: usize| words.get(at).map_or("", String::as_str);
-    word(1) == "@" && word(2) != "@" && !words.iter().any(|word| word == "autocommit")
+fn tokens(sql: &str) -> Vec<Token<'_>> {
+    let mut lexer = Lexer::new(sql);
+    let mut tokens = Vec::new();
+    while let Ok(Some(token)) = lexer.next() {
+        if token.kind != Kind::Gap {
+            tokens.push(token);
+        }
+    }
+    tokens
+}
+
+/// Whether each assignment of a `set` is to a user variable. Assignments are divided by commas outside of parentheses.
+fn sets_only_variables(sql: &str) -> bool {
+    let tokens = tokens(sql);
+    let mut depth = 0_usize;
+    let assignments = tokens.get(1..).unwrap_or_default().split(|token| {
+        match token.text {
+            "(" => depth += 1,
+            ")" => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        depth == 0 && token.text == ","
+    });
+    assignments.into_iter().all(|assignment| {
+        let is_variable = assignment.first().is_some_and(|token| token.text == "@");
+        is_variable && session::variable(sql, assignment).is_some()
+    })
+}
+
+/// The table that a statement of `setup` creates for good, as `table` or `database.table`.
+pub(super) fn created_table(sql: &str) -> Option<String> {
+    let tokens = tokens(sql);
+    let mut rest = tokens.as_slice();
+    let mut takes = |words: &[&str]| {
+        let takes = rest.len() >= words.len()
+            && words.iter().zip(rest).all(|(word, token)| token.text.eq_ignore_ascii_case(word));
+        rest = if takes { &rest[words.len()..] } else { rest };
+        takes
+    };
+    if !takes(&["create"]) {
+        return None;
+    }
+    takes(&["or", "replace"]);
+    if !takes(&["table"]) {
+        return None;
+    }
+    takes(&["if", "not", "exists"]);
+    let name = |token: &Token<'_>| match token.kind {
+        Kind::Word => Some(token.text.to_owned()),
+        Kind::Quoted => Some(token.text.strip_prefix('`')?.strip_suffix('`')?.replace("``", "`")),
+        _ => None,
+    };
+    let first = name(rest.first()?)?;
+    match rest.get(1) {
+        Some(dot) if dot.text == "." => Some(format!("{first}.{}", name(rest.get(2)?)?)),
+        _ => Some(first),
+    }
 }
 
 #[cfg(test)]
@@ -286,6 +357,32 @@ mod tests {
             "unlock tables",
             "set autocommit = 1",
             "set @a = 1, autocommit = 0",
+            "set @a = 1, time_zone = '+05:00'",
+            "set @a = (1), @@sql_mode = ''",
+            "set @a := 1 /* , @b = */ , names latin1",
+            "set /* @a */ names latin1",
+            "set @@session.sql_mode = ''",
+            "set @a = concat('(', 1), session time_zone = '+01:00'",
+            "set @a = 1, @b = 2, @@global.x = 1",
+            "set persist sql_mode = ''",
+            "set global sql_mode = ''",
+            "set statement sql_mode = '' for insert into t values (1)",
+            "set role none",
+            "set password = 'x'",
+            "set transaction read only",
+            "set",
+            "select @@sql_mode into @@sql_mode",
+            "/* x */ BEGIN",
+            "begin not atomic",
+            "(((start transaction)))",
+            "handler t open",
+            "prepare s from 'do 1'",
+            "execute s",
+            "execute immediate 'do 1'",
+            "deallocate prepare s",
+            "kill 1",
+            "shutdown",
+            "create table t like u",
             "set @@autocommit = 0",
             "set session sql_mode = ''",
             "set names latin1",
@@ -296,6 +393,8 @@ mod tests {
         }
         for sql in [
             "set @total = :payload.amount",
+            "set @a = if(1, 2, 3), @`b c` := (select max(a), 1), @d.e = '@@x, y = 1'",
+            "select a, b from t into @a, @b",
             "insert into t select * from u",
             "(select 1)",
             "replace into t values (1)",
@@ -318,6 +417,9 @@ mod tests {
             "create or replace temporary table t (a int)",
             "begin",
             "set autocommit = 0",
+            "set session sql_mode = ''",
+            "set @a = 1, time_zone = '+05:00'",
+            "set foreign_key_checks = 0",
         ] {
             setup(sql).expect_err(sql);
         }
@@ -330,7 +432,28 @@ mod tests {
         ] {
             assert_eq!(setup(sql).as_deref(), Ok(sql));
         }
+        for sql in ["set @a = 1", "prepare s from @a", "execute s"] {
+            setup(sql).expect(sql);
+        }
+        teardown("set foreign_key_checks = 0").expect_err("it is refused there, too");
         assert_eq!(teardown("drop table if exists t;").as_deref(), Ok("drop table if exists t"));
+    }
+
+    #[test]
+    fn the_table_that_a_setup_creates_is_known() {
+        for (sql, table) in [
+            ("create table if not exists t (a int)", Some("t")),
+            ("CREATE TABLE /* x */ `odd ``t` like u", Some("odd `t")),
+            ("create table if not exists `d`.t select 1", Some("d.t")),
+            ("create table d . `t` (a int)", Some("d.t")),
+            ("create temporary table t (a int)", None),
+            ("create view v as select 1", None),
+            ("create index i on t (a)", None),
+            ("alter table t add a int", None),
+            ("insert into t values ('create table u')", None),
+        ] {
+            assert_eq!(created_table(sql).as_deref(), table, "{sql}");
+        }
     }
 
     #[test]

@@ -23,6 +23,8 @@ pub(super) enum Refusal {
     /// What it refers to may still wait to be written. (What refers to *it* is not refused here: that table has a foreign key, so
     /// none of its rows wait, and all others are written before them.)
     ForeignKey,
+    /// MariaDB: an `insert ignore` of one row that a constraint refuses is an error; of many rows, it leaves that row out.
+    Check,
     /// An `auto_increment`, or a default that is the time or another function.
     Column,
     /// The server does not tell, for whatever reason.
@@ -41,10 +43,20 @@ impl fmt::Display for Refusal {
             Refusal::Kind => "it is no InnoDB base table",
             Refusal::Trigger => "it has a trigger",
             Refusal::ForeignKey => "it has a foreign key",
+            Refusal::Check => {
+                "it has a check constraint (a json column is one on MariaDB) and an insert ignores errors"
+            }
             Refusal::Column => "a column of it has auto_increment, or a default that is computed",
             Refusal::Untold => "the server does not answer what is asked about it",
         })
     }
+}
+
+/// A table, and whether an `insert ignore` goes to it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Asked<'n> {
+    pub(super) name: &'n str,
+    pub(super) ignores: bool,
 }
 
 /// Asks for the facts of some tables. They stay true for as long as the transaction has a lock on the tables' definitions,
@@ -54,17 +66,20 @@ impl fmt::Display for Refusal {
 ///
 /// # Errors
 /// What is transient. Any other error is none of the projector's: the tables are refused then.
-pub(super) async fn look_at(names: &[&str], db: &mut MySqlConnection) -> Result<Vec<Result<(), Refusal>>, sqlx::Error> {
+pub(super) async fn look_at(
+    asked: &[Asked<'_>],
+    db: &mut MySqlConnection,
+) -> Result<Vec<Result<(), Refusal>>, sqlx::Error> {
     let mut sql = COMMON.replace("{bytes}", &(2 * MAX_BYTES).to_string());
-    for name in names {
+    for Asked { name, .. } in asked {
         sql.push_str(&OF_A_TABLE.replace("{table}", name));
     }
     match facts(sql, db).await {
-        Ok(facts) => Ok(names.iter().map(|name| judge(&facts, name)).collect()),
+        Ok(facts) => Ok(asked.iter().map(|asked| judge(&facts, *asked)).collect()),
         Err(error) if is_transient(&error) => Err(error),
         Err(error) => {
             debug!(%error, "the tables' definitions cannot be read");
-            Ok(vec![Err(Refusal::Untold); names.len()])
+            Ok(vec![Err(Refusal::Untold); asked.len()])
         }
     }
 }
@@ -110,6 +125,10 @@ const OF_A_TABLE: &str = "\
         where event_object_schema = database() and event_object_table = '{table}' \
     union all select 'foreign key', table_name, '' from information_schema.table_constraints \
         where table_schema = database() and table_name = '{table}' and constraint_type = 'FOREIGN KEY' \
+    union all select 'check', table_name, '' from information_schema.table_constraints \
+        where table_schema = database() and table_name = '{table}' and constraint_type = 'CHECK' \
+    /*M!100300 union all select 'check', table_name, '' from information_schema.check_constraints \
+        where constraint_schema = database() and table_name = '{table}' */ \
     union all select 'column', table_name, column_name from information_schema.columns \
         where table_schema = database() and table_name = '{table}' \
             and (extra like '%auto_increment%' or extra like '%default_generated%' or extra like '%on update%' \
@@ -120,7 +139,7 @@ const OF_A_TABLE: &str = "\
 
 /// Names are compared without their case, whatever the server does: two tables of one name are then taken for one, by what
 /// is worse of either.
-fn judge(facts: &[Fact], table: &str) -> Result<(), Refusal> {
+fn judge(facts: &[Fact], Asked { name: table, ignores }: Asked<'_>) -> Result<(), Refusal> {
     let common = |kind: &'static str| facts.iter().filter(move |fact| fact.kind == kind);
     let of_table = |kind: &'static str| common(kind).filter(|fact| fact.table.eq_ignore_ascii_case(table));
     let modes: Vec<String> = common("session").flat_map(|fact| fact.what.split(',')).map(str::to_uppercase).collect();
@@ -153,6 +172,9 @@ fn judge(facts: &[Fact], table: &str) -> Result<(), Refusal> {
             return Err(refusal);
         }
     }
+    if ignores && of_table("check").count() > 0 {
+        return Err(Refusal::Check);
+    }
     Ok(())
 }
 
@@ -162,6 +184,10 @@ mod tests {
 
     fn fact(kind: &str, table: &str, what: &str) -> Fact {
         Fact { kind: kind.into(), table: table.into(), what: what.into() }
+    }
+
+    fn plain(name: &str) -> Asked<'_> {
+        Asked { name, ignores: false }
     }
 
     fn good() -> Vec<Fact> {
@@ -182,9 +208,9 @@ mod tests {
 
     #[test]
     fn a_plain_table_of_a_user_who_sees_its_triggers_is_fine() {
-        assert_eq!(judge(&good(), "t"), Ok(()));
+        assert_eq!(judge(&good(), plain("t")), Ok(()));
         let table = [fact("table", "t", "TRIGGER"), fact("global", "", "INSERT")];
-        assert_eq!(judge(&with(&["database"], &table), "t"), Ok(()));
+        assert_eq!(judge(&with(&["database"], &table), plain("t")), Ok(()));
     }
 
     #[test]
@@ -203,8 +229,16 @@ mod tests {
             ("session", fact("session", "", "STRICT_TRANS_TABLES,narrow,open"), Refusal::Mode),
             ("session", fact("session", "", "STRICT_ALL_TABLES,wide,hidden"), Refusal::Mode),
         ] {
-            assert_eq!(judge(&with(&[replaced], std::slice::from_ref(&facts)), "t"), Err(refusal), "{facts:?}");
+            assert_eq!(judge(&with(&[replaced], std::slice::from_ref(&facts)), plain("t")), Err(refusal), "{facts:?}");
         }
+    }
+
+    #[test]
+    fn a_check_constraint_is_refused_only_where_an_insert_ignores_errors() {
+        let facts = with(&[], &[fact("check", "t", "")]);
+        assert_eq!(judge(&facts, plain("t")), Ok(()));
+        assert_eq!(judge(&facts, Asked { name: "t", ignores: true }), Err(Refusal::Check));
+        assert_eq!(judge(&good(), Asked { name: "t", ignores: true }), Ok(()));
     }
 
     #[test]
@@ -221,7 +255,7 @@ mod tests {
                 fact("database", "ap_", "TRIGGER"),
             ],
         ] {
-            assert_eq!(judge(&with(&["database"], &grants), "t"), Err(Refusal::Privileges), "{grants:?}");
+            assert_eq!(judge(&with(&["database"], &grants), plain("t")), Err(Refusal::Privileges), "{grants:?}");
         }
     }
 }

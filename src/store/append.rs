@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use super::EventStore;
 use crate::error::{is_transient, server_error};
-use crate::event::{NewEvent, Position};
+use crate::event::{NewEvent, Position, datetime};
 use crate::multi_row::{Rows, Statement};
 use crate::retry;
 
@@ -136,7 +136,7 @@ impl EventStore {
                 .and_then(|()| rows.bind(event.stream_id.as_str()))
                 .and_then(|()| rows.bind(version))
                 .and_then(|()| rows.bind(event.event_type.as_str()))
-                .and_then(|()| rows.bind(event.recorded_at))
+                .and_then(|()| rows.bind(event.recorded_at.map(datetime)))
                 .and_then(|()| rows.bind(event.payload.as_str()))
                 .and_then(|()| rows.bind(event.metadata.as_deref()))
                 .map_err(sqlx::Error::Encode)?;

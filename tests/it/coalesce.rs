@@ -300,6 +300,29 @@ async fn a_table_with_auto_increment_or_a_computed_default_is_written_row_by_row
     assert_eq!((together, alone), (1 + 6 + LOOK, 120));
 }
 
+/// MariaDB: the insert of one row that a constraint refuses is an error, even with `ignore`; of many, it leaves that row out.
+#[tokio::test]
+async fn an_insert_that_ignores_errors_is_written_row_by_row_where_a_constraint_can_refuse_a_row() {
+    for (column, value) in [
+        ("n bigint, check (n <> 100)", ":payload.number"),
+        ("n bigint check (n < 100)", ":payload.number"),
+        ("n json", "if(:payload.number = 100, 'x', '1')"),
+    ] {
+        let world = World::new().await;
+        append(&world, (0..120).map(event).collect()).await;
+        let table = format!("create table <a> (k varchar(40) primary key, {column})");
+        let insert =
+            format!("insert ignore into <a> (k, n) values (concat(:stream_id, '-', :payload.number), {value})");
+        let case = Case::new(&[&table], &[&insert]);
+        let alone = Way::Alone.boot(&world, &case).await;
+        // On MySQL, `ignore` does not cover JSON.
+        let breaks = is_mariadb().await || column == "n json";
+        assert_eq!(alone.status, if breaks { "broken" } else { "live" }, "{column}: {alone:?}");
+        assert_eq!(Way::Together.boot(&world, &case).await, alone, "{column}");
+    }
+    // Without one, it is sent together: see above.
+}
+
 #[tokio::test]
 async fn a_view_and_a_table_without_transactions_are_written_row_by_row() {
     let view = "create view <b> as select * from <a>";
@@ -315,7 +338,8 @@ async fn a_projector_that_looks_back_at_its_last_statement_is_written_row_by_row
     let looking = "update <b> set n = n + row_count() where k = 'rows'";
     let rows = format!("{B} select 'rows' as k, 0 as n, null as s");
     let (together, alone) = both_ways(&Case::new(&[A, &rows], &[COUNT, looking])).await;
-    assert_eq!((together, alone), (240, 240));
+    // Each of 121 events begins with two statements that reset what is looked back at.
+    assert_eq!((together, alone), (240 + 242, 240 + 242));
 
     let numbered = "create table <b> (seq bigint auto_increment primary key, k varchar(40))";
     let handlers = [
@@ -324,7 +348,7 @@ async fn a_projector_that_looks_back_at_its_last_statement_is_written_row_by_row
         "insert into <c> values (:position, last_insert_id(), null)",
     ];
     let (together, alone) = both_ways(&Case::new(&[A, numbered, C], &handlers)).await;
-    assert_eq!((together, alone), (360, 360));
+    assert_eq!((together, alone), (360 + 242, 360 + 242));
 }
 
 #[tokio::test]
@@ -383,22 +407,22 @@ async fn no_trigger_can_be_made_while_rows_wait() {
     let mut events: Vec<NewEvent> = (0..100).map(event).collect();
     events.insert(50, of_type("Pause", 0));
     append(&world, events).await;
-    let lock = &world.database_name;
     let mut case = Case::new(&[A], &[COUNT]);
-    case.handlers.push(("'Pause'", format!("do get_lock('{lock}', 60)")));
+    case.handlers.push(("'Pause'", "update gate set n = n + 1".into()));
+    world.execute("create table gate (n int) engine = InnoDB select 1 as n").await;
     let mut other = world.connection().await;
-    execute(&mut other, &format!("do get_lock('{lock}', 60)")).await;
+    execute(&mut other, "begin; update gate set n = 2").await;
 
     let booting = Way::Together.boot(&world, &case);
     let meddling = async {
-        let waits = |session: &Session| session.statement.starts_with("do get_lock");
+        let waits = |session: &Session| session.statement.starts_with("update gate");
         eventually("the handler waits", async || world.sessions().await.iter().any(waits)).await;
         let mut meddler = world.connection().await;
         execute(&mut meddler, "set session lock_wait_timeout = 1").await;
         let trigger = "create trigger late before insert on together_a for each row set new.n = 1000";
         let refused = sqlx::raw_sql(trigger).execute(&mut meddler).await.expect_err("the table is in use");
         assert!(refused.to_string().contains("Lock wait timeout"), "{refused}");
-        execute(&mut other, &format!("do release_lock('{lock}')")).await;
+        execute(&mut other, "rollback").await;
     };
     let (booted, ()) = tokio::join!(booting, meddling);
     assert_eq!((booted.status.as_str(), statements(&world, Way::Together).await), ("live", 1 + LOOK + 3 + 1 + 3));

@@ -19,6 +19,7 @@ mod handler;
 mod hold;
 mod holes;
 mod hostile;
+mod hostile_files;
 mod infra;
 mod intake;
 mod lambda;
@@ -29,6 +30,7 @@ mod queue;
 mod readme;
 mod relay;
 mod story;
+mod types;
 
 mod coalesce;
 mod command_line;

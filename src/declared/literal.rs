@@ -1,0 +1,114 @@
+//! Values as literals of SQL, for statements that are sent as text.
+//!
+//! Each reads back as exactly what would have been bound. The session's `sql_mode` is ours: without
+//! `NO_BACKSLASH_ESCAPES`; and its client character set is utf8mb4.
+
+use std::fmt::Write as _;
+
+use sqlx::{AssertSqlSafe, MySqlConnection};
+use time::PrimitiveDateTime;
+
+/// A string literal.
+pub(super) fn text(value: &str) -> String {
+    let mut literal = String::with_capacity(value.len() + 2);
+    literal.push('\'');
+    for part in value.split_inclusive(['\'', '\\', '\0']) {
+        let (plain, special) = match part.as_bytes().last() {
+            Some(b'\'') => (&part[..part.len() - 1], "''"),
+            Some(b'\\') => (&part[..part.len() - 1], "\\\\"),
+            Some(0) => (&part[..part.len() - 1], "\\0"),
+            _ => (part, ""),
+        };
+        literal.push_str(plain);
+        literal.push_str(special);
+    }
+    literal.push('\'');
+    literal
+}
+
+/// A double: `1.5e0`, since `1.5` would be a decimal.
+pub(super) fn double(value: f64) -> String {
+    format!("{value:e}")
+}
+
+/// A datetime, with fractions of a second where it has some, as the protocol sends it.
+pub(super) fn datetime(value: PrimitiveDateTime) -> String {
+    let (date, time) = (value.date(), value.time());
+    let mut literal = format!(
+        "timestamp'{:04}-{:02}-{:02} {:02}:{:02}:{:02}",
+        date.year(),
+        u8::from(date.month()),
+        date.day(),
+        time.hour(),
+        time.minute(),
+        time.second()
+    );
+    if time.microsecond() > 0 {
+        write!(literal, ".{:06}", time.microsecond()).expect("a string takes everything");
+    }
+    literal.push('\'');
+    literal
+}
+
+/// Rows as text: `(1, 'a')`.
+#[derive(Debug, Default)]
+pub(super) struct Literals {
+    rows: Vec<String>,
+    size: usize,
+}
+
+impl Literals {
+    pub(super) fn add(&mut self, row: String) {
+        self.size += row.len() + 1;
+        self.rows.push(row);
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// In bytes.
+    pub(super) fn size(&self) -> usize {
+        self.size
+    }
+
+    /// Sends all of them in one statement, which begins and ends with these texts.
+    pub(super) async fn send(&self, (head, tail): (&str, &str), db: &mut MySqlConnection) -> sqlx::Result<()> {
+        let sql = format!("{head}{}{tail}", self.rows.join(","));
+        sqlx::raw_sql(AssertSqlSafe(sql)).execute(db).await.map(|_| ())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use time::{Date, Month, Time};
+
+    use super::*;
+
+    #[test]
+    fn a_text_is_quoted_whatever_is_in_it() {
+        for (value, literal) in [
+            ("", "''"),
+            ("plain é😀", "'plain é😀'"),
+            ("it's", "'it''s'"),
+            ("''", "''''''"),
+            (r"a\'b\", r"'a\\''b\\'"),
+            ("a\0b\nc", "'a\\0b\nc'"),
+        ] {
+            assert_eq!(text(value), literal, "{value:?}");
+        }
+    }
+
+    #[test]
+    fn a_double_is_no_decimal_and_a_datetime_has_its_fraction() {
+        assert_eq!([1.5, -0.0, 1e300, 5e-324, 3.0].map(double), ["1.5e0", "-0e0", "1e300", "5e-324", "3e0"]);
+        let date = Date::from_calendar_date(1969, Month::December, 31).expect("a date");
+        let at = |microsecond| {
+            datetime(PrimitiveDateTime::new(date, Time::from_hms_micro(23, 59, 9, microsecond).expect("a time")))
+        };
+        assert_eq!(
+            (at(0).as_str(), at(50).as_str()),
+            ("timestamp'1969-12-31 23:59:09'", "timestamp'1969-12-31 23:59:09.000050'")
+        );
+    }
+}

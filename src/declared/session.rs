@@ -1,0 +1,302 @@
+//! What a statement may leave behind in its database session.
+
+use super::lexer::{Kind, Lexer, Token};
+
+/// Functions of both servers (MySQL 8.0 to 9, MariaDB 10.3 to 11) that leave nothing behind.
+const FUNCTIONS: &str = "\
+    abs acos adddate addtime aes_decrypt aes_encrypt ascii asin atan atan2 avg benchmark bin \
+    bit_and bit_count bit_length bit_or bit_xor cast ceil ceiling char char_length \
+    character_length charset coalesce coercibility collation compress concat concat_ws \
+    connection_id conv convert convert_tz cos cot count crc32 cume_dist curdate current_date \
+    current_time current_timestamp current_user curtime database date date_add date_format \
+    date_sub datediff day dayname dayofmonth dayofweek dayofyear default degrees dense_rank \
+    elt exp export_set extract extractvalue field find_in_set first_value floor format \
+    from_base64 from_days from_unixtime geometrycollection get_format greatest group_concat \
+    hex hour if ifnull inet6_aton inet6_ntoa inet_aton inet_ntoa insert instr interval \
+    is_free_lock is_ipv4 is_ipv4_compat is_ipv4_mapped is_ipv6 is_used_lock isnull json_array \
+    json_array_append json_array_insert json_arrayagg json_contains json_contains_path \
+    json_depth json_extract json_insert json_keys json_length json_merge json_merge_patch \
+    json_merge_preserve json_object json_objectagg json_overlaps json_pretty json_quote \
+    json_remove json_replace json_schema_valid json_search json_set json_table json_type \
+    json_unquote json_valid json_value lag last_day last_value lcase lead least left length \
+    linestring ln localtime localtimestamp locate log log10 log2 lower lpad ltrim make_set \
+    makedate maketime max mbrcontains mbrdisjoint mbrequals mbrintersects mbroverlaps \
+    mbrtouches mbrwithin microsecond mid min minute mod month monthname multilinestring \
+    multipoint multipolygon name_const now nth_value ntile nullif oct octet_length ord \
+    percent_rank period_add period_diff pi point polygon position pow power quarter quote \
+    radians rand random_bytes rank regexp_instr regexp_replace regexp_substr repeat replace \
+    reverse right round row_number rpad rtrim schema sec_to_time second session_user \
+    sha2 sign sin sleep soundex space sqrt st_area st_asbinary st_asgeojson st_astext \
+    st_buffer st_centroid st_contains st_convexhull st_crosses st_difference st_dimension \
+    st_disjoint st_distance st_distance_sphere st_endpoint st_envelope st_equals \
+    st_exteriorring st_geomcollfromtext st_geomcollfromwkb st_geometryn st_geometrytype \
+    st_geomfromgeojson st_geomfromtext st_geomfromwkb st_interiorringn st_intersection \
+    st_intersects st_isclosed st_isempty st_issimple st_length st_linefromtext st_linefromwkb \
+    st_numgeometries st_numinteriorrings st_numpoints st_overlaps st_pointfromtext \
+    st_pointfromwkb st_pointn st_polyfromtext st_polyfromwkb st_srid st_startpoint \
+    st_symdifference st_touches st_union st_within st_x st_y std stddev stddev_pop stddev_samp \
+    str_to_date strcmp subdate substr substring substring_index subtime sum sysdate \
+    system_user tan time time_format time_to_sec timediff timestamp timestampadd timestampdiff \
+    to_base64 to_days to_seconds trim truncate ucase uncompress uncompressed_length unhex \
+    unix_timestamp updatexml upper user utc_date utc_time utc_timestamp uuid uuid_short value \
+    values var_pop var_samp variance version week weekday weekofyear weight_string year \
+    yearweek";
+
+/// Functions of one of the servers, or of some of its versions (MySQL 9.7 has no `md5` any more). Elsewhere, a function of
+/// this name is a stored one that stands in for it.
+const FUNCTIONS_OF_ONE: &str = "\
+    any_value bin_to_uuid crc32c from_vector grouping is_uuid json_detailed json_exists \
+    json_query json_storage_size md5 median nvl nvl2 regexp_like sha sha1 string_to_vector to_vector \
+    uuid_to_bin uuid_v4 uuid_v7 vec_distance vec_fromtext vec_totext vector_to_string";
+
+/// Functions whose state is reset before each event, as are the user variables.
+const RESET: &[&str] = &["found_rows", "last_insert_id", "row_count"];
+
+/// Words that are no function, and can stand before a parenthesis.
+const WORDS: &str = "\
+    against all and any as between binary bit by case character columns decimal dec distinct distinctrow div double else \
+    end escape except exists explain float for from group having ignore in index int integer into intersect is join key \
+    keys lateral like match member nchar not numeric of offset on or order over partition read real regexp rlike row \
+    select separator set signed some sounds straight_join table then union unsigned update using varbinary varchar when \
+    where with within xor limit";
+
+/// Words after which a name and a parenthesis are a table with its columns, or a name with its columns.
+const BEFORE_NAME: &[&str] = &[
+    "as",
+    "delayed",
+    "high_priority",
+    "ignore",
+    "insert",
+    "into",
+    "low_priority",
+    "recursive",
+    "replace",
+    "window",
+    "with",
+];
+
+/// What a statement does to its session.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Leaves {
+    /// The user variables that it names, as they are written: `@total`.
+    pub(super) variables: Vec<String>,
+    /// Whether it asks what the statement before it did: `last_insert_id()`, `row_count()`, `found_rows()`.
+    pub(super) looks_back: bool,
+    /// Whether it runs something whose text is not in the file, or that is not known.
+    pub(super) is_opaque: bool,
+}
+
+impl Leaves {
+    /// Also what another statement leaves.
+    pub(super) fn add(&mut self, other: Leaves) {
+        let is_new = |name: &String, known: &[String]| !known.iter().any(|known| known.eq_ignore_ascii_case(name));
+        for name in other.variables {
+            if is_new(&name, &self.variables) {
+                self.variables.push(name);
+            }
+        }
+        self.looks_back |= other.looks_back;
+        self.is_opaque |= other.is_opaque;
+    }
+
+    /// What makes each event begin with the same state; `None` where the statements have none.
+    pub(super) fn reset(&self) -> Option<String> {
+        if self.variables.is_empty() && !self.looks_back {
+            return None;
+        }
+        let mut sql = String::new();
+        if !self.variables.is_empty() {
+            let variables: Vec<String> = self.variables.iter().map(|name| format!("{name} = null")).collect();
+            sql = format!("set {}; ", variables.join(", "));
+        }
+        if self.looks_back {
+            // The first is what `found_rows()` tells about, the second what the other two do.
+            sql.push_str("select null limit 0; ");
+        }
+        sql.push_str("do last_insert_id(0)");
+        Some(sql)
+    }
+}
+
+/// Reads a statement.
+pub(super) fn read(sql: &str) -> Leaves {
+    let mut leaves = Leaves::default();
+    let mut lexer = Lexer::new(sql);
+    let mut tokens: Vec<Token<'_>> = Vec::new();
+    while let Ok(Some(token)) = lexer.next() {
+        if token.kind != Kind::Gap {
+            tokens.push(token);
+        }
+    }
+    for (index, token) in tokens.iter().enumerate() {
+        let next = tokens.get(index + 1).copied();
+        let before = index.checked_sub(1).map(|before| tokens[before]);
+        if token.text == "@" {
+            let is_system =
+                next.is_some_and(|next| next.text == "@") || before.is_some_and(|before| before.text == "@");
+            match variable(sql, &tokens[index..]) {
+                Some(name) if !is_system => leaves.variables.push(name),
+                // `@@warning_count` and its like.
+                _ => leaves.looks_back = true,
+            }
+            continue;
+        }
+        let is_name = token.kind == Kind::Word || token.text.starts_with('`');
+        let is_variable = before.is_some_and(|before| before.text == "@");
+        if !is_name || is_variable {
+            continue;
+        }
+        if is_any(*token, &["call", "diagnostics", "execute", "handler", "prepare"]) {
+            leaves.is_opaque |= !is_any(*token, &["diagnostics"]);
+            leaves.looks_back = true;
+        }
+        if is_any(*token, &["next", "previous"]) && next.is_some_and(|next| is_any(next, &["value"])) {
+            leaves.is_opaque = true;
+        }
+        if next.is_some_and(|next| next.text == "(") {
+            let adjacent = next.is_some_and(|next| next.at == token.at + token.text.len());
+            call(&tokens[..index], *token, adjacent, &mut leaves);
+        }
+    }
+    leaves
+}
+
+/// A name before a parenthesis.
+fn call(before: &[Token<'_>], name: Token<'_>, adjacent: bool, leaves: &mut Leaves) {
+    let last = |back: usize| before.len().checked_sub(back).map(|at| before[at]);
+    let is_qualified = last(1).is_some_and(|last| last.text == ".");
+    let in_front = if is_qualified { last(3) } else { last(1) };
+    if in_front.is_some_and(|word| is_any(word, BEFORE_NAME)) {
+        return;
+    }
+    let word = name.text.to_ascii_lowercase();
+    let is_in = |list: &str| list.split_ascii_whitespace().any(|known| known == word);
+    if !is_qualified && name.kind == Kind::Word {
+        if RESET.contains(&word.as_str()) && adjacent {
+            leaves.looks_back = true;
+            return;
+        }
+        // A blank before the parenthesis can make a stored function out of one of the server's.
+        if is_in(WORDS) || (adjacent && (is_in(FUNCTIONS) || is_in(FUNCTIONS_OF_ONE))) || is_keyword_function(&word) {
+            return;
+        }
+    }
+    leaves.is_opaque = true;
+}
+
+/// Reserved words that are functions with or without a blank before the parenthesis.
+fn is_keyword_function(word: &str) -> bool {
+    matches!(
+        word,
+        "if" | "values"
+            | "value"
+            | "char"
+            | "convert"
+            | "default"
+            | "interval"
+            | "left"
+            | "right"
+            | "mod"
+            | "repeat"
+            | "replace"
+            | "insert"
+            | "date"
+            | "time"
+            | "timestamp"
+            | "truncate"
+            | "coalesce"
+    )
+}
+
+fn is_any(token: Token<'_>, words: &[&str]) -> bool {
+    token.kind == Kind::Word && words.iter().any(|word| token.text.eq_ignore_ascii_case(word))
+}
+
+/// The user variable that an `@` begins, as it is written.
+pub(super) fn variable(sql: &str, tokens: &[Token<'_>]) -> Option<String> {
+    let (at, mut end) = (tokens.first()?.at, tokens.first()?.at + 1);
+    for token in &tokens[1..] {
+        let goes_on = token.at == end
+            && match token.kind {
+                Kind::Quoted => end == at + 1,
+                Kind::Word => true,
+                _ => token.text == ".",
+            };
+        if !goes_on {
+            break;
+        }
+        end += token.text.len();
+        if token.kind == Kind::Quoted {
+            break;
+        }
+    }
+    (end > at + 1).then(|| sql[at..end].to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn plain_statements_leave_nothing() {
+        for sql in [
+            "insert into t (a, b) values (?, concat(?, lower('x')))",
+            "insert into db.t (a) values (1) on duplicate key update a = values(a) + (1)",
+            "insert ignore into `my t` (a) select max(a) from u where a in (1, 2) and exists (select 1)",
+            "replace t (a) values (json_extract(?, '$.a'))",
+            "update t set a = if(b > 1, cast(? as decimal(10, 2)), 0) where c in (?)",
+            "with a (x) as (select 1), b as (select 2) select * from a join b using (x)",
+            "insert into t values (1) as new (x) on duplicate key update a = x",
+            "select row_number() over (partition by a order by b) from t",
+            "delete from t where a = 'f(1)' -- f(2)",
+            "update t set a = convert(? using utf8mb4), b = date_add(c, interval (1) day)",
+            "select count(*), count(distinct a), group_concat(a separator ',') from t",
+        ] {
+            assert_eq!(read(sql), Leaves::default(), "{sql}");
+        }
+    }
+
+    #[test]
+    fn user_variables_are_found_as_they_are_written() {
+        let leaves = read("set @a = 1, @B.c = @`odd name`, @'x' := 2, @a = ':@no'");
+        assert_eq!(leaves.variables, ["@a", "@B.c", "@`odd name`", "@'x'", "@a"]);
+        assert!(!leaves.looks_back && !leaves.is_opaque);
+        let mut all = Leaves::default();
+        all.add(read("update t set n = @n := @n + 1"));
+        all.add(read("set @N = last_insert_id()"));
+        assert_eq!(all.reset().as_deref(), Some("set @n = null; select null limit 0; do last_insert_id(0)"));
+        assert_eq!(Leaves::default().reset(), None);
+    }
+
+    #[test]
+    fn what_asks_about_the_statement_before_is_found() {
+        for sql in
+            ["select row_count()", "update t set a = LAST_INSERT_ID()", "select @@identity", "set @a = found_rows()"]
+        {
+            assert!(read(sql).looks_back && !read(sql).is_opaque, "{sql}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_seen_through_is_found() {
+        for sql in [
+            "call p()",
+            "call db.p(1)",
+            "insert into t values (f(?))",
+            "insert into t values (db.lower(?))",
+            "insert into t values (`lower`(?))",
+            "insert into t values (count (1))",
+            "do get_lock('a', 1)",
+            "select release_all_locks()",
+            "insert into t values (nextval(s))",
+            "insert into t values (next value for s)",
+            "select lastval(s)",
+            "execute immediate 'x'",
+            "insert into t (a) values (1) on duplicate key update a = größe(1)",
+            "update t set a = sys.f(1)",
+            "set @a = f(1)",
+        ] {
+            assert!(read(sql).is_opaque, "{sql}");
+        }
+    }
+}
