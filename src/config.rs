@@ -22,6 +22,9 @@ enum DatabaseAuth {
     Iam,
 }
 
+/// The most that are opened without being asked for: small servers take a hundred in all.
+const MOST_CONNECTIONS: u32 = 48;
+
 /// The modes in which projectors' statements run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum SqlModes {
@@ -75,7 +78,8 @@ pub(crate) struct Config {
     #[arg(long, value_name = "URL", env = "QUEUE_URL", global = true)]
     queue_url: Option<String>,
 
-    /// The most database connections that are open at once. [default: 16; lambda: 4]
+    /// The most database connections that are open at once. [default: 16, or 8 and one for each projector in Rust, up to 48;
+    /// lambda: 4]
     #[arg(long, value_name = "N", env = "PROJECTIONIST_CONNECTIONS",
           value_parser = clap::value_parser!(u32).range(4..=1000), global = true)]
     connections: Option<u32>,
@@ -163,6 +167,12 @@ impl Config {
 
     pub(crate) async fn database(&self) -> Result<Database, Error> {
         self.database_of(CONNECTIONS).await
+    }
+
+    /// With a connection for each projector that keeps a session of its own, unless it was said otherwise.
+    pub(crate) async fn database_for(&self, registry: &Registry) -> Result<Database, Error> {
+        let with_sessions = CONNECTIONS / 2 + registry.with_own_sessions();
+        self.database_of(with_sessions.clamp(CONNECTIONS, MOST_CONNECTIONS)).await
     }
 
     /// With so many connections, unless it was said otherwise.

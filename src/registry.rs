@@ -71,6 +71,11 @@ impl Registry {
         self.projectors.iter()
     }
 
+    /// How many of them keep a database session for themselves.
+    pub(crate) fn with_own_sessions(&self) -> u32 {
+        self.iter().filter(|projector| projector.session == SessionUse::Own).count() as u32
+    }
+
     /// Whether it holds no projector.
     pub fn is_empty(&self) -> bool {
         self.projectors.is_empty()

@@ -87,7 +87,7 @@ impl Boot {
         let shutdown = shutdown_signal().inspect_err(failed)?;
         let booting = async {
             let settings = self.settings(config, &registry).inspect_err(failed)?;
-            let database = config.database().await.inspect_err(failed)?;
+            let database = config.database_for(&registry).await.inspect_err(failed)?;
             boot(&database, &registry, settings, |progress| display.show(progress)).await
         };
         let report = tokio::select! {

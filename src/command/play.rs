@@ -89,7 +89,7 @@ impl Play {
         let registry = config.some_registry(registry)?;
         let reporter = config.reporter();
         let heart = Heart::new(self.heartbeat.as_deref())?;
-        let connect = async { Ok::<_, Error>((config.database().await?, config.queue().await?)) };
+        let connect = async { Ok::<_, Error>((config.database_for(&registry).await?, config.queue().await?)) };
         let (database, queue) = tokio::select! {
             connected = connect => connected?,
             () = &mut shutdown => return Ok(()),

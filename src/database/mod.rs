@@ -38,6 +38,10 @@ pub(crate) const SESSION_SILENT_FOR: Duration = Duration::from_secs(60);
 /// One for our own statements, and one for a handler.
 const LEAST_CONNECTIONS: u32 = 2;
 
+/// Half of the connections are for our own statements, but not more than these: the rest is for handlers, of which each
+/// may need a session of its own.
+const MOST_OF_OURS: u32 = 8;
+
 /// Before the server ends it.
 const UNUSED_FOR: Duration = Duration::from_secs(30);
 
@@ -140,7 +144,8 @@ impl Database {
         };
         let distrusted = watch::Sender::new(None);
         let is_older = distrusted.subscribe();
-        let (for_handlers, set) = (connections / 2, Arc::clone(&settings.ours));
+        let for_handlers = connections - MOST_OF_OURS.min(connections / 2);
+        let set = Arc::clone(&settings.ours);
         let pool = MySqlPoolOptions::new()
             .before_acquire(move |_, about| {
                 let was_open_then = is_older.borrow().is_some_and(|since: Instant| about.age > since.elapsed());
@@ -348,7 +353,12 @@ impl Database {
 
     /// How many connections there may be at once.
     pub(crate) fn connections(&self) -> u32 {
-        self.pool.options().get_max_connections() + self.handler_connections()
+        self.own_connections() + self.handler_connections()
+    }
+
+    /// How many connections our own statements may have at once.
+    pub(crate) fn own_connections(&self) -> u32 {
+        self.pool.options().get_max_connections()
     }
 
     /// How many handlers may have a connection at once.

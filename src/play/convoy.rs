@@ -11,6 +11,7 @@ use tokio::task::{AbortHandle, JoinError, JoinSet};
 use tracing::{info, warn};
 
 use crate::catch_up::{Cursor, CursorState};
+use crate::database::Database;
 use crate::deliver::Engine;
 use crate::event::Position;
 use crate::lifecycle::Stage;
@@ -47,9 +48,11 @@ pub(super) struct Stragglers {
 }
 
 impl Stragglers {
-    /// For a worker whose handlers have `connections` at once. One of them is for the projectors in the convoy.
-    pub(super) fn new(connections: u32) -> Self {
-        let at_once = connections.saturating_sub(1).max(1) as usize;
+    /// For a worker with this database. Each straggler reads on one connection and applies on another; one of either kind
+    /// stays with the projectors in the convoy, and one of ours with the ledger.
+    pub(super) fn new(database: &Database) -> Self {
+        let readers = database.own_connections().saturating_sub(2);
+        let at_once = database.handler_connections().saturating_sub(1).min(readers).max(1) as usize;
         Stragglers {
             tasks: JoinSet::new(),
             outside: HashMap::new(),

@@ -72,7 +72,7 @@ impl Worker {
             budget,
             reconcile_after,
             reconcile: Reconcile::default(),
-            stragglers: Stragglers::new(database.handler_connections()),
+            stragglers: Stragglers::new(database),
             watch: LogWatch::default(),
             led: None,
             broken: 0,
@@ -85,6 +85,16 @@ impl Worker {
 
     /// Says whom it plays, and whom not.
     async fn introduce(&self) -> Result<(), Error> {
+        let (sessions, projectors) = (self.engine.database.handler_connections(), self.registry.with_own_sessions());
+        if projectors > sessions {
+            warn!(
+                projectors,
+                sessions,
+                "more projectors keep a database session of their own than there are connections for handlers: the others \
+                 open a new one for each batch. Raise --connections, or let those that leave nothing in a session share \
+                 (SessionUse::Shared)"
+            );
+        }
         let entries = self.engine.persist("read the ledger", || self.engine.ledger.entries()).await?;
         for projector in self.registry.iter() {
             match entries.iter().find(|entry| entry.id == projector.id) {
