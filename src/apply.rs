@@ -197,7 +197,7 @@ async fn run(
     };
     let moved = match database.answered(moving).await {
         Ok(moved) => moved,
-        Err(error) => return Err(not_committed(database, session, error).await),
+        Err(error) => return Err(Box::pin(not_committed(database, session, error)).await),
     };
     session.committed();
     metrics::applied(&projector.id, wanted.len(), began.elapsed());

@@ -102,11 +102,12 @@ impl Engine {
         hold: &mut Hold,
     ) -> Delivered {
         if projector.goes_event_by_event() {
-            return self.deliver_each(projector, stage, batch).await;
+            // Boxed, as what follows: it is large, and in the future of every projector.
+            return Box::pin(self.deliver_each(projector, stage, batch)).await;
         }
         match self.attempt(projector, stage, batch, hold).await {
             Ok(delivered) => delivered,
-            Err(failed) => self.isolate(projector, stage, batch, failed).await,
+            Err(failed) => Box::pin(self.isolate(projector, stage, batch, failed)).await,
         }
     }
 
@@ -123,7 +124,7 @@ impl Engine {
             if let Some(step) = batch.part(position, end) {
                 let delivered = match self.attempt(projector, stage, step, hold).await {
                     Ok(delivered) => delivered,
-                    Err(failed) => self.isolate(projector, stage, step, failed).await,
+                    Err(failed) => Box::pin(self.isolate(projector, stage, step, failed)).await,
                 };
                 match delivered {
                     Delivered::At(reached) => position = reached,
@@ -162,7 +163,8 @@ impl Engine {
                 Err(ApplyError::Stored(error)) => {
                     let error = error.context(format!("events {} to {}", batch.after.next(), batch.through));
                     // The event is not known, and none of the batch may be tried again.
-                    return Ok(self.break_at(projector, stage, None, Failed::for_rebuild(error, attempt)).await);
+                    let failed = Failed::for_rebuild(error, attempt);
+                    return Ok(Box::pin(self.break_at(projector, stage, None, failed)).await);
                 }
                 Err(ApplyError::RolledBack(error)) if rolled_back == ROLLED_BACK_TOO_OFTEN => {
                     return Err(Failed::new(error, attempt));
@@ -184,7 +186,7 @@ impl Engine {
                     if stage.plays(&status) =>
                 {
                     let failed = Failed::for_rebuild(anyhow!(reason), attempt);
-                    return Ok(self.break_at(projector, stage, None, failed).await);
+                    return Ok(Box::pin(self.break_at(projector, stage, None, failed)).await);
                 }
                 Err(ApplyError::Claim(entry)) => match without_claim(entry.as_ref(), projector, stage, batch) {
                     Ok(rest) => batch = rest,

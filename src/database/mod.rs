@@ -319,7 +319,7 @@ impl Database {
     }
 
     async fn end(&self, session: &SessionId, how: &str) -> Result<(), sqlx::Error> {
-        let find = format!("select is_used_lock('{}')", session.lock);
+        let find = format!("select cast(is_used_lock('{}') as unsigned)", session.lock);
         if has_room(&self.pool) {
             let mut connection = self.acquire().await?;
             return answered_within(RETURNS_WITHIN, end_holder(&mut connection, &find, how)).await;
@@ -403,7 +403,7 @@ impl Database {
 
 /// Ends the session that holds a user lock, if one does, or its statement.
 async fn end_holder(connection: &mut MySqlConnection, find: &str, how: &str) -> Result<(), sqlx::Error> {
-    let holder: Option<i64> = sqlx::raw_sql(AssertSqlSafe(find)).fetch_one(&mut *connection).await?.try_get(0)?;
+    let holder: Option<u64> = sqlx::raw_sql(AssertSqlSafe(find)).fetch_one(&mut *connection).await?.try_get(0)?;
     // It has ended by itself, or its server has.
     let Some(holder) = holder else { return Ok(()) };
     match sqlx::raw_sql(AssertSqlSafe(format!("{how} {holder}"))).execute(connection).await {

@@ -17,7 +17,7 @@ async fn booted(world: &World, tallies: &[&Tally]) -> (u64, u64) {
         .database_url_by(move |bytes| {
             if holds(bytes, "; commit; update projectors") {
                 counted.1.fetch_add(1, Ordering::SeqCst);
-            } else if holds(bytes, "update projectors set status = status") {
+            } else if holds(bytes, "update projectors set half_applied = 1") {
                 counted.0.fetch_add(1, Ordering::SeqCst);
             }
             Fate::Passes

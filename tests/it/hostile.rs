@@ -309,7 +309,7 @@ async fn whatever_statement_a_handler_runs_it_is_the_fold_or_broken_and_nobody_e
                 Subject::hostile(&name, vec![at(3), at(9)])
             })
         });
-        endure(hostile.collect(), events, &expected).await;
+        Box::pin(endure(hostile.collect(), events, &expected)).await;
     }
 }
 
@@ -335,7 +335,7 @@ async fn whatever_a_made_up_handler_does_it_is_the_fold_or_broken_and_nobody_els
             Subject::hostile(&format!("hostile_{number}"), actions.collect())
         });
         let hostile: Vec<Subject> = hostile.collect();
-        endure(hostile, events, &expected).await;
+        Box::pin(endure(hostile, events, &expected)).await;
     }
 }
 

@@ -70,7 +70,7 @@ async fn the_databases_password_is_shown_nowhere() {
         (&["status", "--json"], right, 0),
         (&["audit"], right, 0),
         (&["audit", "--json"], right, 0),
-        (&["fill", "1", "2", "--yes"], right, 0),
+        (&["fill", "1", "2", "--yes"], right, 2),
         (&["fill", "1", "1000", "--yes"], right, 2),
         (&["doctor"], right, 0),
         (&["doctor", "--json"], right, 0),

@@ -110,7 +110,7 @@ async fn a_log_that_ends_below_its_mark_stops_every_boot() {
     failed.clone().says(&["the log ends at 0, below the high-water mark 5", "truncated"]);
     assert_eq!(failed.json()["released"], false);
     let table = world.run(&["status"]).await.exits(0).stdout;
-    assert!(table.contains("the log ends below the high-water mark"), "{table}");
+    assert!(table.contains("the log ends at 0, below the high-water mark 5"), "{table}");
 }
 
 #[tokio::test]
