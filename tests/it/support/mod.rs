@@ -119,6 +119,13 @@ impl World {
         boot(&self.database, registry, limits, |_| {}).await.expect("boot comes to an end")
     }
 
+    /// Boots while the mark is held below the end of the log, without waiting: the release is not let go.
+    pub async fn boot_held(&self, registry: &Registry) {
+        let limits = Limits { batch: 100, patience: Some(Duration::ZERO), ..Limits::default() };
+        let report = boot(&self.database, registry, limits, |_| {}).await.expect("boot comes to an end");
+        assert!(!report.is_released(), "more is visible above what holds the mark: {report:?}");
+    }
+
     /// Plays in this process until all is quiet, from the real queue.
     pub async fn play_until_idle(&self, registry: &Registry) -> Played {
         self.play_from(Arc::clone(&self.queue) as Arc<dyn Queue>, registry).await
