@@ -45,7 +45,7 @@ impl<'a> Batch<'a> {
 #[derive(Debug)]
 pub(crate) enum ApplyError {
     /// The ledger no longer has the projector where this worker thought it was; `None`: not at all.
-    Claim(Option<Entry>),
+    Claim(Option<Box<Entry>>),
     /// The projector's own: an error, a panic, a session that it has changed.
     Projector(anyhow::Error),
     /// The transaction was rolled back while the handler had it, and the handler went on: it does not pass on errors, or it
@@ -164,7 +164,8 @@ async fn claim(
     if !database.answered(row.begin(&mut session.connection, at)).await? {
         database.answered(sqlx::raw_sql("rollback").execute(&mut *session.connection)).await?;
         database.keep_handler_session(session);
-        return Err(ApplyError::Claim(Ledger::new(database).entry(&projector.id).await?));
+        let entry = Ledger::new(database).entry(&projector.id).await?;
+        return Err(ApplyError::Claim(entry.map(Box::new)));
     }
     Ok(session)
 }

@@ -182,13 +182,12 @@ impl Engine {
                     attempt += 1;
                     warn!(projector = %projector.id, position = batch.after.get(), attempt, error = tell(&error), "trying once more");
                 }
-                Err(ApplyError::Claim(Some(Entry { rebuild_reason: Some(reason), status, .. })))
-                    if stage.plays(&status) =>
-                {
+                Err(ApplyError::Claim(Some(entry))) if must_be_rebuilt(&entry, stage) => {
+                    let reason = entry.rebuild_reason.unwrap_or_default();
                     let failed = Failed::for_rebuild(anyhow!(reason), attempt);
                     return Ok(Box::pin(self.break_at(projector, stage, None, failed)).await);
                 }
-                Err(ApplyError::Claim(entry)) => match without_claim(entry.as_ref(), projector, stage, batch) {
+                Err(ApplyError::Claim(entry)) => match without_claim(entry.as_deref(), projector, stage, batch) {
                     Ok(rest) => batch = rest,
                     Err(delivered) => return Ok(delivered),
                 },
@@ -336,6 +335,11 @@ impl Engine {
             }
         }
     }
+}
+
+/// Whether a projector of this stage was found half applied, and nobody has marked it broken yet.
+fn must_be_rebuilt(entry: &Entry, stage: Stage) -> bool {
+    entry.rebuild_reason.is_some() && stage.plays(&entry.status)
 }
 
 /// A projector's own failure, and how often what failed was tried.

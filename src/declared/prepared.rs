@@ -283,10 +283,12 @@ fn rows(tokens: &[Token<'_>]) -> Vec<usize> {
             }
             ")" => depth = depth.saturating_sub(1),
             "," => {}
-            "?" if in_rows && depth == 1 => {
-                if matches!(text(index - 1), "(" | ",") && matches!(text(index + 1), "," | ")") {
-                    found.push(index);
-                }
+            "?" if in_rows
+                && depth == 1
+                && matches!(text(index - 1), "(" | ",")
+                && matches!(text(index + 1), "," | ")") =>
+            {
+                found.push(index);
             }
             _ if depth == 0 => in_rows = false,
             _ => {}

@@ -31,7 +31,7 @@ pub(super) struct Engine {
 
 /// Why a batch was not applied. Nothing of it was.
 enum ApplyError {
-    Claim(Option<crate::ledger::Entry>),
+    Claim(Option<Box<crate::ledger::Entry>>),
     Projector(String),
     Transient,
 }
@@ -129,7 +129,7 @@ impl Engine {
                 true if !entry.is_booted_with(&projector.digest) => Seen::StaleDefinition,
                 true => Seen::StalePosition,
             });
-            return Err(ApplyError::Claim(Some(entry)));
+            return Err(ApplyError::Claim(Some(Box::new(entry))));
         }
         Ok((transaction, entry))
     }
@@ -173,7 +173,7 @@ impl Engine {
             match self.apply(projector, stage, batch, hold).await {
                 Ok(()) => return Ok(Delivered::At(batch.through)),
                 Err(ApplyError::Projector(error)) => return Err(error),
-                Err(ApplyError::Claim(entry)) => match without_claim(entry.as_ref(), projector, stage, batch) {
+                Err(ApplyError::Claim(entry)) => match without_claim(entry.as_deref(), projector, stage, batch) {
                     Ok(rest) => batch = rest,
                     Err(delivered) => return Ok(delivered),
                 },
