@@ -12,7 +12,7 @@ use tokio::time::timeout;
 use tracing::debug;
 
 use crate::database::{Database, Ended, HandlerSession, SESSION_SILENT_FOR, SessionId};
-use crate::error::{database_error, is_hang_up, is_transient, server_error, tell};
+use crate::error::{database_error, is_hang_up, is_time_out, is_transient, server_error, tell};
 use crate::event::{Event, Position};
 use crate::ledger::{Claim, Entry, Ledger, Moved};
 use crate::lifecycle::Stage;
@@ -205,7 +205,7 @@ async fn run(
     Ok(moved)
 }
 
-/// Runs the handler. After an error nothing of the batch is stored, or it says so.
+/// Runs the handler. After an error its transaction is rolled back, or the error says what is stored of it.
 async fn handle(
     database: &Database,
     session: &mut HandlerSession,
@@ -215,60 +215,59 @@ async fn handle(
 ) -> Result<(), ApplyError> {
     let mut guard = Handling { database, session: session.id.clone(), is_on: true };
     let handling = projector.projector.handle_batch(wanted, &mut session.connection);
-    let handled = match timeout(handler_timeout, AssertUnwindSafe(handling).catch_unwind()).await {
-        Ok(Ok(Ok(()))) => {
-            guard.is_on = false;
-            return unreadable(wanted).map_or(Ok(()), |error| Err(ApplyError::Projector(error)));
-        }
-        Ok(Ok(Err(error))) => Err(error),
-        Ok(Err(panic)) => Ok(ApplyError::Projector(panicked("the handler", panic.as_ref()))),
+    let handled = timeout(handler_timeout, AssertUnwindSafe(handling).catch_unwind()).await;
+    let is_cut_off = !matches!(handled, Ok(Ok(_)));
+    let failed = match handled {
+        Ok(Ok(Ok(()))) => unreadable(wanted).map(ApplyError::Projector),
+        Ok(Ok(Err(error))) => Some(failure(database, wanted, error)),
+        Ok(Err(panic)) => Some(ApplyError::Projector(panicked("the handler", panic.as_ref()))),
         Err(_) => {
             let seconds = handler_timeout.as_secs_f32();
-            Ok(ApplyError::Doubtful(anyhow!("the handler took longer than {seconds} s")))
+            Some(ApplyError::Doubtful(anyhow!("the handler took longer than {seconds} s")))
         }
     };
-    let error = match handled {
-        // It may wait for an answer that nobody owes it.
-        Err(error) if matches!(database_error(&error), Some(sqlx::Error::Protocol(_))) => {
-            Ok(ApplyError::Doubtful(error))
-        }
+    let Some(failed) = failed else {
+        guard.is_on = false;
+        return Ok(());
+    };
+    // It may be in the middle of a statement, which must end before the session can say anything.
+    let stopped = match is_cut_off {
+        true => database.stop_statement(&session.id).await,
+        false => Ok(()),
+    };
+    let ended = match stopped {
+        Ok(()) => database.roll_back(session).await,
         Err(error) => Err(error),
-        cut_off => cut_off,
     };
-    let error = match error {
-        Ok(cut_off) => {
-            // It may be in the middle of a statement, which must end before the session can say anything.
-            let ended = match database.stop_statement(&session.id).await {
-                Ok(()) => database.roll_back(session).await,
-                Err(error) => Err(error),
-            };
-            match ended {
-                Ok(ended) => {
-                    guard.is_on = false;
-                    return Err(with_what_is_stored(ended, cut_off));
-                }
-                Err(_) => {
-                    guard.end().await;
-                    return Err(cut_off);
-                }
-            }
+    match ended {
+        Ok(ended) => {
+            guard.is_on = false;
+            Err(with_what_is_stored(ended, failed))
         }
-        Err(error) => error,
-    };
-    guard.is_on = false;
+        // Its connection is of no use any more. What it committed before, the mark in its row tells. A session that does
+        // not answer may hold its locks still; one that is lost does not.
+        Err(error) => {
+            match is_cut_off || is_time_out(&error) {
+                true => guard.end().await,
+                false => guard.is_on = false,
+            }
+            Err(failed)
+        }
+    }
+}
+
+/// What a handler's error says: whose fault it is.
+fn failure(database: &Database, wanted: &[&Event], error: anyhow::Error) -> ApplyError {
     if let Some(error) = database_error(&error) {
         database.distrust(error);
     }
-    let error = match database_error(&error) {
+    match database_error(&error) {
+        // The driver waits for an answer that nobody owes it.
+        Some(sqlx::Error::Protocol(_)) => ApplyError::Doubtful(error),
         Some(lost) if is_hang_up(lost) => ApplyError::HungUp(error),
         Some(passing) if is_transient(passing) => ApplyError::Transient(error),
         _ => ApplyError::Projector(unreadable(wanted).unwrap_or(error)),
-    };
-    Err(match database.roll_back(session).await {
-        Ok(ended) => with_what_is_stored(ended, error),
-        // The connection is lost. What the handler may have committed before, nobody can tell.
-        Err(_) => error,
-    })
+    }
 }
 
 /// An error of a handler, with what became of its transaction.

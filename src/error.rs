@@ -99,6 +99,11 @@ pub(crate) fn is_hang_up(error: &sqlx::Error) -> bool {
     matches!(error, sqlx::Error::Io(error) if matches!(error.kind(), BrokenPipe | ConnectionAborted | ConnectionReset))
 }
 
+/// Whether no answer came in time, so that nobody knows what the other end does.
+pub(crate) fn is_time_out(error: &sqlx::Error) -> bool {
+    matches!(error, sqlx::Error::Io(error) if error.kind() == std::io::ErrorKind::TimedOut)
+}
+
 /// Whether the server does not write, as a former primary after a failover. (1290 says of other options, too, that they are in
 /// the way: `--secure-file-priv`.)
 pub(crate) fn is_read_only(error: &sqlx::Error) -> bool {

@@ -82,7 +82,7 @@ impl Boot<'_> {
             Some(waiting) => Waiting { mark, since: now, ..waiting },
             None => {
                 let (high_water, target) = (mark.get(), self.target.get());
-                warn!(high_water, target, release = self.engine.release, "waiting: {reason}");
+                warn!(high_water, through = target, release = self.engine.release, "waiting: {reason}");
                 Waiting { mark, since: now, logged: now }
             }
         };
@@ -95,7 +95,7 @@ impl Boot<'_> {
         let logged = if now - waiting.logged >= LOG_EVERY {
             warn!(
                 high_water = mark.get(),
-                target = self.target.get(),
+                through = self.target.get(),
                 seconds = waited.as_secs(),
                 release = self.engine.release,
                 "still waiting: {reason}"
