@@ -23,6 +23,7 @@ mod log;
 mod login;
 mod queue;
 mod readme;
+mod settings;
 mod story;
 
 mod coalesce;
