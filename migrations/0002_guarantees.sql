@@ -25,6 +25,9 @@ alter table projectors
   add column event_types        mediumtext      character set utf8mb4 collate utf8mb4_bin null,
   -- The tables that its setup made or names, as a JSON list. Null: not known.
   add column owned_tables       text            character set utf8mb4 collate utf8mb4_bin null,
+  -- Set by the claim of a batch and cleared with its position, in one transaction. So it is seen only where a handler
+  -- committed in between: a part of that batch is stored without its position, and must not be applied again.
+  add column half_applied       boolean         not null default false,
   -- Why its read model cannot be carried on and must be rebuilt: a lost table, a batch of which only a part is stored.
   -- Boot never hands such a projector over.
   add column rebuild_reason     text            character set utf8mb4 collate utf8mb4_bin null;

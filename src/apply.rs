@@ -160,7 +160,7 @@ async fn claim(
         database.answered(sqlx::raw_sql(AssertSqlSafe(allow)).execute(&mut *session.connection)).await?;
     }
     let unchanged = database.session_is_unchanged();
-    let row = Claim { id: &projector.id, stage, savepoint: &session.savepoint, unchanged: &unchanged };
+    let row = Claim { projector, stage, savepoint: &session.savepoint, unchanged: &unchanged };
     if !database.answered(row.begin(&mut session.connection, at)).await? {
         database.answered(sqlx::raw_sql("rollback").execute(&mut *session.connection)).await?;
         database.keep_handler_session(session);
@@ -188,7 +188,7 @@ async fn run(
     let (from, to) = (batch.after, batch.through);
     let unchanged = database.session_is_unchanged();
     let savepoint = session.savepoint.clone();
-    let row = Claim { id: &projector.id, stage, savepoint: &savepoint, unchanged: &unchanged };
+    let row = Claim { projector, stage, savepoint: &savepoint, unchanged: &unchanged };
     let moving = async {
         match next && !wanted.is_empty() {
             true => row.commit_and_begin(&mut session.connection, from, to).await,

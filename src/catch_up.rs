@@ -13,7 +13,6 @@ use crate::deliver::{Delivered, Engine};
 use crate::event::Position;
 use crate::ledger::Entry;
 use crate::lifecycle::Stage;
-use crate::projector::ProjectorId;
 use crate::registry::Registered;
 use crate::store::{Page, ReadAhead, ReadLimits, Wanted};
 
@@ -27,6 +26,8 @@ pub(crate) struct Cursor {
     pub(crate) state: CursorState,
     /// Where it began, and when.
     pub(crate) start: (Position, Instant),
+    /// Whether it was broken when boot began: then it neither stops the others nor is stopped by them.
+    pub(crate) is_repair: bool,
 }
 
 /// Whether a cursor goes on.
@@ -45,7 +46,16 @@ pub(crate) enum CursorState {
 impl Cursor {
     pub(crate) fn new(projector: &Arc<Registered>, position: Position) -> Self {
         let start = (position, Instant::now());
-        Cursor { projector: Arc::clone(projector), position, state: CursorState::Running, start }
+        Cursor { projector: Arc::clone(projector), position, state: CursorState::Running, start, is_repair: false }
+    }
+
+    /// Whether boot must not go on with the others as it did: this one broke and did not before, or gave up.
+    pub(crate) fn has_stopped_boot(&self) -> bool {
+        match self.state {
+            CursorState::Broke => !self.is_repair,
+            CursorState::GaveUp(_) => true,
+            CursorState::Running | CursorState::Left => false,
+        }
     }
 
     pub(crate) fn is_running(&self) -> bool {
@@ -63,9 +73,10 @@ impl Cursor {
     }
 
     /// Takes note of its row after an attempt to release it from boot: boot goes on with what is still its own,
-    /// from where that stands, and lets go of what went live, was retired or is no more.
+    /// from where that stands, and lets go of what went live, was retired, is no more, or was booted by another release.
     pub(crate) fn note_row(&mut self, entry: Option<&Entry>) {
-        match entry.filter(|entry| Stage::Boot.plays(&entry.status)) {
+        let is_ours = |entry: &&Entry| Stage::Boot.plays(&entry.status) && entry.is_booted_with(&self.projector.digest);
+        match entry.filter(is_ours) {
             Some(entry) => self.position = entry.position,
             None => self.state = CursorState::Left,
         }
@@ -93,7 +104,8 @@ pub(crate) fn lowest_due(cursors: &[Cursor], through: Position) -> Option<Positi
 impl Engine {
     /// Brings every running cursor to `through`, which must not lie above the high-water mark. The log is
     /// read once for all of them, from the lowest on, and ahead of what is applied.
-    /// In boot, the first failure ends it; in play, each cursor goes on without the others.
+    /// In boot, the first failure of a projector that was not broken before ends it; in play, each cursor goes on
+    /// without the others.
     ///
     /// # Errors
     /// If the log cannot be read, for longer than the engine's patience where it is transient.
@@ -105,6 +117,8 @@ impl Engine {
         mut progress: impl FnMut(&[Cursor]),
     ) -> Result<(), sqlx::Error> {
         let limits = ReadLimits { page: self.limits.batch, patience: self.limits.patience };
+        let stopped_boot = |cursors: &[Cursor]| cursors.iter().filter(|cursor| cursor.has_stopped_boot()).count();
+        let stopped_before = stopped_boot(cursors);
         let mut hold = Hold::none();
         let mut reading: Option<ReadAhead> = None;
         loop {
@@ -128,8 +142,7 @@ impl Engine {
             self.pass(stage, cursors, &page, &mut hold).await;
 
             progress(cursors);
-            let stopped = |cursor: &Cursor| !matches!(cursor.state, CursorState::Running | CursorState::Left);
-            if stage == Stage::Boot && cursors.iter().any(stopped) {
+            if stage == Stage::Boot && stopped_boot(cursors) > stopped_before {
                 return Ok(());
             }
         }
@@ -182,9 +195,9 @@ impl Engine {
         let mut idle: Vec<&mut Cursor> = cursors.iter_mut().filter(|cursor| has_nothing(cursor)).collect();
         idle.sort_by_key(|cursor| cursor.position);
         for together in idle.chunk_by_mut(|one, other| one.position == other.position) {
-            let ids: Vec<&ProjectorId> = together.iter().map(|cursor| &cursor.projector.id).collect();
-            match self.ledger.pass_over(&ids, stage, together[0].position, through).await {
-                Ok(moved) if moved == ids.len() as u64 => {
+            let projectors: Vec<&Registered> = together.iter().map(|cursor| cursor.projector.as_ref()).collect();
+            match self.ledger.pass_over(&projectors, stage, together[0].position, through).await {
+                Ok(moved) if moved == projectors.len() as u64 => {
                     together.iter_mut().for_each(|cursor| cursor.position = through);
                 }
                 // Some were moved and some were not: each will find out by its own claim.

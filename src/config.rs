@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use clap::builder::FalseyValueParser;
 use clap::{Args, ValueEnum};
 
 use crate::aws::{self, Secret, Tokens};
@@ -13,9 +14,6 @@ use crate::error::Error;
 use crate::queue::SqsQueue;
 use crate::registry::Registry;
 use crate::telemetry::{LogFormat, MetricsFormat, Reporter, service_name};
-
-/// A deploy waits this long for a database that is away; a worker waits for as long as it takes.
-const BOOT_PATIENCE: Duration = Duration::from_secs(60);
 
 /// How the database knows us.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -125,6 +123,11 @@ pub(crate) struct Config {
     #[arg(long, value_name = "URL", env = "PROJECTIONIST_ALERT_URL", hide_env_values = true, global = true)]
     pub(crate) alert_url: Option<String>,
 
+    /// Keep errors of the database to their numbers, in the ledger, the log and alerts: what the server says may name values of
+    /// rows, such as an e-mail address in "Duplicate entry".
+    #[arg(long, env = "PROJECTIONIST_REDACT_ERRORS", value_parser = FalseyValueParser::new(), global = true)]
+    pub(crate) redact_errors: bool,
+
     /// How log lines look on standard error.
     #[arg(long, value_name = "FORMAT", env = "PROJECTIONIST_LOG_FORMAT", default_value = "auto", global = true)]
     pub(crate) log_format: LogFormat,
@@ -202,9 +205,9 @@ impl Config {
         Reporter::new(self.metrics, &self.service, self.release.as_deref())
     }
 
-    /// What bounds the engine in boot.
-    pub(crate) fn boot_limits(&self) -> Limits {
-        Limits { patience: Some(BOOT_PATIENCE), ..self.play_limits() }
+    /// What bounds the engine in boot. A worker waits for as long as it takes; a deploy does not.
+    pub(crate) fn boot_limits(&self, patience: Duration) -> Limits {
+        Limits { patience: Some(patience), ..self.play_limits() }
     }
 
     /// What bounds the engine in play.

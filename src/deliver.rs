@@ -4,6 +4,7 @@ use std::fmt::Display;
 use std::future::Future;
 use std::time::{Duration, Instant};
 
+use anyhow::anyhow;
 use time::OffsetDateTime;
 use tracing::{error, warn};
 
@@ -179,7 +180,13 @@ impl Engine {
                     attempt += 1;
                     warn!(projector = %projector.id, position = batch.after.get(), attempt, error = tell(&error), "trying once more");
                 }
-                Err(ApplyError::Claim(entry)) => match without_claim(entry.as_ref(), stage, batch) {
+                Err(ApplyError::Claim(Some(Entry { rebuild_reason: Some(reason), status, .. })))
+                    if stage.plays(&status) =>
+                {
+                    let failed = Failed::for_rebuild(anyhow!(reason), attempt);
+                    return Ok(self.break_at(projector, stage, None, failed).await);
+                }
+                Err(ApplyError::Claim(entry)) => match without_claim(entry.as_ref(), projector, stage, batch) {
                     Ok(rest) => batch = rest,
                     Err(delivered) => return Ok(delivered),
                 },
@@ -264,6 +271,19 @@ impl Engine {
         event: Option<&Event>,
         failed: Failed,
     ) -> Delivered {
+        let before = event.map(|event| event.position().previous());
+        self.break_if(projector, stage, event, failed, |entry| may_break(entry, projector, stage, before)).await
+    }
+
+    /// Marks a projector broken if `still` holds of its row, under the row's lock.
+    pub(crate) async fn break_if(
+        &self,
+        projector: &Registered,
+        stage: Stage,
+        event: Option<&Event>,
+        failed: Failed,
+        still: impl Fn(&Entry) -> bool,
+    ) -> Delivered {
         let failure = Failure {
             event: event.map(|event| FailedEvent {
                 position: event.position(),
@@ -278,11 +298,9 @@ impl Engine {
             host: host(),
             rebuild: failed.rebuild,
         };
-        let before = event.map(|event| event.position().previous());
         let mut attempt = 1;
         loop {
-            let still = |entry: &Entry| may_break(entry, stage, before);
-            match self.ledger.step(&projector.id, Step::Break(failure.clone()), still).await {
+            match self.ledger.step(&projector.id, Step::Break(failure.clone()), &still).await {
                 Ok(Some(entry)) if matches!(&entry.status, Status::Broken(written) if written.error == failure.error) =>
                 {
                     error!(
@@ -301,7 +319,9 @@ impl Engine {
                     );
                     return Delivered::Broke;
                 }
-                Ok(Some(entry)) if stage.plays(&entry.status) => return Delivered::Elsewhere(entry.position),
+                Ok(Some(entry)) if stage.plays(&entry.status) && entry.is_booted_with(&projector.digest) => {
+                    return Delivered::Elsewhere(entry.position);
+                }
                 Ok(_) => return Delivered::Left,
                 Err(LedgerError::Step(..)) => return Delivered::Left,
                 Err(LedgerError::Database(error)) => {
@@ -338,7 +358,7 @@ impl Failed {
 }
 
 /// This host's name, as the kernel has it; in a container, the container's.
-fn host() -> String {
+pub(crate) fn host() -> String {
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let name = Some(name.trim().to_owned()).filter(|name| !name.is_empty());
     name.or_else(|| std::env::var("HOSTNAME").ok()).unwrap_or_else(|| "unknown".into())
@@ -346,8 +366,14 @@ fn host() -> String {
 
 /// What becomes of a batch whose claim does not hold: another worker was faster, or a commit of ours was not
 /// acknowledged. `Ok`: go on with this, the rest of it.
-pub(crate) fn without_claim<'a>(entry: Option<&Entry>, stage: Stage, batch: Batch<'a>) -> Result<Batch<'a>, Delivered> {
-    let Some(entry) = entry.filter(|entry| stage.plays(&entry.status)) else { return Err(Delivered::Left) };
+pub(crate) fn without_claim<'a>(
+    entry: Option<&Entry>,
+    projector: &Registered,
+    stage: Stage,
+    batch: Batch<'a>,
+) -> Result<Batch<'a>, Delivered> {
+    let is_ours = |entry: &&Entry| stage.plays(&entry.status) && entry.is_booted_with(&projector.digest);
+    let Some(entry) = entry.filter(is_ours) else { return Err(Delivered::Left) };
     match batch.from(entry.position) {
         Some(rest) if rest.after < rest.through => Ok(rest),
         Some(_) => Err(Delivered::At(entry.position)),
@@ -355,9 +381,12 @@ pub(crate) fn without_claim<'a>(entry: Option<&Entry>, stage: Stage, batch: Batc
     }
 }
 
-/// Whether a projector may be marked broken: it is still this stage's, and stands just before the event that failed.
-pub(crate) fn may_break(entry: &Entry, stage: Stage, before: Option<Position>) -> bool {
-    stage.plays(&entry.status) && before.is_none_or(|before| entry.position == before)
+/// Whether a projector may be marked broken: it is still this stage's, stands just before the event that failed, and was
+/// booted with the definition that failed.
+pub(crate) fn may_break(entry: &Entry, projector: &Registered, stage: Stage, before: Option<Position>) -> bool {
+    stage.plays(&entry.status)
+        && before.is_none_or(|before| entry.position == before)
+        && entry.is_booted_with(&projector.digest)
 }
 
 impl<'a> Batch<'a> {

@@ -2,6 +2,10 @@
 
 use std::process::ExitCode;
 
+use sqlx::mysql::MySqlDatabaseError;
+
+use crate::text;
+
 /// Why a command did not end well. The variant decides the exit code.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -68,7 +72,7 @@ const NOT_MIGRATED: &[u16] = &[1054, 1146];
 /// The server's number for an error, if the server raised it.
 pub(crate) fn server_error(error: &sqlx::Error) -> Option<u16> {
     let sqlx::Error::Database(error) = error else { return None };
-    Some(error.try_downcast_ref::<sqlx::mysql::MySqlDatabaseError>()?.number())
+    Some(error.try_downcast_ref::<MySqlDatabaseError>()?.number())
 }
 
 /// Whether the same thing may well succeed a moment later.
@@ -130,17 +134,31 @@ pub(crate) fn caused_by_transient(error: &anyhow::Error) -> bool {
     database_error(error).is_some_and(is_transient)
 }
 
-/// An error with its causes, each once: some repeat their cause in their own words.
+/// An error with its causes, each once: some repeat their cause in their own words. Where errors are kept to their numbers,
+/// without what a server said.
 pub(crate) fn tell(error: &anyhow::Error) -> String {
-    error.chain().map(ToString::to_string).fold(String::new(), |told, cause| match told.as_str() {
+    let told = error.chain().map(ToString::to_string).fold(String::new(), |told, cause| match told.as_str() {
         "" => cause,
         told if told.contains(&cause) => told.to_owned(),
         told => format!("{told}: {cause}"),
-    })
+    });
+    let server = database_error(error).and_then(sqlx::Error::as_database_error);
+    match server.filter(|server| text::redacts_errors() && !server.message().is_empty()) {
+        // A handler may have put the message into words of its own.
+        Some(server) => {
+            let number = server.try_downcast_ref::<MySqlDatabaseError>().map_or(0, MySqlDatabaseError::number);
+            let number = text::error_number(&number.to_string(), server.code().as_deref());
+            text::shown(&told).replace(server.message(), &number)
+        }
+        None => text::shown(&told).into_owned(),
+    }
 }
 
 fn explain(error: &sqlx::Error) -> String {
-    match server_error(error) {
+    let number = server_error(error);
+    let error = error.to_string();
+    let error = text::shown(&error);
+    match number {
         Some(number) if NOT_MIGRATED.contains(&number) => {
             format!(
                 "the database lacks our tables, or has those of another release ({error}); run `projectionist migrate`"

@@ -311,11 +311,11 @@ impl fmt::Debug for Event {
 pub struct NewEvent {
     /// A UUID is made where none is given. Give one where an append may be repeated: the second is refused.
     pub event_id: Option<String>,
-    /// The aggregate it belongs to: 1 to 200 characters.
+    /// The aggregate it belongs to: 1 to 200 characters, without control characters.
     pub stream_id: String,
     /// The version it must get, for optimistic concurrency; without one, it gets the stream's next.
     pub stream_version: Option<u64>,
-    /// What happened: 1 to 200 characters, not beginning with `$`.
+    /// What happened: 1 to 200 characters, without control characters, not beginning with `$`.
     pub event_type: String,
     /// When; without one, the database's clock at the append.
     pub recorded_at: Option<OffsetDateTime>,
@@ -360,9 +360,11 @@ impl NewEvent {
         if self.stream_version == Some(0) {
             return Err("stream_version counts from 1".into());
         }
-        let is_storable = |at: OffsetDateTime| (1000..=9999).contains(&at.to_offset(time::UtcOffset::UTC).year());
+        // In UTC it may lie in the year before or after, which need not be one that `time` knows.
+        let in_utc = |at: OffsetDateTime| at.checked_to_offset(time::UtcOffset::UTC);
+        let is_storable = |at: OffsetDateTime| in_utc(at).is_some_and(|at| (1000..=9999).contains(&at.year()));
         if !self.recorded_at.is_none_or(is_storable) {
-            return Err("recorded_at must lie between the years 1000 and 9999".into());
+            return Err("recorded_at must lie between the years 1000 and 9999, in UTC".into());
         }
         check_json("payload", &self.payload)?;
         self.metadata.as_deref().map_or(Ok(()), |text| check_json("metadata", text))
@@ -373,6 +375,9 @@ fn check_name(field: &str, value: &str) -> Result<(), String> {
     let characters = value.chars().count();
     if characters == 0 || characters > NewEvent::MAX_NAME {
         return Err(format!("{field} must be 1 to {} characters, and has {characters}", NewEvent::MAX_NAME));
+    }
+    if value.contains(char::is_control) {
+        return Err(format!("{field} {value:?} has a control character (U+0000 to U+001F, U+007F to U+009F)"));
     }
     if value.starts_with('$') {
         return Err(format!("{field} {value:?} begins with `$`, which is kept for the log's own rows"));

@@ -36,7 +36,7 @@ impl Engine {
         oldest_queued: Position,
     ) -> Result<Option<Entry>, LedgerError> {
         let id = &cursor.projector.id;
-        let still = |entry: &Entry| has_reached(entry, oldest_queued);
+        let still = |entry: &Entry| has_reached(entry, oldest_queued) && entry.is_booted_with(&cursor.projector.digest);
         let step = || self.ledger.step(id, Step::HandOver, still);
         let entry = self.persist("hand over", step).await?;
         if let Some(entry) = entry.as_ref().filter(|entry| entry.status == Status::Live) {

@@ -15,7 +15,8 @@ macro_rules! select_entry {
     ($rest:literal) => {
         concat!(
             "select name, version, mode, status, position, side_effects, failed_position, failed_event_id, \
-             failed_event_type, failed_error, failed_at, failed_attempts, failed_release, failed_host, rebuild_reason, \
+             failed_event_type, failed_error, failed_at, failed_attempts, failed_release, failed_host, \
+             half_applied, rebuild_reason, \
              start_position, digest, event_types, owned_tables from projectors ",
             $rest
         )
@@ -23,14 +24,23 @@ macro_rules! select_entry {
 }
 
 const ENTRIES: &str = select_entry!("order by created_at, name, version");
-/// No more of them than who plays needs: it asks with every receive.
-const LIVE: &str = "select name, version, position from projectors where status = 'live'";
+/// No more columns than a worker needs, which asks with every receive.
+const LIVE: &str = "select name, version, position, digest from projectors where status = 'live'";
 const ENTRY: &str = select_entry!("where name = ? and version = ?");
 const LOCK: &str = select_entry!("where name = ? and version = ? for update");
 
 /// Two boots may see a new projector at once: the row of the first stands.
-const ENTER: &str = "insert into projectors (name, version, mode, status, position, side_effects) \
-                     values (?, ?, ?, 'booting', ?, ?) on duplicate key update name = name";
+const ENTER: &str = "insert into projectors \
+                         (name, version, mode, status, position, side_effects, start_position, digest, event_types) \
+                     values (?, ?, ?, 'booting', ?, ?, ?, ?, ?) on duplicate key update name = name";
+
+/// Only over the digest that was compared with: two boots of different releases must not take turns unseen.
+const SET_DEFINITION: &str = "update projectors set digest = ?, event_types = ? \
+                              where name = ? and version = ? and digest <=> ?";
+
+const SET_OWNED_TABLES: &str = "update projectors set owned_tables = ? where name = ? and version = ?";
+
+const ACCEPT: &str = "update projectors set rebuild_reason = null, half_applied = 0 where name = ? and version = ?";
 
 const SET_STATUS: &str = "update projectors set status = ?, failed_position = ?, failed_event_id = ?, \
                           failed_event_type = ?, failed_error = ?, failed_at = ?, failed_attempts = ?, \
@@ -39,6 +49,10 @@ const SET_STATUS: &str = "update projectors set status = ?, failed_position = ?,
 
 /// Only what retire has marked: a projector that was booted anew meanwhile is somebody else's.
 const REMOVE: &str = "delete from projectors where name = ? and version = ? and status = 'retired'";
+
+/// Why a projector must be rebuilt whose row was seen with the mark of a claim.
+const HALF_APPLIED: &str = "a handler committed a part of a batch, by itself or by a statement that does so, and the batch \
+                            did not come to its end: that part is stored without its position";
 
 /// What is kept of an error, in characters; `failed_error` is a `text` of 65,535 bytes.
 pub(crate) const MAX_ERROR: usize = 8_000;
@@ -78,6 +92,28 @@ pub struct Entry {
     pub rebuild_reason: Option<String>,
 }
 
+impl Entry {
+    /// Whether a definition with this digest is the one that it was last booted with; a row without a digest takes any.
+    pub(crate) fn is_booted_with(&self, digest: &str) -> bool {
+        self.digest.as_deref().is_none_or(|booted| booted == digest)
+    }
+
+    /// Whether it has moved since it began, so that its read model holds something. Without a start, any position
+    /// counts.
+    pub(crate) fn is_past_start(&self) -> bool {
+        self.position > self.start_position.unwrap_or(Position::START)
+    }
+}
+
+/// A live projector, as far as a worker has to know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Live {
+    pub(crate) id: ProjectorId,
+    pub(crate) position: Position,
+    /// The digest of the definition with which it was last booted, if the ledger has one.
+    pub(crate) digest: Option<String>,
+}
+
 impl Ledger {
     /// The ledger in this database.
     pub fn new(database: &Database) -> Self {
@@ -93,10 +129,14 @@ impl Ledger {
         rows.iter().map(decode).collect()
     }
 
-    /// The projectors that are live, of any release, and where they stand. Waits for no lock.
-    pub(crate) async fn live(&self) -> Result<Vec<(ProjectorId, Position)>, sqlx::Error> {
+    /// The projectors that are live, of any release. Waits for no lock.
+    pub(crate) async fn live(&self) -> Result<Vec<Live>, sqlx::Error> {
         let live = self.database.ask(async |connection| sqlx::query_as(LIVE).fetch_all(connection).await).await?;
-        let decode = |(name, version, position)| (ProjectorId { name, version }, Position::new(position));
+        let decode = |(name, version, position, digest)| Live {
+            id: ProjectorId { name, version },
+            position: Position::new(position),
+            digest,
+        };
         Ok(live.into_iter().map(decode).collect())
     }
 
@@ -107,8 +147,34 @@ impl Ledger {
             .bind(projector.id.version)
             .bind(projector.mode.as_str())
             .bind(position.get())
-            .bind(projector.has_side_effects);
+            .bind(projector.has_side_effects)
+            .bind(position.get())
+            .bind(&projector.digest)
+            .bind(encode_list(&projector.subscription()));
         self.database.answer(async |connection| enter.execute(connection).await).await.map(|_| ())
+    }
+
+    /// Records the definition with which a projector is booted, in place of the one with the digest `before`.
+    pub(crate) async fn set_definition(&self, projector: &Registered, before: Option<&str>) -> Result<(), sqlx::Error> {
+        let set = sqlx::query(SET_DEFINITION)
+            .bind(&projector.digest)
+            .bind(encode_list(&projector.subscription()))
+            .bind(&projector.id.name)
+            .bind(projector.id.version)
+            .bind(before);
+        self.database.answer(async |connection| set.execute(connection).await).await.map(|_| ())
+    }
+
+    /// Records the tables that a projector owns.
+    pub(crate) async fn set_owned_tables(&self, id: &ProjectorId, tables: &[String]) -> Result<(), sqlx::Error> {
+        let set = sqlx::query(SET_OWNED_TABLES).bind(encode_list(tables)).bind(&id.name).bind(id.version);
+        self.database.answer(async |connection| set.execute(connection).await).await.map(|_| ())
+    }
+
+    /// Forgets why a read model must be rebuilt: an operator has repaired it.
+    pub(crate) async fn accept(&self, id: &ProjectorId) -> Result<(), sqlx::Error> {
+        let accept = sqlx::query(ACCEPT).bind(&id.name).bind(id.version);
+        self.database.answer(async |connection| accept.execute(connection).await).await.map(|_| ())
     }
 
     /// Takes a step of the lifecycle under the row's lock, if `still` holds of the row; returns the row as
@@ -148,21 +214,25 @@ impl Ledger {
     }
 
     /// Moves projectors together over events that none of them wants: the fence and the commit of each, in one
-    /// statement. Returns how many were moved; whoever is not this stage's, or does not stand at `from`, is not.
+    /// statement. Returns how many were moved. A projector is not moved that is not this stage's, does not stand at
+    /// `from`, or was booted with another definition.
     pub(crate) async fn pass_over(
         &self,
-        ids: &[&ProjectorId],
+        projectors: &[&Registered],
         stage: Stage,
         from: Position,
         to: Position,
     ) -> Result<u64, sqlx::Error> {
-        let identity = |id: &&ProjectorId| format!("('{}', {})", id.name, id.version);
-        let identities = ids.iter().map(identity).collect::<Vec<_>>().join(", ");
+        let identity = |of: &&Registered| format!("('{}', {})", of.id.name, of.id.version);
+        let identities = projectors.iter().map(identity).collect::<Vec<_>>().join(", ");
+        // A digest contains the identity, so that one list of digests serves all of them.
+        let digest = |of: &&Registered| format!("'{}'", of.digest);
+        let digests = projectors.iter().map(digest).collect::<Vec<_>>().join(", ");
         let statuses = stage.statuses();
         let pass_over = format!(
             "update projectors set position = {to} \
              where (name, version) in ({identities}) and position = {from} and status in ({statuses}) \
-             and rebuild_reason is null"
+             and not half_applied and rebuild_reason is null and (digest is null or digest in ({digests}))"
         );
         let pass_over = sqlx::raw_sql(AssertSqlSafe(pass_over));
         let moved = self.database.ask(async |connection| pass_over.execute(connection).await).await?;
@@ -201,9 +271,9 @@ async fn lock(connection: &mut MySqlConnection, id: &ProjectorId) -> Result<Opti
 }
 
 /// A projector's row, as the transaction that applies a batch to it claims and moves it.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 pub(crate) struct Claim<'a> {
-    pub(crate) id: &'a ProjectorId,
+    pub(crate) projector: &'a Registered,
     pub(crate) stage: Stage,
     /// The savepoint that stands at the beginning of the transaction. A handler that commits, or runs a statement that
     /// does (DDL), takes it away: releasing it then fails with error 1305. So does a deadlock, which rolls back the
@@ -228,8 +298,8 @@ pub(crate) enum Moved {
 }
 
 impl Claim<'_> {
-    /// The fence: begins the transaction that applies events, and locks the projector's row if it is still this stage's
-    /// and its position is `from`. `false`, with nothing locked, if it is not.
+    /// The fence: begins the transaction that applies events, and locks the projector's row if it is still this stage's,
+    /// its position is `from`, and it was booted with this definition. `false`, with nothing locked, if it is not.
     ///
     /// In one packet, which cannot be prepared: an identity has no character that SQL knows (`Registry::add`), and the
     /// rest is numbers and words of ours. The session's `autocommit` is off, so that the first statement begins the
@@ -275,25 +345,29 @@ impl Claim<'_> {
         })
     }
 
-    /// An update that changes nothing locks as `for update` does, and says in fewer words whether there is such a row.
+    /// The row is marked as half applied, and unmarked with the position. Nobody ever sees the mark, unless a handler
+    /// commits in between: then a part of the batch is stored, and no claim succeeds any more.
     fn claim(self, at: Position) -> String {
-        let Claim { id: ProjectorId { name, version }, stage, savepoint, .. } = self;
+        let Claim { projector, stage, savepoint, .. } = self;
+        let (ProjectorId { name, version }, digest) = (&projector.id, &projector.digest);
         let statuses = stage.statuses();
         format!(
-            "update projectors set status = status \
+            "update projectors set half_applied = 1 \
              where name = '{name}' and version = {version} and position = {at} and status in ({statuses}) \
-             and rebuild_reason is null; savepoint {savepoint}"
+             and not half_applied and rebuild_reason is null and (digest is null or digest = '{digest}'); \
+             savepoint {savepoint}"
         )
     }
 
     /// No number is larger than that one, so that the update fails where the condition does not hold. (It depends on the
     /// row, or it would be computed, and fail, in any case.)
     fn advance(self, from: Position, to: Position) -> String {
-        let Claim { id: ProjectorId { name, version }, savepoint, unchanged, .. } = self;
+        let Claim { projector, savepoint, unchanged, .. } = self;
+        let ProjectorId { name, version } = &projector.id;
         format!(
             "release savepoint {savepoint}; \
-             update projectors \
-             set position = if(position = {from} and {unchanged}, {to}, 18446744073709551615 + (position >= 0)) \
+             update projectors set half_applied = 0, \
+             position = if(position = {from} and {unchanged}, {to}, 18446744073709551615 + (position >= 0)) \
              where name = '{name}' and version = {version}"
         )
     }
@@ -328,6 +402,11 @@ fn decode(row: &MySqlRow) -> Result<Entry, sqlx::Error> {
     let unreadable = |column: &str, text: &str| {
         sqlx::Error::Decode(format!("projectors.{column} has {text:?}, which this release does not know").into())
     };
+    let rebuild_reason: Option<String> = row.try_get("rebuild_reason")?;
+    let rebuild_reason = match row.try_get("half_applied")? {
+        true => rebuild_reason.or_else(|| Some(HALF_APPLIED.into())),
+        false => rebuild_reason,
+    };
     let mode: String = row.try_get("mode")?;
     let status: String = row.try_get("status")?;
     let status = match status.as_str() {
@@ -343,7 +422,7 @@ fn decode(row: &MySqlRow) -> Result<Entry, sqlx::Error> {
             attempts: row.try_get("failed_attempts")?,
             release: row.try_get("failed_release")?,
             host: row.try_get("failed_host")?,
-            rebuild: row.try_get("rebuild_reason")?,
+            rebuild: rebuild_reason.clone(),
         }),
         unknown => return Err(unreadable("status", unknown)),
     };
@@ -357,8 +436,12 @@ fn decode(row: &MySqlRow) -> Result<Entry, sqlx::Error> {
         digest: row.try_get("digest")?,
         event_types: decode_list(row, "event_types")?,
         owned_tables: decode_list(row, "owned_tables")?,
-        rebuild_reason: row.try_get("rebuild_reason")?,
+        rebuild_reason,
     })
+}
+
+fn encode_list(list: &[String]) -> String {
+    serde_json::Value::from(list).to_string()
 }
 
 fn decode_list(row: &MySqlRow, column: &str) -> Result<Option<Vec<String>>, sqlx::Error> {

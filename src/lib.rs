@@ -11,6 +11,7 @@ mod metrics;
 mod projector;
 mod registry;
 mod retry;
+mod text;
 
 // — edges: SQL and AWS —
 mod aws;
@@ -18,6 +19,7 @@ mod database;
 mod ledger;
 mod multi_row;
 mod queue;
+mod read_model;
 mod store;
 // Projectors that are declared in files.
 mod declared;
@@ -55,7 +57,7 @@ pub use async_trait::async_trait;
 pub use sqlx;
 pub use time;
 
-pub use boot::{BootProgress, BootReport, Booted, boot};
+pub use boot::{BootProgress, BootReport, BootSettings, BootWaiting, Booted, boot};
 pub use command::run;
 pub use database::Database;
 pub use declared::{LoadError, load};

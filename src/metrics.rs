@@ -90,6 +90,17 @@ pub(crate) struct Counted {
     pub(crate) receive_to_commit: Samples,
     /// What the relay saw when it last looked; `None` where this process has no relay at work.
     pub(crate) relay: Option<RelaySaw>,
+    /// Whether the mark is held, and since when; `None` where this process has not tried to raise it.
+    pub(crate) mark: Option<MarkSeen>,
+}
+
+/// What an attempt to raise the mark saw.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum MarkSeen {
+    /// Nothing keeps it from rising.
+    Free,
+    /// The same thing has kept it from rising since then.
+    HeldSince(Instant),
 }
 
 /// What was counted of one projector.
@@ -108,8 +119,6 @@ pub(crate) struct OfProjector {
 pub(crate) struct RelaySaw {
     pub(crate) high_water: Position,
     pub(crate) published: Position,
-    /// Since when the same thing has kept the mark from rising.
-    pub(crate) held_since: Option<Instant>,
 }
 
 /// The most values that one metric may have in one document.
@@ -203,6 +212,11 @@ pub(crate) fn sent(events: usize) {
 /// The relay has looked at the log, and sent what is new.
 pub(crate) fn looked(saw: RelaySaw) {
     count(|counted| counted.relay = Some(saw));
+}
+
+/// Somebody has tried to raise the mark, which the same thing has held since then, if anything does.
+pub(crate) fn mark_held(since: Option<Instant>) {
+    count(|counted| counted.mark = Some(since.map_or(MarkSeen::Free, MarkSeen::HeldSince)));
 }
 
 impl Recorder {

@@ -128,6 +128,14 @@ impl Registered {
         self.has_side_effects || self.session == SessionUse::EachEvent
     }
 
+    /// The event types as the ledger keeps them: in order, and `["*"]` for all.
+    pub(crate) fn subscription(&self) -> Vec<String> {
+        let Some(wanted) = &self.wanted else { return vec!["*".to_owned()] };
+        let mut types: Vec<String> = wanted.iter().cloned().collect();
+        types.sort_unstable();
+        types
+    }
+
     /// Whether the projector is to see this event. It never sees a tombstone.
     pub(crate) fn wants(&self, event: &Event) -> bool {
         !event.is_tombstone() && self.wanted.as_ref().is_none_or(|types| event.may_be_of(types))

@@ -1,14 +1,17 @@
 //! From the log to the queue: every event up to the high-water mark, in order.
 
+use std::convert::Infallible;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures_util::FutureExt;
 use tracing::{debug, error, info, warn};
 use uuid::Uuid;
 
 use crate::error::Error;
 use crate::event::Position;
-use crate::held::HeldWatch;
+use crate::held::LogWatch;
 use crate::metrics::{self, RelaySaw};
 use crate::queue::{self, Queue, QueueError};
 use crate::retry;
@@ -16,6 +19,9 @@ use crate::store::{EventStore, HighWater, Marks, Page};
 
 /// A relay that stops without releasing its lease is missed for this long, and no longer.
 const LEASE: Duration = Duration::from_secs(5);
+
+/// How long a relay that panicked waits before it begins again.
+const AFTER_A_PANIC: Duration = Duration::from_secs(1);
 
 /// For so long after an event, the next is expected soon: it is looked for more often.
 const BUSY_FOR: Duration = Duration::from_secs(1);
@@ -45,7 +51,7 @@ pub(crate) struct Relay {
     leased: Option<Instant>,
     /// As this relay left them: while it has the lease, hardly anybody else moves them, and who does only makes work.
     marks: Option<Marks>,
-    held: HeldWatch,
+    watch: LogWatch,
     /// How many messages were sent: a failure after progress is a first failure.
     sent: u64,
 }
@@ -82,28 +88,43 @@ pub(crate) fn deduplication_id(log_id: &str, published: Position, last: Position
     format!("{log_id}-{published}-{last}")
 }
 
-/// The first positions of a page after `published` that have no row, if any has none. Those behind its last event begin the
+/// The first position of a page after `published` that has no row, if any has none. Those behind its last event begin the
 /// next page.
-fn first_gap(published: Position, page: &Page) -> Option<(Position, Position)> {
+fn first_gap(published: Position, page: &Page) -> Option<Position> {
     let mut next = published.next();
     for event in &page.events {
         if event.position() != next {
-            return Some((next, event.position().previous()));
+            return Some(next);
         }
         next = next.next();
     }
-    page.events.is_empty().then_some((next, page.through))
+    page.events.is_empty().then_some(next)
 }
 
 impl Relay {
-    pub(crate) fn new(store: EventStore, queue: Arc<dyn Queue>, settings: RelaySettings) -> Self {
-        let (holder, held) = (Uuid::now_v7().to_string(), HeldWatch::default());
+    /// A relay of a process that knows of the log what `watch` knows.
+    pub(crate) fn new(store: EventStore, queue: Arc<dyn Queue>, settings: RelaySettings, watch: LogWatch) -> Self {
+        let holder = Uuid::now_v7().to_string();
         let settings = RelaySettings { max_events: settings.max_events.max(1), ..settings };
-        Relay { store, queue, settings, holder, leased: None, marks: None, held, sent: 0 }
+        Relay { store, queue, settings, holder, leased: None, marks: None, watch, sent: 0 }
     }
 
-    /// Publishes until it is dropped; the lease it then holds runs out. Failures are told and tried again.
+    /// Publishes until it is dropped; the lease it then holds runs out. Failures, and panics, are logged and tried again: a
+    /// relay that ended by itself would look like a log in which nothing happens.
     pub(crate) async fn run(&mut self) {
+        loop {
+            let ended = AssertUnwindSafe(self.run_until_it_panics()).catch_unwind().await;
+            let Err(panic) = ended.map(|never: Infallible| match never {});
+            let message = panic.downcast_ref::<&str>().copied();
+            let message = message.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+            error!(error = message.unwrap_or("(no message)"), "the relay panicked; it begins again");
+            // What it was about to note is read again.
+            (self.leased, self.marks) = (None, None);
+            tokio::time::sleep(AFTER_A_PANIC).await;
+        }
+    }
+
+    async fn run_until_it_panics(&mut self) -> Infallible {
         let mut attempt = 1;
         let mut last_event: Option<Instant> = None;
         loop {
@@ -136,6 +157,9 @@ impl Relay {
 
     /// Gives the lease up. Best effort: it runs out by itself.
     pub(crate) async fn release(&self) {
+        if let Err(error) = self.watch.write_down(&self.store).await {
+            debug!(%error, "what holds the high-water mark was not written down");
+        }
         if let Err(error) = self.store.release_relay(&self.holder).await {
             debug!(%error, "the relay's lease was not released, and runs out by itself");
         }
@@ -162,19 +186,20 @@ impl Relay {
         let mut published = marks.published;
         while published < mark {
             let page = self.store.read_after(published, mark, self.settings.max_events as u64).await?;
-            if let Some((first, last)) = first_gap(published, &page) {
-                // Below the mark every position had a row: these were deleted since. The audit will name all of them.
+            if let Some(first) = first_gap(published, &page) {
+                // Below the mark every position had a row: these were deleted since. The audit names all of them.
+                let last = self.store.end_of_gap(first, mark).await?;
                 error!(
                     alert = "log_fault",
                     first = first.get(),
                     last = last.get(),
                     "the rows of the log between these positions are gone: nothing can be published of them"
                 );
-            }
-            if page.events.is_empty() {
-                self.store.set_published(page.through).await?;
-                published = page.through;
-                continue;
+                if page.events.is_empty() {
+                    self.store.set_published(last).await?;
+                    published = last;
+                    continue;
+                }
             }
             let mut rest = page.events.as_slice();
             while !rest.is_empty() {
@@ -193,23 +218,33 @@ impl Relay {
                 break;
             }
         }
-        metrics::looked(RelaySaw { high_water: mark, published, held_since: self.held.since() });
+        metrics::looked(RelaySaw { high_water: mark, published });
+        metrics::mark_held(self.watch.since());
         let events = published.since(marks.published);
-        self.marks = Some(Marks { high_water: mark, published, ..marks });
+        let held = marks.held.filter(|_| mark == marks.high_water);
+        self.marks = Some(Marks { high_water: mark, published, held, ..marks });
         Ok(Looked::Published { events, through: published })
     }
 
     /// Raises the mark. What is proved is published before a hole above it is waited for.
     async fn raise_high_water(&mut self, marks: &Marks) -> Result<Position, sqlx::Error> {
+        if self.watch.is_held_still(&self.store, marks.high_water).await? {
+            return Ok(marks.high_water);
+        }
         let risen = self.store.raise_over_visible(marks.high_water).await?;
         if risen.meets_a_hole && risen.mark > marks.published {
             return Ok(risen.mark);
         }
         let high_water = match risen.meets_a_hole {
             true => self.store.raise_high_water().await?,
-            false => HighWater { mark: risen.mark, held: None },
+            false => {
+                if marks.held.is_some() && risen.mark == marks.high_water {
+                    self.store.let_go(risen.mark).await?;
+                }
+                HighWater { mark: risen.mark, held: None, held_for: Duration::ZERO, fault: risen.fault }
+            }
         };
-        self.held.note(high_water.held);
+        self.watch.note(&self.store, &high_water).await?;
         Ok(high_water.mark)
     }
 }

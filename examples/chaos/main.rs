@@ -259,6 +259,9 @@ fn read_logs(logs: &Path, figures: &Figures) -> anyhow::Result<HashMap<String, u
                 Some("log_fault") => figures.find(format!("a fault in the log: {}", path.display())),
                 _ => {}
             }
+            if line["message"] == "changed since it was booted" {
+                figures.add("definitions_changed", 1);
+            }
             let booted = (line["message"].as_str(), line["projector"].as_str(), line["position"].as_u64());
             if let (Some("booting"), Some(id), Some(position)) = booted {
                 let name = id.split('@').next().unwrap_or(id).to_owned();

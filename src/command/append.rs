@@ -61,8 +61,42 @@ struct Line<'a> {
     metadata: Option<&'a RawValue>,
 }
 
-/// A line that holds an event, or the reason why it does not.
-type Read1 = (u64, Result<NewEvent, String>);
+/// What the reading thread sends.
+#[derive(Debug)]
+enum FromInput {
+    /// A line's number, and its event or the reason why it has none.
+    Line(u64, Result<NewEvent, String>),
+    /// The input was read to its end.
+    End,
+}
+
+/// The lines of an input, read on a thread: reading standard input blocks.
+struct Lines {
+    received: mpsc::Receiver<FromInput>,
+    /// The last line that was received.
+    last: u64,
+}
+
+impl Lines {
+    fn read(input: Box<dyn Read + Send>) -> Self {
+        let (sender, received) = mpsc::channel(TRANSACTION_EVENTS);
+        std::thread::spawn(move || read_lines(input, &sender));
+        Lines { received, last: 0 }
+    }
+
+    /// The next line with something in it; `None` at the end of the input.
+    async fn next(&mut self) -> Option<(u64, Result<NewEvent, String>)> {
+        match self.received.recv().await {
+            Some(FromInput::Line(line, event)) => {
+                self.last = line;
+                Some((line, event))
+            }
+            Some(FromInput::End) => None,
+            // The thread panicked: the input may go on.
+            None => Some((self.last + 1, Err("the reading of the input broke off here, or soon after it".into()))),
+        }
+    }
+}
 
 impl Append {
     pub(super) async fn run(self, config: &Config) -> Result<(), Error> {
@@ -80,13 +114,11 @@ impl Append {
             stored: 0,
             last: None,
         };
-        let (lines, mut events) = mpsc::channel(TRANSACTION_EVENTS);
-        std::thread::spawn(move || read_lines(input, &lines));
-
+        let mut lines = Lines::read(input);
         loop {
             let next = match appending.waiting_since {
-                None => events.recv().await,
-                Some(since) => match timeout_at(since + STORE_WITHIN, events.recv()).await {
+                None => lines.next().await,
+                Some(since) => match timeout_at(since + STORE_WITHIN, lines.next()).await {
                     Ok(next) => next,
                     Err(_) => {
                         appending.flush().await?;
@@ -211,21 +243,24 @@ fn refused_event(error: &AppendError, events: &[NewEvent]) -> Option<usize> {
     }
 }
 
-/// Reads lines on a thread of its own: reading standard input blocks.
-fn read_lines(input: Box<dyn Read + Send>, events: &mpsc::Sender<Read1>) {
+/// Sends each line, up to the first that is refused, or up to the end and a message that says so.
+fn read_lines(input: Box<dyn Read + Send>, lines: &mpsc::Sender<FromInput>) {
     let mut input = BufReader::new(input);
     let mut text = Vec::new();
     for line in 1.. {
         text.clear();
         let read = match (&mut input).take(LONGEST_LINE + 1).read_until(b'\n', &mut text) {
-            Ok(0) => return,
+            Ok(0) => {
+                let _ = lines.blocking_send(FromInput::End);
+                return;
+            }
             Ok(_) if text.len() as u64 > LONGEST_LINE => Some(Err(format!("longer than {LONGEST_LINE} bytes"))),
             Ok(_) => parse_line(&text).transpose(),
             Err(error) => Some(Err(format!("cannot be read: {error}"))),
         };
         let Some(read) = read else { continue };
         let failed = read.is_err();
-        if events.blocking_send((line, read)).is_err() || failed {
+        if lines.blocking_send(FromInput::Line(line, read)).is_err() || failed {
             return;
         }
     }
@@ -286,6 +321,9 @@ mod tests {
             (b"{\"stream_id\":\"a\",\"event_type\":\"$tombstone\",\"payload\":1}", "begins with `$`"),
             (b"{\"stream_id\":\"a\",\"event_type\":\"b\",\"payload\":1,\"recorded_at\":\"yesterday\"}", "recorded_at"),
             (b"{\"stream_id\":\"a\",\"event_type\":\"b\",\"payload\":1,\"event_id\":\"\"}", "event_id must be"),
+            (b"{\"stream_id\":\"a\\u001b[2J\",\"event_type\":\"b\",\"payload\":1}", "has a control character"),
+            (b"{\"stream_id\":\"a\",\"event_type\":\"b\\n\",\"payload\":1}", "has a control character"),
+            (b"{\"stream_id\":\"a\",\"event_type\":\"b\\u0085\",\"payload\":1}", "has a control character"),
             (b"{\"stream_id\":\"\xff\"}", "not UTF-8, from byte 15 on"),
             (b"stream_id,event_type", "expected value"),
         ] {
@@ -303,9 +341,47 @@ mod tests {
         // More than any memory holds.
         let endless = Box::new(std::io::repeat(b' '));
         let reading = std::thread::spawn(move || read_lines(endless, &sender));
-        let (line, read) = events.blocking_recv().expect("a refusal");
+        let Some(FromInput::Line(line, read)) = events.blocking_recv() else { panic!("it is not refused") };
         assert!(line == 1 && read.is_err_and(|reason| reason.contains("longer than")));
         reading.join().expect("it has ended");
+    }
+
+    /// Two lines, and then a panic.
+    struct Breaking(std::io::Cursor<Vec<u8>>);
+
+    impl Read for Breaking {
+        fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+            match self.0.read(buffer) {
+                Ok(0) => panic!("as the test asks"),
+                read => read,
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_reader_that_panics_is_an_error_and_not_the_end_of_the_input() {
+        let mut lines = Lines::read(Box::new(Breaking(std::io::Cursor::new(format!("{LINE}\n{LINE}\n").into_bytes()))));
+        for number in [1, 2] {
+            assert!(lines.next().await.is_some_and(|(line, event)| line == number && event.is_ok()));
+        }
+        let Some((3, Err(reason))) = lines.next().await else { panic!("it looks like the end") };
+        assert!(reason.contains("broke off"), "{reason}");
+    }
+
+    #[tokio::test]
+    async fn the_end_of_the_input_is_told_after_its_last_line() {
+        let mut lines = Lines::read(Box::new(std::io::Cursor::new(LINE.as_bytes())));
+        assert!(lines.next().await.is_some_and(|(line, event)| line == 1 && event.is_ok()));
+        assert!(lines.next().await.is_none());
+    }
+
+    #[test]
+    fn a_date_that_only_utc_puts_outside_the_calendar_is_refused() {
+        for at in ["9999-12-31T23:59:59-01:00", "0999-12-31T23:59:59Z", "0000-01-01T00:00:00+01:00"] {
+            let line = format!(r#"{{"stream_id":"a","event_type":"b","payload":1,"recorded_at":"{at}"}}"#);
+            let error = parse_line(line.as_bytes()).expect_err(at);
+            assert!(error.contains("recorded_at must lie"), "{error}");
+        }
     }
 
     proptest! {
@@ -333,11 +409,19 @@ mod tests {
             let (sender, mut events) = mpsc::channel(100);
             read_lines(Box::new(std::io::Cursor::new(input)), &sender);
             drop(sender);
-            let read: Vec<Read1> = std::iter::from_fn(|| events.blocking_recv()).collect();
+            let (mut read, mut has_ended) = (Vec::new(), false);
+            while let Some(next) = events.blocking_recv() {
+                prop_assert!(!has_ended);
+                match next {
+                    FromInput::Line(line, event) => read.push((line, event)),
+                    FromInput::End => has_ended = true,
+                }
+            }
             prop_assert!(read.is_sorted_by(|(before, _), (after, _)| before < after));
             prop_assert!(read.iter().all(|&(line, _)| line <= lines));
             let refused = read.iter().position(|(_, event)| event.is_err());
             prop_assert!(refused.is_none_or(|refused| refused + 1 == read.len()));
+            prop_assert_eq!(has_ended, refused.is_none());
         }
     }
 }

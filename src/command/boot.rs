@@ -9,20 +9,39 @@ use serde::Serialize;
 use tracing::info;
 
 use super::status::FailureReport;
-use super::{say, shutdown_signal};
-use crate::boot::{BootProgress, BootReport, Booted, NOT_AT_ITS_END, boot, tell_failed};
+use super::{parse_projector, say, shutdown_signal};
+use crate::boot::{BootProgress, BootReport, BootSettings, Booted, boot, tell_failed};
 use crate::config::Config;
 use crate::error::Error;
+use crate::projector::ProjectorId;
 use crate::registry::Registry;
+use crate::text::printable;
 
 /// How often progress is told where there is no terminal.
 const TELL_EVERY: Duration = Duration::from_secs(5);
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Run it as the last step before the new code goes live. It needs the database only. Exit code 1: a projector is broken, \
-the others are stalled, and the release must not go on; mend it and run boot again, it goes on where it stopped.")]
+Run it as the last step before the new code goes live. It needs the database only. Exit code 0: every projector of the set, \
+or every one that is named, is live or finished, and has applied what was visible in the log when boot began. Exit code 1: \
+the release must not go on; the output says which projector, why, and what to do. A projector that was broken before and is \
+mended goes live whatever becomes of the others. Run boot again: it goes on where it stopped.")]
 pub(super) struct Boot {
+    /// Boot only these, and exit by what becomes of them
+    #[arg(value_name = "NAME[@VERSION]")]
+    names: Vec<String>,
+
+    /// Accept of this projector what boot refuses: rows in the tables of a new one, more event types than it was booted with,
+    /// a table that was gone and has been restored. May be repeated
+    #[arg(long, value_name = "NAME[@VERSION]", env = "PROJECTIONIST_ACCEPT", value_delimiter = ',')]
+    accept: Vec<String>,
+
+    /// How long to wait for a database that is away, and for a transaction that holds the high-water mark below the end of the
+    /// log, in seconds
+    #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_PATIENCE", default_value_t = 60,
+          value_parser = clap::value_parser!(u64).range(..=86_400))]
+    patience: u64,
+
     /// Print the outcome of each projector as one JSON document
     #[arg(long, env = "PROJECTIONIST_JSON", value_parser = clap::builder::FalseyValueParser::new())]
     json: bool,
@@ -33,6 +52,10 @@ pub(super) struct Boot {
 struct Outcome<'a> {
     /// Whether the release may go on.
     released: bool,
+    /// Why not, if that is not the matter of one projector.
+    reason: Option<&'a str>,
+    /// The end of the log that was visible when boot began.
+    target: u64,
     projectors: Vec<ProjectorOutcome<'a>>,
 }
 
@@ -45,6 +68,10 @@ struct ProjectorOutcome<'a> {
     position: u64,
     /// Where it stood before this boot; null if it was new.
     from: Option<u64>,
+    /// Whether its definition was another than the booted one.
+    changed: bool,
+    /// Why it keeps the release from going on; null if it does not.
+    reason: Option<&'a str>,
     failure: Option<FailureReport>,
 }
 
@@ -59,8 +86,9 @@ impl Boot {
         // The first process of a container has no default for a signal: it has to listen, or be killed.
         let shutdown = shutdown_signal().inspect_err(failed)?;
         let booting = async {
+            let settings = self.settings(config, &registry).inspect_err(failed)?;
             let database = config.database().await.inspect_err(failed)?;
-            boot(&database, &registry, config.boot_limits(), |progress| display.show(progress)).await
+            boot(&database, &registry, settings, |progress| display.show(progress)).await
         };
         let report = tokio::select! {
             report = booting => report,
@@ -74,43 +102,78 @@ impl Boot {
             true => say(outcome_json(&report))?,
             false => report.projectors.iter().try_for_each(|booted| say(line(booted)))?,
         }
-        if report.is_released() {
-            return Ok(());
+        match report.is_released() {
+            true => Ok(()),
+            false => Err(Error::Projector(report.why())),
         }
-        let broken: Vec<String> = report.broken().map(|booted| booted.entry.id.to_string()).collect();
-        Err(Error::Projector(match broken.is_empty() {
-            true => NOT_AT_ITS_END.into(),
-            false => format!("broken: {}; mend it and run boot again, it goes on where it stopped", broken.join(", ")),
-        }))
     }
+
+    fn settings(&self, config: &Config, registry: &Registry) -> Result<BootSettings, Error> {
+        let mut settings = BootSettings::from(config.boot_limits(Duration::from_secs(self.patience)));
+        settings.only = find_all(&self.names, registry)?;
+        settings.accept = find_all(&self.accept, registry)?;
+        Ok(settings)
+    }
+}
+
+/// The projectors of a set with these names; every version where none is named.
+fn find_all(names: &[String], registry: &Registry) -> Result<Vec<ProjectorId>, Error> {
+    let mut found = Vec::new();
+    for text in names {
+        let (name, version) = parse_projector(text)?;
+        let matches = |id: &&ProjectorId| id.name == name && version.is_none_or(|version| version == id.version);
+        let before = found.len();
+        found.extend(registry.iter().map(|projector| &projector.id).filter(matches).cloned());
+        if found.len() == before {
+            let known: Vec<String> = registry.iter().map(|projector| projector.id.to_string()).collect();
+            return Err(Error::Input(format!("this set has no projector {text:?}; it has: {}", known.join(", "))));
+        }
+    }
+    Ok(found)
 }
 
 fn outcome_json(report: &BootReport) -> String {
     let projectors = report.projectors.iter().map(|booted| ProjectorOutcome {
-        name: &booted.entry.id.name,
-        version: booted.entry.id.version,
-        mode: booted.entry.mode.as_str(),
-        status: booted.entry.status.as_str(),
-        position: booted.entry.position.get(),
+        name: &booted.id.name,
+        version: booted.id.version,
+        mode: booted.mode.as_str(),
+        status: booted.status(),
+        position: booted.position().get(),
         from: booted.from.map(|position| position.get()),
-        failure: booted.entry.status.failure().map(FailureReport::from),
+        changed: booted.changed,
+        reason: booted.reason.as_deref(),
+        failure: booted.entry.as_ref().and_then(|entry| entry.status.failure()).map(FailureReport::from),
     });
-    let outcome = Outcome { released: report.is_released(), projectors: projectors.collect() };
+    let outcome = Outcome {
+        released: report.is_released(),
+        reason: report.reason.as_deref(),
+        target: report.target.get(),
+        projectors: projectors.collect(),
+    };
     serde_json::to_string(&outcome).unwrap_or_else(|error| unreachable!("plain strings and numbers: {error}"))
 }
 
 fn line(booted: &Booted) -> String {
-    let Booted { entry, from, attempted } = booted;
-    let outcome = match (attempted, from) {
-        (false, _) => "nothing to boot".to_owned(),
-        (true, None) => "new".to_owned(),
-        (true, Some(from)) => format!("resumed from {from}"),
+    let mut outcome = match (&booted.entry, booted.attempted, booted.from) {
+        (None, ..) => "not entered".to_owned(),
+        (_, false, _) => "nothing to boot".to_owned(),
+        (_, true, None) => "new".to_owned(),
+        (_, true, Some(from)) => format!("resumed from {from}"),
     };
-    let mut line =
-        format!("{:<40} {:<9} position {:>10}  {outcome}", entry.id.to_string(), entry.status, entry.position);
-    if let Some(failure) = entry.status.failure() {
-        let event = failure.event.as_ref().map(|event| format!(" at {} ({})", event.position, event.event_type));
-        line.push_str(&format!("\n  failed{}: {}", event.unwrap_or_default(), failure.error));
+    if booted.changed {
+        outcome.push_str("; changed since it was booted");
+    }
+    let (id, status, position) = (booted.id.to_string(), booted.status(), booted.position());
+    let mut line = format!("{id:<40} {status:<9} position {position:>10}  {outcome}");
+    let failure = booted.entry.as_ref().and_then(|entry| entry.status.failure());
+    match (failure, &booted.reason) {
+        (Some(failure), _) => {
+            let event = failure.event.as_ref().map(|event| format!(" at {} ({})", event.position, event.event_type));
+            let failed = format!("failed{}: {}", event.unwrap_or_default(), failure.error);
+            line.push_str(&format!("\n  {}", printable(&failed)));
+        }
+        (None, Some(reason)) => line.push_str(&format!("\n  {}", printable(reason))),
+        (None, None) => {}
     }
     line
 }
@@ -154,7 +217,14 @@ impl Display {
                 bar.reset_eta();
             }
             bar.set_position(lowest);
-            bar.set_message(format!("{} projectors", progress.positions.len()));
+            bar.set_message(match &progress.waiting {
+                None => format!("{} projectors", progress.positions.len()),
+                Some(waiting) => format!("waiting for {} s: {}", waiting.waited.as_secs(), waiting.reason),
+            });
+            return;
+        }
+        if progress.waiting.is_some() {
+            // Boot itself logs why it waits.
             return;
         }
         let Some(round) = self.round.as_mut().filter(|round| now - round.told >= TELL_EVERY) else { return };

@@ -2,6 +2,7 @@
 
 use clap::Args;
 use clap::builder::FalseyValueParser;
+use indicatif::HumanCount;
 
 use super::{confirm, say};
 use crate::config::Config;
@@ -9,12 +10,13 @@ use crate::error::Error;
 use crate::store::{EventStore, Held};
 
 /// Positions that are filled between two looks.
-const STEP: usize = 10_000;
+const STEP: u64 = 10_000;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
 A gap of over 65,536 positions holds the high-water mark until somebody has looked: a wrong auto_increment, an explicit \
-position. This puts a tombstone into each missing position; what a writer has taken is left alone.")]
+position. This puts a filler into each missing position; what a writer has taken is left alone. Positions at or below the \
+high-water mark are decided already: what is missing there was deleted, and is a matter for `audit`.")]
 pub(super) struct Fill {
     /// The first missing position
     #[arg(value_parser = clap::value_parser!(u64).range(1..))]
@@ -43,25 +45,44 @@ impl Fill {
                 "the last position of the log is {visible}: there is no gap up to {last}"
             )));
         }
-        confirm(&format!("each missing position from {first} to {last} gets a tombstone"), yes)?;
-        let mut filled = Vec::with_capacity(STEP);
+        let mark = store.marks().await?.high_water.get();
+        if first <= mark {
+            return Err(Error::Input(format!(
+                "the positions up to the high-water mark, {mark}, are decided already: what is missing there was deleted. \
+                 See `projectionist audit`, and `audit --accept`"
+            )));
+        }
+        confirm(&format!("each missing position from {first} to {last} gets a filler"), yes)?;
+        let mut filled = 0;
         let mut next = first;
-        while next <= last {
-            let end = last.min(next + STEP as u64 - 1);
-            filled.clear();
-            filled.extend(next..=end);
-            if let Some(held) = store.fill(&filled).await? {
+        loop {
+            let end = last.min(next.saturating_add(STEP - 1));
+            let positions: Vec<u64> = (next..=end).collect();
+            let step = store.fill(&positions).await?;
+            filled += step.count;
+            if let Some(held) = step.held {
                 let at = match held {
                     Held::InFlight(position) => position.get(),
                     Held::Gap(gap) => *gap.start(),
                 };
                 return Err(Error::Input(format!(
-                    "a transaction that has not ended holds position {at}; filled up to {}. Run it again when that has ended",
-                    next - 1
+                    "a transaction that has not ended holds a position from {at} on; {filled} positions were filled before it. \
+                     Run it again when that has ended"
                 )));
+            }
+            if end == last {
+                break;
             }
             next = end + 1;
         }
-        say(format!("positions {first} to {last} are filled"))
+        let taken = HumanCount((last - first).saturating_add(1) - filled);
+        match filled {
+            0 => say(format!("nothing to fill: each position from {first} to {last} has a row")),
+            1 => say(format!("filled 1 position from {first} to {last}; {taken} had a row already")),
+            filled => {
+                let filled = HumanCount(filled);
+                say(format!("filled {filled} positions from {first} to {last}; {taken} had a row already"))
+            }
+        }
     }
 }

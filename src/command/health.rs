@@ -2,6 +2,7 @@
 
 use std::convert::Infallible;
 use std::fs::File;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -32,7 +33,7 @@ pub(super) struct Health {
 impl Health {
     pub(super) fn run(self) -> Result<(), Error> {
         let file = self.heartbeat.display();
-        let touched = std::fs::metadata(&self.heartbeat).and_then(|file| file.modified());
+        let touched = std::fs::symlink_metadata(&self.heartbeat).and_then(|file| file.modified());
         let touched = touched.map_err(|error| Error::Unhealthy(format!("no heartbeat in {file}: {error}")))?;
         // One that is ahead was touched before the clock was set back: that is not long ago.
         let age = SystemTime::now().duration_since(touched).unwrap_or_default().as_secs();
@@ -95,13 +96,51 @@ impl Drop for Heart {
     }
 }
 
+/// Writes a new file beside it, and gives it this name: a symbolic link of this name is replaced and not followed, so that in
+/// a folder that others can write to, too, no file of ours can be touched or made through it.
 fn touch(file: &Path) -> std::io::Result<()> {
-    File::options().create(true).truncate(false).write(true).open(file)?.set_modified(SystemTime::now())
+    let mut beside = file.as_os_str().to_owned();
+    beside.push(format!(".{}", std::process::id()));
+    let beside = PathBuf::from(beside);
+    let made = File::options().create_new(true).write(true).open(&beside);
+    let made = match made {
+        // Left by a process of our number that was killed, or put there to be followed.
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+            std::fs::remove_file(&beside)?;
+            File::options().create_new(true).write(true).open(&beside)
+        }
+        made => made,
+    };
+    made?;
+    std::fs::rename(&beside, file)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_heartbeat_does_not_follow_symbolic_links() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (target, link) = (folder.path().join("target"), folder.path().join("heartbeat"));
+        std::fs::write(&target, "not a heartbeat").expect("written");
+        let long_ago = SystemTime::now() - Duration::from_secs(3600);
+        File::options().write(true).open(&target).and_then(|file| file.set_modified(long_ago)).expect("dated");
+        let beside = folder.path().join(format!("heartbeat.{}", std::process::id()));
+        for place in [&link, &beside] {
+            std::os::unix::fs::symlink(&target, place).expect("linked");
+        }
+        let missing = folder.path().join("missing");
+        touch(&link).expect("touched");
+        let dated = std::fs::metadata(&target).and_then(|file| file.modified()).expect("it is there");
+        assert_eq!(dated, long_ago);
+        assert!(!std::fs::symlink_metadata(&link).expect("it is there").is_symlink() && !beside.exists());
+
+        std::fs::remove_file(&link).expect("removed");
+        std::os::unix::fs::symlink(&missing, &link).expect("linked");
+        touch(&link).expect("touched");
+        assert!(!missing.exists(), "nothing is made through a link");
+    }
 
     #[tokio::test]
     async fn a_loop_that_is_blocked_has_no_heartbeat() {

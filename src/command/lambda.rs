@@ -84,7 +84,7 @@ impl Lambda {
         let init = timeout(INIT_WITHIN, Function::init(self, config, registry));
         let init = tokio::select! {
             biased;
-            _ = shutdown.wait_for(|stop| *stop) => return Ok(()),
+            stop = shutdown.wait_for(|stop| *stop) => return told_to_stop(stop.is_ok()),
             init = init => init,
         };
         let late = || {
@@ -104,12 +104,20 @@ impl Lambda {
         loop {
             let invocation = tokio::select! {
                 biased;
-                _ = shutdown.wait_for(|stop| *stop) => return Ok(()),
+                stop = shutdown.wait_for(|stop| *stop) => return told_to_stop(stop.is_ok()),
                 next = api.next() => next?,
             };
             let answer = function.invoke(&invocation.event, invocation.remaining(), &shutdown).await;
             api.answer(invocation, answer).await;
         }
+    }
+}
+
+/// The end of the function: by a signal, or because the task that waits for signals has ended without one.
+fn told_to_stop(is_by_signal: bool) -> Result<(), Error> {
+    match is_by_signal {
+        true => Ok(()),
+        false => Err(Error::OutOfReach("the task that waits for signals has ended without one".into())),
     }
 }
 
@@ -182,7 +190,8 @@ impl<'a> Function<'a> {
                 Arc::clone(self.queue.insert(Arc::new(connected)))
             }
         };
-        let relay = Relay::new(self.worker.engine.store.clone(), queue, self.options.relay.settings());
+        let (store, watch) = (self.worker.engine.store.clone(), self.worker.watch.clone());
+        let relay = Relay::new(store, queue, self.options.relay.settings(), watch);
         let relay_for = Duration::from_secs(self.options.relay_seconds);
         let summary = relay_and_reconcile(&mut self.worker, relay, relay_for, deadline).await?;
         serde_json::to_value(summary).map_err(|error| Error::Input(error.to_string()))

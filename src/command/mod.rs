@@ -24,6 +24,7 @@ use crate::error::Error;
 use crate::lambda::RUNTIME_API;
 use crate::registry::Registry;
 use crate::telemetry;
+use crate::text;
 
 /// Boots, plays and retires projectors: replays a MySQL event store, then hands over to one live SQS queue.
 ///
@@ -78,6 +79,9 @@ pub fn run(registry: Registry) -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    if cli.config.redact_errors {
+        text::redact_errors();
+    }
     let telemetry = telemetry::start(cli.config.log_format, &cli.config.log, cli.config.alert_url.as_deref());
     let ended = telemetry.and_then(|_until_the_end| runtime.block_on(execute(cli.command, &cli.config, registry)));
     match ended {
@@ -125,6 +129,17 @@ fn say(text: impl std::fmt::Display) -> Result<(), Error> {
             Err(Error::Input(format!("cannot write to standard output: {error}")))
         }
         _ => Ok(()),
+    }
+}
+
+/// Reads NAME[@VERSION].
+fn parse_projector(text: &str) -> Result<(&str, Option<u32>), Error> {
+    match text.split_once('@') {
+        None => Ok((text, None)),
+        Some((name, version)) => match version.parse() {
+            Ok(version) => Ok((name, Some(version))),
+            Err(_) => Err(Error::Input(format!("{text:?}: the version after @ must be a number"))),
+        },
     }
 }
 

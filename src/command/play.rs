@@ -20,7 +20,8 @@ use crate::telemetry::Watched;
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Plays only what boot has made live. Ends at SIGTERM or SIGINT, with the batch in hand finished or rolled back, and exit \
-code 0. With --until-idle, exit code 1 says that a projector broke meanwhile; all others are at the high-water mark then, too.")]
+code 0. A projector that was booted with another definition than this worker has is not played. With --until-idle, exit code 1 \
+says that a projector broke meanwhile, or was not played for that reason; all others are at the high-water mark then, too.")]
 pub(super) struct Play {
     /// Do not publish the log: a relay runs elsewhere
     #[arg(long, env = "PROJECTIONIST_NO_RELAY", value_parser = FalseyValueParser::new())]
@@ -113,9 +114,13 @@ impl Play {
             return Ok(());
         }
         say(format!("idle: played {} messages", played.messages))?;
-        match played.broken {
-            0 => Ok(()),
-            broken => Err(Error::Projector(format!(
+        match (played.broken, played.outdated) {
+            (0, 0) => Ok(()),
+            (0, outdated) => Err(Error::Projector(format!(
+                "{outdated} projector(s) were booted with another definition than this worker has, and were not played; \
+                 the log lines before this name them. Run boot with this set, or play with the one that was booted"
+            ))),
+            (broken, _) => Err(Error::Projector(format!(
                 "{broken} projector(s) broke and the others are at the high-water mark; see status, mend, and run boot"
             ))),
         }

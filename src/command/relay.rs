@@ -11,6 +11,7 @@ use tracing::info;
 use super::{say, shutdown_signal};
 use crate::config::Config;
 use crate::error::Error;
+use crate::held::LogWatch;
 use crate::relay::{Looked, Relay, RelaySettings};
 use crate::store::EventStore;
 
@@ -54,7 +55,7 @@ impl RelayCommand {
             () = &mut shutdown => return Ok(()),
         };
         let store = EventStore::new(&database);
-        let mut relay = Relay::new(store.clone(), Arc::new(queue), self.options.settings());
+        let mut relay = Relay::new(store.clone(), Arc::new(queue), self.options.settings(), LogWatch::default());
         if !self.once {
             // Fails at once where the tables are missing, rather than trying for ever.
             let marks = tokio::select! {

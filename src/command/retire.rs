@@ -3,7 +3,7 @@
 use clap::Args;
 use clap::builder::FalseyValueParser;
 
-use super::{confirm, say};
+use super::{confirm, parse_projector, say};
 use crate::apply;
 use crate::config::Config;
 use crate::error::{Error, tell};
@@ -77,15 +77,7 @@ impl Retire {
     }
 
     fn find(&self, entries: &[Entry]) -> Result<Entry, Error> {
-        let (name, version) = match self.projector.split_once('@') {
-            None => (self.projector.as_str(), None),
-            Some((name, version)) => (
-                name,
-                Some(version.parse::<u32>().map_err(|_| {
-                    Error::Input(format!("{:?}: the version after @ must be a number", self.projector))
-                })?),
-            ),
-        };
+        let (name, version) = parse_projector(&self.projector)?;
         let matches =
             |entry: &&Entry| entry.id.name == name && version.is_none_or(|version| version == entry.id.version);
         let found: Vec<&Entry> = entries.iter().filter(matches).collect();

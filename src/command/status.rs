@@ -18,11 +18,12 @@ use crate::lifecycle::Failure;
 use crate::projector::Mode;
 use crate::registry::{Registered, Registry};
 use crate::store::EventStore;
+use crate::text::printable;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Lag in events counts positions up to the high-water mark, whether or not the projector wants them; lag in seconds is the \
-age of the oldest of them. Waits for no lock: it may be run beside boot and play at any time.")]
+Lag in events counts positions up to the end of the log, whether or not the projector wants them; lag in seconds is the \
+age of the oldest event there. What has held the high-water mark below the end of the log for some seconds is named. Waits for no lock: it may be run beside boot and play at any time.")]
 pub(super) struct StatusCommand {
     /// Print one JSON document
     #[arg(long, env = "PROJECTIONIST_JSON", value_parser = FalseyValueParser::new())]
@@ -33,11 +34,22 @@ pub(super) struct StatusCommand {
 #[derive(Serialize)]
 struct StatusReport {
     high_water: u64,
-    published: u64,
-    projectors: Vec<ProjectorReport>,
-    /// The last position that is visible, below the mark or above; shown in the table.
-    #[serde(skip)]
+    /// The last position that is visible, above the mark or, where the log was truncated or restored, below it.
     visible: u64,
+    /// What has held the mark below the end of the log for some seconds; null if nothing has.
+    held: Option<HeldReport>,
+    published: u64,
+    /// What is wrong with the log, as far as a look at its end tells; `audit` tells more.
+    log_fault: Option<String>,
+    projectors: Vec<ProjectorReport>,
+}
+
+#[derive(Serialize)]
+struct HeldReport {
+    position: u64,
+    /// The last missing position of a gap that is too wide to be filled unasked; else null.
+    last: Option<u64>,
+    since: String,
 }
 
 #[derive(Serialize)]
@@ -49,6 +61,10 @@ struct ProjectorReport {
     position: u64,
     lag_events: u64,
     lag_seconds: f64,
+    /// The digest of the definition with which it was last booted; null if it is new, or was booted before there were any.
+    digest: Option<String>,
+    /// Whether the given set has another definition; null where no set is given, or not with this projector.
+    changed: Option<bool>,
     failure: Option<FailureReport>,
     /// Whether the given set has it; shown in the table.
     #[serde(skip)]
@@ -90,10 +106,11 @@ impl StatusCommand {
 
 async fn report(ledger: &Ledger, store: &EventStore, registry: &Registry) -> Result<StatusReport, Error> {
     let standing = Standing::read(ledger, store).await?;
-    let visible = store.last_visible().await?.max(standing.high_water).get();
-    let known = |entry: &Entry| registry.get(&entry.id).is_some();
-    let mut projectors: Vec<ProjectorReport> =
-        standing.projectors.iter().map(|(entry, lag)| ProjectorReport::of(entry, *lag, known(entry))).collect();
+    let mut projectors: Vec<ProjectorReport> = standing
+        .projectors
+        .iter()
+        .map(|(entry, lag)| ProjectorReport::of(entry, *lag, registry.get(&entry.id).map(Arc::as_ref)))
+        .collect();
     let is_new = |projector: &&Arc<Registered>| standing.projectors.iter().all(|(entry, _)| entry.id != projector.id);
     for projector in registry.iter().filter(is_new) {
         let lag = match projector.mode {
@@ -108,16 +125,29 @@ async fn report(ledger: &Ledger, store: &EventStore, registry: &Registry) -> Res
             position: 0,
             lag_events: lag.events,
             lag_seconds: lag.seconds,
+            digest: None,
+            changed: Some(false),
             failure: None,
             is_known: true,
         });
     }
-    let (high_water, published) = (standing.high_water.get(), standing.published.get());
-    Ok(StatusReport { high_water, published, projectors, visible })
+    let log_fault = store.log_fault().await?.map(|fault| fault.to_string());
+    Ok(StatusReport {
+        high_water: standing.high_water.get(),
+        visible: standing.visible.get(),
+        held: standing.held.map(|held| HeldReport {
+            position: held.position.get(),
+            last: held.last.map(Position::get),
+            since: held.since.format(&Rfc3339).unwrap_or_else(|_| held.since.to_string()),
+        }),
+        published: standing.published.get(),
+        log_fault,
+        projectors,
+    })
 }
 
 impl ProjectorReport {
-    fn of(entry: &Entry, lag: Lag, is_known: bool) -> Self {
+    fn of(entry: &Entry, lag: Lag, known: Option<&Registered>) -> Self {
         ProjectorReport {
             name: entry.id.name.clone(),
             version: entry.id.version,
@@ -126,8 +156,10 @@ impl ProjectorReport {
             position: entry.position.get(),
             lag_events: lag.events,
             lag_seconds: lag.seconds,
+            digest: entry.digest.clone(),
+            changed: known.map(|projector| !entry.is_booted_with(&projector.digest)),
             failure: entry.status.failure().map(FailureReport::from),
-            is_known,
+            is_known: known.is_some(),
         }
     }
 }
@@ -140,6 +172,7 @@ fn table(report: &StatusReport, has_set: bool) -> String {
         let note = match &projector.failure {
             Some(failure) => failure.summary(),
             None if has_set && !projector.is_known => "(not in this set)".into(),
+            None if projector.changed == Some(true) => "(changed since it was booted)".into(),
             None => String::new(),
         };
         table.add_row([
@@ -150,17 +183,25 @@ fn table(report: &StatusReport, has_set: bool) -> String {
             projector.position.to_string(),
             projector.lag_events.to_string(),
             format!("{:.1}", projector.lag_seconds),
-            note,
+            printable(&note).into_owned(),
         ]);
     }
-    let mut marks = format!("high-water mark {}   published {}", report.high_water, report.published);
-    if report.visible > report.high_water {
-        // A lag of zero says nothing about what stands above the mark.
-        marks.push_str(&format!(
-            "\nthe mark is held: the log goes on to {}, but at {} a transaction is open, or a position is missing",
-            report.visible,
-            report.high_water + 1
-        ));
+    let mut marks = format!(
+        "high-water mark {}   end of the log {}   published {}",
+        report.high_water, report.visible, report.published
+    );
+    if let Some(fault) = &report.log_fault {
+        marks.push_str(&format!("\nlog fault: {fault}"));
+    }
+    match &report.held {
+        Some(HeldReport { position, last: None, since }) => marks.push_str(&format!(
+            "\nthe mark is held since {since}: at {position} a transaction is open, and nothing after it is played"
+        )),
+        Some(HeldReport { position, last: Some(last), since }) => marks.push_str(&format!(
+            "\nthe mark is held since {since}: {position} to {last} are missing; if nobody still writes there: \
+             projectionist fill {position} {last}"
+        )),
+        None => {}
     }
     match report.projectors.is_empty() {
         true => format!("{marks}\nno projector was booted yet"),

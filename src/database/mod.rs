@@ -288,7 +288,13 @@ impl Database {
     async fn run_migrations(&self, connection: &mut MySqlConnection) -> Result<(), Error> {
         Self::migrator().run(connection).await.map_err(|error| match error {
             sqlx::migrate::MigrateError::Execute(error) | sqlx::migrate::MigrateError::ExecuteMigration(error, _) => {
-                Error::Database(error)
+                match server_error(&error) {
+                    Some(1709) => Error::Input(format!(
+                        "the tables cannot be migrated: set innodb_default_row_format to dynamic, its default, for our \
+                         indexes are too long for another: {error}"
+                    )),
+                    _ => Error::Database(error),
+                }
             }
             sqlx::migrate::MigrateError::Dirty(version) => Error::Input(format!(
                 "migration {version} was begun and did not come to its end: a table of its may have been there already, or it \

@@ -33,9 +33,26 @@ pub(crate) const NEEDS: &[(&str, &[Need])] = &[
     ),
     ("relay", &[("events", &["select", "insert"]), ("event_log", &["select", "update"])]),
     ("status", &[("events", &["select"]), ("event_log", &["select"]), ("projectors", &["select"])]),
-    ("audit", &[("events", &["select"]), ("event_log", &["select"]), ("projectors", &["select"])]),
+    (
+        "audit",
+        &[
+            ("events", &["select"]),
+            ("event_log", &["select"]),
+            ("projectors", &["select"]),
+            ("log_acceptances", &["select"]),
+        ],
+    ),
+    (
+        "audit --accept",
+        &[
+            ("events", &["select", "insert"]),
+            ("event_log", &["select", "update"]),
+            ("projectors", &["select"]),
+            ("log_acceptances", &["select", "insert"]),
+        ],
+    ),
     ("retire", &[("projectors", &["select", "update", "delete"])]),
-    ("fill", &[("events", &["select", "insert"])]),
+    ("fill", &[("events", &["select", "insert"]), ("event_log", &["select"])]),
 ];
 
 /// What `*` stands for.

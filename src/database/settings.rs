@@ -91,6 +91,7 @@ const SETTINGS: &[Setting] = &[
     ("explicit_defaults_for_timestamp", "1", Once, "a setup's timestamp columns would change by themselves"),
     ("default_tmp_storage_engine", "'InnoDB'", Once, "temporary tables would have no transactions"),
     ("sql_buffer_result", "0", Once, "every result would be copied to a table first"),
+    ("tmp_table_size", ENOUGH_FOR_TABLES, Once, "on MySQL, `group_concat(distinct …)` would repeat values if it is tiny"),
     ("big_tables", "0", Once, "every temporary table would be on disk"),
     ("updatable_views_with_limit", "1", Once, "updates of some views would be refused"),
     ("profiling", "0", Once, "every statement would be recorded"),
@@ -103,8 +104,12 @@ const SETTINGS: &[Setting] = &[
 /// What the character set `utf8` is stays the server's choice.
 const KEPT_OLD_MODE: &str = "if(find_in_set('UTF8_IS_UTF8MB3', @@global.old_mode), 'UTF8_IS_UTF8MB3', '')";
 
-/// An `init_connect` may have begun a transaction, in which some variables cannot be set.
-const AS_IT_BEGAN: &str = "rollback";
+/// The server's, unless it is tiny.
+const ENOUGH_FOR_TABLES: &str = "greatest(@@global.tmp_table_size, 1048576)";
+
+/// An `init_connect` may have begun a transaction, in which some variables cannot be set. In words that do not depend on
+/// `completion_type`.
+const AS_IT_BEGAN: &str = "rollback and no chain no release";
 
 /// The limits of time of a statement, which may be too short even for the first look at a server. Each is of one kind of
 /// server.
@@ -235,7 +240,7 @@ impl Settings {
             .filter(|((_, expected), found)| expected != *found)
             .map(|((name, expected), found)| format!("{name} is {found:?} and was {expected:?}"))
             .collect();
-        let now: Option<String> = sqlx::query_scalar("select database()").fetch_one(&mut *connection).await?;
+        let now: Option<String> = sqlx::query_scalar("select database() limit 1").fetch_one(&mut *connection).await?;
         if now.as_deref() != Some(&*self.database) {
             let now = now.as_deref().unwrap_or("none");
             changed.push(format!("the default database is {now} and was {}", self.database));
@@ -249,7 +254,7 @@ impl Settings {
 }
 
 /// `sysdate` goes on where `set timestamp` has stopped `now`.
-const CLOCK_GOES: &str = "select abs(@@timestamp - unix_timestamp(sysdate())) < 5";
+const CLOCK_GOES: &str = "select abs(@@timestamp - unix_timestamp(sysdate())) < 5 limit 1";
 
 /// The session variables that this server has, of those that are of interest.
 async fn known(connection: &mut MySqlConnection) -> Result<Vec<String>, Error> {
@@ -264,7 +269,8 @@ async fn read(connection: &mut MySqlConnection, names: &[&str]) -> Result<Vec<St
     // Converted here, for `character_set_results` may be wrong.
     let columns: Vec<String> =
         names.iter().map(|name| format!("convert(coalesce(@@session.{name}, '') using ascii)")).collect();
-    let select = format!("select {}", columns.join(", "));
+    // `sql_select_limit` may be 0, and a `limit` stands above it.
+    let select = format!("select {} limit 1", columns.join(", "));
     let row = sqlx::raw_sql(AssertSqlSafe(select)).fetch_one(connection).await?;
     (0..names.len()).map(|column| row.try_get(column).map(as_number)).collect()
 }

@@ -32,6 +32,9 @@ pub(crate) struct Summary {
     high_water: u64,
     /// Live projectors that are not yet where the mark was when it began. The next invocation goes on with them.
     behind: Vec<String>,
+    /// Live projectors of the set that were booted with another definition than this function has: it does not play
+    /// them.
+    outdated: Vec<String>,
     /// Projectors of the set that are broken.
     broken: Vec<String>,
 }
@@ -41,6 +44,8 @@ struct Look {
     published: Position,
     high_water: Position,
     live: Vec<(ProjectorId, Position)>,
+    /// Live projectors that this function does not play: they were booted with another definition.
+    outdated: Vec<ProjectorId>,
     broken: Vec<ProjectorId>,
 }
 
@@ -136,20 +141,22 @@ impl Watch {
             published: last.published.get(),
             high_water: last.high_water.get(),
             behind: behind.map(|(id, _)| id.to_string()).collect(),
+            outdated: last.outdated.iter().map(ToString::to_string).collect(),
             broken: last.broken.iter().map(ToString::to_string).collect(),
         })
     }
 }
 
 async fn look(worker: &Worker) -> Result<Look, sqlx::Error> {
-    let (mut live, mut broken) = (Vec::new(), Vec::new());
+    let (mut live, mut outdated, mut broken) = (Vec::new(), Vec::new(), Vec::new());
     let marks = worker.engine.store.marks().await?;
     for entry in worker.entries().await? {
         match entry.status {
+            Status::Live if worker.outdated().contains(&entry.id) => outdated.push(entry.id),
             Status::Live => live.push((entry.id, entry.position)),
             Status::Broken(_) => broken.push(entry.id),
             _ => {}
         }
     }
-    Ok(Look { published: marks.published, high_water: marks.high_water, live, broken })
+    Ok(Look { published: marks.published, high_water: marks.high_water, live, outdated, broken })
 }

@@ -23,6 +23,7 @@ impl Worker {
     pub(super) async fn fan_out(&mut self, bodies: &[String]) -> Result<(), sqlx::Error> {
         // Read again with every batch: what was booted, broken or retired meanwhile joins or leaves.
         let (live, marks) = tokio::try_join!(self.engine.ledger.live(), self.engine.store.marks())?;
+        let live = self.sort_out(live);
         let (runs, doorbells) = sort(bodies, &self.log_id, marks.high_water);
         let target = match doorbells {
             0 => None,

@@ -24,6 +24,7 @@ use crate::queue::{Queue, Receipt, Received};
 use crate::registry::Registry;
 use crate::relay::{Relay, RelaySettings};
 use crate::retry;
+use crate::store::LogFault;
 pub use convoy::ConvoyBudget;
 pub(crate) use cut_off::Deadline;
 use intake::Intake;
@@ -71,6 +72,8 @@ pub struct Played {
     pub messages: u64,
     /// Projectors that broke meanwhile.
     pub broken: u64,
+    /// Live projectors that were not played at the end: they were booted with another definition than this worker has.
+    pub outdated: u64,
 }
 
 /// Plays every live projector of a set, until `shutdown`. Projectors that are booted, broken or retired
@@ -79,7 +82,7 @@ pub struct Played {
 /// While database or queue are away it waits, and goes on by itself.
 ///
 /// # Errors
-/// If the log cannot be read at the start.
+/// If the log cannot be read at the start; or, where it is to end when all is quiet, if the log has lost its end.
 pub async fn play(
     database: &Database,
     queue: Arc<dyn Queue>,
@@ -94,10 +97,11 @@ pub async fn play(
         () = &mut shutdown => return Ok(Played::default()),
         worker = Worker::new(database, registry, settings.limits, settings.convoy, settings.reconcile_after) => worker?,
     };
-    let mut player = Player { worker, queue, settings, messages: 0, quarrel: Quarrel::default() };
+    let mut player = Player { worker, queue, settings, messages: 0, quarrel: Quarrel::default(), fault: None };
 
     let relay = player.settings.relay.map(|settings| {
-        let mut relay = Relay::new(player.worker.engine.store.clone(), Arc::clone(&player.queue), settings);
+        let (store, watch) = (player.worker.engine.store.clone(), player.worker.watch.clone());
+        let mut relay = Relay::new(store, Arc::clone(&player.queue), settings, watch);
         let (stop, stopped) = oneshot::channel::<()>();
         let task = tokio::spawn(async move {
             tokio::select! {
@@ -111,11 +115,15 @@ pub async fn play(
     player.run(&mut intake, shutdown).await;
     intake.close().await;
     let broken = player.worker.broken_so_far();
+    let outdated = player.worker.outdated().len() as u64;
     if let Some((stop, task)) = relay {
         let _ = stop.send(());
         let _ = timeout(player.settings.grace, task).await;
     }
-    Ok(Played { messages: player.messages, broken })
+    match player.fault {
+        Some(fault) => Err(Error::Fault(fault.to_string())),
+        None => Ok(Played { messages: player.messages, broken, outdated }),
+    }
 }
 
 /// A worker that the queue feeds.
@@ -126,6 +134,8 @@ struct Player {
     /// How many were taken from the queue and deleted.
     messages: u64,
     quarrel: Quarrel,
+    /// Why it can never be idle: the log has lost its end.
+    fault: Option<LogFault>,
 }
 
 impl Player {
@@ -235,19 +245,27 @@ impl Player {
         false
     }
 
-    /// Whether queue and log are quiet and every live projector is at the high-water mark.
-    async fn is_idle(&self) -> bool {
+    /// Whether queue and log are quiet and every live projector is at the high-water mark; or the log has a fault, so that
+    /// this never comes.
+    async fn is_idle(&mut self) -> bool {
         let store = &self.worker.engine.store;
         let quiet = async {
             let high_water = store.raise_high_water().await?;
+            if high_water.fault.is_some() {
+                return Ok((true, high_water.fault));
+            }
             let all_seen = high_water.held.is_none() && store.last_visible().await? == high_water.mark;
             let published = store.marks().await?.published;
             let all_sent = self.settings.relay.is_none() || published >= high_water.mark;
             let mut live = self.worker.live().await?.into_iter();
-            Ok::<_, sqlx::Error>(all_seen && all_sent && live.all(|(_, position)| position >= high_water.mark))
+            Ok::<_, sqlx::Error>((all_seen && all_sent && live.all(|(_, position)| position >= high_water.mark), None))
         };
         match quiet.await {
-            Ok(quiet) => quiet && self.queue.depth().await.is_ok_and(|depth| depth == 0),
+            Ok((_, Some(fault))) => {
+                self.fault = Some(fault);
+                true
+            }
+            Ok((quiet, None)) => quiet && self.queue.depth().await.is_ok_and(|depth| depth == 0),
             Err(error) => {
                 debug!(%error, "cannot tell whether all is quiet");
                 false

@@ -7,6 +7,7 @@ use tracing::{info, warn};
 
 use super::worker::Worker;
 use crate::event::Position;
+use crate::metrics;
 use crate::projector::ProjectorId;
 
 /// However busy the queue is, positions are compared this often.
@@ -69,8 +70,9 @@ impl Worker {
 
     async fn try_reconcile(&mut self) -> Result<(), sqlx::Error> {
         self.broken += self.stragglers.rejoin();
-        let mark = self.engine.store.raise_high_water().await?.mark;
-        let mut live = self.live().await?;
+        let mark = self.watch.raise_high_water(&self.engine.store).await?.mark;
+        metrics::mark_held(self.watch.since());
+        let mut live = self.live_and_outdated().await?;
         live.retain(|(id, _)| !self.stragglers.hold(id));
         let overdue = self.reconcile.overdue(Instant::now(), &live, mark, self.reconcile_after);
         for (id, position) in live.into_iter().filter(|(id, _)| overdue.contains(id)) {

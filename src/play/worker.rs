@@ -1,5 +1,6 @@
 //! The worker: the engine, the convoy, and what is known of who stands still. Play feeds it from the queue, and so does Lambda.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use tracing::{info, warn};
@@ -11,7 +12,8 @@ use crate::database::Database;
 use crate::deliver::{Engine, Limits};
 use crate::error::Error;
 use crate::event::Position;
-use crate::ledger::Entry;
+use crate::held::LogWatch;
+use crate::ledger::{Entry, Live};
 use crate::lifecycle::{Stage, Status};
 use crate::metrics;
 use crate::projector::ProjectorId;
@@ -31,10 +33,14 @@ pub(crate) struct Worker {
     pub(super) reconcile_after: Duration,
     pub(super) reconcile: Reconcile,
     pub(super) stragglers: Stragglers,
+    /// What is known of the mark's troubles. The relay of this process has it, too.
+    pub(crate) watch: LogWatch,
     /// Whom the others in the convoy wait for.
     pub(super) led: Option<ProjectorId>,
     /// Projectors that broke since it began.
     pub(super) broken: u64,
+    /// Live projectors that were booted with another definition than this worker has, as it was last logged.
+    outdated: BTreeSet<ProjectorId>,
     quarrel: Quarrel,
 }
 
@@ -62,8 +68,10 @@ impl Worker {
             reconcile_after,
             reconcile: Reconcile::default(),
             stragglers: Stragglers::new(database.handler_connections()),
+            watch: LogWatch::default(),
             led: None,
             broken: 0,
+            outdated: BTreeSet::new(),
             quarrel: Quarrel::default(),
         };
         worker.introduce().await?;
@@ -76,6 +84,8 @@ impl Worker {
         for projector in self.registry.iter() {
             match entries.iter().find(|entry| entry.id == projector.id) {
                 None => warn!(projector = %projector.id, status = "new", "not booted, and so not played: run boot"),
+                // Logged when the live projectors are read.
+                Some(entry) if entry.status == Status::Live && !entry.is_booted_with(&projector.digest) => {}
                 Some(entry) if entry.status == Status::Live => {
                     info!(
                         projector = %entry.id, status = %entry.status, position = entry.position.get(),
@@ -115,11 +125,46 @@ impl Worker {
         Ok(entries)
     }
 
-    /// The live projectors of the set, and where they stand.
+    /// The live projectors of the set that were booted with the definition of this worker, and where they stand.
     pub(super) async fn live(&self) -> Result<Vec<(ProjectorId, Position)>, sqlx::Error> {
-        let mut live = self.engine.ledger.live().await?;
-        live.retain(|(id, _)| self.registry.get(id).is_some());
-        Ok(live)
+        let live = self.engine.ledger.live().await?;
+        Ok(live.into_iter().filter(|live| self.plays(live)).map(|live| (live.id, live.position)).collect())
+    }
+
+    /// [`Worker::live`]. Logs which projectors became outdated since the last time, and which no longer are.
+    pub(super) async fn live_and_outdated(&mut self) -> Result<Vec<(ProjectorId, Position)>, sqlx::Error> {
+        let live = self.engine.ledger.live().await?;
+        Ok(self.sort_out(live))
+    }
+
+    /// The live projectors that this worker plays. See [`Worker::live_and_outdated`].
+    pub(super) fn sort_out(&mut self, live: Vec<Live>) -> Vec<(ProjectorId, Position)> {
+        let (played, others): (Vec<Live>, Vec<Live>) = live.into_iter().partition(|live| self.plays(live));
+        let is_known = |live: &Live| self.registry.get(&live.id).is_some();
+        let outdated: BTreeSet<ProjectorId> = others.into_iter().filter(is_known).map(|live| live.id).collect();
+        for id in outdated.difference(&self.outdated) {
+            warn!(
+                projector = %id, release = self.engine.release,
+                "outdated: it was booted with another definition than this worker has, so this worker does not play it. \
+                 Deploy the release that was booted last, or boot this one"
+            );
+        }
+        for id in self.outdated.difference(&outdated) {
+            info!(projector = %id, release = self.engine.release, "no longer outdated");
+        }
+        self.outdated = outdated;
+        played.into_iter().map(|live| (live.id, live.position)).collect()
+    }
+
+    /// Whether this worker has the definition with which a live projector was booted.
+    fn plays(&self, live: &Live) -> bool {
+        let projector = self.registry.get(&live.id);
+        projector.is_some_and(|projector| live.digest.as_ref().is_none_or(|booted| *booted == projector.digest))
+    }
+
+    /// The live projectors that this worker does not play because its definition is not the booted one.
+    pub(crate) fn outdated(&self) -> &BTreeSet<ProjectorId> {
+        &self.outdated
     }
 
     /// How many projectors broke since it began, outside the convoy as well.

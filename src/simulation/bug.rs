@@ -55,6 +55,12 @@ pub(super) enum Bug {
     BootsTheRetired,
     /// Boot goes on for ever with a projector that was retired under its hands.
     BootNeverLetsGo,
+    /// Boot has to come to the mark, and not to the end of the log that is visible.
+    TargetIsTheMark,
+    /// A projector of mode once is finished at the mark, though more is visible.
+    FinishesBelowTheTarget,
+    /// A worker plays a projector that was booted with another definition than its own.
+    PlaysAnotherDefinition,
     /// The operator leaves the tables of a projector that retire forgot without being able to tear them down.
     ForgetsWithTables,
 }
@@ -76,9 +82,9 @@ pub(super) const BUGS: &[(Bug, &[u8])] = &[
     (Bug::AbsentIsProof, &[3]),
     (Bug::IgnoresARefusedFill, &[3]),
     (Bug::NoStatusFence, &[6, 10, 11]),
-    (Bug::NoPositionFence, &[6]),
-    (Bug::HoldsUnseen, &[6, 10, 11]),
-    (Bug::TwoTransactions, &[4]),
+    (Bug::NoPositionFence, &[5, 6]),
+    (Bug::HoldsUnseen, &[5, 6, 10, 11]),
+    (Bug::TwoTransactions, &[4, 5]),
     (Bug::SkipsTheFailing, &[1]),
     (Bug::MovesAtGoLive, &[4]),
     (Bug::GoesLiveWithoutLock, &[5, 11]),
@@ -87,5 +93,8 @@ pub(super) const BUGS: &[(Bug, &[u8])] = &[
     (Bug::OnceGoesLive, &[11]),
     (Bug::BootsTheRetired, &[11]),
     (Bug::BootNeverLetsGo, &[9]),
+    (Bug::TargetIsTheMark, &[13]),
+    (Bug::FinishesBelowTheTarget, &[13]),
+    (Bug::PlaysAnotherDefinition, &[6]),
     (Bug::ForgetsWithTables, &[1, 8]),
 ];

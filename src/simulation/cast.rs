@@ -1,5 +1,7 @@
 //! Who plays: the projectors, and the releases that know some of them.
 
+use std::sync::OnceLock;
+
 use crate::event::Event;
 use crate::projector::{EventTypes, Mode, Projector, ProjectorId};
 use crate::registry::Registry;
@@ -15,10 +17,12 @@ pub(super) struct Actor {
     pub(super) mode: Mode,
     pub(super) only_closed: bool,
     pub(super) side_effects: bool,
+    /// Differs between releases whose definitions differ.
+    revision: &'static str,
 }
 
 const fn actor(name: &'static str, version: u32, mode: Mode, only_closed: bool, side_effects: bool) -> Actor {
-    Actor { name, version, mode, only_closed, side_effects }
+    Actor { name, version, mode, only_closed, side_effects, revision: "" }
 }
 
 pub(super) const ACTORS: [Actor; 6] = [
@@ -32,6 +36,9 @@ pub(super) const ACTORS: [Actor; 6] = [
 
 /// Who is in which release, in the order of its registry.
 const RELEASES: [&[usize]; 3] = [&[0, 1, 2], &[0, 3, 2, 4], &[5, 3, 0, 4]];
+
+/// The projectors that a release defines in another way than those before it.
+const REDEFINED: &[(Release, usize)] = &[(2, 0)];
 
 /// Which release; rolling back means to a lower one.
 pub(super) type Release = usize;
@@ -63,6 +70,10 @@ impl Projector for Actor {
         self.side_effects
     }
 
+    fn revision(&self) -> String {
+        self.revision.into()
+    }
+
     async fn handle(&self, _: &Event, _: &mut sqlx::MySqlConnection) -> anyhow::Result<()> {
         unreachable!("there is no database here")
     }
@@ -70,14 +81,33 @@ impl Projector for Actor {
 
 /// The registries of all releases.
 pub(super) fn releases() -> Vec<Registry> {
-    let registry = |actors: &[usize]| {
+    let registry = |release: Release| {
         let mut registry = Registry::new();
-        for &actor in actors {
-            registry.add(ACTORS[actor]).expect("names and versions of their own");
+        for &actor in RELEASES[release] {
+            registry.add(defined(release, actor)).expect("names and versions of their own");
         }
         registry
     };
-    RELEASES.iter().map(|actors| registry(actors)).collect()
+    (0..RELEASE_COUNT).map(registry).collect()
+}
+
+fn defined(release: Release, actor: usize) -> Actor {
+    let revision = if REDEFINED.contains(&(release, actor)) { "2" } else { "" };
+    Actor { revision, ..ACTORS[actor] }
+}
+
+/// The digest of a projector as a release defines it.
+pub(super) fn digest(release: Release, actor: usize) -> &'static str {
+    static DIGESTS: OnceLock<Vec<Vec<String>>> = OnceLock::new();
+    let digest = |release, actor| {
+        let registry = Registry::new().with(defined(release, actor)).expect("a name");
+        registry.iter().next().expect("one").digest.clone()
+    };
+    let all = || {
+        let of = |release| (0..ACTORS.len()).map(|actor| digest(release, actor)).collect();
+        (0..RELEASE_COUNT).map(of).collect()
+    };
+    &DIGESTS.get_or_init(all)[release][actor]
 }
 
 /// The number of a projector in the cast.

@@ -53,6 +53,8 @@ pub(super) struct LedgerRow {
     pub(super) start: Position,
     /// The tick at which it went live last.
     pub(super) live_since: Tick,
+    /// The tick at which its definition was recorded last.
+    pub(super) defined_at: Tick,
     /// How many events its read model holds, if all is well.
     pub(super) folded: usize,
 }

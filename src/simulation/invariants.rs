@@ -1,7 +1,8 @@
 //! The invariants of the design, section 4, as an onlooker checks them: by what is committed, sent and deleted,
 //! and by nothing that the processes say of themselves, but for the claim under which they apply events.
 //!
-//! 1, 4, 5, 6, 10 and 11 with every commit, 2 and 3 after every step, 7 with every deletion, 8 and 9 at rest.
+//! 1, 4, 5, 6, 10 and 11 with every commit, 2 and 3 after every step, 7 with every deletion, 8 and 9 at rest, 13 with every
+//! projector that a boot releases. 14 is not modelled, and 15 is contained in 1: what is applied is compared with the log.
 
 use std::fmt;
 
@@ -9,7 +10,7 @@ use super::cast;
 use super::database::Open;
 use super::queue::{Delivery, Message};
 use super::seen::Seen;
-use super::world::{Who, World};
+use super::world::{Tick, Who, World};
 use crate::event::Position;
 use crate::ledger::Entry;
 use crate::lifecycle::{Stage, Status};
@@ -27,6 +28,8 @@ pub(super) struct Violation {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Claim {
     pub(super) stage: Stage,
+    /// Which release it is of, and so which definition it has.
+    pub(super) release: cast::Release,
     /// Where it believes the projector to stand.
     pub(super) after: Position,
 }
@@ -109,6 +112,11 @@ fn check_claim(world: &mut World, actor: usize, transaction: &Open, before: &Ent
         };
         world.violated(invariant, || format!("{:?} moves {id}, which is {status}", claim.stage));
     }
+    if before.digest.as_deref().is_some_and(|booted| booted != cast::digest(claim.release, actor)) {
+        world.violated(6, || {
+            format!("a worker of release {} moves {id}, booted with another definition", claim.release)
+        });
+    }
     if after != from {
         world.violated(6, || format!("a worker that has {id} at {after} moves it from {from} to {to}"));
     }
@@ -174,6 +182,15 @@ pub(super) fn after_enter(world: &mut World, actor: usize, mark: Position) {
     }
 }
 
+/// 13: what a boot has made live or finished has applied all that was visible when that boot began.
+pub(super) fn after_release(world: &mut World, actor: usize, visible: Position) {
+    let Some(row) = world.database.ledger_row(actor) else { return };
+    let (id, status, position) = (row.entry.id.clone(), row.entry.status.as_str(), row.entry.position);
+    if position < visible {
+        world.violated(13, || format!("{id} is {status} at {position}, and {visible} was visible when boot began"));
+    }
+}
+
 /// 2: only what is proved is published.
 pub(super) fn before_send(world: &mut World, last: Position) {
     let mark = world.database.high_water;
@@ -187,13 +204,21 @@ pub(super) fn before_send(world: &mut World, last: Position) {
 pub(super) fn before_delete(world: &mut World, message: &Message, delivery: &Delivery, release: cast::Release) {
     let Some(last) = message.last else { return };
     let waits = |row: &&super::database::LedgerRow| {
-        row.entry.status == Status::Live && row.live_since < delivery.received_at && row.entry.position < last
+        let since = row.live_since.max(row.defined_at);
+        row.entry.status == Status::Live && since < delivery.received_at && row.entry.position < last
     };
-    let of_release = |row: &&super::database::LedgerRow| cast::is_in(release, row.actor);
+    let of_release = |row: &&super::database::LedgerRow| is_played_by(row, release);
     let worker = world.who;
     let in_convoy = |row: &&super::database::LedgerRow| {
         let is_outside = |(of, id): &(u64, ProjectorId)| worker == Who::Play(*of, release) && *id == row.entry.id;
-        !world.outside.iter().any(is_outside)
+        // It was outside when the message was passed to the others, and has read the store.
+        let has_rejoined = |(of, id, since, began_at): &(u64, ProjectorId, Tick, Position)| {
+            worker == Who::Play(*of, release)
+                && *id == row.entry.id
+                && *since >= delivery.received_at
+                && row.entry.position >= *began_at
+        };
+        !world.outside.iter().any(is_outside) && !world.rejoined.iter().any(has_rejoined)
     };
     if let Some(row) = world.database.ledger.iter().filter(of_release).filter(in_convoy).find(waits) {
         let what =
@@ -217,7 +242,7 @@ pub(super) fn at_rest(world: &mut World, release: cast::Release) {
         if *held != expected {
             complaints.push((8, format!("{id} at {position} holds {held:?} and not {expected:?}")));
         }
-        if row.entry.status == Status::Live && cast::is_in(release, row.actor) && position < mark {
+        if row.entry.status == Status::Live && is_played_by(row, release) && position < mark {
             complaints.push((9, format!("{id} stays at {position}, and the mark is {mark}")));
         }
     }
@@ -232,6 +257,11 @@ pub(super) fn at_rest(world: &mut World, release: cast::Release) {
         world.saw(Seen::BrokenStayedOthersMoved);
     }
     check_appends(world);
+}
+
+/// Whether a release has a projector, with the definition with which it was booted.
+pub(super) fn is_played_by(row: &super::database::LedgerRow, release: cast::Release) -> bool {
+    cast::is_in(release, row.actor) && row.entry.is_booted_with(cast::digest(release, row.actor))
 }
 
 /// What a writer was told is stored is there, once.

@@ -58,8 +58,9 @@
 //! our statements; sessions that are kept between batches, and given up when a server turns out to be read-only; and that
 //! fence, position and commit share statements and packets, each of which is a step of its own here.
 //!
-//! Of boot and retire: that a setup is tried again when the database fails, modes that contradict the ledger, and two
-//! retirements of one projector at once.
+//! Of boot and retire: that a setup is tried again when the database fails, modes that contradict the ledger, two
+//! retirements of one projector at once; tables, and so the lock under which boot looks at them, read models that must be
+//! rebuilt, widened subscriptions, what an operator accepts, and boots of named projectors.
 //!
 //! Of everything: time as such (patience and leases are short, in steps), backups that are restored, passwords that change,
 //! the bounds of memory (invariant 12), what is logged and measured, and what SQL and SQS really do. All that is for the tests
@@ -87,8 +88,8 @@
 //! | A position without a row, and without a lock on it, is taken for a rollback | 3 |
 //! | A fill that a writer's lock has stopped is taken for one that succeeded | 3 |
 //! | The fence does not look at the status | 6 or 10 or 11 |
-//! | The fence does not look at the position | 6 |
-//! | Projection and position are committed one after the other | 4 |
+//! | The fence does not look at the position | 5 or 6 |
+//! | Projection and position are committed one after the other | 4 or 5 |
 //! | A projector is taken past the event that it fails on | 1 |
 //! | The handoff moves the position to the mark | 4 |
 //! | The handoff reads the row, thinks, and writes it back | 5 or 11 |
@@ -97,9 +98,12 @@
 //! | A projector of mode once is handed over like any other | 11 |
 //! | Boot takes a retired projector for a new one | 11 |
 //! | Boot goes on for ever with a projector that was retired under its hands | 9 |
+//! | Boot has to come to the mark, and not to the end of the log that is visible | 13 |
+//! | A projector of mode once is finished at the mark, though more is visible | 13 |
+//! | A worker plays a projector that was booted with another definition than its own | 6 |
 //! | The operator leaves the tables of a projector that retire forgot without being able to tear them down | 1 or 8 |
 //!
-//! The last two were the engine's own, and found here.
+//! The last one, and the boot that goes on for ever, were the engine's own, and found here.
 
 mod bug;
 mod cast;

@@ -395,7 +395,7 @@ fn is_quiet(world: &World, release: Release) -> bool {
     let database = &world.database;
     let mark = database.high_water;
     let awaits = |row: &super::database::LedgerRow| {
-        row.entry.status == Status::Live && super::cast::is_in(release, row.actor) && row.entry.position < mark
+        row.entry.status == Status::Live && invariants::is_played_by(row, release) && row.entry.position < mark
     };
     database.open.is_empty()
         && world.queue.messages.is_empty()

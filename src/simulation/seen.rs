@@ -22,13 +22,13 @@ seen! {
     Sent, MessageLost, MessageRepeated, MessageDeduplicated, Reordered, VisibilityExpired, TwoWorkersOneMessage,
     Purged, DeadLettered, StaleReceipt, Foreign, Reference, QueueAway,
     // play
-    AppliedFromQueue, Skipped, CaughtUp, Doorbell, Reconciled, JoinedWithoutRestart, LeftConvoy, Rejoined,
+    AppliedFromQueue, Skipped, CaughtUp, Doorbell, Reconciled, JoinedWithoutRestart, Outdated, LeftConvoy, Rejoined,
     // the engine
-    StalePosition, StaleStatus, RowGone, Deadlock, Isolated, FlakyPassedAlone, Panicked, BrokeInPlay, BrokeInBoot,
+    StalePosition, StaleStatus, StaleDefinition, RowGone, Deadlock, Isolated, FlakyPassedAlone, Panicked, BrokeInPlay, BrokeInBoot,
     BrokeAtSetup, Mended, HeldOn,
     // boot
     TwoBoots, HandedOver, HandedOverBesideOldRelease, HandedOverFromBroken, NotYetThere, Stalled, Finished, GaveUp,
-    BootRepeated, LetGo,
+    BootRepeated, LetGo, WaitedForMark, GaveUpWaiting, Redefined, RepairedBesideFailure,
     // retire
     Retired, Forgotten, BootedAnew, RetiredMetBoot,
     // the relay

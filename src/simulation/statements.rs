@@ -84,7 +84,7 @@ impl Sim {
         self.statement(None).await?;
         let world = self.world();
         let database = &world.database;
-        Ok(Marks { high_water: database.high_water, published: database.published, log_id: LOG_ID.into() })
+        Ok(Marks { high_water: database.high_water, published: database.published, log_id: LOG_ID.into(), held: None })
     }
 
     pub(super) async fn visible_above(&self, mark: Position, limit: usize) -> Result<Vec<u64>, DatabaseError> {
@@ -207,8 +207,38 @@ impl Sim {
             owned_tables: None,
             rebuild_reason: None,
         };
-        world.database.ledger.push(LedgerRow { actor, entry, lock: None, start: position, live_since: 0, folded: 0 });
+        world.database.ledger.push(LedgerRow {
+            actor,
+            entry,
+            lock: None,
+            start: position,
+            live_since: 0,
+            defined_at: 0,
+            folded: 0,
+        });
         invariants::after_enter(&mut world, actor, mark);
+        Ok(())
+    }
+
+    /// Records the definition with which a projector is booted, over the one that was compared with.
+    pub(super) async fn set_definition(
+        &self,
+        projector: &Registered,
+        before: Option<&str>,
+    ) -> Result<(), DatabaseError> {
+        self.statement(None).await?;
+        let actor = cast::number(&projector.id);
+        self.until_free(LOCK_WAIT, |world| world.database.ledger_row(actor)?.lock).await?;
+        let mut world = self.world();
+        let clock = world.clock;
+        if let Some(row) = world.database.ledger_row_mut(actor)
+            && row.entry.digest.as_deref() == before
+        {
+            row.entry.digest = Some(projector.digest.clone());
+            row.defined_at = clock;
+            world.saw(Seen::Redefined);
+            world.note(|| format!("records the definition of {}", projector.id));
+        }
         Ok(())
     }
 
@@ -260,7 +290,7 @@ fn tombstone(position: u64) -> Event {
     Event::from(Recorded {
         position: Position::new(position),
         event_id: format!("tombstone-{position}"),
-        stream_id: TOMBSTONE.into(),
+        stream_id: format!("{TOMBSTONE}-{position}"),
         stream_version: position,
         event_type: TOMBSTONE.into(),
         recorded_at: time::OffsetDateTime::UNIX_EPOCH,

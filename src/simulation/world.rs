@@ -123,6 +123,8 @@ pub(super) struct World {
     /// Who has left the convoy of which worker, and what is to be started for them.
     pub(super) outside: Vec<(u64, ProjectorId)>,
     pub(super) sent_off: Vec<(Who, Process)>,
+    /// Who is in the convoy of which worker again, since when, and where the mark stood when it began to catch up.
+    pub(super) rejoined: Vec<(u64, ProjectorId, Tick, Position)>,
     /// Who was retired and forgotten.
     pub(super) forgotten: [bool; super::cast::ACTORS.len()],
     /// Only differences matter.
@@ -158,6 +160,7 @@ impl World {
             booting: 0,
             outside: Vec::new(),
             sent_off: Vec::new(),
+            rejoined: Vec::new(),
             forgotten: Default::default(),
             origin: Instant::now(),
             is_closing: false,

@@ -122,7 +122,13 @@ impl EventStore {
             Ok((transaction, versions))
         };
         let (mut transaction, versions) = self.database.answered(begin).await?;
-        let versions = assign_versions(events, versions)?;
+        let versions = match assign_versions(events, versions) {
+            Ok(versions) => versions,
+            Err(error) => {
+                self.end(transaction).await;
+                return Err(error);
+            }
+        };
         let mut rows = Rows::default();
         for ((event, id), version) in events.iter().zip(ids).zip(versions) {
             rows.begin();
@@ -136,9 +142,20 @@ impl EventStore {
                 .map_err(sqlx::Error::Encode)?;
         }
         let insert = Statement { head: INSERT, row: INSERT_ROW, tail: "" };
-        self.database.answered(rows.send(insert, &mut transaction)).await.map_err(refused)?;
+        if let Err(error) = self.database.answered(rows.send(insert, &mut transaction)).await {
+            self.end(transaction).await;
+            return Err(refused(error));
+        }
         *asked = true;
         Ok(self.database.answered(transaction.commit()).await?)
+    }
+
+    /// Rolls back, before the caller hears of anything: what a refused insert has locked would make others wait. Where that
+    /// fails, the connection is not used again, and the server rolls back.
+    async fn end(&self, transaction: sqlx::Transaction<'_, sqlx::MySql>) {
+        if let Err(error) = self.database.answered(transaction.rollback()).await {
+            tracing::debug!(%error, "a refused append was not rolled back at once, and is when its connection ends");
+        }
     }
 
     async fn position_of(&self, event_id: &str) -> Result<Option<Position>, sqlx::Error> {

@@ -15,24 +15,28 @@ const SUM: &str = "select count(*), cast(coalesce(bit_xor(cast(conv(left(sha2(co
 
 /// Mark, count and fingerprint move together, from the mark that the sum began at: of two who raise it at once,
 /// the second begins again.
-const RAISE: &str = "update event_log set high_water = ?, counted = counted + ?, fingerprint = fingerprint ^ ? \
-                     where high_water = ?";
+/// A mark that rises is not held by what held it.
+const RAISE: &str = "update event_log set high_water = ?, counted = counted + ?, fingerprint = fingerprint ^ ?, \
+                     held_position = null, held_last = null, held_since = null where high_water = ?";
 
 const RECORDED: &str = "select high_water, counted, fingerprint from event_log";
 
 const PRESENT: &str = "select position from events where position > ? and position <= ? order by position";
 
+/// A row at position 0 is below every projector's start, and none can come after the last.
+const OUT_OF_BOUNDS: &str = "select position from events where position in (0, 18446744073709551615)";
+
 /// Positions that an audit sums up in one statement.
 const AUDIT_STEP: u64 = 50_000;
 
-/// What an audit names at the most, of one kind.
-const MOST_NAMED: usize = 20;
+/// Ranges without rows that an audit names at the most.
+pub(crate) const MOST_RANGES: usize = 100;
 
 /// Rows, and what they come to.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-struct Fingerprint {
-    rows: u64,
-    bits: u64,
+pub(super) struct Fingerprint {
+    pub(super) rows: u64,
+    pub(super) bits: u64,
 }
 
 /// What an audit of the log found.
@@ -42,10 +46,61 @@ pub(crate) struct LogAudit {
     pub(crate) high_water: Position,
     /// Rows that stand at or below it.
     pub(crate) rows: u64,
-    /// Positions at or below it that have no row: the first of them.
-    pub(crate) missing: Vec<Position>,
+    /// Positions at or below it that have no row.
+    pub(crate) missing: Missing,
     /// Whether the rows are, by position and event id, those over which the mark passed.
     pub(crate) is_unchanged: bool,
+    /// Rows at positions that no event may have: 0, and the highest there is.
+    pub(crate) out_of_bounds: Vec<u64>,
+    /// What the rows come to.
+    pub(super) fingerprint: Fingerprint,
+}
+
+/// Positions without a row, in order.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Missing {
+    /// How many there are.
+    pub(crate) count: u64,
+    /// How many ranges they form.
+    pub(crate) range_count: u64,
+    /// The first [`MOST_RANGES`] of these ranges, each with its first and its last position.
+    pub(crate) ranges: Vec<(u64, u64)>,
+    /// The last position that was noted.
+    last: Option<u64>,
+}
+
+impl Missing {
+    /// Notes a range that lies above all before it.
+    fn note(&mut self, first: u64, last: u64) {
+        self.count += (last - first).saturating_add(1);
+        if self.last.is_some_and(|before| before.saturating_add(1) == first) {
+            if self.range_count as usize == self.ranges.len()
+                && let Some(range) = self.ranges.last_mut()
+            {
+                range.1 = last;
+            }
+        } else {
+            self.range_count += 1;
+            if self.ranges.len() < MOST_RANGES {
+                self.ranges.push((first, last));
+            }
+        }
+        self.last = Some(last);
+    }
+
+    /// Notes what is missing in (`after`, `through`], where `present` are the positions in it that have rows, in order.
+    fn note_between(&mut self, after: Position, through: Position, present: &[u64]) {
+        let mut expected = after.next().get();
+        for &position in present {
+            if position > expected {
+                self.note(expected, position - 1);
+            }
+            expected = position.saturating_add(1);
+        }
+        if expected <= through.get() && through > after && present.last() != Some(&through.get()) {
+            self.note(expected, through.get());
+        }
+    }
 }
 
 impl EventStore {
@@ -76,30 +131,40 @@ impl EventStore {
     /// told how far it is.
     pub(crate) async fn audit(&self, mut progress: impl FnMut(Position, Position)) -> Result<LogAudit, sqlx::Error> {
         let mut connection = self.database.acquire().await?;
+        let out_of_bounds =
+            self.database.answered(sqlx::query_scalar(OUT_OF_BOUNDS).fetch_all(&mut *connection)).await?;
         let (high_water, rows, bits): (u64, u64, u64) = sqlx::query_as(RECORDED).fetch_one(&mut *connection).await?;
         let (high_water, recorded) = (Position::new(high_water), Fingerprint { rows, bits });
         let mut found = Fingerprint::default();
-        let mut missing = Vec::new();
+        let mut missing = Missing::default();
         let mut after = Position::START;
         while after < high_water {
-            let through = high_water.min(Position::new(after.get() + AUDIT_STEP));
+            let through = high_water.min(Position::new(after.get().saturating_add(AUDIT_STEP)));
             let sum = self.sum(&mut connection, after, through).await?;
-            if sum.rows != through.since(after) && missing.len() < MOST_NAMED {
-                let present: Vec<u64> = sqlx::query_scalar(PRESENT)
-                    .bind(after.get())
-                    .bind(through.get())
-                    .fetch_all(&mut *connection)
-                    .await?;
-                missing.extend(absent(after, through, &present).take(MOST_NAMED - missing.len()));
+            if sum.rows != through.since(after) {
+                let present = self.present(&mut connection, after, through).await?;
+                missing.note_between(after, through, &present);
             }
             found = Fingerprint { rows: found.rows + sum.rows, bits: found.bits ^ sum.bits };
             after = through;
             progress(after, high_water);
         }
-        Ok(LogAudit { high_water, rows: found.rows, missing, is_unchanged: found == recorded })
+        let is_unchanged = found == recorded;
+        Ok(LogAudit { high_water, rows: found.rows, missing, is_unchanged, out_of_bounds, fingerprint: found })
     }
 
-    async fn sum(
+    /// The positions in (`after`, `through`] that have rows, in order.
+    pub(super) async fn present(
+        &self,
+        connection: &mut MySqlConnection,
+        after: Position,
+        through: Position,
+    ) -> Result<Vec<u64>, sqlx::Error> {
+        let present = sqlx::query_scalar(PRESENT).bind(after.get()).bind(through.get());
+        self.database.answered(present.fetch_all(connection)).await
+    }
+
+    pub(super) async fn sum(
         &self,
         connection: &mut MySqlConnection,
         after: Position,
@@ -111,7 +176,53 @@ impl EventStore {
     }
 }
 
-/// The positions in (`after`, `through`] that are not among those present, which are in order.
-fn absent(after: Position, through: Position, present: &[u64]) -> impl Iterator<Item = Position> {
-    (after.get() + 1..=through.get()).filter(|position| present.binary_search(position).is_err()).map(Position::new)
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// However the log is cut into steps, what is missing is told in the same ranges, with the true count.
+        #[test]
+        fn missing_positions_are_told_in_ranges_across_steps(
+            present in prop::collection::btree_set(1u64..200, 0..200),
+            step in 1u64..50,
+        ) {
+            let (end, mut missing, mut after) = (200, Missing::default(), 0);
+            while after < end {
+                let through = (after + step).min(end);
+                let here: Vec<u64> = present.range(after + 1..=through).copied().collect();
+                missing.note_between(Position::new(after), Position::new(through), &here);
+                after = through;
+            }
+            let absent: Vec<u64> = (1..=end).filter(|position| !present.contains(position)).collect();
+            let told: Vec<u64> = missing.ranges.iter().flat_map(|&(first, last)| first..=last).collect();
+            prop_assert_eq!(missing.count, absent.len() as u64);
+            prop_assert_eq!(&told, &absent);
+            prop_assert_eq!(missing.range_count, missing.ranges.len() as u64);
+            prop_assert!(missing.ranges.windows(2).all(|pair| pair[0].1 + 1 < pair[1].0));
+        }
+    }
+
+    #[test]
+    fn of_many_ranges_the_first_are_named_and_all_are_counted() {
+        let mut missing = Missing::default();
+        for odd in (1..1_000).step_by(2) {
+            missing.note_between(Position::new(odd - 1), Position::new(odd + 1), &[odd]);
+        }
+        assert_eq!((missing.count, missing.range_count, missing.ranges.len()), (500, 500, MOST_RANGES));
+        // A range that goes on beyond those that are named does not lengthen the last of them.
+        missing.note_between(Position::new(1_000), Position::new(1_001), &[]);
+        assert_eq!((missing.count, missing.range_count, missing.ranges.last()), (501, 500, Some(&(200, 200))));
+    }
+
+    #[test]
+    fn the_highest_position_there_is_is_no_overflow() {
+        let mut missing = Missing::default();
+        missing.note_between(Position::new(u64::MAX - 3), Position::new(u64::MAX), &[u64::MAX]);
+        assert_eq!(missing.ranges, [(u64::MAX - 2, u64::MAX - 1)]);
+        missing.note_between(Position::new(u64::MAX), Position::new(u64::MAX), &[]);
+        assert_eq!(missing.count, 2);
+    }
 }

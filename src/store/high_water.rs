@@ -3,25 +3,35 @@
 //! InnoDB hands out positions before commit, so rows become visible out of order and rollbacks leave holes.
 //! The mark moves over a hole only on proof: a tombstone of ours stands in it (design, section 3, step 2).
 
+use std::fmt;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use sqlx::AssertSqlSafe;
+use sqlx::{AssertSqlSafe, MySqlConnection, Row};
+use uuid::Uuid;
 
-use super::EventStore;
+use super::{EventStore, Marks};
 use crate::database::Flavor;
 use crate::error::server_error;
 use crate::event::{Position, TOMBSTONE};
 
-/// Visible positions above the mark. The isolation level of our sessions is read committed: what this
-/// returns is committed.
-const VISIBLE: &str = "select position from events where position > ? order by position limit ?";
+/// Visible positions from the mark on. The isolation level of our sessions is read committed: what this
+/// returns is committed. The mark's own row is read with them: where it is missing, the log has lost its end.
+const VISIBLE: &str = "select position from events where position >= ? order by position limit ?";
 
 const IS_VISIBLE: &str = "select exists (select 1 from events where position = ?)";
 
 /// Locked by a writer: its row is inserted and not yet committed or rolled back. An error says so at once.
 const PROBE_MYSQL: &str = "select count(*) from events where position between ? and ? for share nowait";
 const PROBE_MARIADB: &str = "select count(*) from events where position between ? and ? lock in share mode nowait";
+
+/// What holds the mark, for processes that do not live long enough to know since when. Unchanged, it keeps its date; and it
+/// is not written where the mark has moved on.
+const HOLD: &str = "update event_log set held_position = ?, held_last = ?, held_since = utc_timestamp(6) \
+                    where high_water = ? and not (held_position <=> ? and held_last <=> ?)";
+
+const LET_GO: &str = "update event_log set held_position = null, held_last = null, held_since = null \
+                      where high_water = ? and held_position is not null";
 
 /// `ignore` skips the positions that a writer has taken meanwhile; the rest of the run is still filled.
 const FILL: &str = "insert ignore into events (position, stream_id, stream_version, event_type, payload) values ";
@@ -38,7 +48,7 @@ const PAGE: u64 = 10_000;
 /// so many without anybody's fault. A longer run is: somebody inserted an explicit position, or set auto_increment.
 pub(crate) const MOST_FILLED: u64 = 65_536;
 
-/// Tombstones in one statement.
+/// Fillers in one statement.
 const FILL_CHUNK: usize = 1_000;
 
 /// How often the holes of one page are filled without the mark having moved.
@@ -55,6 +65,34 @@ pub(crate) struct HighWater {
     pub(crate) mark: Position,
     /// What keeps it from rising further now, if anything is visible above it.
     pub(crate) held: Option<Held>,
+    /// How long the same thing has held it, as the log remembers; zero where it does not.
+    pub(crate) held_for: Duration,
+    /// What is wrong with the log.
+    pub(crate) fault: Option<LogFault>,
+}
+
+/// The mark has no row of its own: the log was truncated or restored, or its end was deleted. What is appended at or below
+/// the mark is never published and never applied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct LogFault {
+    /// The high-water mark.
+    pub(crate) mark: Position,
+    /// The last position that has a row.
+    pub(crate) last: Position,
+}
+
+impl fmt::Display for LogFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let LogFault { mark, last } = self;
+        match last < mark {
+            true => write!(
+                f,
+                "the log ends at {last}, below the high-water mark {mark}: it was truncated or restored, or its end was \
+                 deleted. What is appended at or below the mark is never applied"
+            ),
+            false => write!(f, "the high-water mark {mark} has no row: the end of the log was deleted"),
+        }
+    }
 }
 
 /// Where the mark stands after it was raised over what is visible.
@@ -64,6 +102,27 @@ pub(crate) struct Risen {
     pub(crate) mark: Position,
     /// Whether something is visible above it, beyond a hole.
     pub(crate) meets_a_hole: bool,
+    /// What is wrong with the log.
+    pub(crate) fault: Option<LogFault>,
+}
+
+/// What is visible from the mark on.
+struct Visible {
+    /// The positions above the mark, in order.
+    above: Vec<u64>,
+    /// Whether there may be more of them.
+    is_full: bool,
+    /// Whether the mark has its row; mark 0 needs none.
+    has_mark: bool,
+}
+
+/// What became of positions that were to be filled.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Filled {
+    /// How many got a filler; the others had a row.
+    pub(crate) count: u64,
+    /// Where it ended early, because a transaction that has not ended holds a position.
+    pub(crate) held: Option<Held>,
 }
 
 /// What the mark waits for.
@@ -75,10 +134,28 @@ pub(crate) enum Held {
     Gap(RangeInclusive<u64>),
 }
 
+impl Held {
+    /// As event_log has it: its first position, and the last of a gap.
+    fn columns(&self) -> (u64, Option<u64>) {
+        match self {
+            Held::InFlight(position) => (position.get(), None),
+            Held::Gap(gap) => (*gap.start(), Some(*gap.end())),
+        }
+    }
+
+    pub(super) fn from_columns(position: u64, last: Option<u64>) -> Self {
+        match last {
+            None => Held::InFlight(Position::new(position)),
+            Some(last) => Held::Gap(position..=last),
+        }
+    }
+}
+
 impl EventStore {
     /// Raises the mark as far as can be proved, and stores it. Safe from any number of processes at once.
     pub(crate) async fn raise_high_water(&self) -> Result<HighWater, sqlx::Error> {
-        let mut mark = self.marks().await?.high_water;
+        let Marks { high_water: start, held: before, .. } = self.marks().await?;
+        let mut mark = start;
         let mut passes = 0;
         loop {
             let risen = self.raise_over_visible(mark).await?;
@@ -87,15 +164,22 @@ impl EventStore {
             }
             mark = risen.mark;
             if !risen.meets_a_hole {
-                return Ok(HighWater { mark, held: None });
+                if before.is_some() && mark == start {
+                    self.let_go(mark).await?;
+                }
+                return Ok(HighWater { mark, held: None, held_for: Duration::ZERO, fault: risen.fault });
             }
             passes += 1;
             // Filled, and still a hole: whatever takes our tombstones away, it is not ours to fight here.
             let stubborn = (passes > MOST_PASSES).then(|| Held::InFlight(mark.next()));
             if let Some(held) = self.close_holes(mark).await?.or(stubborn) {
                 // Below the first position that is held, holes may have been closed.
-                let mark = self.raise_over_visible(mark).await?.mark;
-                return Ok(HighWater { mark, held: Some(held) });
+                let risen = match held.columns().0 > mark.next().get() {
+                    true => self.raise_over_visible(mark).await?,
+                    false => risen,
+                };
+                let held_for = before.filter(|(before, _)| *before == held).map_or(Duration::ZERO, |(_, age)| age);
+                return Ok(HighWater { mark: risen.mark, held: Some(held), held_for, fault: risen.fault });
             }
         }
     }
@@ -104,12 +188,17 @@ impl EventStore {
     /// [`EventStore::raise_high_water`].
     pub(crate) async fn raise_over_visible(&self, mut mark: Position) -> Result<Risen, sqlx::Error> {
         loop {
-            let visible = self.visible_above(mark).await?;
-            let Survey { contiguous, holes } = survey(mark, &visible);
+            let visible = self.visible_from(mark, PAGE).await?;
+            let fault = self.fault_at(mark, &visible).await?;
+            let Survey { contiguous, holes } = survey(mark, &visible.above);
             if contiguous > mark {
                 let raised = self.raise(mark, contiguous).await?;
                 if raised == mark {
-                    return Ok(Risen { mark, meets_a_hole: false });
+                    return Ok(Risen { mark, meets_a_hole: false, fault });
+                }
+                if let Some(fault) = fault {
+                    // The mark has a row again, and with that nobody can see the fault any more.
+                    fault.tell();
                 }
                 mark = raised;
                 if raised != contiguous {
@@ -118,8 +207,9 @@ impl EventStore {
                 }
             }
             let meets_a_hole = !holes.is_empty();
-            if meets_a_hole || (visible.len() as u64) < PAGE {
-                return Ok(Risen { mark, meets_a_hole });
+            if meets_a_hole || !visible.is_full {
+                let fault = fault.filter(|fault| fault.mark == mark);
+                return Ok(Risen { mark, meets_a_hole, fault });
             }
         }
     }
@@ -127,10 +217,10 @@ impl EventStore {
     /// The mark as far above this as reading proves it, stored by nobody: a run without holes is its own proof.
     pub(crate) async fn provable_high_water(&self, mut mark: Position) -> Result<Position, sqlx::Error> {
         loop {
-            let visible = self.visible_above(mark).await?;
-            let Survey { contiguous, holes } = survey(mark, &visible);
+            let visible = self.visible_from(mark, PAGE).await?;
+            let Survey { contiguous, holes } = survey(mark, &visible.above);
             mark = contiguous;
-            if !holes.is_empty() || (visible.len() as u64) < PAGE {
+            if !holes.is_empty() || !visible.is_full {
                 return Ok(mark);
             }
         }
@@ -145,7 +235,7 @@ impl EventStore {
                 return Ok(None);
             }
         }
-        let holes = survey(mark, &self.visible_above(mark).await?).holes;
+        let holes = survey(mark, &self.visible_from(mark, PAGE).await?.above).holes;
 
         let first_locked = self.first_locked(&holes).await?;
         let mut closing = Closing::default();
@@ -155,8 +245,8 @@ impl EventStore {
             }
             closing.probed(hole, Some(index) == first_locked);
         }
-        let refused = self.fill(&closing.absent).await?;
-        Ok(closing.held.or(refused))
+        let filled = self.fill(&closing.absent).await?;
+        Ok(closing.held.or(filled.held))
     }
 
     /// The lowest hole that a writer holds who is still undecided. One probe where there is none, a few more where
@@ -178,9 +268,48 @@ impl EventStore {
         Ok(Some(locked))
     }
 
-    async fn visible_above(&self, mark: Position) -> Result<Vec<u64>, sqlx::Error> {
-        let visible = sqlx::query_scalar(VISIBLE).bind(mark.get()).bind(PAGE);
-        self.database.ask(async |connection| visible.fetch_all(connection).await).await
+    async fn visible_from(&self, mark: Position, limit: u64) -> Result<Visible, sqlx::Error> {
+        let visible = sqlx::query_scalar(VISIBLE).bind(mark.get()).bind(limit + 1);
+        let mut above: Vec<u64> = self.database.ask(async |connection| visible.fetch_all(connection).await).await?;
+        let is_full = above.len() as u64 > limit;
+        let has_row = above.first() == Some(&mark.get());
+        if has_row {
+            above.remove(0);
+        }
+        Ok(Visible { above, is_full, has_mark: has_row || mark == Position::START })
+    }
+
+    async fn fault_at(&self, mark: Position, visible: &Visible) -> Result<Option<LogFault>, sqlx::Error> {
+        match visible.has_mark {
+            true => Ok(None),
+            false => Ok(Some(LogFault { mark, last: self.last_visible().await? })),
+        }
+    }
+
+    /// What is wrong with the log, as far as one look at its end tells.
+    pub(crate) async fn log_fault(&self) -> Result<Option<LogFault>, sqlx::Error> {
+        // Under a mark that rises meanwhile, the row is there still.
+        let mark = self.marks().await?.high_water;
+        self.fault_at(mark, &self.visible_from(mark, 1).await?).await
+    }
+
+    /// Whether the mark stands just below a hole still: one look, at one row above it.
+    pub(crate) async fn stands_below_a_hole(&self, mark: Position) -> Result<bool, sqlx::Error> {
+        let visible = self.visible_from(mark, 1).await?;
+        Ok(visible.has_mark && visible.above.first().is_some_and(|&first| first > mark.next().get()))
+    }
+
+    /// Writes down what holds the mark, and since when, unless the log has it already or the mark has moved.
+    pub(crate) async fn set_held(&self, mark: Position, held: &Held) -> Result<(), sqlx::Error> {
+        let (position, last) = held.columns();
+        let hold = sqlx::query(HOLD).bind(position).bind(last).bind(mark.get()).bind(position).bind(last);
+        self.database.ask(async |connection| hold.execute(connection).await).await.map(|_| ())
+    }
+
+    /// Writes down that nothing holds the mark. (Where it rises, the rise says so.)
+    pub(crate) async fn let_go(&self, mark: Position) -> Result<(), sqlx::Error> {
+        let let_go = sqlx::query(LET_GO).bind(mark.get());
+        self.database.ask(async |connection| let_go.execute(connection).await).await.map(|_| ())
     }
 
     async fn is_visible(&self, position: Position) -> Result<bool, sqlx::Error> {
@@ -202,25 +331,41 @@ impl EventStore {
         }
     }
 
-    /// Puts tombstones into these positions. This is the proof: a position that is ours can no longer become
+    /// Puts fillers into these positions. This is the proof: a position that is ours can no longer become
     /// anybody's event; its writer, if there still is one, gets error 1062 and tries again.
-    pub(crate) async fn fill(&self, positions: &[u64]) -> Result<Option<Held>, sqlx::Error> {
+    pub(crate) async fn fill(&self, positions: &[u64]) -> Result<Filled, sqlx::Error> {
+        // A stream of its own, so that no row of anybody else's can be in the way but one at the position itself.
+        self.fill_as(&format!("{TOMBSTONE}-{}", Uuid::now_v7()), positions).await
+    }
+
+    /// [`EventStore::fill`], with this stream id. No other fillers may have it at these positions.
+    pub(super) async fn fill_as(&self, stream_id: &str, positions: &[u64]) -> Result<Filled, sqlx::Error> {
+        let mut filled = Filled::default();
         if positions.is_empty() {
-            return Ok(None);
+            return Ok(filled);
         }
         let mut connection = self.database.acquire().await?;
         self.database.answered(sqlx::raw_sql(IMPATIENT).execute(&mut *connection)).await?;
-        let mut held = None;
         for chunk in positions.chunks(FILL_CHUNK) {
             // Not prepared, for every fill has other numbers: what is prepared once and closed makes the next statement wait
             // for 40 ms, since sqlx 0.9.0 leaves Nagle's algorithm on (transact-rs/sqlx#4335).
-            let row = |position: &u64| format!("({position}, '{TOMBSTONE}', {position}, '{TOMBSTONE}', '{{}}')");
+            let row = |position: &u64| format!("({position}, '{stream_id}', {position}, '{TOMBSTONE}', '{{}}')");
             let fill = format!("{FILL}{}", chunk.iter().map(row).collect::<Vec<_>>().join(", "));
             match self.database.answered(sqlx::raw_sql(AssertSqlSafe(fill)).execute(&mut *connection)).await {
-                Ok(_) => tracing::debug!(first = chunk[0], positions = chunk.len(), "filled holes left by rollbacks"),
+                Ok(done) => {
+                    tracing::debug!(
+                        first = chunk[0],
+                        positions = done.rows_affected(),
+                        "filled holes left by rollbacks"
+                    );
+                    filled.count += done.rows_affected();
+                    if done.rows_affected() < chunk.len() as u64 {
+                        self.check_taken(&mut connection, chunk).await?;
+                    }
+                }
                 // In flight after all: it was inserted between the probe and the fill.
                 Err(error) if matches!(server_error(&error), Some(1205 | 1213)) => {
-                    held = Some(Held::InFlight(Position::new(chunk[0])));
+                    filled.held = Some(Held::InFlight(Position::new(chunk[0])));
                     break;
                 }
                 Err(error) => {
@@ -230,14 +375,48 @@ impl EventStore {
             }
         }
         self.database.answered(sqlx::raw_sql(PATIENT).execute(&mut *connection)).await?;
-        Ok(held)
+        Ok(filled)
+    }
+
+    /// `insert ignore` also drops a row for other reasons than that its position is taken: then the hole is still there.
+    async fn check_taken(&self, connection: &mut MySqlConnection, positions: &[u64]) -> Result<(), sqlx::Error> {
+        let list = positions.iter().map(u64::to_string).collect::<Vec<_>>().join(", ");
+        let present = format!("select position from events where position in ({list})");
+        let present = sqlx::raw_sql(AssertSqlSafe(present)).fetch_all(connection);
+        let present: Vec<u64> = self
+            .database
+            .answered(present)
+            .await?
+            .iter()
+            .map(|row| row.try_get_unchecked(0))
+            .collect::<Result<_, _>>()?;
+        match positions.iter().find(|position| !present.contains(position)) {
+            None => Ok(()),
+            Some(position) => Err(sqlx::Error::InvalidArgument(format!(
+                "position {position} cannot be filled: the server dropped the row, although no other has this position; \
+                 look for a trigger or a constraint on the table events"
+            ))),
+        }
+    }
+}
+
+impl LogFault {
+    /// Logs the alert.
+    pub(crate) fn tell(&self) {
+        tracing::error!(
+            alert = "log_fault",
+            first = self.last.min(self.mark.previous()).next().get(),
+            last = self.mark.get(),
+            high_water = self.mark.get(),
+            "{self}. Restore the rows, or accept their loss: projectionist audit --accept FIRST LAST --reason TEXT"
+        );
     }
 }
 
 /// What is to be done about the holes of a page, from below upwards.
 #[derive(Debug, Default)]
 pub(crate) struct Closing {
-    /// Positions that a tombstone has to prove empty.
+    /// Positions that a filler has to prove empty.
     pub(crate) absent: Vec<u64>,
     /// The lowest hole that cannot be closed now. The mark stays below it.
     pub(crate) held: Option<Held>,
@@ -258,7 +437,7 @@ impl Closing {
     /// positions there, and would have to start again. Of any length, too: one transaction may well insert more rows
     /// than an operator should be called for.
     pub(crate) fn probed(&mut self, hole: RangeInclusive<u64>, is_locked: bool) {
-        let length = hole.end() - hole.start() + 1;
+        let length = (hole.end() - hole.start()).saturating_add(1);
         if is_locked {
             self.held = Some(Held::InFlight(Position::new(*hole.start())));
         } else if length > MOST_FILLED {
@@ -284,14 +463,14 @@ pub(crate) struct Survey {
 pub(crate) fn survey(mark: Position, visible: &[u64]) -> Survey {
     let mut contiguous = mark.get();
     let mut holes = Vec::new();
-    let mut expected = mark.get() + 1;
+    let mut expected = mark.next().get();
     for &position in visible {
         if position > expected {
             holes.push(expected..=position - 1);
         } else if holes.is_empty() {
             contiguous = position;
         }
-        expected = position + 1;
+        expected = position.saturating_add(1);
     }
     Survey { contiguous: Position::new(contiguous), holes }
 }

@@ -1,19 +1,27 @@
 //! The event store: tables `events` and `event_log`.
 
+mod acceptance;
 mod append;
 mod fingerprint;
 pub(crate) mod high_water;
+mod look;
 mod read;
 mod relay_state;
+
+use std::time::Duration;
 
 use crate::database::Database;
 use crate::event::Position;
 
+pub(crate) use acceptance::{Acceptance, Accepted};
 pub use append::{AppendError, Appended};
-pub(crate) use high_water::{Held, HighWater};
-pub(crate) use read::{Page, ReadAhead, ReadLimits, Wanted};
+pub(crate) use fingerprint::{LogAudit, Missing};
+pub(crate) use high_water::{Held, HighWater, LogFault};
+pub(crate) use look::{AddedTypes, HeldMark};
+pub(crate) use read::{Ends, Page, ReadAhead, ReadLimits, Wanted};
 
-const MARKS: &str = "select high_water, published, log_id from event_log";
+const MARKS: &str = "select high_water, published, log_id, held_position, held_last, \
+                     timestampdiff(microsecond, held_since, utc_timestamp(6)) from event_log";
 
 /// The event store of one database. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -30,6 +38,8 @@ pub(crate) struct Marks {
     pub(crate) published: Position,
     /// Which log this is.
     pub(crate) log_id: String,
+    /// What holds the mark, as somebody wrote down who could not raise it, and for how long it has.
+    pub(crate) held: Option<(Held, Duration)>,
 }
 
 impl EventStore {
@@ -40,8 +50,12 @@ impl EventStore {
 
     /// The marks as they are stored.
     pub(crate) async fn marks(&self) -> Result<Marks, sqlx::Error> {
-        let (high_water, published, log_id): (u64, u64, String) =
+        type Row = (u64, u64, String, Option<u64>, Option<u64>, Option<i64>);
+        let (high_water, published, log_id, held, last, age): Row =
             self.database.ask(async |connection| sqlx::query_as(MARKS).fetch_one(connection).await).await?;
-        Ok(Marks { high_water: Position::new(high_water), published: Position::new(published), log_id })
+        // A clock that was set back makes it young, not old.
+        let age = Duration::from_micros(age.unwrap_or_default().max(0).unsigned_abs());
+        let held = held.map(|position| (Held::from_columns(position, last), age));
+        Ok(Marks { high_water: Position::new(high_water), published: Position::new(published), log_id, held })
     }
 }

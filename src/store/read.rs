@@ -8,21 +8,23 @@ use futures_util::{Stream, TryStreamExt};
 use sqlx::mysql::MySqlRow;
 use sqlx::pool::PoolConnection;
 use sqlx::{MySql, MySqlConnection, QueryBuilder};
-use time::OffsetDateTime;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use super::EventStore;
-use crate::event::{self, Event, Position};
+use crate::event::{Event, Position};
 use crate::retry;
 
 /// By range and not by offset, so that a page costs the same wherever it lies.
 const RANGE: &str = "select position, event_id, stream_id, stream_version, event_type, recorded_at, payload, metadata \
                      from events where position > ";
 
-/// Below the high-water mark positions have no holes, so the first one that is not there yet is the next.
-const RECORDED_AT: &str = "select recorded_at from events where position = ?";
+const FIRST_FROM: &str = "select min(position) from events where position >= ?";
+
+const ENDS: &str = "select (select min(position) from events where position > 0), \
+                    exists (select 1 from events where position = 0), \
+                    exists (select 1 from events where position = 18446744073709551615)";
 
 const LAST: &str = "select max(position) from events";
 
@@ -52,6 +54,17 @@ pub(crate) struct Page {
     pub(crate) after: Position,
     /// And it ends with this one.
     pub(crate) through: Position,
+}
+
+/// The ends of the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Ends {
+    /// The first position above 0 that has a row.
+    pub(crate) first: Option<u64>,
+    /// Whether there is a row at position 0.
+    pub(crate) has_zero: bool,
+    /// Whether there is a row at the highest position there is.
+    pub(crate) has_last: bool,
 }
 
 /// Which events are read; the others are passed over by the server.
@@ -228,11 +241,19 @@ impl EventStore {
         .await
     }
 
-    /// When the event at this position was recorded; `None` if there is none.
-    pub(crate) async fn recorded_at(&self, position: Position) -> Result<Option<OffsetDateTime>, sqlx::Error> {
-        let recorded_at = sqlx::query(RECORDED_AT).bind(position.get());
-        let row = self.database.answer(async |connection| recorded_at.fetch_optional(connection).await).await?;
-        Ok(row.map(|row| event::recorded_at(&row, 0)))
+    /// The last position of the gap that begins at `first`, or `mark` where no row follows up to it.
+    pub(crate) async fn end_of_gap(&self, first: Position, mark: Position) -> Result<Position, sqlx::Error> {
+        let next = sqlx::query_scalar(FIRST_FROM).bind(first.get());
+        let next: Option<u64> = self.database.answer(async |connection| next.fetch_one(connection).await).await?;
+        Ok(next.map_or(mark, |next| Position::new(next).previous()).min(mark))
+    }
+
+    /// Where the log begins and ends.
+    pub(crate) async fn ends(&self) -> Result<Ends, sqlx::Error> {
+        let ends = sqlx::query_as(ENDS);
+        let (first, has_zero, has_last): (Option<u64>, bool, bool) =
+            self.database.answer(async |connection| ends.fetch_one(connection).await).await?;
+        Ok(Ends { first, has_zero, has_last })
     }
 
     /// The highest position that is visible, whether or not those below it are.
@@ -303,4 +324,23 @@ async fn read_page(
         }
     }
     Ok(Page { events, after, through: end })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_reading_that_ends_without_a_word_is_an_error_and_not_the_end_of_the_log() {
+        let (sender, pages) = mpsc::channel(PAGES_AHEAD);
+        let task = tokio::spawn(async move {
+            let (after, through) = (Position::START, Position::new(7));
+            sender.send(Ok(Page { events: Vec::new(), after, through })).await.expect("it listens");
+            panic!("as the test asks");
+        });
+        let mut reading = ReadAhead { pages, next: Position::START, task };
+        assert_eq!(reading.next().await.expect("a page").through, Position::new(7));
+        let ended = reading.next().await;
+        assert!(matches!(ended, Err(sqlx::Error::WorkerCrashed)), "{ended:?}");
+    }
 }

@@ -5,9 +5,11 @@ use std::time::Duration;
 use super::EventStore;
 use crate::event::Position;
 
-/// Taken where it is free, expired, or ours. By the database's clock, so that the hosts' need not agree.
+/// Taken where it is free, expired, or ours. By the database's clock, so that the hosts' need not agree. A lease that ends
+/// later than any can was written before that clock was set back: it has expired, too.
 const LEASE: &str = "update event_log set relay_holder = ?, relay_until = utc_timestamp(6) + interval ? second \
-                     where relay_holder is null or relay_holder = ? or relay_until < utc_timestamp(6)";
+                     where relay_holder is null or relay_holder = ? or relay_until < utc_timestamp(6) \
+                     or relay_until > utc_timestamp(6) + interval 2 * ? second";
 
 const RELEASE: &str = "update event_log set relay_holder = null, relay_until = null where relay_holder = ?";
 
@@ -17,7 +19,8 @@ const PUBLISHED: &str = "update event_log set published = greatest(published, ?)
 impl EventStore {
     /// Takes or keeps the relay's lease for so long. `false`: another relay holds it.
     pub(crate) async fn lease_relay(&self, holder: &str, lease: Duration) -> Result<bool, sqlx::Error> {
-        let take = sqlx::query(LEASE).bind(holder).bind(lease.as_secs()).bind(holder);
+        let seconds = lease.as_secs();
+        let take = sqlx::query(LEASE).bind(holder).bind(seconds).bind(holder).bind(seconds);
         let taken = self.database.ask(async |connection| take.execute(connection).await).await?;
         Ok(taken.rows_affected() == 1)
     }

@@ -10,7 +10,7 @@ use time::format_description::well_known::Rfc3339;
 use crate::event::Position;
 use crate::lag::Lag;
 use crate::lifecycle::Status;
-use crate::metrics::{self, Counted, Metric, NAMESPACE, OfProjector, Samples};
+use crate::metrics::{self, Counted, MarkSeen, Metric, NAMESPACE, OfProjector, Samples};
 use crate::projector::ProjectorId;
 use crate::retry;
 
@@ -61,9 +61,10 @@ impl Report<'_> {
             document.put(metrics::HIGH_WATER_MARK, high_water.get());
             document.put(metrics::PUBLISHED, published.get());
         }
-        if let Some(relay) = relay {
-            let age = relay.held_since.map_or(0.0, |since| retry::seconds(since.elapsed()));
-            document.put(metrics::GAP_AGE, age);
+        match self.counted.mark {
+            Some(MarkSeen::HeldSince(since)) => document.put(metrics::GAP_AGE, retry::seconds(since.elapsed())),
+            Some(MarkSeen::Free) => document.put(metrics::GAP_AGE, 0.0),
+            None => {}
         }
         document.put_samples(metrics::RELAY_BATCH_SIZE, &self.counted.message_events);
         document.put_samples(metrics::RECEIVE_TO_COMMIT, &self.counted.receive_to_commit);
@@ -181,8 +182,8 @@ mod tests {
         counted.message_events = samples(&[10.0]);
         counted.receive_to_commit = samples(&[7.25]);
         let (high_water, published) = (Position::new(90), Position::new(80));
-        counted.relay =
-            Some(RelaySaw { high_water, published, held_since: Some(Instant::now() - Duration::from_secs(3)) });
+        counted.relay = Some(RelaySaw { high_water, published });
+        counted.mark = Some(MarkSeen::HeldSince(Instant::now() - Duration::from_secs(3)));
         let failure = crate::lifecycle::Failure {
             event: None,
             error: "as told".into(),

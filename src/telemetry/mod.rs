@@ -5,15 +5,20 @@ mod emf;
 mod reporter;
 mod webhook;
 
-use std::io::{IsTerminal, stderr};
+use std::fmt;
+use std::io::{IsTerminal, Write, stderr};
 
 use clap::ValueEnum;
+use tracing::field::Field;
+use tracing_subscriber::field::MakeExt;
 use tracing_subscriber::filter::{FilterExt, LevelFilter, filter_fn};
+use tracing_subscriber::fmt::format::{Writer, debug_fn};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
-use tracing_subscriber::{EnvFilter, Layer, fmt};
+use tracing_subscriber::{EnvFilter, Layer};
 
 use crate::error::Error;
+use crate::text;
 pub(crate) use reporter::{MetricsFormat, Reporter, Watched, service_name};
 use webhook::Poster;
 
@@ -43,13 +48,52 @@ pub(crate) struct Telemetry {
     _poster: Option<Poster>,
 }
 
+/// A field for a terminal: nothing in it moves the cursor or begins a line.
+fn write_field(writer: &mut Writer<'_>, field: &Field, value: &dyn fmt::Debug) -> fmt::Result {
+    let value = format!("{value:?}");
+    let value = text::shown(&value);
+    let value = text::printable(&value);
+    match field.name() {
+        "message" => write!(writer, "{value}"),
+        // What a library that logs by another crate says of its place.
+        name if name.starts_with("log.") => Ok(()),
+        name => write!(writer, "{name}={value}"),
+    }
+}
+
+/// Standard error for lines of JSON. Each is written at once.
+#[derive(Default)]
+struct JsonToStderr(Vec<u8>);
+
+impl Write for JsonToStderr {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        let line = std::mem::take(&mut self.0);
+        let line = String::from_utf8_lossy(&line);
+        stderr().lock().write_all(text::shown_in_json(&line).as_bytes())
+    }
+}
+
+impl Drop for JsonToStderr {
+    fn drop(&mut self) {
+        if !self.0.is_empty() {
+            // As with every log line, nobody can be told that it cannot be written.
+            let _ = self.flush();
+        }
+    }
+}
+
 /// Says why a command did not end well: among JSON lines as one of them, so that every line of the log can be
 /// read, and an alarm on errors sees this one, too.
 pub(crate) fn report(error: &Error, format: LogFormat) {
     // Not where the filter, or a filter that could not be read, would swallow it.
     match format.is_json() && tracing::enabled!(tracing::Level::ERROR) {
         true => tracing::error!("{error}"),
-        false => eprintln!("error: {error}"),
+        false => eprintln!("error: {}", text::printable_lines(&text::shown(&error.to_string()))),
     }
 }
 
@@ -60,10 +104,14 @@ pub(crate) fn start(format: LogFormat, filter: &str, alert_url: Option<&str>) ->
     let ours = filter.bytes().all(|byte| byte.is_ascii_alphabetic()).then(|| format!("warn,projectionist={filter}"));
     let filter = EnvFilter::try_new(ours.as_deref().unwrap_or(filter))
         .map_err(|error| Error::Input(format!("the log filter {filter:?} cannot be read: {error}")))?;
-    let logs = fmt::layer().with_writer(stderr);
     let logs = match format.is_json() {
-        true => logs.json().flatten_event(true).boxed(),
-        false => logs.with_target(false).with_ansi(stderr().is_terminal()).boxed(),
+        true => tracing_subscriber::fmt::layer().json().flatten_event(true).with_writer(JsonToStderr::default).boxed(),
+        false => tracing_subscriber::fmt::layer()
+            .fmt_fields(debug_fn(write_field).delimited(" "))
+            .with_writer(stderr)
+            .with_target(false)
+            .with_ansi(stderr().is_terminal())
+            .boxed(),
     };
     let (webhook, poster) = alert_url.map(webhook::start).transpose()?.unzip();
     let alerts = || {

@@ -1,6 +1,7 @@
 //! Alerts as HTTP: every log line with a field `alert` is posted, too. Never in the way of the work.
 
 use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -14,6 +15,7 @@ use tracing_subscriber::Layer;
 use tracing_subscriber::layer::Context;
 
 use crate::error::Error;
+use crate::text;
 
 /// Alerts that wait to be posted. Beyond, they are in the log only.
 const MOST_WAITING: usize = 64;
@@ -46,14 +48,17 @@ pub(super) fn start(url: &str) -> Result<(Webhook, Poster), Error> {
         return Err(Error::Input("the alert URL is not an http or https URL".into()));
     }
     let (alerts, waiting) = sync_channel(MOST_WAITING);
-    let url = url.to_owned();
-    let thread = std::thread::Builder::new().name("alerts".into()).spawn(move || post_all(&url, &waiting));
+    let post = post_to(url);
+    let thread = std::thread::Builder::new().name("alerts".into()).spawn(move || post_all(post, &waiting));
     let thread = thread.map_err(|error| Error::Input(format!("cannot start the thread that posts alerts: {error}")))?;
     Ok((Webhook { alerts: alerts.clone() }, Poster { end: alerts, thread: Some(thread) }))
 }
 
-fn post_all(url: &str, waiting: &Receiver<Value>) {
-    let agent: ureq::Agent = ureq::Agent::config_builder().timeout_global(Some(ANSWER_WITHIN)).build().into();
+/// Why a post failed, without the URL, which may hold a secret.
+type Refusal = String;
+
+/// Posts alerts until it is told to end. A post that panics is one that failed: the thread goes on with the next.
+fn post_all(post: impl Fn(&str) -> Result<(), Refusal>, waiting: &Receiver<Value>) {
     while let Ok(alert) = waiting.recv() {
         if alert.is_null() {
             return;
@@ -61,19 +66,29 @@ fn post_all(url: &str, waiting: &Receiver<Value>) {
         let body = alert.to_string();
         let mut pause = FIRST_PAUSE;
         for attempt in 1..=ATTEMPTS {
-            let posted = agent.post(url).header("content-type", "application/json").send(&body);
+            let posted = catch_unwind(AssertUnwindSafe(|| post(&body))).unwrap_or_else(|_| Err("it panicked".into()));
             let Err(error) = posted else { break };
-            // The URL may hold a secret, so only the error's kind is told. No field `alert`: that would come back here.
+            // No field `alert`: that would come back here.
             if attempt == ATTEMPTS {
-                tracing::warn!(
-                    attempts = attempt,
-                    error = kind(&error),
-                    "an alert could not be posted; it is in the log only"
-                );
+                tracing::warn!(attempts = attempt, error, "an alert could not be posted; it is in the log only");
             } else {
                 std::thread::sleep(pause);
                 pause *= 2;
             }
+        }
+    }
+}
+
+/// Posts one alert. A redirect is not followed: whoever answers by one would choose where alerts go.
+fn post_to(url: &str) -> impl Fn(&str) -> Result<(), Refusal> + use<> {
+    let config = ureq::Agent::config_builder().timeout_global(Some(ANSWER_WITHIN)).max_redirects(0);
+    let (agent, url): (ureq::Agent, String) = (config.build().into(), url.to_owned());
+    move |body| {
+        let posted = agent.post(&url).header("content-type", "application/json").send(body);
+        match posted.map_err(|error| kind(&error))?.status() {
+            status if status.is_success() => Ok(()),
+            status if status.is_redirection() => Err(format!("status {}: redirects are not followed", status.as_u16())),
+            status => Err(format!("status {}", status.as_u16())),
         }
     }
 }
@@ -100,16 +115,22 @@ impl<S: Subscriber> Layer<S> for Webhook {
         fields.insert("at".into(), at.into());
         fields.insert("level".into(), event.metadata().level().as_str().into());
         // What chat tools show; the rest is for machines.
-        let text = text(&fields);
-        fields.insert("text".into(), text.into());
-        if let Err(TrySendError::Full(_)) = self.alerts.try_send(Value::Object(fields)) {
-            tracing::warn!("too many alerts wait to be posted; this one is in the log only");
+        let line = line(&fields);
+        fields.insert("text".into(), line.into());
+        match self.alerts.try_send(Value::Object(fields)) {
+            Ok(()) => {}
+            Err(TrySendError::Full(_)) => {
+                tracing::warn!("too many alerts wait to be posted; this one is in the log only");
+            }
+            Err(TrySendError::Disconnected(_)) => {
+                tracing::warn!("the thread that posts alerts has ended; this one is in the log only");
+            }
         }
     }
 }
 
 /// An alert in one line: what happened, and the fields that tell where.
-fn text(fields: &Map<String, Value>) -> String {
+fn line(fields: &Map<String, Value>) -> String {
     let message = fields.get("message").and_then(Value::as_str).unwrap_or_default();
     let plain = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
     let details: Vec<String> = fields
@@ -117,7 +138,12 @@ fn text(fields: &Map<String, Value>) -> String {
         .filter(|(name, _)| !matches!(name.as_str(), "message" | "alert" | "at" | "level"))
         .map(|(name, value)| format!("{name}={}", plain(value)))
         .collect();
-    format!("projectionist: {message} ({})", details.join(", "))
+    for_chat(&format!("projectionist: {message} ({})", details.join(", ")))
+}
+
+/// Slack's format for text has these three of its own: `<!channel>` would call everybody.
+fn for_chat(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
 }
 
 /// Collects the fields of a log line.
@@ -125,11 +151,11 @@ struct Fields(Map<String, Value>);
 
 impl Visit for Fields {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        self.0.insert(field.name().into(), format!("{value:?}").into());
+        self.0.insert(field.name().into(), text::shown(&format!("{value:?}")).into());
     }
 
     fn record_str(&mut self, field: &Field, value: &str) {
-        self.0.insert(field.name().into(), value.into());
+        self.0.insert(field.name().into(), text::shown(value).into());
     }
 
     fn record_u64(&mut self, field: &Field, value: u64) {
@@ -154,5 +180,40 @@ impl Drop for Poster {
         while !thread.is_finished() && began.elapsed() < LAST_WORDS_WITHIN {
             std::thread::sleep(Duration::from_millis(10));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_post_that_panics_ends_neither_the_thread_nor_the_alerts_after_it() {
+        let (alerts, waiting) = sync_channel(4);
+        for alert in [json!("bad"), json!("good"), Value::Null] {
+            alerts.send(alert).expect("there is room");
+        }
+        let posted = RefCell::new(Vec::new());
+        let post = |body: &str| {
+            posted.borrow_mut().push(body.to_owned());
+            match body {
+                "\"bad\"" => panic!("as the test asks"),
+                _ => Ok(()),
+            }
+        };
+        post_all(post, &waiting);
+        let posted = posted.take();
+        assert_eq!((posted.len(), posted.last().map(String::as_str)), (ATTEMPTS as usize + 1, Some("\"good\"")));
+    }
+
+    #[test]
+    fn what_chat_tools_would_take_for_commands_is_text() {
+        let fields = json!({"message": "it broke", "error": "<!channel> & <https://x|y>"});
+        let text = line(fields.as_object().expect("an object"));
+        assert_eq!(text, "projectionist: it broke (error=&lt;!channel&gt; &amp; &lt;https://x|y&gt;)");
     }
 }

@@ -28,8 +28,10 @@ async fn webhook(codes: &'static [u16]) -> (String, Arc<Mutex<Vec<Value>>>) {
                 continue;
             };
             let body = read_body(&mut stream).await;
-            kept.lock().expect("no panic").push(serde_json::from_str(&body).expect("JSON"));
-            let answer = format!("HTTP/1.1 {code} X\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
+            kept.lock().expect("no panic").push(serde_json::from_str(&body).unwrap_or(json!("no JSON")));
+            // A redirect leads to this hook itself: whoever followed it would be seen.
+            let to = if (300..400).contains(code) { "location: /elsewhere\r\n" } else { "" };
+            let answer = format!("HTTP/1.1 {code} X\r\n{to}content-length: 0\r\nconnection: close\r\n\r\n");
             let _ = stream.write_all(answer.as_bytes()).await;
         }
     });
@@ -233,7 +235,7 @@ async fn rows_that_are_gone_when_they_are_to_be_published_are_a_fault_that_is_po
     world.run(&["boot", "--projectors", projectors.path()]).await.exits(0);
     assert_eq!((world.high_water().await, world.number("select published from event_log").await), (20, 10));
 
-    for (gone, first, last) in [("position in (13, 14)", 13, 14), ("position > 10", 11, 20)] {
+    for (gone, first, last) in [("position in (13, 14)", 13, 14), ("position between 11 and 19", 11, 19)] {
         world.execute(&format!("delete from events where {gone}")).await;
         world.execute("update event_log set published = 10, relay_holder = null").await;
         let (url, posted) = webhook(&[200]).await;
@@ -301,4 +303,83 @@ async fn a_web_hook_that_never_answers_delays_nothing_that_is_played() {
     assert!(!play.has_logged("an alert could not be posted"), "it waits for the hook still: {}", play.logged());
     play.terminate().await.exits(0);
     world.assert_complete(&tally).await;
+}
+
+#[tokio::test]
+async fn a_web_hook_that_redirects_is_not_followed_and_has_failed() {
+    let world = World::new().await;
+    world.append(9).await;
+    world.execute("alter table events auto_increment = 70020").await;
+    world.append(2).await;
+    for code in [&[301_u16] as &'static [u16], &[302], &[307]] {
+        let (url, posted) = webhook(code).await;
+        let relayed = world.run(&["relay", "--once", "--alert-url", &url]).await.exits(0);
+        assert_eq!(kinds(&posted), ["high_water_held"; 4], "each attempt posts to the hook, and none elsewhere");
+        assert!(relayed.stderr.contains("redirects are not followed"), "{}", relayed.stderr);
+        assert!(!relayed.stderr.contains("secret-token"), "{}", relayed.stderr);
+    }
+}
+
+/// A value of a row, as a server names it in its errors.
+const SECRET: &str = "ann@example.com";
+
+#[tokio::test]
+async fn errors_are_kept_to_their_numbers_in_ledger_log_and_alerts_where_that_is_asked_for() {
+    let world = World::new().await;
+    for _ in 0..2 {
+        world
+            .store
+            .append(&[projectionist::NewEvent::new("a", "Opened", format!("{{\"mail\":\"{SECRET}\"}}"))])
+            .await
+            .expect("appended");
+    }
+    let file = "name = 'mails'\nversion = 1\nmode = 'from_beginning'\n\
+                setup = ['create table if not exists mails (mail varchar(100) primary key)']\n\n\
+                [[on]]\nevents = ['*']\nsql = 'insert into mails values (:payload.mail)'\n";
+    let folder = Folder::new().with("mails.toml", file);
+    let (url, posted) = webhook(&[200]).await;
+    let boot = ["boot", "--json", "--alert-url", &url, "--projectors", folder.path()];
+    let failed = world.run(&[&boot[..], &["--redact-errors"]].concat()).await.exits(1);
+    let ledger = async || {
+        let entry = world.entry("mails").await.expect("it is in the ledger");
+        entry.status.failure().expect("it is broken").error.clone()
+    };
+    let error = ledger().await;
+    assert!(error.contains("mails.toml:6") && error.ends_with("MySQL error 1062 (23000)"), "{error}");
+    let alerts = serde_json::to_string(&*posted.lock().expect("no panic")).expect("JSON");
+    for text in [&failed.stderr, &failed.stdout, &alerts, &error] {
+        assert!(!text.contains(SECRET), "{text}");
+    }
+    for text in [&failed.stderr, &failed.stdout, &alerts] {
+        assert!(text.contains("MySQL error 1062 (23000)"), "{text}");
+    }
+    failed.log();
+    let human = world.run(&[&boot[..], &["--redact-errors", "--log-format=human"]].concat()).await.exits(1);
+    assert!(!human.stderr.contains(SECRET) && human.stderr.contains("MySQL error 1062"), "{}", human.stderr);
+
+    // Unasked, the server's text is there.
+    world.run(&boot).await.exits(1);
+    assert!(ledger().await.contains(SECRET));
+}
+
+#[tokio::test]
+async fn control_characters_of_the_log_reach_no_terminal() {
+    let world = World::new().await;
+    world
+        .execute(
+            "insert into events (stream_id, stream_version, event_type, payload) \
+             values ('a', 1, concat('Cleared', char(27), '[2J', char(10), 'forged line'), '1')",
+        )
+        .await;
+    let folder = failing_projector();
+    let folder = folder.path().to_str().expect("UTF-8");
+    let boot = world.run(&["boot", "--log-format=human", "--projectors", folder]).await.exits(1);
+    let status = world.run(&["status", "--projectors", folder]).await.exits(0);
+    let doctor = world.run(&["doctor", "--projectors", folder]).await;
+    for text in [&boot.stdout, &boot.stderr, &status.stdout, &doctor.stdout] {
+        assert!(!text.contains('\u{1b}') && !text.lines().any(|line| line.starts_with("forged")), "{text:?}");
+    }
+    for text in [&boot.stdout, &boot.stderr, &status.stdout] {
+        assert!(text.contains("Cleared\\u{1b}[2J\\nforged line"), "{text}");
+    }
 }

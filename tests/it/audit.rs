@@ -1,8 +1,9 @@
 //! The audit: what it proves while everything runs, and what it refutes.
 
 use projectionist::Registry;
+use serde_json::json;
 
-use crate::support::{Tally, World};
+use crate::support::{Tally, World, execute};
 
 /// A world whose mark has passed so many events.
 async fn passed(events: usize) -> World {
@@ -62,4 +63,70 @@ async fn a_projector_beyond_the_mark_is_named() {
     world.execute("update projectors set position = 31").await;
     let audit = world.run(&["audit"]).await.exits(1);
     assert_eq!(audit.stdout, "projector tally@1 stands at 31, beyond the high-water mark 30\n");
+}
+
+#[tokio::test]
+async fn deleted_rows_are_told_in_ranges_with_their_true_count_and_one_alert() {
+    let world = passed(3_000).await;
+    world.execute("delete from events where position between 12 and 2522 or position in (2530, 2600)").await;
+    let audit = world.run(&["audit"]).await.exits(1);
+    assert_eq!(
+        audit.stdout,
+        "positions 12 to 2522 have no row: 2,511 deleted\nposition 2530 has no row: it was deleted\n\
+         position 2600 has no row: it was deleted\n"
+    );
+    let log = audit.log();
+    let alerts: Vec<_> = log.iter().filter(|line| line["alert"] == "log_fault").collect();
+    assert_eq!(alerts.len(), 1, "{log:?}");
+    assert_eq!(["first", "last", "missing"].map(|key| alerts[0][key].as_u64()), [Some(12), Some(2_522), Some(2_513)]);
+    let report = world.run(&["audit", "--json"]).await.exits(1).json();
+    assert_eq!(
+        (&report["missing"], &report["missing_count"]),
+        (&json!([[12, 2522], [2530, 2530], [2600, 2600]]), &json!(2_513))
+    );
+}
+
+#[tokio::test]
+async fn of_many_ranges_the_first_are_named_and_all_are_counted() {
+    let world = passed(600).await;
+    world.execute("delete from events where position % 2 = 0").await;
+    let audit = world.run(&["audit"]).await.exits(1);
+    assert_eq!(audit.stdout.lines().count(), 21);
+    assert!(
+        audit.stdout.ends_with("280 more ranges have no rows; in all 300 positions were deleted\n"),
+        "{}",
+        audit.stdout
+    );
+    let report = world.run(&["audit", "--json"]).await.exits(1).json();
+    assert_eq!((report["missing"].as_array().map(Vec::len), &report["missing_count"]), (Some(100), &json!(300)));
+}
+
+#[tokio::test]
+async fn rows_at_positions_that_no_event_may_have_are_named_and_break_nothing() {
+    let world = passed(30).await;
+    let mut odd = world.connection().await;
+    execute(&mut odd, "set session sql_mode = concat(@@sql_mode, ',NO_AUTO_VALUE_ON_ZERO')").await;
+    let insert = "insert into events (position, stream_id, stream_version, event_type, payload) values";
+    execute(&mut odd, &format!("{insert} (0, 'zero', 1, 'Opened', '1')")).await;
+    let audit = world.run(&["audit"]).await.exits(1);
+    assert_eq!(audit.stdout, "position 0 is never read: no projector gets this row\n");
+    world.run(&["relay", "--once"]).await.exits(0);
+    let doctor = world.run(&["doctor", "--for=audit"]).await;
+    assert!(doctor.stdout.contains("position 0 is never read"), "{}", doctor.stdout);
+    world.execute("delete from events where position = 0").await;
+
+    execute(&mut odd, &format!("{insert} (18446744073709551615, 'last', 1, 'Opened', '1')")).await;
+    let audit = world.run(&["audit"]).await.exits(1);
+    assert!(audit.stdout.starts_with("position 18446744073709551615 ends the log"), "{}", audit.stdout);
+    let relayed = world.run(&["relay", "--once"]).await.exits(0);
+    assert!(relayed.stderr.contains("high_water_held") && !relayed.stderr.contains("panic"), "{}", relayed.stderr);
+    let status = world.run(&["status"]).await.exits(0);
+    assert!(status.stdout.contains("18446744073709551615"), "{}", status.stdout);
+    let doctor = world.run(&["doctor", "--for=audit"]).await;
+    assert!(doctor.stdout.contains("18446744073709551615 ends the log"), "{}", doctor.stdout);
+    let fill = world.run(&["fill", "18446744073709551614", "18446744073709551614", "--yes"]).await.exits(0);
+    assert_eq!(
+        fill.stdout,
+        "filled 1 position from 18446744073709551614 to 18446744073709551614; 0 had a row already\n"
+    );
 }

@@ -163,6 +163,26 @@ async fn a_database_that_was_not_migrated_is_told_and_so_is_one_of_a_newer_relea
 }
 
 #[tokio::test]
+async fn a_log_that_begins_far_above_one_or_has_lost_its_end_is_told() {
+    let world = World::new().await;
+    let _writable = kept_writable(&world).await;
+    world.append(3).await;
+    world.run(&["relay", "--once"]).await.exits(0);
+    let log = async || lines(&world.run(&["doctor", "--json"]).await)["log"].clone();
+    assert_eq!(log().await.0, "ok");
+    world.execute("delete from events where position = 3").await;
+    let (level, told) = log().await;
+    assert!(level == "wrong" && told.contains("the log ends at 2, below the high-water mark 3"), "{told}");
+
+    let behind = World::new().await;
+    behind.execute("alter table events auto_increment = 5000").await;
+    behind.append(1).await;
+    let lines = lines(&behind.run(&["doctor", "--json"]).await.exits(0));
+    let (level, told) = &lines["log"];
+    assert!(level == "warning" && told.contains("it begins at position 5000") && told.contains("history"), "{told}");
+}
+
+#[tokio::test]
 async fn a_server_that_takes_no_writes_is_told() {
     let world = World::new().await;
     let mut admin = kept_writable(&world).await;

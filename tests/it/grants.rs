@@ -104,6 +104,9 @@ async fn each_command_does_its_work_with_no_more_than_the_grants_of_the_readme()
     assert_eq!(world.number("select count(*) from counter").await, 5);
     run_as_granted(&world, "status", &["status"], b"").await;
     run_as_granted(&world, "audit", &["audit"], b"").await;
+    world.execute("delete from events where position = 3").await;
+    let accept = ["audit", "--accept", "3", "3", "--reason", "as the test asks", "--yes"];
+    run_as_granted(&world, "audit --accept", &accept, b"").await;
     world.execute("alter table events auto_increment = 10").await;
     run_as_granted(&world, "append", &["append"], line).await;
     run_as_granted(&world, "fill", &["fill", "7", "9", "--yes"], b"").await;

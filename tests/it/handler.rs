@@ -203,7 +203,7 @@ async fn fails_in_boot(fault: impl Fn(&Tally) -> Scripted, because: &str) -> Vec
     let limits = Limits { handler_timeout: Duration::from_millis(500), batch: 100, ..Limits::default() };
     let report = boot(&world.database, &registry, limits, |_| {}).await.expect("boot comes to an end");
 
-    let broken: Vec<&str> = report.broken().map(|booted| booted.entry.id.name.as_str()).collect();
+    let broken: Vec<&str> = report.broken().map(|booted| booted.id.name.as_str()).collect();
     assert_eq!((report.is_released(), broken), (false, vec!["faulty"]));
     world.assert_broken("faulty", POISON, because).await;
     for tally in [&before, &after] {
@@ -401,6 +401,20 @@ fn locking_both(tally: &Tally, gate: &Gate, met: &Arc<AtomicU64>) -> Scripted {
     })
 }
 
+/// The same, by a handler that does not pass the error on.
+fn swallowing(tally: &Tally, gate: &Gate, met: &Arc<AtomicU64>) -> Scripted {
+    let (at_gate, noted) = (gate.clone(), Arc::clone(met));
+    scripted_at(tally, 5, move |db| {
+        let (gate, met) = (at_gate.clone(), Arc::clone(&noted));
+        Box::pin(async move {
+            run(db, "update pair set n = n + 1 where id = 1").await?;
+            gate.pass().await;
+            let _ = noting(&met, run(db, "update pair set n = n + 1 where id = 2").await);
+            Ok(())
+        })
+    })
+}
+
 /// Locks them the other way round, when such a handler stands at the gate, and lets it into the deadlock.
 async fn win_a_deadlock(world: &World, gate: &Gate) {
     gate.arrival().await;
@@ -534,4 +548,30 @@ async fn a_payload_that_is_no_text_breaks_who_asks_for_it_and_nobody_else() {
     world.assert_broken("reader", 11, "event 11 cannot be read").await;
     world.assert_broken("reader", 11, "payload").await;
     world.assert_folded(&reader).await;
+}
+
+#[tokio::test]
+async fn a_deadlock_that_a_handler_swallows_is_tried_again_and_each_event_is_applied_once() {
+    for in_boot in [true, false] {
+        let world = World::new().await;
+        create_pair(&world).await;
+        let (gate, tally, met) = (Gate::new(), Tally::new("tally"), Arc::new(AtomicU64::new(0)));
+        let registry = set([swallowing(&tally, &gate, &met)]);
+        if in_boot {
+            world.append(10).await;
+            let booting = boot(&world.database, &registry, boot_limits(), |_| {});
+            let (booted, ()) = tokio::join!(booting, win_a_deadlock(&world, &gate));
+            assert!(booted.expect("boot comes to an end").is_released());
+        } else {
+            world.boot(&registry).await;
+            world.append(10).await;
+            let playing = world.start_play(&registry);
+            win_a_deadlock(&world, &gate).await;
+            eventually("it is at the end", async || world.position("tally").await == 10).await;
+            assert_eq!(playing.stop().await.broken, 0);
+        }
+        assert_eq!(met.load(Ordering::SeqCst), 1213, "the handler lost");
+        assert_eq!(world.number("select sum(n) div 1 from pair").await, 202, "both its updates were made once");
+        world.assert_complete(&tally).await;
+    }
 }

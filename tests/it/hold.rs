@@ -46,7 +46,8 @@ async fn a_commit_and_the_next_claim_are_one_round_trip_where_a_projector_is_alo
 async fn a_handler_that_acts_elsewhere_has_its_row_looked_at_just_before() {
     let world = World::new().await;
     world.append(300).await;
-    assert_eq!(booted(&world, &[&Tally::new("mailer").with_side_effects()]).await, (30, 0));
+    // Each event is a transaction of its own, so that one that fails repeats no effect.
+    assert_eq!(booted(&world, &[&Tally::new("mailer").with_side_effects()]).await, (300, 0));
 }
 
 #[tokio::test]

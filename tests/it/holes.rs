@@ -290,3 +290,61 @@ async fn where_events_were_deleted_a_replay_does_not_read_past_the_mark() {
     world.play_until_idle(&registry(&[&tally])).await;
     world.assert_complete(&tally).await;
 }
+
+/// The stream id of fillers is nobody else's: a row of this name used to make a position impossible to fill.
+#[tokio::test]
+async fn a_row_that_looks_like_a_filler_makes_no_position_unfillable() {
+    let world = World::new().await;
+    let tally = Tally::new("tally");
+    world.append(9).await;
+    world
+        .execute(
+            "insert into events (position, stream_id, stream_version, event_type, payload) \
+             values (11, '$tombstone', 10, 'Opened', '1')",
+        )
+        .await;
+    world.boot(&registry(&[&tally])).await;
+    assert_eq!((world.high_water().await, world.tombstones().await), (11, vec![10]));
+    world.assert_complete(&tally).await;
+}
+
+#[tokio::test]
+async fn a_fill_says_how_many_it_filled_and_how_many_had_a_row_and_refuses_what_the_mark_has_passed() {
+    let world = World::new().await;
+    world.append(9).await;
+    world.run(&["relay", "--once"]).await.exits(0);
+    for ahead in [12, 70_020] {
+        world
+            .execute(&format!(
+                "insert into events (position, stream_id, stream_version, event_type, payload) \
+                 values ({ahead}, 'ahead', {ahead}, 'Opened', '1')"
+            ))
+            .await;
+    }
+    world.execute("delete from events where position = 7").await;
+    let refused = world.run(&["fill", "7", "11", "--yes"]).await.exits(2);
+    refused.says(&["up to the high-water mark, 9, are decided already", "audit"]);
+    assert!(world.tombstones().await.is_empty());
+    let filled = world.run(&["fill", "10", "70019", "--yes"]).await.exits(0);
+    assert_eq!(filled.stdout, "filled 70,009 positions from 10 to 70019; 1 had a row already\n");
+    let filled = world.run(&["fill", "10", "12", "--yes"]).await.exits(0);
+    assert_eq!(filled.stdout, "nothing to fill: each position from 10 to 12 has a row\n");
+}
+
+/// `insert ignore` drops a row that a trigger or a constraint refuses, too, and says so by a count alone.
+#[tokio::test]
+async fn a_filler_that_the_server_drops_is_an_error_and_not_a_filled_position() {
+    let world = World::new().await;
+    world.append(9).await;
+    world.execute("alter table events add constraint no_fillers check (event_type not like '$%')").await;
+    world
+        .execute(
+            "insert into events (position, stream_id, stream_version, event_type, payload) \
+             values (12, 'ahead', 1, 'Opened', '1')",
+        )
+        .await;
+    world.run(&["fill", "10", "11", "--yes"]).await.exits(2).says(&["position 10 cannot be filled"]);
+    let relayed = world.run(&["relay", "--once"]).await.exits(2);
+    relayed.says(&["position 10 cannot be filled", "constraint"]);
+    assert_eq!(world.high_water().await, 9);
+}

@@ -385,3 +385,32 @@ async fn an_append_whose_commit_was_not_acknowledged_is_stored_once() {
     let (before, after) = cuts.so_far();
     assert!(before > 1 && after > 1, "commits were cut: {before} before, {after} after");
 }
+
+/// On MySQL a writer at repeatable read that meets error 1062 and goes on holds everybody up; this one never does.
+#[tokio::test]
+async fn an_append_that_is_refused_keeps_no_transaction_open_and_holds_nobody_up() {
+    let world = World::new().await;
+    let id = |id: &str| NewEvent { event_id: Some(id.into()), ..event(0) };
+    let mut other = world.connection().await;
+    execute(&mut other, "set session innodb_lock_wait_timeout = 1").await;
+    for round in 0..20 {
+        let taken = format!("taken-{round}");
+        world.store.append(&[id(&taken)]).await.expect("appended");
+        let refused = world.store.append(&[event(1), id(&taken)]).await.expect_err("the id is taken");
+        assert!(matches!(refused, AppendError::Duplicate { .. }), "{refused}");
+        // At once: what the append has locked, the row that it collided with and the end of the log, is free again.
+        execute(&mut other, &format!("select position from events where event_id = '{taken}' for update nowait")).await;
+        write(&mut other, "other", round + 1).await.expect("nobody is in the way");
+        let wrong = NewEvent { stream_version: Some(99), ..event(1) };
+        let refused = world.store.append(&[wrong]).await.expect_err("not the next version");
+        assert!(matches!(refused, AppendError::WrongVersion { .. }), "{refused}");
+    }
+    let open = "select count(*) from information_schema.innodb_trx t join information_schema.processlist p \
+                on p.id = t.trx_mysql_thread_id where p.db = database()";
+    // That table is refreshed only after nobody has read it for 0.1 s.
+    eventually("no transaction is open", async || {
+        tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+        world.number(open).await == 0
+    })
+    .await;
+}

@@ -1,6 +1,7 @@
 //! `doctor`: whether everything is set up as it should be, and what to do where it is not.
 
 mod database;
+mod log;
 mod queue;
 
 use std::fmt;
@@ -16,6 +17,7 @@ use crate::error::Error;
 use crate::ledger::Ledger;
 use crate::lifecycle::Status;
 use crate::registry::Registry;
+use crate::text::printable;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -82,7 +84,7 @@ impl fmt::Display for Level {
 
 impl fmt::Display for Check {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:<12}  {:<27}  {}", self.level.to_string(), self.check, self.says)?;
+        write!(f, "{:<12}  {:<27}  {}", self.level.to_string(), self.check, printable(&self.says))?;
         self.remedy.as_ref().map_or(Ok(()), |remedy| write!(f, "; {remedy}"))
     }
 }
@@ -115,6 +117,7 @@ impl Doctor {
             Ok(database) => {
                 checks.push(Check::ok("database", database.place()));
                 database::examine(&database, database.connections(), &self.commands, &mut checks).await;
+                log::examine(&database, &mut checks).await;
                 examine_projectors(&database, registry, &mut checks).await;
             }
             Err(error) => {
@@ -175,14 +178,26 @@ async fn examine_projectors(database: &Database, registry: Result<Registry, Erro
     let Ok(entries) = Ledger::new(database).entries().await else { return };
     for projector in registry.iter() {
         let check = format!("projector {}", projector.id);
-        let status = entries.iter().find(|entry| entry.id == projector.id).map(|entry| &entry.status);
+        let entry = entries.iter().find(|entry| entry.id == projector.id);
+        let is_changed = entry.is_some_and(|entry| !entry.is_booted_with(&projector.digest));
+        let status = entry.map(|entry| &entry.status);
         checks.push(match status {
+            Some(Status::Live | Status::Finished) if is_changed => Check::bad(
+                Level::Warning,
+                &check,
+                "changed since it was booted, so a worker with this set does not play it",
+                "run boot",
+            ),
             Some(Status::Live | Status::Finished) => Check::ok(&check, status.map_or("", Status::as_str)),
             Some(Status::Retired) => {
                 Check::bad(Level::Warning, &check, "retired, and never played again", "take it out of this release")
             }
             Some(Status::Broken(failure)) => {
-                Check::bad(Level::Warning, &check, format!("broken: {}", failure.error), "mend it, and run boot")
+                let remedy = match failure.rebuild {
+                    None => "mend it, and run boot",
+                    Some(_) => "retire it and run boot again, or give it a new version",
+                };
+                Check::bad(Level::Warning, &check, format!("broken: {}", failure.error), remedy)
             }
             Some(status) => Check::bad(Level::Warning, &check, status.as_str(), "run boot"),
             None => Check::bad(Level::Warning, &check, "not booted, and so not played", "run boot"),

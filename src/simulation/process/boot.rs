@@ -17,6 +17,7 @@ use crate::registry::{Registered, Registry};
 use crate::simulation::bug::Bug;
 use crate::simulation::cast;
 use crate::simulation::cast::Release;
+use crate::simulation::invariants;
 use crate::simulation::seen::Seen;
 use crate::simulation::statements::DatabaseError;
 use crate::simulation::transaction::failing;
@@ -24,20 +25,37 @@ use crate::simulation::world::{Sim, Tick};
 
 const PATIENCE: Tick = 200;
 
+/// How often boot looks whether the mark has risen to its target.
+const LOOK_EVERY: Tick = 3;
+
 struct Boot {
     engine: Engine,
     /// Where the mark stood when it began: no from_now projector begins below.
     began_at: Position,
+    /// What was visible when it began, as the onlooker saw it.
+    was_visible: Position,
+    /// Where it has to come.
+    target: Position,
+    /// Whether a projector failed that was not broken when it began.
+    is_stopped: bool,
+    /// Since when it has waited for the mark.
+    waiting: Option<(Position, Tick)>,
 }
 
 /// Boots a release.
 pub(in crate::simulation) async fn boot(sim: Sim, release: Release, registry: Registry) -> Ended {
-    let (batch, began_at) = {
+    let (batch, began_at, was_visible) = {
         let mut world = sim.world();
-        (world.rng.u64(1..=5), world.database.high_water)
+        (world.rng.u64(1..=5), world.database.high_water, Position::new(world.database.last_visible()))
     };
-    let boot =
-        Boot { engine: Engine { sim: sim.clone(), registry, release, batch, patience: Some(PATIENCE) }, began_at };
+    let mut boot = Boot {
+        engine: Engine { sim: sim.clone(), registry, release, batch, patience: Some(PATIENCE) },
+        began_at,
+        was_visible,
+        target: Position::START,
+        is_stopped: false,
+        waiting: None,
+    };
     let ended = boot.run().await;
     sim.note(|| format!("ends: {ended:?}"));
     match ended {
@@ -51,22 +69,70 @@ pub(in crate::simulation) async fn boot(sim: Sim, release: Release, registry: Re
 
 impl Boot {
     /// Whether the release may go on.
-    async fn run(&self) -> Result<bool, DatabaseError> {
-        let sim = &self.engine.sim;
+    async fn run(&mut self) -> Result<bool, DatabaseError> {
+        let sim = self.engine.sim.clone();
+        self.target = match sim.has(Bug::TargetIsTheMark) {
+            true => sim.marks().await?.high_water,
+            false => sim.last_visible().await?,
+        };
         let before = sim.entries().await?;
-        let mut cursors = self.enter(&before).await?;
-        if self.set_up(&mut cursors).await {
+        if self.may_enter(&before).await? {
+            let mut cursors = self.enter(&before).await?;
+            self.set_up(&mut cursors).await?;
             self.replay(&mut cursors).await?;
-        }
-        if cursors.iter().any(|cursor| matches!(cursor.state, CursorState::Broke)) {
-            self.stall(&cursors).await?;
-        }
-        if cursors.iter().any(|cursor| matches!(cursor.state, CursorState::GaveUp(_))) {
-            return Err(DatabaseError::Lost);
+            if cursors.iter().any(|cursor| matches!(cursor.state, CursorState::GaveUp(_))) {
+                return Err(DatabaseError::Lost);
+            }
         }
         let after = sim.entries().await?;
         let is_done = |entry: &Entry| matches!(entry.status, Status::Live | Status::Finished | Status::Retired);
-        Ok(after.iter().filter(|entry| self.engine.registry.get(&entry.id).is_some()).all(is_done))
+        let entry = |id: &ProjectorId| after.iter().find(|entry| entry.id == *id);
+        let released = self.engine.registry.iter().all(|projector| entry(&projector.id).is_some_and(is_done));
+        if released {
+            for entry in after.iter().filter(|entry| matches!(entry.status, Status::Live | Status::Finished)) {
+                let Some(projector) = self.engine.registry.get(&entry.id) else { continue };
+                self.record_definition(projector, entry).await?;
+            }
+        }
+        Ok(released)
+    }
+
+    async fn record_definition(&self, projector: &Registered, entry: &Entry) -> Result<(), DatabaseError> {
+        if entry.digest.as_ref() != Some(&projector.digest) {
+            self.engine.sim.set_definition(projector, entry.digest.as_deref()).await?;
+        }
+        Ok(())
+    }
+
+    /// A new projector of mode from_now is entered when the mark has reached the target.
+    async fn may_enter(&mut self, before: &[Entry]) -> Result<bool, DatabaseError> {
+        let is_new = |id: &ProjectorId| before.iter().all(|entry| entry.id != *id);
+        if !self.engine.registry.iter().any(|projector| projector.mode == Mode::FromNow && is_new(&projector.id)) {
+            return Ok(true);
+        }
+        loop {
+            let mark = raise_high_water(&self.engine.sim).await?.mark;
+            if mark >= self.target {
+                return Ok(true);
+            }
+            if !self.waits(mark).await {
+                return Ok(false);
+            }
+        }
+    }
+
+    /// Waits a moment for the mark to rise to the target. `false`: boot is no longer patient.
+    async fn waits(&mut self, mark: Position) -> bool {
+        let sim = self.engine.sim.clone();
+        sim.saw(Seen::WaitedForMark);
+        let since = self.waiting.filter(|(at, _)| *at == mark).map_or(sim.now(), |(_, since)| since);
+        self.waiting = Some((mark, since));
+        if self.engine.is_out_of_patience(since) {
+            sim.saw(Seen::GaveUpWaiting);
+            return false;
+        }
+        sim.sleep(LOOK_EVERY).await;
+        true
     }
 
     async fn enter(&self, before: &[Entry]) -> Result<Vec<Cursor>, DatabaseError> {
@@ -88,7 +154,10 @@ impl Boot {
         for entry in sim.entries().await? {
             let Some(projector) = self.engine.registry.get(&entry.id) else { continue };
             if Stage::Boot.plays(&entry.status) {
-                cursors.push(Cursor::new(projector, entry.position));
+                let mut cursor = Cursor::new(projector, entry.position);
+                let was_broken = |before: &Entry| before.id == entry.id && before.status.failure().is_some();
+                cursor.is_repair = before.iter().any(was_broken);
+                cursors.push(cursor);
                 if before.contains(&entry) {
                     sim.saw(Seen::BootRepeated);
                 }
@@ -108,9 +177,21 @@ impl Boot {
         transaction.commit().await
     }
 
-    async fn set_up(&self, cursors: &mut [Cursor]) -> bool {
-        let sim = &self.engine.sim;
-        for cursor in cursors {
+    async fn set_up(&mut self, cursors: &mut [Cursor]) -> Result<(), DatabaseError> {
+        let sim = self.engine.sim.clone();
+        for cursor in cursors.iter_mut() {
+            if self.is_stopped && !cursor.is_repair {
+                continue;
+            }
+            let Some(entry) = sim.entries().await?.into_iter().find(|entry| entry.id == cursor.projector.id) else {
+                cursor.state = CursorState::Left;
+                continue;
+            };
+            if !Stage::Boot.plays(&entry.status) {
+                cursor.state = CursorState::Left;
+                continue;
+            }
+            self.record_definition(&cursor.projector, &entry).await?;
             let delivered = match sim.statement(None).await {
                 Err(_) => Delivered::GaveUp("transient".into()),
                 Ok(()) => {
@@ -123,41 +204,64 @@ impl Boot {
                 }
             };
             cursor.note(delivered);
-            return false;
+            self.is_stopped |= cursor.has_stopped_boot();
         }
-        true
+        self.stall(cursors).await
     }
 
-    async fn replay(&self, cursors: &mut [Cursor]) -> Result<(), DatabaseError> {
-        let sim = &self.engine.sim;
+    async fn replay(&mut self, cursors: &mut [Cursor]) -> Result<(), DatabaseError> {
+        let sim = self.engine.sim.clone();
         let is_first = !sim.entries().await?.iter().any(|entry| entry.status == Status::Live);
-        for round in 1.. {
+        let mut rounds = 0;
+        loop {
+            if cursors.iter().any(|cursor| matches!(cursor.state, CursorState::GaveUp(_))) {
+                return Ok(());
+            }
             let Some(start) = cursors.iter().filter(|cursor| cursor.is_running()).map(|cursor| cursor.position).min()
             else {
                 return Ok(());
             };
-            let target = raise_high_water(sim).await?.mark;
-            self.engine.catch_up(Stage::Boot, cursors, target).await?;
-            if cursors.iter().any(|cursor| !matches!(cursor.state, CursorState::Running | CursorState::Left)) {
-                return Ok(());
+            let mark = raise_high_water(&sim).await?.mark;
+            rounds += u32::from(start < mark);
+            self.engine.catch_up(Stage::Boot, cursors, mark).await?;
+            if cursors.iter().any(Cursor::has_stopped_boot) {
+                self.is_stopped = true;
+                self.stall(cursors).await?;
             }
-            let was_short = target.since(start) <= self.engine.batch;
-            if was_short || round >= MOST_ROUNDS_FOR_FRESHNESS {
-                self.release(cursors, target, is_first).await?;
+            if mark < self.target {
+                if sim.has(Bug::FinishesBelowTheTarget) {
+                    self.finish_all(cursors, mark).await?;
+                }
+                if !self.waits(mark).await {
+                    return Ok(());
+                }
+                continue;
             }
+            let was_short = mark.since(start) <= self.engine.batch;
+            if was_short || rounds >= MOST_ROUNDS_FOR_FRESHNESS {
+                self.release(cursors, mark, is_first).await?;
+            }
+        }
+    }
+
+    /// Only a deliberate bug does this.
+    async fn finish_all(&self, cursors: &mut [Cursor], mark: Position) -> Result<(), DatabaseError> {
+        for cursor in cursors.iter_mut().filter(|cursor| cursor.is_running() && cursor.projector.mode == Mode::Once) {
+            let row = self.finish(&cursor.projector, mark).await?;
+            cursor.note_row(row.as_ref());
         }
         Ok(())
     }
 
-    async fn release(&self, cursors: &mut [Cursor], target: Position, is_first: bool) -> Result<(), DatabaseError> {
+    async fn release(&self, cursors: &mut [Cursor], mark: Position, is_first: bool) -> Result<(), DatabaseError> {
         let sim = &self.engine.sim;
         for cursor in cursors.iter_mut().filter(|cursor| cursor.is_running()) {
             let projector = &cursor.projector;
             let row = match projector.mode {
-                Mode::Once if !sim.has(Bug::OnceGoesLive) => self.finish(projector, target).await?,
+                Mode::Once if !sim.has(Bug::OnceGoesLive) => self.finish(projector, mark.max(self.target)).await?,
                 _ => {
-                    let oldest = oldest_queued(&self.engine.registry, &sim.entries().await?, target);
-                    self.hand_over(projector, oldest, target).await?
+                    let oldest = oldest_queued(&self.engine.registry, &sim.entries().await?, mark);
+                    self.hand_over(projector, oldest.max(self.target), mark).await?
                 }
             };
             let is_lost = row.as_ref().is_none_or(|row| row.status == Status::Retired);
@@ -172,7 +276,7 @@ impl Boot {
             }
         }
         if is_first && cursors.iter().any(|cursor| cursor.projector.mode != Mode::Once) {
-            sim.set_published(target).await?;
+            sim.set_published(mark).await?;
         }
         Ok(())
     }
@@ -190,12 +294,16 @@ impl Boot {
         let was_broken = Cell::new(false);
         let still = |entry: &Entry| {
             was_broken.set(entry.status.failure().is_some());
-            has_reached(entry, oldest_queued)
+            has_reached(entry, oldest_queued) && entry.is_booted_with(&projector.digest)
         };
         let row = step(sim.ledger_step(&projector.id, Step::HandOver, still).await)?;
         if row.as_ref().is_some_and(|row| row.status == Status::Live) {
             sim.note(|| format!("{} is live", projector.id));
             sim.saw(Seen::HandedOver);
+            invariants::after_release(&mut sim.world(), cast::number(&projector.id), self.was_visible);
+            if was_broken.get() && self.is_stopped {
+                sim.saw(Seen::RepairedBesideFailure);
+            }
             if was_broken.get() {
                 sim.saw(Seen::HandedOverFromBroken);
             }
@@ -237,21 +345,26 @@ impl Boot {
 
     async fn finish(&self, projector: &Registered, target: Position) -> Result<Option<Entry>, DatabaseError> {
         let sim = &self.engine.sim;
-        let still = |entry: &Entry| has_reached(entry, target);
+        let still = |entry: &Entry| has_reached(entry, target) && entry.is_booted_with(&projector.digest);
         let row = step(sim.ledger_step(&projector.id, Step::Finish, still).await)?;
         if row.as_ref().is_some_and(|row| row.status == Status::Finished) {
             sim.note(|| format!("{} is finished", projector.id));
+            invariants::after_release(&mut sim.world(), cast::number(&projector.id), self.was_visible);
             sim.saw(Seen::Finished);
         }
         Ok(row)
     }
 
-    async fn stall(&self, cursors: &[Cursor]) -> Result<(), DatabaseError> {
+    async fn stall(&self, cursors: &mut [Cursor]) -> Result<(), DatabaseError> {
+        if !self.is_stopped {
+            return Ok(());
+        }
         let sim = &self.engine.sim;
-        for cursor in cursors.iter().filter(|cursor| cursor.is_running()) {
+        for cursor in cursors.iter_mut().filter(|cursor| cursor.is_running() && !cursor.is_repair) {
             let still = |entry: &Entry| matches!(entry.status, Status::Booting | Status::Stalled);
             step(sim.ledger_step(&cursor.projector.id, Step::Stall, still).await)?;
             sim.saw(Seen::Stalled);
+            cursor.state = CursorState::Left;
         }
         Ok(())
     }

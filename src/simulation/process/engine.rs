@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use crate::apply::Batch;
-use crate::catch_up::{Cursor, CursorState, lowest_due};
+use crate::catch_up::{Cursor, lowest_due};
 use crate::deliver::{Delivered, may_break, without_claim};
 use crate::event::{Event, Position};
 use crate::lifecycle::{FailedEvent, Failure, Stage, Status, Step};
@@ -58,7 +58,7 @@ impl Engine {
         hold: &mut Hold,
     ) -> Result<(), ApplyError> {
         let wanted: Vec<&Event> = batch.wanted(projector).collect();
-        let claim = Claim { stage, after: batch.after };
+        let claim = Claim { stage, release: self.release, after: batch.after };
         let (mut transaction, entry) = match hold.claim.take().filter(|(at, ..)| *at == batch.after) {
             Some((_, transaction, entry)) => {
                 self.sim.saw(Seen::HeldOn);
@@ -106,7 +106,7 @@ impl Engine {
             let locked = transaction.lock(&projector.id).await?;
             return Ok(locked.map(|entry| (at, transaction, entry)));
         }
-        match self.claim(projector, Claim { stage, after: at }).await {
+        match self.claim(projector, Claim { stage, release: self.release, after: at }).await {
             Ok((transaction, entry)) => Ok(Some((at, transaction, entry))),
             Err(ApplyError::Claim(_)) => Ok(None),
             Err(error) => Err(error),
@@ -123,16 +123,23 @@ impl Engine {
             self.sim.saw(Seen::RowGone);
             return Err(ApplyError::Claim(None));
         };
-        if !self.holds(&entry, claim) {
-            self.sim.saw(if claim.stage.plays(&entry.status) { Seen::StalePosition } else { Seen::StaleStatus });
+        if !self.holds(projector, &entry, claim) {
+            self.sim.saw(match claim.stage.plays(&entry.status) {
+                false => Seen::StaleStatus,
+                true if !entry.is_booted_with(&projector.digest) => Seen::StaleDefinition,
+                true => Seen::StalePosition,
+            });
             return Err(ApplyError::Claim(Some(entry)));
         }
         Ok((transaction, entry))
     }
 
     /// The fence, as `ledger::begin` has it in SQL.
-    fn holds(&self, entry: &crate::ledger::Entry, claim: Claim) -> bool {
+    fn holds(&self, projector: &Registered, entry: &crate::ledger::Entry, claim: Claim) -> bool {
         let has = |bug| self.sim.has(bug);
+        if !entry.is_booted_with(&projector.digest) && !has(Bug::PlaysAnotherDefinition) {
+            return false;
+        }
         if has(Bug::NoStatusFence) || (has(Bug::PlaysWhatIsNotLive) && claim.stage == Stage::Play) {
             return entry.position == claim.after;
         }
@@ -166,7 +173,7 @@ impl Engine {
             match self.apply(projector, stage, batch, hold).await {
                 Ok(()) => return Ok(Delivered::At(batch.through)),
                 Err(ApplyError::Projector(error)) => return Err(error),
-                Err(ApplyError::Claim(entry)) => match without_claim(entry.as_ref(), stage, batch) {
+                Err(ApplyError::Claim(entry)) => match without_claim(entry.as_ref(), projector, stage, batch) {
                     Ok(rest) => batch = rest,
                     Err(delivered) => return Ok(delivered),
                 },
@@ -242,7 +249,7 @@ impl Engine {
         };
         let before = event.map(|event| event.position().previous());
         loop {
-            let still = |entry: &crate::ledger::Entry| may_break(entry, stage, before);
+            let still = |entry: &crate::ledger::Entry| may_break(entry, projector, stage, before);
             match self.sim.ledger_step(&projector.id, Step::Break(failure.clone()), still).await {
                 Ok(Some(entry)) if matches!(&entry.status, Status::Broken(written) if written.error == failure.error) =>
                 {
@@ -250,7 +257,9 @@ impl Engine {
                     self.sim.note(|| format!("{} is broken: {error}", projector.id));
                     return Delivered::Broke;
                 }
-                Ok(Some(entry)) if stage.plays(&entry.status) => return Delivered::Elsewhere(entry.position),
+                Ok(Some(entry)) if stage.plays(&entry.status) && entry.is_booted_with(&projector.digest) => {
+                    return Delivered::Elsewhere(entry.position);
+                }
                 Ok(_) | Err(None) => return Delivered::Left,
                 Err(Some(_)) => self.sim.back_off().await,
             }
@@ -264,6 +273,8 @@ impl Engine {
         cursors: &mut [Cursor],
         through: Position,
     ) -> Result<(), DatabaseError> {
+        let stopped_boot = |cursors: &[Cursor]| cursors.iter().filter(|cursor| cursor.has_stopped_boot()).count();
+        let stopped_before = stopped_boot(cursors);
         let mut hold = Hold::default();
         while let Some(lowest) = lowest_due(cursors, through) {
             let mut page = self.read(lowest, through).await?;
@@ -276,8 +287,7 @@ impl Engine {
                 let projector = Arc::clone(&cursor.projector);
                 cursor.note(self.deliver_on(&projector, stage, batch, &mut hold).await);
             }
-            let stopped = |cursor: &Cursor| !matches!(cursor.state, CursorState::Running | CursorState::Left);
-            if stage == Stage::Boot && cursors.iter().any(stopped) {
+            if stage == Stage::Boot && stopped_boot(cursors) > stopped_before {
                 return Ok(());
             }
         }

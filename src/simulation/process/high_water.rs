@@ -1,5 +1,7 @@
 //! The mirror of `store/high_water.rs`: survey, grace, probe, fill.
 
+use std::time::Duration;
+
 use crate::event::Position;
 use crate::simulation::bug::Bug;
 use crate::simulation::seen::Seen;
@@ -39,7 +41,7 @@ pub(super) async fn raise_high_water(sim: &Sim) -> Result<HighWater, DatabaseErr
             if more {
                 continue;
             }
-            return Ok(HighWater { mark, held: None });
+            return Ok(HighWater { mark, held: None, held_for: Duration::ZERO, fault: None });
         }
         passes += 1;
         let stubborn = (passes > MOST_PASSES).then(|| Held::InFlight(mark.next()));
@@ -49,14 +51,14 @@ pub(super) async fn raise_high_water(sim: &Sim) -> Result<HighWater, DatabaseErr
                 let last = sim.visible_above(mark, PAGE).await?.last().copied();
                 mark = last.map_or(mark, Position::new);
                 sim.raise(mark).await?;
-                return Ok(HighWater { mark, held: None });
+                return Ok(HighWater { mark, held: None, held_for: Duration::ZERO, fault: None });
             }
         };
         if let Some(held) = held {
             sim.saw(Seen::MarkHeldByWriter);
             let mark = survey(mark, &sim.visible_above(mark, PAGE).await?).contiguous;
             sim.raise(mark).await?;
-            return Ok(HighWater { mark, held: Some(held) });
+            return Ok(HighWater { mark, held: Some(held), held_for: Duration::ZERO, fault: None });
         }
     }
 }

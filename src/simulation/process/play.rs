@@ -146,7 +146,14 @@ impl Worker {
     }
 
     fn is_ours(&self, entry: &Entry) -> bool {
-        entry.status == Status::Live || self.engine.sim.has(Bug::PlaysWhatIsNotLive)
+        let has = |bug| self.engine.sim.has(bug);
+        let is_live = entry.status == Status::Live || has(Bug::PlaysWhatIsNotLive);
+        let projector = self.engine.registry.get(&entry.id);
+        let is_outdated = projector.is_some_and(|projector| !entry.is_booted_with(&projector.digest));
+        if is_live && is_outdated {
+            self.engine.sim.saw(Seen::Outdated);
+        }
+        is_live && (!is_outdated || has(Bug::PlaysAnotherDefinition))
     }
 
     async fn follow(&self, cursor: &mut Cursor, run: &Run) -> Result<(), DatabaseError> {
@@ -201,6 +208,7 @@ impl Worker {
         let live: Vec<(ProjectorId, Position)> = entries
             .into_iter()
             .filter(|entry| entry.status == Status::Live && self.engine.registry.get(&entry.id).is_some())
+            .filter(|entry| self.is_ours(entry))
             .map(|entry| (entry.id, entry.position))
             .filter(|(id, _)| !self.holds(id))
             .collect();
@@ -232,6 +240,7 @@ impl Worker {
 /// Catches up to the mark as it is at the end, or until the projector breaks or is taken over.
 async fn catch_up_alone(engine: Engine, worker: u64, mut cursor: Cursor) -> Ended {
     let sim = engine.sim.clone();
+    let began_at = sim.world().database.high_water;
     while cursor.is_running() {
         let start = cursor.position;
         let round = async {
@@ -249,7 +258,11 @@ async fn catch_up_alone(engine: Engine, worker: u64, mut cursor: Cursor) -> Ende
     }
     sim.saw(Seen::Rejoined);
     sim.note(|| format!("{} is at {} and rejoins the convoy", cursor.projector.id, cursor.position));
-    sim.world().outside.retain(|outside| *outside != (worker, cursor.projector.id.clone()));
+    let mut world = sim.world();
+    let clock = world.clock;
+    world.outside.retain(|outside| *outside != (worker, cursor.projector.id.clone()));
+    world.rejoined.push((worker, cursor.projector.id.clone(), clock, began_at));
+    drop(world);
     Ended::Done
 }
 

@@ -107,6 +107,12 @@ const BAD_LINES: &[(&[u8], &str)] = &[
     (b"{\"stream_id\":\"a\",\"event_type\":\"a\"}", "missing field `payload`"),
     (b"{\"stream_id\":\"a\",\"event_type\":\"a\",\"payload\":1,\"recordedAt\":\"x\"}", "unknown field `recordedAt`"),
     (b"{\"stream_id\":\"a\",\"event_type\":\"a\",\"payload\":1,\"recorded_at\":\"yesterday\"}", "at column"),
+    // Its thread panicked on this one, which looked like the end of the input.
+    (
+        b"{\"stream_id\":\"a\",\"event_type\":\"a\",\"payload\":1,\"recorded_at\":\"9999-12-31T23:59:59-01:00\"}",
+        "recorded_at must lie between",
+    ),
+    (b"{\"stream_id\":\"a\",\"event_type\":\"a\\u001b[2J\",\"payload\":1}", "has a control character"),
     (b"{\"stream_id\":7,\"event_type\":\"a\",\"payload\":1}", "invalid type: integer"),
     (b"{\"stream_id\":\"\",\"event_type\":\"a\",\"payload\":1}", "stream_id must be 1 to 200 characters"),
     (b"{\"stream_id\":\"a\",\"event_type\":\"$tombstone\",\"payload\":1}", "begins with `$`"),

@@ -46,7 +46,7 @@ async fn in_every_state() -> (World, Folder) {
 async fn the_json_has_exactly_the_keys_and_values_of_the_contract_in_every_state() {
     let (world, folder) = in_every_state().await;
     let status = world.run(&["status", "--json", "--projectors", folder.path()]).await.exits(0).json();
-    assert_eq!(keys(&status), ["high_water", "projectors", "published"]);
+    assert_eq!(keys(&status), ["held", "high_water", "log_fault", "projectors", "published", "visible"]);
     assert_eq!((&status["high_water"], &status["published"]), (&json!(15), &json!(10)), "as boot left it");
     let expected = [
         ("living", "from_beginning", "live", 10, 5),
@@ -61,7 +61,18 @@ async fn the_json_has_exactly_the_keys_and_values_of_the_contract_in_every_state
     assert_eq!(status["projectors"].as_array().map(Vec::len), Some(expected.len()));
     for (name, mode, state, position, lag) in expected {
         let of = projector(&status, name);
-        let expected_keys = ["failure", "lag_events", "lag_seconds", "mode", "name", "position", "status", "version"];
+        let expected_keys = [
+            "changed",
+            "digest",
+            "failure",
+            "lag_events",
+            "lag_seconds",
+            "mode",
+            "name",
+            "position",
+            "status",
+            "version",
+        ];
         assert_eq!(keys(of), expected_keys, "{name}");
         let values = json!([of["version"], of["mode"], of["status"], of["position"], of["lag_events"]]);
         assert_eq!(values, json!([1, mode, state, position, lag]), "{name}");
@@ -110,7 +121,9 @@ async fn the_table_shows_what_the_json_says() {
 async fn an_empty_ledger_has_a_status_too() {
     let world = World::new().await;
     let json = world.run(&["status", "--json"]).await.exits(0).json();
-    assert_eq!(json, json!({"high_water": 0, "published": 0, "projectors": []}));
+    let expected =
+        json!({"high_water": 0, "visible": 0, "held": null, "published": 0, "log_fault": null, "projectors": []});
+    assert_eq!(json, expected);
     let table = world.run(&["status"]).await.exits(0).stdout;
     assert!(table.contains("no projector was booted yet"), "{table}");
 }

@@ -1,0 +1,168 @@
+//! The relay: what it does while the mark is held, where its lease lies in the future, and after a panic.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use projectionist::{Queue, QueueError, Receipt, Received, SqsQueue, async_trait};
+
+use crate::support::{Folder, PATIENCE, Running, Tally, World, eventually, execute, registry, schedule, write};
+
+#[tokio::test]
+async fn a_lease_from_before_the_clock_was_set_back_has_expired() {
+    let world = World::new().await;
+    world.append(5).await;
+    let lease = async |until: &str| {
+        world.execute(&format!("update event_log set relay_holder = 'another', relay_until = {until}")).await;
+    };
+    lease("utc_timestamp(6) + interval 1 hour").await;
+    let relayed = world.run(&["relay", "--once"]).await.exits(0);
+    assert_eq!(relayed.stdout, "published 5 events, up to position 5\n");
+    // One that can be right is left alone.
+    world.append(5).await;
+    lease("utc_timestamp(6) + interval 4 second").await;
+    let began = Instant::now();
+    world.run(&["relay", "--once"]).await.exits(0);
+    assert!(began.elapsed() > Duration::from_secs(2), "it has waited for the other's lease");
+}
+
+/// The real queue, whose first sends panic.
+struct Panicking {
+    queue: Arc<SqsQueue>,
+    panics: AtomicU64,
+}
+
+#[async_trait]
+impl Queue for Panicking {
+    async fn send(&self, body: &str, deduplication_id: &str) -> Result<(), QueueError> {
+        let is_left = self.panics.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
+        assert!(is_left.is_err(), "as the test asks");
+        self.queue.send(body, deduplication_id).await
+    }
+
+    async fn receive(&self, wait: Duration) -> Result<Vec<Received>, QueueError> {
+        self.queue.receive(wait).await
+    }
+
+    async fn delete(&self, receipts: &[Receipt]) -> Result<(), QueueError> {
+        self.queue.delete(receipts).await
+    }
+
+    async fn hide(&self, receipts: &[Receipt], duration: Duration) -> Result<(), QueueError> {
+        self.queue.hide(receipts, duration).await
+    }
+
+    async fn depth(&self) -> Result<u64, QueueError> {
+        self.queue.depth().await
+    }
+
+    fn visibility(&self) -> Duration {
+        self.queue.visibility()
+    }
+
+    fn max_message_bytes(&self) -> usize {
+        self.queue.max_message_bytes()
+    }
+}
+
+#[tokio::test]
+async fn a_relay_that_panics_begins_again_and_publishes_all() {
+    let world = World::new().await;
+    let tally = Tally::new("tally");
+    world.boot(&registry(&[&tally])).await;
+    world.append(50).await;
+    let queue = Arc::new(Panicking { queue: Arc::clone(&world.queue), panics: AtomicU64::new(2) });
+    world.play_from(Arc::clone(&queue) as Arc<dyn Queue>, &registry(&[&tally])).await;
+    assert_eq!(queue.panics.load(Ordering::SeqCst), 0, "it has panicked");
+    assert_eq!(world.number("select published from event_log").await, 50);
+    world.assert_complete(&tally).await;
+}
+
+/// The processor time that a process has taken so far.
+fn processor_time(process: &Running) -> Duration {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", process.id())).expect("it is running");
+    let fields: Vec<&str> = stat.rsplit_once(')').expect("a name").1.split_whitespace().collect();
+    let ticks: u64 = fields[11..=12].iter().map(|ticks| ticks.parse::<u64>().expect("a number")).sum();
+    // The kernel counts in hundredths for everybody.
+    Duration::from_millis(ticks * 10)
+}
+
+/// It used to take two thirds of a core, by reading a page of the log several times for each look.
+#[tokio::test]
+async fn a_worker_whose_mark_is_held_is_nearly_idle_and_goes_on_as_soon_as_it_is_free() {
+    let world = World::new().await;
+    let tally = Tally::new("tally");
+    let folder = Folder::new().with("tally.toml", &tally.file(&[]));
+    world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
+    for ends_by in ["commit", "rollback"] {
+        let mut open = world.connection().await;
+        execute(&mut open, "begin").await;
+        write(&mut open, ends_by, 1).await.expect("written");
+        world.append(1_000).await;
+        let play = world.start(&["play", "--projectors", folder.path()]);
+        // Written down: it has been held for a while.
+        eventually("it is held", async || world.number("select count(held_since) from event_log").await == 1).await;
+        let (before, began) = (processor_time(&play), Instant::now());
+        tokio::time::sleep(Duration::from_secs(4)).await;
+        let share = (processor_time(&play) - before).as_secs_f64() / began.elapsed().as_secs_f64();
+        eprintln!("{:.0}% of a core while the mark is held", share * 100.0);
+        assert!(share < 0.2, "{share} of a core while the mark is held");
+
+        execute(&mut open, ends_by).await;
+        let last = world.last_position().await;
+        let free = Instant::now();
+        eventually("it goes on", async || world.high_water().await == last).await;
+        assert!(free.elapsed() < Duration::from_secs(5), "{:?} after a {ends_by}", free.elapsed());
+        assert_eq!(world.number("select count(held_since) from event_log").await, 0, "a mark that rises is not held");
+        eventually("it is played", async || world.position("tally").await == last).await;
+        play.terminate().await.exits(0);
+    }
+    world.assert_complete(&tally).await;
+}
+
+#[tokio::test]
+async fn what_no_longer_holds_the_mark_is_not_remembered_where_nothing_is_visible_above_it() {
+    let world = World::new().await;
+    world.append(3).await;
+    world.run(&["relay", "--once"]).await.exits(0);
+    world.execute("update event_log set held_position = 4, held_since = utc_timestamp(6) - interval 1 hour").await;
+    world.run(&["relay", "--once"]).await.exits(0);
+    assert_eq!(world.number("select count(held_position) from event_log").await, 0);
+}
+
+/// A function lives for one invocation: none of them would see the mark held for long enough by itself.
+#[tokio::test]
+async fn a_function_knows_since_when_the_mark_is_held_from_the_log() {
+    for relay_seconds in ["0", "2"] {
+        let world = World::new().await;
+        let tally = Tally::new("tally");
+        let folder = Folder::new().with("tally.toml", &tally.file(&[]));
+        world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
+        let mut open = world.connection().await;
+        execute(&mut open, "begin").await;
+        write(&mut open, "open", 1).await.expect("written");
+        world.append(5).await;
+        let options = ["--projectors", folder.path(), "--metrics=emf", "--relay-seconds", relay_seconds];
+
+        let mut first = world.function(&options).await;
+        first.invoke(&schedule(), PATIENCE).await.expect("an answer");
+        let first = first.process.terminate().await.exits(0);
+        assert!(!first.stderr.contains("high_water_held"), "it is young still: {}", first.stderr);
+        assert_eq!(world.number("select held_position from event_log").await, 1);
+        world.execute("update event_log set held_since = held_since - interval 100 second").await;
+
+        let mut second = world.function(&options).await;
+        second.invoke(&schedule(), PATIENCE).await.expect("an answer");
+        let second = second.process.terminate().await.exits(0);
+        assert!(second.stderr.contains("\"alert\":\"high_water_held\""), "{}", second.stderr);
+        let age = second.log().iter().find_map(|line| line["GapAge"].as_f64());
+        assert!(age.is_some_and(|age| age >= 100.0), "{age:?}: {}", second.stderr);
+
+        execute(&mut open, "commit").await;
+        let mut third = world.function(&options).await;
+        third.invoke(&schedule(), PATIENCE).await.expect("an answer");
+        let third = third.process.terminate().await.exits(0);
+        assert_eq!(third.log().iter().find_map(|line| line["GapAge"].as_f64()), Some(0.0));
+        assert_eq!(world.number("select count(held_position) from event_log").await, 0);
+    }
+}
