@@ -188,6 +188,7 @@ async fn set(
 ) -> anyhow::Result<Arc<Targets>> {
     let figures = Arc::new(Figures::default());
     parts.make_database().await?;
+    sqlx::raw_sql(include_str!("projectors/hostile.sql")).execute(&mut parts.connect().await?).await?;
     let meddler = Meddler::at(parts.queue_port()?, kind, &figures).await?;
     let (database, writers) = (Cable::to(parts.server_port()?).await?, Cable::to(parts.server_port()?).await?);
     let queue = Cable::to(parts.queue_port()?).await?;

@@ -105,7 +105,7 @@ const SETTINGS: &[Setting] = &[
 const KEPT_OLD_MODE: &str = "if(find_in_set('UTF8_IS_UTF8MB3', @@global.old_mode), 'UTF8_IS_UTF8MB3', '')";
 
 /// The server's, unless it is tiny.
-const ENOUGH_FOR_TABLES: &str = "greatest(@@global.tmp_table_size, 1048576)";
+const ENOUGH_FOR_TABLES: &str = "cast(greatest(@@global.tmp_table_size, 1048576) as unsigned)";
 
 /// An `init_connect` may have begun a transaction, in which some variables cannot be set. In words that do not depend on
 /// `completion_type`.
