@@ -162,7 +162,7 @@ const BOOTED: usize = 150;
 const PLAYED: usize = 30;
 
 /// A run under a harmless setting takes about a second.
-const RUNS_WITHIN: Duration = Duration::from_secs(20);
+const RUNS_WITHIN: Duration = Duration::from_secs(60);
 
 /// Longer than every limit of time in [`SETTINGS`].
 const SILENT_FOR: Duration = Duration::from_millis(1_200);
