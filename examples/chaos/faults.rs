@@ -195,7 +195,7 @@ impl Targets {
 
     /// Other projectors, or others of them.
     async fn change(&self, fault: Fault) -> anyhow::Result<()> {
-        // One is under way and three wait at the most: boots take their time when the log is long.
+        // One is under way and five wait at the most, as many as a deck has: boots take their time when the log is long.
         let Ok(_place) = self.deploying.try_acquire() else { return Ok(()) };
         let (mut deploys, crew) = (self.deploys.lock().await, self.crew.lock().await);
         match fault {

@@ -229,7 +229,7 @@ async fn set(
         figures,
         crew: Mutex::new(crew),
         deploys: Mutex::new(deploys),
-        deploying: Semaphore::new(4),
+        deploying: Semaphore::new(6),
         server: Mutex::new(()),
     }))
 }
