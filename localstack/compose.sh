@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# The parts as containers of a Compose project of this checkout. See compose.yaml for what was never run.
+# The parts as containers of a Compose project of this folder of parts. See compose.yaml for what was never run.
 
 compose() {
   # Every port is named in the file, also those of parts that were not asked for.
@@ -7,7 +7,7 @@ compose() {
     MYSQL_PORT="$(recorded mysql port || default_port mysql)" \
     LOCALSTACK_PORT="$(recorded sqs port || default_port sqs)" \
     LOCALSTACK_SERVICES="${LOCALSTACK_SERVICES:-$(recorded sqs services || echo "$sqs_services")}" \
-    docker compose --project-name "projectionist-$(cksum <<<"$ROOT" | cut -d' ' -f1)" --file "$ROOT/localstack/compose.yaml" "$@"
+    docker compose --project-name "projectionist-$(cksum <<<"$STATE" | cut -d' ' -f1)" --file "$ROOT/localstack/compose.yaml" "$@"
 }
 
 # Once chosen it is kept until `down`: a part must be found again by the way it was started.

@@ -77,6 +77,7 @@ impl Deploys {
             self.figures.add("boots_failed", 1);
             if codes.contains(&Some(1)) {
                 release = release.mended(&self.releases)?;
+                self.rebuild(&release).await?;
             }
             tokio::time::sleep(Duration::from_secs(1)).await;
         }
@@ -126,6 +127,53 @@ impl Deploys {
         bail!("{name} could not be retired")
     }
 
+    /// Retires what must be rebuilt, so that the next boot builds it from the beginning.
+    async fn rebuild(&self, release: &Release) -> anyhow::Result<()> {
+        for _ in 0..ATTEMPTS {
+            let names = match self.to_rebuild().await {
+                Ok(names) if names.is_empty() => return Ok(()),
+                names => names.unwrap_or_default(),
+            };
+            for name in names {
+                let arguments = ["retire", &name, "--yes", "--force", "--projectors", release.path()];
+                let (process, _) = self.yard.start(Kind::Retire, "rebuild", &arguments)?;
+                process.wait().await;
+                // It may have been killed just after, or have lost its connection: the ledger says what it did.
+                if let Ok(Some(_)) = self.rows_if_gone(&name).await {
+                    self.figures.add("rebuilt", 1);
+                }
+            }
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+        Ok(())
+    }
+
+    async fn to_rebuild(&self) -> anyhow::Result<Vec<String>> {
+        let sql = "select name from projectors where rebuild_reason is not null";
+        Ok(sqlx::query_scalar(sql).fetch_all(&mut self.parts.connect().await?).await?)
+    }
+
+    /// A set in which a projector subscribes to more than it was booted with: boot must refuse it.
+    pub async fn widen(&self) -> anyhow::Result<()> {
+        let release = self.current.widened(&self.releases)?;
+        for _ in 0..ATTEMPTS {
+            let arguments = ["boot", "--projectors", release.path(), "--release", &release.name];
+            let (boot, _) = self.yard.start(Kind::Refused, &format!("boot-{}", release.name), &arguments)?;
+            let ended = boot.wait().await;
+            let log = std::fs::read_to_string(&boot.log)?;
+            if ended.code == Some(0) {
+                self.figures.find(format!("a wider subscription was released: {}", boot.log.display()));
+                return Ok(());
+            }
+            if log.contains("fragile@1: it subscribes to more event types") {
+                self.figures.add("widenings_refused", 1);
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+        bail!("no boot came so far as to refuse a wider subscription")
+    }
+
     /// The name and the mode of one that nobody needs.
     async fn retirable(&self) -> anyhow::Result<Option<(String, String)>> {
         let older = if self.current.is_newer_than(&self.previous) { &self.previous } else { &self.current };
@@ -161,18 +209,33 @@ impl Deploys {
         look.await.unwrap_or(true)
     }
 
-    /// After all faults: the newest release, mended, must boot at once. Returns it.
+    /// After all faults: the newest release, mended, must boot at once, or as soon as what lost its past is retired. Returns
+    /// the release.
     pub async fn mend(&mut self) -> anyhow::Result<Release> {
         let release = self.newest.mended(&self.releases)?;
-        let boot = self.boot(&release)?;
-        let ended = tokio::time::timeout(Duration::from_secs(300), boot.wait()).await;
-        match ended.context("the last boot does not end")?.code {
-            Some(0) => Ok(release),
-            code => bail!(
-                "the last boot, of {}, without any fault, ended with {code:?}: {}",
-                release.name,
-                boot.log.display()
-            ),
+        // What must be rebuilt is told by the first boot, and built by the second.
+        for _ in 0..2 {
+            let boot = self.boot(&release)?;
+            let ended = tokio::time::timeout(Duration::from_secs(300), boot.wait()).await;
+            let code = ended.context("the last boot does not end")?.code;
+            let names = self.to_rebuild().await?;
+            match code {
+                Some(0) => return Ok(release),
+                Some(1) if !names.is_empty() => {
+                    let log = std::fs::read_to_string(&boot.log)?;
+                    if let Some(name) = names.iter().find(|name| !log.contains(&format!("{name}@1: "))) {
+                        self.figures
+                            .find(format!("boot does not say that {name} must be rebuilt: {}", boot.log.display()));
+                    }
+                    self.rebuild(&release).await?;
+                }
+                code => bail!(
+                    "the last boot, of {}, without any fault, ended with {code:?}: {}",
+                    release.name,
+                    boot.log.display()
+                ),
+            }
         }
+        bail!("the last boot, of {}, without any fault, was refused twice", release.name)
     }
 }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::future::{join, join_all};
+use projectionist::sqlx;
 use tokio::sync::{Mutex, Semaphore};
 use tokio::task::JoinSet;
 
@@ -40,10 +41,13 @@ enum Fault {
     Foreign,
     Malformed,
     BadEvent,
+    HarmfulEvent,
+    DropTable,
     Deploy,
     DeployFromTwoHosts,
     RollBack,
     Retire,
+    Widen,
     Audit,
 }
 
@@ -75,10 +79,13 @@ const DECK: &[(Fault, usize)] = &[
     (Fault::Foreign, 1),
     (Fault::Malformed, 1),
     (Fault::BadEvent, 2),
+    (Fault::HarmfulEvent, 3),
+    (Fault::DropTable, 1),
     (Fault::Deploy, 1),
     (Fault::DeployFromTwoHosts, 1),
     (Fault::RollBack, 1),
     (Fault::Retire, 1),
+    (Fault::Widen, 1),
     (Fault::Audit, 1),
 ];
 
@@ -169,6 +176,17 @@ impl Targets {
                 writer::append_bad_event(&mut self.parts.connect().await?).await?;
                 self.figures.add("bad_events", 1);
             }
+            Fault::HarmfulEvent => {
+                writer::append_harmful_event(&mut self.parts.connect().await?).await?;
+                self.figures.add("harmful_events", 1);
+            }
+            Fault::DropTable => {
+                // Not for long behind a handler that has the table in hand.
+                let sql = "set session lock_wait_timeout = 10; drop table dropped";
+                sqlx::raw_sql(sql).execute(&mut self.parts.connect().await?).await?;
+                self.figures.add("tables_dropped", 1);
+            }
+            Fault::Widen => self.deploys.lock().await.widen().await?,
             Fault::Deploy | Fault::DeployFromTwoHosts | Fault::RollBack | Fault::Retire => self.change(fault).await?,
             Fault::Audit => self.audit().await?,
         }
@@ -177,7 +195,7 @@ impl Targets {
 
     /// Other projectors, or others of them.
     async fn change(&self, fault: Fault) -> anyhow::Result<()> {
-        // One is under way and three wait at the most: boots take their time when the log is long.
+        // One is under way and five wait at the most, as many as a deck has: boots take their time when the log is long.
         let Ok(_place) = self.deploying.try_acquire() else { return Ok(()) };
         let (mut deploys, crew) = (self.deploys.lock().await, self.crew.lock().await);
         match fault {

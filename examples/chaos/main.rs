@@ -192,6 +192,7 @@ async fn set(
 ) -> anyhow::Result<Arc<Targets>> {
     let figures = Arc::new(Figures::default());
     parts.make_database().await?;
+    sqlx::raw_sql(include_str!("projectors/hostile.sql")).execute(&mut parts.connect().await?).await?;
     let meddler = Meddler::at(parts.queue_port()?, kind, &figures).await?;
     let (database, writers) = (Cable::to(parts.server_port()?).await?, Cable::to(parts.server_port()?).await?);
     let queue = Cable::to(parts.queue_port()?).await?;
@@ -232,7 +233,7 @@ async fn set(
         figures,
         crew: Mutex::new(crew),
         deploys: Mutex::new(deploys),
-        deploying: Semaphore::new(4),
+        deploying: Semaphore::new(6),
         server: Mutex::new(()),
     }))
 }
@@ -262,6 +263,9 @@ fn read_logs(logs: &Path, figures: &Figures) -> anyhow::Result<HashMap<String, u
                 Some("projector_broken") => figures.add("breaks", 1),
                 Some("log_fault") => figures.find(format!("a fault in the log: {}", path.display())),
                 _ => {}
+            }
+            if line["message"] == "changed since it was booted" {
+                figures.add("definitions_changed", 1);
             }
             let booted = (line["message"].as_str(), line["projector"].as_str(), line["position"].as_u64());
             if let (Some("booting"), Some(id), Some(position)) = booted {

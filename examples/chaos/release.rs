@@ -8,6 +8,8 @@ use anyhow::Context;
 const TALLY: &str = include_str!("projectors/tally.toml");
 const COUNTERS: &str = include_str!("projectors/counters.toml");
 const FRAGILE: &str = include_str!("projectors/fragile.toml");
+const HOSTILE: &str = include_str!("projectors/hostile.toml");
+const DROPPED: &str = include_str!("projectors/dropped.toml");
 const NEWCOMER: &str = include_str!("projectors/newcomer.toml");
 
 /// A release has this many of the newest, so that its work does not grow with the deploys.
@@ -31,14 +33,20 @@ impl Release {
         let folder = releases.join(&name);
         fs::create_dir_all(&folder)?;
         let fragile = if is_mended { FRAGILE.replace(":payload.amount)", ":payload.amount?)") } else { FRAGILE.into() };
+        let hostile = if is_mended { HOSTILE.replace(":payload.harm?)", "null)") } else { HOSTILE.into() };
         let mut files = vec![
             ("tally".to_owned(), TALLY.to_owned()),
             ("counters".into(), COUNTERS.into()),
             ("fragile".into(), fragile),
+            ("hostile".into(), hostile),
+            ("dropped".into(), DROPPED.into()),
         ];
         for number in newest.saturating_sub(NEWCOMERS) + 1..=newest {
             let name = newcomer(number);
-            files.push((name.clone(), NEWCOMER.replace("NAME", &name).replace("MODE", mode(number))));
+            files.push((
+                name.clone(),
+                NEWCOMER.replace("NAME", &name).replace("MODE", mode(number)).replace("RELEASE", &newest.to_string()),
+            ));
         }
         for (name, text) in files {
             fs::write(folder.join(format!("{name}.toml")), text).context("a projector file")?;
@@ -59,6 +67,19 @@ impl Release {
     /// The same one, mended.
     pub fn mended(&self, releases: &Path) -> anyhow::Result<Self> {
         Self::write(releases, self.newest, true)
+    }
+
+    /// The same one, but that the fragile projector wants more than it was booted with.
+    pub fn widened(&self, releases: &Path) -> anyhow::Result<Self> {
+        let name = format!("{}-widened", self.name);
+        let folder = releases.join(&name);
+        fs::create_dir_all(&folder)?;
+        for file in fs::read_dir(&self.folder)? {
+            let file = file?;
+            let text = fs::read_to_string(file.path())?.replace("[\"Amended\"]", "[\"Amended\", \"Closed\"]");
+            fs::write(folder.join(file.file_name()), text).context("a projector file")?;
+        }
+        Ok(Release { name, folder, newest: self.newest })
     }
 
     /// The names of its projectors: those of its files.

@@ -22,6 +22,9 @@ const STANDS_STILL_AT_MOST: Duration = Duration::from_secs(180);
 /// One statement, and so of one moment.
 const LEDGER: &str = "select name, position, high_water, published from projectors, event_log";
 
+/// These may be retired and booted anew, and then begin at 0.
+const REBUILT: [&str; 2] = ["hostile", "dropped"];
+
 /// In a transaction with one snapshot for all three.
 const APPLIED: &str = "select count(*) from tally";
 const WANTED: &str = "select count(*) from events where event_type not like '$%' and position <= \
@@ -67,7 +70,8 @@ impl Watch {
             if name == "tally" {
                 self.stands_still(position == before && position < high_water, figures);
             }
-            if position < before || high_water < mark_before {
+            let goes_back = position < before && !REBUILT.contains(&name.as_str());
+            if goes_back || high_water < mark_before {
                 figures.find(format!(
                     "{name} went from {before} to {position}, the mark from {mark_before} to {high_water}"
                 ));

@@ -158,6 +158,20 @@ fn line(ids: &mut Vec<String>) -> String {
     format!("{event}\n")
 }
 
+/// What makes the hostile projector do harm to its session, or end its transaction.
+pub async fn append_harmful_event(connection: &mut MySqlConnection) -> anyhow::Result<()> {
+    const HARMS: [&str; 9] =
+        ["time_zone", "sql_mode", "limit", "isolation", "charset", "error", "rollback", "commit", "commit"];
+    let stream = format!("harm-{}", Uuid::now_v7().simple());
+    let payload = json!({ "harm": HARMS[fastrand::usize(..HARMS.len())] }).to_string();
+    sqlx::query("insert into events (stream_id, stream_version, event_type, payload) values (?, 1, 'Provoked', ?)")
+        .bind(stream)
+        .bind(payload)
+        .execute(connection)
+        .await?;
+    Ok(())
+}
+
 /// What the fragile projector has not thought of.
 pub async fn append_bad_event(connection: &mut MySqlConnection) -> anyhow::Result<()> {
     let stream = format!("bad-{}", Uuid::now_v7().simple());

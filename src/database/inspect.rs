@@ -5,8 +5,8 @@ use std::time::{Duration, SystemTime};
 
 use sqlx::{AssertSqlSafe, Row};
 
-use super::Database;
 use super::login::is_verified;
+use super::{Database, SqlMode};
 use crate::error::server_error;
 
 /// Each is absent where a server does not have it.
@@ -18,8 +18,8 @@ const CONNECTED: &str = "show global status like 'Threads_connected'";
 
 const TLS: &str = "show session status like 'Ssl_version'";
 
-/// Of the session, as the driver has set it up; and the server's clock, in microseconds since 1970.
-const SESSION: &str = "select @@session.sql_mode, current_user(), cast(unix_timestamp(now(6)) * 1000000 as unsigned)";
+/// The server's own modes, the user, and the server's clock, in microseconds since 1970.
+const SESSION: &str = "select @@global.sql_mode, current_user(), cast(unix_timestamp(now(6)) * 1000000 as unsigned)";
 
 const MIGRATED: &str = "select version from projectionist_migrations where success order by version";
 
@@ -38,7 +38,9 @@ const SEES_TRIGGERS: &str = "\
 pub(crate) struct Inspected {
     pub(crate) settings: HashMap<String, String>,
     pub(crate) user: String,
+    /// The server's own. Those in which projectors run depend on `projectors_run`, too.
     pub(crate) sql_mode: String,
+    pub(crate) projectors_run: SqlMode,
     /// Such as `TLSv1.3`; empty where the connection is not encrypted.
     pub(crate) tls: String,
     /// Whether the server's certificate is checked.
@@ -93,6 +95,7 @@ impl Database {
                 settings,
                 user,
                 sql_mode,
+                projectors_run: self.settings.sql_mode,
                 tls,
                 is_verified,
                 connected,

@@ -263,6 +263,12 @@ fn url_parts(url: &str) -> Option<(bool, bool)> {
     Some((!login.is_empty(), login.contains(':')))
 }
 
+/// What follows the host, without the options. With a raw `/` in the password, that is a part of the password.
+fn path_of(url: &str) -> Option<&str> {
+    let (_, path) = url.strip_prefix("mysql://")?.split_once('/')?;
+    path.split(['?', '#']).next()
+}
+
 /// What a secret says, in the place that the URL names if there is one, and whether there is a password in it. An error never
 /// quotes the text.
 fn read_secret(text: &str, base: Option<MySqlConnectOptions>) -> Result<(MySqlConnectOptions, bool), String> {
@@ -311,13 +317,20 @@ fn read_secret(text: &str, base: Option<MySqlConnectOptions>) -> Result<(MySqlCo
 fn parse(url: &str) -> Result<MySqlConnectOptions, Error> {
     // The parser's own error may quote the URL, and with it the password: it is not passed on.
     let read = |url: &str| MySqlConnectOptions::from_str(url).ok().filter(|_| url.starts_with("mysql://"));
+    if path_of(url).is_some_and(|path| path.contains(['@', '/'])) {
+        return Err(Error::Input(
+            "the database URL has a / or an @ where the database's name should be: in a password, write / as %2F, @ as \
+             %40, : as %3A, ? as %3F, # as %23 and % as %25"
+                .into(),
+        ));
+    }
     let options = read(url).ok_or_else(|| {
         Error::Input(match url.split_once('?').and_then(|(before, _)| read(before)) {
             Some(_) => "the options after the ? of the database URL cannot be read; ssl-mode is DISABLED, PREFERRED, \
                         REQUIRED, VERIFY_CA or VERIFY_IDENTITY"
                 .into(),
             None => "the database URL is not of the form mysql://USER:PASSWORD@HOST:PORT/DATABASE \
-                     (percent-encode special characters in the password)"
+                     (percent-encode special characters in the password: / as %2F, @ as %40, ? as %3F, # as %23)"
                 .into(),
         })
     })?;
@@ -386,6 +399,36 @@ mod tests {
         ] {
             let reason = read_secret(text, None).expect_err(text);
             assert!(reason.contains(because) && !reason.contains("hunter2"), "{text}: {reason}");
+        }
+    }
+
+    #[test]
+    fn a_url_whose_password_has_a_raw_character_works_or_is_refused_without_showing_any_part_of_it() {
+        for password in [
+            "hunter2/0815",
+            "1234/hunter2",
+            "1234?hunter2",
+            "1234#hunter2",
+            "hunter2?0815",
+            "a@hunter2/0815",
+            "1234/",
+            "/hunter2",
+            "hunter2[0815/",
+            "%zz/hunter2",
+        ] {
+            for place in ["db.example.com:3306/shop", "db.example.com/shop?ssl-mode=REQUIRED"] {
+                let url = format!("mysql://app:{password}@{place}");
+                let Err(Error::Input(reason)) = parse(&url) else { panic!("{url} is accepted") };
+                for part in ["hunter2", "0815", "1234", "app"] {
+                    assert!(!reason.contains(part), "{url}: {reason}");
+                }
+            }
+        }
+        // The last @ ends the password.
+        for password in ["p@ss", "p@ss@", "@", "p%40ss", "p%2Fss", "p:ss"] {
+            let options = parse(&format!("mysql://app:{password}@db.example.com:3306/shop")).expect(password);
+            let at = (options.get_username(), options.get_host(), options.get_port(), options.get_database());
+            assert_eq!(at, ("app", "db.example.com", 3306, Some("shop")), "{password}");
         }
     }
 

@@ -49,7 +49,10 @@ const UNUSED_FOR: Duration = Duration::from_secs(30);
 /// be out of connections when enough of them have gone deaf, or were left in the middle of an answer.
 const RETURNS_WITHIN: Duration = Duration::from_secs(5);
 
-const VERSION: &str = "select version(), @@global.auto_increment_increment";
+const VERSION: &str = "select version(), @@global.auto_increment_increment, @@session.max_allowed_packet";
+
+/// The longest error that the ledger keeps fills half of it, and a session cannot raise what it has.
+const LEAST_PACKET: u64 = 64 * 1024;
 
 const SESSION_ID: &str = "select connection_id()";
 
@@ -284,7 +287,13 @@ impl Database {
     async fn run_migrations(&self, connection: &mut MySqlConnection) -> Result<(), Error> {
         Self::migrator().run(connection).await.map_err(|error| match error {
             sqlx::migrate::MigrateError::Execute(error) | sqlx::migrate::MigrateError::ExecuteMigration(error, _) => {
-                Error::Database(error)
+                match server_error(&error) {
+                    Some(1709) => Error::Input(format!(
+                        "the tables cannot be migrated: set innodb_default_row_format to dynamic, its default, for our \
+                         indexes are too long for another: {error}"
+                    )),
+                    _ => Error::Database(error),
+                }
             }
             sqlx::migrate::MigrateError::Dirty(version) => Error::Input(format!(
                 "migration {version} was begun and did not come to its end: a table of its may have been there already, or it \
@@ -423,11 +432,28 @@ fn check_increment(at: &str, increment: u64) -> Result<(), Error> {
     }
 }
 
+fn check_packet(at: &str, bytes: u64) -> Result<(), Error> {
+    if bytes >= LEAST_PACKET {
+        return Ok(());
+    }
+    Err(Error::Input(format!(
+        "the server at {at} has max_allowed_packet = {bytes}: our own statements would be too long for it. Set it to \
+         {LEAST_PACKET} at least, or better to 64M, for an event must fit in, too"
+    )))
+}
+
 /// Looks at the server: which one it is, by how much its auto-increment steps, and what its sessions must be told.
 async fn greet(options: &MySqlConnectOptions, at: &str, sql_mode: SqlMode) -> Result<(Flavor, Settings), Error> {
     let mut connection = options.connect().await?;
-    let (version, increment): (String, u64) = sqlx::query_as(VERSION).fetch_one(&mut connection).await?;
+    for set in settings::TIME_LIMITS {
+        match sqlx::raw_sql(set).execute(&mut connection).await {
+            Err(error) if server_error(&error).is_none() => return Err(error.into()),
+            _ => {}
+        }
+    }
+    let (version, increment, packet): (String, u64, u64) = sqlx::query_as(VERSION).fetch_one(&mut connection).await?;
     check_increment(at, increment)?;
+    check_packet(at, packet)?;
     let flavor = if version.contains("MariaDB") { Flavor::MariaDb } else { Flavor::MySql };
     let settings = Settings::probe(&mut connection, flavor, sql_mode, options.get_collation()).await?;
     connection.close().await?;

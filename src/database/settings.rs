@@ -28,10 +28,14 @@ enum Check {
     Once,
     /// And with every commit of a handler: another value would change what its next batch does.
     EachCommit,
+    /// Like [`Check::EachCommit`], and the variable is never set: even setting it to this value has an effect.
+    EachCommitNeverSet,
 }
-use Check::{EachCommit, Once};
+use Check::{EachCommit, EachCommitNeverSet, Once};
 
 /// A variable, its value as SQL, when it is compared, and why it is here. One that a server does not have is left out.
+/// In `a or b`, the first is set, and both are accepted. What is no literal is not compared when the server is first
+/// seen.
 type Setting = (&'static str, &'static str, Check, &'static str);
 
 /// In this order: `max_join_size` resets `sql_big_selects`.
@@ -66,6 +70,8 @@ const SETTINGS: &[Setting] = &[
     ("sql_warnings", "0", Once, "single-row inserts would answer in another form"),
     ("auto_increment_increment", "1", EachCommit, "numbers that tables give out would differ"),
     ("auto_increment_offset", "1", EachCommit, "numbers that tables give out would differ"),
+    // On MySQL, the row after `set insert_id = 0` gets the number 0.
+    ("insert_id", "0", EachCommitNeverSet, "the next row would get this number"),
     ("group_concat_max_len", "1048576", EachCommit, "long lists would be cut off with a warning only"),
     ("div_precision_increment", "4", EachCommit, "quotients would have other digits"),
     ("default_week_format", "0", EachCommit, "week numbers would differ"),
@@ -76,10 +82,16 @@ const SETTINGS: &[Setting] = &[
     ("max_recursive_iterations", "4294967295", EachCommit, "recursive queries would be cut off with a warning only"),
     ("windowing_use_high_precision", "1", EachCommit, "sums over windows would have other digits"),
     ("default_regex_flags", "''", EachCommit, "patterns would match something else"),
+    ("standard_compliant_cte", "1", EachCommit, "recursive queries would give other rows"),
+    ("old_mode", KEPT_OLD_MODE, EachCommit, "dates and duplicate keys would be treated as by an older release"),
+    ("sql_if_exists", "0", EachCommit, "a change of a table that is not there would not be an error"),
     ("system_versioning_asof", "default", EachCommit, "tables with a history would be read as of another time"),
     ("default_storage_engine", "'InnoDB'", Once, "a setup would make tables without transactions"),
+    ("enforce_storage_engine", "null or 'InnoDB'", Once, "a setup would make tables without transactions"),
+    ("explicit_defaults_for_timestamp", "1", Once, "a setup's timestamp columns would change by themselves"),
     ("default_tmp_storage_engine", "'InnoDB'", Once, "temporary tables would have no transactions"),
     ("sql_buffer_result", "0", Once, "every result would be copied to a table first"),
+    ("tmp_table_size", ENOUGH_FOR_TABLES, Once, "on MySQL, `group_concat(distinct …)` would repeat values if it is tiny"),
     ("big_tables", "0", Once, "every temporary table would be on disk"),
     ("updatable_views_with_limit", "1", Once, "updates of some views would be refused"),
     ("profiling", "0", Once, "every statement would be recorded"),
@@ -88,6 +100,20 @@ const SETTINGS: &[Setting] = &[
     ("character_set_results", "'utf8mb4'", EachCommit, "text would be read as other characters"),
     ("character_set_connection", "'utf8mb4'", EachCommit, "literals would be converted to other characters"),
 ];
+
+/// What the character set `utf8` is stays the server's choice.
+const KEPT_OLD_MODE: &str = "if(find_in_set('UTF8_IS_UTF8MB3', @@global.old_mode), 'UTF8_IS_UTF8MB3', '')";
+
+/// The server's, unless it is tiny.
+const ENOUGH_FOR_TABLES: &str = "cast(greatest(@@global.tmp_table_size, 1048576) as unsigned)";
+
+/// An `init_connect` may have begun a transaction, in which some variables cannot be set. In words that do not depend on
+/// `completion_type`.
+const AS_IT_BEGAN: &str = "rollback and no chain no release";
+
+/// The limits of time of a statement, which may be too short even for the first look at a server. Each is of one kind of
+/// server.
+pub(super) const TIME_LIMITS: [&str; 2] = ["set session max_statement_time = 0", "set session max_execution_time = 0"];
 
 /// The modes that a new server of this kind has.
 const STRICT_MYSQL: &str = "ONLY_FULL_GROUP_BY,STRICT_TRANS_TABLES,NO_ZERO_IN_DATE,NO_ZERO_DATE,\
@@ -114,6 +140,8 @@ pub(super) struct Settings {
     expected: Arc<[(String, String)]>,
     /// The default database.
     database: Arc<str>,
+    /// Which modes the handlers' are.
+    pub(super) sql_mode: SqlMode,
 }
 
 impl Settings {
@@ -146,37 +174,33 @@ impl Settings {
                 server.split(',').filter(is_fine).collect::<Vec<_>>().join(",")
             }
         };
-        let restricted = restricted(connection, &settings).await?;
+        let Unset { restricted, fixed } = unset(connection, &settings).await?;
+        let settings: Vec<&Setting> = settings.into_iter().filter(|(name, ..)| !fixed.contains(name)).collect();
         let common: String = settings
             .iter()
-            .filter(|(name, ..)| !restricted.contains(name))
-            .map(|(name, value, ..)| format!("{name} = {value}, "))
+            .filter(|setting| is_set(setting) && !restricted.contains(&setting.0))
+            .map(|setting| format!("{}, ", assignment(setting)))
             .collect();
         let text = format!("{common}collation_connection = '{collation}', timestamp = default");
-        let set =
-            |autocommit: u8, mode: &str| format!("set session {text}, sql_mode = '{mode}', autocommit = {autocommit}");
+        let set = |autocommit: u8, mode: &str| {
+            format!("{AS_IT_BEGAN}; set session {text}, sql_mode = '{mode}', autocommit = {autocommit}")
+        };
 
         let handler = set(0, &mode);
         sqlx::raw_sql(AssertSqlSafe(handler.clone())).execute(&mut *connection).await?;
-        let checked = &settings;
-        let mut names: Vec<&str> = checked.iter().map(|(name, ..)| *name).collect();
+        let mut names: Vec<&str> = settings.iter().map(|(name, ..)| *name).collect();
         names.extend(["sql_mode", "collation_connection", "autocommit"]);
         let values = read(connection, &names).await?;
-        for ((name, value, _, why), found) in checked.iter().zip(&values) {
-            let wanted = value.trim_matches('\'');
-            let is_wanted = match (wanted.parse::<f64>(), found.parse::<f64>()) {
-                (Ok(wanted), Ok(found)) => wanted == found,
-                _ => wanted == "default" || wanted.eq_ignore_ascii_case(found),
-            };
-            if !is_wanted {
+        for ((name, value, _, why), found) in settings.iter().zip(&values) {
+            if !is_accepted(value, found) {
                 return Err(Error::Input(format!(
-                    "sessions on this server have {name} = {found}, and must have {wanted}, for otherwise {why}; \
-                     let the database user set it, or change it on the server"
+                    "sessions on this server have {name} = {found:?}, and must have {value}, for otherwise {why}; let the \
+                     database user set it, or change it on the server"
                 )));
             }
         }
-        let each_commit = |name: &&str| match checked.iter().find(|(checked, ..)| checked == name) {
-            Some((.., check, _)) => *check == EachCommit,
+        let each_commit = |name: &&str| match settings.iter().find(|(setting, ..)| setting == name) {
+            Some((.., check, _)) => *check != Once,
             None => true,
         };
         let expected: Vec<(String, String)> = names
@@ -195,6 +219,7 @@ impl Settings {
             unchanged: unchanged.into(),
             expected: expected.into(),
             database: database.into(),
+            sql_mode,
         })
     }
 
@@ -276,23 +301,56 @@ fn condition(expected: &[(String, String)], database: &str) -> String {
     condition
 }
 
-/// The variables that the server lets only an administrator set. They must have their values already: that is checked
-/// when they are read back.
+/// Whether a value that was read back is one of those that are wanted.
+fn is_accepted(wanted: &str, found: &str) -> bool {
+    wanted.split(" or ").any(|wanted| {
+        let literal = wanted.trim_matches('\'');
+        match (literal.parse::<f64>(), found.parse::<f64>()) {
+            (Ok(wanted), Ok(found)) => wanted == found,
+            _ if wanted == "null" => found.is_empty(),
+            _ if wanted == "default" || wanted.contains('(') => true,
+            _ => literal.eq_ignore_ascii_case(found),
+        }
+    })
+}
+
+fn is_set((_, _, check, _): &Setting) -> bool {
+    *check != EachCommitNeverSet
+}
+
+fn assignment((name, value, ..): &Setting) -> String {
+    format!("{name} = {}", value.split(" or ").next().unwrap_or(value))
+}
+
+/// Variables that a session of ours does not set.
+#[derive(Debug, Default)]
+struct Unset<'s> {
+    /// The server lets only an administrator set them. They must have their values already: that is checked when they
+    /// are read back.
+    restricted: Vec<&'s str>,
+    /// In this release of the server, no session can set them: what they do is the server's choice.
+    fixed: Vec<&'s str>,
+}
+
+/// Sets each variable, to find those that cannot be set.
 ///
 /// # Errors
 /// [`Error::Input`] with the variable's name where the server refuses a value for another reason.
-async fn restricted<'s>(connection: &mut MySqlConnection, settings: &[&'s Setting]) -> Result<Vec<&'s str>, Error> {
-    let all: Vec<String> = settings.iter().map(|(name, value, ..)| format!("{name} = {value}")).collect();
-    let all = format!("set session {}", all.join(", "));
+async fn unset<'s>(connection: &mut MySqlConnection, settings: &[&'s Setting]) -> Result<Unset<'s>, Error> {
+    let set: Vec<&&Setting> = settings.iter().filter(|setting| is_set(setting)).collect();
+    let all: Vec<String> = set.iter().map(|setting| assignment(setting)).collect();
+    let all = format!("{AS_IT_BEGAN}; set session {}", all.join(", "));
+    let mut unset = Unset::default();
     if sqlx::raw_sql(AssertSqlSafe(all)).execute(&mut *connection).await.is_ok() {
-        return Ok(Vec::new());
+        return Ok(unset);
     }
-    let mut restricted = Vec::new();
-    for (name, value, _, why) in settings {
-        let set = format!("set session {name} = {value}");
-        match sqlx::raw_sql(AssertSqlSafe(set)).execute(&mut *connection).await {
+    for setting in set {
+        let (name, value, _, why) = setting;
+        let one = format!("set session {}", assignment(setting));
+        match sqlx::raw_sql(AssertSqlSafe(one)).execute(&mut *connection).await {
             Ok(_) => {}
-            Err(error) if server_error(&error) == Some(1227) => restricted.push(*name),
+            Err(error) if server_error(&error) == Some(1227) => unset.restricted.push(*name),
+            Err(error) if server_error(&error) == Some(1238) => unset.fixed.push(*name),
             Err(error) if server_error(&error).is_none() => return Err(Error::Database(error)),
             Err(error) => {
                 return Err(Error::Input(format!(
@@ -301,7 +359,7 @@ async fn restricted<'s>(connection: &mut MySqlConnection, settings: &[&'s Settin
             }
         }
     }
-    Ok(restricted)
+    Ok(unset)
 }
 
 #[cfg(test)]
@@ -313,6 +371,27 @@ mod tests {
         for (index, (name, value, _, why)) in SETTINGS.iter().enumerate() {
             assert!(!value.is_empty() && !why.is_empty(), "{name}");
             assert!(SETTINGS[..index].iter().all(|(other, ..)| other != name), "{name} is listed twice");
+        }
+    }
+
+    #[test]
+    fn a_value_is_accepted_if_it_is_one_of_the_wanted() {
+        for (wanted, found, accepted) in [
+            ("0", "0", true),
+            ("0", "0.000000", true),
+            ("0", "1", false),
+            ("'NO_CHAIN'", "NO_CHAIN", true),
+            ("'InnoDB'", "INNODB", true),
+            ("'InnoDB'", "MyISAM", false),
+            ("null or 'InnoDB'", "", true),
+            ("null or 'InnoDB'", "InnoDB", true),
+            ("null or 'InnoDB'", "MyISAM", false),
+            ("''", "", true),
+            ("''", "EXTENDED", false),
+            ("default", "anything", true),
+            (KEPT_OLD_MODE, "UTF8_IS_UTF8MB3", true),
+        ] {
+            assert_eq!(is_accepted(wanted, found), accepted, "{wanted} {found:?}");
         }
     }
 

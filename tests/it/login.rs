@@ -10,8 +10,11 @@ use time::format_description::well_known::Rfc3339;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
+use projectionist::Database;
+
 use crate::support::{
-    Door, Folder, Gateway, Running, World, certificate, eventually, execute, kill, server_url, sessions, setting,
+    Door, Folder, Gateway, PATIENCE, Running, World, certificate, eventually, execute, kill, server_url, sessions,
+    setting,
 };
 
 const COUNTER: &str = "name = 'counter'\nversion = 1\nmode = 'from_beginning'\n\
@@ -44,6 +47,34 @@ async fn a_bundle_of_certificates_proves_the_server_and_its_name() {
     // The URL may ask for the certificate alone.
     status("127.0.0.1", "?ssl-mode=VERIFY_CA", &["--database-ca", &bundle], 0).await;
     status("localhost", "", &["--database-ca", "/no/such/file"], 2).await.says(&["/no/such/file"]);
+}
+
+#[tokio::test]
+async fn a_raw_at_sign_in_a_password_is_a_part_of_it() {
+    let world = World::new().await;
+    let user = format!("u{:x}", fastrand::u64(..));
+    for sql in [
+        format!("create user '{user}'@'%' identified by 'p@ss:w@rd'"),
+        format!("grant all on {}.* to '{user}'@'%'", world.database_name),
+    ] {
+        world.execute(&sql).await;
+    }
+    for password in ["p@ss:w@rd", "p%40ss:w%40rd"] {
+        let url = world.database_url.replace("://root@", &format!("://{user}:{password}@"));
+        world.run(&["status", "--database-url", &url]).await.exits(0);
+    }
+    world.execute(&format!("drop user '{user}'@'%'")).await;
+}
+
+#[tokio::test]
+async fn fewer_connections_than_the_least_are_refused_with_the_number() {
+    let world = World::new().await;
+    for connections in [0, 1] {
+        let refused = Database::connect(&world.database_url, connections, PATIENCE).await;
+        let reason = refused.expect_err("too few").to_string();
+        assert!(reason.contains(&format!("{connections} connections are too few: at least 2")), "{reason}");
+    }
+    Database::connect(&world.database_url, 2, PATIENCE).await.expect("enough");
 }
 
 /// A secret of the world's own.

@@ -29,6 +29,7 @@ mod login;
 mod queue;
 mod readme;
 mod relay;
+mod settings;
 mod story;
 mod types;
 

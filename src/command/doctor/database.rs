@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use super::{Check, Level};
-use crate::database::{Database, Inspected, May, Migrated, NEEDS, TABLES};
+use crate::database::{Database, Inspected, May, Migrated, NEEDS, SqlMode, TABLES};
 use crate::error::Error;
 use crate::multi_row::MAX_BYTES;
 
@@ -131,15 +131,7 @@ fn judge(inspected: &Inspected, connections: u32, writes: bool) -> Vec<Check> {
             "set it to 64M",
         ),
     });
-    checks.push(match inspected.sql_mode.contains("STRICT_TRANS_TABLES") || inspected.sql_mode.contains("STRICT_ALL_TABLES") {
-        true => Check::ok("sql_mode", "strict"),
-        false => Check::bad(
-            Level::Warning,
-            "sql_mode",
-            "not strict: what does not fit into a column is cut off without a word, and inserts are sent one by one",
-            "add STRICT_TRANS_TABLES",
-        ),
-    });
+    checks.push(of_sql_mode(&inspected.sql_mode, inspected.projectors_run));
     checks.push(of_clock(
         "database clock",
         inspected.clock_ahead,
@@ -156,6 +148,26 @@ fn judge(inspected: &Inspected, connections: u32, writes: bool) -> Vec<Check> {
         ),
     });
     checks
+}
+
+fn of_sql_mode(servers: &str, projectors_run: SqlMode) -> Check {
+    let is_strict = ["STRICT_TRANS_TABLES", "STRICT_ALL_TABLES"].iter().any(|mode| servers.contains(mode));
+    match (is_strict, projectors_run) {
+        (true, _) => Check::ok("sql_mode", "strict"),
+        (false, SqlMode::Strict) => Check::bad(
+            Level::Note,
+            "sql_mode",
+            "the server's own is not strict; projectors run strict all the same",
+            "for other clients, add STRICT_TRANS_TABLES; to have projectors run like them, give --sql-mode server",
+        ),
+        (false, SqlMode::Server) => Check::bad(
+            Level::Warning,
+            "sql_mode",
+            "not strict, and projectors run so by --sql-mode server: values that do not fit into a column are cut off \
+             silently, and inserts are sent one by one",
+            "leave out --sql-mode server, or add STRICT_TRANS_TABLES",
+        ),
+    }
 }
 
 /// A clock that is so many seconds ahead of ours.
@@ -265,6 +277,7 @@ mod tests {
             settings,
             user: "app@%".into(),
             sql_mode: "STRICT_TRANS_TABLES,NO_ENGINE_SUBSTITUTION".into(),
+            projectors_run: SqlMode::Strict,
             tls: "TLSv1.3".into(),
             is_verified: true,
             connected: Some(10),
@@ -310,7 +323,11 @@ mod tests {
         for (session, check) in [
             (Inspected { tls: String::new(), ..bare() }, ("TLS", Level::Warning)),
             (Inspected { is_verified: false, ..bare() }, ("TLS", Level::Note)),
-            (Inspected { sql_mode: "NO_ENGINE_SUBSTITUTION".into(), ..bare() }, ("sql_mode", Level::Warning)),
+            (Inspected { sql_mode: "NO_ENGINE_SUBSTITUTION".into(), ..bare() }, ("sql_mode", Level::Note)),
+            (
+                Inspected { sql_mode: "NO_ENGINE_SUBSTITUTION".into(), projectors_run: SqlMode::Server, ..bare() },
+                ("sql_mode", Level::Warning),
+            ),
             (Inspected { clock_ahead: -7.0, ..bare() }, ("database clock", Level::Warning)),
             (Inspected { sees_triggers: false, ..bare() }, ("trigger", Level::Note)),
         ] {

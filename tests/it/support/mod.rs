@@ -6,6 +6,7 @@ mod foreign;
 mod gate;
 mod gateway;
 mod lambda;
+mod own_server;
 mod playing;
 mod process;
 mod proxy;
@@ -31,6 +32,7 @@ pub use foreign::{server_error, write};
 pub use gate::Gate;
 pub use gateway::{Door, Gateway, certificate};
 pub use lambda::{Function, Runtime, schedule};
+pub use own_server::OwnServer;
 pub use process::{Finished, Piped, Running};
 pub use proxy::{Cuts, Fate, Proxy, commits, holds};
 pub use scripted::{Scripted, gated, run, scripted_at, set};
@@ -310,7 +312,7 @@ pub fn server_url() -> String {
     setting("TEST_DATABASE_URL").or_else(|| setting("MARIADB_URL")).expect("the parts are up: run localstack/test")
 }
 
-async fn sqs_client() -> aws_sdk_sqs::Client {
+pub async fn sqs_client() -> aws_sdk_sqs::Client {
     let endpoint = setting("AWS_ENDPOINT_URL").expect("the parts are up: run localstack/test");
     let http = aws_smithy_http_client::Builder::new().build_http();
     let config = aws_config::defaults(aws_config::BehaviorVersion::latest())
