@@ -53,7 +53,7 @@ const REMOVE: &str = "delete from projectors where name = ? and version = ? and 
 
 /// Why a projector must be rebuilt whose row was seen with the mark of a claim.
 const HALF_APPLIED: &str = "a handler committed a part of a batch, by itself or by a statement that does so, and the batch \
-                            did not come to its end: that part is stored without its position";
+                            did not come to its end: that part is stored without its position, so rebuild the read model";
 
 /// What is kept of an error, in characters; `failed_error` is a `text` of 65,535 bytes.
 pub(crate) const MAX_ERROR: usize = 8_000;
