@@ -38,6 +38,8 @@ struct Boot {
     target: Position,
     /// Whether a projector failed that was not broken when it began.
     is_stopped: bool,
+    /// Whether there is a reason that the ledger does not say why the release may not go on.
+    is_refused: bool,
     /// Since when it has waited for the mark.
     waiting: Option<(Position, Tick)>,
 }
@@ -54,6 +56,7 @@ pub(in crate::simulation) async fn boot(sim: Sim, release: Release, registry: Re
         was_visible,
         target: Position::START,
         is_stopped: false,
+        is_refused: false,
         waiting: None,
     };
     let ended = boot.run().await;
@@ -71,14 +74,11 @@ impl Boot {
     /// Whether the release may go on.
     async fn run(&mut self) -> Result<bool, DatabaseError> {
         let sim = self.engine.sim.clone();
-        self.target = match sim.has(Bug::TargetIsTheMark) {
-            true => sim.marks().await?.high_water,
-            false => sim.last_visible().await?,
-        };
+        let mark = sim.marks().await?.high_water;
+        self.target = if sim.has(Bug::TargetIsTheMark) { mark } else { sim.last_visible().await? };
         let before = sim.entries().await?;
         if self.may_enter(&before).await? {
-            let mut cursors = self.enter(&before).await?;
-            self.set_up(&mut cursors).await?;
+            let mut cursors = self.admit(&before).await?;
             self.replay(&mut cursors).await?;
             if cursors.iter().any(|cursor| matches!(cursor.state, CursorState::GaveUp(_))) {
                 return Err(DatabaseError::Lost);
@@ -87,7 +87,8 @@ impl Boot {
         let after = sim.entries().await?;
         let is_done = |entry: &Entry| matches!(entry.status, Status::Live | Status::Finished | Status::Retired);
         let entry = |id: &ProjectorId| after.iter().find(|entry| entry.id == *id);
-        let released = self.engine.registry.iter().all(|projector| entry(&projector.id).is_some_and(is_done));
+        let all_done = self.engine.registry.iter().all(|projector| entry(&projector.id).is_some_and(is_done));
+        let released = all_done && !self.is_refused;
         if released {
             for entry in after.iter().filter(|entry| matches!(entry.status, Status::Live | Status::Finished)) {
                 let Some(projector) = self.engine.registry.get(&entry.id) else { continue };
@@ -129,34 +130,55 @@ impl Boot {
         self.waiting = Some((mark, since));
         if self.engine.is_out_of_patience(since) {
             sim.saw(Seen::GaveUpWaiting);
+            self.is_refused = true;
             return false;
         }
         sim.sleep(LOOK_EVERY).await;
         true
     }
 
-    async fn enter(&self, before: &[Entry]) -> Result<Vec<Cursor>, DatabaseError> {
-        let sim = &self.engine.sim;
-        let known = |id: &ProjectorId| before.iter().any(|entry| entry.id == *id);
-        let new: Vec<_> = self.engine.registry.iter().filter(|projector| !known(&projector.id)).collect();
-        if !new.is_empty() {
-            let high_water = raise_high_water(sim).await?.mark;
+    async fn admit(&mut self, before: &[Entry]) -> Result<Vec<Cursor>, DatabaseError> {
+        let sim = self.engine.sim.clone();
+        let registry = self.engine.registry.clone();
+        let entries = sim.entries().await?;
+        let mut new = Vec::new();
+        let mut refused = Vec::new();
+        for projector in registry.iter() {
+            let Some(entry) = entries.iter().find(|entry| entry.id == projector.id) else {
+                new.push(projector);
+                continue;
+            };
+            if entry.rebuild_reason.is_none() || entry.status == Status::Retired {
+                continue;
+            }
+            if sim.has(Bug::BootResumesTheIncomplete) {
+                sim.accept(&entry.id).await?;
+                continue;
+            }
+            sim.saw(Seen::RefusedToBoot);
+            self.is_refused = true;
+            self.is_stopped |= !was_broken(before, entry);
+            refused.push(entry.id.clone());
+        }
+        if !self.is_stopped && !new.is_empty() {
+            let high_water = raise_high_water(&sim).await?.mark;
             for projector in new {
                 let position = match projector.mode {
                     Mode::FromNow if sim.has(Bug::FromNowAtZero) => Position::START,
                     Mode::FromNow if sim.has(Bug::FromNowAtLastVisible) => sim.last_visible().await?,
                     mode => first_position(mode, high_water),
                 };
-                self.engine.sim.enter(projector, position, self.began_at).await?;
+                sim.enter(projector, position, self.began_at).await?;
             }
         }
         let mut cursors = Vec::new();
         for entry in sim.entries().await? {
-            let Some(projector) = self.engine.registry.get(&entry.id) else { continue };
+            let Some(projector) = registry.get(&entry.id).filter(|projector| !refused.contains(&projector.id)) else {
+                continue;
+            };
             if Stage::Boot.plays(&entry.status) {
                 let mut cursor = Cursor::new(projector, entry.position);
-                let was_broken = |before: &Entry| before.id == entry.id && before.status.failure().is_some();
-                cursor.is_repair = before.iter().any(was_broken);
+                cursor.is_repair = was_broken(before, &entry);
                 cursors.push(cursor);
                 if before.contains(&entry) {
                     sim.saw(Seen::BootRepeated);
@@ -166,6 +188,8 @@ impl Boot {
                 cursors.push(Cursor::new(projector, entry.position));
             }
         }
+        self.stall(&mut cursors).await?;
+        self.set_up(&mut cursors).await?;
         Ok(cursors)
     }
 
@@ -180,7 +204,7 @@ impl Boot {
     async fn set_up(&mut self, cursors: &mut [Cursor]) -> Result<(), DatabaseError> {
         let sim = self.engine.sim.clone();
         for cursor in cursors.iter_mut() {
-            if self.is_stopped && !cursor.is_repair {
+            if !cursor.is_running() || self.is_stopped && !cursor.is_repair {
                 continue;
             }
             let Some(entry) = sim.entries().await?.into_iter().find(|entry| entry.id == cursor.projector.id) else {
@@ -368,6 +392,11 @@ impl Boot {
         }
         Ok(())
     }
+}
+
+/// Whether a projector was broken when boot began.
+fn was_broken(before: &[Entry], entry: &Entry) -> bool {
+    before.iter().any(|before| before.id == entry.id && before.status.failure().is_some())
 }
 
 /// A step that the lifecycle does not have would end the boot, as an error of the database does.

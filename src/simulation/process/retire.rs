@@ -2,6 +2,7 @@
 
 use super::Ended;
 use crate::lifecycle::{Status, Step};
+use crate::projector::ProjectorId;
 use crate::registry::Registry;
 use crate::simulation::bug::Bug;
 use crate::simulation::cast;
@@ -12,19 +13,33 @@ use crate::simulation::world::Sim;
 /// Retires one of the projectors that the ledger has, with the set of a release at hand.
 pub(in crate::simulation) async fn retire(sim: Sim, registry: Registry) -> Ended {
     // An operator who is refused by the database tries again, or does not.
-    let _ = try_retire(&sim, &registry).await;
+    let _ = retire_any(&sim, &registry).await;
     Ended::Done
 }
 
-async fn try_retire(sim: &Sim, registry: &Registry) -> Result<(), DatabaseError> {
+/// Retires a projector whose read model must be rebuilt.
+pub(in crate::simulation) async fn rebuild(sim: Sim, registry: Registry, id: ProjectorId) -> Ended {
+    while try_retire(&sim, &registry, &id, true).await.is_err() {
+        sim.back_off().await;
+    }
+    Ended::Done
+}
+
+async fn retire_any(sim: &Sim, registry: &Registry) -> Result<(), DatabaseError> {
     let entries = sim.entries().await?;
     if entries.is_empty() {
         return Ok(());
     }
-    let at = sim.world().rng.usize(0..entries.len());
-    let entry = &entries[at];
-    let (projector, id) = (registry.get(&entry.id), &entry.id);
-    let force = sim.world().roll(300);
+    let (at, force) = {
+        let mut world = sim.world();
+        (world.rng.usize(0..entries.len()), world.roll(300))
+    };
+    try_retire(sim, registry, &entries[at].id, force).await
+}
+
+async fn try_retire(sim: &Sim, registry: &Registry, id: &ProjectorId, force: bool) -> Result<(), DatabaseError> {
+    let Some(entry) = sim.entries().await?.into_iter().find(|entry| entry.id == *id) else { return Ok(()) };
+    let projector = registry.get(id);
     if entry.status == Status::Live && projector.is_some() && !force {
         return Ok(());
     }
