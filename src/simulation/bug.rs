@@ -107,6 +107,6 @@ pub(super) const BUGS: &[(Bug, &[u8])] = &[
     (Bug::FinishesBelowTheTarget, &[13]),
     (Bug::PlaysAnotherDefinition, &[6]),
     (Bug::AppliesAfterAPart, &[1]),
-    (Bug::BootResumesTheIncomplete, &[1, 13]),
+    (Bug::BootResumesTheIncomplete, &[1, 8, 13]),
     (Bug::ForgetsWithTables, &[1, 8, 13]),
 ];

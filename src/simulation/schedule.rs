@@ -102,7 +102,7 @@ impl Scheduler<'_> {
                 cut: chance(20),
                 lost_ack: chance(100),
                 deadlock: chance(100),
-                commits: chance(20),
+                commits: chance(60),
                 queue_away: chance(60),
                 queue_loses: chance(200),
                 queue_repeats: chance(200),
@@ -113,8 +113,10 @@ impl Scheduler<'_> {
             world.chances = chances;
             world.queue.is_fifo = world.rng.bool();
             if chances.poison > 0 && world.rng.u32(0..4) == 0 {
-                let actor = world.rng.usize(0..ACTORS.len());
-                world.poison.push(Poison { actor, position: 0, how: Failing::Error, release: None });
+                for _ in 0..world.rng.u32(1..=3) {
+                    let actor = world.rng.usize(0..ACTORS.len());
+                    world.poison.push(Poison { actor, position: 0, how: Failing::Error, release: None });
+                }
             }
             self.fault_rate = world.rng.u32(5..80);
             for &(fault, weight) in FAULTS {
@@ -184,7 +186,7 @@ impl Scheduler<'_> {
             mends
         };
         // Everything starts anew, or what runs comes to its end.
-        let restarts = self.sim.world().rng.u32(0..3) > 0;
+        let restarts = self.sim.world().rng.bool();
         match restarts {
             true => self.kill(|_| true),
             false => self.slots.iter_mut().for_each(|slot| slot.paused_until = 0),

@@ -25,6 +25,9 @@ use crate::simulation::world::{Sim, Tick};
 
 const PATIENCE: Tick = 200;
 
+/// That of a hasty operator.
+const LITTLE_PATIENCE: Tick = 20;
+
 /// How often boot looks whether the mark has risen to its target.
 const LOOK_EVERY: Tick = 3;
 
@@ -46,12 +49,13 @@ struct Boot {
 
 /// Boots a release.
 pub(in crate::simulation) async fn boot(sim: Sim, release: Release, registry: Registry) -> Ended {
-    let (batch, began_at, was_visible) = {
+    let (batch, began_at, was_visible, patience) = {
         let mut world = sim.world();
-        (world.rng.u64(1..=5), world.database.high_water, Position::new(world.database.last_visible()))
+        let patience = if world.is_closing || world.rng.bool() { PATIENCE } else { LITTLE_PATIENCE };
+        (world.rng.u64(1..=5), world.database.high_water, Position::new(world.database.last_visible()), patience)
     };
     let mut boot = Boot {
-        engine: Engine { sim: sim.clone(), registry, release, batch, patience: Some(PATIENCE) },
+        engine: Engine { sim: sim.clone(), registry, release, batch, patience: Some(patience) },
         began_at,
         was_visible,
         target: Position::START,
@@ -85,7 +89,11 @@ impl Boot {
             }
         }
         let after = sim.entries().await?;
-        let is_done = |entry: &Entry| matches!(entry.status, Status::Live | Status::Finished | Status::Retired);
+        let is_done = |entry: &Entry| match entry.status {
+            Status::Live | Status::Finished => entry.rebuild_reason.is_none(),
+            Status::Retired => true,
+            Status::Booting | Status::Stalled | Status::Broken(_) => false,
+        };
         let entry = |id: &ProjectorId| after.iter().find(|entry| entry.id == *id);
         let all_done = self.engine.registry.iter().all(|projector| entry(&projector.id).is_some_and(is_done));
         let released = all_done && !self.is_refused;
@@ -315,13 +323,14 @@ impl Boot {
         if sim.has(Bug::MovesAtGoLive) || sim.has(Bug::GoesLiveWithoutLock) || sim.has(Bug::OnceGoesLive) {
             return self.hand_over_wrongly(projector, target).await;
         }
-        let was_broken = Cell::new(false);
+        let (was_broken, is_ours) = (Cell::new(false), Cell::new(false));
         let still = |entry: &Entry| {
             was_broken.set(entry.status.failure().is_some());
-            has_reached(entry, oldest_queued) && entry.is_booted_with(&projector.digest)
+            is_ours.set(has_reached(entry, oldest_queued) && entry.is_booted_with(&projector.digest));
+            is_ours.get()
         };
         let row = step(sim.ledger_step(&projector.id, Step::HandOver, still).await)?;
-        if row.as_ref().is_some_and(|row| row.status == Status::Live) {
+        if is_ours.get() {
             sim.note(|| format!("{} is live", projector.id));
             sim.saw(Seen::HandedOver);
             invariants::after_release(&mut sim.world(), cast::number(&projector.id), self.was_visible);
@@ -369,9 +378,13 @@ impl Boot {
 
     async fn finish(&self, projector: &Registered, target: Position) -> Result<Option<Entry>, DatabaseError> {
         let sim = &self.engine.sim;
-        let still = |entry: &Entry| has_reached(entry, target) && entry.is_booted_with(&projector.digest);
+        let is_ours = Cell::new(false);
+        let still = |entry: &Entry| {
+            is_ours.set(has_reached(entry, target) && entry.is_booted_with(&projector.digest));
+            is_ours.get()
+        };
         let row = step(sim.ledger_step(&projector.id, Step::Finish, still).await)?;
-        if row.as_ref().is_some_and(|row| row.status == Status::Finished) {
+        if is_ours.get() {
             sim.note(|| format!("{} is finished", projector.id));
             invariants::after_release(&mut sim.world(), cast::number(&projector.id), self.was_visible);
             sim.saw(Seen::Finished);

@@ -1,7 +1,8 @@
 //! The mirror of `command/retire.rs`: mark, tear down, forget.
 
 use super::Ended;
-use crate::lifecycle::{Status, Step};
+use crate::ledger::Entry;
+use crate::lifecycle::{Stage, Status, Step};
 use crate::projector::ProjectorId;
 use crate::registry::Registry;
 use crate::simulation::bug::Bug;
@@ -30,11 +31,17 @@ async fn retire_any(sim: &Sim, registry: &Registry) -> Result<(), DatabaseError>
     if entries.is_empty() {
         return Ok(());
     }
-    let (at, force) = {
+    let (entry, force) = {
         let mut world = sim.world();
-        (world.rng.usize(0..entries.len()), world.roll(300))
+        // Most of them under the hands of a boot, if there is one.
+        let booting: Vec<&Entry> = entries.iter().filter(|entry| Stage::Boot.plays(&entry.status)).collect();
+        let entry = match booting.is_empty() || world.rng.u32(0..4) == 0 {
+            true => &entries[world.rng.usize(0..entries.len())],
+            false => booting[world.rng.usize(0..booting.len())],
+        };
+        (entry, world.roll(300))
     };
-    try_retire(sim, registry, &entries[at].id, force).await
+    try_retire(sim, registry, &entry.id, force).await
 }
 
 async fn try_retire(sim: &Sim, registry: &Registry, id: &ProjectorId, force: bool) -> Result<(), DatabaseError> {
@@ -48,7 +55,7 @@ async fn try_retire(sim: &Sim, registry: &Registry, id: &ProjectorId, force: boo
     }
     sim.note(|| format!("retires {id}"));
     if entry.status != Status::Retired {
-        let still = |entry: &crate::ledger::Entry| entry.status != Status::Retired;
+        let still = |entry: &Entry| entry.status != Status::Retired;
         sim.ledger_step(id, Step::Retire, still).await.map_err(|error| error.unwrap_or(DatabaseError::Lost))?;
     }
     sim.saw(Seen::Retired);
