@@ -73,9 +73,13 @@ impl Cursor {
     }
 
     /// Takes note of its row after an attempt to release it from boot: boot goes on with what is still its own,
-    /// from where that stands, and lets go of what went live, was retired, is no more, or was booted by another release.
+    /// from where that stands, and lets go of what went live, was retired, is no more, was booted by another release, or
+    /// must be rebuilt.
     pub(crate) fn note_row(&mut self, entry: Option<&Entry>) {
-        let is_ours = |entry: &&Entry| Stage::Boot.plays(&entry.status) && entry.is_booted_with(&self.projector.digest);
+        let is_ours = |entry: &&Entry| {
+            let is_playable = Stage::Boot.plays(&entry.status) && entry.rebuild_reason.is_none();
+            is_playable && entry.is_booted_with(&self.projector.digest)
+        };
         match entry.filter(is_ours) {
             Some(entry) => self.position = entry.position,
             None => self.state = CursorState::Left,

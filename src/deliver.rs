@@ -338,7 +338,7 @@ impl Engine {
 }
 
 /// Whether a projector of this stage was found half applied, and nobody has marked it broken yet.
-fn must_be_rebuilt(entry: &Entry, stage: Stage) -> bool {
+pub(crate) fn must_be_rebuilt(entry: &Entry, stage: Stage) -> bool {
     entry.rebuild_reason.is_some() && stage.plays(&entry.status)
 }
 

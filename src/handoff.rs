@@ -18,9 +18,10 @@ pub(crate) fn oldest_queued(registry: &Registry, ledger: &[Entry], high_water: P
     live.map(|entry| entry.position).min().unwrap_or(high_water)
 }
 
-/// Whether boot is done with a projector that had to come to `position`: it is still boot's, and has come there.
+/// Whether boot is done with a projector that had to come to `position`: it is still boot's, need not be rebuilt, and has come
+/// there.
 pub(crate) fn has_reached(entry: &Entry, position: Position) -> bool {
-    Stage::Boot.plays(&entry.status) && entry.position >= position
+    Stage::Boot.plays(&entry.status) && entry.rebuild_reason.is_none() && entry.position >= position
 }
 
 impl Engine {
@@ -83,6 +84,14 @@ mod tests {
             owned_tables: None,
             rebuild_reason: None,
         }
+    }
+
+    /// Another boot was at it, and its handler committed a part of the next batch.
+    #[test]
+    fn a_projector_that_must_be_rebuilt_has_reached_nothing() {
+        let whole = entry("a", Status::Booting, 70);
+        let incomplete = Entry { rebuild_reason: Some("a part of a batch is stored".into()), ..whole.clone() };
+        assert!(has_reached(&whole, Position::new(70)) && !has_reached(&incomplete, Position::new(70)));
     }
 
     #[test]

@@ -17,6 +17,8 @@ const NOT_AT_ITS_END: &str = "boot did not come to its end: not every projector 
 const NOT_STORED: &str = "the ledger has no row of it after boot: it was retired meanwhile, or what boot wrote was not stored; \
                           run doctor";
 
+const MUST_BE_REBUILT: &str = "it must be rebuilt: retire it and run boot again";
+
 const ANOTHER_FAILED: &str = "another projector of this boot failed first; mend that, and run boot again";
 
 /// What boot did.
@@ -148,8 +150,13 @@ impl Remarks {
             return unfinished(if was_stopped { ANOTHER_FAILED } else { NOT_STORED });
         };
         match &entry.status {
-            Status::Live | Status::Finished | Status::Retired => None,
+            Status::Retired => None,
             Status::Broken(failure) => Some(format!("broken: {}", failure.error)),
+            // Its handler has committed a part of a batch since this boot looked at it.
+            Status::Live | Status::Finished | Status::Booting | Status::Stalled if entry.rebuild_reason.is_some() => {
+                entry.rebuild_reason.as_ref().map(|reason| format!("{MUST_BE_REBUILT}: {reason}"))
+            }
+            Status::Live | Status::Finished => None,
             Status::Stalled => unfinished(ANOTHER_FAILED),
             Status::Booting => unfinished(NOT_AT_ITS_END),
         }
@@ -218,5 +225,34 @@ mod tests {
         assert!(!report.is_released());
         assert_eq!((report.projectors.len(), report.projectors[0].status()), (1, "new"));
         assert!(report.why().contains("idle@1") && report.why().contains("not stored"), "{}", report.why());
+    }
+
+    #[test]
+    fn a_live_projector_that_must_be_rebuilt_is_never_released() {
+        let registry = Registry::new().with(Idle).expect("a name");
+        let projector = registry.iter().next().expect("one");
+        let reported = |status: Status, rebuild_reason: Option<String>| {
+            let entry = Entry {
+                id: projector.id.clone(),
+                mode: Mode::FromBeginning,
+                status,
+                position: Position::new(5),
+                side_effects: false,
+                start_position: Some(Position::START),
+                digest: None,
+                event_types: None,
+                owned_tables: None,
+                rebuild_reason,
+            };
+            Remarks::default().report([projector.as_ref()].into_iter(), &[], &[entry], Position::new(5))
+        };
+        let reason = || Some("a part of a batch is stored".to_owned());
+        assert!(reported(Status::Live, None).is_released());
+        assert!(reported(Status::Retired, reason()).is_released());
+        for status in [Status::Live, Status::Booting] {
+            let report = reported(status, reason());
+            assert!(!report.is_released());
+            assert!(report.why().contains("a part of a batch is stored"), "{}", report.why());
+        }
     }
 }

@@ -65,6 +65,10 @@ pub(super) enum Bug {
     FinishesBelowTheTarget,
     /// A worker plays a projector that was booted with another definition than its own.
     PlaysAnotherDefinition,
+    /// A batch is applied again after its handler committed a part of it.
+    AppliesAfterAPart,
+    /// Boot resumes a projector that must be rebuilt.
+    BootResumesTheIncomplete,
     /// The operator leaves the tables of a projector that retire forgot without being able to tear them down.
     ForgetsWithTables,
 }
@@ -102,5 +106,7 @@ pub(super) const BUGS: &[(Bug, &[u8])] = &[
     (Bug::TargetIsTheMark, &[13]),
     (Bug::FinishesBelowTheTarget, &[13]),
     (Bug::PlaysAnotherDefinition, &[6]),
-    (Bug::ForgetsWithTables, &[1, 8]),
+    (Bug::AppliesAfterAPart, &[1]),
+    (Bug::BootResumesTheIncomplete, &[1, 8, 13]),
+    (Bug::ForgetsWithTables, &[1, 8, 13]),
 ];

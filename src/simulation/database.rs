@@ -57,6 +57,27 @@ pub(super) struct LedgerRow {
     pub(super) defined_at: Tick,
     /// How many events its read model holds, if all is well.
     pub(super) folded: usize,
+    /// Set by a claim and taken back with the position: others see it only where a handler has committed in between.
+    pub(super) half_applied: bool,
+}
+
+impl LedgerRow {
+    /// The row as the engine reads it.
+    pub(super) fn read(&self) -> Entry {
+        let mut entry = self.entry.clone();
+        if self.half_applied {
+            entry.rebuild_reason.get_or_insert_with(|| "a handler committed a part of a batch".into());
+        }
+        if let Status::Broken(failure) = &mut entry.status {
+            failure.rebuild.clone_from(&entry.rebuild_reason);
+        }
+        entry
+    }
+
+    /// Whether its read model is not whole, and the ledger says so.
+    pub(super) fn must_be_rebuilt(&self) -> bool {
+        self.half_applied || self.entry.rebuild_reason.is_some()
+    }
 }
 
 /// A transaction that has neither committed nor rolled back.
@@ -126,8 +147,24 @@ impl World {
                         row.live_since = clock;
                     }
                     row.entry = entry;
+                    row.half_applied &= transaction.claim.is_none();
                 }
                 self.database.buried[actor] |= row.entry.status == Status::Retired && row.entry.side_effects;
+            }
+        }
+        self.releases += 1;
+    }
+
+    /// A handler commits the transaction of its claim: what it has applied is stored, with the mark of the claim and without
+    /// the position, and the row is free.
+    pub(super) fn commit_part(&mut self, id: TransactionId) {
+        let Some(transaction) = self.database.open.remove(&id) else { return };
+        invariants::before_commit_of_a_part(self, &transaction);
+        if let Some(actor) = transaction.locked {
+            self.database.read_models[actor].extend(&transaction.applied);
+            if let Some(row) = self.database.ledger_row_mut(actor) {
+                row.lock = None;
+                row.half_applied |= transaction.claim.is_some();
             }
         }
         self.releases += 1;

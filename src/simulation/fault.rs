@@ -41,7 +41,7 @@ pub(super) const FAULTS: &[(Fault, u32)] = &[
     (Fault::StartRelay, 10),
     (Fault::StartPlay, 20),
     (Fault::StartBoot, 14),
-    (Fault::StartRetire, 9),
+    (Fault::StartRetire, 14),
     (Fault::Mend, 5),
     (Fault::RestartDatabase, 3),
     (Fault::LoseMessage, 6),
@@ -136,7 +136,9 @@ impl Scheduler<'_> {
         match fault {
             Fault::Mend if !world.poison.is_empty() => {
                 world.saw(Seen::Mended);
-                world.poison.clear();
+                let one = world.poison[world.rng.usize(0..world.poison.len())].actor;
+                let mends_all = world.rng.bool();
+                world.poison.retain(|poison| !mends_all && poison.actor != one);
             }
             Fault::RestartDatabase => {
                 world.saw(Seen::DatabaseRestart);

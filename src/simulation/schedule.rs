@@ -11,6 +11,7 @@ use super::process::{Ended, boot, play, relay, retire, writer};
 use super::seen::{Counts, Seen};
 use super::world::{Chances, Failing, Poison, Process, Sim, Tick, Wait, Who, World};
 use crate::lifecycle::Status;
+use crate::projector::ProjectorId;
 use crate::registry::Registry;
 
 /// Writers stop at so many positions: what can go wrong goes wrong in a short log.
@@ -101,6 +102,7 @@ impl Scheduler<'_> {
                 cut: chance(20),
                 lost_ack: chance(100),
                 deadlock: chance(100),
+                commits: chance(60),
                 queue_away: chance(60),
                 queue_loses: chance(200),
                 queue_repeats: chance(200),
@@ -111,8 +113,10 @@ impl Scheduler<'_> {
             world.chances = chances;
             world.queue.is_fifo = world.rng.bool();
             if chances.poison > 0 && world.rng.u32(0..4) == 0 {
-                let actor = world.rng.usize(0..ACTORS.len());
-                world.poison.push(Poison { actor, position: 0, how: Failing::Error, release: None });
+                for _ in 0..world.rng.u32(1..=3) {
+                    let actor = world.rng.usize(0..ACTORS.len());
+                    world.poison.push(Poison { actor, position: 0, how: Failing::Error, release: None });
+                }
             }
             self.fault_rate = world.rng.u32(5..80);
             for &(fault, weight) in FAULTS {
@@ -182,7 +186,7 @@ impl Scheduler<'_> {
             mends
         };
         // Everything starts anew, or what runs comes to its end.
-        let restarts = self.sim.world().rng.u32(0..3) > 0;
+        let restarts = self.sim.world().rng.bool();
         match restarts {
             true => self.kill(|_| true),
             false => self.slots.iter_mut().for_each(|slot| slot.paused_until = 0),
@@ -192,6 +196,9 @@ impl Scheduler<'_> {
             return;
         }
         self.kill(|who| matches!(who, Who::Play(_, of) if *of != release));
+        if mends && !self.rebuild(release) {
+            return;
+        }
         if !self.slots.iter().any(|slot| matches!(slot.who, Who::Relay(_))) {
             self.start_relay();
         }
@@ -218,11 +225,29 @@ impl Scheduler<'_> {
         }
     }
 
+    /// An operator retires what must be rebuilt, so that it is booted anew. `false`: it came to no end.
+    fn rebuild(&mut self, release: Release) -> bool {
+        let is_incomplete = |row: &&super::database::LedgerRow| {
+            super::cast::is_in(release, row.actor) && row.must_be_rebuilt() && row.entry.status != Status::Retired
+        };
+        let incomplete: Vec<_> =
+            self.sim.world().database.ledger.iter().filter(is_incomplete).map(|row| row.actor).collect();
+        for actor in incomplete {
+            self.sim.saw(Seen::Rebuilt);
+            let (number, registry) = (self.number(), self.releases[release].clone());
+            let id = ProjectorId { name: ACTORS[actor].name.into(), version: ACTORS[actor].version };
+            self.start(Who::Retire(number, release), Box::pin(retire::rebuild(self.sim.clone(), registry, id)));
+        }
+        let retires = |scheduler: &Self| scheduler.slots.iter().any(|slot| matches!(slot.who, Who::Retire(..)));
+        self.run_until("what must be rebuilt is retired", |scheduler| !retires(scheduler))
+    }
+
     /// 9: with nothing in its way, a boot releases.
     fn check_boot(&mut self, release: Release, mends: bool) {
         let mut world = self.sim.world();
         let is_broken = |row: &super::database::LedgerRow| {
-            super::cast::is_in(release, row.actor) && row.entry.status.failure().is_some()
+            let is_incomplete = row.must_be_rebuilt() && row.entry.status != Status::Retired;
+            super::cast::is_in(release, row.actor) && (row.entry.status.failure().is_some() || is_incomplete)
         };
         let some_broken = world.database.ledger.iter().any(is_broken);
         if some_broken {

@@ -24,13 +24,13 @@ seen! {
     // play
     AppliedFromQueue, Skipped, CaughtUp, ReadReference, OnlyForeign, Reconciled, JoinedWithoutRestart, Outdated, LeftConvoy, Rejoined,
     // the engine
-    StalePosition, StaleStatus, StaleDefinition, RowGone, Deadlock, Isolated, FlakyPassedAlone, Panicked, BrokeInPlay, BrokeInBoot,
-    BrokeAtSetup, Mended, HeldOn,
+    StalePosition, StaleStatus, StaleDefinition, RowGone, Deadlock, HandlerCommitted, MustBeRebuilt, Isolated, FlakyPassedAlone, Panicked, BrokeInPlay, BrokeInBoot,
+    BrokeAtSetup, BrokeForRebuild, Mended, HeldOn, EventByEvent,
     // boot
     TwoBoots, HandedOver, HandedOverBesideOldRelease, HandedOverFromBroken, NotYetThere, Stalled, Finished, GaveUp,
-    BootRepeated, LetGo, WaitedForMark, GaveUpWaiting, Redefined, RepairedBesideFailure,
+    BootRepeated, LetGo, WaitedForMark, GaveUpWaiting, Redefined, RepairedBesideFailure, RefusedToBoot,
     // retire
-    Retired, Forgotten, BootedAnew, RetiredMetBoot,
+    Retired, Forgotten, BootedAnew, RetiredMetBoot, Rebuilt,
     // the relay
     LeaseTaken, LeaseHeldElsewhere, TwoRelays,
     // the scheduler

@@ -188,7 +188,7 @@ impl Sim {
 
     pub(super) async fn entries(&self) -> Result<Vec<Entry>, DatabaseError> {
         self.statement(None).await?;
-        Ok(self.world().database.ledger.iter().map(|row| row.entry.clone()).collect())
+        Ok(self.world().database.ledger.iter().map(LedgerRow::read).collect())
     }
 
     /// `insert … on duplicate key update name = name`.
@@ -230,6 +230,7 @@ impl Sim {
             live_since: 0,
             defined_at: 0,
             folded: 0,
+            half_applied: false,
         });
         invariants::after_enter(&mut world, actor, mark);
         Ok(())
@@ -268,20 +269,34 @@ impl Sim {
         let Some(mut entry) = transaction.lock(id).await.map_err(Some)? else { return Ok(None) };
         if still(&entry) {
             entry.status = lifecycle::take(&entry.status, entry.mode, step).map_err(|_| None)?;
+            if let Some(reason) = entry.status.failure().and_then(|failure| failure.rebuild.clone()) {
+                entry.rebuild_reason = Some(reason);
+            }
             transaction.write(entry.clone()).await.map_err(Some)?;
             transaction.commit().await.map_err(Some)?;
         }
         Ok(Some(entry))
     }
 
-    /// Forgets a projector.
+    /// Forgets why a read model must be rebuilt, as an operator may who has repaired it. Only a deliberate bug does this.
+    pub(super) async fn accept(&self, id: &ProjectorId) -> Result<(), DatabaseError> {
+        self.statement(None).await?;
+        let actor = cast::number(id);
+        self.until_free(LOCK_WAIT, |world| world.database.ledger_row(actor)?.lock).await?;
+        if let Some(row) = self.world().database.ledger_row_mut(actor) {
+            (row.entry.rebuild_reason, row.half_applied) = (None, false);
+        }
+        Ok(())
+    }
+
+    /// Forgets a projector that is retired; one that was booted anew meanwhile is left as it is.
     pub(super) async fn remove(&self, id: &ProjectorId) -> Result<(), DatabaseError> {
         self.statement(None).await?;
         let actor = cast::number(id);
         self.until_free(LOCK_WAIT, |world| world.database.ledger_row(actor)?.lock).await?;
         let mut world = self.world();
         world.note(|| format!("forgets {id}"));
-        world.database.ledger.retain(|row| row.actor != actor);
+        world.database.ledger.retain(|row| row.actor != actor || row.entry.status != Status::Retired);
         Ok(())
     }
 

@@ -22,6 +22,8 @@ pub(super) enum HandlerError {
     Own(String),
     Panic,
     Transient,
+    /// It has committed a part of the batch by itself.
+    Stored,
 }
 
 impl Drop for Transaction {
@@ -98,15 +100,17 @@ impl Transaction {
         }
         let Some(row) = world.database.ledger_row_mut(actor) else { return Ok(None) };
         row.lock = Some(own);
-        let entry = row.entry.clone();
-        world.note(|| format!("locks {id}: {} at {}", entry.status, entry.position));
+        let entry = row.read();
+        let mark = if entry.rebuild_reason.is_some() { ", to be rebuilt" } else { "" };
+        world.note(|| format!("locks {id}: {} at {}{mark}", entry.status, entry.position));
         if let Some(open) = world.database.open.get_mut(&own) {
             open.locked = Some(actor);
         }
         Ok(Some(entry))
     }
 
-    /// Runs the handler of a projector, as a release has it, on what it wants. All of it is one step.
+    /// Runs the handler of a projector, as a release has it, on what it wants. All of it is one step, unless it commits by itself:
+    /// then others go first before that is noticed, if it ever is.
     pub(super) async fn handle(
         &mut self,
         id: &ProjectorId,
@@ -121,7 +125,10 @@ impl Transaction {
             world.saw(Seen::Deadlock);
             return Err(HandlerError::Transient);
         }
-        for event in wanted {
+        let chance = world.chances.commits;
+        let commits_after = if world.roll(chance) { Some(world.rng.usize(1..=wanted.len())) } else { None };
+        let handled = &wanted[..commits_after.unwrap_or(wanted.len())];
+        for event in handled {
             let position = event.position().get();
             invariants::before_handle(&mut world, event);
             if let Some(how) = failing(&mut world, actor, position, release) {
@@ -133,9 +140,24 @@ impl Transaction {
             }
         }
         if let Some(open) = world.database.open.get_mut(&self.id) {
-            open.applied.extend(wanted.iter().map(|event| event.position().get()));
+            open.applied.extend(handled.iter().map(|event| event.position().get()));
         }
-        Ok(())
+        if commits_after.is_none() {
+            return Ok(());
+        }
+        world.saw(Seen::HandlerCommitted);
+        world.note(|| format!("the handler of {id} commits after {} of {} events", handled.len(), wanted.len()));
+        world.commit_part(self.id);
+        drop(world);
+        self.sim.step().await;
+        let mut world = self.sim.world();
+        // The rest is in another transaction. It fails, or the savepoint is missed; or the connection is lost before that.
+        if world.rng.bool() {
+            world.saw(Seen::ConnectionCut);
+            world.note(|| "loses its connection".into());
+            return Err(HandlerError::Transient);
+        }
+        Err(HandlerError::Stored)
     }
 
     /// Writes the locked row back; where events were applied, by which right.

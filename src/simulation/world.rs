@@ -71,6 +71,8 @@ pub(super) struct Chances {
     pub(super) lost_ack: u32,
     /// A handler runs into a deadlock, by batch.
     pub(super) deadlock: u32,
+    /// A handler commits by itself, in the middle of a batch, by batch.
+    pub(super) commits: u32,
     /// The queue does not answer, by call.
     pub(super) queue_away: u32,
     /// A message is lost, or sent twice, by send.

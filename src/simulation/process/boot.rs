@@ -25,6 +25,9 @@ use crate::simulation::world::{Sim, Tick};
 
 const PATIENCE: Tick = 200;
 
+/// That of a hasty operator.
+const LITTLE_PATIENCE: Tick = 20;
+
 /// How often boot looks whether the mark has risen to its target.
 const LOOK_EVERY: Tick = 3;
 
@@ -38,22 +41,26 @@ struct Boot {
     target: Position,
     /// Whether a projector failed that was not broken when it began.
     is_stopped: bool,
+    /// Whether there is a reason that the ledger does not say why the release may not go on.
+    is_refused: bool,
     /// Since when it has waited for the mark.
     waiting: Option<(Position, Tick)>,
 }
 
 /// Boots a release.
 pub(in crate::simulation) async fn boot(sim: Sim, release: Release, registry: Registry) -> Ended {
-    let (batch, began_at, was_visible) = {
+    let (batch, began_at, was_visible, patience) = {
         let mut world = sim.world();
-        (world.rng.u64(1..=5), world.database.high_water, Position::new(world.database.last_visible()))
+        let patience = if world.is_closing || world.rng.bool() { PATIENCE } else { LITTLE_PATIENCE };
+        (world.rng.u64(1..=5), world.database.high_water, Position::new(world.database.last_visible()), patience)
     };
     let mut boot = Boot {
-        engine: Engine { sim: sim.clone(), registry, release, batch, patience: Some(PATIENCE) },
+        engine: Engine { sim: sim.clone(), registry, release, batch, patience: Some(patience) },
         began_at,
         was_visible,
         target: Position::START,
         is_stopped: false,
+        is_refused: false,
         waiting: None,
     };
     let ended = boot.run().await;
@@ -71,23 +78,25 @@ impl Boot {
     /// Whether the release may go on.
     async fn run(&mut self) -> Result<bool, DatabaseError> {
         let sim = self.engine.sim.clone();
-        self.target = match sim.has(Bug::TargetIsTheMark) {
-            true => sim.marks().await?.high_water,
-            false => sim.last_visible().await?,
-        };
+        let mark = sim.marks().await?.high_water;
+        self.target = if sim.has(Bug::TargetIsTheMark) { mark } else { sim.last_visible().await? };
         let before = sim.entries().await?;
         if self.may_enter(&before).await? {
-            let mut cursors = self.enter(&before).await?;
-            self.set_up(&mut cursors).await?;
+            let mut cursors = self.admit(&before).await?;
             self.replay(&mut cursors).await?;
             if cursors.iter().any(|cursor| matches!(cursor.state, CursorState::GaveUp(_))) {
                 return Err(DatabaseError::Lost);
             }
         }
         let after = sim.entries().await?;
-        let is_done = |entry: &Entry| matches!(entry.status, Status::Live | Status::Finished | Status::Retired);
+        let is_done = |entry: &Entry| match entry.status {
+            Status::Live | Status::Finished => entry.rebuild_reason.is_none(),
+            Status::Retired => true,
+            Status::Booting | Status::Stalled | Status::Broken(_) => false,
+        };
         let entry = |id: &ProjectorId| after.iter().find(|entry| entry.id == *id);
-        let released = self.engine.registry.iter().all(|projector| entry(&projector.id).is_some_and(is_done));
+        let all_done = self.engine.registry.iter().all(|projector| entry(&projector.id).is_some_and(is_done));
+        let released = all_done && !self.is_refused;
         if released {
             for entry in after.iter().filter(|entry| matches!(entry.status, Status::Live | Status::Finished)) {
                 let Some(projector) = self.engine.registry.get(&entry.id) else { continue };
@@ -129,34 +138,55 @@ impl Boot {
         self.waiting = Some((mark, since));
         if self.engine.is_out_of_patience(since) {
             sim.saw(Seen::GaveUpWaiting);
+            self.is_refused = true;
             return false;
         }
         sim.sleep(LOOK_EVERY).await;
         true
     }
 
-    async fn enter(&self, before: &[Entry]) -> Result<Vec<Cursor>, DatabaseError> {
-        let sim = &self.engine.sim;
-        let known = |id: &ProjectorId| before.iter().any(|entry| entry.id == *id);
-        let new: Vec<_> = self.engine.registry.iter().filter(|projector| !known(&projector.id)).collect();
-        if !new.is_empty() {
-            let high_water = raise_high_water(sim).await?.mark;
+    async fn admit(&mut self, before: &[Entry]) -> Result<Vec<Cursor>, DatabaseError> {
+        let sim = self.engine.sim.clone();
+        let registry = self.engine.registry.clone();
+        let entries = sim.entries().await?;
+        let mut new = Vec::new();
+        let mut refused = Vec::new();
+        for projector in registry.iter() {
+            let Some(entry) = entries.iter().find(|entry| entry.id == projector.id) else {
+                new.push(projector);
+                continue;
+            };
+            if entry.rebuild_reason.is_none() || entry.status == Status::Retired {
+                continue;
+            }
+            if sim.has(Bug::BootResumesTheIncomplete) {
+                sim.accept(&entry.id).await?;
+                continue;
+            }
+            sim.saw(Seen::RefusedToBoot);
+            self.is_refused = true;
+            self.is_stopped |= !was_broken(before, entry);
+            refused.push(entry.id.clone());
+        }
+        if !self.is_stopped && !new.is_empty() {
+            let high_water = raise_high_water(&sim).await?.mark;
             for projector in new {
                 let position = match projector.mode {
                     Mode::FromNow if sim.has(Bug::FromNowAtZero) => Position::START,
                     Mode::FromNow if sim.has(Bug::FromNowAtLastVisible) => sim.last_visible().await?,
                     mode => first_position(mode, high_water),
                 };
-                self.engine.sim.enter(projector, position, self.began_at).await?;
+                sim.enter(projector, position, self.began_at).await?;
             }
         }
         let mut cursors = Vec::new();
         for entry in sim.entries().await? {
-            let Some(projector) = self.engine.registry.get(&entry.id) else { continue };
+            let Some(projector) = registry.get(&entry.id).filter(|projector| !refused.contains(&projector.id)) else {
+                continue;
+            };
             if Stage::Boot.plays(&entry.status) {
                 let mut cursor = Cursor::new(projector, entry.position);
-                let was_broken = |before: &Entry| before.id == entry.id && before.status.failure().is_some();
-                cursor.is_repair = before.iter().any(was_broken);
+                cursor.is_repair = was_broken(before, &entry);
                 cursors.push(cursor);
                 if before.contains(&entry) {
                     sim.saw(Seen::BootRepeated);
@@ -166,6 +196,8 @@ impl Boot {
                 cursors.push(Cursor::new(projector, entry.position));
             }
         }
+        self.stall(&mut cursors).await?;
+        self.set_up(&mut cursors).await?;
         Ok(cursors)
     }
 
@@ -180,7 +212,7 @@ impl Boot {
     async fn set_up(&mut self, cursors: &mut [Cursor]) -> Result<(), DatabaseError> {
         let sim = self.engine.sim.clone();
         for cursor in cursors.iter_mut() {
-            if self.is_stopped && !cursor.is_repair {
+            if !cursor.is_running() || self.is_stopped && !cursor.is_repair {
                 continue;
             }
             let Some(entry) = sim.entries().await?.into_iter().find(|entry| entry.id == cursor.projector.id) else {
@@ -291,13 +323,14 @@ impl Boot {
         if sim.has(Bug::MovesAtGoLive) || sim.has(Bug::GoesLiveWithoutLock) || sim.has(Bug::OnceGoesLive) {
             return self.hand_over_wrongly(projector, target).await;
         }
-        let was_broken = Cell::new(false);
+        let (was_broken, is_ours) = (Cell::new(false), Cell::new(false));
         let still = |entry: &Entry| {
             was_broken.set(entry.status.failure().is_some());
-            has_reached(entry, oldest_queued) && entry.is_booted_with(&projector.digest)
+            is_ours.set(has_reached(entry, oldest_queued) && entry.is_booted_with(&projector.digest));
+            is_ours.get()
         };
         let row = step(sim.ledger_step(&projector.id, Step::HandOver, still).await)?;
-        if row.as_ref().is_some_and(|row| row.status == Status::Live) {
+        if is_ours.get() {
             sim.note(|| format!("{} is live", projector.id));
             sim.saw(Seen::HandedOver);
             invariants::after_release(&mut sim.world(), cast::number(&projector.id), self.was_visible);
@@ -345,9 +378,13 @@ impl Boot {
 
     async fn finish(&self, projector: &Registered, target: Position) -> Result<Option<Entry>, DatabaseError> {
         let sim = &self.engine.sim;
-        let still = |entry: &Entry| has_reached(entry, target) && entry.is_booted_with(&projector.digest);
+        let is_ours = Cell::new(false);
+        let still = |entry: &Entry| {
+            is_ours.set(has_reached(entry, target) && entry.is_booted_with(&projector.digest));
+            is_ours.get()
+        };
         let row = step(sim.ledger_step(&projector.id, Step::Finish, still).await)?;
-        if row.as_ref().is_some_and(|row| row.status == Status::Finished) {
+        if is_ours.get() {
             sim.note(|| format!("{} is finished", projector.id));
             invariants::after_release(&mut sim.world(), cast::number(&projector.id), self.was_visible);
             sim.saw(Seen::Finished);
@@ -368,6 +405,11 @@ impl Boot {
         }
         Ok(())
     }
+}
+
+/// Whether a projector was broken when boot began.
+fn was_broken(before: &[Entry], entry: &Entry) -> bool {
+    before.iter().any(|before| before.id == entry.id && before.status.failure().is_some())
 }
 
 /// A step that the lifecycle does not have would end the boot, as an error of the database does.

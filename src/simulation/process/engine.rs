@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use crate::apply::Batch;
 use crate::catch_up::{Cursor, lowest_due};
-use crate::deliver::{Delivered, may_break, without_claim};
+use crate::deliver::{Delivered, may_break, must_be_rebuilt, without_claim};
 use crate::event::{Event, Position};
+use crate::ledger::Entry;
 use crate::lifecycle::{FailedEvent, Failure, Stage, Status, Step};
 use crate::registry::{Registered, Registry};
 use crate::simulation::bug::Bug;
@@ -29,11 +30,13 @@ pub(super) struct Engine {
     pub(super) patience: Option<Tick>,
 }
 
-/// Why a batch was not applied. Nothing of it was.
+/// Why a batch was not applied. Nothing of it was, but for `Stored`.
 enum ApplyError {
-    Claim(Option<Box<crate::ledger::Entry>>),
+    Claim(Option<Box<Entry>>),
     Projector(String),
     Transient,
+    /// A part of it is, without the position.
+    Stored,
 }
 
 impl From<DatabaseError> for ApplyError {
@@ -46,7 +49,7 @@ impl From<DatabaseError> for ApplyError {
 #[derive(Default)]
 struct Hold {
     goes_on: bool,
-    claim: Option<(Position, Transaction, crate::ledger::Entry)>,
+    claim: Option<(Position, Transaction, Entry)>,
 }
 
 impl Engine {
@@ -66,10 +69,12 @@ impl Engine {
             }
             None => self.claim(projector, claim).await?,
         };
+        transaction.claim(claim);
         if !wanted.is_empty() {
             match transaction.handle(&projector.id, self.release, &wanted).await {
                 Ok(()) => {}
                 Err(HandlerError::Transient) => return Err(ApplyError::Transient),
+                Err(HandlerError::Stored) => return Err(ApplyError::Stored),
                 Err(HandlerError::Own(error)) => return Err(ApplyError::Projector(error)),
                 Err(HandlerError::Panic) => {
                     self.sim.saw(Seen::Panicked);
@@ -80,7 +85,6 @@ impl Engine {
                 }
             }
         }
-        transaction.claim(claim);
         if self.sim.has(Bug::TwoTransactions) {
             transaction.commit().await?;
             transaction = self.sim.begin();
@@ -100,7 +104,7 @@ impl Engine {
         projector: &Registered,
         stage: Stage,
         at: Position,
-    ) -> Result<Option<(Position, Transaction, crate::ledger::Entry)>, ApplyError> {
+    ) -> Result<Option<(Position, Transaction, Entry)>, ApplyError> {
         if self.sim.has(Bug::HoldsUnseen) {
             let mut transaction = self.sim.begin();
             let locked = transaction.lock(&projector.id).await?;
@@ -113,11 +117,7 @@ impl Engine {
         }
     }
 
-    async fn claim(
-        &self,
-        projector: &Registered,
-        claim: Claim,
-    ) -> Result<(Transaction, crate::ledger::Entry), ApplyError> {
+    async fn claim(&self, projector: &Registered, claim: Claim) -> Result<(Transaction, Entry), ApplyError> {
         let mut transaction = self.sim.begin();
         let Some(entry) = transaction.lock(&projector.id).await? else {
             self.sim.saw(Seen::RowGone);
@@ -125,19 +125,24 @@ impl Engine {
         };
         if !self.holds(projector, &entry, claim) {
             self.sim.saw(match claim.stage.plays(&entry.status) {
+                _ if entry.rebuild_reason.is_some() => Seen::MustBeRebuilt,
                 false => Seen::StaleStatus,
                 true if !entry.is_booted_with(&projector.digest) => Seen::StaleDefinition,
                 true => Seen::StalePosition,
             });
             return Err(ApplyError::Claim(Some(Box::new(entry))));
         }
+        transaction.claim(claim);
         Ok((transaction, entry))
     }
 
-    /// The fence, as `ledger::begin` has it in SQL.
-    fn holds(&self, projector: &Registered, entry: &crate::ledger::Entry, claim: Claim) -> bool {
+    /// The fence, as `ledger::Claim` has it in SQL.
+    fn holds(&self, projector: &Registered, entry: &Entry, claim: Claim) -> bool {
         let has = |bug| self.sim.has(bug);
         if !entry.is_booted_with(&projector.digest) && !has(Bug::PlaysAnotherDefinition) {
+            return false;
+        }
+        if entry.rebuild_reason.is_some() && !has(Bug::AppliesAfterAPart) {
             return false;
         }
         if has(Bug::NoStatusFence) || (has(Bug::PlaysWhatIsNotLive) && claim.stage == Stage::Play) {
@@ -154,10 +159,37 @@ impl Engine {
     }
 
     async fn deliver_on(&self, projector: &Registered, stage: Stage, batch: Batch<'_>, hold: &mut Hold) -> Delivered {
+        if projector.goes_event_by_event() {
+            return Box::pin(self.deliver_each(projector, stage, batch)).await;
+        }
         match self.attempt(projector, stage, batch, hold).await {
             Ok(delivered) => delivered,
             // In a box: it is rare, and would make every delivery as large as itself.
             Err(failed) => Box::pin(self.isolate(projector, stage, batch, failed)).await,
+        }
+    }
+
+    async fn deliver_each(&self, projector: &Registered, stage: Stage, batch: Batch<'_>) -> Delivered {
+        let hold = &mut Hold::default();
+        let mut position = batch.after;
+        let mut wanted = batch.wanted(projector).peekable();
+        loop {
+            let event = wanted.next();
+            let end = event.filter(|_| wanted.peek().is_some()).map_or(batch.through, Event::position);
+            if let Some(step) = batch.part(position, end) {
+                self.sim.saw(Seen::EventByEvent);
+                let delivered = match self.attempt(projector, stage, step, hold).await {
+                    Ok(delivered) => delivered,
+                    Err(failed) => self.isolate(projector, stage, step, failed).await,
+                };
+                match delivered {
+                    Delivered::At(reached) => position = reached,
+                    other => return other,
+                }
+            }
+            if end == batch.through {
+                return Delivered::At(position);
+            }
         }
     }
 
@@ -173,6 +205,17 @@ impl Engine {
             match self.apply(projector, stage, batch, hold).await {
                 Ok(()) => return Ok(Delivered::At(batch.through)),
                 Err(ApplyError::Projector(error)) => return Err(error),
+                Err(ApplyError::Stored) if self.sim.has(Bug::AppliesAfterAPart) => self.sim.back_off().await,
+                Err(ApplyError::Stored) => {
+                    let error = "the handler committed a part of the batch";
+                    return Ok(self.break_for_rebuild(projector, stage, error).await);
+                }
+                Err(ApplyError::Claim(Some(entry)))
+                    if must_be_rebuilt(&entry, stage) && !self.sim.has(Bug::AppliesAfterAPart) =>
+                {
+                    let reason = entry.rebuild_reason.unwrap_or_default();
+                    return Ok(self.break_for_rebuild(projector, stage, &reason).await);
+                }
                 Err(ApplyError::Claim(entry)) => match without_claim(entry.as_deref(), projector, stage, batch) {
                     Ok(rest) => batch = rest,
                     Err(delivered) => return Ok(delivered),
@@ -225,12 +268,27 @@ impl Engine {
         }
     }
 
+    pub(super) async fn break_for_rebuild(&self, projector: &Registered, stage: Stage, reason: &str) -> Delivered {
+        self.break_with(projector, stage, None, reason, Some(reason.to_owned())).await
+    }
+
     pub(super) async fn break_at(
         &self,
         projector: &Registered,
         stage: Stage,
         event: Option<&Event>,
         error: &str,
+    ) -> Delivered {
+        self.break_with(projector, stage, event, error, None).await
+    }
+
+    async fn break_with(
+        &self,
+        projector: &Registered,
+        stage: Stage,
+        event: Option<&Event>,
+        error: &str,
+        rebuild: Option<String>,
     ) -> Delivered {
         let failed = |event: &Event| FailedEvent {
             position: event.position(),
@@ -245,15 +303,18 @@ impl Engine {
             attempts: 1,
             release: None,
             host: "simulation".into(),
-            rebuild: None,
+            rebuild,
         };
         let before = event.map(|event| event.position().previous());
         loop {
-            let still = |entry: &crate::ledger::Entry| may_break(entry, projector, stage, before);
+            let still = |entry: &Entry| may_break(entry, projector, stage, before);
             match self.sim.ledger_step(&projector.id, Step::Break(failure.clone()), still).await {
                 Ok(Some(entry)) if matches!(&entry.status, Status::Broken(written) if written.error == failure.error) =>
                 {
                     self.sim.saw(if stage == Stage::Play { Seen::BrokeInPlay } else { Seen::BrokeInBoot });
+                    if failure.rebuild.is_some() {
+                        self.sim.saw(Seen::BrokeForRebuild);
+                    }
                     self.sim.note(|| format!("{} is broken: {error}", projector.id));
                     return Delivered::Broke;
                 }
@@ -280,8 +341,7 @@ impl Engine {
             let mut page = self.read(lowest, through).await?;
             let is_wanted = |event: &Event| cursors.iter().any(|c| c.is_running() && c.projector.wants(event));
             page.events.retain(is_wanted);
-            let is_alone = cursors.iter().filter(|cursor| cursor.is_running()).count() == 1;
-            hold.goes_on = stage == Stage::Boot && page.through < through && is_alone;
+            hold.goes_on = page.through < through && may_hold(stage, cursors);
             for cursor in cursors.iter_mut() {
                 let Some(batch) = cursor.batch(&page) else { continue };
                 let projector = Arc::clone(&cursor.projector);
@@ -307,5 +367,14 @@ impl Engine {
 
     pub(super) fn is_out_of_patience(&self, began: Tick) -> bool {
         self.patience.is_some_and(|patience| self.sim.now() - began >= patience)
+    }
+}
+
+/// As `Engine::may_hold` has it.
+fn may_hold(stage: Stage, cursors: &[Cursor]) -> bool {
+    let mut running = cursors.iter().filter(|cursor| cursor.is_running());
+    match (running.next(), running.next()) {
+        (Some(alone), None) => stage == Stage::Boot && !alone.projector.goes_event_by_event(),
+        _ => false,
     }
 }

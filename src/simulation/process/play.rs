@@ -103,6 +103,9 @@ impl Worker {
         if sim.has(Bug::AppliesWhatIsNotSigned) {
             runs = sort(&bodies.iter().map(|body| signed_anew(body)).collect::<Vec<_>>(), &view).runs;
         }
+        if runs.is_empty() && !has_references {
+            return Ok(foreign);
+        }
         let target = match has_references {
             false => None,
             true => {

@@ -1,7 +1,9 @@
 //! The mirror of `command/retire.rs`: mark, tear down, forget.
 
 use super::Ended;
-use crate::lifecycle::{Status, Step};
+use crate::ledger::Entry;
+use crate::lifecycle::{Stage, Status, Step};
+use crate::projector::ProjectorId;
 use crate::registry::Registry;
 use crate::simulation::bug::Bug;
 use crate::simulation::cast;
@@ -12,19 +14,39 @@ use crate::simulation::world::Sim;
 /// Retires one of the projectors that the ledger has, with the set of a release at hand.
 pub(in crate::simulation) async fn retire(sim: Sim, registry: Registry) -> Ended {
     // An operator who is refused by the database tries again, or does not.
-    let _ = try_retire(&sim, &registry).await;
+    let _ = retire_any(&sim, &registry).await;
     Ended::Done
 }
 
-async fn try_retire(sim: &Sim, registry: &Registry) -> Result<(), DatabaseError> {
+/// Retires a projector whose read model must be rebuilt.
+pub(in crate::simulation) async fn rebuild(sim: Sim, registry: Registry, id: ProjectorId) -> Ended {
+    while try_retire(&sim, &registry, &id, true).await.is_err() {
+        sim.back_off().await;
+    }
+    Ended::Done
+}
+
+async fn retire_any(sim: &Sim, registry: &Registry) -> Result<(), DatabaseError> {
     let entries = sim.entries().await?;
     if entries.is_empty() {
         return Ok(());
     }
-    let at = sim.world().rng.usize(0..entries.len());
-    let entry = &entries[at];
-    let (projector, id) = (registry.get(&entry.id), &entry.id);
-    let force = sim.world().roll(300);
+    let (entry, force) = {
+        let mut world = sim.world();
+        // Most of them under the hands of a boot, if there is one.
+        let booting: Vec<&Entry> = entries.iter().filter(|entry| Stage::Boot.plays(&entry.status)).collect();
+        let entry = match booting.is_empty() || world.rng.u32(0..4) == 0 {
+            true => &entries[world.rng.usize(0..entries.len())],
+            false => booting[world.rng.usize(0..booting.len())],
+        };
+        (entry, world.roll(300))
+    };
+    try_retire(sim, registry, &entry.id, force).await
+}
+
+async fn try_retire(sim: &Sim, registry: &Registry, id: &ProjectorId, force: bool) -> Result<(), DatabaseError> {
+    let Some(entry) = sim.entries().await?.into_iter().find(|entry| entry.id == *id) else { return Ok(()) };
+    let projector = registry.get(id);
     if entry.status == Status::Live && projector.is_some() && !force {
         return Ok(());
     }
@@ -33,7 +55,7 @@ async fn try_retire(sim: &Sim, registry: &Registry) -> Result<(), DatabaseError>
     }
     sim.note(|| format!("retires {id}"));
     if entry.status != Status::Retired {
-        let still = |entry: &crate::ledger::Entry| entry.status != Status::Retired;
+        let still = |entry: &Entry| entry.status != Status::Retired;
         sim.ledger_step(id, Step::Retire, still).await.map_err(|error| error.unwrap_or(DatabaseError::Lost))?;
     }
     sim.saw(Seen::Retired);
