@@ -137,12 +137,16 @@ pub async fn play(
     });
     let mut intake = Intake::new(&player.queue);
     player.run(&mut intake, shutdown).await;
+    // Stopped first, so that another relay need not wait for what is given back.
+    let relay = relay.map(|(stop, task)| {
+        let _ = stop.send(());
+        task
+    });
     intake.close().await;
     player.give_back_foreign().await;
     let broken = player.worker.broken_so_far();
     let outdated = player.worker.outdated().len() as u64;
-    if let Some((stop, task)) = relay {
-        let _ = stop.send(());
+    if let Some(task) = relay {
         let _ = timeout(player.settings.grace, task).await;
     }
     match player.fault {
