@@ -4,50 +4,56 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::task::JoinHandle;
+use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tracing::debug;
 
 use crate::queue::{Queue, QueueError, Receipt, Received};
 
-/// What a queue takes to answer that has messages. One that has none waits for some.
-const ANSWERS_WITHIN: Duration = Duration::from_secs(1);
+/// How long the end waits for the receive that is under way. A queue that has messages answers within this time; a
+/// receive that waits longer for messages is broken off.
+const ANSWERS_WITHIN: Duration = Duration::from_millis(1_500);
 
 /// The receiving end of the queue.
 pub(super) struct Intake {
     queue: Arc<dyn Queue>,
-    ahead: Option<JoinHandle<Result<Vec<Received>, QueueError>>>,
+    /// The receive that is under way, if any. It is a task, so that its messages are not lost when the caller stops waiting
+    /// for it.
+    ahead: JoinSet<Result<Vec<Received>, QueueError>>,
 }
 
 impl Intake {
     pub(super) fn new(queue: &Arc<dyn Queue>) -> Self {
-        Intake { queue: Arc::clone(queue), ahead: None }
+        Intake { queue: Arc::clone(queue), ahead: JoinSet::new() }
     }
 
-    /// The next messages: those of the receive that is under way, or of another one. Nothing is lost where it is dropped.
+    /// The next messages: those of the receive that is under way, or of a new one. When this future is dropped, the receive
+    /// goes on.
     pub(super) async fn receive(&mut self, wait: Duration) -> Result<Vec<Received>, QueueError> {
-        let Some(ahead) = &mut self.ahead else { return self.queue.receive(wait).await };
-        let received = ahead.await;
-        self.ahead = None;
-        received.unwrap_or_else(|error| Err(QueueError(error.to_string())))
+        self.receive_ahead(wait);
+        match self.ahead.join_next().await {
+            Some(Ok(received)) => received,
+            Some(Err(error)) => Err(QueueError(error.to_string())),
+            None => Ok(Vec::new()),
+        }
     }
 
     /// Begins the next receive, unless it is under way.
     pub(super) fn receive_ahead(&mut self, wait: Duration) {
-        if self.ahead.is_none() {
+        if self.ahead.is_empty() {
             let queue = Arc::clone(&self.queue);
-            self.ahead = Some(tokio::spawn(async move { queue.receive(wait).await }));
+            self.ahead.spawn(async move { queue.receive(wait).await });
         }
     }
 
-    /// Gives back what was received and is not in work. Messages that a receive under way takes after this come back by
-    /// themselves.
+    /// Gives back the messages of the receive that is under way. Messages that the queue hands out after [`ANSWERS_WITHIN`]
+    /// come back by themselves.
     pub(super) async fn close(mut self) {
-        let Some(mut ahead) = self.ahead.take() else { return };
-        let Ok(received) = timeout(ANSWERS_WITHIN, &mut ahead).await else { return ahead.abort() };
-        let Ok(Ok(received)) = received else { return };
+        let Ok(Some(Ok(Ok(received)))) = timeout(ANSWERS_WITHIN, self.ahead.join_next()).await else { return };
         let receipts: Vec<Receipt> = received.into_iter().map(|message| message.receipt).collect();
-        if let Err(error) = self.queue.hide(&receipts, Duration::ZERO).await {
+        let hidden = timeout(ANSWERS_WITHIN, self.queue.hide(&receipts, Duration::ZERO)).await;
+        let hidden = hidden.unwrap_or_else(|late| Err(QueueError(late.to_string())));
+        if let Err(error) = hidden {
             debug!(%error, "messages were not returned, and come back by themselves");
         }
     }

@@ -26,7 +26,7 @@ fn payloads() -> Registry {
 
 impl World {
     /// Sends a message as another party would: on a FIFO queue, in this group.
-    async fn send_to(&self, group: &str, body: &str) {
+    pub async fn send_to(&self, group: &str, body: &str) {
         let send = self.sqs.send_message().queue_url(&self.queue_url).message_body(body);
         let send = match self.queue_url.ends_with(".fifo") {
             true => send.message_group_id(group).message_deduplication_id(uuid::Uuid::now_v7().to_string()),
@@ -164,7 +164,7 @@ async fn a_queue_of_somebody_else_is_left_as_it_is_and_an_alert_says_so() {
         for (n, body) in theirs.iter().enumerate() {
             world.send_to(&format!("group-{n}"), body).await;
         }
-        let play = ["play", "--no-relay", "--receive-wait=1", "--visibility=3", "--projectors", projectors.path()];
+        let play = ["play", "--no-relay", "--receive-wait=1", "--projectors", projectors.path()];
         let worker = world.start(&play);
         worker.logs("\"alert\":\"foreign_messages\"").await;
         // Events come from the store meanwhile.
@@ -194,11 +194,8 @@ async fn a_queue_of_somebody_else_is_left_as_it_is_and_an_alert_says_so() {
         let check = check.expect("doctor looks");
         assert!(check["level"] == "warning" && check["do"].is_string(), "{check}");
 
-        // A poll that was under way at the end may have hidden some for a while.
-        let (began, mut left) = (Instant::now(), Vec::new());
-        while left.len() < theirs.len() && began.elapsed() < PATIENCE {
-            left.extend(world.take_all().await.into_iter().filter(|body| !body.starts_with("{\"sig\"")));
-        }
+        let mut left = world.take_all().await;
+        left.retain(|body| !body.starts_with("{\"sig\""));
         left.sort();
         let mut expected = theirs.clone();
         expected.sort();
@@ -490,6 +487,68 @@ async fn after_a_restore_and_a_rotation_a_worker_that_runs_on_applies_only_the_l
 #[tokio::test]
 async fn after_a_restore_without_a_rotation_no_message_of_the_log_that_was_is_applied() {
     restored(false).await;
+}
+
+/// A function that has applied the events up to 20 is invoked, after a restore to 10, with the messages that were sent before
+/// and with those that are sent after it.
+async fn restored_under_a_function(rotates: bool) {
+    for world in both_queues().await {
+        let projectors = Folder::new().with("payloads.toml", PAYLOADS);
+        world.run(&["boot", "--projectors", projectors.path()]).await.exits(0);
+        let mut function = world.function(&["--projectors", projectors.path()]).await;
+        world.append(10).await;
+        world.publish(5).await;
+        assert_eq!(function.drain(&world).await, 2);
+        world.append(10).await;
+        world.publish(3).await;
+        let before = world.capture().await;
+        let old: Vec<String> = before.messages.iter().map(|message| message.body().expect("a body").into()).collect();
+        assert_eq!(old.len(), 4);
+        let answer = function.invoke(&before.event(&world), PATIENCE).await.expect("an answer");
+        assert_eq!(before.settle(&world, &answer).await, Vec::<usize>::new());
+        assert_eq!(world.position("payloads").await, 20);
+
+        world.restore_to(10).await;
+        if rotates {
+            world.run(&["rotate", "--yes"]).await.exits(0);
+        }
+        for body in &old {
+            world.send_to("before", body).await;
+        }
+        // At first they are beyond the end of the log; then the log has other events there, whose messages come beside them.
+        for (others, end) in [(0, 10), (10, 20), (5, 25)] {
+            world.append_others(others).await;
+            world.publish(5).await;
+            let began = Instant::now();
+            let mut returned = 0;
+            while returned == 0 || world.position("payloads").await < end {
+                assert!(began.elapsed() < PATIENCE, "it applies the messages of the log");
+                let batch = world.capture().await;
+                let answer = function.invoke(&batch.event(&world), PATIENCE).await.expect("an answer");
+                let kept = batch.settle(&world, &answer).await;
+                let is_old = |at: &usize| old.iter().any(|old| batch.messages[*at].body() == Some(old));
+                let came: Vec<usize> = (0..batch.messages.len()).filter(is_old).collect();
+                assert!(came.iter().all(|at| kept.contains(at)), "{came:?} are not in {kept:?}");
+                returned += came.len();
+            }
+            assert_eq!(world.position("payloads").await, end);
+            world.assert_payloads_are_those_of_the_log().await;
+        }
+        function.process.terminate().await.exits(0);
+        let mut left = world.take_all().await;
+        left.retain(|body| old.contains(body));
+        assert_eq!(left.len(), old.len(), "none was deleted");
+    }
+}
+
+#[tokio::test]
+async fn after_a_restore_and_a_rotation_a_function_that_runs_on_applies_only_the_events_of_the_log() {
+    restored_under_a_function(true).await;
+}
+
+#[tokio::test]
+async fn after_a_restore_without_a_rotation_a_function_that_runs_on_applies_only_the_events_of_the_log() {
+    restored_under_a_function(false).await;
 }
 
 #[tokio::test]

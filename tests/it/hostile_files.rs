@@ -3,10 +3,10 @@
 
 use std::fmt::Write as _;
 
-use projectionist::sqlx::{self, AssertSqlSafe};
+use projectionist::sqlx::{self, AssertSqlSafe, MySqlConnection};
 use projectionist::{Registry, Status, load};
 
-use crate::support::{Folder, World, seed};
+use crate::support::{Folder, World, eventually, execute, seed};
 
 /// Something odd that a file does for each event, and what it stores if it is done on a clean session.
 #[derive(Debug, Clone, Copy)]
@@ -247,4 +247,87 @@ async fn a_files_user_variables_begin_anew_with_each_event() {
     assert_eq!(stateful.len(), 3);
     let status = play(&stateful).await;
     assert_eq!(status.to_string(), "live", "{status:?}");
+}
+
+/// The fifth event's statement locks row 1, waits, locks row 2, and says nothing of an error.
+const BEST_EFFORT: &str = "name = 'hostile'\nversion = 1\nmode = 'from_beginning'\n\
+    [[on]]\nevents = ['*']\nsql = 'insert into before_it (position) values (:position)'\n\
+    [[on]]\nevents = ['*']\nsql = 'call best_effort(:position)'\n\
+    [[on]]\nevents = ['*']\nsql = 'insert into after_it (position) values (:position)'\n";
+
+/// Lets the procedure lose a deadlock: a rival locks row 2 and waits for row 1 before the procedure asks for row 2.
+async fn win_a_deadlock(world: &World, mut keeper: MySqlConnection) {
+    let mut rival = world.connection().await;
+    eventually("the procedure waits", async || {
+        world.sessions().await.iter().any(|session| session.statement.contains("get_lock"))
+    })
+    .await;
+    execute(&mut rival, "begin").await;
+    // Many rows changed: the server rolls back the transaction of a deadlock that has changed fewer.
+    let many = "with recursive n as (select 1 as n union all select n + 1 from n where n < 900) select n from n";
+    execute(&mut rival, &format!("insert into ballast {many}")).await;
+    execute(&mut rival, "update pair set n = n + 100 where id = 2").await;
+    let rival = tokio::spawn(async move {
+        execute(&mut rival, "update pair set n = n + 100 where id = 1").await;
+        execute(&mut rival, "commit").await;
+    });
+    eventually("the rival waits for the procedure", async || world.lock_waits().await == 1).await;
+    execute(&mut keeper, "do release_all_locks()").await;
+    rival.await.expect("the rival has both rows, so the procedure lost them");
+}
+
+#[tokio::test]
+async fn a_deadlock_that_a_procedure_of_a_file_swallows_is_tried_again_and_each_event_is_applied_once() {
+    for in_boot in [true, false] {
+        let world = World::new().await;
+        for table in ["before_it", "after_it"] {
+            world.execute(&format!("create table {table} (position bigint unsigned not null)")).await;
+        }
+        world.execute("create table ballast (n int not null)").await;
+        world.execute("create table pair (id int primary key, n int not null)").await;
+        world.execute("insert into pair values (1, 0), (2, 0)").await;
+        let lock = &world.database_name;
+        let procedure = format!(
+            "create procedure best_effort(in at bigint) begin declare continue handler for sqlexception begin end; \
+             if at = 5 then \
+             update pair set n = n + 1 where id = 1; \
+             do get_lock('{lock}', 60); do release_lock('{lock}'); \
+             update pair set n = n + 1 where id = 2; \
+             end if; end"
+        );
+        world.execute(&procedure).await;
+        let mut keeper = world.connection().await;
+        execute(&mut keeper, &format!("do get_lock('{lock}', 0)")).await;
+        let folder = Folder::new().with("a.toml", BEST_EFFORT);
+        let mut registry = Registry::new();
+        load(folder.path().as_ref(), &mut registry).expect("the file holds");
+        if in_boot {
+            world.append(10).await;
+            let (booted, ()) = tokio::join!(world.boot(&registry), win_a_deadlock(&world, keeper));
+            assert!(booted.is_released());
+        } else {
+            world.boot(&registry).await;
+            world.append(10).await;
+            let playing = world.start_play(&registry);
+            win_a_deadlock(&world, keeper).await;
+            eventually("it is at the end", async || world.position("hostile").await == 10).await;
+            assert_eq!(playing.stop().await.broken, 0);
+        }
+        assert_eq!((world.status("hostile").await, world.position("hostile").await), ("live".into(), 10));
+        for table in ["before_it", "after_it"] {
+            assert_eq!(world.positions_in(table).await, (1..=10).collect::<Vec<u64>>(), "{table}, in boot: {in_boot}");
+        }
+        let rows: Vec<(i32, i32)> = sqlx::query_as("select id, n from pair order by id")
+            .fetch_all(&mut world.connection().await)
+            .await
+            .expect("the rows");
+        assert_eq!(rows, [(1, 101), (2, 101)], "in boot: {in_boot}");
+    }
+}
+
+impl World {
+    async fn positions_in(&self, table: &str) -> Vec<u64> {
+        let sql = format!("select position from {table} order by position");
+        sqlx::query_scalar(AssertSqlSafe(sql)).fetch_all(&mut self.connection().await).await.expect("the positions")
+    }
 }

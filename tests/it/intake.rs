@@ -1,19 +1,33 @@
 //! Receives that are under way before they are waited for.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use projectionist::{PlaySettings, Queue, QueueError, Receipt, Received, SqsQueue, async_trait};
 use tokio::sync::{Notify, watch};
 
 use crate::queue::without_relay;
-use crate::support::{Tally, World, registry};
+use crate::support::{Fate, Folder, Proxy, Running, Tally, World, eventually, holds, registry};
 
-/// The real queue, whose deletions are answered when it has been asked for more, has answered that, and the test lets it.
+/// The real queue. Its deletions are answered when it has been asked for more, has answered that, and the test allows it. So
+/// are receives that bring messages, if `delays_receives` is set.
 struct Unhurried {
     queue: Arc<SqsQueue>,
+    asked: watch::Sender<u64>,
     answered: watch::Sender<u64>,
+    delays_receives: bool,
+    may_receive: Notify,
     may_delete: Notify,
+}
+
+impl Unhurried {
+    fn new(world: &World, delays_receives: bool) -> Arc<Self> {
+        let queue = Arc::clone(&world.queue);
+        let (asked, answered) = (watch::Sender::new(0), watch::Sender::new(0));
+        let (may_receive, may_delete) = (Notify::new(), Notify::new());
+        Arc::new(Unhurried { queue, asked, answered, delays_receives, may_receive, may_delete })
+    }
 }
 
 #[async_trait]
@@ -23,8 +37,12 @@ impl Queue for Unhurried {
     }
 
     async fn receive(&self, wait: Duration) -> Result<Vec<Received>, QueueError> {
+        self.asked.send_modify(|asked| *asked += 1);
         let received = self.queue.receive(wait).await?;
         self.answered.send_modify(|answered| *answered += 1);
+        if self.delays_receives && !received.is_empty() {
+            self.may_receive.notified().await;
+        }
         Ok(received)
     }
 
@@ -63,8 +81,7 @@ async fn what_a_fifo_queue_hands_out_while_it_deletes_is_given_back_at_the_end()
     world.append(30).await;
     world.publish(1).await;
 
-    let (answered, may_delete) = (watch::Sender::new(0), Notify::new());
-    let queue = Arc::new(Unhurried { queue: Arc::clone(&world.queue), answered, may_delete });
+    let queue = Unhurried::new(&world, false);
     let settings = PlaySettings { receive_wait: Duration::from_secs(1), ..without_relay() };
     let playing = world.start_play_from(Arc::clone(&queue) as Arc<dyn Queue>, &registry, settings);
     queue.answered.subscribe().wait_for(|answered| *answered == 2).await.expect("it is asked while it deletes");
@@ -76,4 +93,51 @@ async fn what_a_fifo_queue_hands_out_while_it_deletes_is_given_back_at_the_end()
     assert_eq!(world.peek().await.len(), 10);
     world.play_until_idle(&registry).await;
     world.assert_complete(&tally).await;
+}
+
+#[tokio::test]
+async fn messages_that_a_long_poll_receives_during_the_shutdown_are_given_back() {
+    for world in [World::new().await, World::with_standard_queue().await] {
+        let tally = Tally::new("tally");
+        let registry = registry(&[&tally]);
+        world.boot(&registry).await;
+        let queue = Unhurried::new(&world, true);
+        let settings = PlaySettings { receive_wait: Duration::from_secs(20), ..without_relay() };
+        let playing = world.start_play_from(Arc::clone(&queue) as Arc<dyn Queue>, &registry, settings);
+        queue.asked.subscribe().wait_for(|asked| *asked == 1).await.expect("it polls");
+        world.append(10).await;
+        world.publish(10).await;
+        queue.answered.subscribe().wait_for(|answered| *answered == 1).await.expect("the queue answers the poll");
+        // The worker sees the shutdown first, and the answer then.
+        let (played, ()) = tokio::join!(playing.stop(), async { queue.may_receive.notify_one() });
+
+        assert_eq!((played.messages, world.position("tally").await), (0, 0));
+        assert_eq!(world.peek().await.len(), 1, "it is visible, although it would be hidden for 30 s");
+        world.play_until_idle(&registry).await;
+        world.assert_complete(&tally).await;
+    }
+}
+
+#[tokio::test]
+async fn messages_that_come_to_a_long_poll_after_sigterm_are_given_back() {
+    for world in [World::new().await, World::with_standard_queue().await] {
+        let tally = Tally::new("tally");
+        let projectors = Folder::new().with("tally.toml", &tally.file(&[]));
+        world.run(&["boot", "--projectors", projectors.path()]).await.exits(0);
+        let polls = Arc::new(AtomicBool::new(false));
+        let has_polled = Arc::clone(&polls);
+        let proxy = Proxy::before_the_queue(move |bytes| {
+            has_polled.fetch_or(holds(bytes, "AmazonSQS.ReceiveMessage"), Ordering::SeqCst);
+            Fate::Passes
+        })
+        .await;
+        let mut play = world.command(&["play", "--no-relay", "--receive-wait=20", "--projectors", projectors.path()]);
+        play.env("AWS_ENDPOINT_URL", format!("http://{}", proxy.address()));
+        let play = Running::spawn(play);
+        eventually("it polls", async || polls.load(Ordering::SeqCst)).await;
+        play.signal("TERM").await;
+        world.send_to("events", "a message").await;
+        play.finish().await.exits(0);
+        assert_eq!(world.peek().await, ["a message"], "it is visible, although it would be hidden for 30 s");
+    }
 }
