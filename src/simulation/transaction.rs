@@ -118,6 +118,22 @@ impl Transaction {
         wanted: &[&Event],
     ) -> Result<(), HandlerError> {
         self.sim.statement(Some(self.id)).await.map_err(|_| HandlerError::Transient)?;
+        if !self.run_handler(id, release, wanted)? {
+            return Ok(());
+        }
+        self.sim.step().await;
+        let mut world = self.sim.world();
+        // The rest is in another transaction. It fails, or the savepoint is missed; or the connection is lost before that.
+        if world.rng.bool() {
+            world.saw(Seen::ConnectionCut);
+            world.note(|| "loses its connection".into());
+            return Err(HandlerError::Transient);
+        }
+        Err(HandlerError::Stored)
+    }
+
+    /// Whether the handler has committed a part of the batch.
+    fn run_handler(&mut self, id: &ProjectorId, release: Release, wanted: &[&Event]) -> Result<bool, HandlerError> {
         let mut world = self.sim.world();
         let actor = cast::number(id);
         let chance = world.chances.deadlock;
@@ -143,21 +159,12 @@ impl Transaction {
             open.applied.extend(handled.iter().map(|event| event.position().get()));
         }
         if commits_after.is_none() {
-            return Ok(());
+            return Ok(false);
         }
         world.saw(Seen::HandlerCommitted);
         world.note(|| format!("the handler of {id} commits after {} of {} events", handled.len(), wanted.len()));
         world.commit_part(self.id);
-        drop(world);
-        self.sim.step().await;
-        let mut world = self.sim.world();
-        // The rest is in another transaction. It fails, or the savepoint is missed; or the connection is lost before that.
-        if world.rng.bool() {
-            world.saw(Seen::ConnectionCut);
-            world.note(|| "loses its connection".into());
-            return Err(HandlerError::Transient);
-        }
-        Err(HandlerError::Stored)
+        Ok(true)
     }
 
     /// Writes the locked row back; where events were applied, by which right.
