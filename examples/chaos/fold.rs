@@ -133,7 +133,8 @@ async fn read_log(connection: &mut MySqlConnection) -> anyhow::Result<Vec<Record
 /// The rows that an append-only projector should have.
 fn wanted(log: &[Recorded], projector: &str, start: u64, position: u64) -> Vec<Applied> {
     let wants = |event: &&Recorded| match projector {
-        "tally" | "hostile" | "dropped" => true,
+        "tally" | "dropped" => true,
+        "hostile" => event.event_type == "Provoked",
         "fragile" => event.event_type == "Amended",
         _ => event.event_type == "Closed",
     };
