@@ -144,7 +144,7 @@ pub fn check(heading: &str, query: &str, found: &[Row]) {
         "What did a deploy do?" => {
             let steps = all(&["release", "projector", "status"]);
             let v2: Vec<&str> = steps.iter().filter_map(|step| step.strip_prefix("v2 ")).collect();
-            assert_eq!(v2, ["poisoned@1 broken", "late@1 booting", "poisoned@1 broken", "late@1 stalled", "- -"]);
+            assert_eq!(v2, ["poisoned@1 broken", "late@1 booting", "poisoned@1 broken", "late@1 live", "- -"]);
         }
         "What was retried?" => {
             let of_slow = found.iter().find(|row| text(row, "projector") == "slow@1").expect("it was retried");
