@@ -91,7 +91,7 @@ const SETTINGS: &[Setting] = &[
     ("explicit_defaults_for_timestamp", "1", Once, "a setup's timestamp columns would change by themselves"),
     ("default_tmp_storage_engine", "'InnoDB'", Once, "temporary tables would have no transactions"),
     ("sql_buffer_result", "0", Once, "every result would be copied to a table first"),
-    ("tmp_table_size", ENOUGH_FOR_TABLES, Once, "on MySQL, `group_concat(distinct …)` would repeat values if it is tiny"),
+    ("tmp_table_size", ENOUGH_FOR_TABLES, Once, "`group_concat(distinct …)` would repeat values if it is tiny"),
     ("big_tables", "0", Once, "every temporary table would be on disk"),
     ("updatable_views_with_limit", "1", Once, "updates of some views would be refused"),
     ("profiling", "0", Once, "every statement would be recorded"),

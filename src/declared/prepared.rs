@@ -16,7 +16,8 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::lexer::{Kind, Lexer, Token};
+use super::lexer::{Kind, Token};
+use super::statement::tokens;
 
 /// The most texts of one statement that are prepared.
 const MAX_TEXTS: usize = 16;
@@ -245,17 +246,6 @@ fn places(sql: &str) -> Vec<(usize, Place)> {
         }
     }
     places
-}
-
-fn tokens(sql: &str) -> Vec<Token<'_>> {
-    let mut lexer = Lexer::new(sql);
-    let mut tokens = Vec::new();
-    while let Ok(Some(token)) = lexer.next() {
-        if token.kind != Kind::Gap {
-            tokens.push(token);
-        }
-    }
-    tokens
 }
 
 /// The tokens that are `?` alone as a value in a row of an `insert … values (…), (…)`.

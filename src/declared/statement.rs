@@ -216,7 +216,7 @@ fn opening(sql: &str) -> (usize, Vec<String>) {
     (tokens.first().map_or(0, |first| first.at), tokens.iter().map(|token| token.text.to_lowercase()).collect())
 }
 
-fn tokens(sql: &str) -> Vec<Token<'_>> {
+pub(super) fn tokens(sql: &str) -> Vec<Token<'_>> {
     let mut lexer = Lexer::new(sql);
     let mut tokens = Vec::new();
     while let Ok(Some(token)) = lexer.next() {
