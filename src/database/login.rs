@@ -319,8 +319,8 @@ fn parse(url: &str) -> Result<MySqlConnectOptions, Error> {
     let read = |url: &str| MySqlConnectOptions::from_str(url).ok().filter(|_| url.starts_with("mysql://"));
     if path_of(url).is_some_and(|path| path.contains(['@', '/'])) {
         return Err(Error::Input(
-            "the database URL has a / or an @ where the database's name should be: in a password, write / as %2F, @ as \
-             %40, : as %3A, ? as %3F, # as %23 and % as %25"
+            "the database URL has a / or an @ where the database's name should be: percent-encode the \
+             password's special characters (/ as %2F, @ as %40, : as %3A, ? as %3F, # as %23, % as %25)"
                 .into(),
         ));
     }
