@@ -9,7 +9,7 @@ use aws_config::timeout::TimeoutConfig;
 use aws_config::{BehaviorVersion, SdkConfig};
 use aws_smithy_http_client::tls;
 
-use crate::error::Error;
+use crate::model::error::Error;
 pub(crate) use secret::Secret;
 pub(crate) use token::Tokens;
 

@@ -11,7 +11,7 @@ use aws_sigv4::sign::v4::SigningParams;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 
 use super::causes;
-use crate::error::Error;
+use crate::model::error::Error;
 
 /// RDS takes a token for so long after it was made. Only who connects needs one: a connection outlives it.
 const VALID_FOR: Duration = Duration::from_secs(15 * 60);

@@ -13,9 +13,9 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout_at};
 
 use super::say;
-use crate::config::Config;
-use crate::error::{Error, is_transient, server_error};
-use crate::event::{NewEvent, Position};
+use crate::command::config::Config;
+use crate::model::error::{Error, is_transient, server_error};
+use crate::model::event::{NewEvent, Position};
 use crate::store::{AppendError, EventStore};
 
 /// Payload and metadata at their largest, in JSON, with room for the rest.
@@ -295,7 +295,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::spoiled;
+    use crate::testing::corrupted;
 
     #[test]
     fn a_line_keeps_its_payload_byte_for_byte() {
@@ -392,7 +392,7 @@ mod tests {
 
         /// Whatever is made of a line, what is stored of it keeps to the table's bounds, and is no larger than the line.
         #[test]
-        fn a_spoiled_line_is_an_event_no_larger_than_itself_or_refused(line in spoiled::bytes(LINE)) {
+        fn a_spoiled_line_is_an_event_no_larger_than_itself_or_refused(line in corrupted::bytes(LINE)) {
             let Ok(Some(event)) = parse_line(&line) else { return Ok(()) };
             prop_assert_eq!(event.check(), Ok(()));
             let names = event.stream_id.len() + event.event_type.len() + event.event_id.map_or(0, |id| id.len());
@@ -403,7 +403,7 @@ mod tests {
         /// Whatever the input is, its lines are told in order, and reading ends with the first that is refused.
         #[test]
         fn spoiled_lines_are_read_in_order_up_to_the_first_that_is_refused(
-            input in spoiled::bytes(&[LINE, "", LINE, LINE].join("\n")),
+            input in corrupted::bytes(&[LINE, "", LINE, LINE].join("\n")),
         ) {
             let lines = input.split_inclusive(|&byte| byte == b'\n').count() as u64;
             let (sender, mut events) = mpsc::channel(100);

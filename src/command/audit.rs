@@ -10,11 +10,11 @@ use time::format_description::well_known::Rfc3339;
 use tracing::{error, info};
 
 use super::{confirm, say};
-use crate::config::Config;
-use crate::deliver::host;
-use crate::error::Error;
-use crate::event::Position;
+use crate::command::config::Config;
+use crate::engine::deliver::host;
 use crate::ledger::Ledger;
+use crate::model::error::Error;
+use crate::model::event::Position;
 use crate::store::{Acceptance, Accepted, EventStore, Held, LogAudit, Missing};
 
 const TELL_EVERY: Duration = Duration::from_secs(5);

@@ -10,12 +10,12 @@ use tracing::info;
 
 use super::status::FailureReport;
 use super::{parse_projector, say, shutdown_signal};
-use crate::boot::{BootProgress, BootReport, BootSettings, Booted, boot, tell_failed};
-use crate::config::Config;
-use crate::error::Error;
-use crate::projector::ProjectorId;
-use crate::registry::Registry;
-use crate::text::printable;
+use crate::command::config::Config;
+use crate::engine::boot::{BootProgress, BootReport, BootSettings, Booted, boot, tell_failed};
+use crate::model::error::Error;
+use crate::model::projector::ProjectorId;
+use crate::model::registry::Registry;
+use crate::model::text::printable;
 
 /// How often progress is told where there is no terminal.
 const TELL_EVERY: Duration = Duration::from_secs(5);

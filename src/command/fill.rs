@@ -5,8 +5,8 @@ use clap::builder::FalseyValueParser;
 use indicatif::HumanCount;
 
 use super::{confirm, say};
-use crate::config::Config;
-use crate::error::Error;
+use crate::command::config::Config;
+use crate::model::error::Error;
 use crate::store::{EventStore, Held};
 
 /// Positions that are filled between two looks.

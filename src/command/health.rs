@@ -10,7 +10,7 @@ use clap::Args;
 use tracing::warn;
 
 use super::say;
-use crate::error::Error;
+use crate::model::error::Error;
 
 /// How often the file is touched.
 const BEAT: Duration = Duration::from_secs(1);

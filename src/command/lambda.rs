@@ -12,14 +12,14 @@ use tracing::{info, warn};
 use super::play::ConvoyOptions;
 use super::relay::RelayOptions;
 use super::shutdown_signal;
-use crate::config::Config;
+use crate::command::config::Config;
 use crate::database::Database;
-use crate::error::Error;
+use crate::engine::play::{Deadline, Worker};
+use crate::engine::relay::Relay;
 use crate::lambda::{Invoked, RuntimeApi, parse, relay_and_reconcile};
-use crate::play::{Deadline, Worker};
+use crate::model::error::Error;
+use crate::model::registry::Registry;
 use crate::queue::Queue;
-use crate::registry::Registry;
-use crate::relay::Relay;
 use crate::telemetry::{Reporter, Watched};
 
 /// Of a function's initialization; Lambda breaks it off after 10 s, and then nobody is told why.

@@ -3,6 +3,7 @@
 mod append;
 mod audit;
 mod boot;
+mod config;
 mod doctor;
 mod fill;
 mod health;
@@ -20,12 +21,12 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::config::Config;
-use crate::error::Error;
+use crate::command::config::Config;
 use crate::lambda::RUNTIME_API;
-use crate::registry::Registry;
+use crate::model::error::Error;
+use crate::model::registry::Registry;
+use crate::model::text;
 use crate::telemetry;
-use crate::text;
 
 /// Boots, plays and retires projectors: replays a MySQL event store, then hands over to one live SQS queue.
 ///

@@ -11,10 +11,10 @@ use clap::builder::FalseyValueParser;
 use super::health::Heart;
 use super::relay::RelayOptions;
 use super::{say, shutdown_signal};
-use crate::config::Config;
-use crate::error::Error;
-use crate::play::{ConvoyBudget, PlaySettings, play};
-use crate::registry::Registry;
+use crate::command::config::Config;
+use crate::engine::play::{ConvoyBudget, PlaySettings, play};
+use crate::model::error::Error;
+use crate::model::registry::Registry;
 use crate::telemetry::Watched;
 
 #[derive(Debug, Args)]

@@ -9,12 +9,12 @@ use clap::builder::FalseyValueParser;
 use tracing::info;
 
 use super::{say, shutdown_signal};
-use crate::config::Config;
-use crate::error::Error;
-use crate::held::LogWatch;
-use crate::play::check_queue;
+use crate::command::config::Config;
+use crate::engine::play::check_queue;
+use crate::engine::relay::{Looked, Relay, RelaySettings};
+use crate::engine::stall_watch::LogWatch;
+use crate::model::error::Error;
 use crate::queue::Queue;
-use crate::relay::{Looked, Relay, RelaySettings};
 use crate::store::EventStore;
 
 #[derive(Debug, Args)]

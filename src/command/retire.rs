@@ -4,12 +4,12 @@ use clap::Args;
 use clap::builder::FalseyValueParser;
 
 use super::{confirm, parse_projector, say};
-use crate::apply;
-use crate::config::Config;
-use crate::error::{Error, tell};
+use crate::command::config::Config;
+use crate::engine::apply;
 use crate::ledger::{Entry, Ledger};
-use crate::lifecycle::{Status, Step};
-use crate::registry::Registry;
+use crate::model::error::{Error, tell};
+use crate::model::lifecycle::{Status, Step};
+use crate::model::registry::Registry;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\

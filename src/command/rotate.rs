@@ -4,9 +4,9 @@ use clap::Args;
 use clap::builder::FalseyValueParser;
 
 use super::{confirm, say};
-use crate::config::Config;
-use crate::error::Error;
-use crate::signature::random_key;
+use crate::command::config::Config;
+use crate::model::error::Error;
+use crate::model::signature::random_key;
 use crate::store::EventStore;
 
 #[derive(Debug, Args)]

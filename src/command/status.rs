@@ -9,16 +9,16 @@ use serde::Serialize;
 use time::format_description::well_known::Rfc3339;
 
 use super::say;
-use crate::config::Config;
-use crate::error::Error;
-use crate::event::Position;
-use crate::lag::{Lag, Standing};
+use crate::command::config::Config;
+use crate::engine::lag::{Lag, Standing};
 use crate::ledger::{Entry, Ledger};
-use crate::lifecycle::Failure;
-use crate::projector::Mode;
-use crate::registry::{Registered, Registry};
+use crate::model::error::Error;
+use crate::model::event::Position;
+use crate::model::lifecycle::Failure;
+use crate::model::projector::Mode;
+use crate::model::registry::{Registered, Registry};
+use crate::model::text::printable;
 use crate::store::EventStore;
-use crate::text::printable;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\

@@ -11,7 +11,7 @@ use sqlx::{AssertSqlSafe, MySqlConnection, Row};
 
 use super::Database;
 use super::kept::HandlerSession;
-use crate::error::server_error;
+use crate::model::error::server_error;
 
 /// And makes sure that all commands are shown, and can be read. That is one more `set`.
 const ROLLBACK: &str = "rollback; set session sql_select_limit = 18446744073709551615, names utf8mb4";

@@ -7,7 +7,7 @@ use sqlx::{AssertSqlSafe, Row};
 
 use super::login::is_verified;
 use super::{Database, SqlMode};
-use crate::error::server_error;
+use crate::model::error::server_error;
 
 /// Each is absent where a server does not have it.
 const SETTINGS: &str = "show global variables where variable_name in ('version', 'version_comment', 'read_only', \

@@ -17,8 +17,8 @@ use uuid::Uuid;
 
 use super::ended::Commands;
 use super::{Database, UNUSED_FOR};
-use crate::error::is_transient;
-use crate::projector::{ProjectorId, SessionUse};
+use crate::model::error::is_transient;
+use crate::model::projector::{ProjectorId, SessionUse};
 
 /// How often it is looked whether all connections are at rest.
 const LOOK_EVERY: Duration = Duration::from_millis(5);

@@ -13,7 +13,7 @@ use tokio::sync::Mutex;
 use tracing::{info, warn};
 
 use crate::aws::{Secret, Tokens};
-use crate::error::{Error, server_error};
+use crate::model::error::{Error, server_error};
 
 /// Prepared statements that a connection keeps, unless the URL says otherwise. One more closes another, and with sqlx 0.9.0, which leaves Nagle's algorithm
 /// on (transact-rs/sqlx#4335), the statement after that waits for 40 ms. A server allows 16,382 in all, by default.

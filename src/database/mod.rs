@@ -4,6 +4,7 @@ mod ended;
 mod inspect;
 mod kept;
 mod login;
+pub(crate) mod multi_row;
 mod needs;
 mod settings;
 
@@ -20,8 +21,8 @@ use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor, MySql, MySqlConn
 use tokio::sync::watch;
 use tokio::time::timeout;
 
-use crate::error::{Error, is_read_only, server_error};
-use crate::signature::random_key;
+use crate::model::error::{Error, is_read_only, server_error};
+use crate::model::signature::random_key;
 pub(crate) use ended::Ended;
 pub(crate) use inspect::{Inspected, May, Migrated};
 pub(crate) use kept::{HandlerSession, Session, SessionId};

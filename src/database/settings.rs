@@ -9,7 +9,7 @@ use std::sync::Arc;
 use sqlx::{AssertSqlSafe, MySqlConnection, Row};
 
 use super::Flavor;
-use crate::error::{Error, server_error};
+use crate::model::error::{Error, server_error};
 
 /// Which modes a projector's statements run in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -17,9 +17,9 @@ use super::insert::Insert;
 use super::literal::Literals;
 use super::prepared::{Form, Text};
 use super::tables::{Asked, Refusal, look_at};
-use crate::event::Event;
-use crate::multi_row::{MAX_BYTES, MAX_ROWS, Rows, Statement};
-use crate::projector::ProjectorId;
+use crate::database::multi_row::{MAX_BYTES, MAX_ROWS, Rows, Statement};
+use crate::model::event::Event;
+use crate::model::projector::ProjectorId;
 
 /// The fewest executions in a batch for which a table is looked at: that costs about as much as twenty of them.
 const WORTH_A_LOOK: usize = 32;

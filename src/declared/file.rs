@@ -9,8 +9,8 @@ use toml::de::{DeTable, DeValue};
 use super::handler::{Declared, Handlers, Step};
 use super::spelling::nearest;
 use super::{Fault, Problem, statement};
-use crate::event::NewEvent;
-use crate::projector::{EventTypes, Mode, ProjectorId};
+use crate::model::event::NewEvent;
+use crate::model::projector::{EventTypes, Mode, ProjectorId};
 
 const KEYS: [&str; 7] = ["name", "version", "mode", "side_effects", "setup", "teardown", "on"];
 const ON_KEYS: [&str; 2] = ["events", "sql"];
@@ -334,8 +334,8 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::projector::{Projector as _, SessionUse};
-    use crate::spoiled;
+    use crate::model::projector::{Projector as _, SessionUse};
+    use crate::testing::corrupted;
 
     const GOOD: &str = r#"
 name = "case_status"
@@ -541,7 +541,7 @@ sql = """insert into t values (:stream_id, :payload.a."odd ""key""".0?, ':metada
         /// Whatever is made of a file, it declares a projector that is no larger than itself, or each problem has its line.
         #[test]
         fn a_spoiled_file_is_a_projector_no_larger_than_itself_or_is_told_by_its_lines(
-            text in prop_oneof![spoiled::text(GOOD), spoiled::text(BETTER)],
+            text in prop_oneof![corrupted::text(GOOD), corrupted::text(BETTER)],
         ) {
             match read("a.toml", &text) {
                 Ok(Declaration { projector, name_line, version_line }) => {

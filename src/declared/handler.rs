@@ -21,9 +21,9 @@ use super::parameter::{Document, JsonParameter, Parameter};
 use super::prepared::{Class, Form, Place as Stands, Prepared, write_typed};
 use super::session::{self, Leaves};
 use super::statement::Compiled;
-use crate::event::Event;
-use crate::multi_row::Rows;
-use crate::projector::{EventTypes, Mode, Projector, ProjectorId, SessionUse};
+use crate::database::multi_row::Rows;
+use crate::model::event::Event;
+use crate::model::projector::{EventTypes, Mode, Projector, ProjectorId, SessionUse};
 
 /// A projector that a file declares.
 #[derive(Debug)]
@@ -438,8 +438,8 @@ mod tests {
 
     use super::*;
     use crate::declared::statement;
-    use crate::event::{Position, Recorded};
-    use crate::hot_path;
+    use crate::model::event::{Position, Recorded};
+    use crate::testing::hot_path;
 
     fn event(payload: &str, metadata: Option<&str>) -> Event {
         Event::from(Recorded {

@@ -238,7 +238,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::spoiled;
+    use crate::testing::corrupted;
 
     fn find<'e>(text: &'e str, path: &str) -> Option<&'e str> {
         let keys: Vec<String> = path.split('.').filter(|key| !key.is_empty()).map(Into::into).collect();
@@ -352,7 +352,7 @@ mod tests {
         /// Whatever is made of a payload, what is found in it is a part of it.
         #[test]
         fn what_is_found_in_spoiled_json_is_a_part_of_it(
-            text in spoiled::text(r#"{"a":{"0":[1,{"b":"\u00e9"}],"c":-2.50},"a":[[null,true]]}"#),
+            text in corrupted::text(r#"{"a":{"0":[1,{"b":"\u00e9"}],"c":-2.50},"a":[[null,true]]}"#),
         ) {
             let mut paths = Paths::new();
             let places = [&["a"][..], &["a", "0"], &["a", "0", "1", "b"]]

@@ -23,8 +23,8 @@ use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
 use self::file::Declaration;
-use crate::projector::ProjectorId;
-use crate::registry::{Registry, RegistryError};
+use crate::model::projector::ProjectorId;
+use crate::model::registry::{Registry, RegistryError};
 
 const MAX_FILE_BYTES: u64 = 1024 * 1024;
 const MAX_FILES: usize = 1000;

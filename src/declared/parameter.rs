@@ -169,7 +169,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::spoiled;
+    use crate::testing::corrupted;
 
     fn payload(path: &[&str], optional: bool) -> (Document, Vec<String>, bool) {
         (Document::Payload, path.iter().map(|key| (*key).to_owned()).collect(), optional)
@@ -249,7 +249,7 @@ mod tests {
         /// Whatever is made of a parameter, what is read of it is a part of the text, and no larger than that.
         #[test]
         fn a_spoiled_parameter_is_a_part_of_its_text_or_refused_within_it(
-            rest in spoiled::text("payload.items.0.\"odd \"\"key\"\"\".price? + 1"),
+            rest in corrupted::text("payload.items.0.\"odd \"\"key\"\"\".price? + 1"),
         ) {
             let text = format!(":{rest}");
             match Parameter::read(&text) {

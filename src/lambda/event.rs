@@ -3,7 +3,7 @@
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::error::Error;
+use crate::model::error::Error;
 
 /// Why a function is invoked.
 #[derive(Debug, PartialEq, Eq)]

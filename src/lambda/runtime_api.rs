@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use tokio::sync::oneshot;
 use tracing::error;
 
-use crate::error::Error;
+use crate::model::error::Error;
 
 /// Where Lambda says that it is.
 pub(crate) const RUNTIME_API: &str = "AWS_LAMBDA_RUNTIME_API";

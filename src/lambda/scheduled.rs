@@ -5,12 +5,12 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use tokio::time::timeout;
 
-use crate::error::Error;
-use crate::event::Position;
-use crate::lifecycle::Status;
-use crate::play::{Deadline, Quarrel, Worker};
-use crate::projector::ProjectorId;
-use crate::relay::Relay;
+use crate::engine::play::{Deadline, Quarrel, Worker};
+use crate::engine::relay::Relay;
+use crate::model::error::Error;
+use crate::model::event::Position;
+use crate::model::lifecycle::Status;
+use crate::model::projector::ProjectorId;
 
 /// How often it is looked whether all is done.
 const LOOK_EVERY: Duration = Duration::from_millis(100);

@@ -7,9 +7,9 @@ use serde_json::value::RawValue;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use crate::chain::Run;
-use crate::event::{Event, Position, Recorded};
-use crate::signature::{LogIdentity, SIGNATURE_DIGITS};
+use crate::model::continuity::Run;
+use crate::model::event::{Event, Position, Recorded};
+use crate::model::signature::{LogIdentity, SIGNATURE_DIGITS};
 
 /// What a message says.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -234,9 +234,9 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::chain::tests::{event, recorded};
-    use crate::signature::SigningKey;
-    use crate::{hot_path, spoiled};
+    use crate::model::continuity::tests::{event, recorded};
+    use crate::model::signature::SigningKey;
+    use crate::testing::{corrupted, hot_path};
 
     const LOG: &str = "5f9c2a1e-0000-0000-0000-000000000001";
 
@@ -413,7 +413,7 @@ mod tests {
 
         /// Whatever is made of a message by somebody without the key, it is what it was or not ours.
         #[test]
-        fn a_spoiled_message_is_not_ours(body in spoiled::text(&three_events())) {
+        fn a_spoiled_message_is_not_ours(body in corrupted::text(&three_events())) {
             let message = super::parse(&body, &log());
             prop_assert!(body == three_events() || matches!(message, Message::NotOurs(_)), "{message:?}");
         }
@@ -421,7 +421,7 @@ mod tests {
         /// And by somebody with the key: what is read is consecutive, and no larger than what was received.
         #[test]
         fn a_spoiled_text_that_is_signed_is_a_run_no_larger_than_itself_or_not_ours(
-            text in spoiled::text(&three_events()[SIGNED_FROM..]),
+            text in corrupted::text(&three_events()[SIGNED_FROM..]),
         ) {
             let body = signed(&text);
             let Message::Events(run) = super::parse(&body, &log()) else { return Ok(()) };

@@ -12,7 +12,7 @@ use aws_sdk_sqs::types::{
 
 use super::{Queue, QueueError, Receipt, Received};
 use crate::aws::{self, causes};
-use crate::error::Error;
+use crate::model::error::Error;
 
 /// All events are one ordered sequence, so on a FIFO queue they are one group.
 const GROUP: &str = "events";

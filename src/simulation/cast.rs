@@ -2,9 +2,9 @@
 
 use std::sync::OnceLock;
 
-use crate::event::Event;
-use crate::projector::{EventTypes, Mode, Projector, ProjectorId};
-use crate::registry::Registry;
+use crate::model::event::Event;
+use crate::model::projector::{EventTypes, Mode, Projector, ProjectorId};
+use crate::model::registry::Registry;
 
 /// The two event types; half of the projectors want only the second.
 pub(super) const TYPES: [&str; 2] = ["Opened", "Closed"];

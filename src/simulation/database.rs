@@ -7,9 +7,9 @@ use std::collections::BTreeMap;
 use super::invariants::{self, Claim};
 use super::seen::Seen;
 use super::world::{Tick, World};
-use crate::event::{Event, Position};
 use crate::ledger::Entry;
-use crate::lifecycle::Status;
+use crate::model::event::{Event, Position};
+use crate::model::lifecycle::Status;
 
 pub(super) type TransactionId = u64;
 

@@ -5,9 +5,9 @@ use super::schedule::{self, Scheduler};
 use super::seen::Seen;
 use super::statements::log;
 use super::world::{Who, World};
-use crate::event::{Event, Position, Recorded};
+use crate::model::event::{Event, Position, Recorded};
+use crate::model::signature::{LogIdentity, SigningKey};
 use crate::queue;
-use crate::signature::{LogIdentity, SigningKey};
 
 /// Something that happens between two steps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

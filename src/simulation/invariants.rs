@@ -11,10 +11,10 @@ use super::database::Open;
 use super::queue::{Delivery, Message};
 use super::seen::Seen;
 use super::world::{Tick, Who, World};
-use crate::event::{Event, Position};
 use crate::ledger::Entry;
-use crate::lifecycle::{Stage, Status};
-use crate::projector::{Mode, ProjectorId};
+use crate::model::event::{Event, Position};
+use crate::model::lifecycle::{Stage, Status};
+use crate::model::projector::{Mode, ProjectorId};
 
 /// What must never be, and was.
 #[derive(Debug, Clone, PartialEq, Eq)]

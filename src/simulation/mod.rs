@@ -16,7 +16,7 @@
 //!
 //! # What is the engine's own, and what is its mirror
 //!
-//! The engine's own: the chain rule ([`crate::chain`]) and what a run still needs ([`crate::play::fan_out`]), reading
+//! The engine's own: the chain rule ([`crate::model::continuity`]) and what a run still needs ([`crate::engine::play::fan_out`]), reading
 //! and packing messages, the lifecycle and the stages, the fence, the rest of a batch whose claim is lost, how a batch
 //! splits, when a projector may break, the cursors of a catch-up, the oldest queued event and when boot is done, where a
 //! new projector begins, how holes are surveyed and closed, who is overdue in reconcile. Mirrored in

@@ -8,7 +8,7 @@ use super::cast::Release;
 use super::invariants;
 use super::seen::Seen;
 use super::world::{Sim, Tick, Who, World};
-use crate::event::Position;
+use crate::model::event::Position;
 
 /// For how long what is received stays hidden.
 pub(super) const VISIBILITY: Tick = 40;

@@ -10,9 +10,9 @@ use super::invariants::{self, Violation};
 use super::process::{Ended, boot, play, relay, retire, writer};
 use super::seen::{Counts, Seen};
 use super::world::{Chances, Failing, Poison, Process, Sim, Tick, Wait, Who, World};
-use crate::lifecycle::Status;
-use crate::projector::ProjectorId;
-use crate::registry::Registry;
+use crate::model::lifecycle::Status;
+use crate::model::projector::ProjectorId;
+use crate::model::registry::Registry;
 
 /// Writers stop at so many positions: what can go wrong goes wrong in a short log.
 pub(super) const LONGEST_LOG: usize = 40;

@@ -8,12 +8,12 @@ use super::invariants;
 use super::seen::Seen;
 use super::transaction::Transaction;
 use super::world::{Sim, Tick};
-use crate::event::{Event, Position, Recorded, TOMBSTONE};
 use crate::ledger::Entry;
-use crate::lifecycle::{self, Status, Step};
-use crate::projector::ProjectorId;
-use crate::registry::Registered;
-use crate::signature::{LogIdentity, SigningKey};
+use crate::model::event::{Event, Position, Recorded, TOMBSTONE};
+use crate::model::lifecycle::{self, Status, Step};
+use crate::model::projector::ProjectorId;
+use crate::model::registry::Registered;
+use crate::model::signature::{LogIdentity, SigningKey};
 use crate::store::{Held, LogView, Marks, Page};
 
 pub(super) const LOG_ID: &str = "log-1";

@@ -7,9 +7,9 @@ use super::invariants::{self, Claim};
 use super::seen::Seen;
 use super::statements::{DatabaseError, PATIENT_LOCK_WAIT};
 use super::world::{Failing, Sim, Tick};
-use crate::event::{Event, Position};
 use crate::ledger::Entry;
-use crate::projector::ProjectorId;
+use crate::model::event::{Event, Position};
+use crate::model::projector::ProjectorId;
 
 pub(super) struct Transaction {
     sim: Sim,

@@ -20,8 +20,8 @@ use super::invariants::Violation;
 use super::process::Ended;
 use super::queue::Queue;
 use super::seen::{Counts, Seen};
-use crate::event::Position;
-use crate::projector::ProjectorId;
+use crate::model::event::Position;
+use crate::model::projector::ProjectorId;
 
 /// Time, in ticks of about a second. Each step of a process takes one.
 pub(super) type Tick = u64;

@@ -9,7 +9,7 @@ use time::OffsetDateTime;
 use super::fingerprint::LogAudit;
 use super::high_water::Filled;
 use super::{EventStore, Held};
-use crate::event::{self, Position, TOMBSTONE};
+use crate::model::event::{self, Position, TOMBSTONE};
 
 /// Positions that are looked at in one step.
 const STEP: u64 = 10_000;

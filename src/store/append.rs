@@ -7,10 +7,10 @@ use sqlx::{Connection, MySqlConnection, QueryBuilder};
 use uuid::Uuid;
 
 use super::EventStore;
-use crate::error::{is_transient, server_error};
-use crate::event::{NewEvent, Position, datetime};
-use crate::multi_row::{Rows, Statement};
-use crate::retry;
+use crate::database::multi_row::{Rows, Statement};
+use crate::model::error::{is_transient, server_error};
+use crate::model::event::{NewEvent, Position, datetime};
+use crate::model::retry;
 
 /// One text for any number of rows, with [`INSERT_ROW`] for each.
 const INSERT: &str =

@@ -8,7 +8,7 @@
 use sqlx::mysql::MySqlConnection;
 
 use super::EventStore;
-use crate::event::Position;
+use crate::model::event::Position;
 
 const SUM: &str = "select count(*), cast(coalesce(bit_xor(cast(conv(left(sha2(concat(position, ':', event_id), 256), 16), \
                    16, 10) as unsigned)), 0) as unsigned) from events where position > ? and position <= ?";

@@ -12,8 +12,8 @@ use uuid::Uuid;
 
 use super::{EventStore, Marks};
 use crate::database::Flavor;
-use crate::error::server_error;
-use crate::event::{Position, TOMBSTONE};
+use crate::model::error::server_error;
+use crate::model::event::{Position, TOMBSTONE};
 
 /// Visible positions from the mark on. The isolation level of our sessions is read committed: what this
 /// returns is committed. The mark's own row is read with them: where it is missing, the log has lost its end.

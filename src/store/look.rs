@@ -4,7 +4,7 @@ use sqlx::{MySql, QueryBuilder};
 use time::OffsetDateTime;
 
 use super::EventStore;
-use crate::event::{self, Position, TOMBSTONE};
+use crate::model::event::{self, Position, TOMBSTONE};
 
 /// The next position may be a hole.
 const OLDEST_ABOVE: &str = "select recorded_at from events where position > ? order by position limit 1";

@@ -8,8 +8,8 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use super::{EventStore, Marks, MarksRow};
-use crate::event::Position;
-use crate::signature::KEY_BYTES;
+use crate::model::event::Position;
+use crate::model::signature::KEY_BYTES;
 
 /// The marks, and the ids of the events at ten positions, by the primary key: read with every receive, and so in one
 /// statement, whose text is always the same.

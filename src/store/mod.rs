@@ -12,8 +12,8 @@ mod relay_state;
 use std::time::Duration;
 
 use crate::database::Database;
-use crate::event::Position;
-use crate::signature::{LogIdentity, SigningKey};
+use crate::model::event::Position;
+use crate::model::signature::{LogIdentity, SigningKey};
 
 pub(crate) use acceptance::{Acceptance, Accepted};
 pub use append::{AppendError, Appended};

@@ -13,8 +13,8 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use super::EventStore;
-use crate::event::{Event, Position};
-use crate::retry;
+use crate::model::event::{Event, Position};
+use crate::model::retry;
 
 /// By range and not by offset, so that a page costs the same wherever it lies.
 const RANGE: &str = "select position, event_id, stream_id, stream_version, event_type, recorded_at, payload, metadata \

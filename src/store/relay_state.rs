@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::EventStore;
-use crate::event::Position;
+use crate::model::event::Position;
 
 /// Taken where it is free, expired, or ours. By the database's clock, so that the hosts' need not agree. A lease that ends
 /// later than any can was written before that clock was set back: it has expired, too.

@@ -7,12 +7,12 @@ use serde_json::{Map, Value, json};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use crate::event::Position;
-use crate::lag::Lag;
-use crate::lifecycle::Status;
-use crate::metrics::{self, Counted, MarkSeen, Metric, NAMESPACE, OfProjector, Samples};
-use crate::projector::ProjectorId;
-use crate::retry;
+use crate::engine::lag::Lag;
+use crate::model::event::Position;
+use crate::model::lifecycle::Status;
+use crate::model::metrics::{self, Counted, MarkSeen, Metric, NAMESPACE, OfProjector, Samples};
+use crate::model::projector::ProjectorId;
+use crate::model::retry;
 
 /// Where log and projectors stand, as one process sees it.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -152,7 +152,7 @@ mod tests {
     use std::time::{Duration, Instant};
 
     use super::*;
-    use crate::metrics::{ALL, Of, RelaySaw};
+    use crate::model::metrics::{ALL, Of, RelaySaw};
 
     fn id(name: &str) -> ProjectorId {
         ProjectorId { name: name.into(), version: 2 }
@@ -186,7 +186,7 @@ mod tests {
         let (high_water, published) = (Position::new(90), Position::new(80));
         counted.relay = Some(RelaySaw { high_water, published });
         counted.mark = Some(MarkSeen::HeldSince(Instant::now() - Duration::from_secs(3)));
-        let failure = crate::lifecycle::Failure {
+        let failure = crate::model::lifecycle::Failure {
             event: None,
             error: "as told".into(),
             at: OffsetDateTime::UNIX_EPOCH,

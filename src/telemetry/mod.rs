@@ -17,8 +17,8 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer};
 
-use crate::error::Error;
-use crate::text;
+use crate::model::error::Error;
+use crate::model::text;
 pub(crate) use reporter::{MetricsFormat, Reporter, Watched, service_name};
 use webhook::Poster;
 

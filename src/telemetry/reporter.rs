@@ -13,11 +13,11 @@ use tracing::warn;
 
 use super::emf::{Report, Seen};
 use crate::database::Database;
-use crate::lag::Standing;
+use crate::engine::lag::Standing;
 use crate::ledger::Ledger;
-use crate::lifecycle::Status;
-use crate::metrics;
-use crate::registry::Registry;
+use crate::model::lifecycle::Status;
+use crate::model::metrics;
+use crate::model::registry::Registry;
 use crate::store::EventStore;
 
 /// CloudWatch keeps one value a minute of such a metric.

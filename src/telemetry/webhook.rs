@@ -14,8 +14,8 @@ use tracing::{Event, Subscriber};
 use tracing_subscriber::Layer;
 use tracing_subscriber::layer::Context;
 
-use crate::error::Error;
-use crate::text;
+use crate::model::error::Error;
+use crate::model::text;
 
 /// Alerts that wait to be posted. Beyond, they are in the log only.
 const MOST_WAITING: usize = 64;

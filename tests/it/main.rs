@@ -23,6 +23,7 @@ mod hostile_files;
 mod infra;
 mod intake;
 mod lambda;
+mod layers;
 mod log;
 mod log_end;
 mod login;

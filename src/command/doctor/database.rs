@@ -3,9 +3,9 @@
 use std::collections::HashMap;
 
 use super::{Check, Level};
+use crate::database::multi_row::MAX_BYTES;
 use crate::database::{Database, Inspected, May, Migrated, NEEDS, SqlMode, TABLES};
-use crate::error::Error;
-use crate::multi_row::MAX_BYTES;
+use crate::model::error::Error;
 
 /// In seconds. Half a second is what a busy network makes of it.
 const CLOCKS_MAY_DIFFER: f64 = 5.0;

@@ -11,14 +11,14 @@ use clap::builder::FalseyValueParser;
 use serde::Serialize;
 
 use super::say;
-use crate::config::Config;
+use crate::command::config::Config;
 use crate::database::{Database, NEEDS};
-use crate::error::Error;
 use crate::ledger::Ledger;
-use crate::lifecycle::Status;
-use crate::registry::Registry;
+use crate::model::error::Error;
+use crate::model::lifecycle::Status;
+use crate::model::registry::Registry;
+use crate::model::text::printable;
 use crate::store::EventStore;
-use crate::text::printable;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\

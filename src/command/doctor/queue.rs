@@ -7,8 +7,8 @@ use time::format_description::well_known::Rfc3339;
 
 use super::database::of_clock;
 use super::{Check, Level};
-use crate::config::Config;
-use crate::error::Error;
+use crate::command::config::Config;
+use crate::model::error::Error;
 use crate::queue::{Allowed, Queue, SqsQueue};
 use crate::store::QueueRecord;
 

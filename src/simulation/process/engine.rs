@@ -3,13 +3,13 @@
 
 use std::sync::Arc;
 
-use crate::apply::Batch;
-use crate::catch_up::{Cursor, lowest_due};
-use crate::deliver::{Delivered, may_break, must_be_rebuilt, without_claim};
-use crate::event::{Event, Position};
+use crate::engine::apply::Batch;
+use crate::engine::catch_up::{Cursor, lowest_due};
+use crate::engine::deliver::{Delivered, may_break, must_be_rebuilt, without_claim};
 use crate::ledger::Entry;
-use crate::lifecycle::{FailedEvent, Failure, Stage, Status, Step};
-use crate::registry::{Registered, Registry};
+use crate::model::event::{Event, Position};
+use crate::model::lifecycle::{FailedEvent, Failure, Stage, Status, Step};
+use crate::model::registry::{Registered, Registry};
 use crate::simulation::bug::Bug;
 use crate::simulation::cast::Release;
 use crate::simulation::invariants::Claim;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::event::Position;
+use crate::model::event::Position;
 use crate::simulation::bug::Bug;
 use crate::simulation::seen::Seen;
 use crate::simulation::statements::DatabaseError;

@@ -2,9 +2,9 @@
 
 use super::Ended;
 use super::high_water::raise_high_water;
-use crate::event::Position;
+use crate::engine::relay::deduplication_id;
+use crate::model::event::Position;
 use crate::queue;
-use crate::relay::deduplication_id;
 use crate::simulation::bug::Bug;
 use crate::simulation::queue::QueueError;
 use crate::simulation::schedule;

@@ -2,9 +2,9 @@
 
 use super::Ended;
 use crate::ledger::Entry;
-use crate::lifecycle::{Stage, Status, Step};
-use crate::projector::ProjectorId;
-use crate::registry::Registry;
+use crate::model::lifecycle::{Stage, Status, Step};
+use crate::model::projector::ProjectorId;
+use crate::model::registry::Registry;
 use crate::simulation::bug::Bug;
 use crate::simulation::cast;
 use crate::simulation::seen::Seen;

@@ -1,6 +1,6 @@
 //! Writers: the Rust API, which tries again, and plain inserts of any language, which do not.
 
-use crate::event::{Event, Position, Recorded};
+use crate::model::event::{Event, Position, Recorded};
 use crate::simulation::cast::TYPES;
 use crate::simulation::seen::Seen;
 use crate::simulation::statements::{DatabaseError, PATIENT_LOCK_WAIT};

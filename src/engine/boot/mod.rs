@@ -1,0 +1,315 @@
+//! Boot: rounds of catch-up, until every new projector of a release can be handed over.
+
+mod admission;
+mod report;
+mod target;
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use tracing::{error, info, warn};
+
+use crate::database::Database;
+use crate::engine::catch_up::{Cursor, CursorState};
+use crate::engine::deliver::{Engine, Limits};
+use crate::engine::handoff::{has_reached, oldest_queued};
+use crate::engine::stall_watch::HeldWatch;
+use crate::ledger::{Entry, LedgerError};
+use crate::model::error::Error;
+use crate::model::event::Position;
+use crate::model::lifecycle::{Stage, Status, Step};
+use crate::model::projector::{Mode, ProjectorId};
+use crate::model::registry::{Registered, Registry};
+use crate::model::retry;
+use crate::store::HighWater;
+use report::Remarks;
+pub use report::{BootProgress, BootReport, BootWaiting, Booted};
+use target::Waiting;
+
+/// A round that was longer than a batch is followed by another, so that projectors go live fresh; but
+/// against a log that grows as fast as they replay, the handoff need not wait for ever: the queue feeds them.
+pub(crate) const MOST_ROUNDS_FOR_FRESHNESS: u32 = 20;
+
+/// How boot works.
+#[derive(Debug, Clone, Default)]
+#[non_exhaustive]
+pub struct BootSettings {
+    /// The bounds of the engine. For as long as its patience boot also waits for the high-water mark to reach the end
+    /// of the log.
+    pub limits: Limits,
+    /// The projectors to boot; empty: every one of the set.
+    pub only: Vec<ProjectorId>,
+    /// Projectors about which an operator has accepted what boot would refuse: rows in the tables of a new one, a wider
+    /// subscription, a table that was restored.
+    pub accept: Vec<ProjectorId>,
+}
+
+impl From<Limits> for BootSettings {
+    fn from(limits: Limits) -> Self {
+        BootSettings { limits, ..BootSettings::default() }
+    }
+}
+
+/// Boots every new, booting, stalled and broken projector of a set, and hands them over. Needs the database only.
+///
+/// `Ok` says what the ledger has now, also where a projector broke: see [`BootReport::is_released`].
+///
+/// # Errors
+/// [`Error::Input`] where the set contradicts the ledger, or a projector is named that the set does not have;
+/// [`Error::Database`] and [`Error::OutOfReach`] where the database fails for longer than `limits.patience`.
+pub async fn boot(
+    database: &Database,
+    registry: &Registry,
+    settings: impl Into<BootSettings>,
+    progress: impl FnMut(&BootProgress),
+) -> Result<BootReport, Error> {
+    let booting = async {
+        let boot = Boot::new(database, registry, settings.into())?;
+        // In a box: the caller's future would be as large as all that boot does.
+        Box::pin(boot.run(progress)).await
+    };
+    booting.await.inspect_err(|error| tell_failed(error, registry.release()))
+}
+
+/// Tells that a boot ended, before its end, for a reason other than a broken projector: somebody should look, for the
+/// deploy stands. [`boot`] does so itself; what ends a boot outside it, and may do so only once, calls this.
+pub(crate) fn tell_failed(error: &Error, release: Option<&str>) {
+    let released = false;
+    error!(alert = "boot_failed", %error, released, release, "boot failed: this release must not go on");
+}
+
+struct Boot<'a> {
+    engine: Engine,
+    registry: &'a Registry,
+    /// The projectors that are to be booted.
+    chosen: Vec<Arc<Registered>>,
+    accept: Vec<ProjectorId>,
+    /// The end of the log that was visible when it began. What it boots has to come so far.
+    target: Position,
+    remarks: Remarks,
+    held: HeldWatch,
+    /// What it waits for, while the mark is held below the target.
+    waiting: Option<Waiting>,
+}
+
+impl<'a> Boot<'a> {
+    fn new(database: &Database, registry: &'a Registry, settings: BootSettings) -> Result<Self, Error> {
+        for id in settings.only.iter().chain(&settings.accept) {
+            if registry.get(id).is_none() {
+                let known: Vec<String> = registry.iter().map(|projector| projector.id.to_string()).collect();
+                return Err(Error::Input(format!("this set has no projector {id}; it has: {}", known.join(", "))));
+            }
+        }
+        let is_chosen = |id: &ProjectorId| settings.only.is_empty() || settings.only.contains(id);
+        Ok(Boot {
+            engine: Engine::new(database, settings.limits, registry),
+            registry,
+            chosen: registry.iter().filter(|projector| is_chosen(&projector.id)).cloned().collect(),
+            accept: settings.accept,
+            target: Position::START,
+            remarks: Remarks::default(),
+            held: HeldWatch::default(),
+            waiting: None,
+        })
+    }
+
+    async fn run(mut self, mut progress: impl FnMut(&BootProgress)) -> Result<BootReport, Error> {
+        let began = Instant::now();
+        // First of all: what is visible now must not be missing at the end.
+        let is_whole = self.read_target().await?;
+        let before = self.entries().await?;
+        check_modes(&self.chosen, &before)?;
+        if is_whole && self.may_enter(&before, &mut progress).await? {
+            let mut cursors = self.admit(&before).await?;
+            self.replay(&mut cursors, &mut progress).await?;
+            if let Some(gave_up) = cursors.iter().find_map(|cursor| match &cursor.state {
+                CursorState::GaveUp(error) => Some(format!("{}: {error}", cursor.projector.id)),
+                _ => None,
+            }) {
+                return Err(Error::OutOfReach(format!(
+                    "boot gave up on the database; run it again, it goes on where it stopped: {gave_up}"
+                )));
+            }
+        }
+        let after = self.entries().await?;
+        let (engine, chosen, target) = (self.engine.clone(), self.chosen.clone(), self.target);
+        let remarks = std::mem::take(&mut self.remarks);
+        let report = remarks.report(chosen.iter().map(Arc::as_ref), &before, &after, target);
+        if report.is_released() {
+            self.record_played(&after).await?;
+        }
+        tell_ended(&report, engine.release.as_deref(), began);
+        Ok(report)
+    }
+
+    /// Records the definitions of what this boot did not replay. Only now, when the release may go on: before, the
+    /// workers of the one that runs would no longer play them.
+    async fn record_played(&self, entries: &[Entry]) -> Result<(), Error> {
+        let tables = self.tables(entries).await?;
+        for projector in &self.chosen {
+            let entry = entries.iter().find(|entry| entry.id == projector.id);
+            let Some(entry) = entry.filter(|entry| matches!(entry.status, Status::Live | Status::Finished)) else {
+                continue;
+            };
+            self.record_definition(projector, entry).await?;
+            if entry.owned_tables.is_none() || self.accept.contains(&projector.id) {
+                self.record_tables(projector, entry, Vec::new(), &tables).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Rounds of catch-up and handoff, until none is left or one broke; then for the repairs alone.
+    async fn replay(&mut self, cursors: &mut [Cursor], progress: &mut impl FnMut(&BootProgress)) -> Result<(), Error> {
+        let is_first = !self.entries().await?.iter().any(|entry| entry.status == Status::Live);
+        let mut rounds = 0;
+        loop {
+            if cursors.iter().any(|cursor| matches!(cursor.state, CursorState::GaveUp(_))) {
+                return Ok(());
+            }
+            let Some(start) = cursors.iter().filter(|cursor| cursor.is_running()).map(|cursor| cursor.position).min()
+            else {
+                return Ok(());
+            };
+            let high_water = self.raise_high_water().await?;
+            let mark = high_water.mark;
+            if start < mark {
+                rounds += 1;
+                info!(round = rounds, from = start.get(), through = mark.get(), "replaying");
+            }
+            let mut tell = |cursors: &[Cursor]| progress(&BootProgress::of(cursors, mark, None));
+            tell(cursors);
+            self.engine.catch_up(Stage::Boot, cursors, mark, tell).await?;
+            if cursors.iter().any(Cursor::has_stopped_boot) {
+                self.remarks.is_stopped = true;
+                self.stall(cursors).await?;
+            }
+            if mark < self.target {
+                if !self.waits(&high_water, cursors, progress).await {
+                    return Ok(());
+                }
+                continue;
+            }
+            let was_short = mark.since(start) <= self.engine.limits.batch;
+            if was_short || rounds >= MOST_ROUNDS_FOR_FRESHNESS {
+                self.release(cursors, mark, is_first).await?;
+            }
+        }
+    }
+
+    /// Hands over, or finishes, every cursor that has come far enough: to the end of the log that was visible when boot
+    /// began, at least.
+    async fn release(&self, cursors: &mut [Cursor], mark: Position, is_first: bool) -> Result<(), Error> {
+        for cursor in cursors.iter_mut().filter(|cursor| cursor.is_running()) {
+            let row = match cursor.projector.mode {
+                Mode::Once => self.finish(cursor, mark.max(self.target)).await?,
+                Mode::FromBeginning | Mode::FromNow => {
+                    let oldest = oldest_queued(self.registry, &self.entries().await?, mark);
+                    self.engine.hand_over(cursor, oldest.max(self.target)).await?
+                }
+            };
+            cursor.note_row(row.as_ref());
+        }
+        if is_first && cursors.iter().any(|cursor| cursor.projector.mode != Mode::Once) {
+            // Nobody awaits anything below: the queue need not carry the history of the log.
+            let publish = || self.engine.store.set_published(mark);
+            self.engine.persist("set the published mark", publish).await?;
+        }
+        Ok(())
+    }
+
+    /// Finishes a projector of mode once, if it still stands at or beyond `target`. Returns its row
+    /// as it is afterwards, if there is one.
+    async fn finish(&self, cursor: &Cursor, target: Position) -> Result<Option<Entry>, LedgerError> {
+        let id = &cursor.projector.id;
+        let still = |entry: &Entry| has_reached(entry, target) && entry.is_booted_with(&cursor.projector.digest);
+        let step = || self.engine.ledger.step(id, Step::Finish, still);
+        let entry = self.engine.persist("finish", step).await?;
+        if let Some(entry) = entry.as_ref().filter(|entry| entry.status == Status::Finished) {
+            let (from, began) = cursor.start;
+            info!(
+                projector = %id, status = %entry.status, position = entry.position.get(),
+                events = entry.position.since(from), seconds = retry::seconds(began.elapsed()),
+                release = self.engine.release, "finished"
+            );
+        }
+        Ok(entry)
+    }
+
+    /// Once a projector has failed that was not broken before: marks the others as stalled, but for those that are being
+    /// repaired, which go on.
+    async fn stall(&self, cursors: &mut [Cursor]) -> Result<(), Error> {
+        if !self.remarks.is_stopped {
+            return Ok(());
+        }
+        for cursor in cursors.iter_mut().filter(|cursor| cursor.is_running() && !cursor.is_repair) {
+            let still = |entry: &Entry| matches!(entry.status, Status::Booting | Status::Stalled);
+            let step = || self.engine.ledger.step(&cursor.projector.id, Step::Stall, still);
+            self.engine.persist("stall a projector", step).await?;
+            warn!(
+                projector = %cursor.projector.id, status = "stalled", position = cursor.position.get(),
+                release = self.engine.release, "stalled: another projector of this boot failed"
+            );
+            cursor.state = CursorState::Left;
+        }
+        Ok(())
+    }
+
+    async fn entries(&self) -> Result<Vec<Entry>, sqlx::Error> {
+        self.engine.persist("read the ledger", || self.engine.ledger.entries()).await
+    }
+
+    async fn raise_high_water(&mut self) -> Result<HighWater, sqlx::Error> {
+        let raise = || self.engine.store.raise_high_water();
+        let high_water = self.engine.persist("raise the high-water mark", raise).await?;
+        self.held.note(high_water.held.clone());
+        Ok(high_water)
+    }
+}
+
+fn tell_ended(report: &BootReport, release: Option<&str>, began: Instant) {
+    let (released, seconds) = (report.is_released(), retry::seconds(began.elapsed()));
+    if released {
+        info!(released, release, seconds, projectors = report.projectors.len(), "booted: this release may go on");
+        return;
+    }
+    let broken: Vec<String> = report.broken().map(|booted| booted.id.to_string()).collect();
+    let is_only_broken = report.is_only_broken();
+    let error = (!is_only_broken).then(|| report.why());
+    let broken = (!broken.is_empty()).then(|| broken.join(" "));
+    error!(
+        alert = "boot_failed",
+        broken, error, released, release, seconds, "boot failed: this release must not go on"
+    );
+}
+
+/// Where a projector begins that is seen for the first time.
+pub(crate) fn first_position(mode: Mode, high_water: Position) -> Position {
+    match mode {
+        Mode::FromNow => high_water,
+        Mode::FromBeginning | Mode::Once => Position::START,
+    }
+}
+
+/// A mode is decided once, at first sight: what was skipped or replayed then cannot be taken back.
+fn check_modes(chosen: &[Arc<Registered>], ledger: &[Entry]) -> Result<(), Error> {
+    for entry in ledger {
+        let projector = chosen.iter().find(|projector| projector.id == entry.id);
+        if let Some(projector) = projector.filter(|projector| projector.mode != entry.mode) {
+            return Err(Error::Input(format!(
+                "projector {} was booted as {} and is {} now: give it a new version to run it in another mode",
+                entry.id, entry.mode, projector.mode
+            )));
+        }
+    }
+    Ok(())
+}
+
+impl From<LedgerError> for Error {
+    fn from(error: LedgerError) -> Self {
+        match error {
+            LedgerError::Database(error) => Error::Database(error),
+            LedgerError::Step(..) => Error::Input(error.to_string()),
+        }
+    }
+}

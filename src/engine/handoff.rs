@@ -1,0 +1,107 @@
+//! From booting to live: the switch from the event store to the live queue.
+
+use tracing::info;
+
+use crate::engine::catch_up::Cursor;
+use crate::engine::deliver::Engine;
+use crate::ledger::{Entry, LedgerError};
+use crate::model::event::Position;
+use crate::model::lifecycle::{Stage, Status, Step};
+use crate::model::registry::Registry;
+use crate::model::retry;
+
+/// The oldest event that may still be in the queue: the lowest position that a live projector of this
+/// release still awaits. With none live, nobody has taken anything out of the queue, and the high-water
+/// mark stands for it.
+pub(crate) fn oldest_queued(registry: &Registry, ledger: &[Entry], high_water: Position) -> Position {
+    let live = ledger.iter().filter(|entry| entry.status == Status::Live && registry.get(&entry.id).is_some());
+    live.map(|entry| entry.position).min().unwrap_or(high_water)
+}
+
+/// Whether boot is done with a projector that had to come to `position`: it is still boot's, need not be rebuilt, and has come
+/// there.
+pub(crate) fn has_reached(entry: &Entry, position: Position) -> bool {
+    Stage::Boot.plays(&entry.status) && entry.rebuild_reason.is_none() && entry.position >= position
+}
+
+impl Engine {
+    /// Makes a projector live, under its row's lock, if it still stands at or beyond `oldest_queued`. Returns its
+    /// row as it is afterwards, if there is one.
+    ///
+    /// This is where boot may stop, not what makes it safe: a worker of an old release may have deleted
+    /// messages that this projector never saw. The first message that does not continue its position
+    /// makes play read the difference from the store.
+    pub(crate) async fn hand_over(
+        &self,
+        cursor: &Cursor,
+        oldest_queued: Position,
+    ) -> Result<Option<Entry>, LedgerError> {
+        let id = &cursor.projector.id;
+        let still = |entry: &Entry| has_reached(entry, oldest_queued) && entry.is_booted_with(&cursor.projector.digest);
+        let step = || self.ledger.step(id, Step::HandOver, still);
+        let entry = self.persist("hand over", step).await?;
+        if let Some(entry) = entry.as_ref().filter(|entry| entry.status == Status::Live) {
+            let (from, began) = cursor.start;
+            info!(
+                projector = %id, status = %entry.status, position = entry.position.get(),
+                oldest_queued = oldest_queued.get(), events = entry.position.since(from),
+                seconds = retry::seconds(began.elapsed()), release = self.release, "handed over: live"
+            );
+        }
+        Ok(entry)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::projector::{Mode, ProjectorId};
+
+    struct Idle(&'static str);
+
+    #[crate::async_trait]
+    impl crate::Projector for Idle {
+        fn name(&self) -> &str {
+            self.0
+        }
+
+        async fn handle(&self, _: &crate::Event, _: &mut sqlx::MySqlConnection) -> anyhow::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn entry(name: &str, status: Status, position: u64) -> Entry {
+        let id = ProjectorId { name: name.into(), version: 1 };
+        Entry {
+            id,
+            mode: Mode::FromBeginning,
+            status,
+            position: Position::new(position),
+            side_effects: false,
+            start_position: Some(Position::START),
+            digest: None,
+            event_types: None,
+            owned_tables: None,
+            rebuild_reason: None,
+        }
+    }
+
+    /// Another boot was at it, and its handler committed a part of the next batch.
+    #[test]
+    fn a_projector_that_must_be_rebuilt_has_reached_nothing() {
+        let whole = entry("a", Status::Booting, 70);
+        let incomplete = Entry { rebuild_reason: Some("a part of a batch is stored".into()), ..whole.clone() };
+        assert!(has_reached(&whole, Position::new(70)) && !has_reached(&incomplete, Position::new(70)));
+    }
+
+    #[test]
+    fn the_oldest_queued_event_is_the_lowest_that_a_live_projector_of_this_release_awaits() {
+        let registry = Registry::new().with(Idle("a")).and_then(|r| r.with(Idle("b"))).expect("two names");
+        let mark = Position::new(90);
+        let ledger =
+            [entry("a", Status::Live, 70), entry("b", Status::Live, 60), entry("of_another_release", Status::Live, 10)];
+        assert_eq!(oldest_queued(&registry, &ledger, mark), Position::new(60));
+        let ledger = [entry("a", Status::Stalled, 20), entry("b", Status::Finished, 30)];
+        assert_eq!(oldest_queued(&registry, &ledger, mark), mark);
+    }
+}

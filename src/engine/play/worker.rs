@@ -1,0 +1,202 @@
+//! The worker: the engine, the convoy, and what is known of who stands still. Play feeds it from the queue, and so does Lambda.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use tracing::{info, warn};
+
+use super::Quarrel;
+use super::convoy::{ConvoyBudget, Stragglers};
+use super::foreign::ForeignWatch;
+use super::reconcile::Reconcile;
+use crate::database::Database;
+use crate::engine::deliver::{Engine, Limits};
+use crate::engine::stall_watch::LogWatch;
+use crate::ledger::{Entry, Live};
+use crate::model::error::Error;
+use crate::model::event::Position;
+use crate::model::lifecycle::{Stage, Status};
+use crate::model::metrics;
+use crate::model::projector::ProjectorId;
+use crate::model::registry::Registry;
+use crate::model::retry;
+use crate::queue::Foreign;
+
+/// A receive that takes so long is worth a line in the log.
+const SLOW: Duration = Duration::from_secs(1);
+
+/// What passes messages to the live projectors of a set, and repairs what the queue loses.
+pub(crate) struct Worker {
+    pub(crate) engine: Engine,
+    pub(super) registry: Registry,
+    /// Which log it was when messages last came; only to tell of a change.
+    pub(super) log_id: String,
+    pub(super) foreign: ForeignWatch,
+    pub(super) budget: ConvoyBudget,
+    /// How long a projector may stand still below the mark before the queue has lost what it waits for.
+    pub(super) reconcile_after: Duration,
+    pub(super) reconcile: Reconcile,
+    pub(super) stragglers: Stragglers,
+    /// What is known of the mark's troubles. The relay of this process has it, too.
+    pub(crate) watch: LogWatch,
+    /// Whom the others in the convoy wait for.
+    pub(super) led: Option<ProjectorId>,
+    /// Projectors that broke since it began.
+    pub(super) broken: u64,
+    /// Live projectors that were booted with another definition than this worker has, as it was last logged.
+    outdated: BTreeSet<ProjectorId>,
+    quarrel: Quarrel,
+}
+
+impl Worker {
+    /// Reads which log it is, and says whom it plays, and whom not.
+    ///
+    /// # Errors
+    /// If the log or the ledger cannot be read, for another reason than that the database is away: that is waited for.
+    pub(crate) async fn new(
+        database: &Database,
+        registry: &Registry,
+        limits: Limits,
+        budget: ConvoyBudget,
+        reconcile_after: Duration,
+    ) -> Result<Self, Error> {
+        // A worker that gave up on one projector would delete messages that it has not passed.
+        let limits = Limits { patience: None, ..limits };
+        let engine = Engine::new(database, limits, registry);
+        let log_id = engine.persist("read the marks of the log", || engine.store.marks()).await?.log.id;
+        let worker = Worker {
+            engine,
+            registry: registry.clone(),
+            log_id,
+            foreign: ForeignWatch::default(),
+            budget,
+            reconcile_after,
+            reconcile: Reconcile::default(),
+            stragglers: Stragglers::new(database),
+            watch: LogWatch::default(),
+            led: None,
+            broken: 0,
+            outdated: BTreeSet::new(),
+            quarrel: Quarrel::default(),
+        };
+        worker.introduce().await?;
+        Ok(worker)
+    }
+
+    /// Says whom it plays, and whom not.
+    async fn introduce(&self) -> Result<(), Error> {
+        let (sessions, projectors) = (self.engine.database.handler_connections(), self.registry.with_own_sessions());
+        if projectors > sessions {
+            warn!(
+                projectors,
+                sessions,
+                "more projectors keep a database session of their own than there are connections for handlers: the others \
+                 open a new one for each batch. Raise --connections, or let those that leave nothing in a session share \
+                 (SessionUse::Shared)"
+            );
+        }
+        let entries = self.engine.persist("read the ledger", || self.engine.ledger.entries()).await?;
+        for projector in self.registry.iter() {
+            match entries.iter().find(|entry| entry.id == projector.id) {
+                None => warn!(projector = %projector.id, status = "new", "not booted, and so not played: run boot"),
+                // Logged when the live projectors are read.
+                Some(entry) if entry.status == Status::Live && !entry.is_booted_with(&projector.digest) => {}
+                Some(entry) if entry.status == Status::Live => {
+                    info!(
+                        projector = %entry.id, status = %entry.status, position = entry.position.get(),
+                        release = self.engine.release, "playing"
+                    );
+                }
+                Some(entry) if Stage::Boot.plays(&entry.status) => {
+                    warn!(projector = %entry.id, status = %entry.status, "not live, and so not played: run boot");
+                }
+                Some(entry) => info!(projector = %entry.id, status = %entry.status, "not played"),
+            }
+        }
+        Ok(())
+    }
+
+    /// Fans messages out, again and again if the database is away, until each live projector is past those that are ours. Says
+    /// of each message why it is not ours; `None`: it is, and may be deleted.
+    pub(crate) async fn pass(&mut self, bodies: &[String]) -> Vec<Option<Foreign>> {
+        let began = Instant::now();
+        loop {
+            match self.fan_out(bodies).await {
+                Ok(verdicts) => {
+                    self.quarrel.over("the database works again");
+                    if verdicts.iter().any(Option::is_none) {
+                        note_committed(bodies.len(), began.elapsed());
+                    }
+                    return verdicts;
+                }
+                Err(error) => {
+                    let pause = self.quarrel.again("cannot fan out, trying again", &error);
+                    tokio::time::sleep(pause).await;
+                }
+            }
+        }
+    }
+
+    /// What the ledger has of the projectors of the set.
+    pub(crate) async fn entries(&self) -> Result<Vec<Entry>, sqlx::Error> {
+        let mut entries = self.engine.ledger.entries().await?;
+        entries.retain(|entry| self.registry.get(&entry.id).is_some());
+        Ok(entries)
+    }
+
+    /// The live projectors of the set that were booted with the definition of this worker, and where they stand.
+    pub(super) async fn live(&self) -> Result<Vec<(ProjectorId, Position)>, sqlx::Error> {
+        let live = self.engine.ledger.live().await?;
+        Ok(live.into_iter().filter(|live| self.plays(live)).map(|live| (live.id, live.position)).collect())
+    }
+
+    /// [`Worker::live`]. Logs which projectors became outdated since the last time, and which no longer are.
+    pub(super) async fn live_and_outdated(&mut self) -> Result<Vec<(ProjectorId, Position)>, sqlx::Error> {
+        let live = self.engine.ledger.live().await?;
+        Ok(self.sort_out(live))
+    }
+
+    /// The live projectors that this worker plays. See [`Worker::live_and_outdated`].
+    pub(super) fn sort_out(&mut self, live: Vec<Live>) -> Vec<(ProjectorId, Position)> {
+        let (played, others): (Vec<Live>, Vec<Live>) = live.into_iter().partition(|live| self.plays(live));
+        let is_known = |live: &Live| self.registry.get(&live.id).is_some();
+        let outdated: BTreeSet<ProjectorId> = others.into_iter().filter(is_known).map(|live| live.id).collect();
+        for id in outdated.difference(&self.outdated) {
+            warn!(
+                projector = %id, release = self.engine.release,
+                "outdated: it was booted with another definition than this worker has, so this worker does not play it. \
+                 Deploy the release that was booted last, or boot this one"
+            );
+        }
+        for id in self.outdated.difference(&outdated) {
+            info!(projector = %id, release = self.engine.release, "no longer outdated");
+        }
+        self.outdated = outdated;
+        played.into_iter().map(|live| (live.id, live.position)).collect()
+    }
+
+    /// Whether this worker has the definition with which a live projector was booted.
+    fn plays(&self, live: &Live) -> bool {
+        let projector = self.registry.get(&live.id);
+        projector.is_some_and(|projector| live.digest.as_ref().is_none_or(|booted| *booted == projector.digest))
+    }
+
+    /// The live projectors that this worker does not play because its definition is not the booted one.
+    pub(crate) fn outdated(&self) -> &BTreeSet<ProjectorId> {
+        &self.outdated
+    }
+
+    /// How many projectors broke since it began, outside the convoy as well.
+    pub(crate) fn broken_so_far(&mut self) -> u64 {
+        self.broken += self.stragglers.rejoin();
+        self.broken
+    }
+}
+
+/// Takes note of a receive that every live projector is past, and tells of one that was slow.
+fn note_committed(messages: usize, took: Duration) {
+    metrics::committed(took);
+    if took >= SLOW {
+        info!(messages, seconds = retry::seconds(took), "a slow receive");
+    }
+}

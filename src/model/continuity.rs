@@ -1,0 +1,167 @@
+//! The chain rule: what a projector does with a run of events, decided by its position alone.
+
+use std::collections::VecDeque;
+
+use crate::model::event::{Event, Position};
+
+/// Consecutive events of the log: all positions after `prev`, up to and with the last event's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Run {
+    prev: Position,
+    events: Vec<Event>,
+}
+
+impl Run {
+    /// The events after `prev`, if they really are consecutive and begin just after it.
+    pub(crate) fn new(prev: Position, events: Vec<Event>) -> Option<Self> {
+        let mut expected = prev;
+        let consecutive = events.iter().all(|event| {
+            expected = expected.next();
+            event.position() == expected
+        });
+        (consecutive && !events.is_empty()).then_some(Run { prev, events })
+    }
+
+    pub(crate) fn prev(&self) -> Position {
+        self.prev
+    }
+
+    /// The last position in it.
+    pub(crate) fn last(&self) -> Position {
+        self.events.last().map_or(self.prev, Event::position)
+    }
+
+    /// The events above a position.
+    pub(crate) fn above(&self, position: Position) -> &[Event] {
+        &self.events[self.known(position) as usize..]
+    }
+
+    /// How many of its events do not lie above a position.
+    pub(crate) fn known(&self, position: Position) -> u64 {
+        position.since(self.prev).min(self.events.len() as u64)
+    }
+}
+
+/// What to do with a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Link {
+    /// All of it is applied already.
+    Skip,
+    /// It continues what is applied: apply the events above the position.
+    Apply,
+    /// Something before it is missing: catch up from the store through its last position.
+    CatchUp,
+}
+
+/// The chain rule (design, section 3, step 6).
+pub(crate) fn link(position: Position, run: &Run) -> Link {
+    if run.last() <= position {
+        Link::Skip
+    } else if run.prev() <= position {
+        Link::Apply
+    } else {
+        Link::CatchUp
+    }
+}
+
+/// Orders runs and joins those that touch or overlap, so that repetition and disorder within one
+/// receive cost nothing.
+pub(crate) fn join(mut runs: Vec<Run>) -> Vec<Run> {
+    runs.sort_by_key(|run| (run.prev(), run.last()));
+    let mut runs = VecDeque::from(runs);
+    let mut joined: Vec<Run> = Vec::with_capacity(runs.len());
+    while let Some(mut run) = runs.pop_front() {
+        match joined.last_mut() {
+            Some(before) if run.prev() <= before.last() => {
+                let known = before.last().since(run.prev()).min(run.events.len() as u64) as usize;
+                before.events.extend(run.events.drain(known..));
+            }
+            _ => joined.push(run),
+        }
+    }
+    joined
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::model::event::Recorded;
+
+    pub(crate) fn event(position: u64) -> Event {
+        recorded(position).into()
+    }
+
+    pub(crate) fn recorded(position: u64) -> Recorded {
+        Recorded {
+            position: Position::new(position),
+            event_id: format!("event-{position}"),
+            stream_id: "case-1".into(),
+            stream_version: position,
+            event_type: "Confirmation of receipt".into(),
+            recorded_at: time::OffsetDateTime::UNIX_EPOCH,
+            payload: "{}".into(),
+            metadata: None,
+        }
+    }
+
+    fn run(prev: u64, last: u64) -> Run {
+        Run::new(Position::new(prev), (prev + 1..=last).map(event).collect()).expect("consecutive")
+    }
+
+    #[test]
+    fn a_run_has_no_holes_and_begins_after_its_prev() {
+        assert!(Run::new(Position::new(4), vec![event(5), event(6)]).is_some());
+        assert!(Run::new(Position::new(4), vec![event(5), event(7)]).is_none());
+        assert!(Run::new(Position::new(4), vec![event(6)]).is_none());
+        assert!(Run::new(Position::new(4), vec![event(5), event(5)]).is_none());
+        assert!(Run::new(Position::new(4), vec![]).is_none());
+    }
+
+    proptest! {
+        /// Whatever arrives, in whatever order and however often: following the chain rule, a projector
+        /// applies every position from where it stood to the highest one that it saw, each once, ascending.
+        #[test]
+        fn any_loss_repetition_or_disorder_leaves_every_position_applied_once(
+            start in 0u64..30,
+            deliveries in prop::collection::vec(prop::collection::vec((0u64..60, 1u64..8), 1..6), 1..12),
+        ) {
+            let mut position = start;
+            let mut applied = Vec::new();
+            let mut seen = start;
+            for delivery in deliveries {
+                let runs = join(delivery.iter().map(|&(prev, length)| run(prev, prev + length)).collect());
+                for run in &runs {
+                    seen = seen.max(run.last().get());
+                    match link(Position::new(position), run) {
+                        Link::Skip => {}
+                        Link::Apply => applied.extend(run.above(Position::new(position)).iter().map(|e| e.position().get())),
+                        // The store holds every position, so catching up applies exactly these.
+                        Link::CatchUp => applied.extend(position + 1..=run.last().get()),
+                    }
+                    position = position.max(run.last().get());
+                }
+            }
+            prop_assert_eq!(applied, (start + 1..=seen).collect::<Vec<_>>());
+        }
+
+        #[test]
+        fn joined_runs_hold_the_same_positions_and_never_touch(
+            runs in prop::collection::vec((0u64..60, 1u64..8), 0..12),
+        ) {
+            let positions = |runs: &[Run]| -> std::collections::BTreeSet<u64> {
+                runs.iter().flat_map(|run| run.events.iter().map(|event| event.position().get())).collect()
+            };
+            let runs: Vec<Run> = runs.into_iter().map(|(prev, length)| run(prev, prev + length)).collect();
+            let joined = join(runs.clone());
+            prop_assert_eq!(positions(&joined), positions(&runs));
+            for pair in joined.windows(2) {
+                prop_assert!(pair[0].last() < pair[1].prev());
+            }
+            for run in &joined {
+                prop_assert_eq!(Some(run.clone()), Run::new(run.prev, run.events.clone()));
+            }
+        }
+    }
+}

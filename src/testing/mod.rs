@@ -1,0 +1,4 @@
+//! Helpers for unit tests.
+
+pub(crate) mod corrupted;
+pub(crate) mod hot_path;
