@@ -11,7 +11,7 @@ use serde::Deserialize;
 struct CasesPerDepartment;
 
 #[derive(Deserialize)]
-struct Received {
+struct ReceiptPayload {
     department: String,
 }
 
@@ -41,7 +41,7 @@ impl Projector for CasesPerDepartment {
     }
 
     async fn handle(&self, event: &Event, db: &mut sqlx::MySqlConnection) -> anyhow::Result<()> {
-        let received: Received = event.payload()?;
+        let received: ReceiptPayload = event.payload()?;
         sqlx::query(
             "insert into cases_per_department (department, cases) values (?, 1) \
              on duplicate key update cases = cases + 1",

@@ -33,7 +33,7 @@ apt_mirrors() { # those that apt already uses
 mysql_install() {
   [[ ! -d $mysql_folder ]] || return 0
   command -v apt-get >/dev/null || die "real MySQL needs Debian's apt-get here, or a Docker engine"
-  say "fetching MySQL from Debian unstable (about 25 s)"
+  log "fetching MySQL from Debian unstable (about 25 s)"
   local mirrors mirror attempt work=$CACHE/mysql.new log=$STATE/mysql/fetch.log
   # Without package lists apt names no mirror.
   mirrors=$(apt_mirrors) || { apt_update && mirrors=$(apt_mirrors); } || die "apt-get names no mirror to fetch MySQL from; as root run: apt-get update"
@@ -47,7 +47,7 @@ mysql_install() {
         return
       fi
     done
-    say "fetching MySQL failed, attempt $attempt of 3"
+    log "fetching MySQL failed, attempt $attempt of 3"
     [[ $attempt -eq 3 ]] || sleep $((attempt * 3))
   done
   tail -n 20 "$log" >&2
@@ -76,7 +76,7 @@ mysql_start() {
 mysql_query() {
   local program
   mysql_program bin/mysql
-  timeout 10 "${program[@]}" --host=127.0.0.1 --port="$(recorded mysql port)" --user=root --batch --skip-column-names -e "$1" 2>/dev/null
+  timeout 10 "${program[@]}" --host=127.0.0.1 --port="$(read_state mysql port)" --user=root --batch --skip-column-names -e "$1" 2>/dev/null
 }
 
-mysql_answers() { mysql_query 'select version()' >"$STATE/mysql/version"; }
+mysql_is_ready() { mysql_query 'select version()' >"$STATE/mysql/version"; }

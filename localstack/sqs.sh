@@ -7,7 +7,7 @@ sqs_services=sqs,cloudformation,cloudwatch,events,iam,logs,secretsmanager,sns,ss
 # The name changes with the list, so that an upgrade never runs on the packages of before.
 sqs_venv=$CACHE/localstack-$(cksum <"$ROOT/localstack/requirements.txt" | cut -d' ' -f1)
 
-sqs_endpoint() { echo "http://127.0.0.1:$(recorded sqs port)"; }
+sqs_endpoint() { echo "http://127.0.0.1:$(read_state sqs port)"; }
 
 python_311() { # prints a Python 3.11; this LocalStack does not load on others
   local candidate
@@ -27,7 +27,7 @@ sqs_install() {
   [[ ! -e $sqs_venv/complete ]] || return 0
   # uv brings roots of its own, which know nothing of a company's proxy.
   [[ ! -e /etc/ssl/certs/ca-certificates.crt ]] || export UV_SYSTEM_CERTS=1
-  say "installing LocalStack (15 to 40 s)"
+  log "installing LocalStack (15 to 40 s)"
   if ! uv=$(command -v uv); then
     uv=$CACHE/uv/bin/uv
     need python3 python3
@@ -47,7 +47,7 @@ sqs_install() {
 
 sqs_start() {
   local address services=${LOCALSTACK_SERVICES:-$sqs_services}
-  address=127.0.0.1:$(recorded sqs port)
+  address=127.0.0.1:$(read_state sqs port)
   echo "$services" >"$STATE/sqs/services"
   # Services load when first called: for SQS alone that is as quick as beforehand, for many it is much quicker.
   # It would tell its own CloudWatch of each message in a request of its own, and be busy with that for minutes after a load.
@@ -80,7 +80,7 @@ sqs_call() { # action json: prints the answer; fails where it is an error
 }
 
 # The queue belongs to being ready: LocalStack keeps it in memory only, so that every start makes it anew.
-sqs_answers() {
+sqs_is_ready() {
   local name='"QueueName":"projectionist.fifo"' size answer
   curl --silent --fail --noproxy '*' --max-time 5 "$(sqs_endpoint)/_localstack/health" >"$STATE/sqs/health" || return 1
   sed -n 's/.*"version": *"\([^"]*\)".*/\1/p' "$STATE/sqs/health" >"$STATE/sqs/version"

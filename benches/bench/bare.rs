@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 
 use crate::fence::Fence;
 use crate::log::{ONE_IN, RARE};
-use crate::projectors::{ROWS, ReadModel, Written};
+use crate::projectors::{ROWS, ReadModel, WriteEvent};
 use crate::world::World;
 
 macro_rules! events {
@@ -160,6 +160,6 @@ fn touch(row: &MySqlRow) -> Result<(), sqlx::Error> {
     Ok(())
 }
 
-fn written(row: &MySqlRow) -> Result<Written<'_>, sqlx::Error> {
-    Ok(Written { stream_id: row.try_get(2)?, event_type: row.try_get(4)?, recorded_at: row.try_get(5)? })
+fn written(row: &MySqlRow) -> Result<WriteEvent<'_>, sqlx::Error> {
+    Ok(WriteEvent { stream_id: row.try_get(2)?, event_type: row.try_get(4)?, recorded_at: row.try_get(5)? })
 }

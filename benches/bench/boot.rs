@@ -5,7 +5,7 @@ use projectionist::{EventTypes, Projector, Registry};
 use crate::lanes::{Series, in_turn, lane, per_second};
 use crate::log::RARE;
 use crate::projectors::{Nothing, ReadModel, UpsertEach, UpsertRows, declared, empty};
-use crate::sheet::{Least, Line, Sheet, Target, Unit};
+use crate::sheet::{EquivalentLoop, Line, Sheet, Target, Unit};
 use crate::world::World;
 use crate::{Bench, bare};
 
@@ -31,7 +31,7 @@ pub async fn nothing(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
         ],
     )
     .await?;
-    let least = Least {
+    let least = EquivalentLoop {
         what: "boot, do-nothing ÷ read and commit".into(),
         bare,
         bare_bound: bounds[2].clone(),
@@ -39,7 +39,7 @@ pub async fn nothing(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
     };
     let what = "boot, do-nothing ÷ read".into();
     let line = Line::ratio(1, what, Unit::PerSecond, ours, bounds.into(), Some(Target::AtLeast(0.8)));
-    sheet.add_with_least(line, least);
+    sheet.add_with_equivalent(line, least);
     Ok(())
 }
 
@@ -73,13 +73,13 @@ pub async fn upsert_each(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()>
         Line::ratio(2, what, Unit::PerSecond, ours, vec![bound.clone()], Some(Target::AtLeast(least)))
     };
     sheet.add(line("in Rust", each, 0.9));
-    let least = Least {
+    let least = EquivalentLoop {
         what: "boot, upsert per event declared ÷ multi-row by hand".into(),
         bare: together,
         bare_bound: bound.clone(),
         target: Target::AtLeast(0.9),
     };
-    sheet.add_with_least(line("declared", file, 3.0), least);
+    sheet.add_with_equivalent(line("declared", file, 3.0), least);
     Ok(())
 }
 
@@ -133,13 +133,13 @@ pub async fn eight_at_once(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<(
         ],
     )
     .await?;
-    let least = Least {
+    let least = EquivalentLoop {
         what: "boot, do-nothing, 8 projectors ÷ read and 8 commits".into(),
         bare: eight_commits,
         bare_bound: one_commit,
         target: Target::AtMost(1.25),
     };
-    sheet.add_with_least(times("boot, do-nothing", ours, bound, Some(Target::AtMost(1.5))), least);
+    sheet.add_with_equivalent(times("boot, do-nothing", ours, bound, Some(Target::AtMost(1.5))), least);
 
     // Each of them is written eight times.
     let world = &booted_once(bench, bench.options.fewer_events() / 4).await?;
@@ -179,13 +179,13 @@ pub async fn one_in_a_hundred(bench: &Bench, sheet: &mut Sheet) -> anyhow::Resul
         ],
     )
     .await?;
-    let least = Least {
+    let least = EquivalentLoop {
         what: "boot, do-nothing, 1% of the events ÷ read of 1%".into(),
         bare,
         bare_bound,
         target: Target::AtLeast(0.8),
     };
-    sheet.add_with_least(wanted("do-nothing", ours, bound), least);
+    sheet.add_with_equivalent(wanted("do-nothing", ours, bound), least);
 
     let events = bench.options.fewer_events();
     let world = &booted_once(bench, events).await?;

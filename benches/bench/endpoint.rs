@@ -14,8 +14,8 @@ use projectionist::SqsQueue;
 const VISIBILITY: Duration = Duration::from_secs(30);
 
 /// What one batch may hold.
-const MOST_IN_A_BATCH: usize = 10;
-const MOST_BYTES: usize = 1_000_000;
+const MAX_BATCH_MESSAGES: usize = 10;
+const MAX_BATCH_BYTES: usize = 1_000_000;
 
 /// Makes queues' names unique.
 static MADE: AtomicU64 = AtomicU64::new(0);
@@ -126,9 +126,9 @@ fn batches(bodies: &[String]) -> Vec<&[String]> {
     let (mut batches, mut rest) = (Vec::new(), bodies);
     while !rest.is_empty() {
         let mut bytes = 0;
-        let fits = rest.iter().take(MOST_IN_A_BATCH).take_while(|body| {
+        let fits = rest.iter().take(MAX_BATCH_MESSAGES).take_while(|body| {
             bytes += body.len();
-            bytes <= MOST_BYTES
+            bytes <= MAX_BATCH_BYTES
         });
         let (batch, others) = rest.split_at(fits.count().max(1));
         batches.push(batch);

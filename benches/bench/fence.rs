@@ -30,7 +30,7 @@ impl Fence {
     }
 
     /// Asks for whom there is something to do: of what deploys and other workers have changed, only the database knows.
-    pub async fn ask(&mut self) -> anyhow::Result<()> {
+    pub async fn lock_row(&mut self) -> anyhow::Result<()> {
         let all: Vec<(u32, u64)> = sqlx::query_as(ALL).fetch_all(&mut self.connection).await?;
         ensure!(all.contains(&(self.number, self.position)), "the position is not where it was left: {all:?}");
         Ok(())

@@ -9,12 +9,12 @@ use tokio::process::Command;
 
 use crate::lanes::{Series, median, per_second};
 use crate::projectors::{ReadModel, empty, folder};
-use crate::sheet::{By, Least, Line, Sheet, Target, Unit, grouped};
+use crate::sheet::{Comparison, EquivalentLoop, Line, Sheet, Target, Unit, grouped};
 use crate::world::World;
 use crate::{Bench, WORKER, bare};
 
 /// How often the peak is looked at. It only grows: what is missed is what the last moment added.
-const LOOK_EVERY: Duration = Duration::from_millis(5);
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// From how many events on a log is booted only once with a statement for every event: it takes minutes.
 const LONG: u64 = 2_000_000;
@@ -27,7 +27,7 @@ enum Worker<'a> {
     Declared(&'a Path, &'a ReadModel),
 }
 
-struct Ran {
+struct BootRun {
     took: Duration,
     peak_mib: f64,
 }
@@ -59,7 +59,7 @@ pub async fn growth(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
             unit: Unit::Seconds,
             ours: Series { name: "boot".into(), rounds: vec![first.took.as_secs_f64()] },
             bounds: vec![],
-            judged_by: By::Itself,
+            compared_by: Comparison::Absolute,
             target: None,
             note: None,
         });
@@ -100,7 +100,7 @@ impl World {
         Ok(size)
     }
 
-    async fn boot_process(&self, worker: &Worker<'_>) -> anyhow::Result<Ran> {
+    async fn boot_process(&self, worker: &Worker<'_>) -> anyhow::Result<BootRun> {
         let mut command = match worker {
             Worker::Nothing => {
                 let mut command = Command::new(std::env::current_exe()?);
@@ -121,11 +121,11 @@ impl World {
         let ended = loop {
             tokio::select! {
                 ended = process.wait() => break ended?,
-                () = tokio::time::sleep(LOOK_EVERY) => peak_mib = peak(pid).unwrap_or(peak_mib),
+                () = tokio::time::sleep(POLL_INTERVAL) => peak_mib = peak(pid).unwrap_or(peak_mib),
             }
         };
         ensure!(ended.success(), "boot ended with {ended}");
-        Ok(Ran { took: began.elapsed(), peak_mib })
+        Ok(BootRun { took: began.elapsed(), peak_mib })
     }
 }
 
@@ -150,19 +150,19 @@ fn add_lines(sheet: &mut Sheet, what: &str, sizes: &[Size], bare: &str, near: f6
             unit: Unit::PerSecond,
             ours: Series { name: name(size), rounds: size.rates.clone() },
             bounds: Vec::from_iter(is_longer.then(|| first(&smallest.rates))),
-            judged_by: By::Ratio,
+            compared_by: Comparison::Ratio,
             target: is_longer.then_some(Target::Within(0.85, 1.15)),
             note: None,
         };
         match is_longer {
             true => {
-                let least = Least {
+                let least = EquivalentLoop {
                     what: format!("boot process, {what} {} ÷ bare {bare} of as many", name(size)),
                     bare: Series { name: format!("bare {bare} {}", name(size)), rounds: size.bare_rates.clone() },
                     bare_bound: first(&smallest.bare_rates),
                     target: Target::AtLeast(near),
                 };
-                sheet.add_with_least(line, least);
+                sheet.add_with_equivalent(line, least);
             }
             false => sheet.add(line),
         }
@@ -172,7 +172,7 @@ fn add_lines(sheet: &mut Sheet, what: &str, sizes: &[Size], bare: &str, near: f6
             unit: Unit::Mebibytes,
             ours: Series { name: name(size), rounds: size.peaks.clone() },
             bounds: vec![],
-            judged_by: By::Itself,
+            compared_by: Comparison::Absolute,
             target: Some(Target::AtMost(64.0)),
             note: None,
         });

@@ -20,16 +20,16 @@ use tokio::time::{sleep_until, timeout};
 use crate::endpoint::{Endpoint, Kind};
 use crate::lanes::{Quantiles, in_turn, lane};
 use crate::projectors::{ReadModel, UpsertEach};
-use crate::sheet::{By, Least, Line, Sheet, Target, Unit};
-use crate::witness::Witness;
+use crate::queue_probes::ObservedQueue;
+use crate::sheet::{Comparison, EquivalentLoop, Line, Sheet, Target, Unit};
 use crate::world::World;
-use crate::{Bench, by_hand};
+use crate::{Bench, hand_written};
 
 /// What is not there by then is a failure.
-const PATIENCE: Duration = Duration::from_secs(120);
+const TIMEOUT: Duration = Duration::from_secs(120);
 
 /// A median delay of so many milliseconds, sending to an idle receiver, is that of a line that grows.
-const TOO_LATE: f64 = 500.0;
+const MAX_DELAY_MS: f64 = 500.0;
 
 /// Each on a connection of its own, taking every eighth event.
 const WRITERS: u64 = 8;
@@ -61,7 +61,7 @@ pub async fn delays(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
                 lane("append to projection by hand", || projected_by_hand(world, endpoint, model, schedule)),
             ];
             let [ours, bound, by_hand] = in_turn(bench.options.rounds.min(3), lanes).await?;
-            let is_overloaded = bound.of(|delays| delays.p50).median() > TOO_LATE;
+            let is_overloaded = bound.of(|delays| delays.p50).median() > MAX_DELAY_MS;
             let note = format!("{per_second}/s, {}: the queue does not take so many one by one", endpoint.name);
             let note = is_overloaded.then_some(note);
             for (name, figure, most) in [
@@ -75,18 +75,18 @@ pub async fn delays(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
                     unit: Unit::Milliseconds,
                     ours: ours.of(figure),
                     bounds: vec![bound.of(figure)],
-                    judged_by: By::Ratio,
+                    compared_by: Comparison::Ratio,
                     target: most.filter(|_| per_second == 100).map(Target::AtMost),
                     note: note.clone(),
                 };
-                let least = Least {
+                let least = EquivalentLoop {
                     what: format!("latency at {per_second}/s, {}, {name} ÷ by hand", endpoint.name),
                     bare: by_hand.of(figure),
                     bare_bound: bound.of(figure),
                     target: Target::AtMost(1.25),
                 };
                 match line.target {
-                    Some(_) => sheet.add_with_least(line, least),
+                    Some(_) => sheet.add_with_equivalent(line, least),
                     None => sheet.add(line),
                 }
             }
@@ -103,7 +103,7 @@ async fn projected(
     schedule: Schedule,
 ) -> anyhow::Result<Quantiles> {
     let queue = endpoint.make_queue(Kind::Fifo).await?;
-    let witness = Witness::of(Arc::clone(&queue.sqs) as Arc<dyn Queue>);
+    let witness = ObservedQueue::of(Arc::clone(&queue.sqs) as Arc<dyn Queue>);
     let (stop, stopped) = oneshot::channel::<()>();
     let (database, registry, watched) = (world.database.clone(), registry.clone(), Arc::clone(&witness));
     let playing = tokio::spawn(async move {
@@ -127,15 +127,15 @@ async fn projected_by_hand(
     schedule: Schedule,
 ) -> anyhow::Result<Quantiles> {
     let queue = endpoint.make_queue(Kind::Fifo).await?;
-    let publishing = tokio::spawn(by_hand::publish(world, Arc::clone(&queue.sqs)).await?);
+    let publishing = tokio::spawn(hand_written::publish(world, Arc::clone(&queue.sqs)).await?);
     let count = WRITERS + schedule.count;
-    let applying = by_hand::apply(world, &queue.sqs, model, count as usize);
+    let applying = hand_written::apply(world, &queue.sqs, model, count as usize);
     let appending = async {
         Schedule { per_second: 100, count: WRITERS }.append(world).await?;
         schedule.append(world).await
     };
     let (applied, committed) =
-        timeout(PATIENCE, try_join(applying, appending)).await.context("an event is not projected")??;
+        timeout(TIMEOUT, try_join(applying, appending)).await.context("an event is not projected")??;
     publishing.abort();
     queue.remove().await?;
     delays_of(&committed, &applied)
@@ -156,10 +156,10 @@ impl Schedule {
         (began + Duration::from_secs(number) / self.per_second as u32).into()
     }
 
-    async fn append_and_wait(self, world: &World, witness: &Witness) -> anyhow::Result<HashMap<u64, Instant>> {
+    async fn append_and_wait(self, world: &World, witness: &ObservedQueue) -> anyhow::Result<HashMap<u64, Instant>> {
         let committed = self.append(world).await?;
         let last = committed.keys().copied().max().unwrap_or_default();
-        timeout(PATIENCE, witness.deleted_through(last)).await.context("an event is not projected")?;
+        timeout(TIMEOUT, witness.deleted_through(last)).await.context("an event is not projected")?;
         Ok(committed)
     }
 
@@ -212,7 +212,7 @@ async fn received(endpoint: &Endpoint, schedule: Schedule) -> anyhow::Result<Qua
         Ok::<_, anyhow::Error>(due)
     });
     let mut arrived = HashMap::new();
-    timeout(PATIENCE, async {
+    timeout(TIMEOUT, async {
         while (arrived.len() as u64) < schedule.count {
             let messages = queue.sqs.receive(PlaySettings::default().receive_wait).await?;
             let now = Instant::now();

@@ -6,7 +6,7 @@ use anyhow::{Context, ensure};
 use serde_json::{Value, json};
 
 /// Above this, other processes take part in the figures.
-const QUIET: f64 = 0.7;
+const MAX_LOAD: f64 = 0.7;
 
 /// The addresses of a database server and of LocalStack.
 pub struct Parts {
@@ -51,7 +51,7 @@ pub fn facts(server: &str, version: &str, settings: &[(String, String)]) -> Valu
     if cfg!(debug_assertions) {
         eprintln!("WARNING: not optimised: this shows that the bench works, and no more");
     }
-    if load > QUIET {
+    if load > MAX_LOAD {
         eprintln!("WARNING: load {load}: others take part in these figures");
     }
     let settings: serde_json::Map<String, Value> =

@@ -5,10 +5,10 @@
 
 mod bare;
 mod boot;
-mod by_hand;
 mod endpoint;
 mod fence;
 mod growth;
+mod hand_written;
 mod lanes;
 mod latency;
 mod log;
@@ -16,9 +16,9 @@ mod machine;
 mod mark;
 mod play;
 mod projectors;
+mod queue_probes;
 mod sheet;
 mod stub;
-mod witness;
 mod world;
 
 use std::net::SocketAddr;
@@ -196,7 +196,7 @@ async fn run(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
             3 => boot::upsert_rows(bench, sheet).await,
             4 => boot::eight_at_once(bench, sheet).await,
             5 => boot::one_in_a_hundred(bench, sheet).await,
-            6 => play::one_a_message(bench, sheet).await,
+            6 => play::one_event_per_message(bench, sheet).await,
             7 => play::packed(bench, sheet).await,
             8 => latency::delays(bench, sheet).await,
             9 => growth::growth(bench, sheet).await,

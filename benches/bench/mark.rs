@@ -17,15 +17,15 @@ use tokio::time::{sleep, timeout};
 
 use crate::Bench;
 use crate::lanes::{Quantiles, in_turn, lane, per_second};
-use crate::sheet::{By, Line, Sheet, Target, Unit};
-use crate::witness::{Recorder, positions};
+use crate::queue_probes::{SentRecorder, positions};
+use crate::sheet::{Comparison, Line, Sheet, Target, Unit};
 use crate::world::World;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 const WRITERS: usize = 8;
 
-const LOOK_EVERY: Duration = Duration::from_millis(5);
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// A transaction is open for up to so long, so that they become visible out of order; and a writer rests for up to so long.
 const OPEN_MICROS: u64 = 4_000;
@@ -51,7 +51,7 @@ const BARE_TABLE: &str = "create table bare_events ( \
 type Committed = HashMap<u64, Instant>;
 
 /// How late a position was seen, and how many were never seen.
-struct Seen {
+struct MarkDelays {
     delays: Quantiles,
     lost: usize,
 }
@@ -61,13 +61,13 @@ pub async fn high_water(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> 
     let duration = bench.sizes().mark_duration;
     for (what, rollbacks) in [("no rollbacks", 0.0), ("10% rollbacks", 0.1)] {
         let lanes = [
-            lane("relay, by the mark", || by_the_mark(world, duration, rollbacks)),
-            lane("by the last position seen", || by_the_last_seen(world, duration, rollbacks)),
+            lane("relay, by the mark", || measure_by_mark(world, duration, rollbacks)),
+            lane("by the last position seen", || measure_by_last_position(world, duration, rollbacks)),
         ];
         let [ours, bound] = in_turn(bench.options.rounds, lanes).await?;
         let lost: usize = bound.rounds.iter().map(|seen| seen.lost).sum();
         for (name, figure, target) in [
-            ("p50", (|seen| seen.delays.p50) as fn(&Seen) -> f64, Some(Target::AtMost(20.0))),
+            ("p50", (|seen| seen.delays.p50) as fn(&MarkDelays) -> f64, Some(Target::AtMost(20.0))),
             ("p99", |seen| seen.delays.p99, None),
         ] {
             sheet.add(Line {
@@ -76,7 +76,7 @@ pub async fn high_water(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> 
                 unit: Unit::Milliseconds,
                 ours: ours.of(figure),
                 bounds: vec![bound.of(figure)],
-                judged_by: By::Difference,
+                compared_by: Comparison::Difference,
                 target: target.filter(|_| rollbacks == 0.0),
                 note: Some(format!("{what}: the latter lost {lost} events")),
             });
@@ -108,9 +108,9 @@ async fn append(bench: &Bench, sheet: &mut Sheet, world: &World) -> anyhow::Resu
     Ok(())
 }
 
-async fn by_the_mark(world: &World, duration: Duration, rollbacks: f64) -> anyhow::Result<Seen> {
-    let recorder = Recorder::new();
-    let relay = RelaySettings { interval: LOOK_EVERY, ..RelaySettings::default() };
+async fn measure_by_mark(world: &World, duration: Duration, rollbacks: f64) -> anyhow::Result<MarkDelays> {
+    let recorder = SentRecorder::new();
+    let relay = RelaySettings { interval: POLL_INTERVAL, ..RelaySettings::default() };
     let settings = PlaySettings { relay: Some(relay), ..PlaySettings::default() };
     let (stop, stopped) = oneshot::channel::<()>();
     let (database, queue) = (world.database.clone(), Arc::clone(&recorder) as Arc<dyn Queue>);
@@ -120,9 +120,9 @@ async fn by_the_mark(world: &World, duration: Duration, rollbacks: f64) -> anyho
     });
     // What other lanes have left comes first.
     let last = world.number(LAST).await?;
-    timeout(PATIENCE, async {
+    timeout(TIMEOUT, async {
         while world.number(PUBLISHED).await? < last {
-            sleep(LOOK_EVERY).await;
+            sleep(POLL_INTERVAL).await;
         }
         Ok::<_, anyhow::Error>(())
     })
@@ -131,7 +131,7 @@ async fn by_the_mark(world: &World, duration: Duration, rollbacks: f64) -> anyho
 
     let committed = write(world, duration, rollbacks).await?;
     let last = committed.keys().copied().max().unwrap_or_default();
-    timeout(PATIENCE, recorder.sent_through(last)).await.context("the relay does not come to the end")?;
+    timeout(TIMEOUT, recorder.sent_through(last)).await.context("the relay does not come to the end")?;
     let _ = stop.send(());
     playing.await??;
     let mut sent = HashMap::new();
@@ -139,10 +139,10 @@ async fn by_the_mark(world: &World, duration: Duration, rollbacks: f64) -> anyho
         let (first, last) = positions(&body).context("a message of the relay's")?;
         sent.extend((first..=last).map(|position| (position, at)));
     }
-    Ok(seen(&committed, &sent))
+    Ok(mark_delays(&committed, &sent))
 }
 
-async fn by_the_last_seen(world: &World, duration: Duration, rollbacks: f64) -> anyhow::Result<Seen> {
+async fn measure_by_last_position(world: &World, duration: Duration, rollbacks: f64) -> anyhow::Result<MarkDelays> {
     let mut connection = world.connection().await?;
     let mut after: u64 = world.number(LAST).await?;
     let (stop, mut stopped) = oneshot::channel::<()>();
@@ -159,22 +159,22 @@ async fn by_the_last_seen(world: &World, duration: Duration, rollbacks: f64) -> 
             }
             match found.last() {
                 Some(last) => after = *last,
-                None => sleep(LOOK_EVERY).await,
+                None => sleep(POLL_INTERVAL).await,
             }
             is_last = !matches!(stopped.try_recv(), Err(oneshot::error::TryRecvError::Empty));
         }
     });
     let committed = write(world, duration, rollbacks).await?;
     drop(stop);
-    Ok(seen(&committed, &looking.await??))
+    Ok(mark_delays(&committed, &looking.await??))
 }
 
-fn seen(committed: &Committed, seen: &HashMap<u64, Instant>) -> Seen {
+fn mark_delays(committed: &Committed, seen: &HashMap<u64, Instant>) -> MarkDelays {
     let delays: Vec<Duration> = committed
         .iter()
         .filter_map(|(position, at)| Some(seen.get(position)?.saturating_duration_since(*at)))
         .collect();
-    Seen { lost: committed.len() - delays.len(), delays: Quantiles::of(&delays) }
+    MarkDelays { lost: committed.len() - delays.len(), delays: Quantiles::of(&delays) }
 }
 
 /// Eight writers, one event a transaction, for so long.

@@ -11,12 +11,12 @@ use crate::endpoint::{Endpoint, Kind};
 use crate::fence::Fence;
 use crate::lanes::{in_turn, lane, per_second};
 use crate::projectors::Nothing;
-use crate::sheet::{By, Least, Line, Sheet, Target, Unit};
-use crate::witness::{Recorder, Witness, positions};
+use crate::queue_probes::{ObservedQueue, SentRecorder, positions};
+use crate::sheet::{Comparison, EquivalentLoop, Line, Sheet, Target, Unit};
 use crate::world::World;
 
 /// Nothing here takes longer, not even one message at a time through LocalStack.
-const PATIENCE: Duration = Duration::from_secs(600);
+const TIMEOUT: Duration = Duration::from_secs(600);
 
 const ONE_AT_A_TIME: usize = 1;
 
@@ -28,7 +28,7 @@ struct Backlog {
 
 /// One event a message: play with one projector and with ten, and who only receives and deletes the same messages; and who
 /// asks in between for whom they are, and commits a position, without which nothing may be deleted.
-pub async fn one_a_message(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
+pub async fn one_event_per_message(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
     let (world, registries) = live(bench, bench.sizes().stub_messages).await?;
     let (world, [one, ten]) = (&world, &registries);
     let all = record(world, bench.sizes().stub_messages, ONE_AT_A_TIME).await?;
@@ -60,17 +60,17 @@ pub async fn one_a_message(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<(
             unit: Unit::PerSecond,
             ours,
             bounds: vec![bound.clone()],
-            judged_by: By::Ratio,
+            compared_by: Comparison::Ratio,
             target,
             note: Some(format!("{}: {} messages of one event", endpoint.name, backlog.events)),
         };
-        let least = Least {
+        let least = EquivalentLoop {
             what: format!("{} ÷ the same with a commit", what(1)),
             bare,
             bare_bound: bound.clone(),
             target: Target::AtLeast(0.9),
         };
-        sheet.add_with_least(line(1, one, Some(Target::AtLeast(0.9))), least);
+        sheet.add_with_equivalent(line(1, one, Some(Target::AtLeast(0.9))), least);
         sheet.add(line(10, ten, None));
     }
     Ok(())
@@ -112,7 +112,7 @@ pub async fn packed(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
                 unit: Unit::PerSecond,
                 ours,
                 bounds: vec![bound],
-                judged_by: By::Ratio,
+                compared_by: Comparison::Ratio,
                 target,
                 note: Some(format!("{packed_note}, {singles} one by one")),
             });
@@ -146,7 +146,7 @@ impl Backlog {
 /// What the relay makes of the first events of the log.
 async fn record(world: &World, events: u64, max_events: usize) -> anyhow::Result<Backlog> {
     world.rewind_relay().await?;
-    let recorder = Recorder::new();
+    let recorder = SentRecorder::new();
     let queue = Arc::clone(&recorder) as Arc<dyn Queue>;
     let settings = PlaySettings {
         relay: Some(RelaySettings { max_events, ..RelaySettings::default() }),
@@ -154,7 +154,7 @@ async fn record(world: &World, events: u64, max_events: usize) -> anyhow::Result
     };
     let nobody = Registry::new();
     let recording = play(&world.database, queue, &nobody, settings, recorder.sent_through(events));
-    tokio::time::timeout(PATIENCE, recording).await.context("the relay does not come to the end")??;
+    tokio::time::timeout(TIMEOUT, recording).await.context("the relay does not come to the end")??;
     let of_these = |body: &String| positions(body).is_some_and(|(_, last)| last <= events);
     let bodies: Vec<String> = recorder.take().into_iter().map(|(body, _)| body).filter(of_these).collect();
     Ok(Backlog { bodies, events })
@@ -171,7 +171,7 @@ async fn played(
     world.rewind().await?;
     let queue = endpoint.make_queue(kind).await?;
     queue.fill(&backlog.bodies).await?;
-    let witness = Witness::of(Arc::clone(&queue.sqs) as Arc<dyn Queue>);
+    let witness = ObservedQueue::of(Arc::clone(&queue.sqs) as Arc<dyn Queue>);
     let took = play_through(world, witness, registry, None, backlog.events).await?;
     queue.remove().await?;
     Ok(per_second(backlog.events, took))
@@ -188,7 +188,7 @@ async fn relayed(
     world.rewind().await?;
     world.rewind_relay().await?;
     let queue = endpoint.make_queue(Kind::Fifo).await?;
-    let witness = Witness::of(Arc::clone(&queue.sqs) as Arc<dyn Queue>);
+    let witness = ObservedQueue::of(Arc::clone(&queue.sqs) as Arc<dyn Queue>);
     let relay = RelaySettings { max_events, ..RelaySettings::default() };
     let took = play_through(world, witness, registry, Some(relay), events).await?;
     queue.remove().await?;
@@ -198,7 +198,7 @@ async fn relayed(
 /// Plays until a position has been applied by all, and deleted.
 async fn play_through(
     world: &World,
-    witness: Arc<Witness>,
+    witness: Arc<ObservedQueue>,
     registry: &Registry,
     relay: Option<RelaySettings>,
     position: u64,
@@ -208,7 +208,7 @@ async fn play_through(
     let (mut ended, began) = (None, Instant::now());
     let until = async { ended = Some(witness.deleted_through(position).await) };
     let playing = play(&world.database, queue, registry, settings, until);
-    tokio::time::timeout(PATIENCE, playing).await.context("play does not come to the end")??;
+    tokio::time::timeout(TIMEOUT, playing).await.context("play does not come to the end")??;
     let took = ended.context("play ended by itself")?.duration_since(began);
     let reached = world.number("select position from projectors where name = 'nothing_0'").await?;
     ensure!(reached >= position, "play has deleted what it did not apply: {reached} of {position}");
@@ -236,10 +236,10 @@ async fn drain(endpoint: &Endpoint, kind: Kind, backlog: &Backlog, mut fence: Op
     while left > 0 {
         let receipts: Vec<_> = received.into_iter().map(|message| message.receipt).collect();
         left -= receipts.len();
-        ensure!(began.elapsed() < PATIENCE, "{left} messages do not come");
+        ensure!(began.elapsed() < TIMEOUT, "{left} messages do not come");
         let work = async {
             if let Some(fence) = &mut fence {
-                fence.ask().await?;
+                fence.lock_row().await?;
                 fence.advance(receipts.len() as u64).await?;
             }
             anyhow::Ok(queue.sqs.delete(&receipts).await?)

@@ -28,7 +28,7 @@ pub struct ReadModel {
 }
 
 /// What a row of the read model is made of.
-pub struct Written<'e> {
+pub struct WriteEvent<'e> {
     pub stream_id: &'e str,
     pub event_type: &'e str,
     pub recorded_at: OffsetDateTime,
@@ -46,7 +46,7 @@ impl ReadModel {
     }
 
     /// One event, one statement.
-    pub async fn write(&self, event: Written<'_>, db: &mut MySqlConnection) -> Result<(), sqlx::Error> {
+    pub async fn write(&self, event: WriteEvent<'_>, db: &mut MySqlConnection) -> Result<(), sqlx::Error> {
         let query = sqlx::query(AssertSqlSafe(Arc::clone(&self.upsert)));
         query.bind(event.stream_id).bind(event.event_type).bind(event.recorded_at).execute(db).await.map(|_| ())
     }
@@ -54,7 +54,7 @@ impl ReadModel {
     /// A thousand events, one statement.
     pub async fn write_rows<'e>(
         &self,
-        events: impl ExactSizeIterator<Item = Written<'e>>,
+        events: impl ExactSizeIterator<Item = WriteEvent<'e>>,
         db: &mut MySqlConnection,
     ) -> Result<(), sqlx::Error> {
         let text = match events.len() {
@@ -85,9 +85,9 @@ fn upsert(table: &str, rows: usize) -> String {
     format!("insert into {table} values {} {ON_DUPLICATE}", vec!["(?, ?, ?, 1)"; rows].join(", "))
 }
 
-impl<'e> From<&'e Event> for Written<'e> {
+impl<'e> From<&'e Event> for WriteEvent<'e> {
     fn from(event: &'e Event) -> Self {
-        Written { stream_id: event.stream_id(), event_type: event.event_type(), recorded_at: event.recorded_at() }
+        WriteEvent { stream_id: event.stream_id(), event_type: event.event_type(), recorded_at: event.recorded_at() }
     }
 }
 
@@ -152,7 +152,7 @@ impl Projector for UpsertRows {
 
     async fn handle_batch(&self, events: &[&Event], db: &mut MySqlConnection) -> anyhow::Result<()> {
         for chunk in events.chunks(ROWS) {
-            self.0.write_rows(chunk.iter().map(|event| Written::from(*event)), db).await?;
+            self.0.write_rows(chunk.iter().map(|event| WriteEvent::from(*event)), db).await?;
         }
         Ok(())
     }

@@ -17,7 +17,7 @@ pub struct Line {
     pub unit: Unit,
     pub ours: Series<f64>,
     pub bounds: Vec<Series<f64>>,
-    pub judged_by: By,
+    pub compared_by: Comparison,
     pub target: Option<Target>,
     /// What a reader must know to read the line.
     pub note: Option<String>,
@@ -33,12 +33,12 @@ impl Line {
         bounds: Vec<Series<f64>>,
         target: Option<Target>,
     ) -> Self {
-        Line { row, what, unit, ours, bounds, judged_by: By::Ratio, target, note: None }
+        Line { row, what, unit, ours, bounds, compared_by: Comparison::Ratio, target, note: None }
     }
 }
 
 /// Beside a line whose target compares with something that does less than is asked of ours: the least that does it all.
-pub struct Least {
+pub struct EquivalentLoop {
     pub what: String,
     pub bare: Series<f64>,
     /// What the target compares with, as bare loops have it. If the least misses the target by that, so must ours.
@@ -49,13 +49,13 @@ pub struct Least {
 
 /// What the target is about: of each round, and then the median.
 #[derive(Clone, Copy)]
-pub enum By {
+pub enum Comparison {
     /// Ours ÷ the bound.
     Ratio,
     /// Ours − the bound.
     Difference,
     /// Ours alone.
-    Itself,
+    Absolute,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -92,10 +92,10 @@ struct Spread {
 pub struct Sheet {
     /// On what it was measured.
     facts: Value,
-    lines: Vec<Told>,
+    lines: Vec<ReportedLine>,
 }
 
-struct Told {
+struct ReportedLine {
     line: Line,
     /// `None` where nothing is asked for.
     verdict: Option<Verdict>,
@@ -148,10 +148,10 @@ impl Line {
     /// `None` where there is nothing to be compared with.
     fn judged(&self) -> Option<Spread> {
         let pairs = || Some(self.ours.rounds.iter().zip(&self.bound()?.rounds));
-        let figures: Vec<f64> = match self.judged_by {
-            By::Ratio => pairs()?.map(|(ours, bound)| ours / bound).collect(),
-            By::Difference => pairs()?.map(|(ours, bound)| ours - bound).collect(),
-            By::Itself => self.ours.rounds.clone(),
+        let figures: Vec<f64> = match self.compared_by {
+            Comparison::Ratio => pairs()?.map(|(ours, bound)| ours / bound).collect(),
+            Comparison::Difference => pairs()?.map(|(ours, bound)| ours - bound).collect(),
+            Comparison::Absolute => self.ours.rounds.clone(),
         };
         let (least, most) = (figures.iter().copied().reduce(f64::min)?, figures.iter().copied().reduce(f64::max)?);
         Some(Spread { median: median(&figures), least, most })
@@ -170,15 +170,15 @@ impl Line {
 
     /// What is judged, as it stands in the table.
     fn figure(&self, figure: f64) -> String {
-        match self.judged_by {
-            By::Difference => format!("{figure:+.1}"),
+        match self.compared_by {
+            Comparison::Difference => format!("{figure:+.1}"),
             _ if figure.abs() < 10.0 => format!("{figure:.2}"),
             _ => format!("{figure:.1}"),
         }
     }
 
     /// Ours ÷ the least, and the verdict on this line by that.
-    fn beside(&self, least: Least) -> (Line, Option<Verdict>) {
+    fn beside(&self, least: EquivalentLoop) -> (Line, Option<Verdict>) {
         let bare = Line { ours: least.bare.clone(), bounds: vec![least.bare_bound], ..self.clone() };
         let figure = bare.judged().map(|judged| self.figure(judged.median)).unwrap_or_default();
         let other = bare.bound().map_or("", |bound| &bound.name);
@@ -241,7 +241,7 @@ impl Verdict {
     }
 }
 
-impl Told {
+impl ReportedLine {
     fn cells(&self) -> [String; 8] {
         let line = &self.line;
         let judged = line.judged();
@@ -276,26 +276,26 @@ impl Sheet {
     /// Takes a line.
     pub fn add(&mut self, line: Line) {
         let verdict = line.verdict();
-        self.tell(line, verdict);
+        self.report(line, verdict);
     }
 
     /// Takes a line, and one below it that compares with the least that does it all.
-    pub fn add_with_least(&mut self, line: Line, least: Least) {
+    pub fn add_with_equivalent(&mut self, line: Line, least: EquivalentLoop) {
         let (second, verdict) = line.beside(least);
-        self.tell(line, verdict);
+        self.report(line, verdict);
         self.add(second);
     }
 
     /// Tells a line at once: the whole takes long.
-    fn tell(&mut self, line: Line, verdict: Option<Verdict>) {
-        let told = Told { line, verdict, load_afterwards: load() };
-        let [row, what, ours, bound, judged, spread, target, verdict] = told.cells();
+    fn report(&mut self, line: Line, verdict: Option<Verdict>) {
+        let reported = ReportedLine { line, verdict, load_afterwards: load() };
+        let [row, what, ours, bound, judged, spread, target, verdict] = reported.cells();
         eprintln!("{row}  {what}: {ours} | {bound} | {judged} ({spread}) {target} {verdict}");
-        self.lines.push(told);
+        self.lines.push(reported);
     }
 
     pub fn json(&self) -> Value {
-        let lines: Vec<Value> = self.lines.iter().map(Told::json).collect();
+        let lines: Vec<Value> = self.lines.iter().map(ReportedLine::json).collect();
         json!({"facts": self.facts, "lines": lines})
     }
 }
@@ -305,18 +305,18 @@ impl fmt::Display for Sheet {
         let mut table = Table::new();
         table.load_style(presets::ASCII_MARKDOWN);
         table.set_header(["row", "what", "ours", "bound", "median", "spread", "target", ""]);
-        for told in &self.lines {
+        for reported in &self.lines {
             let is_figure = |column: usize| (2..=6).contains(&column);
-            table.add_row(told.cells().into_iter().enumerate().map(|(column, text)| match is_figure(column) {
+            table.add_row(reported.cells().into_iter().enumerate().map(|(column, text)| match is_figure(column) {
                 true => Cell::new(text).set_alignment(CellAlignment::Right),
                 false => Cell::new(text),
             }));
         }
         writeln!(f, "{}\n\n{table}\n", machine::describe(&self.facts))?;
-        let mut told = HashSet::new();
-        for Told { line, .. } in &self.lines {
+        let mut reported = HashSet::new();
+        for ReportedLine { line, .. } in &self.lines {
             let legend = line.legend().map(|legend| format!("{:>3}  {legend}", line.row));
-            if let Some(legend) = legend.filter(|legend| told.insert(legend.clone())) {
+            if let Some(legend) = legend.filter(|legend| reported.insert(legend.clone())) {
                 writeln!(f, "{legend}")?;
             }
         }

@@ -46,7 +46,7 @@ type Row = (String, String, String, u64);
 pub type Applied = (u64, String, Option<i64>);
 
 impl Verdict {
-    pub fn is_well(&self) -> bool {
+    pub fn is_ok(&self) -> bool {
         self.lost == 0 && self.repeated == 0 && self.wrong == 0 && !self.is_behind
     }
 }
@@ -68,8 +68,8 @@ pub async fn compare(
     for (name, mode, status, position) in ledger {
         let start = start(&name, &mode, starts)?;
         let mut verdict = match name.as_str() {
-            "counters" => of_counters(&log, position, counters(connection).await?),
-            _ => of_rows(&wanted(&log, &name, start, position), &rows(connection, &name).await?),
+            "counters" => compare_counters(&log, position, counters(connection).await?),
+            _ => compare_rows(&wanted(&log, &name, start, position), &rows(connection, &name).await?),
         };
         // What an older release had stays where it was; of the last, all are as far as they can be.
         verdict.is_behind = last.contains(&name)
@@ -94,10 +94,10 @@ pub async fn compare_retired(
     for Retired { name, mode, rows: had } in retired {
         let found = rows(connection, name).await?;
         if is_in_ledger(connection, name).await? || found.len() != *had {
-            figures.find(format!("{name} was retired with {had} rows, and came back: it has {}", found.len()));
+            figures.add_finding(format!("{name} was retired with {had} rows, and came back: it has {}", found.len()));
         }
         let last = found.iter().map(|(position, ..)| *position).max().unwrap_or_default();
-        let verdict = of_rows(&wanted(&log, name, start(name, mode, starts)?, last), &found);
+        let verdict = compare_rows(&wanted(&log, name, start(name, mode, starts)?, last), &found);
         verdicts.push(Verdict { projector: name.clone(), status: "retired".into(), ..verdict });
     }
     Ok(verdicts)
@@ -160,7 +160,7 @@ pub async fn rows(connection: &mut MySqlConnection, table: &str) -> anyhow::Resu
     Ok(sqlx::query_as(AssertSqlSafe(sql)).fetch_all(connection).await?)
 }
 
-fn of_rows(expected: &[Applied], found: &[Applied]) -> Verdict {
+fn compare_rows(expected: &[Applied], found: &[Applied]) -> Verdict {
     let mut times: HashMap<u64, u64> = HashMap::new();
     for (position, ..) in found {
         *times.entry(*position).or_default() += 1;
@@ -190,7 +190,7 @@ async fn counters(connection: &mut MySqlConnection) -> anyhow::Result<Counters> 
     Ok(rows.into_iter().map(|(name, events, amount)| (name, (events, amount))).collect())
 }
 
-fn of_counters(log: &[Recorded], position: u64, found: Counters) -> Verdict {
+fn compare_counters(log: &[Recorded], position: u64, found: Counters) -> Verdict {
     let mut expected = Counters::new();
     for event in log.iter().filter(|event| event.position <= position) {
         for name in [&event.stream_id, &event.event_type] {
@@ -224,7 +224,7 @@ pub async fn check_records(connection: &mut MySqlConnection, records: &Path, fig
             }
             if (sign == "+") != stored.contains(id) {
                 let told = if sign == "+" { "acknowledged, and is not there" } else { "rolled back, and is there" };
-                figures.find(format!("event {id} was {told}"));
+                figures.add_finding(format!("event {id} was {told}"));
             }
         }
     }

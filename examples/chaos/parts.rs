@@ -11,7 +11,7 @@ use tokio::process::Command;
 pub const DATABASE: &str = "projectionist_chaos";
 
 /// How long a server may take to end or to come up.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 pub struct Parts {
     /// `mariadb` or `mysql`.
@@ -71,7 +71,7 @@ impl Parts {
         self::signal(pid, signal).await?;
         let began = Instant::now();
         while self.is_ours(pid) {
-            ensure!(began.elapsed() < PATIENCE, "{} does not end", self.server);
+            ensure!(began.elapsed() < TIMEOUT, "{} does not end", self.server);
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         self.start_server().await
@@ -82,7 +82,7 @@ impl Parts {
         let mut told = String::new();
         for _ in 0..3 {
             let ended = Command::new(up).arg(&self.server).kill_on_drop(true).output();
-            let ended = tokio::time::timeout(PATIENCE * 2, ended).await.context("localstack/up does not end")??;
+            let ended = tokio::time::timeout(TIMEOUT * 2, ended).await.context("localstack/up does not end")??;
             if ended.status.success() {
                 return Ok(());
             }

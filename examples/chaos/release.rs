@@ -89,7 +89,7 @@ impl Release {
     }
 
     /// The newcomers of older releases that it does not have any more.
-    pub fn left_behind(&self) -> impl Iterator<Item = String> {
+    pub fn removed_projectors(&self) -> impl Iterator<Item = String> {
         (1..=self.newest.saturating_sub(NEWCOMERS)).map(newcomer)
     }
 

@@ -23,8 +23,8 @@ pub struct Report {
 }
 
 impl Report {
-    pub fn is_well(&self) -> bool {
-        self.verdicts.iter().all(Verdict::is_well) && self.findings().is_empty() && self.figures.missing().is_empty()
+    pub fn is_ok(&self) -> bool {
+        self.verdicts.iter().all(Verdict::is_ok) && self.findings().is_empty() && self.figures.missing().is_empty()
     }
 
     fn findings(&self) -> Vec<String> {
@@ -46,7 +46,7 @@ impl Report {
             ("queue", json!(self.queue)),
             ("seconds", json!(self.seconds)),
             ("took_seconds", json!(self.took.as_secs())),
-            ("well", json!(self.is_well())),
+            ("ok", json!(self.is_ok())),
             ("projectors", json!(self.verdicts.len())),
             ("applications", json!(self.sum(|verdict| verdict.applications))),
             ("lost_applications", json!(self.sum(|verdict| verdict.lost))),
@@ -93,7 +93,7 @@ impl fmt::Display for Report {
         for missing in self.figures.missing() {
             writeln!(f, "\nDID NOT HAPPEN: {missing}: this run proves nothing of it")?;
         }
-        match self.is_well() {
+        match self.is_ok() {
             true => write!(f, "\nNothing lost, nothing twice."),
             false => write!(f, "\nNOT WELL."),
         }

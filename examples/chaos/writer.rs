@@ -13,7 +13,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::signal::unix::{SignalKind, signal};
 use uuid::Uuid;
 
-use crate::process::{Kind, Yard};
+use crate::process::{Kind, ProcessTable};
 
 const TYPES: [&str; 3] = ["Opened", "Amended", "Closed"];
 
@@ -31,7 +31,7 @@ impl Record {
         Ok(Record(OpenOptions::new().create(true).append(true).open(path).context("the writer's record")?))
     }
 
-    fn note(&mut self, sign: char, ids: &[String]) -> anyhow::Result<()> {
+    fn append_line(&mut self, sign: char, ids: &[String]) -> anyhow::Result<()> {
         let lines: String = ids.iter().map(|id| format!("{sign}{id}\n")).collect();
         Ok(self.0.write_all(lines.as_bytes())?)
     }
@@ -94,11 +94,11 @@ async fn transaction(
     tokio::time::sleep(Duration::from_millis(pause)).await;
     if fastrand::u8(0..100) < ROLLBACKS {
         transaction.rollback().await?;
-        record.note('-', &ids)?;
+        record.append_line('-', &ids)?;
         return Ok(version);
     }
     transaction.commit().await?;
-    record.note('+', &ids)?;
+    record.append_line('+', &ids)?;
     Ok(last)
 }
 
@@ -121,8 +121,8 @@ fn insert(stream: &str, version: u64, ids: &[String]) -> String {
 // — by `projectionist append` —
 
 /// Runs one `append`, fed a few lines at a time, on streams that others write to as well.
-pub async fn append(yard: &Arc<Yard>, name: &str, record: &mut Record) -> anyhow::Result<()> {
-    let (process, stdin) = yard.start(Kind::Append, name, &["append"])?;
+pub async fn append(processes: &Arc<ProcessTable>, name: &str, record: &mut Record) -> anyhow::Result<()> {
+    let (process, stdin) = processes.start(Kind::Append, name, &["append"])?;
     let mut stdin = stdin.context("it has a pipe")?;
     let mut ids = Vec::new();
     for _ in 0..fastrand::u8(1..10) {
@@ -135,7 +135,7 @@ pub async fn append(yard: &Arc<Yard>, name: &str, record: &mut Record) -> anyhow
     }
     drop(stdin);
     if process.wait().await.code == Some(0) {
-        record.note('+', &ids)?;
+        record.append_line('+', &ids)?;
     }
     Ok(())
 }

@@ -118,7 +118,7 @@ impl Verdict {
 }
 
 impl Verdicts {
-    pub fn all_well(&self) -> bool {
+    pub fn all_ok(&self) -> bool {
         self.0.iter().all(|verdict| verdict.differences.is_empty() && verdict.rows > 0)
     }
 }

@@ -10,44 +10,44 @@ use aws_sigv4::http_request::{SignableBody, SignableRequest, SignatureLocation, 
 use aws_sigv4::sign::v4::SigningParams;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 
-use super::causes;
+use super::format_error_chain;
 use crate::model::error::Error;
 
 /// RDS takes a token for so long after it was made. Only who connects needs one: a connection outlives it.
 const VALID_FOR: Duration = Duration::from_secs(15 * 60);
 
 /// From this age on another is made, so that clocks may differ and a connection may be slow.
-const FRESH_FOR: Duration = Duration::from_secs(10 * 60);
+const RENEW_AFTER: Duration = Duration::from_secs(10 * 60);
 
 /// All but what RFC 3986 leaves unreserved.
 const RESERVED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
 
 /// Makes tokens with the credentials that AWS tools take, as they are at the time.
 #[derive(Clone)]
-pub(crate) struct Tokens {
+pub(crate) struct AuthTokenGenerator {
     credentials: SharedCredentialsProvider,
     region: Region,
 }
 
 /// A token, and until when it may be used.
-pub(crate) struct Token {
+pub(crate) struct AuthToken {
     pub(crate) text: String,
-    pub(crate) fresh_until: SystemTime,
+    pub(crate) renew_at: SystemTime,
 }
 
-impl fmt::Debug for Tokens {
+impl fmt::Debug for AuthTokenGenerator {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Tokens").field("region", &self.region).finish_non_exhaustive()
+        f.debug_struct("AuthTokenGenerator").field("region", &self.region).finish_non_exhaustive()
     }
 }
 
-impl Tokens {
+impl AuthTokenGenerator {
     /// # Errors
     /// [`Error::Input`] where no credentials or no region are set up.
     pub(crate) fn new(config: &SdkConfig) -> Result<Self, Error> {
         let missing =
             || Error::Input("IAM authentication needs AWS credentials and a region, and there are none".into());
-        Ok(Tokens {
+        Ok(AuthTokenGenerator {
             credentials: config.credentials_provider().ok_or_else(missing)?,
             region: config.region().cloned().ok_or_else(missing)?,
         })
@@ -57,25 +57,25 @@ impl Tokens {
     ///
     /// # Errors
     /// What went wrong and what to do, for people.
-    pub(crate) async fn make(&self, host: &str, port: u16, user: &str) -> Result<Token, String> {
+    pub(crate) async fn generate(&self, host: &str, port: u16, user: &str) -> Result<AuthToken, String> {
         let credentials = self.credentials.provide_credentials().await;
         let credentials = credentials.map_err(|error| {
             format!(
                 "there are no AWS credentials to sign with: {}; set a task role, a profile or AWS_ACCESS_KEY_ID",
-                causes(&error)
+                format_error_chain(&error)
             )
         })?;
         let now = SystemTime::now();
-        let fresh = now + FRESH_FOR;
-        let fresh_until = credentials.expiry().map_or(fresh, |expiry| expiry.min(fresh));
-        let text = signed(credentials, self.region.as_ref(), host, port, user, now)
-            .map_err(|error| format!("the token cannot be signed: {}", causes(error.as_ref())))?;
-        Ok(Token { text, fresh_until })
+        let fresh = now + RENEW_AFTER;
+        let renew_at = credentials.expiry().map_or(fresh, |expiry| expiry.min(fresh));
+        let text = presign(credentials, self.region.as_ref(), host, port, user, now)
+            .map_err(|error| format!("the token cannot be signed: {}", format_error_chain(error.as_ref())))?;
+        Ok(AuthToken { text, renew_at })
     }
 }
 
 /// A presigned call of `rds-db:connect`, without its scheme.
-fn signed(
+fn presign(
     credentials: Credentials,
     region: &str,
     host: &str,
@@ -137,20 +137,22 @@ mod tests {
         ];
         let at = SystemTime::UNIX_EPOCH + Duration::from_secs(AT);
         for (credentials, (region, host, port, user), token) in known {
-            let ours = signed(credentials, region, host, port, user, at).expect("signed");
+            let ours = presign(credentials, region, host, port, user, at).expect("signed");
             assert_eq!(parts(&ours), parts(token));
         }
     }
 
     #[tokio::test]
-    async fn a_token_is_not_used_for_longer_than_the_credentials_that_signed_it() {
+    async fn a_token_expires_with_the_credentials_that_signed_it() {
         let soon = SystemTime::now() + Duration::from_secs(60);
         for (expiry, is_short) in [(Some(soon), true), (None, false)] {
             let credentials = Credentials::new("AKIDEXAMPLE", KEY, None, expiry, "test");
-            let tokens =
-                Tokens { credentials: SharedCredentialsProvider::new(credentials), region: Region::new("us-east-1") };
-            let token = tokens.make("db.example.com", 3306, "app").await.expect("a token");
-            assert_eq!(token.fresh_until <= soon, is_short);
+            let tokens = AuthTokenGenerator {
+                credentials: SharedCredentialsProvider::new(credentials),
+                region: Region::new("us-east-1"),
+            };
+            let token = tokens.generate("db.example.com", 3306, "app").await.expect("a token");
+            assert_eq!(token.renew_at <= soon, is_short);
         }
     }
 }

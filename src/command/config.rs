@@ -6,14 +6,14 @@ use std::time::Duration;
 use clap::builder::FalseyValueParser;
 use clap::{Args, ValueEnum};
 
-use crate::aws::{self, Secret, Tokens};
-use crate::database::{Database, Login, Source, SqlMode};
+use crate::aws::{self, AuthTokenGenerator, Secret};
+use crate::database::{CredentialSource, Credentials, Database, SqlMode};
 use crate::declared;
-use crate::engine::deliver::Limits;
+use crate::engine::retry::Limits;
 use crate::model::error::Error;
 use crate::model::registry::Registry;
 use crate::queue::SqsQueue;
-use crate::telemetry::{LogFormat, MetricsFormat, Reporter, service_name};
+use crate::telemetry::{LogFormat, MetricsFormat, Reporter, parse_service_name};
 
 /// How the database knows us.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -23,26 +23,26 @@ enum DatabaseAuth {
 }
 
 /// The most that are opened without being asked for: small servers take a hundred in all.
-const MOST_CONNECTIONS: u32 = 48;
+const MAX_DEFAULT_CONNECTIONS: u32 = 48;
 
 /// The modes in which projectors' statements run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum SqlModes {
+enum SqlModeOption {
     Strict,
     Server,
 }
 
-impl From<SqlModes> for SqlMode {
-    fn from(modes: SqlModes) -> Self {
+impl From<SqlModeOption> for SqlMode {
+    fn from(modes: SqlModeOption) -> Self {
         match modes {
-            SqlModes::Strict => SqlMode::Strict,
-            SqlModes::Server => SqlMode::Server,
+            SqlModeOption::Strict => SqlMode::Strict,
+            SqlModeOption::Server => SqlMode::Server,
         }
     }
 }
 
 /// The most database connections, where a command does not say otherwise.
-const CONNECTIONS: u32 = 16;
+const DEFAULT_CONNECTIONS: u32 = 16;
 
 /// Options of every command.
 #[derive(Debug, Args)]
@@ -92,7 +92,7 @@ pub(crate) struct Config {
     /// The modes in which projectors' statements run: strict, as a new server has them, so that a value that does not fit is
     /// an error; or the server's own, whatever they are.
     #[arg(long, value_name = "MODES", env = "PROJECTIONIST_SQL_MODE", default_value = "strict", global = true)]
-    sql_mode: SqlModes,
+    sql_mode: SqlModeOption,
 
     /// The most events that are applied in one transaction.
     #[arg(long, value_name = "EVENTS", env = "PROJECTIONIST_BATCH", default_value_t = 1000,
@@ -105,9 +105,9 @@ pub(crate) struct Config {
     pub(crate) handler_timeout: u64,
 
     /// For how long a received message is hidden from other workers, in seconds; extended while work goes on.
-    #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_VISIBILITY", default_value_t = 30,
+    #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_VISIBILITY_TIMEOUT", default_value_t = 30,
           value_parser = clap::value_parser!(u64).range(3..=43_200), global = true)]
-    pub(crate) visibility: u64,
+    pub(crate) visibility_timeout: u64,
 
     /// What this release is called, for whoever reads of a failure: a version, a commit, an image's tag.
     #[arg(long, value_name = "NAME", env = "PROJECTIONIST_RELEASE", global = true)]
@@ -120,7 +120,7 @@ pub(crate) struct Config {
 
     /// What this installation is called in its metrics: the dimension Service.
     #[arg(long, value_name = "NAME", env = "PROJECTIONIST_SERVICE", default_value = "projectionist",
-          value_parser = service_name, global = true)]
+          value_parser = parse_service_name, global = true)]
     service: String,
 
     /// Where alerts are posted, as JSON, besides the log: a web hook of your chat or bug tracker.
@@ -154,7 +154,7 @@ impl Config {
     }
 
     /// [`Config::registry`], for commands that have nothing to do without a projector.
-    pub(crate) fn some_registry(&self, registry: Registry) -> Result<Registry, Error> {
+    pub(crate) fn nonempty_registry(&self, registry: Registry) -> Result<Registry, Error> {
         let registry = self.registry(registry)?;
         match registry.is_empty() {
             true => Err(Error::Input(
@@ -166,39 +166,45 @@ impl Config {
     }
 
     pub(crate) async fn database(&self) -> Result<Database, Error> {
-        self.database_of(CONNECTIONS).await
+        self.database_with(DEFAULT_CONNECTIONS).await
     }
 
     /// With a connection for each projector that keeps a session of its own, unless it was said otherwise.
     pub(crate) async fn database_for(&self, registry: &Registry) -> Result<Database, Error> {
-        let with_sessions = CONNECTIONS / 2 + registry.with_own_sessions();
-        self.database_of(with_sessions.clamp(CONNECTIONS, MOST_CONNECTIONS)).await
+        let with_sessions = DEFAULT_CONNECTIONS / 2 + registry.dedicated_session_count();
+        self.database_with(with_sessions.clamp(DEFAULT_CONNECTIONS, MAX_DEFAULT_CONNECTIONS)).await
     }
 
     /// With so many connections, unless it was said otherwise.
-    pub(crate) async fn database_of(&self, connections: u32) -> Result<Database, Error> {
-        let login = self.login().await?;
-        let patience = Duration::from_secs(self.connect_timeout);
-        Database::open(login, self.connections.unwrap_or(connections), patience, self.sql_mode.into()).await
+    pub(crate) async fn database_with(&self, connections: u32) -> Result<Database, Error> {
+        let credentials = self.credentials().await?;
+        let connect_timeout = Duration::from_secs(self.connect_timeout);
+        Database::open(credentials, self.connections.unwrap_or(connections), connect_timeout, self.sql_mode.into())
+            .await
     }
 
-    async fn login(&self) -> Result<Login, Error> {
+    async fn credentials(&self) -> Result<Credentials, Error> {
         if let Some(ca) = self.database_ca.as_ref().filter(|ca| !ca.is_file()) {
             return Err(Error::Input(format!("--database-ca: there is no file {}", ca.display())));
         }
         let source = match (&self.database_secret, self.database_auth) {
-            (None, DatabaseAuth::Password) => Source::Url,
-            (Some(secret), DatabaseAuth::Password) => Source::Secret(Secret::new(&aws::config().await?, secret)),
+            (None, DatabaseAuth::Password) => CredentialSource::Url,
+            (Some(secret), DatabaseAuth::Password) => {
+                CredentialSource::Secret(Secret::new(&aws::load_config().await?, secret))
+            }
             (secret, DatabaseAuth::Iam) => {
-                let config = aws::config().await?;
-                Source::Tokens(Tokens::new(&config)?, secret.as_ref().map(|secret| Secret::new(&config, secret)))
+                let config = aws::load_config().await?;
+                CredentialSource::Iam(
+                    AuthTokenGenerator::new(&config)?,
+                    secret.as_ref().map(|secret| Secret::new(&config, secret)),
+                )
             }
         };
-        Login::new(self.database_url.as_deref(), source, self.database_ca.clone())
+        Credentials::new(self.database_url.as_deref(), source, self.database_ca.clone())
     }
 
     /// Whether a queue is named.
-    pub(crate) fn names_queue(&self) -> bool {
+    pub(crate) fn has_queue(&self) -> bool {
         self.queue_url.is_some()
     }
 
@@ -207,7 +213,7 @@ impl Config {
             .queue_url
             .as_deref()
             .ok_or_else(|| Error::Input("no queue is named: give --queue-url or set QUEUE_URL".into()))?;
-        SqsQueue::connect(url, Duration::from_secs(self.visibility)).await
+        SqsQueue::connect(url, Duration::from_secs(self.visibility_timeout)).await
     }
 
     /// Writes metrics, if they are asked for. To be made before anything is done that is to be counted.
@@ -216,13 +222,13 @@ impl Config {
     }
 
     /// What bounds the engine in boot. A worker waits for as long as it takes; a deploy does not.
-    pub(crate) fn boot_limits(&self, patience: Duration) -> Limits {
-        Limits { patience: Some(patience), ..self.play_limits() }
+    pub(crate) fn boot_limits(&self, retry_timeout: Duration) -> Limits {
+        Limits { retry_timeout: Some(retry_timeout), ..self.play_limits() }
     }
 
     /// What bounds the engine in play.
     pub(crate) fn play_limits(&self) -> Limits {
         let handler_timeout = Duration::from_secs(self.handler_timeout);
-        Limits { batch: self.batch, handler_timeout, patience: None }
+        Limits { batch: self.batch, handler_timeout, retry_timeout: None }
     }
 }

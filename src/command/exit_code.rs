@@ -19,9 +19,9 @@ const TERMINATED: u8 = 143;
 /// Returns the exit code for `error`.
 pub(super) fn exit_code(error: &Error) -> ExitCode {
     ExitCode::from(match error {
-        Error::Projector(_) | Error::Fault(_) | Error::Foreign(_) | Error::Unhealthy(_) => FAILED,
+        Error::Projector(_) | Error::LogFault(_) | Error::ForeignMessages(_) | Error::Unhealthy(_) => FAILED,
         Error::Input(_) => USAGE,
-        Error::OutOfReach(_) => UNREACHABLE,
+        Error::Unreachable(_) => UNREACHABLE,
         Error::Interrupted => TERMINATED,
         Error::Database(error) if is_transient(error) => UNREACHABLE,
         Error::Database(_) => USAGE,

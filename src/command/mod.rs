@@ -47,29 +47,29 @@ enum Command {
     /// Creates or upgrades the tables; harmless to repeat
     Migrate,
     /// Appends events from a file or standard input, one JSON object a line
-    Append(append::Append),
+    Append(append::AppendCommand),
     /// Boots every new, booting, stalled and broken projector, hands them over, and exits: the deploy gate
-    Boot(boot::Boot),
+    Boot(boot::BootCommand),
     /// Plays every live projector: the worker
-    Play(play::Play),
+    Play(play::PlayCommand),
     /// Plays as a function of AWS Lambda, invoked with messages and by a schedule
-    Lambda(lambda::Lambda),
+    Lambda(lambda::LambdaCommand),
     /// Publishes the log to the queue, without playing
     Relay(relay::RelayCommand),
     /// Shows every projector, the high-water mark and the published position
     Status(status::StatusCommand),
     /// Retires a projector: tears down what it made, and forgets it unless it has side effects
-    Retire(retire::Retire),
+    Retire(retire::RetireCommand),
     /// Proves or refutes, while everything runs, that the log is what the high-water mark passed over
-    Audit(audit::Audit),
+    Audit(audit::AuditCommand),
     /// Fills a gap in the log that is too wide to be filled unasked
-    Fill(fill::Fill),
+    Fill(fill::FillCommand),
     /// Gives the log a new id and a new signing key: after a restore or a clone, or when the key may have leaked
-    Rotate(rotate::Rotate),
+    Rotate(rotate::RotateCommand),
     /// Looks whether database, queue, grants, permissions and projectors are set up as they should be, and changes nothing
-    Doctor(doctor::Doctor),
+    Doctor(doctor::DoctorCommand),
     /// Looks whether a worker's loop still turns: the health check of its container
-    Health(health::Health),
+    Health(health::HealthCommand),
 }
 
 /// Runs the command line with these projectors, and those of the files that `--projectors` names.
@@ -88,11 +88,11 @@ pub fn run(registry: Registry) -> ExitCode {
         text::redact_errors();
     }
     let telemetry = telemetry::start(cli.config.log_format, &cli.config.log, cli.config.alert_url.as_deref());
-    let ended = telemetry.and_then(|_until_the_end| runtime.block_on(execute(cli.command, &cli.config, registry)));
+    let ended = telemetry.and_then(|_telemetry| runtime.block_on(execute(cli.command, &cli.config, registry)));
     match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            telemetry::report(&error, cli.config.log_format);
+            telemetry::log_error(&error, cli.config.log_format);
             exit_code::exit_code(&error)
         }
     }
@@ -111,7 +111,7 @@ async fn execute(command: Command, config: &Config, registry: Registry) -> Resul
     match command {
         Command::Migrate => {
             config.database().await?.migrate().await?;
-            say("the tables are up to date")
+            print("the tables are up to date")
         }
         Command::Append(append) => append.run(config).await,
         Command::Boot(boot) => boot.run(config, registry).await,
@@ -129,7 +129,7 @@ async fn execute(command: Command, config: &Config, registry: Registry) -> Resul
 }
 
 /// Prints a result. A reader that has gone away (`| head`) is no error.
-fn say(text: impl std::fmt::Display) -> Result<(), Error> {
+fn print(text: impl std::fmt::Display) -> Result<(), Error> {
     match writeln!(std::io::stdout(), "{text}") {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
             Err(Error::Input(format!("cannot write to standard output: {error}")))

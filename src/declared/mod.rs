@@ -113,18 +113,18 @@ const MAX_PROBLEMS: usize = 20;
 /// The registry is then as it was. So it is if a name and version are taken, by another file or in the registry.
 pub fn load(dir: &Path, registry: &mut Registry) -> Result<(), LoadError> {
     let mut problems = Vec::new();
-    let mut loaded = Loaded { registry: registry.clone(), origins: HashMap::new() };
-    for path in toml_files(dir)? {
+    let mut loader = Loader { registry: registry.clone(), origins: HashMap::new() };
+    for path in find_projector_files(dir)? {
         let file = path.display().to_string();
-        let added = read(&path, &file).and_then(|declaration| loaded.add(&file, declaration));
+        let added = read_file(&path, &file).and_then(|declaration| loader.add(&file, declaration));
         if let Err(found) = added {
-            problems.extend(at_most(MAX_PROBLEMS, found));
+            problems.extend(truncate_problems(MAX_PROBLEMS, found));
         }
     }
     if !problems.is_empty() {
         return Err(LoadError { problems });
     }
-    *registry = loaded.registry;
+    *registry = loader.registry;
     Ok(())
 }
 
@@ -172,23 +172,23 @@ impl fmt::Display for Problem {
 
 /// What does not hold in a statement, and where in its text, in bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Fault {
+struct StatementError {
     at: usize,
     reason: String,
 }
 
-impl Fault {
+impl StatementError {
     fn new(at: usize, reason: impl Into<String>) -> Self {
-        Fault { at, reason: reason.into() }
+        StatementError { at, reason: reason.into() }
     }
 
     /// The same in a text that begins so many bytes earlier.
-    fn moved_by(self, bytes: usize) -> Self {
-        Fault { at: self.at + bytes, ..self }
+    fn offset_by(self, bytes: usize) -> Self {
+        StatementError { at: self.at + bytes, ..self }
     }
 }
 
-fn at_most(limit: usize, mut problems: Vec<Problem>) -> Vec<Problem> {
+fn truncate_problems(limit: usize, mut problems: Vec<Problem>) -> Vec<Problem> {
     let more = problems.len().saturating_sub(limit);
     problems.truncate(limit);
     if let Some(last) = problems.last_mut().filter(|_| more > 0) {
@@ -198,7 +198,7 @@ fn at_most(limit: usize, mut problems: Vec<Problem>) -> Vec<Problem> {
 }
 
 /// The files that declare projectors, by name.
-fn toml_files(dir: &Path) -> Result<Vec<PathBuf>, LoadError> {
+fn find_projector_files(dir: &Path) -> Result<Vec<PathBuf>, LoadError> {
     let refuse = |reason: String| LoadError { problems: vec![Problem::new(&dir.display().to_string(), None, reason)] };
     let unreadable = |error: io::Error| {
         refuse(match error.kind() {
@@ -218,7 +218,7 @@ fn toml_files(dir: &Path) -> Result<Vec<PathBuf>, LoadError> {
     for entry in fs::read_dir(dir).map_err(unreadable)? {
         let path = entry.map_err(unreadable)?.path();
         // A directory is passed over; a link to nothing is not, since somebody misses what it should declare.
-        if declares(&path) && !path.is_dir() {
+        if is_projector_file(&path) && !path.is_dir() {
             files.push(path);
         }
         if files.len() > MAX_FILES {
@@ -237,12 +237,12 @@ fn toml_files(dir: &Path) -> Result<Vec<PathBuf>, LoadError> {
 }
 
 /// Hidden files are no projectors, as for a shell's `*.toml`: editors and Kubernetes leave some about.
-fn declares(path: &Path) -> bool {
+fn is_projector_file(path: &Path) -> bool {
     let hidden = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
     path.extension() == Some(OsStr::new("toml")) && !hidden
 }
 
-fn read(path: &Path, file: &str) -> Result<Declaration, Vec<Problem>> {
+fn read_file(path: &Path, file: &str) -> Result<Declaration, Vec<Problem>> {
     let refuse = |line, reason: String| Err(vec![Problem::new(file, line, reason)]);
     let bytes = match read_bytes(path) {
         Ok(bytes) => bytes,
@@ -255,7 +255,7 @@ fn read(path: &Path, file: &str) -> Result<Declaration, Vec<Problem>> {
         );
     }
     match str::from_utf8(&bytes) {
-        Ok(text) => file::read(file, text),
+        Ok(text) => file::parse(file, text),
         Err(error) => {
             let line = 1 + bytes[..error.valid_up_to()].iter().filter(|byte| **byte == b'\n').count();
             refuse(Some(line), "this line is not UTF-8: save the file in that encoding".into())
@@ -271,12 +271,12 @@ fn read_bytes(path: &Path) -> io::Result<Vec<u8>> {
 }
 
 /// The registry as it will be if every file holds, and which file and line declared whom.
-struct Loaded {
+struct Loader {
     registry: Registry,
     origins: HashMap<ProjectorId, String>,
 }
 
-impl Loaded {
+impl Loader {
     fn add(&mut self, file: &str, declaration: Declaration) -> Result<(), Vec<Problem>> {
         let Declaration { projector, name_line, version_line } = declaration;
         let id = projector.id.clone();
@@ -285,8 +285,8 @@ impl Loaded {
                 self.origins.insert(id, format!("{file}:{name_line}"));
                 return Ok(());
             }
-            Err(error @ RegistryError::Name(_)) => (name_line, error.to_string()),
-            Err(error @ RegistryError::Version(_)) => (version_line, error.to_string()),
+            Err(error @ RegistryError::InvalidName(_)) => (name_line, error.to_string()),
+            Err(error @ RegistryError::InvalidVersion(_)) => (version_line, error.to_string()),
             Err(RegistryError::Duplicate(id)) => {
                 let other = self.origins.get(&id).map_or("the program itself", String::as_str);
                 (
@@ -324,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn projectors_are_registered_in_the_order_of_their_files_names() {
+    fn projectors_are_registered_in_file_name_order() {
         let dir = directory(&[
             ("b.toml", &projector("first", 1)),
             ("c.toml", &projector("second", 1)),
@@ -341,7 +341,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_registered_unless_every_file_holds_and_every_bad_file_is_named() {
+    fn one_bad_file_prevents_registration_and_every_bad_file_is_named() {
         let dir = directory(&[
             ("a.toml", &projector("good", 1)),
             ("b.toml", "name = 1\nversion = 1\nmode = 'once'\n[[on]]\nevents = []\nsql = 'do 1'"),
@@ -413,7 +413,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_too_large_or_leads_nowhere_is_refused() {
+    fn a_file_that_is_too_large_or_a_dangling_link_is_refused() {
         let dir = directory(&[("a.toml", &"#".repeat(MAX_FILE_BYTES as usize + 1))]);
         std::os::unix::fs::symlink("nowhere", dir.path().join("b.toml")).expect("a link");
         let error = refused(dir.path(), &mut Registry::new());
@@ -423,7 +423,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_with_very_many_problems_tells_the_first_and_how_many_more() {
+    fn the_first_problems_in_a_file_are_listed_and_the_rest_counted() {
         let events = "''\n,".repeat(50);
         let dir = directory(&[("a.toml", &projector("a", 1).replace("'*'", &events))]);
         let error = refused(dir.path(), &mut Registry::new());

@@ -7,12 +7,12 @@ pub(super) fn nearest<'k>(word: &str, known: &[&'k str]) -> Option<&'k str> {
     if word.len() > 40 {
         return None;
     }
-    let near = known.iter().map(|known| (slips(&word, known), *known)).min_by_key(|(slips, _)| *slips);
-    near.filter(|(slips, known)| *slips <= 2 && *slips * 2 < known.len()).map(|(_, known)| known)
+    let near = known.iter().map(|known| (edit_distance(&word, known), *known)).min_by_key(|(distance, _)| *distance);
+    near.filter(|(distance, known)| *distance <= 2 && *distance * 2 < known.len()).map(|(_, known)| known)
 }
 
 /// The Damerau-Levenshtein distance, in its common form without a second edit inside a swap.
-fn slips(word: &[char], known: &str) -> usize {
+fn edit_distance(word: &[char], known: &str) -> usize {
     let known: Vec<char> = known.chars().collect();
     let mut table = vec![vec![0; known.len() + 1]; word.len() + 1];
     for i in 0..=word.len() {
@@ -35,7 +35,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_slip_finds_its_word_and_another_word_finds_none() {
+    fn a_typo_gets_a_suggestion_and_an_unrelated_word_gets_none() {
         let known = ["position", "payload", "event_id", "sql"];
         for (word, meant) in [
             ("posittion", Some("position")),

@@ -3,12 +3,12 @@
 use tracing::info;
 
 use crate::engine::catch_up::Cursor;
-use crate::engine::deliver::Engine;
+use crate::engine::retry::Engine;
 use crate::ledger::{Entry, LedgerError};
+use crate::model::backoff;
 use crate::model::event::Position;
-use crate::model::lifecycle::{Stage, Status, Step};
+use crate::model::lifecycle::{Stage, Status, Transition};
 use crate::model::registry::Registry;
-use crate::model::retry;
 
 /// The oldest event that may still be in the queue: the lowest position that a live projector of this
 /// release still awaits. With none live, nobody has taken anything out of the queue, and the high-water
@@ -21,7 +21,7 @@ pub(crate) fn oldest_queued(registry: &Registry, ledger: &[Entry], high_water: P
 /// Whether boot is done with a projector that had to come to `position`: it is still boot's, need not be rebuilt, and has come
 /// there.
 pub(crate) fn has_reached(entry: &Entry, position: Position) -> bool {
-    Stage::Boot.plays(&entry.status) && entry.rebuild_reason.is_none() && entry.position >= position
+    Stage::Boot.can_apply(&entry.status) && entry.rebuild_reason.is_none() && entry.position >= position
 }
 
 impl Engine {
@@ -37,15 +37,15 @@ impl Engine {
         oldest_queued: Position,
     ) -> Result<Option<Entry>, LedgerError> {
         let id = &cursor.projector.id;
-        let still = |entry: &Entry| has_reached(entry, oldest_queued) && entry.is_booted_with(&cursor.projector.digest);
-        let step = || self.ledger.step(id, Step::HandOver, still);
-        let entry = self.persist("hand over", step).await?;
+        let still = |entry: &Entry| has_reached(entry, oldest_queued) && entry.matches_digest(&cursor.projector.digest);
+        let step = || self.ledger.transition(id, Transition::HandOver, still);
+        let entry = self.retry_transient("hand over", step).await?;
         if let Some(entry) = entry.as_ref().filter(|entry| entry.status == Status::Live) {
             let (from, began) = cursor.start;
             info!(
                 projector = %id, status = %entry.status, position = entry.position.get(),
                 oldest_queued = oldest_queued.get(), events = entry.position.since(from),
-                seconds = retry::seconds(began.elapsed()), release = self.release, "handed over: live"
+                seconds = backoff::seconds(began.elapsed()), release = self.release, "handed over: live"
             );
         }
         Ok(entry)
@@ -77,7 +77,7 @@ mod tests {
             mode: Mode::FromBeginning,
             status,
             position: Position::new(position),
-            side_effects: false,
+            has_side_effects: false,
             start_position: Some(Position::START),
             digest: None,
             event_types: None,
@@ -88,14 +88,14 @@ mod tests {
 
     /// Another boot was at it, and its handler committed a part of the next batch.
     #[test]
-    fn a_projector_that_must_be_rebuilt_has_reached_nothing() {
+    fn a_projector_that_must_be_rebuilt_never_counts_as_caught_up() {
         let whole = entry("a", Status::Booting, 70);
         let incomplete = Entry { rebuild_reason: Some("a part of a batch is stored".into()), ..whole.clone() };
         assert!(has_reached(&whole, Position::new(70)) && !has_reached(&incomplete, Position::new(70)));
     }
 
     #[test]
-    fn the_oldest_queued_event_is_the_lowest_that_a_live_projector_of_this_release_awaits() {
+    fn the_oldest_queued_event_is_the_lowest_a_live_projector_of_this_release_needs() {
         let registry = Registry::new().with(Idle("a")).and_then(|r| r.with(Idle("b"))).expect("two names");
         let mark = Position::new(90);
         let ledger =

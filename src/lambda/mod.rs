@@ -5,6 +5,6 @@ mod event;
 mod runtime_api;
 mod scheduled;
 
-pub(crate) use event::{Invoked, parse};
+pub(crate) use event::{Trigger, parse};
 pub(crate) use runtime_api::{RUNTIME_API, RuntimeApi};
 pub(crate) use scheduled::relay_and_reconcile;

@@ -11,12 +11,12 @@ use sqlx::mysql::MySqlRow;
 use sqlx::{Decode, MySql, Row, Type};
 use time::{OffsetDateTime, PrimitiveDateTime, UtcOffset};
 
-use crate::model::lenient;
+use crate::model::server_json;
 
 /// The event type of a row that only fills a position whose transaction rolled back.
 ///
 /// Types that begin with `$` belong to the log itself: [`NewEvent::check`] refuses them.
-pub const TOMBSTONE: &str = "$tombstone";
+pub const FILLER: &str = "$filler";
 
 /// An event's place in the one global order of the log: `events.position`.
 ///
@@ -69,17 +69,17 @@ impl fmt::Display for Position {
 pub struct Event {
     position: Position,
     /// Asked of every event, by every projector.
-    is_tombstone: bool,
+    is_filler: bool,
     /// Whether a field was asked for that the row does not have as it should.
-    is_spoiled: AtomicBool,
+    has_decode_error: AtomicBool,
     fields: Fields,
     /// Payload and metadata, where they are JSON to the server and not to serde_json. Made when they are first read.
-    rewritten: OnceLock<Box<Rewritten>>,
+    strict_json: OnceLock<Box<StrictJson>>,
 }
 
-/// JSON texts that [`lenient::rewritten`] has changed.
+/// JSON texts that [`server_json::to_strict`] has changed.
 #[derive(Default)]
-struct Rewritten {
+struct StrictJson {
     payload: Option<String>,
     metadata: Option<String>,
 }
@@ -88,7 +88,7 @@ struct Rewritten {
 enum Fields {
     /// In the row that the server sent.
     Row(MySqlRow),
-    Given(Box<Recorded>),
+    Owned(Box<RecordedEvent>),
 }
 
 /// The columns of such a row: those of the log's table, in its order.
@@ -106,7 +106,7 @@ enum Column {
 /// The fields of an event, by name: what an [`Event`] is made of where it does not come from the log, as in a test of a
 /// projector.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Recorded {
+pub struct RecordedEvent {
     /// Its place in the global order.
     pub position: Position,
     /// Unique over the whole log.
@@ -129,14 +129,14 @@ pub struct Recorded {
 ///
 /// Bind this and not the [`OffsetDateTime`]: sqlx binds that as a `timestamp`, which MariaDB turns into null before 1970
 /// and from 2038-01-19T03:14:08Z on.
-pub(crate) fn datetime(at: OffsetDateTime) -> PrimitiveDateTime {
+pub(crate) fn utc_datetime(at: OffsetDateTime) -> PrimitiveDateTime {
     let at = at.to_offset(UtcOffset::UTC);
     PrimitiveDateTime::new(at.date(), at.time())
 }
 
 /// When an event was recorded. What is no date (`0000-00-00`, which a server stores whose `sql_mode` is lax) is read as
 /// 1970-01-01, 00:00 in UTC: one row that says no time must not stop everybody behind it.
-pub(crate) fn recorded_at(row: &MySqlRow, column: usize) -> OffsetDateTime {
+pub(crate) fn decode_recorded_at(row: &MySqlRow, column: usize) -> OffsetDateTime {
     let recorded_at = row.try_get::<PrimitiveDateTime, _>(column);
     recorded_at.map_or(OffsetDateTime::UNIX_EPOCH, PrimitiveDateTime::assume_utc)
 }
@@ -150,10 +150,10 @@ impl Event {
     pub(crate) fn from_row(row: MySqlRow) -> Result<Self, sqlx::Error> {
         Ok(Event {
             position: Position::new(row.try_get(Column::Position as usize)?),
-            is_tombstone: row.try_get_unchecked::<&[u8], _>(Column::EventType as usize)? == TOMBSTONE.as_bytes(),
-            is_spoiled: AtomicBool::new(false),
+            is_filler: row.try_get_unchecked::<&[u8], _>(Column::EventType as usize)? == FILLER.as_bytes(),
+            has_decode_error: AtomicBool::new(false),
             fields: Fields::Row(row),
-            rewritten: OnceLock::new(),
+            strict_json: OnceLock::new(),
         })
     }
 
@@ -173,14 +173,14 @@ impl Event {
 
     /// Why a field could not be read that was asked for; `None`: all could. Whoever asked was given nothing in its place, and
     /// must not be believed.
-    pub(crate) fn spoiled(&self) -> Option<sqlx::Error> {
-        self.is_spoiled.load(Ordering::Relaxed).then(|| self.check().err()).flatten()
+    pub(crate) fn decode_error(&self) -> Option<sqlx::Error> {
+        self.has_decode_error.load(Ordering::Relaxed).then(|| self.check().err()).flatten()
     }
 
     /// Whether its type is one of these. One whose type cannot be read may be: it must not be passed over, and is spoiled.
-    pub(crate) fn may_be_of(&self, types: &HashSet<String>) -> bool {
+    pub(crate) fn may_match(&self, types: &HashSet<String>) -> bool {
         match self.event_type() {
-            "" => self.is_spoiled.load(Ordering::Relaxed),
+            "" => self.has_decode_error.load(Ordering::Relaxed),
             event_type => types.contains(event_type),
         }
     }
@@ -216,14 +216,14 @@ impl Event {
     /// stores as null before 1970 and from 2038-01-19T03:14:08Z on.
     pub fn recorded_at(&self) -> OffsetDateTime {
         match &self.fields {
-            Fields::Row(row) => recorded_at(row, Column::RecordedAt as usize),
-            Fields::Given(recorded) => recorded.recorded_at,
+            Fields::Row(row) => decode_recorded_at(row, Column::RecordedAt as usize),
+            Fields::Owned(recorded) => recorded.recorded_at,
         }
     }
 
     /// When, in UTC, to the microsecond, as a `datetime` column stores it. This is the one to bind to a statement.
     pub fn recorded_at_utc(&self) -> PrimitiveDateTime {
-        datetime(self.recorded_at())
+        utc_datetime(self.recorded_at())
     }
 
     /// The payload's JSON text, byte for byte as it was appended.
@@ -244,7 +244,7 @@ impl Event {
     /// this event.
     pub fn payload<T: DeserializeOwned>(&self) -> Result<T, serde_json::Error> {
         let read = serde_json::from_str(self.payload_text());
-        read.or_else(|error| self.lenient_payload().map_or(Err(error), serde_json::from_str))
+        read.or_else(|error| self.strict_payload().map_or(Err(error), serde_json::from_str))
     }
 
     /// Decodes the metadata; `null` stands in where there is none, so `T` may be an `Option`.
@@ -253,29 +253,29 @@ impl Event {
     /// If the JSON does not have the shape of `T`.
     pub fn metadata<T: DeserializeOwned>(&self) -> Result<T, serde_json::Error> {
         let read = serde_json::from_str(self.metadata_text().unwrap_or("null"));
-        read.or_else(|error| self.lenient_metadata().map_or(Err(error), serde_json::from_str))
+        read.or_else(|error| self.strict_metadata().map_or(Err(error), serde_json::from_str))
     }
 
     /// The payload for serde_json, where that has refused the payload as it was written; `None` where that cannot help.
-    pub(crate) fn lenient_payload(&self) -> Option<&str> {
-        self.rewritten().payload.as_deref()
+    pub(crate) fn strict_payload(&self) -> Option<&str> {
+        self.strict_json().payload.as_deref()
     }
 
     /// The metadata, likewise.
-    pub(crate) fn lenient_metadata(&self) -> Option<&str> {
-        self.rewritten().metadata.as_deref()
+    pub(crate) fn strict_metadata(&self) -> Option<&str> {
+        self.strict_json().metadata.as_deref()
     }
 
-    fn rewritten(&self) -> &Rewritten {
-        self.rewritten.get_or_init(|| {
-            let payload = lenient::rewritten(self.payload_text());
-            Box::new(Rewritten { payload, metadata: self.metadata_text().and_then(lenient::rewritten) })
+    fn strict_json(&self) -> &StrictJson {
+        self.strict_json.get_or_init(|| {
+            let payload = server_json::to_strict(self.payload_text());
+            Box::new(StrictJson { payload, metadata: self.metadata_text().and_then(server_json::to_strict) })
         })
     }
 
     /// Whether this row only fills a position. Tombstones move projectors on and are shown to none.
-    pub fn is_tombstone(&self) -> bool {
-        self.is_tombstone
+    pub fn is_filler(&self) -> bool {
+        self.is_filler
     }
 
     /// Payload and metadata, in bytes. Decodes neither.
@@ -285,27 +285,27 @@ impl Event {
                 let bytes = |column: Column| row.try_get_unchecked::<Option<&[u8]>, _>(column as usize).ok().flatten();
                 bytes(Column::Payload).map_or(0, <[u8]>::len) + bytes(Column::Metadata).map_or(0, <[u8]>::len)
             }
-            Fields::Given(recorded) => recorded.payload.len() + recorded.metadata.as_ref().map_or(0, String::len),
+            Fields::Owned(recorded) => recorded.payload.len() + recorded.metadata.as_ref().map_or(0, String::len),
         }
     }
 
     /// A field, wherever it is.
-    fn field<'e, T>(&'e self, column: Column, given: impl FnOnce(&'e Recorded) -> T) -> T
+    fn field<'e, T>(&'e self, column: Column, given: impl FnOnce(&'e RecordedEvent) -> T) -> T
     where
         T: Decode<'e, MySql> + Type<MySql> + Default,
     {
         match &self.fields {
             Fields::Row(row) => row.try_get(column as usize).unwrap_or_else(|_| {
-                self.is_spoiled.store(true, Ordering::Relaxed);
+                self.has_decode_error.store(true, Ordering::Relaxed);
                 T::default()
             }),
-            Fields::Given(recorded) => given(recorded),
+            Fields::Owned(recorded) => given(recorded),
         }
     }
 
     /// Its fields, by name.
-    fn recorded(&self) -> Recorded {
-        Recorded {
+    fn to_recorded(&self) -> RecordedEvent {
+        RecordedEvent {
             position: self.position,
             event_id: self.event_id().to_owned(),
             stream_id: self.stream_id().to_owned(),
@@ -318,14 +318,14 @@ impl Event {
     }
 }
 
-impl From<Recorded> for Event {
-    fn from(recorded: Recorded) -> Self {
+impl From<RecordedEvent> for Event {
+    fn from(recorded: RecordedEvent) -> Self {
         Event {
             position: recorded.position,
-            is_tombstone: recorded.event_type == TOMBSTONE,
-            is_spoiled: AtomicBool::new(false),
-            fields: Fields::Given(Box::new(recorded)),
-            rewritten: OnceLock::new(),
+            is_filler: recorded.event_type == FILLER,
+            has_decode_error: AtomicBool::new(false),
+            fields: Fields::Owned(Box::new(recorded)),
+            strict_json: OnceLock::new(),
         }
     }
 }
@@ -333,13 +333,13 @@ impl From<Recorded> for Event {
 impl Clone for Event {
     /// A copy of its fields, which keeps nothing of what else was read with it.
     fn clone(&self) -> Self {
-        self.recorded().into()
+        self.to_recorded().into()
     }
 }
 
 impl PartialEq for Event {
     fn eq(&self, other: &Self) -> bool {
-        self.recorded() == other.recorded()
+        self.to_recorded() == other.to_recorded()
     }
 }
 
@@ -347,7 +347,7 @@ impl Eq for Event {}
 
 impl fmt::Debug for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.recorded().fmt(f)
+        self.to_recorded().fmt(f)
     }
 }
 

@@ -92,7 +92,7 @@ pub trait Projector: Send + Sync + 'static {
 
     /// What the projector's statements may leave behind in their database session.
     fn session(&self) -> SessionUse {
-        SessionUse::Own
+        SessionUse::Dedicated
     }
 
     /// Creates what the handler writes to. Boot runs it at first sight, and again whenever it resumes
@@ -129,9 +129,9 @@ pub enum SessionUse {
     /// Nothing. The session may serve other projectors afterwards, which saves connections.
     Shared,
     /// Something, which only this projector may see: a session is kept for it alone. The default.
-    Own,
+    Dedicated,
     /// Something that must not reach even the next event: each event has a transaction and a new session of its own.
-    EachEvent,
+    PerEvent,
 }
 
 /// Where a projector starts, and whether it goes on.

@@ -88,7 +88,7 @@ mod tests {
     const SIGNATURE: &str = "5bdcc146bf60754e6a042426089575c75a003f089d2739839dec58b964ec3843";
 
     #[test]
-    fn a_signature_is_that_of_rfc_4231_and_no_other_text_key_or_form_verifies() {
+    fn a_signature_matches_rfc_4231_and_any_other_text_key_or_form_is_refused() {
         let key = SigningKey::new(b"Jefe");
         let text = "what do ya want for nothing?";
         assert_eq!(key.sign(text), SIGNATURE);

@@ -120,14 +120,14 @@
 //! `SIMULATION_SEED` says where the 5,000 schedules begin, `SIMULATION_BUG` names one of the bugs.
 
 mod bug;
-mod cast;
 mod database;
 mod fault;
 mod invariants;
+mod occurrence;
 mod process;
+mod projectors;
 mod queue;
 mod schedule;
-mod seen;
 mod statements;
 mod transaction;
 mod world;
@@ -137,58 +137,58 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bug::{BUGS, Bug};
+use occurrence::OccurrenceCounts;
 use schedule::{Outcome, Plan, run};
-use seen::Counts;
 
 /// How many schedules are run where nobody says otherwise.
 const SCHEDULES: u64 = 100_000;
 
 /// Within so many schedules each deliberate bug is caught.
-const CAUGHT_WITHIN: u64 = 5_000;
+const SCHEDULES_PER_BUG: u64 = 5_000;
 
 /// Lines of the trace that a failure shows.
-const TRACE_SHOWN: usize = 120;
+const MAX_TRACE_LINES: usize = 120;
 
-fn number(name: &str) -> Option<u64> {
+fn env_number(name: &str) -> Option<u64> {
     let text = std::env::var(name).ok()?;
     Some(text.replace('_', "").parse().unwrap_or_else(|_| panic!("{name} must be a number, and is {text:?}")))
 }
 
 /// Runs so many seeds from `first` on, on all cores; the lowest that fails, and what was seen.
-fn run_seeds(first: u64, schedules: u64, plan: Plan) -> (Option<u64>, Counts) {
+fn run_seeds(first: u64, schedules: u64, plan: Plan) -> (Option<u64>, OccurrenceCounts) {
     let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get() as u64);
-    let (failed, seen) = (AtomicU64::new(u64::MAX), Mutex::new(Counts::new()));
+    let (failed, occurrences) = (AtomicU64::new(u64::MAX), Mutex::new(OccurrenceCounts::new()));
     std::thread::scope(|scope| {
         for thread in 0..threads {
-            let (failed, seen) = (&failed, &seen);
+            let (failed, occurrences) = (&failed, &occurrences);
             scope.spawn(move || {
-                let releases = cast::releases();
-                let mut counts = Counts::new();
+                let releases = projectors::releases();
+                let mut counts = OccurrenceCounts::new();
                 for seed in (first + thread..first + schedules).step_by(threads as usize) {
                     if seed > failed.load(Ordering::Relaxed) {
                         break;
                     }
                     let outcome = run(Plan { seed, ..plan }, &releases);
-                    counts.add(&outcome.seen);
+                    counts.add(&outcome.occurrences);
                     if outcome.violation.is_some() {
                         failed.fetch_min(seed, Ordering::Relaxed);
                     }
                 }
-                seen.lock().expect("nobody panics with it").add(&counts);
+                occurrences.lock().expect("nobody panics with it").add(&counts);
             });
         }
     });
     let failed = failed.into_inner();
-    ((failed != u64::MAX).then_some(failed), seen.into_inner().expect("nobody panics with it"))
+    ((failed != u64::MAX).then_some(failed), occurrences.into_inner().expect("nobody panics with it"))
 }
 
 /// What a person needs who has to find the cause.
 fn report(plan: Plan) -> String {
-    let releases = cast::releases();
+    let releases = projectors::releases();
     let plan = shrink(plan, &releases);
     let Outcome { violation, trace, steps, .. } = run(Plan { trace: true, ..plan }, &releases);
     let mut text = String::new();
-    for line in &trace[trace.len().saturating_sub(TRACE_SHOWN)..] {
+    for line in &trace[trace.len().saturating_sub(MAX_TRACE_LINES)..] {
         let _ = writeln!(text, "{line}");
     }
     let what = violation.map_or_else(|| "no violation".into(), |violation| violation.to_string());
@@ -219,14 +219,14 @@ fn shrink(plan: Plan, releases: &[crate::Registry]) -> Plan {
 
 #[test]
 fn every_invariant_holds_in_every_schedule() {
-    let seed = number("SIMULATION_SEED");
-    let schedules = number("SIMULATION_SCHEDULES").unwrap_or(if seed.is_some() { 1 } else { SCHEDULES });
-    let plan = Plan { seed: 0, bug: None, steps: number("SIMULATION_STEPS"), trace: false };
+    let seed = env_number("SIMULATION_SEED");
+    let schedules = env_number("SIMULATION_SCHEDULES").unwrap_or(if seed.is_some() { 1 } else { SCHEDULES });
+    let plan = Plan { seed: 0, bug: None, steps: env_number("SIMULATION_STEPS"), trace: false };
     let began = std::time::Instant::now();
-    let (failed, seen) = run_seeds(seed.unwrap_or(0), schedules, plan);
+    let (failed, occurrences) = run_seeds(seed.unwrap_or(0), schedules, plan);
     println!("{schedules} schedules in {:.1} s", began.elapsed().as_secs_f32());
-    for (seen, count) in seen.iter() {
-        println!("{count:>10} {seen:?}");
+    for (occurrence, count) in occurrences.iter() {
+        println!("{count:>10} {occurrence:?}");
     }
     if let Some(seed) = failed {
         panic!("{}", report(Plan { seed, ..plan }));
@@ -235,7 +235,7 @@ fn every_invariant_holds_in_every_schedule() {
         println!("{}", report(Plan { seed, ..plan }));
     }
     if schedules >= SCHEDULES {
-        let rare: Vec<_> = seen.iter().filter(|(_, count)| *count < 100).collect();
+        let rare: Vec<_> = occurrences.iter().filter(|(_, count)| *count < 100).collect();
         assert!(rare.is_empty(), "hardly ever happened: {rare:?}");
     }
 }
@@ -243,16 +243,16 @@ fn every_invariant_holds_in_every_schedule() {
 #[test]
 fn every_deliberate_bug_is_caught() {
     let mut missed = Vec::new();
-    let first = number("SIMULATION_SEED").unwrap_or(0);
+    let first = env_number("SIMULATION_SEED").unwrap_or(0);
     let only = std::env::var("SIMULATION_BUG").ok();
     let chosen = |bug: &Bug| only.as_ref().is_none_or(|name| *name == format!("{bug:?}"));
     for &(bug, invariants) in BUGS.iter().filter(|(bug, _)| chosen(bug)) {
         let plan = Plan { seed: 0, bug: Some(bug), steps: None, trace: false };
-        let (Some(seed), _) = run_seeds(first, CAUGHT_WITHIN, plan) else {
+        let (Some(seed), _) = run_seeds(first, SCHEDULES_PER_BUG, plan) else {
             missed.push(format!("{bug:?} is not caught"));
             continue;
         };
-        let releases = cast::releases();
+        let releases = projectors::releases();
         let violation = run(Plan { seed, ..plan }, &releases).violation.expect("it failed before");
         println!("{bug:?}: caught by schedule {seed}: {violation}");
         if !invariants.contains(&violation.invariant) {
@@ -267,7 +267,7 @@ fn every_deliberate_bug_is_caught() {
 }
 
 #[test]
-fn the_deliberate_bugs_are_listed_and_counted_in_the_documentation() {
+fn the_documentation_lists_and_counts_the_deliberate_bugs() {
     let rows = include_str!("mod.rs").lines().skip_while(|line| *line != "//! | bug | violates |").skip(2);
     assert_eq!(rows.take_while(|line| line.starts_with("//! | ")).count(), BUGS.len());
     let readme = include_str!("../../README.md");
@@ -275,11 +275,11 @@ fn the_deliberate_bugs_are_listed_and_counted_in_the_documentation() {
 }
 
 #[test]
-fn a_seed_is_the_whole_schedule() {
-    let releases = cast::releases();
+fn a_seed_reproduces_the_whole_schedule() {
+    let releases = projectors::releases();
     for seed in 0..20 {
         let plan = Plan { seed, bug: None, steps: None, trace: true };
         let (one, other) = (run(plan, &releases), run(plan, &releases));
-        assert_eq!((one.trace, one.seen), (other.trace, other.seen), "seed {seed}");
+        assert_eq!((one.trace, one.occurrences), (other.trace, other.occurrences), "seed {seed}");
     }
 }

@@ -19,7 +19,7 @@ use tracing_subscriber::{EnvFilter, Layer};
 
 use crate::model::error::Error;
 use crate::model::text;
-pub(crate) use reporter::{MetricsFormat, Reporter, Watched, service_name};
+pub(crate) use reporter::{LagSource, MetricsFormat, Reporter, parse_service_name};
 use webhook::Poster;
 
 /// How log lines look.
@@ -51,8 +51,8 @@ pub(crate) struct Telemetry {
 /// A field for a terminal: nothing in it moves the cursor or begins a line.
 fn write_field(writer: &mut Writer<'_>, field: &Field, value: &dyn fmt::Debug) -> fmt::Result {
     let value = format!("{value:?}");
-    let value = text::shown(&value);
-    let value = text::printable(&value);
+    let value = text::redact(&value);
+    let value = text::escape_control(&value);
     match field.name() {
         "message" => write!(writer, "{value}"),
         // What a library that logs by another crate says of its place.
@@ -74,7 +74,7 @@ impl Write for JsonToStderr {
     fn flush(&mut self) -> std::io::Result<()> {
         let line = std::mem::take(&mut self.0);
         let line = String::from_utf8_lossy(&line);
-        stderr().lock().write_all(text::shown_in_json(&line).as_bytes())
+        stderr().lock().write_all(text::redact_json(&line).as_bytes())
     }
 }
 
@@ -89,11 +89,11 @@ impl Drop for JsonToStderr {
 
 /// Says why a command did not end well: among JSON lines as one of them, so that every line of the log can be
 /// read, and an alarm on errors sees this one, too.
-pub(crate) fn report(error: &Error, format: LogFormat) {
+pub(crate) fn log_error(error: &Error, format: LogFormat) {
     // Not where the filter, or a filter that could not be read, would swallow it.
     match format.is_json() && tracing::enabled!(tracing::Level::ERROR) {
         true => tracing::error!("{error}"),
-        false => eprintln!("error: {}", text::printable_lines(&text::shown(&error.to_string()))),
+        false => eprintln!("error: {}", text::escape_control_lines(&text::redact(&error.to_string()))),
     }
 }
 
@@ -101,8 +101,9 @@ pub(crate) fn report(error: &Error, format: LogFormat) {
 /// look at is in the log whatever the filter says: an alarm that reads the log waits for it.
 pub(crate) fn start(format: LogFormat, filter: &str, alert_url: Option<&str>) -> Result<Telemetry, Error> {
     // A bare level is meant for us: the libraries below us say enough at warn.
-    let ours = filter.bytes().all(|byte| byte.is_ascii_alphabetic()).then(|| format!("warn,projectionist={filter}"));
-    let filter = EnvFilter::try_new(ours.as_deref().unwrap_or(filter))
+    let scoped_filter =
+        filter.bytes().all(|byte| byte.is_ascii_alphabetic()).then(|| format!("warn,projectionist={filter}"));
+    let filter = EnvFilter::try_new(scoped_filter.as_deref().unwrap_or(filter))
         .map_err(|error| Error::Input(format!("the log filter {filter:?} cannot be read: {error}")))?;
     let logs = match format.is_json() {
         true => tracing_subscriber::fmt::layer().json().flatten_event(true).with_writer(JsonToStderr::default).boxed(),
@@ -122,8 +123,8 @@ pub(crate) fn start(format: LogFormat, filter: &str, alert_url: Option<&str>) ->
     if format.is_json() {
         // A handler's panic is caught and told, but the default would print lines that are no JSON before that.
         std::panic::set_hook(Box::new(|panic| {
-            let place = panic.location().map(ToString::to_string);
-            tracing::error!(place, "{}", panic.payload_as_str().unwrap_or("a panic without a message"));
+            let location = panic.location().map(ToString::to_string);
+            tracing::error!(location, "{}", panic.payload_as_str().unwrap_or("a panic without a message"));
         }));
     }
     // A team's binary may have a subscriber of its own: then its logs are the right ones.

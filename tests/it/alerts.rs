@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
-use crate::support::{Fate, Folder, Tally, World, eventually, execute, holds, write};
+use crate::support::{Folder, ProxyAction, Tally, World, contains_text, eventually, execute, write};
 
 /// A web hook that answers with these status codes in turn, the last one for ever, and keeps what it gets.
 /// Without any, it never answers, and keeps a null for each attempt.
@@ -64,7 +64,7 @@ fn failing_projector() -> tempfile::TempDir {
 }
 
 #[tokio::test]
-async fn what_breaks_a_projector_is_posted_with_all_that_is_known_of_it() {
+async fn a_broken_projector_is_posted_with_event_and_error() {
     let world = World::new().await;
     world.append(3).await;
     let projectors = failing_projector();
@@ -89,7 +89,7 @@ async fn what_breaks_a_projector_is_posted_with_all_that_is_known_of_it() {
 }
 
 #[tokio::test]
-async fn a_web_hook_that_never_answers_delays_the_end_of_a_boot_but_does_not_prevent_it() {
+async fn an_unresponsive_webhook_delays_the_end_of_boot_but_does_not_prevent_it() {
     let world = World::new().await;
     world.append(3).await;
     let projectors = failing_projector();
@@ -115,19 +115,19 @@ fn only(posted: &Mutex<Vec<Value>>, kind: &str) -> Value {
 }
 
 #[tokio::test]
-async fn a_boot_that_gives_up_on_a_database_that_went_away_alerts_once_and_exits_with_3() {
+async fn a_boot_whose_database_is_lost_alerts_once_and_exits_with_3() {
     let world = World::new().await;
     let tally = Tally::new("tally");
     world.append(50).await;
     let projectors = Folder::new().with("tally.toml", &tally.file(&[]));
     let (batches, is_away) = (AtomicU64::new(0), AtomicBool::new(false));
     let database = world
-        .database_url_by(move |bytes| {
+        .database_url_through_proxy(move |bytes| {
             // In the third batch, and for good.
-            if holds(bytes, "; commit") && batches.fetch_add(1, Ordering::SeqCst) == 2 {
+            if contains_text(bytes, "; commit") && batches.fetch_add(1, Ordering::SeqCst) == 2 {
                 is_away.store(true, Ordering::SeqCst);
             }
-            if is_away.load(Ordering::SeqCst) { Fate::Reset } else { Fate::Passes }
+            if is_away.load(Ordering::SeqCst) { ProxyAction::Reset } else { ProxyAction::Forward }
         })
         .await;
     let (url, posted) = webhook(&[200]).await;
@@ -146,7 +146,7 @@ async fn a_boot_that_gives_up_on_a_database_that_went_away_alerts_once_and_exits
 }
 
 #[tokio::test]
-async fn whatever_else_stops_a_deploy_alerts_once_with_its_reason_and_a_boot_that_goes_well_does_not() {
+async fn a_stopped_deploy_alerts_once_with_its_reason_and_a_successful_one_does_not() {
     let world = World::new().await;
     world.append(20).await;
     // Slow enough to be met in the middle.
@@ -184,20 +184,20 @@ async fn whatever_else_stops_a_deploy_alerts_once_with_its_reason_and_a_boot_tha
 }
 
 #[tokio::test]
-async fn a_gap_that_holds_the_mark_is_posted_with_its_ends() {
+async fn a_gap_that_blocks_the_mark_is_posted_with_its_bounds() {
     let world = World::new().await;
     world.append(9).await;
     world.execute("alter table events auto_increment = 70020").await;
     world.append(2).await;
     let (url, posted) = webhook(&[200]).await;
     world.run(&["relay", "--once", "--alert-url", &url]).await.exits(0);
-    let alert = only(&posted, "high_water_held");
+    let alert = only(&posted, "high_water_blocked");
     assert_eq!((alert["first"].as_u64(), alert["last"].as_u64()), (Some(10), Some(70_019)), "{alert}");
     assert!(alert["text"].as_str().is_some_and(|text| text.contains("projectionist fill 10 70019")), "{alert}");
 }
 
 #[tokio::test]
-async fn a_transaction_that_holds_the_mark_for_long_is_posted_once_with_its_position_and_logged_whatever_the_filter() {
+async fn a_transaction_that_blocks_the_mark_for_long_is_posted_once_and_always_logged() {
     let world = World::new().await;
     let tally = Tally::new("tally");
     let projectors = Folder::new().with("tally.toml", &tally.file(&[]));
@@ -210,10 +210,10 @@ async fn a_transaction_that_holds_the_mark_for_long_is_posted_once_with_its_posi
     let (url, posted) = webhook(&[200]).await;
     let play = world.start(&["play", "--log=error", "--alert-url", &url, "--projectors", projectors.path()]);
     eventually("somebody is told", async || !kinds(&posted).is_empty()).await;
-    let alert = only(&posted, "high_water_held");
+    let alert = only(&posted, "high_water_blocked");
     assert_eq!((alert["position"].as_u64(), &alert["first"]), (Some(1), &json!(null)), "{alert}");
     assert_eq!(alert["level"], "WARN");
-    play.logs("\"alert\":\"high_water_held\"").await;
+    play.wait_for_log("\"alert\":\"high_water_blocked\"").await;
 
     execute(&mut open, "commit").await;
     eventually("it is played", async || world.position("tally").await == 6).await;
@@ -223,7 +223,7 @@ async fn a_transaction_that_holds_the_mark_for_long_is_posted_once_with_its_posi
 }
 
 #[tokio::test]
-async fn rows_that_are_gone_when_they_are_to_be_published_are_a_fault_that_is_posted() {
+async fn rows_missing_at_publication_are_posted() {
     let world = World::new().await;
     let (one, other) = (Tally::new("one").file(&[]), Tally::new("other").file(&[]));
     let projectors = Folder::new().with("1.toml", &one);
@@ -237,7 +237,7 @@ async fn rows_that_are_gone_when_they_are_to_be_published_are_a_fault_that_is_po
 
     for (gone, first, last) in [("position in (13, 14)", 13, 14), ("position between 11 and 19", 11, 19)] {
         world.execute(&format!("delete from events where {gone}")).await;
-        world.execute("update event_log set published = 10, relay_holder = null").await;
+        world.execute("update event_log set published = 10, relay_lease_holder = null").await;
         let (url, posted) = webhook(&[200]).await;
         world.run(&["relay", "--once", "--alert-url", &url]).await.exits(0);
         let alert = only(&posted, "log_fault");
@@ -251,17 +251,17 @@ async fn rows_that_are_gone_when_they_are_to_be_published_are_a_fault_that_is_po
 }
 
 #[tokio::test]
-async fn a_row_that_vanishes_just_before_the_mark_passes_it_is_a_fault_that_is_posted_and_the_mark_stays() {
+async fn a_row_that_vanishes_just_above_the_mark_is_posted_and_the_mark_stays() {
     let world = World::new().await;
     world.append(3).await;
     let (direct, is_deleted) = (world.database_url.clone(), AtomicBool::new(false));
     let database = world
-        .database_url_by(move |bytes| {
+        .database_url_through_proxy(move |bytes| {
             // They have been seen, and are summed up next.
-            if holds(bytes, "bit_xor") && !is_deleted.swap(true, Ordering::SeqCst) {
+            if contains_text(bytes, "bit_xor") && !is_deleted.swap(true, Ordering::SeqCst) {
                 delete_second_row(&direct);
             }
-            Fate::Passes
+            ProxyAction::Forward
         })
         .await;
     let (url, posted) = webhook(&[200]).await;
@@ -286,7 +286,7 @@ fn delete_second_row(database_url: &str) {
 }
 
 #[tokio::test]
-async fn a_web_hook_that_never_answers_delays_nothing_that_is_played() {
+async fn an_unresponsive_webhook_does_not_delay_play() {
     let world = World::new().await;
     let tally = Tally::new("tally");
     // The one that fails is played first.
@@ -306,7 +306,7 @@ async fn a_web_hook_that_never_answers_delays_nothing_that_is_played() {
 }
 
 #[tokio::test]
-async fn a_web_hook_that_redirects_is_not_followed_and_has_failed() {
+async fn a_webhook_redirect_is_not_followed_and_counts_as_a_failure() {
     let world = World::new().await;
     world.append(9).await;
     world.execute("alter table events auto_increment = 70020").await;
@@ -314,7 +314,7 @@ async fn a_web_hook_that_redirects_is_not_followed_and_has_failed() {
     for code in [&[301_u16] as &'static [u16], &[302], &[307]] {
         let (url, posted) = webhook(code).await;
         let relayed = world.run(&["relay", "--once", "--alert-url", &url]).await.exits(0);
-        assert_eq!(kinds(&posted), ["high_water_held"; 4], "each attempt posts to the hook, and none elsewhere");
+        assert_eq!(kinds(&posted), ["high_water_blocked"; 4], "each attempt posts to the hook, and none elsewhere");
         assert!(relayed.stderr.contains("redirects are not followed"), "{}", relayed.stderr);
         assert!(!relayed.stderr.contains("secret-token"), "{}", relayed.stderr);
     }
@@ -324,7 +324,7 @@ async fn a_web_hook_that_redirects_is_not_followed_and_has_failed() {
 const SECRET: &str = "ann@example.com";
 
 #[tokio::test]
-async fn errors_are_kept_to_their_numbers_in_ledger_log_and_alerts_where_that_is_asked_for() {
+async fn errors_are_cut_to_their_numbers_in_ledger_log_and_alerts_on_request() {
     let world = World::new().await;
     for _ in 0..2 {
         world
@@ -363,7 +363,7 @@ async fn errors_are_kept_to_their_numbers_in_ledger_log_and_alerts_where_that_is
 }
 
 #[tokio::test]
-async fn control_characters_of_the_log_reach_no_terminal() {
+async fn control_characters_in_events_reach_no_terminal() {
     let world = World::new().await;
     world
         .execute(

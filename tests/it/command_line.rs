@@ -4,13 +4,13 @@ mod append;
 mod bad_input;
 mod boot;
 mod cloudwatch;
-mod killed;
+mod custom_binary;
+mod kill;
 mod play;
 mod retire;
-mod rolling;
+mod rolling_deploy;
 mod secrets;
 mod status;
-mod team;
 
 use std::time::Duration;
 
@@ -54,13 +54,13 @@ async fn close_gate(world: &World) -> MySqlConnection {
 }
 
 /// Waits until a handler stands at the gate.
-async fn somebody_waits(world: &World) {
+async fn wait_for_gated_handler(world: &World) {
     let waits = |session: &Session| session.statement.starts_with("update gate");
     eventually("a handler stands at the gate", async || world.sessions().await.iter().any(waits)).await;
 }
 
 /// What such a projector has written down, in its order.
-async fn tallied(world: &World, name: &str) -> Vec<u64> {
+async fn tally_positions(world: &World, name: &str) -> Vec<u64> {
     let sql = format!("select cast(position as unsigned) from {name} order by seq");
     sqlx::query_scalar(AssertSqlSafe(sql)).fetch_all(&mut world.connection().await).await.expect("its table")
 }
@@ -80,7 +80,7 @@ async fn assert_failed_at(world: &World, name: &str, position: u64) {
 }
 
 /// Events in the log, without those that only fill a position.
-async fn stored(world: &World) -> u64 {
+async fn event_count(world: &World) -> u64 {
     world.number("select count(*) from events where event_type not like '$%'").await
 }
 
@@ -90,6 +90,6 @@ fn line(stream: &str) -> String {
 }
 
 /// Fails where this takes so long that it must have waited for a lock or a time-out.
-async fn promptly<T>(doing: impl Future<Output = T>) -> T {
+async fn with_short_timeout<T>(doing: impl Future<Output = T>) -> T {
     tokio::time::timeout(Duration::from_secs(10), doing).await.expect("it waits for nothing")
 }

@@ -8,7 +8,7 @@ use serde_json::json;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use crate::receipt::seed;
+use crate::end_to_end::seed;
 use crate::support::{Folder, World};
 
 /// A file: its name is that of the table that its `setup` makes.
@@ -126,7 +126,7 @@ async fn each_kind_of_json_value_binds_exactly() {
 
 /// One statement, on one connection, in one transaction: what an event binds does not depend on the one before.
 #[tokio::test]
-async fn no_value_binds_otherwise_because_of_those_before_it() {
+async fn a_value_binds_the_same_whatever_was_bound_before() {
     let mut dice = fastrand::Rng::with_seed(seed());
     let mut values: Vec<_> = VALUES.iter().chain(VALUES).chain(VALUES).copied().collect();
     dice.shuffle(&mut values);
@@ -173,7 +173,7 @@ async fn the_columns_of_an_event_bind_exactly() {
 }
 
 #[tokio::test]
-async fn paths_lead_into_objects_and_arrays_of_payload_and_metadata() {
+async fn paths_reach_into_objects_and_arrays_in_payload_and_metadata() {
     let world = World::new().await;
     let payload =
         json!({"a": {"b": {"c": "deep"}}, "items": ["first", {"sku": "second"}], "odd key": {"say \"x\"": "odd"}});
@@ -188,7 +188,7 @@ async fn paths_lead_into_objects_and_arrays_of_payload_and_metadata() {
 }
 
 #[tokio::test]
-async fn a_question_mark_binds_null_where_a_path_is_missing() {
+async fn a_question_mark_binds_null_for_a_missing_path() {
     let world = World::new().await;
     append(&world, &[r#"{"v":1}"#.into(), "{}".into(), r#"{"v":null}"#.into(), "7".into()]).await;
     let sql = "insert into optional (v, m) values (:payload.v?, :metadata.user?)";
@@ -221,7 +221,7 @@ async fn a_missing_path_breaks_the_projector_at_that_event() {
 }
 
 #[tokio::test]
-async fn the_handlers_of_a_file_run_in_its_order_and_in_one_transaction() {
+async fn handlers_run_in_file_order_and_in_one_transaction() {
     let world = World::new().await;
     append(&world, &["1".into(), "2".into(), "3".into()]).await;
     let poison = "insert into steps (at, step) values (nullif(:position, 3), 'second')";
@@ -296,14 +296,14 @@ async fn setup_is_run_again_when_boot_resumes() {
     folder.write("1.toml", &mended);
     // But a table that is new lacks what came before: somebody has to say that this is meant.
     let boot = ["boot", "--projectors", folder.path()];
-    world.run(&boot).await.exits(1).says(&["resumed@1", "table resumed_too", "--accept"]);
+    world.run(&boot).await.exits(1).prints(&["resumed@1", "table resumed_too", "--accept"]);
     world.run(&[&boot[..], &["--accept", "resumed"]].concat()).await.exits(0);
     assert_eq!(column(&world, "select cast(v as char) from resumed").await, some(&["1"]));
     assert_eq!(column(&world, "select cast(v as char) from resumed_too order by v").await, some(&["2", "3"]));
 }
 
 #[tokio::test]
-async fn a_failing_setup_is_told_with_file_line_and_reason() {
+async fn a_failing_setup_is_reported_with_file_line_and_reason() {
     let world = World::new().await;
     append(&world, &["1".into()]).await;
     let text =
@@ -322,7 +322,7 @@ async fn a_failing_setup_is_told_with_file_line_and_reason() {
 }
 
 #[tokio::test]
-async fn projectors_are_played_in_the_order_of_their_files_names() {
+async fn projectors_are_played_in_file_name_order() {
     let world = World::new().await;
     world.execute("create table trail (seq bigint auto_increment primary key, who varchar(20), at int)").await;
     let folder = Folder::new();

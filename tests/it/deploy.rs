@@ -6,7 +6,7 @@ use projectionist::Registry;
 use crate::support::{Gate, Tally, World, gated, registry};
 
 #[tokio::test]
-async fn a_release_that_is_rolled_back_and_deployed_again_misses_nothing_of_what_happened_between() {
+async fn a_release_rolled_back_and_deployed_again_misses_no_event() {
     let world = World::new().await;
     let (old, new) = (Tally::new("old_one"), Tally::new("new_one"));
     let (first, second) = (registry(&[&old]), registry(&[&old, &new]));
@@ -32,7 +32,7 @@ async fn a_release_that_is_rolled_back_and_deployed_again_misses_nothing_of_what
 }
 
 #[tokio::test]
-async fn a_queue_that_is_purged_in_the_middle_of_a_boot_costs_no_event() {
+async fn a_queue_purged_during_a_boot_loses_no_event() {
     let world = World::new().await;
     let (live, booted) = (Tally::new("live_one"), Tally::new("booted"));
     world.append(50).await;
@@ -56,7 +56,7 @@ async fn a_queue_that_is_purged_in_the_middle_of_a_boot_costs_no_event() {
 }
 
 #[tokio::test]
-async fn a_projector_that_is_retired_and_added_again_is_built_anew() {
+async fn a_projector_retired_and_added_again_is_rebuilt() {
     let world = World::new().await;
     let tally = Tally::new("tally");
     let registry = registry(&[&tally]);
@@ -75,7 +75,7 @@ async fn a_projector_that_is_retired_and_added_again_is_built_anew() {
 
 /// It cannot be prevented: without its row nobody knows that there ever was one. The README says so.
 #[tokio::test]
-async fn a_retired_projector_with_side_effects_whose_row_is_deleted_by_hand_is_new_and_played_again() {
+async fn a_retired_projector_with_its_row_deleted_by_hand_is_new_again() {
     let world = World::new().await;
     let mails = Tally::new("mails").with_side_effects();
     let registry = registry(&[&mails]);
@@ -100,7 +100,7 @@ async fn a_retired_projector_with_side_effects_whose_row_is_deleted_by_hand_is_n
 }
 
 #[tokio::test]
-async fn what_a_dead_letter_queue_took_is_repaired_from_the_store() {
+async fn events_moved_to_a_dead_letter_queue_are_read_from_the_store() {
     let dead_letters = World::new().await;
     let arn = dead_letters
         .sqs

@@ -10,7 +10,7 @@ use projectionist::sqlx::MySqlConnection;
 
 use crate::failover::lock_out_restricted_users;
 use crate::grants::grants_of;
-use crate::support::{Finished, Folder, Running, Stub, World, execute, is_mariadb};
+use crate::support::{FinishedProcess, Folder, RunningProcess, SqsStub, World, execute, is_mariadb};
 
 /// Keeps the server from being made read-only, by another test, for as long as what this returns is there.
 async fn kept_writable(world: &World) -> MySqlConnection {
@@ -20,22 +20,22 @@ async fn kept_writable(world: &World) -> MySqlConnection {
 }
 
 /// The lines of a report: what is checked, how it is, and what is said of it and to be done.
-fn lines(report: &Finished) -> BTreeMap<String, (String, String)> {
+fn lines(report: &FinishedProcess) -> BTreeMap<String, (String, String)> {
     let report = report.json();
     let text = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
     let checks = report["checks"].as_array().expect("checks").iter();
     checks
         .map(|check| {
             (
-                text(&check["check"]),
-                (text(&check["level"]), format!("{}; {}", text(&check["says"]), text(&check["do"]))),
+                text(&check["name"]),
+                (text(&check["level"]), format!("{}; {}", text(&check["detail"]), text(&check["remedy"]))),
             )
         })
         .collect()
 }
 
 /// Those that are not well, without what is so because of the parts that tests run on.
-fn bad(report: &Finished) -> BTreeMap<String, (String, String)> {
+fn bad(report: &FinishedProcess) -> BTreeMap<String, (String, String)> {
     let mut lines = lines(report);
     lines.retain(|check, (level, _)| level != "ok" && check != "TLS" && check != "durability");
     lines
@@ -59,7 +59,7 @@ async fn with_dead_letters(receives: u32, dead_is_fifo: bool) -> (World, World) 
 }
 
 #[tokio::test]
-async fn where_all_is_well_each_line_says_so_and_nothing_is_changed() {
+async fn a_healthy_system_has_only_ok_lines_and_is_not_changed() {
     let (world, _dead_letters) = with_dead_letters(5, true).await;
     let _writable = kept_writable(&world).await;
     let folder = Folder::new().with("1.toml", COUNTER);
@@ -105,7 +105,7 @@ async fn where_all_is_well_each_line_says_so_and_nothing_is_changed() {
 }
 
 #[tokio::test]
-async fn each_grant_that_a_command_lacks_is_named() {
+async fn each_missing_grant_is_named() {
     let world = World::new().await;
     let mut admin = kept_writable(&world).await;
     let user = format!("u{:x}", fastrand::u64(..));
@@ -126,7 +126,7 @@ async fn each_grant_that_a_command_lacks_is_named() {
                 execute(&mut admin, &format!("revoke {privilege} on {} from '{user}'@'%'", on(table))).await;
                 let report = world.run(&doctor).await.exits(2);
                 let (level, told) = &lines(&report)[&check];
-                assert_eq!(level, "wrong", "{command} without {privilege} on {table}");
+                assert_eq!(level, "error", "{command} without {privilege} on {table}");
                 let named = if table == "*" && privilege != "create" { "events" } else { table };
                 assert!(
                     told.starts_with(&format!("missing: {privilege} on {named}")),
@@ -145,7 +145,7 @@ async fn each_grant_that_a_command_lacks_is_named() {
 }
 
 #[tokio::test]
-async fn a_database_that_was_not_migrated_is_told_and_so_is_one_of_a_newer_release() {
+async fn an_unmigrated_or_newer_database_is_reported() {
     let world = World::new().await;
     let _writable = kept_writable(&world).await;
     world.execute("insert into projectionist_migrations values (9999, 'later', now(), 1, 'x', 1)").await;
@@ -157,13 +157,13 @@ async fn a_database_that_was_not_migrated_is_told_and_so_is_one_of_a_newer_relea
     let report = world.run(&["doctor", "--json"]).await.exits(2);
     assert_eq!(report.json()["healthy"], false);
     let bad = bad(&report);
-    assert_eq!(checks(&bad), [("dead letters", "note"), ("projectors", "note"), ("tables", "wrong")]);
+    assert_eq!(checks(&bad), [("dead letters", "note"), ("projectors", "note"), ("tables", "error")]);
     assert!(bad["tables"].1.contains("projectionist migrate"));
-    report.says(&["tables"]);
+    report.prints(&["tables"]);
 }
 
 #[tokio::test]
-async fn a_log_that_begins_far_above_one_or_has_lost_its_end_is_told() {
+async fn a_log_with_a_missing_beginning_or_end_is_reported() {
     let world = World::new().await;
     let _writable = kept_writable(&world).await;
     world.append(3).await;
@@ -172,7 +172,7 @@ async fn a_log_that_begins_far_above_one_or_has_lost_its_end_is_told() {
     assert_eq!(log().await.0, "ok");
     world.execute("delete from events where position = 3").await;
     let (level, told) = log().await;
-    assert!(level == "wrong" && told.contains("the log ends at 2, below the high-water mark 3"), "{told}");
+    assert!(level == "error" && told.contains("the log ends at 2, below the high-water mark 3"), "{told}");
 
     let behind = World::new().await;
     behind.execute("alter table events auto_increment = 5000").await;
@@ -183,7 +183,7 @@ async fn a_log_that_begins_far_above_one_or_has_lost_its_end_is_told() {
 }
 
 #[tokio::test]
-async fn a_server_that_takes_no_writes_is_told() {
+async fn a_read_only_server_is_reported() {
     let world = World::new().await;
     let mut admin = kept_writable(&world).await;
     execute(&mut admin, "set global read_only = 1").await;
@@ -196,7 +196,7 @@ async fn a_server_that_takes_no_writes_is_told() {
 }
 
 #[tokio::test]
-async fn each_attribute_of_the_queue_that_should_be_another_is_told() {
+async fn each_wrong_attribute_of_the_queue_is_reported() {
     let world = World::with_queue(
         true,
         &[
@@ -209,7 +209,7 @@ async fn each_attribute_of_the_queue_that_should_be_another_is_told() {
     )
     .await;
     let _writable = kept_writable(&world).await;
-    let report = world.run(&["doctor", "--json", "--visibility=20"]).await.exits(0);
+    let report = world.run(&["doctor", "--json", "--visibility-timeout=20"]).await.exits(0);
     let expected = [
         ("dead letters", "note"),
         ("delay", "warning"),
@@ -217,8 +217,8 @@ async fn each_attribute_of_the_queue_that_should_be_another_is_told() {
         ("message size", "warning"),
         ("projectors", "note"),
         ("retention", "warning"),
-        ("visibility", "warning"),
-        ("visibility of the queue", "note"),
+        ("visibility timeout", "warning"),
+        ("queue visibility timeout", "note"),
     ];
     assert_eq!(checks(&bad(&report)), expected);
 
@@ -231,7 +231,7 @@ async fn each_attribute_of_the_queue_that_should_be_another_is_told() {
 }
 
 #[tokio::test]
-async fn projectors_that_do_not_load_or_are_not_live_are_told() {
+async fn projectors_that_do_not_load_or_are_not_live_are_reported() {
     let world = World::new().await;
     let _writable = kept_writable(&world).await;
     let folder = Folder::new().with("1.toml", COUNTER);
@@ -246,40 +246,40 @@ async fn projectors_that_do_not_load_or_are_not_live_are_told() {
 }
 
 #[tokio::test]
-async fn a_database_or_a_queue_out_of_reach_is_told_and_the_rest_looked_at_all_the_same() {
+async fn an_unreachable_database_or_queue_is_reported_and_the_rest_still_checked() {
     let world = World::new().await;
     let _writable = kept_writable(&world).await;
     let report = world.run(&["doctor", "--json", "--database-url=mysql://root@127.0.0.1:1/x"]).await.exits(3);
     let both = lines(&report);
-    assert_eq!((both["database"].0.as_str(), both["queue"].0.as_str()), ("out_of_reach", "ok"));
+    assert_eq!((both["database"].0.as_str(), both["queue"].0.as_str()), ("unreachable", "ok"));
     let gone = world.queue_url.replace("test_", "gone_");
     let report = world.run(&["doctor", "--json", "--queue-url", &gone]).await.exits(3);
     let both = lines(&report);
-    assert_eq!((both["database"].0.as_str(), both["queue"].0.as_str()), ("ok", "out_of_reach"));
+    assert_eq!((both["database"].0.as_str(), both["queue"].0.as_str()), ("ok", "unreachable"));
     assert!(both["queue"].1.contains("does not exist"));
     let mut nothing = world.command(&["doctor", "--json"]);
     nothing.env_remove("DATABASE_URL").env_remove("QUEUE_URL");
-    let report = Running::spawn(nothing).finish().await.exits(2);
-    assert_eq!(checks(&bad(&report)), [("database", "wrong"), ("queue", "wrong")]);
+    let report = RunningProcess::spawn(nothing).finish().await.exits(2);
+    assert_eq!(checks(&bad(&report)), [("database", "error"), ("queue", "error")]);
     // Boot needs no queue.
     let mut boot = world.command(&["doctor", "--json", "--for=boot"]);
     boot.env_remove("QUEUE_URL");
-    assert!(!lines(&Running::spawn(boot).finish().await.exits(0)).contains_key("queue"));
+    assert!(!lines(&RunningProcess::spawn(boot).finish().await.exits(0)).contains_key("queue"));
 }
 
-async fn doctor_at(world: &World, stub: &Stub) -> Finished {
+async fn doctor_at(world: &World, stub: &SqsStub) -> FinishedProcess {
     let mut doctor = world.command(&["doctor", "--json"]);
     doctor
         .env("AWS_ENDPOINT_URL", stub.endpoint())
         .env("QUEUE_URL", format!("{}/000000000000/q.fifo", stub.endpoint()));
-    Running::spawn(doctor).finish().await
+    RunningProcess::spawn(doctor).finish().await
 }
 
 #[tokio::test]
-async fn each_permission_that_is_missing_is_named() {
+async fn each_missing_sqs_permission_is_named() {
     let world = World::new().await;
     let _writable = kept_writable(&world).await;
-    let stub = Stub::new().await;
+    let stub = SqsStub::new().await;
     let well = [("dead letters", "note"), ("projectors", "note")];
     assert_eq!(checks(&bad(&doctor_at(&world, &stub).await.exits(0))), well);
     for (action, call) in [
@@ -288,24 +288,24 @@ async fn each_permission_that_is_missing_is_named() {
         ("DeleteMessage", "DeleteMessage"),
         ("ChangeMessageVisibility", "ChangeMessageVisibility"),
     ] {
-        let stub = Stub::new().await;
-        stub.denies(call);
+        let stub = SqsStub::new().await;
+        stub.deny(call);
         let report = doctor_at(&world, &stub).await.exits(2);
         let check = format!("sqs:{action}");
-        assert_eq!(checks(&bad(&report)), [&well[..], &[(check.as_str(), "wrong")]].concat());
+        assert_eq!(checks(&bad(&report)), [&well[..], &[(check.as_str(), "error")]].concat());
         assert!(lines(&report)[&check].1.contains(&format!("allow sqs:{action} on the queue")));
     }
-    stub.denies("GetQueueAttributes");
+    stub.deny("GetQueueAttributes");
     let report = doctor_at(&world, &stub).await.exits(3);
     assert!(lines(&report)["queue"].1.contains("allow sqs:GetQueueAttributes"), "{}", report.stdout);
 }
 
 #[tokio::test]
-async fn a_clock_that_is_far_from_that_of_sqs_is_told() {
+async fn a_clock_far_from_the_sqs_clock_is_reported() {
     let world = World::new().await;
     let _writable = kept_writable(&world).await;
-    let stub = Stub::new().await;
-    stub.is_ahead(Duration::from_secs(200));
+    let stub = SqsStub::new().await;
+    stub.set_clock_ahead(Duration::from_secs(200));
     let report = doctor_at(&world, &stub).await.exits(0);
     let (level, told) = &lines(&report)["SQS clock"];
     assert_eq!(level, "warning");

@@ -49,7 +49,7 @@ async fn restricted_user(world: &World, admin: &mut MySqlConnection) -> (String,
 }
 
 #[tokio::test]
-async fn a_server_that_becomes_read_only_breaks_nobody_and_its_connections_are_given_up() {
+async fn a_read_only_server_breaks_no_projector_and_its_connections_are_closed() {
     let world = World::new().await;
     let mut admin = world.connection().await;
     let (user, url) = restricted_user(&world, &mut admin).await;
@@ -85,7 +85,7 @@ async fn a_server_that_becomes_read_only_breaks_nobody_and_its_connections_are_g
 }
 
 #[tokio::test]
-async fn a_server_that_becomes_read_only_in_the_middle_of_a_boot_breaks_nobody() {
+async fn a_server_that_becomes_read_only_during_a_boot_breaks_no_projector() {
     let world = World::new().await;
     let mut admin = world.connection().await;
     let (user, url) = restricted_user(&world, &mut admin).await;
@@ -96,7 +96,7 @@ async fn a_server_that_becomes_read_only_in_the_middle_of_a_boot_breaks_nobody()
         .await;
 
     execute(&mut admin, "set global read_only = 1").await;
-    booting.logs("trying again").await;
+    booting.wait_for_log("trying again").await;
     let position = world.position("counter").await;
     assert!(position < 200, "in the middle of it");
     assert_eq!(world.status("counter").await, "booting");

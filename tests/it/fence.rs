@@ -8,14 +8,14 @@ use projectionist::sqlx::{self, Connection, MySqlConnection};
 use projectionist::{Database, Error, Limits, Mode, PlaySettings, Queue, Registry, boot};
 
 use crate::support::{
-    Cuts, Faults, FaultyQueue, Gate, PATIENCE, Scripted, Tally, World, eventually, gated, kill, registry, run,
-    scripted_at, seed, server_url, set,
+    Faults, FaultyQueue, Gate, RandomCuts, ScriptedProjector, TIMEOUT, Tally, World, eventually, gated, kill, registry,
+    registry_of, run, scripted_at, seed, server_url,
 };
 
 // Two at once.
 
 #[tokio::test]
-async fn two_workers_at_once_apply_each_event_once() {
+async fn two_concurrent_workers_apply_each_event_once() {
     let world = World::with_standard_queue().await;
     let (all, closed) = (Tally::new("all_events"), Tally::new("closed").only(&["Closed"]));
     let registry = registry(&[&all, &closed]);
@@ -24,7 +24,7 @@ async fn two_workers_at_once_apply_each_event_once() {
     // Half of what the one has applied comes again, to the other as likely as not.
     let faults = Faults { undeleted: 50, shuffled: true, ..Faults::default() };
     let queues = [seed, seed + 1].map(|seed| Arc::new(FaultyQueue::new(&world.queue, faults, seed)));
-    let settings = PlaySettings { reconcile_after: Duration::from_millis(50), ..World::restless() };
+    let settings = PlaySettings { reconcile_after: Duration::from_millis(50), ..World::continuous_play_settings() };
     let workers = queues.clone().map(|queue| world.start_play_from(queue, &registry, settings.clone()));
     for _ in 0..40 {
         world.append(10).await;
@@ -38,13 +38,13 @@ async fn two_workers_at_once_apply_each_event_once() {
     for worker in workers {
         assert_eq!(worker.stop().await.broken, 0);
     }
-    assert!(queues.iter().all(|queue| queue.struck().received > 5), "both have worked");
+    assert!(queues.iter().all(|queue| queue.fault_counts().received > 5), "both have worked");
     world.assert_complete(&all).await;
     world.assert_complete(&closed).await;
 }
 
 #[tokio::test]
-async fn two_boots_at_once_apply_each_event_once_and_both_succeed() {
+async fn two_concurrent_boots_apply_each_event_once_and_both_succeed() {
     let world = World::new().await;
     let (gate, first, second) = (Gate::new(), Tally::new("first"), Tally::new("second"));
     let once = Tally::new("once").mode(Mode::Once);
@@ -124,7 +124,7 @@ async fn a_stalled_or_broken_projector_is_not_played_until_it_is_booted() {
 }
 
 #[tokio::test]
-async fn a_live_projector_that_is_retired_while_play_runs_stops() {
+async fn a_live_projector_retired_while_play_runs_stops() {
     for side_effects in [false, true] {
         let world = World::new().await;
         let (stays, goes) = (Tally::new("stays"), Tally::new("goes"));
@@ -151,13 +151,13 @@ async fn a_live_projector_that_is_retired_while_play_runs_stops() {
 }
 
 #[tokio::test]
-async fn a_projector_that_is_retired_while_boot_runs_leaves_the_boot() {
+async fn a_projector_retired_while_boot_runs_is_dropped_from_the_boot() {
     let world = World::new().await;
     let (gate, tally, other) = (Gate::new(), Tally::new("tally"), Tally::new("other"));
     let registry = Registry::new().with(gated(&tally, 10, &gate)).and_then(|set| set.with(other.clone()));
     let registry = registry.expect("names of their own");
     world.append(10).await;
-    let booting = async { tokio::time::timeout(PATIENCE, world.boot(&registry)).await.expect("boot ends") };
+    let booting = async { tokio::time::timeout(TIMEOUT, world.boot(&registry)).await.expect("boot ends") };
     let retiring = async {
         gate.arrival().await;
         let opening = async {
@@ -175,7 +175,7 @@ async fn a_projector_that_is_retired_while_boot_runs_leaves_the_boot() {
 }
 
 #[tokio::test]
-async fn another_mode_without_another_version_is_refused() {
+async fn a_changed_mode_without_a_new_version_is_refused() {
     let world = World::new().await;
     world.append(10).await;
     world.boot(&registry(&[&Tally::new("tally")])).await;
@@ -189,7 +189,7 @@ async fn another_mode_without_another_version_is_refused() {
 }
 
 #[tokio::test]
-async fn a_projector_booted_beside_an_old_release_that_empties_the_queue_misses_nothing() {
+async fn a_projector_booted_beside_an_old_release_misses_no_event() {
     let world = World::new().await;
     let (old, new) = (Tally::new("old"), Tally::new("new"));
     let (old_release, new_release) = (registry(&[&old]), registry(&[&old, &new]));
@@ -221,7 +221,7 @@ async fn a_projector_booted_beside_an_old_release_that_empties_the_queue_misses_
 // Connections that are lost.
 
 /// Stands at the gate at one position, and tells which session it is in.
-fn gated_in_session(tally: &Tally, position: u64, gate: &Gate, session: &Arc<AtomicU64>) -> Scripted {
+fn gated_in_session(tally: &Tally, position: u64, gate: &Gate, session: &Arc<AtomicU64>) -> ScriptedProjector {
     let (gate, session) = (gate.clone(), Arc::clone(session));
     scripted_at(tally, position, move |db| {
         let (gate, session) = (gate.clone(), Arc::clone(&session));
@@ -235,12 +235,12 @@ fn gated_in_session(tally: &Tally, position: u64, gate: &Gate, session: &Arc<Ato
 }
 
 #[tokio::test]
-async fn a_connection_killed_in_the_middle_of_a_transaction_breaks_nobody_in_boot_and_in_play() {
+async fn a_connection_killed_in_a_transaction_breaks_no_projector() {
     let world = World::new().await;
     let tally = Tally::new("tally");
     for (position, in_boot) in [(150, true), (250, false)] {
         let (gate, session) = (Gate::new(), Arc::new(AtomicU64::new(0)));
-        let registry = set([gated_in_session(&tally, position, &gate, &session)]);
+        let registry = registry_of([gated_in_session(&tally, position, &gate, &session)]);
         world.append(200).await;
         let killing = async {
             gate.arrival().await;
@@ -273,7 +273,7 @@ async fn kill_at_random(world: &World, mut dice: fastrand::Rng, shown: &AtomicU6
 }
 
 #[tokio::test]
-async fn sessions_killed_at_random_break_nobody_in_boot_and_in_play() {
+async fn sessions_killed_at_random_break_no_projector() {
     let world = World::new().await;
     let mut dice = fastrand::Rng::with_seed(seed());
     let shown = Arc::new(AtomicU64::new(0));
@@ -289,7 +289,7 @@ async fn sessions_killed_at_random_break_nobody_in_boot_and_in_play() {
     let tallies = tallies.map(counted);
     let registry = registry(&[&tallies[0], &tallies[1], &tallies[2]]);
     world.append(1_500).await;
-    let limits = Limits { batch: 20, patience: Some(PATIENCE), ..Limits::default() };
+    let limits = Limits { batch: 20, retry_timeout: Some(TIMEOUT), ..Limits::default() };
 
     let stop = AtomicBool::new(false);
     let booting = async {
@@ -318,20 +318,20 @@ async fn sessions_killed_at_random_break_nobody_in_boot_and_in_play() {
 }
 
 #[tokio::test]
-async fn a_commit_whose_answer_is_lost_is_neither_missed_nor_repeated() {
+async fn a_commit_with_a_lost_acknowledgement_is_neither_missed_nor_repeated() {
     let world = World::new().await;
-    let cuts = Cuts::new(30, seed());
+    let cuts = RandomCuts::new(30, seed());
     let cutting = Arc::clone(&cuts);
-    let url = world.database_url_by(move |bytes| cutting.decide(bytes)).await;
-    let database = Database::connect(&url, 8, PATIENCE).await.expect("the server answers");
+    let url = world.database_url_through_proxy(move |bytes| cutting.decide(bytes)).await;
+    let database = Database::connect(&url, 8, TIMEOUT).await.expect("the server answers");
     let tallies =
         [Tally::new("all_events"), Tally::new("closed").only(&["Closed"]), Tally::new("once").mode(Mode::Once)];
     let registry = registry(&[&tallies[0], &tallies[1], &tallies[2]]);
     world.append(300).await;
-    let limits = Limits { batch: 10, patience: Some(PATIENCE), ..Limits::default() };
+    let limits = Limits { batch: 10, retry_timeout: Some(TIMEOUT), ..Limits::default() };
     let report = boot(&database, &registry, limits, |_| {}).await.expect("boot comes to an end");
     assert!(report.is_released(), "{report:?}");
-    let (before, after) = cuts.so_far();
+    let (before, after) = cuts.counts();
     assert!(before > 3 && after > 3, "commits cut in boot: {before} before, {after} after");
     for tally in &tallies {
         world.assert_complete(tally).await;
@@ -346,10 +346,10 @@ async fn a_commit_whose_answer_is_lost_is_neither_missed_nor_repeated() {
         settings,
         std::future::pending(),
     );
-    let played = tokio::time::timeout(PATIENCE, playing).await.expect("play becomes idle").expect("play ends");
+    let played = tokio::time::timeout(TIMEOUT, playing).await.expect("play becomes idle").expect("play ends");
     assert_eq!(played.broken, 0);
-    let (in_play_before, in_play_after) = cuts.so_far();
-    assert!(in_play_before > before + 3 && in_play_after > after + 3, "{} commits", cuts.commits());
+    let (in_play_before, in_play_after) = cuts.counts();
+    assert!(in_play_before > before + 3 && in_play_after > after + 3, "{} commits", cuts.commit_count());
     world.assert_complete(&tallies[0]).await;
     world.assert_complete(&tallies[1]).await;
 }

@@ -10,7 +10,7 @@ use ring::hmac;
 use serde_json::{Value, json};
 
 use crate::queue::{Payloads, without_relay};
-use crate::support::{Faults, FaultyQueue, Folder, PATIENCE, Tally, World, eventually, registry, schedule};
+use crate::support::{Faults, FaultyQueue, Folder, TIMEOUT, Tally, World, eventually, registry, schedule};
 
 /// As a projector file, for the shipped binary.
 const PAYLOADS: &str = "name = 'payloads'\nversion = 1\nmode = 'from_beginning'\n\
@@ -85,7 +85,7 @@ fn signed(key: &[u8], log: &str, prev: u64, events: &[Value], last: u64) -> Stri
     unsigned.replacen(&"0".repeat(64), &digits, 1)
 }
 
-fn wire(position: u64, event_id: &str, payload: Value) -> Value {
+fn wire_event(position: u64, event_id: &str, payload: Value) -> Value {
     json!({
         "position": position, "event_id": event_id, "stream_id": "forged", "stream_version": position,
         "event_type": "Opened", "recorded_at": "2026-01-01T00:00:00Z", "payload": payload,
@@ -93,8 +93,8 @@ fn wire(position: u64, event_id: &str, payload: Value) -> Value {
 }
 
 /// Events at these positions that the log does not have.
-fn others(positions: std::ops::RangeInclusive<u64>) -> Vec<Value> {
-    positions.map(|position| wire(position, &format!("other-{position}"), json!({}))).collect()
+fn other_events(positions: std::ops::RangeInclusive<u64>) -> Vec<Value> {
+    positions.map(|position| wire_event(position, &format!("other-{position}"), json!({}))).collect()
 }
 
 async fn both_queues() -> [World; 2] {
@@ -102,7 +102,7 @@ async fn both_queues() -> [World; 2] {
 }
 
 #[tokio::test]
-async fn foreign_messages_are_neither_applied_nor_deleted_and_stop_nothing() {
+async fn foreign_messages_are_neither_applied_nor_deleted_and_block_no_event() {
     for world in both_queues().await {
         let registry = payloads();
         world.append(5).await;
@@ -113,19 +113,19 @@ async fn foreign_messages_are_neither_applied_nor_deleted_and_stop_nothing() {
             "{\"Type\":\"Notification\",\"Message\":\"{}\"}".into(),
             "[1,2,3]".into(),
             "{}".into(),
-            unsigned("another-log", 5, &others(6..=9)),
-            unsigned(&log, 5, &others(6..=9)),
-            unsigned(&log, 0, &others(1..=9)),
+            unsigned("another-log", 5, &other_events(6..=9)),
+            unsigned(&log, 5, &other_events(6..=9)),
+            unsigned(&log, 0, &other_events(1..=9)),
             unsigned(&log, 5, &[]),
             format!("{{\"log\":\"{log}\",\"prev\":5,\"last\":18446744073709551615}}"),
-            signed(b"another key", &log, 4, &others(5..=5), 5),
+            signed(b"another key", &log, 4, &other_events(5..=5), 5),
             // Signed by us, and not of the log as it is: what could come of a clone of the database.
-            signed(&key, "another-log", 4, &others(5..=5), 5),
-            signed(&key, &log, 4, &others(5..=5), 5),
-            signed(&key, &log, 5, &others(6..=9), 9),
-            signed(&key, &log, 900, &others(901..=902), 902),
-            signed(&key, &log, 18_446_744_073_709_551_615, &others(1..=1), 1),
-            signed(&key, &log, 3, &others(5..=5), 5),
+            signed(&key, "another-log", 4, &other_events(5..=5), 5),
+            signed(&key, &log, 4, &other_events(5..=5), 5),
+            signed(&key, &log, 5, &other_events(6..=9), 9),
+            signed(&key, &log, 900, &other_events(901..=902), 902),
+            signed(&key, &log, 18_446_744_073_709_551_615, &other_events(1..=1), 1),
+            signed(&key, &log, 3, &other_events(5..=5), 5),
             signed(&key, &log, 5, &[], 5),
         ];
         for body in &foreign {
@@ -154,7 +154,7 @@ async fn foreign_messages_are_neither_applied_nor_deleted_and_stop_nothing() {
 }
 
 #[tokio::test]
-async fn a_queue_of_somebody_else_is_left_as_it_is_and_an_alert_says_so() {
+async fn a_queue_with_only_foreign_messages_is_left_alone_with_an_alert() {
     for world in both_queues().await {
         let tally = Tally::new("tally");
         let projectors = Folder::new().with("tally.toml", &tally.file(&[]));
@@ -166,7 +166,7 @@ async fn a_queue_of_somebody_else_is_left_as_it_is_and_an_alert_says_so() {
         }
         let play = ["play", "--no-relay", "--receive-wait=1", "--projectors", projectors.path()];
         let worker = world.start(&play);
-        worker.logs("\"alert\":\"foreign_messages\"").await;
+        worker.wait_for_log("\"alert\":\"foreign_messages\"").await;
         // Events come from the store meanwhile.
         world.append(10).await;
         world.run(&["relay", "--once"]).await.exits(0);
@@ -190,9 +190,9 @@ async fn a_queue_of_somebody_else_is_left_as_it_is_and_an_alert_says_so() {
         let status = world.run(&["status"]).await.exits(0).stdout;
         assert!(status.contains("messages that are not of this log were received"), "{status}");
         let doctor = world.run(&["doctor", "--json"]).await.exits(0).json();
-        let check = doctor["checks"].as_array().expect("checks").iter().find(|c| c["check"] == "foreign messages");
+        let check = doctor["checks"].as_array().expect("checks").iter().find(|c| c["name"] == "foreign messages");
         let check = check.expect("doctor looks");
-        assert!(check["level"] == "warning" && check["do"].is_string(), "{check}");
+        assert!(check["level"] == "warning" && check["remedy"].is_string(), "{check}");
 
         let mut left = world.take_all().await;
         left.retain(|body| !body.starts_with("{\"sig\""));
@@ -204,7 +204,7 @@ async fn a_queue_of_somebody_else_is_left_as_it_is_and_an_alert_says_so() {
 }
 
 #[tokio::test]
-async fn our_messages_get_through_beside_foreign_ones() {
+async fn log_messages_get_through_beside_foreign_ones() {
     for world in both_queues().await {
         let tally = Tally::new("tally");
         let registry = registry(&[&tally]);
@@ -228,7 +228,7 @@ async fn our_messages_get_through_beside_foreign_ones() {
 }
 
 #[tokio::test]
-async fn a_foreign_message_that_holds_up_the_group_of_the_events_holds_up_no_projector() {
+async fn a_foreign_message_that_blocks_the_message_group_blocks_no_projector() {
     let world = World::new().await;
     let tally = Tally::new("tally");
     let registry = registry(&[&tally]);
@@ -237,7 +237,8 @@ async fn a_foreign_message_that_holds_up_the_group_of_the_events_holds_up_no_pro
     world.append(10).await;
     world.publish(10).await;
     // It comes with a message of ours, and stays hidden for 30 s then.
-    let playing = world.start_play_from(Arc::clone(&world.queue) as Arc<dyn Queue>, &registry, World::restless());
+    let playing =
+        world.start_play_from(Arc::clone(&world.queue) as Arc<dyn Queue>, &registry, World::continuous_play_settings());
     eventually("the first are played", async || world.position("tally").await == 10).await;
     world.append(10).await;
     let began = Instant::now();
@@ -253,7 +254,7 @@ async fn a_foreign_message_that_holds_up_the_group_of_the_events_holds_up_no_pro
 }
 
 #[tokio::test]
-async fn a_foreign_message_goes_to_the_dead_letters_by_the_queues_own_policy_and_its_group_goes_on() {
+async fn a_foreign_message_is_dead_lettered_by_the_queue_and_its_group_continues() {
     let world = World::new().await;
     let dead = World::new().await;
     let arn = dead.queue.identity().expect("an ARN");
@@ -342,7 +343,11 @@ async fn forged_messages_are_never_applied_while_a_backlog_waits() {
             // By chance in another order on each receive, where the queue's own order would hide something.
             let faults = Faults { shuffled: !world.queue_url.ends_with(".fifo"), ..Faults::default() };
             let queue = Arc::new(FaultyQueue::new(&queue, faults, crate::support::seed()));
-            let playing = world.start_play_from(Arc::clone(&queue) as Arc<dyn Queue>, &registry, World::restless());
+            let playing = world.start_play_from(
+                Arc::clone(&queue) as Arc<dyn Queue>,
+                &registry,
+                World::continuous_play_settings(),
+            );
             eventually("the backlog is played", async || world.position("payloads").await == 42).await;
             let played = playing.stop().await;
             assert!(played.foreign > 0 && played.broken == 0, "{played:?}");
@@ -370,7 +375,7 @@ async fn forged_messages_are_never_applied_by_a_function_and_always_returned() {
             if batch.messages.is_empty() {
                 break;
             }
-            let answer = function.invoke(&batch.event(&world), PATIENCE).await.expect("an answer");
+            let answer = function.invoke(&batch.event(&world), TIMEOUT).await.expect("an answer");
             let failed = answer["batchItemFailures"].as_array().expect("failures").len();
             returned += failed;
             batches.push((batch.messages.len(), failed));
@@ -386,12 +391,12 @@ async fn forged_messages_are_never_applied_by_a_function_and_always_returned() {
             // The five of ours among them.
             assert_eq!(world.position("payloads").await, 2 + 5 * 4);
         }
-        let answer = function.invoke(&schedule(), PATIENCE).await.expect("an answer");
-        assert!(answer["foreign"].as_u64().is_some_and(|seen| seen > 0), "{answer}");
+        let answer = function.invoke(&schedule(), TIMEOUT).await.expect("an answer");
+        assert!(answer["foreign_messages"].as_u64().is_some_and(|seen| seen > 0), "{answer}");
         let began = Instant::now();
         while world.position("payloads").await < 42 {
-            assert!(began.elapsed() < PATIENCE, "the store brings the rest");
-            function.invoke(&schedule(), PATIENCE).await.expect("an answer");
+            assert!(began.elapsed() < TIMEOUT, "the store brings the rest");
+            function.invoke(&schedule(), TIMEOUT).await.expect("an answer");
         }
         world.assert_payloads_are_those_of_the_log().await;
         world.run(&["audit"]).await.exits(0);
@@ -416,7 +421,7 @@ impl World {
         ))
         .await;
         // As it was counted then.
-        self.execute("update event_log set counted = (select count(*) from events)").await;
+        self.execute("update event_log set row_count = (select count(*) from events)").await;
     }
 
     async fn append_others(&self, count: usize) {
@@ -431,14 +436,14 @@ impl World {
 }
 
 /// A worker that has played up to 10 and knows the log's id goes on after a restore to 10, while messages of 11 to 20 wait.
-async fn restored(rotates: bool) {
+async fn check_worker_after_restore(rotates: bool) {
     for world in both_queues().await {
         let registry = payloads();
         world.boot(&registry).await;
         world.append(10).await;
         world.publish(5).await;
         let queue = Arc::new(world.queue_hiding(Duration::from_secs(2)).await);
-        let settings = PlaySettings { relay: None, ..World::restless() };
+        let settings = PlaySettings { relay: None, ..World::continuous_play_settings() };
         let playing = world.start_play_from(queue, &registry, settings);
         eventually("it has played ten", async || world.position("payloads").await == 10).await;
 
@@ -455,7 +460,7 @@ async fn restored(rotates: bool) {
         world.restore_to(10).await;
         let was: Vec<Value> = events
             .iter()
-            .map(|(position, id, payload)| wire(*position, id, serde_json::from_str(payload).expect("JSON")))
+            .map(|(position, id, payload)| wire_event(*position, id, serde_json::from_str(payload).expect("JSON")))
             .collect();
         if rotates {
             world.run(&["rotate", "--yes"]).await.exits(0);
@@ -480,18 +485,18 @@ async fn restored(rotates: bool) {
 }
 
 #[tokio::test]
-async fn after_a_restore_and_a_rotation_a_worker_that_runs_on_applies_only_the_log_that_is() {
-    restored(true).await;
+async fn a_running_worker_after_restore_and_rotation_applies_only_the_new_log() {
+    check_worker_after_restore(true).await;
 }
 
 #[tokio::test]
-async fn after_a_restore_without_a_rotation_no_message_of_the_log_that_was_is_applied() {
-    restored(false).await;
+async fn after_a_restore_without_a_rotation_no_old_message_is_applied() {
+    check_worker_after_restore(false).await;
 }
 
 /// A function that has applied the events up to 20 is invoked, after a restore to 10, with the messages that were sent before
 /// and with those that are sent after it.
-async fn restored_under_a_function(rotates: bool) {
+async fn check_function_after_restore(rotates: bool) {
     for world in both_queues().await {
         let projectors = Folder::new().with("payloads.toml", PAYLOADS);
         world.run(&["boot", "--projectors", projectors.path()]).await.exits(0);
@@ -504,7 +509,7 @@ async fn restored_under_a_function(rotates: bool) {
         let before = world.capture().await;
         let old: Vec<String> = before.messages.iter().map(|message| message.body().expect("a body").into()).collect();
         assert_eq!(old.len(), 4);
-        let answer = function.invoke(&before.event(&world), PATIENCE).await.expect("an answer");
+        let answer = function.invoke(&before.event(&world), TIMEOUT).await.expect("an answer");
         assert_eq!(before.settle(&world, &answer).await, Vec::<usize>::new());
         assert_eq!(world.position("payloads").await, 20);
 
@@ -522,9 +527,9 @@ async fn restored_under_a_function(rotates: bool) {
             let began = Instant::now();
             let mut returned = 0;
             while returned == 0 || world.position("payloads").await < end {
-                assert!(began.elapsed() < PATIENCE, "it applies the messages of the log");
+                assert!(began.elapsed() < TIMEOUT, "it applies the messages of the log");
                 let batch = world.capture().await;
-                let answer = function.invoke(&batch.event(&world), PATIENCE).await.expect("an answer");
+                let answer = function.invoke(&batch.event(&world), TIMEOUT).await.expect("an answer");
                 let kept = batch.settle(&world, &answer).await;
                 let is_old = |at: &usize| old.iter().any(|old| batch.messages[*at].body() == Some(old));
                 let came: Vec<usize> = (0..batch.messages.len()).filter(is_old).collect();
@@ -542,29 +547,35 @@ async fn restored_under_a_function(rotates: bool) {
 }
 
 #[tokio::test]
-async fn after_a_restore_and_a_rotation_a_function_that_runs_on_applies_only_the_events_of_the_log() {
-    restored_under_a_function(true).await;
+async fn a_running_function_after_restore_and_rotation_applies_only_the_new_log() {
+    check_function_after_restore(true).await;
 }
 
 #[tokio::test]
-async fn after_a_restore_without_a_rotation_a_function_that_runs_on_applies_only_the_events_of_the_log() {
-    restored_under_a_function(false).await;
+async fn a_running_function_after_restore_without_rotation_applies_only_the_new_log() {
+    check_function_after_restore(false).await;
 }
 
 #[tokio::test]
-async fn the_key_is_rotated_while_workers_and_functions_run() {
+async fn the_key_can_be_rotated_while_workers_and_functions_run() {
     for world in both_queues().await {
         let projectors = Folder::new().with("payloads.toml", PAYLOADS);
         world.run(&["boot", "--projectors", projectors.path()]).await.exits(0);
-        let play =
-            ["play", "--receive-wait=1", "--message-events=3", "--visibility=3", "--projectors", projectors.path()];
+        let play = [
+            "play",
+            "--receive-wait=1",
+            "--message-events=3",
+            "--visibility-timeout=3",
+            "--projectors",
+            projectors.path(),
+        ];
         let worker = world.start(&play);
         let mut function = world.function(&["--projectors", projectors.path()]).await;
         for round in 1..=3 {
             world.append(30).await;
             let batch = world.capture().await;
             if round > 1 && !batch.messages.is_empty() {
-                let answer = function.invoke(&batch.event(&world), PATIENCE).await.expect("an answer");
+                let answer = function.invoke(&batch.event(&world), TIMEOUT).await.expect("an answer");
                 batch.settle(&world, &answer).await;
             } else {
                 batch.abandon(&world).await;
@@ -585,7 +596,7 @@ async fn the_key_is_rotated_while_workers_and_functions_run() {
 }
 
 #[tokio::test]
-async fn a_rotation_asks_and_says_what_becomes_of_the_messages_that_were_sent() {
+async fn a_rotation_asks_and_explains_the_effect_on_sent_messages() {
     let world = World::new().await;
     let before = world.identity().await;
     let asked = world.run(&["rotate"]).await.exits(2);
@@ -603,7 +614,7 @@ fn changes(log: &[Value]) -> Vec<(String, String)> {
 }
 
 #[tokio::test]
-async fn a_process_on_another_queue_than_the_log_is_published_to_says_so_until_it_is() {
+async fn a_process_on_the_wrong_queue_warns_until_the_log_is_published_there() {
     let (world, other) = (World::new().await, World::new().await);
     let tally = Tally::new("tally");
     let projectors = Folder::new().with("tally.toml", &tally.file(&[]));
@@ -622,9 +633,12 @@ async fn a_process_on_another_queue_than_the_log_is_published_to_says_so_until_i
     assert_eq!(changes(&world.run(&["relay", "--once", "--queue-url", &other.queue_url]).await.exits(0).log()), told);
     let doctor = world.run(&["doctor", "--json", "--queue-url", &other.queue_url]).await.exits(0).json();
     let checks = doctor["checks"].as_array().expect("checks").iter();
-    let check = checks.clone().find(|check| check["check"] == "published to").expect("doctor looks");
+    let check = checks.clone().find(|check| check["name"] == "published to").expect("doctor looks");
     assert_eq!(check["level"], "warning");
-    assert!(check["says"].as_str().is_some_and(|says| says.contains(&here)) && check["do"].is_string(), "{check}");
+    assert!(
+        check["detail"].as_str().is_some_and(|says| says.contains(&here)) && check["remedy"].is_string(),
+        "{check}"
+    );
 
     // It publishes, and then this is the log's queue.
     world.append(1).await;
@@ -635,7 +649,7 @@ async fn a_process_on_another_queue_than_the_log_is_published_to_says_so_until_i
 }
 
 #[tokio::test]
-async fn play_until_idle_ends_beside_foreign_messages_and_says_so() {
+async fn play_until_idle_ends_despite_foreign_messages_and_reports_them() {
     for world in both_queues().await {
         let tally = Tally::new("tally");
         let projectors = Folder::new().with("tally.toml", &tally.file(&[]));
@@ -645,7 +659,7 @@ async fn play_until_idle_ends_beside_foreign_messages_and_says_so() {
         world.send_to(EVENTS, "theirs").await;
         world.append(10).await;
         let played = world.run(&["play", "--until-idle", "--projectors", projectors.path()]).await.exits(1);
-        played.clone().says(&["1 message(s)", "not of this log"]);
+        played.clone().prints(&["1 message(s)", "not of this log"]);
         world.assert_complete(&tally).await;
         let receive = world.sqs.receive_message().queue_url(&world.queue_url).max_number_of_messages(10);
         let receive = receive.message_system_attribute_names(MessageSystemAttributeName::All);

@@ -3,7 +3,7 @@
 use projectionist::sqlx;
 
 use crate::failover::lock_out_restricted_users;
-use crate::support::{PATIENCE, World, execute, is_mariadb, schedule};
+use crate::support::{TIMEOUT, World, execute, is_mariadb, schedule};
 
 /// What the README lists for a command: privileges, and the table of ours. What the projectors' own statements need comes on
 /// top; here that is one table. (That the README lists what `doctor` looks for is a test beside the latter.)
@@ -70,7 +70,7 @@ async fn run_as_granted(world: &World, command: &str, arguments: &[&str], input:
 }
 
 #[tokio::test]
-async fn each_command_does_its_work_with_no_more_than_the_grants_of_the_readme() {
+async fn each_command_works_with_only_the_grants_in_the_readme() {
     let world = World::new().await;
     let mut admin = world.connection().await;
     lock_out_restricted_users(&mut admin).await;
@@ -97,7 +97,7 @@ async fn each_command_does_its_work_with_no_more_than_the_grants_of_the_readme()
     let user = Granted::new(&world, "lambda").await;
     let mut function = world.function(&["--projectors", folder, "--database-url", &user.url]).await;
     run_as_granted(&world, "append", &["append"], line).await;
-    function.invoke(&schedule(), PATIENCE).await.expect("an answer");
+    function.invoke(&schedule(), TIMEOUT).await.expect("an answer");
     assert_eq!(function.drain(&world).await, 1);
     function.process.terminate().await.exits(0);
     user.drop(&world).await;
@@ -116,7 +116,7 @@ async fn each_command_does_its_work_with_no_more_than_the_grants_of_the_readme()
 }
 
 #[tokio::test]
-async fn a_command_without_a_grant_says_which_and_where_to_look() {
+async fn a_command_without_a_grant_names_it_and_the_documentation() {
     let world = World::new().await;
     let user = format!("u{:x}", fastrand::u64(..));
     let mut admin = world.connection().await;
@@ -130,7 +130,7 @@ async fn a_command_without_a_grant_says_which_and_where_to_look() {
 }
 
 #[tokio::test]
-async fn tls_is_not_given_up_silently_and_a_certificate_is_checked_when_asked_for() {
+async fn tls_is_never_silently_disabled_and_certificates_are_checked_on_request() {
     let world = World::new().await;
     let with = |options: &str| format!("{}?{options}", world.database_url);
     if is_mariadb().await {

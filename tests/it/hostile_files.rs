@@ -10,7 +10,7 @@ use crate::support::{Folder, World, eventually, execute, seed};
 
 /// Something odd that a file does for each event, and what it stores if it is done on a clean session.
 #[derive(Debug, Clone, Copy)]
-struct Oddity {
+struct HostileCase {
     name: &'static str,
     /// Run beforehand by the tables' owner.
     setup: &'static str,
@@ -23,7 +23,7 @@ struct Oddity {
 /// A procedure that does something before it stores its row.
 macro_rules! procedure {
     ($name:literal, $before:literal, $after:literal, $stores:expr) => {
-        Oddity {
+        HostileCase {
             name: $name,
             setup: concat!(
                 "create procedure p_",
@@ -42,7 +42,7 @@ macro_rules! procedure {
     };
 }
 
-const ODDITIES: &[Oddity] = &[
+const HOSTILE_CASES: &[HostileCase] = &[
     procedure!(
         "swallows",
         "declare continue handler for sqlexception begin end; insert into no_such_table values (1);",
@@ -85,7 +85,7 @@ const ODDITIES: &[Oddity] = &[
         "",
         Some(1)
     ),
-    Oddity {
+    HostileCase {
         name: "counts",
         setup: "",
         statements: &[
@@ -94,7 +94,7 @@ const ODDITIES: &[Oddity] = &[
         ],
         stores: Some(1),
     },
-    Oddity {
+    HostileCase {
         name: "sees",
         setup: "",
         statements: &[
@@ -103,7 +103,7 @@ const ODDITIES: &[Oddity] = &[
         ],
         stores: Some(3),
     },
-    Oddity {
+    HostileCase {
         name: "last_id",
         setup: "create table numbers (id bigint auto_increment primary key)",
         statements: &[
@@ -112,7 +112,7 @@ const ODDITIES: &[Oddity] = &[
         ],
         stores: Some(0),
     },
-    Oddity {
+    HostileCase {
         name: "temporary",
         setup: "create procedure p_temporary(in at bigint) begin create temporary table if not exists temporary_ones (a int); \
                 insert into temporary_ones values (1); \
@@ -120,13 +120,13 @@ const ODDITIES: &[Oddity] = &[
         statements: &["call p_temporary(:position)"],
         stores: Some(1),
     },
-    Oddity {
+    HostileCase {
         name: "function",
         setup: "create function f_hostile() returns bigint not deterministic no sql begin set @f = coalesce(@f, 0) + 1; return @f; end",
         statements: &["insert into odd (position, what, value) values (:position, 'function', f_hostile())"],
         stores: Some(1),
     },
-    Oddity {
+    HostileCase {
         name: "prepares",
         setup: "create procedure p_prepares(in at bigint) begin declare found bigint default 1; \
                 begin declare continue handler for sqlexception set found = 2; execute hostile; end; \
@@ -138,13 +138,13 @@ const ODDITIES: &[Oddity] = &[
 ];
 
 /// A file that does these things, in order, and also notes each event.
-fn file(oddities: &[Oddity]) -> String {
+fn file(cases: &[HostileCase]) -> String {
     let mut text = "name = 'hostile'\nversion = 1\nmode = 'from_beginning'\n".to_owned();
     let mut on = |sql: &str| {
         write!(text, "\n[[on]]\nevents = ['*']\nsql = '''{sql}'''\n").expect("a string");
     };
     on("insert into odd (position, what, value) values (:position, 'plain', 0)");
-    for sql in oddities.iter().flat_map(|oddity| oddity.statements) {
+    for sql in cases.iter().flat_map(|case| case.statements) {
         on(sql);
     }
     text
@@ -160,16 +160,16 @@ async fn rows(world: &World) -> Vec<(u64, Option<String>, Option<i64>)> {
 }
 
 /// Plays a file that does these things beside a plain one, and asserts what must hold. Returns how the file's projector ended.
-async fn play(oddities: &[Oddity]) -> Status {
+async fn play(cases: &[HostileCase]) -> Status {
     let world = World::new().await;
     world
         .execute("create table odd (position bigint unsigned not null, what varchar(30), value bigint) engine = InnoDB")
         .await;
     world.execute("create table victim (position bigint unsigned not null, at timestamp(6) null, text varchar(40) collate utf8mb4_bin, number bigint) engine = InnoDB").await;
-    for oddity in oddities.iter().filter(|oddity| !oddity.setup.is_empty()) {
-        world.execute(oddity.setup).await;
+    for case in cases.iter().filter(|case| !case.setup.is_empty()) {
+        world.execute(case.setup).await;
     }
-    let text = file(oddities);
+    let text = file(cases);
     let folder = Folder::new().with("a.toml", &text).with("b.toml", VICTIM);
     let mut registry = Registry::new();
     load(folder.path().as_ref(), &mut registry).unwrap_or_else(|error| panic!("{error}\n{text}"));
@@ -196,7 +196,7 @@ async fn play(oddities: &[Oddity]) -> Status {
             let mut expected = Vec::new();
             for position in 1..=57 {
                 expected.push((position, Some("plain".to_owned()), Some(0)));
-                let stored = oddities.iter().filter_map(|oddity| Some((oddity.name.to_owned(), oddity.stores?)));
+                let stored = cases.iter().filter_map(|case| Some((case.name.to_owned(), case.stores?)));
                 expected.extend(stored.map(|(name, value)| (position, Some(name), Some(value))));
             }
             expected.sort();
@@ -219,20 +219,20 @@ async fn play(oddities: &[Oddity]) -> Status {
 }
 
 #[tokio::test]
-async fn whatever_a_file_does_it_is_exact_or_broken_and_others_are_not_touched() {
+async fn a_hostile_file_is_exact_or_broken_and_leaves_others_untouched() {
     let mut endings = Vec::new();
-    for oddity in ODDITIES {
-        let ending = play(std::slice::from_ref(oddity)).await;
-        endings.push(format!("{}: {ending:?}", oddity.name));
+    for case in HOSTILE_CASES {
+        let ending = play(std::slice::from_ref(case)).await;
+        endings.push(format!("{}: {ending:?}", case.name));
     }
     eprintln!("{}", endings.join("\n"));
 }
 
 #[tokio::test]
-async fn whatever_a_file_does_together_it_is_exact_or_broken_and_others_are_not_touched() {
+async fn combined_hostile_statements_are_exact_or_broken_and_leave_others_untouched() {
     let mut dice = fastrand::Rng::with_seed(seed());
     for _ in 0..10 {
-        let mut chosen: Vec<Oddity> = ODDITIES.to_vec();
+        let mut chosen: Vec<HostileCase> = HOSTILE_CASES.to_vec();
         dice.shuffle(&mut chosen);
         chosen.truncate(dice.usize(2..4));
         play(&chosen).await;
@@ -241,9 +241,9 @@ async fn whatever_a_file_does_together_it_is_exact_or_broken_and_others_are_not_
 
 /// What a file's own variables and `last_insert_id()` have is the same in boot, a thousand events at a time, and in play.
 #[tokio::test]
-async fn a_files_user_variables_begin_anew_with_each_event() {
-    let stateful: Vec<Oddity> =
-        ODDITIES.iter().filter(|oddity| ["counts", "sees", "last_id"].contains(&oddity.name)).copied().collect();
+async fn user_variables_are_reset_for_each_event() {
+    let stateful: Vec<HostileCase> =
+        HOSTILE_CASES.iter().filter(|case| ["counts", "sees", "last_id"].contains(&case.name)).copied().collect();
     assert_eq!(stateful.len(), 3);
     let status = play(&stateful).await;
     assert_eq!(status.to_string(), "live", "{status:?}");
@@ -256,7 +256,7 @@ const BEST_EFFORT: &str = "name = 'hostile'\nversion = 1\nmode = 'from_beginning
     [[on]]\nevents = ['*']\nsql = 'insert into after_it (position) values (:position)'\n";
 
 /// Lets the procedure lose a deadlock: a rival locks row 2 and waits for row 1 before the procedure asks for row 2.
-async fn win_a_deadlock(world: &World, mut keeper: MySqlConnection) {
+async fn provoke_deadlock(world: &World, mut keeper: MySqlConnection) {
     let mut rival = world.connection().await;
     eventually("the procedure waits", async || {
         world.sessions().await.iter().any(|session| session.statement.contains("get_lock"))
@@ -277,7 +277,7 @@ async fn win_a_deadlock(world: &World, mut keeper: MySqlConnection) {
 }
 
 #[tokio::test]
-async fn a_deadlock_that_a_procedure_of_a_file_swallows_is_tried_again_and_each_event_is_applied_once() {
+async fn a_deadlock_swallowed_by_a_procedure_is_retried_and_each_event_applied_once() {
     for in_boot in [true, false] {
         let world = World::new().await;
         for table in ["before_it", "after_it"] {
@@ -303,13 +303,13 @@ async fn a_deadlock_that_a_procedure_of_a_file_swallows_is_tried_again_and_each_
         load(folder.path().as_ref(), &mut registry).expect("the file holds");
         if in_boot {
             world.append(10).await;
-            let (booted, ()) = tokio::join!(world.boot(&registry), win_a_deadlock(&world, keeper));
+            let (booted, ()) = tokio::join!(world.boot(&registry), provoke_deadlock(&world, keeper));
             assert!(booted.is_released());
         } else {
             world.boot(&registry).await;
             world.append(10).await;
             let playing = world.start_play(&registry);
-            win_a_deadlock(&world, keeper).await;
+            provoke_deadlock(&world, keeper).await;
             eventually("it is at the end", async || world.position("hostile").await == 10).await;
             assert_eq!(playing.stop().await.broken, 0);
         }

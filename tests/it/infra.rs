@@ -1,11 +1,11 @@
 //! What is in infra/: the templates, the deploy gate, and what its README tells a newcomer to do.
 
-mod behind;
-mod gate;
+mod deploy_gate;
+mod fake_aws;
+mod localstack_cli;
 mod names;
-mod newcomer;
+mod readme_commands;
 mod stacks;
-mod stand_in;
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -7,7 +7,7 @@ mod start;
 use projectionist::Queue;
 use projectionist::sqlx::MySqlConnection;
 
-use crate::support::{Folder, PATIENCE, Session, Tally, World, execute};
+use crate::support::{Folder, Session, TIMEOUT, Tally, World, execute};
 
 /// A statement that waits where somebody holds the gate at the event's position.
 const GATE: &str = "update gate set n = n + 1 where at = :position";
@@ -46,7 +46,7 @@ impl World {
     }
 }
 
-async fn is_fanned_out_and_deleted(world: World) {
+async fn assert_fanned_out_and_deleted(world: World) {
     let (a, b) = (Tally::new("a"), Tally::new("b"));
     let folder = world.booted(&[&a.file(&[]), &b.file(&[])]).await;
     let mut function = world.function(&["--projectors", folder.path()]).await;
@@ -62,17 +62,17 @@ async fn is_fanned_out_and_deleted(world: World) {
 }
 
 #[tokio::test]
-async fn a_batch_of_a_fifo_queue_is_passed_to_every_projector_and_deleted() {
-    is_fanned_out_and_deleted(World::new().await).await;
+async fn a_fifo_batch_is_applied_by_every_projector_and_deleted() {
+    assert_fanned_out_and_deleted(World::new().await).await;
 }
 
 #[tokio::test]
-async fn a_batch_of_a_standard_queue_is_passed_to_every_projector_and_deleted() {
-    is_fanned_out_and_deleted(World::with_standard_queue().await).await;
+async fn a_standard_batch_is_applied_by_every_projector_and_deleted() {
+    assert_fanned_out_and_deleted(World::with_standard_queue().await).await;
 }
 
 #[tokio::test]
-async fn a_projector_that_breaks_makes_no_message_fail_and_the_others_go_on() {
+async fn a_broken_projector_fails_no_message_and_the_others_continue() {
     let world = World::new().await;
     let (a, poisoned, b) = (Tally::new("a"), Tally::new("poisoned"), Tally::new("b"));
     let poison = "insert into poisoned (position) values (nullif(:position, 33))";
@@ -90,7 +90,7 @@ async fn a_projector_that_breaks_makes_no_message_fail_and_the_others_go_on() {
     }
     world.append_and_publish(20).await;
     let batch = world.capture().await;
-    let answer = function.invoke(&batch.event(&world), PATIENCE).await.expect("an answer");
+    let answer = function.invoke(&batch.event(&world), TIMEOUT).await.expect("an answer");
     assert_eq!(batch.settle(&world, &answer).await, [2, 3, 4, 5], "{answer}");
     world.assert_complete(&a).await;
     world.assert_complete(&b).await;
@@ -100,12 +100,13 @@ async fn a_projector_that_breaks_makes_no_message_fail_and_the_others_go_on() {
     assert!(left.log().iter().any(|line| line["alert"] == "projector_broken"), "{}", left.stderr);
 }
 
-async fn plays_beside_a_function(world: World) {
+async fn assert_worker_and_function_share(world: World) {
     let (a, b) = (Tally::new("a"), Tally::new("b"));
     let folder = world.booted(&[&a.file(&[]), &b.file(&[])]).await;
-    let worker = ["play", "--receive-wait=1", "--message-events=5", "--visibility=3", "--projectors", folder.path()];
+    let worker =
+        ["play", "--receive-wait=1", "--message-events=5", "--visibility-timeout=3", "--projectors", folder.path()];
     let worker = world.start(&worker);
-    let mut function = world.function(&["--projectors", folder.path(), "--convoy-events=50"]).await;
+    let mut function = world.function(&["--projectors", folder.path(), "--background-after-events=50"]).await;
     let writing = async {
         for _ in 0..60 {
             world.append(20).await;
@@ -117,13 +118,13 @@ async fn plays_beside_a_function(world: World) {
             let batch = world.capture().await;
             if !batch.messages.is_empty() {
                 captured += batch.messages.len();
-                let answer = function.invoke(&batch.event(&world), PATIENCE).await.expect("an answer");
+                let answer = function.invoke(&batch.event(&world), TIMEOUT).await.expect("an answer");
                 batch.settle(&world, &answer).await;
             }
         }
         captured
     };
-    let ((), captured) = tokio::join!(writing, tokio::time::timeout(PATIENCE * 2, mapping));
+    let ((), captured) = tokio::join!(writing, tokio::time::timeout(TIMEOUT * 2, mapping));
     assert!(captured.expect("both come to the end") > 0, "the function had its share");
     worker.terminate().await.exits(0);
     world.assert_complete(&a).await;
@@ -131,11 +132,11 @@ async fn plays_beside_a_function(world: World) {
 }
 
 #[tokio::test]
-async fn a_worker_and_a_function_at_once_on_one_fifo_queue_do_no_harm() {
-    plays_beside_a_function(World::new().await).await;
+async fn a_worker_and_a_function_can_share_a_fifo_queue() {
+    assert_worker_and_function_share(World::new().await).await;
 }
 
 #[tokio::test]
-async fn a_worker_and_a_function_at_once_on_one_standard_queue_do_no_harm() {
-    plays_beside_a_function(World::with_standard_queue().await).await;
+async fn a_worker_and_a_function_can_share_a_standard_queue() {
+    assert_worker_and_function_share(World::with_standard_queue().await).await;
 }

@@ -11,7 +11,7 @@ use projectionist::{
 };
 
 use crate::support::{
-    Faults, FaultyQueue, Gate, PATIENCE, Scripted, Tally, World, event, eventually, gated, registry, seed,
+    Faults, FaultyQueue, Gate, ScriptedProjector, TIMEOUT, Tally, World, event, eventually, gated, registry, seed,
 };
 
 /// Many small messages, so that faults have something to strike.
@@ -22,7 +22,7 @@ fn small_messages() -> PlaySettings {
 
 /// What is applied has come through the queue, unless a test says otherwise.
 pub fn without_relay() -> PlaySettings {
-    PlaySettings { relay: None, reconcile_after: PATIENCE, ..World::restless() }
+    PlaySettings { relay: None, reconcile_after: TIMEOUT, ..World::continuous_play_settings() }
 }
 
 impl World {
@@ -50,7 +50,7 @@ impl World {
     pub async fn peek(&self) -> Vec<String> {
         let received = self.queue.receive(Duration::from_secs(1)).await.expect("the queue answers");
         let receipts: Vec<String> = received.iter().map(|message| message.receipt.clone()).collect();
-        self.queue.hide(&receipts, Duration::ZERO).await.expect("given back");
+        self.queue.change_visibility(&receipts, Duration::ZERO).await.expect("given back");
         received.into_iter().map(|message| message.body).collect()
     }
 }
@@ -84,24 +84,30 @@ async fn survive_every_fault(world: World) {
 
     world.assert_complete(&all).await;
     world.assert_complete(&closed).await;
-    let struck = queue.struck();
-    let each =
-        [struck.lost, struck.repeated, struck.malformed, struck.undeleted, struck.unacknowledged, struck.refused];
-    assert!(each.iter().all(|&times| times > 0), "{struck:?}");
+    let fault_counts = queue.fault_counts();
+    let each = [
+        fault_counts.lost,
+        fault_counts.repeated,
+        fault_counts.malformed,
+        fault_counts.undeleted,
+        fault_counts.unacknowledged,
+        fault_counts.refused,
+    ];
+    assert!(each.iter().all(|&times| times > 0), "{fault_counts:?}");
 }
 
 #[tokio::test]
-async fn no_mix_of_faults_of_a_fifo_queue_changes_the_read_models() {
+async fn mixed_fifo_queue_faults_never_change_the_read_models() {
     survive_every_fault(World::new().await).await;
 }
 
 #[tokio::test]
-async fn no_mix_of_faults_of_a_standard_queue_changes_the_read_models() {
+async fn mixed_standard_queue_faults_never_change_the_read_models() {
     survive_every_fault(World::with_standard_queue().await).await;
 }
 
 #[tokio::test]
-async fn messages_that_come_in_any_order_are_applied_in_the_order_of_the_log() {
+async fn messages_in_any_order_are_applied_in_log_order() {
     let world = World::with_standard_queue().await;
     let tally = Tally::new("tally");
     let registry = registry(&[&tally]);
@@ -112,18 +118,18 @@ async fn messages_that_come_in_any_order_are_applied_in_the_order_of_the_log() {
     let queue = Arc::new(FaultyQueue::new(&world.queue, shuffled, seed()));
     world.play_from(Arc::clone(&queue) as Arc<dyn Queue>, &registry).await;
     world.assert_complete(&tally).await;
-    assert!(queue.struck().shuffled > 3 && queue.struck().repeated > 3, "{:?}", queue.struck());
+    assert!(queue.fault_counts().shuffled > 3 && queue.fault_counts().repeated > 3, "{:?}", queue.fault_counts());
 }
 
 #[tokio::test]
-async fn a_purge_while_live_costs_time_and_no_event() {
+async fn a_purge_while_live_loses_no_event() {
     let world = World::new().await;
     let (gate, tally) = (Gate::new(), Tally::new("tally"));
     let registry = Registry::new().with(gated(&tally, 1, &gate)).expect("a name of its own");
     world.boot(&registry).await;
     world.append(100).await;
     world.publish(2).await;
-    let settings = PlaySettings { relay: None, ..World::restless() };
+    let settings = PlaySettings { relay: None, ..World::continuous_play_settings() };
     let playing = world.start_play_from(Arc::clone(&world.queue) as Arc<dyn Queue>, &registry, settings);
     gate.arrival().await;
     assert_eq!(world.depth().await, 50, "the worker has a few, and the rest waits");
@@ -135,7 +141,7 @@ async fn a_purge_while_live_costs_time_and_no_event() {
 }
 
 #[tokio::test]
-async fn the_loss_of_the_last_message_on_an_idle_log_is_repaired() {
+async fn a_lost_last_message_on_an_idle_log_is_read_from_the_store() {
     let world = World::new().await;
     let tally = Tally::new("tally");
     let registry = registry(&[&tally]);
@@ -154,7 +160,7 @@ async fn the_loss_of_the_last_message_on_an_idle_log_is_repaired() {
 
 /// As by the retention of a queue that nobody has read for too long: the oldest have gone, and nobody says so.
 #[tokio::test]
-async fn messages_that_expired_while_nobody_played_are_read_from_the_store() {
+async fn messages_that_expired_while_no_worker_ran_are_read_from_the_store() {
     let world = World::new().await;
     let tally = Tally::new("tally");
     let registry = registry(&[&tally]);
@@ -165,7 +171,7 @@ async fn messages_that_expired_while_nobody_played_are_read_from_the_store() {
     let receipts: Vec<String> = received.into_iter().map(|message| message.receipt).collect();
     assert_eq!(receipts.len(), 6);
     world.queue.delete(&receipts[..4]).await.expect("deleted");
-    world.queue.hide(&receipts[4..], Duration::ZERO).await.expect("given back");
+    world.queue.change_visibility(&receipts[4..], Duration::ZERO).await.expect("given back");
 
     let played = world.play_with(Arc::clone(&world.queue) as Arc<dyn Queue>, &registry, World::play_settings()).await;
     assert_eq!(played.messages, 2, "the rest came from the store");
@@ -215,7 +221,7 @@ fn with_payload(number: usize, bytes: usize) -> NewEvent {
 }
 
 #[tokio::test]
-async fn an_event_that_no_message_can_hold_travels_as_a_reference() {
+async fn an_event_too_large_for_a_message_is_sent_as_a_reference() {
     for fifo in [true, false] {
         let world = World::with_queue(fifo, &[(QueueAttributeName::MaximumMessageSize, "1024")]).await;
         let registry = Registry::new().with(Payloads).expect("a name of its own");
@@ -238,7 +244,7 @@ async fn an_event_that_no_message_can_hold_travels_as_a_reference() {
 }
 
 #[tokio::test]
-async fn a_payload_of_two_megabytes_arrives_as_it_was_appended() {
+async fn a_two_megabyte_payload_arrives_unchanged() {
     let world = World::new().await;
     let registry = Registry::new().with(Payloads).expect("a name of its own");
     world.store.append(&[with_payload(0, 2_000_000)]).await.expect("appended");
@@ -251,7 +257,7 @@ async fn a_payload_of_two_megabytes_arrives_as_it_was_appended() {
 }
 
 #[tokio::test]
-async fn a_message_that_becomes_visible_in_the_middle_of_the_work_is_applied_once() {
+async fn a_message_that_becomes_visible_while_being_applied_is_applied_once() {
     let world = World::with_standard_queue().await;
     let (gate, tally) = (Gate::new(), Tally::new("tally"));
     let registry = Registry::new().with(gated(&tally, 1, &gate)).expect("a name of its own");
@@ -266,10 +272,10 @@ async fn a_message_that_becomes_visible_in_the_middle_of_the_work_is_applied_onc
     let slow = world.start_play_from(Arc::clone(&first) as Arc<dyn Queue>, &registry, without_relay());
     gate.arrival().await;
     let other = world.start_play_from(Arc::clone(&second) as Arc<dyn Queue>, &registry, without_relay());
-    eventually("the second worker has the first one's messages", async || second.struck().received == 5).await;
+    eventually("the second worker has the first one's messages", async || second.fault_counts().received == 5).await;
     eventually("it waits for the row that the first has locked", async || world.lock_waits().await == 1).await;
-    assert_eq!(first.struck().received, 5);
-    assert!(first.struck().unhidden > 0);
+    assert_eq!(first.fault_counts().received, 5);
+    assert!(first.fault_counts().unhidden > 0);
 
     gate.open();
     eventually("all is applied and deleted", async || world.position("tally").await == 10 && world.depth().await == 0)
@@ -280,7 +286,7 @@ async fn a_message_that_becomes_visible_in_the_middle_of_the_work_is_applied_onc
 }
 
 #[tokio::test]
-async fn a_receipt_of_a_message_that_was_received_again_is_no_error_and_the_new_one_deletes_it() {
+async fn an_expired_receipt_is_not_an_error_and_the_new_receipt_deletes() {
     for world in [World::new().await, World::with_standard_queue().await] {
         world.append(1).await;
         world.publish(1).await;
@@ -295,7 +301,7 @@ async fn a_receipt_of_a_message_that_was_received_again_is_no_error_and_the_new_
 }
 
 #[tokio::test]
-async fn work_that_outlasts_the_visibility_keeps_its_messages_hidden() {
+async fn work_longer_than_the_visibility_timeout_keeps_its_messages_hidden() {
     let world = World::with_standard_queue().await;
     let (gate, tally) = (Gate::new(), Tally::new("tally"));
     let registry = Registry::new().with(gated(&tally, 1, &gate)).expect("a name of its own");
@@ -317,7 +323,7 @@ async fn work_that_outlasts_the_visibility_keeps_its_messages_hidden() {
 }
 
 #[tokio::test]
-async fn what_is_published_again_is_not_applied_again() {
+async fn a_republished_event_is_not_applied_again() {
     for world in [World::new().await, World::with_standard_queue().await] {
         let tally = Tally::new("tally");
         let registry = registry(&[&tally]);
@@ -335,7 +341,7 @@ async fn what_is_published_again_is_not_applied_again() {
 }
 
 #[tokio::test]
-async fn what_a_fifo_queue_swallows_as_published_before_is_repaired() {
+async fn events_dropped_by_fifo_deduplication_are_read_from_the_store() {
     let world = World::new().await;
     let tally = Tally::new("tally");
     let registry = registry(&[&tally]);
@@ -356,7 +362,7 @@ async fn what_a_fifo_queue_swallows_as_published_before_is_repaired() {
 }
 
 #[tokio::test]
-async fn a_relay_that_crashed_after_sending_sends_again_harmlessly() {
+async fn a_relay_that_crashed_after_sending_resends_harmlessly() {
     let world = World::with_standard_queue().await;
     let tally = Tally::new("tally");
     let registry = registry(&[&tally]);
@@ -365,13 +371,13 @@ async fn a_relay_that_crashed_after_sending_sends_again_harmlessly() {
     let faults = Faults { unacknowledged: 40, ..Faults::default() };
     let queue = Arc::new(FaultyQueue::new(&world.queue, faults, seed()));
     let played = world.play_with(Arc::clone(&queue) as Arc<dyn Queue>, &registry, small_messages()).await;
-    assert!(queue.struck().unacknowledged > 0);
-    assert_eq!(played.messages, 20 + queue.struck().unacknowledged, "each was sent once more");
+    assert!(queue.fault_counts().unacknowledged > 0);
+    assert_eq!(played.messages, 20 + queue.fault_counts().unacknowledged, "each was sent once more");
     world.assert_complete(&tally).await;
 }
 
 #[tokio::test]
-async fn no_message_is_deleted_while_a_live_projector_has_not_committed_past_it() {
+async fn no_message_is_deleted_before_every_live_projector_has_committed_it() {
     let world = World::new().await;
     let (gate, quick, slow) = (Gate::new(), Tally::new("quick"), Tally::new("slow"));
     let registry = Registry::new().with(quick.clone()).and_then(|set| set.with(gated(&slow, 3, &gate)));
@@ -379,11 +385,11 @@ async fn no_message_is_deleted_while_a_live_projector_has_not_committed_past_it(
     world.boot(&registry).await;
     world.append(5).await;
     world.publish(1).await;
-    let queue = Arc::new(FaultyQueue::counted(&world.queue));
+    let queue = Arc::new(FaultyQueue::without_faults(&world.queue));
     let playing = world.start_play_from(Arc::clone(&queue) as Arc<dyn Queue>, &registry, without_relay());
     gate.arrival().await;
     assert_eq!((world.position("quick").await, world.position("slow").await), (5, 0));
-    assert_eq!((world.depth().await, queue.struck().deleted), (5, 0));
+    assert_eq!((world.depth().await, queue.fault_counts().deleted), (5, 0));
     gate.open();
     eventually("all are deleted", async || world.depth().await == 0).await;
     assert_eq!(world.position("slow").await, 5, "committed before the deletion");
@@ -393,13 +399,13 @@ async fn no_message_is_deleted_while_a_live_projector_has_not_committed_past_it(
 }
 
 #[tokio::test]
-async fn a_message_of_more_events_than_a_batch_is_applied_in_several_transactions() {
+async fn a_message_larger_than_a_batch_is_applied_in_several_transactions() {
     let world = World::new().await;
     let transactions = Arc::new(AtomicU64::new(0));
     let (tally, seen) = (Tally::new("tally"), Arc::clone(&transactions));
     world.append(1).await;
     let last = Arc::new(AtomicU64::new(0));
-    let scripted = Scripted::new(&tally, move |_, db| {
+    let scripted = ScriptedProjector::new(&tally, move |_, db| {
         let (seen, last) = (Arc::clone(&seen), Arc::clone(&last));
         Box::pin(async move {
             // A transaction shows to itself what it has written: its first row tells it from the one before.

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout_at};
 
-const MOST_RECEIVED: usize = 10;
+const MAX_RECEIVED: usize = 10;
 
 #[derive(Default)]
 pub struct Queues(Mutex<HashMap<String, Arc<Queue>>>);
@@ -88,7 +88,7 @@ impl Queue {
     /// By long poll. As with SQS, a poll whose client has hung up may take messages with it.
     async fn receive(&self, request: &Value) -> Value {
         let seconds = |name: &str, otherwise| Duration::from_secs(request[name].as_u64().unwrap_or(otherwise));
-        let most = request["MaxNumberOfMessages"].as_u64().map_or(1, |most| most as usize).min(MOST_RECEIVED);
+        let most = request["MaxNumberOfMessages"].as_u64().map_or(1, |most| most as usize).min(MAX_RECEIVED);
         let (until, visibility) = (Instant::now() + seconds("WaitTimeSeconds", 0), seconds("VisibilityTimeout", 30));
         loop {
             // Registered before the look, so that nothing comes in between unseen.

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::{close_gate, failing_at, gated, promptly, somebody_waits, tally, tally_with};
+use super::{close_gate, failing_at, gated, tally, tally_with, wait_for_gated_handler, with_short_timeout};
 use crate::support::{Folder, World, execute};
 
 fn keys(object: &Value) -> Vec<&str> {
@@ -43,7 +43,7 @@ async fn in_every_state() -> (World, Folder) {
 }
 
 #[tokio::test]
-async fn the_json_has_exactly_the_keys_and_values_of_the_contract_in_every_state() {
+async fn the_json_has_exactly_the_documented_keys_and_values_in_every_state() {
     let (world, folder) = in_every_state().await;
     let status = world.run(&["status", "--json", "--projectors", folder.path()]).await.exits(0).json();
     assert_eq!(
@@ -98,7 +98,7 @@ async fn the_json_has_exactly_the_keys_and_values_of_the_contract_in_every_state
 }
 
 #[tokio::test]
-async fn the_table_shows_what_the_json_says() {
+async fn the_table_shows_the_same_values_as_the_json() {
     let (world, folder) = in_every_state().await;
     let json = world.run(&["status", "--json", "--projectors", folder.path()]).await.exits(0).json();
     let table = world.run(&["status", "--projectors", folder.path()]).await.exits(0).stdout;
@@ -122,7 +122,7 @@ async fn the_table_shows_what_the_json_says() {
 }
 
 #[tokio::test]
-async fn an_empty_ledger_has_a_status_too() {
+async fn status_works_with_an_empty_ledger() {
     let world = World::new().await;
     let json = world.run(&["status", "--json"]).await.exits(0).json();
     let expected = json!({
@@ -141,9 +141,9 @@ async fn status_waits_neither_for_a_running_boot_nor_for_a_locked_ledger() {
     let folder = Folder::new().with("1.toml", &gated("slow"));
     let mut gate = close_gate(&world).await;
     let boot = world.start(&["boot", "--projectors", folder.path()]);
-    somebody_waits(&world).await;
+    wait_for_gated_handler(&world).await;
     let mut status = json!(null);
-    promptly(async { status = world.run(&["status", "--json"]).await.exits(0).json() }).await;
+    with_short_timeout(async { status = world.run(&["status", "--json"]).await.exits(0).json() }).await;
     assert_eq!(projector(&status, "slow")["status"], "booting");
     assert_eq!(projector(&status, "slow")["lag_events"], 10);
     execute(&mut gate, "rollback").await;
@@ -152,7 +152,7 @@ async fn status_waits_neither_for_a_running_boot_nor_for_a_locked_ledger() {
     execute(&mut gate, "start transaction").await;
     execute(&mut gate, "select * from projectors for update").await;
     execute(&mut gate, "select * from event_log for update").await;
-    promptly(async { status = world.run(&["status", "--json"]).await.exits(0).json() }).await;
+    with_short_timeout(async { status = world.run(&["status", "--json"]).await.exits(0).json() }).await;
     assert_eq!(projector(&status, "slow")["status"], "live");
-    promptly(world.run(&["status", "--projectors", folder.path()])).await.exits(0);
+    with_short_timeout(world.run(&["status", "--projectors", folder.path()])).await.exits(0);
 }

@@ -6,13 +6,13 @@ use aws_sdk_sqs::types::QueueAttributeName;
 use serde_json::{Value, json};
 use time::format_description::well_known::Rfc3339;
 
-use super::behind::forward;
-use super::stand_in::StandIn;
+use super::fake_aws::FakeAws;
+use super::localstack_cli::forward;
 use super::{MetricFilter, file, fragile, tally};
-use crate::support::{Folder, Running, Tally, World, eventually, is_mariadb};
+use crate::support::{Folder, RunningProcess, Tally, World, eventually, is_mariadb};
 
 /// What this LocalStack says that it has made, and has not.
-const NOT_MADE: [&str; 4] =
+const UNSUPPORTED: [&str; 4] =
     ["AWS::CloudWatch::Dashboard", "AWS::ECS::Service", "AWS::ECS::TaskDefinition", "AWS::Logs::MetricFilter"];
 
 /// The three stacks of one system, under a name that no other test has.
@@ -48,8 +48,8 @@ impl Stacks {
     /// From the template of this name.
     async fn create_one(&mut self, of: &str, parameters: &[(&str, &str)]) {
         self.change("create-stack", of, parameters).await;
-        self.comes_to(of, "CREATE_COMPLETE").await;
-        let stack = self.described(of).await;
+        self.wait_for_status(of, "CREATE_COMPLETE").await;
+        let stack = self.describe(of).await;
         for output in stack["Outputs"].as_array().expect("outputs") {
             let text = |key: &str| output[key].as_str().expect("text").to_owned();
             self.outputs.insert(text("OutputKey"), text("OutputValue"));
@@ -58,7 +58,7 @@ impl Stacks {
 
     async fn update(&self, of: &str, parameters: &[(&str, &str)]) {
         self.change("update-stack", of, parameters).await;
-        self.comes_to(of, "UPDATE_COMPLETE").await;
+        self.wait_for_status(of, "UPDATE_COMPLETE").await;
     }
 
     async fn change(&self, how: &str, of: &str, parameters: &[(&str, &str)]) {
@@ -72,11 +72,11 @@ impl Stacks {
         aws(&[call.as_slice(), &capabilities].concat()).await;
     }
 
-    async fn comes_to(&self, of: &str, status: &str) {
-        eventually(status, async || self.described(of).await["StackStatus"] == status).await;
+    async fn wait_for_status(&self, of: &str, status: &str) {
+        eventually(status, async || self.describe(of).await["StackStatus"] == status).await;
     }
 
-    async fn described(&self, of: &str) -> Value {
+    async fn describe(&self, of: &str) -> Value {
         let described = aws(&["cloudformation", "describe-stacks", "--stack-name", &self.name(of)]).await;
         described["Stacks"][0].clone()
     }
@@ -129,14 +129,14 @@ impl Stacks {
             let name = self.name(of);
             aws(&["cloudformation", "delete-stack", "--stack-name", &name]).await;
             // By its name a stack that was deleted is not found.
-            let gone = async || ask(&["cloudformation", "describe-stacks", "--stack-name", &name]).await.is_err();
+            let gone = async || try_aws(&["cloudformation", "describe-stacks", "--stack-name", &name]).await.is_err();
             eventually("the stack is deleted", gone).await;
         }
     }
 }
 
 /// What the AWS CLI answers, or what it says against it.
-async fn ask(arguments: &[&str]) -> Result<Value, String> {
+async fn try_aws(arguments: &[&str]) -> Result<Value, String> {
     let arguments: Vec<String> = arguments.iter().chain(&["--output", "json"]).map(|word| word.to_string()).collect();
     let (code, text) = forward(&file(".local/bin/aws"), &arguments).await;
     match code {
@@ -147,7 +147,7 @@ async fn ask(arguments: &[&str]) -> Result<Value, String> {
 }
 
 async fn aws(arguments: &[&str]) -> Value {
-    ask(arguments).await.unwrap_or_else(|error| panic!("aws {}: {error}", arguments.join(" ")))
+    try_aws(arguments).await.unwrap_or_else(|error| panic!("aws {}: {error}", arguments.join(" ")))
 }
 
 /// The statement of a queue's policy that refuses senders.
@@ -170,7 +170,7 @@ async fn attributes(world: &World, url: &str) -> Value {
 }
 
 /// Asserts that what the templates say is what is there.
-async fn check_what_is_there(stacks: &Stacks, world: &World) {
+async fn check_resources(stacks: &Stacks, world: &World) {
     let mut resources = Vec::new();
     for of in ["queue", "monitoring", "ecs"] {
         resources.extend(stacks.resources(of).await);
@@ -182,7 +182,7 @@ async fn check_what_is_there(stacks: &Stacks, world: &World) {
             not_made.insert(resource["ResourceType"].as_str().expect("a type").to_owned());
         }
     }
-    assert_eq!(not_made.iter().map(String::as_str).collect::<Vec<_>>(), NOT_MADE, "all else is there");
+    assert_eq!(not_made.iter().map(String::as_str).collect::<Vec<_>>(), UNSUPPORTED, "all else is there");
 
     let queue = attributes(world, stacks.output("QueueUrl")).await;
     let dead = attributes(world, stacks.output("DeadLetterQueueUrl")).await;
@@ -233,24 +233,24 @@ async fn subscribed(stacks: &Stacks, world: &World) -> String {
 }
 
 #[tokio::test]
-async fn the_stacks_work_on_localstack_a_broken_projector_raises_the_alarm_and_they_update_and_go() {
+async fn the_stacks_deploy_raise_their_alarm_update_and_delete_on_localstack() {
     // Templates know nothing of the server, and the CLI takes its time: once is enough.
     if !is_mariadb().await {
         return;
     }
     let world = World::new().await;
     let stacks = Stacks::create().await;
-    check_what_is_there(&stacks, &world).await;
+    check_resources(&stacks, &world).await;
     let told = subscribed(&stacks, &world).await;
 
     // The gate, with the CloudFormation and the logs of LocalStack.
     let release = || Folder::new().with("cases.toml", &tally("cases")).with("fragile.toml", &fragile(false));
-    let stand_in = StandIn::before(&world, file(".local/bin/aws"), file("infra/ecs.yaml")).await;
-    stand_in.push("orders:1", release()).await;
-    let gate = Running::spawn(stand_in.gate(&[&stacks.name("ecs"), "orders:1"])).finish().await.exits(0);
+    let fake_aws = FakeAws::before(&world, file(".local/bin/aws"), file("infra/ecs.yaml")).await;
+    fake_aws.push("orders:1", release()).await;
+    let gate = RunningProcess::spawn(fake_aws.gate(&[&stacks.name("ecs"), "orders:1"])).finish().await.exits(0);
     assert!(gate.stdout.contains("INFO booting projector=cases@1"), "from the log: {}", gate.stdout);
     assert!(gate.stdout.contains("cases@1  live"), "the outcome: {}", gate.stdout);
-    let described = stacks.described("ecs").await["Parameters"].to_string();
+    let described = stacks.describe("ecs").await["Parameters"].to_string();
     assert_eq!(described.matches("orders:1").count(), 2, "both images: {described}");
     assert!(described.contains(&stacks.service), "the other parameters stay: {described}");
 

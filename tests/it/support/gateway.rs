@@ -21,7 +21,7 @@ const SSL: u8 = 0x08;
 
 /// Whom a gateway lets in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Door {
+pub enum AuthMode {
     /// Whom the server does.
     Passwords,
     /// Who sends a token, which is kept for the test to look at; to the server that is `root`.
@@ -31,11 +31,11 @@ pub enum Door {
 /// A gateway, for `localhost`.
 pub struct Gateway {
     port: u16,
-    seen: Arc<Seen>,
+    seen: Arc<GatewayState>,
 }
 
 #[derive(Default)]
-struct Seen {
+struct GatewayState {
     tokens: Mutex<Vec<String>>,
     is_closed: watch::Sender<bool>,
 }
@@ -48,7 +48,7 @@ pub fn certificate(name: &str) -> String {
 
 impl Gateway {
     /// In front of the world's server.
-    pub async fn new(world: &World, door: Door) -> Self {
+    pub async fn new(world: &World, door: AuthMode) -> Self {
         let server =
             world.database_url.split('@').nth(1).and_then(|rest| rest.split('/').next()).expect("a server").to_owned();
         let chain = CertificateDer::pem_file_iter(certificate("server.pem")).expect("a file");
@@ -60,7 +60,7 @@ impl Gateway {
         let acceptor = TlsAcceptor::from(Arc::new(config));
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
         let port = listener.local_addr().expect("it is bound").port();
-        let seen = Arc::new(Seen::default());
+        let seen = Arc::new(GatewayState::default());
         let all = Arc::clone(&seen);
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
@@ -95,7 +95,13 @@ impl Gateway {
     }
 }
 
-async fn serve(mut client: TcpStream, mut server: TcpStream, tls: TlsAcceptor, door: Door, seen: &Seen) -> Result<()> {
+async fn serve(
+    mut client: TcpStream,
+    mut server: TcpStream,
+    tls: TlsAcceptor,
+    door: AuthMode,
+    seen: &GatewayState,
+) -> Result<()> {
     let (number, mut greeting) = read(&mut server).await?;
     // Protocol, version, connection, the first part of the nonce and a zero stand before the flags.
     let flags = 1 + end_of_text(&greeting, 1)? + 4 + 8 + 1;
@@ -109,7 +115,7 @@ async fn serve(mut client: TcpStream, mut server: TcpStream, tls: TlsAcceptor, d
     let (number, mut answer) = read(&mut client).await?;
     answer[1] &= !SSL;
     match door {
-        Door::Passwords => {
+        AuthMode::Passwords => {
             write(&mut server, number - 1, &answer).await?;
             loop {
                 let (number, packet) = read(&mut server).await?;
@@ -121,7 +127,7 @@ async fn serve(mut client: TcpStream, mut server: TcpStream, tls: TlsAcceptor, d
                 write(&mut server, number - 1, &packet).await?;
             }
         }
-        Door::Tokens => {
+        AuthMode::Tokens => {
             write(&mut client, number + 1, b"\xfemysql_clear_password\0").await?;
             let (number, token) = read(&mut client).await?;
             let token = String::from_utf8_lossy(&token).trim_end_matches('\0').to_owned();
@@ -129,7 +135,7 @@ async fn serve(mut client: TcpStream, mut server: TcpStream, tls: TlsAcceptor, d
             if *seen.is_closed.borrow() {
                 return write(&mut client, number + 1, b"\xff\x15\x04#28000Access denied for user").await;
             }
-            write(&mut server, 1, &as_root(&answer)?).await?;
+            write(&mut server, 1, &rewrite_as_root(&answer)?).await?;
             let mut packet = read(&mut server).await?;
             if packet.1[0] == 0xfe {
                 write(&mut server, packet.0 + 1, b"").await?;
@@ -146,7 +152,7 @@ async fn serve(mut client: TcpStream, mut server: TcpStream, tls: TlsAcceptor, d
 }
 
 /// The answer to a greeting, of `root` and without a password.
-fn as_root(answer: &[u8]) -> Result<Vec<u8>> {
+fn rewrite_as_root(answer: &[u8]) -> Result<Vec<u8>> {
     let user = 32;
     let secret = end_of_text(answer, user)? + user;
     let rest = secret + 1 + usize::from(answer[secret]);

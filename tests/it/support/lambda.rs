@@ -13,14 +13,14 @@ use tokio::process::Command;
 use tokio::sync::{Mutex, mpsc, watch};
 use tokio::time::timeout;
 
-use super::{PATIENCE, Running, World};
+use super::{RunningProcess, TIMEOUT, World};
 
 /// What a function said to an invocation: an answer, or an error.
-pub type Answer = Result<Value, Value>;
+pub type InvocationResult = Result<Value, Value>;
 
 /// A function: the process, and the runtime that invokes it.
 pub struct Function {
-    pub process: Running,
+    pub process: RunningProcess,
     runtime: Runtime,
 }
 
@@ -28,7 +28,7 @@ pub struct Function {
 pub struct Runtime {
     address: String,
     invocations: mpsc::UnboundedSender<(Value, Duration)>,
-    answers: mpsc::UnboundedReceiver<Answer>,
+    answers: mpsc::UnboundedReceiver<InvocationResult>,
     init_errors: mpsc::UnboundedReceiver<Value>,
     asked: watch::Receiver<u64>,
 }
@@ -36,7 +36,7 @@ pub struct Runtime {
 /// What the interface's connections share.
 struct Shared {
     invocations: Mutex<mpsc::UnboundedReceiver<(Value, Duration)>>,
-    answers: mpsc::UnboundedSender<Answer>,
+    answers: mpsc::UnboundedSender<InvocationResult>,
     init_errors: mpsc::UnboundedSender<Value>,
     asked: watch::Sender<u64>,
 }
@@ -61,13 +61,13 @@ impl Runtime {
     }
 
     /// Sets a command up as Lambda would.
-    pub fn set_up(&self, command: &mut Command) {
+    pub fn configure(&self, command: &mut Command) {
         command.env("AWS_LAMBDA_RUNTIME_API", &self.address);
     }
 
     /// What the process said of its initialization.
     pub async fn init_error(&mut self) -> Value {
-        timeout(PATIENCE, self.init_errors.recv()).await.expect("it says so in time").expect("the runtime stands")
+        timeout(TIMEOUT, self.init_errors.recv()).await.expect("it says so in time").expect("the runtime stands")
     }
 }
 
@@ -82,16 +82,16 @@ impl Function {
     /// Starts this command as a function, and waits until it asks for its first invocation.
     pub async fn start(mut command: Command) -> Self {
         let runtime = Runtime::new().await;
-        runtime.set_up(&mut command);
-        let mut function = Function { process: Running::spawn(command), runtime };
-        function.is_waiting_for(1).await;
+        runtime.configure(&mut command);
+        let mut function = Function { process: RunningProcess::spawn(command), runtime };
+        function.wait_for_invocations(1).await;
         function
     }
 
     /// Waits until it has asked for so many invocations.
-    pub async fn is_waiting_for(&mut self, invocations: u64) {
+    pub async fn wait_for_invocations(&mut self, invocations: u64) {
         let asked = self.runtime.asked.wait_for(|asked| *asked >= invocations);
-        timeout(PATIENCE, asked).await.expect("it asks in time").expect("the runtime stands");
+        timeout(TIMEOUT, asked).await.expect("it asks in time").expect("the runtime stands");
     }
 
     /// Invokes it, and does not wait for the answer. It has so much time.
@@ -100,12 +100,12 @@ impl Function {
     }
 
     /// The answer to what was begun.
-    pub async fn answer(&mut self) -> Answer {
-        timeout(PATIENCE, self.runtime.answers.recv()).await.expect("it answers in time").expect("the runtime stands")
+    pub async fn answer(&mut self) -> InvocationResult {
+        timeout(TIMEOUT, self.runtime.answers.recv()).await.expect("it answers in time").expect("the runtime stands")
     }
 
     /// Invokes it.
-    pub async fn invoke(&mut self, event: &Value, time: Duration) -> Answer {
+    pub async fn invoke(&mut self, event: &Value, time: Duration) -> InvocationResult {
         self.begin(event, time);
         self.answer().await
     }
@@ -119,7 +119,7 @@ impl Function {
                 return messages;
             }
             messages += batch.messages.len();
-            let answer = self.invoke(&batch.event(world), PATIENCE).await.expect("an answer");
+            let answer = self.invoke(&batch.event(world), TIMEOUT).await.expect("an answer");
             assert_eq!(batch.settle(world, &answer).await, Vec::<usize>::new(), "{answer}");
         }
     }
@@ -135,21 +135,21 @@ pub fn schedule() -> Value {
 }
 
 /// Messages that were received for a function.
-pub struct Captured {
+pub struct CapturedBatch {
     pub messages: Vec<Message>,
 }
 
 impl World {
     /// Receives what there is, ten messages at most.
-    pub async fn capture(&self) -> Captured {
+    pub async fn capture(&self) -> CapturedBatch {
         let receive = self.sqs.receive_message().queue_url(&self.queue_url).max_number_of_messages(10);
         let receive = receive.wait_time_seconds(1).visibility_timeout(600);
         let received = receive.message_system_attribute_names(MessageSystemAttributeName::All).send().await;
-        Captured { messages: received.expect("the queue answers").messages.unwrap_or_default() }
+        CapturedBatch { messages: received.expect("the queue answers").messages.unwrap_or_default() }
     }
 }
 
-impl Captured {
+impl CapturedBatch {
     /// As the mapping hands them over.
     pub fn event(&self, world: &World) -> Value {
         let queue = world.queue_url.rsplit('/').next().expect("a name");

@@ -2,17 +2,17 @@
 
 mod faulty_queue;
 mod folder;
-mod foreign;
+mod foreign_writer;
 mod gate;
 mod gateway;
 mod lambda;
 mod own_server;
-mod playing;
+mod play_task;
 mod process;
 mod proxy;
-mod scripted;
+mod scripted_projector;
 mod sessions;
-mod stub;
+mod sqs_stub;
 mod tally;
 
 use std::future::Future;
@@ -22,26 +22,26 @@ use std::time::{Duration, Instant};
 use aws_sdk_sqs::types::QueueAttributeName;
 use projectionist::sqlx::{self, AssertSqlSafe, ConnectOptions, Connection, MySqlConnection, Row};
 use projectionist::{
-    BootReport, ConvoyBudget, Database, Entry, EventStore, Ledger, Limits, NewEvent, PlaySettings, Played, ProjectorId,
-    Queue, Registry, RelaySettings, SqsQueue, Status, boot, play,
+    BackgroundLimits, BootReport, Database, Entry, EventStore, Ledger, Limits, NewEvent, PlayReport, PlaySettings,
+    ProjectorId, Queue, Registry, RelaySettings, SqsQueue, Status, boot, play,
 };
 
 pub use faulty_queue::{Faults, FaultyQueue};
 pub use folder::Folder;
-pub use foreign::{server_error, write};
+pub use foreign_writer::{server_error, write};
 pub use gate::Gate;
-pub use gateway::{Door, Gateway, certificate};
+pub use gateway::{AuthMode, Gateway, certificate};
 pub use lambda::{Function, Runtime, schedule};
 pub use own_server::OwnServer;
-pub use process::{Finished, Piped, Running};
-pub use proxy::{Cuts, Fate, Proxy, commits, holds};
-pub use scripted::{Scripted, gated, run, scripted_at, set};
+pub use process::{FinishedProcess, PipedProcess, RunningProcess};
+pub use proxy::{Proxy, ProxyAction, RandomCuts, contains_text, is_commit};
+pub use scripted_projector::{ScriptedProjector, gated, registry_of, run, scripted_at};
 pub use sessions::{Session, kill, sessions};
-pub use stub::Stub;
+pub use sqs_stub::SqsStub;
 pub use tally::{Tally, registry};
 
 /// Longer than anything here takes on a busy machine; reaching it is a failure.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A database and a queue that no other test has.
 pub struct World {
@@ -73,7 +73,7 @@ impl World {
         let mut server = server_connection().await;
         execute(&mut server, &format!("create database {database_name}")).await;
         let database_url = format!("{}/{database_name}", server_url());
-        let database = Database::connect(&database_url, 16, PATIENCE).await.expect("the server answers");
+        let database = Database::connect(&database_url, 16, TIMEOUT).await.expect("the server answers");
         database.migrate().await.expect("the tables are created");
 
         let sqs = sqs_client().await;
@@ -122,26 +122,26 @@ impl World {
     }
 
     /// Boots while the mark is held below the end of the log, without waiting: the release is not let go.
-    pub async fn boot_held(&self, registry: &Registry) {
-        let limits = Limits { batch: 100, patience: Some(Duration::ZERO), ..Limits::default() };
+    pub async fn boot_while_blocked(&self, registry: &Registry) {
+        let limits = Limits { batch: 100, retry_timeout: Some(Duration::ZERO), ..Limits::default() };
         let report = boot(&self.database, registry, limits, |_| {}).await.expect("boot comes to an end");
         assert!(!report.is_released(), "more is visible above what holds the mark: {report:?}");
     }
 
     /// Plays in this process until all is quiet, from the real queue.
-    pub async fn play_until_idle(&self, registry: &Registry) -> Played {
+    pub async fn play_until_idle(&self, registry: &Registry) -> PlayReport {
         self.play_from(Arc::clone(&self.queue) as Arc<dyn Queue>, registry).await
     }
 
     /// Plays in this process until all is quiet, from the given queue.
-    pub async fn play_from(&self, queue: Arc<dyn Queue>, registry: &Registry) -> Played {
+    pub async fn play_from(&self, queue: Arc<dyn Queue>, registry: &Registry) -> PlayReport {
         self.play_with(queue, registry, Self::play_settings()).await
     }
 
     /// Plays in this process until all is quiet, from the given queue, with these settings.
-    pub async fn play_with(&self, queue: Arc<dyn Queue>, registry: &Registry, settings: PlaySettings) -> Played {
+    pub async fn play_with(&self, queue: Arc<dyn Queue>, registry: &Registry, settings: PlaySettings) -> PlayReport {
         let playing = play(&self.database, queue, registry, settings, std::future::pending());
-        let played = tokio::time::timeout(PATIENCE * 2, playing).await.expect("play becomes idle");
+        let played = tokio::time::timeout(TIMEOUT * 2, playing).await.expect("play becomes idle");
         played.expect("play comes to an end")
     }
 
@@ -152,7 +152,7 @@ impl World {
             relay: Some(RelaySettings { interval: Duration::from_millis(10), max_events: 20 }),
             receive_wait: Duration::from_secs(1),
             reconcile_after: Duration::from_secs(1),
-            convoy: ConvoyBudget::default(),
+            background_after: BackgroundLimits::default(),
             until_idle: true,
             grace: Duration::from_secs(5),
         }
@@ -271,7 +271,7 @@ pub fn event(number: usize) -> NewEvent {
 pub async fn eventually<F: Future<Output = bool>>(what: &str, mut condition: impl FnMut() -> F) {
     let began = Instant::now();
     while !condition().await {
-        assert!(began.elapsed() < PATIENCE, "waited {PATIENCE:?} in vain: {what}");
+        assert!(began.elapsed() < TIMEOUT, "waited {TIMEOUT:?} in vain: {what}");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }

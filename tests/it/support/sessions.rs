@@ -53,7 +53,7 @@ impl World {
 }
 
 #[tokio::test]
-async fn sessions_are_told_while_somebody_binds_what_is_no_text() {
+async fn sessions_are_listed_while_one_binds_invalid_utf_8() {
     let world = World::new().await;
     let mut other = world.connection().await;
     let binds = tokio::spawn(async move {

@@ -9,13 +9,13 @@ use projectionist::Queue;
 use serde_json::{Value, json};
 
 use crate::command_line::{failing_at, tally};
-use crate::support::{Fate, Finished, Folder, Running, World, eventually};
+use crate::support::{FinishedProcess, Folder, ProxyAction, RunningProcess, World, eventually};
 
 /// CloudWatch's units, as far as they may concern us.
 const UNITS: [&str; 6] = ["Seconds", "Milliseconds", "Microseconds", "Bytes", "Count", "None"];
 
 /// The metrics of a process, each line of which must be as the specification of the format wants it.
-fn emf(finished: &Finished) -> Vec<Value> {
+fn emf(finished: &FinishedProcess) -> Vec<Value> {
     let lines: Vec<Value> = finished.log().into_iter().filter(|line| !line["_aws"].is_null()).collect();
     for (line, text) in lines.iter().zip(finished.stderr.lines().filter(|line| line.contains("\"_aws\""))) {
         check(line, text);
@@ -78,7 +78,7 @@ fn values(lines: &[Value], metric: &str) -> Vec<f64> {
 }
 
 #[tokio::test]
-async fn what_was_applied_failed_skipped_and_read_again_is_counted_rightly() {
+async fn applied_failed_skipped_and_reread_events_are_counted_correctly() {
     // No queue takes a repetition away here.
     let world = World::with_standard_queue().await;
     let folder = Folder::new().with("1.toml", &tally("a")).with("2.toml", &failing_at("poisoned", 15));
@@ -148,19 +148,25 @@ async fn what_was_applied_failed_skipped_and_read_again_is_counted_rightly() {
 }
 
 #[tokio::test]
-async fn a_database_that_does_not_answer_costs_the_lag_and_no_count() {
+async fn an_unresponsive_database_loses_the_lag_metric_and_no_count() {
     let world = World::new().await;
     let folder = Folder::new().with("1.toml", &tally("a"));
     world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
     let is_silent = Arc::new(AtomicBool::new(false));
     let told = Arc::clone(&is_silent);
-    let decide = move |_: &[u8]| if told.load(Ordering::SeqCst) { Fate::Silent } else { Fate::Passes };
-    let mut play =
-        world.command(&["play", "--metrics=emf", "--receive-wait=1", "--grace=1", "--projectors", folder.path()]);
-    play.env("DATABASE_URL", world.database_url_by(decide).await);
-    let play = Running::spawn(play);
+    let decide = move |_: &[u8]| if told.load(Ordering::SeqCst) { ProxyAction::Silent } else { ProxyAction::Forward };
+    let mut play = world.command(&[
+        "play",
+        "--metrics=emf",
+        "--receive-wait=1",
+        "--grace-period=1",
+        "--projectors",
+        folder.path(),
+    ]);
+    play.env("DATABASE_URL", world.database_url_through_proxy(decide).await);
+    let play = RunningProcess::spawn(play);
     // Its first report, so that all that follows is in its last.
-    play.logs("HighWaterMark").await;
+    play.wait_for_log("HighWaterMark").await;
     world.append(5).await;
     eventually("the events are played", async || world.position("a").await == 5).await;
     eventually("the messages are deleted", async || world.queue.depth().await.is_ok_and(|depth| depth == 0)).await;
@@ -177,7 +183,7 @@ async fn a_database_that_does_not_answer_costs_the_lag_and_no_count() {
 }
 
 #[tokio::test]
-async fn without_the_option_nothing_is_written_and_with_logs_for_people_it_is_all_the_same() {
+async fn metrics_need_their_option_and_are_the_same_with_human_logs() {
     let world = World::new().await;
     world.append(3).await;
     let folder = Folder::new().with("1.toml", &tally("a"));

@@ -4,8 +4,8 @@
 mod insights;
 mod metrics;
 mod page;
+mod scenario;
 mod source;
-mod story;
 
 use std::collections::BTreeSet;
 
@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use insights::Row;
 use page::Page;
-use story::story;
+use scenario::record_scenario;
 
 /// Keeps every member of a JSON object, repeated ones too, which `serde_json::Value` would hide.
 fn members(line: &str) -> Vec<String> {
@@ -66,9 +66,9 @@ fn row(stream: &str, line: &str) -> Row {
 }
 
 #[tokio::test]
-async fn every_line_has_only_documented_fields_and_every_query_of_the_page_finds_its_lines() {
+async fn every_line_has_only_documented_fields_and_every_documented_query_matches() {
     let page = Page::read();
-    let lines = story().await;
+    let lines = record_scenario().await;
 
     let mut seen = BTreeSet::new();
     for (_, line) in &lines {
@@ -97,13 +97,13 @@ async fn every_line_has_only_documented_fields_and_every_query_of_the_page_finds
     for (heading, query) in &page.queries {
         let found = insights::run(query, &rows).unwrap_or_else(|error| panic!("{heading}: {error}\n{query}"));
         assert!(!found.is_empty(), "{heading} finds nothing:\n{query}");
-        story::check(heading, query, &found);
+        scenario::check(heading, query, &found);
     }
 }
 
 /// What the story does not bring about is found in the source.
 #[test]
-fn every_field_that_the_source_writes_is_documented_and_every_documented_one_is_written() {
+fn documented_log_fields_are_exactly_those_the_source_writes() {
     let page = Page::read();
     let written = source::fields();
     assert!(written.contains("oldest_queued") && written.contains("alert") && written.len() > 30, "{written:?}");
@@ -123,7 +123,7 @@ fn every_field_that_the_source_writes_is_documented_and_every_documented_one_is_
 
 /// The evaluator itself: were it to find everything, so would every query.
 #[test]
-fn a_query_finds_what_it_says_and_refuses_what_no_line_has() {
+fn the_query_evaluator_matches_lines_and_refuses_unknown_fields() {
     let line = |at: u32, level: &str, n: u32| {
         row("s", &format!(r#"{{"timestamp":"2026-01-01T00:0{at}:00Z","level":"{level}","n":{n},"v":[{n},1]}}"#))
     };
