@@ -53,8 +53,8 @@ impl Projector for CasesPerDepartment {
     }
 }
 
-/// A reactor: its effect is outside the database, so it happens at least once, and the event id is what
-/// tells a repetition to whoever receives it.
+/// A reactor: its effect is outside the database, so it happens at least once, and the event id is
+/// what tells a repetition to whoever receives it.
 struct AnnounceReceipt;
 
 #[async_trait]
@@ -82,7 +82,10 @@ impl Projector for AnnounceReceipt {
 }
 
 fn main() -> ExitCode {
-    match Registry::new().with(CasesPerDepartment).and_then(|registry| registry.with(AnnounceReceipt)) {
+    match Registry::new()
+        .with(CasesPerDepartment)
+        .and_then(|registry| registry.with(AnnounceReceipt))
+    {
         Ok(registry) => projectionist::run(registry),
         Err(error) => {
             eprintln!("error: {error}");

@@ -1,5 +1,5 @@
-# shellcheck shell=bash
-# The parts as containers of a Compose project of this folder of parts. See compose.yaml for what was never run.
+# shellcheck shell=bash The parts as containers of a Compose project of this folder of parts. See
+# compose.yaml for what was never run.
 
 compose() {
   # Every port is named in the file, also those of parts that were not asked for.

@@ -1,11 +1,12 @@
-# shellcheck shell=bash
-# What the scripts of this folder share: where things live, and how a part is started, found again and stopped.
-# A part is `mariadb`, `mysql` or `sqs`; each has a file of its own that defines PART_install,
-# PART_start and PART_is_ready. On Linux without a Docker engine the part is a process of ours, told apart from
-# others by a variable in its environment; with an engine it is a container (compose.sh).
+# shellcheck shell=bash What the scripts of this folder share: where things live, and how a part is
+# started, found again and stopped. A part is `mariadb`, `mysql` or `sqs`; each has a file of its
+# own that defines PART_install, PART_start and PART_is_ready. On Linux without a Docker engine the
+# part is a process of ours, told apart from others by a variable in its environment; with an engine
+# it is a container (compose.sh).
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
-# Another folder holds another set of parts, with ports of their own: localstack/chaos has one that it may kill.
+# Another folder holds another set of parts, with ports of their own: localstack/chaos has one that
+# it may kill.
 STATE=${PROJECTIONIST_STATE:-$ROOT/.local}
 CACHE=${PROJECTIONIST_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/projectionist}
 # Debian keeps servers where only root's PATH looks.
@@ -60,8 +61,8 @@ launch() { # part command…: in a session and an environment of its own, so tha
   process_start_time $! >"$dir/born" || true
 }
 
-# When a process began, by the kernel's clock; nothing for one that has ended, reaped or not. Unlike its environment and its
-# command line it is there from the first moment, and the same across exec.
+# When a process began, by the kernel's clock; nothing for one that has ended, reaped or not. Unlike
+# its environment and its command line it is there from the first moment, and the same across exec.
 process_start_time() { # pid
   local stat
   { stat=$(<"/proc/$1/stat"); } 2>/dev/null || return 1
@@ -133,7 +134,8 @@ bring_up() { # part: from whatever state it is in to healthy
     "${part}_start"
     if wait_until_healthy "$part"; then return 0; fi
     stop "$part"
-    # Somebody may take the port between our look at it and the server's: then, and only then, try another.
+    # Somebody may take the port between our look at it and the server's: then, and only then, try
+    # another.
     grep -qi 'address already in use' "$STATE/$part/log" || break
   done
   tail -n 40 "$STATE/$part/log" >&2

@@ -1,9 +1,10 @@
-# shellcheck shell=bash
-# MariaDB from the distribution, as a private instance: Debian's -core packages start no service of their own.
+# shellcheck shell=bash MariaDB from the distribution, as a private instance: Debian's -core
+# packages start no service of their own.
 
-# What both servers are told. The isolation level and the lock waits stay the server's own: the tests are about them.
-# Without name resolution a TCP client is '%', never 'localhost', where MariaDB keeps an anonymous user that wins.
-# The socket is relative to the data directory, because an absolute path may be too long for one.
+# What both servers are told. The isolation level and the lock waits stay the server's own: the
+# tests are about them. Without name resolution a TCP client is '%', never 'localhost', where
+# MariaDB keeps an anonymous user that wins. The socket is relative to the data directory, because
+# an absolute path may be too long for one.
 server_options() { # part
   printf '%s\n' --datadir="$STATE/$1/data" --socket=socket --bind-address=127.0.0.1 --port="$(read_state "$1" port)" \
     --user="$(id -un)" --init-file="$ROOT/localstack/init.sql" --skip-name-resolve --skip-log-bin \

@@ -1,6 +1,6 @@
-# shellcheck shell=bash
-# Real MySQL. Debian's stable releases have none, so it comes from unstable, unpacked with all its libraries, libc
-# included, into a folder of the cache: nothing of it is installed. Which version that is, only unstable knows.
+# shellcheck shell=bash Real MySQL. Debian's stable releases have none, so it comes from unstable,
+# unpacked with all its libraries, libc included, into a folder of the cache: nothing of it is
+# installed. Which version that is, only unstable knows.
 
 mysql_folder=$CACHE/mysql
 
@@ -15,7 +15,8 @@ mysql_fetch() { # mirror work-folder: unpacks the server and everything it needs
   local mirror=$1 work=$2 deb
   mkdir -p "$work"/{root,state/lists/partial,cache/archives/partial}
   echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror sid main" >"$work/sources.list"
-  # A state of its own leaves the machine's apt alone; an empty list of installed packages makes apt fetch libc too.
+  # A state of its own leaves the machine's apt alone; an empty list of installed packages makes apt
+  # fetch libc too.
   : >"$work/status"
   local apt=(apt-get -q -y -o Dir::State="$work/state" -o Dir::State::lists="$work/state/lists"
     -o Dir::State::status="$work/status" -o Dir::Cache="$work/cache" -o Dir::Etc::SourceList="$work/sources.list" -o Dir::Etc::SourceParts=/dev/null
@@ -68,7 +69,8 @@ mysql_start() {
       { cat "$STATE/mysql/init.log" >&2; die "mysqld --initialize-insecure failed"; }
     mv "$data.new" "$data"
   fi
-  # MySQL believes the lock of a killed server for as long as anything has its number, the dead one included.
+  # MySQL believes the lock of a killed server for as long as anything has its number, the dead one
+  # included.
   rm -f "$data/socket.lock"
   launch mysql "${program[@]}" "${options[@]}"
 }

@@ -1,7 +1,8 @@
 -- The log. Appending is a plain insert, from any language: this table is the interface.
 create table events (
-  -- The one global order. Handed out before commit, so rows become visible out of order and rollbacks leave
-  -- holes: readers stay at or below event_log.high_water, where neither can still happen.
+  -- The one global order. Handed out before commit, so rows become visible out of order and
+  -- rollbacks leave holes: readers stay at or below event_log.high_water, where neither can still
+  -- happen.
   position       bigint unsigned not null auto_increment,
   -- Any id that is unique; the idempotency key of effects outside the database.
   event_id       varchar(64)     character set ascii collate ascii_bin not null default (uuid()),
@@ -10,8 +11,8 @@ create table events (
   stream_version bigint unsigned not null,
   event_type     varchar(200)    character set utf8mb4 collate utf8mb4_bin not null,
   recorded_at    datetime(6)     not null default (utc_timestamp(6)),
-  -- Text and not json: the bytes come back as they were appended, and reading is 1.2 times as fast on MySQL 9.7,
-  -- where a json column is stored in binary and printed anew for every row.
+  -- Text and not json: the bytes come back as they were appended, and reading is 1.2 times as fast
+  -- on MySQL 9.7, where a json column is stored in binary and printed anew for every row.
   payload        mediumtext      character set utf8mb4 collate utf8mb4_bin not null,
   metadata       mediumtext      character set utf8mb4 collate utf8mb4_bin null,
   primary key (position),
@@ -25,11 +26,13 @@ create table events (
 -- What is known of the log as a whole: one row.
 create table event_log (
   singleton              tinyint unsigned not null default 1,
-  -- Which log this is. Travels in every message, so that those of another environment are known as foreign.
+  -- Which log this is. Travels in every message, so that those of another environment are known as
+  -- foreign.
   log_id                 varchar(36)     character set ascii collate ascii_bin not null,
   -- The highest position at or below which nothing can still become visible.
   high_water             bigint unsigned not null default 0,
-  -- What stood at or below the mark when it passed: rows, and their fingerprint (src/store/fingerprint.rs).
+  -- What stood at or below the mark when it passed: rows, and their fingerprint
+  -- (src/store/fingerprint.rs).
   row_count              bigint unsigned not null default 0,
   fingerprint            bigint unsigned not null default 0,
   -- Everything up to here has been sent to the queue.
@@ -59,7 +62,8 @@ create table projectors (
   failed_event_type   varchar(200)    character set utf8mb4 collate utf8mb4_bin null,
   failed_error        text            character set utf8mb4 null,
   failed_at           datetime(6)     null,
-  -- How often the event was tried, and by whom: the release that has the bug, and the host that has its logs.
+  -- How often the event was tried, and by whom: the release that has the bug, and the host that has
+  -- its logs.
   failed_attempts     int unsigned    null,
   failed_release      varchar(200)    character set utf8mb4 null,
   failed_host         varchar(255)    character set utf8mb4 null,
@@ -75,7 +79,8 @@ create table projectors (
     and (failed_error is null) = (failed_attempts is null)
     and (failed_error is null) = (failed_host is null)
   ),
-  -- A broken projector stands just before the event that it failed on, until a boot takes it beyond.
+  -- A broken projector stands just before the event that it failed on, until a boot takes it
+  -- beyond.
   constraint projectors_failure_is_at_most_next
     check (failed_position is null or failed_position <= position + 1)
 ) engine = innodb;

@@ -1,6 +1,7 @@
-//! From commit to commit by hand: what the guarantees need on the way, and nothing else. A log is looked at again and again, for
-//! nothing in MySQL tells of a commit; only what follows without a hole is sent, when it is written down how far that goes; and
-//! the projection commits with its fence before its message is deleted.
+//! From commit to commit by hand: what the guarantees need on the way, and nothing else. A log is
+//! looked at again and again, for nothing in MySQL tells of a commit; only what follows without a
+//! hole is sent, when it is written down how far that goes; and the projection commits with its
+//! fence before its message is deleted.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -27,8 +28,7 @@ const ABOVE: &str = "select position, stream_id, event_type, recorded_at, payloa
 const LAST: &str = "select max(position) from events";
 
 /// Where it is written down how far the log is proved, and sent.
-const MARKS: &str =
-    "create table if not exists marks (name varchar(20) primary key, position bigint unsigned not null)";
+const MARKS: &str = "create table if not exists marks (name varchar(20) primary key, position bigint unsigned not null)";
 
 const SET_MARK: &str = "replace into marks values (?, ?)";
 
@@ -68,7 +68,8 @@ pub async fn publish(
             let visible = sqlx::query(ABOVE).bind(last).fetch_all(&mut connection).await?;
             let rows = visible.iter().map(Row::read).collect::<Result<Vec<_>, _>>()?;
             let follows = |(row, next): &(Row, u64)| row.position == *next;
-            let proved: Vec<Row> = rows.into_iter().zip(last + 1..).take_while(follows).map(|(row, _)| row).collect();
+            let proved: Vec<Row> =
+                rows.into_iter().zip(last + 1..).take_while(follows).map(|(row, _)| row).collect();
             let Some(end) = proved.last().map(|row| row.position) else {
                 sleep(POLL_INTERVAL).await;
                 continue;
@@ -81,7 +82,11 @@ pub async fn publish(
     })
 }
 
-async fn set_mark(connection: &mut MySqlConnection, name: &str, position: u64) -> Result<(), sqlx::Error> {
+async fn set_mark(
+    connection: &mut MySqlConnection,
+    name: &str,
+    position: u64,
+) -> Result<(), sqlx::Error> {
     sqlx::query(SET_MARK).bind(name).bind(position).execute(connection).await.map(|_| ())
 }
 
@@ -96,10 +101,13 @@ pub async fn apply(
     let mut applied = HashMap::new();
     while applied.len() < count {
         for message in sqs.receive(PlaySettings::default().receive_wait).await? {
-            let rows: Vec<Row> = serde_json::from_str(&message.body).context("a message of ours")?;
+            let rows: Vec<Row> =
+                serde_json::from_str(&message.body).context("a message of ours")?;
             let write = async |db: &mut MySqlConnection| {
                 for Row { stream_id, event_type, recorded_at, .. } in &rows {
-                    model.write(WriteEvent { stream_id, event_type, recorded_at: *recorded_at }, db).await?;
+                    model
+                        .write(WriteEvent { stream_id, event_type, recorded_at: *recorded_at }, db)
+                        .await?;
                 }
                 Ok(())
             };

@@ -1,8 +1,9 @@
 //! Row 10: what the high-water mark and the table's keys cost.
 //!
-//! Eight writers overlap. Ours is the relay: it raises the mark, reads up to it and hands the events to a queue that does
-//! nothing but note the time. The bare loop reads what is visible above the last position that it has seen, which is what
-//! the mark is there to prevent: it loses events, and the line says how many. Both look every five milliseconds while nothing is new.
+//! Eight writers overlap. Ours is the relay: it raises the mark, reads up to it and hands the
+//! events to a queue that does nothing but note the time. The bare loop reads what is visible above
+//! the last position that it has seen, which is what the mark is there to prevent: it loses events,
+//! and the line says how many. Both look every five milliseconds while nothing is new.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -27,7 +28,8 @@ const WRITERS: usize = 8;
 
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
-/// A transaction is open for up to so long, so that they become visible out of order; and a writer rests for up to so long.
+/// A transaction is open for up to so long, so that they become visible out of order; and a writer
+/// rests for up to so long.
 const OPEN_MICROS: u64 = 4_000;
 const REST_MICROS: u64 = 20_000;
 
@@ -62,7 +64,9 @@ pub async fn high_water(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> 
     for (what, rollbacks) in [("no rollbacks", 0.0), ("10% rollbacks", 0.1)] {
         let lanes = [
             lane("relay, by the mark", || measure_by_mark(world, duration, rollbacks)),
-            lane("by the last position seen", || measure_by_last_position(world, duration, rollbacks)),
+            lane("by the last position seen", || {
+                measure_by_last_position(world, duration, rollbacks)
+            }),
         ];
         let [ours, bound] = in_turn(bench.options.rounds, lanes).await?;
         let lost: usize = bound.rounds.iter().map(|seen| seen.lost).sum();
@@ -85,14 +89,17 @@ pub async fn high_water(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> 
     append(bench, sheet, world).await
 }
 
-/// Appends with all keys and checks, and without; and by `EventStore::append`, which also reads the stream's version.
+/// Appends with all keys and checks, and without; and by `EventStore::append`, which also reads the
+/// stream's version.
 async fn append(bench: &Bench, sheet: &mut Sheet, world: &World) -> anyhow::Result<()> {
     world.execute(BARE_TABLE).await?;
     let duration = bench.sizes().mark_duration;
     let lanes = [
         lane("insert into events", || inserted(world, "events", duration)),
         lane("EventStore::append", || appended(world, duration)),
-        lane("insert into a table without our keys and checks", || inserted(world, "bare_events", duration)),
+        lane("insert into a table without our keys and checks", || {
+            inserted(world, "bare_events", duration)
+        }),
     ];
     let [insert, append, bound] = in_turn(bench.options.rounds, lanes).await?;
     for (what, ours) in [("insert", insert), ("EventStore::append", append)] {
@@ -108,7 +115,11 @@ async fn append(bench: &Bench, sheet: &mut Sheet, world: &World) -> anyhow::Resu
     Ok(())
 }
 
-async fn measure_by_mark(world: &World, duration: Duration, rollbacks: f64) -> anyhow::Result<MarkDelays> {
+async fn measure_by_mark(
+    world: &World,
+    duration: Duration,
+    rollbacks: f64,
+) -> anyhow::Result<MarkDelays> {
     let recorder = SentRecorder::new();
     let relay = RelaySettings { interval: POLL_INTERVAL, ..RelaySettings::default() };
     let settings = PlaySettings { relay: Some(relay), ..PlaySettings::default() };
@@ -131,7 +142,9 @@ async fn measure_by_mark(world: &World, duration: Duration, rollbacks: f64) -> a
 
     let committed = write(world, duration, rollbacks).await?;
     let last = committed.keys().copied().max().unwrap_or_default();
-    timeout(TIMEOUT, recorder.sent_through(last)).await.context("the relay does not come to the end")?;
+    timeout(TIMEOUT, recorder.sent_through(last))
+        .await
+        .context("the relay does not come to the end")?;
     let _ = stop.send(());
     playing.await??;
     let mut sent = HashMap::new();
@@ -142,7 +155,11 @@ async fn measure_by_mark(world: &World, duration: Duration, rollbacks: f64) -> a
     Ok(mark_delays(&committed, &sent))
 }
 
-async fn measure_by_last_position(world: &World, duration: Duration, rollbacks: f64) -> anyhow::Result<MarkDelays> {
+async fn measure_by_last_position(
+    world: &World,
+    duration: Duration,
+    rollbacks: f64,
+) -> anyhow::Result<MarkDelays> {
     let mut connection = world.connection().await?;
     let mut after: u64 = world.number(LAST).await?;
     let (stop, mut stopped) = oneshot::channel::<()>();
@@ -151,7 +168,8 @@ async fn measure_by_last_position(world: &World, duration: Duration, rollbacks: 
         // A last look when all is written.
         let mut is_last = false;
         loop {
-            let found: Vec<u64> = sqlx::query_scalar(VISIBLE).bind(after).fetch_all(&mut connection).await?;
+            let found: Vec<u64> =
+                sqlx::query_scalar(VISIBLE).bind(after).fetch_all(&mut connection).await?;
             let now = Instant::now();
             visible.extend(found.iter().map(|position| (*position, now)));
             if is_last {
@@ -187,7 +205,9 @@ async fn write(world: &World, duration: Duration, rollbacks: f64) -> anyhow::Res
             let (mut committed, began) = (Vec::new(), Instant::now());
             while began.elapsed() < duration {
                 let mut transaction = connection.begin().await?;
-                let insert = sqlx::query(AssertSqlSafe(statement.clone())).execute(&mut *transaction).await?;
+                let insert = sqlx::query(AssertSqlSafe(statement.clone()))
+                    .execute(&mut *transaction)
+                    .await?;
                 sleep(Duration::from_micros(fastrand::u64(..OPEN_MICROS))).await;
                 match fastrand::f64() < rollbacks {
                     true => transaction.rollback().await?,

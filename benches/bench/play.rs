@@ -26,8 +26,9 @@ struct Backlog {
     events: u64,
 }
 
-/// One event a message: play with one projector and with ten, and who only receives and deletes the same messages; and who
-/// asks in between for whom they are, and commits a position, without which nothing may be deleted.
+/// One event a message: play with one projector and with ten, and who only receives and deletes the
+/// same messages; and who asks in between for whom they are, and commits a position, without which
+/// nothing may be deleted.
 pub async fn one_event_per_message(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
     let (world, registries) = live(bench, bench.sizes().stub_messages).await?;
     let (world, [one, ten]) = (&world, &registries);
@@ -41,7 +42,9 @@ pub async fn one_event_per_message(bench: &Bench, sheet: &mut Sheet) -> anyhow::
         let endpoint = &endpoint;
         let committing = match kind {
             Kind::Fifo => "receive, ask who is live, commit, delete, one after the other",
-            Kind::Standard => "receive, ask who is live, commit, delete, with the next receive meanwhile",
+            Kind::Standard => {
+                "receive, ask who is live, commit, delete, with the next receive meanwhile"
+            }
         };
         let [one, ten, bound, bare] = in_turn(
             bench.options.rounds,
@@ -53,7 +56,8 @@ pub async fn one_event_per_message(bench: &Bench, sheet: &mut Sheet) -> anyhow::
             ],
         )
         .await?;
-        let what = |projectors| format!("play {projectors} from {} ({})", endpoint.name, kind.as_str());
+        let what =
+            |projectors| format!("play {projectors} from {} ({})", endpoint.name, kind.as_str());
         let line = |projectors, ours, target| Line {
             row: 6,
             what: format!("{} ÷ receive and delete", what(projectors)),
@@ -76,16 +80,18 @@ pub async fn one_event_per_message(bench: &Bench, sheet: &mut Sheet) -> anyhow::
     Ok(())
 }
 
-/// A backlog packed as the relay does, and one event a message: of what is in the queue, and of what the relay in the
-/// worker has yet to send.
+/// A backlog packed as the relay does, and one event a message: of what is in the queue, and of
+/// what the relay in the worker has yet to send.
 pub async fn packed(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
     let (world, registries) = live(bench, bench.sizes().packed_events).await?;
     let (world, [one, _]) = (&world, &registries);
-    let packed = record(world, bench.sizes().packed_events, RelaySettings::default().max_events).await?;
+    let packed =
+        record(world, bench.sizes().packed_events, RelaySettings::default().max_events).await?;
     let asked = Some(Target::AtLeast(20.0));
     for (endpoint, messages, from_queue) in [
         (bench.localstack().await, bench.sizes().localstack_messages, asked),
-        // Where a message costs next to nothing: the faster one is played, the less there is to be had by packing.
+        // Where a message costs next to nothing: the faster one is played, the less there is to be
+        // had by packing.
         (bench.stub().await?, bench.sizes().stub_messages, None),
     ] {
         let (endpoint, packed) = (&endpoint, &packed);
@@ -96,19 +102,37 @@ pub async fn packed(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
             [
                 lane("packed", || played(world, endpoint, Kind::Fifo, one, packed)),
                 lane("one event a message", || played(world, endpoint, Kind::Fifo, one, single)),
-                lane("packed, with relay", || relayed(RelaySettings::default().max_events, packed.events)),
-                lane("one event a message, with relay", || relayed(ONE_AT_A_TIME, bench.sizes().relayed_messages)),
+                lane("packed, with relay", || {
+                    relayed(RelaySettings::default().max_events, packed.events)
+                }),
+                lane("one event a message, with relay", || {
+                    relayed(ONE_AT_A_TIME, bench.sizes().relayed_messages)
+                }),
             ],
         )
         .await?;
-        let packed_note = format!("{}: {} events in {} messages", endpoint.name, packed.events, packed.bodies.len());
+        let packed_note = format!(
+            "{}: {} events in {} messages",
+            endpoint.name,
+            packed.events,
+            packed.bodies.len()
+        );
         for (what, ours, bound, singles, target) in [
             ("from the queue", ours, bound, messages, from_queue),
-            ("through relay and queue", ours_relayed, bound_relayed, bench.sizes().relayed_messages, asked),
+            (
+                "through relay and queue",
+                ours_relayed,
+                bound_relayed,
+                bench.sizes().relayed_messages,
+                asked,
+            ),
         ] {
             sheet.add(Line {
                 row: 7,
-                what: format!("play a backlog {what}, {}, packed ÷ one event a message", endpoint.name),
+                what: format!(
+                    "play a backlog {what}, {}, packed ÷ one event a message",
+                    endpoint.name
+                ),
                 unit: Unit::PerSecond,
                 ours,
                 bounds: vec![bound],
@@ -154,9 +178,12 @@ async fn record(world: &World, events: u64, max_events: usize) -> anyhow::Result
     };
     let nobody = Registry::new();
     let recording = play(&world.database, queue, &nobody, settings, recorder.sent_through(events));
-    tokio::time::timeout(TIMEOUT, recording).await.context("the relay does not come to the end")??;
+    tokio::time::timeout(TIMEOUT, recording)
+        .await
+        .context("the relay does not come to the end")??;
     let of_these = |body: &String| positions(body).is_some_and(|(_, last)| last <= events);
-    let bodies: Vec<String> = recorder.take().into_iter().map(|(body, _)| body).filter(of_these).collect();
+    let bodies: Vec<String> =
+        recorder.take().into_iter().map(|(body, _)| body).filter(of_these).collect();
     Ok(Backlog { bodies, events })
 }
 
@@ -220,15 +247,27 @@ async fn received(endpoint: &Endpoint, kind: Kind, backlog: &Backlog) -> anyhow:
     drain(endpoint, kind, backlog, None).await
 }
 
-/// The same for who asks for whom it is, and moves a position past what was received, before it is deleted.
-async fn committed(world: &World, endpoint: &Endpoint, kind: Kind, backlog: &Backlog) -> anyhow::Result<f64> {
+/// The same for who asks for whom it is, and moves a position past what was received, before it is
+/// deleted.
+async fn committed(
+    world: &World,
+    endpoint: &Endpoint,
+    kind: Kind,
+    backlog: &Backlog,
+) -> anyhow::Result<f64> {
     drain(endpoint, kind, backlog, Some(Fence::new(world, 0).await?)).await
 }
 
-async fn drain(endpoint: &Endpoint, kind: Kind, backlog: &Backlog, mut fence: Option<Fence>) -> anyhow::Result<f64> {
+async fn drain(
+    endpoint: &Endpoint,
+    kind: Kind,
+    backlog: &Backlog,
+    mut fence: Option<Fence>,
+) -> anyhow::Result<f64> {
     let queue = endpoint.make_queue(kind).await?;
     queue.fill(&backlog.bodies).await?;
-    // A FIFO queue gives out nothing before the last messages are deleted, and who commits nothing has nothing to do meanwhile.
+    // A FIFO queue gives out nothing before the last messages are deleted, and who commits nothing
+    // has nothing to do meanwhile.
     let is_ahead = kind == Kind::Standard && fence.is_some();
     let (began, mut left) = (Instant::now(), backlog.bodies.len());
     let wait = PlaySettings::default().receive_wait;
@@ -244,7 +283,8 @@ async fn drain(endpoint: &Endpoint, kind: Kind, backlog: &Backlog, mut fence: Op
             }
             anyhow::Ok(queue.sqs.delete(&receipts).await?)
         };
-        let next = async { if left > 0 { Ok(queue.sqs.receive(wait).await?) } else { Ok(Vec::new()) } };
+        let next =
+            async { if left > 0 { Ok(queue.sqs.receive(wait).await?) } else { Ok(Vec::new()) } };
         received = if is_ahead {
             tokio::try_join!(next, work)?.0
         } else {

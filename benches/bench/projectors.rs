@@ -36,7 +36,11 @@ pub struct WriteEvent<'e> {
 
 impl ReadModel {
     pub fn new(table: &str) -> Self {
-        ReadModel { table: table.to_owned(), upsert: upsert(table, 1).into(), upsert_rows: upsert(table, ROWS).into() }
+        ReadModel {
+            table: table.to_owned(),
+            upsert: upsert(table, 1).into(),
+            upsert_rows: upsert(table, ROWS).into(),
+        }
     }
 
     /// Empty, and there.
@@ -46,9 +50,19 @@ impl ReadModel {
     }
 
     /// One event, one statement.
-    pub async fn write(&self, event: WriteEvent<'_>, db: &mut MySqlConnection) -> Result<(), sqlx::Error> {
+    pub async fn write(
+        &self,
+        event: WriteEvent<'_>,
+        db: &mut MySqlConnection,
+    ) -> Result<(), sqlx::Error> {
         let query = sqlx::query(AssertSqlSafe(Arc::clone(&self.upsert)));
-        query.bind(event.stream_id).bind(event.event_type).bind(event.recorded_at).execute(db).await.map(|_| ())
+        query
+            .bind(event.stream_id)
+            .bind(event.event_type)
+            .bind(event.recorded_at)
+            .execute(db)
+            .await
+            .map(|_| ())
     }
 
     /// A thousand events, one statement.
@@ -87,7 +101,11 @@ fn upsert(table: &str, rows: usize) -> String {
 
 impl<'e> From<&'e Event> for WriteEvent<'e> {
     fn from(event: &'e Event) -> Self {
-        WriteEvent { stream_id: event.stream_id(), event_type: event.event_type(), recorded_at: event.recorded_at() }
+        WriteEvent {
+            stream_id: event.stream_id(),
+            event_type: event.event_type(),
+            recorded_at: event.recorded_at(),
+        }
     }
 }
 
@@ -150,7 +168,11 @@ impl Projector for UpsertRows {
         Ok(self.0.write(event.into(), db).await?)
     }
 
-    async fn handle_batch(&self, events: &[&Event], db: &mut MySqlConnection) -> anyhow::Result<()> {
+    async fn handle_batch(
+        &self,
+        events: &[&Event],
+        db: &mut MySqlConnection,
+    ) -> anyhow::Result<()> {
         for chunk in events.chunks(ROWS) {
             self.0.write_rows(chunk.iter().map(|event| WriteEvent::from(*event)), db).await?;
         }
@@ -169,7 +191,8 @@ pub fn folder(declarations: &[(&str, String)]) -> anyhow::Result<tempfile::TempD
 
 /// The projectors of these read models, declared in files.
 pub fn declared(models: &[ReadModel], events: &str) -> anyhow::Result<Registry> {
-    let files: Vec<_> = models.iter().map(|model| (model.table.as_str(), model.declaration(events))).collect();
+    let files: Vec<_> =
+        models.iter().map(|model| (model.table.as_str(), model.declaration(events))).collect();
     let mut registry = Registry::new();
     load(folder(&files)?.path(), &mut registry).context("the projector files")?;
     Ok(registry)

@@ -1,4 +1,5 @@
-//! Queues that take note: of when play was through with what it received, and of what the relay sends.
+//! Queues that take note: of when play was through with what it received, and of what the relay
+//! sends.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -28,8 +29,8 @@ pub fn positions(body: &str) -> Option<(u64, u64)> {
     Some((prev + 1, events.last().map(|event| event.position).or(last)?))
 }
 
-/// Passes everything on to a queue, and notes which positions play asks to delete: by then every live projector has
-/// committed past them.
+/// Passes everything on to a queue, and notes which positions play asks to delete: by then every
+/// live projector has committed past them.
 pub struct ObservedQueue {
     queue: Arc<dyn Queue>,
     /// What is received and not yet deleted.
@@ -43,10 +44,16 @@ pub struct ObservedQueue {
 impl ObservedQueue {
     pub fn of(queue: Arc<dyn Queue>) -> Arc<Self> {
         let deleted = watch::Sender::new((0, Instant::now()));
-        Arc::new(ObservedQueue { queue, open: Mutex::default(), applied: Mutex::default(), deleted })
+        Arc::new(ObservedQueue {
+            queue,
+            open: Mutex::default(),
+            applied: Mutex::default(),
+            deleted,
+        })
     }
 
-    /// Waits until everything up to a position has been deleted from the queue, and says since when it is.
+    /// Waits until everything up to a position has been deleted from the queue, and says since when
+    /// it is.
     pub async fn deleted_through(&self, position: u64) -> Instant {
         let mut deleted = self.deleted.subscribe();
         let reached = deleted.wait_for(|(last, _)| *last >= position).await;
@@ -73,7 +80,9 @@ impl Queue for ObservedQueue {
 
     async fn receive(&self, wait: Duration) -> Result<Vec<ReceivedMessage>, QueueError> {
         let received = self.queue.receive(wait).await?;
-        let known = received.iter().filter_map(|message| Some((message.receipt.clone(), positions(&message.body)?)));
+        let known = received
+            .iter()
+            .filter_map(|message| Some((message.receipt.clone(), positions(&message.body)?)));
         lock(&self.open).extend(known);
         Ok(received)
     }
@@ -96,7 +105,11 @@ impl Queue for ObservedQueue {
         Ok(())
     }
 
-    async fn change_visibility(&self, receipts: &[Receipt], duration: Duration) -> Result<(), QueueError> {
+    async fn change_visibility(
+        &self,
+        receipts: &[Receipt],
+        duration: Duration,
+    ) -> Result<(), QueueError> {
         self.queue.change_visibility(receipts, duration).await
     }
 

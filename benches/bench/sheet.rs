@@ -37,11 +37,13 @@ impl Line {
     }
 }
 
-/// Beside a line whose target compares with something that does less than is asked of ours: the least that does it all.
+/// Beside a line whose target compares with something that does less than is asked of ours: the
+/// least that does it all.
 pub struct EquivalentLoop {
     pub what: String,
     pub bare: Series<f64>,
-    /// What the target compares with, as bare loops have it. If the least misses the target by that, so must ours.
+    /// What the target compares with, as bare loops have it. If the least misses the target by
+    /// that, so must ours.
     pub bare_bound: Series<f64>,
     /// How close ours must come to the least then.
     pub target: Target,
@@ -78,7 +80,8 @@ pub enum Target {
 enum Verdict {
     Met,
     Missed,
-    /// Missed, as the least that does it all would miss it; and ours is as close to that as it must be.
+    /// Missed, as the least that does it all would miss it; and ours is as close to that as it must
+    /// be.
     BoundShown,
 }
 
@@ -104,7 +107,8 @@ struct ReportedLine {
 
 impl Unit {
     fn best<'a>(self, series: &'a [Series<f64>]) -> Option<&'a Series<f64>> {
-        let by_median = |a: &&'a Series<f64>, b: &&'a Series<f64>| a.median().total_cmp(&b.median());
+        let by_median =
+            |a: &&'a Series<f64>, b: &&'a Series<f64>| a.median().total_cmp(&b.median());
         match self {
             Unit::PerSecond => series.iter().max_by(by_median),
             Unit::Milliseconds | Unit::Seconds | Unit::Mebibytes => series.iter().min_by(by_median),
@@ -153,7 +157,8 @@ impl Line {
             Comparison::Difference => pairs()?.map(|(ours, bound)| ours - bound).collect(),
             Comparison::Absolute => self.ours.rounds.clone(),
         };
-        let (least, most) = (figures.iter().copied().reduce(f64::min)?, figures.iter().copied().reduce(f64::max)?);
+        let (least, most) =
+            (figures.iter().copied().reduce(f64::min)?, figures.iter().copied().reduce(f64::max)?);
         Some(Spread { median: median(&figures), least, most })
     }
 
@@ -179,7 +184,8 @@ impl Line {
 
     /// Ours ÷ the least, and the verdict on this line by that.
     fn beside(&self, least: EquivalentLoop) -> (Line, Option<Verdict>) {
-        let bare = Line { ours: least.bare.clone(), bounds: vec![least.bare_bound], ..self.clone() };
+        let bare =
+            Line { ours: least.bare.clone(), bounds: vec![least.bare_bound], ..self.clone() };
         let figure = bare.judged().map(|judged| self.figure(judged.median)).unwrap_or_default();
         let other = bare.bound().map_or("", |bound| &bound.name);
         let second = Line {
@@ -191,7 +197,9 @@ impl Line {
             ..self.clone()
         };
         let verdict = match [self, &bare, &second].map(Line::verdict) {
-            [Some(Verdict::Missed), Some(Verdict::Missed), Some(Verdict::Met)] => Some(Verdict::BoundShown),
+            [Some(Verdict::Missed), Some(Verdict::Missed), Some(Verdict::Met)] => {
+                Some(Verdict::BoundShown)
+            }
             [verdict, ..] => verdict,
         };
         (second, verdict)
@@ -202,9 +210,10 @@ impl Line {
         let bounds: Vec<String> = match self.bounds.as_slice() {
             [] => return self.note.clone(),
             [bound] => vec![bound.name.clone()],
-            several => {
-                several.iter().map(|bound| format!("{} ({})", bound.name, self.unit.show(bound.median()))).collect()
-            }
+            several => several
+                .iter()
+                .map(|bound| format!("{} ({})", bound.name, self.unit.show(bound.median())))
+                .collect(),
         };
         let lanes = format!("{} ÷ {}", self.ours.name, bounds.join(", "));
         Some(match &self.note {
@@ -214,10 +223,10 @@ impl Line {
     }
 
     fn json(&self) -> Value {
-        let series =
-            |series: &Series<f64>| json!({"name": series.name, "median": series.median(), "rounds": series.rounds});
-        let judged =
-            self.judged().map(|spread| json!({"median": spread.median, "least": spread.least, "most": spread.most}));
+        let series = |series: &Series<f64>| json!({"name": series.name, "median": series.median(), "rounds": series.rounds});
+        let judged = self.judged().map(
+            |spread| json!({"median": spread.median, "least": spread.least, "most": spread.most}),
+        );
         json!({
             "row": self.row,
             "what": self.what,
@@ -253,7 +262,9 @@ impl ReportedLine {
             judged.as_ref().map(|judged| line.figure(judged.median)).unwrap_or_default(),
             judged
                 .as_ref()
-                .map(|judged| format!("{} to {}", line.figure(judged.least), line.figure(judged.most)))
+                .map(|judged| {
+                    format!("{} to {}", line.figure(judged.least), line.figure(judged.most))
+                })
                 .unwrap_or_default(),
             line.target.map(|target| target.to_string()).unwrap_or_default(),
             self.verdict.map(|verdict| verdict.as_str().to_owned()).unwrap_or_default(),
@@ -307,9 +318,11 @@ impl fmt::Display for Sheet {
         table.set_header(["row", "what", "ours", "bound", "median", "spread", "target", ""]);
         for reported in &self.lines {
             let is_figure = |column: usize| (2..=6).contains(&column);
-            table.add_row(reported.cells().into_iter().enumerate().map(|(column, text)| match is_figure(column) {
-                true => Cell::new(text).set_alignment(CellAlignment::Right),
-                false => Cell::new(text),
+            table.add_row(reported.cells().into_iter().enumerate().map(|(column, text)| {
+                match is_figure(column) {
+                    true => Cell::new(text).set_alignment(CellAlignment::Right),
+                    false => Cell::new(text),
+                }
             }));
         }
         writeln!(f, "{}\n\n{table}\n", machine::describe(&self.facts))?;

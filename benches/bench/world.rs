@@ -78,7 +78,8 @@ impl World {
 
 /// Takes away what a bench has made.
 pub async fn clear(parts: &Parts) -> anyhow::Result<()> {
-    execute(&mut connect(&parts.server_url).await?, &format!("drop database if exists {DATABASE}")).await
+    execute(&mut connect(&parts.server_url).await?, &format!("drop database if exists {DATABASE}"))
+        .await
 }
 
 /// The server's version, and those of its settings that decide how fast it can be.

@@ -1,5 +1,5 @@
-//! Deploys as a team would carry them out: boot with the new set, then new workers; and the old set again. What no release
-//! has any more is retired.
+//! Deploys as a team would carry them out: boot with the new set, then new workers; and the old set
+//! again. What no release has any more is retired.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -52,7 +52,8 @@ impl Deploys {
         }
     }
 
-    /// A new release with a new projector, booted by so many hosts at once. One worker gets it, the other that before.
+    /// A new release with a new projector, booted by so many hosts at once. One worker gets it, the
+    /// other that before.
     pub async fn deploy(&mut self, supervisor: &Supervisor, hosts: usize) -> anyhow::Result<()> {
         // Mended only when it has to be, so that the next bad event finds one that breaks on it.
         let mut release = self.newest.next(&self.releases, self.is_fragile_broken().await)?;
@@ -85,7 +86,8 @@ impl Deploys {
         Ok(())
     }
 
-    /// The old release again, as it was, booted as every release is. What it does not know stays where it is.
+    /// The old release again, as it was, booted as every release is. What it does not know stays
+    /// where it is.
     pub async fn roll_back(&mut self, supervisor: &Supervisor) -> anyhow::Result<()> {
         if !self.current.is_newer_than(&self.previous) {
             self.deploy(supervisor, 1).await?;
@@ -100,8 +102,8 @@ impl Deploys {
         Ok(())
     }
 
-    /// Retires a projector that neither release has any more between which workers go back and forth. The worker that is never
-    /// killed has it still, if it is of the first release.
+    /// Retires a projector that neither release has any more between which workers go back and
+    /// forth. The worker that is never killed has it still, if it is of the first release.
     pub async fn retire(&mut self, supervisor: &Supervisor) -> anyhow::Result<()> {
         let mut found = self.retirable().await.ok().flatten();
         for _ in 0..ATTEMPTS {
@@ -116,7 +118,8 @@ impl Deploys {
             let arguments = ["retire", &name, "--yes", "--projectors", self.current.path()];
             let (process, _) = self.processes.start(Kind::Retire, "retire", &arguments)?;
             process.wait().await;
-            // It may have been killed just after, or have lost its connection: the ledger says what it did.
+            // It may have been killed just after, or have lost its connection: the ledger says what
+            // it did.
             if let Ok(Some(rows)) = self.rows_if_gone(&name).await {
                 self.figures.add("retired", 1);
                 self.retired.push(Retired { name, mode, rows });
@@ -135,10 +138,12 @@ impl Deploys {
                 names => names.unwrap_or_default(),
             };
             for name in names {
-                let arguments = ["retire", &name, "--yes", "--force", "--projectors", release.path()];
+                let arguments =
+                    ["retire", &name, "--yes", "--force", "--projectors", release.path()];
                 let (process, _) = self.processes.start(Kind::Retire, "rebuild", &arguments)?;
                 process.wait().await;
-                // It may have been killed just after, or have lost its connection: the ledger says what it did.
+                // It may have been killed just after, or have lost its connection: the ledger says
+                // what it did.
                 if let Ok(Some(_)) = self.rows_if_gone(&name).await {
                     self.figures.add("rebuilt", 1);
                 }
@@ -158,11 +163,18 @@ impl Deploys {
         let release = self.current.widened(&self.releases)?;
         for _ in 0..ATTEMPTS {
             let arguments = ["boot", "--projectors", release.path(), "--release", &release.name];
-            let (boot, _) = self.processes.start(Kind::Refused, &format!("boot-{}", release.name), &arguments)?;
+            let (boot, _) = self.processes.start(
+                Kind::Refused,
+                &format!("boot-{}", release.name),
+                &arguments,
+            )?;
             let ended = boot.wait().await;
             let log = std::fs::read_to_string(&boot.log)?;
             if ended.code == Some(0) {
-                self.figures.add_finding(format!("a wider subscription was released: {}", boot.log.display()));
+                self.figures.add_finding(format!(
+                    "a wider subscription was released: {}",
+                    boot.log.display()
+                ));
                 return Ok(());
             }
             if log.contains("fragile@1: it subscribes to more event types") {
@@ -176,9 +188,11 @@ impl Deploys {
 
     /// The name and the mode of one that nobody needs.
     async fn retirable(&self) -> anyhow::Result<Option<(String, String)>> {
-        let older = if self.current.is_newer_than(&self.previous) { &self.previous } else { &self.current };
+        let older =
+            if self.current.is_newer_than(&self.previous) { &self.previous } else { &self.current };
         let sql = "select name, mode from projectors";
-        let mut known: Vec<(String, String)> = sqlx::query_as(sql).fetch_all(&mut self.parts.connect().await?).await?;
+        let mut known: Vec<(String, String)> =
+            sqlx::query_as(sql).fetch_all(&mut self.parts.connect().await?).await?;
         known.retain(|(name, _)| older.removed_projectors().any(|left| left == *name));
         Ok(fastrand::choice(known))
     }
@@ -195,22 +209,24 @@ impl Deploys {
     fn boot(&self, release: &Release) -> anyhow::Result<Arc<crate::process::Process>> {
         self.figures.add("boots", 1);
         let arguments = ["boot", "--projectors", release.path(), "--release", &release.name];
-        let (process, _) = self.processes.start(Kind::Boot, &format!("boot-{}", release.name), &arguments)?;
+        let (process, _) =
+            self.processes.start(Kind::Boot, &format!("boot-{}", release.name), &arguments)?;
         Ok(process)
     }
 
     async fn is_fragile_broken(&self) -> bool {
         let look = async {
             let mut connection = self.parts.connect().await?;
-            let sql = "select count(*) from projectors where name = 'fragile' and status = 'broken'";
+            let sql =
+                "select count(*) from projectors where name = 'fragile' and status = 'broken'";
             let broken: i64 = sqlx::query_scalar(sql).fetch_one(&mut connection).await?;
             anyhow::Ok(broken > 0)
         };
         look.await.unwrap_or(true)
     }
 
-    /// After all faults: the newest release, mended, must boot at once, or as soon as what lost its past is retired. Returns
-    /// the release.
+    /// After all faults: the newest release, mended, must boot at once, or as soon as what lost its
+    /// past is retired. Returns the release.
     pub async fn mend(&mut self) -> anyhow::Result<Release> {
         let release = self.newest.mended(&self.releases)?;
         // What must be rebuilt is told by the first boot, and built by the second.
@@ -223,7 +239,9 @@ impl Deploys {
                 Some(0) => return Ok(release),
                 Some(1) if !names.is_empty() => {
                     let log = std::fs::read_to_string(&boot.log)?;
-                    if let Some(name) = names.iter().find(|name| !log.contains(&format!("{name}@1: "))) {
+                    if let Some(name) =
+                        names.iter().find(|name| !log.contains(&format!("{name}@1: ")))
+                    {
                         self.figures.add_finding(format!(
                             "boot does not say that {name} must be rebuilt: {}",
                             boot.log.display()

@@ -1,4 +1,5 @@
-//! The faults: a deck that is shuffled, dealt to its end, and shuffled again, so that none waits for luck.
+//! The faults: a deck that is shuffled, dealt to its end, and shuffled again, so that none waits
+//! for luck.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -117,7 +118,10 @@ pub async fn strike(targets: &Arc<Targets>, duration: Duration, dice: &mut fastr
     while began.elapsed() < duration {
         tokio::time::sleep(Duration::from_millis(dice.u64(BETWEEN))).await;
         if deck.is_empty() {
-            deck = DECK.iter().flat_map(|(fault, times)| std::iter::repeat_n(*fault, *times)).collect();
+            deck = DECK
+                .iter()
+                .flat_map(|(fault, times)| std::iter::repeat_n(*fault, *times))
+                .collect();
             dice.shuffle(&mut deck);
         }
         let Some(fault) = deck.pop() else { continue };
@@ -126,7 +130,10 @@ pub async fn strike(targets: &Arc<Targets>, duration: Duration, dice: &mut fastr
             eprintln!("[{:>5.1} s] {fault:?}", began.elapsed().as_secs_f32());
             if let Err(error) = targets.strike(fault).await {
                 // A queue or a server that is away is not there to be meddled with.
-                eprintln!("[{:>5.1} s] {fault:?} came to nothing: {error:#}", began.elapsed().as_secs_f32());
+                eprintln!(
+                    "[{:>5.1} s] {fault:?} came to nothing: {error:#}",
+                    began.elapsed().as_secs_f32()
+                );
             }
         });
     }
@@ -158,9 +165,9 @@ impl Targets {
             Fault::CutBeforeCommit => self.pick_database().cut_at_commit(Cut::BeforeCommit),
             Fault::CutAfterCommit => self.pick_database().cut_at_commit(Cut::AfterCommit),
             // Not those of writers: what they hold then is held until the server ends it.
-            Fault::Silence => {
-                self.figures.add("connections_silenced", self.database.silence(|| fastrand::u8(..3) == 0))
-            }
+            Fault::Silence => self
+                .figures
+                .add("connections_silenced", self.database.silence(|| fastrand::u8(..3) == 0)),
             Fault::Stall => self.stall(&self.databases(), seconds(500..6_000)).await,
             Fault::CutQueue => self.figures.add("connections_cut", self.queue.cut(|| true)),
             Fault::StallQueue => self.stall(&[&self.queue], seconds(2_000..8_000)).await,
@@ -189,7 +196,9 @@ impl Targets {
                 self.figures.add("tables_dropped", 1);
             }
             Fault::Widen => self.deploys.lock().await.widen().await?,
-            Fault::Deploy | Fault::DeployFromTwoHosts | Fault::RollBack | Fault::Retire => self.change(fault).await?,
+            Fault::Deploy | Fault::DeployFromTwoHosts | Fault::RollBack | Fault::Retire => {
+                self.change(fault).await?
+            }
             Fault::Audit => self.audit().await?,
         }
         Ok(())
@@ -197,7 +206,8 @@ impl Targets {
 
     /// Other projectors, or others of them.
     async fn change(&self, fault: Fault) -> anyhow::Result<()> {
-        // One is under way and five wait at the most, as many as a deck has: boots take their time when the log is long.
+        // One is under way and five wait at the most, as many as a deck has: boots take their time
+        // when the log is long.
         let Ok(_place) = self.deploying.try_acquire() else { return Ok(()) };
         let (mut deploys, supervisor) = (self.deploys.lock().await, self.supervisor.lock().await);
         match fault {
@@ -221,7 +231,8 @@ impl Targets {
         Ok(())
     }
 
-    /// Signals one of those that run and are wanted; waits a while for one, and for another where that has ended meanwhile.
+    /// Signals one of those that run and are wanted; waits a while for one, and for another where
+    /// that has ended meanwhile.
     async fn signal(&self, signal: &'static str, wanted: impl Fn(&Process) -> bool) {
         for _ in 0..100 {
             if let Some(process) = self.pick_process(&wanted) {
@@ -241,9 +252,11 @@ impl Targets {
         fastrand::choice(running)
     }
 
-    /// A process that stands still for longer than messages stay hidden, and then believes that it holds them.
+    /// A process that stands still for longer than messages stay hidden, and then believes that it
+    /// holds them.
     async fn pause(&self, duration: Duration) {
-        let Some(process) = self.pick_process(|process| matches!(process.kind, Kind::Play | Kind::Relay | Kind::Boot))
+        let Some(process) = self
+            .pick_process(|process| matches!(process.kind, Kind::Play | Kind::Relay | Kind::Boot))
         else {
             return;
         };

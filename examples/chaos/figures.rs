@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 
-/// Every figure, in the order in which it is told, and whether a run in which it stays zero proves nothing. What may stay zero
-/// is no fault, but what may come of one; but for retire, which few faults find at work.
+/// Every figure, in the order in which it is told, and whether a run in which it stays zero proves
+/// nothing. What may stay zero is no fault, but what may come of one; but for retire, which few
+/// faults find at work.
 const FIGURES: &[(&str, bool)] = &[
     ("events", true),
     ("appends_acknowledged", true),
@@ -97,6 +98,10 @@ impl Figures {
 
     /// What had to happen and did not.
     pub fn missing(&self) -> Vec<&'static str> {
-        FIGURES.iter().filter(|(name, must)| *must && self.get(name) == 0).map(|(name, _)| *name).collect()
+        FIGURES
+            .iter()
+            .filter(|(name, must)| *must && self.get(name) == 0)
+            .map(|(name, _)| *name)
+            .collect()
     }
 }

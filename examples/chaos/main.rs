@@ -1,8 +1,9 @@
 //! Chaos on real parts: run it by `localstack/chaos`.
 //!
-//! Writers, workers of two releases, a relay and boots run as processes of their own, by way of cables, while the faults
-//! of the design's catalogue strike: the seed says which, in what order. Then all comes to rest, and each read model must be
-//! a fold of the log: lost and repeated applications, zero. So must every moment in between be, as far as it can be seen.
+//! Writers, workers of two releases, a relay and boots run as processes of their own, by way of
+//! cables, while the faults of the design's catalogue strike: the seed says which, in what order.
+//! Then all comes to rest, and each read model must be a fold of the log: lost and repeated
+//! applications, zero. So must every moment in between be, as far as it can be seen.
 
 mod auto_increment;
 mod deploy;
@@ -46,7 +47,8 @@ use report::Report;
 use supervisor::Supervisor;
 use watch::Watch;
 
-/// All must be quiet by then: a straggler, a held message, a queue that LocalStack takes its time to count.
+/// All must be quiet by then: a straggler, a held message, a queue that LocalStack takes its time
+/// to count.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(300);
 
 #[derive(Parser)]
@@ -89,7 +91,8 @@ async fn main() -> anyhow::Result<ExitCode> {
     let again = format!("--seed {seed} --queue {}", options.queue.as_str());
     eprintln!("{again}, {} s on {}; logs in {}", options.seconds, parts.server, folder.display());
 
-    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let (mut terminate, mut interrupt) =
+        (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let report = tokio::select! {
         report = run(parts, &folder, Duration::from_secs(options.seconds), options.queue, seed) => report,
         // The processes end with us.
@@ -97,7 +100,10 @@ async fn main() -> anyhow::Result<ExitCode> {
         _ = interrupt.recv() => return Ok(ExitCode::from(130)),
     };
     let report = report.with_context(|| {
-        format!("chaos came to no end: repeat it with {again}, and see the logs in {}", folder.display())
+        format!(
+            "chaos came to no end: repeat it with {again}, and see the logs in {}",
+            folder.display()
+        )
     })?;
     match options.json {
         true => println!("{}", report.json()),
@@ -106,7 +112,10 @@ async fn main() -> anyhow::Result<ExitCode> {
     match report.is_ok() {
         true => Ok(ExitCode::SUCCESS),
         false => {
-            eprintln!("FAILED: repeat it with {again}; the logs of all processes are in {}", folder.display());
+            eprintln!(
+                "FAILED: repeat it with {again}; the logs of all processes are in {}",
+                folder.display()
+            );
             Ok(ExitCode::FAILURE)
         }
     }
@@ -127,7 +136,11 @@ async fn run(
     }
     let targets = set(parts, folder, queue, &records, releases).await?;
     let (parts, processes, figures) = (&targets.parts, &targets.processes, &targets.figures);
-    let watching = tokio::spawn(Watch::default().keep(Arc::clone(parts), Arc::clone(processes), Arc::clone(figures)));
+    let watching = tokio::spawn(Watch::default().keep(
+        Arc::clone(parts),
+        Arc::clone(processes),
+        Arc::clone(figures),
+    ));
 
     faults::strike(&targets, duration, &mut fastrand::Rng::with_seed(seed)).await;
 
@@ -142,8 +155,9 @@ async fn run(
     let last = targets.deploys.lock().await.mend().await?;
     let taken = targets.queue_faults.collect().await?;
     if taken > 0 {
-        figures
-            .add_finding(format!("{taken} messages that are not of the log were taken out of the queue by somebody"));
+        figures.add_finding(format!(
+            "{taken} messages that are not of the log were taken out of the queue by somebody"
+        ));
     }
     play_until_idle(processes, &last).await?;
     let (audit, _) = processes.start(Kind::Audit, "audit-last", &["audit"])?;
@@ -160,11 +174,18 @@ async fn run(
         figures.add("commits_cut_after", after);
     }
     let connection = &mut parts.connect().await?;
-    let count = async |connection: &mut _, sql| sqlx::query_scalar::<_, i64>(sql).fetch_one(connection).await;
-    figures
-        .add("events", count(connection, "select count(*) from events where event_type not like '$%'").await? as u64);
-    figures
-        .add("gap_fillers", count(connection, "select count(*) from events where event_type like '$%'").await? as u64);
+    let count = async |connection: &mut _, sql| {
+        sqlx::query_scalar::<_, i64>(sql).fetch_one(connection).await
+    };
+    figures.add(
+        "events",
+        count(connection, "select count(*) from events where event_type not like '$%'").await?
+            as u64,
+    );
+    figures.add(
+        "gap_fillers",
+        count(connection, "select count(*) from events where event_type like '$%'").await? as u64,
+    );
     fold::check_records(connection, &records, figures).await?;
     let starts = read_logs(&logs, figures)?;
     let mut verdicts = fold::compare(connection, &starts, &last.projectors()?).await?;
@@ -193,12 +214,17 @@ async fn set(
 ) -> anyhow::Result<Arc<Targets>> {
     let figures = Arc::new(Figures::default());
     parts.make_database().await?;
-    sqlx::raw_sql(include_str!("projectors/hostile.sql")).execute(&mut parts.connect().await?).await?;
+    sqlx::raw_sql(include_str!("projectors/hostile.sql"))
+        .execute(&mut parts.connect().await?)
+        .await?;
     let queue_faults = QueueFaults::at(parts.queue_port()?, kind, &figures).await?;
-    let (database, writers) = (Proxy::to(parts.server_port()?).await?, Proxy::to(parts.server_port()?).await?);
+    let (database, writers) =
+        (Proxy::to(parts.server_port()?).await?, Proxy::to(parts.server_port()?).await?);
     let queue = Proxy::to(parts.queue_port()?).await?;
     // Not encrypted, so that the cable sees commits.
-    let url = |cable: &Proxy| format!("mysql://root@127.0.0.1:{}/{DATABASE}?ssl-mode=DISABLED", cable.port);
+    let url = |cable: &Proxy| {
+        format!("mysql://root@127.0.0.1:{}/{DATABASE}?ssl-mode=DISABLED", cable.port)
+    };
     let environment = vec![
         // By this `localstack/chaos` knows what it may kill.
         ("PROJECTIONIST_CHAOS", parts.state.display().to_string()),
@@ -211,16 +237,25 @@ async fn set(
         ("PROJECTIONIST_BATCH", "200".into()),
         ("PROJECTIONIST_LOG_FORMAT", "json".into()),
     ];
-    let processes = Arc::new(ProcessTable::new(folder.to_owned(), environment, url(&writers), &figures)?);
+    let processes =
+        Arc::new(ProcessTable::new(folder.to_owned(), environment, url(&writers), &figures)?);
     let first = Release::first(&releases)?;
-    for arguments in [&["migrate"][..], &["append"], &["boot", "--projectors", first.path(), "--release", &first.name]]
-    {
+    for arguments in [
+        &["migrate"][..],
+        &["append"],
+        &["boot", "--projectors", first.path(), "--release", &first.name],
+    ] {
         let kind = if arguments[0] == "append" { Kind::Append } else { Kind::Boot };
         let (process, stdin) = processes.start(kind, arguments[0], arguments)?;
         if let Some(mut stdin) = stdin {
             stdin.write_all(writer::history().as_bytes()).await?;
         }
-        ensure!(process.wait().await.code == Some(0), "{} failed: {}", arguments[0], process.log.display());
+        ensure!(
+            process.wait().await.code == Some(0),
+            "{} failed: {}",
+            arguments[0],
+            process.log.display()
+        );
     }
     let supervisor = Supervisor::start(&processes, records, &first, &figures)?;
     let deploys = Deploys::new(&processes, &parts, &figures, releases, &first);
@@ -240,17 +275,24 @@ async fn set(
 }
 
 async fn play_until_idle(processes: &Arc<ProcessTable>, release: &Release) -> anyhow::Result<()> {
-    let arguments = ["play", "--until-idle", "--projectors", release.path(), "--release", &release.name];
+    let arguments =
+        ["play", "--until-idle", "--projectors", release.path(), "--release", &release.name];
     // Judged here: it may end by itself.
     let (process, _) = processes.start(Kind::Boot, "play-until-idle", &arguments)?;
     let ended = tokio::time::timeout(IDLE_TIMEOUT, process.wait()).await;
-    let ended = ended.with_context(|| format!("play does not become idle: {}", process.log.display()))?;
-    ensure!(ended.code == Some(0), "play --until-idle ended with {:?}: {}", ended.code, process.log.display());
+    let ended =
+        ended.with_context(|| format!("play does not become idle: {}", process.log.display()))?;
+    ensure!(
+        ended.code == Some(0),
+        "play --until-idle ended with {:?}: {}",
+        ended.code,
+        process.log.display()
+    );
     Ok(())
 }
 
-/// Counts what broke, and finds what no log may have. Returns where each projector stood when a boot first took it up: a
-/// start that the ledger has forgotten.
+/// Counts what broke, and finds what no log may have. Returns where each projector stood when a
+/// boot first took it up: a start that the ledger has forgotten.
 fn read_logs(logs: &Path, figures: &Figures) -> anyhow::Result<HashMap<String, u64>> {
     let mut starts: HashMap<String, u64> = HashMap::new();
     for log in fs::read_dir(logs)? {
@@ -259,16 +301,21 @@ fn read_logs(logs: &Path, figures: &Figures) -> anyhow::Result<HashMap<String, u
         if text.contains("panicked at") {
             figures.add_finding(format!("a panic: {}", path.display()));
         }
-        for line in text.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok()) {
+        for line in
+            text.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
+        {
             match line["alert"].as_str() {
                 Some("projector_broken") => figures.add("projectors_broken", 1),
-                Some("log_fault") => figures.add_finding(format!("a fault in the log: {}", path.display())),
+                Some("log_fault") => {
+                    figures.add_finding(format!("a fault in the log: {}", path.display()))
+                }
                 _ => {}
             }
             if line["message"] == "changed since it was booted" {
                 figures.add("definitions_changed", 1);
             }
-            let booted = (line["message"].as_str(), line["projector"].as_str(), line["position"].as_u64());
+            let booted =
+                (line["message"].as_str(), line["projector"].as_str(), line["position"].as_u64());
             if let (Some("booting"), Some(id), Some(position)) = booted {
                 let name = id.split('@').next().unwrap_or(id).to_owned();
                 let start = starts.entry(name).or_insert(position);

@@ -21,7 +21,8 @@ pub const GRACE: &str = "5";
 /// From SIGTERM to the end: the grace of the batch in hand, that of the relay, and a busy machine.
 const END_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// The most memory that a process may ever have resident, of whatever kind and however long the log is, in MiB.
+/// The most memory that a process may ever have resident, of whatever kind and however long the log
+/// is, in MiB.
 const MAX_MEMORY_MIB: u64 = 64;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -73,10 +74,14 @@ impl Kind {
         match (self, code) {
             (Kind::Play | Kind::Survivor | Kind::Relay | Kind::Writer, Some(0)) => was_terminated,
             (Kind::Boot, Some(0 | 1)) | (Kind::Append | Kind::Audit, Some(0)) => true,
-            // What one that was killed, or lost its connection, had done already is an error to the next.
+            // What one that was killed, or lost its connection, had done already is an error to the
+            // next.
             (Kind::Retire, Some(0 | 2)) | (Kind::Refused, _) => true,
             // The database or the queue was away when it started.
-            (Kind::Play | Kind::Relay | Kind::Boot | Kind::Append | Kind::Audit | Kind::Retire, Some(3)) => true,
+            (
+                Kind::Play | Kind::Relay | Kind::Boot | Kind::Append | Kind::Audit | Kind::Retire,
+                Some(3),
+            ) => true,
             // It says that it was interrupted, by the code of a process that the signal ended.
             (Kind::Boot, Some(143)) => was_terminated,
             // SIGTERM itself: these have nothing to bring to an end.
@@ -105,7 +110,8 @@ pub struct Ended {
 }
 
 impl Process {
-    /// To `kill`, by the name of the signal. One that has ended gets none: what this returns says so, and need not be awaited.
+    /// To `kill`, by the name of the signal. One that has ended gets none: what this returns says
+    /// so, and need not be awaited.
     pub fn signal(&self, signal: &'static str) -> oneshot::Receiver<()> {
         let (sends, sent) = oneshot::channel();
         let _ = self.signal_requests.send((signal, sends));
@@ -140,7 +146,8 @@ impl ProcessTable {
         writers_url: String,
         figures: &Arc<Figures>,
     ) -> anyhow::Result<Self> {
-        let binary = std::env::var_os("PROJECTIONIST_BIN").context("PROJECTIONIST_BIN is not set")?;
+        let binary =
+            std::env::var_os("PROJECTIONIST_BIN").context("PROJECTIONIST_BIN is not set")?;
         // Copies, so that a build in the middle of a long run changes nothing.
         let copy = |program: PathBuf, name| {
             let copy = folder.join(name);
@@ -160,15 +167,18 @@ impl ProcessTable {
         })
     }
 
-    /// Starts a process, with its standard output and error in a log of its own. An `append` has a pipe for its input.
+    /// Starts a process, with its standard output and error in a log of its own. An `append` has a
+    /// pipe for its input.
     pub fn start(
         self: &Arc<Self>,
         kind: Kind,
         name: &str,
         arguments: &[&str],
     ) -> anyhow::Result<(Arc<Process>, Option<ChildStdin>)> {
-        let log =
-            self.folder.join("logs").join(format!("{:04}-{name}.log", self.started.fetch_add(1, Ordering::SeqCst)));
+        let log = self
+            .folder
+            .join("logs")
+            .join(format!("{:04}-{name}.log", self.started.fetch_add(1, Ordering::SeqCst)));
         let file = File::create(&log).with_context(|| log.display().to_string())?;
         let program = match kind {
             Kind::Writer => &self.ourselves,
@@ -252,18 +262,27 @@ impl ProcessTable {
             && terminated.is_some()
             && std::fs::metadata(&process.log).is_ok_and(|log| log.len() == 0);
         if !had_not_begun && !process.kind.may_end(ended.code, terminated.is_some()) {
-            self.figures.add_finding(format!("{kind} ended with {:?}, which it must not: {log}", ended.code));
+            self.figures.add_finding(format!(
+                "{kind} ended with {:?}, which it must not: {log}",
+                ended.code
+            ));
         }
         if let Some(took) = terminated.map(|at| at.elapsed()).filter(|took| *took > END_TIMEOUT) {
-            self.figures.add_finding(format!("{kind} took {} s to end after SIGTERM: {log}", took.as_secs()));
+            self.figures.add_finding(format!(
+                "{kind} took {} s to end after SIGTERM: {log}",
+                took.as_secs()
+            ));
         }
     }
 
     /// Notes the most memory that each has ever had resident.
     pub fn sample_memory(&self) {
         for process in self.running() {
-            let status = std::fs::read_to_string(format!("/proc/{}/status", process.pid)).unwrap_or_default();
-            let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.split_whitespace().next());
+            let status = std::fs::read_to_string(format!("/proc/{}/status", process.pid))
+                .unwrap_or_default();
+            let peak = status
+                .lines()
+                .find_map(|line| line.strip_prefix("VmHWM:")?.split_whitespace().next());
             let Some(kilobytes) = peak.and_then(|peak| peak.parse::<u64>().ok()) else { continue };
             let mut peaks = self.peaks.lock().expect("no panic in the yard");
             let before = peaks.entry(process.kind).or_default();
@@ -273,9 +292,12 @@ impl ProcessTable {
 
     /// Finds who had more memory than it may.
     pub fn judge_memory(&self) {
-        for (kind, peak) in self.memory_peaks().into_iter().filter(|(_, peak)| *peak > MAX_MEMORY_MIB) {
-            self.figures
-                .add_finding(format!("{kind} had {peak} MiB of memory resident, and may have {MAX_MEMORY_MIB}"));
+        for (kind, peak) in
+            self.memory_peaks().into_iter().filter(|(_, peak)| *peak > MAX_MEMORY_MIB)
+        {
+            self.figures.add_finding(format!(
+                "{kind} had {peak} MiB of memory resident, and may have {MAX_MEMORY_MIB}"
+            ));
         }
     }
 

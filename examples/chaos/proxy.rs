@@ -1,4 +1,5 @@
-//! A cable between the processes and a server: it can be cut, stalled, cut around a commit, or go deaf without a word.
+//! A cable between the processes and a server: it can be cut, stalled, cut around a commit, or go
+//! deaf without a word.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
@@ -14,7 +15,8 @@ use tokio::time::timeout;
 /// How the driver commits: a packet's length, sequence number, command and text.
 const COMMIT: &[u8] = b"\x07\x00\x00\x00\x03COMMIT";
 
-/// How the engine does, behind the statements that move a position; what follows may begin the next transaction.
+/// How the engine does, behind the statements that move a position; what follows may begin the next
+/// transaction.
 const AND_COMMIT: &[u8] = b"; commit";
 
 /// A server that has been silent for so long has answered all statements of a packet.
@@ -83,11 +85,15 @@ impl Proxy {
     /// Cuts every connection that `chosen` says yes to; returns how many.
     pub fn cut(&self, mut chosen: impl FnMut() -> bool) -> u64 {
         let connected = self.wires.connected.lock().expect("no panic while cutting");
-        connected.values().filter(|wire| wire.hears() && chosen()).map(|wire| wire.task.abort()).count() as u64
+        connected
+            .values()
+            .filter(|wire| wire.hears() && chosen())
+            .map(|wire| wire.task.abort())
+            .count() as u64
     }
 
-    /// Makes every connection deaf that `chosen` says yes to, as if a host or a firewall between had gone: neither end
-    /// is told. Returns how many.
+    /// Makes every connection deaf that `chosen` says yes to, as if a host or a firewall between
+    /// had gone: neither end is told. Returns how many.
     pub fn silence(&self, mut chosen: impl FnMut() -> bool) -> u64 {
         let connected = self.wires.connected.lock().expect("no panic while cutting");
         let silenced = connected.values().filter(|wire| wire.hears() && chosen());
@@ -111,7 +117,8 @@ impl Proxy {
         self.wires.flows.send_replace(true);
     }
 
-    /// No more faults: what was armed and did not come by is forgotten, and the ends of what is deaf are told.
+    /// No more faults: what was armed and did not come by is forgotten, and the ends of what is
+    /// deaf are told.
     pub fn mend(&self) {
         let connected = self.wires.connected.lock().expect("no panic while cutting");
         connected.values().filter(|wire| !wire.hears()).for_each(|wire| wire.task.abort());
@@ -165,7 +172,8 @@ async fn carry(mut client: TcpStream, wires: &ProxyState, is_silent: &AtomicBool
                     return;
                 }
                 if cut == Some(Cut::AfterCommit) {
-                    // Its last answer proves that it has committed; each statement before that has one of its own.
+                    // Its last answer proves that it has committed; each statement before that has
+                    // one of its own.
                     let _ = server.read(&mut from_server).await;
                     while let Ok(Ok(1..)) = timeout(REPLY_QUIET_TIME, server.read(&mut from_server)).await {}
                     wires.after.fetch_add(1, Ordering::SeqCst);

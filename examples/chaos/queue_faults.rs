@@ -62,7 +62,9 @@ impl QueueFaults {
         let config = aws_config::defaults(aws_config::BehaviorVersion::latest())
             .http_client(aws_smithy_http_client::Builder::new().build_http())
             .endpoint_url(format!("http://127.0.0.1:{port}"))
-            .timeout_config(TimeoutConfig::builder().operation_timeout(Duration::from_secs(10)).build())
+            .timeout_config(
+                TimeoutConfig::builder().operation_timeout(Duration::from_secs(10)).build(),
+            )
             .load()
             .await;
         let sqs = Client::new(&config);
@@ -77,18 +79,39 @@ impl QueueFaults {
         if let Ok(left) = sqs.get_queue_url().queue_name(&dead_name).send().await {
             sqs.delete_queue().set_queue_url(left.queue_url).send().await?;
         }
-        let attributes = || is_fifo.map(|is_fifo| HashMap::from([(Attribute::FifoQueue, is_fifo.to_owned())]));
-        let dead_letters = sqs.create_queue().queue_name(dead_name).set_attributes(attributes()).send().await;
-        let dead_letters_url = dead_letters.context("LocalStack does not answer")?.queue_url.context("a URL")?;
-        let arn =
-            sqs.get_queue_attributes().queue_url(&dead_letters_url).attribute_names(Attribute::QueueArn).send().await?;
-        let arn = arn.attributes().and_then(|all| all.get(&Attribute::QueueArn)).context("a queue has an ARN")?.clone();
-        let policy = serde_json::json!({"deadLetterTargetArn": arn, "maxReceiveCount": MAX_RECEIVES}).to_string();
+        let attributes =
+            || is_fifo.map(|is_fifo| HashMap::from([(Attribute::FifoQueue, is_fifo.to_owned())]));
+        let dead_letters =
+            sqs.create_queue().queue_name(dead_name).set_attributes(attributes()).send().await;
+        let dead_letters_url =
+            dead_letters.context("LocalStack does not answer")?.queue_url.context("a URL")?;
+        let arn = sqs
+            .get_queue_attributes()
+            .queue_url(&dead_letters_url)
+            .attribute_names(Attribute::QueueArn)
+            .send()
+            .await?;
+        let arn = arn
+            .attributes()
+            .and_then(|all| all.get(&Attribute::QueueArn))
+            .context("a queue has an ARN")?
+            .clone();
+        let policy =
+            serde_json::json!({"deadLetterTargetArn": arn, "maxReceiveCount": MAX_RECEIVES})
+                .to_string();
         let create = sqs.create_queue().queue_name(name).set_attributes(attributes());
         let created = create.attributes(Attribute::RedrivePolicy, policy).send().await?;
         let queue_url = created.queue_url.context("a queue has a URL")?;
         let (seen, planted) = (Mutex::default(), Mutex::default());
-        Ok(QueueFaults { sqs, kind, queue_url, dead_letters_url, figures: Arc::clone(figures), seen, planted })
+        Ok(QueueFaults {
+            sqs,
+            kind,
+            queue_url,
+            dead_letters_url,
+            figures: Arc::clone(figures),
+            seen,
+            planted,
+        })
     }
 
     /// Takes messages out of the queue: lost.
@@ -133,7 +156,8 @@ impl QueueFaults {
     /// Messages that are none of ours, or beyond the end of our log, or forged.
     pub async fn send_foreign(&self) -> anyhow::Result<()> {
         let event = r#"{"position":7,"event_id":"x","stream_id":"s","stream_version":1,"event_type":"Closed","recorded_at":"2026-01-01T00:00:00Z","payload":{"amount":1}}"#;
-        let ours = self.seen.lock().expect("no panic while meddling").last().cloned().unwrap_or_default();
+        let ours =
+            self.seen.lock().expect("no panic while meddling").last().cloned().unwrap_or_default();
         let seen = serde_json::from_str::<serde_json::Value>(&ours).unwrap_or_default();
         let log = seen["log"].as_str().unwrap_or_default();
         let beyond = event.replace(":7,", ":4000000007,");
@@ -152,11 +176,15 @@ impl QueueFaults {
         self.forge(&ours).await
     }
 
-    /// As somebody who has seen a message sends others in its place: all of it but the payloads, without a signature, with an
-    /// invented one, and with the one that it had.
+    /// As somebody who has seen a message sends others in its place: all of it but the payloads,
+    /// without a signature, with an invented one, and with the one that it had.
     async fn forge(&self, genuine: &str) -> anyhow::Result<()> {
-        let (Some(rest), true) = (genuine.get(SIGNED_FROM..), genuine.contains("\"payload\":{")) else { return Ok(()) };
-        let forged = rest.replace("\"payload\":{", &format!("\"payload\":{{\"forged\":\"{}\",", Uuid::now_v7()));
+        let (Some(rest), true) = (genuine.get(SIGNED_FROM..), genuine.contains("\"payload\":{"))
+        else {
+            return Ok(());
+        };
+        let forged = rest
+            .replace("\"payload\":{", &format!("\"payload\":{{\"forged\":\"{}\",", Uuid::now_v7()));
         let invented = format!("{:032x}{:032x}", fastrand::u128(..), fastrand::u128(..));
         for body in [
             format!("{{{forged}"),
@@ -175,7 +203,9 @@ impl QueueFaults {
         let cut_off = seen.map(|body| body.chars().take(body.chars().count() / 2).collect());
         let id = Uuid::now_v7();
         let deep = format!("{}{id}", "[".repeat(10_000));
-        for body in [cut_off.unwrap_or(format!("{{\"log\":{id}")), deep, format!("\u{1F4A5} null {id}")] {
+        for body in
+            [cut_off.unwrap_or(format!("{{\"log\":{id}")), deep, format!("\u{1F4A5} null {id}")]
+        {
             self.plant(body).await?;
             self.figures.add("messages_malformed", 1);
         }
@@ -189,17 +219,23 @@ impl QueueFaults {
         Ok(())
     }
 
-    /// Empties queue and dead letters, and says how many messages that are not ours somebody else has taken away. Nobody
-    /// plays any more; what is ours among them is read from the store.
+    /// Empties queue and dead letters, and says how many messages that are not ours somebody else
+    /// has taken away. Nobody plays any more; what is ours among them is read from the store.
     pub async fn collect(&self) -> anyhow::Result<usize> {
         let began = Instant::now();
         let mut quiet = 0;
         while quiet < 2 || !self.missing().is_empty() && began.elapsed() < FIND_TIMEOUT {
             quiet += 1;
             for url in [&self.queue_url, &self.dead_letters_url] {
-                let receive =
-                    self.sqs.receive_message().queue_url(url).max_number_of_messages(10).visibility_timeout(60);
-                for message in receive.wait_time_seconds(1).send().await?.messages.unwrap_or_default() {
+                let receive = self
+                    .sqs
+                    .receive_message()
+                    .queue_url(url)
+                    .max_number_of_messages(10)
+                    .visibility_timeout(60);
+                for message in
+                    receive.wait_time_seconds(1).send().await?.messages.unwrap_or_default()
+                {
                     quiet = 0;
                     let delete = self.sqs.delete_message().queue_url(url);
                     delete.set_receipt_handle(message.receipt_handle.clone()).send().await?;
@@ -228,17 +264,22 @@ impl QueueFaults {
         Ok(())
     }
 
-    /// Up to ten messages, hidden for so many seconds. Workers hold those of the one group most of the time: patience.
+    /// Up to ten messages, hidden for so many seconds. Workers hold those of the one group most of
+    /// the time: patience.
     async fn receive(&self, visibility: i32) -> anyhow::Result<Vec<Message>> {
         for _ in 0..20 {
-            let receive = self.sqs.receive_message().queue_url(&self.queue_url).max_number_of_messages(10);
-            let received = receive.visibility_timeout(visibility).wait_time_seconds(1).send().await?;
+            let receive =
+                self.sqs.receive_message().queue_url(&self.queue_url).max_number_of_messages(10);
+            let received =
+                receive.visibility_timeout(visibility).wait_time_seconds(1).send().await?;
             let messages = received.messages.unwrap_or_default();
             if !messages.is_empty() {
                 let mut seen = self.seen.lock().expect("no panic while meddling");
                 let planted = self.planted.lock().expect("no panic while meddling");
                 let bodies = messages.iter().filter_map(|message| message.body.clone());
-                seen.extend(bodies.filter(|body| body.starts_with("{\"sig\":") && !planted.contains(body)));
+                seen.extend(
+                    bodies.filter(|body| body.starts_with("{\"sig\":") && !planted.contains(body)),
+                );
                 drop(planted);
                 let known = seen.len().saturating_sub(KEPT);
                 seen.drain(..known);

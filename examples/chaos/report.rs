@@ -24,7 +24,9 @@ pub struct Report {
 
 impl Report {
     pub fn is_ok(&self) -> bool {
-        self.verdicts.iter().all(Verdict::is_ok) && self.findings().is_empty() && self.figures.missing().is_empty()
+        self.verdicts.iter().all(Verdict::is_ok)
+            && self.findings().is_empty()
+            && self.figures.missing().is_empty()
     }
 
     fn findings(&self) -> Vec<String> {
@@ -37,8 +39,11 @@ impl Report {
 
     pub fn json(&self) -> Value {
         let mut object = Map::new();
-        let peaks: Map<String, Value> =
-            self.memory_peaks.iter().map(|(kind, peak)| ((*kind).to_owned(), json!(peak))).collect();
+        let peaks: Map<String, Value> = self
+            .memory_peaks
+            .iter()
+            .map(|(kind, peak)| ((*kind).to_owned(), json!(peak)))
+            .collect();
         for (key, value) in [
             ("seed", json!(self.seed)),
             ("server", json!(self.server)),
@@ -83,9 +88,13 @@ impl fmt::Display for Report {
             "projector", "status", "applications", "lost", "repeated", "wrong"
         )?;
         for verdict in &self.verdicts {
-            let Verdict { projector, status, applications, lost, repeated, wrong, is_behind } = verdict;
+            let Verdict { projector, status, applications, lost, repeated, wrong, is_behind } =
+                verdict;
             let behind = if *is_behind { "  NOT AT THE END" } else { "" };
-            writeln!(f, "  {projector:<16}{status:<10}{applications:>12}{lost:>8}{repeated:>10}{wrong:>8}{behind}")?;
+            writeln!(
+                f,
+                "  {projector:<16}{status:<10}{applications:>12}{lost:>8}{repeated:>10}{wrong:>8}{behind}"
+            )?;
         }
         for finding in self.findings() {
             writeln!(f, "\nFOUND: {finding}")?;

@@ -1,4 +1,5 @@
-//! The posts that must be manned: a process that ends is followed by another, as a container platform would.
+//! The posts that must be manned: a process that ends is followed by another, as a container
+//! platform would.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -30,7 +31,8 @@ pub struct Supervisor {
 }
 
 impl Supervisor {
-    /// Three workers, of which one is never killed and one has no relay in it, and a relay besides; two writers by plain SQL and two by `append`.
+    /// Three workers, of which one is never killed and one has no relay in it, and a relay besides;
+    /// two writers by plain SQL and two by `append`.
     pub fn start(
         processes: &Arc<ProcessTable>,
         records: &Path,
@@ -54,14 +56,20 @@ impl Supervisor {
                 current: Mutex::new(None),
                 closed: AtomicBool::new(false),
             });
-            let task = supervise(Arc::clone(&service), Arc::clone(processes), records.join(name), Arc::clone(figures));
+            let task = supervise(
+                Arc::clone(&service),
+                Arc::clone(processes),
+                records.join(name),
+                Arc::clone(figures),
+            );
             (service, tokio::spawn(task))
         });
         let appending = Arc::new(AtomicBool::new(true));
         let mut appenders = Vec::new();
         for name in ["append-1", "append-2"] {
             let mut record = Record::open(&records.join(name))?;
-            let (processes, appending, figures) = (Arc::clone(processes), Arc::clone(&appending), Arc::clone(figures));
+            let (processes, appending, figures) =
+                (Arc::clone(processes), Arc::clone(&appending), Arc::clone(figures));
             appenders.push(tokio::spawn(async move {
                 while appending.load(Ordering::SeqCst) {
                     if let Err(error) = writer::append(&processes, name, &mut record).await {
@@ -105,7 +113,8 @@ impl Supervisor {
     }
 
     async fn close(&mut self, which: impl Fn(Kind) -> bool) {
-        let (closing, open): (Vec<_>, Vec<_>) = self.services.drain(..).partition(|(service, _)| which(service.kind));
+        let (closing, open): (Vec<_>, Vec<_>) =
+            self.services.drain(..).partition(|(service, _)| which(service.kind));
         self.services = open;
         for (service, _) in &closing {
             service.closed.store(true, Ordering::SeqCst);
@@ -131,7 +140,9 @@ async fn supervise(
             let record = record.to_string_lossy();
             let mut arguments = match service.kind {
                 Kind::Writer => vec!["write", service.name, &record],
-                Kind::Play | Kind::Survivor => vec!["play", "--projectors", release.path(), "--release", &release.name],
+                Kind::Play | Kind::Survivor => {
+                    vec!["play", "--projectors", release.path(), "--release", &release.name]
+                }
                 kind => vec![kind.as_str()],
             };
             arguments.extend(service.options);

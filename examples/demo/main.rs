@@ -1,7 +1,7 @@
 //! The life of a system, live, on real parts: run it by `localstack/demo`.
 //!
-//! Every step is the shipped binary as a team would run it. It ends with a check that each read model equals a
-//! fold of the log, and fails if any check fails.
+//! Every step is the shipped binary as a team would run it. It ends with a check that each read
+//! model equals a fold of the log, and fails if any check fails.
 
 mod fold;
 mod shop;
@@ -20,11 +20,16 @@ async fn main() -> anyhow::Result<()> {
     let stage = Stage::prepare().await?;
     stage.print_step(
         "The parts",
-        &format!("{}, and SQS by LocalStack; a fresh database and a fresh queue.", stage.server().await?),
+        &format!(
+            "{}, and SQS by LocalStack; a fresh database and a fresh queue.",
+            stage.server().await?
+        ),
     );
 
-    stage
-        .print_chapter("An application appends events", "It has done so for a while, and will not stop while we work.");
+    stage.print_chapter(
+        "An application appends events",
+        "It has done so for a while, and will not stop while we work.",
+    );
     stage.run(&["migrate"]).await?.expect_exit_code(0)?;
     let mut shop = shop::Shop::default();
     let appended = stage.run_with(&["append"], &shop.lines(HISTORY)).await?.expect_exit_code(0)?;
@@ -36,7 +41,11 @@ async fn main() -> anyhow::Result<()> {
         "Boot replays the log for them, before the release goes live; then a worker plays.",
     );
     stage.print_output(
-        &stage.run(&["boot", "--projectors", "examples/demo/release-1"]).await?.expect_exit_code(0)?.stdout,
+        &stage
+            .run(&["boot", "--projectors", "examples/demo/release-1"])
+            .await?
+            .expect_exit_code(0)?
+            .stdout,
     );
     let old_worker = stage.start_worker("release-1")?;
     stage.wait_until_caught_up("release-1").await?;
@@ -47,7 +56,10 @@ async fn main() -> anyhow::Result<()> {
         "Boot reads MySQL up to the oldest event still in the queue, and hands over. The old worker goes on meanwhile.",
     );
     let before = stage.high_water().await?;
-    let booted = stage.run(&["boot", "--projectors", "examples/demo/release-2"]).await?.expect_exit_code(0)?;
+    let booted = stage
+        .run(&["boot", "--projectors", "examples/demo/release-2"])
+        .await?
+        .expect_exit_code(0)?;
     stage.print_output(&booted.stdout);
     for line in booted.log_lines("handed over: live") {
         stage.print_note(&format!(
@@ -80,7 +92,11 @@ async fn main() -> anyhow::Result<()> {
         "Boot takes the broken projector up where it stopped. The worker that runs picks it up by itself.",
     );
     stage.print_output(
-        &stage.run(&["boot", "--projectors", "examples/demo/release-3"]).await?.expect_exit_code(0)?.stdout,
+        &stage
+            .run(&["boot", "--projectors", "examples/demo/release-3"])
+            .await?
+            .expect_exit_code(0)?
+            .stdout,
     );
     worker.terminate().await?;
     let worker = stage.start_worker("release-3")?;
@@ -92,11 +108,16 @@ async fn main() -> anyhow::Result<()> {
     );
     let written = writer.stop().await?;
     worker.terminate().await?;
-    stage.run(&["play", "--until-idle", "--projectors", "examples/demo/release-3"]).await?.expect_exit_code(0)?;
+    stage
+        .run(&["play", "--until-idle", "--projectors", "examples/demo/release-3"])
+        .await?
+        .expect_exit_code(0)?;
     stage.print_note(&format!("{written} events were appended while all of this happened"));
     stage.show_status("release-3").await?;
 
-    let verdicts = fold::check(&stage, before).await.context("the read models cannot be compared with the log")?;
+    let verdicts = fold::check(&stage, before)
+        .await
+        .context("the read models cannot be compared with the log")?;
     stage.print_step("Each read model against a fold of the log", &format!("{verdicts}"));
     ensure!(verdicts.all_ok(), "a read model is not the fold of the log");
     println!("\nNothing lost, nothing twice.\n");

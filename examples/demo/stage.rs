@@ -48,8 +48,10 @@ pub struct Writer {
 
 impl Stage {
     pub async fn prepare() -> anyhow::Result<Self> {
-        let setting =
-            |name| std::env::var(name).with_context(|| format!("{name} is not set: run this by localstack/demo"));
+        let setting = |name| {
+            std::env::var(name)
+                .with_context(|| format!("{name} is not set: run this by localstack/demo"))
+        };
         let binary = setting("PROJECTIONIST_BIN")?;
         let (server, _) = setting("DATABASE_URL")?
             .rsplit_once('/')
@@ -57,8 +59,12 @@ impl Stage {
             .context("DATABASE_URL")?;
         let database_url = format!("{server}/{DATABASE}");
 
-        let admin = MySqlPool::connect(&setting("DATABASE_URL")?).await.context("the database does not answer")?;
-        for sql in [format!("drop database if exists {DATABASE}"), format!("create database {DATABASE}")] {
+        let admin = MySqlPool::connect(&setting("DATABASE_URL")?)
+            .await
+            .context("the database does not answer")?;
+        for sql in
+            [format!("drop database if exists {DATABASE}"), format!("create database {DATABASE}")]
+        {
             sqlx::raw_sql(AssertSqlSafe(sql)).execute(&admin).await?;
         }
         let config = aws_config::defaults(aws_config::BehaviorVersion::latest())
@@ -84,7 +90,9 @@ impl Stage {
 
     /// Leaves nothing behind.
     pub async fn clear(&self) -> anyhow::Result<()> {
-        sqlx::raw_sql(AssertSqlSafe(format!("drop database {DATABASE}"))).execute(&self.pool).await?;
+        sqlx::raw_sql(AssertSqlSafe(format!("drop database {DATABASE}")))
+            .execute(&self.pool)
+            .await?;
         self.sqs.delete_queue().queue_url(&self.queue_url).send().await?;
         Ok(())
     }
@@ -103,7 +111,8 @@ impl Stage {
     }
 
     pub fn print_step(&self, title: &str, text: &str) {
-        let (bold, plain) = if std::io::stdout().is_terminal() { ("\x1b[1m", "\x1b[0m") } else { ("", "") };
+        let (bold, plain) =
+            if std::io::stdout().is_terminal() { ("\x1b[1m", "\x1b[0m") } else { ("", "") };
         println!("{bold}[{:>4.1} s] {title}{plain}\n{text}", self.began.elapsed().as_secs_f32());
     }
 
@@ -118,7 +127,10 @@ impl Stage {
     }
 
     pub async fn show_status(&self, release: &str) -> anyhow::Result<()> {
-        let status = self.run(&["status", "--projectors", &projectors(release)]).await?.expect_exit_code(0)?;
+        let status = self
+            .run(&["status", "--projectors", &projectors(release)])
+            .await?
+            .expect_exit_code(0)?;
         self.print_output(&status.stdout);
         Ok(())
     }
@@ -127,7 +139,10 @@ impl Stage {
 
     fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(&self.binary);
-        command.args(arguments).env("DATABASE_URL", &self.database_url).env("QUEUE_URL", &self.queue_url);
+        command
+            .args(arguments)
+            .env("DATABASE_URL", &self.database_url)
+            .env("QUEUE_URL", &self.queue_url);
         command.env("PROJECTIONIST_LOG_FORMAT", "json").kill_on_drop(true);
         // What a killed worker held is hidden for this long, and the play must not last for ever.
         command.env("PROJECTIONIST_VISIBILITY_TIMEOUT", "10");
@@ -149,7 +164,9 @@ impl Stage {
         let mut stdin = child.stdin.take().context("piped")?;
         stdin.write_all(input).await?;
         drop(stdin);
-        let output = tokio::time::timeout(TIMEOUT, child.wait_with_output()).await.context("it takes too long")??;
+        let output = tokio::time::timeout(TIMEOUT, child.wait_with_output())
+            .await
+            .context("it takes too long")??;
         Ok(Ended {
             command: arguments.join(" "),
             code: output.status.code(),
@@ -166,7 +183,8 @@ impl Stage {
 
     pub async fn start_writer(&self, mut shop: Shop) -> anyhow::Result<Writer> {
         println!("  $ application | projectionist append &");
-        let mut child = self.command(&["append"]).stdin(Stdio::piped()).stderr(Stdio::inherit()).spawn()?;
+        let mut child =
+            self.command(&["append"]).stdin(Stdio::piped()).stderr(Stdio::inherit()).spawn()?;
         let mut stdin = child.stdin.take().context("piped")?;
         let (extra, mut extras) = mpsc::channel::<Value>(1);
         let task = tokio::spawn(async move {
@@ -206,11 +224,20 @@ impl Stage {
 
     pub async fn position(&self, release: &str, projector: &str) -> anyhow::Result<u64> {
         let status = self.status(release).await?;
-        let row = status["projectors"].as_array().into_iter().flatten().find(|row| row["name"] == projector);
+        let row = status["projectors"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .find(|row| row["name"] == projector);
         row.and_then(|row| row["position"].as_u64()).context("it is in the ledger")
     }
 
-    pub async fn wait_for_status(&self, release: &str, projector: &str, expected: &str) -> anyhow::Result<()> {
+    pub async fn wait_for_status(
+        &self,
+        release: &str,
+        projector: &str,
+        expected: &str,
+    ) -> anyhow::Result<()> {
         let began = Instant::now();
         while began.elapsed() < TIMEOUT {
             let status = self.status(release).await?;
@@ -229,7 +256,11 @@ impl Stage {
         let began = Instant::now();
         while began.elapsed() < TIMEOUT {
             let status = self.status(release).await?;
-            let mut live = status["projectors"].as_array().into_iter().flatten().filter(|row| row["status"] == "live");
+            let mut live = status["projectors"]
+                .as_array()
+                .into_iter()
+                .flatten()
+                .filter(|row| row["status"] == "live");
             if live.all(|row| row["position"].as_u64() >= Some(target)) {
                 return Ok(());
             }
@@ -264,7 +295,8 @@ impl Worker {
     pub async fn terminate(mut self) -> anyhow::Result<()> {
         let id = self.0.id().context("it runs")?.to_string();
         Command::new("kill").args(["-TERM", &id]).status().await?;
-        let ended = tokio::time::timeout(TIMEOUT, self.0.wait()).await.context("it does not stop")??;
+        let ended =
+            tokio::time::timeout(TIMEOUT, self.0.wait()).await.context("it does not stop")??;
         ensure!(ended.success(), "the worker stopped with {ended}");
         Ok(())
     }

@@ -31,15 +31,21 @@ impl Secret {
     /// What went wrong and what to do, for people. Never the text.
     pub(crate) async fn read(&self) -> Result<String, String> {
         let read = self.client.get_secret_value().secret_id(&self.id).send().await;
-        let read = read.map_err(|error| format!("the secret {} cannot be read: {}", self.id, explain(&error)))?;
-        read.secret_string.ok_or_else(|| format!("the secret {} is binary; it must be text", self.id))
+        let read = read.map_err(|error| {
+            format!("the secret {} cannot be read: {}", self.id, explain(&error))
+        })?;
+        read.secret_string
+            .ok_or_else(|| format!("the secret {} is binary; it must be text", self.id))
     }
 }
 
 /// The region that an ARN names.
 fn arn_region(id: &str) -> Option<&str> {
     let mut parts = id.split(':');
-    (parts.next() == Some("arn")).then(|| parts.nth(2)).flatten().filter(|region| !region.is_empty())
+    (parts.next() == Some("arn"))
+        .then(|| parts.nth(2))
+        .flatten()
+        .filter(|region| !region.is_empty())
 }
 
 fn explain<E>(error: &SdkError<E>) -> String
@@ -50,7 +56,9 @@ where
     let message = error.message().unwrap_or(code);
     match error {
         SdkError::ServiceError(_) if code.contains("AccessDenied") => {
-            format!("{message}; allow secretsmanager:GetSecretValue on it, and kms:Decrypt where its key is your own")
+            format!(
+                "{message}; allow secretsmanager:GetSecretValue on it, and kms:Decrypt where its key is your own"
+            )
         }
         SdkError::ServiceError(_) if code.contains("ResourceNotFound") => {
             "it does not exist; correct its ARN or name (and the region)".into()

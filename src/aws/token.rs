@@ -6,14 +6,17 @@ use std::time::{Duration, SystemTime};
 use aws_config::{Region, SdkConfig};
 use aws_credential_types::Credentials;
 use aws_credential_types::provider::{ProvideCredentials, SharedCredentialsProvider};
-use aws_sigv4::http_request::{SignableBody, SignableRequest, SignatureLocation, SigningSettings, sign};
+use aws_sigv4::http_request::{
+    SignableBody, SignableRequest, SignatureLocation, SigningSettings, sign,
+};
 use aws_sigv4::sign::v4::SigningParams;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 
 use super::format_error_chain;
 use crate::model::error::Error;
 
-/// RDS takes a token for so long after it was made. Only who connects needs one: a connection outlives it.
+/// RDS takes a token for so long after it was made. Only who connects needs one: a connection
+/// outlives it.
 const VALID_FOR: Duration = Duration::from_secs(15 * 60);
 
 /// From this age on another is made, so that clocks may differ and a connection may be slow.
@@ -45,19 +48,28 @@ impl AuthTokenGenerator {
     /// # Errors
     /// [`Error::Input`] where no credentials or no region are set up.
     pub(crate) fn new(config: &SdkConfig) -> Result<Self, Error> {
-        let missing =
-            || Error::Input("IAM authentication needs AWS credentials and a region, and there are none".into());
+        let missing = || {
+            Error::Input(
+                "IAM authentication needs AWS credentials and a region, and there are none".into(),
+            )
+        };
         Ok(AuthTokenGenerator {
             credentials: config.credentials_provider().ok_or_else(missing)?,
             region: config.region().cloned().ok_or_else(missing)?,
         })
     }
 
-    /// A new token for a user at a server. The host must be the instance's or cluster's own name: it is part of what is signed.
+    /// A new token for a user at a server. The host must be the instance's or cluster's own name:
+    /// it is part of what is signed.
     ///
     /// # Errors
     /// What went wrong and what to do, for people.
-    pub(crate) async fn generate(&self, host: &str, port: u16, user: &str) -> Result<AuthToken, String> {
+    pub(crate) async fn generate(
+        &self,
+        host: &str,
+        port: u16,
+        user: &str,
+    ) -> Result<AuthToken, String> {
         let credentials = self.credentials.provide_credentials().await;
         let credentials = credentials.map_err(|error| {
             format!(
@@ -68,8 +80,10 @@ impl AuthTokenGenerator {
         let now = SystemTime::now();
         let fresh = now + RENEW_AFTER;
         let renew_at = credentials.expiry().map_or(fresh, |expiry| expiry.min(fresh));
-        let text = presign(credentials, self.region.as_ref(), host, port, user, now)
-            .map_err(|error| format!("the token cannot be signed: {}", format_error_chain(error.as_ref())))?;
+        let text =
+            presign(credentials, self.region.as_ref(), host, port, user, now).map_err(|error| {
+                format!("the token cannot be signed: {}", format_error_chain(error.as_ref()))
+            })?;
         Ok(AuthToken { text, renew_at })
     }
 }
@@ -87,9 +101,13 @@ fn presign(
     settings.signature_location = SignatureLocation::QueryParams;
     settings.expires_in = Some(VALID_FOR);
     let identity = credentials.into();
-    let parameters = SigningParams::builder().identity(&identity).region(region).name("rds-db").time(at);
+    let parameters =
+        SigningParams::builder().identity(&identity).region(region).name("rds-db").time(at);
     let parameters = parameters.settings(settings).build()?.into();
-    let mut url = format!("https://{host}:{port}/?Action=connect&DBUser={}", utf8_percent_encode(user, RESERVED));
+    let mut url = format!(
+        "https://{host}:{port}/?Action=connect&DBUser={}",
+        utf8_percent_encode(user, RESERVED)
+    );
     let request = SignableRequest::new("GET", &url, std::iter::empty(), SignableBody::Bytes(b""))?;
     let (instructions, _) = sign(request, &parameters)?.into_parts();
     for (name, value) in instructions.params() {
@@ -126,8 +144,19 @@ mod tests {
                  &X-Amz-Signature=8420177824ae5ab5056289e327eee4493575de3cbc30aed809e3a8ef7501d194",
             ),
             (
-                Credentials::new("ASIAEXAMPLE", KEY, Some("IQoJb3JpZ2luX2VjE/example+token==".into()), None, "test"),
-                ("eu-central-1", "db.cluster-abc.eu-central-1.rds.amazonaws.com", 3307, "jane doe+1"),
+                Credentials::new(
+                    "ASIAEXAMPLE",
+                    KEY,
+                    Some("IQoJb3JpZ2luX2VjE/example+token==".into()),
+                    None,
+                    "test",
+                ),
+                (
+                    "eu-central-1",
+                    "db.cluster-abc.eu-central-1.rds.amazonaws.com",
+                    3307,
+                    "jane doe+1",
+                ),
                 "db.cluster-abc.eu-central-1.rds.amazonaws.com:3307/?Action=connect&DBUser=jane%20doe%2B1\
                  &X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=ASIAEXAMPLE%2F20261122%2Feu-central-1%2Frds-db%2Faws4_request\
                  &X-Amz-Date=20261122T195835Z&X-Amz-SignedHeaders=host&X-Amz-Expires=900\

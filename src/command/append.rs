@@ -25,7 +25,8 @@ const MAX_LINE_BYTES: u64 = 2 * NewEvent::MAX_JSON as u64 + 65_536;
 const MAX_TRANSACTION_EVENTS: usize = 500;
 const MAX_TRANSACTION_BYTES: usize = 4 * 1024 * 1024;
 
-/// A CHECK of ours did not hold, on MySQL and on MariaDB: their ideas of JSON are narrower than ours.
+/// A CHECK of ours did not hold, on MySQL and on MariaDB: their ideas of JSON are narrower than
+/// ours.
 const CHECK_VIOLATION_CODES: [u16; 2] = [3819, 4025];
 
 /// Events that trickle in, from a pipe that stays open, are stored this soon.
@@ -93,7 +94,10 @@ impl LineReader {
             }
             Some(InputMessage::End) => None,
             // The thread panicked: the input may go on.
-            None => Some((self.last_line + 1, Err("the reading of the input broke off here, or soon after it".into()))),
+            None => Some((
+                self.last_line + 1,
+                Err("the reading of the input broke off here, or soon after it".into()),
+            )),
         }
     }
 }
@@ -102,9 +106,9 @@ impl AppendCommand {
     pub(super) async fn run(self, config: &Config) -> Result<(), Error> {
         let input: Box<dyn Read + Send> = match self.file.filter(|file| file.as_os_str() != "-") {
             None => Box::new(std::io::stdin()),
-            Some(file) => Box::new(
-                File::open(&file).map_err(|error| Error::Input(format!("cannot read {}: {error}", file.display())))?,
-            ),
+            Some(file) => Box::new(File::open(&file).map_err(|error| {
+                Error::Input(format!("cannot read {}: {error}", file.display()))
+            })?),
         };
         let mut appender = Appender {
             store: EventStore::new(&config.database().await?),
@@ -154,16 +158,20 @@ impl Appender {
         self.buffered_bytes += event.payload.len() + event.metadata.as_ref().map_or(0, String::len);
         self.buffered.push((line, event));
         self.buffered_since.get_or_insert_with(Instant::now);
-        match self.buffered.len() >= MAX_TRANSACTION_EVENTS || self.buffered_bytes >= MAX_TRANSACTION_BYTES {
+        match self.buffered.len() >= MAX_TRANSACTION_EVENTS
+            || self.buffered_bytes >= MAX_TRANSACTION_BYTES
+        {
             true => self.flush().await,
             false => Ok(()),
         }
     }
 
-    /// Stores what waits. At an event that cannot be stored, those before it are, and the error names its line.
+    /// Stores what waits. At an event that cannot be stored, those before it are, and the error
+    /// names its line.
     async fn flush(&mut self) -> Result<(), Error> {
         (self.buffered_bytes, self.buffered_since) = (0, None);
-        let (lines, events): (Vec<u64>, Vec<NewEvent>) = std::mem::take(&mut self.buffered).into_iter().unzip();
+        let (lines, events): (Vec<u64>, Vec<NewEvent>) =
+            std::mem::take(&mut self.buffered).into_iter().unzip();
         let (mut next, mut end, mut max_events) = (0, events.len(), events.len());
         let mut refused = None;
         while next < end {
@@ -172,9 +180,12 @@ impl Appender {
                 next += attempt.len();
                 continue;
             };
-            let Some(reason) = rejection_reason(&error) else { return Err(self.append_error(error)) };
+            let Some(reason) = rejection_reason(&error) else {
+                return Err(self.append_error(error));
+            };
             match rejected_index(&error, attempt) {
-                // The first to be refused need not be the first that is bad: those before it are tried without it.
+                // The first to be refused need not be the first that is bad: those before it are
+                // tried without it.
                 Some(index) => (end, refused) = (next + index, Some(reason)),
                 None => max_events = attempt.len() / 2,
             }
@@ -199,7 +210,9 @@ impl Appender {
     }
 
     fn append_error(&self, error: AppendError) -> Error {
-        let with_summary = |error: &dyn std::fmt::Display| format!("{error}\n{}", self.summary("stored before that:"));
+        let with_summary = |error: &dyn std::fmt::Display| {
+            format!("{error}\n{}", self.summary("stored before that:"))
+        };
         match error {
             AppendError::Database(error) if is_transient(&error) => {
                 Error::Unreachable(with_summary(&Error::Database(error)))
@@ -222,9 +235,12 @@ impl Appender {
 fn rejection_reason(error: &AppendError) -> Option<String> {
     match error {
         AppendError::InvalidEvent { reason, .. } => Some(reason.clone()),
-        AppendError::WrongVersion { .. } | AppendError::DuplicateEventId { .. } => Some(error.to_string()),
+        AppendError::WrongVersion { .. } | AppendError::DuplicateEventId { .. } => {
+            Some(error.to_string())
+        }
         AppendError::Database(error)
-            if server_error_number(error).is_some_and(|number| CHECK_VIOLATION_CODES.contains(&number)) =>
+            if server_error_number(error)
+                .is_some_and(|number| CHECK_VIOLATION_CODES.contains(&number)) =>
         {
             Some(format!(
                 "the database does not take its payload or metadata as JSON: half a surrogate pair, a number out of \
@@ -238,12 +254,16 @@ fn rejection_reason(error: &AppendError) -> Option<String> {
 /// Which of these events was refused, as far as the error tells.
 fn rejected_index(error: &AppendError, events: &[NewEvent]) -> Option<usize> {
     match error {
-        AppendError::InvalidEvent { index, .. } | AppendError::WrongVersion { index, .. } => Some(*index),
+        AppendError::InvalidEvent { index, .. } | AppendError::WrongVersion { index, .. } => {
+            Some(*index)
+        }
         AppendError::DuplicateEventId { event_id } if events.len() > 1 => {
             // The last of them: the id may stand twice among the lines, too.
             events.iter().rposition(|event| event.event_id.as_ref() == Some(event_id))
         }
-        AppendError::DuplicateEventId { .. } | AppendError::Database(_) => (events.len() == 1).then_some(0),
+        AppendError::DuplicateEventId { .. } | AppendError::Database(_) => {
+            (events.len() == 1).then_some(0)
+        }
     }
 }
 
@@ -258,7 +278,9 @@ fn read_lines(input: Box<dyn Read + Send>, lines: &mpsc::Sender<InputMessage>) {
                 let _ = lines.blocking_send(InputMessage::End);
                 return;
             }
-            Ok(_) if text.len() as u64 > MAX_LINE_BYTES => Some(Err(format!("longer than {MAX_LINE_BYTES} bytes"))),
+            Ok(_) if text.len() as u64 > MAX_LINE_BYTES => {
+                Some(Err(format!("longer than {MAX_LINE_BYTES} bytes")))
+            }
             Ok(_) => parse_line(&text).transpose(),
             Err(error) => Some(Err(format!("cannot be read: {error}"))),
         };
@@ -272,8 +294,8 @@ fn read_lines(input: Box<dyn Read + Send>, lines: &mpsc::Sender<InputMessage>) {
 
 /// The event of a line; `None` for an empty one.
 fn parse_line(text: &[u8]) -> Result<Option<NewEvent>, String> {
-    let text =
-        std::str::from_utf8(text).map_err(|error| format!("not UTF-8, from byte {} on", error.valid_up_to() + 1))?;
+    let text = std::str::from_utf8(text)
+        .map_err(|error| format!("not UTF-8, from byte {} on", error.valid_up_to() + 1))?;
     if text.trim().is_empty() {
         return Ok(None);
     }
@@ -345,7 +367,9 @@ mod tests {
         // More than any memory holds.
         let endless = Box::new(std::io::repeat(b' '));
         let reading = std::thread::spawn(move || read_lines(endless, &sender));
-        let Some(InputMessage::Line(line, read)) = events.blocking_recv() else { panic!("it is not refused") };
+        let Some(InputMessage::Line(line, read)) = events.blocking_recv() else {
+            panic!("it is not refused")
+        };
         assert!(line == 1 && read.is_err_and(|reason| reason.contains("longer than")));
         reading.join().expect("it has ended");
     }
@@ -364,10 +388,13 @@ mod tests {
 
     #[tokio::test]
     async fn a_panicking_reader_is_an_error_and_not_the_end_of_input() {
-        let mut lines =
-            LineReader::read(Box::new(PanickingReader(std::io::Cursor::new(format!("{LINE}\n{LINE}\n").into_bytes()))));
+        let mut lines = LineReader::read(Box::new(PanickingReader(std::io::Cursor::new(
+            format!("{LINE}\n{LINE}\n").into_bytes(),
+        ))));
         for number in [1, 2] {
-            assert!(lines.next().await.is_some_and(|(line, event)| line == number && event.is_ok()));
+            assert!(
+                lines.next().await.is_some_and(|(line, event)| line == number && event.is_ok())
+            );
         }
         let Some((3, Err(reason))) = lines.next().await else { panic!("it looks like the end") };
         assert!(reason.contains("broke off"), "{reason}");
@@ -382,8 +409,10 @@ mod tests {
 
     #[test]
     fn a_date_outside_the_calendar_in_utc_is_refused() {
-        for at in ["9999-12-31T23:59:59-01:00", "0999-12-31T23:59:59Z", "0000-01-01T00:00:00+01:00"] {
-            let line = format!(r#"{{"stream_id":"a","event_type":"b","payload":1,"recorded_at":"{at}"}}"#);
+        for at in ["9999-12-31T23:59:59-01:00", "0999-12-31T23:59:59Z", "0000-01-01T00:00:00+01:00"]
+        {
+            let line =
+                format!(r#"{{"stream_id":"a","event_type":"b","payload":1,"recorded_at":"{at}"}}"#);
             let error = parse_line(line.as_bytes()).expect_err(at);
             assert!(error.contains("recorded_at must lie"), "{error}");
         }
@@ -395,7 +424,8 @@ mod tests {
             let _ = parse_line(&line);
         }
 
-        /// Whatever is made of a line, what is stored of it keeps to the table's bounds, and is no larger than the line.
+        /// Whatever is made of a line, what is stored of it keeps to the table's bounds, and is no
+        /// larger than the line.
         #[test]
         fn a_corrupted_line_is_refused_or_an_event_no_larger_than_itself(line in corrupted::bytes(LINE)) {
             let Ok(Some(event)) = parse_line(&line) else { return Ok(()) };
@@ -405,7 +435,8 @@ mod tests {
             prop_assert!(names + json <= line.len());
         }
 
-        /// Whatever the input is, its lines are told in order, and reading ends with the first that is refused.
+        /// Whatever the input is, its lines are told in order, and reading ends with the first that
+        /// is refused.
         #[test]
         fn corrupted_lines_are_read_in_order_up_to_the_first_refused(
             input in corrupted::bytes(&[LINE, "", LINE, LINE].join("\n")),

@@ -1,4 +1,5 @@
-//! `audit`: proves or refutes, while everything runs, that the log is what it was; and takes note of what an operator accepts.
+//! `audit`: proves or refutes, while everything runs, that the log is what it was; and takes note
+//! of what an operator accepts.
 
 use std::time::{Duration, Instant};
 
@@ -67,7 +68,8 @@ struct Report {
     high_water: u64,
     rows: u64,
     faults: Vec<String>,
-    /// Positions up to the mark that have no row: the first ranges of them, each with its first and its last position.
+    /// Positions up to the mark that have no row: the first ranges of them, each with its first and
+    /// its last position.
     missing_ranges: Vec<(u64, u64)>,
     /// How many there are in all.
     missing_count: u64,
@@ -86,7 +88,14 @@ struct AcceptanceReport {
 
 impl From<Acceptance> for AcceptanceReport {
     fn from(acceptance: Acceptance) -> Self {
-        let Acceptance { first, last, missing_positions: missing, reason, accepted_by, accepted_at } = acceptance;
+        let Acceptance {
+            first,
+            last,
+            missing_positions: missing,
+            reason,
+            accepted_by,
+            accepted_at,
+        } = acceptance;
         let accepted_at = accepted_at.format(&Rfc3339).unwrap_or_else(|_| accepted_at.to_string());
         AcceptanceReport { first, last, missing, reason, accepted_by, accepted_at }
     }
@@ -120,11 +129,13 @@ impl AuditCommand {
         let mut log = store.audit(progress_logger()).await?;
         if let (Some(range), Some(reason)) = (self.accept.as_deref(), &self.reason) {
             let (first, last) = (range[0], range[1]);
-            accept(&store, &log, Position::new(first)..=Position::new(last), reason, self.yes).await?;
+            accept(&store, &log, Position::new(first)..=Position::new(last), reason, self.yes)
+                .await?;
             log = store.audit(progress_logger()).await?;
         }
         let faults = find_faults(&store, &ledger, &log).await?;
-        let acceptances = store.acceptances().await?.into_iter().map(AcceptanceReport::from).collect();
+        let acceptances =
+            store.acceptances().await?.into_iter().map(AcceptanceReport::from).collect();
         if !faults.listed.is_empty() {
             let range = log.missing.ranges.first();
             error!(
@@ -153,7 +164,10 @@ impl AuditCommand {
             )?,
             false => {
                 if report.ok {
-                    print(format!("{} rows up to the high-water mark {}: all well", log.rows, log.high_water))?;
+                    print(format!(
+                        "{} rows up to the high-water mark {}: all well",
+                        log.rows, log.high_water
+                    ))?;
                 }
                 report.faults.iter().try_for_each(print)?;
                 report.acceptances.iter().map(AcceptanceReport::line).try_for_each(print)?;
@@ -184,7 +198,8 @@ impl Faults {
 }
 
 async fn find_faults(store: &EventStore, ledger: &Ledger, log: &LogAudit) -> Result<Faults, Error> {
-    // Marks never fall, so what is beyond this one now was beyond the audited one, too, or has moved since.
+    // Marks never fall, so what is beyond this one now was beyond the audited one, too, or has
+    // moved since.
     let entries = ledger.entries().await?;
     let marks = store.marks().await?;
     let mut listed = describe_missing(&log.missing);
@@ -211,7 +226,10 @@ async fn find_faults(store: &EventStore, ledger: &Ledger, log: &LogAudit) -> Res
         ));
     }
     if marks.published > marks.high_water {
-        other.push(format!("{} is published, beyond the high-water mark {}", marks.published, marks.high_water));
+        other.push(format!(
+            "{} is published, beyond the high-water mark {}",
+            marks.published, marks.high_water
+        ));
     }
     count += other.len() as u64;
     listed.extend(other);
@@ -223,10 +241,14 @@ fn describe_missing(missing: &MissingPositions) -> Vec<String> {
     let range = |(first, last): &(u64, u64)| match first == last {
         true => format!("position {first} has no row: it was deleted"),
         false => {
-            format!("positions {first} to {last} have no row: {} deleted", HumanCount((last - first).saturating_add(1)))
+            format!(
+                "positions {first} to {last} have no row: {} deleted",
+                HumanCount((last - first).saturating_add(1))
+            )
         }
     };
-    let mut listed: Vec<String> = missing.ranges.iter().take(MAX_LISTED_FAULTS).map(range).collect();
+    let mut listed: Vec<String> =
+        missing.ranges.iter().take(MAX_LISTED_FAULTS).map(range).collect();
     let unnamed = missing.range_count - listed.len() as u64;
     if unnamed > 0 {
         listed.push(format!(

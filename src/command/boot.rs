@@ -11,7 +11,9 @@ use tracing::info;
 use super::status::FailureReport;
 use super::{parse_projector, print, shutdown_signal};
 use crate::command::config::Config;
-use crate::engine::boot::{BootProgress, BootReport, BootSettings, ProjectorOutcome, boot, log_boot_failure};
+use crate::engine::boot::{
+    BootProgress, BootReport, BootSettings, ProjectorOutcome, boot, log_boot_failure,
+};
 use crate::model::error::Error;
 use crate::model::projector::ProjectorId;
 use crate::model::registry::Registry;
@@ -31,13 +33,18 @@ pub(super) struct BootCommand {
     #[arg(value_name = "NAME[@VERSION]")]
     names: Vec<String>,
 
-    /// Accept of this projector what boot refuses: rows in the tables of a new one, more event types than it was booted with,
-    /// a table that was gone and has been restored. May be repeated
-    #[arg(long, value_name = "NAME[@VERSION]", env = "PROJECTIONIST_ACCEPT", value_delimiter = ',')]
+    /// Accept of this projector what boot refuses: rows in the tables of a new one, more event
+    /// types than it was booted with, a table that was gone and has been restored. May be repeated
+    #[arg(
+        long,
+        value_name = "NAME[@VERSION]",
+        env = "PROJECTIONIST_ACCEPT",
+        value_delimiter = ','
+    )]
     accept: Vec<String>,
 
-    /// How long to wait for a database that is away, and for a transaction that holds the high-water mark below the end of the
-    /// log, in seconds
+    /// How long to wait for a database that is away, and for a transaction that holds the
+    /// high-water mark below the end of the log, in seconds
     #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_WAIT_TIMEOUT", default_value_t = 60,
           value_parser = clap::value_parser!(u64).range(..=86_400))]
     wait_timeout: u64,
@@ -83,7 +90,8 @@ impl BootCommand {
         let registry = config.nonempty_registry(registry).inspect_err(failed)?;
         let reporter = config.reporter();
         let mut display = ProgressDisplay::new();
-        // The first process of a container has no default for a signal: it has to listen, or be killed.
+        // The first process of a container has no default for a signal: it has to listen, or be
+        // killed.
         let shutdown = shutdown_signal().inspect_err(failed)?;
         let booting = async {
             let settings = self.settings(config, &registry).inspect_err(failed)?;
@@ -109,7 +117,8 @@ impl BootCommand {
     }
 
     fn settings(&self, config: &Config, registry: &Registry) -> Result<BootSettings, Error> {
-        let mut settings = BootSettings::from(config.boot_limits(Duration::from_secs(self.wait_timeout)));
+        let mut settings =
+            BootSettings::from(config.boot_limits(Duration::from_secs(self.wait_timeout)));
         settings.only = find_projectors(&self.names, registry)?;
         settings.accept = find_projectors(&self.accept, registry)?;
         Ok(settings)
@@ -121,12 +130,18 @@ fn find_projectors(names: &[String], registry: &Registry) -> Result<Vec<Projecto
     let mut found = Vec::new();
     for text in names {
         let (name, version) = parse_projector(text)?;
-        let matches = |id: &&ProjectorId| id.name == name && version.is_none_or(|version| version == id.version);
+        let matches = |id: &&ProjectorId| {
+            id.name == name && version.is_none_or(|version| version == id.version)
+        };
         let before = found.len();
         found.extend(registry.iter().map(|projector| &projector.id).filter(matches).cloned());
         if found.len() == before {
-            let known: Vec<String> = registry.iter().map(|projector| projector.id.to_string()).collect();
-            return Err(Error::Input(format!("this set has no projector {text:?}; it has: {}", known.join(", "))));
+            let known: Vec<String> =
+                registry.iter().map(|projector| projector.id.to_string()).collect();
+            return Err(Error::Input(format!(
+                "this set has no projector {text:?}; it has: {}",
+                known.join(", ")
+            )));
         }
     }
     Ok(found)
@@ -142,7 +157,11 @@ fn format_json(report: &BootReport) -> String {
         from_position: booted.position_before.map(|position| position.get()),
         changed: booted.has_changed,
         reason: booted.reason.as_deref(),
-        failure: booted.entry.as_ref().and_then(|entry| entry.status.failure()).map(FailureReport::from),
+        failure: booted
+            .entry
+            .as_ref()
+            .and_then(|entry| entry.status.failure())
+            .map(FailureReport::from),
     });
     let outcome = BootJson {
         released: report.is_released(),
@@ -150,7 +169,8 @@ fn format_json(report: &BootReport) -> String {
         target: report.target.get(),
         projectors: projectors.collect(),
     };
-    serde_json::to_string(&outcome).unwrap_or_else(|error| unreachable!("plain strings and numbers: {error}"))
+    serde_json::to_string(&outcome)
+        .unwrap_or_else(|error| unreachable!("plain strings and numbers: {error}"))
 }
 
 fn format_line(booted: &ProjectorOutcome) -> String {
@@ -168,7 +188,10 @@ fn format_line(booted: &ProjectorOutcome) -> String {
     let failure = booted.entry.as_ref().and_then(|entry| entry.status.failure());
     match (failure, &booted.reason) {
         (Some(failure), _) => {
-            let event = failure.event.as_ref().map(|event| format!(" at {} ({})", event.position, event.event_type));
+            let event = failure
+                .event
+                .as_ref()
+                .map(|event| format!(" at {} ({})", event.position, event.event_type));
             let failed = format!("failed{}: {}", event.unwrap_or_default(), failure.error);
             line.push_str(&format!("\n  {}", escape_control(&failed)));
         }
@@ -219,7 +242,9 @@ impl ProgressDisplay {
             bar.set_position(lowest);
             bar.set_message(match &progress.wait {
                 None => format!("{} projectors", progress.positions.len()),
-                Some(waiting) => format!("waiting for {} s: {}", waiting.elapsed.as_secs(), waiting.reason),
+                Some(waiting) => {
+                    format!("waiting for {} s: {}", waiting.elapsed.as_secs(), waiting.reason)
+                }
             });
             return;
         }
@@ -227,7 +252,9 @@ impl ProgressDisplay {
             // Boot itself logs why it waits.
             return;
         }
-        let Some(round) = self.round.as_mut().filter(|round| now - round.last_logged >= PROGRESS_INTERVAL) else {
+        let Some(round) =
+            self.round.as_mut().filter(|round| now - round.last_logged >= PROGRESS_INTERVAL)
+        else {
             return;
         };
         round.last_logged = now;

@@ -19,7 +19,10 @@ const TERMINATED: u8 = 143;
 /// Returns the exit code for `error`.
 pub(super) fn exit_code(error: &Error) -> ExitCode {
     ExitCode::from(match error {
-        Error::Projector(_) | Error::LogFault(_) | Error::ForeignMessages(_) | Error::Unhealthy(_) => FAILED,
+        Error::Projector(_)
+        | Error::LogFault(_)
+        | Error::ForeignMessages(_)
+        | Error::Unhealthy(_) => FAILED,
         Error::Input(_) => USAGE,
         Error::Unreachable(_) => UNREACHABLE,
         Error::Interrupted => TERMINATED,

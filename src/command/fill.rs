@@ -35,7 +35,9 @@ impl FillCommand {
     pub(super) async fn run(self, config: &Config) -> Result<(), Error> {
         let FillCommand { first, last, yes } = self;
         if first > last {
-            return Err(Error::Input(format!("the first position, {first}, lies after the last, {last}")));
+            return Err(Error::Input(format!(
+                "the first position, {first}, lies after the last, {last}"
+            )));
         }
         let store = EventStore::new(&config.database().await?);
         // Above what is visible there is no gap: those positions are still to be given out.
@@ -78,10 +80,14 @@ impl FillCommand {
         let taken = HumanCount((last - first).saturating_add(1) - filled);
         match filled {
             0 => print(format!("nothing to fill: each position from {first} to {last} has a row")),
-            1 => print(format!("filled 1 position from {first} to {last}; {taken} had a row already")),
+            1 => print(format!(
+                "filled 1 position from {first} to {last}; {taken} had a row already"
+            )),
             filled => {
                 let filled = HumanCount(filled);
-                print(format!("filled {filled} positions from {first} to {last}; {taken} had a row already"))
+                print(format!(
+                    "filled {filled} positions from {first} to {last}; {taken} had a row already"
+                ))
             }
         }
     }

@@ -34,7 +34,8 @@ impl HealthCommand {
     pub(super) fn run(self) -> Result<(), Error> {
         let file = self.heartbeat.display();
         let touched = std::fs::symlink_metadata(&self.heartbeat).and_then(|file| file.modified());
-        let touched = touched.map_err(|error| Error::Unhealthy(format!("no heartbeat in {file}: {error}")))?;
+        let touched = touched
+            .map_err(|error| Error::Unhealthy(format!("no heartbeat in {file}: {error}")))?;
         // One that is ahead was touched before the clock was set back: that is not long ago.
         let age = SystemTime::now().duration_since(touched).unwrap_or_default().as_secs();
         match age <= self.max_age {
@@ -46,14 +47,15 @@ impl HealthCommand {
     }
 }
 
-/// The heartbeat of a loop: touches a file for as long as it is polled. So it must be polled by the task that the loop is in,
-/// and stops when that is stopped, or blocked by a handler.
+/// The heartbeat of a loop: touches a file for as long as it is polled. So it must be polled by the
+/// task that the loop is in, and stops when that is stopped, or blocked by a handler.
 pub(super) struct Heartbeat {
     file: Option<PathBuf>,
 }
 
 impl Heartbeat {
-    /// With a first beat, by which it is known whether the file can be written; without a file it does nothing.
+    /// With a first beat, by which it is known whether the file can be written; without a file it
+    /// does nothing.
     ///
     /// # Errors
     /// [`Error::Input`] where the file cannot be written.
@@ -96,8 +98,9 @@ impl Drop for Heartbeat {
     }
 }
 
-/// Writes a new file beside it, and gives it this name: a symbolic link of this name is replaced and not followed, so that in
-/// a folder that others can write to, too, no file of ours can be touched or made through it.
+/// Writes a new file beside it, and gives it this name: a symbolic link of this name is replaced
+/// and not followed, so that in a folder that others can write to, too, no file of ours can be
+/// touched or made through it.
 fn touch(file: &Path) -> std::io::Result<()> {
     let mut temporary = file.as_os_str().to_owned();
     temporary.push(format!(".{}", std::process::id()));
@@ -125,16 +128,24 @@ mod tests {
         let (target, link) = (folder.path().join("target"), folder.path().join("heartbeat"));
         std::fs::write(&target, "not a heartbeat").expect("written");
         let long_ago = SystemTime::now() - Duration::from_secs(3600);
-        File::options().write(true).open(&target).and_then(|file| file.set_modified(long_ago)).expect("dated");
+        File::options()
+            .write(true)
+            .open(&target)
+            .and_then(|file| file.set_modified(long_ago))
+            .expect("dated");
         let temporary = folder.path().join(format!("heartbeat.{}", std::process::id()));
         for place in [&link, &temporary] {
             std::os::unix::fs::symlink(&target, place).expect("linked");
         }
         let missing = folder.path().join("missing");
         touch(&link).expect("touched");
-        let dated = std::fs::metadata(&target).and_then(|file| file.modified()).expect("it is there");
+        let dated =
+            std::fs::metadata(&target).and_then(|file| file.modified()).expect("it is there");
         assert_eq!(dated, long_ago);
-        assert!(!std::fs::symlink_metadata(&link).expect("it is there").is_symlink() && !temporary.exists());
+        assert!(
+            !std::fs::symlink_metadata(&link).expect("it is there").is_symlink()
+                && !temporary.exists()
+        );
 
         std::fs::remove_file(&link).expect("removed");
         std::os::unix::fs::symlink(&missing, &link).expect("linked");
@@ -147,7 +158,8 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let file = folder.path().join("heartbeat");
         let heartbeat = Heartbeat::new(Some(&file)).expect("it can be written");
-        let touched = || std::fs::metadata(&file).and_then(|file| file.modified()).expect("it is there");
+        let touched =
+            || std::fs::metadata(&file).and_then(|file| file.modified()).expect("it is there");
         let first = touched();
         let blocks = async { std::thread::sleep(2 * HEARTBEAT_INTERVAL) };
         tokio::select! {

@@ -34,18 +34,20 @@ AWS Lambda starts this: also without the word `lambda`, where AWS_LAMBDA_RUNTIME
 invoked with batches of messages by an SQS event source mapping with ReportBatchItemFailures, and by a schedule. README, \
 \"As a Lambda\", has the settings.")]
 pub(super) struct LambdaCommand {
-    /// How long before the function's time-out an invocation stops, rolls back what is not committed, and answers, in milliseconds
+    /// How long before the function's time-out an invocation stops, rolls back what is not
+    /// committed, and answers, in milliseconds
     #[arg(long, value_name = "MS", env = "PROJECTIONIST_DEADLINE_MARGIN", default_value_t = 2_000,
           value_parser = clap::value_parser!(u64).range(200..=60_000))]
     deadline_margin: u64,
 
-    /// For how long a scheduled invocation publishes what comes, in seconds; 0: until what was there is published
+    /// For how long a scheduled invocation publishes what comes, in seconds; 0: until what was
+    /// there is published
     #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_RELAY_SECONDS", default_value_t = 0,
           value_parser = clap::value_parser!(u64).range(0..=900))]
     relay_seconds: u64,
 
-    /// For how long connections are kept that no invocation uses, in seconds. Whoever is frozen for longer finds them dead, and
-    /// may not be told so
+    /// For how long connections are kept that no invocation uses, in seconds. Whoever is frozen for
+    /// longer finds them dead, and may not be told so
     #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_IDLE_TIMEOUT", default_value_t = 30,
           value_parser = clap::value_parser!(u64).range(0..=50))]
     idle_timeout: u64,
@@ -109,29 +111,43 @@ impl LambdaCommand {
                 stop = shutdown.wait_for(|stop| *stop) => return shutdown_result(stop.is_ok()),
                 next = api.next() => next?,
             };
-            let response = function.invoke(&invocation.event, invocation.remaining(), &shutdown).await;
+            let response =
+                function.invoke(&invocation.event, invocation.remaining(), &shutdown).await;
             api.respond(invocation, response).await;
         }
     }
 }
 
-/// The end of the function: by a signal, or because the task that waits for signals has ended without one.
+/// The end of the function: by a signal, or because the task that waits for signals has ended
+/// without one.
 fn shutdown_result(is_by_signal: bool) -> Result<(), Error> {
     match is_by_signal {
         true => Ok(()),
-        false => Err(Error::Unreachable("the task that waits for signals has ended without one".into())),
+        false => {
+            Err(Error::Unreachable("the task that waits for signals has ended without one".into()))
+        }
     }
 }
 
 impl<'a> Function<'a> {
-    async fn init(options: LambdaCommand, config: &'a Config, registry: Registry) -> Result<Self, Error> {
+    async fn init(
+        options: LambdaCommand,
+        config: &'a Config,
+        registry: Registry,
+    ) -> Result<Self, Error> {
         let registry = config.nonempty_registry(registry)?;
         let reporter = config.reporter();
         let database = config.database_with(DEFAULT_CONNECTIONS).await?;
         let (background_limits, reconcile_after) =
             (options.catch_up.background_limits(), options.catch_up.reconcile_after());
-        let worker =
-            Worker::new(&database, &registry, config.play_limits(), background_limits, reconcile_after).await?;
+        let worker = Worker::new(
+            &database,
+            &registry,
+            config.play_limits(),
+            background_limits,
+            reconcile_after,
+        )
+        .await?;
         let (last_used, has_been_invoked) = (SystemTime::now(), false);
         Ok(Function {
             options,
@@ -159,7 +175,8 @@ impl<'a> Function<'a> {
         let response = match parse(event)? {
             Trigger::Messages(batch) => {
                 self.check_queue(&batch.queue_arn, &deadline).await;
-                let processed = self.worker.fan_out_until(&batch.ids, &batch.bodies, &deadline).await;
+                let processed =
+                    self.worker.fan_out_until(&batch.ids, &batch.bodies, &deadline).await;
                 self.reporter.flush();
                 Ok(batch.response(&processed))
             }
@@ -177,17 +194,18 @@ impl<'a> Function<'a> {
         response
     }
 
-    /// Looks once whether the log was last published to another queue. That only tells of something: where it cannot be told
-    /// now, the next invocation will.
+    /// Looks once whether the log was last published to another queue. That only tells of
+    /// something: where it cannot be told now, the next invocation will.
     async fn check_queue(&mut self, queue: &str, deadline: &Deadline) {
         if !self.has_checked_queue {
-            let check = timeout(deadline.query_timeout(), self.worker.check_queue(Some(queue.to_owned())));
+            let check =
+                timeout(deadline.query_timeout(), self.worker.check_queue(Some(queue.to_owned())));
             self.has_checked_queue = check.await.is_ok_and(|checked| checked.is_ok());
         }
     }
 
-    /// Lets go of what may not have outlived the time since the last invocation; by the host's clock, for the process's own
-    /// may have stood still.
+    /// Lets go of what may not have outlived the time since the last invocation; by the host's
+    /// clock, for the process's own may have stood still.
     fn prepare(&mut self, deadline: &Deadline) {
         let idle_timeout = Duration::from_secs(self.options.idle_timeout);
         if !self.last_used.elapsed().is_ok_and(|unused| unused < idle_timeout) {

@@ -37,12 +37,14 @@ pub(super) struct PlayCommand {
           value_parser = clap::value_parser!(u64).range(0..=20))]
     receive_wait: u64,
 
-    /// How long the batch in hand may take to end after SIGTERM before it is rolled back, in seconds
+    /// How long the batch in hand may take to end after SIGTERM before it is rolled back, in
+    /// seconds
     #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_GRACE_PERIOD", default_value_t = 10,
           value_parser = clap::value_parser!(u64).range(..=3600))]
     grace_period: u64,
 
-    /// File to touch every second for as long as the loop turns, or waits as it should; `health` looks at it
+    /// File to touch every second for as long as the loop turns, or waits as it should; `health`
+    /// looks at it
     #[arg(long, value_name = "FILE", env = "PROJECTIONIST_HEARTBEAT")]
     heartbeat: Option<PathBuf>,
 
@@ -56,18 +58,24 @@ pub(super) struct PlayCommand {
 /// Options of every command that plays.
 #[derive(Debug, Args)]
 pub(super) struct CatchUpOptions {
-    /// How long a projector may stand still below the high-water mark, while the queue is silent, before what
-    /// it misses is read from the store, in seconds
+    /// How long a projector may stand still below the high-water mark, while the queue is silent,
+    /// before what it misses is read from the store, in seconds
     #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_RECONCILE_AFTER", default_value_t = 2,
           value_parser = clap::value_parser!(u64).range(..=3600))]
     reconcile_after: u64,
 
-    /// The most events that one projector catches up on while the others wait; beyond, it does so by itself
-    #[arg(long, value_name = "EVENTS", env = "PROJECTIONIST_BACKGROUND_AFTER_EVENTS", default_value_t = 10_000)]
+    /// The most events that one projector catches up on while the others wait; beyond, it does so
+    /// by itself
+    #[arg(
+        long,
+        value_name = "EVENTS",
+        env = "PROJECTIONIST_BACKGROUND_AFTER_EVENTS",
+        default_value_t = 10_000
+    )]
     background_after_events: u64,
 
-    /// The longest that one projector may take over the messages of one receive while the others wait, in seconds;
-    /// beyond, it goes on by itself
+    /// The longest that one projector may take over the messages of one receive while the others
+    /// wait, in seconds; beyond, it goes on by itself
     #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_BACKGROUND_AFTER_SECONDS", default_value_t = 5,
           value_parser = clap::value_parser!(u64).range(1..=3600))]
     background_after_seconds: u64,
@@ -92,12 +100,15 @@ impl PlayCommand {
         let registry = config.nonempty_registry(registry)?;
         let reporter = config.reporter();
         let heartbeat = Heartbeat::new(self.heartbeat.as_deref())?;
-        let connect = async { Ok::<_, Error>((config.database_for(&registry).await?, config.queue().await?)) };
+        let connect = async {
+            Ok::<_, Error>((config.database_for(&registry).await?, config.queue().await?))
+        };
         let (database, queue) = tokio::select! {
             connected = connect => connected?,
             () = &mut shutdown => return Ok(()),
         };
-        let receive_wait = if self.until_idle { self.receive_wait.min(1) } else { self.receive_wait };
+        let receive_wait =
+            if self.until_idle { self.receive_wait.min(1) } else { self.receive_wait };
         let settings = PlaySettings {
             limits: config.play_limits(),
             relay: (!self.no_relay).then(|| self.relay.settings()),

@@ -45,7 +45,9 @@ impl RetireCommand {
             )));
         }
         if entry.status == Status::Retired && entry.has_side_effects {
-            return print(format!("{id} is retired already; its row is kept, so that it is never played again"));
+            return print(format!(
+                "{id} is retired already; its row is kept, so that it is never played again"
+            ));
         }
         let fate = match (projector.is_some(), entry.has_side_effects) {
             (true, false) => "its tables are torn down and its position is forgotten",
@@ -53,14 +55,27 @@ impl RetireCommand {
                 "its position is forgotten; this set does not have it, so its tables stay: drop them before a release \
                  has this name and version again, or it would be built upon them"
             }
-            (true, true) => "its tables are torn down; it has side effects, so its row stays, as retired, for ever",
-            (false, true) => "it has side effects, so its row stays, as retired, for ever; its tables stay, too",
+            (true, true) => {
+                "its tables are torn down; it has side effects, so its row stays, as retired, for ever"
+            }
+            (false, true) => {
+                "it has side effects, so its row stays, as retired, for ever; its tables stay, too"
+            }
         };
-        confirm(&format!("{id} ({}, position {}) will be retired: {fate}", entry.status, entry.position), self.yes)?;
+        confirm(
+            &format!(
+                "{id} ({}, position {}) will be retired: {fate}",
+                entry.status, entry.position
+            ),
+            self.yes,
+        )?;
 
-        // First of all, so that no worker plays it while its tables go. Interrupted, it goes on from here.
+        // First of all, so that no worker plays it while its tables go. Interrupted, it goes on
+        // from here.
         if entry.status != Status::Retired {
-            ledger.transition(id, Transition::Retire, |entry| entry.status != Status::Retired).await?;
+            ledger
+                .transition(id, Transition::Retire, |entry| entry.status != Status::Retired)
+                .await?;
         }
         if let Some(projector) = projector {
             apply::tear_down(&database, projector).await.map_err(|error| {
@@ -78,18 +93,23 @@ impl RetireCommand {
 
     fn find(&self, entries: &[Entry]) -> Result<Entry, Error> {
         let (name, version) = parse_projector(&self.projector)?;
-        let matches =
-            |entry: &&Entry| entry.id.name == name && version.is_none_or(|version| version == entry.id.version);
+        let matches = |entry: &&Entry| {
+            entry.id.name == name && version.is_none_or(|version| version == entry.id.version)
+        };
         let found: Vec<&Entry> = entries.iter().filter(matches).collect();
         match found[..] {
             [entry] => Ok(entry.clone()),
             [] => {
                 let known: Vec<String> = entries.iter().map(|entry| entry.id.to_string()).collect();
                 let known = if known.is_empty() { "none".into() } else { known.join(", ") };
-                Err(Error::Input(format!("the ledger has no projector {:?}; it has: {known}", self.projector)))
+                Err(Error::Input(format!(
+                    "the ledger has no projector {:?}; it has: {known}",
+                    self.projector
+                )))
             }
             _ => {
-                let versions: Vec<String> = found.iter().map(|entry| entry.id.to_string()).collect();
+                let versions: Vec<String> =
+                    found.iter().map(|entry| entry.id.to_string()).collect();
                 Err(Error::Input(format!("say which version: {}", versions.join(", "))))
             }
         }

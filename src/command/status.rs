@@ -34,7 +34,8 @@ pub(super) struct StatusCommand {
 #[derive(Serialize)]
 struct StatusReport {
     high_water: u64,
-    /// The last position that is visible, above the mark or, where the log was truncated or restored, below it.
+    /// The last position that is visible, above the mark or, where the log was truncated or
+    /// restored, below it.
     visible: u64,
     /// What has held the mark below the end of the log for some seconds; null if nothing has.
     #[serde(rename = "held")]
@@ -65,9 +66,11 @@ struct ProjectorReport {
     position: u64,
     lag_events: u64,
     lag_seconds: f64,
-    /// The digest of the definition with which it was last booted; null if it is new, or was booted before there were any.
+    /// The digest of the definition with which it was last booted; null if it is new, or was booted
+    /// before there were any.
     digest: Option<String>,
-    /// Whether the given set has another definition; null where no set is given, or not with this projector.
+    /// Whether the given set has another definition; null where no set is given, or not with this
+    /// projector.
     changed: Option<bool>,
     failure: Option<FailureReport>,
     /// Whether the given set has it; shown in the table.
@@ -99,7 +102,8 @@ impl StatusCommand {
     pub(super) async fn run(self, config: &Config, registry: Registry) -> Result<(), Error> {
         let registry = config.registry(registry)?;
         let database = config.database().await?;
-        let report = report(&Ledger::new(&database), &EventStore::new(&database), &registry).await?;
+        let report =
+            report(&Ledger::new(&database), &EventStore::new(&database), &registry).await?;
         match self.json {
             true => print(
                 serde_json::to_string(&report)
@@ -110,15 +114,22 @@ impl StatusCommand {
     }
 }
 
-async fn report(ledger: &Ledger, store: &EventStore, registry: &Registry) -> Result<StatusReport, Error> {
+async fn report(
+    ledger: &Ledger,
+    store: &EventStore,
+    registry: &Registry,
+) -> Result<StatusReport, Error> {
     let lag_report = LagReport::read(ledger, store).await?;
     let mut projectors: Vec<ProjectorReport> = lag_report
         .projectors
         .iter()
-        .map(|(entry, lag)| ProjectorReport::new(entry, *lag, registry.get(&entry.id).map(Arc::as_ref)))
+        .map(|(entry, lag)| {
+            ProjectorReport::new(entry, *lag, registry.get(&entry.id).map(Arc::as_ref))
+        })
         .collect();
-    let is_new =
-        |projector: &&Arc<RegisteredProjector>| lag_report.projectors.iter().all(|(entry, _)| entry.id != projector.id);
+    let is_new = |projector: &&Arc<RegisteredProjector>| {
+        lag_report.projectors.iter().all(|(entry, _)| entry.id != projector.id)
+    };
     for projector in registry.iter().filter(is_new) {
         let lag = match projector.mode {
             Mode::FromNow => Lag::default(),
@@ -140,7 +151,8 @@ async fn report(ledger: &Ledger, store: &EventStore, registry: &Registry) -> Res
     }
     let log_fault = store.log_fault().await?.map(|fault| fault.to_string());
     let queue = store.queue_record().await?;
-    let foreign_at = queue.foreign_at.map(|at| at.format(&Rfc3339).unwrap_or_else(|_| at.to_string()));
+    let foreign_at =
+        queue.foreign_at.map(|at| at.format(&Rfc3339).unwrap_or_else(|_| at.to_string()));
     Ok(StatusReport {
         high_water: lag_report.high_water.get(),
         visible: lag_report.visible.get(),
@@ -178,7 +190,16 @@ impl ProjectorReport {
 fn format_table(report: &StatusReport, has_set: bool) -> String {
     let mut table = Table::new();
     table.load_style(TableStyle::new());
-    table.set_header(["PROJECTOR", "VERSION", "MODE", "STATUS", "POSITION", "LAG", "LAG SECONDS", "FAILURE"]);
+    table.set_header([
+        "PROJECTOR",
+        "VERSION",
+        "MODE",
+        "STATUS",
+        "POSITION",
+        "LAG",
+        "LAG SECONDS",
+        "FAILURE",
+    ]);
     for projector in &report.projectors {
         let note = match &projector.failure {
             Some(failure) => failure.summary(),
@@ -229,7 +250,9 @@ fn format_table(report: &StatusReport, has_set: bool) -> String {
 impl FailureReport {
     fn summary(&self) -> String {
         match (self.position, &self.event_type) {
-            (Some(position), Some(event_type)) => format!("at {position}, {event_type}: {} ({})", self.error, self.at),
+            (Some(position), Some(event_type)) => {
+                format!("at {position}, {event_type}: {} ({})", self.error, self.at)
+            }
             _ => format!("{} ({})", self.error, self.at),
         }
     }

@@ -1,4 +1,5 @@
-//! The way in: where the server is, as whom, and by what password, which may be another one tomorrow.
+//! The way in: where the server is, as whom, and by what password, which may be another one
+//! tomorrow.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -15,8 +16,9 @@ use tracing::{info, warn};
 use crate::aws::{AuthTokenGenerator, Secret};
 use crate::model::error::{Error, server_error_number};
 
-/// Prepared statements that a connection keeps, unless the URL says otherwise. One more closes another, and with sqlx 0.9.0, which leaves Nagle's algorithm
-/// on (transact-rs/sqlx#4335), the statement after that waits for 40 ms. A server allows 16,382 in all, by default.
+/// Prepared statements that a connection keeps, unless the URL says otherwise. One more closes
+/// another, and with sqlx 0.9.0, which leaves Nagle's algorithm on (transact-rs/sqlx#4335), the
+/// statement after that waits for 40 ms. A server allows 16,382 in all, by default.
 const STATEMENT_CACHE_CAPACITY: usize = 256;
 
 /// While tokens cannot be made, the next attempt comes after this: the old one may be good still.
@@ -78,17 +80,26 @@ impl fmt::Debug for Credentials {
 
 impl Credentials {
     /// # Errors
-    /// [`Error::Input`] where the URL is not one, or what is asked for together cannot be had together.
-    pub(crate) fn new(url: Option<&str>, source: CredentialSource, ca: Option<PathBuf>) -> Result<Self, Error> {
+    /// [`Error::Input`] where the URL is not one, or what is asked for together cannot be had
+    /// together.
+    pub(crate) fn new(
+        url: Option<&str>,
+        source: CredentialSource,
+        ca: Option<PathBuf>,
+    ) -> Result<Self, Error> {
         let base = url.map(parse_url).transpose()?;
-        let names = |url: &str| url_has_user_and_password(url).is_some_and(|(user, password)| user || password);
+        let names = |url: &str| {
+            url_has_user_and_password(url).is_some_and(|(user, password)| user || password)
+        };
         match (&source, url) {
             (CredentialSource::Url | CredentialSource::Iam(_, None), None) => {
                 return Err(Error::Input(
                     "no database is named: give --database-url or set DATABASE_URL, or give --database-secret".into(),
                 ));
             }
-            (CredentialSource::Secret(_) | CredentialSource::Iam(_, Some(_)), Some(url)) if names(url) => {
+            (CredentialSource::Secret(_) | CredentialSource::Iam(_, Some(_)), Some(url))
+                if names(url) =>
+            {
                 return Err(Error::Input(
                     "the database URL and the secret both name a user: leave one of them out, or user and password out of \
                      the URL (mysql://HOST:PORT/DATABASE)"
@@ -110,7 +121,8 @@ impl Credentials {
             }
             _ => {}
         }
-        let password_age = Mutex::new(PasswordAge { read_at: SystemTime::UNIX_EPOCH, renew_at: None });
+        let password_age =
+            Mutex::new(PasswordAge { read_at: SystemTime::UNIX_EPOCH, renew_at: None });
         let credentials = Credentials { base, ca, source, password_age };
         if let (CredentialSource::Iam(..), Some(base)) = (&credentials.source, &credentials.base) {
             Self::check_tls(&credentials.with_ca(base.clone()))?;
@@ -121,7 +133,8 @@ impl Credentials {
     /// Reads or makes the password, and says what to connect with.
     ///
     /// # Errors
-    /// [`Error::Unreachable`] where AWS does not give it, [`Error::Input`] where the secret is not one of a database.
+    /// [`Error::Unreachable`] where AWS does not give it, [`Error::Input`] where the secret is not
+    /// one of a database.
     pub(crate) async fn options(&self) -> Result<MySqlConnectOptions, Error> {
         let mut password_age = self.password_age.lock().await;
         let (options, renew_at) = self.fetch().await?;
@@ -129,8 +142,8 @@ impl Credentials {
         Ok(options)
     }
 
-    /// Gives the pool a new password if the one that it has will not do for long. Where there is none to be had the pool
-    /// keeps what it has, so that nothing stops while that is good still.
+    /// Gives the pool a new password if the one that it has will not do for long. Where there is
+    /// none to be had the pool keeps what it has, so that nothing stops while that is good still.
     pub(super) async fn renew_if_due(&self, pools: &[&MySqlPool]) {
         if !matches!(self.source, CredentialSource::Iam(..)) {
             return;
@@ -152,8 +165,13 @@ impl Credentials {
         }
     }
 
-    /// After the server refused the password: looks for another, unless somebody has since `began`. Whether there may be one.
-    pub(super) async fn renew_after_refusal(&self, pools: &[&MySqlPool], began: SystemTime) -> bool {
+    /// After the server refused the password: looks for another, unless somebody has since `began`.
+    /// Whether there may be one.
+    pub(super) async fn renew_after_refusal(
+        &self,
+        pools: &[&MySqlPool],
+        began: SystemTime,
+    ) -> bool {
         if matches!(self.source, CredentialSource::Url) {
             return false;
         }
@@ -183,7 +201,9 @@ impl Credentials {
     async fn fetch_options(&self) -> Result<(MySqlConnectOptions, Option<SystemTime>), Error> {
         let missing = || Error::Input("no database is named".into());
         match &self.source {
-            CredentialSource::Url => Ok((self.with_ca(self.base.clone().ok_or_else(missing)?), None)),
+            CredentialSource::Url => {
+                Ok((self.with_ca(self.base.clone().ok_or_else(missing)?), None))
+            }
             CredentialSource::Secret(secret) => {
                 let (options, has_password) = self.options_from_secret(secret).await?;
                 match has_password {
@@ -198,7 +218,9 @@ impl Credentials {
                 };
                 let options = options.enable_cleartext_plugin(true);
                 Self::check_tls(&options)?;
-                let token = tokens.generate(options.get_host(), options.get_port(), options.get_username()).await;
+                let token = tokens
+                    .generate(options.get_host(), options.get_port(), options.get_username())
+                    .await;
                 let token = token.map_err(Error::Unreachable)?;
                 Ok((options.password(&token.text), Some(token.renew_at)))
             }
@@ -206,7 +228,10 @@ impl Credentials {
     }
 
     /// What a secret says, and whether there is a password in it.
-    async fn options_from_secret(&self, secret: &Secret) -> Result<(MySqlConnectOptions, bool), Error> {
+    async fn options_from_secret(
+        &self,
+        secret: &Secret,
+    ) -> Result<(MySqlConnectOptions, bool), Error> {
         let text = secret.read().await.map_err(Error::Unreachable)?;
         let read = parse_secret(&text, self.base.clone());
         let (options, has_password) =
@@ -226,11 +251,14 @@ impl Credentials {
         }
     }
 
-    /// With a file of certificates the server's is checked, and its name unless the URL asks for the certificate alone.
+    /// With a file of certificates the server's is checked, and its name unless the URL asks for
+    /// the certificate alone.
     fn with_ca(&self, options: MySqlConnectOptions) -> MySqlConnectOptions {
         match &self.ca {
             None => options,
-            Some(ca) if matches!(options.get_ssl_mode(), MySqlSslMode::VerifyCa) => options.ssl_ca(ca),
+            Some(ca) if matches!(options.get_ssl_mode(), MySqlSslMode::VerifyCa) => {
+                options.ssl_ca(ca)
+            }
             Some(ca) => options.ssl_mode(MySqlSslMode::VerifyIdentity).ssl_ca(ca),
         }
     }
@@ -265,21 +293,27 @@ fn url_has_user_and_password(url: &str) -> Option<(bool, bool)> {
     Some((!credentials.is_empty(), credentials.contains(':')))
 }
 
-/// What follows the host, without the options. With a raw `/` in the password, that is a part of the password.
+/// What follows the host, without the options. With a raw `/` in the password, that is a part of
+/// the password.
 fn url_path(url: &str) -> Option<&str> {
     let (_, path) = url.strip_prefix("mysql://")?.split_once('/')?;
     path.split(['?', '#']).next()
 }
 
-/// What a secret says, in the place that the URL names if there is one, and whether there is a password in it. An error never
-/// quotes the text.
-fn parse_secret(text: &str, base: Option<MySqlConnectOptions>) -> Result<(MySqlConnectOptions, bool), String> {
+/// What a secret says, in the place that the URL names if there is one, and whether there is a
+/// password in it. An error never quotes the text.
+fn parse_secret(
+    text: &str,
+    base: Option<MySqlConnectOptions>,
+) -> Result<(MySqlConnectOptions, bool), String> {
     let text = text.trim();
     if text.starts_with("mysql://") {
         return match base {
             None => {
                 // A user without one is let in, or not, as anywhere else.
-                parse_url(text).map(|options| (options, true)).map_err(|error| format!("is a URL, but {error}"))
+                parse_url(text)
+                    .map(|options| (options, true))
+                    .map_err(|error| format!("is a URL, but {error}"))
             }
             Some(_) => Err("is a whole URL: leave --database-url (DATABASE_URL) out".into()),
         };
@@ -288,8 +322,9 @@ fn parse_secret(text: &str, base: Option<MySqlConnectOptions>) -> Result<(MySqlC
         "is neither a URL (mysql://USER:PASSWORD@HOST:PORT/DATABASE) nor JSON with username and password, as RDS writes it"
             .to_owned()
     })?;
-    if let Some(engine) =
-        secret.engine.filter(|engine| !["mysql", "mariadb", "aurora", "aurora-mysql"].contains(&engine.as_str()))
+    if let Some(engine) = secret
+        .engine
+        .filter(|engine| !["mysql", "mariadb", "aurora", "aurora-mysql"].contains(&engine.as_str()))
     {
         return Err(format!("is of a database of another kind: {engine}"));
     }
@@ -304,7 +339,9 @@ fn parse_secret(text: &str, base: Option<MySqlConnectOptions>) -> Result<(MySqlC
             let port = match &secret.port {
                 None => 3306,
                 Some(Port::Number(port)) => *port,
-                Some(Port::Text(port)) => port.parse().map_err(|_| "has a port that is none".to_owned())?,
+                Some(Port::Text(port)) => {
+                    port.parse().map_err(|_| "has a port that is none".to_owned())?
+                }
             };
             with_defaults(MySqlConnectOptions::new().host(host).port(port).database(dbname), false)
         }
@@ -318,7 +355,8 @@ fn parse_secret(text: &str, base: Option<MySqlConnectOptions>) -> Result<(MySqlC
 
 fn parse_url(url: &str) -> Result<MySqlConnectOptions, Error> {
     // The parser's own error may quote the URL, and with it the password: it is not passed on.
-    let read = |url: &str| MySqlConnectOptions::from_str(url).ok().filter(|_| url.starts_with("mysql://"));
+    let read =
+        |url: &str| MySqlConnectOptions::from_str(url).ok().filter(|_| url.starts_with("mysql://"));
     if url_path(url).is_some_and(|path| path.contains(['@', '/'])) {
         return Err(Error::Input(
             "the database URL has a / or an @ where the database's name should be: percent-encode the \
@@ -337,7 +375,9 @@ fn parse_url(url: &str) -> Result<MySqlConnectOptions, Error> {
         })
     })?;
     if options.get_database().is_none_or(str::is_empty) {
-        return Err(Error::Input("the database URL names no database: end it with /DATABASE".into()));
+        return Err(Error::Input(
+            "the database URL names no database: end it with /DATABASE".into(),
+        ));
     }
     Ok(with_defaults(options, url.contains("statement-cache-capacity")))
 }
@@ -365,7 +405,8 @@ mod tests {
                 options.get_database().map(str::to_owned),
             )
         };
-        let app = |port| ("app".to_owned(), "db.example.com".to_owned(), port, Some("shop".to_owned()));
+        let app =
+            |port| ("app".to_owned(), "db.example.com".to_owned(), port, Some("shop".to_owned()));
         for (text, base, port) in [
             ("mysql://app:p%40ss@db.example.com:3310/shop\n", None, 3310),
             (
@@ -378,9 +419,17 @@ mod tests {
                 None,
                 3308,
             ),
-            (r#"{"host":"db.example.com","username":"app","password":"p@ss","dbname":"shop"}"#, None, 3306),
+            (
+                r#"{"host":"db.example.com","username":"app","password":"p@ss","dbname":"shop"}"#,
+                None,
+                3306,
+            ),
             // As RDS manages it, beside a URL without a user.
-            (r#"{"username":"app","password":"p@ss"}"#, Some("mysql://db.example.com:3309/shop"), 3309),
+            (
+                r#"{"username":"app","password":"p@ss"}"#,
+                Some("mysql://db.example.com:3309/shop"),
+                3309,
+            ),
         ] {
             let base = base.map(|url| parse_url(url).expect("a URL"));
             let (options, has_password) = parse_secret(text, base).expect(text);
@@ -395,8 +444,14 @@ mod tests {
             ("hunter2-0815", "neither a URL"),
             (r#"{"username":"app","password":["hunter2-0815"]}"#, "neither a URL"),
             (r#"{"username":"app","password":"hunter2-0815"}"#, "--database-url mysql://HOST"),
-            (r#"{"engine":"postgres","host":"h","dbname":"d","username":"app","password":"hunter2-0815"}"#, "postgres"),
-            (r#"{"host":"h","dbname":"d","port":"hunter2","username":"app","password":"hunter2-0815"}"#, "port"),
+            (
+                r#"{"engine":"postgres","host":"h","dbname":"d","username":"app","password":"hunter2-0815"}"#,
+                "postgres",
+            ),
+            (
+                r#"{"host":"h","dbname":"d","port":"hunter2","username":"app","password":"hunter2-0815"}"#,
+                "port",
+            ),
             ("mysql://app:hunter2-0815@db.example.com", "names no database"),
         ] {
             let reason = parse_secret(text, None).expect_err(text);
@@ -420,7 +475,9 @@ mod tests {
         ] {
             for place in ["db.example.com:3306/shop", "db.example.com/shop?ssl-mode=REQUIRED"] {
                 let url = format!("mysql://app:{password}@{place}");
-                let Err(Error::Input(reason)) = parse_url(&url) else { panic!("{url} is accepted") };
+                let Err(Error::Input(reason)) = parse_url(&url) else {
+                    panic!("{url} is accepted")
+                };
                 for part in ["hunter2", "0815", "1234", "app"] {
                     assert!(!reason.contains(part), "{url}: {reason}");
                 }
@@ -428,8 +485,14 @@ mod tests {
         }
         // The last @ ends the password.
         for password in ["p@ss", "p@ss@", "@", "p%40ss", "p%2Fss", "p:ss"] {
-            let options = parse_url(&format!("mysql://app:{password}@db.example.com:3306/shop")).expect(password);
-            let at = (options.get_username(), options.get_host(), options.get_port(), options.get_database());
+            let options = parse_url(&format!("mysql://app:{password}@db.example.com:3306/shop"))
+                .expect(password);
+            let at = (
+                options.get_username(),
+                options.get_host(),
+                options.get_port(),
+                options.get_database(),
+            );
             assert_eq!(at, ("app", "db.example.com", 3306, Some("shop")), "{password}");
         }
     }

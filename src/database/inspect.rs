@@ -19,9 +19,11 @@ const THREADS_CONNECTED: &str = "show global status like 'Threads_connected'";
 const TLS: &str = "show session status like 'Ssl_version'";
 
 /// The server's own modes, the user, and the server's clock, in microseconds since 1970.
-const SESSION: &str = "select @@global.sql_mode, current_user(), cast(unix_timestamp(now(6)) * 1000000 as unsigned)";
+const SESSION: &str =
+    "select @@global.sql_mode, current_user(), cast(unix_timestamp(now(6)) * 1000000 as unsigned)";
 
-const APPLIED_MIGRATIONS: &str = "select version from projectionist_migrations where success order by version";
+const APPLIED_MIGRATIONS: &str =
+    "select version from projectionist_migrations where success order by version";
 
 /// Whether triggers are shown to the user: only by a grant of its own, not by one of a role.
 const CAN_SEE_TRIGGERS: &str = "\
@@ -76,20 +78,28 @@ impl Database {
     pub(crate) async fn inspect(&self) -> Result<ServerReport, sqlx::Error> {
         let is_certificate_verified = verifies_certificate(&self.pool.connect_options());
         let query = async |connection: &mut sqlx::MySqlConnection| {
-            let pairs =
-                async |connection: &mut sqlx::MySqlConnection, sql| -> Result<HashMap<String, String>, sqlx::Error> {
-                    let rows = sqlx::raw_sql(sql).fetch_all(connection).await?;
-                    rows.iter().map(|row| Ok((row.try_get::<String, _>(0)?.to_lowercase(), row.try_get(1)?))).collect()
-                };
+            let pairs = async |connection: &mut sqlx::MySqlConnection,
+                               sql|
+                   -> Result<HashMap<String, String>, sqlx::Error> {
+                let rows = sqlx::raw_sql(sql).fetch_all(connection).await?;
+                rows.iter()
+                    .map(|row| Ok((row.try_get::<String, _>(0)?.to_lowercase(), row.try_get(1)?)))
+                    .collect()
+            };
             let settings = pairs(connection, SETTINGS).await?;
-            let threads_connected =
-                pairs(connection, THREADS_CONNECTED).await?.into_values().next().and_then(|count| count.parse().ok());
+            let threads_connected = pairs(connection, THREADS_CONNECTED)
+                .await?
+                .into_values()
+                .next()
+                .and_then(|count| count.parse().ok());
             let tls = pairs(connection, TLS).await?.into_values().next().unwrap_or_default();
-            let can_see_triggers: i64 = sqlx::query_scalar(CAN_SEE_TRIGGERS).fetch_one(&mut *connection).await?;
+            let can_see_triggers: i64 =
+                sqlx::query_scalar(CAN_SEE_TRIGGERS).fetch_one(&mut *connection).await?;
             let asked = SystemTime::now();
             let (sql_mode, user, time): (String, String, u64) =
                 sqlx::query_as(SESSION).fetch_one(&mut *connection).await?;
-            let here = unix_seconds(asked) + asked.elapsed().unwrap_or_default().as_secs_f64() / 2.0;
+            let here =
+                unix_seconds(asked) + asked.elapsed().unwrap_or_default().as_secs_f64() / 2.0;
             let clock_ahead_seconds = time as f64 / 1e6 - here;
             Ok(ServerReport {
                 settings,
@@ -113,8 +123,12 @@ impl Database {
             sqlx::query_scalar::<_, i64>(APPLIED_MIGRATIONS).fetch_all(connection).await
         };
         match self.run_pooled(query).await {
-            Ok(applied) if applied.iter().any(|version| !ours.contains(version)) => Ok(MigrationState::Ahead),
-            Ok(applied) if ours.iter().all(|version| applied.contains(version)) => Ok(MigrationState::UpToDate),
+            Ok(applied) if applied.iter().any(|version| !ours.contains(version)) => {
+                Ok(MigrationState::Ahead)
+            }
+            Ok(applied) if ours.iter().all(|version| applied.contains(version)) => {
+                Ok(MigrationState::UpToDate)
+            }
             Ok(_) => Ok(MigrationState::Behind),
             Err(error) if server_error_number(&error) == Some(1146) => Ok(MigrationState::Behind),
             Err(error) if is_denied(&error) => match self.has_tables().await? {
@@ -125,7 +139,8 @@ impl Database {
         }
     }
 
-    /// Whether no table of ours is known to be missing: who may do nothing with a table is not told.
+    /// Whether no table of ours is known to be missing: who may do nothing with a table is not
+    /// told.
     async fn has_tables(&self) -> Result<bool, sqlx::Error> {
         for table in ["events", "event_log", "projectors"] {
             let explain = format!("explain select 1 from {table}");
@@ -141,9 +156,14 @@ impl Database {
         Ok(true)
     }
 
-    /// Whether the user may do this with a table of ours; `create` is asked of the whole database. The server checks grants
-    /// before it plans or prepares a statement, and none is executed: so those of roles count, and nothing changes.
-    pub(crate) async fn check_privilege(&self, privilege: &str, table: &str) -> Result<PrivilegeCheck, sqlx::Error> {
+    /// Whether the user may do this with a table of ours; `create` is asked of the whole database.
+    /// The server checks grants before it plans or prepares a statement, and none is executed: so
+    /// those of roles count, and nothing changes.
+    pub(crate) async fn check_privilege(
+        &self,
+        privilege: &str,
+        table: &str,
+    ) -> Result<PrivilegeCheck, sqlx::Error> {
         let column = match table {
             "events" => "event_type",
             "event_log" => "published",
@@ -151,23 +171,27 @@ impl Database {
             _ => "version",
         };
         let query = match privilege {
-            // Preparing an `alter` checks no grant. Running this one does, and then fails for want of the column.
+            // Preparing an `alter` checks no grant. Running this one does, and then fails for want
+            // of the column.
             "alter" => format!("alter table {table} drop column projectionist_doctor"),
             "select" => format!("explain select 1 from {table}"),
             "insert" => format!("explain insert into {table} ({column}) values (0)"),
             "update" => format!("explain update {table} set {column} = {column}"),
             "delete" => format!("explain delete from {table}"),
-            _ => "prepare projectionist_doctor from 'create table projectionist_doctor (n int)'".into(),
+            _ => "prepare projectionist_doctor from 'create table projectionist_doctor (n int)'"
+                .into(),
         };
         let query = async |connection: &mut sqlx::MySqlConnection| {
             sqlx::raw_sql(AssertSqlSafe(query)).execute(&mut *connection).await?;
             // It was there only if that was a `prepare`.
-            let _ = sqlx::raw_sql("deallocate prepare projectionist_doctor").execute(connection).await;
+            let _ =
+                sqlx::raw_sql("deallocate prepare projectionist_doctor").execute(connection).await;
             Ok(())
         };
         match self.run_pooled(query).await {
             Err(error) if is_denied(&error) => Ok(PrivilegeCheck::Denied),
-            // It got past the grants, and found something else: no such table, a value that will not do, a read-only server.
+            // It got past the grants, and found something else: no such table, a value that will
+            // not do, a read-only server.
             Err(error) if server_error_number(&error).is_none() => Err(error),
             _ => Ok(PrivilegeCheck::Granted),
         }

@@ -1,4 +1,5 @@
-//! The way to MySQL or MariaDB: connections with the session that the protocol needs, and the checks of the server.
+//! The way to MySQL or MariaDB: connections with the session that the protocol needs, and the
+//! checks of the server.
 
 mod credentials;
 mod inspect;
@@ -17,7 +18,10 @@ use std::time::{Duration, Instant, SystemTime};
 use sqlx::migrate::{Migration, MigrationType, Migrator};
 use sqlx::mysql::{MySqlConnectOptions, MySqlPoolOptions};
 use sqlx::pool::PoolConnection;
-use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor, MySql, MySqlConnection, MySqlPool, Row, SqlSafeStr};
+use sqlx::{
+    AssertSqlSafe, ConnectOptions, Connection, Executor, MySql, MySqlConnection, MySqlPool, Row,
+    SqlSafeStr,
+};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
@@ -39,26 +43,29 @@ pub(crate) const SERVER_WAIT_TIMEOUT: Duration = Duration::from_secs(60);
 /// One for our own statements, and one for a handler.
 const MIN_CONNECTIONS: u32 = 2;
 
-/// Half of the connections are for our own statements, but not more than these: the rest is for handlers, of which each
-/// may need a session of its own.
+/// Half of the connections are for our own statements, but not more than these: the rest is for
+/// handlers, of which each may need a session of its own.
 const MAX_OWN_CONNECTIONS: u32 = 8;
 
 /// Before the server ends it.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// A connection that goes back to the pool must answer within this, or it is closed. The pool itself would wait for ever, and
-/// be out of connections when enough of them have gone deaf, or were left in the middle of an answer.
+/// A connection that goes back to the pool must answer within this, or it is closed. The pool
+/// itself would wait for ever, and be out of connections when enough of them have gone deaf, or
+/// were left in the middle of an answer.
 const SHORT_TIMEOUT: Duration = Duration::from_secs(5);
 
-const SERVER_VARIABLES: &str = "select version(), @@global.auto_increment_increment, @@session.max_allowed_packet";
+const SERVER_VARIABLES: &str =
+    "select version(), @@global.auto_increment_increment, @@session.max_allowed_packet";
 
-/// The longest error that the ledger keeps fills half of it, and a session cannot raise what it has.
+/// The longest error that the ledger keeps fills half of it, and a session cannot raise what it
+/// has.
 const MIN_PACKET_BYTES: u64 = 64 * 1024;
 
 const SESSION_ID: &str = "select connection_id()";
 
-/// A user sees its own without any grant. (`information_schema.processlist` would fail on MySQL while any session binds bytes
-/// that are no UTF-8.)
+/// A user sees its own without any grant. (`information_schema.processlist` would fail on MySQL
+/// while any session binds bytes that are no UTF-8.)
 const PROCESS_LIST: &str = "show processlist";
 
 /// Read by the migrator only: its lock and its table need a name of their own, so that a team's own
@@ -67,12 +74,14 @@ const MIGRATIONS_TABLE: &str = "projectionist_migrations";
 
 const SET_INITIAL_KEY: &str = "update event_log set signing_key = ? where signing_key is null";
 
-/// A pool of connections to one database, all in the session that the protocol needs. Cheap to clone.
+/// A pool of connections to one database, all in the session that the protocol needs. Cheap to
+/// clone.
 #[derive(Debug, Clone)]
 pub struct Database {
     /// For our own statements. No handler and no setup ever has a connection of it.
     pool: MySqlPool,
-    /// For handlers and setups. A connection is closed when it comes back: nobody knows what was done to its session.
+    /// For handlers and setups. A connection is closed when it comes back: nobody knows what was
+    /// done to its session.
     handler_pool: MySqlPool,
     pub(crate) flavor: Flavor,
     /// When a connection last turned out to lead to a server that is read-only.
@@ -91,12 +100,17 @@ pub(crate) enum Flavor {
     MariaDb,
 }
 
-/// Above the 50 s that a server waits for a row's lock by default: what takes longer is not slow, but cut off.
+/// Above the 50 s that a server waits for a row's lock by default: what takes longer is not slow,
+/// but cut off.
 const DEFAULT_STATEMENT_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Whether a connection of ours may go back to the pool. A transaction that was left open in it is rolled back.
+/// Whether a connection of ours may go back to the pool. A transaction that was left open in it is
+/// rolled back.
 async fn roll_back_on_release(connection: &mut MySqlConnection) -> Result<bool, sqlx::Error> {
-    timeout_after(SHORT_TIMEOUT, async { sqlx::raw_sql("rollback").execute(connection).await.map(|_| true) }).await
+    timeout_after(SHORT_TIMEOUT, async {
+        sqlx::raw_sql("rollback").execute(connection).await.map(|_| true)
+    })
+    .await
 }
 
 async fn timeout_after<T>(
@@ -105,11 +119,14 @@ async fn timeout_after<T>(
 ) -> Result<T, sqlx::Error> {
     match timeout(time, operation).await {
         Ok(answer) => answer,
-        Err(_) => Err(timeout_error(format!("the database did not answer within {} s", time.as_secs()))),
+        Err(_) => {
+            Err(timeout_error(format!("the database did not answer within {} s", time.as_secs())))
+        }
     }
 }
 
-/// What a connection is lost by where nobody says so; to whoever asks whether it may pass, an error like any other of that kind.
+/// What a connection is lost by where nobody says so; to whoever asks whether it may pass, an error
+/// like any other of that kind.
 fn timeout_error(what: String) -> sqlx::Error {
     sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, what))
 }
@@ -119,8 +136,13 @@ impl Database {
     ///
     /// # Errors
     /// [`Error::Input`] where the URL is not one or the server is set up in a way that cannot work,
-    /// [`Error::Unreachable`] where the server does not answer or does not let us in. No error shows the password.
-    pub async fn connect(url: &str, connections: u32, connect_timeout: Duration) -> Result<Self, Error> {
+    /// [`Error::Unreachable`] where the server does not answer or does not let us in. No error
+    /// shows the password.
+    pub async fn connect(
+        url: &str,
+        connections: u32,
+        connect_timeout: Duration,
+    ) -> Result<Self, Error> {
         Self::open(
             Credentials::new(Some(url), CredentialSource::Url, None)?,
             connections,
@@ -146,19 +168,24 @@ impl Database {
         let options = credentials.options().await?;
         let at = inspect::address(&options);
         // Once without the pool, which would go on trying where there is nothing to hope for.
-        let (flavor, settings) = match timeout(connect_timeout, probe_server(&options, &at, sql_mode)).await {
-            Ok(Ok(probed)) => probed,
-            Ok(Err(Error::Database(error))) => return Err(out_of_reach(&at, &error, &credentials)),
-            Ok(Err(error)) => return Err(error),
-            Err(_) => return Err(out_of_reach(&at, &sqlx::Error::PoolTimedOut, &credentials)),
-        };
+        let (flavor, settings) =
+            match timeout(connect_timeout, probe_server(&options, &at, sql_mode)).await {
+                Ok(Ok(probed)) => probed,
+                Ok(Err(Error::Database(error))) => {
+                    return Err(out_of_reach(&at, &error, &credentials));
+                }
+                Ok(Err(error)) => return Err(error),
+                Err(_) => return Err(out_of_reach(&at, &sqlx::Error::PoolTimedOut, &credentials)),
+            };
         let stale_before = watch::Sender::new(None);
         let stale_before_now = stale_before.subscribe();
         let max_for_handlers = connections - MAX_OWN_CONNECTIONS.min(connections / 2);
         let set = Arc::clone(&settings.own);
         let pool = MySqlPoolOptions::new()
             .before_acquire(move |_, about| {
-                let is_stale = stale_before_now.borrow().is_some_and(|since: Instant| about.age > since.elapsed());
+                let is_stale = stale_before_now
+                    .borrow()
+                    .is_some_and(|since: Instant| about.age > since.elapsed());
                 Box::pin(async move { Ok(!is_stale) })
             })
             .max_connections(connections - max_for_handlers)
@@ -195,14 +222,16 @@ impl Database {
         })
     }
 
-    /// How long a statement of ours may take before its connection counts as lost: 60 s unless this says otherwise, which
-    /// is above the 50 s that a server waits for a row's lock. A handler has [`crate::Limits::handler_timeout`].
+    /// How long a statement of ours may take before its connection counts as lost: 60 s unless this
+    /// says otherwise, which is above the 50 s that a server waits for a row's lock. A handler has
+    /// [`crate::Limits::handler_timeout`].
     pub fn with_statement_timeout(self, time: Duration) -> Self {
         Database { statement_timeout: time, ..self }
     }
 
-    /// Waits for an answer, but not for ever: a connection whose other end has gone without a word would be waited on until
-    /// the kernel gives it up, which may be hours. It is an error like any other lost connection.
+    /// Waits for an answer, but not for ever: a connection whose other end has gone without a word
+    /// would be waited on until the kernel gives it up, which may be hours. It is an error like any
+    /// other lost connection.
     pub(crate) async fn with_timeout<T>(
         &self,
         operation: impl Future<Output = Result<T, sqlx::Error>>,
@@ -222,9 +251,9 @@ impl Database {
         self.with_timeout(async { operation(&mut *self.acquire().await?).await }).await
     }
 
-    /// Runs a setup or a teardown, on a session of its own that is closed afterwards. It may take as long as it likes, but
-    /// not longer than the server knows its session. One that is not heard any more ends there, by
-    /// [`SERVER_WAIT_TIMEOUT`].
+    /// Runs a setup or a teardown, on a session of its own that is closed afterwards. It may take
+    /// as long as it likes, but not longer than the server knows its session. One that is not heard
+    /// any more ends there, by [`SERVER_WAIT_TIMEOUT`].
     pub(crate) async fn run_in_setup_session<T>(
         &self,
         work: impl AsyncFnOnce(&mut MySqlConnection) -> T,
@@ -249,19 +278,22 @@ impl Database {
             }
         }
         Err(timeout_error(
-            "the server does not know the session any more: its connection was lost without a word".into(),
+            "the server does not know the session any more: its connection was lost without a word"
+                .into(),
         ))
     }
 
     /// Whether the server has that session of ours.
     async fn has_session(&self, session: u64) -> Result<bool, sqlx::Error> {
-        let sessions =
-            self.run_pooled(async |connection| sqlx::raw_sql(PROCESS_LIST).fetch_all(connection).await).await?;
+        let sessions = self
+            .run_pooled(async |connection| sqlx::raw_sql(PROCESS_LIST).fetch_all(connection).await)
+            .await?;
         Ok(sessions.iter().any(|row| row.get_unchecked::<u64, _>(0) == session))
     }
 
-    /// After a failover the former primary lives on, read-only, and our connections with it. Once one of them says so,
-    /// none that is as old is used again: new ones lead to where the name leads now.
+    /// After a failover the former primary lives on, read-only, and our connections with it. Once
+    /// one of them says so, none that is as old is used again: new ones lead to where the name
+    /// leads now.
     pub(crate) fn discard_if_read_only(&self, error: &sqlx::Error) {
         if is_read_only(error) {
             self.stale_before.send_replace(Some(Instant::now()));
@@ -282,7 +314,10 @@ impl Database {
     ///
     /// # Errors
     /// If the connection is lost.
-    pub(crate) async fn changed_settings(&self, session: &mut HandlerSession) -> Result<Option<String>, sqlx::Error> {
+    pub(crate) async fn changed_settings(
+        &self,
+        session: &mut HandlerSession,
+    ) -> Result<Option<String>, sqlx::Error> {
         self.with_short_timeout(self.settings.find_changes(&mut session.connection)).await
     }
 
@@ -328,7 +363,13 @@ impl Database {
 
     fn migrator() -> Migrator {
         let migration = |version, name: &'static str, sql: &'static str| {
-            Migration::new(version, Cow::Borrowed(name), MigrationType::Simple, sql.into_sql_str(), false)
+            Migration::new(
+                version,
+                Cow::Borrowed(name),
+                MigrationType::Simple,
+                sql.into_sql_str(),
+                false,
+            )
         };
         let mut migrator = Migrator::with_migrations(vec![
             migration(1, "tables", include_str!("../../migrations/0001_tables.sql")),
@@ -338,13 +379,15 @@ impl Database {
         migrator
     }
 
-    /// Ends the statement that a handler's session is in, and not the session. Harmless where it is in none.
+    /// Ends the statement that a handler's session is in, and not the session. Harmless where it is
+    /// in none.
     pub(crate) async fn kill_query(&self, session: &SessionId) -> Result<(), sqlx::Error> {
         self.kill_by_lock(session, "kill query").await
     }
 
-    /// Ends a handler's session, and with it the statement that it is in and the locks that it holds. The server says
-    /// which session that is: one of this number may be another's after a failover or a restart.
+    /// Ends a handler's session, and with it the statement that it is in and the locks that it
+    /// holds. The server says which session that is: one of this number may be another's after a
+    /// failover or a restart.
     pub(crate) async fn kill_session(&self, session: &SessionId) -> Result<(), sqlx::Error> {
         self.kill_by_lock(session, "kill").await
     }
@@ -353,14 +396,16 @@ impl Database {
         let find = format!("select cast(is_used_lock('{}') as unsigned)", session.lock_name);
         if has_capacity(&self.pool) {
             let mut connection = self.acquire().await?;
-            return timeout_after(SHORT_TIMEOUT, kill_lock_holder(&mut connection, &find, how)).await;
+            return timeout_after(SHORT_TIMEOUT, kill_lock_holder(&mut connection, &find, how))
+                .await;
         }
         // All of ours may wait for what this session holds.
         let mut connection = self.open_dedicated().await?;
         timeout_after(SHORT_TIMEOUT, kill_lock_holder(&mut connection, &find, how)).await
     }
 
-    /// A connection beside the pool, so that whoever keeps it for long takes none from those who work.
+    /// A connection beside the pool, so that whoever keeps it for long takes none from those who
+    /// work.
     pub(crate) async fn open_dedicated(&self) -> Result<MySqlConnection, sqlx::Error> {
         self.credentials.renew_if_due(&self.pools()).await;
         let options = self.pool.connect_options();
@@ -413,8 +458,9 @@ impl Database {
         self.acquire_from(&self.handler_pool).await
     }
 
-    /// A connection of a pool. If it is a new one, with the password as it is now: while it is being changed, the server may
-    /// refuse the old one and the new one not be known yet, which is a matter of time like any lost connection.
+    /// A connection of a pool. If it is a new one, with the password as it is now: while it is
+    /// being changed, the server may refuse the old one and the new one not be known yet, which is
+    /// a matter of time like any lost connection.
     async fn acquire_from(&self, pool: &MySqlPool) -> Result<PoolConnection<MySql>, sqlx::Error> {
         let began = SystemTime::now();
         self.credentials.renew_if_due(&self.pools()).await;
@@ -435,8 +481,13 @@ impl Database {
 }
 
 /// Ends the session that holds a user lock, if one does, or its statement.
-async fn kill_lock_holder(connection: &mut MySqlConnection, find: &str, how: &str) -> Result<(), sqlx::Error> {
-    let holder: Option<u64> = sqlx::raw_sql(AssertSqlSafe(find)).fetch_one(&mut *connection).await?.try_get(0)?;
+async fn kill_lock_holder(
+    connection: &mut MySqlConnection,
+    find: &str,
+    how: &str,
+) -> Result<(), sqlx::Error> {
+    let holder: Option<u64> =
+        sqlx::raw_sql(AssertSqlSafe(find)).fetch_one(&mut *connection).await?.try_get(0)?;
     // It has ended by itself, or its server has.
     let Some(holder) = holder else { return Ok(()) };
     match sqlx::raw_sql(AssertSqlSafe(format!("{how} {holder}"))).execute(connection).await {
@@ -466,7 +517,8 @@ fn check_packet(at: &str, bytes: u64) -> Result<(), Error> {
     )))
 }
 
-/// Looks at the server: which one it is, by how much its auto-increment steps, and what its sessions must be told.
+/// Looks at the server: which one it is, by how much its auto-increment steps, and what its
+/// sessions must be told.
 async fn probe_server(
     options: &MySqlConnectOptions,
     at: &str,
@@ -484,7 +536,8 @@ async fn probe_server(
     check_increment(at, increment)?;
     check_packet(at, packet)?;
     let flavor = if version.contains("MariaDB") { Flavor::MariaDb } else { Flavor::MySql };
-    let settings = SessionSettings::probe(&mut connection, flavor, sql_mode, options.get_collation()).await?;
+    let settings =
+        SessionSettings::probe(&mut connection, flavor, sql_mode, options.get_collation()).await?;
     connection.close().await?;
     Ok((flavor, settings))
 }
@@ -494,10 +547,13 @@ fn out_of_reach(at: &str, error: &sqlx::Error, credentials: &Credentials) -> Err
         (Some(1045 | 1698), _) => (error.to_string(), credentials.advice()),
         (Some(1049), _) => (error.to_string(), "create the database, or name another in the URL"),
         (Some(1044), _) => (error.to_string(), "grant the user access to this database"),
-        (_, sqlx::Error::PoolTimedOut) => {
-            ("no connection in time".into(), "check that the server runs, and that this host may reach it")
+        (_, sqlx::Error::PoolTimedOut) => (
+            "no connection in time".into(),
+            "check that the server runs, and that this host may reach it",
+        ),
+        _ => {
+            (error.to_string(), "check host and port in the database URL, and that the server runs")
         }
-        _ => (error.to_string(), "check host and port in the database URL, and that the server runs"),
     };
     Error::Unreachable(format!("the database {at} cannot be used: {why}; {what_to_do}"))
 }
@@ -510,7 +566,12 @@ mod tests {
     #[test]
     fn a_server_with_an_auto_increment_step_is_refused_with_the_reason() {
         assert!(check_increment("root@db:3306/app", 1).is_ok());
-        let Err(Error::Input(reason)) = check_increment("root@db:3306/app", 2) else { panic!("it was accepted") };
-        assert!(reason.contains("auto_increment_increment = 2") && reason.contains("Set it to 1"), "{reason}");
+        let Err(Error::Input(reason)) = check_increment("root@db:3306/app", 2) else {
+            panic!("it was accepted")
+        };
+        assert!(
+            reason.contains("auto_increment_increment = 2") && reason.contains("Set it to 1"),
+            "{reason}"
+        );
     }
 }

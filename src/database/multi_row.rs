@@ -11,11 +11,12 @@ use time::{OffsetDateTime, PrimitiveDateTime};
 /// The most rows of a statement: twice as many are hardly faster.
 pub(crate) const MAX_ROWS: usize = 512;
 
-/// The most that a statement binds, in bytes: half of the smallest `max_allowed_packet` that is in use, 1 MiB.
+/// The most that a statement binds, in bytes: half of the smallest `max_allowed_packet` that is in
+/// use, 1 MiB.
 pub(crate) const MAX_BYTES: usize = 512 * 1024;
 
-/// The most placeholders of a statement, for the server's memory, where each connection may keep a hundred of them. The
-/// protocol's own limit is 65,535.
+/// The most placeholders of a statement, for the server's memory, where each connection may keep a
+/// hundred of them. The protocol's own limit is 65,535.
 const MAX_PLACEHOLDERS: usize = 8 * 1024;
 
 /// The longest text of a statement, in bytes, for our memory likewise.
@@ -26,13 +27,15 @@ const VALUE_OVERHEAD: usize = 3;
 
 /// Collects rows, and sends them in as few statements as is good: `insert … values (…), (…), …`.
 ///
-/// It is for [`Projector::handle_batch`](crate::Projector::handle_batch), where a statement for each event would cost a round
-/// trip for each. The number of rows in a statement is a power of two, up to 512, so that the server prepares few texts, and
-/// one statement binds at most about 512 KiB, or one row. It can be used again after [`MultiRowInsert::execute`].
+/// It is for [`Projector::handle_batch`](crate::Projector::handle_batch), where a statement for
+/// each event would cost a round trip for each. The number of rows in a statement is a power of
+/// two, up to 512, so that the server prepares few texts, and one statement binds at most about 512
+/// KiB, or one row. It can be used again after [`MultiRowInsert::execute`].
 ///
-/// The rows arrive in the order in which they were added, so that `on duplicate key update` sees those before it. What is not
-/// the same as with a statement for each row is yours to judge: what a trigger sees by then, what `last_insert_id()` returns,
-/// which numbers an `auto_increment` column leaves out, `now()`. Bind the same types in each row.
+/// The rows arrive in the order in which they were added, so that `on duplicate key update` sees
+/// those before it. What is not the same as with a statement for each row is yours to judge: what a
+/// trigger sees by then, what `last_insert_id()` returns, which numbers an `auto_increment` column
+/// leaves out, `now()`. Bind the same types in each row.
 ///
 /// ```
 /// use projectionist::{Event, EventTypes, MultiRowInsert, Projector, async_trait, sqlx};
@@ -91,7 +94,8 @@ impl MultiRowInsert {
         self
     }
 
-    /// Adds a value to the row that was begun last. A time with an offset is bound as a `datetime` in UTC.
+    /// Adds a value to the row that was begun last. A time with an offset is bound as a `datetime`
+    /// in UTC.
     pub fn bind<'v, T: Encode<'v, MySql> + Type<MySql>>(&mut self, value: T) -> &mut Self {
         let bound = self.rows.bind(value);
         if let (Err(error), None) = (bound, &self.encode_error) {
@@ -110,19 +114,21 @@ impl MultiRowInsert {
         self.rows.len() == 0
     }
 
-    /// Sends the rows, none of which waits any more then, and returns how many rows of the table were affected, as the server
-    /// counts.
+    /// Sends the rows, none of which waits any more then, and returns how many rows of the table
+    /// were affected, as the server counts.
     ///
     /// # Errors
-    /// That of the first statement that fails; those before it have been executed, so the transaction is to be rolled back,
-    /// as it is after a handler's error. Without the server: if rows have different numbers of values, if a value cannot be
-    /// encoded, or if a `?` stands outside the rows.
+    /// That of the first statement that fails; those before it have been executed, so the
+    /// transaction is to be rolled back, as it is after a handler's error. Without the server: if
+    /// rows have different numbers of values, if a value cannot be encoded, or if a `?` stands
+    /// outside the rows.
     pub async fn execute(&mut self, db: &mut MySqlConnection) -> sqlx::Result<u64> {
         let rows = std::mem::take(&mut self.rows);
         if let Some(error) = self.encode_error.take() {
             return Err(sqlx::Error::Encode(error));
         }
-        let refuse = |reason: &str| Err(sqlx::Error::InvalidArgument(format!("{reason}: {}", self.head)));
+        let refuse =
+            |reason: &str| Err(sqlx::Error::InvalidArgument(format!("{reason}: {}", self.head)));
         let values = rows.row_values(0).len();
         if (1..rows.len()).any(|row| rows.row_values(row).len() != values) {
             return refuse("the rows have different numbers of values");
@@ -131,8 +137,15 @@ impl MultiRowInsert {
             return refuse("values are bound in the rows only, and a ? stands outside them");
         }
         let row = format!("({})", vec!["?"; values].join(", "));
-        rows.execute(Statement { head: &format!("{} ", self.head), row: &row, tail: &format!(" {}", self.tail) }, db)
-            .await
+        rows.execute(
+            Statement {
+                head: &format!("{} ", self.head),
+                row: &row,
+                tail: &format!(" {}", self.tail),
+            },
+            db,
+        )
+        .await
     }
 }
 
@@ -146,7 +159,8 @@ pub(crate) struct Statement<'s> {
 
 impl Statement<'_> {
     fn text(self, rows: usize) -> String {
-        let mut text = String::with_capacity(self.head.len() + rows * (self.row.len() + 1) + self.tail.len());
+        let mut text =
+            String::with_capacity(self.head.len() + rows * (self.row.len() + 1) + self.tail.len());
         text.push_str(self.head);
         for row in 0..rows {
             text.push_str(if row == 0 { "" } else { "," });
@@ -183,10 +197,14 @@ impl Rows {
     ///
     /// # Errors
     /// If it cannot be encoded.
-    pub(crate) fn bind<'v, T: Encode<'v, MySql> + Type<MySql>>(&mut self, value: T) -> Result<(), BoxDynError> {
+    pub(crate) fn bind<'v, T: Encode<'v, MySql> + Type<MySql>>(
+        &mut self,
+        value: T,
+    ) -> Result<(), BoxDynError> {
         let mut type_info = value.produces().unwrap_or_else(T::type_info);
         if type_info == <OffsetDateTime as Type<MySql>>::type_info() {
-            // A `timestamp` of the same bytes, which MariaDB turns into null outside of 1970 to 2038.
+            // A `timestamp` of the same bytes, which MariaDB turns into null outside of 1970 to
+            // 2038.
             type_info = <PrimitiveDateTime as Type<MySql>>::type_info();
         }
         let is_null = value.encode(&mut self.bytes)?.is_null();
@@ -215,12 +233,17 @@ impl Rows {
     }
 
     fn bytes_of(&self, values: Range<usize>) -> Range<usize> {
-        let end_of_those_before = |value: usize| if value == 0 { 0 } else { self.values[value - 1].end };
+        let end_of_those_before =
+            |value: usize| if value == 0 { 0 } else { self.values[value - 1].end };
         end_of_those_before(values.start)..end_of_those_before(values.end)
     }
 
     /// Sends them, in order, and returns how many rows were affected.
-    pub(crate) async fn execute(&self, statement: Statement<'_>, db: &mut MySqlConnection) -> sqlx::Result<u64> {
+    pub(crate) async fn execute(
+        &self,
+        statement: Statement<'_>,
+        db: &mut MySqlConnection,
+    ) -> sqlx::Result<u64> {
         let sizes: Vec<usize> = (0..self.len()).map(|row| self.row_bytes(row)).collect();
         let max = max_rows(statement.row.len(), self.row_values(0).len());
         let (mut sent, mut affected) = (0, 0);
@@ -276,7 +299,8 @@ fn max_rows(text: usize, values: usize) -> usize {
     MAX_ROWS.min(MAX_TEXT_BYTES / (text + 1)).min(MAX_PLACEHOLDERS / values.max(1))
 }
 
-/// How many of the rows go next: a power of two, so that few texts are prepared for any number of rows.
+/// How many of the rows go next: a power of two, so that few texts are prepared for any number of
+/// rows.
 fn next_chunk(sizes: &[usize], max: usize) -> usize {
     let mut count = 1;
     let mut size: usize = sizes.first().copied().unwrap_or(0);
@@ -338,7 +362,8 @@ mod tests {
 
     #[test]
     fn a_single_row_leaves_the_statement_unchanged() {
-        let statement = Statement { head: "insert into t values ", row: "(?, 1)", tail: " /* n */" };
+        let statement =
+            Statement { head: "insert into t values ", row: "(?, 1)", tail: " /* n */" };
         assert_eq!(statement.text(1), "insert into t values (?, 1) /* n */");
         assert_eq!(statement.text(3), "insert into t values (?, 1),(?, 1),(?, 1) /* n */");
     }

@@ -1,4 +1,5 @@
-//! What each command needs of the server's grants, and no more. The README's table says the same, by test.
+//! What each command needs of the server's grants, and no more. The README's table says the same,
+//! by test.
 
 /// A table of ours, `*` for all of them, and what a command does with it.
 pub(crate) type TablePrivileges = (&'static str, &'static [&'static str]);
@@ -75,7 +76,8 @@ mod tests {
             let row = format!("| `{command}` | {} |", grants.join(" · "));
             assert!(readme.lines().any(|line| line == row), "{row}");
         }
-        // What it is good for is shown in tests/it/coalesce.rs, and that all is done without it in tests/it/grants.rs.
+        // What it is good for is shown in tests/it/coalesce.rs, and that all is done without it in
+        // tests/it/grants.rs.
         assert!(
             readme.contains("For speed, not for anything else, `boot`, `play` and `lambda` can use `trigger, insert`")
         );

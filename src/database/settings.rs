@@ -1,8 +1,9 @@
 //! Every session variable that the protocol or a handler's meaning depends on, in one place.
 //!
-//! A server, an `init_connect` or a handler may set any of these. So each session of ours sets all of them when it
-//! opens, and [`Database::open`](super::Database::open) reads them back once: a server that does not take a value is
-//! refused, with the variable's name. A handler's session is checked again with every commit (see [`SessionSettings::unchanged_condition`]).
+//! A server, an `init_connect` or a handler may set any of these. So each session of ours sets all
+//! of them when it opens, and [`Database::open`](super::Database::open) reads them back once: a
+//! server that does not take a value is refused, with the variable's name. A handler's session is
+//! checked again with every commit (see [`SessionSettings::unchanged_condition`]).
 
 use std::sync::Arc;
 
@@ -28,28 +29,31 @@ enum Check {
     Once,
     /// And with every commit of a handler: another value would change what its next batch does.
     EachCommit,
-    /// Like [`Check::EachCommit`], and the variable is never set: even setting it to this value has an effect.
+    /// Like [`Check::EachCommit`], and the variable is never set: even setting it to this value has
+    /// an effect.
     EachCommitNeverSet,
 }
 use Check::{EachCommit, EachCommitNeverSet, Once};
 
-/// A variable, its value as SQL, when it is compared, and why it is here. One that a server does not have is left out.
-/// In `a or b`, the first is set, and both are accepted. What is no literal is not compared when the server is first
-/// seen.
+/// A variable, its value as SQL, when it is compared, and why it is here. One that a server does
+/// not have is left out. In `a or b`, the first is set, and both are accepted. What is no literal
+/// is not compared when the server is first seen.
 type Setting = (&'static str, &'static str, Check, &'static str);
 
 /// In this order: `max_join_size` resets `sql_big_selects`.
 #[rustfmt::skip]
 const SETTINGS: &[Setting] = &[
     ("completion_type", "'NO_CHAIN'", EachCommit, "CHAIN begins a transaction behind every commit, RELEASE hangs up"),
-    // Under repeatable read the probe of a hole takes gap locks, and a long transaction does not see new commits.
+    // Under repeatable read the probe of a hole takes gap locks, and a long transaction does not
+    // see new commits.
     ("transaction_isolation", "'READ-COMMITTED'", EachCommit, "read uncommitted shows rows that are rolled back later"),
     ("tx_isolation", "'READ-COMMITTED'", EachCommit, "the same, by its name on MariaDB before 11.1"),
     ("transaction_read_only", "0", EachCommit, "nothing can be written"),
     ("tx_read_only", "0", EachCommit, "the same, by its name on MariaDB before 11.1"),
     ("innodb_lock_wait_timeout", "50", Once, "a longer wait would count as a lost connection"),
     ("lock_wait_timeout", "60", Once, "a change of a table would wait for a year"),
-    // A session whose client is gone without a word would hold its projector's row, by default for eight hours.
+    // A session whose client is gone without a word would hold its projector's row, by default for
+    // eight hours.
     ("wait_timeout", "60", Once, "a silent session would keep its locks"),
     ("net_read_timeout", "60", Once, "a slow network would end a statement"),
     ("net_write_timeout", "60", Once, "a reader that pauses would be cut off"),
@@ -102,17 +106,18 @@ const SETTINGS: &[Setting] = &[
 ];
 
 /// What the character set `utf8` is stays the server's choice.
-const OLD_MODE: &str = "if(find_in_set('UTF8_IS_UTF8MB3', @@global.old_mode), 'UTF8_IS_UTF8MB3', '')";
+const OLD_MODE: &str =
+    "if(find_in_set('UTF8_IS_UTF8MB3', @@global.old_mode), 'UTF8_IS_UTF8MB3', '')";
 
 /// The server's, unless it is tiny.
 const TMP_TABLE_SIZE: &str = "cast(greatest(@@global.tmp_table_size, 1048576) as unsigned)";
 
-/// An `init_connect` may have begun a transaction, in which some variables cannot be set. In words that do not depend on
-/// `completion_type`.
+/// An `init_connect` may have begun a transaction, in which some variables cannot be set. In words
+/// that do not depend on `completion_type`.
 const PLAIN_ROLLBACK: &str = "rollback and no chain no release";
 
-/// The limits of time of a statement, which may be too short even for the first look at a server. Each is of one kind of
-/// server.
+/// The limits of time of a statement, which may be too short even for the first look at a server.
+/// Each is of one kind of server.
 pub(super) const DISABLE_TIME_LIMITS: [&str; 2] =
     ["set session max_statement_time = 0", "set session max_execution_time = 0"];
 
@@ -123,15 +128,24 @@ const STRICT_MARIADB: &str =
     "STRICT_TRANS_TABLES,ERROR_FOR_DIVISION_BY_ZERO,NO_AUTO_CREATE_USER,NO_ENGINE_SUBSTITUTION";
 
 /// Modes in which a projector file's text would mean something else than what was read.
-const INCOMPATIBLE_MODES: &[&str] =
-    &["ANSI_QUOTES", "NO_BACKSLASH_ESCAPES", "ANSI", "ORACLE", "DB2", "MAXDB", "MSSQL", "POSTGRESQL"];
+const INCOMPATIBLE_MODES: &[&str] = &[
+    "ANSI_QUOTES",
+    "NO_BACKSLASH_ESCAPES",
+    "ANSI",
+    "ORACLE",
+    "DB2",
+    "MAXDB",
+    "MSSQL",
+    "POSTGRESQL",
+];
 
 /// The statements that make a session what the protocol needs, for one server.
 #[derive(Debug, Clone)]
 pub(super) struct SessionSettings {
     /// For our own statements.
     pub(super) own: Arc<str>,
-    /// For a handler: no statement commits by itself, so that what follows a rollback can be rolled back, too.
+    /// For a handler: no statement commits by itself, so that what follows a rollback can be rolled
+    /// back, too.
     pub(super) handler: Arc<str>,
     /// For setups: as for a handler, but each statement commits.
     pub(super) setup: Arc<str>,
@@ -157,8 +171,10 @@ impl SessionSettings {
         collation: Option<&str>,
     ) -> Result<Self, Error> {
         let supported = list_supported(connection).await?;
-        let is_supported = |name: &str| supported.iter().any(|supported| supported.eq_ignore_ascii_case(name));
-        let settings: Vec<&Setting> = SETTINGS.iter().filter(|(name, ..)| is_supported(name)).collect();
+        let is_supported =
+            |name: &str| supported.iter().any(|supported| supported.eq_ignore_ascii_case(name));
+        let settings: Vec<&Setting> =
+            SETTINGS.iter().filter(|(name, ..)| is_supported(name)).collect();
         let strict = match flavor {
             Flavor::MySql => STRICT_MYSQL,
             Flavor::MariaDb => STRICT_MARIADB,
@@ -170,13 +186,16 @@ impl SessionSettings {
         let mode = match sql_mode {
             SqlMode::Strict => strict.to_owned(),
             SqlMode::Server => {
-                let server: String = sqlx::query_scalar("select @@global.sql_mode").fetch_one(&mut *connection).await?;
+                let server: String = sqlx::query_scalar("select @@global.sql_mode")
+                    .fetch_one(&mut *connection)
+                    .await?;
                 let is_fine = |mode: &&str| !INCOMPATIBLE_MODES.contains(mode) && !mode.is_empty();
                 server.split(',').filter(is_fine).collect::<Vec<_>>().join(",")
             }
         };
         let Unsettable { restricted, fixed } = find_unsettable(connection, &settings).await?;
-        let settings: Vec<&Setting> = settings.into_iter().filter(|(name, ..)| !fixed.contains(name)).collect();
+        let settings: Vec<&Setting> =
+            settings.into_iter().filter(|(name, ..)| !fixed.contains(name)).collect();
         let common: String = settings
             .iter()
             .filter(|setting| is_set(setting) && !restricted.contains(&setting.0))
@@ -184,7 +203,9 @@ impl SessionSettings {
             .collect();
         let text = format!("{common}collation_connection = '{collation}', timestamp = default");
         let set = |autocommit: u8, mode: &str| {
-            format!("{PLAIN_ROLLBACK}; set session {text}, sql_mode = '{mode}', autocommit = {autocommit}")
+            format!(
+                "{PLAIN_ROLLBACK}; set session {text}, sql_mode = '{mode}', autocommit = {autocommit}"
+            )
         };
 
         let handler = set(0, &mode);
@@ -200,7 +221,8 @@ impl SessionSettings {
                 )));
             }
         }
-        let each_commit = |name: &&str| match settings.iter().find(|(setting, ..)| setting == name) {
+        let each_commit = |name: &&str| match settings.iter().find(|(setting, ..)| setting == name)
+        {
             Some((.., check, _)) => *check != Once,
             None => true,
         };
@@ -210,7 +232,8 @@ impl SessionSettings {
             .filter(|(name, _)| each_commit(name))
             .map(|(name, value)| ((*name).to_owned(), value.clone()))
             .collect();
-        let database: String = sqlx::query_scalar("select database()").fetch_one(&mut *connection).await?;
+        let database: String =
+            sqlx::query_scalar("select database()").fetch_one(&mut *connection).await?;
         let unchanged = build_condition(&expected, &database);
         sqlx::raw_sql("rollback").execute(connection).await?;
         Ok(SessionSettings {
@@ -224,14 +247,17 @@ impl SessionSettings {
         })
     }
 
-    /// A condition that holds as long as nothing has changed a handler's session: the values that were read back, the
-    /// default database, and a clock that goes.
+    /// A condition that holds as long as nothing has changed a handler's session: the values that
+    /// were read back, the default database, and a clock that goes.
     pub(super) fn unchanged_condition(&self) -> Arc<str> {
         Arc::clone(&self.unchanged_condition)
     }
 
     /// What has been changed in a session, as `variable is A and was B`; `None` if nothing was.
-    pub(super) async fn find_changes(&self, connection: &mut MySqlConnection) -> Result<Option<String>, sqlx::Error> {
+    pub(super) async fn find_changes(
+        &self,
+        connection: &mut MySqlConnection,
+    ) -> Result<Option<String>, sqlx::Error> {
         let names: Vec<&str> = self.expected.iter().map(|(name, _)| name.as_str()).collect();
         let values = read_variables(connection, &names).await?;
         let mut changed: Vec<String> = self
@@ -241,7 +267,8 @@ impl SessionSettings {
             .filter(|((_, expected), found)| expected != *found)
             .map(|((name, expected), found)| format!("{name} is {found:?} and was {expected:?}"))
             .collect();
-        let now: Option<String> = sqlx::query_scalar("select database() limit 1").fetch_one(&mut *connection).await?;
+        let now: Option<String> =
+            sqlx::query_scalar("select database() limit 1").fetch_one(&mut *connection).await?;
         if now.as_deref() != Some(&*self.database) {
             let now = now.as_deref().unwrap_or("none");
             changed.push(format!("the default database is {now} and was {}", self.database));
@@ -266,10 +293,15 @@ async fn list_supported(connection: &mut MySqlConnection) -> Result<Vec<String>,
 }
 
 /// Variables as text, in this order.
-async fn read_variables(connection: &mut MySqlConnection, names: &[&str]) -> Result<Vec<String>, sqlx::Error> {
+async fn read_variables(
+    connection: &mut MySqlConnection,
+    names: &[&str],
+) -> Result<Vec<String>, sqlx::Error> {
     // Converted here, for `character_set_results` may be wrong.
-    let columns: Vec<String> =
-        names.iter().map(|name| format!("convert(coalesce(@@session.{name}, '') using ascii)")).collect();
+    let columns: Vec<String> = names
+        .iter()
+        .map(|name| format!("convert(coalesce(@@session.{name}, '') using ascii)"))
+        .collect();
     // `sql_select_limit` may be 0, and a `limit` stands above it.
     let select = format!("select {} limit 1", columns.join(", "));
     let row = sqlx::raw_sql(AssertSqlSafe(select)).fetch_one(connection).await?;
@@ -298,7 +330,9 @@ fn build_condition(expected: &[(String, String)], database: &str) -> String {
         }
     }
     let database = database.replace('\\', "\\\\").replace('\'', "''");
-    condition.push_str(&format!("database() = '{database}' and abs(@@timestamp - unix_timestamp(sysdate())) < 5"));
+    condition.push_str(&format!(
+        "database() = '{database}' and abs(@@timestamp - unix_timestamp(sysdate())) < 5"
+    ));
     condition
 }
 
@@ -326,8 +360,8 @@ fn assignment((name, value, ..): &Setting) -> String {
 /// Variables that a session of ours does not set.
 #[derive(Debug, Default)]
 struct Unsettable<'s> {
-    /// The server lets only an administrator set them. They must have their values already: that is checked when they
-    /// are read back.
+    /// The server lets only an administrator set them. They must have their values already: that is
+    /// checked when they are read back.
     restricted: Vec<&'s str>,
     /// In this release of the server, no session can set them: what they do is the server's choice.
     fixed: Vec<&'s str>,
@@ -353,9 +387,13 @@ async fn find_unsettable<'s>(
         let one = format!("set session {}", assignment(setting));
         match sqlx::raw_sql(AssertSqlSafe(one)).execute(&mut *connection).await {
             Ok(_) => {}
-            Err(error) if server_error_number(&error) == Some(1227) => unsettable.restricted.push(*name),
+            Err(error) if server_error_number(&error) == Some(1227) => {
+                unsettable.restricted.push(*name)
+            }
             Err(error) if server_error_number(&error) == Some(1238) => unsettable.fixed.push(*name),
-            Err(error) if server_error_number(&error).is_none() => return Err(Error::Database(error)),
+            Err(error) if server_error_number(&error).is_none() => {
+                return Err(Error::Database(error));
+            }
             Err(error) => {
                 return Err(Error::Input(format!(
                     "the server does not let a session set {name} to {value}, and with another value {why}: {error}"
@@ -374,7 +412,10 @@ mod tests {
     fn each_variable_is_listed_once_with_a_reason() {
         for (index, (name, value, _, why)) in SETTINGS.iter().enumerate() {
             assert!(!value.is_empty() && !why.is_empty(), "{name}");
-            assert!(SETTINGS[..index].iter().all(|(other, ..)| other != name), "{name} is listed twice");
+            assert!(
+                SETTINGS[..index].iter().all(|(other, ..)| other != name),
+                "{name} is listed twice"
+            );
         }
     }
 
@@ -401,7 +442,13 @@ mod tests {
 
     #[test]
     fn a_condition_compares_numbers_as_numbers_and_text_as_text() {
-        let expected = [("autocommit", "0"), ("unique_checks", "1"), ("div", "4"), ("zone", "+00:00"), ("flags", "")];
+        let expected = [
+            ("autocommit", "0"),
+            ("unique_checks", "1"),
+            ("div", "4"),
+            ("zone", "+00:00"),
+            ("flags", ""),
+        ];
         let expected = expected.map(|(name, value)| (name.to_owned(), value.to_owned()));
         assert!(build_condition(&expected, "app").starts_with(
             "not @@autocommit and @@unique_checks and @@div = 4 and @@zone = '+00:00' and @@flags = '' and database() = 'app'"

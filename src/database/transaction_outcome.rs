@@ -1,9 +1,10 @@
 //! What became of a transaction that ended while a handler had it.
 //!
-//! A deadlock rolls back the whole transaction, and so does a handler's own `rollback`: nothing is stored, and the
-//! batch may be applied again. A commit, by the handler or by a statement that does so on its own (DDL), stores a part of
-//! the batch without its position: the batch must never be applied again. The server counts the commands of each
-//! session, and by that the two are told apart.
+//! A deadlock rolls back the whole transaction, and so does a handler's own `rollback`: nothing is
+//! stored, and the batch may be applied again. A commit, by the handler or by a statement that does
+//! so on its own (DDL), stores a part of the batch without its position: the batch must never be
+//! applied again. The server counts the commands of each session, and by that the two are told
+//! apart.
 
 use std::collections::HashMap;
 
@@ -14,7 +15,8 @@ use super::session_cache::HandlerSession;
 use crate::model::error::server_error_number;
 
 /// And makes sure that all commands are shown, and can be read. That is one more `set`.
-const ROLLBACK: &str = "rollback; set session sql_select_limit = 18446744073709551615, names utf8mb4";
+const ROLLBACK: &str =
+    "rollback; set session sql_select_limit = 18446744073709551615, names utf8mb4";
 
 const SHOW_COMMAND_COUNTS: &str = "show session status like 'Com\\_%'";
 
@@ -100,11 +102,15 @@ impl HandlerSession {
 }
 
 impl Database {
-    /// Rolls back what a handler's session has in hand, and tells what became of the transaction that a batch began.
+    /// Rolls back what a handler's session has in hand, and tells what became of the transaction
+    /// that a batch began.
     ///
     /// # Errors
     /// If the connection is lost: then nobody can tell.
-    pub(crate) async fn roll_back(&self, session: &mut HandlerSession) -> Result<TransactionOutcome, sqlx::Error> {
+    pub(crate) async fn roll_back(
+        &self,
+        session: &mut HandlerSession,
+    ) -> Result<TransactionOutcome, sqlx::Error> {
         let release = format!("release savepoint {}; rollback", session.savepoint);
         let rolled_back = sqlx::raw_sql(AssertSqlSafe(release)).execute(&mut *session.connection);
         match self.with_short_timeout(rolled_back).await {
@@ -137,7 +143,10 @@ async fn counts(connection: &mut MySqlConnection) -> Result<HashMap<String, u64>
     let mut counts = HashMap::new();
     for row in rows {
         let (name, count): (String, String) = (row.try_get(0)?, row.try_get(1)?);
-        counts.insert(name.trim_start_matches("Com_").to_lowercase(), count.parse().unwrap_or(u64::MAX));
+        counts.insert(
+            name.trim_start_matches("Com_").to_lowercase(),
+            count.parse().unwrap_or(u64::MAX),
+        );
     }
     Ok(counts)
 }
@@ -174,7 +183,8 @@ mod tests {
     use super::*;
 
     fn counts(counts: &[(&str, u64)]) -> HashMap<String, u64> {
-        let opened = [("begin", 1), ("set_option", 2), ("commit", 3), ("rollback", 4), ("create_table", 0)];
+        let opened =
+            [("begin", 1), ("set_option", 2), ("commit", 3), ("rollback", 4), ("create_table", 0)];
         opened.iter().chain(counts).map(|(name, count)| ((*name).to_owned(), *count)).collect()
     }
 
@@ -185,9 +195,13 @@ mod tests {
             classify(counts(&[("insert", 9), ("call_procedure", 1), ("show_warnings", 1)]), ours),
             TransactionOutcome::RolledBack
         );
-        for (name, count) in
-            [("commit", 4), ("begin", 2), ("set_option", 3), ("create_table", 1), ("no_such_command", 1)]
-        {
+        for (name, count) in [
+            ("commit", 4),
+            ("begin", 2),
+            ("set_option", 3),
+            ("create_table", 1),
+            ("no_such_command", 1),
+        ] {
             let stored = classify(counts(&[(name, count)]), ours);
             assert_eq!(stored, TransactionOutcome::Committed(name.replace('_', " ")), "{name}");
         }

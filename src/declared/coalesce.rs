@@ -1,9 +1,11 @@
 //! Several executions of one insert as one statement, where that is the same in effect.
 //!
-//! Rows wait, by table, until something else is to happen: an execution that is no such insert, one on the same table by another
-//! handler or with other types, too many rows, the end of the batch. So the statements on each table keep their order, and only
-//! inserts into *different* tables change places, and they do not know of each other: [`insert`](super::insert) has seen to it
-//! that they read nothing but their parameters and their own table, and [`tables`](super::tables) that nothing else hangs on it.
+//! Rows wait, by table, until something else is to happen: an execution that is no such insert, one
+//! on the same table by another handler or with other types, too many rows, the end of the batch.
+//! So the statements on each table keep their order, and only inserts into *different* tables
+//! change places, and they do not know of each other: [`insert`](super::insert) has seen to it that
+//! they read nothing but their parameters and their own table, and [`tables`](super::tables) that
+//! nothing else hangs on it.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -21,11 +23,12 @@ use crate::database::multi_row::{MAX_BYTES, MAX_ROWS, Rows, Statement};
 use crate::model::event::Event;
 use crate::model::projector::ProjectorId;
 
-/// The fewest executions in a batch for which a table is looked at: that costs about as much as twenty of them.
+/// The fewest executions in a batch for which a table is looked at: that costs about as much as
+/// twenty of them.
 const MIN_EXECUTIONS: usize = 32;
 
-/// How long a table that was refused is not looked at again. That it was accepted is never remembered: the next transaction has
-/// no lock on it yet, and somebody may have made a trigger.
+/// How long a table that was refused is not looked at again. That it was accepted is never
+/// remembered: the next transaction has no lock on it yet, and somebody may have made a trigger.
 const REFUSAL_TTL: Duration = Duration::from_secs(60);
 
 /// The most that waits in all tables together, in bytes.
@@ -45,7 +48,8 @@ pub(super) struct Tables {
 pub(super) struct TableIndex(usize);
 
 impl Tables {
-    /// The table of that name, in whatever case: where the server tells two apart, they only wait for each other needlessly.
+    /// The table of that name, in whatever case: where the server tells two apart, they only wait
+    /// for each other needlessly.
     pub(super) fn add(&mut self, insert: &Insert) -> TableIndex {
         let known = self.names.iter().position(|other| other.eq_ignore_ascii_case(&insert.table));
         let table = known.unwrap_or_else(|| {
@@ -101,7 +105,8 @@ pub(super) async fn apply(
     for event in events {
         let mut lookup = Lookup::new(event, handlers);
         for handler in handlers.matching(event) {
-            let arguments = handler.arguments(&mut lookup).with_context(|| handler.origin.clone())?;
+            let arguments =
+                handler.arguments(&mut lookup).with_context(|| handler.origin.clone())?;
             coalescer.execute(handler, arguments, db).await?;
         }
     }
@@ -172,17 +177,27 @@ impl<'h> Coalescer<'h> {
         let tables = handlers.tables()?;
         let mut executions = vec![0; tables.names.len()];
         for event in events {
-            for (_, TableIndex(table)) in handlers.matching(event).filter_map(Handler::coalescable_insert) {
+            for (_, TableIndex(table)) in
+                handlers.matching(event).filter_map(Handler::coalescable_insert)
+            {
                 executions[table] += 1;
             }
         }
-        let state = |(count, is_refused): (usize, bool)| match count >= MIN_EXECUTIONS && !is_refused {
-            true => TableState::Unlocked,
-            false => TableState::OneByOne,
-        };
-        let tables: Vec<TableState> = executions.into_iter().zip(tables.refused_flags()).map(state).collect();
+        let state =
+            |(count, is_refused): (usize, bool)| match count >= MIN_EXECUTIONS && !is_refused {
+                true => TableState::Unlocked,
+                false => TableState::OneByOne,
+            };
+        let tables: Vec<TableState> =
+            executions.into_iter().zip(tables.refused_flags()).map(state).collect();
         let pending = tables.iter().map(|_| None).collect();
-        tables.contains(&TableState::Unlocked).then_some(Coalescer { projector, handlers, tables, pending, size: 0 })
+        tables.contains(&TableState::Unlocked).then_some(Coalescer {
+            projector,
+            handlers,
+            tables,
+            pending,
+            size: 0,
+        })
     }
 
     async fn execute(
@@ -209,11 +224,16 @@ impl<'h> Coalescer<'h> {
     /// Looks at every table that is worth it and has been touched since the last time.
     async fn check_locked_tables(&mut self, db: &mut MySqlConnection) -> anyhow::Result<()> {
         let tables = self.handlers.tables().context("a table was locked")?;
-        let locked: Vec<usize> =
-            (0..self.tables.len()).filter(|table| self.tables[*table] == TableState::Locked).collect();
-        let target = |table: &usize| InsertTarget { name: &tables.names[*table], ignores: tables.ignores[*table] };
+        let locked: Vec<usize> = (0..self.tables.len())
+            .filter(|table| self.tables[*table] == TableState::Locked)
+            .collect();
+        let target = |table: &usize| InsertTarget {
+            name: &tables.names[*table],
+            ignores: tables.ignores[*table],
+        };
         let targets: Vec<InsertTarget<'_>> = locked.iter().map(target).collect();
-        let found = check_tables(&targets, db).await.context("the tables' definitions cannot be read")?;
+        let found =
+            check_tables(&targets, db).await.context("the tables' definitions cannot be read")?;
         for (table, found) in locked.into_iter().zip(found) {
             self.tables[table] = match found {
                 Ok(()) => TableState::Coalescable,
@@ -240,16 +260,23 @@ impl<'h> Coalescer<'h> {
         db: &mut MySqlConnection,
     ) -> anyhow::Result<()> {
         let mode = handler.execution_mode(&arguments, true);
-        let joins = |pending: &PendingRows<'_>| std::ptr::eq(pending.handler, handler) && pending.rows.accepts(&mode);
+        let joins = |pending: &PendingRows<'_>| {
+            std::ptr::eq(pending.handler, handler) && pending.rows.accepts(&mode)
+        };
         if self.pending[table].as_ref().is_some_and(|pending| !joins(pending)) {
             self.send(table, db).await?;
         }
-        let pending =
-            self.pending[table].get_or_insert_with(|| PendingRows { handler, insert, rows: RowBuffer::new(mode) });
+        let pending = self.pending[table].get_or_insert_with(|| PendingRows {
+            handler,
+            insert,
+            rows: RowBuffer::new(mode),
+        });
         let before = pending.rows.encoded_bytes();
         match &mut pending.rows {
             RowBuffer::Bound(_, rows) => handler.bind_to_row(arguments, rows)?,
-            RowBuffer::Literal(rows) => rows.add(handler.with_literals(&arguments, insert.row.clone())),
+            RowBuffer::Literal(rows) => {
+                rows.add(handler.with_literals(&arguments, insert.row.clone()))
+            }
         }
         let (rows, size) = (pending.rows.len(), pending.rows.encoded_bytes());
         self.size += size - before;
@@ -271,7 +298,9 @@ impl<'h> Coalescer<'h> {
     }
 
     async fn send(&mut self, table: usize, db: &mut MySqlConnection) -> anyhow::Result<()> {
-        let Some(PendingRows { handler, insert, rows }) = self.pending[table].take() else { return Ok(()) };
+        let Some(PendingRows { handler, insert, rows }) = self.pending[table].take() else {
+            return Ok(());
+        };
         self.size -= rows.encoded_bytes();
         let sent = match rows {
             RowBuffer::Bound(text, rows) => {

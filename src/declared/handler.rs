@@ -60,7 +60,8 @@ pub(super) struct Handlers {
     prevents_coalescing: bool,
     /// What the statements leave in their session.
     session_effects: SessionEffects,
-    /// What makes each event begin with the same state of the session, where the statements can tell.
+    /// What makes each event begin with the same state of the session, where the statements can
+    /// tell.
     reset_sql: Option<Arc<str>>,
 }
 
@@ -70,7 +71,8 @@ pub(super) struct Handler {
     event_types: Option<HashSet<String>>,
     statement: PreparedStatement,
     bindings: Vec<Binding>,
-    /// Where the statement is an insert that can be sent for many events at once, as far as its text tells.
+    /// Where the statement is an insert that can be sent for many events at once, as far as its
+    /// text tells.
     insert: Option<(Insert, TableIndex)>,
     /// `FILE:LINE`, for errors.
     pub(super) origin: String,
@@ -109,10 +111,12 @@ impl Handlers {
         });
         self.session_effects.add(session::analyze(&statement.sql));
         self.reset_sql = self.session_effects.reset_sql().map(Arc::from);
-        self.prevents_coalescing |=
-            insert::reads_previous_result(&statement.sql) || self.reset_sql.is_some() || self.session_effects.is_opaque;
+        self.prevents_coalescing |= insert::reads_previous_result(&statement.sql)
+            || self.reset_sql.is_some()
+            || self.session_effects.is_opaque;
         let prepared = PreparedStatement::new(statement.sql);
-        let bindings = statement.parameters.into_iter().map(|parameter| self.binding(parameter)).collect();
+        let bindings =
+            statement.parameters.into_iter().map(|parameter| self.binding(parameter)).collect();
         self.all.push(Handler { event_types, statement: prepared, bindings, insert, origin });
     }
 
@@ -127,14 +131,20 @@ impl Handlers {
     }
 
     /// Applies one event, each statement by itself.
-    pub(super) async fn apply(&self, event: &Event, db: &mut MySqlConnection) -> anyhow::Result<()> {
+    pub(super) async fn apply(
+        &self,
+        event: &Event,
+        db: &mut MySqlConnection,
+    ) -> anyhow::Result<()> {
         if let Some(reset) = &self.reset_sql {
-            // Without it, a variable has what the event before it left in boot, and nothing where events come alone.
+            // Without it, a variable has what the event before it left in boot, and nothing where
+            // events come alone.
             sqlx::raw_sql(AssertSqlSafe(Arc::clone(reset))).execute(&mut *db).await?;
         }
         let mut lookup = Lookup::new(event, self);
         for handler in self.matching(event) {
-            let arguments = handler.arguments(&mut lookup).with_context(|| handler.origin.clone())?;
+            let arguments =
+                handler.arguments(&mut lookup).with_context(|| handler.origin.clone())?;
             handler.execute(arguments, db).await?;
         }
         Ok(())
@@ -145,7 +155,9 @@ impl Handlers {
             Parameter::Position => |event| Argument::Json(Value::Unsigned(event.position().get())),
             Parameter::EventId => |event| Argument::text(event.event_id()),
             Parameter::StreamId => |event| Argument::text(event.stream_id()),
-            Parameter::StreamVersion => |event| Argument::Json(Value::Unsigned(event.stream_version())),
+            Parameter::StreamVersion => {
+                |event| Argument::Json(Value::Unsigned(event.stream_version()))
+            }
             Parameter::EventType => |event| Argument::text(event.event_type()),
             Parameter::RecordedAt => |event| Argument::Time(event.recorded_at_utc()),
             Parameter::Json(json) => {
@@ -180,7 +192,10 @@ impl Handler {
         self.insert.as_ref().map(|(insert, table)| (insert, *table))
     }
 
-    pub(super) fn arguments<'e>(&self, event: &mut Lookup<'e, '_>) -> anyhow::Result<Vec<Argument<'e>>> {
+    pub(super) fn arguments<'e>(
+        &self,
+        event: &mut Lookup<'e, '_>,
+    ) -> anyhow::Result<Vec<Argument<'e>>> {
         self.bindings
             .iter()
             .map(|binding| match binding {
@@ -210,27 +225,48 @@ impl Handler {
     }
 
     /// The arguments that are bound: a null in an expression is part of the text.
-    fn bound_arguments<'e>(&self, arguments: Vec<Argument<'e>>) -> impl Iterator<Item = Argument<'e>> {
+    fn bound_arguments<'e>(
+        &self,
+        arguments: Vec<Argument<'e>>,
+    ) -> impl Iterator<Item = Argument<'e>> {
         let is_bound = |(argument, place): &(Argument<'e>, ParameterPlace)| {
             argument.class() != Class::Null || *place != ParameterPlace::Expression
         };
-        arguments.into_iter().zip(self.statement.places()).filter(is_bound).map(|(argument, _)| argument)
+        arguments
+            .into_iter()
+            .zip(self.statement.places())
+            .filter(is_bound)
+            .map(|(argument, _)| argument)
     }
 
     /// Adds them to the rows that one statement sends.
-    pub(super) fn bind_to_row(&self, arguments: Vec<Argument<'_>>, rows: &mut Rows) -> anyhow::Result<()> {
+    pub(super) fn bind_to_row(
+        &self,
+        arguments: Vec<Argument<'_>>,
+        rows: &mut Rows,
+    ) -> anyhow::Result<()> {
         rows.begin_row();
         for argument in self.bound_arguments(arguments) {
-            argument.bind_to_row(rows).map_err(sqlx::Error::Encode).with_context(|| self.origin.clone())?;
+            argument
+                .bind_to_row(rows)
+                .map_err(sqlx::Error::Encode)
+                .with_context(|| self.origin.clone())?;
         }
         Ok(())
     }
 
-    pub(super) async fn execute(&self, arguments: Vec<Argument<'_>>, db: &mut MySqlConnection) -> anyhow::Result<()> {
+    pub(super) async fn execute(
+        &self,
+        arguments: Vec<Argument<'_>>,
+        db: &mut MySqlConnection,
+    ) -> anyhow::Result<()> {
         let executed = match self.execution_mode(&arguments, false) {
             ExecutionMode::Prepared(text) => {
                 let query = sqlx::query(AssertSqlSafe(Arc::clone(&text.sql)));
-                self.bound_arguments(arguments).fold(query, |query, argument| argument.bind_to(query)).execute(db).await
+                self.bound_arguments(arguments)
+                    .fold(query, |query, argument| argument.bind_to(query))
+                    .execute(db)
+                    .await
             }
             ExecutionMode::Literal => {
                 let sql = self.with_literals(&arguments, 0..self.statement.sql().len());
@@ -254,21 +290,29 @@ impl<'e, 'h> Lookup<'e, 'h> {
         Lookup { event, handlers, payload: None, metadata: None }
     }
 
-    fn json_argument(&mut self, parameter: &JsonParameter, place: PathId) -> anyhow::Result<Argument<'e>> {
+    fn json_argument(
+        &mut self,
+        parameter: &JsonParameter,
+        place: PathId,
+    ) -> anyhow::Result<Argument<'e>> {
         let name = parameter.document.name();
         let found = match self.document_text(parameter.document) {
             Some(text) if parameter.path.is_empty() => return Ok(Argument::text(text)),
-            Some(text) => {
-                self.find_path(parameter.document, text, place).with_context(|| format!("the {name} is not JSON"))?
-            }
+            Some(text) => self
+                .find_path(parameter.document, text, place)
+                .with_context(|| format!("the {name} is not JSON"))?,
             None => None,
         };
         let written = &parameter.written;
         match found {
-            Some(text) => Value::parse(text).map(Argument::Json).with_context(|| format!("`{written}` cannot be read")),
+            Some(text) => Value::parse(text)
+                .map(Argument::Json)
+                .with_context(|| format!("`{written}` cannot be read")),
             None if parameter.is_optional => Ok(Argument::Json(Value::Null)),
             None if self.document_text(parameter.document).is_none() => {
-                bail!("`{written}`: the event has no {name}; write `{written}?` to bind null where there is none")
+                bail!(
+                    "`{written}`: the event has no {name}; write `{written}?` to bind null where there is none"
+                )
             }
             None => bail!(
                 "`{written}` is missing in the event's {name}; write `{written}?` to bind null where it is missing"
@@ -343,7 +387,10 @@ impl<'e> Argument<'e> {
         }
     }
 
-    fn bind_to<'q>(self, query: Query<'q, MySql, MySqlArguments>) -> Query<'q, MySql, MySqlArguments> {
+    fn bind_to<'q>(
+        self,
+        query: Query<'q, MySql, MySqlArguments>,
+    ) -> Query<'q, MySql, MySqlArguments> {
         match self {
             Argument::Time(time) => query.bind(time),
             Argument::Json(Value::Null) => query.bind(None::<&str>),
@@ -419,13 +466,20 @@ impl Projector for DeclaredProjector {
         self.handlers.apply(event, db).await
     }
 
-    async fn handle_batch(&self, events: &[&Event], db: &mut MySqlConnection) -> anyhow::Result<()> {
+    async fn handle_batch(
+        &self,
+        events: &[&Event],
+        db: &mut MySqlConnection,
+    ) -> anyhow::Result<()> {
         coalesce::apply(&self.id, &self.handlers, events, db).await
     }
 }
 
 /// As text, since some DDL cannot be prepared.
-async fn run_statements(statements: &[SetupStatement], db: &mut MySqlConnection) -> anyhow::Result<()> {
+async fn run_statements(
+    statements: &[SetupStatement],
+    db: &mut MySqlConnection,
+) -> anyhow::Result<()> {
     for statement in statements {
         let query = sqlx::raw_sql(AssertSqlSafe(Arc::clone(&statement.sql)));
         query.execute(&mut *db).await.with_context(|| statement.origin.clone())?;
@@ -457,7 +511,11 @@ mod tests {
 
     fn arguments<'e>(sql: &str, event: &'e Event) -> Result<Vec<Argument<'e>>, String> {
         let mut handlers = Handlers::new();
-        handlers.add(EventTypes::All, statement::compile_handler(sql).expect(sql), "a.toml:1".into());
+        handlers.add(
+            EventTypes::All,
+            statement::compile_handler(sql).expect(sql),
+            "a.toml:1".into(),
+        );
         let mut lookup = Lookup::new(event, &handlers);
         handlers.all[0].arguments(&mut lookup).map_err(|error| format!("{error:#}"))
     }
@@ -499,18 +557,40 @@ mod tests {
             ("{}", None, ":metadata.a?", Ok(Value::Null)),
             ("{}", Some("null"), ":metadata.a?", Ok(Value::Null)),
             ("{}", Some(r#"{"a":true}"#), ":metadata.a", Ok(Value::Boolean(true))),
-            ("{}", None, ":payload.a", Err("`:payload.a` is missing in the event's payload; write `:payload.a?`")),
-            (r#"{"a":1}"#, None, ":payload.a.b", Err("`:payload.a.b` is missing in the event's payload")),
-            ("{}", None, ":metadata", Err("`:metadata`: the event has no metadata; write `:metadata?`")),
+            (
+                "{}",
+                None,
+                ":payload.a",
+                Err("`:payload.a` is missing in the event's payload; write `:payload.a?`"),
+            ),
+            (
+                r#"{"a":1}"#,
+                None,
+                ":payload.a.b",
+                Err("`:payload.a.b` is missing in the event's payload"),
+            ),
+            (
+                "{}",
+                None,
+                ":metadata",
+                Err("`:metadata`: the event has no metadata; write `:metadata?`"),
+            ),
             ("{}", None, ":metadata.a", Err("`:metadata.a`: the event has no metadata")),
-            ("{}", Some("null"), ":metadata.a", Err("`:metadata.a` is missing in the event's metadata")),
+            (
+                "{}",
+                Some("null"),
+                ":metadata.a",
+                Err("`:metadata.a` is missing in the event's metadata"),
+            ),
             ("{", None, ":payload.a?", Err("the payload is not JSON")),
             (r#"{"a":"\ud800"}"#, None, ":payload.a", Err("`:payload.a` cannot be read")),
         ] {
             let event = event(payload, metadata);
             let bound = arguments(&format!("select {parameter}"), &event);
             match expected {
-                Ok(value) => assert_eq!(bound, Ok(vec![Argument::Json(value)]), "{parameter} of {payload}"),
+                Ok(value) => {
+                    assert_eq!(bound, Ok(vec![Argument::Json(value)]), "{parameter} of {payload}")
+                }
                 Err(reason) => {
                     let error = bound.expect_err(parameter);
                     assert!(error.starts_with(reason), "{parameter} of {payload}: {error}");
@@ -522,7 +602,10 @@ mod tests {
     #[test]
     fn a_payload_is_decoded_only_if_a_statement_uses_a_path() {
         let event = event("not JSON", None);
-        assert_eq!(arguments("values (:payload, :position)", &event).map(|bound| bound.len()), Ok(2));
+        assert_eq!(
+            arguments("values (:payload, :position)", &event).map(|bound| bound.len()),
+            Ok(2)
+        );
     }
 
     #[test]
@@ -530,7 +613,11 @@ mod tests {
         let insert = "insert into cases (id, version, at, amount, org_group, user) values (:stream_id, :stream_version,
                       :recorded_at, :payload.amount, :payload.org.group, :metadata.user?)";
         let mut handlers = Handlers::new();
-        handlers.add(EventTypes::All, statement::compile_handler(insert).expect("fine"), "a.toml:1".into());
+        handlers.add(
+            EventTypes::All,
+            statement::compile_handler(insert).expect("fine"),
+            "a.toml:1".into(),
+        );
         let events = hot_path::events();
         let bound = hot_path::count(|| {
             let mut rows = Rows::default();

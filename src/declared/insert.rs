@@ -1,5 +1,5 @@
-//! Which statements can be sent for many events at once: inserts whose rows do not depend on when, or in how many
-//! statements, they are sent. What is not known here is not one of them.
+//! Which statements can be sent for many events at once: inserts whose rows do not depend on when,
+//! or in how many statements, they are sent. What is not known here is not one of them.
 
 use std::ops::Range;
 
@@ -120,10 +120,12 @@ const TYPES: &[&str] = &["binary", "char", "datetime", "decimal", "nchar", "time
 
 /// Operators and other words after which a parenthesis may open and nothing is called.
 const BEFORE_PARENTHESIS: &[&str] = &[
-    "and", "between", "case", "div", "else", "in", "interval", "is", "like", "mod", "not", "or", "then", "when", "xor",
+    "and", "between", "case", "div", "else", "in", "interval", "is", "like", "mod", "not", "or",
+    "then", "when", "xor",
 ];
 
-/// What else can stand among the values of a row: no column, which would be that of the row before it, or its default.
+/// What else can stand among the values of a row: no column, which would be that of the row before
+/// it, or its default.
 const ROW_WORDS: &[&str] = &[
     "as",
     "ascii",
@@ -196,9 +198,18 @@ const UPDATE_REFUSED: &[&str] = &[
     "with",
 ];
 
-/// What can be told from a statement about the one before it, by which it would be seen that several were one.
-const PREVIOUS_RESULT_WORDS: &[&str] =
-    &["call", "diagnostics", "error_count", "execute", "found_rows", "last_insert_id", "row_count", "warning_count"];
+/// What can be told from a statement about the one before it, by which it would be seen that
+/// several were one.
+const PREVIOUS_RESULT_WORDS: &[&str] = &[
+    "call",
+    "diagnostics",
+    "error_count",
+    "execute",
+    "found_rows",
+    "last_insert_id",
+    "row_count",
+    "warning_count",
+];
 
 /// Reads a statement with `?` for its parameters.
 ///
@@ -228,7 +239,9 @@ pub(super) fn parse(sql: &str) -> Result<Insert, &'static str> {
     let tail = cursor.tokens;
     match tail.first() {
         None => {}
-        Some(_) if ["on", "duplicate", "key", "update"].iter().all(|word| cursor.take_word(word)) => {
+        Some(_)
+            if ["on", "duplicate", "key", "update"].iter().all(|word| cursor.take_word(word)) =>
+        {
             check(tail, Clause::Update)?;
         }
         Some(next) if next.token.text == "," => return Err("it has several rows"),
@@ -242,10 +255,12 @@ pub(super) fn parse(sql: &str) -> Result<Insert, &'static str> {
 /// Whether a statement may look at what the one before it did, but for the rows that it wrote.
 pub(super) fn reads_previous_result(sql: &str) -> bool {
     let Ok(tokens) = tokenize(sql) else { return true };
-    let reads_result = |piece: &SyntaxToken<'_>| PREVIOUS_RESULT_WORDS.iter().any(|word| piece.is(word));
+    let reads_result =
+        |piece: &SyntaxToken<'_>| PREVIOUS_RESULT_WORDS.iter().any(|word| piece.is(word));
     let is_at = |piece: &SyntaxToken<'_>| piece.token.text == "@";
     // `@@name` is a variable of the server's, of which some are such.
-    tokens.iter().any(reads_result) || tokens.windows(2).any(|pair| is_at(&pair[0]) && is_at(&pair[1]))
+    tokens.iter().any(reads_result)
+        || tokens.windows(2).any(|pair| is_at(&pair[0]) && is_at(&pair[1]))
 }
 
 /// A token that says something.
@@ -294,7 +309,8 @@ impl<'t, 's> Cursor<'t, 's> {
         takes
     }
 
-    /// A name that is nobody else's by any reading: not qualified, and of letters that have one spelling.
+    /// A name that is nobody else's by any reading: not qualified, and of letters that have one
+    /// spelling.
     fn take_name(&mut self) -> Option<String> {
         let (first, rest) = self.tokens.split_first()?;
         let text = first.token.text;
@@ -356,7 +372,8 @@ impl<'t, 's> Cursor<'t, 's> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Clause {
     Values,
-    /// After the row, where columns can be named, and nothing can be bound: it would be each row's own.
+    /// After the row, where columns can be named, and nothing can be bound: it would be each row's
+    /// own.
     Update,
 }
 
@@ -386,9 +403,8 @@ fn check_symbol(symbol: &str, clause: Clause) -> Result<(), &'static str> {
     match symbol {
         "?" if clause == Clause::Update => Err("a parameter stands after its values"),
         "@" => Err("it has a variable"),
-        "(" | ")" | "," | "." | "+" | "-" | "*" | "/" | "%" | "=" | "<" | ">" | "!" | "&" | "|" | "^" | "~" | "?" => {
-            Ok(())
-        }
+        "(" | ")" | "," | "." | "+" | "-" | "*" | "/" | "%" | "=" | "<" | ">" | "!" | "&" | "|"
+        | "^" | "~" | "?" => Ok(()),
         _ => Err("it has a symbol that is not known"),
     }
 }
@@ -403,18 +419,25 @@ fn check_call(
     let is_known = is_of(DETERMINISTIC_FUNCTIONS)
         || (clause == Clause::Update && is_of(UPDATE_FUNCTIONS))
         || (is_of(TYPES) && before.is_some_and(|before| before.is("as")));
-    // A blank before the parenthesis, or a dot before the name, can make a function of yours out of one of theirs.
+    // A blank before the parenthesis, or a dot before the name, can make a function of yours out of
+    // one of theirs.
     let is_theirs = parenthesis.adjacent && before.is_none_or(|before| before.token.text != ".");
     match is_of(BEFORE_PARENTHESIS) || (is_known && is_theirs) {
         true => Ok(()),
-        false => Err("it calls a function that is not known to return the same whenever it is called"),
+        false => {
+            Err("it calls a function that is not known to return the same whenever it is called")
+        }
     }
 }
 
 fn check_word(piece: &SyntaxToken<'_>, clause: Clause) -> Result<(), &'static str> {
     let is_of = |words: &[&str]| words.iter().any(|word| piece.is(word));
     match clause {
-        Clause::Values if is_of(ROW_WORDS) || is_of(BEFORE_PARENTHESIS) || is_number(piece.token.text) => Ok(()),
+        Clause::Values
+            if is_of(ROW_WORDS) || is_of(BEFORE_PARENTHESIS) || is_number(piece.token.text) =>
+        {
+            Ok(())
+        }
         Clause::Values => Err("a value is that of a column, or has a word that is not known"),
         Clause::Update if is_of(UPDATE_REFUSED) => Err("its update reads more than the row"),
         Clause::Update => Ok(()),
@@ -462,7 +485,11 @@ mod tests {
                 "t",
                 "",
             ),
-            ("insert into t values (case when ? in (1, 2) then ? else not (?) end, ? div 2, ? mod 2)", "t", ""),
+            (
+                "insert into t values (case when ? in (1, 2) then ? else not (?) end, ? div 2, ? mod 2)",
+                "t",
+                "",
+            ),
             (
                 "insert into t values (date_add(?, interval 1 day), extract(year from ?), trim(both 'x' from ?))",
                 "t",
@@ -474,7 +501,11 @@ mod tests {
                 "t",
                 "(?)",
             ),
-            ("insert into t (a) values (?) as new on duplicate key update a = greatest(t.a, new.a)", "t", "(?)"),
+            (
+                "insert into t (a) values (?) as new on duplicate key update a = greatest(t.a, new.a)",
+                "t",
+                "(?)",
+            ),
             (
                 "insert into t (a) values (?) as new (x) on duplicate key update a = x, b = json_set(b, '$.a', x)",
                 "t",
@@ -484,7 +515,10 @@ mod tests {
             let insert = parse(sql).unwrap_or_else(|reason| panic!("{sql}: {reason}"));
             assert_eq!(insert.table, table, "{sql}");
             let found = &sql[insert.row];
-            assert!(found == row || (row.is_empty() && found.starts_with('(') && sql.ends_with(found)), "{found}");
+            assert!(
+                found == row || (row.is_empty() && found.starts_with('(') && sql.ends_with(found)),
+                "{found}"
+            );
         }
     }
 
@@ -537,15 +571,27 @@ mod tests {
             ("insert into t values (1a)", "not known"),
             ("insert into t values (char(10))", "function"),
             ("insert into t values (?) on duplicate key update a = ?", "parameter"),
-            ("insert into t values (?) on duplicate key update a = (select 1)", "more than the row"),
+            (
+                "insert into t values (?) on duplicate key update a = (select 1)",
+                "more than the row",
+            ),
             ("insert into t values (?) on duplicate key update a = last_insert_id(a)", "function"),
             ("insert into t values (?) on duplicate key update a = now()", "function"),
-            ("insert into t values (?) on duplicate key update a = current_timestamp", "more than the row"),
+            (
+                "insert into t values (?) on duplicate key update a = current_timestamp",
+                "more than the row",
+            ),
             ("insert into t values (?) on duplicate key update a = @a", "variable"),
-            ("insert into t values (?) on duplicate key update a = next value for s", "more than the row"),
+            (
+                "insert into t values (?) on duplicate key update a = next value for s",
+                "more than the row",
+            ),
             ("insert into t values (?) on duplicate key update a = `f`(1)", "function of yours"),
             ("insert into t values (?) on duplicate key update a = other.left(1)", "function"),
-            ("insert into t values (?) on duplicate key update a = 1 returning a", "more than the row"),
+            (
+                "insert into t values (?) on duplicate key update a = 1 returning a",
+                "more than the row",
+            ),
             ("insert into t values (?) returning a", "more than values"),
             ("insert into t values (?) as `a b` on duplicate key update a = 1", "alias"),
             ("insert into t values (?) on duplicate key", "more than values"),
@@ -569,7 +615,11 @@ mod tests {
         ] {
             assert!(reads_previous_result(sql), "{sql}");
         }
-        for sql in ["update t set a = @a", "insert into t values ('row_count()')", "delete from `row_count`"] {
+        for sql in [
+            "update t set a = @a",
+            "insert into t values ('row_count()')",
+            "delete from `row_count`",
+        ] {
             assert!(!reads_previous_result(sql), "{sql}");
         }
     }

@@ -8,8 +8,8 @@ use serde::Deserializer as _;
 use serde::de::{DeserializeSeed, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
-/// All the paths that a projector follows in one document, so that one pass over the text finds them all and
-/// memory holds nothing else of it.
+/// All the paths that a projector follows in one document, so that one pass over the text finds
+/// them all and memory holds nothing else of it.
 #[derive(Debug)]
 pub(super) struct Paths {
     /// The first is the document; each other stands after the one that it is in.
@@ -33,7 +33,8 @@ impl Paths {
         Paths { nodes: vec![Node::default()] }
     }
 
-    /// Adds a path and returns its place. A key that is a number is an index where there is an array.
+    /// Adds a path and returns its place. A key that is a number is an index where there is an
+    /// array.
     pub(super) fn add(&mut self, path: &[String]) -> PathId {
         let mut at = PathId(0);
         for key in path {
@@ -57,7 +58,8 @@ impl Paths {
         place
     }
 
-    /// The text that each path leads to. Of a key that is there twice the last is taken, as MySQL does.
+    /// The text that each path leads to. Of a key that is there twice the last is taken, as MySQL
+    /// does.
     ///
     /// # Errors
     /// If the text is not JSON, as far as it is read.
@@ -84,7 +86,10 @@ impl<'e> PathValues<'e> {
 }
 
 /// Scalars have nothing in them, so that a path through one is missing.
-fn visit_children<'e>(text: &'e str, children: ChildVisitor<'_, 'e>) -> Result<(), serde_json::Error> {
+fn visit_children<'e>(
+    text: &'e str,
+    children: ChildVisitor<'_, 'e>,
+) -> Result<(), serde_json::Error> {
     let mut deserializer = serde_json::Deserializer::from_str(text);
     match text.trim_ascii_start().as_bytes().first() {
         Some(b'{') => deserializer.deserialize_map(children)?,
@@ -135,13 +140,17 @@ impl<'e> Visitor<'e> for ChildVisitor<'_, 'e> {
     }
 }
 
-/// Looks a key up without a copy. It is read as bytes, since a key that nobody wants may not be Unicode.
+/// Looks a key up without a copy. It is read as bytes, since a key that nobody wants may not be
+/// Unicode.
 struct KeyLookup<'p>(&'p Node);
 
 impl<'e> DeserializeSeed<'e> for KeyLookup<'_> {
     type Value = Option<PathId>;
 
-    fn deserialize<D: serde::Deserializer<'e>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+    fn deserialize<D: serde::Deserializer<'e>>(
+        self,
+        deserializer: D,
+    ) -> Result<Self::Value, D::Error> {
         deserializer.deserialize_bytes(self)
     }
 }
@@ -166,8 +175,8 @@ pub(super) enum Value<'e> {
     Signed(i64),
     Unsigned(u64),
     Double(f64),
-    /// A string; a number that fits no type, as its literal, for the column to convert; the JSON text of an
-    /// object or array, byte for byte.
+    /// A string; a number that fits no type, as its literal, for the column to convert; the JSON
+    /// text of an object or array, byte for byte.
     Text(Cow<'e, str>),
 }
 
@@ -204,7 +213,9 @@ fn parse_number(literal: &str) -> Value<'_> {
     let double = literal.parse().ok().filter(|number: &f64| number.is_finite());
     match double {
         // MySQL, too, writes a double with the fewest digits that tell it from its neighbours.
-        Some(number) if Decimal::parse(literal) == Decimal::parse(&format!("{number:e}")) => Value::Double(number),
+        Some(number) if Decimal::parse(literal) == Decimal::parse(&format!("{number:e}")) => {
+            Value::Double(number)
+        }
         _ => Value::Text(Cow::Borrowed(literal)),
     }
 }
@@ -227,7 +238,8 @@ impl Decimal {
         if digits.is_empty() {
             return Some(Decimal { digits: String::new(), exponent: 0 });
         }
-        let point = i64::try_from(whole.len()).ok()? - i64::try_from(all.len() - digits.len()).ok()?;
+        let point =
+            i64::try_from(whole.len()).ok()? - i64::try_from(all.len() - digits.len()).ok()?;
         let exponent = exponent.parse::<i64>().ok()?.checked_add(point)?;
         Some(Decimal { digits: digits.trim_end_matches('0').to_owned(), exponent })
     }
@@ -241,7 +253,8 @@ mod tests {
     use crate::testing::corrupted;
 
     fn find<'e>(text: &'e str, path: &str) -> Option<&'e str> {
-        let keys: Vec<String> = path.split('.').filter(|key| !key.is_empty()).map(Into::into).collect();
+        let keys: Vec<String> =
+            path.split('.').filter(|key| !key.is_empty()).map(Into::into).collect();
         let mut paths = Paths::new();
         // Others beside it and on its way must not matter.
         paths.add(&["z".into()]);

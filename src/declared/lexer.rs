@@ -1,4 +1,5 @@
-//! Where MySQL's literals and comments begin and end, so that nothing inside them is taken for syntax.
+//! Where MySQL's literals and comments begin and end, so that nothing inside them is taken for
+//! syntax.
 
 use super::StatementError;
 
@@ -23,7 +24,8 @@ pub(super) enum TokenKind {
     Symbol,
 }
 
-/// Reads SQL as MySQL and MariaDB do with `ANSI_QUOTES` and `NO_BACKSLASH_ESCAPES` off, which is their default.
+/// Reads SQL as MySQL and MariaDB do with `ANSI_QUOTES` and `NO_BACKSLASH_ESCAPES` off, which is
+/// their default.
 pub(super) struct Lexer<'s> {
     sql: &'s str,
     at: usize,
@@ -53,7 +55,9 @@ impl<'s> Lexer<'s> {
         let Some(first) = rest.chars().next() else { return Ok(None) };
         let (kind, length) = match first {
             _ if is_blank(first) => (TokenKind::Trivia, span_while(rest, is_blank)),
-            '\'' | '"' | '`' => (TokenKind::Quoted, quoted_len(rest).ok_or_else(|| unclosed_error(at, first))?),
+            '\'' | '"' | '`' => {
+                (TokenKind::Quoted, quoted_len(rest).ok_or_else(|| unclosed_error(at, first))?)
+            }
             '#' => (TokenKind::Trivia, line_len(rest)),
             '-' if begins_line_comment(rest) => (TokenKind::Trivia, line_len(rest)),
             '/' if rest.starts_with("/*") => (TokenKind::Trivia, block_comment_len(rest, at)?),
@@ -81,8 +85,9 @@ fn is_blank(c: char) -> bool {
 
 /// Two dashes alone are two minus signs: `5--1`.
 fn begins_line_comment(rest: &str) -> bool {
-    rest.strip_prefix("--")
-        .is_some_and(|after| after.chars().next().is_none_or(|c| is_blank(c) || c.is_ascii_control()))
+    rest.strip_prefix("--").is_some_and(|after| {
+        after.chars().next().is_none_or(|c| is_blank(c) || c.is_ascii_control())
+    })
 }
 
 /// The length of the rest of the line, without its end.
@@ -91,7 +96,8 @@ fn line_len(rest: &str) -> usize {
 }
 
 fn block_comment_len(rest: &str, at: usize) -> Result<usize, StatementError> {
-    // What these hold is SQL to some servers and a comment to others, so neither reading of it is right.
+    // What these hold is SQL to some servers and a comment to others, so neither reading of it is
+    // right.
     if rest.starts_with("/*!") || rest.starts_with("/*M!") {
         return Err(StatementError::new(
             at,
@@ -99,11 +105,13 @@ fn block_comment_len(rest: &str, at: usize) -> Result<usize, StatementError> {
         ));
     }
     let length = rest[2..].find("*/").map(|end| end + 4);
-    length.ok_or_else(|| StatementError::new(at, "the comment that `/*` opens is never closed: add `*/`"))
+    length.ok_or_else(|| {
+        StatementError::new(at, "the comment that `/*` opens is never closed: add `*/`")
+    })
 }
 
-/// The length of a literal or quoted name: a doubled quote is part of it, and, but in backticks, so is what a
-/// backslash precedes. `None` if it is never closed.
+/// The length of a literal or quoted name: a doubled quote is part of it, and, but in backticks, so
+/// is what a backslash precedes. `None` if it is never closed.
 fn quoted_len(rest: &str) -> Option<usize> {
     let bytes = rest.as_bytes();
     let quote = bytes[0];
@@ -171,7 +179,10 @@ mod tests {
     #[test]
     fn two_dashes_without_a_blank_are_two_minus_signs() {
         use TokenKind::{Symbol, Word};
-        assert_eq!(tokens("5--1"), Ok(vec![(Word, "5"), (Symbol, "-"), (Symbol, "-"), (Word, "1")]));
+        assert_eq!(
+            tokens("5--1"),
+            Ok(vec![(Word, "5"), (Symbol, "-"), (Symbol, "-"), (Word, "1")])
+        );
     }
 
     #[test]
@@ -183,9 +194,18 @@ mod tests {
 
     #[test]
     fn an_unclosed_literal_or_comment_is_refused_where_it_opens() {
-        for sql in
-            ["x 'a", "x \"a", "x `a", "x 'a''", r"x 'a\'", r"x 'a\", "x /* a", "x /*/", "x /*! drop */", "x /*M! y */"]
-        {
+        for sql in [
+            "x 'a",
+            "x \"a",
+            "x `a",
+            "x 'a''",
+            r"x 'a\'",
+            r"x 'a\",
+            "x /* a",
+            "x /*/",
+            "x /*! drop */",
+            "x /*M! y */",
+        ] {
             assert_eq!(tokens(sql).expect_err(sql).at, 2, "{sql}");
         }
     }

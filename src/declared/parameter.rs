@@ -43,15 +43,23 @@ impl Document {
     }
 }
 
-const NAMES: [&str; 8] =
-    ["position", "event_id", "stream_id", "stream_version", "event_type", "recorded_at", "payload", "metadata"];
+const NAMES: [&str; 8] = [
+    "position",
+    "event_id",
+    "stream_id",
+    "stream_version",
+    "event_type",
+    "recorded_at",
+    "payload",
+    "metadata",
+];
 
 /// The longest path, in keys. JSON that is nested deeper is read by no decoder of ours either.
 const MAX_KEYS: usize = 100;
 
 impl Parameter {
-    /// Reads the parameter that this text begins with, from its colon on, and how long it is. `None` if what
-    /// follows the colon is no name, so that the colon is the SQL's own.
+    /// Reads the parameter that this text begins with, from its colon on, and how long it is.
+    /// `None` if what follows the colon is no name, so that the colon is the SQL's own.
     ///
     /// # Errors
     /// With its place in this text: an unknown name, or a path that cannot be read as it is meant.
@@ -60,7 +68,8 @@ impl Parameter {
         if name.starts_with(|c: char| c.is_ascii_digit() || c == '$') || name.is_empty() {
             return Ok(None);
         }
-        let column = |parameter| check_column_end(text, name).map(|length| Some((parameter, length)));
+        let column =
+            |parameter| check_column_end(text, name).map(|length| Some((parameter, length)));
         match name {
             "position" => column(Parameter::Position),
             "event_id" => column(Parameter::EventId),
@@ -77,27 +86,37 @@ impl Parameter {
 
 fn unknown_parameter(name: &str) -> String {
     let known = NAMES.map(|name| format!("`:{name}`")).join(", ");
-    let hint = nearest(name, &NAMES).map(|near| format!("did you mean `:{near}`? ")).unwrap_or_default();
-    format!("unknown parameter `:{name}`: {hint}the parameters are {known}, and paths like `:payload.amount`")
+    let hint =
+        nearest(name, &NAMES).map(|near| format!("did you mean `:{near}`? ")).unwrap_or_default();
+    format!(
+        "unknown parameter `:{name}`: {hint}the parameters are {known}, and paths like `:payload.amount`"
+    )
 }
 
 fn check_column_end(text: &str, name: &str) -> Result<usize, StatementError> {
     let length = 1 + name.len();
     match text[length..].chars().next() {
-        Some('.') => {
-            Err(StatementError::new(0, format!("`:{name}` has no path: only `:payload` and `:metadata` are JSON")))
+        Some('.') => Err(StatementError::new(
+            0,
+            format!("`:{name}` has no path: only `:payload` and `:metadata` are JSON"),
+        )),
+        Some('?') => {
+            Err(StatementError::new(0, format!("`:{name}` is never missing: leave out the `?`")))
         }
-        Some('?') => Err(StatementError::new(0, format!("`:{name}` is never missing: leave out the `?`"))),
         _ => Ok(length),
     }
 }
 
-fn parse_json_parameter(document: Document, text: &str) -> Result<(Parameter, usize), StatementError> {
+fn parse_json_parameter(
+    document: Document,
+    text: &str,
+) -> Result<(Parameter, usize), StatementError> {
     let mut length = 1 + document.name().len();
     let mut path = Vec::new();
     while text[length..].starts_with('.') {
-        let (key, key_length) = parse_key(&text[length + 1..])
-            .map_err(|reason| StatementError::new(0, format!("the path `{}.` {reason}", &text[..length])))?;
+        let (key, key_length) = parse_key(&text[length + 1..]).map_err(|reason| {
+            StatementError::new(0, format!("the path `{}.` {reason}", &text[..length]))
+        })?;
         path.push(key);
         length += 1 + key_length;
     }
@@ -117,7 +136,8 @@ fn parse_json_parameter(document: Document, text: &str) -> Result<(Parameter, us
 /// Reads one key of a path, and how long it is.
 fn parse_key(text: &str) -> Result<(String, usize), String> {
     if text.starts_with('"') {
-        return parse_quoted_key(text).ok_or_else(|| "has a quoted key that is never closed: add `\"`".into());
+        return parse_quoted_key(text)
+            .ok_or_else(|| "has a quoted key that is never closed: add `\"`".into());
     }
     let word = &text[..span_while(text, is_word)];
     if word.is_empty() {
@@ -148,14 +168,25 @@ fn parse_quoted_key(text: &str) -> Option<(String, usize)> {
 }
 
 /// Refuses what would be read differently than it looks.
-fn check_end(written: &str, after: &str, is_optional: bool, has_path: bool) -> Result<(), StatementError> {
+fn check_end(
+    written: &str,
+    after: &str,
+    is_optional: bool,
+    has_path: bool,
+) -> Result<(), StatementError> {
     let mut following = after.chars();
     let (next, second) = (following.next(), following.next());
     let reason = match next {
-        Some('.' | '?') => format!("`{written}` must end with its `?`: nothing can follow it there"),
+        Some('.' | '?') => {
+            format!("`{written}` must end with its `?`: nothing can follow it there")
+        }
         Some(c) if is_word(c) => format!("`{written}` runs into `{c}`: put a space between them"),
         // `:payload.odd-key` would silently subtract a column from a value.
-        Some('-') if has_path && !is_optional && second.is_some_and(|c| is_word(c) && !c.is_ascii_digit()) => {
+        Some('-')
+            if has_path
+                && !is_optional
+                && second.is_some_and(|c| is_word(c) && !c.is_ascii_digit()) =>
+        {
             let (front, last) = written.rsplit_once('.').unwrap_or((written, ""));
             let word = &after[..span_while(after, |c| is_word(c) || c == '-')];
             format!(
@@ -196,7 +227,8 @@ mod tests {
             (":payload.\"\"", 11, payload(&[""], false)),
             (":payload.\"straße.1\"?", 21, payload(&["straße.1"], true)),
         ] {
-            let Some((Parameter::Json(read), read_length)) = Parameter::parse(text).expect(text) else {
+            let Some((Parameter::Json(read), read_length)) = Parameter::parse(text).expect(text)
+            else {
                 panic!("{text} is read as something else")
             };
             assert_eq!((read.document, read.path, read.is_optional), expected, "{text}");
@@ -251,7 +283,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever is made of a parameter, what is read of it is a part of the text, and no larger than that.
+        /// Whatever is made of a parameter, what is read of it is a part of the text, and no larger
+        /// than that.
         #[test]
         fn a_corrupted_parameter_is_refused_or_a_slice_of_its_text(
             rest in corrupted::text("payload.items.0.\"odd \"\"key\"\"\".price? + 1"),

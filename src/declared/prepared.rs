@@ -1,17 +1,21 @@
-//! How a statement is sent, so that what it does depends on its arguments and on nothing that was sent before.
+//! How a statement is sent, so that what it does depends on its arguments and on nothing that was
+//! sent before.
 //!
-//! MySQL (since 8.0.22) derives the type of a parameter from its place in the statement and from the value of its first
-//! execution, and converts later values to that type. In `ifnull(?, 0)`, the first value decides whether `00123` is
-//! stored as `00123` or as `123`. MariaDB does not convert. So here:
+//! MySQL (since 8.0.22) derives the type of a parameter from its place in the statement and from
+//! the value of its first execution, and converts later values to that type. In `ifnull(?, 0)`, the
+//! first value decides whether `00123` is stored as `00123` or as `123`. MariaDB does not convert.
+//! So here:
 //!
-//! - A parameter in an expression stands inside a function that gives it one type: `concat(?)`, `cast(? as signed)`.
-//!   These keep what a plain literal has: `concat(?)` is as easily coerced to a column's collation as `'text'` is, while
-//!   `convert(? using utf8mb4)` is not and fails with error 1267 beside a column of another collation.
-//! - A parameter that is alone as a value of an inserted row takes its type from the column. It needs no function, and a
-//!   null does not need a statement of its own.
-//! - Each combination of types has a text, and so a prepared statement, of its own. A connection keeps a hundred of
-//!   them, and closing one costs a delay of 40 ms (Nagle's algorithm and a delayed acknowledgement). So the
-//!   combinations of one statement are bounded: the others are sent as text, with literals for the parameters.
+//! - A parameter in an expression stands inside a function that gives it one type: `concat(?)`,
+//!   `cast(? as signed)`. These keep what a plain literal has: `concat(?)` is as easily coerced to
+//!   a column's collation as `'text'` is, while `convert(? using utf8mb4)` is not and fails with
+//!   error 1267 beside a column of another collation.
+//! - A parameter that is alone as a value of an inserted row takes its type from the column. It
+//!   needs no function, and a null does not need a statement of its own.
+//! - Each combination of types has a text, and so a prepared statement, of its own. A connection
+//!   keeps a hundred of them, and closing one costs a delay of 40 ms (Nagle's algorithm and a
+//!   delayed acknowledgement). So the combinations of one statement are bounded: the others are
+//!   sent as text, with literals for the parameters.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -109,7 +113,8 @@ pub(super) enum ExecutionMode {
 }
 
 impl TypedSql {
-    /// The statement in three parts: before its row, the row, after it. All parameters stand in the row.
+    /// The statement in three parts: before its row, the row, after it. All parameters stand in the
+    /// row.
     pub(super) fn split_at_row(&self, row: &std::ops::Range<usize>) -> (&str, &str, &str) {
         let end = row.end + self.growth;
         (&self.sql[..row.start], &self.sql[row.start..end], &self.sql[end..])
@@ -121,7 +126,8 @@ impl PreparedStatement {
     pub(super) fn new(sql: String) -> Self {
         let places = find_parameters(&sql);
         let latest = vec![Class::Text; places.len()];
-        let cache = TypeCache { latest, current: Vec::with_capacity(places.len()), texts: HashMap::new() };
+        let cache =
+            TypeCache { latest, current: Vec::with_capacity(places.len()), texts: HashMap::new() };
         PreparedStatement { sql: sql.into(), places: places.into(), cache: Mutex::new(cache) }
     }
 
@@ -135,7 +141,11 @@ impl PreparedStatement {
     }
 
     /// How to send arguments of these classes, alone or as one of `many` rows.
-    pub(super) fn execution_mode(&self, classes: impl Iterator<Item = Class>, many: bool) -> ExecutionMode {
+    pub(super) fn execution_mode(
+        &self,
+        classes: impl Iterator<Item = Class>,
+        many: bool,
+    ) -> ExecutionMode {
         // What is remembered is true after a panic, too.
         let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
         let TypeCache { latest, current, texts } = &mut *cache;
@@ -187,14 +197,16 @@ impl PreparedStatement {
 /// Writes a value where a parameter stands, with what gives it its type there.
 pub(super) fn write_typed(class: Class, place: ParameterPlace, value: &str, text: &mut String) {
     // MySQL drops the fraction of a time that a text column gets, unless it has a type of its own.
-    let is_typed = place == ParameterPlace::Expression || (place, class) == (ParameterPlace::Row, Class::Time);
+    let is_typed =
+        place == ParameterPlace::Expression || (place, class) == (ParameterPlace::Row, Class::Time);
     let (before, after) = if is_typed { class.wrapping() } else { ("", "") };
     text.push_str(before);
     text.push_str(value);
     text.push_str(after);
 }
 
-/// With a comment of the types at the end, where a line comment of the statement's own may take it in without harm.
+/// With a comment of the types at the end, where a line comment of the statement's own may take it
+/// in without harm.
 fn build_typed_sql(sql: &str, places: &[(usize, ParameterPlace)], classes: &[Class]) -> TypedSql {
     if classes.is_empty() {
         return TypedSql { sql: sql.into(), growth: 0 };
@@ -219,7 +231,9 @@ const NUMBER_FUNCTIONS: &[&str] = &["lag", "lead", "nth_value", "ntile"];
 /// Where each `?` stands, and what kind of place that is.
 fn find_parameters(sql: &str) -> Vec<(usize, ParameterPlace)> {
     let tokens = tokenize(sql);
-    let is = |at: usize, word: &str| tokens.get(at).is_some_and(|token| token.text.eq_ignore_ascii_case(word));
+    let is = |at: usize, word: &str| {
+        tokens.get(at).is_some_and(|token| token.text.eq_ignore_ascii_case(word))
+    };
     let in_rows = find_row_parameters(&tokens);
     let mut calls: Vec<usize> = Vec::new();
     let mut places = Vec::new();
@@ -228,12 +242,17 @@ fn find_parameters(sql: &str) -> Vec<(usize, ParameterPlace)> {
             "(" => calls.push(index),
             ")" => _ = calls.pop(),
             "?" => {
-                let before = |steps: usize, word: &str| index.checked_sub(steps).is_some_and(|at| is(at, word));
+                let before = |steps: usize, word: &str| {
+                    index.checked_sub(steps).is_some_and(|at| is(at, word))
+                };
                 let is_second = before(1, ",") && before(3, "limit");
-                let is_argument = calls.last().and_then(|open| open.checked_sub(1)).is_some_and(|name| {
-                    NUMBER_FUNCTIONS.iter().any(|function| is(name, function)) && before(1, ",") || is(name, "ntile")
-                });
-                let place = if before(1, "limit") || before(1, "offset") || is_second || is_argument {
+                let is_argument =
+                    calls.last().and_then(|open| open.checked_sub(1)).is_some_and(|name| {
+                        NUMBER_FUNCTIONS.iter().any(|function| is(name, function)) && before(1, ",")
+                            || is(name, "ntile")
+                    });
+                let place = if before(1, "limit") || before(1, "offset") || is_second || is_argument
+                {
                     ParameterPlace::Number
                 } else if in_rows.contains(&index) {
                     ParameterPlace::Row
@@ -253,7 +272,8 @@ fn find_row_parameters(tokens: &[Token<'_>]) -> Vec<usize> {
     let mut found = Vec::new();
     let is_word = |at: usize, words: &[&str]| {
         tokens.get(at).is_some_and(|token: &Token<'_>| {
-            token.kind == TokenKind::Word && words.iter().any(|word| token.text.eq_ignore_ascii_case(word))
+            token.kind == TokenKind::Word
+                && words.iter().any(|word| token.text.eq_ignore_ascii_case(word))
         })
     };
     if !is_word(0, &["insert", "replace"]) {
@@ -267,7 +287,8 @@ fn find_row_parameters(tokens: &[Token<'_>]) -> Vec<usize> {
                 // Each row follows the word, or the row before it.
                 let begins = depth == 0
                     && index > 0
-                    && (is_word(index - 1, &["values", "value"]) || (in_rows && text(index - 1) == ","));
+                    && (is_word(index - 1, &["values", "value"])
+                        || (in_rows && text(index - 1) == ","));
                 in_rows = begins || (in_rows && depth > 0);
                 depth += 1;
             }
@@ -302,9 +323,15 @@ mod tests {
     #[test]
     fn each_combination_of_types_has_a_statement_of_its_own() {
         let prepared = PreparedStatement::new("values (?, ?)".into());
-        assert_eq!(bound(&prepared, &[Signed, Time]), "values ( cast(? as signed),  cast(? as datetime(6))) /* id */");
+        assert_eq!(
+            bound(&prepared, &[Signed, Time]),
+            "values ( cast(? as signed),  cast(? as datetime(6))) /* id */"
+        );
         assert_eq!(bound(&prepared, &[Double, Text]), "values ((? * 1e0),  concat(?)) /* ft */");
-        assert_eq!(bound(&prepared, &[Null, Unsigned]), "values (null,  cast(? as unsigned)) /* 0u */");
+        assert_eq!(
+            bound(&prepared, &[Null, Unsigned]),
+            "values (null,  cast(? as unsigned)) /* 0u */"
+        );
         let first = prepared.execution_mode([Signed, Time].into_iter(), false);
         let (ExecutionMode::Prepared(first), ExecutionMode::Prepared(again)) =
             (first, prepared.execution_mode([Signed, Time].into_iter(), false))
@@ -322,16 +349,25 @@ mod tests {
         assert_eq!(bound(&prepared, &[Null]), "insert into t values (?) /* f */");
         assert_eq!(bound(&prepared, &[Signed]), "insert into t values (?) /* i */");
         assert_eq!(bound(&prepared, &[Unsigned]), "insert into t values (?) /* i */");
-        assert_eq!(bound(&prepared, &[Time]), "insert into t values ( cast(? as datetime(6))) /* d */");
+        assert_eq!(
+            bound(&prepared, &[Time]),
+            "insert into t values ( cast(? as datetime(6))) /* d */"
+        );
     }
 
     #[test]
     fn the_place_of_each_parameter_is_recognized() {
         use ParameterPlace::{Expression, Number, Row};
         for (sql, expected) in [
-            ("insert into t values (?, ?+1, f(?), (?), ?)", vec![Row, Expression, Expression, Expression, Row]),
+            (
+                "insert into t values (?, ?+1, f(?), (?), ?)",
+                vec![Row, Expression, Expression, Expression, Row],
+            ),
             ("replace t (a, b) value (?, -?), (1, ?)", vec![Row, Expression, Row]),
-            ("insert into t (a) values (?) on duplicate key update a = ?, b = values(b)", vec![Row, Expression]),
+            (
+                "insert into t (a) values (?) on duplicate key update a = ?, b = values(b)",
+                vec![Row, Expression],
+            ),
             ("insert into t (a) select ? from u", vec![Expression]),
             ("insert into value (value) values (?)", vec![Row]),
             ("insert into t set a = ?", vec![Expression]),
@@ -343,7 +379,8 @@ mod tests {
             ("select lag(?, ?) over (), ntile(?) over ()", vec![Expression, Number, Number]),
             ("call p(?, ?)", vec![Expression; 2]),
         ] {
-            let found: Vec<ParameterPlace> = find_parameters(sql).into_iter().map(|(_, place)| place).collect();
+            let found: Vec<ParameterPlace> =
+                find_parameters(sql).into_iter().map(|(_, place)| place).collect();
             assert_eq!(found, expected, "{sql}");
         }
     }
@@ -357,27 +394,40 @@ mod tests {
     fn the_row_is_located_after_casts_are_added() {
         let sql = "insert into t values (?, lower(?)) on duplicate key update a = 1";
         let prepared = PreparedStatement::new(sql.into());
-        let ExecutionMode::Prepared(text) = prepared.execution_mode([Text, Text].into_iter(), true) else {
+        let ExecutionMode::Prepared(text) = prepared.execution_mode([Text, Text].into_iter(), true)
+        else {
             panic!("it is bound")
         };
         let row = sql.find("(?").expect("a row")..sql.find(" on").expect("an end");
-        let expected = ("insert into t values ", "(?, lower( concat(?)))", " on duplicate key update a = 1 /* tt */");
+        let expected = (
+            "insert into t values ",
+            "(?, lower( concat(?)))",
+            " on duplicate key update a = 1 /* tt */",
+        );
         assert_eq!(text.split_at_row(&row), expected);
     }
 
     #[test]
     fn many_combinations_of_types_are_sent_as_literals() {
         let prepared = PreparedStatement::new("select f(?, ?, ?, ?, ?, ?, ?, ?)".into());
-        let classes = |shape: usize| (0..8).map(move |bit| if shape >> bit & 1 == 0 { Signed } else { Text });
+        let classes =
+            |shape: usize| (0..8).map(move |bit| if shape >> bit & 1 == 0 { Signed } else { Text });
         let literals = |many| {
-            (0..256).filter(|shape| prepared.execution_mode(classes(*shape), many) == ExecutionMode::Literal).count()
+            (0..256)
+                .filter(|shape| {
+                    prepared.execution_mode(classes(*shape), many) == ExecutionMode::Literal
+                })
+                .count()
         };
         assert_eq!(literals(false), 256 - MAX_TEXTS);
         assert_eq!(literals(true), 256, "there are too many for rows already");
         assert_eq!(prepared.cache.lock().expect("no panic").texts.len(), MAX_TEXTS);
-        let limited = PreparedStatement::new("select a from t where f(?, ?, ?, ?, ?, ?, ?) limit ?".into());
+        let limited =
+            PreparedStatement::new("select a from t where f(?, ?, ?, ?, ?, ?, ?) limit ?".into());
         assert!(
-            (0..256).all(|shape| limited.execution_mode(classes(shape), false) != ExecutionMode::Literal),
+            (0..256).all(
+                |shape| limited.execution_mode(classes(shape), false) != ExecutionMode::Literal
+            ),
             "no literal can be there"
         );
     }

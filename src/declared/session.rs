@@ -42,8 +42,8 @@ const SAFE_FUNCTIONS: &str = "\
     values var_pop var_samp variance version week weekday weekofyear weight_string year \
     yearweek";
 
-/// Functions of one of the servers, or of some of its versions (MySQL 9.7 has no `md5` any more). Elsewhere, a function of
-/// this name is a stored one that stands in for it.
+/// Functions of one of the servers, or of some of its versions (MySQL 9.7 has no `md5` any more).
+/// Elsewhere, a function of this name is a stored one that stands in for it.
 const VENDOR_FUNCTIONS: &str = "\
     any_value bin_to_uuid crc32c from_vector grouping is_uuid json_detailed json_exists \
     json_query json_storage_size md5 median nvl nvl2 regexp_like sha sha1 string_to_vector to_vector \
@@ -60,7 +60,8 @@ const KEYWORDS: &str = "\
     select separator set signed some sounds straight_join table then union unsigned update using varbinary varchar when \
     where with within xor limit";
 
-/// Words after which a name and a parenthesis are a table with its columns, or a name with its columns.
+/// Words after which a name and a parenthesis are a table with its columns, or a name with its
+/// columns.
 const BEFORE_NAME: &[&str] = &[
     "as",
     "delayed",
@@ -80,7 +81,8 @@ const BEFORE_NAME: &[&str] = &[
 pub(super) struct SessionEffects {
     /// The user variables that it names, as they are written: `@total`.
     pub(super) variables: Vec<String>,
-    /// Whether it asks what the statement before it did: `last_insert_id()`, `row_count()`, `found_rows()`.
+    /// Whether it asks what the statement before it did: `last_insert_id()`, `row_count()`,
+    /// `found_rows()`.
     pub(super) reads_previous_result: bool,
     /// Whether it runs something whose text is not in the file, or that is not known.
     pub(super) is_opaque: bool,
@@ -89,7 +91,9 @@ pub(super) struct SessionEffects {
 impl SessionEffects {
     /// Also what another statement leaves.
     pub(super) fn add(&mut self, other: SessionEffects) {
-        let is_new = |name: &String, known: &[String]| !known.iter().any(|known| known.eq_ignore_ascii_case(name));
+        let is_new = |name: &String, known: &[String]| {
+            !known.iter().any(|known| known.eq_ignore_ascii_case(name))
+        };
         for name in other.variables {
             if is_new(&name, &self.variables) {
                 self.variables.push(name);
@@ -106,7 +110,8 @@ impl SessionEffects {
         }
         let mut sql = String::new();
         if !self.variables.is_empty() {
-            let variables: Vec<String> = self.variables.iter().map(|name| format!("{name} = null")).collect();
+            let variables: Vec<String> =
+                self.variables.iter().map(|name| format!("{name} = null")).collect();
             sql = format!("set {}; ", variables.join(", "));
         }
         if self.reads_previous_result {
@@ -132,8 +137,8 @@ pub(super) fn analyze(sql: &str) -> SessionEffects {
         let next = tokens.get(index + 1).copied();
         let before = index.checked_sub(1).map(|before| tokens[before]);
         if token.text == "@" {
-            let is_system =
-                next.is_some_and(|next| next.text == "@") || before.is_some_and(|before| before.text == "@");
+            let is_system = next.is_some_and(|next| next.text == "@")
+                || before.is_some_and(|before| before.text == "@");
             match parse_variable(sql, &tokens[index..]) {
                 Some(name) if !is_system => effects.variables.push(name),
                 // `@@warning_count` and its like.
@@ -150,7 +155,9 @@ pub(super) fn analyze(sql: &str) -> SessionEffects {
             effects.is_opaque |= !is_any(*token, &["diagnostics"]);
             effects.reads_previous_result = true;
         }
-        if is_any(*token, &["next", "previous"]) && next.is_some_and(|next| is_any(next, &["value"])) {
+        if is_any(*token, &["next", "previous"])
+            && next.is_some_and(|next| is_any(next, &["value"]))
+        {
             effects.is_opaque = true;
         }
         if next.is_some_and(|next| next.text == "(") {
@@ -267,15 +274,21 @@ mod tests {
         let mut all = SessionEffects::default();
         all.add(analyze("update t set n = @n := @n + 1"));
         all.add(analyze("set @N = last_insert_id()"));
-        assert_eq!(all.reset_sql().as_deref(), Some("set @n = null; select null limit 0; do last_insert_id(0)"));
+        assert_eq!(
+            all.reset_sql().as_deref(),
+            Some("set @n = null; select null limit 0; do last_insert_id(0)")
+        );
         assert_eq!(SessionEffects::default().reset_sql(), None);
     }
 
     #[test]
     fn functions_of_the_previous_statement_are_found() {
-        for sql in
-            ["select row_count()", "update t set a = LAST_INSERT_ID()", "select @@identity", "set @a = found_rows()"]
-        {
+        for sql in [
+            "select row_count()",
+            "update t set a = LAST_INSERT_ID()",
+            "select @@identity",
+            "set @a = found_rows()",
+        ] {
             assert!(analyze(sql).reads_previous_result && !analyze(sql).is_opaque, "{sql}");
         }
     }

@@ -1,4 +1,5 @@
-//! One statement of a file: its parameters become `?`, and what would break the protocol is refused.
+//! One statement of a file: its parameters become `?`, and what would break the protocol is
+//! refused.
 
 use super::lexer::{Lexer, Token, TokenKind};
 use super::parameter::Parameter;
@@ -29,9 +30,20 @@ const IMPLICIT_COMMIT: &[&str] = &[
     "uninstall",
 ];
 
-/// Statements that begin, end or divide a transaction, or change the connection for whoever gets it next.
-const TRANSACTION_CONTROL: &[&str] =
-    &["begin", "commit", "lock", "release", "rollback", "savepoint", "start", "unlock", "use", "xa"];
+/// Statements that begin, end or divide a transaction, or change the connection for whoever gets it
+/// next.
+const TRANSACTION_CONTROL: &[&str] = &[
+    "begin",
+    "commit",
+    "lock",
+    "release",
+    "rollback",
+    "savepoint",
+    "start",
+    "unlock",
+    "use",
+    "xa",
+];
 
 /// Statements that act on the session or the server, or run text that is not in the file.
 const SERVER_STATEMENTS: &[&str] = &[
@@ -60,7 +72,8 @@ pub(super) struct CompiledStatement {
 /// The statement of an `[[on]]`.
 ///
 /// # Errors
-/// With its place in the text, if it is none, or several, or cannot run inside the projector's transaction.
+/// With its place in the text, if it is none, or several, or cannot run inside the projector's
+/// transaction.
 pub(super) fn compile_handler(text: &str) -> Result<CompiledStatement, StatementError> {
     let compiled = compile(text, "use several [[on]] tables with the same events", None)?;
     if compiled.sql.is_empty() {
@@ -84,7 +97,8 @@ pub(super) fn compile_handler(text: &str) -> Result<CompiledStatement, Statement
         "`set` can only set user variables here (`set @name = …`): the rest belongs to the session, and would change \
          what later statements do"
             .into()
-    } else if words.windows(3).any(|words| words[0] == "into" && words[1] == "@" && words[2] == "@") {
+    } else if words.windows(3).any(|words| words[0] == "into" && words[1] == "@" && words[2] == "@")
+    {
         "a handler cannot set a system variable (`into @@…`): it belongs to the session".into()
     } else {
         return Ok(compiled);
@@ -103,7 +117,9 @@ pub(super) fn compile_setup(text: &str) -> Result<String, StatementError> {
     let destructive = match words[..] {
         [first @ ("drop" | "truncate" | "delete"), ..] => first,
         // A view holds nothing, and older servers have no `create view if not exists`.
-        ["create", "or", "replace", "view" | "algorithm" | "definer" | "sql", ..] => return Ok(sql),
+        ["create", "or", "replace", "view" | "algorithm" | "definer" | "sql", ..] => {
+            return Ok(sql);
+        }
         ["create", "or", "replace", ..] => "create or replace",
         _ => return Ok(sql),
     };
@@ -129,15 +145,17 @@ fn compile_standalone(text: &str, list: &str) -> Result<String, StatementError> 
     let no_event = format!(
         "`{list}` runs without an event, so it has no parameters: put a colon that is meant as text into quotes"
     );
-    let sql = compile(text, &format!("make each of them an entry of `{list}`"), Some(&no_event))?.sql;
+    let sql =
+        compile(text, &format!("make each of them an entry of `{list}`"), Some(&no_event))?.sql;
     if sql.is_empty() {
         return Err(StatementError::new(0, format!("an empty statement in `{list}`: remove it")));
     }
     let (at, words) = leading_words(&sql);
     match words.first().map(String::as_str) {
-        Some(first) if TRANSACTION_CONTROL.contains(&first) => {
-            Err(StatementError::new(at, format!("`{first}` is not for `{list}`: each of its statements stands alone")))
-        }
+        Some(first) if TRANSACTION_CONTROL.contains(&first) => Err(StatementError::new(
+            at,
+            format!("`{first}` is not for `{list}`: each of its statements stands alone"),
+        )),
         Some("set") if !sets_only_variables(&sql) => Err(StatementError::new(
             at,
             format!(
@@ -149,11 +167,16 @@ fn compile_standalone(text: &str, list: &str) -> Result<String, StatementError> 
     }
 }
 
-/// Replaces every parameter by `?` and cuts off what a semicolon ends. All else stays as it is; a statement of
-/// nothing but blanks and comments comes out empty. `advice` is for who wrote several statements, `no_parameters`
-/// says why there can be none.
-fn compile(text: &str, advice: &str, no_parameters: Option<&str>) -> Result<CompiledStatement, StatementError> {
-    let mut compiled = CompiledStatement { sql: String::with_capacity(text.len()), parameters: Vec::new() };
+/// Replaces every parameter by `?` and cuts off what a semicolon ends. All else stays as it is; a
+/// statement of nothing but blanks and comments comes out empty. `advice` is for who wrote several
+/// statements, `no_parameters` says why there can be none.
+fn compile(
+    text: &str,
+    advice: &str,
+    no_parameters: Option<&str>,
+) -> Result<CompiledStatement, StatementError> {
+    let mut compiled =
+        CompiledStatement { sql: String::with_capacity(text.len()), parameters: Vec::new() };
     let mut lexer = Lexer::new(text);
     let (mut copied, mut end, mut has_content) = (0, None, false);
     while let Some(token) = lexer.next()? {
@@ -176,7 +199,8 @@ fn compile(text: &str, advice: &str, no_parameters: Option<&str>) -> Result<Comp
                 ));
             }
             ":" => {
-                let (parameter, length) = parse_colon(&text[token.at..]).map_err(|error| error.offset_by(token.at))?;
+                let (parameter, length) =
+                    parse_colon(&text[token.at..]).map_err(|error| error.offset_by(token.at))?;
                 lexer.skip(length - 1);
                 if let Some(parameter) = parameter {
                     if let Some(reason) = no_parameters {
@@ -204,21 +228,30 @@ fn compile(text: &str, advice: &str, no_parameters: Option<&str>) -> Result<Comp
     Ok(compiled)
 }
 
-/// What a colon outside literals and comments begins, and how long it is: a parameter, or nothing of ours.
+/// What a colon outside literals and comments begins, and how long it is: a parameter, or nothing
+/// of ours.
 fn parse_colon(text: &str) -> Result<(Option<Parameter>, usize), StatementError> {
     match text[1..].chars().next() {
         // An assignment, `@name := …`.
         Some('=') => Ok((None, 2)),
-        Some(':') => Err(StatementError::new(0, "`::` is not MySQL's: write `cast(… as …)` to convert a value")),
-        _ => Ok(Parameter::parse(text)?.map_or((None, 1), |(parameter, length)| (Some(parameter), length))),
+        Some(':') => Err(StatementError::new(
+            0,
+            "`::` is not MySQL's: write `cast(… as …)` to convert a value",
+        )),
+        _ => Ok(Parameter::parse(text)?
+            .map_or((None, 1), |(parameter, length)| (Some(parameter), length))),
     }
 }
 
-/// Where the statement's first word stands, and its words and symbols from there on, in lower case. Parentheses
-/// before it are no matter: `(select …)`.
+/// Where the statement's first word stands, and its words and symbols from there on, in lower case.
+/// Parentheses before it are no matter: `(select …)`.
 fn leading_words(sql: &str) -> (usize, Vec<String>) {
-    let tokens: Vec<Token<'_>> = tokenize(sql).into_iter().skip_while(|token| token.text == "(").collect();
-    (tokens.first().map_or(0, |first| first.at), tokens.iter().map(|token| token.text.to_lowercase()).collect())
+    let tokens: Vec<Token<'_>> =
+        tokenize(sql).into_iter().skip_while(|token| token.text == "(").collect();
+    (
+        tokens.first().map_or(0, |first| first.at),
+        tokens.iter().map(|token| token.text.to_lowercase()).collect(),
+    )
 }
 
 pub(super) fn tokenize(sql: &str) -> Vec<Token<'_>> {
@@ -232,7 +265,8 @@ pub(super) fn tokenize(sql: &str) -> Vec<Token<'_>> {
     tokens
 }
 
-/// Whether each assignment of a `set` is to a user variable. Assignments are divided by commas outside of parentheses.
+/// Whether each assignment of a `set` is to a user variable. Assignments are divided by commas
+/// outside of parentheses.
 fn sets_only_variables(sql: &str) -> bool {
     let tokens = tokenize(sql);
     let mut depth = 0_usize;
@@ -270,7 +304,9 @@ pub(super) fn created_table(sql: &str) -> Option<String> {
     takes(&["if", "not", "exists"]);
     let name = |token: &Token<'_>| match token.kind {
         TokenKind::Word => Some(token.text.to_owned()),
-        TokenKind::Quoted => Some(token.text.strip_prefix('`')?.strip_suffix('`')?.replace("``", "`")),
+        TokenKind::Quoted => {
+            Some(token.text.strip_prefix('`')?.strip_suffix('`')?.replace("``", "`"))
+        }
         _ => None,
     };
     let first = name(rest.first()?)?;
@@ -298,9 +334,12 @@ mod tests {
     #[test]
     fn parameters_are_bound_in_textual_order() {
         let compiled =
-            compile_handler("insert into t values (:stream_id,:payload.a?, -:position) ;\n-- done").expect("fine");
+            compile_handler("insert into t values (:stream_id,:payload.a?, -:position) ;\n-- done")
+                .expect("fine");
         assert_eq!(compiled.sql, "insert into t values (?,?, -?) ");
-        let [Parameter::StreamId, Parameter::Json(a), Parameter::Position] = &compiled.parameters[..] else {
+        let [Parameter::StreamId, Parameter::Json(a), Parameter::Position] =
+            &compiled.parameters[..]
+        else {
             panic!("{compiled:?}")
         };
         assert!(a.path == ["a"] && a.is_optional);
@@ -318,7 +357,11 @@ mod tests {
             "select @a := 1",
             "select '12:30', a:1, : x",
         ] {
-            assert_eq!(compile_handler(sql), Ok(CompiledStatement { sql: sql.into(), parameters: vec![] }), "{sql}");
+            assert_eq!(
+                compile_handler(sql),
+                Ok(CompiledStatement { sql: sql.into(), parameters: vec![] }),
+                "{sql}"
+            );
         }
     }
 
@@ -341,7 +384,12 @@ mod tests {
             assert!(error.reason.contains(reason), "{sql}: {}", error.reason);
         }
         let many = format!("select {}1", ":position,".repeat(MAX_PARAMETERS + 1));
-        assert!(compile_handler(&many).expect_err("too many").reason.contains("more than 60000 parameters"));
+        assert!(
+            compile_handler(&many)
+                .expect_err("too many")
+                .reason
+                .contains("more than 60000 parameters")
+        );
     }
 
     #[test]
@@ -442,7 +490,10 @@ mod tests {
             compile_setup(sql).expect(sql);
         }
         compile_teardown("set foreign_key_checks = 0").expect_err("it is refused there, too");
-        assert_eq!(compile_teardown("drop table if exists t;").as_deref(), Ok("drop table if exists t"));
+        assert_eq!(
+            compile_teardown("drop table if exists t;").as_deref(),
+            Ok("drop table if exists t")
+        );
     }
 
     #[test]
@@ -477,7 +528,8 @@ mod tests {
     }
 
     /// Fragments that matter, in any order.
-    const SQL: &str = "([-'\"`\\\\#*/:;?.=a\n é0]|:payload|:position|\\.a|/\\*|\\*/|-- |select |.){0,30}";
+    const SQL: &str =
+        "([-'\"`\\\\#*/:;?.=a\n é0]|:payload|:position|\\.a|/\\*|\\*/|-- |select |.){0,30}";
 
     proptest! {
         #[test]

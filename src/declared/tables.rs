@@ -1,4 +1,5 @@
-//! What the server says of the tables that inserts go to: whether many rows in one statement do the same as many statements.
+//! What the server says of the tables that inserts go to: whether many rows in one statement do the
+//! same as many statements.
 
 use std::fmt;
 
@@ -14,16 +15,20 @@ use crate::model::error::is_transient;
 pub(super) enum Refusal {
     /// Without these grants the server keeps silent about triggers, or about columns.
     Privileges,
-    /// Only in the strict mode is a null for a `not null` column an error in both cases; and the text was read as it is by default.
+    /// Only in the strict mode is a null for a `not null` column an error in both cases; and the
+    /// text was read as it is by default.
     SqlMode,
     /// A view, another engine, a table with a history; or it is not there.
     TableKind,
-    /// It may read and write what other statements wait to write, and sees how many rows its statement has.
+    /// It may read and write what other statements wait to write, and sees how many rows its
+    /// statement has.
     Trigger,
-    /// What it refers to may still wait to be written. (What refers to *it* is not refused here: that table has a foreign key, so
-    /// none of its rows wait, and all others are written before them.)
+    /// What it refers to may still wait to be written. (What refers to *it* is not refused here:
+    /// that table has a foreign key, so none of its rows wait, and all others are written before
+    /// them.)
     ForeignKey,
-    /// MariaDB: an `insert ignore` of one row that a constraint refuses is an error; of many rows, it leaves that row out.
+    /// MariaDB: an `insert ignore` of one row that a constraint refuses is an error; of many rows,
+    /// it leaves that row out.
     CheckConstraint,
     /// An `auto_increment`, or a default that is the time or another function.
     ComputedColumn,
@@ -59,10 +64,12 @@ pub(super) struct InsertTarget<'n> {
     pub(super) ignores: bool,
 }
 
-/// Asks for the facts of some tables. They stay true for as long as the transaction has a lock on the tables' definitions,
-/// which every statement takes that reads or writes them: so ask *after* such a statement.
+/// Asks for the facts of some tables. They stay true for as long as the transaction has a lock on
+/// the tables' definitions, which every statement takes that reads or writes them: so ask *after*
+/// such a statement.
 ///
-/// Only names of letters, digits, `_` and `$`, as [`super::insert::parse`] finds them, may come here.
+/// Only names of letters, digits, `_` and `$`, as [`super::insert::parse`] finds them, may come
+/// here.
 ///
 /// # Errors
 /// What is transient. Any other error is none of the projector's: the tables are refused then.
@@ -86,11 +93,14 @@ pub(super) async fn check_tables(
 
 async fn read_facts(sql: String, db: &mut MySqlConnection) -> Result<Vec<Fact>, sqlx::Error> {
     let rows = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(db).await?;
-    let fact = |row: &MySqlRow| Ok(Fact { kind: row.try_get(0)?, table: row.try_get(1)?, detail: row.try_get(2)? });
+    let fact = |row: &MySqlRow| {
+        Ok(Fact { kind: row.try_get(0)?, table: row.try_get(1)?, detail: row.try_get(2)? })
+    };
     rows.iter().map(fact).collect()
 }
 
-/// One row of the answer: what it is about, the table (or pattern of databases), and what is said of it.
+/// One row of the answer: what it is about, the table (or pattern of databases), and what is said
+/// of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Fact {
     kind: String,
@@ -98,8 +108,9 @@ struct Fact {
     detail: String,
 }
 
-/// The user's grants, without those of roles; and whether the session is as it must be. `/*!8… */` is read by MySQL only:
-/// `partial_revokes` can take a database out of a global grant, and the last variable can hide a key that MySQL made itself.
+/// The user's grants, without those of roles; and whether the session is as it must be. `/*!8… */`
+/// is read by MySQL only: `partial_revokes` can take a database out of a global grant, and the last
+/// variable can hide a key that MySQL made itself.
 const SESSION_FACTS: &str = "\
     select 'session' as kind, '' as about, concat_ws(',', @@sql_mode, \
         if(@@max_allowed_packet >= {bytes}, 'wide', 'narrow'), \
@@ -116,8 +127,9 @@ const SESSION_FACTS: &str = "\
             and grantee = concat('''', substring_index(current_user(), '@', 1), \
             '''@''', substring_index(current_user(), '@', -1), '''')";
 
-/// Each part names its one table, by which MariaDB looks at no other. A default is computed where MySQL says so, and on
-/// MariaDB, where it is neither a literal nor null. A null for a `timestamp` that cannot be null was the time in old days.
+/// Each part names its one table, by which MariaDB looks at no other. A default is computed where
+/// MySQL says so, and on MariaDB, where it is neither a literal nor null. A null for a `timestamp`
+/// that cannot be null was the time in old days.
 const TABLE_FACTS: &str = "\
     union all select 'is', table_name, concat(table_type, ' ', coalesce(engine, '')) from information_schema.tables \
         where table_schema = database() and table_name = '{table}' \
@@ -137,12 +149,17 @@ const TABLE_FACTS: &str = "\
                     and column_default not regexp '^([bx]?''([^'']|'''')*''|[-+0-9.e]+)$') \
                 or (data_type = 'timestamp' and is_nullable = 'NO' and @@explicit_defaults_for_timestamp = 0))";
 
-/// Names are compared without their case, whatever the server does: two tables of one name are then taken for one, by what
-/// is worse of either.
-fn check_table(facts: &[Fact], InsertTarget { name: table, ignores }: InsertTarget<'_>) -> Result<(), Refusal> {
+/// Names are compared without their case, whatever the server does: two tables of one name are then
+/// taken for one, by what is worse of either.
+fn check_table(
+    facts: &[Fact],
+    InsertTarget { name: table, ignores }: InsertTarget<'_>,
+) -> Result<(), Refusal> {
     let common = |kind: &'static str| facts.iter().filter(move |fact| fact.kind == kind);
-    let of_table = |kind: &'static str| common(kind).filter(|fact| fact.table.eq_ignore_ascii_case(table));
-    let modes: Vec<String> = common("session").flat_map(|fact| fact.detail.split(',')).map(str::to_uppercase).collect();
+    let of_table =
+        |kind: &'static str| common(kind).filter(|fact| fact.table.eq_ignore_ascii_case(table));
+    let modes: Vec<String> =
+        common("session").flat_map(|fact| fact.detail.split(',')).map(str::to_uppercase).collect();
     let has_mode = |mode: &str| modes.iter().any(|other| other == mode);
     // Of several patterns that a database's name matches only one counts, and it is not said which.
     let mut patterns: Vec<&str> = common("database").map(|fact| fact.table.as_str()).collect();
@@ -156,18 +173,24 @@ fn check_table(facts: &[Fact], InsertTarget { name: table, ignores }: InsertTarg
     if !has_mode("STRICT_TRANS_TABLES") && !has_mode("STRICT_ALL_TABLES") {
         return Err(Refusal::SqlMode);
     }
-    if ["ANSI_QUOTES", "NO_BACKSLASH_ESCAPES", "ORACLE", "NARROW", "HIDDEN"].into_iter().any(has_mode) {
+    if ["ANSI_QUOTES", "NO_BACKSLASH_ESCAPES", "ORACLE", "NARROW", "HIDDEN"]
+        .into_iter()
+        .any(has_mode)
+    {
         return Err(Refusal::SqlMode);
     }
     if !has_grant("TRIGGER") || !has_grant("INSERT") {
         return Err(Refusal::Privileges);
     }
-    if of_table("is").count() == 0 || of_table("is").any(|fact| fact.detail != "BASE TABLE InnoDB") {
+    if of_table("is").count() == 0 || of_table("is").any(|fact| fact.detail != "BASE TABLE InnoDB")
+    {
         return Err(Refusal::TableKind);
     }
-    for (kind, refusal) in
-        [("trigger", Refusal::Trigger), ("foreign key", Refusal::ForeignKey), ("column", Refusal::ComputedColumn)]
-    {
+    for (kind, refusal) in [
+        ("trigger", Refusal::Trigger),
+        ("foreign key", Refusal::ForeignKey),
+        ("column", Refusal::ComputedColumn),
+    ] {
         if of_table(kind).count() > 0 {
             return Err(refusal);
         }
@@ -225,7 +248,11 @@ mod tests {
             ("is", fact("is", "t", "SYSTEM VERSIONED InnoDB"), Refusal::TableKind),
             ("is", fact("is", "other", "BASE TABLE InnoDB"), Refusal::TableKind),
             ("session", fact("session", "", "NO_ZERO_DATE,wide,open"), Refusal::SqlMode),
-            ("session", fact("session", "", "STRICT_TRANS_TABLES,ANSI_QUOTES,wide,open"), Refusal::SqlMode),
+            (
+                "session",
+                fact("session", "", "STRICT_TRANS_TABLES,ANSI_QUOTES,wide,open"),
+                Refusal::SqlMode,
+            ),
             ("session", fact("session", "", "STRICT_TRANS_TABLES,narrow,open"), Refusal::SqlMode),
             ("session", fact("session", "", "STRICT_ALL_TABLES,wide,hidden"), Refusal::SqlMode),
         ] {
@@ -241,7 +268,10 @@ mod tests {
     fn a_check_constraint_is_refused_only_if_the_insert_ignores_errors() {
         let facts = with(&[], &[fact("check", "t", "")]);
         assert_eq!(check_table(&facts, plain("t")), Ok(()));
-        assert_eq!(check_table(&facts, InsertTarget { name: "t", ignores: true }), Err(Refusal::CheckConstraint));
+        assert_eq!(
+            check_table(&facts, InsertTarget { name: "t", ignores: true }),
+            Err(Refusal::CheckConstraint)
+        );
         assert_eq!(check_table(&good(), InsertTarget { name: "t", ignores: true }), Ok(()));
     }
 
@@ -259,7 +289,11 @@ mod tests {
                 fact("database", "ap_", "TRIGGER"),
             ],
         ] {
-            assert_eq!(check_table(&with(&["database"], &grants), plain("t")), Err(Refusal::Privileges), "{grants:?}");
+            assert_eq!(
+                check_table(&with(&["database"], &grants), plain("t")),
+                Err(Refusal::Privileges),
+                "{grants:?}"
+            );
         }
     }
 }

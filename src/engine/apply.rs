@@ -11,10 +11,13 @@ use tokio::runtime::Handle;
 use tokio::time::timeout;
 use tracing::debug;
 
-use crate::database::{Database, HandlerSession, SERVER_WAIT_TIMEOUT, SessionId, TransactionOutcome};
+use crate::database::{
+    Database, HandlerSession, SERVER_WAIT_TIMEOUT, SessionId, TransactionOutcome,
+};
 use crate::ledger::{Claim, CommitOutcome, Entry, Ledger};
 use crate::model::error::{
-    database_error, format_chain, is_connection_reset, is_timeout, is_transient, server_error_number,
+    database_error, format_chain, is_connection_reset, is_timeout, is_transient,
+    server_error_number,
 };
 use crate::model::event::{Event, Position};
 use crate::model::lifecycle::Stage;
@@ -50,18 +53,21 @@ pub(crate) enum ApplyError {
     ClaimLost(Option<Box<Entry>>),
     /// The projector's own: an error, a panic, a session that it has changed.
     Projector(anyhow::Error),
-    /// The transaction was rolled back while the handler had it, and the handler went on: it does not pass on errors, or it
-    /// rolls back by itself. The moment's fault, unless it happens again and again.
+    /// The transaction was rolled back while the handler had it, and the handler went on: it does
+    /// not pass on errors, or it rolls back by itself. The moment's fault, unless it happens again
+    /// and again.
     RolledBack(anyhow::Error),
-    /// The handler committed a part of the batch, by itself or by a statement that does so. The batch must not be applied
-    /// again, not even in part.
+    /// The handler committed a part of the batch, by itself or by a statement that does so. The
+    /// batch must not be applied again, not even in part.
     PartiallyApplied(anyhow::Error),
-    /// The handler's own fault, or that of its connection: it did not end in time, perhaps because the connection was cut off
-    /// without a word; or the two do not understand each other, perhaps because it binds more than its statement has room for.
+    /// The handler's own fault, or that of its connection: it did not end in time, perhaps because
+    /// the connection was cut off without a word; or the two do not understand each other, perhaps
+    /// because it binds more than its statement has room for.
     Ambiguous(anyhow::Error),
     /// The moment's: a deadlock, a lock wait, a lost connection.
     Transient(anyhow::Error),
-    /// The connection was lost while the handler sent something: the moment's fault too, unless it happens again and again.
+    /// The connection was lost while the handler sent something: the moment's fault too, unless it
+    /// happens again and again.
     ConnectionClosed(anyhow::Error),
     /// Ours: a statement on the ledger that cannot succeed, for want of a grant perhaps.
     Ledger(sqlx::Error),
@@ -77,8 +83,8 @@ impl From<sqlx::Error> for ApplyError {
     }
 }
 
-/// Whether a projector's row stays claimed from batch to batch, and the claim in between: the commit of the one and the claim
-/// for the next are one round trip then.
+/// Whether a projector's row stays claimed from batch to batch, and the claim in between: the
+/// commit of the one and the claim for the next are one round trip then.
 #[derive(Debug, Default)]
 pub(crate) struct ClaimCarry {
     /// Whether the next batch follows at once, so that it is worth while.
@@ -86,7 +92,8 @@ pub(crate) struct ClaimCarry {
     claim: Option<CarriedClaim>,
 }
 
-/// A session whose transaction has locked a projector's row, and nothing else. Dropped, the pool rolls it back.
+/// A session whose transaction has locked a projector's row, and nothing else. Dropped, the pool
+/// rolls it back.
 #[derive(Debug)]
 struct CarriedClaim {
     session: HandlerSession,
@@ -109,15 +116,18 @@ impl ClaimCarry {
         self.claim = None;
     }
 
-    /// The session of a claim at this position. A claim that is old is given back: its session may have ended.
+    /// The session of a claim at this position. A claim that is old is given back: its session may
+    /// have ended.
     fn take(&mut self, at: Position) -> Option<HandlerSession> {
         let claim = self.claim.take()?;
-        (claim.position == at && claim.since.elapsed() < CLAIM_CARRY_TIMEOUT).then_some(claim.session)
+        (claim.position == at && claim.since.elapsed() < CLAIM_CARRY_TIMEOUT)
+            .then_some(claim.session)
     }
 }
 
-/// Applies a batch: lock the ledger row, check the claim, run the handler, move the position, commit. That is two
-/// round trips, and those of the handler; from a batch to the one that follows at once, one.
+/// Applies a batch: lock the ledger row, check the claim, run the handler, move the position,
+/// commit. That is two round trips, and those of the handler; from a batch to the one that follows
+/// at once, one.
 pub(crate) async fn apply(
     database: &Database,
     projector: &RegisteredProjector,
@@ -131,12 +141,24 @@ pub(crate) async fn apply(
         None => claim_row(database, projector, stage, batch.after, handler_timeout).await?,
     };
     let should_carry = carry.should_carry && projector.session != SessionUse::PerEvent;
-    match run_and_commit(database, &mut session, projector, stage, batch, handler_timeout, should_carry).await? {
+    match run_and_commit(
+        database,
+        &mut session,
+        projector,
+        stage,
+        batch,
+        handler_timeout,
+        should_carry,
+    )
+    .await?
+    {
         CommitOutcome::Claimed => {
-            carry.claim = Some(CarriedClaim { session, position: batch.through, since: Instant::now() })
+            carry.claim =
+                Some(CarriedClaim { session, position: batch.through, since: Instant::now() })
         }
         CommitOutcome::Released => database.release_handler_session(session),
-        // Dropped, the session is closed, and what was begun in it is rolled back, as after an error.
+        // Dropped, the session is closed, and what was begun in it is rolled back, as after an
+        // error.
         CommitOutcome::ClaimLost => {}
         CommitOutcome::NotMoved => {
             return Err(ApplyError::PartiallyApplied(anyhow!(
@@ -161,10 +183,13 @@ async fn claim_row(
         let silent_for = handler_timeout + SERVER_WAIT_TIMEOUT;
         let allow = format!("set session wait_timeout = {}", silent_for.as_secs());
         session.record_set();
-        database.with_timeout(sqlx::raw_sql(AssertSqlSafe(allow)).execute(&mut *session.connection)).await?;
+        database
+            .with_timeout(sqlx::raw_sql(AssertSqlSafe(allow)).execute(&mut *session.connection))
+            .await?;
     }
     let unchanged = database.session_unchanged_condition();
-    let row = Claim { projector, stage, savepoint: &session.savepoint, unchanged_condition: &unchanged };
+    let row =
+        Claim { projector, stage, savepoint: &session.savepoint, unchanged_condition: &unchanged };
     if !database.with_timeout(row.begin(&mut session.connection, at)).await? {
         database.with_timeout(sqlx::raw_sql("rollback").execute(&mut *session.connection)).await?;
         database.release_handler_session(session);
@@ -174,8 +199,8 @@ async fn claim_row(
     Ok(session)
 }
 
-/// Runs the handler in a session that has the claim, and commits; and, if `should_carry`, claims the row for what comes next, unless
-/// the batch had nothing for the projector.
+/// Runs the handler in a session that has the claim, and commits; and, if `should_carry`, claims
+/// the row for what comes next, unless the batch had nothing for the projector.
 async fn run_and_commit(
     database: &Database,
     session: &mut HandlerSession,
@@ -209,7 +234,8 @@ async fn run_and_commit(
     Ok(moved)
 }
 
-/// Runs the handler. After an error its transaction is rolled back, or the error says what is stored of it.
+/// Runs the handler. After an error its transaction is rolled back, or the error says what is
+/// stored of it.
 async fn run_handler(
     database: &Database,
     session: &mut HandlerSession,
@@ -248,8 +274,9 @@ async fn run_handler(
             guard.is_armed = false;
             Err(with_transaction_outcome(ended, failed))
         }
-        // Its connection is of no use any more. What it committed before, the mark in its row tells. A session that does
-        // not answer may hold its locks still; one that is lost does not.
+        // Its connection is of no use any more. What it committed before, the mark in its row
+        // tells. A session that does not answer may hold its locks still; one that is lost does
+        // not.
         Err(error) => {
             match was_interrupted || is_timeout(&error) {
                 true => guard.kill_session().await,
@@ -261,7 +288,11 @@ async fn run_handler(
 }
 
 /// What a handler's error says: whose fault it is.
-fn classify_handler_error(database: &Database, wanted: &[&Event], error: anyhow::Error) -> ApplyError {
+fn classify_handler_error(
+    database: &Database,
+    wanted: &[&Event],
+    error: anyhow::Error,
+) -> ApplyError {
     if let Some(error) = database_error(&error) {
         database.discard_if_read_only(error);
     }
@@ -280,21 +311,31 @@ fn with_transaction_outcome(ended: TransactionOutcome, error: ApplyError) -> App
         (TransactionOutcome::Committed(by), error) => {
             ApplyError::PartiallyApplied(partially_applied(&by, error.handler_error()))
         }
-        (TransactionOutcome::RolledBack, ApplyError::Projector(error)) => ApplyError::RolledBack(error),
+        (TransactionOutcome::RolledBack, ApplyError::Projector(error)) => {
+            ApplyError::RolledBack(error)
+        }
         (_, error) => error,
     }
 }
 
 /// Why a commit of ours failed. Nothing of the batch is stored, or it says so.
-async fn classify_commit_error(database: &Database, session: &mut HandlerSession, error: sqlx::Error) -> ApplyError {
+async fn classify_commit_error(
+    database: &Database,
+    session: &mut HandlerSession,
+    error: sqlx::Error,
+) -> ApplyError {
     let Some(number) = server_error_number(&error) else { return error.into() };
     if number == 1305 {
         return match database.determine_outcome(session).await {
-            Ok(TransactionOutcome::Committed(by)) => ApplyError::PartiallyApplied(partially_applied(&by, None)),
-            Ok(TransactionOutcome::StillOpen | TransactionOutcome::RolledBack) => ApplyError::RolledBack(anyhow!(
-                "the transaction was rolled back while the handler had it: by a deadlock or a lock wait whose error the handler \
+            Ok(TransactionOutcome::Committed(by)) => {
+                ApplyError::PartiallyApplied(partially_applied(&by, None))
+            }
+            Ok(TransactionOutcome::StillOpen | TransactionOutcome::RolledBack) => {
+                ApplyError::RolledBack(anyhow!(
+                    "the transaction was rolled back while the handler had it: by a deadlock or a lock wait whose error the handler \
                  did not pass on, or by the handler itself"
-            )),
+                ))
+            }
             Err(lost) => lost.into(),
         };
     }
@@ -306,16 +347,17 @@ async fn classify_commit_error(database: &Database, session: &mut HandlerSession
             "the handler has changed its session and not changed it back: {changed}. What it applies next would mean \
              something else; set the value back before the handler ends, or do without it"
         )),
-        Ok(None) if number == 1690 => {
-            ApplyError::Projector(anyhow!("the handler changed its projector's own row in the ledger"))
-        }
+        Ok(None) if number == 1690 => ApplyError::Projector(anyhow!(
+            "the handler changed its projector's own row in the ledger"
+        )),
         Ok(None) => error.into(),
         Err(lost) => lost.into(),
     }
 }
 
 fn partially_applied(by: &str, error: Option<&anyhow::Error>) -> anyhow::Error {
-    let error = error.map(|error| format!("; then it failed: {}", format_chain(error))).unwrap_or_default();
+    let error =
+        error.map(|error| format!("; then it failed: {}", format_chain(error))).unwrap_or_default();
     anyhow!(
         "the handler committed the transaction, by itself or by a statement that does so (counted: {by}). A part of this \
          batch is stored without its position, so that it cannot be applied again: rebuild the read model{error}"
@@ -337,14 +379,16 @@ impl ApplyError {
     }
 }
 
-/// Of a handler that was given nothing for a field that cannot be read: what it did with that does not count.
+/// Of a handler that was given nothing for a field that cannot be read: what it did with that does
+/// not count.
 fn first_decode_error(wanted: &[&Event]) -> Option<anyhow::Error> {
     let (event, error) = wanted.iter().find_map(|event| Some((event, event.decode_error()?)))?;
     Some(anyhow!("event {} cannot be read: {error}", event.position()))
 }
 
-/// While a handler runs. One that is cut off may be in the middle of a statement: its connection is of no more use then,
-/// and its projector's row would stay locked until the server has finished with the statement.
+/// While a handler runs. One that is cut off may be in the middle of a statement: its connection is
+/// of no more use then, and its projector's row would stay locked until the server has finished
+/// with the statement.
 struct RunningHandler<'a> {
     database: &'a Database,
     session: SessionId,
@@ -352,8 +396,9 @@ struct RunningHandler<'a> {
 }
 
 impl RunningHandler<'_> {
-    /// Ends the session in which a handler was cut off, and with it the lock. Where that cannot be done now, it is tried
-    /// once more, as where nobody waits for it: what became of the handler is known all the same.
+    /// Ends the session in which a handler was cut off, and with it the lock. Where that cannot be
+    /// done now, it is tried once more, as where nobody waits for it: what became of the handler is
+    /// known all the same.
     async fn kill_session(mut self) {
         match self.database.kill_session(&self.session).await {
             Ok(()) => self.is_armed = false,
@@ -365,7 +410,8 @@ impl RunningHandler<'_> {
 }
 
 impl Drop for RunningHandler<'_> {
-    /// The same, where nobody waits for it: the whole work was dropped, by a shutdown or for want of time.
+    /// The same, where nobody waits for it: the whole work was dropped, by a shutdown or for want
+    /// of time.
     fn drop(&mut self) {
         let (true, Ok(runtime)) = (self.is_armed, Handle::try_current()) else { return };
         let (database, session) = (self.database.clone(), self.session.clone());
@@ -378,20 +424,37 @@ impl Drop for RunningHandler<'_> {
 }
 
 /// Runs a projector's setup, outside any transaction: it creates tables.
-pub(crate) async fn set_up(database: &Database, projector: &RegisteredProjector) -> anyhow::Result<()> {
-    let set_up = async |db: &mut MySqlConnection| AssertUnwindSafe(projector.projector.setup(db)).catch_unwind().await;
-    database.run_in_setup_session(set_up).await?.unwrap_or_else(|panic| Err(panic_error("setup", panic.as_ref())))
+pub(crate) async fn set_up(
+    database: &Database,
+    projector: &RegisteredProjector,
+) -> anyhow::Result<()> {
+    let set_up = async |db: &mut MySqlConnection| {
+        AssertUnwindSafe(projector.projector.setup(db)).catch_unwind().await
+    };
+    database
+        .run_in_setup_session(set_up)
+        .await?
+        .unwrap_or_else(|panic| Err(panic_error("setup", panic.as_ref())))
 }
 
 /// Runs a projector's teardown, likewise.
-pub(crate) async fn tear_down(database: &Database, projector: &RegisteredProjector) -> anyhow::Result<()> {
-    let tear_down =
-        async |db: &mut MySqlConnection| AssertUnwindSafe(projector.projector.teardown(db)).catch_unwind().await;
-    database.run_in_setup_session(tear_down).await?.unwrap_or_else(|panic| Err(panic_error("teardown", panic.as_ref())))
+pub(crate) async fn tear_down(
+    database: &Database,
+    projector: &RegisteredProjector,
+) -> anyhow::Result<()> {
+    let tear_down = async |db: &mut MySqlConnection| {
+        AssertUnwindSafe(projector.projector.teardown(db)).catch_unwind().await
+    };
+    database
+        .run_in_setup_session(tear_down)
+        .await?
+        .unwrap_or_else(|panic| Err(panic_error("teardown", panic.as_ref())))
 }
 
 fn panic_error(what: &str, panic: &(dyn Any + Send)) -> anyhow::Error {
     let message = panic.downcast_ref::<&str>().copied();
-    let message = message.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("(no message)");
+    let message = message
+        .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("(no message)");
     anyhow!("{what} panicked: {message}")
 }

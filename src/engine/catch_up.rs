@@ -26,7 +26,8 @@ pub(crate) struct Cursor {
     pub(crate) state: CursorState,
     /// Where it began, and when.
     pub(crate) start: (Position, Instant),
-    /// Whether it was broken when boot began: then it neither stops the others nor is stopped by them.
+    /// Whether it was broken when boot began: then it neither stops the others nor is stopped by
+    /// them.
     pub(crate) was_broken: bool,
 }
 
@@ -46,10 +47,17 @@ pub(crate) enum CursorState {
 impl Cursor {
     pub(crate) fn new(projector: &Arc<RegisteredProjector>, position: Position) -> Self {
         let start = (position, Instant::now());
-        Cursor { projector: Arc::clone(projector), position, state: CursorState::Running, start, was_broken: false }
+        Cursor {
+            projector: Arc::clone(projector),
+            position,
+            state: CursorState::Running,
+            start,
+            was_broken: false,
+        }
     }
 
-    /// Whether boot must not go on with the others as it did: this one broke and did not before, or gave up.
+    /// Whether boot must not go on with the others as it did: this one broke and did not before, or
+    /// gave up.
     pub(crate) fn should_stop_boot(&self) -> bool {
         match self.state {
             CursorState::Broken => !self.was_broken,
@@ -65,19 +73,22 @@ impl Cursor {
     /// Takes note of what became of a batch.
     pub(crate) fn record(&mut self, outcome: ApplyOutcome) {
         match outcome {
-            ApplyOutcome::Reached(position) | ApplyOutcome::MovedByOther(position) => self.position = position,
+            ApplyOutcome::Reached(position) | ApplyOutcome::MovedByOther(position) => {
+                self.position = position
+            }
             ApplyOutcome::Broken => self.state = CursorState::Broken,
             ApplyOutcome::TakenOver => self.state = CursorState::TakenOver,
             ApplyOutcome::GaveUp(error) => self.state = CursorState::GaveUp(error),
         }
     }
 
-    /// Takes note of its row after an attempt to release it from boot: boot goes on with what is still its own,
-    /// from where that stands, and lets go of what went live, was retired, is no more, was booted by another release, or
-    /// must be rebuilt.
+    /// Takes note of its row after an attempt to release it from boot: boot goes on with what is
+    /// still its own, from where that stands, and lets go of what went live, was retired, is no
+    /// more, was booted by another release, or must be rebuilt.
     pub(crate) fn record_entry(&mut self, entry: Option<&Entry>) {
         let is_ours = |entry: &&Entry| {
-            let is_playable = Stage::Boot.can_apply(&entry.status) && entry.rebuild_reason.is_none();
+            let is_playable =
+                Stage::Boot.can_apply(&entry.status) && entry.rebuild_reason.is_none();
             is_playable && entry.matches_digest(&self.projector.digest)
         };
         match entry.filter(is_ours) {
@@ -106,10 +117,10 @@ pub(crate) fn lowest_behind(cursors: &[Cursor], through: Position) -> Option<Pos
 }
 
 impl Engine {
-    /// Brings every running cursor to `through`, which must not lie above the high-water mark. The log is
-    /// read once for all of them, from the lowest on, and ahead of what is applied.
-    /// In boot, the first failure of a projector that was not broken before ends it; in play, each cursor goes on
-    /// without the others.
+    /// Brings every running cursor to `through`, which must not lie above the high-water mark. The
+    /// log is read once for all of them, from the lowest on, and ahead of what is applied. In boot,
+    /// the first failure of a projector that was not broken before ends it; in play, each cursor
+    /// goes on without the others.
     ///
     /// # Errors
     /// If the log cannot be read, for longer than the engine's patience where it is transient.
@@ -120,8 +131,10 @@ impl Engine {
         through: Position,
         mut progress: impl FnMut(&[Cursor]),
     ) -> Result<(), sqlx::Error> {
-        let limits = ReadLimits { page_events: self.limits.batch, retry_timeout: self.limits.retry_timeout };
-        let stopped_boot = |cursors: &[Cursor]| cursors.iter().filter(|cursor| cursor.should_stop_boot()).count();
+        let limits =
+            ReadLimits { page_events: self.limits.batch, retry_timeout: self.limits.retry_timeout };
+        let stopped_boot =
+            |cursors: &[Cursor]| cursors.iter().filter(|cursor| cursor.should_stop_boot()).count();
         let stopped_before = stopped_boot(cursors);
         let mut carry = ClaimCarry::none();
         let mut reading: Option<ReadAhead> = None;
@@ -131,7 +144,8 @@ impl Engine {
                 Some(pages) if pages.position() == lowest => reading.insert(pages),
                 _ => {
                     let running = cursors.iter().filter(|cursor| cursor.is_running());
-                    let wanted = EventFilter::any_of(running.map(|cursor| cursor.projector.event_types()));
+                    let wanted =
+                        EventFilter::any_of(running.map(|cursor| cursor.projector.event_types()));
                     reading.insert(self.store.read_ahead(lowest, through, wanted, limits))
                 }
             };
@@ -152,30 +166,43 @@ impl Engine {
         }
     }
 
-    /// Whether a row may stay claimed from page to page. Only in boot, for in play other workers are at it; only where a
-    /// projector is alone, for among several it would be claimed while the others are waited for, and they may wait for a
-    /// boot that waits for it; and not where its handler acts elsewhere, which cannot be rolled back: such a one looks at its
-    /// row just before.
+    /// Whether a row may stay claimed from page to page. Only in boot, for in play other workers
+    /// are at it; only where a projector is alone, for among several it would be claimed while the
+    /// others are waited for, and they may wait for a boot that waits for it; and not where its
+    /// handler acts elsewhere, which cannot be rolled back: such a one looks at its row just
+    /// before.
     fn may_carry(&self, stage: Stage, cursors: &[Cursor]) -> bool {
         let mut running = cursors.iter().filter(|cursor| cursor.is_running());
         match (running.next(), running.next()) {
-            (Some(alone), None) => stage == Stage::Boot && !alone.projector.needs_transaction_per_event(),
+            (Some(alone), None) => {
+                stage == Stage::Boot && !alone.projector.needs_transaction_per_event()
+            }
             _ => false,
         }
     }
 
     /// Passes a page to every cursor that stands in it.
-    async fn apply_page(&self, stage: Stage, cursors: &mut [Cursor], page: &Page, carry: &mut ClaimCarry) {
+    async fn apply_page(
+        &self,
+        stage: Stage,
+        cursors: &mut [Cursor],
+        page: &Page,
+        carry: &mut ClaimCarry,
+    ) {
         if !carry.has_claim() {
             self.skip_ahead(stage, cursors, page.through, |cursor| cursor.batch(page)).await;
         }
-        let in_page = cursors.iter_mut().filter_map(|cursor| cursor.batch(page).map(|batch| (cursor, batch)));
+        let in_page =
+            cursors.iter_mut().filter_map(|cursor| cursor.batch(page).map(|batch| (cursor, batch)));
         let mut in_page: Vec<_> = in_page.collect();
         if let [(cursor, batch)] = in_page.as_mut_slice() {
-            cursor.record(self.apply_with_retry_and_carry(&cursor.projector, stage, *batch, carry).await);
+            cursor.record(
+                self.apply_with_retry_and_carry(&cursor.projector, stage, *batch, carry).await,
+            );
             return;
         }
-        let concurrency = MAX_CONCURRENT_PROJECTORS.min(self.database.max_handler_connections() as usize);
+        let concurrency =
+            MAX_CONCURRENT_PROJECTORS.min(self.database.max_handler_connections() as usize);
         stream::iter(in_page)
             .for_each_concurrent(concurrency, async |(cursor, batch)| {
                 cursor.record(self.apply_with_retry(&cursor.projector, stage, batch).await);
@@ -183,8 +210,9 @@ impl Engine {
             .await;
     }
 
-    /// Moves those cursors together whose batch up to `through` has nothing for them: it costs one statement, and not a
-    /// transaction each. Whoever is not moved by that, for whatever reason, is left to be delivered to.
+    /// Moves those cursors together whose batch up to `through` has nothing for them: it costs one
+    /// statement, and not a transaction each. Whoever is not moved by that, for whatever reason, is
+    /// left to be delivered to.
     pub(crate) async fn skip_ahead<'a>(
         &self,
         stage: Stage,
@@ -196,7 +224,8 @@ impl Engine {
             let batch = batch(cursor).filter(|batch| batch.through == through);
             batch.is_some_and(|batch| batch.wanted(&cursor.projector).next().is_none())
         };
-        let mut idle: Vec<&mut Cursor> = cursors.iter_mut().filter(|cursor| has_nothing(cursor)).collect();
+        let mut idle: Vec<&mut Cursor> =
+            cursors.iter_mut().filter(|cursor| has_nothing(cursor)).collect();
         idle.sort_by_key(|cursor| cursor.position);
         for together in idle.chunk_by_mut(|one, other| one.position == other.position) {
             let projectors: Vec<&RegisteredProjector> =

@@ -10,34 +10,44 @@ use crate::model::event::Position;
 use crate::model::lifecycle::{Stage, Status, Transition};
 use crate::model::registry::Registry;
 
-/// The oldest event that may still be in the queue: the lowest position that a live projector of this
-/// release still awaits. With none live, nobody has taken anything out of the queue, and the high-water
-/// mark stands for it.
-pub(crate) fn oldest_queued(registry: &Registry, ledger: &[Entry], high_water: Position) -> Position {
-    let live = ledger.iter().filter(|entry| entry.status == Status::Live && registry.get(&entry.id).is_some());
+/// The oldest event that may still be in the queue: the lowest position that a live projector of
+/// this release still awaits. With none live, nobody has taken anything out of the queue, and the
+/// high-water mark stands for it.
+pub(crate) fn oldest_queued(
+    registry: &Registry,
+    ledger: &[Entry],
+    high_water: Position,
+) -> Position {
+    let live = ledger
+        .iter()
+        .filter(|entry| entry.status == Status::Live && registry.get(&entry.id).is_some());
     live.map(|entry| entry.position).min().unwrap_or(high_water)
 }
 
-/// Whether boot is done with a projector that had to come to `position`: it is still boot's, need not be rebuilt, and has come
-/// there.
+/// Whether boot is done with a projector that had to come to `position`: it is still boot's, need
+/// not be rebuilt, and has come there.
 pub(crate) fn has_reached(entry: &Entry, position: Position) -> bool {
-    Stage::Boot.can_apply(&entry.status) && entry.rebuild_reason.is_none() && entry.position >= position
+    Stage::Boot.can_apply(&entry.status)
+        && entry.rebuild_reason.is_none()
+        && entry.position >= position
 }
 
 impl Engine {
-    /// Makes a projector live, under its row's lock, if it still stands at or beyond `oldest_queued`. Returns its
-    /// row as it is afterwards, if there is one.
+    /// Makes a projector live, under its row's lock, if it still stands at or beyond
+    /// `oldest_queued`. Returns its row as it is afterwards, if there is one.
     ///
-    /// This is where boot may stop, not what makes it safe: a worker of an old release may have deleted
-    /// messages that this projector never saw. The first message that does not continue its position
-    /// makes play read the difference from the store.
+    /// This is where boot may stop, not what makes it safe: a worker of an old release may have
+    /// deleted messages that this projector never saw. The first message that does not continue its
+    /// position makes play read the difference from the store.
     pub(crate) async fn hand_over(
         &self,
         cursor: &Cursor,
         oldest_queued: Position,
     ) -> Result<Option<Entry>, LedgerError> {
         let id = &cursor.projector.id;
-        let still = |entry: &Entry| has_reached(entry, oldest_queued) && entry.matches_digest(&cursor.projector.digest);
+        let still = |entry: &Entry| {
+            has_reached(entry, oldest_queued) && entry.matches_digest(&cursor.projector.digest)
+        };
         let step = || self.ledger.transition(id, Transition::HandOver, still);
         let entry = self.retry_transient("hand over", step).await?;
         if let Some(entry) = entry.as_ref().filter(|entry| entry.status == Status::Live) {
@@ -65,7 +75,11 @@ mod tests {
             self.0
         }
 
-        async fn handle(&self, _: &crate::Event, _: &mut sqlx::MySqlConnection) -> anyhow::Result<()> {
+        async fn handle(
+            &self,
+            _: &crate::Event,
+            _: &mut sqlx::MySqlConnection,
+        ) -> anyhow::Result<()> {
             Ok(())
         }
     }
@@ -90,16 +104,23 @@ mod tests {
     #[test]
     fn a_projector_that_must_be_rebuilt_never_counts_as_caught_up() {
         let whole = entry("a", Status::Booting, 70);
-        let incomplete = Entry { rebuild_reason: Some("a part of a batch is stored".into()), ..whole.clone() };
-        assert!(has_reached(&whole, Position::new(70)) && !has_reached(&incomplete, Position::new(70)));
+        let incomplete =
+            Entry { rebuild_reason: Some("a part of a batch is stored".into()), ..whole.clone() };
+        assert!(
+            has_reached(&whole, Position::new(70)) && !has_reached(&incomplete, Position::new(70))
+        );
     }
 
     #[test]
     fn the_oldest_queued_event_is_the_lowest_a_live_projector_of_this_release_needs() {
-        let registry = Registry::new().with(Idle("a")).and_then(|r| r.with(Idle("b"))).expect("two names");
+        let registry =
+            Registry::new().with(Idle("a")).and_then(|r| r.with(Idle("b"))).expect("two names");
         let mark = Position::new(90);
-        let ledger =
-            [entry("a", Status::Live, 70), entry("b", Status::Live, 60), entry("of_another_release", Status::Live, 10)];
+        let ledger = [
+            entry("a", Status::Live, 70),
+            entry("b", Status::Live, 60),
+            entry("of_another_release", Status::Live, 10),
+        ];
         assert_eq!(oldest_queued(&registry, &ledger, mark), Position::new(60));
         let ledger = [entry("a", Status::Stalled, 20), entry("b", Status::Finished, 30)];
         assert_eq!(oldest_queued(&registry, &ledger, mark), mark);

@@ -29,7 +29,8 @@ const BUSY_PERIOD: Duration = Duration::from_secs(1);
 /// How the relay works.
 #[derive(Debug, Clone, Copy)]
 pub struct RelaySettings {
-    /// The longest pause between two looks at a log in which nothing is new. While events come, it is a twentieth of that.
+    /// The longest pause between two looks at a log in which nothing is new. While events come, it
+    /// is a twentieth of that.
     pub interval: Duration,
     /// The most events in one message, at least 1; the queue's largest message bounds it, too.
     pub max_events: usize,
@@ -49,7 +50,8 @@ pub(crate) struct Relay {
     holder: String,
     /// When the lease was last taken: an idle log costs reads, but hardly any writes.
     leased_at: Option<Instant>,
-    /// As this relay left them: while it has the lease, hardly anybody else moves them, and who does only makes work.
+    /// As this relay left them: while it has the lease, hardly anybody else moves them, and who
+    /// does only makes work.
     marks: Option<Marks>,
     watch: StallWatch,
     /// Whether the log has it that this is the queue.
@@ -80,7 +82,9 @@ impl From<RelayError> for Error {
     fn from(error: RelayError) -> Self {
         match error {
             RelayError::Database(error) => Error::Database(error),
-            RelayError::Queue(error) => Error::Unreachable(format!("the queue cannot be used: {error}")),
+            RelayError::Queue(error) => {
+                Error::Unreachable(format!("the queue cannot be used: {error}"))
+            }
         }
     }
 }
@@ -90,8 +94,8 @@ pub(crate) fn deduplication_id(log_id: &str, published: Position, last: Position
     format!("{log_id}-{published}-{last}")
 }
 
-/// The first position of a page after `published` that has no row, if any has none. Those behind its last event begin the
-/// next page.
+/// The first position of a page after `published` that has no row, if any has none. Those behind
+/// its last event begin the next page.
 fn first_gap(published: Position, page: &Page) -> Option<Position> {
     let mut next = published.next();
     for event in &page.events {
@@ -105,7 +109,12 @@ fn first_gap(published: Position, page: &Page) -> Option<Position> {
 
 impl Relay {
     /// A relay of a process that knows of the log what `watch` knows.
-    pub(crate) fn new(store: EventStore, queue: Arc<dyn Queue>, settings: RelaySettings, watch: StallWatch) -> Self {
+    pub(crate) fn new(
+        store: EventStore,
+        queue: Arc<dyn Queue>,
+        settings: RelaySettings,
+        watch: StallWatch,
+    ) -> Self {
         let holder = Uuid::now_v7().to_string();
         let settings = RelaySettings { max_events: settings.max_events.max(1), ..settings };
         Relay {
@@ -121,15 +130,19 @@ impl Relay {
         }
     }
 
-    /// Publishes until it is dropped; the lease it then holds runs out. Failures, and panics, are logged and tried again: a
-    /// relay that ended by itself would look like a log in which nothing happens.
+    /// Publishes until it is dropped; the lease it then holds runs out. Failures, and panics, are
+    /// logged and tried again: a relay that ended by itself would look like a log in which nothing
+    /// happens.
     pub(crate) async fn run(&mut self) {
         loop {
             let ended = AssertUnwindSafe(self.run_until_panic()).catch_unwind().await;
             let Err(panic) = ended.map(|never: Infallible| match never {});
             let message = panic.downcast_ref::<&str>().copied();
             let message = message.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
-            error!(error = message.unwrap_or("(no message)"), "the relay panicked; it begins again");
+            error!(
+                error = message.unwrap_or("(no message)"),
+                "the relay panicked; it begins again"
+            );
             // What it was about to note is read again.
             (self.leased_at, self.marks) = (None, None);
             tokio::time::sleep(PANIC_PAUSE).await;
@@ -183,11 +196,17 @@ impl Relay {
             Some(leased_at) if leased_at.elapsed() < LEASE_DURATION / 3 => leased_at,
             _ => {
                 let requested_at = Instant::now();
-                self.leased_at =
-                    self.store.acquire_relay_lease(&self.holder, LEASE_DURATION).await?.then_some(requested_at);
-                let Some(leased_at) = self.leased_at else { return Ok(RelayOutcome::LeasedElsewhere) };
-                // Others may have moved them meanwhile, or have given the log another id and key: until now, messages were
-                // signed with the ones before. They are not ours then, and nobody applies them; their events come from the store.
+                self.leased_at = self
+                    .store
+                    .acquire_relay_lease(&self.holder, LEASE_DURATION)
+                    .await?
+                    .then_some(requested_at);
+                let Some(leased_at) = self.leased_at else {
+                    return Ok(RelayOutcome::LeasedElsewhere);
+                };
+                // Others may have moved them meanwhile, or have given the log another id and key:
+                // until now, messages were signed with the ones before. They are not ours then, and
+                // nobody applies them; their events come from the store.
                 self.marks = None;
                 leased_at
             }
@@ -199,9 +218,11 @@ impl Relay {
         let mark = self.raise_high_water(&marks).await?;
         let mut published = marks.published;
         while published < mark {
-            let page = self.store.read_after(published, mark, self.settings.max_events as u64).await?;
+            let page =
+                self.store.read_after(published, mark, self.settings.max_events as u64).await?;
             if let Some(first) = first_gap(published, &page) {
-                // Below the mark every position had a row: these were deleted since. The audit names all of them.
+                // Below the mark every position had a row: these were deleted since. The audit
+                // names all of them.
                 let last = self.store.end_of_gap(first, mark).await?;
                 error!(
                     alert = "log_fault",
@@ -270,7 +291,12 @@ impl Relay {
                 if marks.blocked.is_some() && risen.mark == marks.high_water {
                     self.store.clear_blocked(risen.mark).await?;
                 }
-                HighWater { mark: risen.mark, blocked: None, blocked_for: Duration::ZERO, fault: risen.fault }
+                HighWater {
+                    mark: risen.mark,
+                    blocked: None,
+                    blocked_for: Duration::ZERO,
+                    fault: risen.fault,
+                }
             }
         };
         self.watch.record(&self.store, &high_water).await?;

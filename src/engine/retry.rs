@@ -19,8 +19,9 @@ use crate::model::lifecycle::{FailedEvent, Failure, Stage, Status, Transition};
 use crate::model::metrics;
 use crate::model::registry::{RegisteredProjector, Registry};
 
-/// How often in a row a transaction may be rolled back under a handler's hands before that counts as the projector's own
-/// failure. Deadlocks are rare, and what a handler does by itself it does each time.
+/// How often in a row a transaction may be rolled back under a handler's hands before that counts
+/// as the projector's own failure. Deadlocks are rare, and what a handler does by itself it does
+/// each time.
 const MAX_ROLLBACKS: u32 = 5;
 
 /// What the engine works with, in boot and in play.
@@ -41,7 +42,8 @@ pub struct Limits {
     pub batch: u64,
     /// How long a handler may take for one call, a batch or an event, before it counts as failed.
     pub handler_timeout: Duration,
-    /// How long transient failures are tried again; `None`, and always in play: for as long as it takes.
+    /// How long transient failures are tried again; `None`, and always in play: for as long as it
+    /// takes.
     pub retry_timeout: Option<Duration>,
 }
 
@@ -62,7 +64,8 @@ pub(crate) enum ApplyOutcome {
     Broken,
     /// Transient failures outlasted [`Limits::retry_timeout`]; it stands where it stood.
     GaveUp(String),
-    /// It has left this stage: another worker broke it, another boot handed it over, it was retired.
+    /// It has left this stage: another worker broke it, another boot handed it over, it was
+    /// retired.
     TakenOver,
 }
 
@@ -78,8 +81,13 @@ impl Engine {
         }
     }
 
-    /// Tries again what fails only for the moment, for as long as the engine is patient. It must be harmless to repeat.
-    pub(crate) async fn retry_transient<T, E, F>(&self, what: &str, attempt: impl FnMut() -> F) -> Result<T, E>
+    /// Tries again what fails only for the moment, for as long as the engine is patient. It must be
+    /// harmless to repeat.
+    pub(crate) async fn retry_transient<T, E, F>(
+        &self,
+        what: &str,
+        attempt: impl FnMut() -> F,
+    ) -> Result<T, E>
     where
         E: Transient + Display,
         F: Future<Output = Result<T, E>>,
@@ -87,8 +95,8 @@ impl Engine {
         backoff::retry_transient(self.limits.retry_timeout, what, attempt).await
     }
 
-    /// Applies a batch to a projector. What is transient is tried again for as long as it takes: the
-    /// caller ends this by dropping it, and then nothing of the transaction in hand is applied.
+    /// Applies a batch to a projector. What is transient is tried again for as long as it takes:
+    /// the caller ends this by dropping it, and then nothing of the transaction in hand is applied.
     pub(crate) async fn apply_with_retry(
         &self,
         projector: &RegisteredProjector,
@@ -98,7 +106,8 @@ impl Engine {
         self.apply_with_retry_and_carry(projector, stage, batch, &mut ClaimCarry::none()).await
     }
 
-    /// [`Engine::apply_with_retry`], with the claim that the batch before may have left; and one for the next.
+    /// [`Engine::apply_with_retry`], with the claim that the batch before may have left; and one
+    /// for the next.
     pub(crate) async fn apply_with_retry_and_carry(
         &self,
         projector: &RegisteredProjector,
@@ -116,20 +125,28 @@ impl Engine {
         }
     }
 
-    /// Applies a batch with a transaction for each event that the projector wants. What it does elsewhere cannot be rolled
-    /// back, so an event that fails must not repeat those before it.
-    async fn apply_each_event(&self, projector: &RegisteredProjector, stage: Stage, batch: Batch<'_>) -> ApplyOutcome {
+    /// Applies a batch with a transaction for each event that the projector wants. What it does
+    /// elsewhere cannot be rolled back, so an event that fails must not repeat those before it.
+    async fn apply_each_event(
+        &self,
+        projector: &RegisteredProjector,
+        stage: Stage,
+        batch: Batch<'_>,
+    ) -> ApplyOutcome {
         let carry = &mut ClaimCarry::none();
         let mut position = batch.after;
         let mut wanted = batch.wanted(projector).peekable();
         loop {
             let event = wanted.next();
             // What follows the last event goes with it.
-            let end = event.filter(|_| wanted.peek().is_some()).map_or(batch.through, Event::position);
+            let end =
+                event.filter(|_| wanted.peek().is_some()).map_or(batch.through, Event::position);
             if let Some(step) = batch.between(position, end) {
                 let outcome = match self.apply_whole_batch(projector, stage, step, carry).await {
                     Ok(outcome) => outcome,
-                    Err(failed) => Box::pin(self.isolate_failure(projector, stage, step, failed)).await,
+                    Err(failed) => {
+                        Box::pin(self.isolate_failure(projector, stage, step, failed)).await
+                    }
                 };
                 match outcome {
                     ApplyOutcome::Reached(reached) => position = reached,
@@ -156,17 +173,30 @@ impl Engine {
         let mut rolled_back = 0;
         let mut packet_too_large = PacketTooLargeDetector::default();
         loop {
-            let applied =
-                apply::apply(&self.database, projector, stage, batch, self.limits.handler_timeout, carry).await;
+            let applied = apply::apply(
+                &self.database,
+                projector,
+                stage,
+                batch,
+                self.limits.handler_timeout,
+                carry,
+            )
+            .await;
             if applied.as_ref().is_err_and(|error| !matches!(error, ApplyError::ClaimLost(_))) {
                 metrics::record_failure(&projector.id);
             }
             let is_packet_too_large = packet_too_large.record(&self.database, &applied).await;
             match applied {
                 Ok(()) => return Ok(ApplyOutcome::Reached(batch.through)),
-                Err(ApplyError::Projector(error)) => return Err(ProjectorError::new(error, attempt)),
+                Err(ApplyError::Projector(error)) => {
+                    return Err(ProjectorError::new(error, attempt));
+                }
                 Err(ApplyError::PartiallyApplied(error)) => {
-                    let error = error.context(format!("events {} to {}", batch.after.next(), batch.through));
+                    let error = error.context(format!(
+                        "events {} to {}",
+                        batch.after.next(),
+                        batch.through
+                    ));
                     // The event is not known, and none of the batch may be tried again.
                     let failed = ProjectorError::for_rebuild(error, attempt);
                     return Ok(Box::pin(self.mark_broken(projector, stage, None, failed)).await);
@@ -181,7 +211,9 @@ impl Engine {
                     tokio::time::sleep(backoff::delay(attempt)).await;
                 }
                 // The first may be the network's fault: on another connection, the second is not.
-                Err(ApplyError::Ambiguous(error)) if was_ambiguous => return Err(ProjectorError::new(error, attempt)),
+                Err(ApplyError::Ambiguous(error)) if was_ambiguous => {
+                    return Err(ProjectorError::new(error, attempt));
+                }
                 Err(ApplyError::Ambiguous(error)) => {
                     was_ambiguous = true;
                     attempt += 1;
@@ -216,7 +248,11 @@ impl Engine {
                     attempt += 1;
                     // What ended this connection may have ended those that are kept.
                     self.database.release_idle_sessions();
-                    if self.limits.retry_timeout.is_some_and(|retry_timeout| began.elapsed() >= retry_timeout) {
+                    if self
+                        .limits
+                        .retry_timeout
+                        .is_some_and(|retry_timeout| began.elapsed() >= retry_timeout)
+                    {
                         return Ok(ApplyOutcome::GaveUp(format_chain(&error)));
                     }
                     if backoff::should_log(attempt) {
@@ -231,7 +267,8 @@ impl Engine {
         }
     }
 
-    /// Applies a batch that failed event by event, so that the position ends just before the failing one.
+    /// Applies a batch that failed event by event, so that the position ends just before the
+    /// failing one.
     async fn isolate_failure(
         &self,
         projector: &RegisteredProjector,
@@ -243,10 +280,20 @@ impl Engine {
         let carry = &mut ClaimCarry::none();
         let wanted: Vec<&Event> = batch.wanted(projector).collect();
         if let [event] = wanted[..] {
-            // The events before it are not wanted, but the position stands just before the one that failed.
-            return match self.apply_whole_batch(projector, stage, batch.up_to(event.position().previous()), carry).await
+            // The events before it are not wanted, but the position stands just before the one that
+            // failed.
+            return match self
+                .apply_whole_batch(
+                    projector,
+                    stage,
+                    batch.up_to(event.position().previous()),
+                    carry,
+                )
+                .await
             {
-                Ok(ApplyOutcome::Reached(_)) => self.mark_broken(projector, stage, Some(event), failed).await,
+                Ok(ApplyOutcome::Reached(_)) => {
+                    self.mark_broken(projector, stage, Some(event), failed).await
+                }
                 Ok(outcome) => outcome,
                 Err(failed) => self.mark_broken(projector, stage, Some(event), failed).await,
             };
@@ -264,7 +311,12 @@ impl Engine {
                     Err(alone) => {
                         let attempts = failed.attempts + alone.attempts;
                         return self
-                            .mark_broken(projector, stage, Some(event), ProjectorError { attempts, ..alone })
+                            .mark_broken(
+                                projector,
+                                stage,
+                                Some(event),
+                                ProjectorError { attempts, ..alone },
+                            )
                             .await;
                     }
                 }
@@ -290,8 +342,10 @@ impl Engine {
         failed: ProjectorError,
     ) -> ApplyOutcome {
         let before = event.map(|event| event.position().previous());
-        self.mark_broken_if(projector, stage, event, failed, |entry| may_mark_broken(entry, projector, stage, before))
-            .await
+        self.mark_broken_if(projector, stage, event, failed, |entry| {
+            may_mark_broken(entry, projector, stage, before)
+        })
+        .await
     }
 
     /// Marks a projector broken if `still` holds of its row, under the row's lock.
@@ -319,7 +373,11 @@ impl Engine {
         };
         let mut attempt = 1;
         loop {
-            match self.ledger.transition(&projector.id, Transition::Break(failure.clone()), &still).await {
+            match self
+                .ledger
+                .transition(&projector.id, Transition::Break(failure.clone()), &still)
+                .await
+            {
                 Ok(Some(entry)) if matches!(&entry.status, Status::Broken(written) if written.error == failure.error) =>
                 {
                     error!(
@@ -338,7 +396,10 @@ impl Engine {
                     );
                     return ApplyOutcome::Broken;
                 }
-                Ok(Some(entry)) if stage.can_apply(&entry.status) && entry.matches_digest(&projector.digest) => {
+                Ok(Some(entry))
+                    if stage.can_apply(&entry.status)
+                        && entry.matches_digest(&projector.digest) =>
+                {
                     return ApplyOutcome::MovedByOther(entry.position);
                 }
                 Ok(_) => return ApplyOutcome::TakenOver,
@@ -388,15 +449,16 @@ pub(crate) fn hostname() -> String {
     name.or_else(|| std::env::var("HOSTNAME").ok()).unwrap_or_else(|| "unknown".into())
 }
 
-/// What becomes of a batch whose claim does not hold: another worker was faster, or a commit of ours was not
-/// acknowledged. `Ok`: go on with this, the rest of it.
+/// What becomes of a batch whose claim does not hold: another worker was faster, or a commit of
+/// ours was not acknowledged. `Ok`: go on with this, the rest of it.
 pub(crate) fn resolve_lost_claim<'a>(
     entry: Option<&Entry>,
     projector: &RegisteredProjector,
     stage: Stage,
     batch: Batch<'a>,
 ) -> Result<Batch<'a>, ApplyOutcome> {
-    let is_ours = |entry: &&Entry| stage.can_apply(&entry.status) && entry.matches_digest(&projector.digest);
+    let is_ours =
+        |entry: &&Entry| stage.can_apply(&entry.status) && entry.matches_digest(&projector.digest);
     let Some(entry) = entry.filter(is_ours) else { return Err(ApplyOutcome::TakenOver) };
     match batch.above(entry.position) {
         Some(rest) if rest.after < rest.through => Ok(rest),
@@ -405,8 +467,8 @@ pub(crate) fn resolve_lost_claim<'a>(
     }
 }
 
-/// Whether a projector may be marked broken: it is still this stage's, stands just before the event that failed, and was
-/// booted with the definition that failed.
+/// Whether a projector may be marked broken: it is still this stage's, stands just before the event
+/// that failed, and was booted with the definition that failed.
 pub(crate) fn may_mark_broken(
     entry: &Entry,
     projector: &RegisteredProjector,

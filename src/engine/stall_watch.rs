@@ -1,4 +1,5 @@
-//! What is in the way of the high-water mark, and what is wrong with the log: logged when it is worth somebody's while.
+//! What is in the way of the high-water mark, and what is wrong with the log: logged when it is
+//! worth somebody's while.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -8,21 +9,24 @@ use tracing::{info, warn};
 use crate::model::event::Position;
 use crate::store::{Blocker, EventStore, HighWater, LogFault};
 
-/// A transaction may take its time. Beyond this, somebody should look: nothing after it is published or replayed.
+/// A transaction may take its time. Beyond this, somebody should look: nothing after it is
+/// published or replayed.
 const WARN_AFTER: Duration = Duration::from_secs(10);
 
-/// What has held the mark for this long is written to the log, where the next process finds since when. Most transactions
-/// end sooner, and cost no write.
+/// What has held the mark for this long is written to the log, where the next process finds since
+/// when. Most transactions end sooner, and cost no write.
 const STORE_AFTER: Duration = Duration::from_millis(200);
 
 /// A fault of the log stays until somebody acts: it is logged again this often.
 const REMIND_EVERY: Duration = Duration::from_secs(300);
 
-/// While the mark is held, the pauses between two full attempts to raise it: the first, and the longest.
+/// While the mark is held, the pauses between two full attempts to raise it: the first, and the
+/// longest.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
-/// Remembers what holds the mark, and since when, so that it is logged once and not with every look.
+/// Remembers what holds the mark, and since when, so that it is logged once and not with every
+/// look.
 #[derive(Debug, Default)]
 pub(crate) struct BlockedWatch {
     current: Option<BlockedSince>,
@@ -58,7 +62,12 @@ impl BlockedWatch {
                 before.is_stored |= !age.is_zero();
             }
             None => {
-                self.current = Some(BlockedSince { cause: held, since, is_logged: false, is_stored: !age.is_zero() })
+                self.current = Some(BlockedSince {
+                    cause: held,
+                    since,
+                    is_logged: false,
+                    is_stored: !age.is_zero(),
+                })
             }
         }
         let Some(BlockedSince { cause: held, since, is_logged, .. }) =
@@ -94,8 +103,8 @@ impl BlockedWatch {
     }
 }
 
-/// What one process knows of the mark's troubles. A worker's relay and its reconcile share it, so that each trouble is logged
-/// once. Cheap to clone.
+/// What one process knows of the mark's troubles. A worker's relay and its reconcile share it, so
+/// that each trouble is logged once. Cheap to clone.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct StallWatch(Arc<Mutex<StallState>>);
 
@@ -126,7 +135,10 @@ impl StallWatch {
     }
 
     /// Raises the mark. While it is held, most attempts are one look at one row.
-    pub(crate) async fn raise_high_water(&self, store: &EventStore) -> Result<HighWater, sqlx::Error> {
+    pub(crate) async fn raise_high_water(
+        &self,
+        store: &EventStore,
+    ) -> Result<HighWater, sqlx::Error> {
         let mark = self.lock().mark;
         if self.is_still_blocked(store, mark).await? {
             let held = self.lock().blocked_watch.current.as_ref().map(|held| held.cause.clone());
@@ -137,8 +149,13 @@ impl StallWatch {
         Ok(high_water)
     }
 
-    /// Whether the mark stands where it was held, below a hole, and the next full attempt is not due yet.
-    pub(crate) async fn is_still_blocked(&self, store: &EventStore, mark: Position) -> Result<bool, sqlx::Error> {
+    /// Whether the mark stands where it was held, below a hole, and the next full attempt is not
+    /// due yet.
+    pub(crate) async fn is_still_blocked(
+        &self,
+        store: &EventStore,
+        mark: Position,
+    ) -> Result<bool, sqlx::Error> {
         let is_pausing = {
             let watch = self.lock();
             watch.mark == mark && watch.pause.is_some_and(|pause| Instant::now() < pause.until)
@@ -147,7 +164,11 @@ impl StallWatch {
     }
 
     /// Takes note of a full attempt to raise the mark.
-    pub(crate) async fn record(&self, store: &EventStore, high_water: &HighWater) -> Result<(), sqlx::Error> {
+    pub(crate) async fn record(
+        &self,
+        store: &EventStore,
+        high_water: &HighWater,
+    ) -> Result<(), sqlx::Error> {
         let should_store = {
             let mut watch = self.lock();
             watch.record(high_water);
@@ -163,7 +184,8 @@ impl StallWatch {
         }
     }
 
-    /// Writes down what holds the mark, if that is not written yet: before a process ends, for the next one.
+    /// Writes down what holds the mark, if that is not written yet: before a process ends, for the
+    /// next one.
     pub(crate) async fn store_blocked(&self, store: &EventStore) -> Result<(), sqlx::Error> {
         let (mark, held) = {
             let watch = self.lock();
@@ -172,7 +194,9 @@ impl StallWatch {
         };
         let Some(held) = held else { return Ok(()) };
         store.record_blocked(mark, &held).await?;
-        if let Some(written) = self.lock().blocked_watch.current.as_mut().filter(|now| now.cause == held) {
+        if let Some(written) =
+            self.lock().blocked_watch.current.as_mut().filter(|now| now.cause == held)
+        {
             written.is_stored = true;
         }
         Ok(())
@@ -183,13 +207,15 @@ impl StallState {
     fn record(&mut self, high_water: &HighWater) {
         let now = Instant::now();
         let HighWater { mark, blocked: held, blocked_for: held_for, fault } = high_water;
-        let is_unchanged =
-            self.mark == *mark && self.blocked_watch.current.as_ref().map(|held| &held.cause) == held.as_ref();
+        let is_unchanged = self.mark == *mark
+            && self.blocked_watch.current.as_ref().map(|held| &held.cause) == held.as_ref();
         self.mark = *mark;
         self.blocked_watch.record_with_age(held.clone(), *held_for);
         self.pause = held.as_ref().map(|_| {
-            let length =
-                self.pause.filter(|_| is_unchanged).map_or(FIRST_PAUSE, |pause| (pause.length * 2).min(LONGEST_PAUSE));
+            let length = self
+                .pause
+                .filter(|_| is_unchanged)
+                .map_or(FIRST_PAUSE, |pause| (pause.length * 2).min(LONGEST_PAUSE));
             Pause { until: now + length, length }
         });
         self.record_fault(*fault, now);
@@ -198,7 +224,9 @@ impl StallState {
     fn record_fault(&mut self, fault: Option<LogFault>, now: Instant) {
         let Some(fault) = fault else {
             if self.fault.take().is_some() {
-                info!("the high-water mark has its row again; an audit tells whether the log is what it was");
+                info!(
+                    "the high-water mark has its row again; an audit tells whether the log is what it was"
+                );
             }
             return;
         };
@@ -247,6 +275,8 @@ mod tests {
         let mut watch = StallState::default();
         watch.record(&attempt(9, Some(10), 60));
         let held = watch.blocked_watch.current.as_ref().expect("it is held");
-        assert!(held.since.elapsed() >= Duration::from_secs(60) && held.is_stored && held.is_logged);
+        assert!(
+            held.since.elapsed() >= Duration::from_secs(60) && held.is_stored && held.is_logged
+        );
     }
 }

@@ -1,4 +1,5 @@
-//! What a function is invoked with: messages of an event source mapping, or a schedule. Only the fields that are needed.
+//! What a function is invoked with: messages of an event source mapping, or a schedule. Only the
+//! fields that are needed.
 
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -51,34 +52,52 @@ const EXPECTED: &str = "expected are the messages of an SQS event source mapping
 /// # Errors
 /// [`Error::Input`], with what was expected, where it is another.
 pub(crate) fn parse(event: &str) -> Result<Trigger, Error> {
-    let refuse =
-        |why: String| Error::Input(format!("the function was invoked with what it does not know: {why}; {EXPECTED}"));
-    let envelope: Envelope = serde_json::from_str(event).map_err(|error| refuse(error.to_string()))?;
+    let refuse = |why: String| {
+        Error::Input(format!(
+            "the function was invoked with what it does not know: {why}; {EXPECTED}"
+        ))
+    };
+    let envelope: Envelope =
+        serde_json::from_str(event).map_err(|error| refuse(error.to_string()))?;
     match envelope {
         Envelope { records: Some(records), .. } => {
-            let queue_arn = records.first().map(|record| record.event_source_arn.clone()).unwrap_or_default();
-            let (mut ids, mut bodies) = (Vec::with_capacity(records.len()), Vec::with_capacity(records.len()));
+            let queue_arn =
+                records.first().map(|record| record.event_source_arn.clone()).unwrap_or_default();
+            let (mut ids, mut bodies) =
+                (Vec::with_capacity(records.len()), Vec::with_capacity(records.len()));
             for record in records {
                 match (record.event_source.as_deref(), record.message_id, record.body) {
                     (Some("aws:sqs"), Some(id), Some(body)) => {
                         ids.push(id);
                         bodies.push(body);
                     }
-                    (Some("aws:sqs"), ..) => return Err(refuse("a message without messageId or body".into())),
-                    (source, ..) => return Err(refuse(format!("records of {}", source.unwrap_or("no named source")))),
+                    (Some("aws:sqs"), ..) => {
+                        return Err(refuse("a message without messageId or body".into()));
+                    }
+                    (source, ..) => {
+                        return Err(refuse(format!(
+                            "records of {}",
+                            source.unwrap_or("no named source")
+                        )));
+                    }
                 }
             }
             Ok(Trigger::Messages(MessageBatch { ids, bodies, queue_arn }))
         }
-        Envelope { detail_type: Some(detail_type), .. } if detail_type == "Scheduled Event" => Ok(Trigger::Schedule),
-        Envelope { detail_type: Some(other), .. } => Err(refuse(format!("an event of type {other:?}"))),
+        Envelope { detail_type: Some(detail_type), .. } if detail_type == "Scheduled Event" => {
+            Ok(Trigger::Schedule)
+        }
+        Envelope { detail_type: Some(other), .. } => {
+            Err(refuse(format!("an event of type {other:?}")))
+        }
         Envelope { .. } => Err(refuse("neither Records nor a detail-type".into())),
     }
 }
 
 impl MessageBatch {
-    /// The answer: what is not named in it, the mapping deletes. `processed` says of each message whether it may be deleted. Of a
-    /// FIFO queue the first that may not is returned with all after it, so that they come again in their order.
+    /// The answer: what is not named in it, the mapping deletes. `processed` says of each message
+    /// whether it may be deleted. Of a FIFO queue the first that may not is returned with all after
+    /// it, so that they come again in their order.
     pub(crate) fn response(&self, processed: &[bool]) -> Value {
         let mut is_returned = false;
         let is_fifo = self.queue_arn.ends_with(".fifo");
@@ -141,11 +160,19 @@ mod tests {
             ("{}", "neither Records nor a detail-type"),
             (r#"{"Records":[{"eventSource":"aws:s3","s3":{}}]}"#, "records of aws:s3"),
             (r#"{"Records":[{"EventSource":"aws:sns"}]}"#, "records of no named source"),
-            (r#"{"Records":[{"eventSource":"aws:sqs","messageId":"1"}]}"#, "without messageId or body"),
+            (
+                r#"{"Records":[{"eventSource":"aws:sqs","messageId":"1"}]}"#,
+                "without messageId or body",
+            ),
             (r#"{"detail-type":"EC2 Instance State-change Notification"}"#, "EC2 Instance"),
         ] {
             let error = parse(event).expect_err("it is none").to_string();
-            assert!(error.contains(why) && error.contains("aws:sqs") && error.contains("Scheduled Event"), "{error}");
+            assert!(
+                error.contains(why)
+                    && error.contains("aws:sqs")
+                    && error.contains("Scheduled Event"),
+                "{error}"
+            );
         }
     }
 }

@@ -1,5 +1,5 @@
-//! AWS Lambda: what a function is invoked with, how its runtime is spoken to, and what a scheduled invocation does. A batch of
-//! messages goes through the worker that `play` has, too.
+//! AWS Lambda: what a function is invoked with, how its runtime is spoken to, and what a scheduled
+//! invocation does. A batch of messages goes through the worker that `play` has, too.
 
 mod event;
 mod runtime_api;

@@ -56,7 +56,8 @@ impl RuntimeApi {
         let address = std::env::var(RUNTIME_API).map_err(|_| {
             Error::Input(format!("{RUNTIME_API} is not set: this command is what AWS Lambda starts, and sets that for; use play elsewhere"))
         })?;
-        // No proxy stands between us and it; and what was open before the process was frozen is not used after.
+        // No proxy stands between us and it; and what was open before the process was frozen is not
+        // used after.
         let config = ureq::Agent::config_builder().proxy(None).max_idle_connections(0);
         Ok(RuntimeApi { agent: config.build().into(), base_url: base_url(&address).into() })
     }
@@ -92,7 +93,9 @@ impl RuntimeApi {
         if response.status() == 204 {
             return Ok(None);
         }
-        let header = |name: &str| response.headers().get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
+        let header = |name: &str| {
+            response.headers().get(name).and_then(|value| value.to_str().ok()).map(str::to_owned)
+        };
         let id = header("lambda-runtime-aws-request-id").ok_or("it has no request id")?;
         let deadline = header("lambda-runtime-deadline-ms")
             .and_then(|deadline| deadline.parse().ok())
@@ -102,10 +105,13 @@ impl RuntimeApi {
         Ok(Some(Invocation { id, deadline, event: body.map_err(|error| error.to_string())? }))
     }
 
-    /// Ends an invocation. An answer that is not taken is told: Lambda takes the invocation for failed then, and messages come again.
+    /// Ends an invocation. An answer that is not taken is told: Lambda takes the invocation for
+    /// failed then, and messages come again.
     pub(crate) async fn respond(&self, invocation: Invocation, response: Result<Value, Error>) {
         match response {
-            Ok(response) => self.post(format!("invocation/{}/response", invocation.id), response).await,
+            Ok(response) => {
+                self.post(format!("invocation/{}/response", invocation.id), response).await
+            }
             Err(error) => {
                 error!(request_id = invocation.id, "the invocation failed: {error}");
                 self.post(format!("invocation/{}/error", invocation.id), error_body(&error)).await;
@@ -142,7 +148,8 @@ fn base_url(address: &str) -> String {
     format!("{scheme}{}/2018-06-01/runtime", address.trim_end_matches('/'))
 }
 
-/// Lambda says when it ends an invocation; emulators say after how long, and no function has longer than this.
+/// Lambda says when it ends an invocation; emulators say after how long, and no function has longer
+/// than this.
 fn parse_deadline(deadline: Duration, now: SystemTime) -> SystemTime {
     if deadline <= MAX_FUNCTION_TIMEOUT { now + deadline } else { UNIX_EPOCH + deadline }
 }
@@ -150,9 +157,10 @@ fn parse_deadline(deadline: Duration, now: SystemTime) -> SystemTime {
 /// As Lambda shows it to who invoked the function.
 fn error_body(error: &Error) -> Value {
     let kind = match error {
-        Error::Projector(_) | Error::LogFault(_) | Error::ForeignMessages(_) | Error::Unhealthy(_) => {
-            "Projectionist.Failed"
-        }
+        Error::Projector(_)
+        | Error::LogFault(_)
+        | Error::ForeignMessages(_)
+        | Error::Unhealthy(_) => "Projectionist.Failed",
         Error::Input(_) => "Projectionist.Input",
         Error::Unreachable(_) => "Projectionist.Unreachable",
         Error::Interrupted => "Projectionist.Interrupted",
@@ -161,8 +169,11 @@ fn error_body(error: &Error) -> Value {
     json!({ "errorType": kind, "errorMessage": error.to_string() })
 }
 
-/// On a thread of its own and not of the runtime's: that would wait at its end for one that waits for an invocation.
-async fn run_on_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
+/// On a thread of its own and not of the runtime's: that would wait at its end for one that waits
+/// for an invocation.
+async fn run_on_thread<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<T> {
     let (done, result) = oneshot::channel();
     let run = move || {
         let _ = done.send(work());
@@ -186,6 +197,9 @@ mod tests {
         let now = UNIX_EPOCH + Duration::from_secs(1_795_379_353);
         let moment = Duration::from_millis(1_795_379_360_500);
         assert_eq!(parse_deadline(moment, now), now + Duration::from_millis(7_500));
-        assert_eq!(parse_deadline(Duration::from_millis(600_000), now), now + Duration::from_secs(600));
+        assert_eq!(
+            parse_deadline(Duration::from_millis(600_000), now),
+            now + Duration::from_secs(600)
+        );
     }
 }

@@ -30,14 +30,16 @@ pub(crate) struct Summary {
     published: u64,
     /// The high-water mark.
     high_water: u64,
-    /// Live projectors that are not yet where the mark was when it began. The next invocation goes on with them.
+    /// Live projectors that are not yet where the mark was when it began. The next invocation goes
+    /// on with them.
     lagging: Vec<String>,
-    /// Live projectors of the set that were booted with another definition than this function has: it does not play
-    /// them.
+    /// Live projectors of the set that were booted with another definition than this function has:
+    /// it does not play them.
     outdated: Vec<String>,
     /// Projectors of the set that are broken.
     broken: Vec<String>,
-    /// How often a message was received that is not of this log, by any worker or function, since the log was made.
+    /// How often a message was received that is not of this log, by any worker or function, since
+    /// the log was made.
     foreign_messages: u64,
 }
 
@@ -63,9 +65,10 @@ struct ScheduledRun {
     outage_log: OutageLog,
 }
 
-/// Publishes until what was in the log at the beginning is published, and for `relay_for` at least; and meanwhile catches up
-/// from the store the live projectors that stand still below the mark. Ends when all of them are where the mark was at the
-/// beginning, or at the deadline. Nothing runs on afterwards, and the relay's lease is given up.
+/// Publishes until what was in the log at the beginning is published, and for `relay_for` at least;
+/// and meanwhile catches up from the store the live projectors that stand still below the mark.
+/// Ends when all of them are where the mark was at the beginning, or at the deadline. Nothing runs
+/// on afterwards, and the relay's lease is given up.
 ///
 /// # Errors
 /// If the database is out of reach all the time, or nothing can be published.
@@ -97,7 +100,12 @@ impl ScheduledRun {
             if is_done && began.elapsed() >= relay_for {
                 return;
             }
-            tokio::time::sleep(if is_done { IDLE_POLL_INTERVAL.min(relay_for) } else { POLL_INTERVAL }).await;
+            tokio::time::sleep(if is_done {
+                IDLE_POLL_INTERVAL.min(relay_for)
+            } else {
+                POLL_INTERVAL
+            })
+            .await;
         }
     }
 
@@ -107,9 +115,10 @@ impl ScheduledRun {
             Ok(snapshot) => {
                 self.outage_log.record_recovery("the database works again");
                 self.error = None;
-                let target = self.first.as_ref().map_or(snapshot.high_water, |first| first.high_water);
-                let is_done =
-                    snapshot.published >= target && snapshot.live.iter().all(|(_, position)| *position >= target);
+                let target =
+                    self.first.as_ref().map_or(snapshot.high_water, |first| first.high_water);
+                let is_done = snapshot.published >= target
+                    && snapshot.live.iter().all(|(_, position)| *position >= target);
                 match self.first {
                     Some(_) => self.last = Some(snapshot),
                     None => self.first = Some(snapshot),
@@ -117,8 +126,10 @@ impl ScheduledRun {
                 is_done
             }
             Err(error) => {
-                tokio::time::sleep(self.outage_log.record_failure("cannot look at the log, trying again", &error))
-                    .await;
+                tokio::time::sleep(
+                    self.outage_log.record_failure("cannot look at the log, trying again", &error),
+                )
+                .await;
                 self.error = Some(error);
                 false
             }
@@ -127,9 +138,10 @@ impl ScheduledRun {
 
     fn summary(self, is_done: bool) -> Result<Summary, Error> {
         let Some(first) = self.first else {
-            return Err(self
-                .error
-                .map_or_else(|| Error::Unreachable("the database did not answer in time".into()), Error::Database));
+            return Err(self.error.map_or_else(
+                || Error::Unreachable("the database did not answer in time".into()),
+                Error::Database,
+            ));
         };
         let target = first.high_water;
         let before = first.published;
@@ -155,7 +167,8 @@ impl ScheduledRun {
 
 async fn read_snapshot(worker: &Worker) -> Result<Snapshot, sqlx::Error> {
     let (mut live, mut outdated, mut broken) = (Vec::new(), Vec::new(), Vec::new());
-    let (marks, queue) = tokio::try_join!(worker.engine.store.marks(), worker.engine.store.queue_record())?;
+    let (marks, queue) =
+        tokio::try_join!(worker.engine.store.marks(), worker.engine.store.queue_record())?;
     for entry in worker.entries().await? {
         match entry.status {
             Status::Live if worker.outdated().contains(&entry.id) => outdated.push(entry.id),
@@ -165,5 +178,12 @@ async fn read_snapshot(worker: &Worker) -> Result<Snapshot, sqlx::Error> {
         }
     }
     let foreign_messages = queue.foreign_messages;
-    Ok(Snapshot { published: marks.published, high_water: marks.high_water, live, outdated, broken, foreign_messages })
+    Ok(Snapshot {
+        published: marks.published,
+        high_water: marks.high_water,
+        live,
+        outdated,
+        broken,
+        foreign_messages,
+    })
 }

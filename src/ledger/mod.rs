@@ -28,7 +28,8 @@ macro_rules! select_entry {
 
 const ENTRIES: &str = select_entry!("order by created_at, name, version");
 /// No more columns than a worker needs, which asks with every receive.
-const LIVE_PROJECTORS: &str = "select name, version, position, digest from projectors where status = 'live'";
+const LIVE_PROJECTORS: &str =
+    "select name, version, position, digest from projectors where status = 'live'";
 const ENTRY: &str = select_entry!("where name = ? and version = ?");
 const LOCK: &str = select_entry!("where name = ? and version = ? for update");
 
@@ -37,14 +38,15 @@ const REGISTER: &str = "insert into projectors \
                          (name, version, mode, status, position, has_side_effects, start_position, digest, event_types) \
                      values (?, ?, ?, 'booting', ?, ?, ?, ?, ?) on duplicate key update name = name";
 
-/// Only over the digest that was compared with: two boots of different releases must not take turns unseen.
+/// Only over the digest that was compared with: two boots of different releases must not take turns
+/// unseen.
 const SET_DEFINITION: &str = "update projectors set digest = ?, event_types = ? \
                               where name = ? and version = ? and digest <=> ?";
 
-const SET_OWNED_TABLES: &str = "update projectors set owned_tables = ? where name = ? and version = ?";
+const SET_OWNED_TABLES: &str =
+    "update projectors set owned_tables = ? where name = ? and version = ?";
 
-const CLEAR_REBUILD_REASON: &str =
-    "update projectors set rebuild_reason = null, partially_applied = 0 where name = ? and version = ?";
+const CLEAR_REBUILD_REASON: &str = "update projectors set rebuild_reason = null, partially_applied = 0 where name = ? and version = ?";
 
 const SET_STATUS: &str = "update projectors set status = ?, failed_position = ?, failed_event_id = ?, \
                           failed_event_type = ?, failed_error = ?, failed_at = ?, failed_attempts = ?, \
@@ -85,25 +87,27 @@ pub struct Entry {
     pub has_side_effects: bool,
     /// Where it began. `None`: it was booted before the ledger kept this.
     pub start_position: Option<Position>,
-    /// The digest of the definition with which it was last booted. `None`: it was booted before the ledger kept this.
+    /// The digest of the definition with which it was last booted. `None`: it was booted before the
+    /// ledger kept this.
     pub digest: Option<String>,
     /// The event types with which it was last booted; `["*"]` is all of them. `None`: not known.
     pub event_types: Option<Vec<String>>,
-    /// The tables that its setup has made or that it names as its own, as `table` or `database.table`. `None`: not
-    /// known.
+    /// The tables that its setup has made or that it names as its own, as `table` or
+    /// `database.table`. `None`: not known.
     pub owned_tables: Option<Vec<String>>,
     /// Why its read model must be rebuilt. Boot neither resumes such a projector nor hands it over.
     pub rebuild_reason: Option<String>,
 }
 
 impl Entry {
-    /// Whether a definition with this digest is the one that it was last booted with; a row without a digest takes any.
+    /// Whether a definition with this digest is the one that it was last booted with; a row without
+    /// a digest takes any.
     pub(crate) fn matches_digest(&self, digest: &str) -> bool {
         self.digest.as_deref().is_none_or(|booted| booted == digest)
     }
 
-    /// Whether it has moved since it began, so that its read model holds something. Without a start, any position
-    /// counts.
+    /// Whether it has moved since it began, so that its read model holds something. Without a
+    /// start, any position counts.
     pub(crate) fn is_past_start(&self) -> bool {
         self.position > self.start_position.unwrap_or(Position::START)
     }
@@ -129,8 +133,10 @@ impl Ledger {
     /// # Errors
     /// If the database fails.
     pub async fn entries(&self) -> Result<Vec<Entry>, sqlx::Error> {
-        let rows =
-            self.database.run_cached(async |connection| sqlx::query(ENTRIES).fetch_all(connection).await).await?;
+        let rows = self
+            .database
+            .run_cached(async |connection| sqlx::query(ENTRIES).fetch_all(connection).await)
+            .await?;
         rows.iter().map(decode_entry).collect()
     }
 
@@ -138,7 +144,9 @@ impl Ledger {
     pub(crate) async fn live_projectors(&self) -> Result<Vec<LiveProjector>, sqlx::Error> {
         let live = self
             .database
-            .run_cached(async |connection| sqlx::query_as(LIVE_PROJECTORS).fetch_all(connection).await)
+            .run_cached(async |connection| {
+                sqlx::query_as(LIVE_PROJECTORS).fetch_all(connection).await
+            })
             .await?;
         let decode = |(name, version, position, digest)| LiveProjector {
             id: ProjectorId { name, version },
@@ -163,10 +171,14 @@ impl Ledger {
             .bind(position.get())
             .bind(&projector.digest)
             .bind(encode_list(&projector.subscription()));
-        self.database.run_pooled(async |connection| register.execute(connection).await).await.map(|_| ())
+        self.database
+            .run_pooled(async |connection| register.execute(connection).await)
+            .await
+            .map(|_| ())
     }
 
-    /// Records the definition with which a projector is booted, in place of the one with the digest `before`.
+    /// Records the definition with which a projector is booted, in place of the one with the digest
+    /// `before`.
     pub(crate) async fn set_definition(
         &self,
         projector: &RegisteredProjector,
@@ -182,19 +194,28 @@ impl Ledger {
     }
 
     /// Records the tables that a projector owns.
-    pub(crate) async fn set_owned_tables(&self, id: &ProjectorId, tables: &[String]) -> Result<(), sqlx::Error> {
-        let set = sqlx::query(SET_OWNED_TABLES).bind(encode_list(tables)).bind(&id.name).bind(id.version);
+    pub(crate) async fn set_owned_tables(
+        &self,
+        id: &ProjectorId,
+        tables: &[String],
+    ) -> Result<(), sqlx::Error> {
+        let set =
+            sqlx::query(SET_OWNED_TABLES).bind(encode_list(tables)).bind(&id.name).bind(id.version);
         self.database.run_pooled(async |connection| set.execute(connection).await).await.map(|_| ())
     }
 
     /// Forgets why a read model must be rebuilt: an operator has repaired it.
     pub(crate) async fn clear_rebuild_reason(&self, id: &ProjectorId) -> Result<(), sqlx::Error> {
         let accept = sqlx::query(CLEAR_REBUILD_REASON).bind(&id.name).bind(id.version);
-        self.database.run_pooled(async |connection| accept.execute(connection).await).await.map(|_| ())
+        self.database
+            .run_pooled(async |connection| accept.execute(connection).await)
+            .await
+            .map(|_| ())
     }
 
-    /// Takes a step of the lifecycle under the row's lock, if `still` holds of the row; returns the row as
-    /// it is afterwards, or `None` if there is none. A row of which it does not hold is left as it is.
+    /// Takes a step of the lifecycle under the row's lock, if `still` holds of the row; returns the
+    /// row as it is afterwards, or `None` if there is none. A row of which it does not hold is left
+    /// as it is.
     pub(crate) async fn transition(
         &self,
         id: &ProjectorId,
@@ -225,13 +246,16 @@ impl Ledger {
     /// What the ledger has of one projector now. Waits for no lock.
     pub(crate) async fn entry(&self, id: &ProjectorId) -> Result<Option<Entry>, sqlx::Error> {
         let entry = sqlx::query(ENTRY).bind(&id.name).bind(id.version);
-        let row = self.database.run_cached(async |connection| entry.fetch_optional(connection).await).await?;
+        let row = self
+            .database
+            .run_cached(async |connection| entry.fetch_optional(connection).await)
+            .await?;
         row.map(|row| decode_entry(&row)).transpose()
     }
 
-    /// Moves projectors together over events that none of them wants: the fence and the commit of each, in one
-    /// statement. Returns how many were moved. A projector is not moved that is not this stage's, does not stand at
-    /// `from`, or was booted with another definition.
+    /// Moves projectors together over events that none of them wants: the fence and the commit of
+    /// each, in one statement. Returns how many were moved. A projector is not moved that is not
+    /// this stage's, does not stand at `from`, or was booted with another definition.
     pub(crate) async fn skip_ahead(
         &self,
         projectors: &[&RegisteredProjector],
@@ -251,14 +275,20 @@ impl Ledger {
              and not partially_applied and rebuild_reason is null and (digest is null or digest in ({digests}))"
         );
         let skip_ahead = sqlx::raw_sql(AssertSqlSafe(skip_ahead));
-        let moved = self.database.run_cached(async |connection| skip_ahead.execute(connection).await).await?;
+        let moved = self
+            .database
+            .run_cached(async |connection| skip_ahead.execute(connection).await)
+            .await?;
         Ok(moved.rows_affected())
     }
 
     /// Forgets a projector: the next boot of it would start from the beginning.
     pub(crate) async fn remove(&self, id: &ProjectorId) -> Result<(), sqlx::Error> {
         let remove = sqlx::query(REMOVE).bind(&id.name).bind(id.version);
-        self.database.run_pooled(async |connection| remove.execute(connection).await).await.map(|_| ())
+        self.database
+            .run_pooled(async |connection| remove.execute(connection).await)
+            .await
+            .map(|_| ())
     }
 }
 
@@ -281,7 +311,10 @@ impl Transient for LedgerError {
 }
 
 /// Locks a projector's row until the transaction ends.
-async fn lock(connection: &mut MySqlConnection, id: &ProjectorId) -> Result<Option<Entry>, sqlx::Error> {
+async fn lock(
+    connection: &mut MySqlConnection,
+    id: &ProjectorId,
+) -> Result<Option<Entry>, sqlx::Error> {
     let row = sqlx::query(LOCK).bind(&id.name).bind(id.version).fetch_optional(connection).await?;
     row.map(|row| decode_entry(&row)).transpose()
 }
@@ -291,9 +324,9 @@ async fn lock(connection: &mut MySqlConnection, id: &ProjectorId) -> Result<Opti
 pub(crate) struct Claim<'a> {
     pub(crate) projector: &'a RegisteredProjector,
     pub(crate) stage: Stage,
-    /// The savepoint that stands at the beginning of the transaction. A handler that commits, or runs a statement that
-    /// does (DDL), takes it away: releasing it then fails with error 1305. So does a deadlock, which rolls back the
-    /// whole transaction.
+    /// The savepoint that stands at the beginning of the transaction. A handler that commits, or
+    /// runs a statement that does (DDL), takes it away: releasing it then fails with error 1305. So
+    /// does a deadlock, which rolls back the whole transaction.
     pub(crate) savepoint: &'a str,
     /// A condition that holds as long as the handler has not changed its session.
     pub(crate) unchanged_condition: &'a str,
@@ -306,30 +339,42 @@ pub(crate) enum CommitOutcome {
     Released,
     /// It was moved, and is locked for the next batch.
     Claimed,
-    /// It was moved, and another session had it before it could be locked again. A transaction has begun all the same.
+    /// It was moved, and another session had it before it could be locked again. A transaction has
+    /// begun all the same.
     ClaimLost,
-    /// The handler's writes are committed, and no row was moved: the handler deleted it, or hid the ledger behind a
-    /// temporary table.
+    /// The handler's writes are committed, and no row was moved: the handler deleted it, or hid the
+    /// ledger behind a temporary table.
     NotMoved,
 }
 
 impl Claim<'_> {
-    /// The fence: begins the transaction that applies events, and locks the projector's row if it is still this stage's,
-    /// its position is `from`, and it was booted with this definition. `false`, with nothing locked, if it is not.
+    /// The fence: begins the transaction that applies events, and locks the projector's row if it
+    /// is still this stage's, its position is `from`, and it was booted with this definition.
+    /// `false`, with nothing locked, if it is not.
     ///
-    /// In one packet, which cannot be prepared: an identity has no character that SQL knows (`Registry::add`), and the
-    /// rest is numbers and words of ours. The session's `autocommit` is off, so that the first statement begins the
-    /// transaction.
-    pub(crate) async fn begin(self, session: &mut MySqlConnection, from: Position) -> Result<bool, sqlx::Error> {
-        Ok(sqlx::raw_sql(AssertSqlSafe(self.claim_sql(from))).execute(session).await?.rows_affected() == 1)
+    /// In one packet, which cannot be prepared: an identity has no character that SQL knows
+    /// (`Registry::add`), and the rest is numbers and words of ours. The session's `autocommit` is
+    /// off, so that the first statement begins the transaction.
+    pub(crate) async fn begin(
+        self,
+        session: &mut MySqlConnection,
+        from: Position,
+    ) -> Result<bool, sqlx::Error> {
+        Ok(sqlx::raw_sql(AssertSqlSafe(self.claim_sql(from)))
+            .execute(session)
+            .await?
+            .rows_affected()
+            == 1)
     }
 
-    /// Moves a projector whose claim is held, and commits, in one packet: it ends before the commit where the transaction
-    /// is another one, the row is not as it was locked, or the session has been changed.
+    /// Moves a projector whose claim is held, and commits, in one packet: it ends before the commit
+    /// where the transaction is another one, the row is not as it was locked, or the session has
+    /// been changed.
     ///
     /// # Errors
-    /// With the server's number 1305 if the transaction is no longer the one that was begun; 1690 if the row or the
-    /// session has changed. After an error nothing is committed, unless it is the answer that was lost.
+    /// With the server's number 1305 if the transaction is no longer the one that was begun; 1690
+    /// if the row or the session has changed. After an error nothing is committed, unless it is the
+    /// answer that was lost.
     pub(crate) async fn commit(
         self,
         session: &mut MySqlConnection,
@@ -341,8 +386,8 @@ impl Claim<'_> {
         Ok(if rows == 1 { CommitOutcome::Released } else { CommitOutcome::NotMoved })
     }
 
-    /// [`Claim::commit`], and [`Claim::begin`] for the next batch behind it in the same packet. Another session that waits
-    /// for the row has it first.
+    /// [`Claim::commit`], and [`Claim::begin`] for the next batch behind it in the same packet.
+    /// Another session that waits for the row has it first.
     ///
     /// # Errors
     /// As [`Claim::commit`]. After any other error it may be committed all the same.
@@ -361,8 +406,9 @@ impl Claim<'_> {
         })
     }
 
-    /// The row is marked as half applied, and unmarked with the position. Nobody ever sees the mark, unless a handler
-    /// commits in between: then a part of the batch is stored, and no claim succeeds any more.
+    /// The row is marked as half applied, and unmarked with the position. Nobody ever sees the
+    /// mark, unless a handler commits in between: then a part of the batch is stored, and no claim
+    /// succeeds any more.
     fn claim_sql(self, at: Position) -> String {
         let Claim { projector, stage, savepoint, .. } = self;
         let (ProjectorId { name, version }, digest) = (&projector.id, &projector.digest);
@@ -375,8 +421,8 @@ impl Claim<'_> {
         )
     }
 
-    /// No number is larger than that one, so that the update fails where the condition does not hold. (It depends on the
-    /// row, or it would be computed, and fail, in any case.)
+    /// No number is larger than that one, so that the update fails where the condition does not
+    /// hold. (It depends on the row, or it would be computed, and fail, in any case.)
     fn advance_sql(self, from: Position, to: Position) -> String {
         let Claim { projector, savepoint, unchanged_condition: unchanged, .. } = self;
         let ProjectorId { name, version } = &projector.id;
@@ -389,7 +435,11 @@ impl Claim<'_> {
     }
 }
 
-async fn set_status(connection: &mut MySqlConnection, id: &ProjectorId, status: &Status) -> Result<(), sqlx::Error> {
+async fn set_status(
+    connection: &mut MySqlConnection,
+    id: &ProjectorId,
+    status: &Status,
+) -> Result<(), sqlx::Error> {
     let failure = status.failure();
     let event = failure.and_then(|failure| failure.event.as_ref());
     sqlx::query(SET_STATUS)
@@ -400,9 +450,17 @@ async fn set_status(connection: &mut MySqlConnection, id: &ProjectorId, status: 
         .bind(failure.map(|failure| failure.error.as_str()))
         .bind(failure.map(|failure| utc_datetime(failure.at)))
         .bind(failure.map(|failure| failure.attempts))
-        .bind(failure.and_then(|failure| failure.release.as_deref()).map(|release| truncate(release, MAX_RELEASE)))
+        .bind(
+            failure
+                .and_then(|failure| failure.release.as_deref())
+                .map(|release| truncate(release, MAX_RELEASE)),
+        )
         .bind(failure.map(|failure| truncate(&failure.host, MAX_HOST)))
-        .bind(failure.and_then(|failure| failure.rebuild_reason.as_deref()).map(|reason| truncate(reason, MAX_ERROR)))
+        .bind(
+            failure
+                .and_then(|failure| failure.rebuild_reason.as_deref())
+                .map(|reason| truncate(reason, MAX_ERROR)),
+        )
         .bind(&id.name)
         .bind(id.version)
         .execute(connection)
@@ -416,7 +474,9 @@ pub(crate) fn truncate(text: &str, characters: usize) -> String {
 
 fn decode_entry(row: &MySqlRow) -> Result<Entry, sqlx::Error> {
     let unreadable = |column: &str, text: &str| {
-        sqlx::Error::Decode(format!("projectors.{column} has {text:?}, which this release does not know").into())
+        sqlx::Error::Decode(
+            format!("projectors.{column} has {text:?}, which this release does not know").into(),
+        )
     };
     let rebuild_reason: Option<String> = row.try_get("rebuild_reason")?;
     let rebuild_reason = match row.try_get("partially_applied")? {
@@ -463,7 +523,9 @@ fn encode_list(list: &[String]) -> String {
 fn decode_list(row: &MySqlRow, column: &str) -> Result<Option<Vec<String>>, sqlx::Error> {
     let Some(text) = row.try_get::<Option<String>, _>(column)? else { return Ok(None) };
     let list = serde_json::from_str(&text).map_err(|error| {
-        sqlx::Error::Decode(format!("projectors.{column} is not a JSON list of strings: {error}").into())
+        sqlx::Error::Decode(
+            format!("projectors.{column} is not a JSON list of strings: {error}").into(),
+        )
     })?;
     Ok(Some(list))
 }

@@ -1,4 +1,5 @@
-//! The tables that projectors write: which there are, whether they hold rows, and the lock under which boot looks.
+//! The tables that projectors write: which there are, whether they hold rows, and the lock under
+//! which boot looks.
 
 use std::collections::BTreeSet;
 use std::future::Future;
@@ -24,8 +25,8 @@ const RELEASE_LOCK: &str = "select release_lock(?)";
 /// Far below the time after which the server ends a session that is silent, and with it the lock.
 const PING_INTERVAL: Duration = Duration::from_secs(20);
 
-/// The base tables of some databases, by the names under which the ledger keeps them: `table` in our own database,
-/// `database.table` elsewhere.
+/// The base tables of some databases, by the names under which the ledger keeps them: `table` in
+/// our own database, `database.table` elsewhere.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct TableCatalog {
     own_database: String,
@@ -50,7 +51,10 @@ impl TableCatalog {
         Self::read_in(database, self.other_databases.clone()).await
     }
 
-    async fn read_in(database: &Database, other_databases: BTreeSet<String>) -> Result<Self, sqlx::Error> {
+    async fn read_in(
+        database: &Database,
+        other_databases: BTreeSet<String>,
+    ) -> Result<Self, sqlx::Error> {
         let read = async |connection: &mut MySqlConnection| {
             let (own_database, lower_case): (String, i64) =
                 sqlx::query_as(OWN_DATABASE).fetch_one(&mut *connection).await?;
@@ -61,10 +65,15 @@ impl TableCatalog {
             }
             query.push(")");
             let rows = query.build().fetch_all(connection).await?;
-            let mut tables =
-                TableCatalog { own_database, other_databases, ignores_case: lower_case != 0, names: BTreeSet::new() };
+            let mut tables = TableCatalog {
+                own_database,
+                other_databases,
+                ignores_case: lower_case != 0,
+                names: BTreeSet::new(),
+            };
             for row in rows {
-                let name = format!("{}.{}", row.try_get::<String, _>(0)?, row.try_get::<String, _>(1)?);
+                let name =
+                    format!("{}.{}", row.try_get::<String, _>(0)?, row.try_get::<String, _>(1)?);
                 let name = tables.canonical_name(&name);
                 tables.names.insert(name);
             }
@@ -95,15 +104,20 @@ impl TableCatalog {
 
 /// Whether a table holds a row.
 pub(crate) async fn has_rows(database: &Database, table: &str) -> Result<bool, sqlx::Error> {
-    let quoted: Vec<String> = table.splitn(2, '.').map(|name| format!("`{}`", name.replace('`', "``"))).collect();
+    let quoted: Vec<String> =
+        table.splitn(2, '.').map(|name| format!("`{}`", name.replace('`', "``"))).collect();
     let sql = format!("select exists (select 1 from {})", quoted.join("."));
     let has_rows = sqlx::query_scalar::<_, i64>(AssertSqlSafe(sql));
-    database.run_pooled(async |connection| has_rows.fetch_one(connection).await).await.map(|has_rows| has_rows != 0)
+    database
+        .run_pooled(async |connection| has_rows.fetch_one(connection).await)
+        .await
+        .map(|has_rows| has_rows != 0)
 }
 
-/// Held by the boot that looks at tables, runs setups and records what they made: another boot would take the tables
-/// that this one has just created for tables that were always there. One for the whole database, because a table does
-/// not tell which projector's setup created it. Dropped, it is released when the server notices.
+/// Held by the boot that looks at tables, runs setups and records what they made: another boot
+/// would take the tables that this one has just created for tables that were always there. One for
+/// the whole database, because a table does not tell which projector's setup created it. Dropped,
+/// it is released when the server notices.
 pub(crate) struct SetupLock {
     session: MySqlConnection,
     name: String,
@@ -116,12 +130,15 @@ impl SetupLock {
         wait_timeout: Option<Duration>,
     ) -> Result<Option<Self>, sqlx::Error> {
         let mut session = database.open_dedicated().await?;
-        let name = lock_name(&sqlx::query_scalar::<_, String>("select database()").fetch_one(&mut session).await?);
+        let name = lock_name(
+            &sqlx::query_scalar::<_, String>("select database()").fetch_one(&mut session).await?,
+        );
         let began = Instant::now();
         let mut has_logged = false;
         loop {
-            let taken: Option<i64> =
-                database.with_timeout(sqlx::query_scalar(TAKE_LOCK).bind(&name).fetch_one(&mut session)).await?;
+            let taken: Option<i64> = database
+                .with_timeout(sqlx::query_scalar(TAKE_LOCK).bind(&name).fetch_one(&mut session))
+                .await?;
             if taken == Some(1) {
                 return Ok(Some(SetupLock { session, name }));
             }
@@ -152,7 +169,9 @@ impl SetupLock {
     /// Gives the lock to the next boot.
     pub(crate) async fn release(mut self, database: &Database) {
         // Where that fails, the end of the session releases it.
-        let _ = database.with_timeout(sqlx::query(RELEASE_LOCK).bind(&self.name).execute(&mut self.session)).await;
+        let _ = database
+            .with_timeout(sqlx::query(RELEASE_LOCK).bind(&self.name).execute(&mut self.session))
+            .await;
         let _ = timeout(PING_INTERVAL, self.session.close()).await;
     }
 }
@@ -175,17 +194,27 @@ mod tests {
             ignores_case,
             names: BTreeSet::new(),
         };
-        TableCatalog { names: names.iter().map(|name| empty.canonical_name(name)).collect(), ..empty }
+        TableCatalog {
+            names: names.iter().map(|name| empty.canonical_name(name)).collect(),
+            ..empty
+        }
     }
 
     #[test]
     fn a_table_has_one_name_however_it_is_spelled() {
         let exact = tables(false, &["app.Orders", "other.Orders"]);
-        assert!(exact.contains("Orders") && exact.contains("app.Orders") && exact.contains("other.Orders"));
+        assert!(
+            exact.contains("Orders")
+                && exact.contains("app.Orders")
+                && exact.contains("other.Orders")
+        );
         assert!(!exact.contains("orders") && !exact.contains("third.Orders"));
         let folded = tables(true, &["app.orders"]);
         assert!(folded.contains("Orders") && folded.contains("app.ORDERS"));
-        assert_eq!(tables(false, &["app.a", "app.b"]).created_since(&tables(false, &["app.a"])), ["b"]);
+        assert_eq!(
+            tables(false, &["app.a", "app.b"]).created_since(&tables(false, &["app.a"])),
+            ["b"]
+        );
     }
 
     #[test]

@@ -11,8 +11,8 @@ use crate::model::error::Transient;
 const FIRST_DELAY: Duration = Duration::from_millis(5);
 const MAX_DELAY: Duration = Duration::from_secs(5);
 
-/// The pause before attempt number `attempt` (the first retry is attempt 2). Full jitter: workers that failed
-/// together do not come back together.
+/// The pause before attempt number `attempt` (the first retry is attempt 2). Full jitter: workers
+/// that failed together do not come back together.
 pub(crate) fn delay(attempt: u32) -> Duration {
     let ceiling = FIRST_DELAY.saturating_mul(1 << attempt.min(16)).min(MAX_DELAY);
     ceiling.mul_f64(0.5 + fastrand::f64() / 2.0)
@@ -28,8 +28,8 @@ pub(crate) fn seconds(duration: Duration) -> f64 {
     duration.as_millis() as f64 / 1000.0
 }
 
-/// Tries again what fails only for the moment, until `retry_timeout` is over; `None`: for as long as it takes.
-/// It must be harmless to repeat, even where it succeeded and nobody was told.
+/// Tries again what fails only for the moment, until `retry_timeout` is over; `None`: for as long
+/// as it takes. It must be harmless to repeat, even where it succeeded and nobody was told.
 pub(crate) async fn retry_transient<T, E, F>(
     retry_timeout: Option<Duration>,
     what: &str,
@@ -45,7 +45,8 @@ where
         match attempt().await {
             Err(error)
                 if error.is_transient()
-                    && retry_timeout.is_none_or(|retry_timeout| began.elapsed() < retry_timeout) =>
+                    && retry_timeout
+                        .is_none_or(|retry_timeout| began.elapsed() < retry_timeout) =>
             {
                 number += 1;
                 if should_log(number) {

@@ -120,8 +120,9 @@ pub(crate) mod tests {
     }
 
     proptest! {
-        /// Whatever arrives, in whatever order and however often: following the chain rule, a projector
-        /// applies every position from where it stood to the highest one that it saw, each once, ascending.
+        /// Whatever arrives, in whatever order and however often: following the chain rule, a
+        /// projector applies every position from where it stood to the highest one that it saw,
+        /// each once, ascending.
         #[test]
         fn lost_repeated_or_reordered_runs_apply_each_position_once(
             start in 0u64..30,

@@ -34,7 +34,8 @@ pub enum Error {
     Database(#[from] sqlx::Error),
 }
 
-/// Server errors that say nothing about the statement, only about the moment: it may be tried again.
+/// Server errors that say nothing about the statement, only about the moment: it may be tried
+/// again.
 ///
 /// Deadlock and lock wait time-out; a server that starts, stops, is full or has become read-only
 /// (a failover leaves old connections on the former primary); an interrupted or killed session.
@@ -76,8 +77,8 @@ pub(crate) fn is_transient(error: &sqlx::Error) -> bool {
     }
 }
 
-/// Whether the other end was gone while we were sending. (A session that is killed while it waits for an answer ends in
-/// another way: with an error of the server's, or the end of the stream.)
+/// Whether the other end was gone while we were sending. (A session that is killed while it waits
+/// for an answer ends in another way: with an error of the server's, or the end of the stream.)
 pub(crate) fn is_connection_reset(error: &sqlx::Error) -> bool {
     use std::io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset};
     matches!(error, sqlx::Error::Io(error) if matches!(error.kind(), BrokenPipe | ConnectionAborted | ConnectionReset))
@@ -88,8 +89,8 @@ pub(crate) fn is_timeout(error: &sqlx::Error) -> bool {
     matches!(error, sqlx::Error::Io(error) if error.kind() == std::io::ErrorKind::TimedOut)
 }
 
-/// Whether the server does not write, as a former primary after a failover. (1290 says of other options, too, that they are in
-/// the way: `--secure-file-priv`.)
+/// Whether the server does not write, as a former primary after a failover. (1290 says of other
+/// options, too, that they are in the way: `--secure-file-priv`.)
 pub(crate) fn is_read_only(error: &sqlx::Error) -> bool {
     match server_error_number(error) {
         Some(1836) => true,
@@ -126,19 +127,24 @@ pub(crate) fn has_transient_cause(error: &anyhow::Error) -> bool {
     database_error(error).is_some_and(is_transient)
 }
 
-/// An error with its causes, each once: some repeat their cause in their own words. Where errors are kept to their numbers,
-/// without what a server said.
+/// An error with its causes, each once: some repeat their cause in their own words. Where errors
+/// are kept to their numbers, without what a server said.
 pub(crate) fn format_chain(error: &anyhow::Error) -> String {
-    let message = error.chain().map(ToString::to_string).fold(String::new(), |message, cause| match message.as_str() {
-        "" => cause,
-        message if message.contains(&cause) => message.to_owned(),
-        message => format!("{message}: {cause}"),
-    });
+    let message =
+        error.chain().map(ToString::to_string).fold(String::new(), |message, cause| match message
+            .as_str()
+        {
+            "" => cause,
+            message if message.contains(&cause) => message.to_owned(),
+            message => format!("{message}: {cause}"),
+        });
     let server = database_error(error).and_then(sqlx::Error::as_database_error);
     match server.filter(|server| text::redacts_errors() && !server.message().is_empty()) {
         // A handler may have put the message into words of its own.
         Some(server) => {
-            let number = server.try_downcast_ref::<MySqlDatabaseError>().map_or(0, MySqlDatabaseError::number);
+            let number = server
+                .try_downcast_ref::<MySqlDatabaseError>()
+                .map_or(0, MySqlDatabaseError::number);
             let number = text::format_error_number(&number.to_string(), server.code().as_deref());
             text::redact(&message).replace(server.message(), &number)
         }
@@ -160,7 +166,9 @@ fn explain(error: &sqlx::Error) -> String {
             "a table of that name is there already, and not of our making ({error}); rename it, or take another database"
         ),
         Some(1044 | 1142 | 1143 | 1227 | 1370) => {
-            format!("the database user may not do this ({error}); grant it what the README lists for this command")
+            format!(
+                "the database user may not do this ({error}); grant it what the README lists for this command"
+            )
         }
         _ => format!("database: {error}"),
     }

@@ -12,7 +12,8 @@ use crate::model::projector::Mode;
 pub enum Status {
     /// Set by boot at first sight. Events come from the store until the handoff.
     Booting,
-    /// Set by the handoff. The live queue, repaired from the store, owns every event after the position.
+    /// Set by the handoff. The live queue, repaired from the store, owns every event after the
+    /// position.
     Live,
     /// Set by boot or play at the first failing event. The position stays just before it.
     Broken(Failure),
@@ -40,8 +41,8 @@ pub struct Failure {
     pub release: Option<String>,
     /// The host that did.
     pub host: String,
-    /// Why the read model must be rebuilt, where the failure says so: a table that is gone, a batch of which only a
-    /// part is stored. Neither boot nor play applies anything to such a projector.
+    /// Why the read model must be rebuilt, where the failure says so: a table that is gone, a batch
+    /// of which only a part is stored. Neither boot nor play applies anything to such a projector.
     pub rebuild_reason: Option<String>,
 }
 
@@ -110,7 +111,11 @@ pub(crate) struct IllegalTransition {
 }
 
 /// Takes a step, or says that there is no such step.
-pub(crate) fn apply_transition(from: &Status, mode: Mode, transition: Transition) -> Result<Status, IllegalTransition> {
+pub(crate) fn apply_transition(
+    from: &Status,
+    mode: Mode,
+    transition: Transition,
+) -> Result<Status, IllegalTransition> {
     use Status::{Booting, Broken, Finished, Live, Retired, Stalled};
     let bootable = Stage::Boot.can_apply(from);
     let name = match transition {
@@ -151,7 +156,8 @@ impl Stage {
         }
     }
 
-    /// The same statuses as a list in SQL. A statement that uses it asks for `rebuild_reason is null`, too.
+    /// The same statuses as a list in SQL. A statement that uses it asks for `rebuild_reason is
+    /// null`, too.
     pub(crate) const fn statuses_sql(self) -> &'static str {
         match self {
             Stage::Boot => "'booting', 'stalled', 'broken'",
@@ -178,28 +184,53 @@ mod tests {
 
     #[test]
     fn a_projector_that_must_be_rebuilt_is_never_played_and_can_only_be_retired() {
-        let must_be_rebuilt = Status::Broken(Failure { rebuild_reason: Some("its table is gone".into()), ..failure() });
-        assert!(!Stage::Boot.can_apply(&must_be_rebuilt) && !Stage::Play.can_apply(&must_be_rebuilt));
+        let must_be_rebuilt = Status::Broken(Failure {
+            rebuild_reason: Some("its table is gone".into()),
+            ..failure()
+        });
+        assert!(
+            !Stage::Boot.can_apply(&must_be_rebuilt) && !Stage::Play.can_apply(&must_be_rebuilt)
+        );
         for mode in [Mode::FromBeginning, Mode::FromNow, Mode::Once] {
-            for transition in
-                [Transition::HandOver, Transition::Finish, Transition::Break(failure()), Transition::Stall]
-            {
-                assert!(apply_transition(&must_be_rebuilt, mode, transition.clone()).is_err(), "{mode} {transition:?}");
+            for transition in [
+                Transition::HandOver,
+                Transition::Finish,
+                Transition::Break(failure()),
+                Transition::Stall,
+            ] {
+                assert!(
+                    apply_transition(&must_be_rebuilt, mode, transition.clone()).is_err(),
+                    "{mode} {transition:?}"
+                );
             }
-            assert_eq!(apply_transition(&must_be_rebuilt, mode, Transition::Retire), Ok(Status::Retired));
+            assert_eq!(
+                apply_transition(&must_be_rebuilt, mode, Transition::Retire),
+                Ok(Status::Retired)
+            );
         }
     }
 
     fn every_status() -> [Status; 6] {
-        [Status::Booting, Status::Live, Status::Broken(failure()), Status::Stalled, Status::Finished, Status::Retired]
+        [
+            Status::Booting,
+            Status::Live,
+            Status::Broken(failure()),
+            Status::Stalled,
+            Status::Finished,
+            Status::Retired,
+        ]
     }
 
     /// The design's table, written out: every pair that is not in it is an error.
     #[test]
     fn only_the_documented_transitions_exist() {
         let legal = |from: &str, transition: &Transition, mode: Mode| match transition {
-            Transition::HandOver => ["booting", "stalled", "broken"].contains(&from) && mode != Mode::Once,
-            Transition::Finish => ["booting", "stalled", "broken"].contains(&from) && mode == Mode::Once,
+            Transition::HandOver => {
+                ["booting", "stalled", "broken"].contains(&from) && mode != Mode::Once
+            }
+            Transition::Finish => {
+                ["booting", "stalled", "broken"].contains(&from) && mode == Mode::Once
+            }
             Transition::Break(_) => ["booting", "stalled", "broken", "live"].contains(&from),
             Transition::Stall => ["booting", "stalled"].contains(&from),
             Transition::Retire => from != "retired",
@@ -227,12 +258,15 @@ mod tests {
     #[test]
     fn a_status_is_played_by_at_most_one_stage_and_a_dead_one_by_neither() {
         for status in every_status() {
-            let stages = [Stage::Boot, Stage::Play].iter().filter(|stage| stage.can_apply(&status)).count();
+            let stages =
+                [Stage::Boot, Stage::Play].iter().filter(|stage| stage.can_apply(&status)).count();
             let expected = usize::from(!matches!(status, Status::Finished | Status::Retired));
             assert_eq!(stages, expected, "{status}");
             for stage in [Stage::Boot, Stage::Play] {
-                let is_listed =
-                    stage.statuses_sql().split(", ").any(|listed| listed == format!("'{}'", status.as_str()));
+                let is_listed = stage
+                    .statuses_sql()
+                    .split(", ")
+                    .any(|listed| listed == format!("'{}'", status.as_str()));
                 assert_eq!(is_listed, stage.can_apply(&status), "{status}");
             }
         }

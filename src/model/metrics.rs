@@ -1,5 +1,6 @@
-//! What the engine counts while it works, until a command writes it down. No I/O, and one count a batch, never one an
-//! event. As with the log, there is one recorder in a process; where none was started, nothing is counted.
+//! What the engine counts while it works, until a command writes it down. No I/O, and one count a
+//! batch, never one an event. As with the log, there is one recorder in a process; where none was
+//! started, nothing is counted.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
@@ -94,7 +95,8 @@ pub(crate) struct Counters {
     pub(crate) foreign_messages: u64,
     /// What the relay saw when it last looked; `None` where this process has no relay at work.
     pub(crate) relay: Option<RelayProgress>,
-    /// Whether the mark is held, and since when; `None` where this process has not tried to raise it.
+    /// Whether the mark is held, and since when; `None` where this process has not tried to raise
+    /// it.
     pub(crate) mark: Option<MarkState>,
 }
 
@@ -128,8 +130,8 @@ pub(crate) struct RelayProgress {
 /// The most values that one metric may have in one document.
 pub(crate) const MAX_SAMPLES: usize = 100;
 
-/// Values of one kind: all of them while they are few; then the largest, and as many others as fit, taken at random
-/// with equal chances, so that percentiles hold.
+/// Values of one kind: all of them while they are few; then the largest, and as many others as fit,
+/// taken at random with equal chances, so that percentiles hold.
 #[derive(Debug, Default, Clone, PartialEq)]
 pub(crate) struct Samples {
     count: u64,
@@ -175,8 +177,8 @@ pub(crate) fn take() -> Counters {
     RECORDER.get().map(|recorder| std::mem::take(&mut *recorder.counters())).unwrap_or_default()
 }
 
-/// So many events were applied to a projector, in a transaction that took so long. None: it was only moved over events that
-/// it does not want.
+/// So many events were applied to a projector, in a transaction that took so long. None: it was
+/// only moved over events that it does not want.
 pub(crate) fn record_applied(id: &ProjectorId, events: usize, took: Duration) {
     if events > 0 {
         record_for(id, |of| {
@@ -223,9 +225,12 @@ pub(crate) fn record_relay_progress(progress: RelayProgress) {
     record(|counters| counters.relay = Some(progress));
 }
 
-/// Somebody has tried to raise the mark, which the same thing has held since then, if anything does.
+/// Somebody has tried to raise the mark, which the same thing has held since then, if anything
+/// does.
 pub(crate) fn record_mark_state(since: Option<Instant>) {
-    record(|counters| counters.mark = Some(since.map_or(MarkState::Unblocked, MarkState::BlockedSince)));
+    record(|counters| {
+        counters.mark = Some(since.map_or(MarkState::Unblocked, MarkState::BlockedSince))
+    });
 }
 
 impl Recorder {
@@ -271,21 +276,25 @@ mod tests {
             assert_eq!((many.values().len(), many.values()[0]), (MAX_SAMPLES, 10_000.0));
             mean += many.values()[1..].iter().sum::<f64>() / 99.0 / 200.0;
         }
-        // Of 19,800 values out of a uniform distribution the mean is within 20.5 of 5,000, by one deviation; this is ten.
+        // Of 19,800 values out of a uniform distribution the mean is within 20.5 of 5,000, by one
+        // deviation; this is ten.
         assert!((mean - 5_000.0).abs() < 205.0, "{mean}");
     }
 
     #[test]
     fn the_cloudwatch_page_lists_every_metric_with_unit_and_dimensions() {
         let page = include_str!("../../infra/cloudwatch.md");
-        let rows =
-            page.lines().filter_map(|line| line.strip_prefix("| `")).map(|row| row.split(" | ").collect::<Vec<_>>());
+        let rows = page
+            .lines()
+            .filter_map(|line| line.strip_prefix("| `"))
+            .map(|row| row.split(" | ").collect::<Vec<_>>());
         let listed: Vec<String> = rows
             .filter(|cells| cells.len() >= 6)
             .map(|cells| format!("{} {} {}", cells[0].trim_end_matches('`'), cells[1], cells[2]))
             .collect();
-        let metric =
-            |metric: &Metric| format!("{} {} {}", metric.name, metric.unit, metric.scope.dimensions().join(", "));
+        let metric = |metric: &Metric| {
+            format!("{} {} {}", metric.name, metric.unit, metric.scope.dimensions().join(", "))
+        };
         assert_eq!(listed, ALL.iter().map(metric).collect::<Vec<_>>());
     }
 

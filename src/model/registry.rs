@@ -19,7 +19,10 @@ pub struct Registry {
 impl fmt::Debug for Registry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let ids: Vec<String> = self.iter().map(|registered| registered.id.to_string()).collect();
-        f.debug_struct("Registry").field("projectors", &ids).field("release", &self.release).finish()
+        f.debug_struct("Registry")
+            .field("projectors", &ids)
+            .field("release", &self.release)
+            .finish()
     }
 }
 
@@ -32,7 +35,8 @@ impl Registry {
     /// Adds a projector, after those that are there.
     ///
     /// # Errors
-    /// If its name is not 1 to 100 of `A-Z a-z 0-9 _ . -`, its version is 0, or its name and version are taken.
+    /// If its name is not 1 to 100 of `A-Z a-z 0-9 _ . -`, its version is 0, or its name and
+    /// version are taken.
     pub fn add(&mut self, projector: impl Projector) -> Result<(), RegistryError> {
         let registered = RegisteredProjector::new(Arc::new(projector))?;
         if self.get(&registered.id).is_some() {
@@ -117,9 +121,19 @@ impl RegisteredProjector {
             EventTypes::Only(types) => Some(types.into_iter().collect()),
         };
         let (mode, has_side_effects) = (projector.mode(), projector.has_side_effects());
-        let digest = digest(&id, mode, has_side_effects, event_types.as_ref(), &projector.revision());
+        let digest =
+            digest(&id, mode, has_side_effects, event_types.as_ref(), &projector.revision());
         let (session, tables) = (projector.session(), projector.tables());
-        Ok(RegisteredProjector { id, mode, has_side_effects, session, tables, digest, projector, event_types })
+        Ok(RegisteredProjector {
+            id,
+            mode,
+            has_side_effects,
+            session,
+            tables,
+            digest,
+            projector,
+            event_types,
+        })
     }
 
     /// The event types that it subscribes to; `None`: all.
@@ -127,8 +141,8 @@ impl RegisteredProjector {
         self.event_types.as_ref()
     }
 
-    /// Whether each event needs a transaction of its own: one that failed would repeat effects of those before it outside
-    /// the database, or find what they left in the session.
+    /// Whether each event needs a transaction of its own: one that failed would repeat effects of
+    /// those before it outside the database, or find what they left in the session.
     pub(crate) fn needs_transaction_per_event(&self) -> bool {
         self.has_side_effects || self.session == SessionUse::PerEvent
     }
@@ -147,7 +161,8 @@ impl RegisteredProjector {
     }
 }
 
-/// The digest of a definition. Each part is preceded by its length, so that no two definitions give the same text.
+/// The digest of a definition. Each part is preceded by its length, so that no two definitions give
+/// the same text.
 fn digest(
     id: &ProjectorId,
     mode: Mode,
@@ -160,7 +175,9 @@ fn digest(
     types.sort_unstable();
     let effects = if has_side_effects { "side effects" } else { "none" };
     let version = id.version.to_string();
-    let parts = [id.name.as_str(), version.as_str(), mode.as_str(), effects, revision].into_iter().chain(types);
+    let parts = [id.name.as_str(), version.as_str(), mode.as_str(), effects, revision]
+        .into_iter()
+        .chain(types);
     let mut context = Context::new(&SHA256);
     for part in parts {
         context.update(&(part.len() as u64).to_be_bytes());
@@ -191,10 +208,12 @@ mod tests {
     #[test]
     fn a_digest_changes_with_every_part_of_the_definition() {
         let id = |name: &str| ProjectorId { name: name.into(), version: 1 };
-        let types = |types: &[&str]| Some(types.iter().map(|&of| of.to_owned()).collect::<HashSet<_>>());
-        let of = |name: &str, mode, effects, event_types: Option<HashSet<String>>, revision: &str| {
-            digest(&id(name), mode, effects, event_types.as_ref(), revision)
-        };
+        let types =
+            |types: &[&str]| Some(types.iter().map(|&of| of.to_owned()).collect::<HashSet<_>>());
+        let of =
+            |name: &str, mode, effects, event_types: Option<HashSet<String>>, revision: &str| {
+                digest(&id(name), mode, effects, event_types.as_ref(), revision)
+            };
         let all = [
             of("a", Mode::FromBeginning, false, None, ""),
             of("b", Mode::FromBeginning, false, None, ""),

@@ -1,13 +1,14 @@
 //! JSON that a server accepts and serde_json refuses, written so that both read it.
 //!
-//! Found by trial with `json_valid` on MariaDB 10.11 and MySQL 9.7. MariaDB takes `\` before any character, which then stands
-//! for itself (`\'`, `\v`, `\x41`), and numbers that end early (`1.`, `1.e5`, `1e`, `-`). MySQL takes anything after a NUL
-//! that follows the document. (Both refuse leading zeros, `.5`, `+1`, NaN, halves of surrogate pairs and raw control characters.)
+//! Found by trial with `json_valid` on MariaDB 10.11 and MySQL 9.7. MariaDB takes `\` before any
+//! character, which then stands for itself (`\'`, `\v`, `\x41`), and numbers that end early (`1.`,
+//! `1.e5`, `1e`, `-`). MySQL takes anything after a NUL that follows the document. (Both refuse
+//! leading zeros, `.5`, `+1`, NaN, halves of surrogate pairs and raw control characters.)
 
 /// The same document for serde_json; `None` where nothing is to be changed.
 ///
-/// A number that ends early has the value of its digits (`1.` is 1); one without any value (`1e`, `-`) becomes a string, as
-/// the server's `json_value` gives it.
+/// A number that ends early has the value of its digits (`1.` is 1); one without any value (`1e`,
+/// `-`) becomes a string, as the server's `json_value` gives it.
 pub(crate) fn to_strict(text: &str) -> Option<String> {
     let mut written = String::with_capacity(text.len() + 8);
     let mut rest = text;
@@ -51,13 +52,16 @@ fn write_string(text: &str, written: &mut String) -> usize {
 
 /// Writes the number that the text begins with, and returns its length.
 fn write_number(text: &str, written: &mut String) -> usize {
-    let length = text.find(|c: char| !matches!(c, '0'..='9' | '+' | '-' | '.' | 'e' | 'E')).unwrap_or(text.len());
+    let length = text
+        .find(|c: char| !matches!(c, '0'..='9' | '+' | '-' | '.' | 'e' | 'E'))
+        .unwrap_or(text.len());
     let literal = &text[..length];
     let (mantissa, exponent) = match literal.find(['e', 'E']) {
         Some(at) => literal.split_at(at),
         None => (literal, ""),
     };
-    let has_value = mantissa != "-" && (exponent.is_empty() || exponent.ends_with(|c: char| c.is_ascii_digit()));
+    let has_value = mantissa != "-"
+        && (exponent.is_empty() || exponent.ends_with(|c: char| c.is_ascii_digit()));
     match (has_value, mantissa.ends_with('.')) {
         (true, false) => written.push_str(literal),
         (true, true) => written.extend([mantissa, "0", exponent]),

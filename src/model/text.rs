@@ -8,7 +8,8 @@ const SQLX_PREFIX: &str = "error returned from database: ";
 
 static REDACTS_ERRORS: AtomicBool = AtomicBool::new(false);
 
-/// From now on errors of the server are shown by their numbers only: what the server says of a row may name its values.
+/// From now on errors of the server are shown by their numbers only: what the server says of a row
+/// may name its values.
 pub(crate) fn redact_errors() {
     REDACTS_ERRORS.store(true, Ordering::Relaxed);
 }
@@ -26,7 +27,8 @@ pub(crate) fn format_error_number(number: &str, state: Option<&str>) -> String {
     }
 }
 
-/// Text as it may be shown: where errors are kept to their numbers, without what a server said after one.
+/// Text as it may be shown: where errors are kept to their numbers, without what a server said
+/// after one.
 pub(crate) fn redact(text: &str) -> Cow<'_, str> {
     match redacts_errors() {
         true => redact_until(text, None),
@@ -42,7 +44,8 @@ pub(crate) fn redact_json(line: &str) -> Cow<'_, str> {
     }
 }
 
-/// Without what follows the number of a server's error, up to `end` where it is not escaped, or to the end of the text.
+/// Without what follows the number of a server's error, up to `end` where it is not escaped, or to
+/// the end of the text.
 fn redact_until(text: &str, end: Option<char>) -> Cow<'_, str> {
     let mut rest = text;
     let mut shown = String::new();
@@ -82,14 +85,20 @@ fn find_server_error(text: &str) -> Option<ServerError<'_>> {
         let is_introduced = text[..index].ends_with(SQLX_PREFIX);
         let start = if is_introduced { index - SQLX_PREFIX.len() } else { index };
         let state = rest.strip_prefix(" (").and_then(|rest| rest.get(..5)).filter(|state| {
-            state.bytes().all(|byte| byte.is_ascii_digit() || byte.is_ascii_uppercase()) && rest[7..].starts_with("): ")
+            state.bytes().all(|byte| byte.is_ascii_digit() || byte.is_ascii_uppercase())
+                && rest[7..].starts_with("): ")
         });
         if (4..=5).contains(&digits) {
             if state.is_some() {
                 return Some(ServerError { start, message: index + digits + 10, number, state });
             }
             if is_introduced && rest.starts_with(": ") {
-                return Some(ServerError { start, message: index + digits + 2, number, state: None });
+                return Some(ServerError {
+                    start,
+                    message: index + digits + 2,
+                    number,
+                    state: None,
+                });
             }
         }
         index += digits;
@@ -111,8 +120,8 @@ fn find_string_end(text: &str, quote: char) -> usize {
     text.len()
 }
 
-/// Text for a terminal: control characters, which could move the cursor, change colours or begin a line of their own, are
-/// shown by their numbers.
+/// Text for a terminal: control characters, which could move the cursor, change colours or begin a
+/// line of their own, are shown by their numbers.
 pub(crate) fn escape_control(text: &str) -> Cow<'_, str> {
     match text.contains(char::is_control) {
         false => Cow::Borrowed(text),
@@ -146,7 +155,10 @@ mod tests {
                 "a.toml:7: error returned from database: 1062 (23000): Duplicate entry 'ann@example.com' for key 'x'",
                 "a.toml:7: MySQL error 1062 (23000)",
             ),
-            ("it failed: 1062 (23000): Duplicate entry 'ann@example.com'", "it failed: MySQL error 1062 (23000)"),
+            (
+                "it failed: 1062 (23000): Duplicate entry 'ann@example.com'",
+                "it failed: MySQL error 1062 (23000)",
+            ),
             ("error returned from database: 1045: denied to 'ann'@'%'", "MySQL error 1045"),
             ("at 12345 (6 events): nothing", "at 12345 (6 events): nothing"),
             ("2024 (ABCDE) was the year", "2024 (ABCDE) was the year"),

@@ -18,7 +18,8 @@ use super::{QueueError, sqs};
 pub(crate) struct QueueReport {
     /// By the names that SQS gives them.
     pub(crate) attributes: HashMap<String, String>,
-    /// By how many seconds the clock of SQS is ahead of this host's: AWS refuses what is signed five minutes off.
+    /// By how many seconds the clock of SQS is ahead of this host's: AWS refuses what is signed
+    /// five minutes off.
     pub(crate) clock_ahead_seconds: Option<f64>,
 }
 
@@ -35,7 +36,8 @@ pub(crate) enum Permission {
 /// A receipt that no queue ever gave out.
 const INVALID_RECEIPT: &str = "projectionist-doctor";
 
-/// What SQS says of our calls if it may be asked: they are wrong in a way that it looks at after the permission.
+/// What SQS says of our calls if it may be asked: they are wrong in a way that it looks at after
+/// the permission.
 const VALIDATION_ERRORS: &[&str] = &[
     "EmptyBatchRequest",
     "ReceiptHandleIsInvalid",
@@ -49,16 +51,19 @@ impl SqsQueue {
     pub(crate) async fn inspect(&self) -> Result<QueueReport, QueueError> {
         let clock = Clock::default();
         let asked = SystemTime::now();
-        let request = self.client.get_queue_attributes().queue_url(&self.url).attribute_names(Attribute::All);
+        let request =
+            self.client.get_queue_attributes().queue_url(&self.url).attribute_names(Attribute::All);
         let answer = request.customize().interceptor(clock.clone()).send().await;
         let answer = answer.map_err(|error| QueueError(explain(&error)))?;
-        let here = DateTime::from(asked).as_secs_f64() + asked.elapsed().unwrap_or_default().as_secs_f64() / 2.0;
+        let here = DateTime::from(asked).as_secs_f64()
+            + asked.elapsed().unwrap_or_default().as_secs_f64() / 2.0;
         // The header has no fractions.
         let clock_ahead_seconds = clock.time().map(|time| time.as_secs_f64() + 0.5 - here);
         Ok(QueueReport { attributes: by_name(answer.attributes), clock_ahead_seconds })
     }
 
-    /// The attributes of another queue of the same account and region; `None` where we may not look.
+    /// The attributes of another queue of the same account and region; `None` where we may not
+    /// look.
     pub(crate) async fn dead_letter_queue_attributes(
         &self,
         name: &str,
@@ -68,19 +73,31 @@ impl SqsQueue {
             Err(error) if sqs::is_denied(&error) => return Ok(None),
             Err(error) => return Err(QueueError(explain(&error))),
         };
-        match self.client.get_queue_attributes().queue_url(url).attribute_names(Attribute::All).send().await {
+        match self
+            .client
+            .get_queue_attributes()
+            .queue_url(url)
+            .attribute_names(Attribute::All)
+            .send()
+            .await
+        {
             Ok(answer) => Ok(Some(by_name(answer.attributes))),
             Err(error) if sqs::is_denied(&error) => Ok(None),
             Err(error) => Err(QueueError(explain(&error))),
         }
     }
 
-    /// Whether each action is allowed, by calls that could not do anything if they were: a batch of no messages, receipts that
-    /// are none, a receive of more messages than there can be.
+    /// Whether each action is allowed, by calls that could not do anything if they were: a batch of
+    /// no messages, receipts that are none, a receive of more messages than there can be.
     pub(crate) async fn permissions(&self) -> [(&'static str, Permission); 4] {
         let (client, url) = (&self.client, &self.url);
         let send = client.send_message_batch().queue_url(url).set_entries(Some(Vec::new())).send();
-        let receive = client.receive_message().queue_url(url).max_number_of_messages(11).visibility_timeout(0).send();
+        let receive = client
+            .receive_message()
+            .queue_url(url)
+            .max_number_of_messages(11)
+            .visibility_timeout(0)
+            .send();
         let delete = client.delete_message().queue_url(url).receipt_handle(INVALID_RECEIPT).send();
         let hide = client
             .change_message_visibility()
@@ -100,7 +117,11 @@ impl SqsQueue {
 
 /// By the names that SQS gives them.
 fn by_name(attributes: Option<HashMap<Attribute, String>>) -> HashMap<String, String> {
-    attributes.unwrap_or_default().into_iter().map(|(name, value)| (name.as_str().to_owned(), value)).collect()
+    attributes
+        .unwrap_or_default()
+        .into_iter()
+        .map(|(name, value)| (name.as_str().to_owned(), value))
+        .collect()
 }
 
 fn classify<T, E>(answer: Result<T, SdkError<E>>) -> Permission
@@ -113,7 +134,11 @@ where
         Err(error) if sqs::is_denied(&error) => {
             Permission::Denied(error.message().unwrap_or("access denied").to_owned())
         }
-        Err(error) if VALIDATION_ERRORS.iter().any(|code| error.code().is_some_and(|found| found.contains(code))) => {
+        Err(error)
+            if VALIDATION_ERRORS
+                .iter()
+                .any(|code| error.code().is_some_and(|found| found.contains(code))) =>
+        {
             Permission::Granted
         }
         Err(error) => Permission::Unknown(explain(&error)),

@@ -39,7 +39,8 @@ pub(crate) enum ForeignReason {
     NotConsecutive,
     /// It ends beyond the high-water mark: of a log that was, before the database was restored.
     BeyondHighWater,
-    /// It ends with another event than the log has there: the database was restored, or it is a clone.
+    /// It ends with another event than the log has there: the database was restored, or it is a
+    /// clone.
     DifferentEvent,
 }
 
@@ -67,8 +68,9 @@ pub(crate) struct PackedMessage {
     pub(crate) event_count: usize,
 }
 
-/// A body begins with this, and then has the signature of all that comes after [`SIGNATURE_SUFFIX`], byte for byte: it is
-/// found by its place, so that nothing is parsed that is not verified.
+/// A body begins with this, and then has the signature of all that comes after
+/// [`SIGNATURE_SUFFIX`], byte for byte: it is found by its place, so that nothing is parsed that is
+/// not verified.
 const SIGNATURE_PREFIX: &str = "{\"sig\":\"";
 const SIGNATURE_SUFFIX: &str = "\",";
 
@@ -78,8 +80,8 @@ const SIGNED_OFFSET: usize = SIGNATURE_PREFIX.len() + SIGNATURE_DIGITS + SIGNATU
 /// A body ends with this, the last position, and a brace.
 const LAST_KEY: &str = "\"last\":";
 
-/// `{"sig":"…","log":"…","prev":41,"events":[{"position":42,…},…],"last":43}`; a reference is without `events`: its event is
-/// too large to travel, and is read from the store.
+/// `{"sig":"…","log":"…","prev":41,"events":[{"position":42,…},…],"last":43}`; a reference is
+/// without `events`: its event is too large to travel, and is read from the store.
 #[derive(Deserialize)]
 struct Envelope<'a> {
     /// Which log: positions of another one would mean other events.
@@ -115,13 +117,23 @@ pub(crate) fn parse(body: &str, log: &LogIdentity) -> Message {
 
 fn try_parse(body: &str, log: &LogIdentity) -> Result<Message, ForeignReason> {
     let Some((signature, signed)) = split_signature(body) else {
-        return Err(if body.starts_with("{\"log\":") { ForeignReason::Unsigned } else { ForeignReason::Unreadable });
+        return Err(if body.starts_with("{\"log\":") {
+            ForeignReason::Unsigned
+        } else {
+            ForeignReason::Unreadable
+        });
     };
     if !log.key.verifies(signed, signature) {
-        let is_named = signed.strip_prefix("\"log\":\"").is_some_and(|rest| rest.starts_with(&log.id));
-        return Err(if is_named { ForeignReason::InvalidSignature } else { ForeignReason::OtherLog });
+        let is_named =
+            signed.strip_prefix("\"log\":\"").is_some_and(|rest| rest.starts_with(&log.id));
+        return Err(if is_named {
+            ForeignReason::InvalidSignature
+        } else {
+            ForeignReason::OtherLog
+        });
     }
-    let envelope: Envelope<'_> = serde_json::from_str(body).map_err(|_| ForeignReason::UnknownFormat)?;
+    let envelope: Envelope<'_> =
+        serde_json::from_str(body).map_err(|_| ForeignReason::UnknownFormat)?;
     if envelope.log != log.id {
         return Err(ForeignReason::OtherLog);
     }
@@ -134,19 +146,21 @@ fn try_parse(body: &str, log: &LogIdentity) -> Result<Message, ForeignReason> {
 
 /// The signature, and the text that it is of.
 fn split_signature(body: &str) -> Option<(&str, &str)> {
-    let (signature, rest) = body.strip_prefix(SIGNATURE_PREFIX)?.split_at_checked(SIGNATURE_DIGITS)?;
+    let (signature, rest) =
+        body.strip_prefix(SIGNATURE_PREFIX)?.split_at_checked(SIGNATURE_DIGITS)?;
     Some((signature, rest.strip_prefix(SIGNATURE_SUFFIX)?))
 }
 
-/// Where a message claims to end, before anything is verified: which row of the log it is to be compared with.
+/// Where a message claims to end, before anything is verified: which row of the log it is to be
+/// compared with.
 pub(crate) fn unverified_last(body: &str) -> Option<Position> {
     let body = body.strip_suffix('}')?;
     let before = body.trim_end_matches(|digit: char| digit.is_ascii_digit());
     before.ends_with(LAST_KEY).then(|| body[before.len()..].parse().ok().map(Position::new))?
 }
 
-/// Packs as many of these consecutive events as fit into one message, at most `max_events`; a first event
-/// that does not fit alone travels as a reference. `events` must not be empty.
+/// Packs as many of these consecutive events as fit into one message, at most `max_events`; a first
+/// event that does not fit alone travels as a reference. `events` must not be empty.
 pub(crate) fn pack(
     log: &LogIdentity,
     prev: Position,
@@ -155,7 +169,9 @@ pub(crate) fn pack(
     max_events: usize,
 ) -> PackedMessage {
     let (id, no_signature) = (&log.id, "0".repeat(SIGNATURE_DIGITS));
-    let mut body = format!("{SIGNATURE_PREFIX}{no_signature}{SIGNATURE_SUFFIX}\"log\":\"{id}\",\"prev\":{prev},");
+    let mut body = format!(
+        "{SIGNATURE_PREFIX}{no_signature}{SIGNATURE_SUFFIX}\"log\":\"{id}\",\"prev\":{prev},"
+    );
     let head = body.len();
     body.push_str("\"events\":[");
     let mut last = prev;
@@ -184,7 +200,10 @@ pub(crate) fn pack(
     // Writing to a string does not fail.
     let _ = write!(body, "{LAST_KEY}{last}}}");
     let signature = log.key.sign(&body[SIGNED_OFFSET..]);
-    body.replace_range(SIGNATURE_PREFIX.len()..SIGNATURE_PREFIX.len() + SIGNATURE_DIGITS, &signature);
+    body.replace_range(
+        SIGNATURE_PREFIX.len()..SIGNATURE_PREFIX.len() + SIGNATURE_DIGITS,
+        &signature,
+    );
     PackedMessage { body, last, event_count: count }
 }
 
@@ -193,8 +212,9 @@ fn digits(position: Position) -> usize {
 }
 
 impl<'a> WireEvent<'a> {
-    /// `None`: it cannot travel in SQS, which takes neither U+FFFE and U+FFFF nor what is not JSON to us; or it would not come
-    /// out byte for byte, for white space around it, or as it says `null` where there could be nothing.
+    /// `None`: it cannot travel in SQS, which takes neither U+FFFE and U+FFFF nor what is not JSON
+    /// to us; or it would not come out byte for byte, for white space around it, or as it says
+    /// `null` where there could be nothing.
     fn to_json(event: &'a Event) -> Option<String> {
         let recorded_at = event.recorded_at();
         recorded_at.format(&Rfc3339).ok()?;
@@ -212,7 +232,8 @@ impl<'a> WireEvent<'a> {
             },
         };
         let text = serde_json::to_string(&wire).ok()?;
-        // One by one: a search for a single character goes by memchr, one for either of two does not.
+        // One by one: a search for a single character goes by memchr, one for either of two does
+        // not.
         (!text.contains('\u{fffe}') && !text.contains('\u{ffff}')).then_some(text)
     }
 
@@ -277,7 +298,8 @@ mod tests {
     #[test]
     fn a_packed_run_is_parsed_byte_for_byte() {
         let mut first = recorded_event(8);
-        first.payload = r#"{ "amount" : 1.50, "ab": "é\u0041", "big": 123456789012345678901234567890 }"#.into();
+        first.payload =
+            r#"{ "amount" : 1.50, "ab": "é\u0041", "big": 123456789012345678901234567890 }"#.into();
         first.metadata = Some("[ ]".into());
         first.event_type = "with \"quotes\" and \\".into();
         let events = vec![first.into(), event(9)];
@@ -297,7 +319,9 @@ mod tests {
     fn hot_path_parse() {
         let body = pack(&log(), Position::START, &hot_path::events(), 100_000, 100).body;
         let log = log();
-        let Message::Events(run) = hot_path::count(|| super::parse(&body, &log)) else { panic!("not ours") };
+        let Message::Events(run) = hot_path::count(|| super::parse(&body, &log)) else {
+            panic!("not ours")
+        };
         assert_eq!(run.last(), Position::new(hot_path::EVENT_COUNT));
     }
 
@@ -313,16 +337,25 @@ mod tests {
 
     #[test]
     fn an_event_that_packing_would_change_is_sent_as_a_reference() {
-        for (payload, metadata) in [(" {}", None), ("{}\n", None), ("{}", Some("null")), ("{}", Some("1 "))] {
-            let spaced =
-                RecordedEvent { payload: payload.into(), metadata: metadata.map(str::to_owned), ..recorded_event(8) };
+        for (payload, metadata) in
+            [(" {}", None), ("{}\n", None), ("{}", Some("null")), ("{}", Some("1 "))]
+        {
+            let spaced = RecordedEvent {
+                payload: payload.into(),
+                metadata: metadata.map(str::to_owned),
+                ..recorded_event(8)
+            };
             let packed = pack(&log(), Position::new(7), &[spaced.into(), event(9)], 2_000, 100);
             assert_eq!(packed.last, Position::new(8), "{payload:?} {metadata:?}");
             assert_eq!(parse(&packed.body), Message::Reference(Position::new(8)));
         }
         // As a payload, null is as good as anything.
-        let null = RecordedEvent { payload: "null".into(), metadata: None, ..recorded_event(8) }.into();
-        assert_eq!(unpack(&pack(&log(), Position::new(7), &[null], 2_000, 100)).last(), Position::new(8));
+        let null =
+            RecordedEvent { payload: "null".into(), metadata: None, ..recorded_event(8) }.into();
+        assert_eq!(
+            unpack(&pack(&log(), Position::new(7), &[null], 2_000, 100)).last(),
+            Position::new(8)
+        );
     }
 
     #[test]
@@ -344,7 +377,10 @@ mod tests {
             (format!("{good} "), ForeignReason::InvalidSignature),
             (good.replace("\"prev\":7", "\"prev\":6"), ForeignReason::InvalidSignature),
             (good.replace("Confirmation", "confirmation"), ForeignReason::InvalidSignature),
-            (pack(&other, Position::new(7), &[event(8), event(9)], 100_000, 100).body, ForeignReason::InvalidSignature),
+            (
+                pack(&other, Position::new(7), &[event(8), event(9)], 100_000, 100).body,
+                ForeignReason::InvalidSignature,
+            ),
         ] {
             assert_eq!(parse(&body), Message::Foreign(why), "{body}");
         }
@@ -363,7 +399,10 @@ mod tests {
             (good.replace("\"prev\":7", "\"prev\":6"), ForeignReason::NotConsecutive),
             (good.replace("\"position\":9", "\"position\":10"), ForeignReason::NotConsecutive),
             (good.replace("\"last\":9", "\"last\":8"), ForeignReason::NotConsecutive),
-            (format!("\"log\":\"{LOG}\",\"prev\":7,\"events\":[],\"last\":7}}"), ForeignReason::NotConsecutive),
+            (
+                format!("\"log\":\"{LOG}\",\"prev\":7,\"events\":[],\"last\":7}}"),
+                ForeignReason::NotConsecutive,
+            ),
         ] {
             assert_eq!(super::parse(&signed(&text), &log()), Message::Foreign(why), "{text}");
         }
@@ -403,8 +442,11 @@ mod tests {
     #[test]
     fn json_of_any_depth_does_not_exhaust_the_stack() {
         let body = pack(&log(), Position::new(7), &[event(8)], 100_000, 100).body;
-        for deep in ["[".repeat(200_000), format!("{}1{}", "[".repeat(200_000), "]".repeat(200_000))] {
-            let text = body[SIGNED_OFFSET..].replace("\"payload\":{}", &format!("\"payload\":{deep}"));
+        for deep in
+            ["[".repeat(200_000), format!("{}1{}", "[".repeat(200_000), "]".repeat(200_000))]
+        {
+            let text =
+                body[SIGNED_OFFSET..].replace("\"payload\":{}", &format!("\"payload\":{deep}"));
             super::parse(&signed(&text), &log());
             super::parse(&signed(&deep), &log());
         }
@@ -418,14 +460,16 @@ mod tests {
             unverified_last(&body);
         }
 
-        /// Whatever is made of a message by somebody without the key, it is what it was or not ours.
+        /// Whatever is made of a message by somebody without the key, it is what it was or not
+        /// ours.
         #[test]
         fn a_corrupted_message_is_foreign(body in corrupted::text(&three_events())) {
             let message = super::parse(&body, &log());
             prop_assert!(body == three_events() || matches!(message, Message::Foreign(_)), "{message:?}");
         }
 
-        /// And by somebody with the key: what is read is consecutive, and no larger than what was received.
+        /// And by somebody with the key: what is read is consecutive, and no larger than what was
+        /// received.
         #[test]
         fn a_corrupted_text_that_is_signed_is_foreign_or_a_run_no_larger_than_itself(
             text in corrupted::text(&three_events()[SIGNED_OFFSET..]),
@@ -441,7 +485,8 @@ mod tests {
             prop_assert!(!events.is_empty() && events.iter().map(text).sum::<usize>() <= body.len());
         }
 
-        /// Packing a log message by message gives back every event, in messages that the queue takes.
+        /// Packing a log message by message gives back every event, in messages that the queue
+        /// takes.
         #[test]
         fn packing_loses_nothing_and_respects_the_limits(
             sizes in prop::collection::vec(0usize..400, 1..30),

@@ -6,8 +6,8 @@ use async_trait::async_trait;
 use aws_sdk_sqs::Client;
 use aws_sdk_sqs::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_sqs::types::{
-    BatchResultErrorEntry, ChangeMessageVisibilityBatchRequestEntry, DeleteMessageBatchRequestEntry,
-    QueueAttributeName as Attribute,
+    BatchResultErrorEntry, ChangeMessageVisibilityBatchRequestEntry,
+    DeleteMessageBatchRequestEntry, QueueAttributeName as Attribute,
 };
 
 use super::{Queue, QueueError, Receipt, ReceivedMessage};
@@ -33,12 +33,12 @@ pub struct SqsQueue {
 }
 
 impl SqsQueue {
-    /// Connects to the queue of this URL, with credentials, region and endpoint as every AWS tool takes them,
-    /// and reads its attributes. Received messages are hidden for `visibility`.
+    /// Connects to the queue of this URL, with credentials, region and endpoint as every AWS tool
+    /// takes them, and reads its attributes. Received messages are hidden for `visibility`.
     ///
     /// # Errors
-    /// [`Error::Input`] where no region is known, [`Error::Unreachable`] where the queue does not exist,
-    /// does not answer, or may not be used.
+    /// [`Error::Input`] where no region is known, [`Error::Unreachable`] where the queue does not
+    /// exist, does not answer, or may not be used.
     pub async fn connect(url: &str, visibility_timeout: Duration) -> Result<Self, Error> {
         if !url.starts_with("http://") && !url.starts_with("https://") {
             return Err(Error::Input(format!(
@@ -48,17 +48,24 @@ impl SqsQueue {
         let config = aws::load_config().await?;
         Self::with_client(Client::new(&config), url, visibility_timeout).await.map_err(|error| {
             match config.endpoint_url() {
-                Some(endpoint) => Error::Unreachable(format!("{error} (the endpoint is {endpoint})")),
+                Some(endpoint) => {
+                    Error::Unreachable(format!("{error} (the endpoint is {endpoint})"))
+                }
                 None => error,
             }
         })
     }
 
-    /// As [`SqsQueue::connect`], with a client that is set up already, for whoever has set up AWS in their own way.
+    /// As [`SqsQueue::connect`], with a client that is set up already, for whoever has set up AWS
+    /// in their own way.
     ///
     /// # Errors
     /// [`Error::Unreachable`] where the queue does not exist, does not answer, or may not be used.
-    pub async fn with_client(client: Client, url: &str, visibility_timeout: Duration) -> Result<Self, Error> {
+    pub async fn with_client(
+        client: Client,
+        url: &str,
+        visibility_timeout: Duration,
+    ) -> Result<Self, Error> {
         let attributes = client
             .get_queue_attributes()
             .queue_url(url)
@@ -67,8 +74,11 @@ impl SqsQueue {
             .attribute_names(Attribute::QueueArn)
             .send()
             .await
-            .map_err(|error| Error::Unreachable(format!("the queue {url} cannot be used: {}", explain(&error))))?;
-        let attribute = |name| attributes.attributes().and_then(|all| all.get(&name)).map(String::as_str);
+            .map_err(|error| {
+                Error::Unreachable(format!("the queue {url} cannot be used: {}", explain(&error)))
+            })?;
+        let attribute =
+            |name| attributes.attributes().and_then(|all| all.get(&name)).map(String::as_str);
         Ok(SqsQueue {
             url: url.to_owned(),
             identity: attribute(Attribute::QueueArn).unwrap_or(url).to_owned(),
@@ -118,8 +128,11 @@ impl Queue for SqsQueue {
         for batch in receipts.chunks(MAX_BATCH) {
             let mut request = self.client.delete_message_batch().queue_url(&self.url);
             for (index, receipt) in batch.iter().enumerate() {
-                let entry = DeleteMessageBatchRequestEntry::builder().id(index.to_string()).receipt_handle(receipt);
-                request = request.entries(entry.build().map_err(|error| QueueError(error.to_string()))?);
+                let entry = DeleteMessageBatchRequestEntry::builder()
+                    .id(index.to_string())
+                    .receipt_handle(receipt);
+                request =
+                    request.entries(entry.build().map_err(|error| QueueError(error.to_string()))?);
             }
             let answer = request.send().await.map_err(|error| QueueError(explain(&error)))?;
             check_batch("delete", answer.failed())?;
@@ -127,7 +140,11 @@ impl Queue for SqsQueue {
         Ok(())
     }
 
-    async fn change_visibility(&self, receipts: &[Receipt], duration: Duration) -> Result<(), QueueError> {
+    async fn change_visibility(
+        &self,
+        receipts: &[Receipt],
+        duration: Duration,
+    ) -> Result<(), QueueError> {
         for batch in receipts.chunks(MAX_BATCH) {
             let mut request = self.client.change_message_visibility_batch().queue_url(&self.url);
             for (index, receipt) in batch.iter().enumerate() {
@@ -135,7 +152,8 @@ impl Queue for SqsQueue {
                     .id(index.to_string())
                     .receipt_handle(receipt)
                     .visibility_timeout(duration.as_secs() as i32);
-                request = request.entries(entry.build().map_err(|error| QueueError(error.to_string()))?);
+                request =
+                    request.entries(entry.build().map_err(|error| QueueError(error.to_string()))?);
             }
             let answer = request.send().await.map_err(|error| QueueError(explain(&error)))?;
             check_batch("hide", answer.failed())?;
@@ -178,16 +196,21 @@ impl Queue for SqsQueue {
     }
 }
 
-/// An entry that is the sender's fault has a receipt that expired: AWS forgives it, LocalStack does not, and
-/// either way the message comes again and is known by its positions.
+/// An entry that is the sender's fault has a receipt that expired: AWS forgives it, LocalStack does
+/// not, and either way the message comes again and is known by its positions.
 fn check_batch(doing: &str, failed: &[BatchResultErrorEntry]) -> Result<(), QueueError> {
     for entry in failed {
-        tracing::debug!(code = entry.code(), reason = entry.message(), "could not {doing} a message: it comes again");
+        tracing::debug!(
+            code = entry.code(),
+            reason = entry.message(),
+            "could not {doing} a message: it comes again"
+        );
     }
     match failed.iter().find(|entry| !entry.sender_fault()) {
-        Some(entry) => {
-            Err(QueueError(format!("could not {doing} a message: {}", entry.message().unwrap_or("no reason"))))
-        }
+        Some(entry) => Err(QueueError(format!(
+            "could not {doing} a message: {}",
+            entry.message().unwrap_or("no reason")
+        ))),
         None => Ok(()),
     }
 }
@@ -213,7 +236,9 @@ where
         );
     }
     match error {
-        SdkError::ServiceError(_) => format!("{code}: {}", error.message().unwrap_or("no reason given")),
+        SdkError::ServiceError(_) => {
+            format!("{code}: {}", error.message().unwrap_or("no reason given"))
+        }
         SdkError::DispatchFailure(_) | SdkError::TimeoutError(_) => {
             format!(
                 "{}; check the endpoint (AWS_ENDPOINT_URL), the credentials and the network",
@@ -232,13 +257,20 @@ mod tests {
     #[test]
     fn a_partly_failed_batch_is_an_error_unless_only_receipts_expired() {
         let entry = |sender_fault, code| {
-            let entry =
-                BatchResultErrorEntry::builder().id("0").sender_fault(sender_fault).code(code).message("as told");
+            let entry = BatchResultErrorEntry::builder()
+                .id("0")
+                .sender_fault(sender_fault)
+                .code(code)
+                .message("as told");
             entry.build().expect("all that it needs")
         };
         let expired = entry(true, "ReceiptHandleIsInvalid");
-        assert!(check_batch("delete", &[]).is_ok() && check_batch("delete", std::slice::from_ref(&expired)).is_ok());
-        let refused = check_batch("delete", &[expired, entry(false, "InternalError")]).expect_err("it is SQS's own");
+        assert!(
+            check_batch("delete", &[]).is_ok()
+                && check_batch("delete", std::slice::from_ref(&expired)).is_ok()
+        );
+        let refused = check_batch("delete", &[expired, entry(false, "InternalError")])
+            .expect_err("it is SQS's own");
         assert_eq!(refused.0, "could not delete a message: as told");
     }
 }

@@ -69,11 +69,13 @@ pub(super) enum Bug {
     ReappliesPartialBatch,
     /// Boot resumes a projector that must be rebuilt.
     BootIgnoresRebuildReason,
-    /// The operator leaves the tables of a projector that retire forgot without being able to tear them down.
+    /// The operator leaves the tables of a projector that retire forgot without being able to tear
+    /// them down.
     RetiresWithoutTeardown,
 }
 
-/// A bug with the invariants of which it violates the one or the other, by their numbers in the design.
+/// A bug with the invariants of which it violates the one or the other, by their numbers in the
+/// design.
 pub(super) const BUGS: &[(Bug, &[u8])] = &[
     (Bug::DeletesBeforeCommit, &[7]),
     (Bug::DeletesDespiteError, &[7]),

@@ -1,6 +1,7 @@
-//! The database, as far as the protocol leans on InnoDB: positions are handed out at insert and before commit,
-//! rows are locked until their transaction ends, what is read is committed, a transaction whose client is gone
-//! holds its locks until the server notices, and a restart takes every open transaction with it.
+//! The database, as far as the protocol leans on InnoDB: positions are handed out at insert and
+//! before commit, rows are locked until their transaction ends, what is read is committed, a
+//! transaction whose client is gone holds its locks until the server notices, and a restart takes
+//! every open transaction with it.
 
 use std::collections::BTreeMap;
 
@@ -25,7 +26,8 @@ pub(super) struct Database {
     pub(super) lease: Option<(u64, Tick)>,
     /// Table `projectors`, the oldest first.
     pub(super) ledger: Vec<LedgerRow>,
-    /// The read models, by number in the cast: the positions of the events that were applied, in order.
+    /// The read models, by number in the cast: the positions of the events that were applied, in
+    /// order.
     pub(super) read_models: [Vec<u64>; super::projectors::PROJECTORS.len()],
     pub(super) open: BTreeMap<TransactionId, OpenTransaction>,
     pub(super) last_transaction: TransactionId,
@@ -57,7 +59,8 @@ pub(super) struct LedgerRow {
     pub(super) defined_at: Tick,
     /// How many events its read model holds, if all is well.
     pub(super) applied_count: usize,
-    /// Set by a claim and taken back with the position: others see it only where a handler has committed in between.
+    /// Set by a claim and taken back with the position: others see it only where a handler has
+    /// committed in between.
     pub(super) partially_applied: bool,
 }
 
@@ -66,7 +69,9 @@ impl LedgerRow {
     pub(super) fn read(&self) -> Entry {
         let mut entry = self.entry.clone();
         if self.partially_applied {
-            entry.rebuild_reason.get_or_insert_with(|| "a handler committed a part of a batch".into());
+            entry
+                .rebuild_reason
+                .get_or_insert_with(|| "a handler committed a part of a batch".into());
         }
         if let Status::Broken(failure) = &mut entry.status {
             failure.rebuild_reason.clone_from(&entry.rebuild_reason);
@@ -114,7 +119,10 @@ impl Database {
     }
 
     pub(super) fn last_visible(&self) -> u64 {
-        (1..=self.events.len() as u64).rev().find(|&position| self.committed(position).is_some()).unwrap_or(0)
+        (1..=self.events.len() as u64)
+            .rev()
+            .find(|&position| self.committed(position).is_some())
+            .unwrap_or(0)
     }
 
     pub(super) fn ledger_row(&self, projector_index: usize) -> Option<&LedgerRow> {
@@ -156,8 +164,8 @@ impl World {
         self.releases += 1;
     }
 
-    /// A handler commits the transaction of its claim: what it has applied is stored, with the mark of the claim and without
-    /// the position, and the row is free.
+    /// A handler commits the transaction of its claim: what it has applied is stored, with the mark
+    /// of the claim and without the position, and the row is free.
     pub(super) fn commit_partially(&mut self, id: TransactionId) {
         let Some(transaction) = self.database.open.remove(&id) else { return };
         invariants::before_partial_commit(self, &transaction);
@@ -177,7 +185,9 @@ impl World {
         for &position in &transaction.inserted {
             self.database.events[position as usize - 1] = None;
         }
-        if let Some(row) = transaction.locked.and_then(|projector_index| self.database.ledger_row_mut(projector_index))
+        if let Some(row) = transaction
+            .locked
+            .and_then(|projector_index| self.database.ledger_row_mut(projector_index))
         {
             row.lock = None;
         }
@@ -190,7 +200,8 @@ impl World {
         let until = self.clock + noticed_in;
         if let Some(transaction) = self.database.open.get_mut(&id) {
             transaction.orphaned_until.get_or_insert(until);
-            self.database.next_orphan = Some(self.database.next_orphan.map_or(until, |next| next.min(until)));
+            self.database.next_orphan =
+                Some(self.database.next_orphan.map_or(until, |next| next.min(until)));
         }
     }
 
@@ -200,16 +211,18 @@ impl World {
         if self.database.next_orphan.is_none_or(|next| next > clock) {
             return;
         }
-        let is_due = |open: &OpenTransaction| open.orphaned_until.is_some_and(|until| until <= clock);
+        let is_due =
+            |open: &OpenTransaction| open.orphaned_until.is_some_and(|until| until <= clock);
         while let Some((&id, _)) = self.database.open.iter().find(|(_, open)| is_due(open)) {
             self.trace(|| format!("the server rolls transaction {id} back, whose client is gone"));
             self.roll_back(id);
         }
-        self.database.next_orphan = self.database.open.values().filter_map(|open| open.orphaned_until).min();
+        self.database.next_orphan =
+            self.database.open.values().filter_map(|open| open.orphaned_until).min();
     }
 
-    /// Every transaction is gone. The counter may fall back to what the table holds, as it did before it was
-    /// made durable, and as it still can where the redo log was not flushed.
+    /// Every transaction is gone. The counter may fall back to what the table holds, as it did
+    /// before it was made durable, and as it still can where the redo log was not flushed.
     pub(super) fn restart_database(&mut self) {
         let down_for = self.rng.u64(0..10);
         self.database.down_until = self.clock + down_for;

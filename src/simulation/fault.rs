@@ -63,33 +63,51 @@ impl Scheduler<'_> {
             Fault::Crash => self.crash(),
             Fault::Terminate => self.terminate(),
             Fault::Pause => self.pause(),
-            Fault::StartWriter if count(self, |process_id| matches!(process_id, ProcessId::Writer(_))) < 3 => {
+            Fault::StartWriter
+                if count(self, |process_id| matches!(process_id, ProcessId::Writer(_))) < 3 =>
+            {
                 self.start_writer()
             }
-            Fault::StartRelay if count(self, |process_id| matches!(process_id, ProcessId::Relay(_))) < 2 => {
+            Fault::StartRelay
+                if count(self, |process_id| matches!(process_id, ProcessId::Relay(_))) < 2 =>
+            {
                 self.start_relay()
             }
-            Fault::StartPlay if count(self, |process_id| matches!(process_id, ProcessId::Play(..))) < 2 => {
+            Fault::StartPlay
+                if count(self, |process_id| matches!(process_id, ProcessId::Play(..))) < 2 =>
+            {
                 let release = self.random_release();
                 self.start_play(release);
             }
-            Fault::StartBoot if count(self, |process_id| matches!(process_id, ProcessId::Boot(..))) < 2 => {
+            Fault::StartBoot
+                if count(self, |process_id| matches!(process_id, ProcessId::Boot(..))) < 2 =>
+            {
                 let release = self.random_release();
                 self.start_boot(release);
             }
             // Two at once may tear down what was booted anew in between: see the module's doc.
-            Fault::StartRetire if count(self, |process_id| matches!(process_id, ProcessId::Retire(..))) < 1 => {
+            Fault::StartRetire
+                if count(self, |process_id| matches!(process_id, ProcessId::Retire(..))) < 1 =>
+            {
                 let release = self.random_release();
                 self.start_retire(release);
             }
-            Fault::StartWriter | Fault::StartRelay | Fault::StartPlay | Fault::StartBoot | Fault::StartRetire => {}
+            Fault::StartWriter
+            | Fault::StartRelay
+            | Fault::StartPlay
+            | Fault::StartBoot
+            | Fault::StartRetire => {}
             fault => self.apply_to_world(fault),
         }
     }
 
     /// SIGKILL, at whatever it was about to do.
     fn crash(&mut self) {
-        let Some(at) = self.random_slot(|process_id| !matches!(process_id, ProcessId::Straggler(..))) else { return };
+        let Some(at) =
+            self.random_slot(|process_id| !matches!(process_id, ProcessId::Straggler(..)))
+        else {
+            return;
+        };
         let process_id = self.slots[at].process_id;
         let mut world = self.sim.world();
         world.trace(|| format!("{process_id} is killed"));
@@ -98,7 +116,9 @@ impl Scheduler<'_> {
             ProcessId::Boot(..) => Occurrence::CrashedBoot,
             ProcessId::Relay(_) => Occurrence::CrashedRelay,
             ProcessId::Retire(..) => Occurrence::CrashedRetire,
-            ProcessId::Writer(_) | ProcessId::Straggler(..) | ProcessId::Scheduler => Occurrence::CrashedWriter,
+            ProcessId::Writer(_) | ProcessId::Straggler(..) | ProcessId::Scheduler => {
+                Occurrence::CrashedWriter
+            }
         });
         drop(world);
         self.kill(|other| *other == process_id);
@@ -106,9 +126,14 @@ impl Scheduler<'_> {
 
     /// SIGTERM, with a batch in hand that takes too long: rolled back, its messages returned.
     fn terminate(&mut self) {
-        let Some(at) = self.random_slot(|process_id| matches!(process_id, ProcessId::Play(..))) else { return };
+        let Some(at) = self.random_slot(|process_id| matches!(process_id, ProcessId::Play(..)))
+        else {
+            return;
+        };
         let process_id = self.slots[at].process_id;
-        self.slots.retain(|slot| slot.process_id != process_id && !slot.process_id.belongs_to(process_id));
+        self.slots.retain(|slot| {
+            slot.process_id != process_id && !slot.process_id.belongs_to(process_id)
+        });
         let mut world = self.sim.world();
         world.record(Occurrence::ProcessTerminated);
         world.trace(|| format!("{process_id} is terminated"));
@@ -118,13 +143,19 @@ impl Scheduler<'_> {
     }
 
     fn pause(&mut self) {
-        let Some(at) = self.random_slot(|process_id| !matches!(process_id, ProcessId::Straggler(..))) else { return };
+        let Some(at) =
+            self.random_slot(|process_id| !matches!(process_id, ProcessId::Straggler(..)))
+        else {
+            return;
+        };
         let mut world = self.sim.world();
         let ticks = world.rng.u64(5..150);
         world.record(Occurrence::ProcessPaused);
         let process_id = self.slots[at].process_id;
-        for slot in
-            self.slots.iter_mut().filter(|slot| slot.process_id == process_id || slot.process_id.belongs_to(process_id))
+        for slot in self
+            .slots
+            .iter_mut()
+            .filter(|slot| slot.process_id == process_id || slot.process_id.belongs_to(process_id))
         {
             slot.paused_until = world.clock + ticks;
         }
@@ -132,8 +163,13 @@ impl Scheduler<'_> {
     }
 
     fn random_slot(&mut self, is: fn(&ProcessId) -> bool) -> Option<usize> {
-        let found: Vec<usize> = (0..self.slots.len()).filter(|&at| is(&self.slots[at].process_id)).collect();
-        if found.is_empty() { None } else { Some(found[self.sim.world().rng.usize(0..found.len())]) }
+        let found: Vec<usize> =
+            (0..self.slots.len()).filter(|&at| is(&self.slots[at].process_id)).collect();
+        if found.is_empty() {
+            None
+        } else {
+            Some(found[self.sim.world().rng.usize(0..found.len())])
+        }
     }
 
     fn apply_to_world(&mut self, fault: Fault) {
@@ -159,7 +195,8 @@ impl Scheduler<'_> {
             Fault::RepeatMessage if messages > 0 => {
                 world.record(Occurrence::MessageRepeated);
                 let (from, to) = (world.rng.usize(0..messages), world.rng.usize(0..=messages));
-                let (body, last) = (world.queue.messages[from].body.to_string(), world.queue.messages[from].last);
+                let (body, last) =
+                    (world.queue.messages[from].body.to_string(), world.queue.messages[from].last);
                 world.enqueue(&body, last, None);
                 world.queue.messages[to..].rotate_right(1);
             }
@@ -170,8 +207,9 @@ impl Scheduler<'_> {
             }
             Fault::ExpireVisibility => {
                 let clock = world.clock;
-                let hidden: Vec<usize> =
-                    (0..messages).filter(|&at| world.queue.messages[at].hidden_until > clock).collect();
+                let hidden: Vec<usize> = (0..messages)
+                    .filter(|&at| world.queue.messages[at].hidden_until > clock)
+                    .collect();
                 if !hidden.is_empty() {
                     world.record(Occurrence::VisibilityExpired);
                     let at = hidden[world.rng.usize(0..hidden.len())];
@@ -207,8 +245,8 @@ impl Scheduler<'_> {
     }
 }
 
-/// A message by somebody who has seen all that was sent, and wants other events to be applied: the log's id, its positions and
-/// event ids, and payloads of his own.
+/// A message by somebody who has seen all that was sent, and wants other events to be applied: the
+/// log's id, its positions and event ids, and payloads of his own.
 fn forge_message(world: &mut World) -> String {
     let last = world.rng.u64(1..=world.database.high_water.get());
     let prev = world.rng.u64(last.saturating_sub(4)..last);

@@ -1,8 +1,10 @@
-//! The invariants of the design, section 4, as an onlooker checks them: by what is committed, sent and deleted,
-//! and by nothing that the processes say of themselves, but for the claim under which they apply events.
+//! The invariants of the design, section 4, as an onlooker checks them: by what is committed, sent
+//! and deleted, and by nothing that the processes say of themselves, but for the claim under which
+//! they apply events.
 //!
-//! 1, 4, 5, 6, 10 and 11 with every commit, 2 and 3 after every step, 7 with every deletion, 8 and 9 at rest, 13 with every
-//! projector that a boot releases, 15 with every call of a handler. 14 is not modelled.
+//! 1, 4, 5, 6, 10 and 11 with every commit, 2 and 3 after every step, 7 with every deletion, 8 and
+//! 9 at rest, 13 with every projector that a boot releases, 15 with every call of a handler. 14 is
+//! not modelled.
 
 use std::fmt;
 
@@ -34,7 +36,8 @@ pub(super) struct Claim {
     pub(super) after: Position,
 }
 
-/// After every step: nothing lies above the mark, and whatever lies below it is decided: an event or a tombstone.
+/// After every step: nothing lies above the mark, and whatever lies below it is decided: an event
+/// or a tombstone.
 pub(super) fn after_step(world: &mut World) {
     let mark = world.database.high_water;
     if mark > world.proved {
@@ -51,7 +54,8 @@ pub(super) fn after_step(world: &mut World) {
         world.record_violation(2, || format!("published {published} lies above the mark {mark}"));
     }
     if let Some(row) = world.database.ledger.iter().find(|row| row.entry.position > mark) {
-        let what = format!("{} stands at {}, above the mark {mark}", row.entry.id, row.entry.position);
+        let what =
+            format!("{} stands at {}, above the mark {mark}", row.entry.id, row.entry.position);
         world.record_violation(2, || what);
     }
 }
@@ -59,10 +63,9 @@ pub(super) fn after_step(world: &mut World) {
 /// Before a transaction becomes visible.
 pub(super) fn before_commit(world: &mut World, transaction: &OpenTransaction) {
     check_events(world, transaction);
-    let Some((projector_index, row)) = transaction
-        .locked
-        .and_then(|projector_index| Some((projector_index, world.database.ledger_row(projector_index)?)))
-    else {
+    let Some((projector_index, row)) = transaction.locked.and_then(|projector_index| {
+        Some((projector_index, world.database.ledger_row(projector_index)?))
+    }) else {
         return;
     };
     let before = row.entry.clone();
@@ -73,12 +76,12 @@ pub(super) fn before_commit(world: &mut World, transaction: &OpenTransaction) {
     check_failure(world, after);
 }
 
-/// Before a handler commits a part of its batch: the claim that it does so under is held, and marks the row.
+/// Before a handler commits a part of its batch: the claim that it does so under is held, and marks
+/// the row.
 pub(super) fn before_partial_commit(world: &mut World, transaction: &OpenTransaction) {
-    let Some((projector_index, row)) = transaction
-        .locked
-        .and_then(|projector_index| Some((projector_index, world.database.ledger_row(projector_index)?)))
-    else {
+    let Some((projector_index, row)) = transaction.locked.and_then(|projector_index| {
+        Some((projector_index, world.database.ledger_row(projector_index)?))
+    }) else {
         return;
     };
     let before = row.entry.clone();
@@ -94,7 +97,9 @@ fn check_events(world: &mut World, transaction: &OpenTransaction) {
             world.record(Occurrence::VisibleOutOfOrder);
         }
         if is_event && position <= mark.get() {
-            world.record_violation(3, || format!("event {position} becomes visible below the mark {mark}"));
+            world.record_violation(3, || {
+                format!("event {position} becomes visible below the mark {mark}")
+            });
         }
     }
 }
@@ -118,17 +123,28 @@ fn check_claim(
 }
 
 /// 6, 10, 11: who applies events to a projector holds the claim.
-fn check_owner(world: &mut World, projector_index: usize, transaction: &OpenTransaction, before: &Entry) {
+fn check_owner(
+    world: &mut World,
+    projector_index: usize,
+    transaction: &OpenTransaction,
+    before: &Entry,
+) {
     let (id, from) = (&before.id, before.position);
     if world.database.permanently_retired[projector_index] {
-        world.record_violation(11, || format!("{id} was retired with side effects, and is played again"));
+        world.record_violation(11, || {
+            format!("{id} was retired with side effects, and is played again")
+        });
     }
     let Some(claim) = transaction.claim else {
-        world.record_violation(4, || format!("{id}, which stands at {from}, is moved, and nothing is applied"));
+        world.record_violation(4, || {
+            format!("{id}, which stands at {from}, is moved, and nothing is applied")
+        });
         return;
     };
     let is_owner = match claim.stage {
-        Stage::Boot => matches!(before.status, Status::Booting | Status::Stalled | Status::Broken(_)),
+        Stage::Boot => {
+            matches!(before.status, Status::Booting | Status::Stalled | Status::Broken(_))
+        }
         Stage::Play => before.status == Status::Live,
     };
     let (status, after) = (before.status.as_str(), claim.after);
@@ -138,15 +154,26 @@ fn check_owner(world: &mut World, projector_index: usize, transaction: &OpenTran
             Status::Finished | Status::Retired => 11,
             _ => 6,
         };
-        world.record_violation(invariant, || format!("{:?} moves {id}, which is {status}", claim.stage));
+        world.record_violation(invariant, || {
+            format!("{:?} moves {id}, which is {status}", claim.stage)
+        });
     }
-    if before.digest.as_deref().is_some_and(|booted| booted != projectors::digest(claim.release, projector_index)) {
+    if before
+        .digest
+        .as_deref()
+        .is_some_and(|booted| booted != projectors::digest(claim.release, projector_index))
+    {
         world.record_violation(6, || {
-            format!("a worker of release {} moves {id}, booted with another definition", claim.release)
+            format!(
+                "a worker of release {} moves {id}, booted with another definition",
+                claim.release
+            )
         });
     }
     if after != from {
-        world.record_violation(6, || format!("a worker that has {id} at {after} moves it from {from}"));
+        world.record_violation(6, || {
+            format!("a worker that has {id} at {after} moves it from {from}")
+        });
     }
 }
 
@@ -160,16 +187,22 @@ fn check_projection(
 ) {
     let (id, from, to) = (&before.id, before.position, after.position);
     if from == to && !transaction.applied.is_empty() {
-        world.record_violation(4, || format!("{:?} are applied to {id}, which stays at {from}", transaction.applied));
+        world.record_violation(4, || {
+            format!("{:?} are applied to {id}, which stays at {from}", transaction.applied)
+        });
     }
     let expected = fold(world, projector_index, from, to);
     if from < to && transaction.applied != expected {
         world.record_violation(1, || {
-            format!("from {from} to {to}, {id} applies {:?} and not {expected:?}", transaction.applied)
+            format!(
+                "from {from} to {to}, {id} applies {:?} and not {expected:?}",
+                transaction.applied
+            )
         });
     }
     let held = world.database.read_models[projector_index].len();
-    let applied_count = world.database.ledger_row(projector_index).map_or(0, |row| row.applied_count);
+    let applied_count =
+        world.database.ledger_row(projector_index).map_or(0, |row| row.applied_count);
     if held != applied_count && from < to {
         world.record_violation(1, || {
             format!("the read model of {id} holds {held} events, and {applied_count} were applied")
@@ -189,15 +222,21 @@ fn check_transition(world: &mut World, before: &Entry, after: &Entry) {
         (from, to) => from == to,
     };
     if !is_legal {
-        let invariant = if matches!(from, "retired" | "finished") || before.mode == Mode::Once { 11 } else { 6 };
+        let invariant = if matches!(from, "retired" | "finished") || before.mode == Mode::Once {
+            11
+        } else {
+            6
+        };
         world.record_violation(invariant, || format!("{id}, which was {from}, is {to}"));
     }
 }
 
-/// The design's promise, and a CHECK of the ledger: who is broken does not stand before the event it failed on;
-/// and just before it, where it has just broken.
+/// The design's promise, and a CHECK of the ledger: who is broken does not stand before the event
+/// it failed on; and just before it, where it has just broken.
 fn check_failure(world: &mut World, after: &Entry) {
-    let Some(event) = after.status.failure().and_then(|failure| failure.event.as_ref()) else { return };
+    let Some(event) = after.status.failure().and_then(|failure| failure.event.as_ref()) else {
+        return;
+    };
     if event.position > after.position.next() {
         world.record_violation(10, || {
             format!("{} stands at {}, and failed at {}", after.id, after.position, event.position)
@@ -205,36 +244,45 @@ fn check_failure(world: &mut World, after: &Entry) {
     }
 }
 
-/// A projector that was new: where it has to begin. `mark` is where the mark stood when its boot began.
+/// A projector that was new: where it has to begin. `mark` is where the mark stood when its boot
+/// began.
 pub(super) fn after_register(world: &mut World, projector_index: usize, mark: Position) {
     let Some(row) = world.database.ledger_row(projector_index) else { return };
     let (id, position) = (row.entry.id.clone(), row.entry.position);
     match row.entry.mode {
         Mode::FromNow if position < mark => {
-            world.record_violation(11, || format!("{id} begins at {position}, and not at the mark, {mark}"));
+            world.record_violation(11, || {
+                format!("{id} begins at {position}, and not at the mark, {mark}")
+            });
         }
         Mode::FromBeginning | Mode::Once if position != Position::START => {
-            world.record_violation(1, || format!("{id} begins at {position}, and not at the beginning"));
+            world.record_violation(1, || {
+                format!("{id} begins at {position}, and not at the beginning")
+            });
         }
         _ => {}
     }
 }
 
-/// 13: what a boot has made live or finished has applied all that was visible when that boot began, and its read model is the
-/// fold of the log.
+/// 13: what a boot has made live or finished has applied all that was visible when that boot began,
+/// and its read model is the fold of the log.
 pub(super) fn after_release(world: &mut World, projector_index: usize, visible: Position) {
     let Some(row) = world.database.ledger_row(projector_index) else { return };
-    let (id, status, position) = (row.entry.id.clone(), row.entry.status.as_str(), row.entry.position);
+    let (id, status, position) =
+        (row.entry.id.clone(), row.entry.status.as_str(), row.entry.position);
     if position < visible {
         world.record_violation(13, || {
             format!("{id} is {status} at {position}, and {visible} was visible when boot began")
         });
     }
     let Some(row) = world.database.ledger_row(projector_index) else { return };
-    let (held, expected) =
-        (&world.database.read_models[projector_index], fold(world, projector_index, row.start, position));
+    let (held, expected) = (
+        &world.database.read_models[projector_index],
+        fold(world, projector_index, row.start, position),
+    );
     if row.must_be_rebuilt() || *held != expected {
-        let what = format!("{id} is {status} at {position}, and holds {held:?} and not {expected:?}");
+        let what =
+            format!("{id} is {status} at {position}, and holds {held:?} and not {expected:?}");
         world.record_violation(13, || what);
     }
 }
@@ -243,7 +291,9 @@ pub(super) fn after_release(world: &mut World, projector_index: usize, visible: 
 pub(super) fn before_send(world: &mut World, last: Position) {
     let mark = world.database.high_water;
     if last > mark {
-        world.record_violation(2, || format!("a message through {last} is sent, and the mark is {mark}"));
+        world.record_violation(2, || {
+            format!("a message through {last} is sent, and the mark is {mark}")
+        });
     }
 }
 
@@ -251,25 +301,36 @@ pub(super) fn before_send(world: &mut World, last: Position) {
 pub(super) fn before_handle(world: &mut World, event: &Event) {
     let position = event.position().get();
     if world.database.committed(position) != Some(event) {
-        world.record_violation(15, || format!("a handler gets an event at {position} that is not the log's"));
+        world.record_violation(15, || {
+            format!("a handler gets an event at {position} that is not the log's")
+        });
     }
 }
 
-/// 7: nothing is deleted that is not ours; and each projector of this release that was live before the message was received, and still is, stands
-/// beyond it; but for those that have left the convoy of the worker that deletes it, and read the store instead.
-pub(super) fn before_delete(world: &mut World, message: &Message, delivery: &Delivery, release: projectors::Release) {
+/// 7: nothing is deleted that is not ours; and each projector of this release that was live before
+/// the message was received, and still is, stands beyond it; but for those that have left the
+/// convoy of the worker that deletes it, and read the store instead.
+pub(super) fn before_delete(
+    world: &mut World,
+    message: &Message,
+    delivery: &Delivery,
+    release: projectors::Release,
+) {
     let Some(last) = message.last else {
         return world.record_violation(7, || "a message that is not ours is deleted".into());
     };
     let waits = |row: &&super::database::LedgerRow| {
         let since = row.live_since.max(row.defined_at);
-        row.entry.status == Status::Live && since < delivery.received_at && row.entry.position < last
+        row.entry.status == Status::Live
+            && since < delivery.received_at
+            && row.entry.position < last
     };
     let of_release = |row: &&super::database::LedgerRow| is_played_by(row, release);
     let worker = world.process_id;
     let in_group = |row: &&super::database::LedgerRow| {
-        let is_in_background =
-            |(of, id): &(u64, ProjectorId)| worker == ProcessId::Play(*of, release) && *id == row.entry.id;
+        let is_in_background = |(of, id): &(u64, ProjectorId)| {
+            worker == ProcessId::Play(*of, release) && *id == row.entry.id
+        };
         // It was outside when the message was passed to the others, and has read the store.
         let was_readmitted = |(of, id, since, start_mark): &(u64, ProjectorId, Tick, Position)| {
             worker == ProcessId::Play(*of, release)
@@ -277,21 +338,28 @@ pub(super) fn before_delete(world: &mut World, message: &Message, delivery: &Del
                 && *since >= delivery.received_at
                 && row.entry.position >= *start_mark
         };
-        !world.in_background.iter().any(is_in_background) && !world.readmitted.iter().any(was_readmitted)
+        !world.in_background.iter().any(is_in_background)
+            && !world.readmitted.iter().any(was_readmitted)
     };
-    if let Some(row) = world.database.ledger.iter().filter(of_release).filter(in_group).find(waits) {
-        let what =
-            format!("a message through {last} is deleted, and {} stands at {}", row.entry.id, row.entry.position);
+    if let Some(row) = world.database.ledger.iter().filter(of_release).filter(in_group).find(waits)
+    {
+        let what = format!(
+            "a message through {last} is deleted, and {} stands at {}",
+            row.entry.id, row.entry.position
+        );
         world.record_violation(7, || what);
     }
 }
 
-/// 8 and 9, when everything has come to rest: each read model is the fold of the log, or the ledger has it that it must be
-/// rebuilt; and each live projector of the release stands at the mark, which is the log's end.
+/// 8 and 9, when everything has come to rest: each read model is the fold of the log, or the ledger
+/// has it that it must be rebuilt; and each live projector of the release stands at the mark, which
+/// is the log's end.
 pub(super) fn at_rest(world: &mut World, release: projectors::Release) {
     let (last, mark) = (world.database.last_visible(), world.database.high_water);
     if mark.get() != last {
-        world.record_violation(9, || format!("the log ends at {last}, and the mark stays at {mark}"));
+        world.record_violation(9, || {
+            format!("the log ends at {last}, and the mark stays at {mark}")
+        });
     }
     let mut complaints = Vec::new();
     for row in world.database.ledger.iter().filter(|row| row.entry.status != Status::Retired) {
@@ -308,11 +376,20 @@ pub(super) fn at_rest(world: &mut World, release: projectors::Release) {
     for (invariant, complaint) in complaints {
         world.record_violation(invariant, || complaint);
     }
-    let rows = || world.database.ledger.iter().filter(|row| projectors::is_in_release(release, row.projector_index));
-    let is_behind = |row: &super::database::LedgerRow| {
-        row.entry.status.failure().is_some_and(|failure| failure.event.is_some()) && row.entry.position < mark
+    let rows = || {
+        world
+            .database
+            .ledger
+            .iter()
+            .filter(|row| projectors::is_in_release(release, row.projector_index))
     };
-    if rows().any(is_behind) && rows().any(|row| row.entry.status == Status::Live && row.entry.position == mark) {
+    let is_behind = |row: &super::database::LedgerRow| {
+        row.entry.status.failure().is_some_and(|failure| failure.event.is_some())
+            && row.entry.position < mark
+    };
+    if rows().any(is_behind)
+        && rows().any(|row| row.entry.status == Status::Live && row.entry.position == mark)
+    {
         world.record(Occurrence::BrokenStayedOthersMoved);
     }
     check_appends(world);
@@ -326,10 +403,12 @@ pub(super) fn is_played_by(row: &super::database::LedgerRow, release: projectors
 
 /// What a writer was told is stored is there, once.
 fn check_appends(world: &mut World) {
-    let mut ids: Vec<&str> = world.database.events.iter().flatten().map(|row| row.event.event_id()).collect();
+    let mut ids: Vec<&str> =
+        world.database.events.iter().flatten().map(|row| row.event.event_id()).collect();
     ids.sort_unstable();
     let repeated = ids.windows(2).find(|pair| pair[0] == pair[1]).map(|pair| pair[0].to_owned());
-    let lost = world.acknowledged.iter().find(|id| ids.binary_search(&id.as_str()).is_err()).cloned();
+    let lost =
+        world.acknowledged.iter().find(|id| ids.binary_search(&id.as_str()).is_err()).cloned();
     if let Some(id) = repeated {
         world.record_violation(1, || format!("event {id} is in the log twice"));
     }
@@ -342,7 +421,12 @@ fn check_appends(world: &mut World) {
 fn fold(world: &World, projector_index: usize, start: Position, position: Position) -> Vec<u64> {
     let range = start.get() + 1..=position.get();
     range
-        .filter(|&p| world.database.committed(p).is_some_and(|event| projectors::wants(projector_index, event)))
+        .filter(|&p| {
+            world
+                .database
+                .committed(p)
+                .is_some_and(|event| projectors::wants(projector_index, event))
+        })
         .collect()
 }
 

@@ -90,7 +90,9 @@ pub(super) fn releases() -> Vec<Registry> {
     let registry = |release: Release| {
         let mut registry = Registry::new();
         for &projector_index in RELEASES[release] {
-            registry.add(define(release, projector_index)).expect("names and versions of their own");
+            registry
+                .add(define(release, projector_index))
+                .expect("names and versions of their own");
         }
         registry
     };
@@ -110,7 +112,9 @@ pub(super) fn digest(release: Release, projector_index: usize) -> &'static str {
         registry.iter().next().expect("one").digest.clone()
     };
     let all = || {
-        let of = |release| (0..PROJECTORS.len()).map(|projector_index| digest(release, projector_index)).collect();
+        let of = |release| {
+            (0..PROJECTORS.len()).map(|projector_index| digest(release, projector_index)).collect()
+        };
         (0..RELEASE_COUNT).map(of).collect()
     };
     &DIGESTS.get_or_init(all)[release][projector_index]
@@ -118,7 +122,9 @@ pub(super) fn digest(release: Release, projector_index: usize) -> &'static str {
 
 /// The number of a projector in the cast.
 pub(super) fn index_of(id: &ProjectorId) -> usize {
-    let found = PROJECTORS.iter().position(|projector| projector.name == id.name && projector.version == id.version);
+    let found = PROJECTORS
+        .iter()
+        .position(|projector| projector.name == id.name && projector.version == id.version);
     found.expect("every projector is of the cast")
 }
 
@@ -127,7 +133,8 @@ pub(super) fn is_in_release(release: Release, projector_index: usize) -> bool {
     RELEASES[release].contains(&projector_index)
 }
 
-/// Whether a projector's read model holds this event: told apart from the engine's own notion of it.
+/// Whether a projector's read model holds this event: told apart from the engine's own notion of
+/// it.
 pub(super) fn wants(projector_index: usize, event: &Event) -> bool {
     match PROJECTORS[projector_index].only_closed {
         true => event.event_type() == TYPES[1],

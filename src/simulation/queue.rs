@@ -1,5 +1,6 @@
-//! The queue: FIFO with one group, or standard. It loses, repeats and reorders; what is received is hidden for a
-//! while; one that is received too often goes to a dead-letter queue, which is to say that it is gone.
+//! The queue: FIFO with one group, or standard. It loses, repeats and reorders; what is received is
+//! hidden for a while; one that is received too often goes to a dead-letter queue, which is to say
+//! that it is gone.
 
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -73,13 +74,20 @@ impl Queue {
         if self.is_fifo && self.messages.iter().any(|message| Queue::is_hidden(message, clock)) {
             return Vec::new();
         }
-        (0..self.messages.len()).filter(|&at| !Queue::is_hidden(&self.messages[at], clock)).collect()
+        (0..self.messages.len())
+            .filter(|&at| !Queue::is_hidden(&self.messages[at], clock))
+            .collect()
     }
 }
 
 impl World {
     /// Puts a message into the queue, unless the queue knows it.
-    pub(super) fn enqueue(&mut self, body: &str, last: Option<Position>, deduplication_id: Option<&str>) {
+    pub(super) fn enqueue(
+        &mut self,
+        body: &str,
+        last: Option<Position>,
+        deduplication_id: Option<&str>,
+    ) {
         let clock = self.clock;
         if let Some(id) = deduplication_id.filter(|_| self.queue.is_fifo) {
             if self.queue.sent.get(id).is_some_and(|&sent| clock - sent < DEDUPLICATION_WINDOW) {
@@ -89,7 +97,13 @@ impl World {
             }
             self.queue.sent.insert(id.to_owned(), clock);
         }
-        let message = Message { body: body.into(), last, hidden_until: 0, receives: 0, deliveries: Vec::new() };
+        let message = Message {
+            body: body.into(),
+            last,
+            hidden_until: 0,
+            receives: 0,
+            deliveries: Vec::new(),
+        };
         self.queue.messages.push(message);
         self.arrivals += 1;
     }
@@ -142,7 +156,9 @@ impl World {
     }
 
     fn delete(&mut self, receipt: Receipt, release: Release) {
-        let holds = |message: &Message| message.deliveries.iter().any(|delivery| delivery.receipt == receipt);
+        let holds = |message: &Message| {
+            message.deliveries.iter().any(|delivery| delivery.receipt == receipt)
+        };
         let Some(at) = self.queue.messages.iter().position(holds) else { return };
         let message = &self.queue.messages[at];
         let is_stale = message.deliveries.last().is_none_or(|delivery| delivery.receipt != receipt)
@@ -157,8 +173,12 @@ impl World {
         }
         let message = self.queue.messages.remove(at);
         self.arrivals += 1;
-        self.trace(|| format!("a message through {:?} is deleted", message.last.map(Position::get)));
-        if let Some(delivery) = message.deliveries.iter().find(|delivery| delivery.receipt == receipt) {
+        self.trace(|| {
+            format!("a message through {:?} is deleted", message.last.map(Position::get))
+        });
+        if let Some(delivery) =
+            message.deliveries.iter().find(|delivery| delivery.receipt == receipt)
+        {
             invariants::before_delete(self, &message, delivery, release);
         }
     }
@@ -178,7 +198,12 @@ impl Sim {
     }
 
     /// Sends what the relay has packed.
-    pub(super) async fn send(&self, body: &str, last: Position, deduplication_id: &str) -> Result<(), QueueError> {
+    pub(super) async fn send(
+        &self,
+        body: &str,
+        last: Position,
+        deduplication_id: &str,
+    ) -> Result<(), QueueError> {
         self.request().await?;
         let mut world = self.world();
         invariants::before_send(&mut world, last);
@@ -215,7 +240,11 @@ impl Sim {
     }
 
     /// Deletes messages, as a worker of this release.
-    pub(super) async fn delete(&self, receipts: &[Receipt], release: Release) -> Result<(), QueueError> {
+    pub(super) async fn delete(
+        &self,
+        receipts: &[Receipt],
+        release: Release,
+    ) -> Result<(), QueueError> {
         self.request().await?;
         for &receipt in receipts {
             self.world().delete(receipt, release);
@@ -228,7 +257,8 @@ impl Sim {
         let mut world = self.world();
         let clock = world.clock;
         for message in &mut world.queue.messages {
-            let is_ours = message.deliveries.last().is_some_and(|last| receipts.contains(&last.receipt));
+            let is_ours =
+                message.deliveries.last().is_some_and(|last| receipts.contains(&last.receipt));
             if is_ours && message.hidden_until > clock {
                 message.hidden_until = clock + ticks;
             }

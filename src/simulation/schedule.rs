@@ -1,5 +1,5 @@
-//! One schedule: which process goes on next, what breaks in between, and how all comes to rest. Everything
-//! follows from the seed.
+//! One schedule: which process goes on next, what breaks in between, and how all comes to rest.
+//! Everything follows from the seed.
 
 use std::task::{Context, Poll, Waker};
 
@@ -91,7 +91,8 @@ pub(super) fn run(plan: Plan, releases: &[Registry]) -> Outcome {
 }
 
 impl Scheduler<'_> {
-    /// Draws what kind of schedule it is, and says how many steps it has until everything comes to rest.
+    /// Draws what kind of schedule it is, and says how many steps it has until everything comes to
+    /// rest.
     fn prepare(&mut self) -> u64 {
         let sim = self.sim.clone();
         let writers = {
@@ -115,7 +116,12 @@ impl Scheduler<'_> {
             if chances.poison > 0 && world.rng.u32(0..4) == 0 {
                 for _ in 0..world.rng.u32(1..=3) {
                     let projector_index = world.rng.usize(0..PROJECTORS.len());
-                    world.poison.push(Poison { projector_index, position: 0, kind: FailureKind::Error, release: None });
+                    world.poison.push(Poison {
+                        projector_index,
+                        position: 0,
+                        kind: FailureKind::Error,
+                        release: None,
+                    });
                 }
             }
             self.fault_rate = world.rng.u32(5..80);
@@ -169,7 +175,8 @@ impl Scheduler<'_> {
         }
     }
 
-    /// Nothing breaks any more: what runs comes to its end, one release is deployed, and all is quiet.
+    /// Nothing breaks any more: what runs comes to its end, one release is deployed, and all is
+    /// quiet.
     fn settle(&mut self) {
         let release = self.random_release();
         let mends = {
@@ -191,9 +198,15 @@ impl Scheduler<'_> {
             true => self.kill(|_| true),
             false => self.slots.iter_mut().for_each(|slot| slot.paused_until = 0),
         }
-        let is_transient =
-            |slot: &Slot| matches!(slot.process_id, ProcessId::Writer(_) | ProcessId::Boot(..) | ProcessId::Retire(..));
-        if !self.run_until("writers, boots and retires end", |scheduler| !scheduler.slots.iter().any(is_transient)) {
+        let is_transient = |slot: &Slot| {
+            matches!(
+                slot.process_id,
+                ProcessId::Writer(_) | ProcessId::Boot(..) | ProcessId::Retire(..)
+            )
+        };
+        if !self.run_until("writers, boots and retires end", |scheduler| {
+            !scheduler.slots.iter().any(is_transient)
+        }) {
             return;
         }
         self.kill(|process_id| matches!(process_id, ProcessId::Play(_, of) if *of != release));
@@ -203,8 +216,8 @@ impl Scheduler<'_> {
         if !self.slots.iter().any(|slot| matches!(slot.process_id, ProcessId::Relay(_))) {
             self.start_relay();
         }
-        // Twice, if need be: a worker may have met its poison before it was mended, and break its projector only
-        // when the first boot has passed that by.
+        // Twice, if need be: a worker may have met its poison before it was mended, and break its
+        // projector only when the first boot has passed that by.
         for _ in 0..2 {
             self.last_boot = None;
             self.start_boot(release);
@@ -216,25 +229,41 @@ impl Scheduler<'_> {
             }
         }
         self.check_boot(release, mends);
-        while self.slots.iter().filter(|slot| matches!(slot.process_id, ProcessId::Play(..))).count() < 2 {
+        while self
+            .slots
+            .iter()
+            .filter(|slot| matches!(slot.process_id, ProcessId::Play(..)))
+            .count()
+            < 2
+        {
             self.start_play(release);
         }
-        if self.run_until("everything is quiet", |scheduler| is_quiet(&scheduler.sim.world(), release)) {
+        if self
+            .run_until("everything is quiet", |scheduler| is_quiet(&scheduler.sim.world(), release))
+        {
             let mut world = self.sim.world();
             world.process_id = ProcessId::Scheduler;
             invariants::at_rest(&mut world, release);
         }
     }
 
-    /// An operator retires what must be rebuilt, so that it is booted anew. `false`: it came to no end.
+    /// An operator retires what must be rebuilt, so that it is booted anew. `false`: it came to no
+    /// end.
     fn rebuild(&mut self, release: Release) -> bool {
         let is_incomplete = |row: &&super::database::LedgerRow| {
             super::projectors::is_in_release(release, row.projector_index)
                 && row.must_be_rebuilt()
                 && row.entry.status != Status::Retired
         };
-        let incomplete: Vec<_> =
-            self.sim.world().database.ledger.iter().filter(is_incomplete).map(|row| row.projector_index).collect();
+        let incomplete: Vec<_> = self
+            .sim
+            .world()
+            .database
+            .ledger
+            .iter()
+            .filter(is_incomplete)
+            .map(|row| row.projector_index)
+            .collect();
         for projector_index in incomplete {
             self.sim.record(Occurrence::Rebuilt);
             let (number, registry) = (self.next_number(), self.releases[release].clone());
@@ -242,10 +271,14 @@ impl Scheduler<'_> {
                 name: PROJECTORS[projector_index].name.into(),
                 version: PROJECTORS[projector_index].version,
             };
-            self.start(ProcessId::Retire(number, release), Box::pin(retire::rebuild(self.sim.clone(), registry, id)));
+            self.start(
+                ProcessId::Retire(number, release),
+                Box::pin(retire::rebuild(self.sim.clone(), registry, id)),
+            );
         }
-        let retires =
-            |scheduler: &Self| scheduler.slots.iter().any(|slot| matches!(slot.process_id, ProcessId::Retire(..)));
+        let retires = |scheduler: &Self| {
+            scheduler.slots.iter().any(|slot| matches!(slot.process_id, ProcessId::Retire(..)))
+        };
         self.run_until("what must be rebuilt is retired", |scheduler| !retires(scheduler))
     }
 
@@ -268,7 +301,9 @@ impl Scheduler<'_> {
             _ => false,
         };
         if !is_right {
-            world.record_violation(9, || format!("nothing was in its way, and the last boot ended with {ended:?}"));
+            world.record_violation(9, || {
+                format!("nothing was in its way, and the last boot ended with {ended:?}")
+            });
         }
     }
 
@@ -282,7 +317,9 @@ impl Scheduler<'_> {
             }
             self.step();
         }
-        self.sim.world().record_violation(9, || format!("after {MAX_SETTLE_STEPS} steps still not: {what}"));
+        self.sim
+            .world()
+            .record_violation(9, || format!("after {MAX_SETTLE_STEPS} steps still not: {what}"));
         false
     }
 
@@ -335,9 +372,15 @@ impl Scheduler<'_> {
     /// Kills all of these processes, and what they have sent off.
     pub(super) fn kill(&mut self, is: impl Fn(&ProcessId) -> bool) {
         self.sim.world().is_killing = true;
-        let dead: Vec<ProcessId> =
-            self.slots.iter().map(|slot| slot.process_id).filter(|process_id| is(process_id)).collect();
-        self.slots.retain(|slot| !is(&slot.process_id) && !dead.iter().any(|dead| slot.process_id.belongs_to(*dead)));
+        let dead: Vec<ProcessId> = self
+            .slots
+            .iter()
+            .map(|slot| slot.process_id)
+            .filter(|process_id| is(process_id))
+            .collect();
+        self.slots.retain(|slot| {
+            !is(&slot.process_id) && !dead.iter().any(|dead| slot.process_id.belongs_to(*dead))
+        });
         self.sim.world().is_killing = false;
         self.refresh_running();
     }
@@ -346,7 +389,9 @@ impl Scheduler<'_> {
     pub(super) fn refresh_running(&mut self) {
         let mut world = self.sim.world();
         let plays = |number: u64| {
-            self.slots.iter().any(|slot| matches!(slot.process_id, ProcessId::Play(of, _) if of == number))
+            self.slots
+                .iter()
+                .any(|slot| matches!(slot.process_id, ProcessId::Play(of, _) if of == number))
         };
         world.in_background.retain(|&(worker, _)| plays(worker));
         let playing = self.slots.iter().filter_map(|slot| match slot.process_id {
@@ -354,7 +399,8 @@ impl Scheduler<'_> {
             _ => None,
         });
         world.playing = playing.collect();
-        world.booting = self.slots.iter().filter(|slot| matches!(slot.process_id, ProcessId::Boot(..))).count();
+        world.booting =
+            self.slots.iter().filter(|slot| matches!(slot.process_id, ProcessId::Boot(..))).count();
     }
 
     pub(super) fn random_release(&mut self) -> Release {
@@ -377,7 +423,10 @@ impl Scheduler<'_> {
         }
         self.highest_release = self.highest_release.max(release);
         let (number, registry) = (self.next_number(), self.releases[release].clone());
-        self.start(ProcessId::Play(number, release), Box::pin(play::play(self.sim.clone(), number, release, registry)));
+        self.start(
+            ProcessId::Play(number, release),
+            Box::pin(play::play(self.sim.clone(), number, release, registry)),
+        );
     }
 
     pub(super) fn start_boot(&mut self, release: Release) {
@@ -385,12 +434,18 @@ impl Scheduler<'_> {
             self.sim.record(Occurrence::TwoBoots);
         }
         let (number, registry) = (self.next_number(), self.releases[release].clone());
-        self.start(ProcessId::Boot(number, release), Box::pin(boot::boot(self.sim.clone(), release, registry)));
+        self.start(
+            ProcessId::Boot(number, release),
+            Box::pin(boot::boot(self.sim.clone(), release, registry)),
+        );
     }
 
     pub(super) fn start_retire(&mut self, release: Release) {
         let (number, registry) = (self.next_number(), self.releases[release].clone());
-        self.start(ProcessId::Retire(number, release), Box::pin(retire::retire(self.sim.clone(), registry)));
+        self.start(
+            ProcessId::Retire(number, release),
+            Box::pin(retire::retire(self.sim.clone(), registry)),
+        );
     }
 
     fn start(&mut self, process_id: ProcessId, process: Process) {
@@ -411,8 +466,12 @@ impl Slot {
             && match self.wait {
                 Wait::Ready => true,
                 Wait::Until(until) => until <= world.clock,
-                Wait::Lock { releases, until } => releases != world.releases || until <= world.clock,
-                Wait::Message { arrivals, until } => arrivals != world.arrivals || until <= world.clock,
+                Wait::Lock { releases, until } => {
+                    releases != world.releases || until <= world.clock
+                }
+                Wait::Message { arrivals, until } => {
+                    arrivals != world.arrivals || until <= world.clock
+                }
             }
     }
 
@@ -431,7 +490,9 @@ fn is_quiet(world: &World, release: Release) -> bool {
     let database = &world.database;
     let mark = database.high_water;
     let awaits = |row: &super::database::LedgerRow| {
-        row.entry.status == Status::Live && invariants::is_played_by(row, release) && row.entry.position < mark
+        row.entry.status == Status::Live
+            && invariants::is_played_by(row, release)
+            && row.entry.position < mark
     };
     database.open.is_empty()
         && world.queue.messages.is_empty()

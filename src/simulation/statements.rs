@@ -1,4 +1,5 @@
-//! The statements of the engine, each atomic, each a step. They mirror the SQL of `store/` and `ledger.rs`.
+//! The statements of the engine, each atomic, each a step. They mirror the SQL of `store/` and
+//! `ledger.rs`.
 
 use std::ops::RangeInclusive;
 
@@ -42,12 +43,16 @@ pub(super) enum DatabaseError {
 
 impl Sim {
     /// A statement is about to be carried out, in a transaction or by itself.
-    pub(super) async fn statement(&self, transaction: Option<TransactionId>) -> Result<(), DatabaseError> {
+    pub(super) async fn statement(
+        &self,
+        transaction: Option<TransactionId>,
+    ) -> Result<(), DatabaseError> {
         self.step().await;
         let mut world = self.world();
         let is_down = world.clock < world.database.down_until;
-        let is_gone =
-            transaction.is_some_and(|id| world.database.open.get(&id).is_none_or(|open| open.orphaned_until.is_some()));
+        let is_gone = transaction.is_some_and(|id| {
+            world.database.open.get(&id).is_none_or(|open| open.orphaned_until.is_some())
+        });
         let chance = world.chances.connection_cut;
         if is_down || is_gone || world.roll(chance) {
             world.record(Occurrence::ConnectionCut);
@@ -72,7 +77,12 @@ impl Sim {
                 let mut world = self.world();
                 let Some(holder) = holder(&world) else { return Ok(()) };
                 world.record(Occurrence::LockWait);
-                if world.database.open.get(&holder).is_some_and(|open| open.orphaned_until.is_some()) {
+                if world
+                    .database
+                    .open
+                    .get(&holder)
+                    .is_some_and(|open| open.orphaned_until.is_some())
+                {
                     world.record(Occurrence::OrphanHeldLock);
                 }
                 if world.clock >= until {
@@ -90,19 +100,29 @@ impl Sim {
         self.statement(None).await?;
         let world = self.world();
         let database = &world.database;
-        Ok(Marks { high_water: database.high_water, published: database.published, log: log(), blocked: None })
+        Ok(Marks {
+            high_water: database.high_water,
+            published: database.published,
+            log: log(),
+            blocked: None,
+        })
     }
 
     /// The marks, and which events stand at these positions.
     pub(super) async fn view(&self, positions: &[Position]) -> Result<LogSnapshot, DatabaseError> {
         let marks = self.marks().await?;
         let world = self.world();
-        let id =
-            |position: &Position| Some((*position, world.database.committed(position.get())?.event_id().to_owned()));
+        let id = |position: &Position| {
+            Some((*position, world.database.committed(position.get())?.event_id().to_owned()))
+        };
         Ok(LogSnapshot { marks, event_ids: positions.iter().filter_map(id).collect() })
     }
 
-    pub(super) async fn visible_above(&self, mark: Position, limit: usize) -> Result<Vec<u64>, DatabaseError> {
+    pub(super) async fn visible_above(
+        &self,
+        mark: Position,
+        limit: usize,
+    ) -> Result<Vec<u64>, DatabaseError> {
         self.statement(None).await?;
         let world = self.world();
         let database = &world.database;
@@ -127,7 +147,9 @@ impl Sim {
     pub(super) async fn is_locked(&self, run: &RangeInclusive<u64>) -> Result<bool, DatabaseError> {
         self.statement(None).await?;
         let mut world = self.world();
-        let is_locked = run.clone().any(|position| world.database.row(position).is_some_and(|row| row.owner.is_some()));
+        let is_locked = run
+            .clone()
+            .any(|position| world.database.row(position).is_some_and(|row| row.owner.is_some()));
         world.trace(|| format!("probes {run:?}: {}", if is_locked { "locked" } else { "absent" }));
         Ok(is_locked)
     }
@@ -163,11 +185,16 @@ impl Sim {
         let end = through.min(Position::new(after.get() + limit));
         let world = self.world();
         let database = &world.database;
-        let events = (after.get() + 1..=end.get()).filter_map(|position| database.committed(position).cloned());
+        let events = (after.get() + 1..=end.get())
+            .filter_map(|position| database.committed(position).cloned());
         Ok(Page { events: events.collect(), after, through: end })
     }
 
-    pub(super) async fn lease_relay(&self, holder: u64, ticks: Tick) -> Result<bool, DatabaseError> {
+    pub(super) async fn lease_relay(
+        &self,
+        holder: u64,
+        ticks: Tick,
+    ) -> Result<bool, DatabaseError> {
         self.statement(None).await?;
         let mut world = self.world();
         let clock = world.clock;
@@ -209,7 +236,8 @@ impl Sim {
             world.record(Occurrence::BootedAgain);
         }
         world.trace(|| format!("enters {} at {position}", projector.id));
-        let (id, mode, side_effects) = (projector.id.clone(), projector.mode, projector.has_side_effects);
+        let (id, mode, side_effects) =
+            (projector.id.clone(), projector.mode, projector.has_side_effects);
         let entry = Entry {
             id,
             mode,
@@ -236,7 +264,8 @@ impl Sim {
         Ok(())
     }
 
-    /// Records the definition with which a projector is booted, over the one that was compared with.
+    /// Records the definition with which a projector is booted, over the one that was compared
+    /// with.
     pub(super) async fn set_definition(
         &self,
         projector: &RegisteredProjector,
@@ -244,7 +273,10 @@ impl Sim {
     ) -> Result<(), DatabaseError> {
         self.statement(None).await?;
         let projector_index = projectors::index_of(&projector.id);
-        self.wait_until_unlocked(LOCK_WAIT_TIMEOUT, |world| world.database.ledger_row(projector_index)?.lock).await?;
+        self.wait_until_unlocked(LOCK_WAIT_TIMEOUT, |world| {
+            world.database.ledger_row(projector_index)?.lock
+        })
+        .await?;
         let mut world = self.world();
         let clock = world.clock;
         if let Some(row) = world.database.ledger_row_mut(projector_index)
@@ -268,8 +300,11 @@ impl Sim {
         let mut transaction = self.begin();
         let Some(mut entry) = transaction.lock(id).await.map_err(Some)? else { return Ok(None) };
         if still(&entry) {
-            entry.status = lifecycle::apply_transition(&entry.status, entry.mode, transition).map_err(|_| None)?;
-            if let Some(reason) = entry.status.failure().and_then(|failure| failure.rebuild_reason.clone()) {
+            entry.status = lifecycle::apply_transition(&entry.status, entry.mode, transition)
+                .map_err(|_| None)?;
+            if let Some(reason) =
+                entry.status.failure().and_then(|failure| failure.rebuild_reason.clone())
+            {
                 entry.rebuild_reason = Some(reason);
             }
             transaction.write(entry.clone()).await.map_err(Some)?;
@@ -278,11 +313,15 @@ impl Sim {
         Ok(Some(entry))
     }
 
-    /// Forgets why a read model must be rebuilt, as an operator may who has repaired it. Only a deliberate bug does this.
+    /// Forgets why a read model must be rebuilt, as an operator may who has repaired it. Only a
+    /// deliberate bug does this.
     pub(super) async fn accept(&self, id: &ProjectorId) -> Result<(), DatabaseError> {
         self.statement(None).await?;
         let projector_index = projectors::index_of(id);
-        self.wait_until_unlocked(LOCK_WAIT_TIMEOUT, |world| world.database.ledger_row(projector_index)?.lock).await?;
+        self.wait_until_unlocked(LOCK_WAIT_TIMEOUT, |world| {
+            world.database.ledger_row(projector_index)?.lock
+        })
+        .await?;
         if let Some(row) = self.world().database.ledger_row_mut(projector_index) {
             (row.entry.rebuild_reason, row.partially_applied) = (None, false);
         }
@@ -293,13 +332,15 @@ impl Sim {
     pub(super) async fn remove(&self, id: &ProjectorId) -> Result<(), DatabaseError> {
         self.statement(None).await?;
         let projector_index = projectors::index_of(id);
-        self.wait_until_unlocked(LOCK_WAIT_TIMEOUT, |world| world.database.ledger_row(projector_index)?.lock).await?;
+        self.wait_until_unlocked(LOCK_WAIT_TIMEOUT, |world| {
+            world.database.ledger_row(projector_index)?.lock
+        })
+        .await?;
         let mut world = self.world();
         world.trace(|| format!("forgets {id}"));
-        world
-            .database
-            .ledger
-            .retain(|row| row.projector_index != projector_index || row.entry.status != Status::Retired);
+        world.database.ledger.retain(|row| {
+            row.projector_index != projector_index || row.entry.status != Status::Retired
+        });
         Ok(())
     }
 

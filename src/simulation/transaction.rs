@@ -1,4 +1,5 @@
-//! A transaction, as its client sees it. Dropped, it is rolled back by the server when that notices.
+//! A transaction, as its client sees it. Dropped, it is rolled back by the server when that
+//! notices.
 
 use super::database::{OpenTransaction, Row, TransactionId};
 use super::invariants::{self, Claim};
@@ -53,17 +54,25 @@ impl Transaction {
     }
 
     /// Inserts a row. One that is locked by others is waited for; a committed one is a collision.
-    pub(super) async fn insert(&mut self, event: Event, timeout: Tick) -> Result<(), DatabaseError> {
+    pub(super) async fn insert(
+        &mut self,
+        event: Event,
+        timeout: Tick,
+    ) -> Result<(), DatabaseError> {
         self.sim.statement(Some(self.id)).await?;
         let (own, position) = (self.id, event.position().get());
-        let holder = |world: &super::world::World| world.database.row(position)?.owner.filter(|&owner| owner != own);
+        let holder = |world: &super::world::World| {
+            world.database.row(position)?.owner.filter(|&owner| owner != own)
+        };
         self.sim.wait_until_unlocked(timeout, holder).await?;
         let mut world = self.sim.world();
         if world.database.committed(position).is_some() {
             world.trace(|| format!("cannot insert {position}: 1062"));
             return Err(DatabaseError::PositionTaken);
         }
-        let Some(open) = world.database.open.get_mut(&own).filter(|open| open.orphaned_until.is_none()) else {
+        let Some(open) =
+            world.database.open.get_mut(&own).filter(|open| open.orphaned_until.is_none())
+        else {
             return Err(DatabaseError::ConnectionLost);
         };
         open.inserted.push(position);
@@ -74,14 +83,19 @@ impl Transaction {
         Ok(())
     }
 
-    /// Refuses an event id that the log has. A writer that is still undecided about it is waited for.
+    /// Refuses an event id that the log has. A writer that is still undecided about it is waited
+    /// for.
     pub(super) async fn check_event_id(&self, event_id: &str) -> Result<(), DatabaseError> {
         let own = self.id;
         let of = |world: &super::world::World| {
             let rows = world.database.events.iter().flatten();
-            rows.filter(|row| row.owner != Some(own)).find(|row| row.event.event_id() == event_id).map(|row| row.owner)
+            rows.filter(|row| row.owner != Some(own))
+                .find(|row| row.event.event_id() == event_id)
+                .map(|row| row.owner)
         };
-        self.sim.wait_until_unlocked(DEFAULT_LOCK_WAIT_TIMEOUT, |world| of(world).flatten()).await?;
+        self.sim
+            .wait_until_unlocked(DEFAULT_LOCK_WAIT_TIMEOUT, |world| of(world).flatten())
+            .await?;
         match of(&self.sim.world()) {
             Some(_) => Err(DatabaseError::EventIdTaken),
             None => Ok(()),
@@ -92,8 +106,9 @@ impl Transaction {
     pub(super) async fn lock(&mut self, id: &ProjectorId) -> Result<Option<Entry>, DatabaseError> {
         self.sim.statement(Some(self.id)).await?;
         let (own, projector_index) = (self.id, projectors::index_of(id));
-        let holder =
-            |world: &super::world::World| world.database.ledger_row(projector_index)?.lock.filter(|&by| by != own);
+        let holder = |world: &super::world::World| {
+            world.database.ledger_row(projector_index)?.lock.filter(|&by| by != own)
+        };
         self.sim.wait_until_unlocked(DEFAULT_LOCK_WAIT_TIMEOUT, holder).await?;
         let mut world = self.sim.world();
         if world.database.open.get(&own).is_none_or(|open| open.orphaned_until.is_some()) {
@@ -110,8 +125,9 @@ impl Transaction {
         Ok(Some(entry))
     }
 
-    /// Runs the handler of a projector, as a release has it, on what it wants. All of it is one step, unless it commits by itself:
-    /// then others go first before that is noticed, if it ever is.
+    /// Runs the handler of a projector, as a release has it, on what it wants. All of it is one
+    /// step, unless it commits by itself: then others go first before that is noticed, if it ever
+    /// is.
     pub(super) async fn handle(
         &mut self,
         id: &ProjectorId,
@@ -124,7 +140,8 @@ impl Transaction {
         }
         self.sim.step().await;
         let mut world = self.sim.world();
-        // The rest is in another transaction. It fails, or the savepoint is missed; or the connection is lost before that.
+        // The rest is in another transaction. It fails, or the savepoint is missed; or the
+        // connection is lost before that.
         if world.rng.bool() {
             world.record(Occurrence::ConnectionCut);
             world.trace(|| "loses its connection".into());
@@ -134,7 +151,12 @@ impl Transaction {
     }
 
     /// Whether the handler has committed a part of the batch.
-    fn run_handler(&mut self, id: &ProjectorId, release: Release, wanted: &[&Event]) -> Result<bool, HandlerError> {
+    fn run_handler(
+        &mut self,
+        id: &ProjectorId,
+        release: Release,
+        wanted: &[&Event],
+    ) -> Result<bool, HandlerError> {
         let mut world = self.sim.world();
         let projector_index = projectors::index_of(id);
         let chance = world.chances.deadlock;
@@ -143,7 +165,8 @@ impl Transaction {
             return Err(HandlerError::Transient);
         }
         let chance = world.chances.handler_commits;
-        let commits_after = if world.roll(chance) { Some(world.rng.usize(1..=wanted.len())) } else { None };
+        let commits_after =
+            if world.roll(chance) { Some(world.rng.usize(1..=wanted.len())) } else { None };
         let handled = &wanted[..commits_after.unwrap_or(wanted.len())];
         for event in handled {
             let position = event.position().get();
@@ -163,7 +186,13 @@ impl Transaction {
             return Ok(false);
         }
         world.record(Occurrence::HandlerCommitted);
-        world.trace(|| format!("the handler of {id} commits after {} of {} events", handled.len(), wanted.len()));
+        world.trace(|| {
+            format!(
+                "the handler of {id} commits after {} of {} events",
+                handled.len(),
+                wanted.len()
+            )
+        });
         world.commit_partially(self.id);
         Ok(true)
     }
@@ -178,7 +207,12 @@ impl Transaction {
     }
 
     /// Moves the locked row on.
-    pub(super) async fn advance(&mut self, entry: Entry, claim: Claim, to: Position) -> Result<(), DatabaseError> {
+    pub(super) async fn advance(
+        &mut self,
+        entry: Entry,
+        claim: Claim,
+        to: Position,
+    ) -> Result<(), DatabaseError> {
         self.write(Entry { position: to, ..entry }).await?;
         self.claim(claim);
         Ok(())

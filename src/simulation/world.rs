@@ -1,7 +1,9 @@
-//! What all processes share: time, chance, the database, the queue, and the record of what happened.
+//! What all processes share: time, chance, the database, the queue, and the record of what
+//! happened.
 //!
-//! A process is a future. Each of its statements, sends and receives first yields; the scheduler decides who goes
-//! on, so that everything else can happen in between. To drop the future is to kill the process at that point.
+//! A process is a future. Each of its statements, sends and receives first yields; the scheduler
+//! decides who goes on, so that everything else can happen in between. To drop the future is to
+//! kill the process at that point.
 
 use std::cell::{RefCell, RefMut};
 use std::fmt;
@@ -33,7 +35,8 @@ pub(super) enum ProcessId {
     Writer(u64),
     Relay(u64),
     Play(u64, Release),
-    /// What a worker of that number has sent off, to catch up by itself: it lives and dies with the worker.
+    /// What a worker of that number has sent off, to catch up by itself: it lives and dies with the
+    /// worker.
     Straggler(u64, Release),
     Boot(u64, Release),
     Retire(u64, Release),
@@ -125,7 +128,8 @@ pub(super) struct World {
     /// Who has left the convoy of which worker, and what is to be started for them.
     pub(super) in_background: Vec<(u64, ProjectorId)>,
     pub(super) spawned: Vec<(ProcessId, Process)>,
-    /// Who is in the convoy of which worker again, since when, and where the mark stood when it began to catch up.
+    /// Who is in the convoy of which worker again, since when, and where the mark stood when it
+    /// began to catch up.
     pub(super) readmitted: Vec<(u64, ProjectorId, Tick, Position)>,
     /// Who was retired and forgotten.
     pub(super) forgotten: [bool; super::projectors::PROJECTORS.len()],
@@ -199,7 +203,12 @@ impl World {
     /// Writes a line of the trace, if there is one.
     pub(super) fn trace(&mut self, what: impl FnOnce() -> String) {
         if let Some(trace) = &mut self.trace {
-            trace.push(format!("{:>5}  {:<14} {}", self.clock, self.process_id.to_string(), what()));
+            trace.push(format!(
+                "{:>5}  {:<14} {}",
+                self.clock,
+                self.process_id.to_string(),
+                what()
+            ));
         }
     }
 

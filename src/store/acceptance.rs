@@ -1,7 +1,7 @@
 //! Acceptances: what an operator has accepted of an audit, recorded for ever.
 //!
-//! An accepted position gets a filler, so that below the mark there are no holes again; then the rows as they are now become
-//! those that later audits compare with.
+//! An accepted position gets a filler, so that below the mark there are no holes again; then the
+//! rows as they are now become those that later audits compare with.
 
 use sqlx::{Connection, Row};
 use time::OffsetDateTime;
@@ -53,8 +53,10 @@ pub(crate) enum AcceptOutcome {
 impl EventStore {
     /// All acceptances, the oldest first.
     pub(crate) async fn acceptances(&self) -> Result<Vec<Acceptance>, sqlx::Error> {
-        let rows =
-            self.database.run_pooled(async |connection| sqlx::query(ACCEPTANCES).fetch_all(connection).await).await?;
+        let rows = self
+            .database
+            .run_pooled(async |connection| sqlx::query(ACCEPTANCES).fetch_all(connection).await)
+            .await?;
         rows.iter()
             .map(|row| {
                 Ok(Acceptance {
@@ -70,13 +72,18 @@ impl EventStore {
     }
 
     /// How many positions of a range have no row.
-    pub(crate) async fn missing_between(&self, first: Position, last: Position) -> Result<u64, sqlx::Error> {
+    pub(crate) async fn missing_between(
+        &self,
+        first: Position,
+        last: Position,
+    ) -> Result<u64, sqlx::Error> {
         let mut connection = self.database.acquire().await?;
         let rows = self.fingerprint_between(&mut connection, first.previous(), last).await?.rows;
         Ok(last.since(first.previous()).saturating_sub(rows))
     }
 
-    /// Accepts a range of the log as it is now. Interrupted, it can be run again: what was filled is counted still.
+    /// Accepts a range of the log as it is now. Interrupted, it can be run again: what was filled
+    /// is counted still.
     pub(crate) async fn accept(
         &self,
         first: Position,
@@ -95,7 +102,9 @@ impl EventStore {
             let absent: Vec<u64> = (after.next().get()..=through.get())
                 .filter(|position| present.binary_search(position).is_err())
                 .collect();
-            if let FillOutcome { blocked: Some(blocked), .. } = self.fill_in_stream(&stream_id, &absent).await? {
+            if let FillOutcome { blocked: Some(blocked), .. } =
+                self.fill_in_stream(&stream_id, &absent).await?
+            {
                 return Ok(AcceptOutcome::Blocked(blocked));
             }
             after = through;
@@ -112,13 +121,26 @@ impl EventStore {
             let mut transaction = connection.begin().await?;
             let now: u64 = sqlx::query_scalar(LOCK).fetch_one(&mut *transaction).await?;
             // The mark may have risen since: these rows are those that it has just passed.
-            let risen = self.fingerprint_between(&mut transaction, high_water, Position::new(now)).await?;
+            let risen =
+                self.fingerprint_between(&mut transaction, high_water, Position::new(now)).await?;
             fingerprint.rows += risen.rows;
             fingerprint.bits ^= risen.bits;
-            let missing: i64 = sqlx::query_scalar(COUNT_FILLERS).bind(&stream_id).fetch_one(&mut *transaction).await?;
+            let missing: i64 = sqlx::query_scalar(COUNT_FILLERS)
+                .bind(&stream_id)
+                .fetch_one(&mut *transaction)
+                .await?;
             let missing = missing.unsigned_abs();
-            sqlx::query(SET_BASELINE).bind(fingerprint.rows).bind(fingerprint.bits).execute(&mut *transaction).await?;
-            let record = sqlx::query(RECORD).bind(first.get()).bind(last.get()).bind(missing).bind(reason).bind(by);
+            sqlx::query(SET_BASELINE)
+                .bind(fingerprint.rows)
+                .bind(fingerprint.bits)
+                .execute(&mut *transaction)
+                .await?;
+            let record = sqlx::query(RECORD)
+                .bind(first.get())
+                .bind(last.get())
+                .bind(missing)
+                .bind(reason)
+                .bind(by);
             record.execute(&mut *transaction).await?;
             transaction.commit().await?;
             Ok(missing)

@@ -13,15 +13,15 @@ use crate::model::error::{is_transient, server_error_number};
 use crate::model::event::{NewEvent, Position, utc_datetime};
 
 /// One text for any number of rows, with [`INSERT_ROW`] for each.
-const INSERT: &str =
-    "insert into events (event_id, stream_id, stream_version, event_type, recorded_at, payload, metadata) values ";
+const INSERT: &str = "insert into events (event_id, stream_id, stream_version, event_type, recorded_at, payload, metadata) values ";
 const INSERT_ROW: &str = "(?, ?, ?, ?, coalesce(?, utc_timestamp(6)), ?, ?)";
 
 const VERSIONS: &str = "select stream_id, max(stream_version) from events where stream_id in (";
 
 const POSITION_OF: &str = "select position from events where event_id = ?";
 
-/// Deadlocks, lock waits, tombstones and other writers of the same stream: all rare, none worth more than this.
+/// Deadlocks, lock waits, tombstones and other writers of the same stream: all rare, none worth
+/// more than this.
 const MAX_ATTEMPTS: u32 = 20;
 
 /// How long to go on asking whether an append has happened.
@@ -50,7 +50,9 @@ pub enum AppendError {
         reason: String,
     },
     /// Another writer was there first: read the stream again and decide anew.
-    #[error("stream {stream_id:?} is at version {actual}, so its next event cannot have version {expected}")]
+    #[error(
+        "stream {stream_id:?} is at version {actual}, so its next event cannot have version {expected}"
+    )]
     WrongVersion {
         /// Its place among those that were to be appended, from 0.
         index: usize,
@@ -61,7 +63,8 @@ pub enum AppendError {
         /// The version that the stream has.
         actual: u64,
     },
-    /// The log has an event of this id: this append was carried out before, or the id is not unique.
+    /// The log has an event of this id: this append was carried out before, or the id is not
+    /// unique.
     #[error("an event with the id {event_id:?} is in the log already")]
     DuplicateEventId {
         /// The id.
@@ -75,24 +78,28 @@ pub enum AppendError {
 impl EventStore {
     /// Appends events, of one stream or several, in one transaction: all of them or none.
     ///
-    /// Where an event names its `stream_version`, that must be the stream's next. The events of a transaction
-    /// become visible together, in order, but other writers' may lie between them.
+    /// Where an event names its `stream_version`, that must be the stream's next. The events of a
+    /// transaction become visible together, in order, but other writers' may lie between them.
     ///
     /// # Errors
-    /// [`AppendError`]; nothing is stored then. Only where the connection was lost over the commit, and the database
-    /// stayed away, nobody knows: append again with the same event ids, and what is stored is refused as a duplicate.
+    /// [`AppendError`]; nothing is stored then. Only where the connection was lost over the commit,
+    /// and the database stayed away, nobody knows: append again with the same event ids, and what
+    /// is stored is refused as a duplicate.
     pub async fn append(&self, events: &[NewEvent]) -> Result<AppendOutcome, AppendError> {
         for (index, event) in events.iter().enumerate() {
             event.check().map_err(|reason| AppendError::InvalidEvent { index, reason })?;
         }
-        // Made once, before the first attempt: an attempt whose commit was not acknowledged is found by them.
-        let ids: Vec<String> =
-            events.iter().map(|event| event.event_id.clone().unwrap_or_else(|| Uuid::now_v7().to_string())).collect();
+        // Made once, before the first attempt: an attempt whose commit was not acknowledged is
+        // found by them.
+        let ids: Vec<String> = events
+            .iter()
+            .map(|event| event.event_id.clone().unwrap_or_else(|| Uuid::now_v7().to_string()))
+            .collect();
         let Some(last_id) = ids.last() else {
             return Ok(AppendOutcome { events: 0, last: self.last_visible().await? });
         };
-        // Once a commit was asked for, only a look at the log tells whether it happened: the next attempt may find
-        // its own events in the way.
+        // Once a commit was asked for, only a look at the log tells whether it happened: the next
+        // attempt may find its own events in the way.
         let mut commit_sent = false;
         for attempt in 1.. {
             let error = match self.append_once(events, &ids, &mut commit_sent).await {
@@ -100,7 +107,8 @@ impl EventStore {
                 Err(error) => error,
             };
             let is_momentary = matches!(&error, AppendError::Database(error)
-                // A tombstone took our position, or another writer our version: both are decided anew.
+                // A tombstone took our position, or another writer our version: both are decided
+                // anew.
                 if is_transient(error) || matches!(collision(error), Some(Collision::Position | Collision::StreamVersion)));
             if !is_momentary || attempt == MAX_ATTEMPTS {
                 match commit_sent && self.position_of(last_id).await?.is_some() {
@@ -147,7 +155,8 @@ impl EventStore {
                 .map_err(sqlx::Error::Encode)?;
         }
         let insert = Statement { head: INSERT, row: INSERT_ROW, tail: "" };
-        if let Err(error) = self.database.with_timeout(rows.execute(insert, &mut transaction)).await {
+        if let Err(error) = self.database.with_timeout(rows.execute(insert, &mut transaction)).await
+        {
             self.roll_back(transaction).await;
             return Err(into_append_error(error));
         }
@@ -155,8 +164,8 @@ impl EventStore {
         Ok(self.database.with_timeout(transaction.commit()).await?)
     }
 
-    /// Rolls back, before the caller hears of anything: what a refused insert has locked would make others wait. Where that
-    /// fails, the connection is not used again, and the server rolls back.
+    /// Rolls back, before the caller hears of anything: what a refused insert has locked would make
+    /// others wait. Where that fails, the connection is not used again, and the server rolls back.
     async fn roll_back(&self, transaction: sqlx::Transaction<'_, sqlx::MySql>) {
         if let Err(error) = self.database.with_timeout(transaction.rollback()).await {
             tracing::debug!(%error, "a refused append was not rolled back at once, and is when its connection ends");
@@ -169,7 +178,8 @@ impl EventStore {
             self.database.run_pooled(async |connection| find.fetch_optional(connection).await).await
         };
         let position: Option<u64> =
-            backoff::retry_transient(Some(CONFIRM_TIMEOUT), "find out what was appended", find).await?;
+            backoff::retry_transient(Some(CONFIRM_TIMEOUT), "find out what was appended", find)
+                .await?;
         Ok(position.map(Position::new))
     }
 }
@@ -180,7 +190,8 @@ async fn current_versions(
 ) -> Result<HashMap<String, u64>, sqlx::Error> {
     let streams: HashSet<&str> = events.iter().map(|event| event.stream_id.as_str()).collect();
     let mut streams: Vec<&str> = streams.into_iter().collect();
-    // A prepared statement for each power of two, not for each number. To name a stream twice does no harm.
+    // A prepared statement for each power of two, not for each number. To name a stream twice does
+    // no harm.
     let last = streams.last().copied().unwrap_or_default();
     streams.resize(streams.len().next_power_of_two(), last);
     let mut query = QueryBuilder::new(VERSIONS);
@@ -194,7 +205,10 @@ async fn current_versions(
 }
 
 /// The version of each event, from those that their streams have now.
-fn assign_versions(events: &[NewEvent], mut current: HashMap<String, u64>) -> Result<Vec<u64>, AppendError> {
+fn assign_versions(
+    events: &[NewEvent],
+    mut current: HashMap<String, u64>,
+) -> Result<Vec<u64>, AppendError> {
     let mut versions = Vec::with_capacity(events.len());
     for (index, event) in events.iter().enumerate() {
         let version = current.entry(event.stream_id.clone()).or_default();
@@ -258,14 +272,22 @@ mod tests {
 
     #[test]
     fn versions_are_counted_per_stream() {
-        let events = [event("a", None, 2), event("b", None, 2), event("a", Some(8), 2), event("b", Some(2), 2)];
+        let events = [
+            event("a", None, 2),
+            event("b", None, 2),
+            event("a", Some(8), 2),
+            event("b", Some(2), 2),
+        ];
         let current = HashMap::from([("a".to_owned(), 6)]);
         assert_eq!(assign_versions(&events, current).expect("as expected"), [7, 1, 8, 2]);
     }
 
     #[test]
     fn a_version_that_is_not_the_next_is_refused() {
-        let error = assign_versions(&[event("a", None, 2), event("a", Some(2), 2)], HashMap::from([("a".into(), 1)]));
+        let error = assign_versions(
+            &[event("a", None, 2), event("a", Some(2), 2)],
+            HashMap::from([("a".into(), 1)]),
+        );
         let Err(AppendError::WrongVersion { index: 1, expected: 2, actual: 2, .. }) = error else {
             panic!("{error:?}");
         };

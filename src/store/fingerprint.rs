@@ -1,9 +1,9 @@
-//! The fingerprint of the log: what stood at or below the high-water mark when it passed, so that an audit
-//! can tell later whether it still does.
+//! The fingerprint of the log: what stood at or below the high-water mark when it passed, so that
+//! an audit can tell later whether it still does.
 //!
-//! It is a count and the exclusive or of 64 bits of SHA-256 over each row's position and event id: it does not
-//! depend on who raised the mark how far, and the server computes it without sending a row. It finds accidents;
-//! it is no proof against somebody who means to deceive.
+//! It is a count and the exclusive or of 64 bits of SHA-256 over each row's position and event id:
+//! it does not depend on who raised the mark how far, and the server computes it without sending a
+//! row. It finds accidents; it is no proof against somebody who means to deceive.
 
 use sqlx::mysql::MySqlConnection;
 
@@ -13,18 +13,19 @@ use crate::model::event::Position;
 const FINGERPRINT: &str = "select count(*), cast(coalesce(bit_xor(cast(conv(left(sha2(concat(position, ':', event_id), 256), 16), \
                    16, 10) as unsigned)), 0) as unsigned) from events where position > ? and position <= ?";
 
-/// Mark, count and fingerprint move together, from the mark that the sum began at: of two who raise it at once,
-/// the second begins again.
-/// A mark that rises is not held by what held it.
+/// Mark, count and fingerprint move together, from the mark that the sum began at: of two who raise
+/// it at once, the second begins again. A mark that rises is not held by what held it.
 const RAISE: &str = "update event_log set high_water = ?, row_count = row_count + ?, fingerprint = fingerprint ^ ?, \
                      blocked_position = null, blocked_last = null, blocked_since = null where high_water = ?";
 
 const BASELINE: &str = "select high_water, row_count, fingerprint from event_log";
 
-const POSITIONS: &str = "select position from events where position > ? and position <= ? order by position";
+const POSITIONS: &str =
+    "select position from events where position > ? and position <= ? order by position";
 
 /// A row at position 0 is below every projector's start, and none can come after the last.
-const OUT_OF_BOUNDS: &str = "select position from events where position in (0, 18446744073709551615)";
+const OUT_OF_BOUNDS: &str =
+    "select position from events where position in (0, 18446744073709551615)";
 
 /// Positions that an audit sums up in one statement.
 const AUDIT_STEP: u64 = 50_000;
@@ -88,7 +89,8 @@ impl MissingPositions {
         self.last = Some(last);
     }
 
-    /// Notes what is missing in (`after`, `through`], where `present` are the positions in it that have rows, in order.
+    /// Notes what is missing in (`after`, `through`], where `present` are the positions in it that
+    /// have rows, in order.
     fn record_between(&mut self, after: Position, through: Position, present: &[u64]) {
         let mut expected = after.next().get();
         for &position in present {
@@ -104,11 +106,17 @@ impl MissingPositions {
 }
 
 impl EventStore {
-    /// Raises the mark from `from` to `to`, up to which everything is proved. Returns the mark as it stands: another
-    /// process may have raised it meanwhile.
-    pub(super) async fn raise(&self, from: Position, to: Position) -> Result<Position, sqlx::Error> {
-        let sum =
-            self.database.run_cached(async |connection| self.fingerprint_between(connection, from, to).await).await?;
+    /// Raises the mark from `from` to `to`, up to which everything is proved. Returns the mark as
+    /// it stands: another process may have raised it meanwhile.
+    pub(super) async fn raise(
+        &self,
+        from: Position,
+        to: Position,
+    ) -> Result<Position, sqlx::Error> {
+        let sum = self
+            .database
+            .run_cached(async |connection| self.fingerprint_between(connection, from, to).await)
+            .await?;
         if sum.rows != to.since(from) {
             // Proved a moment ago, and gone: nobody may pass over this.
             tracing::error!(
@@ -120,21 +128,29 @@ impl EventStore {
             );
             return Ok(from);
         }
-        let raise = sqlx::query(RAISE).bind(to.get()).bind(sum.rows).bind(sum.bits).bind(from.get());
-        let raised = self.database.run_cached(async |connection| raise.execute(connection).await).await?;
+        let raise =
+            sqlx::query(RAISE).bind(to.get()).bind(sum.rows).bind(sum.bits).bind(from.get());
+        let raised =
+            self.database.run_cached(async |connection| raise.execute(connection).await).await?;
         match raised.rows_affected() {
             0 => Ok(self.marks().await?.high_water),
             _ => Ok(to),
         }
     }
 
-    /// Compares the log, up to the mark as it is now, with what stood there when the mark passed. `progress` is
-    /// told how far it is.
-    pub(crate) async fn audit(&self, mut progress: impl FnMut(Position, Position)) -> Result<LogAudit, sqlx::Error> {
+    /// Compares the log, up to the mark as it is now, with what stood there when the mark passed.
+    /// `progress` is told how far it is.
+    pub(crate) async fn audit(
+        &self,
+        mut progress: impl FnMut(Position, Position),
+    ) -> Result<LogAudit, sqlx::Error> {
         let mut connection = self.database.acquire().await?;
-        let out_of_bounds =
-            self.database.with_timeout(sqlx::query_scalar(OUT_OF_BOUNDS).fetch_all(&mut *connection)).await?;
-        let (high_water, rows, bits): (u64, u64, u64) = sqlx::query_as(BASELINE).fetch_one(&mut *connection).await?;
+        let out_of_bounds = self
+            .database
+            .with_timeout(sqlx::query_scalar(OUT_OF_BOUNDS).fetch_all(&mut *connection))
+            .await?;
+        let (high_water, rows, bits): (u64, u64, u64) =
+            sqlx::query_as(BASELINE).fetch_one(&mut *connection).await?;
         let (high_water, recorded) = (Position::new(high_water), Fingerprint { rows, bits });
         let mut found = Fingerprint::default();
         let mut missing = MissingPositions::default();
@@ -151,7 +167,14 @@ impl EventStore {
             progress(after, high_water);
         }
         let is_unchanged = found == recorded;
-        Ok(LogAudit { high_water, rows: found.rows, missing, is_unchanged, out_of_bounds, fingerprint: found })
+        Ok(LogAudit {
+            high_water,
+            rows: found.rows,
+            missing,
+            is_unchanged,
+            out_of_bounds,
+            fingerprint: found,
+        })
     }
 
     /// The positions in (`after`, `through`] that have rows, in order.
@@ -172,7 +195,8 @@ impl EventStore {
         through: Position,
     ) -> Result<Fingerprint, sqlx::Error> {
         let sum = sqlx::query_as(FINGERPRINT).bind(after.get()).bind(through.get());
-        let (rows, bits): (i64, u64) = self.database.with_timeout(sum.fetch_one(connection)).await?;
+        let (rows, bits): (i64, u64) =
+            self.database.with_timeout(sum.fetch_one(connection)).await?;
         Ok(Fingerprint { rows: rows.unsigned_abs(), bits })
     }
 }
@@ -184,7 +208,8 @@ mod tests {
     use super::*;
 
     proptest! {
-        /// However the log is cut into steps, what is missing is told in the same ranges, with the true count.
+        /// However the log is cut into steps, what is missing is told in the same ranges, with the
+        /// true count.
         #[test]
         fn missing_positions_are_joined_into_ranges_across_steps(
             present in prop::collection::btree_set(1u64..200, 0..200),
@@ -212,10 +237,16 @@ mod tests {
         for odd in (1..1_000).step_by(2) {
             missing.record_between(Position::new(odd - 1), Position::new(odd + 1), &[odd]);
         }
-        assert_eq!((missing.count, missing.range_count, missing.ranges.len()), (500, 500, MAX_RANGES));
+        assert_eq!(
+            (missing.count, missing.range_count, missing.ranges.len()),
+            (500, 500, MAX_RANGES)
+        );
         // A range that goes on beyond those that are named does not lengthen the last of them.
         missing.record_between(Position::new(1_000), Position::new(1_001), &[]);
-        assert_eq!((missing.count, missing.range_count, missing.ranges.last()), (501, 500, Some(&(200, 200))));
+        assert_eq!(
+            (missing.count, missing.range_count, missing.ranges.last()),
+            (501, 500, Some(&(200, 200)))
+        );
     }
 
     #[test]

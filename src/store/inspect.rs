@@ -7,7 +7,8 @@ use super::EventStore;
 use crate::model::event::{self, FILLER, Position};
 
 /// The next position may be a hole.
-const OLDEST_ABOVE: &str = "select recorded_at from events where position > ? order by position limit 1";
+const OLDEST_ABOVE: &str =
+    "select recorded_at from events where position > ? order by position limit 1";
 
 const BLOCKED: &str = "select blocked_position, blocked_last, blocked_since, \
                     timestampdiff(microsecond, blocked_since, utc_timestamp(6)) \
@@ -42,7 +43,10 @@ impl EventStore {
         position: Position,
     ) -> Result<Option<OffsetDateTime>, sqlx::Error> {
         let oldest = sqlx::query(OLDEST_ABOVE).bind(position.get());
-        let row = self.database.run_pooled(async |connection| oldest.fetch_optional(connection).await).await?;
+        let row = self
+            .database
+            .run_pooled(async |connection| oldest.fetch_optional(connection).await)
+            .await?;
         Ok(row.map(|row| event::decode_recorded_at(&row, 0)))
     }
 
@@ -81,7 +85,8 @@ impl EventStore {
         }
         query.push(")");
         let count = query.build_query_scalar::<i64>();
-        let count = self.database.run_pooled(async |connection| count.fetch_one(connection).await).await?;
+        let count =
+            self.database.run_pooled(async |connection| count.fetch_one(connection).await).await?;
         Ok(count.max(0) as u64)
     }
 }

@@ -1,4 +1,5 @@
-//! What is kept with the log for its messages: who it is, where they are sent, and how many were somebody else's.
+//! What is kept with the log for its messages: who it is, where they are sent, and how many were
+//! somebody else's.
 
 use std::collections::HashMap;
 
@@ -11,8 +12,8 @@ use super::{EventStore, Marks, MarksRow};
 use crate::model::event::Position;
 use crate::model::signature::KEY_BYTES;
 
-/// The marks, and the ids of the events at ten positions, by the primary key: read with every receive, and so in one
-/// statement, whose text is always the same.
+/// The marks, and the ids of the events at ten positions, by the primary key: read with every
+/// receive, and so in one statement, whose text is always the same.
 const SNAPSHOT: &str = "select high_water, published, log_id, signing_key, position, event_id from event_log \
                     left join events force index (primary) on position in (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)";
 
@@ -52,7 +53,10 @@ pub(crate) struct QueueRecord {
 
 impl EventStore {
     /// The marks, and which events stand at these positions.
-    pub(crate) async fn snapshot(&self, positions: &[Position]) -> Result<LogSnapshot, sqlx::Error> {
+    pub(crate) async fn snapshot(
+        &self,
+        positions: &[Position],
+    ) -> Result<LogSnapshot, sqlx::Error> {
         // Ten at a time: more come only from a mapping of Lambda that was set up so.
         let mut chunks = positions.chunks(POSITIONS_PER_SNAPSHOT);
         let Some(first) = chunks.next() else {
@@ -62,7 +66,8 @@ impl EventStore {
         for chunk in chunks {
             let next = self.snapshot_chunk(chunk).await?;
             view.event_ids.extend(next.event_ids);
-            // As they were last read; a row that was read before a rotation differs from what is signed after it.
+            // As they were last read; a row that was read before a rotation differs from what is
+            // signed after it.
             view.marks = next.marks;
         }
         Ok(view)
@@ -74,7 +79,8 @@ impl EventStore {
         for at in 0..POSITIONS_PER_SNAPSHOT {
             query = query.bind(positions[at.min(positions.len() - 1)].get());
         }
-        let rows = self.database.run_cached(async |connection| query.fetch_all(connection).await).await?;
+        let rows =
+            self.database.run_cached(async |connection| query.fetch_all(connection).await).await?;
         let marks = |row: &MySqlRow| -> Result<MarksRow, sqlx::Error> {
             Ok((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?, row.try_get(3)?))
         };
@@ -100,13 +106,18 @@ impl EventStore {
 
     /// The queue that the log was last published to.
     pub(crate) async fn recorded_queue(&self) -> Result<Option<String>, sqlx::Error> {
-        self.database.run_cached(async |connection| sqlx::query_scalar(QUEUE).fetch_one(connection).await).await
+        self.database
+            .run_cached(async |connection| sqlx::query_scalar(QUEUE).fetch_one(connection).await)
+            .await
     }
 
     /// Notes the queue that the log is published to.
     pub(crate) async fn record_queue(&self, queue: &str) -> Result<(), sqlx::Error> {
         let record = sqlx::query(SET_QUEUE).bind(queue);
-        self.database.run_cached(async |connection| record.execute(connection).await).await.map(|_| ())
+        self.database
+            .run_cached(async |connection| record.execute(connection).await)
+            .await
+            .map(|_| ())
     }
 
     /// What is known of the queue.
@@ -121,6 +132,9 @@ impl EventStore {
     /// Adds to the number of messages that were not of this log.
     pub(crate) async fn count_foreign(&self, messages: u64) -> Result<(), sqlx::Error> {
         let count = sqlx::query(COUNT_FOREIGN).bind(messages);
-        self.database.run_cached(async |connection| count.execute(connection).await).await.map(|_| ())
+        self.database
+            .run_cached(async |connection| count.execute(connection).await)
+            .await
+            .map(|_| ())
     }
 }

@@ -52,7 +52,9 @@ impl Marks {
     fn from_row((high_water, published, id, key): MarksRow) -> Result<Self, sqlx::Error> {
         // Only where `migrate` was ended after its last table and before its end.
         let key = key.ok_or_else(|| {
-            sqlx::Error::Configuration("the log has no key to sign messages with; run `projectionist migrate`".into())
+            sqlx::Error::Configuration(
+                "the log has no key to sign messages with; run `projectionist migrate`".into(),
+            )
         })?;
         let log = LogIdentity { id, key: SigningKey::new(&key) };
         let (high_water, published) = (Position::new(high_water), Position::new(published));
@@ -69,8 +71,10 @@ impl EventStore {
     /// The marks as they are stored.
     pub(crate) async fn marks(&self) -> Result<Marks, sqlx::Error> {
         type Row = (u64, u64, String, Option<Vec<u8>>, Option<u64>, Option<u64>, Option<i64>);
-        let (high_water, published, id, key, blocked, last, age): Row =
-            self.database.run_cached(async |connection| sqlx::query_as(MARKS).fetch_one(connection).await).await?;
+        let (high_water, published, id, key, blocked, last, age): Row = self
+            .database
+            .run_cached(async |connection| sqlx::query_as(MARKS).fetch_one(connection).await)
+            .await?;
         // A clock that was set back makes it young, not old.
         let age = Duration::from_micros(age.unwrap_or_default().max(0).unsigned_abs());
         let blocked = blocked.map(|position| (Blocker::from_columns(position, last), age));

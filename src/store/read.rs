@@ -28,18 +28,20 @@ const ENDS: &str = "select (select min(position) from events where position > 0)
 
 const LAST: &str = "select max(position) from events";
 
-/// Payloads and metadata that a page may hold before it is cut, in bytes: memory is bounded by this and
-/// by the largest event, not by the log.
+/// Payloads and metadata that a page may hold before it is cut, in bytes: memory is bounded by this
+/// and by the largest event, not by the log.
 const PAGE_BYTES: usize = 8 * 1024 * 1024;
 
 /// Pages that are read and not yet taken.
 const PAGES_AHEAD: usize = 2;
 
-/// The most positions that one statement reads. Each statement costs a round trip, and what the server does to begin it.
+/// The most positions that one statement reads. Each statement costs a round trip, and what the
+/// server does to begin it.
 const MAX_RANGE: u64 = 65_536;
 
-/// How long a statement may be open: while it is, the server keeps old versions of every row that is changed. Far below
-/// `net_write_timeout`, too, after which the server hangs up on a reader that does not read.
+/// How long a statement may be open: while it is, the server keeps old versions of every row that
+/// is changed. Far below `net_write_timeout`, too, after which the server hangs up on a reader that
+/// does not read.
 const MAX_STATEMENT_TIME: Duration = Duration::from_secs(2);
 
 /// Event types that the server is asked to filter by; more of them would make it a slow question.
@@ -77,8 +79,10 @@ pub(crate) struct EventFilter {
 impl EventFilter {
     /// Those that at least one of several projectors wants, each given by its event types.
     pub(crate) fn any_of<'a>(all: impl Iterator<Item = Option<&'a HashSet<String>>>) -> Self {
-        let types = all.map(|types| types.map(|types| types.iter().cloned())).collect::<Option<Vec<_>>>();
-        let types: Option<BTreeSet<String>> = types.map(|types| types.into_iter().flatten().collect());
+        let types =
+            all.map(|types| types.map(|types| types.iter().cloned())).collect::<Option<Vec<_>>>();
+        let types: Option<BTreeSet<String>> =
+            types.map(|types| types.into_iter().flatten().collect());
         EventFilter { types: types.filter(|types| types.len() <= MAX_TYPES) }
     }
 }
@@ -108,7 +112,8 @@ impl ReadAhead {
     /// The next page.
     ///
     /// # Errors
-    /// If the log cannot be read, for longer than the reading's patience where it is transient; or if it has ended.
+    /// If the log cannot be read, for longer than the reading's patience where it is transient; or
+    /// if it has ended.
     pub(crate) async fn next(&mut self) -> Result<Page, sqlx::Error> {
         let page = self.pages.recv().await.unwrap_or(Err(sqlx::Error::WorkerCrashed))?;
         self.next = page.through;
@@ -123,9 +128,14 @@ impl Drop for ReadAhead {
 }
 
 impl EventStore {
-    /// Reads the events in (`after`, `through`], at most `limit` of them and fewer where they are large; each field of each can
-    /// be read. `through` must not lie above the high-water mark.
-    pub(crate) async fn read_after(&self, after: Position, through: Position, limit: u64) -> Result<Page, sqlx::Error> {
+    /// Reads the events in (`after`, `through`], at most `limit` of them and fewer where they are
+    /// large; each field of each can be read. `through` must not lie above the high-water mark.
+    pub(crate) async fn read_after(
+        &self,
+        after: Position,
+        through: Position,
+        limit: u64,
+    ) -> Result<Page, sqlx::Error> {
         let end = through.min(Position::new(after.get().saturating_add(limit)));
         self.run_read(async |connection| {
             let mut query = range_query(after, end, &EventFilter::default());
@@ -161,7 +171,8 @@ impl EventStore {
         Ok(value)
     }
 
-    /// Begins to read all pages of the wanted events in (`after`, `through`], which must not lie above the high-water mark.
+    /// Begins to read all pages of the wanted events in (`after`, `through`], which must not lie
+    /// above the high-water mark.
     pub(crate) fn read_ahead(
         &self,
         after: Position,
@@ -192,10 +203,13 @@ impl EventStore {
         let reached = AtomicU64::new(after.get());
         let mut length = limits.page_events;
         while reached.load(Ordering::Relaxed) < through.get() && !pages.is_closed() {
-            let end = through.min(Position::new(reached.load(Ordering::Relaxed).saturating_add(length)));
+            let end =
+                through.min(Position::new(reached.load(Ordering::Relaxed).saturating_add(length)));
             let opened = Instant::now();
             let read = || self.read_range(&reached, end, filter, limits.page_events, pages);
-            if let Some(page) = backoff::retry_transient(limits.retry_timeout, "read the log", read).await? {
+            if let Some(page) =
+                backoff::retry_transient(limits.retry_timeout, "read the log", read).await?
+            {
                 let through = page.through.get();
                 if pages.send(Ok(page)).await.is_err() {
                     return Ok(());
@@ -204,7 +218,9 @@ impl EventStore {
             }
             // Longer while those who take the pages keep up: then the next range is one stream.
             length = match opened.elapsed() {
-                open if open * 2 < MAX_STATEMENT_TIME => (length * 2).min(MAX_RANGE.max(limits.page_events)),
+                open if open * 2 < MAX_STATEMENT_TIME => {
+                    (length * 2).min(MAX_RANGE.max(limits.page_events))
+                }
                 open if open > MAX_STATEMENT_TIME => (length / 2).max(limits.page_events),
                 _ => length,
             };
@@ -212,7 +228,8 @@ impl EventStore {
         Ok(())
     }
 
-    /// Reads one range by one statement, and sends it page by page. Returns a page that could not be sent soon.
+    /// Reads one range by one statement, and sends it page by page. Returns a page that could not
+    /// be sent soon.
     async fn read_range(
         &self,
         reached: &AtomicU64,
@@ -226,9 +243,11 @@ impl EventStore {
             let mut query = range_query(after, end, filter);
             let mut rows = query.build().fetch(connection);
             while after < end {
-                let page = self.database.with_timeout(read_page(&mut rows, after, end, limit)).await?;
+                let page =
+                    self.database.with_timeout(read_page(&mut rows, after, end, limit)).await?;
                 after = page.through;
-                // A slow taker must not keep the connection from others: the rest is read by another statement.
+                // A slow taker must not keep the connection from others: the rest is read by
+                // another statement.
                 match timeout(MAX_STATEMENT_TIME, pages.reserve()).await {
                     Ok(Ok(place)) => place.send(Ok(page)),
                     Ok(Err(_)) => return Ok((None, false)),
@@ -241,10 +260,16 @@ impl EventStore {
         .await
     }
 
-    /// The last position of the gap that begins at `first`, or `mark` where no row follows up to it.
-    pub(crate) async fn end_of_gap(&self, first: Position, mark: Position) -> Result<Position, sqlx::Error> {
+    /// The last position of the gap that begins at `first`, or `mark` where no row follows up to
+    /// it.
+    pub(crate) async fn end_of_gap(
+        &self,
+        first: Position,
+        mark: Position,
+    ) -> Result<Position, sqlx::Error> {
         let next = sqlx::query_scalar(FIRST_FROM).bind(first.get());
-        let next: Option<u64> = self.database.run_pooled(async |connection| next.fetch_one(connection).await).await?;
+        let next: Option<u64> =
+            self.database.run_pooled(async |connection| next.fetch_one(connection).await).await?;
         Ok(next.map_or(mark, |next| Position::new(next).previous()).min(mark))
     }
 
@@ -259,13 +284,14 @@ impl EventStore {
     /// The highest position that is visible, whether or not those below it are.
     pub(crate) async fn last_visible(&self) -> Result<Position, sqlx::Error> {
         let last = sqlx::query_scalar(LAST);
-        let last: Option<u64> = self.database.run_pooled(async |connection| last.fetch_one(connection).await).await?;
+        let last: Option<u64> =
+            self.database.run_pooled(async |connection| last.fetch_one(connection).await).await?;
         Ok(Position::new(last.unwrap_or_default()))
     }
 }
 
-/// While rows are read. The rest of those that nobody wants any more are still on the wire: it is cheaper to hang up than to
-/// read them.
+/// While rows are read. The rest of those that nobody wants any more are still on the wire: it is
+/// cheaper to hang up than to read them.
 struct ReadGuard<'c> {
     connection: &'c mut PoolConnection<MySql>,
     is_drained: bool,
@@ -291,7 +317,8 @@ fn range_query(after: Position, end: Position, filter: &EventFilter) -> QueryBui
         }
         query.push(") order by position");
     } else {
-        // Without holes, that is the same; and it costs the server a tenth less than to compare each position.
+        // Without holes, that is the same; and it costs the server a tenth less than to compare
+        // each position.
         query.push(" order by position limit ").push_bind(end.since(after));
     }
     query

@@ -1,5 +1,6 @@
-//! Metrics in CloudWatch's embedded metric format: log lines of which CloudWatch Logs makes metrics by itself. Its
-//! specification is "Specification: Embedded metric format" in the CloudWatch user guide.
+//! Metrics in CloudWatch's embedded metric format: log lines of which CloudWatch Logs makes metrics
+//! by itself. Its specification is "Specification: Embedded metric format" in the CloudWatch user
+//! guide.
 //!
 //! Our own, and not a crate's: see `infra/cloudwatch.md`.
 
@@ -11,7 +12,9 @@ use crate::engine::lag::Lag;
 use crate::model::backoff;
 use crate::model::event::Position;
 use crate::model::lifecycle::Status;
-use crate::model::metrics::{self, Counters, MarkState, Metric, NAMESPACE, ProjectorCounters, Samples};
+use crate::model::metrics::{
+    self, Counters, MarkState, Metric, NAMESPACE, ProjectorCounters, Samples,
+};
 use crate::model::projector::ProjectorId;
 
 /// Where log and projectors stand, as one process sees it.
@@ -34,8 +37,8 @@ pub(super) struct Report<'a> {
 }
 
 impl Report<'_> {
-    /// A line for each projector of which there is something to tell, and one for the whole. None is near a limit of the
-    /// format: 100 metrics, 100 values of one, 1 MB.
+    /// A line for each projector of which there is something to tell, and one for the whole. None
+    /// is near a limit of the format: 100 metrics, 100 values of one, 1 MB.
     pub(super) fn lines(&self) -> Vec<String> {
         let nothing = ProjectorCounters::default();
         let mut documents: Vec<(Option<&ProjectorId>, Document)> = Vec::new();
@@ -57,12 +60,16 @@ impl Report<'_> {
         let mut document = Document::default();
         let relay = self.counted.relay;
         let marks = self.snapshot.map(|snapshot| (snapshot.high_water, snapshot.published));
-        if let Some((high_water, published)) = marks.or(relay.map(|relay| (relay.high_water, relay.published))) {
+        if let Some((high_water, published)) =
+            marks.or(relay.map(|relay| (relay.high_water, relay.published)))
+        {
             document.put(metrics::HIGH_WATER_MARK, high_water.get());
             document.put(metrics::PUBLISHED, published.get());
         }
         match self.counted.mark {
-            Some(MarkState::BlockedSince(since)) => document.put(metrics::GAP_AGE, backoff::seconds(since.elapsed())),
+            Some(MarkState::BlockedSince(since)) => {
+                document.put(metrics::GAP_AGE, backoff::seconds(since.elapsed()))
+            }
             Some(MarkState::Unblocked) => document.put(metrics::GAP_AGE, 0.0),
             None => {}
         }
@@ -70,7 +77,10 @@ impl Report<'_> {
         document.put_samples(metrics::RECEIVE_TO_COMMIT, &self.counted.receive_to_commit);
         if let Some(snapshot) = self.snapshot {
             let live = snapshot.projectors.iter().filter(|(_, status, _)| *status == Status::Live);
-            document.put(metrics::MAX_LAG_SECONDS, live.map(|(.., lag)| lag.seconds).fold(0.0, f64::max));
+            document.put(
+                metrics::MAX_LAG_SECONDS,
+                live.map(|(.., lag)| lag.seconds).fold(0.0, f64::max),
+            );
         }
         if self.has_heartbeat {
             document.put(metrics::HEARTBEAT, 1);
@@ -79,11 +89,14 @@ impl Report<'_> {
         document
     }
 
-    /// A document as the log line that it is: with what every line has, and the release, which is no dimension.
+    /// A document as the log line that it is: with what every line has, and the release, which is
+    /// no dimension.
     fn line(&self, id: Option<&ProjectorId>, Document(metrics): Document) -> String {
         let of = metrics.first().map(|(metric, _)| metric.scope.dimensions()).unwrap_or_default();
-        let definitions: Vec<Value> =
-            metrics.iter().map(|(metric, _)| json!({"Name": metric.name, "Unit": metric.unit})).collect();
+        let definitions: Vec<Value> = metrics
+            .iter()
+            .map(|(metric, _)| json!({"Name": metric.name, "Unit": metric.unit}))
+            .collect();
         let mut line = Map::new();
         line.insert(
             "_aws".into(),
@@ -93,8 +106,12 @@ impl Report<'_> {
             }),
         );
         // As the lines beside it have it.
-        let to_the_microsecond = self.at.replace_nanosecond(self.at.microsecond() * 1_000).unwrap_or(self.at);
-        line.insert("timestamp".into(), to_the_microsecond.format(&Rfc3339).unwrap_or_default().into());
+        let to_the_microsecond =
+            self.at.replace_nanosecond(self.at.microsecond() * 1_000).unwrap_or(self.at);
+        line.insert(
+            "timestamp".into(),
+            to_the_microsecond.format(&Rfc3339).unwrap_or_default().into(),
+        );
         line.insert("level".into(), "INFO".into());
         line.insert("message".into(), "metrics".into());
         line.insert("target".into(), module_path!().into());
@@ -160,8 +177,14 @@ mod tests {
 
     fn report(counted: &Counters, snapshot: Option<&Snapshot>) -> Vec<Value> {
         let at = OffsetDateTime::UNIX_EPOCH + time::Duration::milliseconds(1_750_000_000_123);
-        let report =
-            Report { service: "shop", release: Some("v7"), at, counted, snapshot, has_heartbeat: snapshot.is_some() };
+        let report = Report {
+            service: "shop",
+            release: Some("v7"),
+            at,
+            counted,
+            snapshot,
+            has_heartbeat: snapshot.is_some(),
+        };
         report.lines().iter().map(|line| serde_json::from_str(line).expect("JSON")).collect()
     }
 
@@ -180,9 +203,10 @@ mod tests {
             apply_time: samples(&[1.5, 2.5]),
         };
         counted.projectors.insert(id("a"), of);
-        counted
-            .projectors
-            .insert(id("retired"), ProjectorCounters { events_applied: 1, ..ProjectorCounters::default() });
+        counted.projectors.insert(
+            id("retired"),
+            ProjectorCounters { events_applied: 1, ..ProjectorCounters::default() },
+        );
         counted.message_events = samples(&[10.0]);
         counted.foreign_messages = 2;
         counted.receive_to_commit = samples(&[7.25]);
@@ -216,13 +240,21 @@ mod tests {
                 (&directive["Namespace"], &line["_aws"]["Timestamp"]),
                 (&json!(NAMESPACE), &json!(1_750_000_000_123_i64))
             );
-            let of = if line["Projector"].is_null() { MetricScope::Service } else { MetricScope::Projector };
+            let of = if line["Projector"].is_null() {
+                MetricScope::Service
+            } else {
+                MetricScope::Projector
+            };
             assert_eq!(directive["Dimensions"], json!([of.dimensions()]));
             for definition in directive["Metrics"].as_array().expect("an array") {
                 let is_it = |metric: &&Metric| {
-                    (metric.name, metric.scope) == (definition["Name"].as_str().expect("a name"), of)
+                    (metric.name, metric.scope)
+                        == (definition["Name"].as_str().expect("a name"), of)
                 };
-                let metric = ALL.iter().find(is_it).unwrap_or_else(|| panic!("{definition} is not one of {of:?}"));
+                let metric = ALL
+                    .iter()
+                    .find(is_it)
+                    .unwrap_or_else(|| panic!("{definition} is not one of {of:?}"));
                 assert_eq!(definition["Unit"], metric.unit);
                 assert!(!line[metric.name].is_null(), "{} has no value in {line}", metric.name);
                 written.push(*metric);
@@ -232,11 +264,21 @@ mod tests {
             assert!(written.contains(&metric), "{metric:?} is not written");
         }
         let of = |id: &str| lines.iter().find(|line| line["Projector"] == id).expect("a line");
-        assert_eq!((&of("a@2")["EventsApplied"], &of("a@2")["ApplyTime"]), (&json!(5), &json!([2.5, 1.5])));
+        assert_eq!(
+            (&of("a@2")["EventsApplied"], &of("a@2")["ApplyTime"]),
+            (&json!(5), &json!([2.5, 1.5]))
+        );
         assert_eq!((&of("b@2")["LagEvents"], of("b@2").get("Failures")), (&json!(70), None));
-        assert_eq!((&of("retired@2")["EventsApplied"], of("retired@2").get("LagEvents")), (&json!(1), None));
+        assert_eq!(
+            (&of("retired@2")["EventsApplied"], of("retired@2").get("LagEvents")),
+            (&json!(1), None)
+        );
         let whole = lines.last().expect("a line");
-        assert_eq!((&whole["LagSeconds"], &whole["Heartbeat"]), (&json!(1.5), &json!(1)), "of the live ones only");
+        assert_eq!(
+            (&whole["LagSeconds"], &whole["Heartbeat"]),
+            (&json!(1.5), &json!(1)),
+            "of the live ones only"
+        );
         assert!(whole["GapAge"].as_f64().is_some_and(|age| age >= 3.0), "{whole}");
         assert_eq!((&whole["Service"], &whole["release"]), (&json!("shop"), &json!("v7")));
     }
@@ -247,6 +289,10 @@ mod tests {
         let (counted, _) = full_report();
         let lines = report(&counted, None);
         assert_eq!(lines.len(), 3, "{lines:?}");
-        assert!(lines.iter().all(|line| line.get("LagSeconds").is_none() && line.get("Heartbeat").is_none()));
+        assert!(
+            lines
+                .iter()
+                .all(|line| line.get("LagSeconds").is_none() && line.get("Heartbeat").is_none())
+        );
     }
 }

@@ -1,4 +1,5 @@
-//! When metrics are written: once a minute beside what works for long, and at the end of everything.
+//! When metrics are written: once a minute beside what works for long, and at the end of
+//! everything.
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -23,7 +24,8 @@ use crate::store::EventStore;
 /// CloudWatch keeps one value a minute of such a metric.
 const REPORT_INTERVAL: Duration = Duration::from_secs(60);
 
-/// How long a look at the database may take that only a report needs, and how long at the end of the process.
+/// How long a look at the database may take that only a report needs, and how long at the end of
+/// the process.
 const QUERY_TIMEOUT: Duration = Duration::from_secs(10);
 const FINAL_QUERY_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -56,19 +58,21 @@ impl<'a> LagSource<'a> {
     }
 
     async fn read_snapshot(&self, query_timeout: Duration) -> Option<Snapshot> {
-        let lag_report = match timeout(query_timeout, LagReport::read(&self.ledger, &self.store)).await {
-            Ok(Ok(lag_report)) => lag_report,
-            Ok(Err(error)) => {
-                warn!(%error, "the lag cannot be measured now");
-                return None;
-            }
-            Err(_) => {
-                warn!(error = "no answer in time", "the lag cannot be measured now");
-                return None;
-            }
-        };
+        let lag_report =
+            match timeout(query_timeout, LagReport::read(&self.ledger, &self.store)).await {
+                Ok(Ok(lag_report)) => lag_report,
+                Ok(Err(error)) => {
+                    warn!(%error, "the lag cannot be measured now");
+                    return None;
+                }
+                Err(_) => {
+                    warn!(error = "no answer in time", "the lag cannot be measured now");
+                    return None;
+                }
+            };
         let projectors = lag_report.projectors.into_iter().filter(|(entry, _)| {
-            self.registry.get(&entry.id).is_some() && !matches!(entry.status, Status::Finished | Status::Retired)
+            self.registry.get(&entry.id).is_some()
+                && !matches!(entry.status, Status::Finished | Status::Retired)
         });
         Some(Snapshot {
             high_water: lag_report.high_water,
@@ -91,21 +95,29 @@ impl Reporter {
         Reporter { service, release: release.map(str::to_owned) }
     }
 
-    /// Writes what was counted since the last time, and asks nobody: at the end of a short process, and of an
-    /// invocation before its answer.
+    /// Writes what was counted since the last time, and asks nobody: at the end of a short process,
+    /// and of an invocation before its answer.
     pub(crate) fn flush(&self) {
         self.write(None, false);
     }
 
-    /// The same, with the lag. Where the database does not answer, without it. A heartbeat is for who has worked for a
-    /// minute, or does so by the minute: a worker that dies at its start, again and again, must be missed.
+    /// The same, with the lag. Where the database does not answer, without it. A heartbeat is for
+    /// who has worked for a minute, or does so by the minute: a worker that dies at its start,
+    /// again and again, must be missed.
     pub(crate) async fn report(&self, lag_source: &LagSource<'_>, has_heartbeat: bool) {
         self.report_within(lag_source, QUERY_TIMEOUT, has_heartbeat).await;
     }
 
-    /// Runs something to its end and reports meanwhile: at once, every minute with a heartbeat, and at last.
-    pub(crate) async fn report_while<T>(&self, lag_source: &LagSource<'_>, work: impl Future<Output = T>) -> T {
-        let ended = self.run_with_ticks(async |is_first| self.report(lag_source, !is_first).await, work).await;
+    /// Runs something to its end and reports meanwhile: at once, every minute with a heartbeat, and
+    /// at last.
+    pub(crate) async fn report_while<T>(
+        &self,
+        lag_source: &LagSource<'_>,
+        work: impl Future<Output = T>,
+    ) -> T {
+        let ended = self
+            .run_with_ticks(async |is_first| self.report(lag_source, !is_first).await, work)
+            .await;
         self.report_within(lag_source, FINAL_QUERY_TIMEOUT, false).await;
         ended
     }
@@ -117,14 +129,23 @@ impl Reporter {
         ended
     }
 
-    async fn report_within(&self, lag_source: &LagSource<'_>, query_timeout: Duration, has_heartbeat: bool) {
+    async fn report_within(
+        &self,
+        lag_source: &LagSource<'_>,
+        query_timeout: Duration,
+        has_heartbeat: bool,
+    ) {
         if self.service.is_some() {
             let snapshot = lag_source.read_snapshot(query_timeout).await;
             self.write(snapshot.as_ref(), has_heartbeat);
         }
     }
 
-    async fn run_with_ticks<T>(&self, tick: impl AsyncFn(bool), work: impl Future<Output = T>) -> T {
+    async fn run_with_ticks<T>(
+        &self,
+        tick: impl AsyncFn(bool),
+        work: impl Future<Output = T>,
+    ) -> T {
         if self.service.is_none() {
             return work.await;
         }
@@ -142,7 +163,8 @@ impl Reporter {
         let release = self.release.as_deref();
         let report = Report { service, release, at, counted: &counted, snapshot, has_heartbeat };
         let text: String = report.lines().into_iter().map(|line| line + "\n").collect();
-        // At once, so that no log line comes between; as with those, nobody can be told that it cannot be written.
+        // At once, so that no log line comes between; as with those, nobody can be told that it
+        // cannot be written.
         let _ = std::io::stderr().lock().write_all(text.as_bytes());
     }
 }

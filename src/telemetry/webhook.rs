@@ -1,4 +1,5 @@
-//! Alerts as HTTP: every log line with a field `alert` is posted, too. Never in the way of the work.
+//! Alerts as HTTP: every log line with a field `alert` is posted, too. Never in the way of the
+//! work.
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -49,15 +50,19 @@ pub(super) fn start(url: &str) -> Result<(WebhookLayer, Poster), Error> {
     }
     let (alerts, waiting) = sync_channel(MAX_QUEUED_ALERTS);
     let post = post_to(url);
-    let thread = std::thread::Builder::new().name("alerts".into()).spawn(move || post_all(post, &waiting));
-    let thread = thread.map_err(|error| Error::Input(format!("cannot start the thread that posts alerts: {error}")))?;
+    let thread =
+        std::thread::Builder::new().name("alerts".into()).spawn(move || post_all(post, &waiting));
+    let thread = thread.map_err(|error| {
+        Error::Input(format!("cannot start the thread that posts alerts: {error}"))
+    })?;
     Ok((WebhookLayer { alerts: alerts.clone() }, Poster { end: alerts, thread: Some(thread) }))
 }
 
 /// Why a post failed, without the URL, which may hold a secret.
 type PostError = String;
 
-/// Posts alerts until it is told to end. A post that panics is one that failed: the thread goes on with the next.
+/// Posts alerts until it is told to end. A post that panics is one that failed: the thread goes on
+/// with the next.
 fn post_all(post: impl Fn(&str) -> Result<(), PostError>, waiting: &Receiver<Value>) {
     while let Ok(alert) = waiting.recv() {
         if alert.is_null() {
@@ -66,11 +71,16 @@ fn post_all(post: impl Fn(&str) -> Result<(), PostError>, waiting: &Receiver<Val
         let body = alert.to_string();
         let mut backoff = INITIAL_BACKOFF;
         for attempt in 1..=MAX_ATTEMPTS {
-            let posted = catch_unwind(AssertUnwindSafe(|| post(&body))).unwrap_or_else(|_| Err("it panicked".into()));
+            let posted = catch_unwind(AssertUnwindSafe(|| post(&body)))
+                .unwrap_or_else(|_| Err("it panicked".into()));
             let Err(error) = posted else { break };
             // No field `alert`: that would come back here.
             if attempt == MAX_ATTEMPTS {
-                tracing::warn!(attempts = attempt, error, "an alert could not be posted; it is in the log only");
+                tracing::warn!(
+                    attempts = attempt,
+                    error,
+                    "an alert could not be posted; it is in the log only"
+                );
             } else {
                 std::thread::sleep(backoff);
                 backoff *= 2;
@@ -79,15 +89,19 @@ fn post_all(post: impl Fn(&str) -> Result<(), PostError>, waiting: &Receiver<Val
     }
 }
 
-/// Posts one alert. A redirect is not followed: whoever answers by one would choose where alerts go.
+/// Posts one alert. A redirect is not followed: whoever answers by one would choose where alerts
+/// go.
 fn post_to(url: &str) -> impl Fn(&str) -> Result<(), PostError> + use<> {
-    let config = ureq::Agent::config_builder().timeout_global(Some(REQUEST_TIMEOUT)).max_redirects(0);
+    let config =
+        ureq::Agent::config_builder().timeout_global(Some(REQUEST_TIMEOUT)).max_redirects(0);
     let (agent, url): (ureq::Agent, String) = (config.build().into(), url.to_owned());
     move |body| {
         let posted = agent.post(&url).header("content-type", "application/json").send(body);
         match posted.map_err(|error| describe_error(&error))?.status() {
             status if status.is_success() => Ok(()),
-            status if status.is_redirection() => Err(format!("status {}: redirects are not followed", status.as_u16())),
+            status if status.is_redirection() => {
+                Err(format!("status {}: redirects are not followed", status.as_u16()))
+            }
             status => Err(format!("status {}", status.as_u16())),
         }
     }
@@ -123,7 +137,9 @@ impl<S: Subscriber> Layer<S> for WebhookLayer {
                 tracing::warn!("too many alerts wait to be posted; this one is in the log only");
             }
             Err(TrySendError::Disconnected(_)) => {
-                tracing::warn!("the thread that posts alerts has ended; this one is in the log only");
+                tracing::warn!(
+                    "the thread that posts alerts has ended; this one is in the log only"
+                );
             }
         }
     }
@@ -207,13 +223,19 @@ mod tests {
         };
         post_all(post, &waiting);
         let posted = posted.take();
-        assert_eq!((posted.len(), posted.last().map(String::as_str)), (MAX_ATTEMPTS as usize + 1, Some("\"good\"")));
+        assert_eq!(
+            (posted.len(), posted.last().map(String::as_str)),
+            (MAX_ATTEMPTS as usize + 1, Some("\"good\""))
+        );
     }
 
     #[test]
     fn chat_markup_in_an_alert_is_escaped() {
         let fields = json!({"message": "it broke", "error": "<!channel> & <https://x|y>"});
         let text = alert_text(fields.as_object().expect("an object"));
-        assert_eq!(text, "projectionist: it broke (error=&lt;!channel&gt; &amp; &lt;https://x|y&gt;)");
+        assert_eq!(
+            text,
+            "projectionist: it broke (error=&lt;!channel&gt; &amp; &lt;https://x|y&gt;)"
+        );
     }
 }

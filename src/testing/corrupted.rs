@@ -1,4 +1,5 @@
-//! Valid input, spoiled in a few places. Random text never gets past a parser's first token; this does.
+//! Valid input, spoiled in a few places. Random text never gets past a parser's first token; this
+//! does.
 
 use proptest::prelude::*;
 use proptest::sample::{Index, select};

@@ -35,7 +35,11 @@ async fn an_intact_log_passes_with_gap_fillers_and_while_it_grows() {
     };
     tokio::join!(writing, auditing, world.play_until_idle(&registry));
     let report = world.run(&["audit", "--json"]).await.exits(0).json();
-    assert_eq!((report["ok"].as_bool(), report["rows"].as_u64()), (Some(true), Some(301)), "{report}");
+    assert_eq!(
+        (report["ok"].as_bool(), report["rows"].as_u64()),
+        (Some(true), Some(301)),
+        "{report}"
+    );
     world.assert_complete(&tally).await;
 }
 
@@ -44,7 +48,10 @@ async fn a_deleted_row_is_named() {
     let world = world_with_mark_at(30).await;
     world.execute("delete from events where position in (7, 30)").await;
     let audit = world.run(&["audit"]).await.exits(1);
-    assert_eq!(audit.stdout, "position 7 has no row: it was deleted\nposition 30 has no row: it was deleted\n");
+    assert_eq!(
+        audit.stdout,
+        "position 7 has no row: it was deleted\nposition 30 has no row: it was deleted\n"
+    );
     assert!(audit.stderr.contains("\"alert\":\"log_fault\""), "{}", audit.stderr);
 }
 
@@ -53,7 +60,11 @@ async fn a_replaced_row_is_found() {
     let world = world_with_mark_at(30).await;
     world.execute("update events set event_id = 'another' where position = 7").await;
     let audit = world.run(&["audit"]).await.exits(1);
-    assert!(audit.stdout.contains("not those over which the high-water mark passed"), "{}", audit.stdout);
+    assert!(
+        audit.stdout.contains("not those over which the high-water mark passed"),
+        "{}",
+        audit.stdout
+    );
 }
 
 #[tokio::test]
@@ -68,7 +79,11 @@ async fn a_projector_beyond_the_mark_is_named() {
 #[tokio::test]
 async fn deleted_rows_are_reported_as_ranges_with_their_count_and_one_alert() {
     let world = world_with_mark_at(3_000).await;
-    world.execute("delete from events where position between 12 and 2522 or position in (2530, 2600)").await;
+    world
+        .execute(
+            "delete from events where position between 12 and 2522 or position in (2530, 2600)",
+        )
+        .await;
     let audit = world.run(&["audit"]).await.exits(1);
     assert_eq!(
         audit.stdout,
@@ -78,7 +93,10 @@ async fn deleted_rows_are_reported_as_ranges_with_their_count_and_one_alert() {
     let log = audit.log();
     let alerts: Vec<_> = log.iter().filter(|line| line["alert"] == "log_fault").collect();
     assert_eq!(alerts.len(), 1, "{log:?}");
-    assert_eq!(["first", "last", "missing"].map(|key| alerts[0][key].as_u64()), [Some(12), Some(2_522), Some(2_513)]);
+    assert_eq!(
+        ["first", "last", "missing"].map(|key| alerts[0][key].as_u64()),
+        [Some(12), Some(2_522), Some(2_513)]
+    );
     let report = world.run(&["audit", "--json"]).await.exits(1).json();
     assert_eq!(
         (&report["missing_ranges"], &report["missing_count"]),
@@ -98,7 +116,10 @@ async fn the_first_missing_ranges_are_named_and_all_are_counted() {
         audit.stdout
     );
     let report = world.run(&["audit", "--json"]).await.exits(1).json();
-    assert_eq!((report["missing_ranges"].as_array().map(Vec::len), &report["missing_count"]), (Some(100), &json!(300)));
+    assert_eq!(
+        (report["missing_ranges"].as_array().map(Vec::len), &report["missing_count"]),
+        (Some(100), &json!(300))
+    );
 }
 
 #[tokio::test]
@@ -106,7 +127,8 @@ async fn rows_at_invalid_positions_are_named_and_break_no_projector() {
     let world = world_with_mark_at(30).await;
     let mut odd = world.connection().await;
     execute(&mut odd, "set session sql_mode = concat(@@sql_mode, ',NO_AUTO_VALUE_ON_ZERO')").await;
-    let insert = "insert into events (position, stream_id, stream_version, event_type, payload) values";
+    let insert =
+        "insert into events (position, stream_id, stream_version, event_type, payload) values";
     execute(&mut odd, &format!("{insert} (0, 'zero', 1, 'Opened', '1')")).await;
     let audit = world.run(&["audit"]).await.exits(1);
     assert_eq!(audit.stdout, "position 0 is never read: no projector gets this row\n");
@@ -117,14 +139,25 @@ async fn rows_at_invalid_positions_are_named_and_break_no_projector() {
 
     execute(&mut odd, &format!("{insert} (18446744073709551615, 'last', 1, 'Opened', '1')")).await;
     let audit = world.run(&["audit"]).await.exits(1);
-    assert!(audit.stdout.starts_with("position 18446744073709551615 ends the log"), "{}", audit.stdout);
+    assert!(
+        audit.stdout.starts_with("position 18446744073709551615 ends the log"),
+        "{}",
+        audit.stdout
+    );
     let relayed = world.run(&["relay", "--once"]).await.exits(0);
-    assert!(relayed.stderr.contains("high_water_blocked") && !relayed.stderr.contains("panic"), "{}", relayed.stderr);
+    assert!(
+        relayed.stderr.contains("high_water_blocked") && !relayed.stderr.contains("panic"),
+        "{}",
+        relayed.stderr
+    );
     let status = world.run(&["status"]).await.exits(0);
     assert!(status.stdout.contains("18446744073709551615"), "{}", status.stdout);
     let doctor = world.run(&["doctor", "--for=audit"]).await;
     assert!(doctor.stdout.contains("18446744073709551615 ends the log"), "{}", doctor.stdout);
-    let fill = world.run(&["fill", "18446744073709551614", "18446744073709551614", "--yes"]).await.exits(0);
+    let fill = world
+        .run(&["fill", "18446744073709551614", "18446744073709551614", "--yes"])
+        .await
+        .exits(0);
     assert_eq!(
         fill.stdout,
         "filled 1 position from 18446744073709551614 to 18446744073709551614; 0 had a row already\n"

@@ -32,11 +32,14 @@ async fn a_batch_limit_of_zero_counts_as_one() {
     let registry = registry(&[&tally]);
     let limits = Limits { batch: 0, ..Limits::default() };
     world.append(10).await;
-    assert!(boot(&world.database, &registry, limits, |_| {}).await.expect("boot ends").is_released());
+    assert!(
+        boot(&world.database, &registry, limits, |_| {}).await.expect("boot ends").is_released()
+    );
     world.append(10).await;
     let relay = Some(RelaySettings { max_events: 0, ..RelaySettings::default() });
     let settings = PlaySettings { limits, relay, ..World::play_settings() };
-    let played = world.play_with(Arc::clone(&world.queue) as Arc<dyn Queue>, &registry, settings).await;
+    let played =
+        world.play_with(Arc::clone(&world.queue) as Arc<dyn Queue>, &registry, settings).await;
     assert_eq!(played.messages, 10);
     world.assert_complete(&tally).await;
 }
@@ -44,11 +47,15 @@ async fn a_batch_limit_of_zero_counts_as_one() {
 #[tokio::test]
 async fn a_projector_from_now_never_sees_an_older_event_and_once_never_runs_twice() {
     let world = World::new().await;
-    let (now, once) = (Tally::new("from_now").mode(Mode::FromNow), Tally::new("once").mode(Mode::Once));
+    let (now, once) =
+        (Tally::new("from_now").mode(Mode::FromNow), Tally::new("once").mode(Mode::Once));
     let registry = registry(&[&now, &once]);
     world.append(30).await;
     world.boot(&registry).await;
-    assert_eq!((world.status("from_now").await, world.status("once").await), ("live".into(), "finished".into()));
+    assert_eq!(
+        (world.status("from_now").await, world.status("once").await),
+        ("live".into(), "finished".into())
+    );
 
     world.append(20).await;
     world.boot(&registry).await;

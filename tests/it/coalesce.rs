@@ -1,10 +1,12 @@
-//! Inserts of declared projectors that are sent as one statement: where they are, where not, and that nobody can tell.
+//! Inserts of declared projectors that are sent as one statement: where they are, where not, and
+//! that nobody can tell.
 
 use std::fmt::Write as _;
 
 use projectionist::sqlx::{self, AssertSqlSafe, MySqlConnection};
 use projectionist::{
-    Event, EventTypes, Limits, MultiRowInsert, NewEvent, Projector, Registry, async_trait, boot, load,
+    Event, EventTypes, Limits, MultiRowInsert, NewEvent, Projector, Registry, async_trait, boot,
+    load,
 };
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -25,7 +27,10 @@ impl Case {
     fn new(setup: &[&str], handlers: &[&str]) -> Self {
         Case {
             setup: setup.iter().map(|sql| (*sql).to_owned()).collect(),
-            handlers: handlers.iter().map(|sql| ("'Opened', 'Amended', 'Closed'", (*sql).to_owned())).collect(),
+            handlers: handlers
+                .iter()
+                .map(|sql| ("'Opened', 'Amended', 'Closed'", (*sql).to_owned()))
+                .collect(),
         }
     }
 }
@@ -71,7 +76,8 @@ impl InsertMode {
         })
     }
 
-    /// The projector's file. Each event of the type `Measure` notes how many statements the session has run so far.
+    /// The projector's file. Each event of the type `Measure` notes how many statements the session
+    /// has run so far.
     async fn file(self, world: &World, case: &Case) -> Folder {
         let name = self.name();
         let mut text = format!("name = '{name}'\nversion = 1\nmode = 'from_beginning'\n");
@@ -141,7 +147,9 @@ async fn contents(world: &World, way: &str, table: &str) -> Vec<String> {
     .await
     .expect("the columns");
     let Some(columns) = columns else { return Vec::new() };
-    let sql = format!("select convert(concat_ws(',', '{table}', {columns}) using utf8mb4) from {way}_{table}");
+    let sql = format!(
+        "select convert(concat_ws(',', '{table}', {columns}) using utf8mb4) from {way}_{table}"
+    );
     let mut rows: Vec<String> =
         sqlx::query_scalar(AssertSqlSafe(sql)).fetch_all(&mut connection).await.expect("the rows");
     rows.sort();
@@ -164,14 +172,18 @@ fn of_type(event_type: &str, number: usize) -> NewEvent {
 
 /// Appends events between two that measure.
 async fn append(world: &World, events: Vec<NewEvent>) {
-    let measure = NewEvent { payload: r#"{"number":0,"n":0,"s":null,"g":0}"#.into(), ..of_type("Measure", 0) };
+    let measure = NewEvent {
+        payload: r#"{"number":0,"n":0,"s":null,"g":0}"#.into(),
+        ..of_type("Measure", 0)
+    };
     let mut all = vec![measure.clone()];
     all.extend(events);
     all.push(measure);
     world.store.append(&all).await.expect("appended");
 }
 
-/// Boots a projector over 120 events both ways, asserts that nobody can tell, and returns how many statements each took.
+/// Boots a projector over 120 events both ways, asserts that nobody can tell, and returns how many
+/// statements each took.
 async fn compare_with_row_by_row(case: &Case) -> (u64, u64) {
     let world = World::new().await;
     append(&world, (0..120).map(event).collect()).await;
@@ -179,17 +191,24 @@ async fn compare_with_row_by_row(case: &Case) -> (u64, u64) {
     assert_eq!((alone.status.as_str(), alone.position), ("live", 122), "{alone:?}");
     assert!(!alone.rows.is_empty(), "it has written something");
     assert_eq!(InsertMode::Coalesced.boot(&world, case).await, alone);
-    (statements(&world, InsertMode::Coalesced).await, statements(&world, InsertMode::RowByRow).await)
+    (
+        statements(&world, InsertMode::Coalesced).await,
+        statements(&world, InsertMode::RowByRow).await,
+    )
 }
 
-const A: &str = "create table <a> (k varchar(40) primary key, n bigint not null, s varchar(8) null)";
-const B: &str = "create table <b> (k varchar(40) primary key, n bigint not null, s varchar(8) null)";
-const C: &str = "create table <c> (k varchar(40) primary key, n bigint not null, s varchar(8) null)";
+const A: &str =
+    "create table <a> (k varchar(40) primary key, n bigint not null, s varchar(8) null)";
+const B: &str =
+    "create table <b> (k varchar(40) primary key, n bigint not null, s varchar(8) null)";
+const C: &str =
+    "create table <c> (k varchar(40) primary key, n bigint not null, s varchar(8) null)";
 
 /// The statement that asks about tables, if only to find that they are no such ones.
 const TABLE_QUERIES: u64 = 1;
 
-const COUNT: &str = "insert into <a> (k, n) values (:stream_id, 1) on duplicate key update n = n + values(n)";
+const COUNT: &str =
+    "insert into <a> (k, n) values (:stream_id, 1) on duplicate key update n = n + values(n)";
 
 #[tokio::test]
 async fn inserts_of_one_handler_are_sent_together() {
@@ -209,7 +228,8 @@ async fn a_statement_between_inserts_on_the_same_table_keeps_its_place() {
     let (together, alone) = compare_with_row_by_row(&Case::new(&[A], &[COUNT, update])).await;
     assert_eq!((together, alone), (240 + TABLE_QUERIES, 240));
     // Also another insert.
-    let other = "insert into <a> (k, n) values (:stream_id, 2) on duplicate key update n = n * 3 % 1009";
+    let other =
+        "insert into <a> (k, n) values (:stream_id, 2) on duplicate key update n = n * 3 % 1009";
     let (together, alone) = compare_with_row_by_row(&Case::new(&[A], &[COUNT, other])).await;
     assert_eq!((together, alone), (240 + TABLE_QUERIES, 240));
     // And one on another table that reads this one.
@@ -218,7 +238,8 @@ async fn a_statement_between_inserts_on_the_same_table_keeps_its_place() {
     assert_eq!((together, alone), (240 + TABLE_QUERIES, 240));
 }
 
-/// Statements of the same numbers of rows come again and again, with values of other types at the same places.
+/// Statements of the same numbers of rows come again and again, with values of other types at the
+/// same places.
 #[tokio::test]
 async fn a_value_binds_the_same_whatever_rows_surround_it() {
     const VALUES: &[&str] = &[
@@ -247,31 +268,39 @@ async fn a_value_binds_the_same_whatever_rows_surround_it() {
         }
     }
     append(&world, events).await;
-    let table =
-        "create table <a> (k bigint primary key, v varchar(40) collate utf8mb4_bin null, w text collate utf8mb4_bin)";
+    let table = "create table <a> (k bigint primary key, v varchar(40) collate utf8mb4_bin null, w text collate utf8mb4_bin)";
     let sql = "insert into <a> values (:position, :payload.v, concat('<', coalesce(:payload.v, :payload), '>'))";
     let mut case = Case::new(&[table], &[]);
     case.handlers = vec![("'Opened'", sql.to_owned()), ("'Pause'", "do 1".to_owned())];
     let together = InsertMode::Coalesced.boot(&world, &case).await;
     assert_eq!(together.status, "live", "{together:?}");
     assert_eq!(together, InsertMode::RowByRow.boot(&world, &case).await);
-    assert!(statements(&world, InsertMode::Coalesced).await < statements(&world, InsertMode::RowByRow).await);
+    assert!(
+        statements(&world, InsertMode::Coalesced).await
+            < statements(&world, InsertMode::RowByRow).await
+    );
 }
 
 #[tokio::test]
 async fn a_table_with_a_trigger_is_written_row_by_row() {
     let trigger = "create trigger <way>_trigger after insert on <b> for each row \
                    insert into <c> select concat('at ', new.k), count(*), null from <a>";
-    let handlers = ["insert into <b> (k, n) values (:position, 1)", "insert into <a> (k, n) values (:position, 1)"];
-    let (together, alone) = compare_with_row_by_row(&Case::new(&[A, B, C, trigger], &handlers)).await;
+    let handlers = [
+        "insert into <b> (k, n) values (:position, 1)",
+        "insert into <a> (k, n) values (:position, 1)",
+    ];
+    let (together, alone) =
+        compare_with_row_by_row(&Case::new(&[A, B, C, trigger], &handlers)).await;
     assert_eq!((together, alone), (240 + TABLE_QUERIES, 240));
 }
 
 #[tokio::test]
 async fn a_table_with_a_foreign_key_is_written_row_by_row() {
     let child = "create table <b> (k varchar(40) primary key, foreign key (k) references <a> (k))";
-    let handlers =
-        ["insert into <a> (k, n) values (:position, 1)", "insert into <b> (k) values (cast(:position as char))"];
+    let handlers = [
+        "insert into <a> (k, n) values (:position, 1)",
+        "insert into <b> (k) values (cast(:position as char))",
+    ];
     let (together, alone) = compare_with_row_by_row(&Case::new(&[A, child], &handlers)).await;
     assert_eq!((together, alone), (240 + TABLE_QUERIES, 240));
 }
@@ -283,12 +312,15 @@ async fn a_table_with_auto_increment_or_a_computed_default_is_written_row_by_row
     assert_eq!((together, alone), (120 + TABLE_QUERIES, 120));
 
     // Only that it is not coalesced: what the columns get is another thing each time.
-    for column in
-        ["at datetime(6) default now(6)", "at timestamp(6) null on update now(6)", "r double default (rand())"]
-    {
+    for column in [
+        "at datetime(6) default now(6)",
+        "at timestamp(6) null on update now(6)",
+        "r double default (rand())",
+    ] {
         let world = World::new().await;
         append(&world, (0..40).map(event).collect()).await;
-        let table = format!("create table <a> (k varchar(40) primary key, n int not null, {column})");
+        let table =
+            format!("create table <a> (k varchar(40) primary key, n int not null, {column})");
         let booted = InsertMode::Coalesced.boot(&world, &Case::new(&[&table], &[COUNT])).await;
         assert_eq!(
             (booted.status.as_str(), statements(&world, InsertMode::Coalesced).await),
@@ -304,7 +336,8 @@ async fn a_table_with_auto_increment_or_a_computed_default_is_written_row_by_row
     assert_eq!((together, alone), (1 + 6 + TABLE_QUERIES, 120));
 }
 
-/// MariaDB: the insert of one row that a constraint refuses is an error, even with `ignore`; of many, it leaves that row out.
+/// MariaDB: the insert of one row that a constraint refuses is an error, even with `ignore`; of
+/// many, it leaves that row out.
 #[tokio::test]
 async fn an_insert_ignore_with_a_constraint_is_written_row_by_row() {
     for (column, value) in [
@@ -315,8 +348,9 @@ async fn an_insert_ignore_with_a_constraint_is_written_row_by_row() {
         let world = World::new().await;
         append(&world, (0..120).map(event).collect()).await;
         let table = format!("create table <a> (k varchar(40) primary key, {column})");
-        let insert =
-            format!("insert ignore into <a> (k, n) values (concat(:stream_id, '-', :payload.number), {value})");
+        let insert = format!(
+            "insert ignore into <a> (k, n) values (concat(:stream_id, '-', :payload.number), {value})"
+        );
         let case = Case::new(&[&table], &[&insert]);
         let alone = InsertMode::RowByRow.boot(&world, &case).await;
         // On MySQL, `ignore` does not cover JSON.
@@ -333,7 +367,8 @@ async fn views_and_non_transactional_tables_are_written_row_by_row() {
     let through = "insert into <b> (k, n) values (:position, 1)";
     let (together, alone) = compare_with_row_by_row(&Case::new(&[A, view], &[through])).await;
     assert_eq!((together, alone), (120 + TABLE_QUERIES, 120));
-    let (together, alone) = compare_with_row_by_row(&Case::new(&[&format!("{A} engine = MyISAM")], &[COUNT])).await;
+    let (together, alone) =
+        compare_with_row_by_row(&Case::new(&[&format!("{A} engine = MyISAM")], &[COUNT])).await;
     assert_eq!((together, alone), (120 + TABLE_QUERIES, 120));
 }
 
@@ -341,7 +376,8 @@ async fn views_and_non_transactional_tables_are_written_row_by_row() {
 async fn a_projector_that_reads_the_previous_result_is_written_row_by_row() {
     let looking = "update <b> set n = n + row_count() where k = 'rows'";
     let rows = format!("{B} select 'rows' as k, 0 as n, null as s");
-    let (together, alone) = compare_with_row_by_row(&Case::new(&[A, &rows], &[COUNT, looking])).await;
+    let (together, alone) =
+        compare_with_row_by_row(&Case::new(&[A, &rows], &[COUNT, looking])).await;
     // Each of 121 events begins with two statements that reset what is looked back at.
     assert_eq!((together, alone), (240 + 242, 240 + 242));
 
@@ -364,22 +400,40 @@ async fn a_user_without_the_trigger_grant_writes_row_by_row_and_is_warned_once()
     let user = format!("u{:x}", fastrand::u64(..));
     let mut admin = world.connection().await;
     execute(&mut admin, &format!("create user '{user}'@'%' identified by 'only-for-this'")).await;
-    execute(&mut admin, &format!("grant select, insert, update on {}.* to '{user}'@'%'", world.database_name)).await;
+    execute(
+        &mut admin,
+        &format!("grant select, insert, update on {}.* to '{user}'@'%'", world.database_name),
+    )
+    .await;
     let url = world.database_url.replace("://root@", &format!("://{user}:only-for-this@"));
     let boot = ["boot", "--projectors", folder.path(), "--database-url", &url];
 
     let ran = world.run(&boot).await.exits(0);
     assert_eq!(statements(&world, InsertMode::Coalesced).await, 120 + TABLE_QUERIES);
-    assert_eq!(ran.stderr.matches("grant trigger and insert on the table").count(), 1, "{}", ran.stderr);
+    assert_eq!(
+        ran.stderr.matches("grant trigger and insert on the table").count(),
+        1,
+        "{}",
+        ran.stderr
+    );
 
     // With the grant, on that table alone, it is another matter.
-    execute(&mut admin, &format!("grant trigger, insert on {}.together_a to '{user}'@'%'", world.database_name)).await;
+    execute(
+        &mut admin,
+        &format!("grant trigger, insert on {}.together_a to '{user}'@'%'", world.database_name),
+    )
+    .await;
     for table in ["projectors", "together_a", "measured"] {
         world.execute(&format!("delete from {table}")).await;
     }
     let ran = world.run(&boot).await.exits(0);
     execute(&mut admin, &format!("drop user '{user}'@'%'")).await;
-    assert_eq!(statements(&world, InsertMode::Coalesced).await, 1 + 6 + TABLE_QUERIES, "{}", ran.stderr);
+    assert_eq!(
+        statements(&world, InsertMode::Coalesced).await,
+        1 + 6 + TABLE_QUERIES,
+        "{}",
+        ran.stderr
+    );
 }
 
 #[tokio::test]
@@ -395,7 +449,10 @@ async fn an_event_that_fails_among_coalesced_rows_is_found_with_file_and_line() 
         let mut events: Vec<NewEvent> = (0..100).map(event).collect();
         events[69].payload = poison.into();
         append(&world, events).await;
-        let case = Case::new(&[A, B], &[long, "insert into <a> (k, n) values (:position, :payload.number)"]);
+        let case = Case::new(
+            &[A, B],
+            &[long, "insert into <a> (k, n) values (:position, :payload.number)"],
+        );
         let alone = InsertMode::RowByRow.boot(&world, &case).await;
         let failure = alone.failure.as_deref().unwrap_or_default();
         let line = if reason == "Data too long" { "projector.toml:5" } else { "projector.toml:9" };
@@ -423,8 +480,10 @@ async fn no_trigger_can_be_created_while_rows_are_pending() {
         eventually("the handler waits", async || world.sessions().await.iter().any(waits)).await;
         let mut meddler = world.connection().await;
         execute(&mut meddler, "set session lock_wait_timeout = 1").await;
-        let trigger = "create trigger late before insert on together_a for each row set new.n = 1000";
-        let refused = sqlx::raw_sql(trigger).execute(&mut meddler).await.expect_err("the table is in use");
+        let trigger =
+            "create trigger late before insert on together_a for each row set new.n = 1000";
+        let refused =
+            sqlx::raw_sql(trigger).execute(&mut meddler).await.expect_err("the table is in use");
         assert!(refused.to_string().contains("Lock wait timeout"), "{refused}");
         execute(&mut other, "rollback").await;
     };
@@ -443,7 +502,8 @@ struct RandomHandler {
     types: &'static str,
 }
 
-/// `<t>` and `<u>` are any of the tables, `<i>` is the handler's own. What is first comes out when a failure is made smaller.
+/// `<t>` and `<u>` are any of the tables, `<i>` is the handler's own. What is first comes out when
+/// a failure is made smaller.
 const INSERTS: &[&str] = &[
     "insert into <t> (k, n) values (:stream_id, 1) on duplicate key update n = n + values(n)",
     "insert into <t> (k, n, s) values (:stream_id, :payload.n, :payload.s?) \
@@ -470,34 +530,46 @@ const OTHERS: &[&str] = &[
 const TYPES: &[&str] = &["'*'", "'Opened'", "'Opened', 'Closed'", "'Amended', 'Closed'"];
 
 /// JSON of one class, of every class, and what breaks most statements.
-const NUMBERS: [&[&str]; 3] =
-    [&["1", "0", "-7", "12345678901", "4"], &["2.5", "\"12\"", "\"3.25\"", "true", "1e2", "5"], &["null", "\"none\""]];
-const SHORT: [&[&str]; 3] =
-    [&["\"a\"", "null", "\"\"", "\"größe\""], &["1", "1.5", "false", "\"00123\""], &["\"far too long\""]];
-const KEYS: [&[&str]; 3] =
-    [&["1", "2", "30", "10"], &["\"1\"", "\"x\"", "1.5", "\"01\"", "\"case-1\""], &["\"😀\"", "true"]];
+const NUMBERS: [&[&str]; 3] = [
+    &["1", "0", "-7", "12345678901", "4"],
+    &["2.5", "\"12\"", "\"3.25\"", "true", "1e2", "5"],
+    &["null", "\"none\""],
+];
+const SHORT: [&[&str]; 3] = [
+    &["\"a\"", "null", "\"\"", "\"größe\""],
+    &["1", "1.5", "false", "\"00123\""],
+    &["\"far too long\""],
+];
+const KEYS: [&[&str]; 3] = [
+    &["1", "2", "30", "10"],
+    &["\"1\"", "\"x\"", "1.5", "\"01\"", "\"case-1\""],
+    &["\"😀\"", "true"],
+];
 
 fn random_handler() -> impl Strategy<Value = RandomHandler> {
     let any = || (0..TYPES.len()).prop_map(|at| TYPES[at]);
     let insert = ((0..INSERTS.len()).prop_map(|at| INSERTS[at]), any());
-    let other = ((0..OTHERS.len()).prop_map(|at| OTHERS[at]), prop_oneof![5 => Just("'Rare'"), 1 => any()]);
+    let other =
+        ((0..OTHERS.len()).prop_map(|at| OTHERS[at]), prop_oneof![5 => Just("'Rare'"), 1 => any()]);
     (prop_oneof![4 => insert, 1 => other], (0..3_usize, 0..3_usize))
         .prop_map(|((statement, types), tables)| RandomHandler { statement, tables, types })
 }
 
 /// Mostly of the first kind, so that rows can wait; of the last, one time in so many.
-fn one_of(values: [&'static [&'static str]; 3], seldom: u32) -> impl Strategy<Value = &'static str> {
+fn one_of(
+    values: [&'static [&'static str]; 3],
+    seldom: u32,
+) -> impl Strategy<Value = &'static str> {
     let [plain, odd, last] = values.map(|values| (0..values.len()).prop_map(|at| values[at]));
     prop_oneof![seldom => plain, seldom / 20 + 1 => odd, 1 => last]
 }
 
 fn random_event() -> impl Strategy<Value = NewEvent> {
-    (0..30_usize, 0..25_usize, one_of(NUMBERS, 1000), one_of(SHORT, 1000), one_of(KEYS, 40)).prop_map(
-        |(number, rare, n, s, g)| {
+    (0..30_usize, 0..25_usize, one_of(NUMBERS, 1000), one_of(SHORT, 1000), one_of(KEYS, 40))
+        .prop_map(|(number, rare, n, s, g)| {
             let event = if rare == 24 { of_type("Rare", number) } else { event(number) };
             NewEvent { payload: format!(r#"{{"n":{n},"s":{s},"g":{g}}}"#), ..event }
-        },
-    )
+        })
 }
 
 async fn compare(
@@ -546,14 +618,20 @@ struct CaseCounts {
 fn random_files_and_logs_give_the_same_tables_with_coalesced_inserts() {
     let seed = seed();
     let bytes: Vec<u8> = seed.to_le_bytes().repeat(4);
-    let config = Config { cases: 16, max_shrink_iters: 40, failure_persistence: None, ..Config::default() };
-    let mut runner = TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &bytes));
-    let runtime =
-        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("a runtime");
+    let config =
+        Config { cases: 16, max_shrink_iters: 40, failure_persistence: None, ..Config::default() };
+    let mut runner =
+        TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &bytes));
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .expect("a runtime");
     let tally = std::cell::RefCell::new(CaseCounts::default());
     let strategy = (vec(random_handler(), 1..5), vec(random_event(), 35..160));
-    let result = runner
-        .run(&strategy, |(handlers, events)| runtime.block_on(compare(handlers, events, &mut tally.borrow_mut())));
+    let result = runner.run(&strategy, |(handlers, events)| {
+        runtime.block_on(compare(handlers, events, &mut tally.borrow_mut()))
+    });
     if let Err(TestError::Fail(reason, (handlers, events))) = &result {
         let payloads: Vec<&str> = events.iter().map(|event| event.payload.as_str()).collect();
         panic!("{reason}\n{handlers:#?}\n{payloads:?}");
@@ -578,11 +656,18 @@ impl Projector for MultiRowCounter {
         EventTypes::only(["Opened", "Amended", "Closed"])
     }
 
-    async fn handle_batch(&self, events: &[&Event], db: &mut MySqlConnection) -> anyhow::Result<()> {
+    async fn handle_batch(
+        &self,
+        events: &[&Event],
+        db: &mut MySqlConnection,
+    ) -> anyhow::Result<()> {
         let mut rows = MultiRowInsert::new("insert into alone_b (k, n, s) values")
             .with_tail("on duplicate key update n = n + values(n), s = values(s)");
         for event in events {
-            rows.row().bind(event.stream_id()).bind(1).bind(Some("odd").filter(|_| event.position().get() % 2 == 1));
+            rows.row()
+                .bind(event.stream_id())
+                .bind(1)
+                .bind(Some("odd").filter(|_| event.position().get() % 2 == 1));
         }
         assert_eq!(rows.len(), events.len());
         let affected = rows.execute(db).await?;
@@ -624,7 +709,8 @@ async fn the_multi_row_helper_reports_bad_input_before_any_query() {
     let error = ragged.execute(db).await.expect_err("refused").to_string();
     assert!(error.contains("different numbers of values") && error.contains("nowhere"), "{error}");
 
-    let mut outside = MultiRowInsert::new("insert into nowhere values").with_tail("on duplicate key update a = ?");
+    let mut outside = MultiRowInsert::new("insert into nowhere values")
+        .with_tail("on duplicate key update a = ?");
     outside.row().bind(1);
     let error = outside.execute(db).await.expect_err("refused").to_string();
     assert!(error.contains("a ? stands outside them"), "{error}");

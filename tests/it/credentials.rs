@@ -1,5 +1,5 @@
-//! The way into the database: TLS by a bundle of certificates, secrets that are rotated, tokens of IAM; and the credentials
-//! of a container.
+//! The way into the database: TLS by a bundle of certificates, secrets that are rotated, tokens of
+//! IAM; and the credentials of a container.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,8 +13,8 @@ use tokio::net::TcpListener;
 use projectionist::Database;
 
 use crate::support::{
-    AuthMode, Folder, Gateway, RunningProcess, TIMEOUT, World, certificate, eventually, execute, kill, server_url,
-    sessions, setting,
+    AuthMode, Folder, Gateway, RunningProcess, TIMEOUT, World, certificate, eventually, execute,
+    kill, server_url, sessions, setting,
 };
 
 const COUNTER: &str = "name = 'counter'\nversion = 1\nmode = 'from_beginning'\n\
@@ -46,7 +46,9 @@ async fn a_ca_bundle_verifies_the_server_and_its_name() {
     status("127.0.0.1", "", &["--database-ca", &bundle], 3).await;
     // The URL may ask for the certificate alone.
     status("127.0.0.1", "?ssl-mode=VERIFY_CA", &["--database-ca", &bundle], 0).await;
-    status("localhost", "", &["--database-ca", "/no/such/file"], 2).await.prints(&["/no/such/file"]);
+    status("localhost", "", &["--database-ca", "/no/such/file"], 2)
+        .await
+        .prints(&["/no/such/file"]);
 }
 
 #[tokio::test]
@@ -72,7 +74,10 @@ async fn too_few_connections_are_refused_with_the_minimum() {
     for connections in [0, 1] {
         let refused = Database::connect(&world.database_url, connections, TIMEOUT).await;
         let reason = refused.expect_err("too few").to_string();
-        assert!(reason.contains(&format!("{connections} connections are too few: at least 2")), "{reason}");
+        assert!(
+            reason.contains(&format!("{connections} connections are too few: at least 2")),
+            "{reason}"
+        );
     }
     Database::connect(&world.database_url, 2, TIMEOUT).await.expect("enough");
 }
@@ -127,21 +132,29 @@ async fn the_database_is_found_through_its_secret() {
         start(&world, &["status", "--database-secret", &arn], &[]).finish().await.exits(0);
     }
     // As RDS manages it: no place, which the URL says.
-    let arn = create_secret(&world, &format!(r#"{{"username":"{user}","password":"s3cr3t-one"}}"#)).await;
+    let arn =
+        create_secret(&world, &format!(r#"{{"username":"{user}","password":"s3cr3t-one"}}"#)).await;
     let place = world.database_url.replace("root@", "");
-    start(&world, &["status", "--database-url", &place], &[("PROJECTIONIST_DATABASE_SECRET", &arn)])
-        .finish()
-        .await
-        .exits(0);
+    start(
+        &world,
+        &["status", "--database-url", &place],
+        &[("PROJECTIONIST_DATABASE_SECRET", &arn)],
+    )
+    .finish()
+    .await
+    .exits(0);
 
-    let no_place = start(&world, &["status", "--database-secret", &arn], &[]).finish().await.exits(2);
+    let no_place =
+        start(&world, &["status", "--database-secret", &arn], &[]).finish().await.exits(2);
     no_place.prints(&["names no host", "--database-url mysql://HOST"]);
     let both = world.run(&["status", "--database-secret", &arn]).await.exits(2);
     both.prints(&["both name a user", "leave one of them out"]);
     create_secret(&world, "s3cr3t-nonsense").await;
-    let nonsense = start(&world, &["status", "--database-secret", &arn], &[]).finish().await.exits(2);
+    let nonsense =
+        start(&world, &["status", "--database-secret", &arn], &[]).finish().await.exits(2);
     assert!(!nonsense.stderr.contains("s3cr3t"), "{}", nonsense.stderr);
-    let missing = start(&world, &["status", "--database-secret", "no/such"], &[]).finish().await.exits(3);
+    let missing =
+        start(&world, &["status", "--database-secret", "no/such"], &[]).finish().await.exits(3);
     missing.prints(&["no/such", "does not exist"]);
     create_secret(&world, &rds_secret(&world, &user, "wrong")).await;
     start(&world, &["status", "--database-secret", &arn], &[])
@@ -159,8 +172,15 @@ async fn a_password_rotated_while_a_worker_plays_is_reread_and_breaks_no_project
     let arn = create_secret(&world, &rds_secret(&world, &user, "first")).await;
     let folder = Folder::new().with("1.toml", COUNTER);
     world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
-    let play =
-        ["play", "--receive-wait=1", "--reconcile-after=1", "--projectors", folder.path(), "--database-secret", &arn];
+    let play = [
+        "play",
+        "--receive-wait=1",
+        "--reconcile-after=1",
+        "--projectors",
+        folder.path(),
+        "--database-secret",
+        &arn,
+    ];
     let play = start(&world, &play, &[]);
     world.append(10).await;
     eventually("it plays", async || world.position("counter").await == 10).await;
@@ -193,8 +213,9 @@ async fn container_agent() -> (String, Arc<AtomicU64>) {
         while let Ok((mut client, _)) = listener.accept().await {
             let mut request = vec![0; 8192];
             let read = client.read(&mut request).await.unwrap_or(0);
-            let is_known =
-                String::from_utf8_lossy(&request[..read]).to_lowercase().contains("authorization: let-me-in");
+            let is_known = String::from_utf8_lossy(&request[..read])
+                .to_lowercase()
+                .contains("authorization: let-me-in");
             let number = count.fetch_add(1, Ordering::SeqCst) + 1;
             let expires = OffsetDateTime::now_utc() + Duration::from_secs(2);
             let expires = expires.format(&Rfc3339).expect("a time");
@@ -219,7 +240,9 @@ fn start_in_container(world: &World, arguments: &[&str], agent: &str) -> Running
         .env_remove("AWS_ACCESS_KEY_ID")
         .env_remove("AWS_SECRET_ACCESS_KEY")
         .env("AWS_EC2_METADATA_DISABLED", "true");
-    command.env("AWS_CONTAINER_CREDENTIALS_FULL_URI", agent).env("AWS_CONTAINER_AUTHORIZATION_TOKEN", "let-me-in");
+    command
+        .env("AWS_CONTAINER_CREDENTIALS_FULL_URI", agent)
+        .env("AWS_CONTAINER_AUTHORIZATION_TOKEN", "let-me-in");
     command.env("HOME", "/nonexistent");
     RunningProcess::spawn(command)
 }
@@ -247,8 +270,15 @@ async fn a_worker_authenticates_with_tokens_and_renews_an_old_one_per_connection
     let (agent, _) = container_agent().await;
     let folder = Folder::new().with("1.toml", COUNTER);
     let (url, bundle) = (gateway.url(&world, "app", "localhost"), certificate("bundle.pem"));
-    let by_iam =
-        ["--database-auth=iam", "--database-ca", &bundle, "--database-url", &url, "--projectors", folder.path()];
+    let by_iam = [
+        "--database-auth=iam",
+        "--database-ca",
+        &bundle,
+        "--database-url",
+        &url,
+        "--projectors",
+        folder.path(),
+    ];
     start_in_container(&world, &[&["boot"][..], &by_iam].concat(), &agent).finish().await.exits(0);
 
     let play = [&["play", "--receive-wait=1", "--reconcile-after=1"][..], &by_iam].concat();
@@ -290,9 +320,14 @@ async fn a_worker_authenticates_with_tokens_and_renews_an_old_one_per_connection
         world.database_name
     );
     let arn = create_secret(&world, &text).await;
-    let status = ["status", "--database-auth=iam", "--database-ca", &bundle, "--database-secret", &arn];
+    let status =
+        ["status", "--database-auth=iam", "--database-ca", &bundle, "--database-secret", &arn];
     start(&world, &status, &[]).finish().await.exits(0);
-    start(&world, &["status", "--database-secret", &arn], &[]).finish().await.exits(2).prints(&["has no password"]);
+    start(&world, &["status", "--database-secret", &arn], &[])
+        .finish()
+        .await
+        .exits(2)
+        .prints(&["has no password"]);
 }
 
 #[tokio::test]
@@ -305,12 +340,18 @@ async fn a_token_is_never_sent_to_an_unverified_server() {
         world.run(&[&["status", "--database-auth=iam"], options].concat()).await.exits(code)
     };
     status(&["--database-url", &url], 2).await.prints(&["in clear text", "--database-ca"]);
-    status(&["--database-url", &format!("{url}?ssl-mode=REQUIRED")], 2).await.prints(&["in clear text"]);
+    status(&["--database-url", &format!("{url}?ssl-mode=REQUIRED")], 2)
+        .await
+        .prints(&["in clear text"]);
     status(&["--database-url", &url, "--database-ca", &other], 3).await;
     status(&["--database-url", &url.replace("app@", "app:x@"), "--database-ca", &other], 2)
         .await
         .prints(&["has a password"]);
-    status(&["--database-url", &url.replace("app@", ""), "--database-ca", &other], 2).await.prints(&["names no user"]);
-    status(&["--database-url", &url, "--database-secret", "x"], 2).await.prints(&["both name a user"]);
+    status(&["--database-url", &url.replace("app@", ""), "--database-ca", &other], 2)
+        .await
+        .prints(&["names no user"]);
+    status(&["--database-url", &url, "--database-secret", "x"], 2)
+        .await
+        .prints(&["both name a user"]);
     assert_eq!(gateway.tokens(), Vec::<String>::new());
 }

@@ -1,5 +1,5 @@
-//! `doctor`: everything well, and each thing that is not, by its line. What a server's own settings come to is tested beside
-//! the code: those of the servers under test are everybody's.
+//! `doctor`: everything well, and each thing that is not, by its line. What a server's own settings
+//! come to is tested beside the code: those of the servers under test are everybody's.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -10,9 +10,12 @@ use projectionist::sqlx::MySqlConnection;
 
 use crate::failover::lock_out_restricted_users;
 use crate::grants::grants_of;
-use crate::support::{FinishedProcess, Folder, RunningProcess, SqsStub, World, execute, is_mariadb};
+use crate::support::{
+    FinishedProcess, Folder, RunningProcess, SqsStub, World, execute, is_mariadb,
+};
 
-/// Keeps the server from being made read-only, by another test, for as long as what this returns is there.
+/// Keeps the server from being made read-only, by another test, for as long as what this returns is
+/// there.
 async fn kept_writable(world: &World) -> MySqlConnection {
     let mut keeper = world.connection().await;
     lock_out_restricted_users(&mut keeper).await;
@@ -28,7 +31,10 @@ fn lines(report: &FinishedProcess) -> BTreeMap<String, (String, String)> {
         .map(|check| {
             (
                 text(&check["name"]),
-                (text(&check["level"]), format!("{}; {}", text(&check["detail"]), text(&check["remedy"]))),
+                (
+                    text(&check["level"]),
+                    format!("{}; {}", text(&check["detail"]), text(&check["remedy"])),
+                ),
             )
         })
         .collect()
@@ -51,9 +57,12 @@ const COUNTER: &str = "name = 'counter'\nversion = 1\nmode = 'from_beginning'\n\
 
 /// A queue with one for dead letters, which must outlive it.
 async fn with_dead_letters(receives: u32, dead_is_fifo: bool) -> (World, World) {
-    let dead_letters = World::with_queue(dead_is_fifo, &[(Attribute::MessageRetentionPeriod, "1209600")]).await;
-    let arn =
-        format!("arn:aws:sqs:us-east-1:000000000000:{}", dead_letters.queue_url.rsplit('/').next().expect("a name"));
+    let dead_letters =
+        World::with_queue(dead_is_fifo, &[(Attribute::MessageRetentionPeriod, "1209600")]).await;
+    let arn = format!(
+        "arn:aws:sqs:us-east-1:000000000000:{}",
+        dead_letters.queue_url.rsplit('/').next().expect("a name")
+    );
     let policy = format!(r#"{{"deadLetterTargetArn":"{arn}","maxReceiveCount":"{receives}"}}"#);
     (World::with_queue(true, &[(Attribute::RedrivePolicy, &policy)]).await, dead_letters)
 }
@@ -68,36 +77,64 @@ async fn a_healthy_system_has_only_ok_lines_and_is_not_changed() {
     world.run(&["relay", "--once"]).await.exits(0);
     let everything = "--for=migrate,append,boot,play,relay,status,audit,retire,fill";
     for _ in 0..3 {
-        let report = world.run(&["doctor", "--json", everything, "--projectors", folder.path()]).await.exits(0);
+        let report = world
+            .run(&["doctor", "--json", everything, "--projectors", folder.path()])
+            .await
+            .exits(0);
         assert_eq!(bad(&report), BTreeMap::new());
         assert_eq!(report.json()["healthy"], true);
         let lines = lines(&report);
         assert_eq!(lines["durability"].0, "warning", "the parts do without");
         assert_eq!(lines["TLS"].0, if is_mariadb().await { "warning" } else { "note" });
-        for check in
-            ["database", "version", "tables", "grants for play", "queue", "redrive", "dead letters", "SQS clock"]
-        {
+        for check in [
+            "database",
+            "version",
+            "tables",
+            "grants for play",
+            "queue",
+            "redrive",
+            "dead letters",
+            "SQS clock",
+        ] {
             assert_eq!(lines[check].0, "ok", "{check}");
         }
-        for action in ["SendMessage", "ReceiveMessage", "DeleteMessage", "ChangeMessageVisibility"] {
+        for action in ["SendMessage", "ReceiveMessage", "DeleteMessage", "ChangeMessageVisibility"]
+        {
             assert_eq!(lines[&format!("sqs:{action}")], ("ok".into(), "allowed; ".into()));
         }
         assert_eq!(lines["projector counter@1"].0, "ok");
     }
-    assert_eq!(world.queue.depth().await.expect("a depth"), 1, "nothing was sent, and nothing taken");
+    assert_eq!(
+        world.queue.depth().await.expect("a depth"),
+        1,
+        "nothing was sent, and nothing taken"
+    );
     let received = world.sqs.receive_message().queue_url(&world.queue_url);
-    let received =
-        received.message_system_attribute_names(MessageSystemAttributeName::All).send().await.expect("received");
+    let received = received
+        .message_system_attribute_names(MessageSystemAttributeName::All)
+        .send()
+        .await
+        .expect("received");
     let count = received.messages()[0]
         .attributes()
         .and_then(|all| all.get(&MessageSystemAttributeName::ApproximateReceiveCount));
     assert_eq!(count.map(String::as_str), Some("1"), "nobody has received it before");
     assert_eq!(world.number("select count(*) from events").await, 5);
-    assert_eq!(world.number("select count(*) from information_schema.tables where table_schema = database()").await, 6);
+    assert_eq!(
+        world
+            .number(
+                "select count(*) from information_schema.tables where table_schema = database()"
+            )
+            .await,
+        6
+    );
 
     // For people, a line each.
     let told = world.run(&["doctor", "--projectors", folder.path()]).await.exits(0).stdout;
-    assert!(told.lines().any(|line| line.starts_with("ok ") && line.contains("projector counter@1")), "{told}");
+    assert!(
+        told.lines().any(|line| line.starts_with("ok ") && line.contains("projector counter@1")),
+        "{told}"
+    );
     let standard = World::with_standard_queue().await;
     let report = standard.run(&["doctor", "--json"]).await.exits(0);
     assert_eq!(checks(&bad(&report)), [("dead letters", "note"), ("projectors", "note")]);
@@ -112,18 +149,28 @@ async fn each_missing_grant_is_named() {
     execute(&mut admin, &format!("create user '{user}'@'%' identified by 'x'")).await;
     let url = world.database_url.replace("://root@", &format!("://{user}:x@"));
     let on = |table: &str| format!("{}.{table}", world.database_name);
-    for command in ["migrate", "append", "boot", "play", "relay", "status", "audit", "retire", "fill"] {
+    for command in
+        ["migrate", "append", "boot", "play", "relay", "status", "audit", "retire", "fill"]
+    {
         let check = format!("grants for {command}");
         let option = format!("--for={command}");
         let doctor = ["doctor", "--json", &option, "--database-url", &url];
         for (privileges, table) in grants_of(command) {
-            execute(&mut admin, &format!("grant {} on {} to '{user}'@'%'", privileges.join(", "), on(table))).await;
+            execute(
+                &mut admin,
+                &format!("grant {} on {} to '{user}'@'%'", privileges.join(", "), on(table)),
+            )
+            .await;
         }
         let report = world.run(&doctor).await.exits(0);
         assert_eq!(lines(&report)[&check].0, "ok", "{command}: {}", report.stdout);
         for (privileges, table) in grants_of(command) {
             for privilege in privileges {
-                execute(&mut admin, &format!("revoke {privilege} on {} from '{user}'@'%'", on(table))).await;
+                execute(
+                    &mut admin,
+                    &format!("revoke {privilege} on {} from '{user}'@'%'", on(table)),
+                )
+                .await;
                 let report = world.run(&doctor).await.exits(2);
                 let (level, told) = &lines(&report)[&check];
                 assert_eq!(level, "error", "{command} without {privilege} on {table}");
@@ -132,11 +179,16 @@ async fn each_missing_grant_is_named() {
                     told.starts_with(&format!("missing: {privilege} on {named}")),
                     "{command}, {privilege} on {table}: {told}"
                 );
-                execute(&mut admin, &format!("grant {privilege} on {} to '{user}'@'%'", on(table))).await;
+                execute(&mut admin, &format!("grant {privilege} on {} to '{user}'@'%'", on(table)))
+                    .await;
             }
         }
         for (privileges, table) in grants_of(command) {
-            execute(&mut admin, &format!("revoke {} on {} from '{user}'@'%'", privileges.join(", "), on(table))).await;
+            execute(
+                &mut admin,
+                &format!("revoke {} on {} from '{user}'@'%'", privileges.join(", "), on(table)),
+            )
+            .await;
         }
         // Who may do nothing at all may not even come in.
         execute(&mut admin, &format!("grant show view on {} to '{user}'@'%'", on("*"))).await;
@@ -148,16 +200,23 @@ async fn each_missing_grant_is_named() {
 async fn an_unmigrated_or_newer_database_is_reported() {
     let world = World::new().await;
     let _writable = kept_writable(&world).await;
-    world.execute("insert into projectionist_migrations values (9999, 'later', now(), 1, 'x', 1)").await;
+    world
+        .execute("insert into projectionist_migrations values (9999, 'later', now(), 1, 'x', 1)")
+        .await;
     let report = world.run(&["doctor", "--json"]).await.exits(2);
     assert!(lines(&report)["tables"].1.contains("newer release"), "{}", report.stdout);
-    for table in ["events", "event_log", "projectors", "log_acceptances", "projectionist_migrations"] {
+    for table in
+        ["events", "event_log", "projectors", "log_acceptances", "projectionist_migrations"]
+    {
         world.execute(&format!("drop table {table}")).await;
     }
     let report = world.run(&["doctor", "--json"]).await.exits(2);
     assert_eq!(report.json()["healthy"], false);
     let bad = bad(&report);
-    assert_eq!(checks(&bad), [("dead letters", "note"), ("projectors", "note"), ("tables", "error")]);
+    assert_eq!(
+        checks(&bad),
+        [("dead letters", "note"), ("projectors", "note"), ("tables", "error")]
+    );
     assert!(bad["tables"].1.contains("projectionist migrate"));
     report.prints(&["tables"]);
 }
@@ -172,14 +231,22 @@ async fn a_log_with_a_missing_beginning_or_end_is_reported() {
     assert_eq!(log().await.0, "ok");
     world.execute("delete from events where position = 3").await;
     let (level, told) = log().await;
-    assert!(level == "error" && told.contains("the log ends at 2, below the high-water mark 3"), "{told}");
+    assert!(
+        level == "error" && told.contains("the log ends at 2, below the high-water mark 3"),
+        "{told}"
+    );
 
     let behind = World::new().await;
     behind.execute("alter table events auto_increment = 5000").await;
     behind.append(1).await;
     let lines = lines(&behind.run(&["doctor", "--json"]).await.exits(0));
     let (level, told) = &lines["log"];
-    assert!(level == "warning" && told.contains("it begins at position 5000") && told.contains("history"), "{told}");
+    assert!(
+        level == "warning"
+            && told.contains("it begins at position 5000")
+            && told.contains("history"),
+        "{told}"
+    );
 }
 
 #[tokio::test]
@@ -187,8 +254,10 @@ async fn a_read_only_server_is_reported() {
     let world = World::new().await;
     let mut admin = kept_writable(&world).await;
     execute(&mut admin, "set global read_only = 1").await;
-    let (doctor, for_status) =
-        (world.run(&["doctor", "--json"]).await, world.run(&["doctor", "--json", "--for=status"]).await);
+    let (doctor, for_status) = (
+        world.run(&["doctor", "--json"]).await,
+        world.run(&["doctor", "--json", "--for=status"]).await,
+    );
     execute(&mut admin, "set global read_only = 0").await;
     let doctor = doctor.exits(2);
     assert!(lines(&doctor)["primary"].1.contains("name the primary"), "{}", doctor.stdout);
@@ -226,8 +295,14 @@ async fn each_wrong_attribute_of_the_queue_is_reported() {
     dead_letters.queue.send("x", "x").await.expect("sent");
     let report = world.run(&["doctor", "--json"]).await.exits(0);
     let bad = bad(&report);
-    assert_eq!(checks(&bad), [("dead letters", "warning"), ("projectors", "note"), ("redrive", "warning")]);
-    assert!(bad["redrive"].1.contains("raise maxReceiveCount") && bad["dead letters"].1.contains("has 1 messages"));
+    assert_eq!(
+        checks(&bad),
+        [("dead letters", "warning"), ("projectors", "note"), ("redrive", "warning")]
+    );
+    assert!(
+        bad["redrive"].1.contains("raise maxReceiveCount")
+            && bad["dead letters"].1.contains("has 1 messages")
+    );
 }
 
 #[tokio::test]
@@ -249,7 +324,10 @@ async fn projectors_that_do_not_load_or_are_not_live_are_reported() {
 async fn an_unreachable_database_or_queue_is_reported_and_the_rest_still_checked() {
     let world = World::new().await;
     let _writable = kept_writable(&world).await;
-    let report = world.run(&["doctor", "--json", "--database-url=mysql://root@127.0.0.1:1/x"]).await.exits(3);
+    let report = world
+        .run(&["doctor", "--json", "--database-url=mysql://root@127.0.0.1:1/x"])
+        .await
+        .exits(3);
     let both = lines(&report);
     assert_eq!((both["database"].0.as_str(), both["queue"].0.as_str()), ("unreachable", "ok"));
     let gone = world.queue_url.replace("test_", "gone_");
@@ -297,7 +375,11 @@ async fn each_missing_sqs_permission_is_named() {
     }
     stub.deny("GetQueueAttributes");
     let report = doctor_at(&world, &stub).await.exits(3);
-    assert!(lines(&report)["queue"].1.contains("allow sqs:GetQueueAttributes"), "{}", report.stdout);
+    assert!(
+        lines(&report)["queue"].1.contains("allow sqs:GetQueueAttributes"),
+        "{}",
+        report.stdout
+    );
 }
 
 #[tokio::test]

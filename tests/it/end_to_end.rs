@@ -1,5 +1,6 @@
-//! The acceptance story, by the shipped binary: a log that grows all the while, a release that is replaced by
-//! one with another projector, and three read models that are the fold of the log in the end.
+//! The acceptance story, by the shipped binary: a log that grows all the while, a release that is
+//! replaced by one with another projector, and three read models that are the fold of the log in
+//! the end.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -75,9 +76,15 @@ fn real_events() -> Option<Log> {
     }
 }
 
-/// Events of the same shape: cases that interleave, fields that are missing, text that is not ASCII.
+/// Events of the same shape: cases that interleave, fields that are missing, text that is not
+/// ASCII.
 fn generated_events(count: usize, dice: &mut fastrand::Rng) -> Log {
-    let types = ["Confirmation of receipt", "T02 Check confirmation of receipt", "Größe \"ändern\"", "T06 ?:payload"];
+    let types = [
+        "Confirmation of receipt",
+        "T02 Check confirmation of receipt",
+        "Größe \"ändern\"",
+        "T06 ?:payload",
+    ];
     let event = |number: usize| {
         let mut payload = serde_json::json!({
             "channel": dice.choice(["Internet", "Desk", "Post", "E-mail"]),
@@ -124,18 +131,24 @@ fn fold(log: &[String]) -> Models {
         journal.push(format!("{case}|{version}|{event_type}|{}", required("/payload/channel")));
 
         let team = text("/payload/group").unwrap_or("none".into());
-        let (events, receipts) = work.entry(format!("{}|{team}", required("/payload/org_resource"))).or_default();
+        let (events, receipts) =
+            work.entry(format!("{}|{team}", required("/payload/org_resource"))).or_default();
         *events += 1;
         *receipts += u64::from(event_type == "Confirmation of receipt");
     }
-    let case_status = cases.into_iter().map(|(case, (events, last))| format!("{case}|{last}|{events}"));
-    let workload = work.into_iter().map(|(who, (events, receipts))| format!("{who}|{events}|{receipts}"));
+    let case_status =
+        cases.into_iter().map(|(case, (events, last))| format!("{case}|{last}|{events}"));
+    let workload =
+        work.into_iter().map(|(who, (events, receipts))| format!("{who}|{events}|{receipts}"));
     Models { case_status: sorted(case_status), journal, workload: sorted(workload) }
 }
 
 async fn read(world: &World) -> Models {
     let rows = async |sql: &str| -> Vec<String> {
-        sqlx::query_scalar(AssertSqlSafe(sql)).fetch_all(&mut world.connection().await).await.expect(sql)
+        sqlx::query_scalar(AssertSqlSafe(sql))
+            .fetch_all(&mut world.connection().await)
+            .await
+            .expect(sql)
     };
     let positions: Vec<i64> = sqlx::query_scalar("select position from journal order by seq")
         .fetch_all(&mut world.connection().await)
@@ -228,7 +241,10 @@ impl System {
         let status = self.world.run(&["status", "--json"]).await.exits(0).json();
         assert_eq!(status["high_water"], self.world.last_position().await);
         for projector in status["projectors"].as_array().expect("a list") {
-            assert_eq!((projector["status"].as_str(), projector["lag_events"].as_u64()), (Some("live"), Some(0)));
+            assert_eq!(
+                (projector["status"].as_str(), projector["lag_events"].as_u64()),
+                (Some("live"), Some(0))
+            );
         }
         assert_same(&read(&self.world).await, &self.folded);
     }
@@ -237,7 +253,8 @@ impl System {
 const OLD: [&str; 2] = ["case_status", "journal"];
 const ALL: [&str; 3] = ["case_status", "journal", "workload"];
 
-/// A receive that the old worker still waited in may take the next messages with it: the new one misses them soon.
+/// A receive that the old worker still waited in may take the next messages with it: the new one
+/// misses them soon.
 const WORKER: [&str; 4] = ["play", "--receive-wait=1", "--reconcile-after=1", "--projectors"];
 
 /// The story without mishaps.
@@ -245,7 +262,8 @@ async fn assert_models_equal_the_fold(log: Log) {
     let system = System::with_half_of(log).await;
     let world = &system.world;
     let first_half = world.last_position().await;
-    let booted = world.run(&["boot", "--json", "--projectors", system.old.path()]).await.exits(0).json();
+    let booted =
+        world.run(&["boot", "--json", "--projectors", system.old.path()]).await.exits(0).json();
     assert_eq!(booted["released"], true);
     system.eventually_at(first_half, &OLD).await;
 
@@ -259,8 +277,12 @@ async fn assert_models_equal_the_fold(log: Log) {
     // While the old worker plays on, and events come.
     let new_release = system.new_release();
     writer.write(next()).await;
-    let booted = world.run(&["boot", "--json", "--projectors", new_release.path()]).await.exits(0).json();
-    assert_eq!((&booted["released"], &booted["projectors"][2]["status"]), (&true.into(), &"live".into()));
+    let booted =
+        world.run(&["boot", "--json", "--projectors", new_release.path()]).await.exits(0).json();
+    assert_eq!(
+        (&booted["released"], &booted["projectors"][2]["status"]),
+        (&true.into(), &"live".into())
+    );
 
     // What the old worker takes out of the queue now, the third projector never sees there.
     let third_stood_at = world.position("workload").await;
@@ -269,7 +291,11 @@ async fn assert_models_equal_the_fold(log: Log) {
     let written = system.events - (system.second_half.len() - 3 * quarter.len()) as u64;
     system.eventually_at(written, &OLD).await;
     assert!(old_worker.is_running());
-    assert_eq!(world.position("workload").await, third_stood_at, "an old worker leaves alone what it does not know");
+    assert_eq!(
+        world.position("workload").await,
+        third_stood_at,
+        "an old worker leaves alone what it does not know"
+    );
     assert!(third_stood_at < written, "it has something to miss");
 
     old_worker.terminate().await.exits(0);
@@ -277,7 +303,10 @@ async fn assert_models_equal_the_fold(log: Log) {
     writer.write(next()).await;
     let count = system.second_half.len();
     let appended = writer.finish().await.exits(0);
-    assert_eq!(appended.stdout, format!("appended {count} events, last position {}\n", system.events));
+    assert_eq!(
+        appended.stdout,
+        format!("appended {count} events, last position {}\n", system.events)
+    );
     system.eventually_at(system.events, &ALL).await;
     new_worker.terminate().await.exits(0);
     system.assert_complete().await;
@@ -298,8 +327,9 @@ async fn three_models_equal_the_fold_of_generated_events() {
 
 /// The seed of a test's dice: TEST_SEED, or a new one. Shown with the output of a test that fails.
 pub fn seed() -> u64 {
-    let seed =
-        std::env::var("TEST_SEED").ok().map_or_else(|| fastrand::u64(..), |seed| seed.parse().expect("a number"));
+    let seed = std::env::var("TEST_SEED")
+        .ok()
+        .map_or_else(|| fastrand::u64(..), |seed| seed.parse().expect("a number"));
     eprintln!("to repeat: TEST_SEED={seed}");
     seed
 }
@@ -328,7 +358,13 @@ async fn random_pause(dice: &mut fastrand::Rng, most: u64) {
 }
 
 /// Boots until it was killed so often between two batches of its replay, and then to its end.
-async fn boot_with_kills(system: &System, folder: &Folder, projectors: &[&str], kills: u32, dice: &mut fastrand::Rng) {
+async fn boot_with_kills(
+    system: &System,
+    folder: &Folder,
+    projectors: &[&str],
+    kills: u32,
+    dice: &mut fastrand::Rng,
+) {
     let mut in_the_middle = 0;
     while in_the_middle < kills {
         let before = system.progress(projectors).await;
@@ -341,10 +377,17 @@ async fn boot_with_kills(system: &System, folder: &Folder, projectors: &[&str], 
             .await;
         }
         random_pause(dice, 60).await;
-        assert!(boot.into_inner().kill().await, "boot ended before it was killed {kills} times: it needs more work");
+        assert!(
+            boot.into_inner().kill().await,
+            "boot ended before it was killed {kills} times: it needs more work"
+        );
         let mut is_booting = true;
         for name in projectors {
-            is_booting &= system.world.entry(name).await.is_some_and(|entry| entry.status.to_string() == "booting");
+            is_booting &= system
+                .world
+                .entry(name)
+                .await
+                .is_some_and(|entry| entry.status.to_string() == "booting");
         }
         in_the_middle += u32::from(is_booting && system.progress(projectors).await > before);
     }
@@ -365,18 +408,30 @@ impl<'a> KilledProcesses<'a> {
         KilledProcesses { system, folder, play, relay }
     }
 
-    /// Appends piece by piece, and kills the worker in the middle of each, and now and then the relay with it.
-    async fn kill_repeatedly(&mut self, pieces: &[&[String]], writer: &mut PipedProcess, dice: &mut fastrand::Rng) {
+    /// Appends piece by piece, and kills the worker in the middle of each, and now and then the
+    /// relay with it.
+    async fn kill_repeatedly(
+        &mut self,
+        pieces: &[&[String]],
+        writer: &mut PipedProcess,
+        dice: &mut fastrand::Rng,
+    ) {
         for (number, piece) in pieces.iter().enumerate() {
             let before = self.system.progress(&OLD).await;
             writer.write(piece).await;
-            eventually("the worker moves a projector", async || self.system.progress(&OLD).await > before).await;
+            eventually("the worker moves a projector", async || {
+                self.system.progress(&OLD).await > before
+            })
+            .await;
             random_pause(dice, 100).await;
             let play = start(&self.system.world, &PLAY, self.folder);
             assert!(std::mem::replace(&mut self.play, play).kill().await, "the worker was running");
             if number % 3 == 0 {
                 let relay = self.system.world.start(&RELAY);
-                assert!(std::mem::replace(&mut self.relay, relay).kill().await, "the relay was running");
+                assert!(
+                    std::mem::replace(&mut self.relay, relay).kill().await,
+                    "the relay was running"
+                );
             }
         }
     }
@@ -397,7 +452,8 @@ async fn assert_models_survive_kills(log: Log, mut dice: fastrand::Rng) {
 
     let mut killed = KilledProcesses::start(&system, &system.old);
     let mut writer = system.world.start_piped(&["append"]);
-    let pieces: Vec<&[String]> = system.second_half.chunks(system.second_half.len().div_ceil(6)).collect();
+    let pieces: Vec<&[String]> =
+        system.second_half.chunks(system.second_half.len().div_ceil(6)).collect();
     killed.kill_repeatedly(&pieces[..2], &mut writer, &mut dice).await;
 
     let new_release = system.new_release();

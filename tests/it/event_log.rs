@@ -1,5 +1,5 @@
-//! The high-water mark: nothing is applied before everything below it is decided, however long a writer takes, and
-//! nothing is lost.
+//! The high-water mark: nothing is applied before everything below it is decided, however long a
+//! writer takes, and nothing is lost.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -8,8 +8,8 @@ use projectionist::sqlx::{self, AssertSqlSafe, MySqlConnection};
 use projectionist::{AppendError, Database, EventStore, Limits, NewEvent, Queue, boot};
 
 use crate::support::{
-    FaultyQueue, Gate, RandomCuts, Session, TIMEOUT, Tally, World, event, eventually, execute, gated, is_mariadb,
-    registry, registry_of, seed, server_error, write,
+    FaultyQueue, Gate, RandomCuts, Session, TIMEOUT, Tally, World, event, eventually, execute,
+    gated, is_mariadb, registry, registry_of, seed, server_error, write,
 };
 
 #[tokio::test]
@@ -31,8 +31,13 @@ async fn a_late_commit_is_never_skipped() {
 
     let queue = Arc::new(FaultyQueue::without_faults(&world.queue));
     let both = registry(&[&replayed, &played]);
-    let playing = world.start_play_from(Arc::clone(&queue) as Arc<dyn Queue>, &both, World::continuous_play_settings());
-    // Each empty receive is followed by a reconcile: it has looked for what is missing again and again.
+    let playing = world.start_play_from(
+        Arc::clone(&queue) as Arc<dyn Queue>,
+        &both,
+        World::continuous_play_settings(),
+    );
+    // Each empty receive is followed by a reconcile: it has looked for what is missing again and
+    // again.
     eventually("the worker has looked", async || queue.fault_counts().receives >= 20).await;
     for tally in [&replayed, &played] {
         assert_eq!((world.position(tally.name()).await, world.high_water().await), (9, 9));
@@ -63,15 +68,20 @@ async fn a_position_reserved_before_its_insert_is_not_lost() {
 
     let mut holder = world.connection().await;
     execute(&mut holder, "begin").await;
-    let insert = "insert into events (event_id, stream_id, stream_version, event_type, payload) values ";
+    let insert =
+        "insert into events (event_id, stream_id, stream_version, event_type, payload) values ";
     execute(&mut holder, &format!("{insert} ('wanted', 'holder', 1, 'Opened', '{{}}')")).await;
     let mut blocked = world.connection().await;
     let rows = ["first", "wanted", "third", "fourth"].iter().zip(1..);
-    let rows: Vec<String> =
-        rows.map(|(id, version)| format!("('{id}', 'blocked', {version}, 'Opened', '{{}}')")).collect();
+    let rows: Vec<String> = rows
+        .map(|(id, version)| format!("('{id}', 'blocked', {version}, 'Opened', '{{}}')"))
+        .collect();
     let rows = format!("{insert} {}", rows.join(", "));
     let blocked = tokio::spawn(async move { execute(&mut blocked, &rows).await });
-    eventually("the writer of many rows is blocked at the second", async || world.lock_waits().await == 1).await;
+    eventually("the writer of many rows is blocked at the second", async || {
+        world.lock_waits().await == 1
+    })
+    .await;
     // 10 is the holder's; 11 is inserted, 12 blocked, 13 and 14 only reserved.
     write(&mut world.connection().await, "fast", 1).await.expect("written");
     assert_eq!(world.positions("position > 9").await, [15]);
@@ -89,15 +99,18 @@ async fn a_position_reserved_before_its_insert_is_not_lost() {
     world.assert_complete(&tally).await;
 }
 
-/// `insert … select` reserves positions in blocks that grow, and on MySQL others take theirs in between. MariaDB's default
-/// (`innodb_autoinc_lock_mode` 1) makes others wait until the statement ends: there only the waiting is left to see.
+/// `insert … select` reserves positions in blocks that grow, and on MySQL others take theirs in
+/// between. MariaDB's default (`innodb_autoinc_lock_mode` 1) makes others wait until the statement
+/// ends: there only the waiting is left to see.
 #[tokio::test]
 async fn rows_from_an_insert_select_are_not_lost_among_other_writers() {
     let world = World::new().await;
     let tally = Tally::new("tally");
     let registry = registry(&[&tally]);
     world.append(9).await;
-    world.execute("create table source (id varchar(64) primary key, version bigint not null)").await;
+    world
+        .execute("create table source (id varchar(64) primary key, version bigint not null)")
+        .await;
     let rows: Vec<String> = (1..=40).map(|n| format!("('row-{n:02}', {n})")).collect();
     world.execute(&format!("insert into source values {}", rows.join(", "))).await;
 
@@ -105,18 +118,23 @@ async fn rows_from_an_insert_select_are_not_lost_among_other_writers() {
     let mut holder = world.connection().await;
     execute(&mut holder, "begin").await;
     let insert = "insert into events (event_id, stream_id, stream_version, event_type, payload) ";
-    execute(&mut holder, &format!("{insert} values ('row-20', 'holder', 1, 'Opened', '{{}}')")).await;
+    execute(&mut holder, &format!("{insert} values ('row-20', 'holder', 1, 'Opened', '{{}}')"))
+        .await;
     let mut copying = world.connection().await;
-    let copy = format!("{insert} select id, 'copied', version, 'Opened', '{{}}' from source order by id");
+    let copy =
+        format!("{insert} select id, 'copied', version, 'Opened', '{{}}' from source order by id");
     let copying = tokio::spawn(async move { execute(&mut copying, &copy).await });
-    eventually("the copy is blocked at its twentieth row", async || world.lock_waits().await == 1).await;
+    eventually("the copy is blocked at its twentieth row", async || world.lock_waits().await == 1)
+        .await;
 
     let mut other = world.connection().await;
     let other = tokio::spawn(async move { write(&mut other, "other", 1).await.expect("written") });
     match is_mariadb().await {
         // For the table's counter, which is not listed among the waits of transactions.
         true => {
-            let waits = |session: &&Session| session.state == "Update" && session.statement.starts_with("insert");
+            let waits = |session: &&Session| {
+                session.state == "Update" && session.statement.starts_with("insert")
+            };
             eventually("the other writer waits for the statement", async || {
                 world.sessions().await.iter().filter(waits).count() == 1
             })
@@ -136,7 +154,10 @@ async fn rows_from_an_insert_select_are_not_lost_among_other_writers() {
     other.await.expect("the other writer did not fail");
     assert!(world.boot(&registry).await.is_released());
     world.play_until_idle(&registry).await;
-    let (copied, other) = (world.positions("stream_id = 'copied'").await, world.positions("stream_id = 'other'").await);
+    let (copied, other) = (
+        world.positions("stream_id = 'copied'").await,
+        world.positions("stream_id = 'other'").await,
+    );
     assert_eq!((copied.len(), other.len()), (40, 1));
     if !is_mariadb().await {
         assert!(copied[0] < other[0] && other[0] < copied[39], "{copied:?} around {other:?}");
@@ -195,7 +216,9 @@ async fn a_large_open_transaction_is_not_mistaken_for_a_gap() {
     assert!(!published.stderr.contains("high_water_blocked"), "{}", published.stderr);
 
     execute(&mut large, "commit").await;
-    boot(&world.database, &registry, Limits::default(), |_| {}).await.expect("boot comes to an end");
+    boot(&world.database, &registry, Limits::default(), |_| {})
+        .await
+        .expect("boot comes to an end");
     assert!(world.last_position().await > 70_000);
     world.assert_complete(&tally).await;
 }
@@ -216,7 +239,12 @@ impl Written {
 }
 
 /// Multi-row inserts, slow commits and rollbacks, by plain SQL.
-async fn write_by_sql(mut writer: MySqlConnection, stream: String, mut dice: fastrand::Rng, written: Arc<Written>) {
+async fn write_by_sql(
+    mut writer: MySqlConnection,
+    stream: String,
+    mut dice: fastrand::Rng,
+    written: Arc<Written>,
+) {
     let mut version = 0;
     for _ in 0..TRANSACTIONS {
         let (rows, taken_back) = (dice.u64(1..=8), dice.u8(0..100) < 15);
@@ -225,7 +253,11 @@ async fn write_by_sql(mut writer: MySqlConnection, stream: String, mut dice: fas
             execute(&mut writer, "begin").await;
             let values: Vec<String> = (1..=rows)
                 .map(|row| {
-                    format!("('{stream}', {}, '{}', '{{}}')", version + row, ["Opened", "Closed"][row as usize % 2])
+                    format!(
+                        "('{stream}', {}, '{}', '{{}}')",
+                        version + row,
+                        ["Opened", "Closed"][row as usize % 2]
+                    )
                 })
                 .collect();
             let insert = format!(
@@ -254,11 +286,17 @@ async fn write_by_sql(mut writer: MySqlConnection, stream: String, mut dice: fas
 }
 
 /// The same through the store: a rollback there is an append whose last event is refused.
-async fn write_by_append(store: EventStore, stream: String, mut dice: fastrand::Rng, written: Arc<Written>) {
+async fn write_by_append(
+    store: EventStore,
+    stream: String,
+    mut dice: fastrand::Rng,
+    written: Arc<Written>,
+) {
     for transaction in 0..TRANSACTIONS {
         let rows = dice.u64(1..=8);
-        let mut events: Vec<NewEvent> =
-            (0..rows).map(|row| NewEvent { stream_id: stream.clone(), ..event(row as usize) }).collect();
+        let mut events: Vec<NewEvent> = (0..rows)
+            .map(|row| NewEvent { stream_id: stream.clone(), ..event(row as usize) })
+            .collect();
         if transaction > 0 && dice.u8(0..100) < 15 {
             events.push(NewEvent { event_id: Some(stream.clone()), ..event(0) });
             let refused = store.append(&events).await.expect_err("the id is taken");
@@ -274,7 +312,8 @@ async fn write_by_append(store: EventStore, stream: String, mut dice: fastrand::
     }
 }
 
-/// Watches the mark until it is told to stop: it only rises, and every position up to it is decided at that moment.
+/// Watches the mark until it is told to stop: it only rises, and every position up to it is decided
+/// at that moment.
 async fn watch_mark(mut watcher: MySqlConnection, stop: Arc<AtomicBool>) -> u64 {
     let (mut before, mut rises) = (0, 0);
     while !stop.load(Ordering::SeqCst) {
@@ -297,7 +336,11 @@ async fn watch_mark(mut watcher: MySqlConnection, stop: Arc<AtomicBool>) -> u64 
 async fn eight_writers_at_once_make_no_projector_miss_or_repeat_an_event() {
     let world = World::new().await;
     let mut dice = fastrand::Rng::with_seed(seed());
-    let tallies = [Tally::new("all_events"), Tally::new("closed").only(&["Closed"]), Tally::new("joined_late")];
+    let tallies = [
+        Tally::new("all_events"),
+        Tally::new("closed").only(&["Closed"]),
+        Tally::new("joined_late"),
+    ];
     world.boot(&registry(&[&tallies[0], &tallies[1]])).await;
     let registry = registry(&[&tallies[0], &tallies[1], &tallies[2]]);
     let playing = world.start_play(&registry);
@@ -307,13 +350,17 @@ async fn eight_writers_at_once_make_no_projector_miss_or_repeat_an_event() {
     let written = Arc::new(Written::default());
     let mut writers = tokio::task::JoinSet::new();
     for writer in 0..8 {
-        let (stream, dice, written) = (format!("writer-{writer}"), dice.fork(), Arc::clone(&written));
+        let (stream, dice, written) =
+            (format!("writer-{writer}"), dice.fork(), Arc::clone(&written));
         match writer % 2 {
             0 => writers.spawn(write_by_sql(world.connection().await, stream, dice, written)),
             _ => writers.spawn(write_by_append(world.store.clone(), stream, dice, written)),
         };
     }
-    eventually("half of it is written", async || written.events.load(Ordering::SeqCst) > TRANSACTIONS * 16).await;
+    eventually("half of it is written", async || {
+        written.events.load(Ordering::SeqCst) > TRANSACTIONS * 16
+    })
+    .await;
     assert!(!writers.is_empty());
     assert!(world.boot(&registry).await.is_released());
     while let Some(ended) = writers.join_next().await {
@@ -334,7 +381,10 @@ async fn eight_writers_at_once_make_no_projector_miss_or_repeat_an_event() {
     let filled = world.fillers().await.len() as u64;
     assert!(rollbacks > 10 && filled > rollbacks / 2, "{rollbacks} rollbacks, {filled} tombstones");
     let events = written.events.load(Ordering::SeqCst) + 1;
-    assert_eq!(world.number("select count(*) from events where event_type not like '$%'").await, events);
+    assert_eq!(
+        world.number("select count(*) from events where event_type not like '$%'").await,
+        events
+    );
 }
 
 /// A transaction that stays open for a whole replay, and commits when it is over.
@@ -377,7 +427,11 @@ async fn an_append_whose_commit_was_not_acknowledged_is_stored_once() {
         // With and without the version that the stream must have.
         let given = round % 2 == 0;
         let events: Vec<NewEvent> = (1..=3)
-            .map(|n| NewEvent { stream_id: "one".into(), stream_version: given.then_some(expected + n), ..event(0) })
+            .map(|n| NewEvent {
+                stream_id: "one".into(),
+                stream_version: given.then_some(expected + n),
+                ..event(0)
+            })
             .collect();
         let appended = store.append(&events).await;
         let appended = appended.unwrap_or_else(|error| panic!("round {round}: {error}"));
@@ -393,7 +447,8 @@ async fn an_append_whose_commit_was_not_acknowledged_is_stored_once() {
     assert!(before > 1 && after > 1, "commits were cut: {before} before, {after} after");
 }
 
-/// On MySQL a writer at repeatable read that meets error 1062 and goes on holds everybody up; this one never does.
+/// On MySQL a writer at repeatable read that meets error 1062 and goes on holds everybody up; this
+/// one never does.
 #[tokio::test]
 async fn a_refused_append_leaves_no_transaction_open_and_does_not_block_the_mark() {
     let world = World::new().await;
@@ -403,10 +458,16 @@ async fn a_refused_append_leaves_no_transaction_open_and_does_not_block_the_mark
     for round in 0..20 {
         let taken = format!("taken-{round}");
         world.store.append(&[id(&taken)]).await.expect("appended");
-        let refused = world.store.append(&[event(1), id(&taken)]).await.expect_err("the id is taken");
+        let refused =
+            world.store.append(&[event(1), id(&taken)]).await.expect_err("the id is taken");
         assert!(matches!(refused, AppendError::DuplicateEventId { .. }), "{refused}");
-        // At once: what the append has locked, the row that it collided with and the end of the log, is free again.
-        execute(&mut other, &format!("select position from events where event_id = '{taken}' for update nowait")).await;
+        // At once: what the append has locked, the row that it collided with and the end of the
+        // log, is free again.
+        execute(
+            &mut other,
+            &format!("select position from events where event_id = '{taken}' for update nowait"),
+        )
+        .await;
         write(&mut other, "other", round + 1).await.expect("nobody is in the way");
         let wrong = NewEvent { stream_version: Some(99), ..event(1) };
         let refused = world.store.append(&[wrong]).await.expect_err("not the next version");

@@ -1,12 +1,14 @@
-//! Holes in the log: what a rollback leaves is filled, what no rollback explains is left to people, and a writer whose
-//! position was filled is told.
+//! Holes in the log: what a rollback leaves is filled, what no rollback explains is left to people,
+//! and a writer whose position was filled is told.
 
 use std::time::Duration;
 
 use projectionist::sqlx::MySqlConnection;
 use projectionist::{Limits, NewEvent, Registry, boot};
 
-use crate::support::{RunningProcess, TIMEOUT, Tally, World, event, execute, registry, server_error, write};
+use crate::support::{
+    RunningProcess, TIMEOUT, Tally, World, event, execute, registry, server_error, write,
+};
 
 #[tokio::test]
 async fn a_rollback_leaves_a_gap_filler_that_no_projector_sees() {
@@ -30,7 +32,8 @@ async fn a_rollback_leaves_a_gap_filler_that_no_projector_sees() {
     world.assert_complete(&tally).await;
 }
 
-/// A writer that was given a position, and comes only after it was filled: `insert_id` is what the server would have used.
+/// A writer that was given a position, and comes only after it was filled: `insert_id` is what the
+/// server would have used.
 #[tokio::test]
 async fn a_writer_after_the_fill_gets_an_error_and_its_retry_succeeds() {
     let world = World::new().await;
@@ -77,7 +80,10 @@ async fn a_fill_and_a_writer_never_both_get_the_same_position() {
     for then in [WriterOutcome::Commits, WriterOutcome::RollsBack, WriterOutcome::StaysOpen] {
         for relay_first in [false, true, false, true] {
             let (gap, winner) = race(&world, then, relay_first).await;
-            eprintln!("{gap}: {then:?}, {}: {winner:?}", if relay_first { "relay first" } else { "writer first" });
+            eprintln!(
+                "{gap}: {then:?}, {}: {winner:?}",
+                if relay_first { "relay first" } else { "writer first" }
+            );
             match winner {
                 Winner::Writer if then != WriterOutcome::RollsBack => written.push(gap),
                 Winner::Writer | Winner::Fill => filled.push(gap),
@@ -87,7 +93,11 @@ async fn a_fill_and_a_writer_never_both_get_the_same_position() {
     world.play_until_idle(&registry).await;
     assert_eq!(world.fillers().await, filled);
     let streams: Vec<u64> = world.positions("stream_id like 'raced-%'").await;
-    assert_eq!(written.iter().filter(|position| !streams.contains(position)).count(), 0, "{written:?} of {streams:?}");
+    assert_eq!(
+        written.iter().filter(|position| !streams.contains(position)).count(),
+        0,
+        "{written:?} of {streams:?}"
+    );
     world.assert_complete(&tally).await;
 }
 
@@ -98,8 +108,9 @@ enum Winner {
     Fill,
 }
 
-/// Makes a gap for which a relay and a writer wait, in this order, and lets them go on. Whoever has it, the mark never
-/// passes what is undecided, and a writer that does not have it is told, and succeeds with its next attempt.
+/// Makes a gap for which a relay and a writer wait, in this order, and lets them go on. Whoever has
+/// it, the mark never passes what is undecided, and a writer that does not have it is told, and
+/// succeeds with its next attempt.
 async fn race(world: &World, then: WriterOutcome, relay_first: bool) -> (u64, Winner) {
     let gap = world.last_position().await + 1;
     let ahead = gap + 1;
@@ -109,11 +120,13 @@ async fn race(world: &World, then: WriterOutcome, relay_first: bool) -> (u64, Wi
              values ({ahead}, 'ahead-{ahead}', 1, 'Opened', '{{}}')"
         ))
         .await;
-    // A gap's lock: no row is locked by it, so that the probe finds nobody; and whoever inserts waits.
+    // A gap's lock: no row is locked by it, so that the probe finds nobody; and whoever inserts
+    // waits.
     let mut holder = world.connection().await;
     execute(&mut holder, "set session transaction isolation level repeatable read").await;
     execute(&mut holder, "begin").await;
-    execute(&mut holder, &format!("select position from events where position = {gap} for update")).await;
+    execute(&mut holder, &format!("select position from events where position = {gap} for update"))
+        .await;
 
     let stream = format!("raced-{gap}");
     let mut writer = world.connection().await;
@@ -136,7 +149,8 @@ async fn race(world: &World, then: WriterOutcome, relay_first: bool) -> (u64, Wi
     wait_for_lock_waits(world, 2, &mut relay).await;
     execute(&mut holder, "rollback").await;
 
-    let ended = tokio::time::timeout(TIMEOUT, writing).await.expect("the writer waits for nobody any more");
+    let ended =
+        tokio::time::timeout(TIMEOUT, writing).await.expect("the writer waits for nobody any more");
     let (mut writer, written) = ended.expect("no panic");
     let had = match &written {
         Ok(()) => Winner::Writer,
@@ -149,7 +163,11 @@ async fn race(world: &World, then: WriterOutcome, relay_first: bool) -> (u64, Wi
     match (had, then) {
         (Winner::Writer, WriterOutcome::StaysOpen) => {
             relay.finish().await.exits(0);
-            assert_eq!(world.high_water().await, gap - 1, "the mark does not pass who is undecided");
+            assert_eq!(
+                world.high_water().await,
+                gap - 1,
+                "the mark does not pass who is undecided"
+            );
             execute(&mut writer, "commit").await;
         }
         (_, WriterOutcome::StaysOpen | WriterOutcome::Commits) => {
@@ -167,8 +185,8 @@ async fn race(world: &World, then: WriterOutcome, relay_first: bool) -> (u64, Wi
     // What was left undecided is decided now.
     world.run(&["relay", "--once"]).await.exits(0);
     assert_eq!(world.high_water().await, world.last_position().await);
-    let is_lost =
-        then != WriterOutcome::RollsBack && world.positions(&format!("stream_id = '{stream}'")).await.len() != 1;
+    let is_lost = then != WriterOutcome::RollsBack
+        && world.positions(&format!("stream_id = '{stream}'")).await.len() != 1;
     assert!(!is_lost, "{stream} is in the log once");
     (gap, had)
 }
@@ -202,11 +220,15 @@ async fn an_append_after_the_fill_retries_by_itself() {
         )
         .await;
 
-    let late = |version| NewEvent { stream_id: "late".into(), stream_version: Some(version), ..event(0) };
+    let late =
+        |version| NewEvent { stream_id: "late".into(), stream_version: Some(version), ..event(0) };
     let appended = world.store.append(&[late(1), late(2)]).await.expect("appended");
     assert_eq!(appended.events, 2);
     let written = world.positions("stream_id = 'late'").await;
-    assert!(written.len() == 2 && written[0] > 11 && written[1] == appended.last.get(), "{written:?}");
+    assert!(
+        written.len() == 2 && written[0] > 11 && written[1] == appended.last.get(),
+        "{written:?}"
+    );
     world.play_until_idle(&registry).await;
     world.assert_complete(&tally).await;
 }
@@ -226,23 +248,32 @@ async fn an_unexplained_gap_blocks_the_mark_until_it_is_filled_on_demand() {
     assert!(published.stderr.contains("high_water_blocked"), "{}", published.stderr);
     assert!(published.stderr.contains("projectionist fill 10 70019"), "{}", published.stderr);
     let impatient = Limits { retry_timeout: Some(Duration::ZERO), ..Limits::default() };
-    let booted = boot(&world.database, &registry, impatient, |_| {}).await.expect("boot comes to an end");
-    assert!(!booted.is_released() && booted.explain().contains("projectionist fill 10 70019"), "{}", booted.explain());
+    let booted =
+        boot(&world.database, &registry, impatient, |_| {}).await.expect("boot comes to an end");
+    assert!(
+        !booted.is_released() && booted.explain().contains("projectionist fill 10 70019"),
+        "{}",
+        booted.explain()
+    );
     assert_eq!((world.position("tally").await, world.high_water().await), (9, 9));
     assert!(world.fillers().await.is_empty());
 
     world.run(&["fill", "10", "70019", "--yes"]).await.exits(0);
-    // By a boot, whose batches are large: through the queue of a test so many tombstones would take a while.
+    // By a boot, whose batches are large: through the queue of a test so many tombstones would take
+    // a while.
     let late = Tally::new("late");
     let registry = Registry::new().with(late.clone()).expect("one name");
-    let booted = boot(&world.database, &registry, Limits::default(), |_| {}).await.expect("boot comes to an end");
+    let booted = boot(&world.database, &registry, Limits::default(), |_| {})
+        .await
+        .expect("boot comes to an end");
     assert!(booted.is_released());
     assert_eq!(world.fillers().await.len(), 70_010);
     assert_eq!(world.high_water().await, 70_021);
     assert_eq!(late.applied(&world).await, (1..=9).chain(70_020..=70_021).collect::<Vec<_>>());
 }
 
-/// The server's own setting is refused at the start; a session's cannot be seen, and only costs tombstones.
+/// The server's own setting is refused at the start; a session's cannot be seen, and only costs
+/// tombstones.
 #[tokio::test]
 async fn a_writer_that_skips_positions_does_not_delay_others() {
     let world = World::new().await;
@@ -265,12 +296,15 @@ async fn a_writer_that_skips_positions_does_not_delay_others() {
     let published = world.run(&["relay", "--once"]).await.exits(0);
     assert!(!published.stderr.contains("high_water_blocked"), "{}", published.stderr);
     assert_eq!(world.high_water().await, last);
-    let booted = boot(&world.database, &registry, Limits::default(), |_| {}).await.expect("boot comes to an end");
+    let booted = boot(&world.database, &registry, Limits::default(), |_| {})
+        .await
+        .expect("boot comes to an end");
     assert!(booted.is_released());
     world.assert_complete(&tally).await;
 }
 
-/// A range of the log has fewer rows than positions then, and as many rows as it has positions would reach beyond it.
+/// A range of the log has fewer rows than positions then, and as many rows as it has positions
+/// would reach beyond it.
 #[tokio::test]
 async fn a_replay_over_deleted_events_does_not_read_past_the_mark() {
     let world = World::new().await;
@@ -283,8 +317,11 @@ async fn a_replay_over_deleted_events_does_not_read_past_the_mark() {
     world.append(50).await;
 
     let tally = Tally::new("after");
-    let limits = Limits { batch: 10, retry_timeout: Some(Duration::from_secs(1)), ..Limits::default() };
-    let booted = boot(&world.database, &registry(&[&tally]), limits, |_| {}).await.expect("boot comes to an end");
+    let limits =
+        Limits { batch: 10, retry_timeout: Some(Duration::from_secs(1)), ..Limits::default() };
+    let booted = boot(&world.database, &registry(&[&tally]), limits, |_| {})
+        .await
+        .expect("boot comes to an end");
     assert!(!booted.is_released(), "more is visible above the transaction that is open");
     assert_eq!((world.high_water().await, world.position("after").await), (100, 100));
     world.assert_folded(&tally).await;
@@ -295,7 +332,8 @@ async fn a_replay_over_deleted_events_does_not_read_past_the_mark() {
     world.assert_complete(&tally).await;
 }
 
-/// The stream id of fillers is nobody else's: a row of this name used to make a position impossible to fill.
+/// The stream id of fillers is nobody else's: a row of this name used to make a position impossible
+/// to fill.
 #[tokio::test]
 async fn a_row_that_looks_like_a_filler_does_not_prevent_filling() {
     let world = World::new().await;
@@ -335,19 +373,26 @@ async fn fill_counts_filled_and_taken_positions_and_refuses_those_below_the_mark
     assert_eq!(filled.stdout, "nothing to fill: each position from 10 to 12 has a row\n");
 }
 
-/// `insert ignore` drops a row that a trigger or a constraint refuses, too, and says so by a count alone.
+/// `insert ignore` drops a row that a trigger or a constraint refuses, too, and says so by a count
+/// alone.
 #[tokio::test]
 async fn a_filler_that_the_server_drops_is_an_error() {
     let world = World::new().await;
     world.append(9).await;
-    world.execute("alter table events add constraint no_fillers check (event_type not like '$%')").await;
+    world
+        .execute("alter table events add constraint no_fillers check (event_type not like '$%')")
+        .await;
     world
         .execute(
             "insert into events (position, stream_id, stream_version, event_type, payload) \
              values (12, 'ahead', 1, 'Opened', '1')",
         )
         .await;
-    world.run(&["fill", "10", "11", "--yes"]).await.exits(2).prints(&["position 10 cannot be filled"]);
+    world
+        .run(&["fill", "10", "11", "--yes"])
+        .await
+        .exits(2)
+        .prints(&["position 10 cannot be filled"]);
     let relayed = world.run(&["relay", "--once"]).await.exits(2);
     relayed.prints(&["position 10 cannot be filled", "constraint"]);
     assert_eq!(world.high_water().await, 9);

@@ -6,12 +6,13 @@ use std::time::{Duration, Instant};
 
 use projectionist::sqlx::{self, MySqlConnection};
 use projectionist::{
-    BackgroundLimits, Database, Event, Limits, NewEvent, PlaySettings, Projector, Queue, Registry, async_trait, boot,
+    BackgroundLimits, Database, Event, Limits, NewEvent, PlaySettings, Projector, Queue, Registry,
+    async_trait, boot,
 };
 
 use crate::support::{
-    Gate, ScriptedProjector, Session, TIMEOUT, Tally, World, eventually, execute, registry, registry_of, run,
-    scripted_at,
+    Gate, ScriptedProjector, Session, TIMEOUT, Tally, World, eventually, execute, registry,
+    registry_of, run, scripted_at,
 };
 
 /// Notes the server's number for the error that a handler met, and passes the error on.
@@ -19,7 +20,10 @@ fn counting(met: &AtomicU64, result: anyhow::Result<()>) -> anyhow::Result<()> {
     if let Err(error) = &result
         && let Some(sqlx::Error::Database(error)) = error.downcast_ref()
     {
-        met.store(error.downcast_ref::<sqlx::mysql::MySqlDatabaseError>().number().into(), Ordering::SeqCst);
+        met.store(
+            error.downcast_ref::<sqlx::mysql::MySqlDatabaseError>().number().into(),
+            Ordering::SeqCst,
+        );
     }
     result
 }
@@ -29,8 +33,12 @@ fn counting(met: &AtomicU64, result: anyhow::Result<()>) -> anyhow::Result<()> {
 /// Where the projector fails that is to fail: in the middle of a batch, after the boot.
 const POISON: u64 = 45;
 
-/// Plays three projectors of which the second fails at [`POISON`], and asserts that the others do not notice.
-async fn assert_fails_alone(fault: impl Fn(&Tally) -> ScriptedProjector, because: &str) -> (World, Tally) {
+/// Plays three projectors of which the second fails at [`POISON`], and asserts that the others do
+/// not notice.
+async fn assert_fails_alone(
+    fault: impl Fn(&Tally) -> ScriptedProjector,
+    because: &str,
+) -> (World, Tally) {
     assert_fails_alone_with(BackgroundLimits::default(), fault, because).await
 }
 
@@ -40,15 +48,18 @@ async fn assert_fails_alone_with(
     because: &str,
 ) -> (World, Tally) {
     let world = World::new().await;
-    let (before, faulty, after) = (Tally::new("earlier"), Tally::new("faulty"), Tally::new("later"));
+    let (before, faulty, after) =
+        (Tally::new("earlier"), Tally::new("faulty"), Tally::new("later"));
     let registry = Registry::new().with(before.clone()).and_then(|set| set.with(fault(&faulty)));
     let registry = registry.and_then(|set| set.with(after.clone())).expect("names of their own");
     world.append(30).await;
     assert!(world.boot(&registry).await.is_released());
     world.append(30).await;
-    let limits = Limits { handler_timeout: Duration::from_millis(500), ..World::play_settings().limits };
+    let limits =
+        Limits { handler_timeout: Duration::from_millis(500), ..World::play_settings().limits };
     let settings = PlaySettings { limits, background_after, ..World::play_settings() };
-    let played = world.play_with(Arc::clone(&world.queue) as Arc<dyn Queue>, &registry, settings).await;
+    let played =
+        world.play_with(Arc::clone(&world.queue) as Arc<dyn Queue>, &registry, settings).await;
 
     assert_eq!(played.broken, 1);
     world.assert_broken("faulty", POISON, because).await;
@@ -61,7 +72,8 @@ async fn assert_fails_alone_with(
 
 #[tokio::test]
 async fn an_error_breaks_only_its_projector_and_its_writes_are_rolled_back() {
-    let fault = |tally: &Tally| scripted_at(tally, POISON, |_| Box::pin(async { anyhow::bail!("poison") }));
+    let fault =
+        |tally: &Tally| scripted_at(tally, POISON, |_| Box::pin(async { anyhow::bail!("poison") }));
     let (world, faulty) = assert_fails_alone(fault, "poison").await;
     world.assert_folded(&faulty).await;
 }
@@ -69,7 +81,9 @@ async fn an_error_breaks_only_its_projector_and_its_writes_are_rolled_back() {
 #[tokio::test]
 async fn an_sql_error_breaks_only_its_projector() {
     let fault = |tally: &Tally| {
-        scripted_at(tally, POISON, |db| Box::pin(run(db, "update faulty set no_such_column = 1 where position = 1")))
+        scripted_at(tally, POISON, |db| {
+            Box::pin(run(db, "update faulty set no_such_column = 1 where position = 1"))
+        })
     };
     let (world, faulty) = assert_fails_alone(fault, "no_such_column").await;
     world.assert_folded(&faulty).await;
@@ -77,7 +91,8 @@ async fn an_sql_error_breaks_only_its_projector() {
 
 #[tokio::test]
 async fn a_panic_breaks_only_its_projector() {
-    let fault = |tally: &Tally| scripted_at(tally, POISON, |_| Box::pin(async { panic!("at the poison") }));
+    let fault =
+        |tally: &Tally| scripted_at(tally, POISON, |_| Box::pin(async { panic!("at the poison") }));
     let (world, faulty) = assert_fails_alone(fault, "panicked: at the poison").await;
     world.assert_folded(&faulty).await;
 }
@@ -92,29 +107,37 @@ async fn an_endless_handler_breaks_only_its_projector() {
 #[tokio::test]
 async fn an_endless_statement_breaks_only_its_projector_and_is_killed() {
     let began = Instant::now();
-    let fault = |tally: &Tally| scripted_at(tally, POISON, |db| Box::pin(run(db, "select sleep(1000)")));
+    let fault =
+        |tally: &Tally| scripted_at(tally, POISON, |db| Box::pin(run(db, "select sleep(1000)")));
     let (world, faulty) = assert_fails_alone(fault, "took longer than").await;
     assert!(began.elapsed() < TIMEOUT);
     world.assert_folded(&faulty).await;
     let sleeps = |session: &Session| session.statement == "select sleep(1000)";
-    eventually("the server has ended the statement", async || !world.sessions().await.iter().any(sleeps)).await;
+    eventually("the server has ended the statement", async || {
+        !world.sessions().await.iter().any(sleeps)
+    })
+    .await;
 }
 
 #[tokio::test]
 async fn an_endless_statement_moved_to_the_background_breaks_only_its_projector() {
-    let fault = |tally: &Tally| scripted_at(tally, POISON, |db| Box::pin(run(db, "select sleep(1000)")));
+    let fault =
+        |tally: &Tally| scripted_at(tally, POISON, |db| Box::pin(run(db, "select sleep(1000)")));
     // Cut off here first, before the handler's own time is over.
-    let background_after = BackgroundLimits { time: Duration::from_millis(100), ..BackgroundLimits::default() };
-    let (world, faulty) = assert_fails_alone_with(background_after, fault, "took longer than").await;
+    let background_after =
+        BackgroundLimits { time: Duration::from_millis(100), ..BackgroundLimits::default() };
+    let (world, faulty) =
+        assert_fails_alone_with(background_after, fault, "took longer than").await;
     world.assert_folded(&faulty).await;
 }
 
-/// Plays a projector that commits at [`POISON`], and asserts that it is never applied again: what it stored of the batch
-/// is there once, it is broken, and a boot does not hand it over.
+/// Plays a projector that commits at [`POISON`], and asserts that it is never applied again: what
+/// it stored of the batch is there once, it is broken, and a boot does not hand it over.
 async fn assert_commit_breaks(statement: &'static str) {
     let world = World::new().await;
     let (faulty, other) = (Tally::new("faulty"), Tally::new("other"));
-    let registry = Registry::new().with(scripted_at(&faulty, POISON, move |db| Box::pin(run(db, statement))));
+    let registry =
+        Registry::new().with(scripted_at(&faulty, POISON, move |db| Box::pin(run(db, statement))));
     let registry = registry.and_then(|set| set.with(other.clone())).expect("two names");
     world.append(30).await;
     assert!(world.boot(&registry).await.is_released());
@@ -132,7 +155,8 @@ async fn assert_commit_breaks(statement: &'static str) {
     world.assert_complete(&faulty).await;
 }
 
-/// Asserts that a projector is broken since its handler committed a part of a batch, and that no event was applied twice.
+/// Asserts that a projector is broken since its handler committed a part of a batch, and that no
+/// event was applied twice.
 async fn assert_must_be_rebuilt(world: &World, tally: &Tally) {
     let entry = world.entry(tally.name()).await.expect("it is in the ledger");
     let failure = entry.status.failure().expect("it is broken");
@@ -161,7 +185,8 @@ async fn a_handler_that_rolls_back_breaks_only_its_projector() {
     assert_fails_alone(fault, "the transaction").await;
 }
 
-/// The driver tells of it before anything is sent, and then waits for an answer that nobody owes it.
+/// The driver tells of it before anything is sent, and then waits for an answer that nobody owes
+/// it.
 fn binding_too_many_values(tally: &Tally) -> ScriptedProjector {
     scripted_at(tally, POISON, |db| {
         Box::pin(async move {
@@ -178,7 +203,10 @@ async fn a_statement_with_too_many_values_breaks_only_its_projector() {
 
 #[tokio::test]
 async fn a_statement_with_too_many_values_in_boot_breaks_it_and_stalls_the_others() {
-    assert_eq!(assert_fails_in_boot(binding_too_many_values, "expected 1 parameters").await, positions_before_poison());
+    assert_eq!(
+        assert_fails_in_boot(binding_too_many_values, "expected 1 parameters").await,
+        positions_before_poison()
+    );
 }
 
 #[tokio::test]
@@ -197,16 +225,23 @@ async fn an_error_between_unsubscribed_events_leaves_the_position_just_before_it
     }
 }
 
-/// Boots three projectors of which the second fails at [`POISON`], and asserts that the others are stalled where they
-/// stand, that nothing is held, and that a boot of the mended one brings all to the end.
-async fn assert_fails_in_boot(fault: impl Fn(&Tally) -> ScriptedProjector, because: &str) -> Vec<u64> {
+/// Boots three projectors of which the second fails at [`POISON`], and asserts that the others are
+/// stalled where they stand, that nothing is held, and that a boot of the mended one brings all to
+/// the end.
+async fn assert_fails_in_boot(
+    fault: impl Fn(&Tally) -> ScriptedProjector,
+    because: &str,
+) -> Vec<u64> {
     let world = World::new().await;
-    let (before, faulty, after) = (Tally::new("earlier"), Tally::new("faulty"), Tally::new("later"));
+    let (before, faulty, after) =
+        (Tally::new("earlier"), Tally::new("faulty"), Tally::new("later"));
     let registry = Registry::new().with(before.clone()).and_then(|set| set.with(fault(&faulty)));
     let registry = registry.and_then(|set| set.with(after.clone())).expect("names of their own");
     world.append(60).await;
-    let limits = Limits { handler_timeout: Duration::from_millis(500), batch: 100, ..Limits::default() };
-    let report = boot(&world.database, &registry, limits, |_| {}).await.expect("boot comes to an end");
+    let limits =
+        Limits { handler_timeout: Duration::from_millis(500), batch: 100, ..Limits::default() };
+    let report =
+        boot(&world.database, &registry, limits, |_| {}).await.expect("boot comes to an end");
 
     let broken: Vec<&str> = report.broken().map(|booted| booted.id.name.as_str()).collect();
     assert_eq!((report.is_released(), broken), (false, vec!["faulty"]));
@@ -232,8 +267,12 @@ fn positions_before_poison() -> Vec<u64> {
 
 #[tokio::test]
 async fn a_panic_in_boot_breaks_its_projector_and_stalls_the_others() {
-    let fault = |tally: &Tally| scripted_at(tally, POISON, |_| Box::pin(async { panic!("at the poison") }));
-    assert_eq!(assert_fails_in_boot(fault, "panicked: at the poison").await, positions_before_poison());
+    let fault =
+        |tally: &Tally| scripted_at(tally, POISON, |_| Box::pin(async { panic!("at the poison") }));
+    assert_eq!(
+        assert_fails_in_boot(fault, "panicked: at the poison").await,
+        positions_before_poison()
+    );
 }
 
 #[tokio::test]
@@ -244,16 +283,19 @@ async fn an_endless_handler_in_boot_breaks_its_projector_and_stalls_the_others()
 
 #[tokio::test]
 async fn an_endless_statement_in_boot_breaks_its_projector_and_stalls_the_others() {
-    let fault = |tally: &Tally| scripted_at(tally, POISON, |db| Box::pin(run(db, "select sleep(1000)")));
+    let fault =
+        |tally: &Tally| scripted_at(tally, POISON, |db| Box::pin(run(db, "select sleep(1000)")));
     assert_eq!(assert_fails_in_boot(fault, "took longer than").await, positions_before_poison());
 }
 
 #[tokio::test]
 async fn a_handler_that_commits_in_boot_breaks_its_projector_and_nothing_is_applied_twice() {
-    for statement in ["commit", "create table if not exists made_by_a_handler (id int primary key)"] {
+    for statement in ["commit", "create table if not exists made_by_a_handler (id int primary key)"]
+    {
         let world = World::new().await;
         let (faulty, other) = (Tally::new("faulty"), Tally::new("other"));
-        let registry = Registry::new().with(scripted_at(&faulty, POISON, move |db| Box::pin(run(db, statement))));
+        let registry = Registry::new()
+            .with(scripted_at(&faulty, POISON, move |db| Box::pin(run(db, statement))));
         let registry = registry.and_then(|set| set.with(other.clone())).expect("two names");
         world.append(60).await;
         assert!(!world.boot(&registry).await.is_released());
@@ -267,20 +309,24 @@ async fn a_handler_that_commits_in_boot_breaks_its_projector_and_nothing_is_appl
 /// By a little: the server says so. By much: it hangs up while the statement is being sent.
 #[tokio::test]
 async fn a_statement_over_max_allowed_packet_breaks_only_its_projector() {
-    for (beyond, because) in [(1, "max_allowed_packet"), (32 << 20, "hung up on the handler 10 times in a row")] {
+    for (beyond, because) in
+        [(1, "max_allowed_packet"), (32 << 20, "hung up on the handler 10 times in a row")]
+    {
         let world = World::new().await;
         // The one that fails wants a single event, so that there is nothing to be isolated.
         let (faulty, other) = (Tally::new("faulty").only(&["Closed"]), Tally::new("other"));
         let large = scripted_at(&faulty, 3, move |db| {
             Box::pin(async move {
-                let most: u64 =
-                    sqlx::query_scalar("select cast(@@max_allowed_packet as unsigned)").fetch_one(&mut *db).await?;
+                let most: u64 = sqlx::query_scalar("select cast(@@max_allowed_packet as unsigned)")
+                    .fetch_one(&mut *db)
+                    .await?;
                 let text = "x".repeat(most as usize + beyond);
                 sqlx::query("select length(?)").bind(text).execute(db).await?;
                 Ok(())
             })
         });
-        let registry = Registry::new().with(large).and_then(|set| set.with(other.clone())).expect("two names");
+        let registry =
+            Registry::new().with(large).and_then(|set| set.with(other.clone())).expect("two names");
         world.boot(&registry).await;
         world.append(5).await;
         let playing = world.start_play(&registry);
@@ -347,7 +393,8 @@ async fn a_boot_after_a_failure_resumes_and_applies_no_event_twice() {
         .map(|n| {
             let (is_mended, shown) = (Arc::clone(&is_mended), Arc::clone(&shown[n]));
             Tally::new(["first", "poisoned", "last"][n]).hook(move |event| {
-                let is_poison = n == 1 && event.position().get() == 250 && !is_mended.load(Ordering::SeqCst);
+                let is_poison =
+                    n == 1 && event.position().get() == 250 && !is_mended.load(Ordering::SeqCst);
                 anyhow::ensure!(!is_poison, "poison");
                 shown.fetch_add(1, Ordering::SeqCst);
                 Ok(())
@@ -360,7 +407,10 @@ async fn a_boot_after_a_failure_resumes_and_applies_no_event_twice() {
     world.assert_broken("poisoned", 250, "poison").await;
     for (tally, name) in [(&tallies[0], "first"), (&tallies[2], "last")] {
         assert_eq!(world.status(name).await, "stalled");
-        assert!((200..600).contains(&world.position(name).await), "it stopped where the other failed");
+        assert!(
+            (200..600).contains(&world.position(name).await),
+            "it stopped where the other failed"
+        );
         world.assert_folded(tally).await;
     }
     is_mended.store(true, Ordering::SeqCst);
@@ -420,7 +470,8 @@ fn swallowing_deadlocks(tally: &Tally, gate: &Gate, met: &Arc<AtomicU64>) -> Scr
     })
 }
 
-/// Locks them the other way round, when such a handler stands at the gate, and lets it into the deadlock.
+/// Locks them the other way round, when such a handler stands at the gate, and lets it into the
+/// deadlock.
 async fn provoke_deadlock(world: &World, gate: &Gate) {
     gate.arrival().await;
     let mut other = world.connection().await;
@@ -453,7 +504,11 @@ async fn a_deadlock_in_a_handler_is_retried_and_breaks_no_projector() {
     eventually("it is at the end", async || world.position("tally").await == 10).await;
     assert_eq!(playing.stop().await.broken, 0);
     assert_eq!(met.load(Ordering::SeqCst), 1213, "the handler lost");
-    assert_eq!(world.number("select sum(n) div 1 from pair").await, 202, "its first update was made once");
+    assert_eq!(
+        world.number("select sum(n) div 1 from pair").await,
+        202,
+        "its first update was made once"
+    );
     world.assert_complete(&tally).await;
 }
 
@@ -468,7 +523,11 @@ async fn a_deadlock_in_boot_is_retried_and_breaks_no_projector() {
     let (booted, ()) = tokio::join!(booting, provoke_deadlock(&world, &gate));
     assert!(booted.expect("boot comes to an end").is_released());
     assert_eq!(met.load(Ordering::SeqCst), 1213, "the handler lost");
-    assert_eq!(world.number("select sum(n) div 1 from pair").await, 202, "its first update was made once");
+    assert_eq!(
+        world.number("select sum(n) div 1 from pair").await,
+        202,
+        "its first update was made once"
+    );
     world.assert_complete(&tally).await;
 }
 
@@ -496,7 +555,8 @@ async fn a_lock_wait_timeout_in_a_handler_is_retried_and_breaks_no_projector() {
     execute(&mut other, "update pair set n = n + 100 where id = 1").await;
     world.append(10).await;
     let playing = world.start_play(&registry);
-    eventually("the handler's wait has timed out", async || met.load(Ordering::SeqCst) == 1205).await;
+    eventually("the handler's wait has timed out", async || met.load(Ordering::SeqCst) == 1205)
+        .await;
     assert_eq!(world.status("tally").await, "live");
     execute(&mut other, "commit").await;
     eventually("it is at the end", async || world.position("tally").await == 10).await;
@@ -516,11 +576,16 @@ async fn a_lock_wait_timeout_in_boot_is_retried_and_breaks_no_projector() {
     execute(&mut other, "update pair set n = n + 100 where id = 1").await;
     world.append(10).await;
     let holding = async {
-        eventually("the handler's wait has timed out", async || met.load(Ordering::SeqCst) == 1205).await;
-        assert_eq!((world.status("tally").await, world.position("tally").await), ("booting".into(), 0));
+        eventually("the handler's wait has timed out", async || met.load(Ordering::SeqCst) == 1205)
+            .await;
+        assert_eq!(
+            (world.status("tally").await, world.position("tally").await),
+            ("booting".into(), 0)
+        );
         execute(&mut other, "commit").await;
     };
-    let (booted, ()) = tokio::join!(boot(&world.database, &registry, boot_limits(), |_| {}), holding);
+    let (booted, ()) =
+        tokio::join!(boot(&world.database, &registry, boot_limits(), |_| {}), holding);
     assert!(booted.expect("boot comes to an end").is_released());
     assert_eq!(world.number("select n from pair where id = 1").await, 101);
     world.assert_complete(&tally).await;
@@ -576,7 +641,11 @@ async fn a_deadlock_swallowed_by_a_handler_is_retried_and_each_event_applied_onc
             assert_eq!(playing.stop().await.broken, 0);
         }
         assert_eq!(met.load(Ordering::SeqCst), 1213, "the handler lost");
-        assert_eq!(world.number("select sum(n) div 1 from pair").await, 202, "both its updates were made once");
+        assert_eq!(
+            world.number("select sum(n) div 1 from pair").await,
+            202,
+            "both its updates were made once"
+        );
         world.assert_complete(&tally).await;
     }
 }

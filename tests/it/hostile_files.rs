@@ -1,5 +1,5 @@
-//! Files whose statements and procedures do anything to their session: what they store is exact, or they are broken with a
-//! reason, and nobody else can tell that they were there.
+//! Files whose statements and procedures do anything to their session: what they store is exact, or
+//! they are broken with a reason, and nobody else can tell that they were there.
 
 use std::fmt::Write as _;
 
@@ -8,7 +8,8 @@ use projectionist::{Registry, Status, load};
 
 use crate::support::{Folder, World, eventually, execute, seed};
 
-/// Something odd that a file does for each event, and what it stores if it is done on a clean session.
+/// Something odd that a file does for each event, and what it stores if it is done on a clean
+/// session.
 #[derive(Debug, Clone, Copy)]
 struct HostileCase {
     name: &'static str,
@@ -54,7 +55,12 @@ const HOSTILE_CASES: &[HostileCase] = &[
     procedure!("begins", "start transaction;", "", Some(1)),
     procedure!("rolls_back", "", "rollback;", None),
     procedure!("rolls_back_first", "rollback;", "", Some(1)),
-    procedure!("begins_after", "rollback; start transaction;", "commit; start transaction;", Some(1)),
+    procedure!(
+        "begins_after",
+        "rollback; start transaction;",
+        "commit; start transaction;",
+        Some(1)
+    ),
     procedure!("creates", "create table if not exists made (a int);", "", Some(1)),
     procedure!(
         "swallows_and_creates",
@@ -63,21 +69,56 @@ const HOSTILE_CASES: &[HostileCase] = &[
         Some(1)
     ),
     procedure!("savepoint", "savepoint a;", "rollback to savepoint a;", None),
-    procedure!("releases", "savepoint projectionist; release savepoint projectionist;", "", Some(1)),
+    procedure!(
+        "releases",
+        "savepoint projectionist; release savepoint projectionist;",
+        "",
+        Some(1)
+    ),
     procedure!("lax", "set session sql_mode = '';", "", Some(1)),
     procedure!("zone", "set session time_zone = '+05:00';", "", Some(1)),
     procedure!("limited", "set session sql_select_limit = 1;", "", Some(1)),
     procedure!("no_autocommit", "set session autocommit = 0;", "", Some(1)),
-    procedure!("autocommits", "set session autocommit = 0; set session autocommit = 1;", "", Some(1)),
+    procedure!(
+        "autocommits",
+        "set session autocommit = 0; set session autocommit = 1;",
+        "",
+        Some(1)
+    ),
     procedure!("read_only", "", "set session transaction read only;", Some(1)),
-    procedure!("uncommitted", "", "set session transaction isolation level read uncommitted;", Some(1)),
-    procedure!("next_uncommitted", "", "set session transaction isolation level serializable;", Some(1)),
+    procedure!(
+        "uncommitted",
+        "",
+        "set session transaction isolation level read uncommitted;",
+        Some(1)
+    ),
+    procedure!(
+        "next_uncommitted",
+        "",
+        "set session transaction isolation level serializable;",
+        Some(1)
+    ),
     procedure!("chains", "set session completion_type = 1;", "", Some(1)),
-    procedure!("unchecked", "set session foreign_key_checks = 0;", "set session unique_checks = 0;", Some(1)),
-    procedure!("latin", "set character_set_client = latin1;", "set character_set_results = latin1;", Some(1)),
+    procedure!(
+        "unchecked",
+        "set session foreign_key_checks = 0;",
+        "set session unique_checks = 0;",
+        Some(1)
+    ),
+    procedure!(
+        "latin",
+        "set character_set_client = latin1;",
+        "set character_set_results = latin1;",
+        Some(1)
+    ),
     procedure!("collates", "set collation_connection = latin1_swedish_ci;", "", Some(1)),
     procedure!("increments", "set session auto_increment_increment = 7;", "", Some(1)),
-    procedure!("waits", "set session wait_timeout = 2;", "set session innodb_lock_wait_timeout = 1;", Some(1)),
+    procedure!(
+        "waits",
+        "set session wait_timeout = 2;",
+        "set session innodb_lock_wait_timeout = 1;",
+        Some(1)
+    ),
     procedure!("locks", "do get_lock('hostile', 0);", "", Some(1)),
     procedure!(
         "fails_at_seven",
@@ -123,7 +164,9 @@ const HOSTILE_CASES: &[HostileCase] = &[
     HostileCase {
         name: "function",
         setup: "create function f_hostile() returns bigint not deterministic no sql begin set @f = coalesce(@f, 0) + 1; return @f; end",
-        statements: &["insert into odd (position, what, value) values (:position, 'function', f_hostile())"],
+        statements: &[
+            "insert into odd (position, what, value) values (:position, 'function', f_hostile())",
+        ],
         stores: Some(1),
     },
     HostileCase {
@@ -159,7 +202,8 @@ async fn rows(world: &World) -> Vec<(u64, Option<String>, Option<i64>)> {
     sqlx::query_as(sql).fetch_all(&mut world.connection().await).await.expect("the rows")
 }
 
-/// Plays a file that does these things beside a plain one, and asserts what must hold. Returns how the file's projector ended.
+/// Plays a file that does these things beside a plain one, and asserts what must hold. Returns how
+/// the file's projector ended.
 async fn play(cases: &[HostileCase]) -> Status {
     let world = World::new().await;
     world
@@ -176,14 +220,20 @@ async fn play(cases: &[HostileCase]) -> Status {
 
     world.append(45).await;
     let booted = world.boot(&registry).await;
-    let is_broken = async || matches!(world.entry("hostile").await.map(|entry| entry.status), Some(Status::Broken(_)));
+    let is_broken = async || {
+        matches!(world.entry("hostile").await.map(|entry| entry.status), Some(Status::Broken(_)))
+    };
     if !booted.is_released() {
         // The file's projector stopped the deploy. Its release is mended by leaving it out.
         assert!(is_broken().await, "{text}{:?}", world.ledger.entries().await);
         let folder = Folder::new().with("b.toml", VICTIM);
         registry = Registry::new();
         load(folder.path().as_ref(), &mut registry).expect("the file holds");
-        assert!(world.boot(&registry).await.is_released(), "{text}{:?}", world.ledger.entries().await);
+        assert!(
+            world.boot(&registry).await.is_released(),
+            "{text}{:?}",
+            world.ledger.entries().await
+        );
     }
     world.append(12).await;
     world.play_until_idle(&registry).await;
@@ -196,7 +246,8 @@ async fn play(cases: &[HostileCase]) -> Status {
             let mut expected = Vec::new();
             for position in 1..=57 {
                 expected.push((position, Some("plain".to_owned()), Some(0)));
-                let stored = cases.iter().filter_map(|case| Some((case.name.to_owned(), case.stores?)));
+                let stored =
+                    cases.iter().filter_map(|case| Some((case.name.to_owned(), case.stores?)));
                 expected.extend(stored.map(|(name, value)| (position, Some(name), Some(value))));
             }
             expected.sort();
@@ -212,7 +263,11 @@ async fn play(cases: &[HostileCase]) -> Status {
     .await
     .expect("the rows");
     assert_eq!(victim, (1..=57).map(|position| (position, 1)).collect::<Vec<_>>(), "{text}");
-    assert_eq!((world.status("victim").await, world.position("victim").await), ("live".into(), 57), "{text}");
+    assert_eq!(
+        (world.status("victim").await, world.position("victim").await),
+        ("live".into(), 57),
+        "{text}"
+    );
     assert_eq!(world.high_water().await, 57, "{text}");
     world.run(&["audit"]).await.exits(0);
     entry.status
@@ -239,11 +294,15 @@ async fn combined_hostile_statements_are_exact_or_broken_and_leave_others_untouc
     }
 }
 
-/// What a file's own variables and `last_insert_id()` have is the same in boot, a thousand events at a time, and in play.
+/// What a file's own variables and `last_insert_id()` have is the same in boot, a thousand events
+/// at a time, and in play.
 #[tokio::test]
 async fn user_variables_are_reset_for_each_event() {
-    let stateful: Vec<HostileCase> =
-        HOSTILE_CASES.iter().filter(|case| ["counts", "sees", "last_id"].contains(&case.name)).copied().collect();
+    let stateful: Vec<HostileCase> = HOSTILE_CASES
+        .iter()
+        .filter(|case| ["counts", "sees", "last_id"].contains(&case.name))
+        .copied()
+        .collect();
     assert_eq!(stateful.len(), 3);
     let status = play(&stateful).await;
     assert_eq!(status.to_string(), "live", "{status:?}");
@@ -255,7 +314,8 @@ const BEST_EFFORT: &str = "name = 'hostile'\nversion = 1\nmode = 'from_beginning
     [[on]]\nevents = ['*']\nsql = 'call best_effort(:position)'\n\
     [[on]]\nevents = ['*']\nsql = 'insert into after_it (position) values (:position)'\n";
 
-/// Lets the procedure lose a deadlock: a rival locks row 2 and waits for row 1 before the procedure asks for row 2.
+/// Lets the procedure lose a deadlock: a rival locks row 2 and waits for row 1 before the procedure
+/// asks for row 2.
 async fn provoke_deadlock(world: &World, mut keeper: MySqlConnection) {
     let mut rival = world.connection().await;
     eventually("the procedure waits", async || {
@@ -263,7 +323,8 @@ async fn provoke_deadlock(world: &World, mut keeper: MySqlConnection) {
     })
     .await;
     execute(&mut rival, "begin").await;
-    // Many rows changed: the server rolls back the transaction of a deadlock that has changed fewer.
+    // Many rows changed: the server rolls back the transaction of a deadlock that has changed
+    // fewer.
     let many = "with recursive n as (select 1 as n union all select n + 1 from n where n < 900) select n from n";
     execute(&mut rival, &format!("insert into ballast {many}")).await;
     execute(&mut rival, "update pair set n = n + 100 where id = 2").await;
@@ -281,7 +342,9 @@ async fn a_deadlock_swallowed_by_a_procedure_is_retried_and_each_event_applied_o
     for in_boot in [true, false] {
         let world = World::new().await;
         for table in ["before_it", "after_it"] {
-            world.execute(&format!("create table {table} (position bigint unsigned not null)")).await;
+            world
+                .execute(&format!("create table {table} (position bigint unsigned not null)"))
+                .await;
         }
         world.execute("create table ballast (n int not null)").await;
         world.execute("create table pair (id int primary key, n int not null)").await;
@@ -303,7 +366,8 @@ async fn a_deadlock_swallowed_by_a_procedure_is_retried_and_each_event_applied_o
         load(folder.path().as_ref(), &mut registry).expect("the file holds");
         if in_boot {
             world.append(10).await;
-            let (booted, ()) = tokio::join!(world.boot(&registry), provoke_deadlock(&world, keeper));
+            let (booted, ()) =
+                tokio::join!(world.boot(&registry), provoke_deadlock(&world, keeper));
             assert!(booted.is_released());
         } else {
             world.boot(&registry).await;
@@ -313,9 +377,16 @@ async fn a_deadlock_swallowed_by_a_procedure_is_retried_and_each_event_applied_o
             eventually("it is at the end", async || world.position("hostile").await == 10).await;
             assert_eq!(playing.stop().await.broken, 0);
         }
-        assert_eq!((world.status("hostile").await, world.position("hostile").await), ("live".into(), 10));
+        assert_eq!(
+            (world.status("hostile").await, world.position("hostile").await),
+            ("live".into(), 10)
+        );
         for table in ["before_it", "after_it"] {
-            assert_eq!(world.positions_in(table).await, (1..=10).collect::<Vec<u64>>(), "{table}, in boot: {in_boot}");
+            assert_eq!(
+                world.positions_in(table).await,
+                (1..=10).collect::<Vec<u64>>(),
+                "{table}, in boot: {in_boot}"
+            );
         }
         let rows: Vec<(i32, i32)> = sqlx::query_as("select id, n from pair order by id")
             .fetch_all(&mut world.connection().await)
@@ -328,6 +399,9 @@ async fn a_deadlock_swallowed_by_a_procedure_is_retried_and_each_event_applied_o
 impl World {
     async fn positions_in(&self, table: &str) -> Vec<u64> {
         let sql = format!("select position from {table} order by position");
-        sqlx::query_scalar(AssertSqlSafe(sql)).fetch_all(&mut self.connection().await).await.expect("the positions")
+        sqlx::query_scalar(AssertSqlSafe(sql))
+            .fetch_all(&mut self.connection().await)
+            .await
+            .expect("the positions")
     }
 }

@@ -1,5 +1,6 @@
-//! Handlers that do anything to their connection. Whatever they do, either their read model is the fold of the log, or they
-//! are broken with the reason; and nothing else differs from a run without them.
+//! Handlers that do anything to their connection. Whatever they do, either their read model is the
+//! fold of the log, or they are broken with the reason; and nothing else differs from a run without
+//! them.
 
 use std::fmt;
 use std::sync::Arc;
@@ -10,8 +11,9 @@ use tokio::time::{Duration, sleep};
 
 use crate::support::{Folder, Tally, World, eventually, execute, seed};
 
-/// Rows that depend on nearly everything that a session can be: time zone, character sets, limits, precision, isolation, the
-/// default database. They are the same for every event in a clean session.
+/// Rows that depend on nearly everything that a session can be: time zone, character sets, limits,
+/// precision, isolation, the default database. They are the same for every event in a clean
+/// session.
 fn insert_into(table: &str) -> String {
     format!(
         "insert into {table} \
@@ -30,14 +32,18 @@ fn create(table: &str) -> String {
     )
 }
 
-/// What such a table holds, a line a row; without the database's name, which differs from world to world.
+/// What such a table holds, a line a row; without the database's name, which differs from world to
+/// world.
 async fn rows(world: &World, table: &str) -> Vec<String> {
     let select = format!(
         "select concat_ws('|', position, at, third, list, hex(convert(word using utf8mb4)), uncommitted, \
          if(shop = database(), 'here', shop), ifnull(left_behind, 'nothing'), month, clock_goes, numbers) \
          from {table} order by position"
     );
-    sqlx::query_scalar(AssertSqlSafe(select)).fetch_all(&mut world.connection().await).await.expect("its table")
+    sqlx::query_scalar(AssertSqlSafe(select))
+        .fetch_all(&mut world.connection().await)
+        .await
+        .expect("its table")
 }
 
 /// A projector that writes down what its session looks like, and then follows its script.
@@ -68,9 +74,18 @@ impl SessionProbe {
         SessionProbe { name: name.into(), session: SessionUse::Dedicated, script: script.into() }
     }
 
-    async fn act(&self, event: &Event, is_first: bool, db: &mut MySqlConnection) -> anyhow::Result<()> {
+    async fn act(
+        &self,
+        event: &Event,
+        is_first: bool,
+        db: &mut MySqlConnection,
+    ) -> anyhow::Result<()> {
         let position = event.position().get();
-        for action in self.script.iter().filter(|action| action.position == position && action.is_first == is_first) {
+        for action in self
+            .script
+            .iter()
+            .filter(|action| action.position == position && action.is_first == is_first)
+        {
             for statement in &action.statements {
                 let done = sqlx::raw_sql(AssertSqlSafe(statement.clone())).execute(&mut *db).await;
                 if action.propagates_errors {
@@ -107,23 +122,32 @@ impl Projector for SessionProbe {
         self.act(event, true, db).await?;
         let numbers = sqlx::query("select n from numbers").fetch_all(&mut *db).await?.len() as u64;
         let insert = insert_into(&self.name);
-        sqlx::query(AssertSqlSafe(insert)).bind(event.position().get()).bind(numbers).execute(&mut *db).await?;
+        sqlx::query(AssertSqlSafe(insert))
+            .bind(event.position().get())
+            .bind(numbers)
+            .execute(&mut *db)
+            .await?;
         self.act(event, false, db).await
     }
 }
 
 /// The same by a file.
 fn declared_victim() -> String {
+    let insert = insert_into("declared").replacen('?', ":position", 1).replacen(
+        '?',
+        "(select count(*) from numbers)",
+        1,
+    );
     let insert =
-        insert_into("declared").replacen('?', ":position", 1).replacen('?', "(select count(*) from numbers)", 1);
-    let insert = insert.replace("concat(@left_behind, '')", "null").replace('\'', "''").replace("''", "'");
+        insert.replace("concat(@left_behind, '')", "null").replace('\'', "''").replace("''", "'");
     format!(
         "name = \"declared\"\nversion = 1\nmode = \"from_beginning\"\nsetup = [\"\"\"{}\"\"\"]\n\n[[on]]\nevents = [\"*\"]\nsql = \"\"\"{insert}\"\"\"\n",
         create("declared")
     )
 }
 
-/// Each is tried by itself, and all are shuffled by the property test. `{n}` is a number of the test's.
+/// Each is tried by itself, and all are shuffled by the property test. `{n}` is a number of the
+/// test's.
 const STATEMENTS: &[&str] = &[
     "commit",
     "rollback",
@@ -216,7 +240,8 @@ fn registry(subjects: &[SessionProbe], folder: &Folder) -> Registry {
     for subject in subjects {
         registry.add(subject.clone()).expect("a name of its own");
     }
-    projectionist::load(std::path::Path::new(&folder.path()), &mut registry).expect("the file holds");
+    projectionist::load(std::path::Path::new(&folder.path()), &mut registry)
+        .expect("the file holds");
     registry
 }
 
@@ -231,20 +256,24 @@ async fn expected(events: usize) -> Vec<String> {
     let rows = rows(&world, "victim").await;
     assert_eq!(rows.len(), events);
     assert!(
-        rows[0].contains("|1970-01-02 00:00:00.000000|") && rows[0].contains("|0|here|nothing|March|1|12"),
+        rows[0].contains("|1970-01-02 00:00:00.000000|")
+            && rows[0].contains("|0|here|nothing|March|1|12"),
         "{}",
         rows[0]
     );
     rows
 }
 
-/// Boots and plays these among victims, and asserts what must hold of everybody. Half of the events are there at the boot.
+/// Boots and plays these among victims, and asserts what must hold of everybody. Half of the events
+/// are there at the boot.
 async fn assert_isolated(hostile: Vec<SessionProbe>, events: usize, expected: &[String]) {
     let world = World::new().await;
     let _uncommitted = prepare(&world).await;
     let folder = Folder::new().with("declared.toml", &declared_victim());
-    let mut subjects =
-        vec![SessionProbe::victim("victim", SessionUse::Dedicated), SessionProbe::victim("shared", SessionUse::Shared)];
+    let mut subjects = vec![
+        SessionProbe::victim("victim", SessionUse::Dedicated),
+        SessionProbe::victim("shared", SessionUse::Shared),
+    ];
     subjects.extend(hostile.iter().cloned());
     subjects.push(SessionProbe::victim("last", SessionUse::Shared));
     let registry = registry(&subjects, &folder);
@@ -254,7 +283,8 @@ async fn assert_isolated(hostile: Vec<SessionProbe>, events: usize, expected: &[
         world.boot(&Registry::new().with(projector.clone()).expect("one name")).await;
     }
     let mut declared = Registry::new();
-    projectionist::load(std::path::Path::new(&folder.path()), &mut declared).expect("the file holds");
+    projectionist::load(std::path::Path::new(&folder.path()), &mut declared)
+        .expect("the file holds");
     assert!(world.boot(&declared).await.is_released());
     world.append(events - events / 2).await;
     world.play_until_idle(&registry).await;
@@ -265,7 +295,9 @@ async fn assert_isolated(hostile: Vec<SessionProbe>, events: usize, expected: &[
             // It reads no user variable: a file's own are set to null for each event.
             assert_eq!(world.status(victim).await, "live");
         }
-        found.sort_by_key(|row| row.split('|').next().and_then(|position| position.parse::<u64>().ok()));
+        found.sort_by_key(|row| {
+            row.split('|').next().and_then(|position| position.parse::<u64>().ok())
+        });
         assert_eq!(
             found,
             expected,
@@ -275,12 +307,18 @@ async fn assert_isolated(hostile: Vec<SessionProbe>, events: usize, expected: &[
     }
     for subject in &hostile {
         let entry = world.entry(&subject.name).await.expect("it is in the ledger");
-        // A user variable that a handler leaves in its own session is its own, like a variable in its memory.
-        let found: Vec<String> =
-            rows(&world, &subject.name).await.iter().map(|row| row.replace("|something|", "|nothing|")).collect();
+        // A user variable that a handler leaves in its own session is its own, like a variable in
+        // its memory.
+        let found: Vec<String> = rows(&world, &subject.name)
+            .await
+            .iter()
+            .map(|row| row.replace("|something|", "|nothing|"))
+            .collect();
         let at = entry.position.get() as usize;
         match entry.status.failure() {
-            None => assert_eq!((at, &found[..]), (events, expected), "{subject} is {}", entry.status),
+            None => {
+                assert_eq!((at, &found[..]), (events, expected), "{subject} is {}", entry.status)
+            }
             Some(failure) if entry.rebuild_reason.is_some() => {
                 assert!(failure.error.contains("rebuild"), "{subject}: {failure:?}");
             }
@@ -305,8 +343,12 @@ async fn a_hostile_statement_yields_the_fold_or_breaks_only_its_projector() {
                 let name = format!("hostile_{chunk}_{number}_{propagates_errors}");
                 let statements = vec![statement.replace("{n}", &number.to_string())];
                 // In the middle of the boot's batch, and of what play brings.
-                let at =
-                    |position| Action { position, statements: statements.clone(), propagates_errors, is_first: true };
+                let at = |position| Action {
+                    position,
+                    statements: statements.clone(),
+                    propagates_errors,
+                    is_first: true,
+                };
                 SessionProbe::hostile(&name, vec![at(3), at(9)])
             })
         });
@@ -320,7 +362,10 @@ const HANDLERS: usize = 60;
 #[tokio::test]
 async fn a_random_handler_yields_the_fold_or_breaks_only_its_projector() {
     let mut dice = fastrand::Rng::with_seed(seed());
-    let handlers = std::env::var("HOSTILE_HANDLERS").ok().and_then(|count| count.parse().ok()).unwrap_or(HANDLERS);
+    let handlers = std::env::var("HOSTILE_HANDLERS")
+        .ok()
+        .and_then(|count| count.parse().ok())
+        .unwrap_or(HANDLERS);
     let events = 12;
     let expected = expected(events).await;
     for _ in 0..handlers / 12 {
@@ -328,7 +373,10 @@ async fn a_random_handler_yields_the_fold_or_breaks_only_its_projector() {
             let actions = (0..dice.usize(1..4)).map(|_| Action {
                 position: dice.u64(1..=events as u64),
                 statements: (0..dice.usize(1..4))
-                    .map(|_| STATEMENTS[dice.usize(..STATEMENTS.len())].replace("{n}", &number.to_string()))
+                    .map(|_| {
+                        STATEMENTS[dice.usize(..STATEMENTS.len())]
+                            .replace("{n}", &number.to_string())
+                    })
                     .collect(),
                 propagates_errors: dice.bool(),
                 is_first: dice.bool(),
@@ -351,11 +399,11 @@ impl Projector for HostileSetup {
 
     async fn setup(&self, db: &mut MySqlConnection) -> anyhow::Result<()> {
         self.0.setup(db).await?;
-        for statement in STATEMENTS
-            .iter()
-            .filter(|statement| statement.starts_with("set ") || statement.starts_with("create temporary"))
-        {
-            let _ = sqlx::raw_sql(AssertSqlSafe(statement.replace("{n}", "0"))).execute(&mut *db).await;
+        for statement in STATEMENTS.iter().filter(|statement| {
+            statement.starts_with("set ") || statement.starts_with("create temporary")
+        }) {
+            let _ =
+                sqlx::raw_sql(AssertSqlSafe(statement.replace("{n}", "0"))).execute(&mut *db).await;
         }
         Ok(())
     }
@@ -388,14 +436,23 @@ async fn the_mark_ignores_a_handlers_isolation_level() {
     let world = World::new().await;
     let _uncommitted = prepare(&world).await;
     let levels = "set session transaction isolation level read uncommitted";
-    let at = |position| Action { position, statements: vec![levels.into()], propagates_errors: true, is_first: true };
+    let at = |position| Action {
+        position,
+        statements: vec![levels.into()],
+        propagates_errors: true,
+        is_first: true,
+    };
     let tally = Tally::new("tally");
     let hostile = SessionProbe::hostile("hostile", (1..=40).map(at).collect());
-    let registry = Registry::new().with(hostile).and_then(|set| set.with(tally.clone())).expect("two names");
+    let registry =
+        Registry::new().with(hostile).and_then(|set| set.with(tally.clone())).expect("two names");
     world.boot(&registry).await;
     world.append(10).await;
     let playing = world.start_play(&registry);
-    eventually("the hostile one has had its turn", async || world.status("hostile").await == "broken").await;
+    eventually("the hostile one has had its turn", async || {
+        world.status("hostile").await == "broken"
+    })
+    .await;
 
     let mut writer = world.connection().await;
     execute(&mut writer, "begin").await;
@@ -409,7 +466,10 @@ async fn the_mark_ignores_a_handlers_isolation_level() {
     assert_eq!(world.high_water().await, 10, "it waits for the row that is not committed");
     assert!(world.position("tally").await <= 10);
     execute(&mut writer, "rollback").await;
-    eventually("the tally is at the end", async || world.position("tally").await == world.last_position().await).await;
+    eventually("the tally is at the end", async || {
+        world.position("tally").await == world.last_position().await
+    })
+    .await;
     playing.stop().await;
     world.assert_complete(&tally).await;
 }

@@ -1,4 +1,5 @@
-//! Lambda: the shipped binary as a function, invoked by the runtime's interface with what is really in the queue.
+//! Lambda: the shipped binary as a function, invoked by the runtime's interface with what is really
+//! in the queue.
 
 mod deadline;
 mod scheduled;
@@ -22,7 +23,8 @@ async fn close_gate(world: &World, at: u64) -> MySqlConnection {
     keeper
 }
 
-/// Sessions that are in the statement of the gate. (Whether they wait there, says `lock_waits`: others are just passing it.)
+/// Sessions that are in the statement of the gate. (Whether they wait there, says `lock_waits`:
+/// others are just passing it.)
 async fn waiting_handlers(world: &World) -> usize {
     let waits = |session: &&Session| session.statement.starts_with("update gate");
     world.sessions().await.iter().filter(waits).count()
@@ -56,7 +58,10 @@ async fn assert_fanned_out_and_deleted(world: World) {
         for tally in [&a, &b] {
             world.assert_complete(tally).await;
         }
-        assert_eq!((world.position("a").await, world.queue.depth().await.expect("a depth")), (120 * round, 0));
+        assert_eq!(
+            (world.position("a").await, world.queue.depth().await.expect("a depth")),
+            (120 * round, 0)
+        );
     }
     function.process.terminate().await.exits(0);
 }
@@ -76,16 +81,22 @@ async fn a_broken_projector_fails_no_message_and_the_others_continue() {
     let world = World::new().await;
     let (a, poisoned, b) = (Tally::new("a"), Tally::new("poisoned"), Tally::new("b"));
     let poison = "insert into poisoned (position) values (nullif(:position, 33))";
-    let poisoned_file = poisoned.file(&[]).replace("insert into poisoned (position) values (:position)", poison);
+    let poisoned_file =
+        poisoned.file(&[]).replace("insert into poisoned (position) values (:position)", poison);
     let folder = world.booted(&[&a.file(&[]), &poisoned_file, &b.file(&[])]).await;
     let mut function = world.function(&["--projectors", folder.path()]).await;
     world.append_and_publish(60).await;
     assert_eq!(function.drain(&world).await, 6);
     world.append_and_publish(20).await;
-    // Foreign and malformed messages stop nothing, either. They are returned, and on a FIFO queue all after them; what is ours
-    // among these is applied all the same.
+    // Foreign and malformed messages stop nothing, either. They are returned, and on a FIFO queue
+    // all after them; what is ours among these is applied all the same.
     for body in ["hello", "{\"log\":\"another\",\"prev\":0,\"events\":[]}"] {
-        let send = world.sqs.send_message().queue_url(&world.queue_url).message_body(body).message_group_id("events");
+        let send = world
+            .sqs
+            .send_message()
+            .queue_url(&world.queue_url)
+            .message_body(body)
+            .message_group_id("events");
         send.message_deduplication_id(uuid::Uuid::now_v7().to_string()).send().await.expect("sent");
     }
     world.append_and_publish(20).await;
@@ -95,7 +106,10 @@ async fn a_broken_projector_fails_no_message_and_the_others_continue() {
     world.assert_complete(&a).await;
     world.assert_complete(&b).await;
     world.assert_folded(&poisoned).await;
-    assert_eq!((world.status("poisoned").await, world.position("poisoned").await), ("broken".into(), 32));
+    assert_eq!(
+        (world.status("poisoned").await, world.position("poisoned").await),
+        ("broken".into(), 32)
+    );
     let left = function.process.terminate().await.exits(0);
     assert!(left.log().iter().any(|line| line["alert"] == "projector_broken"), "{}", left.stderr);
 }
@@ -103,10 +117,17 @@ async fn a_broken_projector_fails_no_message_and_the_others_continue() {
 async fn assert_worker_and_function_share(world: World) {
     let (a, b) = (Tally::new("a"), Tally::new("b"));
     let folder = world.booted(&[&a.file(&[]), &b.file(&[])]).await;
-    let worker =
-        ["play", "--receive-wait=1", "--message-events=5", "--visibility-timeout=3", "--projectors", folder.path()];
+    let worker = [
+        "play",
+        "--receive-wait=1",
+        "--message-events=5",
+        "--visibility-timeout=3",
+        "--projectors",
+        folder.path(),
+    ];
     let worker = world.start(&worker);
-    let mut function = world.function(&["--projectors", folder.path(), "--background-after-events=50"]).await;
+    let mut function =
+        world.function(&["--projectors", folder.path(), "--background-after-events=50"]).await;
     let writing = async {
         for _ in 0..60 {
             world.append(20).await;
@@ -118,7 +139,8 @@ async fn assert_worker_and_function_share(world: World) {
             let batch = world.capture().await;
             if !batch.messages.is_empty() {
                 captured += batch.messages.len();
-                let answer = function.invoke(&batch.event(&world), TIMEOUT).await.expect("an answer");
+                let answer =
+                    function.invoke(&batch.event(&world), TIMEOUT).await.expect("an answer");
                 batch.settle(&world, &answer).await;
             }
         }

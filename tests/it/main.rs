@@ -1,5 +1,6 @@
-//! Everything that needs real parts: a MySQL or MariaDB server and an SQS endpoint. `localstack/test` brings
-//! them up and runs this on both servers; each test has a database and a queue of its own.
+//! Everything that needs real parts: a MySQL or MariaDB server and an SQS endpoint.
+//! `localstack/test` brings them up and runs this on both servers; each test has a database and a
+//! queue of its own.
 
 mod support;
 

@@ -1,11 +1,13 @@
-//! What a declared statement does with an event's values, whatever was bound before them, and however they are sent.
+//! What a declared statement does with an event's values, whatever was bound before them, and
+//! however they are sent.
 
 use std::fmt::Write as _;
 use std::time::Duration;
 
 use projectionist::sqlx::{self, AssertSqlSafe, Connection, MySqlConnection};
 use projectionist::{
-    Database, Event, Limits, MultiRowInsert, NewEvent, Projector, Registry, Status, async_trait, boot, load,
+    Database, Event, Limits, MultiRowInsert, NewEvent, Projector, Registry, Status, async_trait,
+    boot, load,
 };
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -45,7 +47,8 @@ const VALUES: &[&str] = &[
 ];
 
 /// Of these, what every arithmetic takes.
-const NUMBERS: &[&str] = &["null", "true", "0", "7", "-3", "1000", "1.5", "-0.25", "1e3", "1e12", "9007199254740993"];
+const NUMBERS: &[&str] =
+    &["null", "true", "0", "7", "-3", "1000", "1.5", "-0.25", "1e3", "1e12", "9007199254740993"];
 
 /// Expressions of any values.
 const OF_VALUES: &[&str] = &[
@@ -133,7 +136,9 @@ fn statement(dice: &mut fastrand::Rng) -> String {
             "insert into <t> (k, bare, one, two, sum) values ({key}, :payload.a?, {one}, {two}, {sum}) \
                       on duplicate key update one = concat(<t>.one, '&', values(one)), sum = values(sum)"
         ),
-        2 => format!("replace into <t> (k, bare, one, two, sum) values ({key}, :payload.b?, {one}, {two}, {sum})"),
+        2 => format!(
+            "replace into <t> (k, bare, one, two, sum) values ({key}, :payload.b?, {one}, {two}, {sum})"
+        ),
         3 => format!(
             "insert into <t> (k, bare, one, sum) select {key}, {one}, {two}, {sum} \
                       on duplicate key update two = {one}"
@@ -159,7 +164,8 @@ async fn boot_afresh(world: &World, name: &str, text: &str) -> Status {
     let folder = Folder::new().with("projector.toml", text);
     let mut registry = Registry::new();
     load(folder.path().as_ref(), &mut registry).unwrap_or_else(|error| panic!("{error}: {text}"));
-    let database = Database::connect(&world.database_url, 4, TIMEOUT).await.expect("the server answers");
+    let database =
+        Database::connect(&world.database_url, 4, TIMEOUT).await.expect("the server answers");
     let limits = Limits { batch: 1000, ..Limits::default() };
     boot(&database, &registry, limits, |_| {}).await.expect("boot comes to an end");
     world.entry(name).await.expect("it is in the ledger").status
@@ -169,7 +175,10 @@ async fn contents(world: &World, table: &str) -> Vec<String> {
     let sql = format!(
         "select concat_ws('|', k, quote(bare), quote(one), quote(two), quote(sum)) from {table} order by convert(k using utf8mb4) collate utf8mb4_bin"
     );
-    sqlx::query_scalar(AssertSqlSafe(sql)).fetch_all(&mut world.connection().await).await.expect("the rows")
+    sqlx::query_scalar(AssertSqlSafe(sql))
+        .fetch_all(&mut world.connection().await)
+        .await
+        .expect("the rows")
 }
 
 /// Some events, each of a type of its own, and how the values of each are written.
@@ -188,7 +197,8 @@ fn payloads(dice: &mut fastrand::Rng, count: usize) -> Vec<String> {
             }
             for field in ["n", "m"] {
                 if dice.u8(..10) > 0 {
-                    write!(payload, "\"{field}\":{},", NUMBERS[dice.usize(..NUMBERS.len())]).expect("a string");
+                    write!(payload, "\"{field}\":{},", NUMBERS[dice.usize(..NUMBERS.len())])
+                        .expect("a string");
                 }
             }
             write!(payload, "\"z\":1}}").expect("a string");
@@ -197,7 +207,8 @@ fn payloads(dice: &mut fastrand::Rng, count: usize) -> Vec<String> {
         .collect()
 }
 
-/// Boots statements over events, once all in one go and once each event by itself on new connections, and compares.
+/// Boots statements over events, once all in one go and once each event by itself on new
+/// connections, and compares.
 async fn same_as_alone(statements: &[String], payloads: &[String]) -> usize {
     let alone = World::new().await;
     let numbered = |payloads: &[String]| -> Vec<NewEvent> {
@@ -205,7 +216,9 @@ async fn same_as_alone(statements: &[String], payloads: &[String]) -> usize {
             event_type: format!("E{number}"),
             payload: payload.clone(),
             // Some to the second, some with a fraction.
-            recorded_at: Some(OffsetDateTime::UNIX_EPOCH + Duration::from_micros(number as u64 * 1_500_000)),
+            recorded_at: Some(
+                OffsetDateTime::UNIX_EPOCH + Duration::from_micros(number as u64 * 1_500_000),
+            ),
             ..event(number % 4)
         };
         payloads.iter().enumerate().map(of).collect()
@@ -216,7 +229,9 @@ async fn same_as_alone(statements: &[String], payloads: &[String]) -> usize {
     let (mut kept, mut errors) = (Vec::new(), Vec::new());
     for (number, event) in events.into_iter().enumerate() {
         let name = format!("alone_{number}");
-        match boot_afresh(&alone, &name, &file(&name, "alone", &format!("E{number}"), statements)).await {
+        match boot_afresh(&alone, &name, &file(&name, "alone", &format!("E{number}"), statements))
+            .await
+        {
             Status::Broken(failure) => errors.push(failure.error),
             _ => kept.push(event),
         }
@@ -230,9 +245,11 @@ async fn same_as_alone(statements: &[String], payloads: &[String]) -> usize {
     let count = kept.len();
     together.store.append(&kept).await.expect("appended");
     together.execute(&format!("create table together {COLUMNS}")).await;
-    let status = boot_afresh(&together, "together", &file("together", "together", "*", statements)).await;
+    let status =
+        boot_afresh(&together, "together", &file("together", "together", "*", statements)).await;
     assert_eq!(status.to_string(), "live", "{status:?}\n{statements:#?}");
-    let (expected, found) = (contents(&alone, "alone").await, contents(&together, "together").await);
+    let (expected, found) =
+        (contents(&alone, "alone").await, contents(&together, "together").await);
     for (expected, found) in expected.iter().zip(&found) {
         assert_eq!(expected, found, "{statements:#?}");
     }
@@ -266,7 +283,9 @@ async fn a_null_or_a_text_before_a_text_changes_nothing() {
     ]
     .map(str::to_owned);
     // The position differs between the two where an event cannot be applied: here all can.
-    for order in [["{}", r#"{"a":"abc"}"#, r#"{"a":"00123"}"#], [r#"{"a":"00123"}"#, "{}", r#"{"a":"abc"}"#]] {
+    for order in
+        [["{}", r#"{"a":"abc"}"#, r#"{"a":"00123"}"#], [r#"{"a":"00123"}"#, "{}", r#"{"a":"abc"}"#]]
+    {
         assert_eq!(same_as_alone(&statements, &order.map(str::to_owned)).await, 3);
     }
 }
@@ -282,7 +301,8 @@ async fn parameters_with_many_types_store_the_same_as_text() {
     assert!(same_as_alone(&[bare.into(), mixed.into()], &payloads(&mut dice, 60)).await >= 30);
 }
 
-/// A null for a value of a row joins the statement of whatever came last, and has the column's type all the same.
+/// A null for a value of a row joins the statement of whatever came last, and has the column's type
+/// all the same.
 #[tokio::test]
 async fn a_lone_null_in_a_row_does_not_decide_the_column_type() {
     let values = [
@@ -291,7 +311,10 @@ async fn a_lone_null_in_a_row_does_not_decide_the_column_type() {
             &["\"00123\"", "5", "1.5", "12345678901234567890.123456789", "\"abc\"", "true"][..],
         ),
         ("bigint", &["5", "\"00123\"", "-3", "1e3", "\"7\"", "9223372036854775807"]),
-        ("decimal(40, 12)", &["5", "12345678901234567890.123456789", "\"00123.5\"", "1.5", "18446744073709551617"]),
+        (
+            "decimal(40, 12)",
+            &["5", "12345678901234567890.123456789", "\"00123.5\"", "1.5", "18446744073709551617"],
+        ),
         ("double", &["5", "1.5", "\"1e3\"", "12345678901234567890.5", "-3"]),
         ("json", &["{\"a\":1}", "[1]", "\"\\\"text\\\"\"", "\"12\""]),
         ("datetime(6)", &["\"2020-01-02 03:04:05.678901\"", "\"2020-01-02\"", "20200102030405"]),
@@ -299,8 +322,9 @@ async fn a_lone_null_in_a_row_does_not_decide_the_column_type() {
     let mut dice = fastrand::Rng::with_seed(seed());
     for (column, values) in values {
         let (alone, together) = (World::new().await, World::new().await);
-        let mut all: Vec<&str> =
-            (0..40).map(|_| if dice.bool() { "null" } else { values[dice.usize(..values.len())] }).collect();
+        let mut all: Vec<&str> = (0..40)
+            .map(|_| if dice.bool() { "null" } else { values[dice.usize(..values.len())] })
+            .collect();
         all[0] = "null";
         let statement = ["insert into <t> (v) values (:payload.v?)".to_owned()];
         for (world, table) in [(&alone, "alone"), (&together, "together")] {
@@ -315,20 +339,32 @@ async fn a_lone_null_in_a_row_does_not_decide_the_column_type() {
                 .collect();
             world.store.append(&events).await.expect("appended");
             world
-                .execute(&format!("create table {table} (v {column} null, seq bigint auto_increment primary key)"))
+                .execute(&format!(
+                    "create table {table} (v {column} null, seq bigint auto_increment primary key)"
+                ))
                 .await;
         }
         for number in 0..all.len() {
             let name = format!("alone_{number}");
-            boot_afresh(&alone, &name, &file(&name, "alone", &format!("E{number}"), &statement)).await;
+            boot_afresh(&alone, &name, &file(&name, "alone", &format!("E{number}"), &statement))
+                .await;
         }
-        let status = boot_afresh(&together, "together", &file("together", "together", "*", &statement)).await;
+        let status =
+            boot_afresh(&together, "together", &file("together", "together", "*", &statement))
+                .await;
         assert_eq!(status.to_string(), "live", "{column}: {status:?}");
         let rows = async |world: &World, table: &str| -> Vec<Option<String>> {
             let sql = format!("select cast(v as char) from {table} order by seq");
-            sqlx::query_scalar(AssertSqlSafe(sql)).fetch_all(&mut world.connection().await).await.expect("the rows")
+            sqlx::query_scalar(AssertSqlSafe(sql))
+                .fetch_all(&mut world.connection().await)
+                .await
+                .expect("the rows")
         };
-        assert_eq!(rows(&together, "together").await, rows(&alone, "alone").await, "{column}: {all:?}");
+        assert_eq!(
+            rows(&together, "together").await,
+            rows(&alone, "alone").await,
+            "{column}: {all:?}"
+        );
     }
 }
 
@@ -351,7 +387,10 @@ impl Projector for Times {
 
     async fn handle(&self, event: &Event, db: &mut MySqlConnection) -> anyhow::Result<()> {
         let mut rows = MultiRowInsert::new("insert into rust_times (position, at, other) values");
-        rows.row().bind(event.position().get()).bind(event.recorded_at_utc()).bind(event.recorded_at());
+        rows.row()
+            .bind(event.position().get())
+            .bind(event.recorded_at_utc())
+            .bind(event.recorded_at());
         rows.execute(db).await?;
         Ok(())
     }
@@ -376,7 +415,11 @@ async fn a_time_in_any_year_is_stored_as_recorded() {
     let append = async || {
         for time in TIMES {
             let at = OffsetDateTime::parse(time, &Rfc3339).expect("a time");
-            world.store.append(&[NewEvent { recorded_at: Some(at), ..event(0) }]).await.expect("appended");
+            world
+                .store
+                .append(&[NewEvent { recorded_at: Some(at), ..event(0) }])
+                .await
+                .expect("appended");
         }
     };
     append().await;
@@ -387,25 +430,32 @@ async fn a_time_in_any_year_is_stored_as_recorded() {
         let sql = format!(
             "select date_format(at, '%Y-%m-%dT%H:%i:%s.%fZ') as at, cast(at <=> other as signed) as same from {table} order by position"
         );
-        let rows: Vec<(Option<String>, i64)> =
-            sqlx::query_as(AssertSqlSafe(sql)).fetch_all(&mut world.connection().await).await.expect("the rows");
+        let rows: Vec<(Option<String>, i64)> = sqlx::query_as(AssertSqlSafe(sql))
+            .fetch_all(&mut world.connection().await)
+            .await
+            .expect("the rows");
         let expected = TIMES.map(|time| match time.contains('.') {
             true => (Some(time.to_owned()), 1),
             false => (Some(time.replace('Z', ".000000Z")), 1),
         });
         assert_eq!(rows, [expected.clone(), expected].concat(), "{table}");
     }
-    let logged: u64 = world.number("select cast(count(distinct recorded_at) as unsigned) from events").await;
+    let logged: u64 =
+        world.number("select cast(count(distinct recorded_at) as unsigned) from events").await;
     assert_eq!(logged, 5, "the log itself has them");
 }
 
-/// A column of another collation than the connection's, and one of another character set, are compared as with a literal.
+/// A column of another collation than the connection's, and one of another character set, are
+/// compared as with a literal.
 #[tokio::test]
 async fn a_text_is_compared_by_the_collation_of_the_column() {
     let world = World::new().await;
     let mut connection = world.connection().await;
-    for collation in ["utf8mb4_unicode_ci", "utf8mb4_bin", "utf8mb4_general_ci", "latin1_swedish_ci"] {
-        let (table, charset) = (format!("t_{collation}"), collation.split('_').next().expect("a part"));
+    for collation in
+        ["utf8mb4_unicode_ci", "utf8mb4_bin", "utf8mb4_general_ci", "latin1_swedish_ci"]
+    {
+        let (table, charset) =
+            (format!("t_{collation}"), collation.split('_').next().expect("a part"));
         world
             .execute(&format!(
                 "create table {table} (k varchar(20) character set {charset} collate {collation}, n int, key (k))"
@@ -414,17 +464,26 @@ async fn a_text_is_compared_by_the_collation_of_the_column() {
         world.execute(&format!("insert into {table} values ('Case-0', 0), ('case-0', 0)")).await;
     }
     let mut text = "name = 'collations'\nversion = 1\nmode = 'from_beginning'\n".to_owned();
-    for collation in ["utf8mb4_unicode_ci", "utf8mb4_bin", "utf8mb4_general_ci", "latin1_swedish_ci"] {
+    for collation in
+        ["utf8mb4_unicode_ci", "utf8mb4_bin", "utf8mb4_general_ci", "latin1_swedish_ci"]
+    {
         write!(text, "[[on]]\nevents = ['*']\nsql = 'update t_{collation} set n = n + 1 where k = :stream_id'\n")
             .expect("a string");
     }
     world.store.append(&[event(0)]).await.expect("appended");
     let status = boot_afresh(&world, "collations", &text).await;
     assert_eq!(status.to_string(), "live", "{status:?}");
-    for (table, expected) in
-        [("t_utf8mb4_unicode_ci", 2), ("t_utf8mb4_bin", 1), ("t_utf8mb4_general_ci", 2), ("t_latin1_swedish_ci", 2)]
-    {
-        assert_eq!(world.number(&format!("select cast(sum(n) as unsigned) from {table}")).await, expected, "{table}");
+    for (table, expected) in [
+        ("t_utf8mb4_unicode_ci", 2),
+        ("t_utf8mb4_bin", 1),
+        ("t_utf8mb4_general_ci", 2),
+        ("t_latin1_swedish_ci", 2),
+    ] {
+        assert_eq!(
+            world.number(&format!("select cast(sum(n) as unsigned) from {table}")).await,
+            expected,
+            "{table}"
+        );
     }
     connection.ping().await.expect("it is there");
 }
@@ -482,7 +541,8 @@ fn odd_json(dice: &mut fastrand::Rng) -> String {
         "-0.0",
     ];
     let value = |dice: &mut fastrand::Rng| match dice.u8(..6) {
-        0 => ["true", "false", "null", "True", "[]", "{\"x\":\"\\'\"}", "[1.,2]"][dice.usize(..7)].to_owned(),
+        0 => ["true", "false", "null", "True", "[]", "{\"x\":\"\\'\"}", "[1.,2]"][dice.usize(..7)]
+            .to_owned(),
         1..3 => NUMBERS[dice.usize(..NUMBERS.len())].to_owned(),
         _ => {
             // The refused ones stand at the end, and are rare.
@@ -497,8 +557,9 @@ fn odd_json(dice: &mut fastrand::Rng) -> String {
     format!("{{\"{key}\":1,\"a\":{a},\"b\":{{\"c\":{c}}}}}{end}")
 }
 
-/// Whether a value that was bound is what the server's `json_value` gives for it. The differences are on purpose: a number is
-/// bound as a number, a boolean as 1 or 0, an object or array as its text; and MariaDB gives null for an empty string.
+/// Whether a value that was bound is what the server's `json_value` gives for it. The differences
+/// are on purpose: a number is bound as a number, a boolean as 1 or 0, an object or array as its
+/// text; and MariaDB gives null for an empty string.
 fn is_the_same(bound: Option<&str>, servers: Option<&str>) -> bool {
     let number = |text: Option<&str>| text.and_then(|text| text.parse::<f64>().ok());
     match (bound, servers) {
@@ -548,9 +609,15 @@ async fn json_accepted_by_the_log_is_read_as_the_server_reads_it() {
             let insert = "insert into events (stream_id, stream_version, event_type, payload) \
                           select 'odd', coalesce(max(stream_version), 0) + 1, 'Opened', ? from events";
             match sqlx::query(insert).bind(&payload).execute(&mut writer).await {
-                Ok(_) => refused_by_serde += usize::from(serde_json::from_str::<serde_json::Value>(&payload).is_err()),
+                Ok(_) => {
+                    refused_by_serde +=
+                        usize::from(serde_json::from_str::<serde_json::Value>(&payload).is_err())
+                }
                 Err(error) => {
-                    assert!([3819, 4025, 3140, 3141].contains(&server_error(&error).0), "{payload:?}: {error}")
+                    assert!(
+                        [3819, 4025, 3140, 3141].contains(&server_error(&error).0),
+                        "{payload:?}: {error}"
+                    )
                 }
             }
         }
@@ -560,7 +627,10 @@ async fn json_accepted_by_the_log_is_read_as_the_server_reads_it() {
     assert!(world.boot(&registry).await.is_released(), "{:?}", world.ledger.entries().await);
     assert!(append(200, &mut dice).await > 5, "too few texts are odd");
     world.play_until_idle(&registry).await;
-    assert_eq!((world.status("odd").await, world.status("decodes").await), ("live".into(), "live".into()));
+    assert_eq!(
+        (world.status("odd").await, world.status("decodes").await),
+        ("live".into(), "live".into())
+    );
     type Row = (u64, String, Option<String>, Option<String>, Option<String>, Option<String>, bool);
     let rows: Vec<Row> = sqlx::query_as(
         "select position, payload, a, json_value(payload, '$.a'), c, json_value(payload, '$.b.c'), \
@@ -571,8 +641,14 @@ async fn json_accepted_by_the_log_is_read_as_the_server_reads_it() {
     .expect("the rows");
     assert!(rows.len() as u64 == world.last_position().await && rows.len() > 30, "{}", rows.len());
     for (position, payload, a, servers_a, c, servers_c, is_whole) in rows {
-        assert!(is_the_same(a.as_deref(), servers_a.as_deref()), "{position}, {payload:?}: {a:?}, not {servers_a:?}");
-        assert!(is_the_same(c.as_deref(), servers_c.as_deref()), "{position}, {payload:?}: {c:?}, not {servers_c:?}");
+        assert!(
+            is_the_same(a.as_deref(), servers_a.as_deref()),
+            "{position}, {payload:?}: {a:?}, not {servers_a:?}"
+        );
+        assert!(
+            is_the_same(c.as_deref(), servers_c.as_deref()),
+            "{position}, {payload:?}: {c:?}, not {servers_c:?}"
+        );
         assert!(is_whole, "{position}: the whole payload is byte for byte");
     }
 }

@@ -4,14 +4,18 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use projectionist::{PlaySettings, Queue, QueueError, Receipt, ReceivedMessage, SqsQueue, async_trait};
+use projectionist::{
+    PlaySettings, Queue, QueueError, Receipt, ReceivedMessage, SqsQueue, async_trait,
+};
 use tokio::sync::{Notify, watch};
 
 use crate::queue::without_relay;
-use crate::support::{Folder, Proxy, ProxyAction, RunningProcess, Tally, World, contains_text, eventually, registry};
+use crate::support::{
+    Folder, Proxy, ProxyAction, RunningProcess, Tally, World, contains_text, eventually, registry,
+};
 
-/// The real queue. Its deletions are answered when it has been asked for more, has answered that, and the test allows it. So
-/// are receives that bring messages, if `delays_receives` is set.
+/// The real queue. Its deletions are answered when it has been asked for more, has answered that,
+/// and the test allows it. So are receives that bring messages, if `delays_receives` is set.
 struct DelayingQueue {
     queue: Arc<SqsQueue>,
     asked: watch::Sender<u64>,
@@ -55,7 +59,11 @@ impl Queue for DelayingQueue {
         Ok(())
     }
 
-    async fn change_visibility(&self, receipts: &[Receipt], duration: Duration) -> Result<(), QueueError> {
+    async fn change_visibility(
+        &self,
+        receipts: &[Receipt],
+        duration: Duration,
+    ) -> Result<(), QueueError> {
         self.queue.change_visibility(receipts, duration).await
     }
 
@@ -84,10 +92,16 @@ async fn fifo_messages_received_during_a_delete_are_released_at_shutdown() {
     let queue = DelayingQueue::new(&world, false);
     let settings = PlaySettings { receive_wait: Duration::from_secs(1), ..without_relay() };
     let playing = world.start_play_from(Arc::clone(&queue) as Arc<dyn Queue>, &registry, settings);
-    queue.answered.subscribe().wait_for(|answered| *answered == 2).await.expect("it is asked while it deletes");
+    queue
+        .answered
+        .subscribe()
+        .wait_for(|answered| *answered == 2)
+        .await
+        .expect("it is asked while it deletes");
     tokio::join!(playing.stop(), async { queue.may_delete.notify_one() });
 
-    // What was in work is done; what was on its way is there for the next, although it would be hidden for 30 s.
+    // What was in work is done; what was on its way is there for the next, although it would be
+    // hidden for 30 s.
     let position = world.position("tally").await;
     assert!((1..30).contains(&position), "{position}");
     assert_eq!(world.peek().await.len(), 10);
@@ -103,16 +117,26 @@ async fn messages_from_a_long_poll_during_shutdown_are_released() {
         world.boot(&registry).await;
         let queue = DelayingQueue::new(&world, true);
         let settings = PlaySettings { receive_wait: Duration::from_secs(20), ..without_relay() };
-        let playing = world.start_play_from(Arc::clone(&queue) as Arc<dyn Queue>, &registry, settings);
+        let playing =
+            world.start_play_from(Arc::clone(&queue) as Arc<dyn Queue>, &registry, settings);
         queue.asked.subscribe().wait_for(|asked| *asked == 1).await.expect("it polls");
         world.append(10).await;
         world.publish(10).await;
-        queue.answered.subscribe().wait_for(|answered| *answered == 1).await.expect("the queue answers the poll");
+        queue
+            .answered
+            .subscribe()
+            .wait_for(|answered| *answered == 1)
+            .await
+            .expect("the queue answers the poll");
         // The worker sees the shutdown first, and the answer then.
         let (played, ()) = tokio::join!(playing.stop(), async { queue.may_receive.notify_one() });
 
         assert_eq!((played.messages, world.position("tally").await), (0, 0));
-        assert_eq!(world.peek().await.len(), 1, "it is visible, although it would be hidden for 30 s");
+        assert_eq!(
+            world.peek().await.len(),
+            1,
+            "it is visible, although it would be hidden for 30 s"
+        );
         world.play_until_idle(&registry).await;
         world.assert_complete(&tally).await;
     }
@@ -131,13 +155,23 @@ async fn messages_from_a_long_poll_after_sigterm_are_released() {
             ProxyAction::Forward
         })
         .await;
-        let mut play = world.command(&["play", "--no-relay", "--receive-wait=20", "--projectors", projectors.path()]);
+        let mut play = world.command(&[
+            "play",
+            "--no-relay",
+            "--receive-wait=20",
+            "--projectors",
+            projectors.path(),
+        ]);
         play.env("AWS_ENDPOINT_URL", format!("http://{}", proxy.address()));
         let play = RunningProcess::spawn(play);
         eventually("it polls", async || polls.load(Ordering::SeqCst)).await;
         play.signal("TERM").await;
         world.send_to("events", "a message").await;
         play.finish().await.exits(0);
-        assert_eq!(world.peek().await, ["a message"], "it is visible, although it would be hidden for 30 s");
+        assert_eq!(
+            world.peek().await,
+            ["a message"],
+            "it is visible, although it would be hidden for 30 s"
+        );
     }
 }

@@ -1,4 +1,5 @@
-//! The relay: what it does while the mark is held, where its lease lies in the future, and after a panic.
+//! The relay: what it does while the mark is held, where its lease lies in the future, and after a
+//! panic.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -6,7 +7,9 @@ use std::time::{Duration, Instant};
 
 use projectionist::{Queue, QueueError, Receipt, ReceivedMessage, SqsQueue, async_trait};
 
-use crate::support::{Folder, RunningProcess, TIMEOUT, Tally, World, eventually, execute, registry, schedule, write};
+use crate::support::{
+    Folder, RunningProcess, TIMEOUT, Tally, World, eventually, execute, registry, schedule, write,
+};
 
 #[tokio::test]
 async fn a_lease_from_the_future_has_expired() {
@@ -37,7 +40,9 @@ struct PanickingQueue {
 #[async_trait]
 impl Queue for PanickingQueue {
     async fn send(&self, body: &str, deduplication_id: &str) -> Result<(), QueueError> {
-        let is_left = self.panics.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
+        let is_left = self
+            .panics
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
         assert!(is_left.is_err(), "as the test asks");
         self.queue.send(body, deduplication_id).await
     }
@@ -50,7 +55,11 @@ impl Queue for PanickingQueue {
         self.queue.delete(receipts).await
     }
 
-    async fn change_visibility(&self, receipts: &[Receipt], duration: Duration) -> Result<(), QueueError> {
+    async fn change_visibility(
+        &self,
+        receipts: &[Receipt],
+        duration: Duration,
+    ) -> Result<(), QueueError> {
         self.queue.change_visibility(receipts, duration).await
     }
 
@@ -73,7 +82,8 @@ async fn a_panicking_relay_restarts_and_publishes_everything() {
     let tally = Tally::new("tally");
     world.boot(&registry(&[&tally])).await;
     world.append(50).await;
-    let queue = Arc::new(PanickingQueue { queue: Arc::clone(&world.queue), panics: AtomicU64::new(2) });
+    let queue =
+        Arc::new(PanickingQueue { queue: Arc::clone(&world.queue), panics: AtomicU64::new(2) });
     world.play_from(Arc::clone(&queue) as Arc<dyn Queue>, &registry(&[&tally])).await;
     assert_eq!(queue.panics.load(Ordering::SeqCst), 0, "it has panicked");
     assert_eq!(world.number("select published from event_log").await, 50);
@@ -82,9 +92,11 @@ async fn a_panicking_relay_restarts_and_publishes_everything() {
 
 /// The processor time that a process has taken so far.
 fn processor_time(process: &RunningProcess) -> Duration {
-    let stat = std::fs::read_to_string(format!("/proc/{}/stat", process.id())).expect("it is running");
+    let stat =
+        std::fs::read_to_string(format!("/proc/{}/stat", process.id())).expect("it is running");
     let fields: Vec<&str> = stat.rsplit_once(')').expect("a name").1.split_whitespace().collect();
-    let ticks: u64 = fields[11..=12].iter().map(|ticks| ticks.parse::<u64>().expect("a number")).sum();
+    let ticks: u64 =
+        fields[11..=12].iter().map(|ticks| ticks.parse::<u64>().expect("a number")).sum();
     // The kernel counts in hundredths for everybody.
     Duration::from_millis(ticks * 10)
 }
@@ -103,7 +115,10 @@ async fn a_worker_with_a_blocked_mark_is_nearly_idle_and_resumes_at_once() {
         world.append(1_000).await;
         let play = world.start(&["play", "--projectors", folder.path()]);
         // Written down: it has been held for a while.
-        eventually("it is held", async || world.number("select count(blocked_since) from event_log").await == 1).await;
+        eventually("it is held", async || {
+            world.number("select count(blocked_since) from event_log").await == 1
+        })
+        .await;
         let (before, began) = (processor_time(&play), Instant::now());
         tokio::time::sleep(Duration::from_secs(4)).await;
         let share = (processor_time(&play) - before).as_secs_f64() / began.elapsed().as_secs_f64();
@@ -138,7 +153,8 @@ async fn a_stored_blocker_is_cleared_if_nothing_is_visible_above_the_mark() {
     assert_eq!(world.number("select count(blocked_position) from event_log").await, 0);
 }
 
-/// A function lives for one invocation: none of them would see the mark held for long enough by itself.
+/// A function lives for one invocation: none of them would see the mark held for long enough by
+/// itself.
 #[tokio::test]
 async fn a_function_reads_blocked_since_from_the_log() {
     for relay_seconds in ["0", "2"] {
@@ -150,14 +166,21 @@ async fn a_function_reads_blocked_since_from_the_log() {
         execute(&mut open, "begin").await;
         write(&mut open, "open", 1).await.expect("written");
         world.append(5).await;
-        let options = ["--projectors", folder.path(), "--metrics=emf", "--relay-seconds", relay_seconds];
+        let options =
+            ["--projectors", folder.path(), "--metrics=emf", "--relay-seconds", relay_seconds];
 
         let mut first = world.function(&options).await;
         first.invoke(&schedule(), TIMEOUT).await.expect("an answer");
         let first = first.process.terminate().await.exits(0);
-        assert!(!first.stderr.contains("high_water_blocked"), "it is young still: {}", first.stderr);
+        assert!(
+            !first.stderr.contains("high_water_blocked"),
+            "it is young still: {}",
+            first.stderr
+        );
         assert_eq!(world.number("select blocked_position from event_log").await, 1);
-        world.execute("update event_log set blocked_since = blocked_since - interval 100 second").await;
+        world
+            .execute("update event_log set blocked_since = blocked_since - interval 100 second")
+            .await;
 
         let mut second = world.function(&options).await;
         second.invoke(&schedule(), TIMEOUT).await.expect("an answer");

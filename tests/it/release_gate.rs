@@ -1,5 +1,6 @@
-//! The deploy gate tells the truth: boot exits 0 only when every projector is live or finished at the end of the log that was
-//! visible when boot began, on a read model that holds its whole past, with the definition that is played.
+//! The deploy gate tells the truth: boot exits 0 only when every projector is live or finished at
+//! the end of the log that was visible when boot began, on a read model that holds its whole past,
+//! with the definition that is played.
 
 mod broken;
 mod definitions;
@@ -10,7 +11,8 @@ use std::time::Duration;
 
 use projectionist::sqlx::{self, AssertSqlSafe, MySqlConnection};
 use projectionist::{
-    BootReport, BootSettings, Event, EventTypes, Limits, Projector, ProjectorId, Registry, async_trait, boot,
+    BootReport, BootSettings, Event, EventTypes, Limits, Projector, ProjectorId, Registry,
+    async_trait, boot,
 };
 
 use crate::support::{Gate, World};
@@ -45,7 +47,14 @@ struct Owner {
 
 impl Owner {
     fn new(name: &'static str) -> Self {
-        Owner { name, revision: "1", types: Vec::new(), names_its_table: true, after_setup: None, fails_at: None }
+        Owner {
+            name,
+            revision: "1",
+            types: Vec::new(),
+            names_its_table: true,
+            after_setup: None,
+            fails_at: None,
+        }
     }
 
     fn registry(self) -> Registry {
@@ -89,7 +98,11 @@ impl Projector for Owner {
 
     async fn handle(&self, event: &Event, db: &mut MySqlConnection) -> anyhow::Result<()> {
         let position = event.position().get();
-        anyhow::ensure!(self.fails_at != Some(position), "event {position} is poison to revision {}", self.revision);
+        anyhow::ensure!(
+            self.fails_at != Some(position),
+            "event {position} is poison to revision {}",
+            self.revision
+        );
         let insert = format!("insert into {} (position, revision) values (?, ?)", self.name);
         sqlx::query(AssertSqlSafe(insert)).bind(position).bind(self.revision).execute(db).await?;
         Ok(())
@@ -99,14 +112,19 @@ impl Projector for Owner {
 /// What such a projector has written down: positions with the revision that applied them.
 async fn applied(world: &World, name: &str) -> Vec<(u64, String)> {
     let sql = format!("select position, revision from {name} order by seq");
-    sqlx::query_as(AssertSqlSafe(sql)).fetch_all(&mut world.connection().await).await.expect("its table")
+    sqlx::query_as(AssertSqlSafe(sql))
+        .fetch_all(&mut world.connection().await)
+        .await
+        .expect("its table")
 }
 
 /// Boots as the command does, with what an operator accepts.
 async fn boot_accepting(world: &World, registry: &Registry, accept: &[&str]) -> BootReport {
-    let limits = Limits { batch: 100, retry_timeout: Some(Duration::from_secs(20)), ..Limits::default() };
+    let limits =
+        Limits { batch: 100, retry_timeout: Some(Duration::from_secs(20)), ..Limits::default() };
     let mut settings = BootSettings::from(limits);
-    settings.accept = accept.iter().map(|&name| ProjectorId { name: name.into(), version: 1 }).collect();
+    settings.accept =
+        accept.iter().map(|&name| ProjectorId { name: name.into(), version: 1 }).collect();
     boot(&world.database, registry, settings, |_| {}).await.expect("boot comes to an end")
 }
 

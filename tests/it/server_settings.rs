@@ -11,8 +11,8 @@ use aws_sdk_sqs::types::QueueAttributeName;
 use projectionist::sqlx::{self, AssertSqlSafe, Connection, MySqlConnection, Row};
 use projectionist::time::OffsetDateTime;
 use projectionist::{
-    Database, Event, EventStore, Limits, NewEvent, PlaySettings, Projector, Registry, RelaySettings, SqsQueue,
-    async_trait, boot, play,
+    Database, Event, EventStore, Limits, NewEvent, PlaySettings, Projector, Registry,
+    RelaySettings, SqsQueue, async_trait, boot, play,
 };
 use tokio::time::timeout;
 
@@ -27,12 +27,14 @@ enum Outcome {
     Refused,
     /// The same for an application's user. A user who may set it in a session works.
     RefusedUnlessPrivileged,
-    /// [`Outcome::Harmless`], also where a handler is silent, or runs a statement, for longer than the setting allows.
+    /// [`Outcome::Harmless`], also where a handler is silent, or runs a statement, for longer than
+    /// the setting allows.
     HarmlessToSlowHandlers,
 }
 use Outcome::{Harmless, HarmlessToSlowHandlers, Refused, RefusedUnlessPrivileged};
 
-/// Global settings, their values, and the outcome. A variable that a server does not have is skipped.
+/// Global settings, their values, and the outcome. A variable that a server does not have is
+/// skipped.
 #[rustfmt::skip]
 const SETTINGS: &[(&str, &str, Outcome)] = &[
     // Transactions.
@@ -184,7 +186,8 @@ async fn each_global_setting_is_harmless_or_refused_with_its_name() {
         }
         tried += 1;
         // What `init_connect` sets is what is named.
-        let variable = value.split([' ', '\'']).nth(2).filter(|_| name == "init_connect").unwrap_or(name);
+        let variable =
+            value.split([' ', '\'']).nth(2).filter(|_| name == "init_connect").unwrap_or(name);
         let setting = Setting { name, value, is_slow: outcome == HarmlessToSlowHandlers };
         // The server's own error says `--read-only`, of either.
         let variable = variable.trim_start_matches("super_");
@@ -202,9 +205,17 @@ async fn each_global_setting_is_harmless_or_refused_with_its_name() {
                 is_refused(&ordinary) && is_harmless(&privileged)
             }
         };
-        eprintln!("[{:>5.1} s] {name} = {value}: {}", began.elapsed().as_secs_f32(), told.join("; privileged: "));
+        eprintln!(
+            "[{:>5.1} s] {name} = {value}: {}",
+            began.elapsed().as_secs_f32(),
+            told.join("; privileged: ")
+        );
         if !is_right {
-            let _ = write!(wrong, "\n{name} = {value} should be {outcome:?}, and is {}", told.join("; privileged: "));
+            let _ = write!(
+                wrong,
+                "\n{name} = {value} should be {outcome:?}, and is {}",
+                told.join("; privileged: ")
+            );
         }
     }
     assert!(wrong.is_empty(), "{wrong}");
@@ -215,7 +226,10 @@ fn describe(result: &Result<Models, String>, untouched: &Models) -> String {
     match result {
         Ok(models) if models == untouched => "harmless".into(),
         Ok(models) => {
-            let (table, rows) = models.iter().find(|(table, rows)| untouched[*table] != **rows).expect("one differs");
+            let (table, rows) = models
+                .iter()
+                .find(|(table, rows)| untouched[*table] != **rows)
+                .expect("one differs");
             let expected = &untouched[table];
             let at = rows.iter().zip(expected).position(|(found, expected)| found != expected);
             let at = at.unwrap_or(rows.len().min(expected.len()));
@@ -289,7 +303,8 @@ impl<'s> SettingsBench<'s> {
         }
     }
 
-    /// Boots and plays the read models on a new database, under a setting. Reads them after the setting is what it was.
+    /// Boots and plays the read models on a new database, under a setting. Reads them after the
+    /// setting is what it was.
     async fn run(&self, setting: Option<Setting>, app: AppUser) -> Result<Models, String> {
         let mut admin = self.admin().await;
         let name = format!("settings_{}", uuid::Uuid::now_v7().simple());
@@ -320,23 +335,37 @@ impl<'s> SettingsBench<'s> {
 
     async fn boot_and_play(&self, url: &str, name: &str, is_slow: bool) -> Result<(), String> {
         let told = |error: &dyn std::fmt::Display| error.to_string();
-        let database = Database::connect(url, 6, Duration::from_secs(5)).await.map_err(|error| told(&error))?;
+        let database = Database::connect(url, 6, Duration::from_secs(5))
+            .await
+            .map_err(|error| told(&error))?;
         database.migrate().await.map_err(|error| told(&error))?;
         let store = EventStore::new(&database);
         let registry = self.registry(is_slow);
         append(&store, 0..BOOT_EVENTS).await?;
-        let limits = Limits { batch: 100, retry_timeout: Some(Duration::from_secs(5)), ..Limits::default() };
-        let booted = boot(&database, &registry, limits, |_| {}).await.map_err(|error| told(&error))?;
+        let limits =
+            Limits { batch: 100, retry_timeout: Some(Duration::from_secs(5)), ..Limits::default() };
+        let booted =
+            boot(&database, &registry, limits, |_| {}).await.map_err(|error| told(&error))?;
         if !booted.is_released() {
-            let broken = booted.broken().filter_map(|booted| booted.entry.as_ref()?.status.failure());
+            let broken =
+                booted.broken().filter_map(|booted| booted.entry.as_ref()?.status.failure());
             let broken: Vec<&str> = broken.map(|failure| failure.error.as_str()).collect();
-            return Err(format!("boot does not release: {}; {}", booted.explain(), broken.join("; ")));
+            return Err(format!(
+                "boot does not release: {}; {}",
+                booted.explain(),
+                broken.join("; ")
+            ));
         }
         append(&store, BOOT_EVENTS..BOOT_EVENTS + PLAY_EVENTS).await?;
         let queue = self.sqs.create_queue().queue_name(format!("{name}.fifo"));
-        let queue = queue.attributes(QueueAttributeName::FifoQueue, "true").send().await.expect("the queue is created");
+        let queue = queue
+            .attributes(QueueAttributeName::FifoQueue, "true")
+            .send()
+            .await
+            .expect("the queue is created");
         let queue_url = queue.queue_url.expect("a queue has a URL");
-        let queue = SqsQueue::with_client(self.sqs.clone(), &queue_url, Duration::from_secs(30)).await;
+        let queue =
+            SqsQueue::with_client(self.sqs.clone(), &queue_url, Duration::from_secs(30)).await;
         let queue = Arc::new(queue.expect("the queue answers"));
         let settings = PlaySettings {
             limits,
@@ -358,8 +387,11 @@ impl<'s> SettingsBench<'s> {
         let mut registry = Registry::new();
         let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/demo/release-3");
         projectionist::load(&demo, &mut registry).expect("the demonstration's projectors");
-        projectionist::load(self.folder.path().as_ref(), &mut registry).expect("the other projectors");
-        registry.with(SlowProjector { silent_for: is_slow.then_some(SILENCE) }).expect("a name of its own")
+        projectionist::load(self.folder.path().as_ref(), &mut registry)
+            .expect("the other projectors");
+        registry
+            .with(SlowProjector { silent_for: is_slow.then_some(SILENCE) })
+            .expect("a name of its own")
     }
 }
 
@@ -518,8 +550,7 @@ impl Projector for SlowProjector {
     }
 
     async fn setup(&self, db: &mut MySqlConnection) -> anyhow::Result<()> {
-        let create =
-            "create table if not exists patient (position bigint unsigned primary key, read_back text not null)";
+        let create = "create table if not exists patient (position bigint unsigned primary key, read_back text not null)";
         sqlx::raw_sql(create).execute(db).await?;
         Ok(())
     }
@@ -551,7 +582,10 @@ const MODELS: &[(&str, &str)] = &[
         "shapes",
         "concat_ws('|', lpad(position, 6, '0'), hex(customer), hex(padded), stamped, dated, rounded, euros, share, hex(words), touched)",
     ),
-    ("lists", "concat_ws('|', lpad(position, 6, '0'), hex(customers), total, depth, sorted, pairs)"),
+    (
+        "lists",
+        "concat_ws('|', lpad(position, 6, '0'), hex(customers), total, depth, sorted, pairs)",
+    ),
     ("ordered", "concat_ws('|', lpad(id, 6, '0'), hex(customer), cents)"),
     ("patient", "concat_ws('|', lpad(position, 6, '0'), hex(read_back))"),
 ];
@@ -560,32 +594,42 @@ async fn read_models(admin: &mut MySqlConnection, database: &str) -> Models {
     let mut models = Models::new();
     for (table, row) in MODELS {
         let select = format!("select cast({row} as char) from {database}.{table} order by 1");
-        let rows: Vec<String> = sqlx::query_scalar(AssertSqlSafe(select)).fetch_all(&mut *admin).await.expect(table);
+        let rows: Vec<String> =
+            sqlx::query_scalar(AssertSqlSafe(select)).fetch_all(&mut *admin).await.expect(table);
         models.insert(table, rows);
     }
     let others = format!(
         "select cast(coalesce(group_concat(table_name), '') as char) from information_schema.tables \
          where table_schema = '{database}' and engine <> 'InnoDB'"
     );
-    let others: String = sqlx::query_scalar(AssertSqlSafe(others)).fetch_one(admin).await.expect("the engines");
+    let others: String =
+        sqlx::query_scalar(AssertSqlSafe(others)).fetch_one(admin).await.expect("the engines");
     models.insert("tables without transactions", vec![others]);
     models
 }
 
-/// The demonstration's read models, folded from the log in Rust. Those of the other projectors are compared with what they
-/// are on a server where nothing is set.
+/// The demonstration's read models, folded from the log in Rust. Those of the other projectors are
+/// compared with what they are on a server where nothing is set.
 fn assert_folded(models: &Models) {
     let all = BOOT_EVENTS + PLAY_EVENTS;
     let text = |number: usize| {
         let at = recorded_at(number);
-        format!("{} {:02}:{:02}:{:02}.{:06}", at.date(), at.hour(), at.minute(), at.second(), at.microsecond())
+        format!(
+            "{} {:02}:{:02}:{:02}.{:06}",
+            at.date(),
+            at.hour(),
+            at.minute(),
+            at.second(),
+            at.microsecond()
+        )
     };
     let mut expected = Models::new();
     for order in 0..all / 3 {
         let status = format!("order-{order}|shipped|{}", text(order * 3 + 2));
         expected.entry("order_status").or_default().push(status);
     }
-    let (mut revenue, mut customers, mut first) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+    let (mut revenue, mut customers, mut first) =
+        (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
     for order in 0..all / 3 {
         let (orders, sum) = revenue.entry(country(order)).or_insert((0, 0));
         (*orders, *sum) = (*orders + 1, *sum + cents(order));
@@ -593,16 +637,28 @@ fn assert_folded(models: &Models) {
         if order * 3 < BOOT_EVENTS {
             first.entry(customer(order)).or_insert(order * 3 + 1);
         } else {
-            expected.entry("outbox").or_default().push(format!("{}|{}", order * 3 + 1, customer(order)));
+            expected.entry("outbox").or_default().push(format!(
+                "{}|{}",
+                order * 3 + 1,
+                customer(order)
+            ));
         }
     }
     expected.insert(
         "revenue",
-        revenue.iter().map(|(country, (orders, sum))| format!("{country}|{orders}|{sum}")).collect(),
+        revenue
+            .iter()
+            .map(|(country, (orders, sum))| format!("{country}|{orders}|{sum}"))
+            .collect(),
     );
-    expected.insert("customers", customers.iter().map(|(customer, orders)| format!("{customer}|{orders}")).collect());
-    expected
-        .insert("first_orders", first.iter().map(|(customer, position)| format!("{customer}|{position}")).collect());
+    expected.insert(
+        "customers",
+        customers.iter().map(|(customer, orders)| format!("{customer}|{orders}")).collect(),
+    );
+    expected.insert(
+        "first_orders",
+        first.iter().map(|(customer, position)| format!("{customer}|{position}")).collect(),
+    );
     for (table, mut rows) in expected {
         let mut found = models[table].clone();
         rows.sort();
@@ -635,26 +691,37 @@ async fn an_oversized_value_breaks_its_projector_unless_server_modes_are_request
     let url = format!("{}/{name}", server.url);
     let run = async |arguments: &[&str]| {
         let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_projectionist"));
-        command.args(arguments).args(["--projectors", folder.path(), "--database-url", &url]).kill_on_drop(true);
-        command.env_remove("QUEUE_URL").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+            .args(arguments)
+            .args(["--projectors", folder.path(), "--database-url", &url])
+            .kill_on_drop(true);
+        command
+            .env_remove("QUEUE_URL")
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
         RunningProcess::spawn(command).finish().await
     };
     let sql_mode = async |options: &[&str], level: &str| {
         let doctor = run(&[&["doctor", "--json", "--for", "boot"], options].concat()).await.json();
         let checks = doctor["checks"].as_array().expect("checks");
-        let line = checks.iter().find(|check| check["name"] == "sql_mode").expect("a line for sql_mode");
+        let line =
+            checks.iter().find(|check| check["name"] == "sql_mode").expect("a line for sql_mode");
         assert_eq!(line["level"], level, "{line}");
     };
 
     run(&["migrate"]).await.exits(0);
-    let store = EventStore::new(&Database::connect(&url, 2, RUN_TIMEOUT).await.expect("the server answers"));
+    let store = EventStore::new(
+        &Database::connect(&url, 2, RUN_TIMEOUT).await.expect("the server answers"),
+    );
     append(&store, 0..1).await.expect("appended");
     run(&["boot"]).await.exits(1).prints(&["too_small@1"]);
     sql_mode(&[], "note").await;
     run(&["boot", "--sql-mode", "server"]).await.exits(0);
     sql_mode(&["--sql-mode", "server"], "warning").await;
     let select = format!("select customer from {name}.too_small");
-    let cut_off: String = sqlx::query_scalar(AssertSqlSafe(select)).fetch_one(&mut admin).await.expect("a row");
+    let cut_off: String =
+        sqlx::query_scalar(AssertSqlSafe(select)).fetch_one(&mut admin).await.expect("a row");
     assert_eq!(cut_off, "plai");
     execute(&mut admin, "set global sql_mode = default").await;
     sql_mode(&["--sql-mode", "server"], "ok").await;

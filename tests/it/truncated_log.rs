@@ -1,11 +1,12 @@
-//! The end of the log never lies below the mark: what was truncated, restored or deleted there alerts within seconds, and
-//! what an operator accepts is recorded.
+//! The end of the log never lies below the mark: what was truncated, restored or deleted there
+//! alerts within seconds, and what an operator accepts is recorded.
 
 use std::time::Duration;
 
 use crate::support::{Folder, RunningProcess, Tally, World, eventually};
 
-/// A world whose mark has passed 30 events, with a projector that is live at its end, in a file and in Rust.
+/// A world whose mark has passed 30 events, with a projector that is live at its end, in a file and
+/// in Rust.
 async fn world_with_played_log() -> (World, Tally, Folder) {
     let world = World::new().await;
     let tally = Tally::new("tally");
@@ -46,7 +47,8 @@ async fn a_log_that_ends_below_the_mark_alerts_once_from_relay_and_reconcile() {
         lose_the_end(&world, how).await;
         assert_eq!(world.last_position().await, last);
         let relay = world.start(&["relay"]);
-        let play = world.start(&["play", "--no-relay", "--receive-wait=0", "--projectors", folder.path()]);
+        let play =
+            world.start(&["play", "--no-relay", "--receive-wait=0", "--projectors", folder.path()]);
         relay.wait_for_log(words).await;
         play.wait_for_log(words).await;
         // Many looks later it is one alert still.
@@ -61,7 +63,12 @@ async fn a_log_that_ends_below_the_mark_alerts_once_from_relay_and_reconcile() {
         })
         .await;
         tokio::time::sleep(Duration::from_secs(1)).await;
-        assert_eq!(faults(&both), 1, "relay and reconcile of one process tell it once: {}", both.logged());
+        assert_eq!(
+            faults(&both),
+            1,
+            "relay and reconcile of one process tell it once: {}",
+            both.logged()
+        );
         both.terminate().await.exits(0);
     }
 }
@@ -71,9 +78,16 @@ async fn a_log_that_ends_below_the_mark_fails_until_idle_and_is_in_the_status() 
     for (how, words, _) in LOST {
         let (world, _, folder) = world_with_played_log().await;
         lose_the_end(&world, how).await;
-        world.run(&["play", "--until-idle", "--projectors", folder.path()]).await.exits(1).prints(&[words]);
+        world
+            .run(&["play", "--until-idle", "--projectors", folder.path()])
+            .await
+            .exits(1)
+            .prints(&[words]);
         let status = world.run(&["status", "--json"]).await.exits(0).json();
-        assert!(status["log_fault"].as_str().is_some_and(|fault| fault.contains(words)), "{status}");
+        assert!(
+            status["log_fault"].as_str().is_some_and(|fault| fault.contains(words)),
+            "{status}"
+        );
         let status = world.run(&["status"]).await.exits(0).stdout;
         assert!(status.contains(&format!("log fault: {words}")), "{status}");
         world.run(&["audit"]).await.exits(1);
@@ -88,7 +102,8 @@ async fn a_deleted_end_alerts_and_later_appends_are_still_applied() {
     relay.wait_for_log("the log ends at 28, below the high-water mark 30").await;
     world.append(5).await;
     eventually("it goes on", async || world.high_water().await == 35).await;
-    // The mark's row was missing when it rose: whoever raised it says so, for afterwards nobody can see it.
+    // The mark's row was missing when it rose: whoever raised it says so, for afterwards nobody can
+    // see it.
     relay.wait_for_log("the high-water mark 30 has no row").await;
     relay.terminate().await.exits(0);
     world.run(&["play", "--until-idle", "--projectors", folder.path()]).await.exits(0);
@@ -97,7 +112,8 @@ async fn a_deleted_end_alerts_and_later_appends_are_still_applied() {
     assert_eq!(audit.stdout, "positions 29 to 30 have no row: 2 deleted\n");
 }
 
-/// While it lies below the mark it alerts; once appends have passed the mark, only an audit can tell.
+/// While it lies below the mark it alerts; once appends have passed the mark, only an audit can
+/// tell.
 #[tokio::test]
 async fn the_audit_rejects_a_restored_log_that_grew_past_the_mark() {
     let (world, _, folder) = world_with_played_log().await;
@@ -115,7 +131,12 @@ async fn the_audit_rejects_a_restored_log_that_grew_past_the_mark() {
 
 #[tokio::test]
 async fn accepted_losses_are_recorded_and_processing_continues_without_alerts() {
-    for how in ["truncate events", "restore", "delete from events where position between 12 and 19", "the end"] {
+    for how in [
+        "truncate events",
+        "restore",
+        "delete from events where position between 12 and 19",
+        "the end",
+    ] {
         let (world, tally, folder) = world_with_played_log().await;
         let (first, last, missing) = match how {
             "truncate events" | "restore" => {
@@ -134,7 +155,11 @@ async fn accepted_losses_are_recorded_and_processing_continues_without_alerts() 
         let (from, to) = (first.to_string(), last.to_string());
         let accept = ["audit", "--accept", &from, &to, "--reason", "as the ticket says", "--yes"];
         let accepted = world.run(&accept).await.exits(0);
-        assert!(accepted.stdout.contains("30 rows up to the high-water mark 30: all well"), "{}", accepted.stdout);
+        assert!(
+            accepted.stdout.contains("30 rows up to the high-water mark 30: all well"),
+            "{}",
+            accepted.stdout
+        );
         let line = format!("accepted: positions {first} to {last}, {missing} without a row, by ");
         assert!(accepted.stdout.contains(&line), "{}", accepted.stdout);
         let audit = world.run(&["audit", "--json"]).await.exits(0).json();
@@ -145,7 +170,10 @@ async fn accepted_losses_are_recorded_and_processing_continues_without_alerts() 
             "{audit}"
         );
         assert_eq!(acceptance["reason"], "as the ticket says");
-        assert!(acceptance["accepted_by"].as_str().is_some_and(|by| by.contains(" as root@")), "{audit}");
+        assert!(
+            acceptance["accepted_by"].as_str().is_some_and(|by| by.contains(" as root@")),
+            "{audit}"
+        );
 
         // What is appended now lies above the mark, wherever positions had gone on.
         world.append(10).await;
@@ -154,7 +182,8 @@ async fn accepted_losses_are_recorded_and_processing_continues_without_alerts() 
         folder.write("late.toml", &late.file(&[]));
         world.execute("update event_log set published = 0").await;
         let boot = world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
-        let play = world.run(&["play", "--until-idle", "--projectors", folder.path()]).await.exits(0);
+        let play =
+            world.run(&["play", "--until-idle", "--projectors", folder.path()]).await.exits(0);
         for logged in [boot.stderr, play.stderr] {
             assert!(!logged.contains("log_fault"), "{how}: {logged}");
         }
@@ -173,17 +202,29 @@ async fn an_acceptance_is_refused_if_more_or_nothing_is_missing() {
     accept("1", "30").await.exits(2).prints(&["there is nothing to accept"]);
     world.execute("delete from events where position in (7, 8, 20)").await;
     let refused = accept("7", "8").await.exits(2);
-    refused.prints(&["3 positions", "2 of them lie between 7 and 8", "nothing was accepted", "position 20 has no row"]);
+    refused.prints(&[
+        "3 positions",
+        "2 of them lie between 7 and 8",
+        "nothing was accepted",
+        "position 20 has no row",
+    ]);
     accept("7", "31").await.exits(2).prints(&["no range up to the high-water mark 30"]);
     accept("8", "7").await.exits(2).prints(&["no range"]);
     world.run(&["audit", "--accept", "7", "20", "--yes"]).await.exits(2);
-    world.run(&["audit", "--accept", "7", "20", "--reason", "no terminal"]).await.exits(2).prints(&["--yes"]);
+    world
+        .run(&["audit", "--accept", "7", "20", "--reason", "no terminal"])
+        .await
+        .exits(2)
+        .prints(&["--yes"]);
     world.run(&["audit"]).await.exits(1);
     assert_eq!(world.number("select count(*) from log_acceptances").await, 0);
     assert!(world.fillers().await.is_empty());
     accept("7", "20").await.exits(0);
     assert_eq!(
-        (world.number("select missing_positions from log_acceptances").await, world.fillers().await),
+        (
+            world.number("select missing_positions from log_acceptances").await,
+            world.fillers().await
+        ),
         (3, vec![7, 8, 20])
     );
 }

@@ -4,7 +4,9 @@ use std::collections::HashMap;
 
 use super::{Check, Level};
 use crate::database::multi_row::MAX_BYTES;
-use crate::database::{COMMAND_PRIVILEGES, Database, MigrationState, PrivilegeCheck, ServerReport, SqlMode, TABLES};
+use crate::database::{
+    COMMAND_PRIVILEGES, Database, MigrationState, PrivilegeCheck, ServerReport, SqlMode, TABLES,
+};
 use crate::model::error::Error;
 
 /// In seconds. Half a second is what a busy network makes of it.
@@ -16,11 +18,17 @@ const READ_ONLY_COMMANDS: &[&str] = &["status", "audit"];
 /// In seconds: beyond, a statement that waits for a row's lock would count as cut off.
 const MAX_LOCK_WAIT_SECONDS: u64 = 60;
 
-/// The oldest that have what our tables and our probes of holes need: enforced checks, defaults that are expressions, `nowait`.
+/// The oldest that have what our tables and our probes of holes need: enforced checks, defaults
+/// that are expressions, `nowait`.
 const MIN_MYSQL_VERSION: (u64, u64, u64) = (8, 0, 16);
 const MIN_MARIADB_VERSION: (u64, u64, u64) = (10, 3, 0);
 
-pub(super) async fn examine(database: &Database, connections: u32, commands: &[String], checks: &mut Vec<Check>) {
+pub(super) async fn examine(
+    database: &Database,
+    connections: u32,
+    commands: &[String],
+    checks: &mut Vec<Check>,
+) {
     match database.inspect().await {
         Ok(inspected) => checks.extend(check_settings(
             &inspected,
@@ -31,10 +39,15 @@ pub(super) async fn examine(database: &Database, connections: u32, commands: &[S
     }
     checks.push(match database.migration_state().await {
         Ok(MigrationState::UpToDate) => Check::ok("tables", "as this release needs them"),
-        Ok(MigrationState::Unknown) => Check::ok("tables", "there; this user may not see of which release"),
-        Ok(MigrationState::Behind) => {
-            Check::problem(Level::Error, "tables", "missing, or of an older release", "run `projectionist migrate`")
+        Ok(MigrationState::Unknown) => {
+            Check::ok("tables", "there; this user may not see of which release")
         }
+        Ok(MigrationState::Behind) => Check::problem(
+            Level::Error,
+            "tables",
+            "missing, or of an older release",
+            "run `projectionist migrate`",
+        ),
         Ok(MigrationState::Ahead) => Check::problem(
             Level::Error,
             "tables",
@@ -44,23 +57,26 @@ pub(super) async fn examine(database: &Database, connections: u32, commands: &[S
         Err(error) => Check::failed("tables", &Error::Database(error)),
     });
     match missing_grants(database).await {
-        Ok(missing) => {
-            checks.extend(missing.into_iter().map(|(command, missing)| check_grants(command, &missing, commands)))
-        }
+        Ok(missing) => checks.extend(
+            missing.into_iter().map(|(command, missing)| check_grants(command, &missing, commands)),
+        ),
         Err(error) => checks.push(Check::failed("grants", &Error::Database(error))),
     }
 }
 
 /// What each command needs and the user may not.
-async fn missing_grants(database: &Database) -> Result<Vec<(&'static str, Vec<String>)>, sqlx::Error> {
+async fn missing_grants(
+    database: &Database,
+) -> Result<Vec<(&'static str, Vec<String>)>, sqlx::Error> {
     let mut known: HashMap<(&str, &str), PrivilegeCheck> = HashMap::new();
     let mut all = Vec::new();
     for (command, needs) in COMMAND_PRIVILEGES {
         let mut missing = Vec::new();
         for (named, privileges) in *needs {
             let tables = if *named == "*" { TABLES } else { std::slice::from_ref(named) };
-            for (privilege, table) in
-                privileges.iter().flat_map(|privilege| tables.iter().map(move |table| (*privilege, *table)))
+            for (privilege, table) in privileges
+                .iter()
+                .flat_map(|privilege| tables.iter().map(move |table| (*privilege, *table)))
             {
                 // What is created is not there yet.
                 let table = if privilege == "create" { "*" } else { table };
@@ -86,12 +102,18 @@ fn check_grants(command: &str, missing: &[String], commands: &[String]) -> Check
         return Check::ok(&check, "all there");
     }
     match commands.iter().any(|wanted| wanted == command) {
-        true => {
-            Check::problem(Level::Error, &check, format!("missing: {}", missing.join(", ")), "grant them to the user")
-        }
-        false => {
-            Check { name: check, level: Level::Note, detail: format!("missing: {}", missing.join(", ")), remedy: None }
-        }
+        true => Check::problem(
+            Level::Error,
+            &check,
+            format!("missing: {}", missing.join(", ")),
+            "grant them to the user",
+        ),
+        false => Check {
+            name: check,
+            level: Level::Note,
+            detail: format!("missing: {}", missing.join(", ")),
+            remedy: None,
+        },
     }
 }
 
@@ -99,7 +121,8 @@ fn check_settings(inspected: &ServerReport, connections: u32, writes: bool) -> V
     let setting = |name: &str| inspected.settings.get(name).map(String::as_str);
     let number = |name: &str| setting(name).and_then(|value| value.parse::<u64>().ok());
     let is_on = |name: &str| setting(name).is_some_and(|value| value == "ON" || value == "1");
-    let mut checks = vec![check_version(setting("version").unwrap_or_default()), check_tls(inspected)];
+    let mut checks =
+        vec![check_version(setting("version").unwrap_or_default()), check_tls(inspected)];
 
     checks.push(match is_on("read_only") || is_on("innodb_read_only") {
         false => Check::ok("primary", format!("takes writes, as {}", inspected.user)),
@@ -118,8 +141,16 @@ fn check_settings(inspected: &ServerReport, connections: u32, writes: bool) -> V
             "set it to ROW or MIXED",
         ));
     }
-    checks.push(check_durability(number("innodb_flush_log_at_trx_commit"), is_on("log_bin"), number("sync_binlog")));
-    checks.push(check_connections(u64::from(connections), number("max_connections"), inspected.threads_connected));
+    checks.push(check_durability(
+        number("innodb_flush_log_at_trx_commit"),
+        is_on("log_bin"),
+        number("sync_binlog"),
+    ));
+    checks.push(check_connections(
+        u64::from(connections),
+        number("max_connections"),
+        inspected.threads_connected,
+    ));
     checks.push(match number("innodb_lock_wait_timeout").unwrap_or_default() {
         wait if wait <= MAX_LOCK_WAIT_SECONDS => Check::ok("innodb_lock_wait_timeout", format!("{wait} s")),
         wait => Check::problem(
@@ -130,11 +161,15 @@ fn check_settings(inspected: &ServerReport, connections: u32, writes: bool) -> V
         ),
     });
     checks.push(match number("max_allowed_packet").unwrap_or_default() {
-        bytes if bytes >= 2 * MAX_BYTES as u64 => Check::ok("max_allowed_packet", format!("{bytes} bytes")),
+        bytes if bytes >= 2 * MAX_BYTES as u64 => {
+            Check::ok("max_allowed_packet", format!("{bytes} bytes"))
+        }
         bytes => Check::problem(
             Level::Warning,
             "max_allowed_packet",
-            format!("{bytes} bytes: inserts are sent one by one, and larger events cannot be appended"),
+            format!(
+                "{bytes} bytes: inserts are sent one by one, and larger events cannot be appended"
+            ),
             "set it to 64M",
         ),
     });
@@ -158,7 +193,8 @@ fn check_settings(inspected: &ServerReport, connections: u32, writes: bool) -> V
 }
 
 fn check_sql_mode(servers: &str, projector_sql_mode: SqlMode) -> Check {
-    let is_strict = ["STRICT_TRANS_TABLES", "STRICT_ALL_TABLES"].iter().any(|mode| servers.contains(mode));
+    let is_strict =
+        ["STRICT_TRANS_TABLES", "STRICT_ALL_TABLES"].iter().any(|mode| servers.contains(mode));
     match (is_strict, projector_sql_mode) {
         (true, _) => Check::ok("sql_mode", "strict"),
         (false, SqlMode::Strict) => Check::problem(
@@ -179,15 +215,23 @@ fn check_sql_mode(servers: &str, projector_sql_mode: SqlMode) -> Check {
 
 /// A clock that is so many seconds ahead of ours.
 pub(super) fn check_clock(check: &str, ahead: f64, max_skew: f64, why: &str) -> Check {
-    let detail = format!("{:.1} s {} this host's", ahead.abs(), if ahead < 0.0 { "behind" } else { "ahead of" });
+    let detail = format!(
+        "{:.1} s {} this host's",
+        ahead.abs(),
+        if ahead < 0.0 { "behind" } else { "ahead of" }
+    );
     match ahead.abs() <= max_skew {
         true => Check::ok(check, detail),
-        false => Check::problem(Level::Warning, check, format!("{detail}: {why}"), "set both by NTP"),
+        false => {
+            Check::problem(Level::Warning, check, format!("{detail}: {why}"), "set both by NTP")
+        }
     }
 }
 
 fn check_version(version: &str) -> Check {
-    let mut numbers = version.split(|c: char| !c.is_ascii_digit()).filter_map(|number| number.parse::<u64>().ok());
+    let mut numbers = version
+        .split(|c: char| !c.is_ascii_digit())
+        .filter_map(|number| number.parse::<u64>().ok());
     let mut next = || numbers.next().unwrap_or_default();
     let found = (next(), next(), next());
     let (kind, oldest) = match version.contains("MariaDB") {
@@ -249,14 +293,21 @@ fn check_connections(ours: u64, most: Option<u64>, connected: Option<u64>) -> Ch
     let (Some(most), Some(connected)) = (most, connected) else {
         return Check::ok("connections", format!("at most {ours} of ours"));
     };
-    let detail = format!("at most {ours} of ours; the server takes {most}, and has {connected} now");
+    let detail =
+        format!("at most {ours} of ours; the server takes {most}, and has {connected} now");
     match ours {
-        _ if ours > most => {
-            Check::problem(Level::Error, "connections", detail, "lower --connections, or raise max_connections")
-        }
-        _ if ours + connected > most => {
-            Check::problem(Level::Warning, "connections", detail, "lower --connections, or raise max_connections")
-        }
+        _ if ours > most => Check::problem(
+            Level::Error,
+            "connections",
+            detail,
+            "lower --connections, or raise max_connections",
+        ),
+        _ if ours + connected > most => Check::problem(
+            Level::Warning,
+            "connections",
+            detail,
+            "lower --connections, or raise max_connections",
+        ),
         _ => Check::ok("connections", detail),
     }
 }
@@ -265,7 +316,8 @@ fn check_connections(ours: u64, most: Option<u64>, connected: Option<u64>) -> Ch
 mod tests {
     use super::*;
 
-    /// As RDS has them, but for what the test changes: the settings of the servers under test are everybody's.
+    /// As RDS has them, but for what the test changes: the settings of the servers under test are
+    /// everybody's.
     fn inspected(changed: &[(&str, &str)]) -> ServerReport {
         let usual = [
             ("version", "8.4.3"),
@@ -278,8 +330,11 @@ mod tests {
             ("innodb_lock_wait_timeout", "50"),
             ("max_allowed_packet", "67108864"),
         ];
-        let settings =
-            usual.iter().chain(changed).map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        let settings = usual
+            .iter()
+            .chain(changed)
+            .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+            .collect();
         ServerReport {
             settings,
             user: "app@%".into(),
@@ -295,7 +350,10 @@ mod tests {
 
     fn bad(inspected: &ServerReport, connections: u32) -> Vec<(String, Level)> {
         let checks = check_settings(inspected, connections, true).into_iter();
-        checks.filter(|check| check.level != Level::Ok).map(|check| (check.name, check.level)).collect()
+        checks
+            .filter(|check| check.level != Level::Ok)
+            .map(|check| (check.name, check.level))
+            .collect()
     }
 
     #[test]
@@ -315,11 +373,18 @@ mod tests {
             ("innodb_lock_wait_timeout", "120", "innodb_lock_wait_timeout", Level::Warning),
             ("max_allowed_packet", "1024", "max_allowed_packet", Level::Warning),
         ] {
-            assert_eq!(bad(&inspected(&[(name, value)]), 16), [(check.to_owned(), level)], "{name} = {value}");
+            assert_eq!(
+                bad(&inspected(&[(name, value)]), 16),
+                [(check.to_owned(), level)],
+                "{name} = {value}"
+            );
         }
-        for (name, value) in
-            [("version", "8.0.16"), ("version", "10.3.39-MariaDB-log"), ("version", "9.7.4"), ("log_bin", "OFF")]
-        {
+        for (name, value) in [
+            ("version", "8.0.16"),
+            ("version", "10.3.39-MariaDB-log"),
+            ("version", "9.7.4"),
+            ("log_bin", "OFF"),
+        ] {
             assert_eq!(bad(&inspected(&[(name, value)]), 16), [], "{name} = {value}");
         }
     }
@@ -330,7 +395,10 @@ mod tests {
         for (session, check) in [
             (ServerReport { tls: String::new(), ..bare() }, ("TLS", Level::Warning)),
             (ServerReport { is_certificate_verified: false, ..bare() }, ("TLS", Level::Note)),
-            (ServerReport { sql_mode: "NO_ENGINE_SUBSTITUTION".into(), ..bare() }, ("sql_mode", Level::Note)),
+            (
+                ServerReport { sql_mode: "NO_ENGINE_SUBSTITUTION".into(), ..bare() },
+                ("sql_mode", Level::Note),
+            ),
             (
                 ServerReport {
                     sql_mode: "NO_ENGINE_SUBSTITUTION".into(),
@@ -339,7 +407,10 @@ mod tests {
                 },
                 ("sql_mode", Level::Warning),
             ),
-            (ServerReport { clock_ahead_seconds: -7.0, ..bare() }, ("database clock", Level::Warning)),
+            (
+                ServerReport { clock_ahead_seconds: -7.0, ..bare() },
+                ("database clock", Level::Warning),
+            ),
             (ServerReport { can_see_triggers: false, ..bare() }, ("trigger", Level::Note)),
         ] {
             assert_eq!(bad(&session, 16), [(check.0.to_owned(), check.1)]);

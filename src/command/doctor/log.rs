@@ -1,10 +1,12 @@
-//! The log: rows at positions that no event may have, an end below the mark, a beginning that leaves room for a history.
+//! The log: rows at positions that no event may have, an end below the mark, a beginning that
+//! leaves room for a history.
 
 use super::{Check, Level};
 use crate::database::Database;
 use crate::store::{EventStore, LogEnds};
 
-/// A log that begins above this, with nothing below, may have been begun before its history was copied.
+/// A log that begins above this, with nothing below, may have been begun before its history was
+/// copied.
 const MAX_FIRST_POSITION: u64 = 1_000;
 
 pub(super) async fn examine(database: &Database, checks: &mut Vec<Check>) {
@@ -64,7 +66,12 @@ mod tests {
 
     #[test]
     fn only_a_log_that_begins_far_above_position_1_is_a_warning() {
-        let bad = |first| check_ends(&LogEnds { first, has_position_zero: false, has_max_position: false }).len();
-        assert_eq!([None, Some(1), Some(1_000), Some(1_001), Some(100_000)].map(bad), [0, 0, 0, 1, 1]);
+        let bad = |first| {
+            check_ends(&LogEnds { first, has_position_zero: false, has_max_position: false }).len()
+        };
+        assert_eq!(
+            [None, Some(1), Some(1_000), Some(1_001), Some(100_000)].map(bad),
+            [0, 0, 0, 1, 1]
+        );
     }
 }

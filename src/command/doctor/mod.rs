@@ -26,7 +26,8 @@ Changes nothing: grants are asked of statements that are explained or prepared a
 could not do anything (a batch of no messages, receipts that are none). Exit codes: 0 nothing is wrong, whatever the warnings; \
 2 something is; 3 database or queue are out of reach.")]
 pub(super) struct DoctorCommand {
-    /// The commands that this user and these credentials are for; of others, what is missing is only noted
+    /// The commands that this user and these credentials are for; of others, what is missing is
+    /// only noted
     #[arg(long = "for", value_name = "COMMAND", env = "PROJECTIONIST_DOCTOR_FOR", value_delimiter = ',',
           default_values = ["boot", "play"], value_parser = commands())]
     commands: Vec<String>,
@@ -84,7 +85,13 @@ impl fmt::Display for Level {
 
 impl fmt::Display for Check {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:<12}  {:<27}  {}", self.level.to_string(), self.name, escape_control(&self.detail))?;
+        write!(
+            f,
+            "{:<12}  {:<27}  {}",
+            self.level.to_string(),
+            self.name,
+            escape_control(&self.detail)
+        )?;
         self.remedy.as_ref().map_or(Ok(()), |remedy| write!(f, "; {remedy}"))
     }
 }
@@ -94,7 +101,12 @@ impl Check {
         Check { name: name.into(), level: Level::Ok, detail: detail.into(), remedy: None }
     }
 
-    fn problem(level: Level, name: &str, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
+    fn problem(
+        level: Level,
+        name: &str,
+        detail: impl Into<String>,
+        remedy: impl Into<String>,
+    ) -> Self {
         Check { name: name.into(), level, detail: detail.into(), remedy: Some(remedy.into()) }
     }
 
@@ -112,14 +124,22 @@ impl DoctorCommand {
     pub(super) async fn run(self, config: &Config, registry: Registry) -> Result<(), Error> {
         let mut checks = Vec::new();
         let registry = config.registry(registry);
-        let wants = |commands: &[&str]| self.commands.iter().any(|command| commands.contains(&command.as_str()));
+        let wants = |commands: &[&str]| {
+            self.commands.iter().any(|command| commands.contains(&command.as_str()))
+        };
         let mut record = None;
         match config.database().await {
             Ok(database) => {
                 // Where the log cannot be read, another line says so.
                 record = EventStore::new(&database).queue_record().await.ok();
                 checks.push(Check::ok("database", database.address()));
-                database::examine(&database, database.max_connections(), &self.commands, &mut checks).await;
+                database::examine(
+                    &database,
+                    database.max_connections(),
+                    &self.commands,
+                    &mut checks,
+                )
+                .await;
                 log::examine(&database, &mut checks).await;
                 examine_projectors(&database, registry, &mut checks).await;
             }
@@ -144,7 +164,10 @@ impl DoctorCommand {
         match self.json {
             true => {
                 let report = Report { healthy: worst < Level::Error, checks };
-                print(serde_json::to_string(&report).unwrap_or_else(|error| unreachable!("plain strings: {error}")))?;
+                print(
+                    serde_json::to_string(&report)
+                        .unwrap_or_else(|error| unreachable!("plain strings: {error}")),
+                )?;
             }
             false => {
                 for check in checks {
@@ -152,9 +175,15 @@ impl DoctorCommand {
                 }
             }
         }
-        let bad: Vec<&str> =
-            checks.iter().filter(|check| check.level >= Level::Error).map(|check| check.name.as_str()).collect();
-        let summary = format!("not as it should be: {}; each line on standard output says what to do", bad.join(", "));
+        let bad: Vec<&str> = checks
+            .iter()
+            .filter(|check| check.level >= Level::Error)
+            .map(|check| check.name.as_str())
+            .collect();
+        let summary = format!(
+            "not as it should be: {}; each line on standard output says what to do",
+            bad.join(", ")
+        );
         match worst {
             Level::Unreachable => Err(Error::Unreachable(summary)),
             Level::Error => Err(Error::Input(summary)),
@@ -164,7 +193,11 @@ impl DoctorCommand {
 }
 
 /// Whether the files load, and who is to be booted.
-async fn examine_projectors(database: &Database, registry: Result<Registry, Error>, checks: &mut Vec<Check>) {
+async fn examine_projectors(
+    database: &Database,
+    registry: Result<Registry, Error>,
+    checks: &mut Vec<Check>,
+) {
     let registry = match registry {
         Ok(registry) if registry.is_empty() => {
             return checks.push(Check::problem(
@@ -191,10 +224,15 @@ async fn examine_projectors(database: &Database, registry: Result<Registry, Erro
                 "changed since it was booted, so a worker with this set does not play it",
                 "run boot",
             ),
-            Some(Status::Live | Status::Finished) => Check::ok(&check, status.map_or("", Status::as_str)),
-            Some(Status::Retired) => {
-                Check::problem(Level::Warning, &check, "retired, and never played again", "take it out of this release")
+            Some(Status::Live | Status::Finished) => {
+                Check::ok(&check, status.map_or("", Status::as_str))
             }
+            Some(Status::Retired) => Check::problem(
+                Level::Warning,
+                &check,
+                "retired, and never played again",
+                "take it out of this release",
+            ),
             Some(Status::Broken(failure)) => {
                 let remedy = match failure.rebuild_reason {
                     None => "mend it, and run boot",
@@ -203,7 +241,9 @@ async fn examine_projectors(database: &Database, registry: Result<Registry, Erro
                 Check::problem(Level::Warning, &check, format!("broken: {}", failure.error), remedy)
             }
             Some(status) => Check::problem(Level::Warning, &check, status.as_str(), "run boot"),
-            None => Check::problem(Level::Warning, &check, "not booted, and so not played", "run boot"),
+            None => {
+                Check::problem(Level::Warning, &check, "not booted, and so not played", "run boot")
+            }
         });
     }
 }

@@ -18,16 +18,23 @@ const MAX_CLOCK_SKEW_SECONDS: f64 = 60.0;
 /// In seconds. What expires is read from the store; that is slower, and no loss.
 const MIN_RETENTION_SECONDS: u64 = 24 * 3600;
 
-/// With fewer tries, a worker that is killed or slow now and then sends good messages to the dead letters.
+/// With fewer tries, a worker that is killed or slow now and then sends good messages to the dead
+/// letters.
 const MIN_RECEIVE_COUNT: u64 = 5;
 
 /// In bytes: below, a message holds few events.
 const MIN_MESSAGE_BYTES: u64 = 64 * 1024;
 
-/// In hours: messages that are not of the log and were received since then are still worth a warning.
+/// In hours: messages that are not of the log and were received since then are still worth a
+/// warning.
 const FOREIGN_WARNING_HOURS: i64 = 24;
 
-pub(super) async fn examine(queue: &SqsQueue, record: Option<&QueueRecord>, config: &Config, checks: &mut Vec<Check>) {
+pub(super) async fn examine(
+    queue: &SqsQueue,
+    record: Option<&QueueRecord>,
+    config: &Config,
+    checks: &mut Vec<Check>,
+) {
     let inspected = match queue.inspect().await {
         Ok(inspected) => inspected,
         Err(error) => {
@@ -35,7 +42,11 @@ pub(super) async fn examine(queue: &SqsQueue, record: Option<&QueueRecord>, conf
             return checks.push(Check::failed("queue", &error));
         }
     };
-    checks.extend(check_attributes(&inspected.attributes, config.visibility_timeout, config.handler_timeout));
+    checks.extend(check_attributes(
+        &inspected.attributes,
+        config.visibility_timeout,
+        config.handler_timeout,
+    ));
     if let Some(record) = record {
         checks.push(check_published_queue(record, queue.identity().as_deref()));
         checks.push(check_foreign_messages(record, OffsetDateTime::now_utc()));
@@ -61,9 +72,12 @@ pub(super) async fn examine(queue: &SqsQueue, record: Option<&QueueRecord>, conf
                 told,
                 format!("allow sqs:{action} on the queue, in the role and in its policy"),
             ),
-            Permission::Unknown(told) => {
-                Check::problem(Level::Note, &check, format!("cannot be told: {told}"), "look at the role")
-            }
+            Permission::Unknown(told) => Check::problem(
+                Level::Note,
+                &check,
+                format!("cannot be told: {told}"),
+                "look at the role",
+            ),
         });
     }
 }
@@ -104,12 +118,18 @@ fn check_foreign_messages(record: &QueueRecord, now: OffsetDateTime) -> Check {
     }
 }
 
-fn check_attributes(attributes: &HashMap<String, String>, visibility: u64, handler_timeout: u64) -> Vec<Check> {
+fn check_attributes(
+    attributes: &HashMap<String, String>,
+    visibility: u64,
+    handler_timeout: u64,
+) -> Vec<Check> {
     let number = |name: &str| attributes.get(name).and_then(|value| value.parse::<u64>().ok());
     let is_true = |name: &str| attributes.get(name).is_some_and(|value| value == "true");
     let arn = attributes.get("QueueArn").map_or("", String::as_str);
-    let mut checks =
-        vec![Check::ok("queue", format!("{arn}, {}", if is_true("FifoQueue") { "FIFO" } else { "standard" }))];
+    let mut checks = vec![Check::ok(
+        "queue",
+        format!("{arn}, {}", if is_true("FifoQueue") { "FIFO" } else { "standard" }),
+    )];
 
     checks.push(match visibility >= handler_timeout {
         true => Check::ok("visibility timeout", format!("{visibility} s for a worker, extended while it works")),
@@ -164,15 +184,20 @@ fn check_attributes(attributes: &HashMap<String, String>, visibility: u64, handl
             "set DelaySeconds to 0",
         ));
     }
-    checks.push(match is_true("SqsManagedSseEnabled") || attributes.contains_key("KmsMasterKeyId") {
-        true => Check::ok("encryption", attributes.get("KmsMasterKeyId").map_or("by SQS's own key", String::as_str)),
-        false => Check::problem(
-            Level::Warning,
-            "encryption",
-            "messages, and the events in them, are not encrypted at rest",
-            "set SqsManagedSseEnabled to true",
-        ),
-    });
+    checks.push(
+        match is_true("SqsManagedSseEnabled") || attributes.contains_key("KmsMasterKeyId") {
+            true => Check::ok(
+                "encryption",
+                attributes.get("KmsMasterKeyId").map_or("by SQS's own key", String::as_str),
+            ),
+            false => Check::problem(
+                Level::Warning,
+                "encryption",
+                "messages, and the events in them, are not encrypted at rest",
+                "set SqsManagedSseEnabled to true",
+            ),
+        },
+    );
     if !attributes.contains_key("RedrivePolicy") {
         checks.push(Check::problem(
             Level::Note,
@@ -185,16 +210,29 @@ fn check_attributes(attributes: &HashMap<String, String>, visibility: u64, handl
 }
 
 /// The queue that messages go to which were received too often.
-async fn examine_dead_letter_queue(queue: &SqsQueue, policy: &str, source: &HashMap<String, String>) -> Vec<Check> {
+async fn examine_dead_letter_queue(
+    queue: &SqsQueue,
+    policy: &str,
+    source: &HashMap<String, String>,
+) -> Vec<Check> {
     let policy: serde_json::Value = serde_json::from_str(policy).unwrap_or_default();
-    let receives = policy["maxReceiveCount"].as_u64().or_else(|| policy["maxReceiveCount"].as_str()?.parse().ok());
-    let name = policy["deadLetterTargetArn"].as_str().and_then(|arn| arn.rsplit(':').next()).unwrap_or_default();
+    let receives = policy["maxReceiveCount"]
+        .as_u64()
+        .or_else(|| policy["maxReceiveCount"].as_str()?.parse().ok());
+    let name = policy["deadLetterTargetArn"]
+        .as_str()
+        .and_then(|arn| arn.rsplit(':').next())
+        .unwrap_or_default();
     let mut checks = vec![match receives.unwrap_or_default() {
-        receives if receives >= MIN_RECEIVE_COUNT => Check::ok("redrive", format!("after {receives} receives")),
+        receives if receives >= MIN_RECEIVE_COUNT => {
+            Check::ok("redrive", format!("after {receives} receives"))
+        }
         receives => Check::problem(
             Level::Warning,
             "redrive",
-            format!("after {receives} receives: a few workers that are killed send good messages to the dead letters"),
+            format!(
+                "after {receives} receives: a few workers that are killed send good messages to the dead letters"
+            ),
             format!("raise maxReceiveCount to {MIN_RECEIVE_COUNT} or more"),
         ),
     }];
@@ -206,7 +244,12 @@ async fn examine_dead_letter_queue(queue: &SqsQueue, policy: &str, source: &Hash
             format!("{name}, which we may not look at"),
             "to have it checked, allow sqs:GetQueueUrl and sqs:GetQueueAttributes on it",
         ),
-        Err(error) => Check::problem(Level::Error, "dead letters", format!("{name}: {error}"), "correct RedrivePolicy"),
+        Err(error) => Check::problem(
+            Level::Error,
+            "dead letters",
+            format!("{name}: {error}"),
+            "correct RedrivePolicy",
+        ),
     });
     checks
 }
@@ -216,20 +259,28 @@ fn check_dead_letter_queue(
     dead_letter_attributes: &HashMap<String, String>,
     source: &HashMap<String, String>,
 ) -> Check {
-    let number = |of: &HashMap<String, String>, name: &str| of.get(name).and_then(|value| value.parse::<u64>().ok());
+    let number = |of: &HashMap<String, String>, name: &str| {
+        of.get(name).and_then(|value| value.parse::<u64>().ok())
+    };
     if dead_letter_attributes.get("FifoQueue") != source.get("FifoQueue") {
         return Check::problem(
             Level::Error,
             "dead letters",
-            format!("{name} is of the other kind than the queue: SQS drops what it cannot hand over"),
+            format!(
+                "{name} is of the other kind than the queue: SQS drops what it cannot hand over"
+            ),
             "make both FIFO or both standard",
         );
     }
-    if number(dead_letter_attributes, "MessageRetentionPeriod") < number(source, "MessageRetentionPeriod") {
+    if number(dead_letter_attributes, "MessageRetentionPeriod")
+        < number(source, "MessageRetentionPeriod")
+    {
         return Check::problem(
             Level::Warning,
             "dead letters",
-            format!("{name} keeps messages for less long than the queue, counted from when they were sent"),
+            format!(
+                "{name} keeps messages for less long than the queue, counted from when they were sent"
+            ),
             "raise its MessageRetentionPeriod to 14 days",
         );
     }
@@ -259,14 +310,21 @@ mod tests {
             ("SqsManagedSseEnabled", "true"),
             ("RedrivePolicy", "{}"),
         ];
-        usual.iter().chain(changed).map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+        usual
+            .iter()
+            .chain(changed)
+            .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+            .collect()
     }
 
     #[test]
     fn each_wrong_queue_attribute_has_exactly_one_line() {
         let bad = |attributes: &HashMap<String, String>, visibility| -> Vec<(String, Level)> {
             let checks = check_attributes(attributes, visibility, 30).into_iter();
-            checks.filter(|check| check.level != Level::Ok).map(|check| (check.name, check.level)).collect()
+            checks
+                .filter(|check| check.level != Level::Ok)
+                .map(|check| (check.name, check.level))
+                .collect()
         };
         assert_eq!(bad(&attributes(&[]), 30), []);
         assert_eq!(bad(&attributes(&[]), 10), [("visibility timeout".to_owned(), Level::Warning)]);
@@ -277,15 +335,20 @@ mod tests {
             ("DelaySeconds", "5", "delay", Level::Warning),
             ("SqsManagedSseEnabled", "false", "encryption", Level::Warning),
         ] {
-            assert_eq!(bad(&attributes(&[(name, value)]), 30), [(check.to_owned(), level)], "{name} = {value}");
+            assert_eq!(
+                bad(&attributes(&[(name, value)]), 30),
+                [(check.to_owned(), level)],
+                "{name} = {value}"
+            );
         }
     }
 
     #[test]
     fn a_dead_letter_queue_with_a_wrong_kind_or_retention_is_reported() {
         let source = attributes(&[]);
-        let level =
-            |changed: &[(&str, &str)]| check_dead_letter_queue("dead.fifo", &attributes(changed), &source).level;
+        let level = |changed: &[(&str, &str)]| {
+            check_dead_letter_queue("dead.fifo", &attributes(changed), &source).level
+        };
         assert_eq!(level(&[]), Level::Ok);
         assert_eq!(level(&[("FifoQueue", "false")]), Level::Error);
         assert_eq!(level(&[("MessageRetentionPeriod", "60")]), Level::Warning);

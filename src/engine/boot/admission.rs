@@ -1,4 +1,5 @@
-//! What boot looks at before it replays: definitions, tables, setups. All of it under the [`SetupLock`].
+//! What boot looks at before it replays: definitions, tables, setups. All of it under the
+//! [`SetupLock`].
 
 use anyhow::anyhow;
 use tracing::{info, warn};
@@ -18,12 +19,14 @@ use crate::model::registry::RegisteredProjector;
 use crate::store::AddedTypes;
 
 impl Boot<'_> {
-    /// Looks at everything, enters the new projectors, runs the setups, and gives a cursor to each that is to be
-    /// replayed.
+    /// Looks at everything, enters the new projectors, runs the setups, and gives a cursor to each
+    /// that is to be replayed.
     pub(super) async fn admit(&mut self, before: &[Entry]) -> Result<Vec<Cursor>, Error> {
-        let (database, retry_timeout) = (self.engine.database.clone(), self.engine.limits.retry_timeout);
+        let (database, retry_timeout) =
+            (self.engine.database.clone(), self.engine.limits.retry_timeout);
         let take = || SetupLock::acquire(&database, retry_timeout);
-        let Some(mut lock) = self.engine.retry_transient("take the lock for setups", take).await? else {
+        let Some(mut lock) = self.engine.retry_transient("take the lock for setups", take).await?
+        else {
             self.findings.reason = Some(
                 "another boot has been running setups for as long as this one is patient; see its log, and run boot again"
                     .into(),
@@ -37,7 +40,11 @@ impl Boot<'_> {
 
     async fn admit_locked(&mut self, before: &[Entry]) -> Result<Vec<Cursor>, Error> {
         for id in &self.accept {
-            self.engine.retry_transient("accept a projector", || self.engine.ledger.clear_rebuild_reason(id)).await?;
+            self.engine
+                .retry_transient("accept a projector", || {
+                    self.engine.ledger.clear_rebuild_reason(id)
+                })
+                .await?;
         }
         let entries = self.entries().await?;
         let mut tables = self.read_tables(&entries).await?;
@@ -75,7 +82,10 @@ impl Boot<'_> {
     async fn cursors(&self, before: &[Entry]) -> Result<Vec<Cursor>, Error> {
         let mut cursors = Vec::new();
         for entry in self.entries().await? {
-            let Some(projector) = self.selected.iter().find(|projector| projector.id == entry.id) else { continue };
+            let Some(projector) = self.selected.iter().find(|projector| projector.id == entry.id)
+            else {
+                continue;
+            };
             if self.findings.refused.contains_key(&entry.id) {
                 continue;
             }
@@ -108,7 +118,11 @@ impl Boot<'_> {
         if let Some(reason) = &entry.rebuild_reason {
             self.findings.is_stopped |= !was_broken(before, entry);
             let has_hint = reason.contains("projectionist retire");
-            let reason = if has_hint { reason.clone() } else { format!("{reason}; {}", rebuild_hint(projector)) };
+            let reason = if has_hint {
+                reason.clone()
+            } else {
+                format!("{reason}; {}", rebuild_hint(projector))
+            };
             self.findings.refused.insert(projector.id.clone(), reason);
             return Ok(());
         }
@@ -119,8 +133,10 @@ impl Boot<'_> {
         // Before the ledger kept them, the tables that the projector names were its own.
         let owned = entry.owned_tables.as_deref().unwrap_or(&projector.tables);
         if let Some(table) = owned.iter().find(|table| !tables.contains(table)) {
-            let reason =
-                format!("its table {table} is gone, and with it what it was built of; {}", rebuild_hint(projector));
+            let reason = format!(
+                "its table {table} is gone, and with it what it was built of; {}",
+                rebuild_hint(projector)
+            );
             self.mark_broken_for_rebuild(projector, &reason).await;
             self.findings.is_stopped = true;
             self.findings.refused.insert(projector.id.clone(), reason);
@@ -142,16 +158,21 @@ impl Boot<'_> {
         self.accept.contains(&projector.id)
     }
 
-    /// Compares the definition with the one of the last boot. Refuses one that wants events which the projector has
-    /// passed.
-    async fn compare_definition(&mut self, projector: &RegisteredProjector, entry: &Entry) -> Result<(), Error> {
+    /// Compares the definition with the one of the last boot. Refuses one that wants events which
+    /// the projector has passed.
+    async fn compare_definition(
+        &mut self,
+        projector: &RegisteredProjector,
+        entry: &Entry,
+    ) -> Result<(), Error> {
         let id = &projector.id;
         if entry.matches_digest(&projector.digest) {
             return Ok(());
         }
         info!(projector = %id, status = %entry.status, release = self.engine.release, "changed since it was booted");
         self.findings.changed.insert(id.clone());
-        let Some(added) = added_types(entry.event_types.as_deref(), projector).filter(|_| !self.is_accepted(projector))
+        let Some(added) = added_types(entry.event_types.as_deref(), projector)
+            .filter(|_| !self.is_accepted(projector))
         else {
             return Ok(());
         };
@@ -210,12 +231,17 @@ impl Boot<'_> {
         Ok(())
     }
 
-    /// Runs a projector's setup, and records the tables that it owns. Breaks one that is past its start and whose table
-    /// is missing or was just created: what it had applied is not in there.
-    async fn set_up(&mut self, cursor: &mut Cursor, tables: &mut TableCatalog) -> Result<(), Error> {
+    /// Runs a projector's setup, and records the tables that it owns. Breaks one that is past its
+    /// start and whose table is missing or was just created: what it had applied is not in there.
+    async fn set_up(
+        &mut self,
+        cursor: &mut Cursor,
+        tables: &mut TableCatalog,
+    ) -> Result<(), Error> {
         let projector = cursor.projector.clone();
         let id = &projector.id;
-        let read = self.engine.retry_transient("read the ledger", || self.engine.ledger.entry(id)).await?;
+        let read =
+            self.engine.retry_transient("read the ledger", || self.engine.ledger.entry(id)).await?;
         let Some(entry) = read.filter(|entry| Stage::Boot.can_apply(&entry.status)) else {
             cursor.state = CursorState::TakenOver;
             return Ok(());
@@ -236,7 +262,9 @@ impl Boot<'_> {
         let before = std::mem::replace(tables, after);
         let created = tables.created_since(&before);
         if let (Some(table), true) = (created.first(), must_be_whole) {
-            let reason = format!("its setup has just created the table {table}, which lacks what came before");
+            let reason = format!(
+                "its setup has just created the table {table}, which lacks what came before"
+            );
             let reason = format!("{reason}; {}", rebuild_hint(&projector));
             cursor.record(self.mark_broken_for_rebuild(&projector, &reason).await);
             self.findings.refused.insert(id.clone(), reason);
@@ -248,23 +276,36 @@ impl Boot<'_> {
             let error = error.context("setup failed");
             cursor.record(match has_transient_cause(&error) {
                 true => ApplyOutcome::GaveUp(format_chain(&error)),
-                false => self.engine.mark_broken(&projector, Stage::Boot, None, ProjectorError::new(error, 1)).await,
+                false => {
+                    self.engine
+                        .mark_broken(&projector, Stage::Boot, None, ProjectorError::new(error, 1))
+                        .await
+                }
             });
         }
         Ok(())
     }
 
-    /// Marks a projector broken, whether it is live or boot's, so that it is not carried on. The row's lock decides
-    /// whether it still is either.
-    async fn mark_broken_for_rebuild(&self, projector: &RegisteredProjector, reason: &str) -> ApplyOutcome {
-        let may_be_broken =
-            |entry: &Entry| Stage::Boot.can_apply(&entry.status) || Stage::Play.can_apply(&entry.status);
+    /// Marks a projector broken, whether it is live or boot's, so that it is not carried on. The
+    /// row's lock decides whether it still is either.
+    async fn mark_broken_for_rebuild(
+        &self,
+        projector: &RegisteredProjector,
+        reason: &str,
+    ) -> ApplyOutcome {
+        let may_be_broken = |entry: &Entry| {
+            Stage::Boot.can_apply(&entry.status) || Stage::Play.can_apply(&entry.status)
+        };
         let failed = ProjectorError::for_rebuild(anyhow!("rebuild: {reason}"), 1);
         self.engine.mark_broken_if(projector, Stage::Boot, None, failed, may_be_broken).await
     }
 
     /// Records what a projector is booted with.
-    pub(super) async fn record_definition(&self, projector: &RegisteredProjector, entry: &Entry) -> Result<(), Error> {
+    pub(super) async fn record_definition(
+        &self,
+        projector: &RegisteredProjector,
+        entry: &Entry,
+    ) -> Result<(), Error> {
         if entry.digest.as_ref() != Some(&projector.digest) {
             let record = || self.engine.ledger.set_definition(projector, entry.digest.as_deref());
             self.engine.retry_transient("record a definition", record).await?;
@@ -272,7 +313,8 @@ impl Boot<'_> {
         Ok(())
     }
 
-    /// Records which tables are a projector's own: those that it owned, names or has created, as far as they exist.
+    /// Records which tables are a projector's own: those that it owned, names or has created, as
+    /// far as they exist.
     pub(super) async fn record_tables(
         &self,
         projector: &RegisteredProjector,
@@ -317,7 +359,11 @@ fn own_tables<'a>(
 }
 
 /// The first table that a projector owns or names and that is not there.
-fn missing_table(entry: &Entry, projector: &RegisteredProjector, tables: &TableCatalog) -> Option<String> {
+fn missing_table(
+    entry: &Entry,
+    projector: &RegisteredProjector,
+    tables: &TableCatalog,
+) -> Option<String> {
     own_tables(entry, projector, tables).find(|table| !tables.contains(table))
 }
 
@@ -329,7 +375,8 @@ fn rebuild_hint(projector: &RegisteredProjector) -> String {
     )
 }
 
-/// The event types that a subscription has now and had not before; `None` where there are none, or it is not known.
+/// The event types that a subscription has now and had not before; `None` where there are none, or
+/// it is not known.
 fn added_types(before: Option<&[String]>, projector: &RegisteredProjector) -> Option<AddedTypes> {
     let (before, now) = (before?, projector.subscription());
     if before.iter().any(|of| of == "*") {

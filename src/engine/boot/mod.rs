@@ -26,21 +26,22 @@ use report::Findings;
 pub use report::{BootProgress, BootReport, BootWait, ProjectorOutcome};
 use target::MarkWait;
 
-/// A round that was longer than a batch is followed by another, so that projectors go live fresh; but
-/// against a log that grows as fast as they replay, the handoff need not wait for ever: the queue feeds them.
+/// A round that was longer than a batch is followed by another, so that projectors go live fresh;
+/// but against a log that grows as fast as they replay, the handoff need not wait for ever: the
+/// queue feeds them.
 pub(crate) const MAX_CATCH_UP_ROUNDS: u32 = 20;
 
 /// How boot works.
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub struct BootSettings {
-    /// The bounds of the engine. For as long as its patience boot also waits for the high-water mark to reach the end
-    /// of the log.
+    /// The bounds of the engine. For as long as its patience boot also waits for the high-water
+    /// mark to reach the end of the log.
     pub limits: Limits,
     /// The projectors to boot; empty: every one of the set.
     pub only: Vec<ProjectorId>,
-    /// Projectors about which an operator has accepted what boot would refuse: rows in the tables of a new one, a wider
-    /// subscription, a table that was restored.
+    /// Projectors about which an operator has accepted what boot would refuse: rows in the tables
+    /// of a new one, a wider subscription, a table that was restored.
     pub accept: Vec<ProjectorId>,
 }
 
@@ -50,13 +51,16 @@ impl From<Limits> for BootSettings {
     }
 }
 
-/// Boots every new, booting, stalled and broken projector of a set, and hands them over. Needs the database only.
+/// Boots every new, booting, stalled and broken projector of a set, and hands them over. Needs the
+/// database only.
 ///
-/// `Ok` says what the ledger has now, also where a projector broke: see [`BootReport::is_released`].
+/// `Ok` says what the ledger has now, also where a projector broke: see
+/// [`BootReport::is_released`].
 ///
 /// # Errors
-/// [`Error::Input`] where the set contradicts the ledger, or a projector is named that the set does not have;
-/// [`Error::Database`] and [`Error::Unreachable`] where the database fails for longer than `limits.retry_timeout`.
+/// [`Error::Input`] where the set contradicts the ledger, or a projector is named that the set does
+/// not have; [`Error::Database`] and [`Error::Unreachable`] where the database fails for longer
+/// than `limits.retry_timeout`.
 pub async fn boot(
     database: &Database,
     registry: &Registry,
@@ -71,8 +75,9 @@ pub async fn boot(
     booting.await.inspect_err(|error| log_boot_failure(error, registry.release()))
 }
 
-/// Tells that a boot ended, before its end, for a reason other than a broken projector: somebody should look, for the
-/// deploy stands. [`boot`] does so itself; what ends a boot outside it, and may do so only once, calls this.
+/// Tells that a boot ended, before its end, for a reason other than a broken projector: somebody
+/// should look, for the deploy stands. [`boot`] does so itself; what ends a boot outside it, and
+/// may do so only once, calls this.
 pub(crate) fn log_boot_failure(error: &Error, release: Option<&str>) {
     let released = false;
     error!(alert = "boot_failed", %error, released, release, "boot failed: this release must not go on");
@@ -93,18 +98,30 @@ struct Boot<'a> {
 }
 
 impl<'a> Boot<'a> {
-    fn new(database: &Database, registry: &'a Registry, settings: BootSettings) -> Result<Self, Error> {
+    fn new(
+        database: &Database,
+        registry: &'a Registry,
+        settings: BootSettings,
+    ) -> Result<Self, Error> {
         for id in settings.only.iter().chain(&settings.accept) {
             if registry.get(id).is_none() {
-                let known: Vec<String> = registry.iter().map(|projector| projector.id.to_string()).collect();
-                return Err(Error::Input(format!("this set has no projector {id}; it has: {}", known.join(", "))));
+                let known: Vec<String> =
+                    registry.iter().map(|projector| projector.id.to_string()).collect();
+                return Err(Error::Input(format!(
+                    "this set has no projector {id}; it has: {}",
+                    known.join(", ")
+                )));
             }
         }
         let is_selected = |id: &ProjectorId| settings.only.is_empty() || settings.only.contains(id);
         Ok(Boot {
             engine: Engine::new(database, settings.limits, registry),
             registry,
-            selected: registry.iter().filter(|projector| is_selected(&projector.id)).cloned().collect(),
+            selected: registry
+                .iter()
+                .filter(|projector| is_selected(&projector.id))
+                .cloned()
+                .collect(),
             accept: settings.accept,
             target: Position::START,
             findings: Findings::default(),
@@ -134,7 +151,8 @@ impl<'a> Boot<'a> {
         let after = self.entries().await?;
         let (engine, selected, target) = (self.engine.clone(), self.selected.clone(), self.target);
         let findings = std::mem::take(&mut self.findings);
-        let report = findings.into_report(selected.iter().map(Arc::as_ref), &before, &after, target);
+        let report =
+            findings.into_report(selected.iter().map(Arc::as_ref), &before, &after, target);
         if report.is_released() {
             self.record_live_definitions(&after).await?;
         }
@@ -142,13 +160,15 @@ impl<'a> Boot<'a> {
         Ok(report)
     }
 
-    /// Records the definitions of what this boot did not replay. Only now, when the release may go on: before, the
-    /// workers of the one that runs would no longer play them.
+    /// Records the definitions of what this boot did not replay. Only now, when the release may go
+    /// on: before, the workers of the one that runs would no longer play them.
     async fn record_live_definitions(&self, entries: &[Entry]) -> Result<(), Error> {
         let tables = self.read_tables(entries).await?;
         for projector in &self.selected {
             let entry = entries.iter().find(|entry| entry.id == projector.id);
-            let Some(entry) = entry.filter(|entry| matches!(entry.status, Status::Live | Status::Finished)) else {
+            let Some(entry) =
+                entry.filter(|entry| matches!(entry.status, Status::Live | Status::Finished))
+            else {
                 continue;
             };
             self.record_definition(projector, entry).await?;
@@ -160,14 +180,22 @@ impl<'a> Boot<'a> {
     }
 
     /// Rounds of catch-up and handoff, until none is left or one broke; then for the repairs alone.
-    async fn replay(&mut self, cursors: &mut [Cursor], progress: &mut impl FnMut(&BootProgress)) -> Result<(), Error> {
+    async fn replay(
+        &mut self,
+        cursors: &mut [Cursor],
+        progress: &mut impl FnMut(&BootProgress),
+    ) -> Result<(), Error> {
         let is_first = !self.entries().await?.iter().any(|entry| entry.status == Status::Live);
         let mut rounds = 0;
         loop {
             if cursors.iter().any(|cursor| matches!(cursor.state, CursorState::GaveUp(_))) {
                 return Ok(());
             }
-            let Some(start) = cursors.iter().filter(|cursor| cursor.is_running()).map(|cursor| cursor.position).min()
+            let Some(start) = cursors
+                .iter()
+                .filter(|cursor| cursor.is_running())
+                .map(|cursor| cursor.position)
+                .min()
             else {
                 return Ok(());
             };
@@ -177,7 +205,8 @@ impl<'a> Boot<'a> {
                 rounds += 1;
                 info!(round = rounds, from = start.get(), through = mark.get(), "replaying");
             }
-            let mut report_progress = |cursors: &[Cursor]| progress(&BootProgress::new(cursors, mark, None));
+            let mut report_progress =
+                |cursors: &[Cursor]| progress(&BootProgress::new(cursors, mark, None));
             report_progress(cursors);
             self.engine.catch_up(Stage::Boot, cursors, mark, report_progress).await?;
             if cursors.iter().any(Cursor::should_stop_boot) {
@@ -197,9 +226,14 @@ impl<'a> Boot<'a> {
         }
     }
 
-    /// Hands over, or finishes, every cursor that has come far enough: to the end of the log that was visible when boot
-    /// began, at least.
-    async fn hand_over_or_finish(&self, cursors: &mut [Cursor], mark: Position, is_first: bool) -> Result<(), Error> {
+    /// Hands over, or finishes, every cursor that has come far enough: to the end of the log that
+    /// was visible when boot began, at least.
+    async fn hand_over_or_finish(
+        &self,
+        cursors: &mut [Cursor],
+        mark: Position,
+        is_first: bool,
+    ) -> Result<(), Error> {
         for cursor in cursors.iter_mut().filter(|cursor| cursor.is_running()) {
             let row = match cursor.projector.mode {
                 Mode::Once => self.finish(cursor, mark.max(self.target)).await?,
@@ -220,9 +254,15 @@ impl<'a> Boot<'a> {
 
     /// Finishes a projector of mode once, if it still stands at or beyond `target`. Returns its row
     /// as it is afterwards, if there is one.
-    async fn finish(&self, cursor: &Cursor, target: Position) -> Result<Option<Entry>, LedgerError> {
+    async fn finish(
+        &self,
+        cursor: &Cursor,
+        target: Position,
+    ) -> Result<Option<Entry>, LedgerError> {
         let id = &cursor.projector.id;
-        let still = |entry: &Entry| has_reached(entry, target) && entry.matches_digest(&cursor.projector.digest);
+        let still = |entry: &Entry| {
+            has_reached(entry, target) && entry.matches_digest(&cursor.projector.digest)
+        };
         let step = || self.engine.ledger.transition(id, Transition::Finish, still);
         let entry = self.engine.retry_transient("finish", step).await?;
         if let Some(entry) = entry.as_ref().filter(|entry| entry.status == Status::Finished) {
@@ -236,15 +276,17 @@ impl<'a> Boot<'a> {
         Ok(entry)
     }
 
-    /// Once a projector has failed that was not broken before: marks the others as stalled, but for those that are being
-    /// repaired, which go on.
+    /// Once a projector has failed that was not broken before: marks the others as stalled, but for
+    /// those that are being repaired, which go on.
     async fn stall(&self, cursors: &mut [Cursor]) -> Result<(), Error> {
         if !self.findings.is_stopped {
             return Ok(());
         }
-        for cursor in cursors.iter_mut().filter(|cursor| cursor.is_running() && !cursor.was_broken) {
+        for cursor in cursors.iter_mut().filter(|cursor| cursor.is_running() && !cursor.was_broken)
+        {
             let still = |entry: &Entry| matches!(entry.status, Status::Booting | Status::Stalled);
-            let step = || self.engine.ledger.transition(&cursor.projector.id, Transition::Stall, still);
+            let step =
+                || self.engine.ledger.transition(&cursor.projector.id, Transition::Stall, still);
             self.engine.retry_transient("stall a projector", step).await?;
             warn!(
                 projector = %cursor.projector.id, status = "stalled", position = cursor.position.get(),
@@ -270,7 +312,13 @@ impl<'a> Boot<'a> {
 fn log_boot_result(report: &BootReport, release: Option<&str>, began: Instant) {
     let (released, seconds) = (report.is_released(), backoff::seconds(began.elapsed()));
     if released {
-        info!(released, release, seconds, projectors = report.projectors.len(), "booted: this release may go on");
+        info!(
+            released,
+            release,
+            seconds,
+            projectors = report.projectors.len(),
+            "booted: this release may go on"
+        );
         return;
     }
     let broken: Vec<String> = report.broken().map(|booted| booted.id.to_string()).collect();

@@ -19,19 +19,23 @@ const ROW_MISSING: &str = "the ledger has no row of it after boot: it was retire
 
 const MUST_BE_REBUILT: &str = "it must be rebuilt: retire it and run boot again";
 
-const ANOTHER_PROJECTOR_FAILED: &str = "another projector of this boot failed first; mend that, and run boot again";
+const ANOTHER_PROJECTOR_FAILED: &str =
+    "another projector of this boot failed first; mend that, and run boot again";
 
 /// What boot did.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct BootReport {
-    /// Each projector of the set, or each that was named, in registry order, as the ledger has it afterwards.
+    /// Each projector of the set, or each that was named, in registry order, as the ledger has it
+    /// afterwards.
     pub projectors: Vec<ProjectorOutcome>,
-    /// The end of the log that was visible when boot began: what was booted has come this far, at least.
+    /// The end of the log that was visible when boot began: what was booted has come this far, at
+    /// least.
     pub target: Position,
     /// Why the release may not go on, if that is not the matter of one projector.
     pub reason: Option<String>,
-    /// The projectors that are the cause, but for those that only broke at an event or at their setup.
+    /// The projectors that are the cause, but for those that only broke at an event or at their
+    /// setup.
     causes: Vec<(ProjectorId, String)>,
 }
 
@@ -49,7 +53,8 @@ pub struct ProjectorOutcome {
     pub position_before: Option<Position>,
     /// Whether this boot had anything to do with it: it was not live, finished or retired already.
     pub was_attempted: bool,
-    /// Whether its definition is another than the one with which it was last booted, before this boot.
+    /// Whether its definition is another than the one with which it was last booted, before this
+    /// boot.
     pub has_changed: bool,
     /// Why it keeps the release from going on; `None`: it does not.
     pub reason: Option<String>,
@@ -74,8 +79,8 @@ impl BootReport {
         self.projectors.iter().filter(move |booted| booted.entry.as_ref().is_some_and(is_broken))
     }
 
-    /// Whether the release may go on: every projector of it is live, finished or retired, and nothing else is in the
-    /// way.
+    /// Whether the release may go on: every projector of it is live, finished or retired, and
+    /// nothing else is in the way.
     pub fn is_released(&self) -> bool {
         self.reason.is_none() && self.projectors.iter().all(|booted| booted.reason.is_none())
     }
@@ -87,16 +92,24 @@ impl BootReport {
 
     /// Why it may not go on, and what to do, in a sentence.
     pub fn explain(&self) -> String {
-        let is_cause = |booted: &&ProjectorOutcome| !self.causes.iter().any(|(id, _)| *id == booted.id);
-        let broken: Vec<String> = self.broken().filter(is_cause).map(|booted| booted.id.to_string()).collect();
-        let broken = (!broken.is_empty())
-            .then(|| format!("broken: {}; mend it and run boot again, it goes on where it stopped", broken.join(", ")));
+        let is_cause =
+            |booted: &&ProjectorOutcome| !self.causes.iter().any(|(id, _)| *id == booted.id);
+        let broken: Vec<String> =
+            self.broken().filter(is_cause).map(|booted| booted.id.to_string()).collect();
+        let broken = (!broken.is_empty()).then(|| {
+            format!(
+                "broken: {}; mend it and run boot again, it goes on where it stopped",
+                broken.join(", ")
+            )
+        });
         let causes = self.causes.iter().map(|(id, reason)| format!("{id}: {reason}"));
-        let parts: Vec<String> = self.reason.clone().into_iter().chain(broken).chain(causes).collect();
+        let parts: Vec<String> =
+            self.reason.clone().into_iter().chain(broken).chain(causes).collect();
         if !parts.is_empty() {
             return parts.join("; ");
         }
-        let waits = |booted: &ProjectorOutcome| Some(format!("{}: {}", booted.id, booted.reason.as_ref()?));
+        let waits =
+            |booted: &ProjectorOutcome| Some(format!("{}: {}", booted.id, booted.reason.as_ref()?));
         let waiting: Vec<String> = self.projectors.iter().filter_map(waits).collect();
         waiting.join("; ")
     }
@@ -122,7 +135,9 @@ impl Findings {
         after: &[Entry],
         target: Position,
     ) -> BootReport {
-        let of = |entries: &[Entry], id: &ProjectorId| entries.iter().find(|entry| entry.id == *id).cloned();
+        let of = |entries: &[Entry], id: &ProjectorId| {
+            entries.iter().find(|entry| entry.id == *id).cloned()
+        };
         let projectors = selected.map(|projector| {
             let id = &projector.id;
             let (before, entry) = (of(before, id), of(after, id));
@@ -130,21 +145,29 @@ impl Findings {
                 id: id.clone(),
                 mode: projector.mode,
                 reason: self.reason_for(id, entry.as_ref()),
-                was_attempted: before.as_ref().is_none_or(|before| Stage::Boot.can_apply(&before.status)),
+                was_attempted: before
+                    .as_ref()
+                    .is_none_or(|before| Stage::Boot.can_apply(&before.status)),
                 has_changed: self.changed.contains(id),
                 position_before: before.map(|before| before.position),
                 entry,
             }
         });
         let projectors = projectors.collect();
-        BootReport { projectors, target, reason: self.reason, causes: self.refused.into_iter().collect() }
+        BootReport {
+            projectors,
+            target,
+            reason: self.reason,
+            causes: self.refused.into_iter().collect(),
+        }
     }
 
     fn reason_for(&self, id: &ProjectorId, entry: Option<&Entry>) -> Option<String> {
         if let Some(refused) = self.refused.get(id) {
             return Some(refused.clone());
         }
-        let unfinished = |otherwise: &str| Some(self.reason.clone().unwrap_or_else(|| otherwise.to_owned()));
+        let unfinished =
+            |otherwise: &str| Some(self.reason.clone().unwrap_or_else(|| otherwise.to_owned()));
         let Some(entry) = entry else {
             let was_stopped = !self.refused.is_empty() || self.reason.is_some() || self.is_stopped;
             return unfinished(if was_stopped { ANOTHER_PROJECTOR_FAILED } else { ROW_MISSING });
@@ -153,7 +176,9 @@ impl Findings {
             Status::Retired => None,
             Status::Broken(failure) => Some(format!("broken: {}", failure.error)),
             // Its handler has committed a part of a batch since this boot looked at it.
-            Status::Live | Status::Finished | Status::Booting | Status::Stalled if entry.rebuild_reason.is_some() => {
+            Status::Live | Status::Finished | Status::Booting | Status::Stalled
+                if entry.rebuild_reason.is_some() =>
+            {
                 entry.rebuild_reason.as_ref().map(|reason| format!("{MUST_BE_REBUILT}: {reason}"))
             }
             Status::Live | Status::Finished => None,
@@ -193,7 +218,8 @@ impl BootProgress {
 
     pub(super) fn new(cursors: &[Cursor], target: Position, wait: Option<BootWait>) -> Self {
         let running = cursors.iter().filter(|cursor| cursor.is_running());
-        let positions = running.map(|cursor| (cursor.projector.id.clone(), cursor.position)).collect();
+        let positions =
+            running.map(|cursor| (cursor.projector.id.clone(), cursor.position)).collect();
         BootProgress { positions, target, wait }
     }
 }
@@ -211,7 +237,11 @@ mod tests {
             "idle"
         }
 
-        async fn handle(&self, _: &crate::Event, _: &mut sqlx::MySqlConnection) -> anyhow::Result<()> {
+        async fn handle(
+            &self,
+            _: &crate::Event,
+            _: &mut sqlx::MySqlConnection,
+        ) -> anyhow::Result<()> {
             Ok(())
         }
     }
@@ -224,7 +254,11 @@ mod tests {
         let report = Findings::default().into_report(selected(), &[], &[], Position::new(5));
         assert!(!report.is_released());
         assert_eq!((report.projectors.len(), report.projectors[0].status()), (1, "new"));
-        assert!(report.explain().contains("idle@1") && report.explain().contains("not stored"), "{}", report.explain());
+        assert!(
+            report.explain().contains("idle@1") && report.explain().contains("not stored"),
+            "{}",
+            report.explain()
+        );
     }
 
     #[test]
@@ -244,7 +278,12 @@ mod tests {
                 owned_tables: None,
                 rebuild_reason,
             };
-            Findings::default().into_report([projector.as_ref()].into_iter(), &[], &[entry], Position::new(5))
+            Findings::default().into_report(
+                [projector.as_ref()].into_iter(),
+                &[],
+                &[entry],
+                Position::new(5),
+            )
         };
         let reason = || Some("a part of a batch is stored".to_owned());
         assert!(reported(Status::Live, None).is_released());
@@ -252,7 +291,11 @@ mod tests {
         for status in [Status::Live, Status::Booting] {
             let report = reported(status, reason());
             assert!(!report.is_released());
-            assert!(report.explain().contains("a part of a batch is stored"), "{}", report.explain());
+            assert!(
+                report.explain().contains("a part of a batch is stored"),
+                "{}",
+                report.explain()
+            );
         }
     }
 }

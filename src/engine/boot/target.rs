@@ -1,5 +1,5 @@
-//! Where boot has to come: the end of the log that was visible when it began, however long the high-water mark is held
-//! below it.
+//! Where boot has to come: the end of the log that was visible when it began, however long the
+//! high-water mark is held below it.
 
 use std::time::{Duration, Instant};
 
@@ -29,10 +29,14 @@ pub(super) struct MarkWait {
 }
 
 impl Boot<'_> {
-    /// Reads where boot has to come. `false`: the log ends below its mark, and nothing can be built on it.
+    /// Reads where boot has to come. `false`: the log ends below its mark, and nothing can be built
+    /// on it.
     pub(super) async fn read_target(&mut self) -> Result<bool, Error> {
-        let mark =
-            self.engine.retry_transient("read the marks of the log", || self.engine.store.marks()).await?.high_water;
+        let mark = self
+            .engine
+            .retry_transient("read the marks of the log", || self.engine.store.marks())
+            .await?
+            .high_water;
         let last = || self.engine.store.last_visible();
         self.target = self.engine.retry_transient("read the end of the log", last).await?;
         if self.target >= mark {
@@ -46,15 +50,19 @@ impl Boot<'_> {
         Ok(false)
     }
 
-    /// Whether all may be entered: a new projector of mode from_now begins at the mark, so that it would see older events
-    /// if the mark lay below the target. Waits for it.
+    /// Whether all may be entered: a new projector of mode from_now begins at the mark, so that it
+    /// would see older events if the mark lay below the target. Waits for it.
     pub(super) async fn wait_until_registrable(
         &mut self,
         before: &[Entry],
         progress: &mut impl FnMut(&BootProgress),
     ) -> Result<bool, Error> {
         let is_new = |id: &ProjectorId| before.iter().all(|entry| entry.id != *id);
-        if !self.selected.iter().any(|projector| projector.mode == Mode::FromNow && is_new(&projector.id)) {
+        if !self
+            .selected
+            .iter()
+            .any(|projector| projector.mode == Mode::FromNow && is_new(&projector.id))
+        {
             return Ok(true);
         }
         loop {
@@ -68,8 +76,8 @@ impl Boot<'_> {
         }
     }
 
-    /// Waits a moment for the mark to rise to the target, and says why. `false`: for longer than boot is patient it has
-    /// not risen.
+    /// Waits a moment for the mark to rise to the target, and says why. `false`: for longer than
+    /// boot is patient it has not risen.
     pub(super) async fn wait_for_mark(
         &mut self,
         high_water: &HighWater,
@@ -83,14 +91,20 @@ impl Boot<'_> {
             Some(waiting) => MarkWait { mark, since: now, ..waiting },
             None => {
                 let (high_water, target) = (mark.get(), self.target.get());
-                warn!(high_water, through = target, release = self.engine.release, "waiting: {reason}");
+                warn!(
+                    high_water,
+                    through = target,
+                    release = self.engine.release,
+                    "waiting: {reason}"
+                );
                 MarkWait { mark, since: now, logged_at: now }
             }
         };
         let elapsed = now - waiting.since;
         if self.engine.limits.retry_timeout.is_some_and(|retry_timeout| elapsed >= retry_timeout) {
             let seconds = elapsed.as_secs();
-            self.findings.reason = Some(format!("{reason}. Boot has waited for {seconds} s; then run it again"));
+            self.findings.reason =
+                Some(format!("{reason}. Boot has waited for {seconds} s; then run it again"));
             return false;
         }
         let logged_at = if now - waiting.logged_at >= LOG_INTERVAL {
@@ -107,7 +121,11 @@ impl Boot<'_> {
         };
         self.mark_wait = Some(MarkWait { logged_at, ..waiting });
         progress(&BootProgress::new(cursors, mark, Some(BootWait { reason, elapsed })));
-        let left = self.engine.limits.retry_timeout.map_or(POLL_INTERVAL, |retry_timeout| retry_timeout - elapsed);
+        let left = self
+            .engine
+            .limits
+            .retry_timeout
+            .map_or(POLL_INTERVAL, |retry_timeout| retry_timeout - elapsed);
         tokio::time::sleep(left.min(POLL_INTERVAL)).await;
         true
     }

@@ -1,5 +1,6 @@
-//! The convoy: the live projectors that are fed in sequence. One that is far behind, or slow, leaves it, catches
-//! up on a connection of its own, and joins again by the chain rule, so that it holds up nobody.
+//! The convoy: the live projectors that are fed in sequence. One that is far behind, or slow,
+//! leaves it, catches up on a connection of its own, and joins again by the chain rule, so that it
+//! holds up nobody.
 
 use std::collections::{HashMap, HashSet};
 use std::future::Future;
@@ -25,8 +26,8 @@ use crate::model::registry::RegisteredProjector;
 pub struct BackgroundLimits {
     /// The most events that one projector catches up on while the others wait.
     pub events: u64,
-    /// The longest that one projector may take over the messages of one receive. What it has not committed by
-    /// then is rolled back and done again outside the convoy.
+    /// The longest that one projector may take over the messages of one receive. What it has not
+    /// committed by then is rolled back and done again outside the convoy.
     pub time: Duration,
 }
 
@@ -36,8 +37,8 @@ impl Default for BackgroundLimits {
     }
 }
 
-/// The projectors that have left the convoy, each with the task that catches it up. Dropped, they end; nothing that was not
-/// committed is applied then: the next worker takes it up.
+/// The projectors that have left the convoy, each with the task that catches it up. Dropped, they
+/// end; nothing that was not committed is applied then: the next worker takes it up.
 pub(super) struct Stragglers {
     tasks: JoinSet<CursorState>,
     in_background: HashMap<ProjectorId, AbortHandle>,
@@ -48,11 +49,13 @@ pub(super) struct Stragglers {
 }
 
 impl Stragglers {
-    /// For a worker with this database. Each straggler reads on one connection and applies on another; one of either kind
-    /// stays with the projectors in the convoy, and one of ours with the ledger.
+    /// For a worker with this database. Each straggler reads on one connection and applies on
+    /// another; one of either kind stays with the projectors in the convoy, and one of ours with
+    /// the ledger.
     pub(super) fn new(database: &Database) -> Self {
         let readers = database.max_own_connections().saturating_sub(2);
-        let at_once = database.max_handler_connections().saturating_sub(1).min(readers).max(1) as usize;
+        let at_once =
+            database.max_handler_connections().saturating_sub(1).min(readers).max(1) as usize;
         Stragglers {
             tasks: JoinSet::new(),
             in_background: HashMap::new(),
@@ -71,7 +74,8 @@ impl Stragglers {
         self.in_background.keys().filter(|id| self.is_catching_up(id)).cloned().collect()
     }
 
-    /// Forgets those whose tasks have ended; they are in the convoy again. Returns how many of them broke.
+    /// Forgets those whose tasks have ended; they are in the convoy again. Returns how many of them
+    /// broke.
     pub(super) fn readmit(&mut self) -> u64 {
         let mut broken = 0;
         while let Some(ended) = self.tasks.try_join_next_with_id() {
@@ -89,13 +93,19 @@ impl Stragglers {
 
     fn record(&mut self, ended: Result<(tokio::task::Id, CursorState), JoinError>) -> u64 {
         let task = ended.as_ref().map_or_else(JoinError::id, |(task, _)| *task);
-        let id = self.in_background.iter().find(|(_, task_handle)| task_handle.id() == task).map(|(id, _)| id.clone());
+        let id = self
+            .in_background
+            .iter()
+            .find(|(_, task_handle)| task_handle.id() == task)
+            .map(|(id, _)| id.clone());
         let Some(id) = id else { return 0 };
         self.in_background.remove(&id);
         match ended {
             Ok((_, CursorState::Broken)) => return 1,
             Ok(_) => info!(projector = %id, "back in the convoy"),
-            Err(error) => warn!(projector = %id, %error, "its catch-up ended; it is tried in the convoy again"),
+            Err(error) => {
+                warn!(projector = %id, %error, "its catch-up ended; it is tried in the convoy again")
+            }
         }
         0
     }
@@ -114,8 +124,8 @@ impl Stragglers {
         self.in_background.insert(projector.id.clone(), task);
     }
 
-    /// Lets them go on until `stop_signal`, then end with the page in hand, and cuts off at `abort_signal` who has not: nobody runs on.
-    /// Returns how many broke.
+    /// Lets them go on until `stop_signal`, then end with the page in hand, and cuts off at
+    /// `abort_signal` who has not: nobody runs on. Returns how many broke.
     pub(super) async fn shut_down(
         &mut self,
         stop_signal: impl Future<Output = ()>,
@@ -146,7 +156,8 @@ impl Stragglers {
     }
 }
 
-/// Catches up to the mark as it is at the end, or until the projector breaks, is taken over, or is to stop.
+/// Catches up to the mark as it is at the end, or until the projector breaks, is taken over, or is
+/// to stop.
 async fn catch_up_in_background(
     engine: Engine,
     mut cursor: Cursor,
@@ -168,7 +179,9 @@ async fn catch_up_in_background(
                     page_ended.notify_one()
                 }
             };
-            engine.catch_up(Stage::Play, std::slice::from_mut(&mut cursor), mark, notify_if_stopping).await?;
+            engine
+                .catch_up(Stage::Play, std::slice::from_mut(&mut cursor), mark, notify_if_stopping)
+                .await?;
             Ok::<_, sqlx::Error>(mark.since(start))
         };
         let ended = tokio::select! {

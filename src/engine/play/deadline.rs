@@ -1,4 +1,5 @@
-//! Work that has to end by a given moment, wherever it is then: an invocation of Lambda, after which the process is frozen.
+//! Work that has to end by a given moment, wherever it is then: an invocation of Lambda, after
+//! which the process is frozen.
 
 use std::collections::HashSet;
 use std::time::Duration;
@@ -24,7 +25,11 @@ pub(crate) struct Deadline {
 
 impl Deadline {
     /// So long from now, less a margin; of what is very short, half is margin.
-    pub(crate) fn after(remaining: Duration, margin: Duration, shutdown: watch::Receiver<bool>) -> Self {
+    pub(crate) fn after(
+        remaining: Duration,
+        margin: Duration,
+        shutdown: watch::Receiver<bool>,
+    ) -> Self {
         let margin = margin.min(remaining / 2);
         Deadline { at: Instant::now() + (remaining - margin), margin, shutdown }
     }
@@ -55,12 +60,19 @@ impl Deadline {
 }
 
 impl Worker {
-    /// Passes messages to every live projector of the convoy, and says which of them were passed: all that are ours, unless the
-    /// deadline was reached. Those may be deleted. Nothing runs on afterwards.
+    /// Passes messages to every live projector of the convoy, and says which of them were passed:
+    /// all that are ours, unless the deadline was reached. Those may be deleted. Nothing runs on
+    /// afterwards.
     ///
-    /// Stragglers may go on for as long as one projector may hold up the convoy, and then finish the page in hand. What
-    /// they have not committed is done again later, as in play when its process ends: the store has it.
-    pub(crate) async fn fan_out_until(&mut self, ids: &[String], bodies: &[String], deadline: &Deadline) -> Vec<bool> {
+    /// Stragglers may go on for as long as one projector may hold up the convoy, and then finish
+    /// the page in hand. What they have not committed is done again later, as in play when its
+    /// process ends: the store has it.
+    pub(crate) async fn fan_out_until(
+        &mut self,
+        ids: &[String],
+        bodies: &[String],
+        deadline: &Deadline,
+    ) -> Vec<bool> {
         let verdicts = tokio::select! {
             biased;
             verdicts = self.fan_out_with_retry(bodies) => Some(verdicts),
@@ -74,7 +86,8 @@ impl Worker {
         .await;
         if let Some(verdicts) = verdicts {
             // Best effort, as all that only tells of something.
-            let _ = timeout(deadline.query_timeout(), self.record_foreign(&verdicts, ids, bodies)).await;
+            let _ = timeout(deadline.query_timeout(), self.record_foreign(&verdicts, ids, bodies))
+                .await;
             return verdicts.iter().map(Option::is_none).collect();
         }
         warn!(messages = bodies.len(), "time is over: what is not committed is rolled back");
@@ -90,22 +103,24 @@ impl Worker {
 
     /// Ends what goes on outside the convoy, and waits until all that was cut off is rolled back.
     pub(crate) async fn shut_down_stragglers(&mut self, grace: Duration, deadline: &Deadline) {
-        self.broken += self.stragglers.shut_down(tokio::time::sleep(grace), deadline.reached()).await;
+        self.broken +=
+            self.stragglers.shut_down(tokio::time::sleep(grace), deadline.reached()).await;
         // Who is frozen with a transaction open would hold its projector's row.
         if !self.engine.database.wait_until_idle(deadline.margin / 2).await {
             debug!("not all connections are at rest");
         }
     }
 
-    /// Which messages every live projector has passed, by the ledger, but for those that are outside the convoy: they read
-    /// the store instead. Of a reference nobody can tell.
+    /// Which messages every live projector has passed, by the ledger, but for those that are
+    /// outside the convoy: they read the store instead. Of a reference nobody can tell.
     async fn find_processed(
         &self,
         bodies: &[String],
         in_background: &HashSet<ProjectorId>,
     ) -> Result<Vec<bool>, sqlx::Error> {
         let positions = claimed_positions(bodies);
-        let (live, view) = tokio::try_join!(self.live_positions(), self.engine.store.snapshot(&positions))?;
+        let (live, view) =
+            tokio::try_join!(self.live_positions(), self.engine.store.snapshot(&positions))?;
         let in_group = live.into_iter().filter(|(id, _)| !in_background.contains(id));
         let slowest = in_group.map(|(_, position)| position).min();
         let high_water = view.marks.high_water;

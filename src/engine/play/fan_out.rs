@@ -16,18 +16,25 @@ use crate::queue::{ForeignReason, Message};
 use crate::store::LogSnapshot;
 
 impl Worker {
-    /// Passes messages to every live projector of the convoy by the chain rule, and counts those that break. `Ok`: each of
-    /// them has committed past all of our messages, is broken, is no longer ours, or has left the convoy and reads
-    /// the store instead. So they may be deleted, but for those that are not ours: it says of each message why it is not.
+    /// Passes messages to every live projector of the convoy by the chain rule, and counts those
+    /// that break. `Ok`: each of them has committed past all of our messages, is broken, is no
+    /// longer ours, or has left the convoy and reads the store instead. So they may be deleted, but
+    /// for those that are not ours: it says of each message why it is not.
     ///
     /// # Errors
     /// If ledger or log cannot be read: then nothing may be deleted.
-    pub(super) async fn fan_out(&mut self, bodies: &[String]) -> Result<Vec<Option<ForeignReason>>, sqlx::Error> {
-        // Read again with every batch: what was booted, broken or retired meanwhile joins or leaves. So is the identity of the
-        // log: nothing is applied because of an id or a key that was its own once.
+    pub(super) async fn fan_out(
+        &mut self,
+        bodies: &[String],
+    ) -> Result<Vec<Option<ForeignReason>>, sqlx::Error> {
+        // Read again with every batch: what was booted, broken or retired meanwhile joins or
+        // leaves. So is the identity of the log: nothing is applied because of an id or a key that
+        // was its own once.
         let positions = claimed_positions(bodies);
-        let (live, view) =
-            tokio::try_join!(self.engine.ledger.live_projectors(), self.engine.store.snapshot(&positions))?;
+        let (live, view) = tokio::try_join!(
+            self.engine.ledger.live_projectors(),
+            self.engine.store.snapshot(&positions)
+        )?;
         let live = self.select_played(live);
         self.record_log_id(&view.marks.log.id);
         let SortedMessages { runs, has_references, foreign } = sort_messages(bodies, &view);
@@ -49,12 +56,14 @@ impl Worker {
                 Need::Nothing | Need::CatchUp => None,
             };
             let skip_ahead = self.engine.skip_ahead(Stage::Play, &mut group, run.last(), whole);
-            // A row that another worker holds for longer is waited for below, by its own projector only.
+            // A row that another worker holds for longer is waited for below, by its own projector
+            // only.
             let _ = timeout(background_after.time, skip_ahead).await;
         }
         for mut cursor in group {
             self.in_progress = Some(cursor.projector.id.clone());
-            let processed = timeout(background_after.time, self.process(&mut cursor, &runs, target)).await;
+            let processed =
+                timeout(background_after.time, self.process(&mut cursor, &runs, target)).await;
             self.in_progress = None;
             match processed {
                 Ok(processed) => processed?,
@@ -64,7 +73,11 @@ impl Worker {
                         seconds = background_after.time.as_secs_f32(),
                         "takes too long: leaves the convoy and catches up by itself"
                     );
-                    self.stragglers.move_to_background(&self.engine, &cursor.projector, cursor.position);
+                    self.stragglers.move_to_background(
+                        &self.engine,
+                        &cursor.projector,
+                        cursor.position,
+                    );
                 }
             }
             self.broken += u64::from(matches!(cursor.state, CursorState::Broken));
@@ -72,8 +85,9 @@ impl Worker {
         Ok(foreign)
     }
 
-    /// The live projectors that can follow, in registry order. Those that are far behind are sent off, and who held up the
-    /// last fan-out until it was cut off: there was no time to let it go then.
+    /// The live projectors that can follow, in registry order. Those that are far behind are sent
+    /// off, and who held up the last fan-out until it was cut off: there was no time to let it go
+    /// then.
     fn form_group(
         &mut self,
         live: &[(ProjectorId, Position)],
@@ -83,7 +97,9 @@ impl Worker {
     ) -> Vec<Cursor> {
         let mut group = Vec::new();
         for projector in self.registry.iter() {
-            let Some(&(_, position)) = live.iter().find(|(id, _)| *id == projector.id) else { continue };
+            let Some(&(_, position)) = live.iter().find(|(id, _)| *id == projector.id) else {
+                continue;
+            };
             if self.stragglers.is_catching_up(&projector.id) {
                 continue;
             }
@@ -97,14 +113,22 @@ impl Worker {
                 self.stragglers.move_to_background(&self.engine, projector, position);
                 continue;
             }
-            metrics::record_duplicates(&projector.id, runs.iter().map(|run| run.count_through(position)).sum());
+            metrics::record_duplicates(
+                &projector.id,
+                runs.iter().map(|run| run.count_through(position)).sum(),
+            );
             group.push(Cursor::new(projector, position));
         }
         group
     }
 
     /// Brings one projector past all runs, and through the target of the references.
-    async fn process(&self, cursor: &mut Cursor, runs: &[Run], target: Option<Position>) -> Result<(), sqlx::Error> {
+    async fn process(
+        &self,
+        cursor: &mut Cursor,
+        runs: &[Run],
+        target: Option<Position>,
+    ) -> Result<(), sqlx::Error> {
         for run in runs {
             self.process_run(cursor, run).await?;
         }
@@ -119,9 +143,9 @@ impl Worker {
         loop {
             match next_need(cursor, run, self.engine.limits.batch) {
                 Need::Nothing => return Ok(()),
-                Need::Batch(batch) => {
-                    cursor.record(self.engine.apply_with_retry(&cursor.projector, Stage::Play, batch).await)
-                }
+                Need::Batch(batch) => cursor.record(
+                    self.engine.apply_with_retry(&cursor.projector, Stage::Play, batch).await,
+                ),
                 Need::CatchUp => {
                     debug!(
                         projector = %cursor.projector.id, position = cursor.position.get(), prev = run.prev().get(),
@@ -134,7 +158,11 @@ impl Worker {
     }
 
     /// Catches one projector up from the store.
-    pub(super) async fn catch_up_from_store(&self, cursor: &mut Cursor, through: Position) -> Result<(), sqlx::Error> {
+    pub(super) async fn catch_up_from_store(
+        &self,
+        cursor: &mut Cursor,
+        through: Position,
+    ) -> Result<(), sqlx::Error> {
         if cursor.is_running() && cursor.position < through {
             metrics::record_fallback_read(&cursor.projector.id);
         }
@@ -142,14 +170,22 @@ impl Worker {
     }
 }
 
-/// Whether a projector would have to read more than `max_events` events from the store before it can follow.
-fn is_far_behind(position: Position, runs: &[Run], target: Option<Position>, max_events: u64) -> bool {
+/// Whether a projector would have to read more than `max_events` events from the store before it
+/// can follow.
+fn is_far_behind(
+    position: Position,
+    runs: &[Run],
+    target: Option<Position>,
+    max_events: u64,
+) -> bool {
     let before_the_runs = runs.first().map_or(0, |run| run.prev().since(position));
-    let after_the_runs = target.map_or(0, |target| target.since(runs.last().map_or(position, Run::last).max(position)));
+    let after_the_runs = target
+        .map_or(0, |target| target.since(runs.last().map_or(position, Run::last).max(position)));
     before_the_runs.max(after_the_runs) > max_events
 }
 
-/// What a projector still needs before a message that carries a run may be deleted, as far as it is concerned.
+/// What a projector still needs before a message that carries a run may be deleted, as far as it is
+/// concerned.
 #[derive(Debug)]
 pub(crate) enum Need<'a> {
     /// It has committed past the run, is broken, or is no longer ours.

@@ -1,4 +1,5 @@
-//! Messages that are not ours: counted, logged and alerted. They are never applied, and never deleted.
+//! Messages that are not ours: counted, logged and alerted. They are never applied, and never
+//! deleted.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
@@ -19,20 +20,27 @@ const EXAMPLE_LENGTH: usize = 60;
 
 /// Reads a message, and compares it with the log.
 ///
-/// A signature proves that a message is of whoever has the key. That its events are those of the log as it is now is proved by
-/// the id of its last event: the signature binds the others to it, and a database that was restored or cloned has another
-/// event there, or none.
+/// A signature proves that a message is of whoever has the key. That its events are those of the
+/// log as it is now is proved by the id of its last event: the signature binds the others to it,
+/// and a database that was restored or cloned has another event there, or none.
 pub(crate) fn verify_message(body: &str, view: &LogSnapshot) -> Message {
     let message = parse(body, &view.marks.log);
     let foreign = match &message {
         // The relay stores the mark before it sends.
-        Message::Events(run) if run.last() > view.marks.high_water => Some(ForeignReason::BeyondHighWater),
-        Message::Reference(last) if *last > view.marks.high_water => Some(ForeignReason::BeyondHighWater),
+        Message::Events(run) if run.last() > view.marks.high_water => {
+            Some(ForeignReason::BeyondHighWater)
+        }
+        Message::Reference(last) if *last > view.marks.high_water => {
+            Some(ForeignReason::BeyondHighWater)
+        }
         Message::Events(run) => {
             let event_id = run.above(run.prev()).last().map(|event| event.event_id());
-            (view.event_ids.get(&run.last()).map(String::as_str) != event_id).then_some(ForeignReason::DifferentEvent)
+            (view.event_ids.get(&run.last()).map(String::as_str) != event_id)
+                .then_some(ForeignReason::DifferentEvent)
         }
-        Message::Reference(last) => (!view.event_ids.contains_key(last)).then_some(ForeignReason::DifferentEvent),
+        Message::Reference(last) => {
+            (!view.event_ids.contains_key(last)).then_some(ForeignReason::DifferentEvent)
+        }
         Message::Foreign(_) => None,
     };
     foreign.map_or(message, Message::Foreign)
@@ -64,7 +72,8 @@ impl ForeignWatch {
     }
 
     fn reasons(&self) -> String {
-        let reasons: Vec<String> = self.reasons.iter().map(|(reason, count)| format!("{count} {reason}")).collect();
+        let reasons: Vec<String> =
+            self.reasons.iter().map(|(reason, count)| format!("{count} {reason}")).collect();
         reasons.join(", ")
     }
 }
@@ -79,7 +88,8 @@ impl Worker {
         Ok(())
     }
 
-    /// Takes note of the messages that are not ours: one alert now, and one every five minutes while there are any.
+    /// Takes note of the messages that are not ours: one alert now, and one every five minutes
+    /// while there are any.
     pub(crate) async fn record_foreign(
         &mut self,
         verdicts: &[Option<ForeignReason>],
@@ -92,7 +102,9 @@ impl Worker {
         }
         metrics::record_foreign_messages(count);
         let watch = &mut self.foreign;
-        for (at, reason) in verdicts.iter().enumerate().filter_map(|(at, reason)| Some((at, (*reason)?))) {
+        for (at, reason) in
+            verdicts.iter().enumerate().filter_map(|(at, reason)| Some((at, (*reason)?)))
+        {
             debug!(%reason, "a message that is not ours");
             if watch.messages == 0 {
                 watch.example = example(ids.get(at), &bodies[at]);

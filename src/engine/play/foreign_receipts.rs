@@ -1,5 +1,5 @@
-//! The receipts of messages that are not ours: which stay hidden, which are given back, and how long the next receive waits, so
-//! that their owner can have them.
+//! The receipts of messages that are not ours: which stay hidden, which are given back, and how
+//! long the next receive waits, so that their owner can have them.
 
 use std::collections::{HashSet, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -9,21 +9,24 @@ use tracing::debug;
 
 use crate::queue::{ForeignReason, Queue, Receipt};
 
-/// After receives of nothing but messages that are not ours, the next one waits for so long; it doubles. Meanwhile their owner
-/// can have them, and projectors are fed from the store.
+/// After receives of nothing but messages that are not ours, the next one waits for so long; it
+/// doubles. Meanwhile their owner can have them, and projectors are fed from the store.
 pub(super) const FIRST_FOREIGN_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_FOREIGN_PAUSE: Duration = Duration::from_secs(30);
 
 /// A receive that brings so many messages may have left some of ours behind them.
 const FULL_RECEIVE: usize = 10;
 
-/// So many messages that are not ours are taken at most, and given back together, to see what stands behind them.
+/// So many messages that are not ours are taken at most, and given back together, to see what
+/// stands behind them.
 const MAX_SET_ASIDE: usize = 100;
 
-/// After so many receives without a message of ours, a queue that still holds some that are not is taken to hold nothing else.
+/// After so many receives without a message of ours, a queue that still holds some that are not is
+/// taken to hold nothing else.
 const MIN_UNPRODUCTIVE_RECEIVES: u32 = 3;
 
-/// Beyond, messages that are not ours are not told from each other, and not given back at the end: they come back by themselves.
+/// Beyond, messages that are not ours are not told from each other, and not given back at the end:
+/// they come back by themselves.
 const MAX_KNOWN_FOREIGN: usize = 10_000;
 
 /// The messages of a queue that are not ours.
@@ -31,9 +34,11 @@ const MAX_KNOWN_FOREIGN: usize = 10_000;
 pub(super) struct ForeignReceipts {
     /// Each once, by a hash of its id.
     known: HashSet<u64>,
-    /// Those that came with messages of ours: hidden until their visibility expires, so that ours are not held up by them.
+    /// Those that came with messages of ours: hidden until their visibility expires, so that ours
+    /// are not held up by them.
     hidden: VecDeque<(Instant, Receipt)>,
-    /// Those that came without any of ours, and are given back once it is seen what stands behind them.
+    /// Those that came without any of ours, and are given back once it is seen what stands behind
+    /// them.
     set_aside: Vec<Receipt>,
     /// Pauses in a row because nothing came but messages that are not ours.
     pauses: u32,
@@ -81,13 +86,15 @@ impl ForeignReceipts {
         (own, foreign)
     }
 
-    /// Records a receive without any message. Returns `true` if messages are aside that should be given back.
+    /// Records a receive without any message. Returns `true` if messages are aside that should be
+    /// given back.
     pub(super) fn record_empty_receive(&mut self) -> bool {
         self.unproductive_receives += 1;
         !self.set_aside.is_empty()
     }
 
-    /// Puts the messages of a receive without any of ours aside. Returns `true` if ours may stand behind them.
+    /// Puts the messages of a receive without any of ours aside. Returns `true` if ours may stand
+    /// behind them.
     pub(super) fn record_foreign_receive(&mut self, foreign: Vec<Receipt>) -> bool {
         self.unproductive_receives += 1;
         let is_full = foreign.len() >= FULL_RECEIVE;
@@ -95,7 +102,8 @@ impl ForeignReceipts {
         is_full && self.set_aside.len() < MAX_SET_ASIDE
     }
 
-    /// Records that messages of ours were received with these others, which stay hidden for `visibility`.
+    /// Records that messages of ours were received with these others, which stay hidden for
+    /// `visibility`.
     pub(super) fn record_mixed_receive(&mut self, foreign: Vec<Receipt>, visibility: Duration) {
         (self.unproductive_receives, self.pauses) = (0, 0);
         let now = Instant::now();

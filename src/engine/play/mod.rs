@@ -43,13 +43,13 @@ pub struct PlaySettings {
     pub relay: Option<RelaySettings>,
     /// How long one receive waits for a message (at most 20 s).
     pub receive_wait: Duration,
-    /// A projector that stands still below the high-water mark for so long, while the queue is silent, is
-    /// caught up from the store: the queue has lost what it waits for.
+    /// A projector that stands still below the high-water mark for so long, while the queue is
+    /// silent, is caught up from the store: the queue has lost what it waits for.
     pub reconcile_after: Duration,
     /// How long one projector may hold up the others.
     pub background_after: BackgroundLimits,
-    /// Whether to end once queue and log are quiet and every live projector is at the high-water mark. A queue that holds
-    /// only messages of others counts as quiet.
+    /// Whether to end once queue and log are quiet and every live projector is at the high-water
+    /// mark. A queue that holds only messages of others counts as quiet.
     pub until_idle: bool,
     /// How long the batch in hand may take to end after the shutdown; then it is rolled back.
     pub grace: Duration,
@@ -77,19 +77,21 @@ pub struct PlayReport {
     pub messages: u64,
     /// Projectors that broke meanwhile.
     pub broken: u64,
-    /// Live projectors that were not played at the end: they were booted with another definition than this worker has.
+    /// Live projectors that were not played at the end: they were booted with another definition
+    /// than this worker has.
     pub outdated: u64,
     /// Messages that are not of this log. They were neither applied nor deleted.
     pub foreign: u64,
 }
 
-/// Plays every live projector of a set, until `shutdown`. Projectors that are booted, broken or retired
-/// meanwhile join or leave without a restart; one that was not booted is never played.
+/// Plays every live projector of a set, until `shutdown`. Projectors that are booted, broken or
+/// retired meanwhile join or leave without a restart; one that was not booted is never played.
 ///
 /// While database or queue are away it waits, and goes on by itself.
 ///
 /// # Errors
-/// If the log cannot be read at the start; or, where it is to end when all is quiet, if the log has lost its end.
+/// If the log cannot be read at the start; or, where it is to end when all is quiet, if the log has
+/// lost its end.
 pub async fn play(
     database: &Database,
     queue: Arc<dyn Queue>,
@@ -134,9 +136,12 @@ pub async fn play(
     }
     match player.fault {
         Some(fault) => Err(Error::LogFault(fault.to_string())),
-        None => {
-            Ok(PlayReport { messages: player.messages, broken, outdated, foreign: player.foreign_receipts.count() })
-        }
+        None => Ok(PlayReport {
+            messages: player.messages,
+            broken,
+            outdated,
+            foreign: player.foreign_receipts.count(),
+        }),
     }
 }
 
@@ -147,8 +152,14 @@ async fn start_worker(
     queue: &dyn Queue,
 ) -> Result<Worker, Error> {
     let background_after = settings.background_after;
-    let mut worker =
-        Worker::new(database, registry, settings.limits, background_after, settings.reconcile_after).await?;
+    let mut worker = Worker::new(
+        database,
+        registry,
+        settings.limits,
+        background_after,
+        settings.reconcile_after,
+    )
+    .await?;
     // Not waited for: the log was just read, and this only tells of something.
     if let Err(error) = worker.check_queue(queue.identity()).await {
         debug!(%error, "cannot tell whether the queue has changed");

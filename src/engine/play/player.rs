@@ -1,4 +1,5 @@
-//! The player: receives, passes the messages to the worker, and deletes those that every live projector is past.
+//! The player: receives, passes the messages to the worker, and deletes those that every live
+//! projector is past.
 
 use std::future::Future;
 use std::pin::pin;
@@ -55,7 +56,11 @@ impl Player {
     }
 
     /// Plays until `shutdown`, or until all is quiet where the settings say so.
-    pub(super) async fn run(&mut self, receiver: &mut QueueReceiver, shutdown: impl Future<Output = ()>) {
+    pub(super) async fn run(
+        &mut self,
+        receiver: &mut QueueReceiver,
+        shutdown: impl Future<Output = ()>,
+    ) {
         let mut shutdown = pin!(shutdown);
         // So that what stands still now is known from the first poll on.
         tokio::select! {
@@ -76,7 +81,9 @@ impl Player {
                 }
                 Err(error) => {
                     // What is appended meanwhile comes from the store.
-                    let pause = self.outage_log.record_failure("cannot receive from the queue, trying again", &error);
+                    let pause = self
+                        .outage_log
+                        .record_failure("cannot receive from the queue, trying again", &error);
                     tokio::select! {
                         biased;
                         () = &mut shutdown => return,
@@ -84,7 +91,8 @@ impl Player {
                     }
                 }
             };
-            let receipts: Vec<Receipt> = received.iter().map(|message| message.receipt.clone()).collect();
+            let receipts: Vec<Receipt> =
+                received.iter().map(|message| message.receipt.clone()).collect();
             let grace = self.settings.grace;
             let is_shutting_down = AtomicBool::new(false);
             let ended = {
@@ -113,8 +121,12 @@ impl Player {
                 }
                 Some(Next::End) => return,
                 None => {
-                    warn!("the batch in hand took too long: it is rolled back, and its messages go back to the queue");
-                    if let Err(error) = self.queue.change_visibility(&receipts, Duration::ZERO).await {
+                    warn!(
+                        "the batch in hand took too long: it is rolled back, and its messages go back to the queue"
+                    );
+                    if let Err(error) =
+                        self.queue.change_visibility(&receipts, Duration::ZERO).await
+                    {
                         debug!(%error, "messages were not returned, and come back by themselves");
                     }
                     return;
@@ -123,9 +135,9 @@ impl Player {
         }
     }
 
-    /// How long to wait for a message. While somebody stands still below the mark, not beyond the moment at which the
-    /// queue has to be taken for empty: a poll that another worker abandoned, when it was stopped, may have taken
-    /// messages with it.
+    /// How long to wait for a message. While somebody stands still below the mark, not beyond the
+    /// moment at which the queue has to be taken for empty: a poll that another worker abandoned,
+    /// when it was stopped, may have taken messages with it.
     fn receive_wait(&self) -> Duration {
         let PlaySettings { receive_wait, reconcile_after, .. } = self.settings;
         match self.worker.reconciler.has_stationary() {
@@ -148,7 +160,8 @@ impl Player {
             return self.next_unless_idle(next).await;
         }
         let mut receipts = Vec::with_capacity(received.len());
-        let (mut ids, mut bodies) = (Vec::with_capacity(received.len()), Vec::with_capacity(received.len()));
+        let (mut ids, mut bodies) =
+            (Vec::with_capacity(received.len()), Vec::with_capacity(received.len()));
         for ReceivedMessage { receipt, id, body } in received {
             receipts.push(receipt);
             ids.push(id);
@@ -156,7 +169,8 @@ impl Player {
         }
 
         let (queue, visibility) = (Arc::clone(&self.queue), self.queue.visibility_timeout());
-        // Not while it only takes messages that are not ours: what is received ahead is hidden from their owner.
+        // Not while it only takes messages that are not ours: what is received ahead is hidden from
+        // their owner.
         if !queue.is_ordered() && !self.foreign_receipts.is_unproductive() {
             receiver.prefetch(self.receive_wait());
         }
@@ -168,7 +182,9 @@ impl Player {
         self.worker.record_foreign(&verdicts, &ids, &bodies).await;
         let (own, foreign) = self.foreign_receipts.split(&verdicts, receipts, &ids, &bodies);
         if own.is_empty() {
-            if self.foreign_receipts.record_foreign_receive(foreign) && !is_shutting_down.load(Ordering::Relaxed) {
+            if self.foreign_receipts.record_foreign_receive(foreign)
+                && !is_shutting_down.load(Ordering::Relaxed)
+            {
                 return Next::Receive;
             }
             let next = self.return_foreign().await;
@@ -176,13 +192,18 @@ impl Player {
         }
         self.foreign_receipts.record_mixed_receive(foreign, visibility);
         // One that does not wait would find their group closed still.
-        if queue.is_ordered() && !self.receive_wait().is_zero() && !is_shutting_down.load(Ordering::Relaxed) {
+        if queue.is_ordered()
+            && !self.receive_wait().is_zero()
+            && !is_shutting_down.load(Ordering::Relaxed)
+        {
             receiver.prefetch(self.receive_wait());
         }
         // Every live projector has committed past them, or is broken.
         match self.queue.delete(&own).await {
             Ok(()) => self.messages += own.len() as u64,
-            Err(error) => warn!(%error, "could not delete messages: they come again, and are known by their positions"),
+            Err(error) => {
+                warn!(%error, "could not delete messages: they come again, and are known by their positions")
+            }
         }
         if self.worker.reconciler.is_due(Instant::now()) {
             self.worker.reconcile().await;
@@ -196,7 +217,8 @@ impl Player {
         Next::Pause
     }
 
-    /// Gives back what is hidden and not ours, and adds to the log's count what it does not have yet. Best effort.
+    /// Gives back what is hidden and not ours, and adds to the log's count what it does not have
+    /// yet. Best effort.
     pub(super) async fn return_all_foreign(&mut self) {
         let return_all = async {
             self.foreign_receipts.return_all(self.queue.as_ref()).await;
@@ -205,10 +227,13 @@ impl Player {
         let _ = timeout(self.settings.grace, return_all).await;
     }
 
-    /// Receives nothing for a while, so that the owner of what is not ours can have it. Projectors are fed from the store.
+    /// Receives nothing for a while, so that the owner of what is not ours can have it. Projectors
+    /// are fed from the store.
     async fn pause_receiving(&mut self) {
-        let until = tokio::time::Instant::now() + self.foreign_receipts.pause(self.settings.until_idle);
-        let step = self.settings.reconcile_after.clamp(Duration::from_millis(100), FIRST_FOREIGN_PAUSE);
+        let until =
+            tokio::time::Instant::now() + self.foreign_receipts.pause(self.settings.until_idle);
+        let step =
+            self.settings.reconcile_after.clamp(Duration::from_millis(100), FIRST_FOREIGN_PAUSE);
         while tokio::time::Instant::now() < until {
             self.worker.reconcile().await;
             tokio::time::sleep_until(until.min(tokio::time::Instant::now() + step)).await;
@@ -220,8 +245,8 @@ impl Player {
         if !self.settings.until_idle || !self.is_idle().await {
             return next;
         }
-        // Nobody can tell what a message is that another worker has, or that stands behind one that is hidden. All of its
-        // events are applied.
+        // Nobody can tell what a message is that another worker has, or that stands behind one that
+        // is hidden. All of its events are applied.
         if self.fault.is_some() {
             return Next::End;
         }
@@ -233,8 +258,8 @@ impl Player {
         }
     }
 
-    /// Whether the log is quiet and every live projector is at the high-water mark; or the log has a fault, so that this
-    /// never comes.
+    /// Whether the log is quiet and every live projector is at the high-water mark; or the log has
+    /// a fault, so that this never comes.
     async fn is_idle(&mut self) -> bool {
         let store = &self.worker.engine.store;
         let quiet = async {
@@ -242,11 +267,15 @@ impl Player {
             if high_water.fault.is_some() {
                 return Ok((true, high_water.fault));
             }
-            let all_seen = high_water.blocked.is_none() && store.last_visible().await? == high_water.mark;
+            let all_seen =
+                high_water.blocked.is_none() && store.last_visible().await? == high_water.mark;
             let published = store.marks().await?.published;
             let all_sent = self.settings.relay.is_none() || published >= high_water.mark;
             let mut live = self.worker.live_positions().await?.into_iter();
-            Ok::<_, sqlx::Error>((all_seen && all_sent && live.all(|(_, position)| position >= high_water.mark), None))
+            Ok::<_, sqlx::Error>((
+                all_seen && all_sent && live.all(|(_, position)| position >= high_water.mark),
+                None,
+            ))
         };
         match quiet.await {
             Ok((_, Some(fault))) => {
@@ -263,7 +292,11 @@ impl Player {
 }
 
 /// Keeps messages hidden from other receivers for as long as it is polled.
-async fn extend_visibility(queue: &dyn Queue, receipts: &[Receipt], visibility: Duration) -> std::convert::Infallible {
+async fn extend_visibility(
+    queue: &dyn Queue,
+    receipts: &[Receipt],
+    visibility: Duration,
+) -> std::convert::Infallible {
     loop {
         tokio::time::sleep(visibility / 3).await;
         if let Err(error) = queue.change_visibility(receipts, visibility).await {

@@ -1,5 +1,6 @@
-//! Where messages come in. The next receive is under way as early as the queue's order allows: while messages are in work
-//! where there is none, and while they are deleted where there is one, for then it is answered as soon as they are gone.
+//! Where messages come in. The next receive is under way as early as the queue's order allows:
+//! while messages are in work where there is none, and while they are deleted where there is one,
+//! for then it is answered as soon as they are gone.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,15 +11,15 @@ use tracing::debug;
 
 use crate::queue::{Queue, QueueError, Receipt, ReceivedMessage};
 
-/// How long the end waits for the receive that is under way. A queue that has messages answers within this time; a
-/// receive that waits longer for messages is broken off.
+/// How long the end waits for the receive that is under way. A queue that has messages answers
+/// within this time; a receive that waits longer for messages is broken off.
 const CLOSE_TIMEOUT: Duration = Duration::from_millis(1_500);
 
 /// The receiving end of the queue.
 pub(super) struct QueueReceiver {
     queue: Arc<dyn Queue>,
-    /// The receive that is under way, if any. It is a task, so that its messages are not lost when the caller stops waiting
-    /// for it.
+    /// The receive that is under way, if any. It is a task, so that its messages are not lost when
+    /// the caller stops waiting for it.
     pending: JoinSet<Result<Vec<ReceivedMessage>, QueueError>>,
 }
 
@@ -27,9 +28,12 @@ impl QueueReceiver {
         QueueReceiver { queue: Arc::clone(queue), pending: JoinSet::new() }
     }
 
-    /// The next messages: those of the receive that is under way, or of a new one. When this future is dropped, the receive
-    /// goes on.
-    pub(super) async fn receive(&mut self, wait: Duration) -> Result<Vec<ReceivedMessage>, QueueError> {
+    /// The next messages: those of the receive that is under way, or of a new one. When this future
+    /// is dropped, the receive goes on.
+    pub(super) async fn receive(
+        &mut self,
+        wait: Duration,
+    ) -> Result<Vec<ReceivedMessage>, QueueError> {
         self.prefetch(wait);
         match self.pending.join_next().await {
             Some(Ok(received)) => received,
@@ -46,12 +50,16 @@ impl QueueReceiver {
         }
     }
 
-    /// Gives back the messages of the receive that is under way. Messages that the queue hands out after [`CLOSE_TIMEOUT`]
-    /// come back by themselves.
+    /// Gives back the messages of the receive that is under way. Messages that the queue hands out
+    /// after [`CLOSE_TIMEOUT`] come back by themselves.
     pub(super) async fn close(mut self) {
-        let Ok(Some(Ok(Ok(received)))) = timeout(CLOSE_TIMEOUT, self.pending.join_next()).await else { return };
+        let Ok(Some(Ok(Ok(received)))) = timeout(CLOSE_TIMEOUT, self.pending.join_next()).await
+        else {
+            return;
+        };
         let receipts: Vec<Receipt> = received.into_iter().map(|message| message.receipt).collect();
-        let hidden = timeout(CLOSE_TIMEOUT, self.queue.change_visibility(&receipts, Duration::ZERO)).await;
+        let hidden =
+            timeout(CLOSE_TIMEOUT, self.queue.change_visibility(&receipts, Duration::ZERO)).await;
         let hidden = hidden.unwrap_or_else(|late| Err(QueueError(late.to_string())));
         if let Err(error) = hidden {
             debug!(%error, "messages were not returned, and come back by themselves");

@@ -1,4 +1,5 @@
-//! Reconcile: what the queue lost without a trace is found by comparing positions with the high-water mark.
+//! Reconcile: what the queue lost without a trace is found by comparing positions with the
+//! high-water mark.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -31,8 +32,8 @@ impl Reconciler {
         !self.stationary.is_empty()
     }
 
-    /// Takes note of where the live projectors stand, and says which have stood still below the mark for
-    /// longer than `after`. One that moves is being fed: the queue explains its lag.
+    /// Takes note of where the live projectors stand, and says which have stood still below the
+    /// mark for longer than `after`. One that moves is being fed: the queue explains its lag.
     pub(crate) fn find_overdue(
         &mut self,
         now: Instant,
@@ -60,8 +61,8 @@ impl Reconciler {
 }
 
 impl Worker {
-    /// Compares, and catches up from the store what has stood still for too long. If the database is away,
-    /// the next time will do.
+    /// Compares, and catches up from the store what has stood still for too long. If the database
+    /// is away, the next time will do.
     pub(crate) async fn reconcile(&mut self) {
         if let Err(error) = self.try_reconcile().await {
             warn!(%error, "could not reconcile now");
@@ -74,14 +75,16 @@ impl Worker {
         metrics::record_mark_state(self.watch.blocked_since());
         let mut live = self.refresh_live().await?;
         live.retain(|(id, _)| !self.stragglers.is_catching_up(id));
-        let overdue = self.reconciler.find_overdue(Instant::now(), &live, mark, self.reconcile_after);
+        let overdue =
+            self.reconciler.find_overdue(Instant::now(), &live, mark, self.reconcile_after);
         for (id, position) in live.into_iter().filter(|(id, _)| overdue.contains(id)) {
             let Some(projector) = self.registry.get(&id) else { continue };
             info!(
                 projector = %id, position = position.get(), high_water = mark.get(),
                 "the queue does not bring what is missing: catching up from the store"
             );
-            // By itself: what it takes may be long, and messages for the others may come any moment.
+            // By itself: what it takes may be long, and messages for the others may come any
+            // moment.
             self.stragglers.move_to_background(&self.engine, projector, position);
         }
         Ok(())
@@ -108,6 +111,9 @@ mod tests {
         let third = [at("still", 5), at("moving", 7), at("done", 9)];
         assert_eq!(reconciler.find_overdue(later(3), &third, mark, after), [id("still")]);
         assert_eq!(reconciler.find_overdue(later(4), &[at("moving", 7)], mark, after), []);
-        assert_eq!(reconciler.find_overdue(later(9), &[at("moving", 7), at("still", 5)], mark, after), [id("moving")]);
+        assert_eq!(
+            reconciler.find_overdue(later(9), &[at("moving", 7), at("still", 5)], mark, after),
+            [id("moving")]
+        );
     }
 }

@@ -1,4 +1,5 @@
-//! The worker: the engine, the convoy, and what is known of who stands still. Play feeds it from the queue, and so does Lambda.
+//! The worker: the engine, the convoy, and what is known of who stands still. Play feeds it from
+//! the queue, and so does Lambda.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -33,7 +34,8 @@ pub(crate) struct Worker {
     pub(super) log_id: String,
     pub(super) foreign: ForeignWatch,
     pub(super) background_after: BackgroundLimits,
-    /// How long a projector may stand still below the mark before the queue has lost what it waits for.
+    /// How long a projector may stand still below the mark before the queue has lost what it waits
+    /// for.
     pub(super) reconcile_after: Duration,
     pub(super) reconciler: Reconciler,
     pub(super) stragglers: Stragglers,
@@ -43,7 +45,8 @@ pub(crate) struct Worker {
     pub(super) in_progress: Option<ProjectorId>,
     /// Projectors that broke since it began.
     pub(super) broken: u64,
-    /// Live projectors that were booted with another definition than this worker has, as it was last logged.
+    /// Live projectors that were booted with another definition than this worker has, as it was
+    /// last logged.
     outdated: BTreeSet<ProjectorId>,
     outage_log: OutageLog,
 }
@@ -52,7 +55,8 @@ impl Worker {
     /// Reads which log it is, and says whom it plays, and whom not.
     ///
     /// # Errors
-    /// If the log or the ledger cannot be read, for another reason than that the database is away: that is waited for.
+    /// If the log or the ledger cannot be read, for another reason than that the database is away:
+    /// that is waited for.
     pub(crate) async fn new(
         database: &Database,
         registry: &Registry,
@@ -63,7 +67,11 @@ impl Worker {
         // A worker that gave up on one projector would delete messages that it has not passed.
         let limits = Limits { retry_timeout: None, ..limits };
         let engine = Engine::new(database, limits, registry);
-        let log_id = engine.retry_transient("read the marks of the log", || engine.store.marks()).await?.log.id;
+        let log_id = engine
+            .retry_transient("read the marks of the log", || engine.store.marks())
+            .await?
+            .log
+            .id;
         let worker = Worker {
             engine,
             registry: registry.clone(),
@@ -85,8 +93,10 @@ impl Worker {
 
     /// Says whom it plays, and whom not.
     async fn log_projectors(&self) -> Result<(), Error> {
-        let (sessions, projectors) =
-            (self.engine.database.max_handler_connections(), self.registry.dedicated_session_count());
+        let (sessions, projectors) = (
+            self.engine.database.max_handler_connections(),
+            self.registry.dedicated_session_count(),
+        );
         if projectors > sessions {
             warn!(
                 projectors,
@@ -96,12 +106,17 @@ impl Worker {
                  (SessionUse::Shared)"
             );
         }
-        let entries = self.engine.retry_transient("read the ledger", || self.engine.ledger.entries()).await?;
+        let entries =
+            self.engine.retry_transient("read the ledger", || self.engine.ledger.entries()).await?;
         for projector in self.registry.iter() {
             match entries.iter().find(|entry| entry.id == projector.id) {
-                None => warn!(projector = %projector.id, status = "new", "not booted, and so not played: run boot"),
+                None => {
+                    warn!(projector = %projector.id, status = "new", "not booted, and so not played: run boot")
+                }
                 // Logged when the live projectors are read.
-                Some(entry) if entry.status == Status::Live && !entry.matches_digest(&projector.digest) => {}
+                Some(entry)
+                    if entry.status == Status::Live && !entry.matches_digest(&projector.digest) => {
+                }
                 Some(entry) if entry.status == Status::Live => {
                     info!(
                         projector = %entry.id, status = %entry.status, position = entry.position.get(),
@@ -117,9 +132,13 @@ impl Worker {
         Ok(())
     }
 
-    /// Fans messages out, again and again if the database is away, until each live projector is past those that are ours. Says
-    /// of each message why it is not ours; `None`: it is, and may be deleted.
-    pub(crate) async fn fan_out_with_retry(&mut self, bodies: &[String]) -> Vec<Option<ForeignReason>> {
+    /// Fans messages out, again and again if the database is away, until each live projector is
+    /// past those that are ours. Says of each message why it is not ours; `None`: it is, and may be
+    /// deleted.
+    pub(crate) async fn fan_out_with_retry(
+        &mut self,
+        bodies: &[String],
+    ) -> Vec<Option<ForeignReason>> {
         let began = Instant::now();
         loop {
             match self.fan_out(bodies).await {
@@ -131,7 +150,8 @@ impl Worker {
                     return verdicts;
                 }
                 Err(error) => {
-                    let pause = self.outage_log.record_failure("cannot fan out, trying again", &error);
+                    let pause =
+                        self.outage_log.record_failure("cannot fan out, trying again", &error);
                     tokio::time::sleep(pause).await;
                 }
             }
@@ -145,24 +165,36 @@ impl Worker {
         Ok(entries)
     }
 
-    /// The live projectors of the set that were booted with the definition of this worker, and where they stand.
+    /// The live projectors of the set that were booted with the definition of this worker, and
+    /// where they stand.
     pub(super) async fn live_positions(&self) -> Result<Vec<(ProjectorId, Position)>, sqlx::Error> {
         let live = self.engine.ledger.live_projectors().await?;
-        Ok(live.into_iter().filter(|live| self.plays(live)).map(|live| (live.id, live.position)).collect())
+        Ok(live
+            .into_iter()
+            .filter(|live| self.plays(live))
+            .map(|live| (live.id, live.position))
+            .collect())
     }
 
-    /// [`Worker::live_positions`]. Logs which projectors became outdated since the last time, and which no longer are.
-    pub(super) async fn refresh_live(&mut self) -> Result<Vec<(ProjectorId, Position)>, sqlx::Error> {
+    /// [`Worker::live_positions`]. Logs which projectors became outdated since the last time, and
+    /// which no longer are.
+    pub(super) async fn refresh_live(
+        &mut self,
+    ) -> Result<Vec<(ProjectorId, Position)>, sqlx::Error> {
         let live = self.engine.ledger.live_projectors().await?;
         Ok(self.select_played(live))
     }
 
     /// The live projectors that this worker plays. See [`Worker::refresh_live`].
-    pub(super) fn select_played(&mut self, live: Vec<LiveProjector>) -> Vec<(ProjectorId, Position)> {
+    pub(super) fn select_played(
+        &mut self,
+        live: Vec<LiveProjector>,
+    ) -> Vec<(ProjectorId, Position)> {
         let (played, others): (Vec<LiveProjector>, Vec<LiveProjector>) =
             live.into_iter().partition(|live| self.plays(live));
         let is_known = |live: &LiveProjector| self.registry.get(&live.id).is_some();
-        let outdated: BTreeSet<ProjectorId> = others.into_iter().filter(is_known).map(|live| live.id).collect();
+        let outdated: BTreeSet<ProjectorId> =
+            others.into_iter().filter(is_known).map(|live| live.id).collect();
         for id in outdated.difference(&self.outdated) {
             warn!(
                 projector = %id, release = self.engine.release,
@@ -180,10 +212,13 @@ impl Worker {
     /// Whether this worker has the definition with which a live projector was booted.
     fn plays(&self, live: &LiveProjector) -> bool {
         let projector = self.registry.get(&live.id);
-        projector.is_some_and(|projector| live.digest.as_ref().is_none_or(|booted| *booted == projector.digest))
+        projector.is_some_and(|projector| {
+            live.digest.as_ref().is_none_or(|booted| *booted == projector.digest)
+        })
     }
 
-    /// The live projectors that this worker does not play because its definition is not the booted one.
+    /// The live projectors that this worker does not play because its definition is not the booted
+    /// one.
     pub(crate) fn outdated(&self) -> &BTreeSet<ProjectorId> {
         &self.outdated
     }

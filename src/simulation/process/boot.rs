@@ -51,11 +51,23 @@ struct Boot {
 pub(in crate::simulation) async fn boot(sim: Sim, release: Release, registry: Registry) -> Ended {
     let (batch, start_mark, start_visible, retry_timeout) = {
         let mut world = sim.world();
-        let retry_timeout = if world.is_closing || world.rng.bool() { WAIT_TIMEOUT } else { SHORT_WAIT_TIMEOUT };
-        (world.rng.u64(1..=5), world.database.high_water, Position::new(world.database.last_visible()), retry_timeout)
+        let retry_timeout =
+            if world.is_closing || world.rng.bool() { WAIT_TIMEOUT } else { SHORT_WAIT_TIMEOUT };
+        (
+            world.rng.u64(1..=5),
+            world.database.high_water,
+            Position::new(world.database.last_visible()),
+            retry_timeout,
+        )
     };
     let mut boot = Boot {
-        engine: Engine { sim: sim.clone(), registry, release, batch, retry_timeout: Some(retry_timeout) },
+        engine: Engine {
+            sim: sim.clone(),
+            registry,
+            release,
+            batch,
+            retry_timeout: Some(retry_timeout),
+        },
         start_mark,
         start_visible,
         target: Position::START,
@@ -95,10 +107,13 @@ impl Boot {
             Status::Booting | Status::Stalled | Status::Broken(_) => false,
         };
         let entry = |id: &ProjectorId| after.iter().find(|entry| entry.id == *id);
-        let all_done = self.engine.registry.iter().all(|projector| entry(&projector.id).is_some_and(is_done));
+        let all_done =
+            self.engine.registry.iter().all(|projector| entry(&projector.id).is_some_and(is_done));
         let released = all_done && !self.is_refused;
         if released {
-            for entry in after.iter().filter(|entry| matches!(entry.status, Status::Live | Status::Finished)) {
+            for entry in
+                after.iter().filter(|entry| matches!(entry.status, Status::Live | Status::Finished))
+            {
                 let Some(projector) = self.engine.registry.get(&entry.id) else { continue };
                 self.record_definition(projector, entry).await?;
             }
@@ -106,7 +121,11 @@ impl Boot {
         Ok(released)
     }
 
-    async fn record_definition(&self, projector: &RegisteredProjector, entry: &Entry) -> Result<(), DatabaseError> {
+    async fn record_definition(
+        &self,
+        projector: &RegisteredProjector,
+        entry: &Entry,
+    ) -> Result<(), DatabaseError> {
         if entry.digest.as_ref() != Some(&projector.digest) {
             self.engine.sim.set_definition(projector, entry.digest.as_deref()).await?;
         }
@@ -116,7 +135,12 @@ impl Boot {
     /// A new projector of mode from_now is entered when the mark has reached the target.
     async fn wait_until_registrable(&mut self, before: &[Entry]) -> Result<bool, DatabaseError> {
         let is_new = |id: &ProjectorId| before.iter().all(|entry| entry.id != *id);
-        if !self.engine.registry.iter().any(|projector| projector.mode == Mode::FromNow && is_new(&projector.id)) {
+        if !self
+            .engine
+            .registry
+            .iter()
+            .any(|projector| projector.mode == Mode::FromNow && is_new(&projector.id))
+        {
             return Ok(true);
         }
         loop {
@@ -134,7 +158,8 @@ impl Boot {
     async fn wait_for_mark(&mut self, mark: Position) -> bool {
         let sim = self.engine.sim.clone();
         sim.record(Occurrence::WaitedForMark);
-        let since = self.waiting.filter(|(at, _)| *at == mark).map_or(sim.now(), |(_, since)| since);
+        let since =
+            self.waiting.filter(|(at, _)| *at == mark).map_or(sim.now(), |(_, since)| since);
         self.waiting = Some((mark, since));
         if self.engine.is_retry_timeout_over(since) {
             sim.record(Occurrence::GaveUpWaiting);
@@ -173,7 +198,9 @@ impl Boot {
             for projector in new {
                 let position = match projector.mode {
                     Mode::FromNow if sim.has(Bug::FromNowAtZero) => Position::START,
-                    Mode::FromNow if sim.has(Bug::FromNowAtLastVisible) => sim.last_visible().await?,
+                    Mode::FromNow if sim.has(Bug::FromNowAtLastVisible) => {
+                        sim.last_visible().await?
+                    }
                     mode => start_position(mode, high_water),
                 };
                 sim.register(projector, position, self.start_mark).await?;
@@ -181,7 +208,9 @@ impl Boot {
         }
         let mut cursors = Vec::new();
         for entry in sim.entries().await? {
-            let Some(projector) = registry.get(&entry.id).filter(|projector| !refused.contains(&projector.id)) else {
+            let Some(projector) =
+                registry.get(&entry.id).filter(|projector| !refused.contains(&projector.id))
+            else {
                 continue;
             };
             if Stage::Boot.can_apply(&entry.status) {
@@ -215,7 +244,9 @@ impl Boot {
             if !cursor.is_running() || self.is_stopped && !cursor.was_broken {
                 continue;
             }
-            let Some(entry) = sim.entries().await?.into_iter().find(|entry| entry.id == cursor.projector.id) else {
+            let Some(entry) =
+                sim.entries().await?.into_iter().find(|entry| entry.id == cursor.projector.id)
+            else {
                 cursor.state = CursorState::TakenOver;
                 continue;
             };
@@ -228,11 +259,15 @@ impl Boot {
                 Err(_) => ApplyOutcome::GaveUp("transient".into()),
                 Ok(()) => {
                     let projector_index = projectors::index_of(&cursor.projector.id);
-                    if take_poison(&mut sim.world(), projector_index, 0, self.engine.release).is_none() {
+                    if take_poison(&mut sim.world(), projector_index, 0, self.engine.release)
+                        .is_none()
+                    {
                         continue;
                     }
                     sim.record(Occurrence::BrokeAtSetup);
-                    self.engine.mark_broken(&cursor.projector, Stage::Boot, None, "setup failed").await
+                    self.engine
+                        .mark_broken(&cursor.projector, Stage::Boot, None, "setup failed")
+                        .await
                 }
             };
             cursor.record(outcome);
@@ -249,7 +284,11 @@ impl Boot {
             if cursors.iter().any(|cursor| matches!(cursor.state, CursorState::GaveUp(_))) {
                 return Ok(());
             }
-            let Some(start) = cursors.iter().filter(|cursor| cursor.is_running()).map(|cursor| cursor.position).min()
+            let Some(start) = cursors
+                .iter()
+                .filter(|cursor| cursor.is_running())
+                .map(|cursor| cursor.position)
+                .min()
             else {
                 return Ok(());
             };
@@ -277,8 +316,15 @@ impl Boot {
     }
 
     /// Only a deliberate bug does this.
-    async fn finish_all(&self, cursors: &mut [Cursor], mark: Position) -> Result<(), DatabaseError> {
-        for cursor in cursors.iter_mut().filter(|cursor| cursor.is_running() && cursor.projector.mode == Mode::Once) {
+    async fn finish_all(
+        &self,
+        cursors: &mut [Cursor],
+        mark: Position,
+    ) -> Result<(), DatabaseError> {
+        for cursor in cursors
+            .iter_mut()
+            .filter(|cursor| cursor.is_running() && cursor.projector.mode == Mode::Once)
+        {
             let row = self.finish(&cursor.projector, mark).await?;
             cursor.record_entry(row.as_ref());
         }
@@ -295,7 +341,9 @@ impl Boot {
         for cursor in cursors.iter_mut().filter(|cursor| cursor.is_running()) {
             let projector = &cursor.projector;
             let row = match projector.mode {
-                Mode::Once if !sim.has(Bug::HandsOffModeOnce) => self.finish(projector, mark.max(self.target)).await?,
+                Mode::Once if !sim.has(Bug::HandsOffModeOnce) => {
+                    self.finish(projector, mark.max(self.target)).await?
+                }
                 _ => {
                     let oldest = oldest_queued(&self.engine.registry, &sim.entries().await?, mark);
                     self.hand_over(projector, oldest.max(self.target), mark).await?
@@ -325,20 +373,29 @@ impl Boot {
         target: Position,
     ) -> Result<Option<Entry>, DatabaseError> {
         let sim = &self.engine.sim;
-        if sim.has(Bug::MovesPositionAtHandoff) || sim.has(Bug::HandsOffWithoutLock) || sim.has(Bug::HandsOffModeOnce) {
+        if sim.has(Bug::MovesPositionAtHandoff)
+            || sim.has(Bug::HandsOffWithoutLock)
+            || sim.has(Bug::HandsOffModeOnce)
+        {
             return self.hand_over_wrongly(projector, target).await;
         }
         let (was_broken, is_ours) = (Cell::new(false), Cell::new(false));
         let still = |entry: &Entry| {
             was_broken.set(entry.status.failure().is_some());
-            is_ours.set(has_reached(entry, oldest_queued) && entry.matches_digest(&projector.digest));
+            is_ours
+                .set(has_reached(entry, oldest_queued) && entry.matches_digest(&projector.digest));
             is_ours.get()
         };
-        let row = expect_legal(sim.ledger_transition(&projector.id, Transition::HandOver, still).await)?;
+        let row =
+            expect_legal(sim.ledger_transition(&projector.id, Transition::HandOver, still).await)?;
         if is_ours.get() {
             sim.trace(|| format!("{} is live", projector.id));
             sim.record(Occurrence::HandedOver);
-            invariants::after_release(&mut sim.world(), projectors::index_of(&projector.id), self.start_visible);
+            invariants::after_release(
+                &mut sim.world(),
+                projectors::index_of(&projector.id),
+                self.start_visible,
+            );
             if was_broken.get() && self.is_stopped {
                 sim.record(Occurrence::RepairedBesideFailure);
             }
@@ -359,7 +416,8 @@ impl Boot {
         target: Position,
     ) -> Result<Option<Entry>, DatabaseError> {
         let sim = &self.engine.sim;
-        let Some(read) = sim.entries().await?.into_iter().find(|entry| entry.id == projector.id) else {
+        let Some(read) = sim.entries().await?.into_iter().find(|entry| entry.id == projector.id)
+        else {
             return Ok(None);
         };
         if !Stage::Boot.can_apply(&read.status) {
@@ -381,17 +439,26 @@ impl Boot {
         Ok(Some(entry))
     }
 
-    async fn finish(&self, projector: &RegisteredProjector, target: Position) -> Result<Option<Entry>, DatabaseError> {
+    async fn finish(
+        &self,
+        projector: &RegisteredProjector,
+        target: Position,
+    ) -> Result<Option<Entry>, DatabaseError> {
         let sim = &self.engine.sim;
         let is_ours = Cell::new(false);
         let still = |entry: &Entry| {
             is_ours.set(has_reached(entry, target) && entry.matches_digest(&projector.digest));
             is_ours.get()
         };
-        let row = expect_legal(sim.ledger_transition(&projector.id, Transition::Finish, still).await)?;
+        let row =
+            expect_legal(sim.ledger_transition(&projector.id, Transition::Finish, still).await)?;
         if is_ours.get() {
             sim.trace(|| format!("{} is finished", projector.id));
-            invariants::after_release(&mut sim.world(), projectors::index_of(&projector.id), self.start_visible);
+            invariants::after_release(
+                &mut sim.world(),
+                projectors::index_of(&projector.id),
+                self.start_visible,
+            );
             sim.record(Occurrence::Finished);
         }
         Ok(row)
@@ -402,9 +469,12 @@ impl Boot {
             return Ok(());
         }
         let sim = &self.engine.sim;
-        for cursor in cursors.iter_mut().filter(|cursor| cursor.is_running() && !cursor.was_broken) {
+        for cursor in cursors.iter_mut().filter(|cursor| cursor.is_running() && !cursor.was_broken)
+        {
             let still = |entry: &Entry| matches!(entry.status, Status::Booting | Status::Stalled);
-            expect_legal(sim.ledger_transition(&cursor.projector.id, Transition::Stall, still).await)?;
+            expect_legal(
+                sim.ledger_transition(&cursor.projector.id, Transition::Stall, still).await,
+            )?;
             sim.record(Occurrence::Stalled);
             cursor.state = CursorState::TakenOver;
         }
@@ -418,6 +488,8 @@ fn was_broken(before: &[Entry], entry: &Entry) -> bool {
 }
 
 /// A step that the lifecycle does not have would end the boot, as an error of the database does.
-fn expect_legal(taken: Result<Option<Entry>, Option<DatabaseError>>) -> Result<Option<Entry>, DatabaseError> {
+fn expect_legal(
+    taken: Result<Option<Entry>, Option<DatabaseError>>,
+) -> Result<Option<Entry>, DatabaseError> {
     taken.map_err(|error| error.unwrap_or(DatabaseError::ConnectionLost))
 }

@@ -1,5 +1,5 @@
-//! The mirror of `apply.rs`, `retry.rs` and `catch_up.rs`. Projectors take a page one after the other here, not
-//! side by side: they share nothing but the log.
+//! The mirror of `apply.rs`, `retry.rs` and `catch_up.rs`. Projectors take a page one after the
+//! other here, not side by side: they share nothing but the log.
 
 use std::sync::Arc;
 
@@ -62,13 +62,14 @@ impl Engine {
     ) -> Result<(), ApplyError> {
         let wanted: Vec<&Event> = batch.wanted(projector).collect();
         let claim = Claim { stage, release: self.release, after: batch.after };
-        let (mut transaction, entry) = match carry.claim.take().filter(|(at, ..)| *at == batch.after) {
-            Some((_, transaction, entry)) => {
-                self.sim.record(Occurrence::ClaimCarried);
-                (transaction, entry)
-            }
-            None => self.claim(projector, claim).await?,
-        };
+        let (mut transaction, entry) =
+            match carry.claim.take().filter(|(at, ..)| *at == batch.after) {
+                Some((_, transaction, entry)) => {
+                    self.sim.record(Occurrence::ClaimCarried);
+                    (transaction, entry)
+                }
+                None => self.claim(projector, claim).await?,
+            };
         transaction.claim(claim);
         if !wanted.is_empty() {
             match transaction.handle(&projector.id, self.release, &wanted).await {
@@ -117,7 +118,11 @@ impl Engine {
         }
     }
 
-    async fn claim(&self, projector: &RegisteredProjector, claim: Claim) -> Result<(Transaction, Entry), ApplyError> {
+    async fn claim(
+        &self,
+        projector: &RegisteredProjector,
+        claim: Claim,
+    ) -> Result<(Transaction, Entry), ApplyError> {
         let mut transaction = self.sim.begin();
         let Some(entry) = transaction.lock(&projector.id).await? else {
             self.sim.record(Occurrence::RowGone);
@@ -180,13 +185,19 @@ impl Engine {
         }
     }
 
-    async fn apply_each_event(&self, projector: &RegisteredProjector, stage: Stage, batch: Batch<'_>) -> ApplyOutcome {
+    async fn apply_each_event(
+        &self,
+        projector: &RegisteredProjector,
+        stage: Stage,
+        batch: Batch<'_>,
+    ) -> ApplyOutcome {
         let carry = &mut ClaimCarry::default();
         let mut position = batch.after;
         let mut wanted = batch.wanted(projector).peekable();
         loop {
             let event = wanted.next();
-            let end = event.filter(|_| wanted.peek().is_some()).map_or(batch.through, Event::position);
+            let end =
+                event.filter(|_| wanted.peek().is_some()).map_or(batch.through, Event::position);
             if let Some(step) = batch.between(position, end) {
                 self.sim.record(Occurrence::EventByEvent);
                 let outcome = match self.apply_whole_batch(projector, stage, step, carry).await {
@@ -224,7 +235,8 @@ impl Engine {
                     return Ok(self.mark_broken_for_rebuild(projector, stage, error).await);
                 }
                 Err(ApplyError::ClaimLost(Some(entry)))
-                    if must_be_rebuilt(&entry, stage) && !self.sim.has(Bug::ReappliesPartialBatch) =>
+                    if must_be_rebuilt(&entry, stage)
+                        && !self.sim.has(Bug::ReappliesPartialBatch) =>
                 {
                     let reason = entry.rebuild_reason.unwrap_or_default();
                     return Ok(self.mark_broken_for_rebuild(projector, stage, &reason).await);
@@ -256,9 +268,18 @@ impl Engine {
         let carry = &mut ClaimCarry::default();
         let wanted: Vec<&Event> = batch.wanted(projector).collect();
         if let [event] = wanted[..] {
-            return match self.apply_whole_batch(projector, stage, batch.up_to(event.position().previous()), carry).await
+            return match self
+                .apply_whole_batch(
+                    projector,
+                    stage,
+                    batch.up_to(event.position().previous()),
+                    carry,
+                )
+                .await
             {
-                Ok(ApplyOutcome::Reached(_)) => self.mark_broken(projector, stage, Some(event), &failed).await,
+                Ok(ApplyOutcome::Reached(_)) => {
+                    self.mark_broken(projector, stage, Some(event), &failed).await
+                }
                 Ok(outcome) => outcome,
                 Err(error) => self.mark_broken(projector, stage, Some(event), &error).await,
             };
@@ -280,7 +301,9 @@ impl Engine {
                             .await
                             .unwrap_or(ApplyOutcome::TakenOver);
                     }
-                    Err(error) => return self.mark_broken(projector, stage, Some(event), &error).await,
+                    Err(error) => {
+                        return self.mark_broken(projector, stage, Some(event), &error).await;
+                    }
                 }
             }
         }
@@ -339,7 +362,11 @@ impl Engine {
         let before = event.map(|event| event.position().previous());
         loop {
             let still = |entry: &Entry| may_mark_broken(entry, projector, stage, before);
-            match self.sim.ledger_transition(&projector.id, Transition::Break(failure.clone()), still).await {
+            match self
+                .sim
+                .ledger_transition(&projector.id, Transition::Break(failure.clone()), still)
+                .await
+            {
                 Ok(Some(entry)) if matches!(&entry.status, Status::Broken(written) if written.error == failure.error) =>
                 {
                     self.sim.record(if stage == Stage::Play {
@@ -353,7 +380,10 @@ impl Engine {
                     self.sim.trace(|| format!("{} is broken: {error}", projector.id));
                     return ApplyOutcome::Broken;
                 }
-                Ok(Some(entry)) if stage.can_apply(&entry.status) && entry.matches_digest(&projector.digest) => {
+                Ok(Some(entry))
+                    if stage.can_apply(&entry.status)
+                        && entry.matches_digest(&projector.digest) =>
+                {
                     return ApplyOutcome::MovedByOther(entry.position);
                 }
                 Ok(_) | Err(None) => return ApplyOutcome::TakenOver,
@@ -369,18 +399,23 @@ impl Engine {
         cursors: &mut [Cursor],
         through: Position,
     ) -> Result<(), DatabaseError> {
-        let stopped_boot = |cursors: &[Cursor]| cursors.iter().filter(|cursor| cursor.should_stop_boot()).count();
+        let stopped_boot =
+            |cursors: &[Cursor]| cursors.iter().filter(|cursor| cursor.should_stop_boot()).count();
         let stopped_before = stopped_boot(cursors);
         let mut carry = ClaimCarry::default();
         while let Some(lowest) = lowest_behind(cursors, through) {
             let mut page = self.read(lowest, through).await?;
-            let is_wanted = |event: &Event| cursors.iter().any(|c| c.is_running() && c.projector.subscribes_to(event));
+            let is_wanted = |event: &Event| {
+                cursors.iter().any(|c| c.is_running() && c.projector.subscribes_to(event))
+            };
             page.events.retain(is_wanted);
             carry.should_carry = page.through < through && may_carry(stage, cursors);
             for cursor in cursors.iter_mut() {
                 let Some(batch) = cursor.batch(&page) else { continue };
                 let projector = Arc::clone(&cursor.projector);
-                cursor.record(self.apply_with_retry_and_carry(&projector, stage, batch, &mut carry).await);
+                cursor.record(
+                    self.apply_with_retry_and_carry(&projector, stage, batch, &mut carry).await,
+                );
             }
             if stage == Stage::Boot && stopped_boot(cursors) > stopped_before {
                 return Ok(());
@@ -409,7 +444,9 @@ impl Engine {
 fn may_carry(stage: Stage, cursors: &[Cursor]) -> bool {
     let mut running = cursors.iter().filter(|cursor| cursor.is_running());
     match (running.next(), running.next()) {
-        (Some(alone), None) => stage == Stage::Boot && !alone.projector.needs_transaction_per_event(),
+        (Some(alone), None) => {
+            stage == Stage::Boot && !alone.projector.needs_transaction_per_event()
+        }
         _ => false,
     }
 }

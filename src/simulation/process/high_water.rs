@@ -51,14 +51,24 @@ pub(super) async fn raise_high_water(sim: &Sim) -> Result<HighWater, DatabaseErr
                 let last = sim.visible_above(mark, PAGE).await?.last().copied();
                 mark = last.map_or(mark, Position::new);
                 sim.raise_mark(mark).await?;
-                return Ok(HighWater { mark, blocked: None, blocked_for: Duration::ZERO, fault: None });
+                return Ok(HighWater {
+                    mark,
+                    blocked: None,
+                    blocked_for: Duration::ZERO,
+                    fault: None,
+                });
             }
         };
         if let Some(held) = held {
             sim.record(Occurrence::MarkBlockedByWriter);
             let mark = survey(mark, &sim.visible_above(mark, PAGE).await?).contiguous;
             sim.raise_mark(mark).await?;
-            return Ok(HighWater { mark, blocked: Some(held), blocked_for: Duration::ZERO, fault: None });
+            return Ok(HighWater {
+                mark,
+                blocked: Some(held),
+                blocked_for: Duration::ZERO,
+                fault: None,
+            });
         }
     }
 }
@@ -78,7 +88,8 @@ async fn close_gaps(sim: &Sim, mark: Position) -> Result<CloseOutcome, DatabaseE
         let is_locked = sim.is_locked(&gap).await?;
         plan.add(gap, is_locked);
     }
-    if sim.has(Bug::TreatsAbsentAsRolledBack) && plan.blocked.is_none() && !plan.to_fill.is_empty() {
+    if sim.has(Bug::TreatsAbsentAsRolledBack) && plan.blocked.is_none() && !plan.to_fill.is_empty()
+    {
         return Ok(CloseOutcome::Assumed);
     }
     let refused = sim.fill(&plan.to_fill).await?;

@@ -39,7 +39,12 @@ struct Worker {
 }
 
 /// Plays until it is killed.
-pub(in crate::simulation) async fn play(sim: Sim, number: u64, release: Release, registry: Registry) -> Ended {
+pub(in crate::simulation) async fn play(
+    sim: Sim,
+    number: u64,
+    release: Release,
+    registry: Registry,
+) -> Ended {
     let batch = sim.world().rng.u64(1..=4);
     let engine = Engine { sim, registry, release, batch, retry_timeout: None };
     let mut worker = Worker { number, engine, reconcile: Reconciler::default(), live: Vec::new() };
@@ -74,8 +79,11 @@ impl Worker {
             sim.back_off().await;
             return self.reconcile().await;
         }
-        // Not deleted, they come again, and are known by their positions. What is not ours stays hidden for a while.
-        let _ = sim.delete(&ours.iter().map(|&at| receipts[at]).collect::<Vec<_>>(), self.engine.release).await;
+        // Not deleted, they come again, and are known by their positions. What is not ours stays
+        // hidden for a while.
+        let _ = sim
+            .delete(&ours.iter().map(|&at| receipts[at]).collect::<Vec<_>>(), self.engine.release)
+            .await;
         if self.reconcile.is_due(sim.world().instant()) {
             self.reconcile().await;
         }
@@ -85,23 +93,34 @@ impl Worker {
         loop {
             match self.fan_out(bodies).await {
                 Ok(verdicts) => return verdicts,
-                Err(_) if self.engine.sim.has(Bug::DeletesDespiteError) => return vec![None; bodies.len()],
+                Err(_) if self.engine.sim.has(Bug::DeletesDespiteError) => {
+                    return vec![None; bodies.len()];
+                }
                 Err(_) => self.engine.sim.back_off().await,
             }
         }
     }
 
-    async fn fan_out(&mut self, bodies: &[String]) -> Result<Vec<Option<ForeignReason>>, DatabaseError> {
+    async fn fan_out(
+        &mut self,
+        bodies: &[String],
+    ) -> Result<Vec<Option<ForeignReason>>, DatabaseError> {
         let sim = self.engine.sim.clone();
         let entries = sim.entries().await?;
         let view = sim.view(&claimed_positions(bodies)).await?;
         self.count_joined(&entries);
-        if sim.has(Bug::WaitsForBroken) && entries.iter().any(|entry| entry.status.failure().is_some()) {
+        if sim.has(Bug::WaitsForBroken)
+            && entries.iter().any(|entry| entry.status.failure().is_some())
+        {
             return Err(DatabaseError::ConnectionLost);
         }
         let SortedMessages { mut runs, has_references, foreign } = sort_messages(bodies, &view);
         if sim.has(Bug::AppliesUnsigned) {
-            runs = sort_messages(&bodies.iter().map(|body| sign_again(body)).collect::<Vec<_>>(), &view).runs;
+            runs = sort_messages(
+                &bodies.iter().map(|body| sign_again(body)).collect::<Vec<_>>(),
+                &view,
+            )
+            .runs;
         }
         if runs.is_empty() && !has_references {
             return Ok(foreign);
@@ -115,7 +134,9 @@ impl Worker {
         };
         let registry = self.engine.registry.clone();
         for projector in registry.iter() {
-            let Some(entry) = entries.iter().find(|entry| entry.id == projector.id && self.is_playable(entry)) else {
+            let Some(entry) =
+                entries.iter().find(|entry| entry.id == projector.id && self.is_playable(entry))
+            else {
                 continue;
             };
             if self.is_in_background(&entry.id) {
@@ -134,7 +155,12 @@ impl Worker {
         Ok(foreign)
     }
 
-    async fn process(&self, cursor: &mut Cursor, runs: &[Run], target: Option<Position>) -> Result<(), DatabaseError> {
+    async fn process(
+        &self,
+        cursor: &mut Cursor,
+        runs: &[Run],
+        target: Option<Position>,
+    ) -> Result<(), DatabaseError> {
         for run in runs {
             self.process_run(cursor, run).await?;
         }
@@ -146,7 +172,12 @@ impl Worker {
 
     /// Whether a projector is outside the convoy.
     fn is_in_background(&self, id: &ProjectorId) -> bool {
-        self.engine.sim.world().in_background.iter().any(|(worker, outside)| *worker == self.number && outside == id)
+        self.engine
+            .sim
+            .world()
+            .in_background
+            .iter()
+            .any(|(worker, outside)| *worker == self.number && outside == id)
     }
 
     /// Sends a projector off, to catch up by itself.
@@ -158,9 +189,10 @@ impl Worker {
         world.in_background.push((self.number, cursor.projector.id.clone()));
         if world.bug != Some(Bug::ForgetsBackgroundCatchUp) {
             let process_id = ProcessId::Straggler(self.number, self.engine.release);
-            world
-                .spawned
-                .push((process_id, Box::pin(catch_up_in_background(self.engine.clone(), self.number, cursor))));
+            world.spawned.push((
+                process_id,
+                Box::pin(catch_up_in_background(self.engine.clone(), self.number, cursor)),
+            ));
         }
     }
 
@@ -168,7 +200,8 @@ impl Worker {
         let has = |bug| self.engine.sim.has(bug);
         let is_live = entry.status == Status::Live || has(Bug::PlaysNonLive);
         let projector = self.engine.registry.get(&entry.id);
-        let is_outdated = projector.is_some_and(|projector| !entry.matches_digest(&projector.digest));
+        let is_outdated =
+            projector.is_some_and(|projector| !entry.matches_digest(&projector.digest));
         if is_live && is_outdated {
             self.engine.sim.record(Occurrence::OutdatedDefinition);
         }
@@ -193,7 +226,8 @@ impl Worker {
                 Need::Batch(batch) => {
                     self.engine.sim.record(Occurrence::AppliedFromQueue);
                     let projector = std::sync::Arc::clone(&cursor.projector);
-                    cursor.record(self.engine.apply_with_retry(&projector, Stage::Play, batch).await);
+                    cursor
+                        .record(self.engine.apply_with_retry(&projector, Stage::Play, batch).await);
                 }
                 Need::CatchUp => {
                     self.engine.sim.record(Occurrence::CaughtUp);
@@ -206,15 +240,22 @@ impl Worker {
     /// Only a deliberate bug applies a run that does not continue what was applied.
     fn applies_despite_gap(&self, cursor: &Cursor, run: &Run) -> bool {
         let sim = &self.engine.sim;
-        sim.has(Bug::TrustsTheQueue) || sim.has(Bug::CatchesUpOneTooLate) && run.prev() == cursor.position.next()
+        sim.has(Bug::TrustsTheQueue)
+            || sim.has(Bug::CatchesUpOneTooLate) && run.prev() == cursor.position.next()
     }
 
-    async fn catch_up_from_store(&self, cursor: &mut Cursor, through: Position) -> Result<(), DatabaseError> {
+    async fn catch_up_from_store(
+        &self,
+        cursor: &mut Cursor,
+        through: Position,
+    ) -> Result<(), DatabaseError> {
         self.engine.catch_up(Stage::Play, std::slice::from_mut(cursor), through).await
     }
 
     async fn reconcile(&mut self) {
-        if !self.engine.sim.has(Bug::NeverReconciles) && !self.engine.sim.has(Bug::PublishedBeforeSent) {
+        if !self.engine.sim.has(Bug::NeverReconciles)
+            && !self.engine.sim.has(Bug::PublishedBeforeSent)
+        {
             // If the database is away, the next time will do.
             let _ = self.try_reconcile().await;
         }
@@ -226,7 +267,9 @@ impl Worker {
         let entries = sim.entries().await?;
         let live: Vec<(ProjectorId, Position)> = entries
             .into_iter()
-            .filter(|entry| entry.status == Status::Live && self.engine.registry.get(&entry.id).is_some())
+            .filter(|entry| {
+                entry.status == Status::Live && self.engine.registry.get(&entry.id).is_some()
+            })
             .filter(|entry| self.is_playable(entry))
             .map(|entry| (entry.id, entry.position))
             .filter(|(id, _)| !self.is_in_background(id))
@@ -246,7 +289,9 @@ impl Worker {
     fn count_joined(&mut self, entries: &[Entry]) {
         let live: Vec<ProjectorId> = entries
             .iter()
-            .filter(|entry| entry.status == Status::Live && self.engine.registry.get(&entry.id).is_some())
+            .filter(|entry| {
+                entry.status == Status::Live && self.engine.registry.get(&entry.id).is_some()
+            })
             .map(|entry| entry.id.clone())
             .collect();
         if !self.live.is_empty() && live.iter().any(|id| !self.live.contains(id)) {
@@ -264,7 +309,8 @@ async fn catch_up_in_background(engine: Engine, worker: u64, mut cursor: Cursor)
         let start = cursor.position;
         let round = async {
             let mark = raise_high_water(&sim).await?.mark;
-            let through = if sim.has(Bug::ReadmitsTooEarly) { mark.min(start.next()) } else { mark };
+            let through =
+                if sim.has(Bug::ReadmitsTooEarly) { mark.min(start.next()) } else { mark };
             engine.catch_up(Stage::Play, std::slice::from_mut(&mut cursor), through).await?;
             Ok::<_, DatabaseError>(through.since(start))
         };
@@ -276,7 +322,9 @@ async fn catch_up_in_background(engine: Engine, worker: u64, mut cursor: Cursor)
         }
     }
     sim.record(Occurrence::Readmitted);
-    sim.trace(|| format!("{} is at {} and rejoins the convoy", cursor.projector.id, cursor.position));
+    sim.trace(|| {
+        format!("{} is at {} and rejoins the convoy", cursor.projector.id, cursor.position)
+    });
     let mut world = sim.world();
     let clock = world.clock;
     world.in_background.retain(|outside| *outside != (worker, cursor.projector.id.clone()));
@@ -287,7 +335,9 @@ async fn catch_up_in_background(engine: Engine, worker: u64, mut cursor: Cursor)
 
 /// A message as if its signature were right, whatever it is.
 fn sign_again(body: &str) -> String {
-    let Some((head, text)) = body.split_once("\",").filter(|(head, _)| head.starts_with("{\"sig\":\"")) else {
+    let Some((head, text)) =
+        body.split_once("\",").filter(|(head, _)| head.starts_with("{\"sig\":\""))
+    else {
         return body.to_owned();
     };
     let opens = head.len() - head.trim_start_matches("{\"sig\":\"").len();

@@ -68,8 +68,14 @@ impl Relay {
             Some(leased_at) if self.sim.now() - leased_at < LEASE_DURATION / 3 => leased_at,
             _ => {
                 let requested_at = self.sim.now();
-                self.leased_at = self.sim.lease_relay(self.holder, LEASE_DURATION).await?.then_some(requested_at);
-                let Some(leased_at) = self.leased_at else { return Ok(RelayOutcome::LeasedElsewhere) };
+                self.leased_at = self
+                    .sim
+                    .lease_relay(self.holder, LEASE_DURATION)
+                    .await?
+                    .then_some(requested_at);
+                let Some(leased_at) = self.leased_at else {
+                    return Ok(RelayOutcome::LeasedElsewhere);
+                };
                 leased_at
             }
         };
@@ -83,7 +89,13 @@ impl Relay {
             let page = self.sim.read_after(published, mark, self.max_events as u64).await?;
             let mut rest = page.events.as_slice();
             while !rest.is_empty() {
-                let packed = queue::pack(&marks.log, published, rest, schedule::MESSAGE_BYTES, self.max_events);
+                let packed = queue::pack(
+                    &marks.log,
+                    published,
+                    rest,
+                    schedule::MESSAGE_BYTES,
+                    self.max_events,
+                );
                 let id = deduplication_id(&marks.log.id, published, packed.last);
                 if !packed.body.contains("\"events\":[") {
                     self.sim.record(Occurrence::ReferenceSent);

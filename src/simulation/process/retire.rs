@@ -34,7 +34,8 @@ async fn retire_any(sim: &Sim, registry: &Registry) -> Result<(), DatabaseError>
     let (entry, force) = {
         let mut world = sim.world();
         // Most of them under the hands of a boot, if there is one.
-        let booting: Vec<&Entry> = entries.iter().filter(|entry| Stage::Boot.can_apply(&entry.status)).collect();
+        let booting: Vec<&Entry> =
+            entries.iter().filter(|entry| Stage::Boot.can_apply(&entry.status)).collect();
         let entry = match booting.is_empty() || world.rng.u32(0..4) == 0 {
             true => &entries[world.rng.usize(0..entries.len())],
             false => booting[world.rng.usize(0..booting.len())],
@@ -44,8 +45,15 @@ async fn retire_any(sim: &Sim, registry: &Registry) -> Result<(), DatabaseError>
     try_retire(sim, registry, &entry.id, force).await
 }
 
-async fn try_retire(sim: &Sim, registry: &Registry, id: &ProjectorId, force: bool) -> Result<(), DatabaseError> {
-    let Some(entry) = sim.entries().await?.into_iter().find(|entry| entry.id == *id) else { return Ok(()) };
+async fn try_retire(
+    sim: &Sim,
+    registry: &Registry,
+    id: &ProjectorId,
+    force: bool,
+) -> Result<(), DatabaseError> {
+    let Some(entry) = sim.entries().await?.into_iter().find(|entry| entry.id == *id) else {
+        return Ok(());
+    };
     let projector = registry.get(id);
     if entry.status == Status::Live && projector.is_some() && !force {
         return Ok(());
@@ -64,9 +72,9 @@ async fn try_retire(sim: &Sim, registry: &Registry, id: &ProjectorId, force: boo
     if sim.world().booting > 0 {
         sim.record(Occurrence::RetiredMetBoot);
     }
-    // With a set that lacks the projector its tables are the operator's to drop, and retire tells him so: here he
-    // does, unless that is the bug. Forgotten with its tables still there, it would be built upon them by a release that
-    // has it again.
+    // With a set that lacks the projector its tables are the operator's to drop, and retire tells
+    // him so: here he does, unless that is the bug. Forgotten with its tables still there, it would
+    // be built upon them by a release that has it again.
     let operator_drops = !entry.has_side_effects && !sim.has(Bug::RetiresWithoutTeardown);
     if projector.is_some() || operator_drops {
         sim.tear_down(id).await?;

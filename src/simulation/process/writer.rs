@@ -113,8 +113,13 @@ async fn try_append(sim: &Sim, append: &Append, is_repeated: bool) -> Result<boo
 fn event(world: &mut World, position: u64, append: &Append, row: usize) -> Event {
     let chance = world.chances.poison;
     if world.roll(chance) {
-        let kind = [FailureKind::Error, FailureKind::Panic, FailureKind::Flaky][world.rng.usize(0..3)];
-        let release = if world.rng.bool() { Some(world.rng.usize(0..projectors::RELEASE_COUNT)) } else { None };
+        let kind =
+            [FailureKind::Error, FailureKind::Panic, FailureKind::Flaky][world.rng.usize(0..3)];
+        let release = if world.rng.bool() {
+            Some(world.rng.usize(0..projectors::RELEASE_COUNT))
+        } else {
+            None
+        };
         let projector_index = world.rng.usize(0..projectors::PROJECTORS.len());
         world.poison.push(Poison { projector_index, position, kind, release });
     }

@@ -11,7 +11,11 @@ use crate::support::{Folder, World, eventually};
 #[tokio::test]
 async fn migrate_can_be_repeated_and_loses_nothing() {
     let world = World::new().await;
-    world.execute("drop table projectors, event_log, events, log_acceptances, projectionist_migrations").await;
+    world
+        .execute(
+            "drop table projectors, event_log, events, log_acceptances, projectionist_migrations",
+        )
+        .await;
     for _ in 0..2 {
         let migrated = world.run(&["migrate"]).await.exits(0);
         assert_eq!(migrated.stdout, "the tables are up to date\n");
@@ -23,7 +27,11 @@ async fn migrate_can_be_repeated_and_loses_nothing() {
 #[tokio::test]
 async fn a_foreign_table_is_reported_and_migrate_works_once_it_is_gone() {
     let world = World::new().await;
-    world.execute("drop table projectors, event_log, events, log_acceptances, projectionist_migrations").await;
+    world
+        .execute(
+            "drop table projectors, event_log, events, log_acceptances, projectionist_migrations",
+        )
+        .await;
     world.execute("create table events (of_mine int)").await;
     let refused = world.run(&["migrate"]).await.exits(2);
     assert!(refused.stderr.contains("a table of that name is there already"), "{}", refused.stderr);
@@ -46,7 +54,10 @@ async fn append_prints_the_count_and_last_position_for_every_input() {
     assert_eq!(from_file.stdout, "appended 3 events, last position 3\n");
     for arguments in [&["append"][..], &["append", "-"]] {
         let appended = world.run_with(arguments, lines.as_bytes()).await.exits(0);
-        assert_eq!(appended.stdout, format!("appended 3 events, last position {}\n", world.last_position().await));
+        assert_eq!(
+            appended.stdout,
+            format!("appended 3 events, last position {}\n", world.last_position().await)
+        );
     }
     let one = world.run_with(&["append"], line("c").as_bytes()).await.exits(0);
     assert_eq!(one.stdout, "appended 1 event, last position 10\n");
@@ -94,7 +105,8 @@ async fn lines_from_an_open_pipe_are_stored_as_they_arrive() {
     let mut writer = world.start_piped(&["append"]);
     for count in [1, 3] {
         writer.write(&[line("a"), line("b")][..count.min(2)]).await;
-        eventually("the lines are stored", async || event_count(&world).await == count as u64).await;
+        eventually("the lines are stored", async || event_count(&world).await == count as u64)
+            .await;
     }
     assert_eq!(writer.finish().await.exits(0).stdout, "appended 3 events, last position 3\n");
 }
@@ -146,8 +158,10 @@ async fn a_bad_line_is_named_with_its_reason_and_the_count_already_stored() {
         let after = format!("\n{}\n{taken}\n", line("after"));
         let input = [before.as_bytes(), bad, after.as_bytes()].concat();
         let finished = world.run_with(&["append"], &input).await.exits(2);
-        let last = world.number("select max(position) from events where event_type not like '$%'").await;
-        let tally = format!("stored before it: 2 events, last position {last}; nothing from line 4 on is");
+        let last =
+            world.number("select max(position) from events where event_type not like '$%'").await;
+        let tally =
+            format!("stored before it: 2 events, last position {last}; nothing from line 4 on is");
         let finished = finished.prints(&["line 4: ", reason, &tally]);
         assert_eq!((finished.stdout.as_str(), event_count(&world).await), ("", 3), "{number}");
         assert_eq!(world.number("select count(*) from events where stream_id = 'after'").await, 0);
@@ -157,13 +171,15 @@ async fn a_bad_line_is_named_with_its_reason_and_the_count_already_stored() {
 #[tokio::test]
 async fn the_first_bad_event_in_a_transaction_is_named() {
     let world = World::new().await;
-    let with = |keys: &str| format!(r#"{{"stream_id":"a","event_type":"Opened","payload":1{keys}}}"#);
+    let with =
+        |keys: &str| format!(r#"{{"stream_id":"a","event_type":"Opened","payload":1{keys}}}"#);
     let bad = [r#","event_id":"x""#, r#","stream_version":99"#, r#","metadata":"\ud800""#];
     for first in bad {
         for second in bad {
             world.execute("delete from events").await;
             world.run_with(&["append"], with(bad[0]).as_bytes()).await.exits(0);
-            let lines = [line("b"), line("b"), with(first), line("b"), with(second), line("b")].join("\n");
+            let lines =
+                [line("b"), line("b"), with(first), line("b"), with(second), line("b")].join("\n");
             world
                 .run_with(&["append"], lines.as_bytes())
                 .await
@@ -182,7 +198,10 @@ async fn a_bad_line_far_into_the_input_has_the_right_number() {
     let finished = world.run_with(&["append"], lines.join("\n").as_bytes()).await.exits(2);
     finished.prints(&["line 1101: ", "stored before it: 1100 events"]);
     assert_eq!(event_count(&world).await, 1_100);
-    assert_eq!(world.number("select max(stream_version) from events where stream_id = 'a'").await, 1_100);
+    assert_eq!(
+        world.number("select max(stream_version) from events where stream_id = 'a'").await,
+        1_100
+    );
 }
 
 #[tokio::test]
@@ -197,8 +216,10 @@ async fn a_file_that_cannot_be_read_is_named() {
 #[tokio::test]
 async fn a_2_mb_payload_is_stored_and_sent_as_a_reference() {
     let world = World::new().await;
-    let large =
-        format!(r#"{{"stream_id":"a","event_type":"Opened","payload":{{"text":"{}"}}}}"#, "x".repeat(2_000_000));
+    let large = format!(
+        r#"{{"stream_id":"a","event_type":"Opened","payload":{{"text":"{}"}}}}"#,
+        "x".repeat(2_000_000)
+    );
     let folder = Folder::new().with(
         "a.toml",
         &tally_with(
@@ -219,7 +240,11 @@ async fn a_2_mb_payload_is_stored_and_sent_as_a_reference() {
     let reference = bodies.iter().find(|body| body["prev"] == 1).expect("the second event");
     assert_eq!((&reference["last"], reference.get("events")), (&2.into(), None));
     let receipts: Vec<String> = received.into_iter().map(|message| message.receipt).collect();
-    world.queue.change_visibility(&receipts, std::time::Duration::ZERO).await.expect("they go back");
+    world
+        .queue
+        .change_visibility(&receipts, std::time::Duration::ZERO)
+        .await
+        .expect("they go back");
 
     world.run(&["play", "--until-idle", "--projectors", folder.path()]).await.exits(0);
     assert_eq!(tally_positions(&world, "a").await, [1, 1002, 3]);
@@ -228,9 +253,15 @@ async fn a_2_mb_payload_is_stored_and_sent_as_a_reference() {
 #[tokio::test]
 async fn only_a_payload_larger_than_can_be_stored_is_refused() {
     let world = World::with_queue(true, &[(QueueAttributeName::MaximumMessageSize, "1024")]).await;
-    let payload =
-        |bytes: usize| format!(r#"{{"stream_id":"a","event_type":"Opened","payload":"{}"}}"#, "x".repeat(bytes - 2));
-    for (bytes, reason) in [(16_777_216, "payload has 16777216 bytes; at most 16777215"), (40_000_000, "longer than")] {
+    let payload = |bytes: usize| {
+        format!(
+            r#"{{"stream_id":"a","event_type":"Opened","payload":"{}"}}"#,
+            "x".repeat(bytes - 2)
+        )
+    };
+    for (bytes, reason) in
+        [(16_777_216, "payload has 16777216 bytes; at most 16777215"), (40_000_000, "longer than")]
+    {
         let lines = [line("a"), payload(bytes), line("a")].join("\n");
         world.run_with(&["append"], lines.as_bytes()).await.exits(2).prints(&[
             "line 2: ",
@@ -240,5 +271,8 @@ async fn only_a_payload_larger_than_can_be_stored_is_refused() {
     }
     let appended = world.run_with(&["append"], payload(16_777_215).as_bytes()).await.exits(0);
     assert_eq!(appended.stdout, "appended 1 event, last position 3\n");
-    assert_eq!(world.number("select length(payload) from events where position = 3").await, 16_777_215);
+    assert_eq!(
+        world.number("select length(payload) from events where position = 3").await,
+        16_777_215
+    );
 }

@@ -44,7 +44,11 @@ async fn an_unusable_database_is_reported_with_address_and_advice() {
             3,
             &["root@127.0.0.1:1/x", "Connection refused", "check host and port"],
         ),
-        (status(Some(&wrong)), 3, &[user, &server, "Access denied", "check the user and the password"]),
+        (
+            status(Some(&wrong)),
+            3,
+            &[user, &server, "Access denied", "check the user and the password"],
+        ),
         (status(Some(&unknown)), 3, &["nonesuch", "Unknown database", "create the database"]),
         (status(Some(&server_url())), 2, &["names no database", "/DATABASE"]),
     ])
@@ -66,7 +70,12 @@ async fn a_malformed_database_url_is_reported_and_never_shown() {
     ] {
         for command in [
             with(world.command(&["status", "--log=trace"]), "DATABASE_URL", Some(url)),
-            world.command(&["migrate", "--log=sqlx=trace,projectionist=trace", "--database-url", url]),
+            world.command(&[
+                "migrate",
+                "--log=sqlx=trace,projectionist=trace",
+                "--database-url",
+                url,
+            ]),
         ] {
             let finished = finish(command).await.exits(2).prints(&[words]);
             assert!(!format!("{finished:?}").contains("s3cr3t"), "{finished:?}");
@@ -90,7 +99,11 @@ async fn a_database_without_tables_is_reported_with_the_migrate_command() {
         &["retire", "a", "--yes"],
         &["fill", "1", "2", "--yes"],
     ] {
-        let finished = world.run(arguments).await.exits(2).prints(&["lacks our tables", "projectionist migrate"]);
+        let finished = world
+            .run(arguments)
+            .await
+            .exits(2)
+            .prints(&["lacks our tables", "projectionist migrate"]);
         assert_eq!(finished.stdout, "");
     }
 }
@@ -101,14 +114,20 @@ async fn an_unusable_queue_is_reported_with_address_and_advice() {
     let folder = Folder::new().with("a.toml", &tally("a"));
     let gone = world.queue_url.replace(&world.database_name, "nonesuch");
     let endpoint = setting("AWS_ENDPOINT_URL").expect("the parts are up");
-    for arguments in [&["relay"][..], &["relay", "--once"], &["play", "--projectors", folder.path()]] {
+    for arguments in
+        [&["relay"][..], &["relay", "--once"], &["play", "--projectors", folder.path()]]
+    {
         let queue = |url: Option<&str>| with(world.command(arguments), "QUEUE_URL", url);
         let mut no_region = with(world.command(arguments), "AWS_REGION", None);
         no_region.env("AWS_EC2_METADATA_DISABLED", "true").env("AWS_CONFIG_FILE", "/dev/null");
         no_region.env_remove("AWS_DEFAULT_REGION");
         check(vec![
             (queue(None), 2, &["no queue is named", "--queue-url", "QUEUE_URL"]),
-            (queue(Some("orders.fifo")), 2, &["orders.fifo", "https://sqs.REGION.amazonaws.com/ACCOUNT/NAME"]),
+            (
+                queue(Some("orders.fifo")),
+                2,
+                &["orders.fifo", "https://sqs.REGION.amazonaws.com/ACCOUNT/NAME"],
+            ),
             (queue(Some(&gone)), 3, &[&gone, "does not exist", "create it", &endpoint]),
             (
                 with(queue(Some(&world.queue_url)), "AWS_ENDPOINT_URL", Some("http://127.0.0.1:1")),
@@ -128,10 +147,26 @@ async fn an_empty_projector_set_is_reported_with_the_searched_path() {
     let (empty, missing, file) = (folder.path(), folder.file("missing"), folder.file("notes.txt"));
     for command in ["boot", "play"] {
         check(vec![
-            (world.command(&[command]), 2, &["there are no projectors", "--projectors", "PROJECTORS"]),
-            (world.command(&[command, "--projectors", empty]), 2, &[empty, "no *.toml file", "add one"]),
-            (world.command(&[command, "--projectors", &missing]), 2, &[&missing, "no such directory", "create it"]),
-            (with(world.command(&[command]), "PROJECTORS", Some(&missing)), 2, &[&missing, "no such directory"]),
+            (
+                world.command(&[command]),
+                2,
+                &["there are no projectors", "--projectors", "PROJECTORS"],
+            ),
+            (
+                world.command(&[command, "--projectors", empty]),
+                2,
+                &[empty, "no *.toml file", "add one"],
+            ),
+            (
+                world.command(&[command, "--projectors", &missing]),
+                2,
+                &[&missing, "no such directory", "create it"],
+            ),
+            (
+                with(world.command(&[command]), "PROJECTORS", Some(&missing)),
+                2,
+                &[&missing, "no such directory"],
+            ),
             (world.command(&[command, "--projectors", &file]), 2, &[&file, "not a directory"]),
         ])
         .await;
@@ -157,8 +192,16 @@ async fn a_bad_projector_file_is_reported_with_line_and_reason_before_anything_r
         (without("'insert into a (position) values (:position)'", "''"), 9, "an empty handler"),
         (without(":position", ":postion"), 9, "did you mean `:position`?"),
         (without(":position", "?"), 9, "`?` cannot be bound"),
-        (without("insert into a (position) values (:position)", "drop table a"), 9, "commits on its own"),
-        (without("'create table if not exists", "'drop table b', 'create table if not exists"), 4, "not for `setup`"),
+        (
+            without("insert into a (position) values (:position)", "drop table a"),
+            9,
+            "commits on its own",
+        ),
+        (
+            without("'create table if not exists", "'drop table b', 'create table if not exists"),
+            4,
+            "not for `setup`",
+        ),
     ] {
         let folder = Folder::new().with("a.toml", &text).with("b.toml", &tally("b"));
         let place = format!("{}:{line}: ", folder.file("a.toml"));
@@ -175,8 +218,11 @@ async fn a_bad_projector_file_is_reported_with_line_and_reason_before_anything_r
 #[tokio::test]
 async fn two_files_with_the_same_name_and_version_are_reported_with_both_paths() {
     let world = World::new().await;
-    let folder = Folder::new().with("a.toml", &tally("same")).with("b.toml", &format!("# a copy\n{}", tally("same")));
-    let (first, second) = (format!("{}:1", folder.file("a.toml")), format!("{}:2: ", folder.file("b.toml")));
+    let folder = Folder::new()
+        .with("a.toml", &tally("same"))
+        .with("b.toml", &format!("# a copy\n{}", tally("same")));
+    let (first, second) =
+        (format!("{}:1", folder.file("a.toml")), format!("{}:2: ", folder.file("b.toml")));
     world.run(&["boot", "--projectors", folder.path()]).await.exits(2).prints(&[
         &first,
         &second,
@@ -195,8 +241,16 @@ async fn wrong_usage_exits_with_2_and_points_to_the_help() {
         (world.command(&["retire"]), 2, &["<NAME[@VERSION]>", "--help"]),
         (world.command(&["boot", "--batch", "0"]), 2, &["'0'", "--batch", "--help"]),
         (world.command(&["play", "--receive-wait", "21"]), 2, &["21 is not in 0..=20"]),
-        (with(world.command(&["status"]), "PROJECTIONIST_BATCH", Some("many")), 2, &["many", "--batch"]),
-        (world.command(&["status", "--log", "a=b=c"]), 2, &["the log filter \"a=b=c\" cannot be read"]),
+        (
+            with(world.command(&["status"]), "PROJECTIONIST_BATCH", Some("many")),
+            2,
+            &["many", "--batch"],
+        ),
+        (
+            world.command(&["status", "--log", "a=b=c"]),
+            2,
+            &["the log filter \"a=b=c\" cannot be read"],
+        ),
         (world.command(&["fill", "9", "3"]), 2, &["the first position, 9, lies after the last, 3"]),
     ])
     .await;

@@ -12,7 +12,8 @@ async fn worker() -> PathBuf {
     let ours = Path::new(env!("CARGO_BIN_EXE_projectionist"));
     let worker = ours.parent().expect("a folder").join("examples/worker");
     if !worker.exists() {
-        let built = Command::new(env!("CARGO")).args(["build", "--example", "worker"]).status().await;
+        let built =
+            Command::new(env!("CARGO")).args(["build", "--example", "worker"]).status().await;
         assert!(built.expect("cargo is there").success(), "the example is built");
     }
     worker
@@ -25,8 +26,13 @@ async fn a_custom_binary_boots_and_plays_its_own_projectors() {
     let run = async |arguments: &[&str]| -> FinishedProcess {
         let ours = world.command(arguments);
         let mut theirs = Command::new(&worker);
-        theirs.args(arguments).envs(ours.as_std().get_envs().filter_map(|(name, value)| Some((name, value?))));
-        theirs.env_remove("PROJECTORS").stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
+        theirs
+            .args(arguments)
+            .envs(ours.as_std().get_envs().filter_map(|(name, value)| Some((name, value?))));
+        theirs
+            .env_remove("PROJECTORS")
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::piped());
         RunningProcess::spawn(theirs).finish().await
     };
     let events = |department: &str, count: usize| {
@@ -39,7 +45,8 @@ async fn a_custom_binary_boots_and_plays_its_own_projectors() {
     run(&["boot"]).await.exits(0);
     world.run_with(&["append"], events("Experts", 2).as_bytes()).await.exits(0);
     let played = run(&["play", "--until-idle"]).await.exits(0);
-    let announced = played.stdout.lines().filter(|line| line.starts_with("idempotency-key ")).count();
+    let announced =
+        played.stdout.lines().filter(|line| line.starts_with("idempotency-key ")).count();
     assert_eq!(announced, 2, "the reactor is from now on: {}", played.stdout);
 
     let cases: Vec<(String, i64)> =

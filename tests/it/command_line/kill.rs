@@ -1,5 +1,5 @@
-//! `kill -9`, and how much of the work is done again. A statement on a table without transactions cannot be rolled back, as
-//! a mail cannot: so it tells what was begun.
+//! `kill -9`, and how much of the work is done again. A statement on a table without transactions
+//! cannot be rolled back, as a mail cannot: so it tells what was begun.
 
 use super::{tally, tally_positions};
 use crate::support::{Folder, World, eventually};
@@ -20,15 +20,21 @@ impl World {
     }
 }
 
-/// A projector that leaves a trace of each event that it handles, slowly enough to be met in the middle of a batch.
+/// A projector that leaves a trace of each event that it handles, slowly enough to be met in the
+/// middle of a batch.
 async fn traced_projector_folder(world: &World) -> Folder {
     world.execute("create table handled (position bigint not null) engine = myisam").await;
     let traces = "[[on]]\nevents = ['*']\nsql = 'insert into handled (position) values (:position + sleep(0.02))'\n";
     Folder::new().with("1.toml", &format!("{}\n{traces}", tally("a")))
 }
 
-/// Runs a command again and again, each time killing it in the middle of a batch, and at last to its end.
-async fn assert_a_kill_repeats_at_most_a_batch(world: &World, command: &[&str], to_the_end: &[&str]) {
+/// Runs a command again and again, each time killing it in the middle of a batch, and at last to
+/// its end.
+async fn assert_a_kill_repeats_at_most_a_batch(
+    world: &World,
+    command: &[&str],
+    to_the_end: &[&str],
+) {
     for kill in 1..=KILLS {
         let running = world.start(command);
         let reached = kill * EVENTS / (KILLS + 1);
@@ -40,9 +46,16 @@ async fn assert_a_kill_repeats_at_most_a_batch(world: &World, command: &[&str], 
     }
     world.run(to_the_end).await.exits(0);
     let (handled, again) = (world.handled().await, world.handled().await - EVENTS);
-    assert!((1..=BATCH * KILLS).contains(&again), "{again} of {handled} were handled again, after {KILLS} kills");
+    assert!(
+        (1..=BATCH * KILLS).contains(&again),
+        "{again} of {handled} were handled again, after {KILLS} kills"
+    );
     assert_eq!(world.number("select count(distinct position) from handled").await, EVENTS);
-    assert_eq!(tally_positions(world, "a").await, (1..=EVENTS).collect::<Vec<_>>(), "but each is applied once");
+    assert_eq!(
+        tally_positions(world, "a").await,
+        (1..=EVENTS).collect::<Vec<_>>(),
+        "but each is applied once"
+    );
 }
 
 #[tokio::test]
@@ -69,5 +82,6 @@ async fn no_more_than_a_batch_is_handled_again_after_play_was_killed() {
         "--projectors",
         folder.path(),
     ];
-    assert_a_kill_repeats_at_most_a_batch(&world, &play, &[&play[..], &["--until-idle"]].concat()).await;
+    assert_a_kill_repeats_at_most_a_batch(&world, &play, &[&play[..], &["--until-idle"]].concat())
+        .await;
 }

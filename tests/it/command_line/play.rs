@@ -10,10 +10,12 @@ use serde_json::json;
 use tokio::net::TcpListener;
 
 use super::{
-    assert_failed_at, close_gate, failing_at, gated, tally, tally_positions, tally_with, wait_for_gated_handler,
-    with_short_timeout,
+    assert_failed_at, close_gate, failing_at, gated, tally, tally_positions, tally_with,
+    wait_for_gated_handler, with_short_timeout,
 };
-use crate::support::{Folder, Proxy, ProxyAction, RunningProcess, SqsStub, World, contains_text, eventually, execute};
+use crate::support::{
+    Folder, Proxy, ProxyAction, RunningProcess, SqsStub, World, contains_text, eventually, execute,
+};
 
 /// SIGTERM in the middle of nothing takes no longer than this.
 const QUICKLY: Duration = Duration::from_secs(3);
@@ -31,7 +33,10 @@ async fn play_until_idle_plays_everything_and_exits_with_0() {
     let played = world.run(&["play", "--until-idle", "--projectors", folder.path()]).await.exits(0);
     assert!(played.stdout.starts_with("idle: played "), "{}", played.stdout);
     for name in ["a", "b"] {
-        assert_eq!((world.position(name).await, tally_positions(&world, name).await), (120, through(120)));
+        assert_eq!(
+            (world.position(name).await, tally_positions(&world, name).await),
+            (120, through(120))
+        );
     }
     assert_eq!(world.queue.depth().await.expect("a depth"), 0);
 }
@@ -52,7 +57,10 @@ async fn play_until_idle_exits_with_1_if_a_projector_broke_and_the_others_are_do
         "run boot",
     ]);
     for name in ["a", "b"] {
-        assert_eq!((world.status(name).await, tally_positions(&world, name).await), ("live".into(), through(60)));
+        assert_eq!(
+            (world.status(name).await, tally_positions(&world, name).await),
+            ("live".into(), through(60))
+        );
     }
     assert_eq!(
         (world.status("poisoned").await, tally_positions(&world, "poisoned").await),
@@ -76,7 +84,8 @@ async fn an_unbooted_projector_is_not_played_and_a_log_line_says_so() {
     world.append(5).await;
     let played = world.run(&["play", "--until-idle", "--projectors", folder.path()]).await.exits(0);
     let told = |line: &serde_json::Value| {
-        line["projector"] == "a@1" && line["message"].as_str().is_some_and(|message| message.contains("run boot"))
+        line["projector"] == "a@1"
+            && line["message"].as_str().is_some_and(|message| message.contains("run boot"))
     };
     assert!(played.log().iter().any(told), "{}", played.stderr);
     assert_eq!(world.status("a").await, "new");
@@ -98,7 +107,9 @@ async fn two_concurrent_relays_publish_every_event_once() {
     world.append(1_000).await;
     let relay = ["relay", "--once", "--message-events=10"];
     let (one, other) = tokio::join!(world.run(&relay), world.run(&relay));
-    let events = |stdout: &str| stdout.split(' ').nth(1).and_then(|count| count.parse::<u64>().ok()).expect("a count");
+    let events = |stdout: &str| {
+        stdout.split(' ').nth(1).and_then(|count| count.parse::<u64>().ok()).expect("a count")
+    };
     let (one, other) = (one.exits(0).stdout, other.exits(0).stdout);
     assert_eq!(events(&one) + events(&other), 1_000, "{one}{other}");
     // No queue takes a repetition away here.
@@ -112,13 +123,23 @@ async fn play_beside_a_separate_relay_process_plays_everything() {
     world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
     world.append(50).await;
     // Without a relay nothing is published, and play finds it in the store.
-    let play = ["play", "--no-relay", "--until-idle", "--reconcile-after=1", "--projectors", folder.path()];
+    let play = [
+        "play",
+        "--no-relay",
+        "--until-idle",
+        "--reconcile-after=1",
+        "--projectors",
+        folder.path(),
+    ];
     assert_eq!(world.run(&play).await.exits(0).stdout, "idle: played 0 messages\n");
     assert_eq!(tally_positions(&world, "a").await, through(50));
 
     let relay = world.start(&["relay", "--message-events=10"]);
     world.append(50).await;
-    eventually("all is published", async || world.number("select published from event_log").await == 100).await;
+    eventually("all is published", async || {
+        world.number("select published from event_log").await == 100
+    })
+    .await;
     // The first fifty come again, and are passed over.
     assert_eq!(world.run(&play).await.exits(0).stdout, "idle: played 10 messages\n");
     assert_eq!(tally_positions(&world, "a").await, through(100));
@@ -137,15 +158,27 @@ async fn projectors_read_the_store_during_a_queue_outage_that_is_logged_sparingl
         if !away.load(Ordering::SeqCst) {
             return ProxyAction::Forward;
         }
-        receives.fetch_add(u64::from(contains_text(bytes, "AmazonSQS.ReceiveMessage")), Ordering::SeqCst);
+        receives.fetch_add(
+            u64::from(contains_text(bytes, "AmazonSQS.ReceiveMessage")),
+            Ordering::SeqCst,
+        );
         ProxyAction::Reset
     })
     .await;
-    let mut play = world.command(&["play", "--receive-wait=1", "--reconcile-after=1", "--projectors", folder.path()]);
+    let mut play = world.command(&[
+        "play",
+        "--receive-wait=1",
+        "--reconcile-after=1",
+        "--projectors",
+        folder.path(),
+    ]);
     // Each attempt of ours is one of the SDK's.
-    play.env("AWS_ENDPOINT_URL", format!("http://{}", proxy.address())).env("AWS_MAX_ATTEMPTS", "1");
+    play.env("AWS_ENDPOINT_URL", format!("http://{}", proxy.address()))
+        .env("AWS_MAX_ATTEMPTS", "1");
     let play = RunningProcess::spawn(play);
-    let are_at = async |position| world.position("a").await == position && world.position("b").await == position;
+    let are_at = async |position| {
+        world.position("a").await == position && world.position("b").await == position
+    };
     let told = |log: &str, words: &str| log.lines().filter(|line| line.contains(words)).count();
     world.append(20).await;
     eventually("both are played", async || are_at(20).await).await;
@@ -156,7 +189,9 @@ async fn projectors_read_the_store_during_a_queue_outage_that_is_logged_sparingl
     eventually("it tries again and again", async || refused.load(Ordering::SeqCst) >= 7).await;
     world.append(10).await;
     eventually("both are fed still", async || are_at(60).await).await;
-    for words in ["cannot receive from the queue, trying again", "the relay cannot work now, trying again"] {
+    for words in
+        ["cannot receive from the queue, trying again", "the relay cannot work now, trying again"]
+    {
         let lines = told(&play.logged(), words);
         assert!((1..=3).contains(&lines), "{lines} times: {words}\n{}", play.logged());
     }
@@ -167,15 +202,23 @@ async fn projectors_read_the_store_during_a_queue_outage_that_is_logged_sparingl
     play.wait_for_log("the queue answers again").await;
     world.append(20).await;
     eventually("both are played", async || are_at(80).await).await;
-    eventually("all is published", async || world.number("select published from event_log").await == 80).await;
-    eventually("all is deleted", async || world.queue.depth().await.is_ok_and(|depth| depth == 0)).await;
+    eventually("all is published", async || {
+        world.number("select published from event_log").await == 80
+    })
+    .await;
+    eventually("all is deleted", async || world.queue.depth().await.is_ok_and(|depth| depth == 0))
+        .await;
     let log = play.terminate().await.exits(0).stderr;
     assert_eq!(told(&log, "the queue answers again"), 1);
     assert!(told(&log, "cannot receive from the queue, trying again") <= 3, "{log}");
-    assert_eq!((tally_positions(&world, "a").await, tally_positions(&world, "b").await), (through(80), through(80)));
+    assert_eq!(
+        (tally_positions(&world, "a").await, tally_positions(&world, "b").await),
+        (through(80), through(80))
+    );
 }
 
-/// By a stub that hands out what was really in the queue: LocalStack never fails in a part of a batch by itself.
+/// By a stub that hands out what was really in the queue: LocalStack never fails in a part of a
+/// batch by itself.
 #[tokio::test]
 async fn messages_that_sqs_fails_to_delete_are_not_applied_again() {
     let world = World::new().await;
@@ -189,8 +232,7 @@ async fn messages_that_sqs_fails_to_delete_are_not_applied_again() {
 
     let stub = SqsStub::new().await;
     let handed_out = |which: &[usize]| {
-        let message =
-            |n: &usize| json!({"MessageId": format!("m{n}"), "ReceiptHandle": format!("r{n}"), "Body": sent[*n]});
+        let message = |n: &usize| json!({"MessageId": format!("m{n}"), "ReceiptHandle": format!("r{n}"), "Body": sent[*n]});
         json!({"Messages": which.iter().map(message).collect::<Vec<_>>()}).to_string()
     };
     let failed = |id: &str| json!({"Id": id, "SenderFault": false, "Code": "InternalError", "Message": "as SQS says"});
@@ -201,24 +243,42 @@ async fn messages_that_sqs_fails_to_delete_are_not_applied_again() {
     stub.set_delay("ReceiveMessage", Duration::from_millis(50));
     stub.set_responses_once(
         "DeleteMessageBatch",
-        [json!({"Successful": [deleted("0")], "Failed": [failed("1")]}), json!({"Failed": [failed("0")]})]
-            .map(|answer| answer.to_string()),
+        [
+            json!({"Successful": [deleted("0")], "Failed": [failed("1")]}),
+            json!({"Failed": [failed("0")]}),
+        ]
+        .map(|answer| answer.to_string()),
     );
-    stub.set_response("DeleteMessageBatch", 200, &json!({"Successful": [deleted("0")]}).to_string());
+    stub.set_response(
+        "DeleteMessageBatch",
+        200,
+        &json!({"Successful": [deleted("0")]}).to_string(),
+    );
 
     // What is applied comes from the messages, and not from the store because they are late.
-    let mut play = world.command(&["play", "--no-relay", "--reconcile-after=3600", "--metrics=emf"]);
+    let mut play =
+        world.command(&["play", "--no-relay", "--reconcile-after=3600", "--metrics=emf"]);
     play.env("AWS_ENDPOINT_URL", stub.endpoint()).env("PROJECTORS", folder.path());
     let play = RunningProcess::spawn(play);
-    eventually("all is played", async || world.position("a").await == 30 && world.position("b").await == 30).await;
+    eventually("all is played", async || {
+        world.position("a").await == 30 && world.position("b").await == 30
+    })
+    .await;
     eventually("all is deleted", async || stub.call_count("DeleteMessageBatch") == 4).await;
     let log = play.terminate().await.exits(0).log();
-    let refusals = log.iter().filter(|line| line["error"] == "could not delete a message: as SQS says").count();
+    let refusals = log
+        .iter()
+        .filter(|line| line["error"] == "could not delete a message: as SQS says")
+        .count();
     assert_eq!(refusals, 2, "{log:?}");
     for name in ["a", "b"] {
         let of_it = log.iter().filter(|line| line["Projector"] == format!("{name}@1"));
         let skipped: u64 = of_it.filter_map(|line| line["DuplicatesSkipped"].as_u64()).sum();
-        assert_eq!((skipped, tally_positions(&world, name).await), (20, through(30)), "ten events came three times");
+        assert_eq!(
+            (skipped, tally_positions(&world, name).await),
+            (20, through(30)),
+            "ten events came three times"
+        );
     }
 }
 
@@ -228,15 +288,27 @@ async fn a_projector_booted_while_play_runs_joins_without_a_restart() {
     let folder = Folder::new().with("1.toml", &tally("a")).with("2.toml", &tally("late"));
     let only_first = Folder::new().with("1.toml", &tally("a"));
     world.run(&["boot", "--projectors", only_first.path()]).await.exits(0);
-    let play = world.start(&["play", "--receive-wait=1", "--reconcile-after=1", "--projectors", folder.path()]);
+    let play = world.start(&[
+        "play",
+        "--receive-wait=1",
+        "--reconcile-after=1",
+        "--projectors",
+        folder.path(),
+    ]);
     world.append(20).await;
     eventually("the first is played", async || world.position("a").await == 20).await;
     assert_eq!(world.status("late").await, "new");
     world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
     world.append(20).await;
-    eventually("both are played", async || world.position("a").await == 40 && world.position("late").await == 40).await;
+    eventually("both are played", async || {
+        world.position("a").await == 40 && world.position("late").await == 40
+    })
+    .await;
     play.terminate().await.exits(0);
-    assert_eq!((tally_positions(&world, "a").await, tally_positions(&world, "late").await), (through(40), through(40)));
+    assert_eq!(
+        (tally_positions(&world, "a").await, tally_positions(&world, "late").await),
+        (through(40), through(40))
+    );
 }
 
 #[tokio::test]
@@ -244,18 +316,25 @@ async fn sigterm_ends_play_and_relay_quickly_while_they_are_idle() {
     let world = World::new().await;
     let folder = Folder::new().with("1.toml", &tally("a"));
     world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
-    let play = world.start(&["play", "--no-relay", "--receive-wait=20", "--projectors", folder.path()]);
+    let play =
+        world.start(&["play", "--no-relay", "--receive-wait=20", "--projectors", folder.path()]);
     let relay = world.start(&["relay"]);
     world.append(5).await;
     eventually("the events are played", async || world.position("a").await == 5).await;
-    eventually("the messages are deleted", async || world.queue.depth().await.is_ok_and(|depth| depth == 0)).await;
+    eventually("the messages are deleted", async || {
+        world.queue.depth().await.is_ok_and(|depth| depth == 0)
+    })
+    .await;
     for idle in [play, relay] {
         let began = Instant::now();
         let ended = idle.terminate().await.exits(0);
         assert!(began.elapsed() < QUICKLY, "{:?}", began.elapsed());
         assert_eq!(ended.stdout, "");
     }
-    assert_eq!(world.number("select count(*) from event_log where relay_lease_holder is not null").await, 0);
+    assert_eq!(
+        world.number("select count(*) from event_log where relay_lease_holder is not null").await,
+        0
+    );
 }
 
 #[tokio::test]
@@ -266,7 +345,8 @@ async fn sigterm_during_a_batch_releases_its_messages() {
     let mut gate = close_gate(&world).await;
 
     // Hidden for so long that no message comes back by itself.
-    let play = ["play", "--visibility-timeout=43200", "--grace-period=1", "--projectors", folder.path()];
+    let play =
+        ["play", "--visibility-timeout=43200", "--grace-period=1", "--projectors", folder.path()];
     let worker = world.start(&play);
     world.append(5).await;
     wait_for_gated_handler(&world).await;
@@ -274,12 +354,21 @@ async fn sigterm_during_a_batch_releases_its_messages() {
     let ended = worker.terminate().await.exits(0);
     assert!(began.elapsed() < Duration::from_secs(1) + QUICKLY, "{:?}", began.elapsed());
     assert!(ended.log().iter().any(|line| line["level"] == "WARN"), "{}", ended.stderr);
-    assert_eq!((world.position("a").await, tally_positions(&world, "a").await), (0, vec![]), "it is rolled back");
-    let counts = [Attribute::ApproximateNumberOfMessages, Attribute::ApproximateNumberOfMessagesNotVisible];
-    let request =
-        world.sqs.get_queue_attributes().queue_url(&world.queue_url).set_attribute_names(Some(counts.to_vec()));
+    assert_eq!(
+        (world.position("a").await, tally_positions(&world, "a").await),
+        (0, vec![]),
+        "it is rolled back"
+    );
+    let counts =
+        [Attribute::ApproximateNumberOfMessages, Attribute::ApproximateNumberOfMessagesNotVisible];
+    let request = world
+        .sqs
+        .get_queue_attributes()
+        .queue_url(&world.queue_url)
+        .set_attribute_names(Some(counts.to_vec()));
     let answer = request.send().await.expect("an answer");
-    let count = |name| answer.attributes().and_then(|all| all.get(&name)).cloned().expect("a count");
+    let count =
+        |name| answer.attributes().and_then(|all| all.get(&name)).cloned().expect("a count");
     assert_ne!(count(Attribute::ApproximateNumberOfMessages), "0");
     assert_eq!(count(Attribute::ApproximateNumberOfMessagesNotVisible), "0");
 
@@ -298,7 +387,10 @@ async fn sigterm_during_startup_resets_no_projector() {
     let folder = Folder::new().with("1.toml", &slow).with("2.toml", &failing_at("poisoned", 15));
     let with_batch = ["--batch=10", "--projectors", folder.path()];
     world.run(&[&["boot"], &with_batch[..]].concat()).await.exits(1);
-    assert_eq!((world.status("a").await, world.status("poisoned").await), ("stalled".into(), "broken".into()));
+    assert_eq!(
+        (world.status("a").await, world.status("poisoned").await),
+        ("stalled".into(), "broken".into())
+    );
     // Mended: there is something to boot for both.
     folder.write("2.toml", &tally("poisoned"));
     let mut before = world.ledger.entries().await.expect("the ledger");
@@ -314,8 +406,10 @@ async fn sigterm_during_startup_resets_no_projector() {
             // The moment of the fault.
             tokio::time::sleep(Duration::from_millis(*delay)).await;
             let ended = starting.terminate().await;
-            // Before it listens, the signal itself is its end; and a boot that did not come to its own says so.
-            let is_right = matches!(ended.code, Some(0) | None) || (command == "boot" && ended.code == Some(143));
+            // Before it listens, the signal itself is its end; and a boot that did not come to its
+            // own says so.
+            let is_right = matches!(ended.code, Some(0) | None)
+                || (command == "boot" && ended.code == Some(143));
             assert!(is_right, "{command}: {ended:?}");
 
             // What the server is still at for it has an end.
@@ -324,10 +418,16 @@ async fn sigterm_during_startup_resets_no_projector() {
             assert_eq!(now.len(), before.len());
             for (now, before) in now.iter().zip(&before) {
                 // As it was or, in a boot, further.
-                let is_further = command == "boot" && now.position >= before.position && now.status == Status::Live;
+                let is_further = command == "boot"
+                    && now.position >= before.position
+                    && now.status == Status::Live;
                 let is_as_it_was = now.status == before.status
-                    && (now.position == before.position || command == "boot" && now.position > before.position);
-                assert!(now.id == before.id && (is_as_it_was || is_further), "{command}: {before:?}, and then {now:?}");
+                    && (now.position == before.position
+                        || command == "boot" && now.position > before.position);
+                assert!(
+                    now.id == before.id && (is_as_it_was || is_further),
+                    "{command}: {before:?}, and then {now:?}"
+                );
                 assert_eq!(
                     tally_positions(&world, &now.id.name).await,
                     through(now.position.get()),
@@ -340,7 +440,10 @@ async fn sigterm_during_startup_resets_no_projector() {
     assert_eq!(world.status("a").await, "stalled", "no boot has come to its end");
     world.run(&[&["boot"], &with_batch[..]].concat()).await.exits(0);
     for name in ["a", "poisoned"] {
-        assert_eq!((world.status(name).await, tally_positions(&world, name).await), ("live".into(), through(200)));
+        assert_eq!(
+            (world.status(name).await, tally_positions(&world, name).await),
+            ("live".into(), through(200))
+        );
     }
 }
 
@@ -392,7 +495,8 @@ async fn sigterm_at_startup_ends_play_and_relay_despite_a_silent_database() {
 async fn every_log_line_is_json_without_a_terminal() {
     let world = World::new().await;
     world.append(10).await;
-    let folder = Folder::new().with("1.toml", &tally("a")).with("2.toml", &failing_at("poisoned", 15));
+    let folder =
+        Folder::new().with("1.toml", &tally("a")).with("2.toml", &failing_at("poisoned", 15));
     let mut logs = Vec::new();
     for (arguments, code) in [
         (&["boot", "--log=debug", "--projectors", folder.path()][..], 0),
@@ -404,7 +508,11 @@ async fn every_log_line_is_json_without_a_terminal() {
     }
     world.append(10).await;
     logs.extend(
-        world.run(&["play", "--until-idle", "--log=debug", "--projectors", folder.path()]).await.exits(1).log(),
+        world
+            .run(&["play", "--until-idle", "--log=debug", "--projectors", folder.path()])
+            .await
+            .exits(1)
+            .log(),
     );
     let play = world.start(&["play", "--projectors", folder.path()]);
     play.wait_for_log("playing").await;

@@ -28,7 +28,11 @@ async fn retire_drops_the_tables_and_the_ledger_row() {
     let (world, folder) = booted(&[("1.toml", &tally("a")), ("2.toml", &tally("b"))]).await;
     let arguments = ["retire", "a", "--yes", "--force", "--projectors", folder.path()];
     let retired = world.run(&arguments).await.exits(0);
-    assert!(retired.stdout.contains("a@1 is retired: its tables are torn down"), "{}", retired.stdout);
+    assert!(
+        retired.stdout.contains("a@1 is retired: its tables are torn down"),
+        "{}",
+        retired.stdout
+    );
     assert_eq!((has_table(&world, "a").await, world.status("a").await), (false, "new".into()));
     assert_eq!(
         (tally_positions(&world, "b").await.len(), world.status("b").await),
@@ -43,15 +47,25 @@ async fn retire_without_the_file_deletes_the_ledger_row_and_keeps_the_tables() {
     let (world, _folder) = booted(&[("1.toml", &tally("a"))]).await;
     let retired = world.run(&["retire", "a", "--yes"]).await.exits(0);
     assert!(retired.stdout.contains("its tables stay"), "{}", retired.stdout);
-    assert_eq!((tally_positions(&world, "a").await.len(), world.status("a").await), (5, "new".into()));
+    assert_eq!(
+        (tally_positions(&world, "a").await.len(), world.status("a").await),
+        (5, "new".into())
+    );
 }
 
 #[tokio::test]
 async fn a_live_projector_in_the_set_is_retired_only_by_force() {
     let (world, folder) = booted(&[("1.toml", &tally("a"))]).await;
     let arguments = ["retire", "a", "--yes", "--projectors", folder.path()];
-    world.run(&arguments).await.exits(2).prints(&["a@1 is live in this set", "take it out of the set", "--force"]);
-    assert_eq!((tally_positions(&world, "a").await.len(), world.status("a").await), (5, "live".into()));
+    world.run(&arguments).await.exits(2).prints(&[
+        "a@1 is live in this set",
+        "take it out of the set",
+        "--force",
+    ]);
+    assert_eq!(
+        (tally_positions(&world, "a").await.len(), world.status("a").await),
+        (5, "live".into())
+    );
     world.run(&[&arguments[..], &["--force"]].concat()).await.exits(0);
     assert_eq!(world.status("a").await, "new");
 }
@@ -77,13 +91,17 @@ async fn a_retired_projector_with_side_effects_is_never_booted_or_played_again()
         booted.stderr
     );
     world.run(&["play", "--until-idle", "--projectors", folder.path()]).await.exits(0);
-    assert_eq!((tally_positions(&world, "a").await.len(), tally_positions(&world, "mails").await.len()), (10, 5));
+    assert_eq!(
+        (tally_positions(&world, "a").await.len(), tally_positions(&world, "mails").await.len()),
+        (10, 5)
+    );
     assert_eq!((world.status("mails").await, world.position("mails").await), ("retired".into(), 5));
 }
 
 #[tokio::test]
 async fn a_version_is_retired_by_name_and_version() {
-    let second = tally("b").replace("name = 'b'", "name = 'a'").replace("version = 1", "version = 2");
+    let second =
+        tally("b").replace("name = 'b'", "name = 'a'").replace("version = 1", "version = 2");
     let (world, folder) = booted(&[("1.toml", &tally("a")), ("2.toml", &second)]).await;
     world.run(&["retire", "a@1", "--yes", "--force", "--projectors", folder.path()]).await.exits(0);
     let left = world.ledger.entries().await.expect("the ledger");
@@ -117,10 +135,21 @@ async fn on_a_terminal_retire_asks_and_follows_the_answer() {
         let ours = world.command(&[]);
         let program = ours.as_std().get_program().to_str().expect("a path in UTF-8").to_owned();
         let mut terminal = Command::new("script");
-        terminal.args(["--quiet", "--return", "--command", &format!("{program} retire a"), "/dev/null"]);
+        terminal.args([
+            "--quiet",
+            "--return",
+            "--command",
+            &format!("{program} retire a"),
+            "/dev/null",
+        ]);
         let variables = ours.as_std().get_envs().filter_map(|(name, value)| Some((name, value?)));
-        terminal.envs(variables).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let finished = RunningProcess::spawn_with(terminal, answer.as_bytes()).finish().await.exits(code);
+        terminal
+            .envs(variables)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let finished =
+            RunningProcess::spawn_with(terminal, answer.as_bytes()).finish().await.exits(code);
         for words in ["a@1 (live, position 5) will be retired", "Go on? [y/N]", said] {
             assert!(finished.stdout.contains(words), "{words} in {}", finished.stdout);
         }
@@ -134,7 +163,12 @@ async fn a_failing_teardown_is_reported_and_can_be_run_again() {
     let (world, folder) = booted(&[("1.toml", &broken)]).await;
     let arguments = ["retire", "a", "--yes", "--force", "--projectors", folder.path()];
     let failed = world.run(&arguments).await.exits(1);
-    failed.prints(&["a@1: its teardown failed", "1.toml:5", "no_such_table", "retire may be run again"]);
+    failed.prints(&[
+        "a@1: its teardown failed",
+        "1.toml:5",
+        "no_such_table",
+        "retire may be run again",
+    ]);
     assert_eq!(world.status("a").await, "retired", "nobody plays it while its tables go");
     folder.write("1.toml", &tally("a"));
     world.run(&arguments).await.exits(0);

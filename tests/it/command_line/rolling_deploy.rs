@@ -1,4 +1,5 @@
-//! As a service on ECS runs: several tasks at once, a health check that looks at the heartbeat, deploys that roll over each other.
+//! As a service on ECS runs: several tasks at once, a health check that looks at the heartbeat,
+//! deploys that roll over each other.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,7 +17,13 @@ async fn roll(world: World) {
     world.append(200).await;
     world.run(&["boot", "--projectors", old.path()]).await.exits(0);
     let worker = |folder: &Folder| {
-        world.start(&["play", "--message-events=5", "--visibility-timeout=10", "--projectors", folder.path()])
+        world.start(&[
+            "play",
+            "--message-events=5",
+            "--visibility-timeout=10",
+            "--projectors",
+            folder.path(),
+        ])
     };
     let mut workers = vec![worker(&old), worker(&old), worker(&old)];
 
@@ -26,14 +33,17 @@ async fn roll(world: World) {
         while !done.load(Ordering::SeqCst) || appended < 1_000 {
             world.append(10).await;
             appended += 10;
-            // As fast as it is played: what is still to be played at the end would measure the machine.
+            // As fast as it is played: what is still to be played at the end would measure the
+            // machine.
             let last = world.last_position().await;
-            eventually("the workers follow", async || world.position("a").await + 500 >= last).await;
+            eventually("the workers follow", async || world.position("a").await + 500 >= last)
+                .await;
         }
         appended
     };
     let deploy = async {
-        eventually("the old release is at work", async || world.position("going").await > 300).await;
+        eventually("the old release is at work", async || world.position("going").await > 300)
+            .await;
         let beside = world.position("a").await;
         world.run(&["boot", "--projectors", new.path()]).await.exits(0);
         assert!(world.position("a").await > beside, "the old release goes on beside the boot");
@@ -46,18 +56,22 @@ async fn roll(world: World) {
             assert!(began.elapsed() < STOP_TIMEOUT, "{:?}", began.elapsed());
         }
         let last = world.last_position().await;
-        eventually("the new release is at work", async || world.position("coming").await > last).await;
+        eventually("the new release is at work", async || world.position("coming").await > last)
+            .await;
         done.store(true, Ordering::SeqCst);
     };
     let (appended, ()) = tokio::join!(load, deploy);
     let last = world.last_position().await;
-    eventually("all is played", async || world.position("a").await == last && world.position("coming").await == last)
-        .await;
+    eventually("all is played", async || {
+        world.position("a").await == last && world.position("coming").await == last
+    })
+    .await;
     for worker in workers {
         worker.terminate().await.exits(0);
     }
     assert_eq!(event_count(&world).await, appended);
-    // Each event once, in order; and of the one that the new release lacks, up to where it stands, too.
+    // Each event once, in order; and of the one that the new release lacks, up to where it stands,
+    // too.
     let events = world.positions("event_type not like '$%'").await;
     for name in ["a", "coming"] {
         assert_eq!(tally_positions(&world, name).await, events, "{name}");
@@ -94,7 +108,11 @@ async fn a_stuck_worker_fails_its_health_check() {
     let play = world.start(&["play", "--projectors", folder.path(), "--heartbeat", &file]);
     eventually("its heart beats", async || last_beat(&file).is_some()).await;
     let well = world.run(&health).await.exits(0);
-    assert!(well.stdout.starts_with("well: ") && well.stdout.lines().count() == 1, "{}", well.stdout);
+    assert!(
+        well.stdout.starts_with("well: ") && well.stdout.lines().count() == 1,
+        "{}",
+        well.stdout
+    );
 
     play.signal("STOP").await;
     eventually("it is found", async || world.run(&health).await.code == Some(1)).await;
@@ -104,7 +122,8 @@ async fn a_stuck_worker_fails_its_health_check() {
     play.terminate().await.exits(0);
     world.run(&health).await.exits(1).prints(&["no heartbeat"]);
 
-    let nowhere = ["play", "--projectors", folder.path(), "--heartbeat", "/no/such/folder/heartbeat"];
+    let nowhere =
+        ["play", "--projectors", folder.path(), "--heartbeat", "/no/such/folder/heartbeat"];
     world.run(&nowhere).await.exits(2).prints(&["/no/such/folder/heartbeat", "read-only"]);
 }
 
@@ -116,11 +135,21 @@ async fn a_worker_waiting_for_its_database_passes_its_health_check() {
     let is_away = Arc::new(AtomicBool::new(false));
     let decide = {
         let is_away = Arc::clone(&is_away);
-        move |_: &[u8]| if is_away.load(Ordering::SeqCst) { ProxyAction::Reset } else { ProxyAction::Forward }
+        move |_: &[u8]| {
+            if is_away.load(Ordering::SeqCst) { ProxyAction::Reset } else { ProxyAction::Forward }
+        }
     };
     let url = world.database_url_through_proxy(decide).await;
     let file = folder.file("heartbeat");
-    let play = ["play", "--receive-wait=1", "--reconcile-after=1", "--projectors", folder.path(), "--heartbeat", &file];
+    let play = [
+        "play",
+        "--receive-wait=1",
+        "--reconcile-after=1",
+        "--projectors",
+        folder.path(),
+        "--heartbeat",
+        &file,
+    ];
     let mut play = world.command(&play);
     play.env("DATABASE_URL", url);
     let play = RunningProcess::spawn(play);

@@ -5,7 +5,8 @@ use tokio::process::Command;
 use super::{failing_at, line, tally};
 use crate::failover::lock_out_restricted_users;
 use crate::support::{
-    FinishedProcess, Folder, Function, RunningProcess, Runtime, TIMEOUT, World, eventually, schedule, server_url,
+    FinishedProcess, Folder, Function, RunningProcess, Runtime, TIMEOUT, World, eventually,
+    schedule, server_url,
 };
 
 /// The password of [`user`], in a URL.
@@ -37,7 +38,11 @@ async fn user(world: &World) -> &str {
 
 /// The URL of the world's database for that user.
 fn url(world: &World, user: &str, password: &str) -> String {
-    format!("mysql://{user}:{password}@{}/{}", server_url().replace("mysql://root@", ""), world.database_name)
+    format!(
+        "mysql://{user}:{password}@{}/{}",
+        server_url().replace("mysql://root@", ""),
+        world.database_name
+    )
 }
 
 /// A command that has the password in its environment, and logs whatever it can.
@@ -59,7 +64,9 @@ async fn the_database_password_is_never_shown() {
     let folder = Folder::new().with("a.toml", &tally("a")).with("b.toml", &failing_at("b", 5));
     let events = Folder::new().with("events.jsonl", &[line("a"), line("b"), line("c")].join("\n"));
     let file = events.file("events.jsonl");
-    let ours = |arguments: &[&str], password: &str| with_password(&world, arguments, url(password), &folder);
+    let ours = |arguments: &[&str], password: &str| {
+        with_password(&world, arguments, url(password), &folder)
+    };
     let (right, wrong) = (RIGHT, "s3cr3t-Pa55-wrong");
     for (arguments, password, code) in [
         (&["migrate"][..], right, 0),
@@ -134,15 +141,16 @@ async fn responses_to_lambda_never_show_a_password() {
     world.execute(&format!("drop user '{user}'@'%'")).await;
 }
 
-/// Anybody on the host may read that: so the environment is where a password belongs, and nothing may take it from there into
-/// an argument, of ours or of a process that is started.
+/// Anybody on the host may read that: so the environment is where a password belongs, and nothing
+/// may take it from there into an argument, of ours or of a process that is started.
 #[tokio::test]
 async fn the_command_line_in_the_process_list_shows_no_password() {
     let world = World::new().await;
     let user = user(&world).await;
     let folder = Folder::new().with("a.toml", &tally("a"));
     world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
-    let play = RunningProcess::spawn(with_password(&world, &["play"], url(&world, user, RIGHT), &folder));
+    let play =
+        RunningProcess::spawn(with_password(&world, &["play"], url(&world, user, RIGHT), &folder));
     world.append(3).await;
     eventually("it is at work", async || world.position("a").await == 3).await;
     let of_process = |file: &str| {

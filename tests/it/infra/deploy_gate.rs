@@ -28,7 +28,10 @@ impl Load {
                 pulse.tick().await;
                 let line = |number: usize| {
                     let kind = ["Opened", "Amended", "Closed"][number % 3];
-                    format!("{{\"stream_id\":\"case-{}\",\"event_type\":\"{kind}\",\"payload\":{{}}}}", number % 10)
+                    format!(
+                        "{{\"stream_id\":\"case-{}\",\"event_type\":\"{kind}\",\"payload\":{{}}}}",
+                        number % 10
+                    )
                 };
                 writer.write(&(written..written + 3).map(line).collect::<Vec<_>>()).await;
                 written += 3;
@@ -67,7 +70,8 @@ async fn releases_roll_forward_and_back_under_load_and_a_breaking_one_is_stopped
     assert!(deployed.stdout.contains("released: orders:1"), "{}", deployed.stdout);
     let goes_on = async || {
         let mark = world.last_position().await;
-        eventually("the workers play what is new", async || world.position("cases").await >= mark).await;
+        eventually("the workers play what is new", async || world.position("cases").await >= mark)
+            .await;
     };
     goes_on().await;
 
@@ -84,7 +88,10 @@ async fn releases_roll_forward_and_back_under_load_and_a_breaking_one_is_stopped
 
     // Mended it goes through, and all the old workers stop in order.
     fake_aws.deploy("orders:3").await.exits(0);
-    assert_eq!((world.status("customers").await, world.status("fragile").await), ("live".into(), "live".into()));
+    assert_eq!(
+        (world.status("customers").await, world.status("fragile").await),
+        ("live".into(), "live".into())
+    );
     assert_eq!(fake_aws.cloud().await.replaced.len(), 2);
     goes_on().await;
 
@@ -92,14 +99,18 @@ async fn releases_roll_forward_and_back_under_load_and_a_breaking_one_is_stopped
     fake_aws.deploy("orders:1").await.exits(0);
     let stands = world.position("customers").await;
     goes_on().await;
-    assert_eq!((world.position("customers").await, world.status("customers").await), (stands, "live".into()));
+    assert_eq!(
+        (world.position("customers").await, world.status("customers").await),
+        (stands, "live".into())
+    );
 
     // And forward again.
     fake_aws.deploy("orders:3").await.exits(0);
     let mark = world.last_position().await;
     eventually("they catch up", async || world.position("customers").await >= mark).await;
 
-    // The fourth has no customers any more: its projector is retired, and what it made dropped by hand.
+    // The fourth has no customers any more: its projector is retired, and what it made dropped by
+    // hand.
     fake_aws.deploy("orders:4").await.exits(0);
     world.run(&["retire", "customers", "--yes"]).await.exits(0);
     world.execute("drop table customers").await;
@@ -115,12 +126,18 @@ async fn releases_roll_forward_and_back_under_load_and_a_breaking_one_is_stopped
     })
     .await;
     fake_aws.cloud().await.stop_workers().await;
-    assert!(written > 0 && cases.applied(&world).await.len() == 300 + written, "each event is there, once");
+    assert!(
+        written > 0 && cases.applied(&world).await.len() == 300 + written,
+        "each event is there, once"
+    );
     for read_model in [&cases, &customers, &broken] {
         world.assert_complete(read_model).await;
     }
     let cloud = fake_aws.cloud().await;
-    assert!(cloud.replaced.iter().all(|worker| worker.code == Some(0)), "every worker stopped in order");
+    assert!(
+        cloud.replaced.iter().all(|worker| worker.code == Some(0)),
+        "every worker stopped in order"
+    );
 }
 
 #[tokio::test]
@@ -160,15 +177,21 @@ async fn workers_that_do_not_start_leave_the_previous_release_in_place() {
     fake_aws.push("orders:2", Folder::new().with("cases.toml", &tally("cases"))).await;
     fake_aws.cloud().await.break_workers();
     let failed = fake_aws.deploy("orders:2").await.exits(3);
-    assert!(failed.stdout.contains("Worker: ECS Deployment Circuit Breaker was triggered."), "{}", failed.stdout);
+    assert!(
+        failed.stdout.contains("Worker: ECS Deployment Circuit Breaker was triggered."),
+        "{}",
+        failed.stdout
+    );
     assert!(failed.stderr.contains("UPDATE_ROLLBACK_COMPLETE"), "{}", failed.stderr);
     let mut cloud = fake_aws.cloud().await;
     assert_eq!((cloud.parameter("Image").to_owned(), cloud.workers()), ("orders:1".into(), 2));
     cloud.stop_workers().await;
 }
 
-/// Arguments of the gate, a call that AWS refuses with these words, the exit code, and what is said.
-type Case = (&'static [&'static str], Option<(&'static str, &'static str)>, i32, &'static [&'static str]);
+/// Arguments of the gate, a call that AWS refuses with these words, the exit code, and what is
+/// said.
+type Case =
+    (&'static [&'static str], Option<(&'static str, &'static str)>, i32, &'static [&'static str]);
 
 #[tokio::test]
 async fn the_deploy_gate_reports_each_problem_with_advice() {
@@ -218,7 +241,10 @@ async fn the_deploy_gate_reports_each_problem_with_advice() {
         ),
         (
             &["orders", "orders:1"],
-            Some(("logs", "An error occurred (AccessDeniedException) when calling the GetLogEvents operation: no")),
+            Some((
+                "logs",
+                "An error occurred (AccessDeniedException) when calling the GetLogEvents operation: no",
+            )),
             2,
             &["GetLogEvents", "infra/deployer.yaml"],
         ),
@@ -231,14 +257,24 @@ async fn the_deploy_gate_reports_each_problem_with_advice() {
         }
         let failed = RunningProcess::spawn(fake_aws.gate(arguments)).finish().await.exits(*code);
         for word in *words {
-            assert!(failed.stderr.contains(word), "{arguments:?}: {word:?} is not in {}", failed.stderr);
+            assert!(
+                failed.stderr.contains(word),
+                "{arguments:?}: {word:?} is not in {}",
+                failed.stderr
+            );
         }
     }
 
     // What fails now and then is asked again; the exit code decides, and not the log.
     let fake_aws = FakeAws::new(&world).await;
     fake_aws.push("orders:1", Folder::new().with("cases.toml", &tally("cases"))).await;
-    fake_aws.refuse_times("ecs describe-tasks", "Connection was closed before we received a valid response", 3).await;
+    fake_aws
+        .refuse_times(
+            "ecs describe-tasks",
+            "Connection was closed before we received a valid response",
+            3,
+        )
+        .await;
     fake_aws
         .refuse("logs", "An error occurred (ServiceUnavailableException) when calling the GetLogEvents operation")
         .await;
@@ -247,7 +283,9 @@ async fn the_deploy_gate_reports_each_problem_with_advice() {
     fake_aws.cloud().await.stop_workers().await;
 
     let fake_aws = FakeAws::new(&world).await;
-    for (status, word) in [("UPDATE_IN_PROGRESS", "another deploy"), ("ROLLBACK_COMPLETE", "delete it")] {
+    for (status, word) in
+        [("UPDATE_IN_PROGRESS", "another deploy"), ("ROLLBACK_COMPLETE", "delete it")]
+    {
         fake_aws.cloud().await.status = status.into();
         let failed = fake_aws.deploy("orders:1").await.exits(3);
         assert!(failed.stderr.contains(word), "{}", failed.stderr);

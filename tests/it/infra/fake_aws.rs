@@ -1,6 +1,6 @@
-//! Stands in for AWS before infra/deploy, because nothing here runs ECS: its tasks and its service are real processes of the
-//! shipped binary. An image is a folder of projector files. With a real CLI behind it, CloudFormation and the logs are
-//! LocalStack's, and ECS alone is played.
+//! Stands in for AWS before infra/deploy, because nothing here runs ECS: its tasks and its service
+//! are real processes of the shipped binary. An image is a folder of projector files. With a real
+//! CLI behind it, CloudFormation and the logs are LocalStack's, and ECS alone is played.
 
 use std::collections::HashMap;
 use std::ffi::OsString;
@@ -63,14 +63,19 @@ impl FakeAws {
     pub async fn new(world: &World) -> Self {
         let command = world.command(&[]);
         let environment = command.as_std().get_envs();
-        let environment = environment.filter_map(|(name, value)| Some((name.to_owned(), value?.to_owned()))).collect();
+        let environment = environment
+            .filter_map(|(name, value)| Some((name.to_owned(), value?.to_owned())))
+            .collect();
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let port = listener.local_addr().expect("bound").port();
         let cloud = Arc::new(Mutex::new(Cloud {
             binary: command.as_std().get_program().to_owned(),
             environment,
             images: HashMap::new(),
-            parameters: vec![("BootImage".into(), "none:yet".into()), ("Image".into(), String::new())],
+            parameters: vec![
+                ("BootImage".into(), "none:yet".into()),
+                ("Image".into(), String::new()),
+            ],
             status: "CREATE_COMPLETE".into(),
             tasks: HashMap::new(),
             workers: Vec::new(),
@@ -166,7 +171,9 @@ impl Cloud {
     async fn call(cloud: &Arc<Mutex<Cloud>>, arguments: &[String]) -> CliOutput {
         let mut this = cloud.lock().await;
         let line = arguments.join(" ");
-        let is_refused = |(call, _, left): &&mut (String, String, usize)| *left > 0 && line.starts_with(call.as_str());
+        let is_refused = |(call, _, left): &&mut (String, String, usize)| {
+            *left > 0 && line.starts_with(call.as_str())
+        };
         if let Some((_, words, left)) = this.refusals.iter_mut().find(is_refused) {
             *left -= 1;
             return (254, words.clone());
@@ -175,13 +182,18 @@ impl Cloud {
         let real = this.real.clone();
         match (call, real) {
             (("cloudformation", "update-stack"), real) => {
-                let wanted: Value = serde_json::from_str(option(arguments, "--parameters")).expect("JSON");
+                let wanted: Value =
+                    serde_json::from_str(option(arguments, "--parameters")).expect("JSON");
                 let changed = this.set(&wanted);
                 if let Some((cli, template)) = real {
                     return forward(&cli, &with_template(arguments, &template)).await;
                 }
                 if changed.is_empty() {
-                    return refused("ValidationError", "UpdateStack", "No updates are to be performed.");
+                    return refused(
+                        "ValidationError",
+                        "UpdateStack",
+                        "No updates are to be performed.",
+                    );
                 }
                 this.status = "UPDATE_IN_PROGRESS".into();
                 tokio::spawn(update(Arc::clone(cloud), changed));
@@ -191,11 +203,14 @@ impl Cloud {
             (("cloudformation", "describe-stacks"), None) => (0, this.stack().to_string()),
             (("cloudformation", "describe-stack-events"), None) => (0, this.events().to_string()),
             (("ecs", "run-task"), _) => this.run_task(option(arguments, "--overrides")),
-            (("ecs", "describe-tasks"), _) => this.describe_task(option(arguments, "--tasks")).await,
+            (("ecs", "describe-tasks"), _) => {
+                this.describe_task(option(arguments, "--tasks")).await
+            }
             (("ecs", "stop-task"), _) => this.stop_task(option(arguments, "--task")).await,
             (("logs", "get-log-events"), real) => {
                 let stream = option(arguments, "--log-stream-name");
-                let task = stream.strip_prefix("boot/boot/").expect("the stream of a task").to_owned();
+                let task =
+                    stream.strip_prefix("boot/boot/").expect("the stream of a task").to_owned();
                 let Some(lines) = this.log(&task) else {
                     return refused(
                         "ResourceNotFoundException",
@@ -218,7 +233,11 @@ impl Cloud {
         for parameter in wanted.as_array().expect("a list") {
             let Some(value) = parameter["ParameterValue"].as_str() else { continue };
             let name = parameter["ParameterKey"].as_str().expect("a name");
-            let entry = self.parameters.iter_mut().find(|(known, _)| known == name).expect("a parameter of the stack");
+            let entry = self
+                .parameters
+                .iter_mut()
+                .find(|(known, _)| known == name)
+                .expect("a parameter of the stack");
             if entry.1 != value {
                 changed.push((name.to_owned(), std::mem::replace(&mut entry.1, value.to_owned())));
             }
@@ -233,7 +252,10 @@ impl Cloud {
     fn stack(&self) -> Value {
         let outputs = [
             ("Cluster", "main"),
-            ("BootTaskDefinition", "arn:aws:ecs:us-east-1:000000000000:task-definition/orders-boot:1"),
+            (
+                "BootTaskDefinition",
+                "arn:aws:ecs:us-east-1:000000000000:task-definition/orders-boot:1",
+            ),
             ("Subnets", "subnet-1,subnet-2"),
             ("SecurityGroups", "sg-1"),
             ("AssignPublicIp", "DISABLED"),
@@ -242,7 +264,8 @@ impl Cloud {
         let pairs = |key: &str, value: &str, pairs: Vec<(&str, &str)>| -> Value {
             pairs.into_iter().map(|(name, text)| json!({key: name, value: text})).collect()
         };
-        let parameters = self.parameters.iter().map(|(name, text)| (name.as_str(), text.as_str())).collect();
+        let parameters =
+            self.parameters.iter().map(|(name, text)| (name.as_str(), text.as_str())).collect();
         json!({"Stacks": [{
             "StackName": "orders",
             "StackStatus": self.status,
@@ -281,7 +304,8 @@ impl Cloud {
 
     fn run_task(&mut self, overrides: &str) -> CliOutput {
         let overrides: Value = serde_json::from_str(overrides).expect("JSON");
-        let command = overrides["containerOverrides"][0]["command"].as_array().expect("a command").clone();
+        let command =
+            overrides["containerOverrides"][0]["command"].as_array().expect("a command").clone();
         let command: Vec<&str> = command.iter().filter_map(Value::as_str).collect();
         let image = self.parameter("BootImage");
         let task = match self.start(image, &command) {
@@ -297,7 +321,9 @@ impl Cloud {
     async fn describe_task(&mut self, arn: &str) -> CliOutput {
         let id = id_of(arn);
         let (task, described) = match self.tasks.remove(id).expect("a task that was started") {
-            Task::Pending(running) => (Task::RunningProcess(running), json!({"lastStatus": "PENDING"})),
+            Task::Pending(running) => {
+                (Task::RunningProcess(running), json!({"lastStatus": "PENDING"}))
+            }
             Task::RunningProcess(mut running) => match running.is_running() {
                 true => (Task::RunningProcess(running), json!({"lastStatus": "RUNNING"})),
                 false => stopped(running.finish().await),
@@ -315,7 +341,8 @@ impl Cloud {
 
     async fn stop_task(&mut self, arn: &str) -> CliOutput {
         let id = id_of(arn);
-        if let Some(Task::Pending(running) | Task::RunningProcess(running)) = self.tasks.remove(id) {
+        if let Some(Task::Pending(running) | Task::RunningProcess(running)) = self.tasks.remove(id)
+        {
             self.tasks.insert(id.to_owned(), Task::Stopped(running.terminate().await));
         }
         (0, "{}".into())
@@ -323,7 +350,9 @@ impl Cloud {
 
     /// What the tasks left that ended, or were stopped.
     pub fn stopped_tasks(&self) -> impl Iterator<Item = &FinishedProcess> {
-        self.tasks.values().filter_map(|task| if let Task::Stopped(finished) = task { Some(finished) } else { None })
+        self.tasks.values().filter_map(|task| {
+            if let Task::Stopped(finished) = task { Some(finished) } else { None }
+        })
     }
 
     /// What a task has written, as its log driver would ship it; nothing before it runs.
@@ -333,14 +362,22 @@ impl Cloud {
             Task::Stopped(finished) => format!("{}{}", finished.stderr, finished.stdout),
             Task::Pending(_) | Task::Failed(_) => return None,
         };
-        Some(text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n')).map(str::to_owned).collect())
+        Some(
+            text.split_inclusive('\n')
+                .filter_map(|line| line.strip_suffix('\n'))
+                .map(str::to_owned)
+                .collect(),
+        )
     }
 
     // — the service —
 
     /// How many workers are there, none of which has ended.
     pub fn workers(&mut self) -> usize {
-        assert!(self.workers.iter_mut().all(RunningProcess::is_running), "no worker has ended by itself");
+        assert!(
+            self.workers.iter_mut().all(RunningProcess::is_running),
+            "no worker has ended by itself"
+        );
         self.workers.len()
     }
 
@@ -411,7 +448,10 @@ fn stopped(finished: FinishedProcess) -> (Task, Value) {
 }
 
 pub fn option<'a>(arguments: &'a [String], name: &str) -> &'a str {
-    let at = arguments.iter().position(|argument| argument == name).unwrap_or_else(|| panic!("{name} is not given"));
+    let at = arguments
+        .iter()
+        .position(|argument| argument == name)
+        .unwrap_or_else(|| panic!("{name} is not given"));
     &arguments[at + 1]
 }
 
@@ -425,7 +465,10 @@ fn refused(code: &str, operation: &str, words: &str) -> CliOutput {
 
 /// The log events after the token.
 fn page(lines: &[String], arguments: &[String]) -> CliOutput {
-    let token = arguments.iter().position(|argument| argument == "--next-token").map(|at| arguments[at + 1].as_str());
+    let token = arguments
+        .iter()
+        .position(|argument| argument == "--next-token")
+        .map(|at| arguments[at + 1].as_str());
     let from: usize = token.and_then(|token| token.strip_prefix("f/")?.parse().ok()).unwrap_or(0);
     // Few at a time, so that there are several pages.
     let to = lines.len().min(from + 20);

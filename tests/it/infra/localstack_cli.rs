@@ -13,7 +13,11 @@ pub fn with_template(arguments: &[String], template: &Path) -> Vec<String> {
     let body = format!("--template-body=file://{}", template.display());
     arguments
         .iter()
-        .map(|argument| if argument == "--use-previous-template" { body.clone() } else { argument.clone() })
+        .map(
+            |argument| {
+                if argument == "--use-previous-template" { body.clone() } else { argument.clone() }
+            },
+        )
         .collect()
 }
 
@@ -26,10 +30,12 @@ pub async fn forward(cli: &Path, arguments: &[String]) -> CliOutput {
 
 /// What the log driver does: makes the stream, and puts the new lines into it.
 pub async fn ship_logs(cli: &Path, arguments: &[String], lines: &[String], is_first: bool) {
-    let (group, stream) = (option(arguments, "--log-group-name"), option(arguments, "--log-stream-name"));
+    let (group, stream) =
+        (option(arguments, "--log-group-name"), option(arguments, "--log-stream-name"));
     let call = async |operation: &str, more: &[String]| {
         let names = ["logs", operation, "--log-group-name", group, "--log-stream-name", stream];
-        let arguments: Vec<String> = names.iter().map(|word| word.to_string()).chain(more.iter().cloned()).collect();
+        let arguments: Vec<String> =
+            names.iter().map(|word| word.to_string()).chain(more.iter().cloned()).collect();
         let (code, text) = forward(cli, &arguments).await;
         assert_eq!(code, 0, "{text}");
     };
@@ -38,8 +44,10 @@ pub async fn ship_logs(cli: &Path, arguments: &[String], lines: &[String], is_fi
     }
     if !lines.is_empty() {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
-        let events: Value =
-            lines.iter().map(|line| json!({"timestamp": now.as_millis() as u64, "message": line})).collect();
+        let events: Value = lines
+            .iter()
+            .map(|line| json!({"timestamp": now.as_millis() as u64, "message": line}))
+            .collect();
         call("put-log-events", &["--log-events".into(), events.to_string()]).await;
     }
 }

@@ -13,7 +13,9 @@ fn commands(section: &str) -> Vec<String> {
     let (_, rest) = readme.split_once(&format!("\n## {section}\n")).expect("the section");
     let section = rest.split("\n## ").next().expect("its text");
     let blocks = section.split("\n```sh\n").skip(1);
-    blocks.map(|block| block.split_once("\n```").expect("the end of a block").0.to_owned()).collect()
+    blocks
+        .map(|block| block.split_once("\n```").expect("the end of a block").0.to_owned())
+        .collect()
 }
 
 #[tokio::test]
@@ -26,15 +28,25 @@ async fn the_readme_commands_lead_from_nothing_to_a_running_stack() {
     let blocks = commands("Try it against LocalStack");
     assert_eq!(blocks.len(), 5, "all of it is read");
     // Tells after which block it stands; what is between is the README's.
-    let script: String =
-        blocks.iter().enumerate().map(|(number, block)| format!("{block}\necho \"block {number} done\"\n")).collect();
+    let script: String = blocks
+        .iter()
+        .enumerate()
+        .map(|(number, block)| format!("{block}\necho \"block {number} done\"\n"))
+        .collect();
     // What localstack/shell sets, with a database, and a name for the stacks, that nobody else has.
     let mut command = world.command(&[]);
     let binary = Path::new(command.as_std().get_program()).parent().expect("its folder").to_owned();
-    let path =
-        format!("{}:{}:{}", file(".local/bin").display(), binary.display(), std::env::var("PATH").expect("a PATH"));
-    let environment: Vec<_> =
-        command.as_std().get_envs().map(|(name, value)| (name.to_owned(), value.map(ToOwned::to_owned))).collect();
+    let path = format!(
+        "{}:{}:{}",
+        file(".local/bin").display(),
+        binary.display(),
+        std::env::var("PATH").expect("a PATH")
+    );
+    let environment: Vec<_> = command
+        .as_std()
+        .get_envs()
+        .map(|(name, value)| (name.to_owned(), value.map(ToOwned::to_owned)))
+        .collect();
     command = tokio::process::Command::new("bash");
     command.args(["-euo", "pipefail", "-c", &script]).current_dir(file(""));
     for (name, value) in environment {
@@ -51,7 +63,10 @@ async fn the_readme_commands_lead_from_nothing_to_a_running_stack() {
     let told = |number: usize| -> &str {
         let (_, rest) = match number {
             0 => ("", ended.stdout.as_str()),
-            _ => ended.stdout.split_once(&format!("block {} done\n", number - 1)).expect("the block before"),
+            _ => ended
+                .stdout
+                .split_once(&format!("block {} done\n", number - 1))
+                .expect("the block before"),
         };
         rest.split_once(&format!("block {number} done\n")).expect("the block").0
     };

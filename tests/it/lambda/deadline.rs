@@ -1,4 +1,5 @@
-//! Invocations that do not come to a good end: no time, no database, a handler that never ends, a kill, a freeze, SIGTERM.
+//! Invocations that do not come to a good end: no time, no database, a handler that never ends, a
+//! kill, a freeze, SIGTERM.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -8,9 +9,12 @@ use projectionist::Queue;
 use serde_json::Value;
 
 use super::{GATE, close_gate, waiting_handlers};
-use crate::support::{ProxyAction, TIMEOUT, Tally, World, eventually, execute, is_commit, kill, sessions};
+use crate::support::{
+    ProxyAction, TIMEOUT, Tally, World, eventually, execute, is_commit, kill, sessions,
+};
 
-/// In a FIFO queue, and so in this order: what was passed is deleted, what was not and all after it is returned.
+/// In a FIFO queue, and so in this order: what was passed is deleted, what was not and all after it
+/// is returned.
 #[tokio::test]
 async fn an_invocation_that_runs_out_of_time_responds_and_the_next_continues() {
     let world = World::new().await;
@@ -18,8 +22,13 @@ async fn an_invocation_that_runs_out_of_time_responds_and_the_next_continues() {
     let folder = world.booted(&[&quick.file(&[]), &slow.file(&[GATE]), &last.file(&[])]).await;
     let mut gate = close_gate(&world, 25).await;
     world.append_and_publish(50).await;
-    let options =
-        ["--projectors", folder.path(), "--batch=10", "--background-after-seconds=60", "--deadline-margin=1500"];
+    let options = [
+        "--projectors",
+        folder.path(),
+        "--batch=10",
+        "--background-after-seconds=60",
+        "--deadline-margin=1500",
+    ];
     let mut function = world.function(&options).await;
 
     let batch = world.capture().await;
@@ -27,9 +36,17 @@ async fn an_invocation_that_runs_out_of_time_responds_and_the_next_continues() {
     function.begin(&batch.event(&world), Duration::from_secs(8));
     eventually("the slow one waits", async || world.lock_waits().await == 1).await;
     let answer = function.answer().await.expect("an answer");
-    assert_eq!(waiting_handlers(&world).await, 0, "nobody is frozen in the middle of a transaction");
     assert_eq!(
-        (world.position("quick").await, world.position("slow").await, world.position("the_last").await),
+        waiting_handlers(&world).await,
+        0,
+        "nobody is frozen in the middle of a transaction"
+    );
+    assert_eq!(
+        (
+            world.position("quick").await,
+            world.position("slow").await,
+            world.position("the_last").await
+        ),
         (50, 20, 0)
     );
     // Nobody has passed them, for the last one had no turn yet.
@@ -42,7 +59,11 @@ async fn an_invocation_that_runs_out_of_time_responds_and_the_next_continues() {
     let answer = function.answer().await.expect("an answer");
     assert_eq!(batch.settle(&world, &answer).await, Vec::<usize>::new());
     assert_eq!(
-        (waiting_handlers(&world).await, world.position("slow").await, world.queue.depth().await.expect("a depth")),
+        (
+            waiting_handlers(&world).await,
+            world.position("slow").await,
+            world.queue.depth().await.expect("a depth")
+        ),
         (0, 20, 0)
     );
 
@@ -56,23 +77,36 @@ async fn an_invocation_that_runs_out_of_time_responds_and_the_next_continues() {
 
 #[tokio::test]
 async fn a_timed_out_batch_returns_only_messages_not_applied_by_all() {
-    for (world, is_fifo) in [(World::new().await, true), (World::with_standard_queue().await, false)] {
+    for (world, is_fifo) in
+        [(World::new().await, true), (World::with_standard_queue().await, false)]
+    {
         let (first, slow) = (Tally::new("first"), Tally::new("slow"));
         let folder = world.booted(&[&first.file(&[]), &slow.file(&[GATE])]).await;
         let mut gate = close_gate(&world, 25).await;
         world.append_and_publish(50).await;
-        let options =
-            ["--projectors", folder.path(), "--batch=10", "--background-after-seconds=60", "--deadline-margin=1500"];
+        let options = [
+            "--projectors",
+            folder.path(),
+            "--batch=10",
+            "--background-after-seconds=60",
+            "--deadline-margin=1500",
+        ];
         let mut function = world.function(&options).await;
         let batch = world.capture().await;
         let event = batch.event(&world);
         let answer = function.invoke(&event, Duration::from_secs(8)).await.expect("an answer");
-        // Those that end with 10 and 20, wherever they are in the batch; of a FIFO queue they are the first.
+        // Those that end with 10 and 20, wherever they are in the batch; of a FIFO queue they are
+        // the first.
         let last = |record: &Value| {
-            let body: Value = serde_json::from_str(record["body"].as_str().expect("a body")).expect("JSON");
-            body["events"].as_array().and_then(|events| events.last()?["position"].as_u64()).expect("a position")
+            let body: Value =
+                serde_json::from_str(record["body"].as_str().expect("a body")).expect("JSON");
+            body["events"]
+                .as_array()
+                .and_then(|events| events.last()?["position"].as_u64())
+                .expect("a position")
         };
-        let positions: Vec<u64> = event["Records"].as_array().expect("records").iter().map(last).collect();
+        let positions: Vec<u64> =
+            event["Records"].as_array().expect("records").iter().map(last).collect();
         let returned = batch.settle(&world, &answer).await;
         let returned_positions: Vec<u64> = returned.iter().map(|&index| positions[index]).collect();
         let mut not_passed = positions.clone();
@@ -108,13 +142,25 @@ async fn a_database_outage_in_a_batch_causes_redelivery_and_no_loss() {
         })
         .await;
     world.append_and_publish(50).await;
-    let options = ["--projectors", folder.path(), "--batch=10", "--connect-timeout=2", "--database-url", &url];
+    let options = [
+        "--projectors",
+        folder.path(),
+        "--batch=10",
+        "--connect-timeout=2",
+        "--database-url",
+        &url,
+    ];
     let mut function = world.function(&options).await;
     let batch = world.capture().await;
-    let answer = function.invoke(&batch.event(&world), Duration::from_secs(8)).await.expect("an answer");
+    let answer =
+        function.invoke(&batch.event(&world), Duration::from_secs(8)).await.expect("an answer");
     assert!(is_down.load(Ordering::SeqCst), "it went away");
     assert_eq!((world.position("a").await, world.position("b").await), (30, 0));
-    assert_eq!(batch.settle(&world, &answer).await, [0, 1, 2, 3, 4], "all after what nobody can vouch for");
+    assert_eq!(
+        batch.settle(&world, &answer).await,
+        [0, 1, 2, 3, 4],
+        "all after what nobody can vouch for"
+    );
 
     is_down.store(false, Ordering::SeqCst);
     assert_eq!(function.drain(&world).await, 5);
@@ -129,10 +175,14 @@ async fn an_endless_handler_in_an_invocation_breaks_only_its_projector() {
     let folder = world.booted(&[&endless.file(&[GATE]), &b.file(&[])]).await;
     let _gate = close_gate(&world, 15).await;
     world.append_and_publish(30).await;
-    let options = ["--projectors", folder.path(), "--handler-timeout=2", "--background-after-seconds=1"];
+    let options =
+        ["--projectors", folder.path(), "--handler-timeout=2", "--background-after-seconds=1"];
     let mut function = world.function(&options).await;
     assert_eq!(function.drain(&world).await, 3);
-    assert_eq!((world.status("an_endless_one").await, world.position("an_endless_one").await), ("broken".into(), 14));
+    assert_eq!(
+        (world.status("an_endless_one").await, world.position("an_endless_one").await),
+        ("broken".into(), 14)
+    );
     world.assert_folded(&endless).await;
     world.assert_complete(&b).await;
 }
@@ -172,7 +222,8 @@ async fn a_function_whose_connections_closed_while_frozen_applies_the_next_batch
     execute(&mut admin, &format!("create user '{user}'@'%' identified by 'x'")).await;
     execute(&mut admin, &format!("grant all on {}.* to '{user}'@'%'", world.database_name)).await;
     let url = world.database_url.replace("://root@", &format!("://{user}:x@"));
-    let mut function = world.function(&["--projectors", folder.path(), "--database-url", &url]).await;
+    let mut function =
+        world.function(&["--projectors", folder.path(), "--database-url", &url]).await;
     for round in 1..=3 {
         world.append_and_publish(30).await;
         assert_eq!(function.drain(&world).await, 3);
@@ -222,7 +273,8 @@ async fn sigterm_ends_a_function_after_the_current_invocation_responds() {
 
     let _gate = close_gate(&world, 5).await;
     world.append_and_publish(10).await;
-    let mut busy = world.function(&["--projectors", folder.path(), "--background-after-seconds=60"]).await;
+    let mut busy =
+        world.function(&["--projectors", folder.path(), "--background-after-seconds=60"]).await;
     let batch = world.capture().await;
     busy.begin(&batch.event(&world), TIMEOUT * 10);
     eventually("it is in the middle of the batch", async || world.lock_waits().await == 1).await;

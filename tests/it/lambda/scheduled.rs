@@ -9,7 +9,8 @@ use serde_json::{Value, json};
 
 use super::{GATE, close_gate, waiting_handlers};
 use crate::support::{
-    Folder, Function, Proxy, ProxyAction, TIMEOUT, Tally, World, eventually, execute, schedule, setting,
+    Folder, Function, Proxy, ProxyAction, TIMEOUT, Tally, World, eventually, execute, schedule,
+    setting,
 };
 
 #[tokio::test]
@@ -29,11 +30,15 @@ async fn a_scheduled_invocation_publishes_and_catches_up_projectors_without_mess
     );
     assert_eq!((world.position("a").await, world.queue.depth().await.expect("a depth")), (30, 3));
     assert_eq!(function.drain(&world).await, 3);
-    assert_eq!(world.number("select count(*) from event_log where relay_lease_holder is not null").await, 0);
+    assert_eq!(
+        world.number("select count(*) from event_log where relay_lease_holder is not null").await,
+        0
+    );
 
     world.append_and_publish(30).await;
     world.sqs.purge_queue().queue_url(&world.queue_url).send().await.expect("purged");
-    eventually("the queue is empty", async || world.queue.depth().await.expect("a depth") == 0).await;
+    eventually("the queue is empty", async || world.queue.depth().await.expect("a depth") == 0)
+        .await;
     let summary = function.invoke(&schedule(), TIMEOUT).await.expect("an answer");
     assert_eq!(
         summary,
@@ -52,8 +57,10 @@ async fn a_long_publishing_invocation_includes_events_appended_meanwhile() {
     function.begin(&schedule(), TIMEOUT * 10);
     for published in [10, 20, 30] {
         world.append(10).await;
-        eventually("it is published", async || world.number("select published from event_log").await == published)
-            .await;
+        eventually("it is published", async || {
+            world.number("select published from event_log").await == published
+        })
+        .await;
     }
     let mut other = world.function(&["--projectors", folder.path()]).await;
     assert!(other.drain(&world).await > 0);
@@ -73,16 +80,30 @@ async fn a_scheduled_invocation_without_its_servers_fails_in_time_and_the_next_c
     let world = World::new().await;
     let a = Tally::new("a");
     let folder = world.booted(&[&a.file(&[])]).await;
-    let (is_queue_away, is_database_away) = (Arc::new(AtomicBool::new(true)), Arc::new(AtomicBool::new(false)));
+    let (is_queue_away, is_database_away) =
+        (Arc::new(AtomicBool::new(true)), Arc::new(AtomicBool::new(false)));
     let away = |is_away: &Arc<AtomicBool>| {
         let is_away = Arc::clone(is_away);
-        move |_: &[u8]| if is_away.load(Ordering::SeqCst) { ProxyAction::Reset } else { ProxyAction::Forward }
+        move |_: &[u8]| {
+            if is_away.load(Ordering::SeqCst) { ProxyAction::Reset } else { ProxyAction::Forward }
+        }
     };
     let endpoint = setting("AWS_ENDPOINT_URL").expect("the parts are up");
-    let queue = Proxy::new(endpoint.trim_start_matches("http://").trim_end_matches('/'), away(&is_queue_away)).await;
+    let queue = Proxy::new(
+        endpoint.trim_start_matches("http://").trim_end_matches('/'),
+        away(&is_queue_away),
+    )
+    .await;
     let url = world.database_url_through_proxy(away(&is_database_away)).await;
-    let options =
-        ["lambda", "--projectors", folder.path(), "--connect-timeout=2", "--reconcile-after=0", "--database-url", &url];
+    let options = [
+        "lambda",
+        "--projectors",
+        folder.path(),
+        "--connect-timeout=2",
+        "--reconcile-after=0",
+        "--database-url",
+        &url,
+    ];
     let mut command = world.command(&options);
     command.env("AWS_ENDPOINT_URL", format!("http://{}", queue.address()));
     let mut function = Function::start(command).await;
@@ -90,7 +111,10 @@ async fn a_scheduled_invocation_without_its_servers_fails_in_time_and_the_next_c
 
     let refused = |answer: Result<Value, Value>, word: &str| {
         let error = answer.expect_err("it can do nothing");
-        assert!(error["errorMessage"].as_str().is_some_and(|message| message.contains(word)), "{error}");
+        assert!(
+            error["errorMessage"].as_str().is_some_and(|message| message.contains(word)),
+            "{error}"
+        );
     };
     refused(function.invoke(&schedule(), Duration::from_secs(8)).await, "queue");
     is_queue_away.store(false, Ordering::SeqCst);
@@ -132,7 +156,10 @@ async fn invocations_write_metrics_before_they_respond() {
         names.map(|name| total(&written, name))
     };
     // Written before the answer; read by the test a little later.
-    eventually("what was applied", async || totals(["EventsApplied", "Heartbeat"]) == [Some(30.0), None]).await;
+    eventually("what was applied", async || {
+        totals(["EventsApplied", "Heartbeat"]) == [Some(30.0), None]
+    })
+    .await;
     function.invoke(&schedule(), TIMEOUT).await.expect("an answer");
     let totals = || ["LagSeconds", "Heartbeat"].map(|name| total(&function.process.logged(), name));
     eventually("the lag, and a heartbeat", async || totals() == [Some(0.0), Some(1.0)]).await;
@@ -197,5 +224,9 @@ async fn many_projectors_far_behind_all_catch_up_on_few_connections() {
         world.assert_complete(tally).await;
     }
     let left = function.process.terminate().await.exits(0);
-    assert!(!left.stderr.contains("timed out"), "nobody waits in vain for a connection: {}", left.stderr);
+    assert!(
+        !left.stderr.contains("timed out"),
+        "nobody waits in vain for a connection: {}",
+        left.stderr
+    );
 }

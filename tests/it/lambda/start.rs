@@ -47,8 +47,20 @@ async fn a_failed_initialization_is_reported_to_lambda_with_the_usual_exit_code(
             2,
             &["no projectors", "PROJECTORS"][..],
         ),
-        (&with_projectors, None, "Projectionist.Input", 2, &["no database is named", "DATABASE_URL"]),
-        (&with_projectors, Some("mysql://root@127.0.0.1:1/x"), "Projectionist.Unreachable", 3, &["127.0.0.1:1/x"]),
+        (
+            &with_projectors,
+            None,
+            "Projectionist.Input",
+            2,
+            &["no database is named", "DATABASE_URL"],
+        ),
+        (
+            &with_projectors,
+            Some("mysql://root@127.0.0.1:1/x"),
+            "Projectionist.Unreachable",
+            3,
+            &["127.0.0.1:1/x"],
+        ),
         (&with_projectors, Some(&silent), "Projectionist.Unreachable", 3, &["did not answer"]),
     ] {
         let mut runtime = Runtime::new().await;
@@ -60,7 +72,10 @@ async fn a_failed_initialization_is_reported_to_lambda_with_the_usual_exit_code(
         runtime.configure(&mut command);
         let ended = RunningProcess::spawn(command).finish().await.exits(code).prints(words);
         let error = runtime.init_error().await;
-        assert_eq!((&error["errorType"], error["errorMessage"].as_str()), (&json!(kind), Some(ended.error().as_str())));
+        assert_eq!(
+            (&error["errorType"], error["errorMessage"].as_str()),
+            (&json!(kind), Some(ended.error().as_str()))
+        );
     }
     let elsewhere = world.run(&with_projectors).await.exits(2);
     elsewhere.prints(&["AWS_LAMBDA_RUNTIME_API is not set", "use play elsewhere"]);
@@ -79,8 +94,9 @@ async fn the_binary_without_arguments_is_a_function_inside_lambda() {
     world.assert_complete(&a).await;
 }
 
-/// Not a test: prints how long a function takes from its start to its first question, and to its first answer, that is with
-/// its first projection committed. `PROJECTIONIST_BINARY` names another binary than that of the tests.
+/// Not a test: prints how long a function takes from its start to its first question, and to its
+/// first answer, that is with its first projection committed. `PROJECTIONIST_BINARY` names another
+/// binary than that of the tests.
 #[tokio::test]
 #[ignore = "measures, and asserts nothing"]
 async fn cold_start() {
@@ -95,8 +111,14 @@ async fn cold_start() {
         let command = match std::env::var("PROJECTIONIST_BINARY") {
             Ok(binary) => {
                 let mut other = tokio::process::Command::new(binary);
-                other.args(command.as_std().get_args()).stdout(Stdio::piped()).stderr(Stdio::piped());
-                command.as_std().get_envs().for_each(|(name, value)| _ = value.map(|value| other.env(name, value)));
+                other
+                    .args(command.as_std().get_args())
+                    .stdout(Stdio::piped())
+                    .stderr(Stdio::piped());
+                command
+                    .as_std()
+                    .get_envs()
+                    .for_each(|(name, value)| _ = value.map(|value| other.env(name, value)));
                 other
             }
             Err(_) => command,
@@ -109,8 +131,15 @@ async fn cold_start() {
         assert_eq!(batch.settle(&world, &answer).await, Vec::<usize>::new());
     }
     world.assert_complete(&a).await;
-    for (what, mut times) in [("init done", to_init), ("first batch of ten events committed", to_commit)] {
+    for (what, mut times) in
+        [("init done", to_init), ("first batch of ten events committed", to_commit)]
+    {
         times.sort();
-        eprintln!("{what}: median {:?}, from {:?} to {:?}", times[times.len() / 2], times[0], times[times.len() - 1]);
+        eprintln!(
+            "{what}: median {:?}, from {:?} to {:?}",
+            times[times.len() / 2],
+            times[0],
+            times[times.len() - 1]
+        );
     }
 }

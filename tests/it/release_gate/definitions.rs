@@ -1,5 +1,5 @@
-//! Definitions: what changed since it was booted is said, a wider subscription is refused, and a worker plays only what was
-//! booted with its own definition.
+//! Definitions: what changed since it was booted is said, a wider subscription is refused, and a
+//! worker plays only what was booted with its own definition.
 
 use std::sync::Arc;
 
@@ -28,10 +28,19 @@ async fn a_wider_subscription_stops_the_deploy_with_the_count_of_skipped_events(
     for (wider, passed) in [("['Opened', 'Amended']", 3), ("['*']", 6)] {
         folder.write("1.toml", &counter("a", wider));
         let failed = world.run(&boot).await.exits(1);
-        failed.clone().prints(&["a@1", &format!("has passed {passed} events"), "new version", "--accept a@1"]);
+        failed.clone().prints(&[
+            "a@1",
+            &format!("has passed {passed} events"),
+            "new version",
+            "--accept a@1",
+        ]);
         let of_it = &failed.json()["projectors"][0];
         assert_eq!((&of_it["changed"], of_it["reason"].is_string()), (&json!(true), true));
-        assert_eq!(digest(&world).await.as_ref(), Some(&booted_with), "it is not booted with this one");
+        assert_eq!(
+            digest(&world).await.as_ref(),
+            Some(&booted_with),
+            "it is not booted with this one"
+        );
     }
     world.run(&[&boot[..], &["--accept=a"]].concat()).await.exits(0);
     assert_ne!(digest(&world).await, Some(booted_with));
@@ -47,7 +56,8 @@ async fn a_subscription_widened_by_event_types_without_events_is_accepted() {
     let folder = Folder::new().with("1.toml", &counter("a", "['Opened']"));
     world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
     folder.write("1.toml", &counter("a", "['Opened', 'Never seen']"));
-    let booted = world.run(&["boot", "--json", "--projectors", folder.path()]).await.exits(0).json();
+    let booted =
+        world.run(&["boot", "--json", "--projectors", folder.path()]).await.exits(0).json();
     assert_eq!(booted["projectors"][0]["changed"], true);
 }
 
@@ -59,10 +69,14 @@ async fn a_changed_definition_is_reported_by_boot_status_and_doctor() {
     let boot = ["boot", "--projectors", folder.path()];
     world.run(&boot).await.exits(0);
     let status = ["status", "--json", "--projectors", folder.path()];
-    let of_it = async || -> Value { world.run(&status).await.exits(0).json()["projectors"][0].clone() };
+    let of_it =
+        async || -> Value { world.run(&status).await.exits(0).json()["projectors"][0].clone() };
     assert_eq!(of_it().await["changed"], false);
     assert_eq!(of_it().await["digest"], json!(digest(&world).await));
-    assert_eq!(world.run(&["status", "--json"]).await.exits(0).json()["projectors"][0]["changed"], json!(null));
+    assert_eq!(
+        world.run(&["status", "--json"]).await.exits(0).json()["projectors"][0]["changed"],
+        json!(null)
+    );
 
     folder.write("1.toml", &counter("a", "['Opened']"));
     assert_eq!(of_it().await["changed"], true);
@@ -86,7 +100,9 @@ async fn a_projector_booted_before_digests_existed_gets_its_digest_silently() {
     let boot = ["boot", "--json", "--projectors", folder.path()];
     world.run(&boot).await.exits(0);
     let booted_with = digest(&world).await;
-    world.execute("update projectors set digest = null, event_types = null, owned_tables = null").await;
+    world
+        .execute("update projectors set digest = null, event_types = null, owned_tables = null")
+        .await;
     assert_eq!(world.run(&boot).await.exits(0).json()["projectors"][0]["changed"], false);
     assert_eq!(digest(&world).await, booted_with);
 }
@@ -113,7 +129,8 @@ async fn a_worker_plays_a_projector_only_with_the_booted_definition() {
     assert_eq!((idle.outdated, idle.broken, world.position("owner").await), (1, 0, 6));
     world.play_until_idle(&new).await;
     assert_eq!(world.position("owner").await, 9);
-    let revisions: Vec<String> = applied(&world, "owner").await.into_iter().map(|(_, revision)| revision).collect();
+    let revisions: Vec<String> =
+        applied(&world, "owner").await.into_iter().map(|(_, revision)| revision).collect();
     assert_eq!(revisions, ["1", "1", "1", "1", "1", "1", "2", "2", "2"]);
 
     // Back again, by a boot: the worker that has run all the while goes on.
@@ -132,7 +149,8 @@ async fn an_outdated_worker_never_breaks_a_projector() {
     world.boot(&old).await;
     let worker = world.start_play(&old);
     world.append(1).await;
-    eventually("the old definition breaks it", async || world.status("owner").await == "broken").await;
+    eventually("the old definition breaks it", async || world.status("owner").await == "broken")
+        .await;
     assert!(world.boot(&mended).await.is_released());
     world.append(5).await;
     world.play_until_idle(&mended).await;
@@ -147,7 +165,8 @@ async fn a_worker_in_a_batch_is_fenced_when_another_definition_is_booted() {
     let (old, new) = releases();
     world.append(3).await;
     world.boot(&old).await;
-    // The worker has read the ledger and the messages, and the new release is booted before it claims the row.
+    // The worker has read the ledger and the messages, and the new release is booted before it
+    // claims the row.
     let mut keeper = world.connection().await;
     crate::support::execute(&mut keeper, "start transaction").await;
     crate::support::execute(&mut keeper, "select * from projectors for update").await;
@@ -159,12 +178,17 @@ async fn a_worker_in_a_batch_is_fenced_when_another_definition_is_booted() {
         scratch.boot(&new).await;
         scratch.entry("owner").await.expect("a row").digest.expect("a digest")
     };
-    crate::support::execute(&mut keeper, &format!("update projectors set digest = '{digest}'")).await;
+    crate::support::execute(&mut keeper, &format!("update projectors set digest = '{digest}'"))
+        .await;
     crate::support::execute(&mut keeper, "commit").await;
-    let settings = PlaySettings { reconcile_after: std::time::Duration::ZERO, ..World::continuous_play_settings() };
+    let settings = PlaySettings {
+        reconcile_after: std::time::Duration::ZERO,
+        ..World::continuous_play_settings()
+    };
     let fresh = world.start_play_from(Arc::clone(&world.queue) as Arc<dyn Queue>, &new, settings);
     eventually("the new definition plays", async || world.position("owner").await == 6).await;
-    let revisions: Vec<String> = applied(&world, "owner").await.into_iter().map(|(_, revision)| revision).collect();
+    let revisions: Vec<String> =
+        applied(&world, "owner").await.into_iter().map(|(_, revision)| revision).collect();
     assert_eq!(revisions, ["1", "1", "1", "2", "2", "2"]);
     worker.stop().await;
     fresh.stop().await;
@@ -181,7 +205,8 @@ async fn until_idle_exits_with_1_if_another_definition_was_booted() {
     let played = world.run(&["play", "--until-idle", "--projectors", folder.path()]).await.exits(1);
     played.clone().prints(&["1 projector(s) were booted with another definition", "Run boot"]);
     let told = played.log().into_iter().filter(|line| {
-        line["projector"] == "a@1" && line["message"].as_str().is_some_and(|line| line.starts_with("outdated"))
+        line["projector"] == "a@1"
+            && line["message"].as_str().is_some_and(|line| line.starts_with("outdated"))
     });
     assert_eq!(told.count(), 1, "once: {}", played.stderr);
     assert_eq!(world.position("a").await, 10);

@@ -1,5 +1,5 @@
-//! The tables of a projector: one that is past its start is never carried on with a table that was made anew, and a new one is
-//! never built on rows.
+//! The tables of a projector: one that is past its start is never carried on with a table that was
+//! made anew, and a new one is never built on rows.
 
 use serde_json::json;
 
@@ -22,15 +22,26 @@ async fn a_projector_with_a_dropped_table_is_rebuilt_from_its_start() {
 
     for _ in 0..2 {
         let failed = world.run(&boot).await.exits(1);
-        failed.clone().prints(&["counter@1", "table counter", "rebuil", "projectionist retire counter@1 --force"]);
+        failed.clone().prints(&[
+            "counter@1",
+            "table counter",
+            "rebuil",
+            "projectionist retire counter@1 --force",
+        ]);
         let of_it = &failed.json()["projectors"][0];
         assert_eq!((&of_it["status"], &of_it["position"]), (&json!("broken"), &json!(3)));
         let reason = of_it["failure"]["error"].as_str().expect("a text");
         assert!(reason.contains("rebuild") && reason.contains("table counter"), "{reason}");
     }
-    world.run(&["retire", "counter", "--yes", "--force", "--projectors", folder.path()]).await.exits(0);
+    world
+        .run(&["retire", "counter", "--yes", "--force", "--projectors", folder.path()])
+        .await
+        .exits(0);
     world.run(&boot).await.exits(0);
-    assert_eq!((world.status("counter").await, count_rows(&world, "counter").await), ("live".into(), 4));
+    assert_eq!(
+        (world.status("counter").await, count_rows(&world, "counter").await),
+        ("live".into(), 4)
+    );
 }
 
 #[tokio::test]
@@ -43,13 +54,22 @@ async fn a_live_projector_with_a_dropped_table_is_broken_by_boot() {
     world.execute("drop table counter").await;
     folder.write("2.toml", &counter("fresh", "['*']"));
     let failed = world.run(&boot).await.exits(1).prints(&["counter@1", "table counter", "rebuil"]);
-    assert!(failed.log().iter().any(|line| line["alert"] == "projector_broken" && line["projector"] == "counter@1"));
-    assert_eq!((world.status("counter").await, world.status("fresh").await), ("broken".into(), "new".into()));
+    assert!(
+        failed
+            .log()
+            .iter()
+            .any(|line| line["alert"] == "projector_broken" && line["projector"] == "counter@1")
+    );
+    assert_eq!(
+        (world.status("counter").await, world.status("fresh").await),
+        ("broken".into(), "new".into())
+    );
     let fresh = &failed.json()["projectors"][1];
     assert_eq!((&fresh["status"], fresh["reason"].is_string()), (&json!("new"), true));
 }
 
-/// Of releases that kept no tables in the ledger, only setup can tell: it creates what should be there.
+/// Of releases that kept no tables in the ledger, only setup can tell: it creates what should be
+/// there.
 #[tokio::test]
 async fn a_setup_that_creates_a_table_after_the_start_breaks_its_projector() {
     let world = World::new().await;
@@ -57,13 +77,20 @@ async fn a_setup_that_creates_a_table_after_the_start_breaks_its_projector() {
     let folder = Folder::new().with("1.toml", &counter("counter", "['*']"));
     let boot = ["boot", "--projectors", folder.path()];
     world.run(&boot).await.exits(0);
-    world.execute("update projectors set owned_tables = null, start_position = null, status = 'stalled'").await;
+    world
+        .execute(
+            "update projectors set owned_tables = null, start_position = null, status = 'stalled'",
+        )
+        .await;
     world.execute("drop table counter").await;
     world.run(&boot).await.exits(1).prints(&["counter@1", "table counter", "rebuil"]);
     // Whether the table is there again or not, it lacks its past.
     world.execute("create table if not exists counter (n bigint not null)").await;
     world.run(&boot).await.exits(1).prints(&["counter@1", "table counter", "rebuil"]);
-    assert_eq!((world.status("counter").await, count_rows(&world, "counter").await), ("broken".into(), 0));
+    assert_eq!(
+        (world.status("counter").await, count_rows(&world, "counter").await),
+        ("broken".into(), 0)
+    );
 }
 
 #[tokio::test]
@@ -79,8 +106,14 @@ async fn a_restored_read_model_continues_once_it_is_accepted_by_name() {
     world.append(2).await;
     world.run(&boot).await.exits(1).prints(&["--accept counter@1"]);
     world.run(&[&boot[..], &["--accept", "counter"]].concat()).await.exits(0);
-    assert_eq!((world.status("counter").await, count_rows(&world, "counter").await), ("live".into(), 5));
-    assert_eq!(world.number("select count(*) from projectors where rebuild_reason is null").await, 1);
+    assert_eq!(
+        (world.status("counter").await, count_rows(&world, "counter").await),
+        ("live".into(), 5)
+    );
+    assert_eq!(
+        world.number("select count(*) from projectors where rebuild_reason is null").await,
+        1
+    );
 }
 
 #[tokio::test]
@@ -113,7 +146,10 @@ async fn two_concurrent_boots_do_not_mistake_a_new_table_for_an_old_one() {
         assert_refused(&report, &["owner@1", "table owner", "rebuil"]);
     }
     let entry = world.entry("owner").await.expect("a row");
-    assert!(matches!(entry.status, Status::Broken(_)) && entry.rebuild_reason.is_some(), "{entry:?}");
+    assert!(
+        matches!(entry.status, Status::Broken(_)) && entry.rebuild_reason.is_some(),
+        "{entry:?}"
+    );
 }
 
 #[tokio::test]
@@ -127,7 +163,10 @@ async fn a_new_projector_on_a_table_with_rows_needs_acceptance() {
     for _ in 0..2 {
         let report = boot_accepting(&world, &owner, &[]).await;
         assert_refused(&report, &["owner@1", "table owner", "has rows", "--accept owner@1"]);
-        assert_eq!((report.projectors[0].status(), world.status("owner").await), ("new", "new".into()));
+        assert_eq!(
+            (report.projectors[0].status(), world.status("owner").await),
+            ("new", "new".into())
+        );
     }
     assert_eq!(applied(&world, "owner").await.len(), 10, "nothing was added");
     assert!(boot_accepting(&world, &owner, &["owner"]).await.is_released());

@@ -34,10 +34,22 @@ async fn boot_does_not_release_while_an_open_transaction_blocks_the_mark() {
     failed.clone().prints(&["the log goes on to 8", "held at 5", "holds position 6", "innodb_trx"]);
     let booted = failed.json();
     assert_eq!((&booted["released"], &booted["target"]), (&json!(false), &json!(8)));
-    assert!(booted["reason"].as_str().is_some_and(|reason| reason.contains("holds position 6")), "{booted}");
+    assert!(
+        booted["reason"].as_str().is_some_and(|reason| reason.contains("holds position 6")),
+        "{booted}"
+    );
     assert_eq!(outcome(&booted, 0), json!(["a", "booting", 5]));
-    assert_eq!(outcome(&booted, 1), json!(["one_time", "booting", 5]), "it is not finished below the end");
-    assert!(failed.log().iter().any(|line| line["message"].as_str().is_some_and(|line| line.starts_with("waiting: "))));
+    assert_eq!(
+        outcome(&booted, 1),
+        json!(["one_time", "booting", 5]),
+        "it is not finished below the end"
+    );
+    assert!(
+        failed
+            .log()
+            .iter()
+            .any(|line| line["message"].as_str().is_some_and(|line| line.starts_with("waiting: ")))
+    );
 
     execute(&mut writer, "commit").await;
     let booted = world.run(&boot).await.exits(0).json();
@@ -86,7 +98,8 @@ async fn a_from_now_projector_is_registered_only_when_the_mark_is_at_the_log_end
     let world = World::new().await;
     world.append(5).await;
     let mut writer = block_mark(&world).await;
-    let folder = Folder::new().with("1.toml", &counter("recent", "['*']").replace("from_beginning", "from_now"));
+    let folder = Folder::new()
+        .with("1.toml", &counter("recent", "['*']").replace("from_beginning", "from_now"));
     let boot = ["boot", "--json", "--wait-timeout=0", "--projectors", folder.path()];
     let failed = world.run(&boot).await.exits(1).prints(&["holds position 6"]);
     assert_eq!(outcome(&failed.json(), 0), json!(["recent", "new", 0]));
@@ -96,7 +109,11 @@ async fn a_from_now_projector_is_registered_only_when_the_mark_is_at_the_log_end
     world.run(&boot).await.exits(0);
     world.append(1).await;
     world.run(&["play", "--until-idle", "--projectors", folder.path()]).await.exits(0);
-    assert_eq!((world.position("recent").await, count_rows(&world, "recent").await), (9, 1), "no older event");
+    assert_eq!(
+        (world.position("recent").await, count_rows(&world, "recent").await),
+        (9, 1),
+        "no older event"
+    );
 }
 
 #[tokio::test]
@@ -134,7 +151,9 @@ async fn lag_counts_to_the_visible_end_and_a_momentary_gap_is_not_blocked() {
     assert!(!world.run(&["status"]).await.exits(0).stdout.contains("held"));
 
     // As a relay records it.
-    for (last, words) in [("null", "at 6 a transaction is open"), ("70006", "projectionist fill 6 70006")] {
+    for (last, words) in
+        [("null", "at 6 a transaction is open"), ("70006", "projectionist fill 6 70006")]
+    {
         let held = format!(
             "update event_log set blocked_position = 6, blocked_last = {last}, \
              blocked_since = utc_timestamp(6) - interval 10 second"
@@ -142,7 +161,10 @@ async fn lag_counts_to_the_visible_end_and_a_momentary_gap_is_not_blocked() {
         query(AssertSqlSafe(held)).execute(&mut world.connection().await).await.expect("recorded");
         let status = world.run(&["status", "--json"]).await.exits(0).json();
         let expected_last = last.parse::<u64>().ok();
-        assert_eq!((&status["held"]["position"], &status["held"]["last"]), (&json!(6), &json!(expected_last)));
+        assert_eq!(
+            (&status["held"]["position"], &status["held"]["last"]),
+            (&json!(6), &json!(expected_last))
+        );
         assert!(status["held"]["since"].is_string(), "{status}");
         let table = world.run(&["status"]).await.exits(0).stdout;
         assert!(table.contains("the mark is held since") && table.contains(words), "{table}");

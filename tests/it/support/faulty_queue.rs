@@ -26,7 +26,8 @@ pub struct Faults {
     pub unhidden: bool,
 }
 
-/// How often each fault struck, in messages, and what came through: a test that asserts nothing of it may prove nothing.
+/// How often each fault struck, in messages, and what came through: a test that asserts nothing of
+/// it may prove nothing.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct FaultCounts {
     pub lost: u64,
@@ -68,7 +69,8 @@ impl State {
 
 impl FaultyQueue {
     pub fn new(queue: &SqsQueue, faults: Faults, seed: u64) -> Self {
-        let state = State { dice: fastrand::Rng::with_seed(seed), fault_counts: FaultCounts::default() };
+        let state =
+            State { dice: fastrand::Rng::with_seed(seed), fault_counts: FaultCounts::default() };
         FaultyQueue { queue: queue.clone(), faults, state: Mutex::new(state) }
     }
 
@@ -89,12 +91,16 @@ impl FaultyQueue {
 #[async_trait]
 impl Queue for FaultyQueue {
     async fn send(&self, body: &str, deduplication_id: &str) -> Result<(), QueueError> {
-        if self.with(|state| state.should_strike(self.faults.refused, |fault_counts| &mut fault_counts.refused)) {
+        if self.with(|state| {
+            state.should_strike(self.faults.refused, |fault_counts| &mut fault_counts.refused)
+        }) {
             return Err(QueueError("refused by the test".into()));
         }
         self.queue.send(body, deduplication_id).await?;
         match self.with(|state| {
-            state.should_strike(self.faults.unacknowledged, |fault_counts| &mut fault_counts.unacknowledged)
+            state.should_strike(self.faults.unacknowledged, |fault_counts| {
+                &mut fault_counts.unacknowledged
+            })
         }) {
             true => Err(QueueError("not acknowledged by the test".into())),
             false => Ok(()),
@@ -104,16 +110,22 @@ impl Queue for FaultyQueue {
     async fn receive(&self, wait: Duration) -> Result<Vec<ReceivedMessage>, QueueError> {
         let mut received = Vec::new();
         for message in self.queue.receive(wait).await? {
-            if self.with(|state| state.should_strike(self.faults.lost, |fault_counts| &mut fault_counts.lost)) {
+            if self.with(|state| {
+                state.should_strike(self.faults.lost, |fault_counts| &mut fault_counts.lost)
+            }) {
                 self.queue.delete(&[message.receipt]).await?;
                 continue;
             }
-            if self.with(|state| state.should_strike(self.faults.repeated, |fault_counts| &mut fault_counts.repeated)) {
+            if self.with(|state| {
+                state.should_strike(self.faults.repeated, |fault_counts| &mut fault_counts.repeated)
+            }) {
                 received.push(message.clone());
             }
-            let body = match self
-                .with(|state| state.should_strike(self.faults.malformed, |fault_counts| &mut fault_counts.malformed))
-            {
+            let body = match self.with(|state| {
+                state.should_strike(self.faults.malformed, |fault_counts| {
+                    &mut fault_counts.malformed
+                })
+            }) {
                 true => message.body[..message.body.len() / 2].to_owned(),
                 false => message.body,
             };
@@ -137,15 +149,21 @@ impl Queue for FaultyQueue {
         distinct.dedup();
         let (kept, deleted): (Vec<Receipt>, Vec<Receipt>) = self.with(|state| {
             state.fault_counts.deleted += distinct.len() as u64;
-            distinct
-                .into_iter()
-                .partition(|_| state.should_strike(self.faults.undeleted, |fault_counts| &mut fault_counts.undeleted))
+            distinct.into_iter().partition(|_| {
+                state.should_strike(self.faults.undeleted, |fault_counts| {
+                    &mut fault_counts.undeleted
+                })
+            })
         });
         self.queue.delete(&deleted).await?;
         self.queue.change_visibility(&kept, Duration::ZERO).await
     }
 
-    async fn change_visibility(&self, receipts: &[Receipt], duration: Duration) -> Result<(), QueueError> {
+    async fn change_visibility(
+        &self,
+        receipts: &[Receipt],
+        duration: Duration,
+    ) -> Result<(), QueueError> {
         if self.faults.unhidden {
             self.with(|state| state.fault_counts.unhidden += receipts.len() as u64);
             return Ok(());

@@ -5,7 +5,11 @@ use projectionist::sqlx::{self, AssertSqlSafe, MySqlConnection};
 use super::World;
 
 /// Writes one event, as a foreign writer would, in the transaction that the connection is in.
-pub async fn write(writer: &mut MySqlConnection, stream: &str, version: u64) -> Result<(), sqlx::Error> {
+pub async fn write(
+    writer: &mut MySqlConnection,
+    stream: &str,
+    version: u64,
+) -> Result<(), sqlx::Error> {
     sqlx::query("insert into events (stream_id, stream_version, event_type, payload) values (?, ?, 'Opened', '{}')")
         .bind(stream)
         .bind(version)
@@ -25,7 +29,10 @@ impl World {
     /// The positions of the rows that meet a condition, tombstones included.
     pub async fn positions(&self, condition: &str) -> Vec<u64> {
         let sql = format!("select position from events where {condition} order by position");
-        sqlx::query_scalar(AssertSqlSafe(sql)).fetch_all(&mut self.connection().await).await.expect("the log")
+        sqlx::query_scalar(AssertSqlSafe(sql))
+            .fetch_all(&mut self.connection().await)
+            .await
+            .expect("the log")
     }
 
     pub async fn fillers(&self) -> Vec<u64> {

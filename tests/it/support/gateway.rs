@@ -1,5 +1,6 @@
-//! What stands before a database on RDS: TLS with a certificate for a name, and tokens instead of passwords. The real server
-//! is behind it, which here has no such certificate and knows nothing of IAM.
+//! What stands before a database on RDS: TLS with a certificate for a name, and tokens instead of
+//! passwords. The real server is behind it, which here has no such certificate and knows nothing of
+//! IAM.
 
 use std::io::{Error, ErrorKind, Result};
 use std::path::PathBuf;
@@ -49,14 +50,23 @@ pub fn certificate(name: &str) -> String {
 impl Gateway {
     /// In front of the world's server.
     pub async fn new(world: &World, door: AuthMode) -> Self {
-        let server =
-            world.database_url.split('@').nth(1).and_then(|rest| rest.split('/').next()).expect("a server").to_owned();
+        let server = world
+            .database_url
+            .split('@')
+            .nth(1)
+            .and_then(|rest| rest.split('/').next())
+            .expect("a server")
+            .to_owned();
         let chain = CertificateDer::pem_file_iter(certificate("server.pem")).expect("a file");
         let chain = chain.map(|certificate| certificate.expect("a certificate")).collect();
         let key = PrivateKeyDer::from_pem_file(certificate("server-key.pem")).expect("a key");
-        let config =
-            ServerConfig::builder_with_provider(Arc::new(default_provider())).with_safe_default_protocol_versions();
-        let config = config.expect("versions").with_no_client_auth().with_single_cert(chain, key).expect("a pair");
+        let config = ServerConfig::builder_with_provider(Arc::new(default_provider()))
+            .with_safe_default_protocol_versions();
+        let config = config
+            .expect("versions")
+            .with_no_client_auth()
+            .with_single_cert(chain, key)
+            .expect("a pair");
         let acceptor = TlsAcceptor::from(Arc::new(config));
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
         let port = listener.local_addr().expect("it is bound").port();
@@ -133,7 +143,8 @@ async fn serve(
             let token = String::from_utf8_lossy(&token).trim_end_matches('\0').to_owned();
             seen.tokens.lock().expect("no panic while writing").push(token);
             if *seen.is_closed.borrow() {
-                return write(&mut client, number + 1, b"\xff\x15\x04#28000Access denied for user").await;
+                return write(&mut client, number + 1, b"\xff\x15\x04#28000Access denied for user")
+                    .await;
             }
             write(&mut server, 1, &rewrite_as_root(&answer)?).await?;
             let mut packet = read(&mut server).await?;
@@ -162,7 +173,9 @@ fn rewrite_as_root(answer: &[u8]) -> Result<Vec<u8>> {
 /// How long a text that a zero ends is from there on, with its zero.
 fn end_of_text(bytes: &[u8], from: usize) -> Result<usize> {
     let length = bytes[from..].iter().position(|byte| *byte == 0);
-    length.map(|length| length + 1).ok_or_else(|| Error::new(ErrorKind::InvalidData, "no zero ends it"))
+    length
+        .map(|length| length + 1)
+        .ok_or_else(|| Error::new(ErrorKind::InvalidData, "no zero ends it"))
 }
 
 async fn read(from: &mut (impl AsyncRead + Unpin)) -> Result<(u8, Vec<u8>)> {

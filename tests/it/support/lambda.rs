@@ -1,5 +1,5 @@
-//! Lambda around the shipped binary: the runtime's interface, and an event source mapping that hands over what is really in the
-//! queue and deletes what the function does not return.
+//! Lambda around the shipped binary: the runtime's interface, and an event source mapping that
+//! hands over what is really in the queue and deletes what the function does not return.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -50,7 +50,12 @@ impl Runtime {
         let (failed, init_errors) = mpsc::unbounded_channel();
         let asked = watch::Sender::new(0);
         let asks = asked.subscribe();
-        let shared = Shared { invocations: Mutex::new(invoked), answers: answered, init_errors: failed, asked };
+        let shared = Shared {
+            invocations: Mutex::new(invoked),
+            answers: answered,
+            init_errors: failed,
+            asked,
+        };
         tokio::spawn(async move {
             let shared = Arc::new(shared);
             while let Ok((stream, _)) = listener.accept().await {
@@ -67,7 +72,10 @@ impl Runtime {
 
     /// What the process said of its initialization.
     pub async fn init_error(&mut self) -> Value {
-        timeout(TIMEOUT, self.init_errors.recv()).await.expect("it says so in time").expect("the runtime stands")
+        timeout(TIMEOUT, self.init_errors.recv())
+            .await
+            .expect("it says so in time")
+            .expect("the runtime stands")
     }
 }
 
@@ -101,7 +109,10 @@ impl Function {
 
     /// The answer to what was begun.
     pub async fn answer(&mut self) -> InvocationResult {
-        timeout(TIMEOUT, self.runtime.answers.recv()).await.expect("it answers in time").expect("the runtime stands")
+        timeout(TIMEOUT, self.runtime.answers.recv())
+            .await
+            .expect("it answers in time")
+            .expect("the runtime stands")
     }
 
     /// Invokes it.
@@ -110,7 +121,8 @@ impl Function {
         self.answer().await
     }
 
-    /// Hands over what is in the queue until nothing is, as an event source mapping does. Asserts that nothing is returned.
+    /// Hands over what is in the queue until nothing is, as an event source mapping does. Asserts
+    /// that nothing is returned.
     pub async fn drain(&mut self, world: &World) -> usize {
         let mut messages = 0;
         loop {
@@ -142,10 +154,14 @@ pub struct CapturedBatch {
 impl World {
     /// Receives what there is, ten messages at most.
     pub async fn capture(&self) -> CapturedBatch {
-        let receive = self.sqs.receive_message().queue_url(&self.queue_url).max_number_of_messages(10);
+        let receive =
+            self.sqs.receive_message().queue_url(&self.queue_url).max_number_of_messages(10);
         let receive = receive.wait_time_seconds(1).visibility_timeout(600);
-        let received = receive.message_system_attribute_names(MessageSystemAttributeName::All).send().await;
-        CapturedBatch { messages: received.expect("the queue answers").messages.unwrap_or_default() }
+        let received =
+            receive.message_system_attribute_names(MessageSystemAttributeName::All).send().await;
+        CapturedBatch {
+            messages: received.expect("the queue answers").messages.unwrap_or_default(),
+        }
     }
 }
 
@@ -170,25 +186,37 @@ impl CapturedBatch {
         json!({ "Records": self.messages.iter().map(record).collect::<Vec<_>>() })
     }
 
-    /// Deletes what the answer does not return, and makes the rest visible at once. Says which, from 0, were returned.
+    /// Deletes what the answer does not return, and makes the rest visible at once. Says which,
+    /// from 0, were returned.
     pub async fn settle(&self, world: &World, answer: &Value) -> Vec<usize> {
         let returned = answer["batchItemFailures"].as_array().expect("a list of failures");
-        let returned: HashSet<&str> =
-            returned.iter().map(|failure| failure["itemIdentifier"].as_str().expect("an id")).collect();
-        let is_returned = |message: &&Message| returned.contains(message.message_id().expect("an id"));
+        let returned: HashSet<&str> = returned
+            .iter()
+            .map(|failure| failure["itemIdentifier"].as_str().expect("an id"))
+            .collect();
+        let is_returned =
+            |message: &&Message| returned.contains(message.message_id().expect("an id"));
         assert_eq!(
             self.messages.iter().filter(is_returned).count(),
             returned.len(),
             "only what it was given: {answer}"
         );
-        let done: Vec<&Message> = self.messages.iter().filter(|message| !is_returned(message)).collect();
+        let done: Vec<&Message> =
+            self.messages.iter().filter(|message| !is_returned(message)).collect();
         if !done.is_empty() {
             let entry = |(id, message): (usize, &&Message)| {
                 let entry = DeleteMessageBatchRequestEntry::builder().id(id.to_string());
-                entry.receipt_handle(message.receipt_handle().expect("a receipt")).build().expect("all that it needs")
+                entry
+                    .receipt_handle(message.receipt_handle().expect("a receipt"))
+                    .build()
+                    .expect("all that it needs")
             };
             let entries = done.iter().enumerate().map(entry).collect();
-            let delete = world.sqs.delete_message_batch().queue_url(&world.queue_url).set_entries(Some(entries));
+            let delete = world
+                .sqs
+                .delete_message_batch()
+                .queue_url(&world.queue_url)
+                .set_entries(Some(entries));
             assert!(delete.send().await.expect("the queue answers").failed().is_empty());
         }
         self.give_back(world, is_returned).await;
@@ -203,8 +231,15 @@ impl CapturedBatch {
 
     async fn give_back(&self, world: &World, which: impl Fn(&&Message) -> bool) {
         for message in self.messages.iter().filter(which) {
-            let show = world.sqs.change_message_visibility().queue_url(&world.queue_url).visibility_timeout(0);
-            show.receipt_handle(message.receipt_handle().expect("a receipt")).send().await.expect("given back");
+            let show = world
+                .sqs
+                .change_message_visibility()
+                .queue_url(&world.queue_url)
+                .visibility_timeout(0);
+            show.receipt_handle(message.receipt_handle().expect("a receipt"))
+                .send()
+                .await
+                .expect("given back");
         }
     }
 }
@@ -218,7 +253,10 @@ async fn serve(stream: TcpStream, shared: Arc<Shared>) {
         ("GET", "/2018-06-01/runtime/invocation/next") => {
             shared.asked.send_modify(|asked| *asked += 1);
             let Some((event, time)) = shared.invocations.lock().await.recv().await else { return };
-            let ends = (SystemTime::now() + time).duration_since(UNIX_EPOCH).expect("after 1970").as_millis();
+            let ends = (SystemTime::now() + time)
+                .duration_since(UNIX_EPOCH)
+                .expect("after 1970")
+                .as_millis();
             let event = event.as_str().map_or_else(|| event.to_string(), str::to_owned);
             format!(
                 "HTTP/1.1 200 OK\r\nLambda-Runtime-Aws-Request-Id: {}\r\nLambda-Runtime-Deadline-Ms: {ends}\r\n\
@@ -231,7 +269,9 @@ async fn serve(stream: TcpStream, shared: Arc<Shared>) {
         ("POST", path) => {
             match path.rsplit('/').next() {
                 Some("response") => _ = shared.answers.send(Ok(json())),
-                Some("error") if path.ends_with("/init/error") => _ = shared.init_errors.send(json()),
+                Some("error") if path.ends_with("/init/error") => {
+                    _ = shared.init_errors.send(json())
+                }
                 Some("error") => _ = shared.answers.send(Err(json())),
                 _ => panic!("there is no {path}"),
             }

@@ -19,11 +19,20 @@ pub struct PlayTask {
 impl World {
     /// Plays beside the test, from the real queue.
     pub fn start_play(&self, registry: &Registry) -> PlayTask {
-        self.start_play_from(Arc::clone(&self.queue) as Arc<dyn Queue>, registry, Self::continuous_play_settings())
+        self.start_play_from(
+            Arc::clone(&self.queue) as Arc<dyn Queue>,
+            registry,
+            Self::continuous_play_settings(),
+        )
     }
 
     /// Plays beside the test, from the given queue.
-    pub fn start_play_from(&self, queue: Arc<dyn Queue>, registry: &Registry, settings: PlaySettings) -> PlayTask {
+    pub fn start_play_from(
+        &self,
+        queue: Arc<dyn Queue>,
+        registry: &Registry,
+        settings: PlaySettings,
+    ) -> PlayTask {
         let (stop, stopped) = oneshot::channel();
         let (database, registry) = (self.database.clone(), registry.clone());
         let task = tokio::spawn(async move {

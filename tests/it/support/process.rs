@@ -41,20 +41,24 @@ impl FinishedProcess {
     pub fn error(&self) -> String {
         let last = self.stderr.lines().last().unwrap_or_default();
         let message = serde_json::from_str::<serde_json::Value>(last).ok();
-        message.and_then(|line| Some(line["message"].as_str()?.to_owned())).unwrap_or_else(|| self.stderr.clone())
+        message
+            .and_then(|line| Some(line["message"].as_str()?.to_owned()))
+            .unwrap_or_else(|| self.stderr.clone())
     }
 
     /// The log, of which every line must be JSON.
     #[track_caller]
     pub fn log(&self) -> Vec<serde_json::Value> {
-        let read = |line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"));
+        let read =
+            |line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"));
         self.stderr.lines().map(read).collect()
     }
 
     /// Standard output, as JSON.
     #[track_caller]
     pub fn json(&self) -> serde_json::Value {
-        serde_json::from_str(&self.stdout).unwrap_or_else(|error| panic!("{error}: {}", self.stdout))
+        serde_json::from_str(&self.stdout)
+            .unwrap_or_else(|error| panic!("{error}: {}", self.stdout))
     }
 }
 
@@ -114,7 +118,8 @@ impl World {
 
     /// Starts it, with its standard input open.
     pub fn start_piped(&self, arguments: &[&str]) -> PipedProcess {
-        let mut child = self.command(arguments).stdin(Stdio::piped()).spawn().expect("the binary starts");
+        let mut child =
+            self.command(arguments).stdin(Stdio::piped()).spawn().expect("the binary starts");
         let stdin = child.stdin.take().expect("piped");
         PipedProcess { running: RunningProcess::of(child), stdin }
     }
@@ -144,7 +149,8 @@ impl RunningProcess {
 
     /// Starts a command, with this on its standard input.
     pub fn spawn_with(mut command: Command, input: &[u8]) -> Self {
-        let mut child = command.stdin(Stdio::piped()).kill_on_drop(true).spawn().expect("it starts");
+        let mut child =
+            command.stdin(Stdio::piped()).kill_on_drop(true).spawn().expect("it starts");
         let mut stdin = child.stdin.take().expect("piped");
         let input = input.to_vec();
         // It may well stop reading before the end.
@@ -155,7 +161,8 @@ impl RunningProcess {
     }
 
     fn of(mut child: Child) -> Self {
-        let (stdout, stderr) = (child.stdout.take().expect("piped"), child.stderr.take().expect("piped"));
+        let (stdout, stderr) =
+            (child.stdout.take().expect("piped"), child.stderr.take().expect("piped"));
         RunningProcess { child, stdout: Output::read(stdout), stderr: Output::read(stderr) }
     }
 
@@ -179,7 +186,8 @@ impl RunningProcess {
         matches!(self.child.try_wait(), Ok(None))
     }
 
-    /// SIGKILL: it has no time for anything. Says whether that was its end: it may have come to another just before.
+    /// SIGKILL: it has no time for anything. Says whether that was its end: it may have come to
+    /// another just before.
     pub async fn kill(mut self) -> bool {
         let _ = self.child.start_kill();
         self.child.wait().await.expect("it ended").signal() == Some(9)
@@ -192,8 +200,11 @@ impl RunningProcess {
 
     /// Sends it a signal, such as TERM.
     pub async fn signal(&self, name: &str) {
-        let sent =
-            Command::new("kill").args(["-s", name, &self.id().to_string()]).status().await.expect("kill is there");
+        let sent = Command::new("kill")
+            .args(["-s", name, &self.id().to_string()])
+            .status()
+            .await
+            .expect("kill is there");
         assert!(sent.success(), "the signal was sent");
     }
 

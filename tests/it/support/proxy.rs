@@ -14,7 +14,8 @@ use super::{World, setting};
 /// How the driver commits: a packet's length, sequence number, command and text.
 const COMMIT: &[u8] = b"\x07\x00\x00\x00\x03COMMIT";
 
-/// How the engine does, behind the statements that move a position; what follows may begin the next transaction.
+/// How the engine does, behind the statements that move a position; what follows may begin the next
+/// transaction.
 const AND_COMMIT: &str = "; commit";
 
 /// A server that has been silent for so long has answered all statements of a packet.
@@ -50,7 +51,10 @@ pub struct Proxy {
 
 impl Proxy {
     /// In front of the server at `address`, each piece that a client sends being decided upon.
-    pub async fn new(address: &str, decide: impl Fn(&[u8]) -> ProxyAction + Send + Sync + 'static) -> Self {
+    pub async fn new(
+        address: &str,
+        decide: impl Fn(&[u8]) -> ProxyAction + Send + Sync + 'static,
+    ) -> Self {
         Self::with_replacement(address, decide, None).await
     }
 
@@ -84,8 +88,8 @@ impl Proxy {
         format!("127.0.0.1:{}", self.port)
     }
 
-    /// Makes every connection silent that is open now: neither end ever hears of the other again. Those that are opened
-    /// after this work.
+    /// Makes every connection silent that is open now: neither end ever hears of the other again.
+    /// Those that are opened after this work.
     pub fn silence(&self) {
         self.silence.send_replace(());
     }
@@ -97,7 +101,8 @@ impl Proxy {
 }
 
 impl World {
-    /// The URL of the world's database by way of a proxy. Not encrypted, so that the statements can be seen.
+    /// The URL of the world's database by way of a proxy. Not encrypted, so that the statements can
+    /// be seen.
     pub async fn database_url_through_proxy(
         &self,
         decide: impl Fn(&[u8]) -> ProxyAction + Send + Sync + 'static,
@@ -113,8 +118,13 @@ impl World {
         self.proxy_with_replacement(decide, None).await
     }
 
-    /// The URL of the world's database by way of a proxy that gives its clients other bytes than the server has sent.
-    pub async fn database_url_with_replaced_text(&self, sent: &'static [u8], given: &'static [u8]) -> String {
+    /// The URL of the world's database by way of a proxy that gives its clients other bytes than
+    /// the server has sent.
+    pub async fn database_url_with_replaced_text(
+        &self,
+        sent: &'static [u8],
+        given: &'static [u8],
+    ) -> String {
         self.proxy_with_replacement(|_| ProxyAction::Forward, Some((sent, given))).await.1
     }
 
@@ -123,7 +133,8 @@ impl World {
         decide: impl Fn(&[u8]) -> ProxyAction + Send + Sync + 'static,
         replacement: Replacement,
     ) -> (Proxy, String) {
-        let address = self.database_url.strip_prefix("mysql://").and_then(|rest| rest.split_once('@'));
+        let address =
+            self.database_url.strip_prefix("mysql://").and_then(|rest| rest.split_once('@'));
         let (user, rest) = address.expect("a URL with a user");
         let (server, database) = rest.split_once('/').expect("a URL with a database");
         let proxy = Proxy::with_replacement(server, decide, replacement).await;
@@ -239,7 +250,8 @@ async fn forward(mut client: TcpStream, mut server: TcpStream, state: ProxyState
                     break;
                 }
                 if fate == ProxyAction::CutAfter {
-                    // Its last answer proves that it has committed; each statement before that has one of its own.
+                    // Its last answer proves that it has committed; each statement before that has
+                    // one of its own.
                     let _ = server.read(&mut from_server).await;
                     while let Ok(Ok(1..)) = timeout(REPLY_QUIET_TIME, server.read(&mut from_server)).await {}
                     return;

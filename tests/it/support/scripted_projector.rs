@@ -1,4 +1,5 @@
-//! A projector that follows a script: its fault may wait, run statements, commit, panic or never end.
+//! A projector that follows a script: its fault may wait, run statements, commit, panic or never
+//! end.
 
 use std::sync::Arc;
 
@@ -8,10 +9,14 @@ use projectionist::{Event, EventTypes, Mode, Projector, Registry, async_trait};
 
 use super::{Gate, Tally};
 
-type Script =
-    Arc<dyn for<'a> Fn(&'a Event, &'a mut MySqlConnection) -> BoxFuture<'a, anyhow::Result<()>> + Send + Sync>;
+type Script = Arc<
+    dyn for<'a> Fn(&'a Event, &'a mut MySqlConnection) -> BoxFuture<'a, anyhow::Result<()>>
+        + Send
+        + Sync,
+>;
 
-/// A tally that runs a script after it has written an event down, on the connection of the same transaction.
+/// A tally that runs a script after it has written an event down, on the connection of the same
+/// transaction.
 #[derive(Clone)]
 pub struct ScriptedProjector {
     tally: Tally,
@@ -21,7 +26,10 @@ pub struct ScriptedProjector {
 impl ScriptedProjector {
     pub fn new<F>(tally: &Tally, script: F) -> Self
     where
-        F: for<'a> Fn(&'a Event, &'a mut MySqlConnection) -> BoxFuture<'a, anyhow::Result<()>> + Send + Sync + 'static,
+        F: for<'a> Fn(&'a Event, &'a mut MySqlConnection) -> BoxFuture<'a, anyhow::Result<()>>
+            + Send
+            + Sync
+            + 'static,
     {
         ScriptedProjector { tally: tally.clone(), script: Arc::new(script) }
     }
@@ -62,11 +70,16 @@ impl Projector for ScriptedProjector {
 /// Runs a script at one position, and nowhere else.
 pub fn scripted_at<F>(tally: &Tally, position: u64, script: F) -> ScriptedProjector
 where
-    F: for<'a> Fn(&'a mut MySqlConnection) -> BoxFuture<'a, anyhow::Result<()>> + Send + Sync + 'static,
+    F: for<'a> Fn(&'a mut MySqlConnection) -> BoxFuture<'a, anyhow::Result<()>>
+        + Send
+        + Sync
+        + 'static,
 {
-    ScriptedProjector::new(tally, move |event: &Event, db| match event.position().get() == position {
-        true => script(db),
-        false => Box::pin(async { Ok(()) }),
+    ScriptedProjector::new(tally, move |event: &Event, db| {
+        match event.position().get() == position {
+            true => script(db),
+            false => Box::pin(async { Ok(()) }),
+        }
     })
 }
 

@@ -1,4 +1,5 @@
-//! An endpoint that answers as SQS would where LocalStack does not: by permissions, by another clock, by failures.
+//! An endpoint that answers as SQS would where LocalStack does not: by permissions, by another
+//! clock, by failures.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex};
@@ -26,7 +27,8 @@ struct State {
 }
 
 impl SqsStub {
-    /// One that knows a healthy FIFO queue of every name, and refuses calls that are wrong, as SQS does.
+    /// One that knows a healthy FIFO queue of every name, and refuses calls that are wrong, as SQS
+    /// does.
     pub async fn new() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
         let port = listener.local_addr().expect("it is bound").port();
@@ -43,7 +45,11 @@ impl SqsStub {
             ("DeleteMessage", "com.amazonaws.sqs#ReceiptHandleIsInvalid"),
             ("ChangeMessageVisibility", "com.amazonaws.sqs#ReceiptHandleIsInvalid"),
         ] {
-            stub.set_response(action, 400, &format!(r#"{{"__type":"{code}","message":"as SQS says"}}"#));
+            stub.set_response(
+                action,
+                400,
+                &format!(r#"{{"__type":"{code}","message":"as SQS says"}}"#),
+            );
         }
         let all = stub.clone();
         tokio::spawn(async move {
@@ -66,11 +72,14 @@ impl SqsStub {
 
     /// As AWS answers who lacks a permission.
     pub fn deny(&self, action: &str) {
-        let told = format!("User: arn:aws:iam::1:role/task is not authorized to perform: sqs:{action}");
+        let told =
+            format!("User: arn:aws:iam::1:role/task is not authorized to perform: sqs:{action}");
         self.set_response(
             action,
             400,
-            &format!(r#"{{"__type":"com.amazonaws.sqs#AccessDeniedException","message":"{told}"}}"#),
+            &format!(
+                r#"{{"__type":"com.amazonaws.sqs#AccessDeniedException","message":"{told}"}}"#
+            ),
         );
     }
 
@@ -99,8 +108,10 @@ impl SqsStub {
 
     async fn serve(self, mut client: TcpStream) {
         while let Some(head) = read_request(&mut client).await {
-            let action =
-                head.lines().find_map(|line| line.strip_prefix("x-amz-target: amazonsqs.")).unwrap_or_default();
+            let action = head
+                .lines()
+                .find_map(|line| line.strip_prefix("x-amz-target: amazonsqs."))
+                .unwrap_or_default();
             let (status, body, date, takes) = {
                 let mut state = self.state();
                 let known = state.answers.iter().find(|(name, _)| name.to_lowercase() == action);
@@ -112,7 +123,9 @@ impl SqsStub {
                 let first = state.first.get_mut(&name).and_then(VecDeque::pop_front);
                 let (status, body) = first.map_or((status, body), |first| (200, first));
                 let takes = state.takes.get(&name).copied().unwrap_or_default();
-                let date = (OffsetDateTime::now_utc() + state.clock_ahead).format(&Rfc2822).expect("a date");
+                let date = (OffsetDateTime::now_utc() + state.clock_ahead)
+                    .format(&Rfc2822)
+                    .expect("a date");
                 (status, body, date.replace("+0000", "GMT"), takes)
             };
             tokio::time::sleep(takes).await;
@@ -133,8 +146,9 @@ async fn read_request(client: &mut TcpStream) -> Option<String> {
     loop {
         if let Some(end) = bytes.windows(4).position(|window| window == b"\r\n\r\n") {
             let head = String::from_utf8_lossy(&bytes[..end]).to_lowercase();
-            let length =
-                head.lines().find_map(|line| line.strip_prefix("content-length: ")?.trim().parse::<usize>().ok());
+            let length = head.lines().find_map(|line| {
+                line.strip_prefix("content-length: ")?.trim().parse::<usize>().ok()
+            });
             if bytes.len() >= end + 4 + length.unwrap_or(0) {
                 return Some(head);
             }
