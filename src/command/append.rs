@@ -1,4 +1,4 @@
-//! `append`: events from a file or standard input, one JSON object a line.
+//! The `append` command: appends events from a file or standard input, one JSON object per line.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
@@ -18,33 +18,34 @@ use crate::model::error::{Error, is_transient, server_error_number};
 use crate::model::event::{NewEvent, Position};
 use crate::store::{AppendError, EventStore};
 
-/// Payload and metadata at their largest, in JSON, with room for the rest.
+/// The longest line, in bytes: the largest payload and metadata, and 64 KiB for the other fields.
 const MAX_LINE_BYTES: u64 = 2 * NewEvent::MAX_JSON as u64 + 65_536;
 
-/// Events in one transaction, and their bytes.
+/// The most events in one transaction, and the most bytes of their payloads and metadata.
 const MAX_TRANSACTION_EVENTS: usize = 500;
 const MAX_TRANSACTION_BYTES: usize = 4 * 1024 * 1024;
 
-/// A CHECK of ours did not hold, on MySQL and on MariaDB: their ideas of JSON are narrower than
-/// ours.
+/// The error codes of a violated CHECK constraint on MySQL and on MariaDB. Both accept less JSON
+/// than our parser does.
 const CHECK_VIOLATION_CODES: [u16; 2] = [3819, 4025];
 
-/// Events that trickle in, from a pipe that stays open, are stored this soon.
+/// The longest time that an event waits for others of its transaction, if the input is a slow pipe.
 const MAX_BUFFER_DELAY: Duration = Duration::from_millis(100);
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Each line is an object with stream_id, event_type and payload (any JSON) and, optionally, event_id (unique; made where \
-there is none), stream_version (must be the stream's next; given where there is none), recorded_at (RFC 3339; else now) \
-and metadata (any JSON).\n\n\
-Example: {\"stream_id\":\"case-891\",\"event_type\":\"Confirmation of receipt\",\"payload\":{\"channel\":\"Internet\"}}")]
+Each line is an object with stream_id, event_type and payload (any JSON). Optional keys: event_id \
+(unique; default: generated), stream_version (must be the stream's next; default: the next), \
+recorded_at (RFC 3339; default: now) and metadata (any JSON).\n\n\
+Example: {\"stream_id\":\"case-891\",\"event_type\":\"Confirmation of receipt\",\
+\"payload\":{\"channel\":\"Internet\"}}")]
 pub(super) struct AppendCommand {
-    /// The file to read; standard input where there is none, or for `-`
+    /// The file to read; without it, or with `-`, standard input is read
     #[arg(value_name = "FILE")]
     file: Option<PathBuf>,
 }
 
-/// One line. A key that is not known would be lost without a word, so it is an error.
+/// One line of the input. An unknown key is an error, because it would be dropped silently.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Line<'a> {
@@ -62,19 +63,19 @@ struct Line<'a> {
     metadata: Option<&'a RawValue>,
 }
 
-/// What the reading thread sends.
+/// A message of the thread that reads the input.
 #[derive(Debug)]
 enum InputMessage {
-    /// A line's number, and its event or the reason why it has none.
+    /// The number of a line, and its event or the reason why the line is refused.
     Line(u64, Result<NewEvent, String>),
     /// The input was read to its end.
     End,
 }
 
-/// The lines of an input, read on a thread: reading standard input blocks.
+/// Reads the lines of an input on a thread of its own, because reading standard input blocks.
 struct LineReader {
     receiver: mpsc::Receiver<InputMessage>,
-    /// The last line that was received.
+    /// The number of the last line that was received.
     last_line: u64,
 }
 
@@ -85,7 +86,7 @@ impl LineReader {
         LineReader { receiver, last_line: 0 }
     }
 
-    /// The next line with something in it; `None` at the end of the input.
+    /// Returns the next line that is not empty, or `None` at the end of the input.
     async fn next(&mut self) -> Option<(u64, Result<NewEvent, String>)> {
         match self.receiver.recv().await {
             Some(InputMessage::Line(line, event)) => {
@@ -93,10 +94,10 @@ impl LineReader {
                 Some((line, event))
             }
             Some(InputMessage::End) => None,
-            // The thread panicked: the input may go on.
+            // The thread panicked. The input may have more lines, so this is not its end.
             None => Some((
                 self.last_line + 1,
-                Err("the reading of the input broke off here, or soon after it".into()),
+                Err("reading the input failed at this line or soon after it".into()),
             )),
         }
     }
@@ -158,16 +159,16 @@ impl Appender {
         self.buffered_bytes += event.payload.len() + event.metadata.as_ref().map_or(0, String::len);
         self.buffered.push((line, event));
         self.buffered_since.get_or_insert_with(Instant::now);
-        match self.buffered.len() >= MAX_TRANSACTION_EVENTS
+        if self.buffered.len() >= MAX_TRANSACTION_EVENTS
             || self.buffered_bytes >= MAX_TRANSACTION_BYTES
         {
-            true => self.flush().await,
-            false => Ok(()),
+            self.flush().await?;
         }
+        Ok(())
     }
 
-    /// Stores what waits. At an event that cannot be stored, those before it are, and the error
-    /// names its line.
+    /// Stores the buffered events. If one is refused, stores the events before it and returns an
+    /// error that names its line.
     async fn flush(&mut self) -> Result<(), Error> {
         (self.buffered_bytes, self.buffered_since) = (0, None);
         let (lines, events): (Vec<u64>, Vec<NewEvent>) =
@@ -184,9 +185,10 @@ impl Appender {
                 return Err(self.append_error(error));
             };
             match rejected_index(&error, attempt) {
-                // The first to be refused need not be the first that is bad: those before it are
-                // tried without it.
+                // The transaction was rolled back. The events before the refused one are tried
+                // again, and one of them may be refused, too.
                 Some(index) => (end, refused) = (next + index, Some(reason)),
+                // The error names no event: smaller transactions find it.
                 None => max_events = attempt.len() / 2,
             }
         }
@@ -204,7 +206,7 @@ impl Appender {
 
     fn line_error(&self, line: u64, reason: &str) -> Error {
         Error::Input(format!(
-            "line {line}: {reason}\n{}; nothing from line {line} on is",
+            "line {line}: {reason}\n{}; no event from line {line} on was stored",
             self.summary("stored before it:")
         ))
     }
@@ -231,7 +233,7 @@ impl Appender {
     }
 }
 
-/// Why an event was refused; `None` where the error says nothing about the events.
+/// Returns why an event was refused, or `None` if the error is not about an event.
 fn rejection_reason(error: &AppendError) -> Option<String> {
     match error {
         AppendError::InvalidEvent { reason, .. } => Some(reason.clone()),
@@ -243,22 +245,23 @@ fn rejection_reason(error: &AppendError) -> Option<String> {
                 .is_some_and(|number| CHECK_VIOLATION_CODES.contains(&number)) =>
         {
             Some(format!(
-                "the database does not take its payload or metadata as JSON: half a surrogate pair, a number out of \
-                 range, or nested too deeply (MariaDB takes 31 levels, MySQL 100) ({error})"
+                "the database does not accept its payload or metadata as JSON: half a surrogate \
+                pair, a number out of range, or nested too deeply (MariaDB accepts 31 levels, \
+                MySQL 100) ({error})"
             ))
         }
         AppendError::Database(_) => None,
     }
 }
 
-/// Which of these events was refused, as far as the error tells.
+/// Returns the index of the refused event, or `None` if the error does not identify it.
 fn rejected_index(error: &AppendError, events: &[NewEvent]) -> Option<usize> {
     match error {
         AppendError::InvalidEvent { index, .. } | AppendError::WrongVersion { index, .. } => {
             Some(*index)
         }
         AppendError::DuplicateEventId { event_id } if events.len() > 1 => {
-            // The last of them: the id may stand twice among the lines, too.
+            // The last event with this id, because the input itself may contain the id twice.
             events.iter().rposition(|event| event.event_id.as_ref() == Some(event_id))
         }
         AppendError::DuplicateEventId { .. } | AppendError::Database(_) => {
@@ -267,7 +270,8 @@ fn rejected_index(error: &AppendError, events: &[NewEvent]) -> Option<usize> {
     }
 }
 
-/// Sends each line, up to the first that is refused, or up to the end and a message that says so.
+/// Sends each line up to the first that is refused. If none is, sends all lines and then
+/// [`InputMessage::End`].
 fn read_lines(input: Box<dyn Read + Send>, lines: &mpsc::Sender<InputMessage>) {
     let mut input = BufReader::new(input);
     let mut text = Vec::new();
@@ -292,7 +296,7 @@ fn read_lines(input: Box<dyn Read + Send>, lines: &mpsc::Sender<InputMessage>) {
     }
 }
 
-/// The event of a line; `None` for an empty one.
+/// Parses a line into an event. Returns `None` for an empty line.
 fn parse_line(text: &[u8]) -> Result<Option<NewEvent>, String> {
     let text = std::str::from_utf8(text)
         .map_err(|error| format!("not UTF-8, from byte {} on", error.valid_up_to() + 1))?;
@@ -300,7 +304,7 @@ fn parse_line(text: &[u8]) -> Result<Option<NewEvent>, String> {
         return Ok(None);
     }
     let line: Line<'_> = serde_json::from_str(text).map_err(|error| {
-        // The parser says where within the text, which is one line.
+        // The parser counts lines within `text`, which always has one line.
         error.to_string().replace(" at line 1 column ", ", at column ")
     })?;
     let event = NewEvent {
@@ -325,10 +329,11 @@ mod tests {
 
     #[test]
     fn a_line_keeps_its_payload_byte_for_byte() {
-        let event = parse_line(
-            br#"{"stream_id":"a","event_type":"T02 \"x\"","payload":{ "n" : 1.0 },"metadata":null,"recorded_at":"2010-10-02T07:20:39.266000Z"}"#,
+        let line = concat!(
+            r#"{"stream_id":"a","event_type":"T02 \"x\"","payload":{ "n" : 1.0 },"#,
+            r#""metadata":null,"recorded_at":"2010-10-02T07:20:39.266000Z"}"#,
         );
-        let event = event.expect("a line").expect("an event");
+        let event = parse_line(line.as_bytes()).expect("a line").expect("an event");
         assert_eq!(
             (event.payload.as_str(), event.metadata, event.event_type.as_str()),
             ("{ \"n\" : 1.0 }", None, "T02 \"x\"")
@@ -343,13 +348,25 @@ mod tests {
                 b"{\"stream_id\":\"a\",\"event_type\":\"b\",\"payload\":1,\"recordedAt\":1}",
                 "unknown field `recordedAt`",
             ),
-            (b"{\"stream_id\":\"\",\"event_type\":\"b\",\"payload\":1}", "stream_id must be 1 to 200 characters"),
-            (b"{\"stream_id\":\"a\",\"event_type\":\"$filler\",\"payload\":1}", "begins with `$`"),
-            (b"{\"stream_id\":\"a\",\"event_type\":\"b\",\"payload\":1,\"recorded_at\":\"yesterday\"}", "recorded_at"),
-            (b"{\"stream_id\":\"a\",\"event_type\":\"b\",\"payload\":1,\"event_id\":\"\"}", "event_id must be"),
-            (b"{\"stream_id\":\"a\\u001b[2J\",\"event_type\":\"b\",\"payload\":1}", "has a control character"),
-            (b"{\"stream_id\":\"a\",\"event_type\":\"b\\n\",\"payload\":1}", "has a control character"),
-            (b"{\"stream_id\":\"a\",\"event_type\":\"b\\u0085\",\"payload\":1}", "has a control character"),
+            (
+                br#"{"stream_id":"","event_type":"b","payload":1}"#,
+                "stream_id must be 1 to 200 characters",
+            ),
+            (br#"{"stream_id":"a","event_type":"$filler","payload":1}"#, "begins with `$`"),
+            (
+                br#"{"stream_id":"a","event_type":"b","payload":1,"recorded_at":"yesterday"}"#,
+                "recorded_at",
+            ),
+            (
+                br#"{"stream_id":"a","event_type":"b","payload":1,"event_id":""}"#,
+                "event_id must be",
+            ),
+            (
+                br#"{"stream_id":"a\u001b[2J","event_type":"b","payload":1}"#,
+                "has a control character",
+            ),
+            (br#"{"stream_id":"a","event_type":"b\n","payload":1}"#, "has a control character"),
+            (br#"{"stream_id":"a","event_type":"b\u0085","payload":1}"#, "has a control character"),
             (b"{\"stream_id\":\"\xff\"}", "not UTF-8, from byte 15 on"),
             (b"stream_id,event_type", "expected value"),
         ] {
@@ -358,13 +375,17 @@ mod tests {
         }
     }
 
-    /// A line with everything in it that a line may have.
-    const LINE: &str = r#"{"stream_id":"a","stream_version":7,"event_type":"T02 \"x\"","payload":{"n":[1.0,"\u00e9"]},"metadata":{"m":null},"event_id":"id-1","recorded_at":"2010-10-02T07:20:39.266Z"}"#;
+    /// A line with every key.
+    const LINE: &str = concat!(
+        r#"{"stream_id":"a","stream_version":7,"event_type":"T02 \"x\"","#,
+        r#""payload":{"n":[1.0,"\u00e9"]},"metadata":{"m":null},"event_id":"id-1","#,
+        r#""recorded_at":"2010-10-02T07:20:39.266Z"}"#,
+    );
 
     #[test]
     fn an_endless_line_is_refused_without_being_read_whole() {
         let (sender, mut events) = mpsc::channel(1);
-        // More than any memory holds.
+        // An input that never ends.
         let endless = Box::new(std::io::repeat(b' '));
         let reading = std::thread::spawn(move || read_lines(endless, &sender));
         let Some(InputMessage::Line(line, read)) = events.blocking_recv() else {
@@ -374,13 +395,13 @@ mod tests {
         reading.join().expect("it has ended");
     }
 
-    /// Two lines, and then a panic.
+    /// A reader that panics at the end of its bytes.
     struct PanickingReader(std::io::Cursor<Vec<u8>>);
 
     impl Read for PanickingReader {
         fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
             match self.0.read(buffer) {
-                Ok(0) => panic!("as the test asks"),
+                Ok(0) => panic!("the test makes the reader panic"),
                 read => read,
             }
         }
@@ -424,19 +445,22 @@ mod tests {
             let _ = parse_line(&line);
         }
 
-        /// Whatever is made of a line, what is stored of it keeps to the table's bounds, and is no
+        /// An event that is parsed from a corrupted line is within the limits of the table, and not
         /// larger than the line.
         #[test]
-        fn a_corrupted_line_is_refused_or_an_event_no_larger_than_itself(line in corrupted::bytes(LINE)) {
+        fn a_corrupted_line_is_refused_or_an_event_no_larger_than_itself(
+            line in corrupted::bytes(LINE),
+        ) {
             let Ok(Some(event)) = parse_line(&line) else { return Ok(()) };
             prop_assert_eq!(event.check(), Ok(()));
-            let names = event.stream_id.len() + event.event_type.len() + event.event_id.map_or(0, |id| id.len());
+            let id = event.event_id.map_or(0, |id| id.len());
+            let names = event.stream_id.len() + event.event_type.len() + id;
             let json = event.payload.len() + event.metadata.map_or(0, |metadata| metadata.len());
             prop_assert!(names + json <= line.len());
         }
 
-        /// Whatever the input is, its lines are told in order, and reading ends with the first that
-        /// is refused.
+        /// Lines of a corrupted input are sent in order, and reading ends with the first that is
+        /// refused.
         #[test]
         fn corrupted_lines_are_read_in_order_up_to_the_first_refused(
             input in corrupted::bytes(&[LINE, "", LINE, LINE].join("\n")),

@@ -1,5 +1,5 @@
-//! `audit`: proves or refutes, while everything runs, that the log is what it was; and takes note
-//! of what an operator accepts.
+//! The `audit` command: checks, while everything runs, that the log up to the high-water mark is
+//! unchanged, and records the losses that an operator accepts.
 
 use std::time::{Duration, Instant};
 
@@ -10,7 +10,7 @@ use serde::Serialize;
 use time::format_description::well_known::Rfc3339;
 use tracing::{error, info};
 
-use super::{confirm, print};
+use super::{confirm, print, print_json};
 use crate::command::config::Config;
 use crate::engine::retry::hostname;
 use crate::ledger::Ledger;
@@ -20,32 +20,34 @@ use crate::store::{AcceptOutcome, Acceptance, Blocker, EventStore, LogAudit, Mis
 
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Faults that are named at the most; beyond, they are counted.
+/// The most ranges of missing positions that are listed. Further ranges are only counted.
 const MAX_LISTED_FAULTS: usize = 20;
 
-/// And in the alert.
+/// The most faults that are listed in the alert.
 const MAX_FAULTS_IN_ALERT: usize = 3;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Checks that every position at or below the high-water mark has a row, that these are the rows, by position and event id, \
-over which the mark passed, and that no projector and no message is beyond the mark. Reads the log once; blocks nobody. \
-Exit code 1: it found something, and names it.\n\n\
---accept is for rows that were deleted on purpose, or lost for good by a restore: each missing position of the range gets a \
-filler, the log as it is now counts as whole from then on, and the range, the reason and who accepted it are recorded. It \
-refuses where rows are missing outside the range. It cannot check whether the rows that are there are those over which the \
-mark passed, nor what projectors have made of the lost ones.")]
+Checks that every position up to the high-water mark has a row, that each row has the position \
+and event id that it had when the mark passed it, and that no projector and no message is beyond \
+the mark. Reads the log once and blocks no other process. Exit code 1: the audit found faults, \
+which the output lists.\n\n\
+--accept is for rows that were deleted on purpose, or that a restore has lost for good. Each \
+missing position of the range gets a filler, and the log as it is now counts as complete from \
+then on. The range, the reason and the user are recorded. It fails if rows are missing outside \
+the range. It cannot check that the remaining rows are unchanged, and it does not undo what \
+projectors did with the lost rows.")]
 pub(super) struct AuditCommand {
     /// Print one JSON document
     #[arg(long, env = "PROJECTIONIST_JSON", value_parser = FalseyValueParser::new())]
     json: bool,
 
     /// Accept that the rows of these positions are lost, and record it
-    #[arg(long, num_args = 2, value_names = ["FIRST", "LAST"], value_parser = clap::value_parser!(u64).range(1..),
-          requires = "reason")]
+    #[arg(long, num_args = 2, value_names = ["FIRST", "LAST"], requires = "reason",
+          value_parser = clap::value_parser!(u64).range(1..))]
     accept: Option<Vec<u64>>,
 
-    /// Why: it is recorded, at most 1,000 characters
+    /// The reason, which is recorded; at most 1,000 characters
     #[arg(long, value_name = "TEXT", requires = "accept", value_parser = parse_reason)]
     reason: Option<String>,
 
@@ -55,23 +57,24 @@ pub(super) struct AuditCommand {
 }
 
 fn parse_reason(text: &str) -> Result<String, String> {
-    match (1..=1_000).contains(&text.trim().chars().count()) {
-        true => Ok(text.trim().to_owned()),
-        false => Err("it must have 1 to 1,000 characters".into()),
+    if (1..=1_000).contains(&text.trim().chars().count()) {
+        Ok(text.trim().to_owned())
+    } else {
+        Err("it must have 1 to 1,000 characters".into())
     }
 }
 
-/// `audit --json`.
+/// The output of `audit --json`.
 #[derive(Serialize)]
 struct Report {
     ok: bool,
     high_water: u64,
     rows: u64,
     faults: Vec<String>,
-    /// Positions up to the mark that have no row: the first ranges of them, each with its first and
-    /// its last position.
+    /// The first ranges of positions up to the mark that have no row, each with its first and its
+    /// last position.
     missing_ranges: Vec<(u64, u64)>,
-    /// How many there are in all.
+    /// How many positions up to the mark have no row.
     missing_count: u64,
     acceptances: Vec<AcceptanceReport>,
 }
@@ -106,12 +109,13 @@ impl AcceptanceReport {
         let AcceptanceReport { first, last, reason, accepted_by, accepted_at, .. } = self;
         let missing = HumanCount(self.missing);
         format!(
-            "accepted: positions {first} to {last}, {missing} without a row, by {accepted_by}, {accepted_at}: {reason}"
+            "accepted: positions {first} to {last}, {missing} without a row, by {accepted_by}, \
+            {accepted_at}: {reason}"
         )
     }
 }
 
-/// Tells at intervals how far a reading of the log is.
+/// Returns a callback that logs at intervals how far the log has been read.
 fn progress_logger() -> impl FnMut(Position, Position) {
     let mut last_logged = Instant::now();
     move |at, end| {
@@ -157,30 +161,27 @@ impl AuditCommand {
             missing_count: log.missing.count,
             acceptances,
         };
-        match self.json {
-            true => print(
-                serde_json::to_string(&report)
-                    .unwrap_or_else(|error| unreachable!("plain strings and numbers: {error}")),
-            )?,
-            false => {
-                if report.ok {
-                    print(format!(
-                        "{} rows up to the high-water mark {}: all well",
-                        log.rows, log.high_water
-                    ))?;
-                }
-                report.faults.iter().try_for_each(print)?;
-                report.acceptances.iter().map(AcceptanceReport::line).try_for_each(print)?;
+        if self.json {
+            print_json(&report)?;
+        } else {
+            if report.ok {
+                print(format!(
+                    "{} rows up to the high-water mark {}: no faults",
+                    log.rows, log.high_water
+                ))?;
             }
+            report.faults.iter().try_for_each(print)?;
+            report.acceptances.iter().map(AcceptanceReport::line).try_for_each(print)?;
         }
-        match report.ok {
-            true => Ok(()),
-            false => Err(Error::LogFault(format!("the audit found {} fault(s)", faults.count))),
+        if report.ok {
+            Ok(())
+        } else {
+            Err(Error::LogFault(format!("the audit found {} fault(s)", faults.count)))
         }
     }
 }
 
-/// What is wrong: a sentence each for the first, and how many there are in all.
+/// The faults of a log. `listed` describes the first faults, a sentence each; `count` counts all.
 struct Faults {
     listed: Vec<String>,
     count: u64,
@@ -198,8 +199,8 @@ impl Faults {
 }
 
 async fn find_faults(store: &EventStore, ledger: &Ledger, log: &LogAudit) -> Result<Faults, Error> {
-    // Marks never fall, so what is beyond this one now was beyond the audited one, too, or has
-    // moved since.
+    // The marks are read after the entries and never fall. An entry that is beyond this high-water
+    // mark was therefore beyond the mark when the entry was read.
     let entries = ledger.entries().await?;
     let marks = store.marks().await?;
     let mut listed = describe_missing(&log.missing);
@@ -207,27 +208,27 @@ async fn find_faults(store: &EventStore, ledger: &Ledger, log: &LogAudit) -> Res
     let mut other = Vec::new();
     if log.missing.count == 0 && !log.is_unchanged {
         other.push(format!(
-            "the rows up to {} are not those over which the high-water mark passed: one was replaced, \
-             or its event id changed",
+            "the rows up to {} are not those that the high-water mark passed: a row was replaced, \
+            or its event id changed",
             log.high_water
         ));
     }
     other.extend(log.out_of_bounds.iter().map(|position| match position {
         0 => "position 0 is never read: no projector gets this row".to_owned(),
         last => format!(
-            "position {last} ends the log: nothing can be appended after it. Delete this row, and set auto_increment of the \
-             table events to the position after the last event"
+            "position {last} ends the log: nothing can be appended after it. Delete this row, and \
+            set auto_increment of the table events to the position after the last event"
         ),
     }));
     for entry in entries.iter().filter(|entry| entry.position > marks.high_water) {
         other.push(format!(
-            "projector {} stands at {}, beyond the high-water mark {}",
+            "projector {} is at {}, beyond the high-water mark {}",
             entry.id, entry.position, marks.high_water
         ));
     }
     if marks.published > marks.high_water {
         other.push(format!(
-            "{} is published, beyond the high-water mark {}",
+            "the published position {} is beyond the high-water mark {}",
             marks.published, marks.high_water
         ));
     }
@@ -236,11 +237,12 @@ async fn find_faults(store: &EventStore, ledger: &Ledger, log: &LogAudit) -> Res
     Ok(Faults { listed, count })
 }
 
-/// The positions that have no row, by ranges.
+/// Describes the ranges of positions that have no row, a sentence each.
 fn describe_missing(missing: &MissingPositions) -> Vec<String> {
-    let range = |(first, last): &(u64, u64)| match first == last {
-        true => format!("position {first} has no row: it was deleted"),
-        false => {
+    let range = |(first, last): &(u64, u64)| {
+        if first == last {
+            format!("position {first} has no row: it was deleted")
+        } else {
             format!(
                 "positions {first} to {last} have no row: {} deleted",
                 HumanCount((last - first).saturating_add(1))
@@ -260,7 +262,10 @@ fn describe_missing(missing: &MissingPositions) -> Vec<String> {
     listed
 }
 
-/// Accepts a range, unless there is nothing to accept, or more is missing.
+/// Accepts that rows of a range are lost.
+///
+/// # Errors
+/// [`Error::Input`] if there is nothing to accept, or if rows are missing outside the range.
 async fn accept(
     store: &EventStore,
     log: &LogAudit,
@@ -271,18 +276,18 @@ async fn accept(
     let (first, last) = range.into_inner();
     if first > last || last > log.high_water {
         return Err(Error::Input(format!(
-            "positions {first} to {last} are no range up to the high-water mark {}",
+            "positions {first} to {last} are not a range up to the high-water mark {}",
             log.high_water
         )));
     }
     if log.missing.count == 0 && log.is_unchanged {
-        return Err(Error::Input("there is nothing to accept: the log is what it was".into()));
+        return Err(Error::Input("there is nothing to accept: the log is unchanged".into()));
     }
     let missing = store.missing_between(first, last).await?;
     if missing != log.missing.count {
         return Err(Error::Input(format!(
-            "{} positions up to the high-water mark have no row, and {} of them lie between {first} and {last}: nothing was \
-             accepted. Accept a range that holds all of them\n{}",
+            "{} positions up to the high-water mark have no row, and {} of them lie between \
+            {first} and {last}: nothing was accepted. Accept a range that contains all of them\n{}",
             HumanCount(log.missing.count),
             HumanCount(missing),
             describe_missing(&log.missing).join("\n")
@@ -290,9 +295,9 @@ async fn accept(
     }
     confirm(
         &format!(
-            "{} positions from {first} to {last} have no row: each gets a filler, and the log as it is now counts as whole. \
-             Nobody can check whether the other {} rows up to {} are those over which the mark passed, nor undo what \
-             projectors have made of the lost ones",
+            "{} positions from {first} to {last} have no row: each gets a filler, and the log as \
+            it is now counts as complete. It cannot be checked that the other {} rows up to {} are \
+            unchanged, and what projectors did with the lost rows cannot be undone",
             HumanCount(missing),
             HumanCount(log.rows),
             log.high_water
@@ -303,17 +308,22 @@ async fn accept(
     let by: String = format!("{user} on {}", hostname()).chars().take(200).collect();
     match store.accept(first, last, reason, &by, progress_logger()).await? {
         AcceptOutcome::Accepted { missing } => {
-            info!(first = first.get(), last = last.get(), missing, "accepted as it is now");
+            info!(
+                first = first.get(),
+                last = last.get(),
+                missing,
+                "the log is accepted as it is now"
+            );
             Ok(())
         }
-        AcceptOutcome::Blocked(held) => {
-            let at = match held {
+        AcceptOutcome::Blocked(blocker) => {
+            let at = match blocker {
                 Blocker::InFlight(position) => position.get(),
                 Blocker::WideGap(gap) => *gap.start(),
             };
             Err(Error::Input(format!(
-                "a transaction that has not ended holds a position from {at} on: nothing was accepted. Run it again when that \
-                 has ended"
+                "a transaction that has not ended holds a position from {at} on: nothing was \
+                accepted. Run the command again when the transaction has ended"
             )))
         }
         AcceptOutcome::MissingElsewhere(count) => Err(Error::Input(format!(

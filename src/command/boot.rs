@@ -1,4 +1,4 @@
-//! `boot`: the deploy gate.
+//! The `boot` command: the deploy gate.
 
 use std::io::{IsTerminal, stderr};
 use std::time::{Duration, Instant};
@@ -9,7 +9,7 @@ use serde::Serialize;
 use tracing::info;
 
 use super::status::FailureReport;
-use super::{parse_projector, print, shutdown_signal};
+use super::{parse_projector, print, print_json, shutdown_signal};
 use crate::command::config::Config;
 use crate::engine::boot::{
     BootProgress, BootReport, BootSettings, ProjectorOutcome, boot, log_boot_failure,
@@ -19,22 +19,24 @@ use crate::model::projector::ProjectorId;
 use crate::model::registry::Registry;
 use crate::model::text::escape_control;
 
-/// How often progress is told where there is no terminal.
+/// How often progress is logged if standard error is not a terminal.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(5);
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Run it as the last step before the new code goes live. It needs the database only. Exit code 0: every projector of the set, \
-or every one that is named, is live or finished, and has applied what was visible in the log when boot began. Exit code 1: \
-the release must not go on; the output says which projector, why, and what to do. A projector that was broken before and is \
-mended goes live whatever becomes of the others. Run boot again: it goes on where it stopped.")]
+Run boot as the last step before the new code goes live. It needs only the database. Exit code 0: \
+every projector of the set, or every one that is named, is live or finished, and has applied all \
+events that were visible in the log when boot began. Exit code 1: the release must not continue; \
+the output says which projector failed, why, and what to do. A projector that was broken before \
+and is fixed goes live even if others fail. Run boot again: it continues where it stopped.")]
 pub(super) struct BootCommand {
-    /// Boot only these, and exit by what becomes of them
+    /// Boot only these projectors; the exit code depends on them alone
     #[arg(value_name = "NAME[@VERSION]")]
     names: Vec<String>,
 
-    /// Accept of this projector what boot refuses: rows in the tables of a new one, more event
-    /// types than it was booted with, a table that was gone and has been restored. May be repeated
+    /// Accept for this projector what boot otherwise refuses: rows in the tables of a new
+    /// projector, more event types than it was booted with, or a table that was missing and has
+    /// been restored. May be repeated
     #[arg(
         long,
         value_name = "NAME[@VERSION]",
@@ -43,25 +45,25 @@ pub(super) struct BootCommand {
     )]
     accept: Vec<String>,
 
-    /// How long to wait for a database that is away, and for a transaction that holds the
+    /// How long to wait for a database that cannot be reached, and for a transaction that holds the
     /// high-water mark below the end of the log, in seconds
     #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_WAIT_TIMEOUT", default_value_t = 60,
           value_parser = clap::value_parser!(u64).range(..=86_400))]
     wait_timeout: u64,
 
-    /// Print the outcome of each projector as one JSON document
+    /// Print the outcome of all projectors as one JSON document
     #[arg(long, env = "PROJECTIONIST_JSON", value_parser = clap::builder::FalseyValueParser::new())]
     json: bool,
 }
 
-/// `boot --json`.
+/// The output of `boot --json`.
 #[derive(Serialize)]
 struct BootJson<'a> {
-    /// Whether the release may go on.
+    /// Whether the release may continue.
     released: bool,
-    /// Why not, if that is not the matter of one projector.
+    /// Why the release must not continue, if the reason is not one projector; else null.
     reason: Option<&'a str>,
-    /// The end of the log that was visible when boot began.
+    /// The last position that was visible when boot began.
     target: u64,
     projectors: Vec<ProjectorJson<'a>>,
 }
@@ -73,11 +75,11 @@ struct ProjectorJson<'a> {
     mode: &'a str,
     status: &'a str,
     position: u64,
-    /// Where it stood before this boot; null if it was new.
+    /// The position before this boot; null if the projector was new.
     from_position: Option<u64>,
-    /// Whether its definition was another than the booted one.
+    /// Whether the definition differed from the one that was last booted.
     changed: bool,
-    /// Why it keeps the release from going on; null if it does not.
+    /// Why this projector stops the release; null if it does not.
     reason: Option<&'a str>,
     failure: Option<FailureReport>,
 }
@@ -85,13 +87,14 @@ struct ProjectorJson<'a> {
 impl BootCommand {
     pub(super) async fn run(self, config: &Config, registry: Registry) -> Result<(), Error> {
         let release = config.release.clone().or_else(|| registry.release().map(str::to_owned));
-        // A deploy stands, too, where boot cannot begin, or is stopped.
+        // A boot that cannot begin, or is interrupted, stops the deploy, too: it is logged as
+        // failed.
         let failed = |error: &Error| log_boot_failure(error, release.as_deref());
         let registry = config.nonempty_registry(registry).inspect_err(failed)?;
         let reporter = config.reporter();
         let mut display = ProgressDisplay::new();
-        // The first process of a container has no default for a signal: it has to listen, or be
-        // killed.
+        // The first process of a container has no default action for a signal. Without a listener
+        // it would ignore SIGTERM, and be killed later.
         let shutdown = shutdown_signal().inspect_err(failed)?;
         let booting = async {
             let settings = self.settings(config, &registry).inspect_err(failed)?;
@@ -106,14 +109,12 @@ impl BootCommand {
         reporter.flush();
         let report = report?;
 
-        match self.json {
-            true => print(format_json(&report))?,
-            false => report.projectors.iter().try_for_each(|booted| print(format_line(booted)))?,
+        if self.json {
+            print_json(&boot_json(&report))?;
+        } else {
+            report.projectors.iter().try_for_each(|booted| print(format_line(booted)))?;
         }
-        match report.is_released() {
-            true => Ok(()),
-            false => Err(Error::Projector(report.explain())),
-        }
+        if report.is_released() { Ok(()) } else { Err(Error::Projector(report.explain())) }
     }
 
     fn settings(&self, config: &Config, registry: &Registry) -> Result<BootSettings, Error> {
@@ -125,7 +126,8 @@ impl BootCommand {
     }
 }
 
-/// The projectors of a set with these names; every version where none is named.
+/// Returns the projectors of the set with these names. A name without a version stands for every
+/// version of the projector.
 fn find_projectors(names: &[String], registry: &Registry) -> Result<Vec<ProjectorId>, Error> {
     let mut found = Vec::new();
     for text in names {
@@ -147,7 +149,7 @@ fn find_projectors(names: &[String], registry: &Registry) -> Result<Vec<Projecto
     Ok(found)
 }
 
-fn format_json(report: &BootReport) -> String {
+fn boot_json(report: &BootReport) -> BootJson<'_> {
     let projectors = report.projectors.iter().map(|booted| ProjectorJson {
         name: &booted.id.name,
         version: booted.id.version,
@@ -163,19 +165,17 @@ fn format_json(report: &BootReport) -> String {
             .and_then(|entry| entry.status.failure())
             .map(FailureReport::from),
     });
-    let outcome = BootJson {
+    BootJson {
         released: report.is_released(),
         reason: report.reason.as_deref(),
         target: report.target.get(),
         projectors: projectors.collect(),
-    };
-    serde_json::to_string(&outcome)
-        .unwrap_or_else(|error| unreachable!("plain strings and numbers: {error}"))
+    }
 }
 
 fn format_line(booted: &ProjectorOutcome) -> String {
     let mut outcome = match (&booted.entry, booted.was_attempted, booted.position_before) {
-        (None, ..) => "not entered".to_owned(),
+        (None, ..) => "not registered".to_owned(),
         (_, false, _) => "nothing to boot".to_owned(),
         (_, true, None) => "new".to_owned(),
         (_, true, Some(from)) => format!("resumed from {from}"),
@@ -201,13 +201,13 @@ fn format_line(booted: &ProjectorOutcome) -> String {
     line
 }
 
-/// A bar on a terminal, a log line now and then elsewhere.
+/// Shows the progress of boot: as a bar on a terminal, otherwise as a log line at intervals.
 struct ProgressDisplay {
     bar: Option<ProgressBar>,
     round: Option<Round>,
 }
 
-/// A round ends where the next begins: its target is fixed when it starts.
+/// A round of catching up to one target. A new target begins a new round.
 struct Round {
     target: u64,
     start: u64,

@@ -1,4 +1,5 @@
-//! What every command takes, from the command line or the environment. Only commands see this.
+//! The options of every command, from the command line or the environment. Only `command` uses
+//! them.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -15,17 +16,20 @@ use crate::model::registry::Registry;
 use crate::queue::SqsQueue;
 use crate::telemetry::{LogFormat, MetricsFormat, Reporter, parse_service_name};
 
-/// How the database knows us.
+/// The default of `--connections`, unless a command has another.
+const DEFAULT_CONNECTIONS: u32 = 16;
+
+/// The highest default of `--connections`: small servers accept about a hundred in all.
+const MAX_DEFAULT_CONNECTIONS: u32 = 48;
+
+/// How we authenticate to the database.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum DatabaseAuth {
     Password,
     Iam,
 }
 
-/// The most that are opened without being asked for: small servers take a hundred in all.
-const MAX_DEFAULT_CONNECTIONS: u32 = 48;
-
-/// The modes in which projectors' statements run.
+/// The SQL mode in which projectors' statements run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum SqlModeOption {
     Strict,
@@ -41,15 +45,12 @@ impl From<SqlModeOption> for SqlMode {
     }
 }
 
-/// The most database connections, where a command does not say otherwise.
-const DEFAULT_CONNECTIONS: u32 = 16;
-
-/// Options of every command.
+/// The options of every command.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Common options")]
 pub(crate) struct Config {
-    /// Folder with projector files (*.toml); they are added, in order of file name, to those of the
-    /// program.
+    /// A folder with projector files (*.toml). Their projectors are added, in order of file name,
+    /// to those of the program.
     #[arg(long, value_name = "DIR", env = "PROJECTORS", global = true)]
     pub(crate) projectors: Option<PathBuf>,
 
@@ -58,15 +59,16 @@ pub(crate) struct Config {
     #[arg(long, value_name = "URL", env = "DATABASE_URL", hide_env_values = true, global = true)]
     database_url: Option<String>,
 
-    /// The ARN or name of a secret in Secrets Manager, instead of the URL: a URL, or JSON as RDS
-    /// writes it. One that has user and password only stands beside a URL without them,
-    /// mysql://HOST:PORT/DATABASE. It is read again whenever the database refuses the password.
+    /// The ARN or name of a secret in Secrets Manager that has the database URL, or JSON as RDS
+    /// writes it. If the secret has only user and password, also give the URL without them:
+    /// mysql://HOST:PORT/DATABASE. The secret is read again whenever the database refuses the
+    /// password.
     #[arg(long, value_name = "ARN", env = "PROJECTIONIST_DATABASE_SECRET", global = true)]
     database_secret: Option<String>,
 
-    /// How the database knows us: by a password, or by IAM (a token of RDS for each new connection,
-    /// made with our AWS credentials; URL or secret say as whom). IAM wants the server's
-    /// certificate checked.
+    /// How to authenticate to the database: by password, or by IAM (an RDS token for each new
+    /// connection, made with the AWS credentials, for the user that the URL or the secret names).
+    /// IAM requires that the server's certificate is checked.
     #[arg(
         long,
         value_name = "HOW",
@@ -76,18 +78,19 @@ pub(crate) struct Config {
     )]
     database_auth: DatabaseAuth,
 
-    /// File of certificates to check the database's with, one or many (the bundle of RDS): the same
-    /// as ?ssl-mode=VERIFY_IDENTITY&ssl-ca=FILE in the URL, for a secret, too.
+    /// A file with one or more CA certificates, such as the RDS bundle, to check the server's
+    /// certificate with. Same as ?ssl-mode=VERIFY_IDENTITY&ssl-ca=FILE in the URL, but also applies
+    /// to a secret.
     #[arg(long, value_name = "FILE", env = "PROJECTIONIST_DATABASE_CA", global = true)]
     database_ca: Option<PathBuf>,
 
-    /// The SQS queue, FIFO or standard. Credentials, region and endpoint come as for every AWS
-    /// tool: AWS_REGION, AWS_PROFILE, AWS_ENDPOINT_URL and so on.
+    /// The URL of the SQS queue, FIFO or standard. Credentials, region and endpoint are configured
+    /// as for every AWS tool: AWS_REGION, AWS_PROFILE, AWS_ENDPOINT_URL and so on.
     #[arg(long, value_name = "URL", env = "QUEUE_URL", global = true)]
     queue_url: Option<String>,
 
-    /// The most database connections that are open at once. [default: 16, or 8 and one for each
-    /// projector in Rust, up to 48; lambda: 4]
+    /// The most database connections that are open at once. [default: 16; boot and play: 8 and one
+    /// for each projector in Rust, at least 16, at most 48; lambda: 4]
     #[arg(long, value_name = "N", env = "PROJECTIONIST_CONNECTIONS",
           value_parser = clap::value_parser!(u32).range(4..=1000), global = true)]
     connections: Option<u32>,
@@ -97,8 +100,8 @@ pub(crate) struct Config {
           value_parser = clap::value_parser!(u64).range(1..=3600), global = true)]
     connect_timeout: u64,
 
-    /// The modes in which projectors' statements run: strict, as a new server has them, so that a
-    /// value that does not fit is an error; or the server's own, whatever they are.
+    /// The SQL mode in which projectors' statements run. strict: as on a new server, a value that
+    /// does not fit its column is an error. server: the server's own mode.
     #[arg(
         long,
         value_name = "MODES",
@@ -113,23 +116,24 @@ pub(crate) struct Config {
           value_parser = clap::value_parser!(u64).range(1..=100_000), global = true)]
     batch: u64,
 
-    /// How long a handler may take for one call before it counts as failed, in seconds.
+    /// How long one call of a handler may take before it counts as failed, in seconds.
     #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_HANDLER_TIMEOUT", default_value_t = 30,
           value_parser = clap::value_parser!(u64).range(1..=3600), global = true)]
     pub(crate) handler_timeout: u64,
 
-    /// For how long a received message is hidden from other workers, in seconds; extended while
-    /// work goes on.
-    #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_VISIBILITY_TIMEOUT", default_value_t = 30,
-          value_parser = clap::value_parser!(u64).range(3..=43_200), global = true)]
+    /// How long a received message is hidden from other workers, in seconds. Extended while the
+    /// message is in progress.
+    #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_VISIBILITY_TIMEOUT",
+          default_value_t = 30, value_parser = clap::value_parser!(u64).range(3..=43_200),
+          global = true)]
     pub(crate) visibility_timeout: u64,
 
-    /// What this release is called, for whoever reads of a failure: a version, a commit, an image's
+    /// The name of this release, which failures are recorded with: a version, a commit or an image
     /// tag.
     #[arg(long, value_name = "NAME", env = "PROJECTIONIST_RELEASE", global = true)]
     pub(crate) release: Option<String>,
 
-    /// Whether boot, play, lambda and relay write metrics to standard error, among the log lines:
+    /// Whether boot, play, lambda and relay write metrics to standard error, among the log lines.
     /// emf is CloudWatch's embedded metric format.
     #[arg(
         long,
@@ -140,12 +144,13 @@ pub(crate) struct Config {
     )]
     metrics: MetricsFormat,
 
-    /// What this installation is called in its metrics: the dimension Service.
+    /// The name of this installation in its metrics: the dimension Service.
     #[arg(long, value_name = "NAME", env = "PROJECTIONIST_SERVICE", default_value = "projectionist",
           value_parser = parse_service_name, global = true)]
     service: String,
 
-    /// Where alerts are posted, as JSON, besides the log: a web hook of your chat or bug tracker.
+    /// The URL to which alerts are posted as JSON, in addition to the log: a webhook of your chat
+    /// or issue tracker.
     #[arg(
         long,
         value_name = "URL",
@@ -155,12 +160,13 @@ pub(crate) struct Config {
     )]
     pub(crate) alert_url: Option<String>,
 
-    /// Keep errors of the database to their numbers, in the ledger, the log and alerts: what the
-    /// server says may name values of rows, such as an e-mail address in "Duplicate entry".
-    #[arg(long, env = "PROJECTIONIST_REDACT_ERRORS", value_parser = FalseyValueParser::new(), global = true)]
+    /// Reduce database errors to their numbers, in the ledger, the log and alerts. A server's
+    /// message can contain values of rows, such as an e-mail address in "Duplicate entry".
+    #[arg(long, env = "PROJECTIONIST_REDACT_ERRORS", value_parser = FalseyValueParser::new(),
+          global = true)]
     pub(crate) redact_errors: bool,
 
-    /// How log lines look on standard error.
+    /// The format of log lines on standard error.
     #[arg(
         long,
         value_name = "FORMAT",
@@ -171,7 +177,7 @@ pub(crate) struct Config {
     pub(crate) log_format: LogFormat,
 
     /// Which log lines are shown: error, warn, info, debug, or a filter such as
-    /// projectionist=debug. Alerts always are.
+    /// projectionist=debug. Alerts are always shown.
     #[arg(
         long,
         value_name = "FILTER",
@@ -183,7 +189,7 @@ pub(crate) struct Config {
 }
 
 impl Config {
-    /// The program's own projectors, and those of the files after them.
+    /// Returns the program's own projectors, followed by those of the files.
     pub(crate) fn registry(&self, mut registry: Registry) -> Result<Registry, Error> {
         if let Some(dir) = &self.projectors {
             declared::load(dir, &mut registry).map_err(|error| Error::Input(error.to_string()))?;
@@ -194,30 +200,31 @@ impl Config {
         Ok(registry)
     }
 
-    /// [`Config::registry`], for commands that have nothing to do without a projector.
+    /// Returns what [`Config::registry`] does, but an empty registry is an error.
     pub(crate) fn nonempty_registry(&self, registry: Registry) -> Result<Registry, Error> {
         let registry = self.registry(registry)?;
-        match registry.is_empty() {
-            true => Err(Error::Input(
-                "there are no projectors: name a folder of projector files with --projectors DIR (or PROJECTORS)"
+        if registry.is_empty() {
+            return Err(Error::Input(
+                "there are no projectors: name a folder of projector files with --projectors DIR \
+                (or PROJECTORS)"
                     .into(),
-            )),
-            false => Ok(registry),
+            ));
         }
+        Ok(registry)
     }
 
     pub(crate) async fn database(&self) -> Result<Database, Error> {
         self.database_with(DEFAULT_CONNECTIONS).await
     }
 
-    /// With a connection for each projector that keeps a session of its own, unless it was said
-    /// otherwise.
+    /// Opens the database. Without `--connections`, it has a connection for each projector that
+    /// keeps a session of its own.
     pub(crate) async fn database_for(&self, registry: &Registry) -> Result<Database, Error> {
         let with_sessions = DEFAULT_CONNECTIONS / 2 + registry.dedicated_session_count();
         self.database_with(with_sessions.clamp(DEFAULT_CONNECTIONS, MAX_DEFAULT_CONNECTIONS)).await
     }
 
-    /// With so many connections, unless it was said otherwise.
+    /// Opens the database with at most `connections` connections, unless `--connections` is given.
     pub(crate) async fn database_with(&self, connections: u32) -> Result<Database, Error> {
         let credentials = self.credentials().await?;
         let connect_timeout = Duration::from_secs(self.connect_timeout);
@@ -250,7 +257,7 @@ impl Config {
         Credentials::new(self.database_url.as_deref(), source, self.database_ca.clone())
     }
 
-    /// Whether a queue is named.
+    /// Whether a queue is configured.
     pub(crate) fn has_queue(&self) -> bool {
         self.queue_url.is_some()
     }
@@ -262,18 +269,19 @@ impl Config {
         SqsQueue::connect(url, Duration::from_secs(self.visibility_timeout)).await
     }
 
-    /// Writes metrics, if they are asked for. To be made before anything is done that is to be
-    /// counted.
+    /// Returns the reporter of metrics. It starts the counters, so it must exist before the work
+    /// begins.
     pub(crate) fn reporter(&self) -> Reporter {
         Reporter::new(self.metrics, &self.service, self.release.as_deref())
     }
 
-    /// What bounds the engine in boot. A worker waits for as long as it takes; a deploy does not.
+    /// The limits of boot. Unlike a worker, boot retries transient errors for at most
+    /// `retry_timeout`.
     pub(crate) fn boot_limits(&self, retry_timeout: Duration) -> Limits {
         Limits { retry_timeout: Some(retry_timeout), ..self.play_limits() }
     }
 
-    /// What bounds the engine in play.
+    /// The limits of play, which retries transient errors without a time limit.
     pub(crate) fn play_limits(&self) -> Limits {
         let handler_timeout = Duration::from_secs(self.handler_timeout);
         Limits { batch: self.batch, handler_timeout, retry_timeout: None }

@@ -1,4 +1,4 @@
-//! `fill`: closes a gap in the log that is too wide to be a rollback.
+//! The `fill` command: fills a gap in the log that is too wide to be a rollback.
 
 use clap::Args;
 use clap::builder::FalseyValueParser;
@@ -9,14 +9,15 @@ use crate::command::config::Config;
 use crate::model::error::Error;
 use crate::store::{Blocker, EventStore};
 
-/// Positions that are filled between two looks.
+/// The most positions that are filled by one call of [`EventStore::fill`].
 const POSITIONS_PER_BATCH: u64 = 10_000;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-A gap of over 65,536 positions holds the high-water mark until somebody has looked: a wrong auto_increment, an explicit \
-position. This puts a filler into each missing position; what a writer has taken is left alone. Positions at or below the \
-high-water mark are decided already: what is missing there was deleted, and is a matter for `audit`.")]
+A gap of over 65,536 positions blocks the high-water mark until an operator fills it. Its cause \
+is a wrong auto_increment or an explicit position. This command puts a filler into each missing \
+position; positions that a writer has taken are left alone. A position at or below the high-water \
+mark cannot be filled: a row that is missing there was deleted, see `audit`.")]
 pub(super) struct FillCommand {
     /// The first missing position
     #[arg(value_parser = clap::value_parser!(u64).range(1..))]
@@ -26,7 +27,7 @@ pub(super) struct FillCommand {
     #[arg(value_parser = clap::value_parser!(u64).range(1..))]
     last: u64,
 
-    /// Do not ask
+    /// Do not ask for confirmation
     #[arg(long, env = "PROJECTIONIST_YES", value_parser = FalseyValueParser::new())]
     yes: bool,
 }
@@ -40,7 +41,7 @@ impl FillCommand {
             )));
         }
         let store = EventStore::new(&config.database().await?);
-        // Above what is visible there is no gap: those positions are still to be given out.
+        // Positions after the last visible one are not a gap: they are yet to be assigned.
         let visible = store.last_visible().await?.get();
         if last > visible {
             return Err(Error::Input(format!(
@@ -50,8 +51,8 @@ impl FillCommand {
         let mark = store.marks().await?.high_water.get();
         if first <= mark {
             return Err(Error::Input(format!(
-                "the positions up to the high-water mark, {mark}, are decided already: what is missing there was deleted. \
-                 See `projectionist audit`, and `audit --accept`"
+                "positions up to the high-water mark, {mark}, cannot be filled: a row that is \
+                missing there was deleted. See `projectionist audit`, and `audit --accept`"
             )));
         }
         confirm(&format!("each missing position from {first} to {last} gets a filler"), yes)?;
@@ -62,14 +63,15 @@ impl FillCommand {
             let positions: Vec<u64> = (next..=end).collect();
             let step = store.fill(&positions).await?;
             filled += step.count;
-            if let Some(held) = step.blocked {
-                let at = match held {
+            if let Some(blocker) = step.blocked {
+                let at = match blocker {
                     Blocker::InFlight(position) => position.get(),
                     Blocker::WideGap(gap) => *gap.start(),
                 };
                 return Err(Error::Input(format!(
-                    "a transaction that has not ended holds a position from {at} on; {filled} positions were filled before it. \
-                     Run it again when that has ended"
+                    "a transaction that has not ended holds a position from {at} on; {filled} \
+                    positions were filled before it. Run the command again when the transaction \
+                    has ended"
                 )));
             }
             if end == last {

@@ -1,4 +1,5 @@
-//! `health`: whether a worker's loop still turns, by the file that `play --heartbeat` touches.
+//! The `health` command: checks that a worker's loop still runs, by the file that `play
+//! --heartbeat` touches.
 
 use std::convert::Infallible;
 use std::fs::File;
@@ -17,14 +18,15 @@ const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-For the health check of a container. Exit code 0: the worker's loop turns, or waits as it should, for messages or for a \
-database that is away. 1: it does not, and is best replaced. Lag is no part of it: a worker that is behind is not ill.")]
+For the health check of a container. Exit code 0: the worker's loop runs, or waits for messages \
+or for a database that cannot be reached. Exit code 1: the loop has stopped, so the worker should \
+be replaced. Lag is not checked: a worker that is behind is healthy.")]
 pub(super) struct HealthCommand {
     /// The file that `play --heartbeat` touches
     #[arg(long, value_name = "FILE", env = "PROJECTIONIST_HEARTBEAT")]
     heartbeat: PathBuf,
 
-    /// For how long it may be untouched, in seconds
+    /// The highest age of the last heartbeat, in seconds
     #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_MAX_AGE", default_value_t = 30,
           value_parser = clap::value_parser!(u64).range(3..=86_400))]
     max_age: u64,
@@ -36,35 +38,36 @@ impl HealthCommand {
         let touched = std::fs::symlink_metadata(&self.heartbeat).and_then(|file| file.modified());
         let touched = touched
             .map_err(|error| Error::Unhealthy(format!("no heartbeat in {file}: {error}")))?;
-        // One that is ahead was touched before the clock was set back: that is not long ago.
+        // A time in the future means that the clock was set back after a recent heartbeat.
         let age = SystemTime::now().duration_since(touched).unwrap_or_default().as_secs();
-        match age <= self.max_age {
-            true => print(format!("well: the last heartbeat was {age} s ago")),
-            false => Err(Error::Unhealthy(format!(
-                "the last heartbeat in {file} was {age} s ago: the worker's loop stands still"
-            ))),
+        if age <= self.max_age {
+            print(format!("healthy: the last heartbeat was {age} s ago"))
+        } else {
+            Err(Error::Unhealthy(format!(
+                "the last heartbeat in {file} was {age} s ago: the worker's loop has stopped"
+            )))
         }
     }
 }
 
-/// The heartbeat of a loop: touches a file for as long as it is polled. So it must be polled by the
-/// task that the loop is in, and stops when that is stopped, or blocked by a handler.
+/// The heartbeat of a loop: touches a file while it is polled. The task of the loop must poll it,
+/// so that it stops when the task stops or when a handler blocks the task.
 pub(super) struct Heartbeat {
     file: Option<PathBuf>,
 }
 
 impl Heartbeat {
-    /// With a first beat, by which it is known whether the file can be written; without a file it
-    /// does nothing.
+    /// Writes a first heartbeat, to find out whether the file can be written. Without a file, the
+    /// heartbeat does nothing.
     ///
     /// # Errors
-    /// [`Error::Input`] where the file cannot be written.
+    /// [`Error::Input`] if the file cannot be written.
     pub(super) fn new(file: Option<&Path>) -> Result<Self, Error> {
         if let Some(file) = file {
             touch(file).map_err(|error| {
                 Error::Input(format!(
-                    "the heartbeat cannot be written to {}: {error}; name a file that can, on a volume where the root is \
-                     read-only",
+                    "the heartbeat cannot be written to {}: {error}; name a writable file, on a \
+                    volume if the root file system is read-only",
                     file.display()
                 ))
             })?;
@@ -90,7 +93,7 @@ impl Heartbeat {
 }
 
 impl Drop for Heartbeat {
-    /// Whoever has ended is not well.
+    /// Removes the file: a worker that has ended is not healthy.
     fn drop(&mut self) {
         if let Some(file) = &self.file {
             let _ = std::fs::remove_file(file);
@@ -98,23 +101,22 @@ impl Drop for Heartbeat {
     }
 }
 
-/// Writes a new file beside it, and gives it this name: a symbolic link of this name is replaced
-/// and not followed, so that in a folder that others can write to, too, no file of ours can be
-/// touched or made through it.
+/// Creates a temporary file beside `file` and renames it to `file`. The rename replaces a symbolic
+/// link and does not follow it. In a folder that other users can write to, a link therefore cannot
+/// make us touch or create a file elsewhere.
 fn touch(file: &Path) -> std::io::Result<()> {
     let mut temporary = file.as_os_str().to_owned();
     temporary.push(format!(".{}", std::process::id()));
     let temporary = PathBuf::from(temporary);
-    let made = File::options().create_new(true).write(true).open(&temporary);
-    let made = match made {
-        // Left by a process of our number that was killed, or put there to be followed.
+    let create = || File::options().create_new(true).write(true).open(&temporary);
+    match create() {
+        // A killed process with our process id left the file, or another user put a link there.
         Err(error) if error.kind() == ErrorKind::AlreadyExists => {
             std::fs::remove_file(&temporary)?;
-            File::options().create_new(true).write(true).open(&temporary)
+            create()?
         }
-        made => made,
+        created => created?,
     };
-    made?;
     std::fs::rename(&temporary, file)
 }
 
@@ -150,7 +152,7 @@ mod tests {
         std::fs::remove_file(&link).expect("removed");
         std::os::unix::fs::symlink(&missing, &link).expect("linked");
         touch(&link).expect("touched");
-        assert!(!missing.exists(), "nothing is made through a link");
+        assert!(!missing.exists(), "no file is created through a link");
     }
 
     #[tokio::test]
@@ -161,20 +163,20 @@ mod tests {
         let touched =
             || std::fs::metadata(&file).and_then(|file| file.modified()).expect("it is there");
         let first = touched();
-        let blocks = async { std::thread::sleep(2 * HEARTBEAT_INTERVAL) };
+        let blocking = async { std::thread::sleep(2 * HEARTBEAT_INTERVAL) };
         tokio::select! {
             biased;
-            () = blocks => {}
+            () = blocking => {}
             never = heartbeat.run() => match never {},
         }
         assert_eq!(touched(), first);
-        let waits = tokio::time::sleep(2 * HEARTBEAT_INTERVAL);
+        let waiting = tokio::time::sleep(2 * HEARTBEAT_INTERVAL);
         tokio::select! {
-            () = waits => {}
+            () = waiting => {}
             never = heartbeat.run() => match never {},
         }
         assert!(touched() > first);
         drop(heartbeat);
-        assert!(!file.exists(), "whoever has ended is not well");
+        assert!(!file.exists(), "a loop that has ended has no heartbeat");
     }
 }

@@ -1,4 +1,4 @@
-//! `lambda`: the worker as a function of AWS Lambda.
+//! The `lambda` command: the worker as an AWS Lambda function.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -22,32 +22,33 @@ use crate::model::registry::Registry;
 use crate::queue::Queue;
 use crate::telemetry::{LagSource, Reporter};
 
-/// Of a function's initialization; Lambda breaks it off after 10 s, and then nobody is told why.
+/// The longest initialization of a function. Lambda ends it after 10 s, and then the reason is not
+/// reported.
 const INIT_TIMEOUT: Duration = Duration::from_secs(8);
 
-/// Connections that are open at once, unless it is said otherwise: there may be many functions.
+/// The default of `--connections`. It is low, because many functions can run at once.
 const DEFAULT_CONNECTIONS: u32 = 4;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-AWS Lambda starts this: also without the word `lambda`, where AWS_LAMBDA_RUNTIME_API is set and there are no arguments. It is \
-invoked with batches of messages by an SQS event source mapping with ReportBatchItemFailures, and by a schedule. README, \
-\"As a Lambda\", has the settings.")]
+AWS Lambda starts this command. Without any arguments the binary runs it, too, if \
+AWS_LAMBDA_RUNTIME_API is set. An SQS event source mapping with ReportBatchItemFailures invokes \
+it with batches of messages, and a schedule invokes it without. docs/lambda.md has the settings.")]
 pub(super) struct LambdaCommand {
-    /// How long before the function's time-out an invocation stops, rolls back what is not
-    /// committed, and answers, in milliseconds
+    /// How long before the function's timeout an invocation stops, rolls back uncommitted work and
+    /// responds, in milliseconds
     #[arg(long, value_name = "MS", env = "PROJECTIONIST_DEADLINE_MARGIN", default_value_t = 2_000,
           value_parser = clap::value_parser!(u64).range(200..=60_000))]
     deadline_margin: u64,
 
-    /// For how long a scheduled invocation publishes what comes, in seconds; 0: until what was
-    /// there is published
+    /// How long a scheduled invocation publishes new events, in seconds. With 0 it publishes only
+    /// the events that were in the log when it began
     #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_RELAY_SECONDS", default_value_t = 0,
           value_parser = clap::value_parser!(u64).range(0..=900))]
     relay_seconds: u64,
 
-    /// For how long connections are kept that no invocation uses, in seconds. Whoever is frozen for
-    /// longer finds them dead, and may not be told so
+    /// How long unused connections are kept between invocations, in seconds. Connections of a
+    /// function that was frozen for longer may be dead without an error
     #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_IDLE_TIMEOUT", default_value_t = 30,
           value_parser = clap::value_parser!(u64).range(0..=50))]
     idle_timeout: u64,
@@ -59,7 +60,7 @@ pub(super) struct LambdaCommand {
     relay: RelayOptions,
 }
 
-/// What is made once, and used by every invocation.
+/// The state of a function, which is created once and used by every invocation.
 struct Function<'a> {
     options: LambdaCommand,
     config: &'a Config,
@@ -70,7 +71,7 @@ struct Function<'a> {
     queue: Option<Arc<dyn Queue>>,
     last_used: SystemTime,
     has_been_invoked: bool,
-    /// Whether it was looked whether the log was last published to another queue.
+    /// Whether [`Function::check_queue`] has succeeded.
     has_checked_queue: bool,
 }
 
@@ -81,7 +82,7 @@ impl LambdaCommand {
         tokio::spawn(async move {
             signal.await;
             stop.send_replace(true);
-            // The others listen as long as this is there.
+            // The channel must stay open for as long as a receiver listens.
             stop.closed().await;
         });
         let api = RuntimeApi::from_environment()?;
@@ -94,7 +95,8 @@ impl LambdaCommand {
         let late = || {
             let seconds = INIT_TIMEOUT.as_secs();
             Error::Unreachable(format!(
-                "the database did not answer within {seconds} s; check that the function may reach it"
+                "the database did not answer within {seconds} s; check that the function can reach \
+                it"
             ))
         };
         let mut function = match init.unwrap_or_else(|_| Err(late())) {
@@ -118,14 +120,13 @@ impl LambdaCommand {
     }
 }
 
-/// The end of the function: by a signal, or because the task that waits for signals has ended
-/// without one.
+/// Returns the result of a function that ends by a signal, or because the task that waits for
+/// signals has ended without one.
 fn shutdown_result(is_by_signal: bool) -> Result<(), Error> {
-    match is_by_signal {
-        true => Ok(()),
-        false => {
-            Err(Error::Unreachable("the task that waits for signals has ended without one".into()))
-        }
+    if is_by_signal {
+        Ok(())
+    } else {
+        Err(Error::Unreachable("the task that waits for signals has ended without one".into()))
     }
 }
 
@@ -194,8 +195,8 @@ impl<'a> Function<'a> {
         response
     }
 
-    /// Looks once whether the log was last published to another queue. That only tells of
-    /// something: where it cannot be told now, the next invocation will.
+    /// Warns once if the log was last published to another queue. If this cannot be checked now,
+    /// the next invocation checks it.
     async fn check_queue(&mut self, queue: &str, deadline: &Deadline) {
         if !self.has_checked_queue {
             let check =
@@ -204,8 +205,8 @@ impl<'a> Function<'a> {
         }
     }
 
-    /// Lets go of what may not have outlived the time since the last invocation; by the host's
-    /// clock, for the process's own may have stood still.
+    /// Closes connections that may have died since the last invocation. The time is measured with
+    /// the wall clock, because a monotonic clock can stop while the function is frozen.
     fn prepare(&mut self, deadline: &Deadline) {
         let idle_timeout = Duration::from_secs(self.options.idle_timeout);
         if !self.last_used.elapsed().is_ok_and(|unused| unused < idle_timeout) {
@@ -216,8 +217,9 @@ impl<'a> Function<'a> {
         if !std::mem::replace(&mut self.has_been_invoked, true) && deadline.remaining() < longest {
             let (longest, time) = (longest.as_secs(), deadline.remaining().as_secs());
             warn!(
-                "a handler may take {longest} s, and the function leaves it {time} s: what it does is rolled back at the \
-                 function's time-out, again and again; raise that, or lower --handler-timeout"
+                "a handler may take {longest} s, but the function leaves it {time} s: a slow \
+                handler is rolled back at every timeout of the function; raise the function's \
+                timeout, or lower --handler-timeout"
             );
         }
     }
@@ -228,7 +230,10 @@ impl<'a> Function<'a> {
             None => {
                 let connected = tokio::select! {
                     connected = self.config.queue() => connected?,
-                    () = deadline.reached() => return Err(Error::Unreachable("the queue did not answer in time".into())),
+                    () = deadline.reached() => {
+                        let reason = "the queue did not answer in time";
+                        return Err(Error::Unreachable(reason.into()));
+                    }
                 };
                 Arc::clone(self.queue.insert(Arc::new(connected)))
             }

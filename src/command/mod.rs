@@ -1,5 +1,5 @@
-//! The command line: one command a file. A team's binary hands its registry to [`run`] and has them
-//! all.
+//! The command line. Each command has a file of its own. A binary with projectors in Rust passes
+//! its registry to [`run`], and has every command.
 
 mod append;
 mod audit;
@@ -22,6 +22,7 @@ use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use serde::Serialize;
 
 use crate::command::config::Config;
 use crate::lambda::RUNTIME_API;
@@ -33,8 +34,9 @@ use crate::telemetry;
 /// Boots, plays and retires projectors: replays a MySQL event store, then hands over to one live
 /// SQS queue.
 ///
-/// Exit codes: 0 well, 1 a projector failed (or a worker is ill), 2 usage, configuration or input,
-/// 3 database or queue out of reach. Results go to standard output, logs to standard error.
+/// Exit codes: 0 success; 1 a projector, an audit or a health check failed; 2 wrong usage,
+/// configuration or input; 3 the database or the queue cannot be reached. Results go to standard
+/// output, logs to standard error.
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 110)]
 struct Cli {
@@ -46,47 +48,48 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Creates or upgrades the tables; harmless to repeat
+    /// Creates or upgrades the tables; safe to repeat
     Migrate,
-    /// Appends events from a file or standard input, one JSON object a line
+    /// Appends events from a file or standard input, one JSON object per line
     Append(append::AppendCommand),
-    /// Boots every new, booting, stalled and broken projector, hands them over, and exits: the
-    /// deploy gate
+    /// Boots every new, booting, stalled or broken projector, hands it over to the queue, and
+    /// exits: the deploy gate
     Boot(boot::BootCommand),
     /// Plays every live projector: the worker
     Play(play::PlayCommand),
-    /// Plays as a function of AWS Lambda, invoked with messages and by a schedule
+    /// Plays as an AWS Lambda function, invoked with messages and by a schedule
     Lambda(lambda::LambdaCommand),
     /// Publishes the log to the queue, without playing
     Relay(relay::RelayCommand),
     /// Shows every projector, the high-water mark and the published position
     Status(status::StatusCommand),
-    /// Retires a projector: tears down what it made, and forgets it unless it has side effects
+    /// Retires a projector: runs its teardown, and deletes its ledger row unless it has side
+    /// effects
     Retire(retire::RetireCommand),
-    /// Proves or refutes, while everything runs, that the log is what the high-water mark passed
-    /// over
+    /// Checks, while everything runs, that the log up to the high-water mark is unchanged
     Audit(audit::AuditCommand),
-    /// Fills a gap in the log that is too wide to be filled unasked
+    /// Fills a gap in the log that is too wide to be filled automatically
     Fill(fill::FillCommand),
-    /// Gives the log a new id and a new signing key: after a restore or a clone, or when the key
-    /// may have leaked
+    /// Gives the log a new id and a new signing key: after a restore or a clone, or if the key may
+    /// have leaked
     Rotate(rotate::RotateCommand),
-    /// Looks whether database, queue, grants, permissions and projectors are set up as they should
-    /// be, and changes nothing
+    /// Checks the set-up of database, queue, grants, permissions and projectors, and changes
+    /// nothing
     Doctor(doctor::DoctorCommand),
-    /// Looks whether a worker's loop still turns: the health check of its container
+    /// Checks that a worker's loop still runs: the health check of its container
     Health(health::HealthCommand),
 }
 
-/// Runs the command line with these projectors, and those of the files that `--projectors` names.
+/// Runs the command line with the projectors of `registry` and those of the files in
+/// `--projectors`.
 ///
-/// Starts its own runtime and logs; returns what `main` should.
+/// Starts a Tokio runtime and logging. Returns the exit code for `main`.
 pub fn run(registry: Registry) -> ExitCode {
     let cli = Cli::parse_from(arguments());
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
-            eprintln!("error: cannot start: {error}");
+            eprintln!("error: cannot start the async runtime: {error}");
             return ExitCode::from(exit_code::USAGE);
         }
     };
@@ -106,7 +109,8 @@ pub fn run(registry: Registry) -> ExitCode {
     }
 }
 
-/// The command line. Lambda starts `bootstrap` without any.
+/// Returns the arguments of the process. AWS Lambda starts it without arguments: the command is
+/// then `lambda`.
 fn arguments() -> Vec<OsString> {
     let mut arguments: Vec<OsString> = std::env::args_os().collect();
     if arguments.len() == 1 && std::env::var_os(RUNTIME_API).is_some() {
@@ -136,7 +140,7 @@ async fn execute(command: Command, config: &Config, registry: Registry) -> Resul
     }
 }
 
-/// Prints a result. A reader that has gone away (`| head`) is no error.
+/// Prints a result to standard output. A closed reader (`| head`) is not an error.
 fn print(text: impl std::fmt::Display) -> Result<(), Error> {
     match writeln!(std::io::stdout(), "{text}") {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
@@ -146,7 +150,13 @@ fn print(text: impl std::fmt::Display) -> Result<(), Error> {
     }
 }
 
-/// Reads NAME[@VERSION].
+/// Prints a result as one line of JSON.
+fn print_json(value: &impl Serialize) -> Result<(), Error> {
+    let json = serde_json::to_string(value);
+    print(json.unwrap_or_else(|error| unreachable!("strings and numbers are valid JSON: {error}")))
+}
+
+/// Parses `NAME[@VERSION]`.
 fn parse_projector(text: &str) -> Result<(&str, Option<u32>), Error> {
     match text.split_once('@') {
         None => Ok((text, None)),
@@ -157,27 +167,31 @@ fn parse_projector(text: &str) -> Result<(&str, Option<u32>), Error> {
     }
 }
 
-/// Asks before something that cannot be undone. Without a terminal there is nobody to ask.
+/// Asks the user to confirm a step that cannot be undone, unless `yes` is set. `what` describes it.
+///
+/// # Errors
+/// [`Error::Input`] if the answer is not yes, or if there is no terminal to ask on.
 fn confirm(what: &str, yes: bool) -> Result<(), Error> {
     if yes {
         return Ok(());
     }
     if !std::io::stdin().is_terminal() || !std::io::stderr().is_terminal() {
         return Err(Error::Input(format!(
-            "{what}: there is no terminal to ask on; add --yes if you mean it"
+            "{what}: there is no terminal to ask on; add --yes to confirm"
         )));
     }
-    eprint!("{what}. Go on? [y/N] ");
+    eprint!("{what}. Continue? [y/N] ");
     let mut answer = String::new();
     let read = std::io::stdin().read_line(&mut answer);
-    match read.is_ok() && matches!(answer.trim().to_ascii_lowercase().as_str(), "y" | "yes") {
-        true => Ok(()),
-        false => Err(Error::Input("nothing was done".into())),
+    if read.is_ok() && matches!(answer.trim().to_ascii_lowercase().as_str(), "y" | "yes") {
+        Ok(())
+    } else {
+        Err(Error::Input("not confirmed; nothing was done".into()))
     }
 }
 
-/// Resolves at SIGTERM or SIGINT. Listens from the call on and not from the first poll, so that a
-/// signal during start-up is not the death of the process.
+/// Returns a future that resolves at SIGTERM or SIGINT. It listens from this call on, and not from
+/// the first poll, so that a signal during start-up does not kill the process.
 fn shutdown_signal() -> Result<impl Future<Output = ()>, Error> {
     use tokio::signal::unix::{SignalKind, signal};
     let listen = |kind| {

@@ -1,4 +1,4 @@
-//! `play`: the worker.
+//! The `play` command: the worker.
 
 use std::path::PathBuf;
 use std::pin::pin;
@@ -19,16 +19,18 @@ use crate::telemetry::LagSource;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Plays only what boot has made live. Ends at SIGTERM or SIGINT, with the batch in hand finished or rolled back, and exit \
-code 0. A projector that was booted with another definition than this worker has is not played. With --until-idle, exit code 1 \
-says that a projector broke meanwhile, or was not played for that reason, or that the queue has messages that are not of this log; \
-all others are at the high-water mark then, too.")]
+Plays only projectors that boot has made live. At SIGTERM or SIGINT the current batch is finished \
+or rolled back, and the exit code is 0. A projector that was booted with another definition than \
+this worker has is not played. With --until-idle, exit code 1 means that a projector broke, that \
+a projector was not played because of its definition, or that the queue has messages that are not \
+of this log. All other projectors are at the high-water mark then, too.")]
 pub(super) struct PlayCommand {
-    /// Do not publish the log: a relay runs elsewhere
+    /// Do not publish the log, because a relay runs elsewhere
     #[arg(long, env = "PROJECTIONIST_NO_RELAY", value_parser = FalseyValueParser::new())]
     no_relay: bool,
 
-    /// End once queue and log are quiet and every live projector is at the high-water mark
+    /// Exit once queue and log have no new events and every live projector is at the high-water
+    /// mark
     #[arg(long, env = "PROJECTIONIST_UNTIL_IDLE", value_parser = FalseyValueParser::new())]
     until_idle: bool,
 
@@ -37,14 +39,13 @@ pub(super) struct PlayCommand {
           value_parser = clap::value_parser!(u64).range(0..=20))]
     receive_wait: u64,
 
-    /// How long the batch in hand may take to end after SIGTERM before it is rolled back, in
-    /// seconds
+    /// How long the current batch may take after SIGTERM before it is rolled back, in seconds
     #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_GRACE_PERIOD", default_value_t = 10,
           value_parser = clap::value_parser!(u64).range(..=3600))]
     grace_period: u64,
 
-    /// File to touch every second for as long as the loop turns, or waits as it should; `health`
-    /// looks at it
+    /// A file to touch every second while the loop runs or waits for messages or the database;
+    /// `health` checks it
     #[arg(long, value_name = "FILE", env = "PROJECTIONIST_HEARTBEAT")]
     heartbeat: Option<PathBuf>,
 
@@ -55,17 +56,17 @@ pub(super) struct PlayCommand {
     relay: RelayOptions,
 }
 
-/// Options of every command that plays.
+/// The options of every command that plays.
 #[derive(Debug, Args)]
 pub(super) struct CatchUpOptions {
-    /// How long a projector may stand still below the high-water mark, while the queue is silent,
-    /// before what it misses is read from the store, in seconds
+    /// How long a projector may stay below the high-water mark while no message arrives, before it
+    /// reads the missing events from the store, in seconds
     #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_RECONCILE_AFTER", default_value_t = 2,
           value_parser = clap::value_parser!(u64).range(..=3600))]
     reconcile_after: u64,
 
-    /// The most events that one projector catches up on while the others wait; beyond, it does so
-    /// by itself
+    /// The most events that one projector catches up on while the others wait. With more, it
+    /// catches up in the background
     #[arg(
         long,
         value_name = "EVENTS",
@@ -74,10 +75,10 @@ pub(super) struct CatchUpOptions {
     )]
     background_after_events: u64,
 
-    /// The longest that one projector may take over the messages of one receive while the others
-    /// wait, in seconds; beyond, it goes on by itself
-    #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_BACKGROUND_AFTER_SECONDS", default_value_t = 5,
-          value_parser = clap::value_parser!(u64).range(1..=3600))]
+    /// The longest time that one projector may take for the messages of one receive while the
+    /// others wait, in seconds. After it, the projector continues in the background
+    #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_BACKGROUND_AFTER_SECONDS",
+          default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=3600))]
     background_after_seconds: u64,
 }
 
@@ -132,15 +133,18 @@ impl PlayCommand {
         match (played.broken, played.outdated, played.foreign) {
             (0, 0, 0) => Ok(()),
             (0, 0, foreign) => Err(Error::ForeignMessages(format!(
-                "{foreign} message(s) in the queue are not of this log: they were not applied and not deleted. All projectors are \
-                 at the high-water mark; look who sends these messages, or whether this is the right queue"
+                "{foreign} message(s) in the queue are not of this log: they were not applied and \
+                not deleted. All projectors are at the high-water mark. Find out who sends these \
+                messages, and check that this is the right queue"
             ))),
             (0, outdated, _) => Err(Error::Projector(format!(
-                "{outdated} projector(s) were booted with another definition than this worker has, and were not played; \
-                 the log lines before this name them. Run boot with this set, or play with the one that was booted"
+                "{outdated} projector(s) were booted with another definition than this worker has, \
+                and were not played; the log lines before this name them. Run boot with this set, \
+                or play with the one that was booted"
             ))),
             (broken, ..) => Err(Error::Projector(format!(
-                "{broken} projector(s) broke and the others are at the high-water mark; see status, mend, and run boot"
+                "{broken} projector(s) broke and the others are at the high-water mark; see \
+                status, fix them, and run boot"
             ))),
         }
     }

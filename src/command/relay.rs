@@ -1,4 +1,4 @@
-//! `relay`: the log to the queue, without playing.
+//! The `relay` command: publishes the log to the queue, without playing.
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use crate::store::EventStore;
 
 #[derive(Debug, Args)]
 pub(super) struct RelayCommand {
-    /// Publish what there is, and exit
+    /// Publish the unpublished events, and exit
     #[arg(long, env = "PROJECTIONIST_ONCE", value_parser = FalseyValueParser::new())]
     once: bool,
 
@@ -27,16 +27,16 @@ pub(super) struct RelayCommand {
     options: RelayOptions,
 }
 
-/// Options of every command with a relay in it.
+/// The options of every command that publishes the log.
 #[derive(Debug, Args)]
 pub(super) struct RelayOptions {
-    /// The longest pause between two looks at a log in which nothing is new, in milliseconds; a
-    /// twentieth while events come
+    /// The longest pause between two reads of a log without new events, in milliseconds; a
+    /// twentieth of it while events arrive
     #[arg(long, value_name = "MS", env = "PROJECTIONIST_RELAY_INTERVAL", default_value_t = 50,
           value_parser = clap::value_parser!(u64).range(1..=60_000))]
     relay_interval: u64,
 
-    /// The most events in one message; the queue's largest message bounds it, too
+    /// The most events in one message; the queue's maximum message size is another limit
     #[arg(long, value_name = "EVENTS", env = "PROJECTIONIST_MESSAGE_EVENTS", default_value_t = 1000,
           value_parser = clap::value_parser!(u64).range(1..=10_000))]
     message_events: u64,
@@ -74,7 +74,7 @@ impl RelayCommand {
             StallWatch::default(),
         );
         if !self.once {
-            // Fails at once where the tables are missing, rather than trying for ever.
+            // If the tables are missing, this fails at once; the relay's loop would retry for ever.
             let marks = tokio::select! {
                 marks = store.marks() => marks?,
                 () = &mut shutdown => return Ok(()),
@@ -96,16 +96,16 @@ impl RelayCommand {
         let relaying = async {
             let mut published = 0;
             loop {
-                let looked = tokio::select! {
-                    looked = relay.publish_new() => looked?,
+                let outcome = tokio::select! {
+                    outcome = relay.publish_new() => outcome?,
                     () = &mut shutdown => return Ok((published, store.marks().await?.published)),
                 };
-                match looked {
+                match outcome {
                     RelayOutcome::Published { events: 0, through } => {
                         return Ok((published, through));
                     }
                     RelayOutcome::Published { events, .. } => published += events,
-                    // It publishes what there is, or its lease runs out.
+                    // The other relay publishes the events, or its lease expires.
                     RelayOutcome::LeasedElsewhere => {
                         tokio::time::sleep(Duration::from_millis(200)).await
                     }

@@ -1,4 +1,4 @@
-//! `retire`: the end of a projector's life.
+//! The `retire` command: tears a projector down.
 
 use clap::Args;
 use clap::builder::FalseyValueParser;
@@ -13,15 +13,16 @@ use crate::model::registry::Registry;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Runs the projector's teardown, where the given set still has it, and deletes its ledger row; where it does not, the \
-tables are yours to drop. A projector with side effects keeps its row, as retired, so that no later release can play it \
-again. Wait some days after the release that removed the projector: a roll-back would have to boot it anew.")]
+Runs the projector's teardown, if the given set still has the projector, and deletes its ledger \
+row. If the set does not have it, drop its tables yourself. A projector with side effects keeps \
+its row, as retired, so that no later release can play it again. Wait some days after the release \
+that removed the projector: a rollback would have to boot it again.")]
 pub(super) struct RetireCommand {
-    /// The projector; its version where there are several
+    /// The projector, with its version if there are several
     #[arg(value_name = "NAME[@VERSION]")]
     projector: String,
 
-    /// Do not ask
+    /// Do not ask for confirmation
     #[arg(long, env = "PROJECTIONIST_YES", value_parser = FalseyValueParser::new())]
     yes: bool,
 
@@ -41,7 +42,8 @@ impl RetireCommand {
 
         if entry.status == Status::Live && projector.is_some() && !self.force {
             return Err(Error::Input(format!(
-                "{id} is live in this set: take it out of the set and release that first, or add --force"
+                "{id} is live in this set: remove it from the set and release that first, or add \
+                --force"
             )));
         }
         if entry.status == Status::Retired && entry.has_side_effects {
@@ -50,13 +52,15 @@ impl RetireCommand {
             ));
         }
         let fate = match (projector.is_some(), entry.has_side_effects) {
-            (true, false) => "its tables are torn down and its position is forgotten",
+            (true, false) => "its tables are torn down and its ledger row is deleted",
             (false, false) => {
-                "its position is forgotten; this set does not have it, so its tables stay: drop them before a release \
-                 has this name and version again, or it would be built upon them"
+                "its ledger row is deleted; this set does not have it, so its tables stay: drop \
+                them before a release has this name and version again, because it would be built \
+                on them"
             }
             (true, true) => {
-                "its tables are torn down; it has side effects, so its row stays, as retired, for ever"
+                "its tables are torn down; it has side effects, so its row stays, as retired, for \
+                ever"
             }
             (false, true) => {
                 "it has side effects, so its row stays, as retired, for ever; its tables stay, too"
@@ -70,8 +74,8 @@ impl RetireCommand {
             self.yes,
         )?;
 
-        // First of all, so that no worker plays it while its tables go. Interrupted, it goes on
-        // from here.
+        // The status changes first, so that no worker plays the projector while its tables are
+        // dropped. If retire is interrupted, the next run continues here.
         if entry.status != Status::Retired {
             ledger
                 .transition(id, Transition::Retire, |entry| entry.status != Status::Retired)
@@ -80,7 +84,7 @@ impl RetireCommand {
         if let Some(projector) = projector {
             apply::tear_down(&database, projector).await.map_err(|error| {
                 Error::Projector(format!(
-                    "{id}: its teardown failed: {}; it is retired, and retire may be run again",
+                    "{id}: its teardown failed: {}; it is retired, and retire can be run again",
                     format_chain(&error)
                 ))
             })?;
@@ -110,7 +114,7 @@ impl RetireCommand {
             _ => {
                 let versions: Vec<String> =
                     found.iter().map(|entry| entry.id.to_string()).collect();
-                Err(Error::Input(format!("say which version: {}", versions.join(", "))))
+                Err(Error::Input(format!("name one of its versions: {}", versions.join(", "))))
             }
         }
     }

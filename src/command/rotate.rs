@@ -1,4 +1,4 @@
-//! `rotate`: a new id and a new key for the log.
+//! The `rotate` command: gives the log a new id and a new signing key.
 
 use clap::Args;
 use clap::builder::FalseyValueParser;
@@ -11,14 +11,15 @@ use crate::store::EventStore;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-For a database that was restored from a backup, or is a clone of another: messages of the log that was, or of the other one, may \
-still come from the queue. And for a key that may be known to somebody: with it, messages can be forged.
+Use it for a database that was restored from a backup, or that is a clone of another: the queue \
+may still have messages of the former log, or of the other one. Also use it if the key may have \
+leaked: whoever has the key can forge messages.
 
-Harmless while workers, functions and relays run: they go on with the new id and key within seconds, and no event is lost or \
-applied twice. Messages that were sent before are not of this log any more: they are not applied, and not deleted either. Purge \
-the queue, or let its redrive policy take them.")]
+Safe while workers, functions and relays run: they use the new id and key within seconds, and no \
+event is lost or applied twice. Messages that were sent before do not belong to this log any \
+more: they are neither applied nor deleted. Purge the queue, or let its redrive policy move them.")]
 pub(super) struct RotateCommand {
-    /// Do not ask
+    /// Do not ask for confirmation
     #[arg(long, env = "PROJECTIONIST_YES", value_parser = FalseyValueParser::new())]
     yes: bool,
 }
@@ -27,13 +28,14 @@ impl RotateCommand {
     pub(super) async fn run(self, config: &Config) -> Result<(), Error> {
         let store = EventStore::new(&config.database().await?);
         confirm(
-            "the log gets a new id and a new key, and messages that were sent before are not ours any more",
+            "the log gets a new id and a new key, and messages that were sent before do not belong \
+            to it any more",
             self.yes,
         )?;
         let id = store.rotate(&random_key()?).await?;
         print(format!(
-            "the log is {id} now, and has a new key; messages that were sent before are neither applied nor deleted: purge the \
-             queue, or let its redrive policy take them"
+            "the log is {id} now, and has a new key; messages that were sent before are neither \
+            applied nor deleted: purge the queue, or let its redrive policy move them"
         ))
     }
 }

@@ -1,4 +1,4 @@
-//! `status`: every projector, the high-water mark and the published position.
+//! The `status` command: shows every projector, the high-water mark and the published position.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use comfy_table::{Table, TableStyle};
 use serde::Serialize;
 use time::format_description::well_known::Rfc3339;
 
-use super::print;
+use super::{print, print_json};
 use crate::command::config::Config;
 use crate::engine::lag::{Lag, LagReport};
 use crate::ledger::{Entry, Ledger};
@@ -22,29 +22,33 @@ use crate::store::EventStore;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Lag in events counts positions up to the end of the log, whether or not the projector wants them; lag in seconds is the \
-age of the oldest event there. What has held the high-water mark below the end of the log for some seconds is named. Waits for no lock: it may be run beside boot and play at any time.")]
+Lag in events counts the positions from the projector's own to the end of the log, including \
+events that it does not subscribe to. Lag in seconds is the age of the oldest of these events. A \
+transaction or gap that has blocked the high-water mark for some seconds is named. Waits for no \
+lock, so it can run beside boot and play at any time.")]
 pub(super) struct StatusCommand {
     /// Print one JSON document
     #[arg(long, env = "PROJECTIONIST_JSON", value_parser = FalseyValueParser::new())]
     json: bool,
 }
 
-/// `status --json`.
+/// The output of `status --json`.
 #[derive(Serialize)]
 struct StatusReport {
     high_water: u64,
-    /// The last position that is visible, above the mark or, where the log was truncated or
-    /// restored, below it.
+    /// The last visible position. It is below the high-water mark if the log was truncated or
+    /// restored.
     visible: u64,
-    /// What has held the mark below the end of the log for some seconds; null if nothing has.
+    /// What has blocked the mark below the end of the log for some seconds; null if the mark is not
+    /// blocked.
     #[serde(rename = "held")]
     blocked: Option<BlockedReport>,
     published: u64,
-    /// What is wrong with the log, as far as a look at its end tells; `audit` tells more.
+    /// A fault that is visible at the end of the log; `audit` checks the whole log.
     log_fault: Option<String>,
-    /// How often a message was received that is not of this log, and when last.
+    /// How often a message that is not of this log was received.
     foreign_messages: u64,
+    /// When such a message was last received.
     foreign_at: Option<String>,
     projectors: Vec<ProjectorReport>,
 }
@@ -52,7 +56,7 @@ struct StatusReport {
 #[derive(Serialize)]
 struct BlockedReport {
     position: u64,
-    /// The last missing position of a gap that is too wide to be filled unasked; else null.
+    /// The last missing position of a gap that is too wide to be filled automatically; else null.
     last: Option<u64>,
     since: String,
 }
@@ -66,19 +70,19 @@ struct ProjectorReport {
     position: u64,
     lag_events: u64,
     lag_seconds: f64,
-    /// The digest of the definition with which it was last booted; null if it is new, or was booted
-    /// before there were any.
+    /// The digest of the definition that was last booted; null if the projector is new, or was
+    /// booted by a release without digests.
     digest: Option<String>,
-    /// Whether the given set has another definition; null where no set is given, or not with this
-    /// projector.
+    /// Whether the definition in the given set differs; null if no set is given, or if the set does
+    /// not have the projector.
     changed: Option<bool>,
     failure: Option<FailureReport>,
-    /// Whether the given set has it; shown in the table.
+    /// Whether the given set has the projector. Only the table shows this.
     #[serde(skip)]
     is_known: bool,
 }
 
-/// What a projector failed on; position and type are null where setup failed, before any event.
+/// The failure of a projector. Position and type are null if its setup failed, before any event.
 #[derive(Serialize)]
 pub(super) struct FailureReport {
     position: Option<u64>,
@@ -104,12 +108,10 @@ impl StatusCommand {
         let database = config.database().await?;
         let report =
             report(&Ledger::new(&database), &EventStore::new(&database), &registry).await?;
-        match self.json {
-            true => print(
-                serde_json::to_string(&report)
-                    .unwrap_or_else(|error| unreachable!("plain strings and numbers: {error}")),
-            ),
-            false => print(format_table(&report, !registry.is_empty())),
+        if self.json {
+            print_json(&report)
+        } else {
+            print(format_table(&report, !registry.is_empty()))
         }
     }
 }
@@ -156,10 +158,10 @@ async fn report(
     Ok(StatusReport {
         high_water: lag_report.high_water.get(),
         visible: lag_report.visible.get(),
-        blocked: lag_report.blocked.map(|held| BlockedReport {
-            position: held.position.get(),
-            last: held.last.map(Position::get),
-            since: held.since.format(&Rfc3339).unwrap_or_else(|_| held.since.to_string()),
+        blocked: lag_report.blocked.map(|blocked| BlockedReport {
+            position: blocked.position.get(),
+            last: blocked.last.map(Position::get),
+            since: blocked.since.format(&Rfc3339).unwrap_or_else(|_| blocked.since.to_string()),
         }),
         published: lag_report.published.get(),
         log_fault,
@@ -227,23 +229,26 @@ fn format_table(report: &StatusReport, has_set: bool) -> String {
     }
     match &report.blocked {
         Some(BlockedReport { position, last: None, since }) => marks.push_str(&format!(
-            "\nthe mark is held since {since}: at {position} a transaction is open, and nothing after it is played"
+            "\nthe mark has been blocked since {since}: a transaction is open at {position}, and \
+            no event after it is played"
         )),
         Some(BlockedReport { position, last: Some(last), since }) => marks.push_str(&format!(
-            "\nthe mark is held since {since}: {position} to {last} are missing; if nobody still writes there: \
-             projectionist fill {position} {last}"
+            "\nthe mark has been blocked since {since}: {position} to {last} are missing; if no \
+            writer still uses them: projectionist fill {position} {last}"
         )),
         None => {}
     }
     if let Some(at) = &report.foreign_at {
         marks.push_str(&format!(
-            "\nmessages that are not of this log were received {} times, last at {at}: they stay in the queue; see doctor",
+            "\nmessages that are not of this log were received {} times, last at {at}: they stay \
+            in the queue; see doctor",
             report.foreign_messages
         ));
     }
-    match report.projectors.is_empty() {
-        true => format!("{marks}\nno projector was booted yet"),
-        false => format!("{marks}\n\n{}", table.trim_fmt()),
+    if report.projectors.is_empty() {
+        format!("{marks}\nno projector has been booted yet")
+    } else {
+        format!("{marks}\n\n{}", table.trim_fmt())
     }
 }
 

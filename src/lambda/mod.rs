@@ -1,5 +1,5 @@
-//! AWS Lambda: what a function is invoked with, how its runtime is spoken to, and what a scheduled
-//! invocation does. A batch of messages goes through the worker that `play` has, too.
+//! AWS Lambda: the events that invoke a function, the client of the runtime API, and scheduled
+//! invocations. The worker of `play` applies the messages, too.
 
 mod event;
 mod runtime_api;

@@ -1,4 +1,4 @@
-//! A scheduled invocation: publishes the log, and catches up what the queue does not feed.
+//! A scheduled invocation: publishes the log, and catches up projectors that get no messages.
 
 use std::time::{Duration, Instant};
 
@@ -12,66 +12,67 @@ use crate::model::event::Position;
 use crate::model::lifecycle::Status;
 use crate::model::projector::ProjectorId;
 
-/// How often it is looked whether all is done.
+/// The pause between two checks whether the work is done.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
-/// And how often once it was, while publishing goes on.
+/// The pause once the work is done, while publishing continues.
 const IDLE_POLL_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How long the relay's lease may take to be given up: it runs out by itself.
+/// How long releasing the relay's lease may take. A lease that is not released expires.
 const LEASE_RELEASE_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// What a scheduled invocation answers.
+/// The response of a scheduled invocation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub(crate) struct Summary {
-    /// Events that were published meanwhile.
+    /// How many events were published during the invocation.
     events: u64,
-    /// Everything up to here has been published.
+    /// The position up to which every event has been published.
     published: u64,
     /// The high-water mark.
     high_water: u64,
-    /// Live projectors that are not yet where the mark was when it began. The next invocation goes
-    /// on with them.
+    /// Live projectors that are below the high-water mark of the invocation's beginning. The next
+    /// invocation continues with them.
     lagging: Vec<String>,
-    /// Live projectors of the set that were booted with another definition than this function has:
-    /// it does not play them.
+    /// Live projectors of the set that were booted with another definition than this function has.
+    /// The function does not play them.
     outdated: Vec<String>,
     /// Projectors of the set that are broken.
     broken: Vec<String>,
-    /// How often a message was received that is not of this log, by any worker or function, since
-    /// the log was made.
+    /// How often any worker or function has received a message that is not of this log, since the
+    /// log was created.
     foreign_messages: u64,
 }
 
-/// One look at log and ledger.
+/// The state of log and ledger at one time.
 struct Snapshot {
     published: Position,
     high_water: Position,
     live: Vec<(ProjectorId, Position)>,
-    /// Live projectors that this function does not play: they were booted with another definition.
+    /// Live projectors that this function does not play, because they were booted with another
+    /// definition.
     outdated: Vec<ProjectorId>,
     broken: Vec<ProjectorId>,
     foreign_messages: u64,
 }
 
-/// What is known so far.
+/// The state of a scheduled invocation.
 #[derive(Default)]
 struct ScheduledRun {
-    /// The first look: what is to be done.
+    /// The first snapshot. Its high-water mark is the target.
     first: Option<Snapshot>,
     last: Option<Snapshot>,
-    /// Why there was no look, the last time.
+    /// The error of the last snapshot, if it failed.
     error: Option<sqlx::Error>,
     outage_log: OutageLog,
 }
 
-/// Publishes until what was in the log at the beginning is published, and for `relay_for` at least;
-/// and meanwhile catches up from the store the live projectors that stand still below the mark.
-/// Ends when all of them are where the mark was at the beginning, or at the deadline. Nothing runs
-/// on afterwards, and the relay's lease is given up.
+/// Publishes the log, and meanwhile catches up live projectors that do not advance from the store.
+/// The target is the high-water mark at the beginning. Ends when every event up to the target is
+/// published, every live projector has reached it, and `relay_for` is over; or at the deadline.
+/// Afterwards no task runs on, and the relay's lease is released.
 ///
 /// # Errors
-/// If the database is out of reach all the time, or nothing can be published.
+/// If the database cannot be reached during the whole invocation, or if no event can be published.
 pub(crate) async fn relay_and_reconcile(
     worker: &mut Worker,
     mut relay: Relay,
@@ -91,7 +92,7 @@ pub(crate) async fn relay_and_reconcile(
 }
 
 impl ScheduledRun {
-    /// Looks again and again, and reconciles.
+    /// Reconciles and takes snapshots until the work is done and `relay_for` is over.
     async fn poll_until_done(&mut self, worker: &mut Worker, relay_for: Duration) {
         let began = Instant::now();
         loop {
@@ -109,11 +110,11 @@ impl ScheduledRun {
         }
     }
 
-    /// Looks once, and says whether all is done.
+    /// Takes a snapshot, and returns whether the work is done.
     async fn poll(&mut self, worker: &Worker) -> bool {
         match read_snapshot(worker).await {
             Ok(snapshot) => {
-                self.outage_log.record_recovery("the database works again");
+                self.outage_log.record_recovery("the database can be reached again");
                 self.error = None;
                 let target =
                     self.first.as_ref().map_or(snapshot.high_water, |first| first.high_water);
@@ -127,7 +128,7 @@ impl ScheduledRun {
             }
             Err(error) => {
                 tokio::time::sleep(
-                    self.outage_log.record_failure("cannot look at the log, trying again", &error),
+                    self.outage_log.record_failure("cannot read the log, trying again", &error),
                 )
                 .await;
                 self.error = Some(error);
@@ -148,8 +149,8 @@ impl ScheduledRun {
         let last = self.last.unwrap_or(first);
         if !is_done && before < target && last.published == before {
             return Err(Error::Unreachable(format!(
-                "nothing of what is in the log after position {before}, through {target}, could be published; the log lines before \
-                 this say why"
+                "no event after position {before}, through {target}, could be published; the log \
+                lines before this one say why"
             )));
         }
         let lagging = last.live.iter().filter(|(_, position)| *position < target);

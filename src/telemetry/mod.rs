@@ -1,6 +1,6 @@
-//! Logs: for people on a terminal, one JSON object a line elsewhere; always to standard error.
-//! Alerts go to a web hook besides, where one is named. Metrics, where they are asked for, are
-//! lines among those of the log.
+//! Logging, alerts and metrics. Log lines go to standard error: as text on a terminal, otherwise as
+//! one JSON object per line. Alerts are also posted to a webhook, if one is configured. Metrics, if
+//! enabled, are written as log lines.
 
 mod emf;
 mod reporter;
@@ -23,14 +23,14 @@ use crate::model::text;
 pub(crate) use reporter::{LagSource, MetricsFormat, Reporter, parse_service_name};
 use webhook::Poster;
 
-/// How log lines look.
+/// The format of log lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum LogFormat {
-    /// For people on a terminal, JSON elsewhere.
+    /// Text on a terminal, otherwise JSON.
     Auto,
-    /// For people.
+    /// Text.
     Human,
-    /// One JSON object a line.
+    /// One JSON object per line.
     Json,
 }
 
@@ -44,25 +44,26 @@ impl LogFormat {
     }
 }
 
-/// Logging that was started; dropped at the end of the process, it posts the last alerts.
+/// Logging that was started. Dropping it at the end of the process posts the last alerts.
 pub(crate) struct Telemetry {
     _poster: Option<Poster>,
 }
 
-/// A field for a terminal: nothing in it moves the cursor or begins a line.
+/// Writes a field as text. Control characters are escaped, so that a value cannot move the cursor
+/// or begin a line.
 fn write_field(writer: &mut Writer<'_>, field: &Field, value: &dyn fmt::Debug) -> fmt::Result {
     let value = format!("{value:?}");
     let value = text::redact(&value);
     let value = text::escape_control(&value);
     match field.name() {
         "message" => write!(writer, "{value}"),
-        // What a library that logs by another crate says of its place.
+        // The source location of a library that logs with the crate `log`.
         name if name.starts_with("log.") => Ok(()),
         name => write!(writer, "{name}={value}"),
     }
 }
 
-/// Standard error for lines of JSON. Each is written at once.
+/// Writes lines of JSON to standard error, each with one write.
 #[derive(Default)]
 struct JsonToStderr(Vec<u8>);
 
@@ -82,53 +83,52 @@ impl Write for JsonToStderr {
 impl Drop for JsonToStderr {
     fn drop(&mut self) {
         if !self.0.is_empty() {
-            // As with every log line, nobody can be told that it cannot be written.
+            // A log line that cannot be written cannot be reported either.
             let _ = self.flush();
         }
     }
 }
 
-/// Says why a command did not end well: among JSON lines as one of them, so that every line of the
-/// log can be read, and an alarm on errors sees this one, too.
+/// Logs why a command failed. With JSON logs, the error is a JSON line, too, so that every line can
+/// be parsed and an alarm on errors sees it.
 pub(crate) fn log_error(error: &Error, format: LogFormat) {
-    // Not where the filter, or a filter that could not be read, would swallow it.
-    match format.is_json() && tracing::enabled!(tracing::Level::ERROR) {
-        true => tracing::error!("{error}"),
-        false => {
-            eprintln!("error: {}", text::escape_control_lines(&text::redact(&error.to_string())))
-        }
+    // A filter can drop errors, and with an invalid filter there is no log.
+    if format.is_json() && tracing::enabled!(tracing::Level::ERROR) {
+        tracing::error!("{error}");
+    } else {
+        eprintln!("error: {}", text::escape_control_lines(&text::redact(&error.to_string())));
     }
 }
 
-/// Starts logging, with a filter such as `info` or `projectionist=debug`, and posts alerts to
-/// `alert_url`. What somebody should look at is in the log whatever the filter says: an alarm that
-/// reads the log waits for it.
+/// Starts logging with a filter such as `info` or `projectionist=debug`, and posts alerts to
+/// `alert_url`. Alerts are logged regardless of the filter, because alarms are made from the log.
 pub(crate) fn start(
     format: LogFormat,
     filter: &str,
     alert_url: Option<&str>,
 ) -> Result<Telemetry, Error> {
-    // A bare level is meant for us: the libraries below us say enough at warn.
+    // A bare level applies to our own code. Libraries log at warn.
     let scoped_filter = filter
         .bytes()
         .all(|byte| byte.is_ascii_alphabetic())
         .then(|| format!("warn,projectionist={filter}"));
     let filter =
         EnvFilter::try_new(scoped_filter.as_deref().unwrap_or(filter)).map_err(|error| {
-            Error::Input(format!("the log filter {filter:?} cannot be read: {error}"))
+            Error::Input(format!("the log filter {filter:?} is not valid: {error}"))
         })?;
-    let logs = match format.is_json() {
-        true => tracing_subscriber::fmt::layer()
+    let logs = if format.is_json() {
+        tracing_subscriber::fmt::layer()
             .json()
             .flatten_event(true)
             .with_writer(JsonToStderr::default)
-            .boxed(),
-        false => tracing_subscriber::fmt::layer()
+            .boxed()
+    } else {
+        tracing_subscriber::fmt::layer()
             .fmt_fields(debug_fn(write_field).delimited(" "))
             .with_writer(stderr)
             .with_target(false)
             .with_ansi(stderr().is_terminal())
-            .boxed(),
+            .boxed()
     };
     let (webhook, poster) = alert_url.map(webhook::start).transpose()?.unzip();
     let alerts = || {
@@ -137,8 +137,8 @@ pub(crate) fn start(
     };
     let webhook = webhook.map(|webhook| webhook.with_filter(alerts()));
     if format.is_json() {
-        // A handler's panic is caught and told, but the default would print lines that are no JSON
-        // before that.
+        // A handler's panic is caught and logged. The default hook would first print lines that are
+        // not JSON.
         std::panic::set_hook(Box::new(|panic| {
             let location = panic.location().map(ToString::to_string);
             tracing::error!(
@@ -148,7 +148,7 @@ pub(crate) fn start(
             );
         }));
     }
-    // A team's binary may have a subscriber of its own: then its logs are the right ones.
+    // This fails if the binary has installed a subscriber of its own, which is then used.
     let _ = tracing_subscriber::registry()
         .with(logs.with_filter(filter.or(alerts())))
         .with(webhook)

@@ -1,5 +1,5 @@
-//! When metrics are written: once a minute beside what works for long, and at the end of
-//! everything.
+//! Writes metrics: every minute during a long-running command, and at the end of every command that
+//! counts them.
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -21,31 +21,30 @@ use crate::model::metrics;
 use crate::model::registry::Registry;
 use crate::store::EventStore;
 
-/// CloudWatch keeps one value a minute of such a metric.
+/// CloudWatch keeps one value per minute of a metric with standard resolution.
 const REPORT_INTERVAL: Duration = Duration::from_secs(60);
 
-/// How long a look at the database may take that only a report needs, and how long at the end of
-/// the process.
+/// How long the database queries of a report may take, and how long those of the last report.
 const QUERY_TIMEOUT: Duration = Duration::from_secs(10);
 const FINAL_QUERY_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Whether and how metrics are written.
+/// The format of metrics.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum MetricsFormat {
-    /// Not at all.
+    /// Metrics are off.
     None,
-    /// As CloudWatch's embedded metric format, one JSON object a line, to standard error.
+    /// CloudWatch's embedded metric format, one JSON object per line, on standard error.
     Emf,
 }
 
-/// Writes metrics; where they are off, it does nothing.
+/// Writes metrics. Does nothing if metrics are off.
 pub(crate) struct Reporter {
-    /// `None`: metrics are off.
+    /// `None` if metrics are off.
     service: Option<String>,
     release: Option<String>,
 }
 
-/// Where the lag is read: that of every projector of a set.
+/// Reads the lag of every projector of a set.
 pub(crate) struct LagSource<'a> {
     ledger: Ledger,
     store: EventStore,
@@ -95,21 +94,20 @@ impl Reporter {
         Reporter { service, release: release.map(str::to_owned) }
     }
 
-    /// Writes what was counted since the last time, and asks nobody: at the end of a short process,
-    /// and of an invocation before its answer.
+    /// Writes the counters since the last report, without a query. Used at the end of a short
+    /// command, and at the end of an invocation with messages, whose response must not wait.
     pub(crate) fn flush(&self) {
         self.write(None, false);
     }
 
-    /// The same, with the lag. Where the database does not answer, without it. A heartbeat is for
-    /// who has worked for a minute, or does so by the minute: a worker that dies at its start,
-    /// again and again, must be missed.
+    /// Writes the counters since the last report and the lag, if the database answers in time. Set
+    /// `has_heartbeat` only for a worker that has run for a minute, or for a successful scheduled
+    /// invocation: a worker that dies at every start must have no heartbeat.
     pub(crate) async fn report(&self, lag_source: &LagSource<'_>, has_heartbeat: bool) {
         self.report_within(lag_source, QUERY_TIMEOUT, has_heartbeat).await;
     }
 
-    /// Runs something to its end and reports meanwhile: at once, every minute with a heartbeat, and
-    /// at last.
+    /// Runs `work` to its end. Reports at its start, every minute with a heartbeat, and at its end.
     pub(crate) async fn report_while<T>(
         &self,
         lag_source: &LagSource<'_>,
@@ -122,7 +120,8 @@ impl Reporter {
         ended
     }
 
-    /// The same for what plays nothing: only what was counted.
+    /// Runs `work`, which plays no projector, to its end. Writes only counters: at its start, every
+    /// minute, and at its end.
     pub(crate) async fn flush_while<T>(&self, work: impl Future<Output = T>) -> T {
         let ended = self.run_with_ticks(async |_| self.flush(), work).await;
         self.flush();
@@ -163,13 +162,13 @@ impl Reporter {
         let release = self.release.as_deref();
         let report = Report { service, release, at, counted: &counted, snapshot, has_heartbeat };
         let text: String = report.lines().into_iter().map(|line| line + "\n").collect();
-        // At once, so that no log line comes between; as with those, nobody can be told that it
-        // cannot be written.
+        // All lines are one write, so that no log line comes between them. A failure cannot be
+        // reported, because it would go to standard error, too.
         let _ = std::io::stderr().lock().write_all(text.as_bytes());
     }
 }
 
-/// Does something at once and then at every interval; it is told whether this is the first time.
+/// Calls `tick` at once and then after every period. Its argument is `true` in the first call.
 async fn repeat(period: Duration, tick: impl AsyncFn(bool)) -> Infallible {
     let mut is_first = true;
     let mut ticks = interval(period);
@@ -180,16 +179,18 @@ async fn repeat(period: Duration, tick: impl AsyncFn(bool)) -> Infallible {
     }
 }
 
-/// A service's name, as CloudWatch takes it for the value of a dimension.
+/// Parses a service name: it must be valid as the value of a CloudWatch dimension.
 pub(crate) fn parse_service_name(name: &str) -> Result<String, String> {
-    let is_legal = (1..=255).contains(&name.len())
+    let is_valid = (1..=255).contains(&name.len())
         && name.bytes().all(|byte| byte == b' ' || byte.is_ascii_graphic())
         && !name.trim().is_empty()
         && !name.starts_with(':');
-    match is_legal {
-        true => Ok(name.to_owned()),
-        false => Err("it must be 1 to 255 printable ASCII characters, not begin with a colon, and not be blank".into()),
+    if !is_valid {
+        return Err("it must be 1 to 255 printable ASCII characters, not begin with a colon, and \
+            not be blank"
+            .into());
     }
+    Ok(name.to_owned())
 }
 
 #[cfg(test)]
@@ -200,10 +201,10 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn the_reporter_runs_at_once_and_then_every_minute() {
-        let done = RefCell::new(Vec::new());
-        let doing = repeat(REPORT_INTERVAL, async |is_first| done.borrow_mut().push(is_first));
-        let Err(_) = timeout(Duration::from_secs(150), doing).await;
-        assert_eq!(done.take(), [true, false, false]);
+        let ticks = RefCell::new(Vec::new());
+        let repeating = repeat(REPORT_INTERVAL, async |is_first| ticks.borrow_mut().push(is_first));
+        let Err(_) = timeout(Duration::from_secs(150), repeating).await;
+        assert_eq!(ticks.take(), [true, false, false]);
     }
 
     #[test]

@@ -260,7 +260,7 @@ async fn a_read_only_server_is_reported() {
     );
     execute(&mut admin, "set global read_only = 0").await;
     let doctor = doctor.exits(2);
-    assert!(lines(&doctor)["primary"].1.contains("name the primary"), "{}", doctor.stdout);
+    assert!(lines(&doctor)["primary"].1.contains("connect to the primary"), "{}", doctor.stdout);
     assert_eq!(lines(&for_status.exits(0))["primary"].0, "note");
 }
 

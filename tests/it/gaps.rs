@@ -365,7 +365,7 @@ async fn fill_counts_filled_and_taken_positions_and_refuses_those_below_the_mark
     }
     world.execute("delete from events where position = 7").await;
     let refused = world.run(&["fill", "7", "11", "--yes"]).await.exits(2);
-    refused.prints(&["up to the high-water mark, 9, are decided already", "audit"]);
+    refused.prints(&["up to the high-water mark, 9, cannot be filled", "audit"]);
     assert!(world.fillers().await.is_empty());
     let filled = world.run(&["fill", "10", "70019", "--yes"]).await.exits(0);
     assert_eq!(filled.stdout, "filled 70,009 positions from 10 to 70019; 1 had a row already\n");

@@ -126,7 +126,7 @@ async fn the_audit_rejects_a_restored_log_that_grew_past_the_mark() {
     assert!(status["log_fault"].is_null(), "{status}");
     let audit = world.run(&["audit", "--json"]).await.exits(1).json();
     let fault = audit["faults"][0].as_str().expect("a fault");
-    assert!(fault.contains("are not those over which the high-water mark passed"), "{audit}");
+    assert!(fault.contains("are not those that the high-water mark passed"), "{audit}");
 }
 
 #[tokio::test]
@@ -156,7 +156,7 @@ async fn accepted_losses_are_recorded_and_processing_continues_without_alerts() 
         let accept = ["audit", "--accept", &from, &to, "--reason", "as the ticket says", "--yes"];
         let accepted = world.run(&accept).await.exits(0);
         assert!(
-            accepted.stdout.contains("30 rows up to the high-water mark 30: all well"),
+            accepted.stdout.contains("30 rows up to the high-water mark 30: no faults"),
             "{}",
             accepted.stdout
         );
@@ -208,8 +208,8 @@ async fn an_acceptance_is_refused_if_more_or_nothing_is_missing() {
         "nothing was accepted",
         "position 20 has no row",
     ]);
-    accept("7", "31").await.exits(2).prints(&["no range up to the high-water mark 30"]);
-    accept("8", "7").await.exits(2).prints(&["no range"]);
+    accept("7", "31").await.exits(2).prints(&["not a range up to the high-water mark 30"]);
+    accept("8", "7").await.exits(2).prints(&["not a range"]);
     world.run(&["audit", "--accept", "7", "20", "--yes"]).await.exits(2);
     world
         .run(&["audit", "--accept", "7", "20", "--reason", "no terminal"])

@@ -1,4 +1,4 @@
-//! The database: version, settings, tables, grants.
+//! The doctor's checks of the database: version, settings, tables and grants.
 
 use std::collections::HashMap;
 
@@ -9,17 +9,17 @@ use crate::database::{
 };
 use crate::model::error::Error;
 
-/// In seconds. Half a second is what a busy network makes of it.
+/// In seconds. On a busy network the measurement is off by up to half a second.
 const MAX_CLOCK_SKEW_SECONDS: f64 = 5.0;
 
-/// What a replica can do as well.
+/// The commands that also run on a read-only replica.
 const READ_ONLY_COMMANDS: &[&str] = &["status", "audit"];
 
-/// In seconds: beyond, a statement that waits for a row's lock would count as cut off.
+/// In seconds. A statement that waits longer for a row lock would count as a lost connection.
 const MAX_LOCK_WAIT_SECONDS: u64 = 60;
 
-/// The oldest that have what our tables and our probes of holes need: enforced checks, defaults
-/// that are expressions, `nowait`.
+/// The oldest versions with what the tables and the gap probes need: enforced checks, expressions
+/// as defaults, `nowait`.
 const MIN_MYSQL_VERSION: (u64, u64, u64) = (8, 0, 16);
 const MIN_MARIADB_VERSION: (u64, u64, u64) = (10, 3, 0);
 
@@ -38,20 +38,20 @@ pub(super) async fn examine(
         Err(error) => checks.push(Check::failed("database settings", &Error::Database(error))),
     }
     checks.push(match database.migration_state().await {
-        Ok(MigrationState::UpToDate) => Check::ok("tables", "as this release needs them"),
+        Ok(MigrationState::UpToDate) => Check::ok("tables", "up to date"),
         Ok(MigrationState::Unknown) => {
-            Check::ok("tables", "there; this user may not see of which release")
+            Check::ok("tables", "present; this user has no privilege to see their version")
         }
         Ok(MigrationState::Behind) => Check::problem(
             Level::Error,
             "tables",
-            "missing, or of an older release",
+            "missing, or from an older release",
             "run `projectionist migrate`",
         ),
         Ok(MigrationState::Ahead) => Check::problem(
             Level::Error,
             "tables",
-            "of a newer release than this one",
+            "from a newer release than this one",
             "use that release, or a newer one",
         ),
         Err(error) => Check::failed("tables", &Error::Database(error)),
@@ -64,29 +64,29 @@ pub(super) async fn examine(
     }
 }
 
-/// What each command needs and the user may not.
+/// Returns for each command the privileges that the user lacks.
 async fn missing_grants(
     database: &Database,
 ) -> Result<Vec<(&'static str, Vec<String>)>, sqlx::Error> {
     let mut known: HashMap<(&str, &str), PrivilegeCheck> = HashMap::new();
     let mut all = Vec::new();
-    for (command, needs) in COMMAND_PRIVILEGES {
+    for (command, required) in COMMAND_PRIVILEGES {
         let mut missing = Vec::new();
-        for (named, privileges) in *needs {
+        for (named, privileges) in *required {
             let tables = if *named == "*" { TABLES } else { std::slice::from_ref(named) };
             for (privilege, table) in privileges
                 .iter()
                 .flat_map(|privilege| tables.iter().map(move |table| (*privilege, *table)))
             {
-                // What is created is not there yet.
+                // A table that is yet to be created cannot be checked by name.
                 let table = if privilege == "create" { "*" } else { table };
-                let may = match known.get(&(privilege, table)) {
-                    Some(may) => *may,
+                let check = match known.get(&(privilege, table)) {
+                    Some(check) => *check,
                     None => database.check_privilege(privilege, table).await?,
                 };
-                known.insert((privilege, table), may);
+                known.insert((privilege, table), check);
                 let grant = format!("{privilege} on {table}");
-                if may == PrivilegeCheck::Denied && !missing.contains(&grant) {
+                if check == PrivilegeCheck::Denied && !missing.contains(&grant) {
                     missing.push(grant);
                 }
             }
@@ -99,21 +99,13 @@ async fn missing_grants(
 fn check_grants(command: &str, missing: &[String], commands: &[String]) -> Check {
     let check = format!("grants for {command}");
     if missing.is_empty() {
-        return Check::ok(&check, "all there");
+        return Check::ok(&check, "complete");
     }
-    match commands.iter().any(|wanted| wanted == command) {
-        true => Check::problem(
-            Level::Error,
-            &check,
-            format!("missing: {}", missing.join(", ")),
-            "grant them to the user",
-        ),
-        false => Check {
-            name: check,
-            level: Level::Note,
-            detail: format!("missing: {}", missing.join(", ")),
-            remedy: None,
-        },
+    let detail = format!("missing: {}", missing.join(", "));
+    if commands.iter().any(|wanted| wanted == command) {
+        Check::problem(Level::Error, &check, detail, "grant them to the user")
+    } else {
+        Check { name: check, level: Level::Note, detail, remedy: None }
     }
 }
 
@@ -124,20 +116,21 @@ fn check_settings(inspected: &ServerReport, connections: u32, writes: bool) -> V
     let mut checks =
         vec![check_version(setting("version").unwrap_or_default()), check_tls(inspected)];
 
-    checks.push(match is_on("read_only") || is_on("innodb_read_only") {
-        false => Check::ok("primary", format!("takes writes, as {}", inspected.user)),
-        true => Check::problem(
+    checks.push(if is_on("read_only") || is_on("innodb_read_only") {
+        Check::problem(
             if writes { Level::Error } else { Level::Note },
             "primary",
             "the server is read-only: a replica, or a former primary",
-            "name the primary (on Aurora: the cluster's writer endpoint)",
-        ),
+            "connect to the primary (on Aurora: the cluster's writer endpoint)",
+        )
+    } else {
+        Check::ok("primary", format!("accepts writes, as {}", inspected.user))
     });
     if is_on("log_bin") && setting("binlog_format") == Some("STATEMENT") {
         checks.push(Check::problem(
             Level::Error,
             "binlog_format",
-            "STATEMENT: under read committed, as we need it, the server then refuses every write",
+            "STATEMENT: the server then refuses every write under read committed, which we need",
             "set it to ROW or MIXED",
         ));
     }
@@ -152,11 +145,16 @@ fn check_settings(inspected: &ServerReport, connections: u32, writes: bool) -> V
         inspected.threads_connected,
     ));
     checks.push(match number("innodb_lock_wait_timeout").unwrap_or_default() {
-        wait if wait <= MAX_LOCK_WAIT_SECONDS => Check::ok("innodb_lock_wait_timeout", format!("{wait} s")),
+        wait if wait <= MAX_LOCK_WAIT_SECONDS => {
+            Check::ok("innodb_lock_wait_timeout", format!("{wait} s"))
+        }
         wait => Check::problem(
             Level::Warning,
             "innodb_lock_wait_timeout",
-            format!("{wait} s: a statement that waits for longer than {MAX_LOCK_WAIT_SECONDS} s counts as cut off, and is tried again"),
+            format!(
+                "{wait} s: a statement that waits for longer than {MAX_LOCK_WAIT_SECONDS} s counts \
+                as a lost connection, and is tried again"
+            ),
             format!("set it to {MAX_LOCK_WAIT_SECONDS} or less"),
         ),
     });
@@ -178,16 +176,17 @@ fn check_settings(inspected: &ServerReport, connections: u32, writes: bool) -> V
         "database clock",
         inspected.clock_ahead_seconds,
         MAX_CLOCK_SKEW_SECONDS,
-        "it dates events by it, and lag is told by ours",
+        "the server's clock dates events, and this host's clock measures lag",
     ));
-    checks.push(match inspected.can_see_triggers {
-        true => Check::ok("trigger", "granted: inserts are sent together where they can be"),
-        false => Check::problem(
+    checks.push(if inspected.can_see_triggers {
+        Check::ok("trigger", "granted: inserts are sent together where possible")
+    } else {
+        Check::problem(
             Level::Note,
             "trigger",
-            "not granted to the user itself, and so inserts are sent one by one",
+            "not granted to the user itself, so inserts are sent one by one",
             "for speed, grant trigger and insert on the projectors' own tables",
-        ),
+        )
     });
     checks
 }
@@ -200,31 +199,32 @@ fn check_sql_mode(servers: &str, projector_sql_mode: SqlMode) -> Check {
         (false, SqlMode::Strict) => Check::problem(
             Level::Note,
             "sql_mode",
-            "the server's own is not strict; projectors run strict all the same",
-            "for other clients, add STRICT_TRANS_TABLES; to have projectors run like them, give --sql-mode server",
+            "the server's own mode is not strict; projectors run in strict mode regardless",
+            "for other clients, add STRICT_TRANS_TABLES; to run projectors in the same mode, give \
+            --sql-mode server",
         ),
         (false, SqlMode::Server) => Check::problem(
             Level::Warning,
             "sql_mode",
-            "not strict, and projectors run so by --sql-mode server: values that do not fit into a column are cut off \
-             silently, and inserts are sent one by one",
-            "leave out --sql-mode server, or add STRICT_TRANS_TABLES",
+            "not strict, and projectors run in it because of --sql-mode server: values that do not \
+            fit into a column are truncated silently, and inserts are sent one by one",
+            "remove --sql-mode server, or add STRICT_TRANS_TABLES",
         ),
     }
 }
 
-/// A clock that is so many seconds ahead of ours.
+/// Checks a clock that is `ahead` seconds ahead of this host's. `why` says what a difference
+/// affects.
 pub(super) fn check_clock(check: &str, ahead: f64, max_skew: f64, why: &str) -> Check {
     let detail = format!(
         "{:.1} s {} this host's",
         ahead.abs(),
         if ahead < 0.0 { "behind" } else { "ahead of" }
     );
-    match ahead.abs() <= max_skew {
-        true => Check::ok(check, detail),
-        false => {
-            Check::problem(Level::Warning, check, format!("{detail}: {why}"), "set both by NTP")
-        }
+    if ahead.abs() <= max_skew {
+        Check::ok(check, detail)
+    } else {
+        Check::problem(Level::Warning, check, format!("{detail}: {why}"), "set both by NTP")
     }
 }
 
@@ -234,18 +234,20 @@ fn check_version(version: &str) -> Check {
         .filter_map(|number| number.parse::<u64>().ok());
     let mut next = || numbers.next().unwrap_or_default();
     let found = (next(), next(), next());
-    let (kind, oldest) = match version.contains("MariaDB") {
-        true => ("MariaDB", MIN_MARIADB_VERSION),
-        false => ("MySQL", MIN_MYSQL_VERSION),
+    let (kind, oldest) = if version.contains("MariaDB") {
+        ("MariaDB", MIN_MARIADB_VERSION)
+    } else {
+        ("MySQL", MIN_MYSQL_VERSION)
     };
-    match found >= oldest {
-        true => Check::ok("version", format!("{kind} {version}")),
-        false => Check::problem(
+    if found >= oldest {
+        Check::ok("version", format!("{kind} {version}"))
+    } else {
+        Check::problem(
             Level::Error,
             "version",
             format!("{kind} {version} is too old"),
             format!("use {}.{}.{} or newer", oldest.0, oldest.1, oldest.2),
-        ),
+        )
     }
 }
 
@@ -255,7 +257,7 @@ fn check_tls(inspected: &ServerReport) -> Check {
             Level::Warning,
             "TLS",
             "the connection is not encrypted",
-            "have the server offer TLS, and insist on it by --database-ca FILE",
+            "enable TLS on the server, and require it with --database-ca FILE",
         ),
         version if inspected.is_certificate_verified => {
             Check::ok("TLS", format!("{version}, and the server's certificate is checked"))
@@ -263,8 +265,8 @@ fn check_tls(inspected: &ServerReport) -> Check {
         version => Check::problem(
             Level::Note,
             "TLS",
-            format!("{version}, with whoever answers: the server's certificate is not checked"),
-            "to insist, give --database-ca FILE",
+            format!("{version}, but the server's certificate is not checked"),
+            "to check it, give --database-ca FILE",
         ),
     }
 }
@@ -274,41 +276,39 @@ fn check_durability(flush: Option<u64>, has_log: bool, sync: Option<u64>) -> Che
         return Check::problem(
             Level::Warning,
             "durability",
-            "innodb_flush_log_at_trx_commit is not 1: a server that crashes may forget commits, events among them",
+            "innodb_flush_log_at_trx_commit is not 1: a server that crashes may lose commits, \
+            including events",
             "set it to 1",
         );
     }
-    match has_log && sync.is_some_and(|sync| sync != 1) {
-        true => Check::problem(
+    if has_log && sync.is_some_and(|sync| sync != 1) {
+        Check::problem(
             Level::Warning,
             "durability",
             "sync_binlog is not 1: a replica that takes over after a crash may lack commits",
             "set it to 1",
-        ),
-        false => Check::ok("durability", "a commit is on disk when it is acknowledged"),
+        )
+    } else {
+        Check::ok("durability", "a commit is on disk when it is acknowledged")
     }
 }
 
 fn check_connections(ours: u64, most: Option<u64>, connected: Option<u64>) -> Check {
     let (Some(most), Some(connected)) = (most, connected) else {
-        return Check::ok("connections", format!("at most {ours} of ours"));
+        return Check::ok("connections", format!("we open at most {ours}"));
     };
     let detail =
-        format!("at most {ours} of ours; the server takes {most}, and has {connected} now");
-    match ours {
-        _ if ours > most => Check::problem(
-            Level::Error,
-            "connections",
-            detail,
-            "lower --connections, or raise max_connections",
-        ),
-        _ if ours + connected > most => Check::problem(
-            Level::Warning,
-            "connections",
-            detail,
-            "lower --connections, or raise max_connections",
-        ),
-        _ => Check::ok("connections", detail),
+        format!("we open at most {ours}; the server accepts {most}, and has {connected} now");
+    let problem = |level| {
+        let remedy = "lower --connections, or raise max_connections";
+        Check::problem(level, "connections", detail.as_str(), remedy)
+    };
+    if ours > most {
+        problem(Level::Error)
+    } else if ours + connected > most {
+        problem(Level::Warning)
+    } else {
+        Check::ok("connections", detail)
     }
 }
 
@@ -316,8 +316,8 @@ fn check_connections(ours: u64, most: Option<u64>, connected: Option<u64>) -> Ch
 mod tests {
     use super::*;
 
-    /// As RDS has them, but for what the test changes: the settings of the servers under test are
-    /// everybody's.
+    /// Returns the settings of a server on RDS, with the changes of a test. The servers of the test
+    /// suite cannot be used, because all tests share their settings.
     fn inspected(changed: &[(&str, &str)]) -> ServerReport {
         let usual = [
             ("version", "8.4.3"),
@@ -348,7 +348,7 @@ mod tests {
         }
     }
 
-    fn bad(inspected: &ServerReport, connections: u32) -> Vec<(String, Level)> {
+    fn problems(inspected: &ServerReport, connections: u32) -> Vec<(String, Level)> {
         let checks = check_settings(inspected, connections, true).into_iter();
         checks
             .filter(|check| check.level != Level::Ok)
@@ -358,7 +358,7 @@ mod tests {
 
     #[test]
     fn each_wrong_server_setting_has_exactly_one_line() {
-        assert_eq!(bad(&inspected(&[]), 16), []);
+        assert_eq!(problems(&inspected(&[]), 16), []);
         for (name, value, check, level) in [
             ("version", "5.7.44", "version", Level::Error),
             ("version", "8.0.15", "version", Level::Error),
@@ -374,7 +374,7 @@ mod tests {
             ("max_allowed_packet", "1024", "max_allowed_packet", Level::Warning),
         ] {
             assert_eq!(
-                bad(&inspected(&[(name, value)]), 16),
+                problems(&inspected(&[(name, value)]), 16),
                 [(check.to_owned(), level)],
                 "{name} = {value}"
             );
@@ -385,35 +385,35 @@ mod tests {
             ("version", "9.7.4"),
             ("log_bin", "OFF"),
         ] {
-            assert_eq!(bad(&inspected(&[(name, value)]), 16), [], "{name} = {value}");
+            assert_eq!(problems(&inspected(&[(name, value)]), 16), [], "{name} = {value}");
         }
     }
 
     #[test]
     fn each_wrong_session_setting_has_exactly_one_line() {
-        let bare = || inspected(&[]);
+        let usual = || inspected(&[]);
         for (session, check) in [
-            (ServerReport { tls: String::new(), ..bare() }, ("TLS", Level::Warning)),
-            (ServerReport { is_certificate_verified: false, ..bare() }, ("TLS", Level::Note)),
+            (ServerReport { tls: String::new(), ..usual() }, ("TLS", Level::Warning)),
+            (ServerReport { is_certificate_verified: false, ..usual() }, ("TLS", Level::Note)),
             (
-                ServerReport { sql_mode: "NO_ENGINE_SUBSTITUTION".into(), ..bare() },
+                ServerReport { sql_mode: "NO_ENGINE_SUBSTITUTION".into(), ..usual() },
                 ("sql_mode", Level::Note),
             ),
             (
                 ServerReport {
                     sql_mode: "NO_ENGINE_SUBSTITUTION".into(),
                     projector_sql_mode: SqlMode::Server,
-                    ..bare()
+                    ..usual()
                 },
                 ("sql_mode", Level::Warning),
             ),
             (
-                ServerReport { clock_ahead_seconds: -7.0, ..bare() },
+                ServerReport { clock_ahead_seconds: -7.0, ..usual() },
                 ("database clock", Level::Warning),
             ),
-            (ServerReport { can_see_triggers: false, ..bare() }, ("trigger", Level::Note)),
+            (ServerReport { can_see_triggers: false, ..usual() }, ("trigger", Level::Note)),
         ] {
-            assert_eq!(bad(&session, 16), [(check.0.to_owned(), check.1)]);
+            assert_eq!(problems(&session, 16), [(check.0.to_owned(), check.1)]);
         }
     }
 }

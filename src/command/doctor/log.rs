@@ -1,17 +1,17 @@
-//! The log: rows at positions that no event may have, an end below the mark, a beginning that
-//! leaves room for a history.
+//! The doctor's checks of the log: rows at positions that no event may have, an end below the
+//! high-water mark, and a beginning that leaves room for a history.
 
 use super::{Check, Level};
 use crate::database::Database;
 use crate::store::{EventStore, LogEnds};
 
-/// A log that begins above this, with nothing below, may have been begun before its history was
+/// A log whose first position is above this one may have been started before its history was
 /// copied.
 const MAX_FIRST_POSITION: u64 = 1_000;
 
 pub(super) async fn examine(database: &Database, checks: &mut Vec<Check>) {
     let store = EventStore::new(database);
-    // Where the table cannot be read, or is not there, another line has said so.
+    // If the table is missing or cannot be read, an earlier check has reported it.
     let Ok(ends) = store.log_ends().await else { return };
     let before = checks.len();
     checks.extend(check_ends(&ends));
@@ -20,11 +20,12 @@ pub(super) async fn examine(database: &Database, checks: &mut Vec<Check>) {
             Level::Error,
             "log",
             fault.to_string(),
-            "restore the rows, or accept their loss by `projectionist audit --accept`",
+            "restore the rows, or accept their loss with `projectionist audit --accept`",
         ));
     }
     if checks.len() == before {
-        checks.push(Check::ok("log", "it begins and ends as it should; an audit reads the rest"));
+        checks
+            .push(Check::ok("log", "its beginning and its end are valid; an audit reads the rest"));
     }
 }
 
@@ -35,7 +36,7 @@ fn check_ends(ends: &LogEnds) -> Vec<Check> {
             Level::Error,
             "log",
             "position 0 is never read: no projector gets this row",
-            "append the event anew, and delete this row",
+            "append the event again, and delete this row",
         ));
     }
     if ends.has_max_position {
@@ -43,7 +44,8 @@ fn check_ends(ends: &LogEnds) -> Vec<Check> {
             Level::Error,
             "log",
             format!("position {} ends the log: nothing can be appended after it", u64::MAX),
-            "delete this row, and set auto_increment of the table events to the position after the last event",
+            "delete this row, and set auto_increment of the table events to the position after the \
+            last event",
         ));
     }
     if let Some(first) = ends.first.filter(|first| *first > MAX_FIRST_POSITION) {
@@ -51,10 +53,10 @@ fn check_ends(ends: &LogEnds) -> Vec<Check> {
             Level::Warning,
             "log",
             format!(
-                "it begins at position {first}, with nothing below: if a history is still to be copied, boot, play and relay \
-                 would fill its positions first"
+                "it begins at position {first}: if a history is yet to be copied to the positions \
+                below, boot, play and relay would fill them first"
             ),
-            "copy the history before anything runs; if there is none, nothing is to be done",
+            "copy the history before any of them runs; if there is no history, ignore this",
         ));
     }
     checks
@@ -66,11 +68,11 @@ mod tests {
 
     #[test]
     fn only_a_log_that_begins_far_above_position_1_is_a_warning() {
-        let bad = |first| {
+        let count = |first| {
             check_ends(&LogEnds { first, has_position_zero: false, has_max_position: false }).len()
         };
         assert_eq!(
-            [None, Some(1), Some(1_000), Some(1_001), Some(100_000)].map(bad),
+            [None, Some(1), Some(1_000), Some(1_001), Some(100_000)].map(count),
             [0, 0, 0, 1, 1]
         );
     }

@@ -1,4 +1,5 @@
-//! `doctor`: whether everything is set up as it should be, and what to do where it is not.
+//! The `doctor` command: checks the set-up of database, queue and projectors, and says how to fix
+//! problems.
 
 mod database;
 mod log;
@@ -10,7 +11,7 @@ use clap::Args;
 use clap::builder::FalseyValueParser;
 use serde::Serialize;
 
-use super::print;
+use super::{print, print_json};
 use crate::command::config::Config;
 use crate::database::{COMMAND_PRIVILEGES, Database};
 use crate::ledger::Ledger;
@@ -22,14 +23,15 @@ use crate::store::EventStore;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Changes nothing: grants are asked of statements that are explained or prepared and not run, permissions of calls of SQS that \
-could not do anything (a batch of no messages, receipts that are none). Exit codes: 0 nothing is wrong, whatever the warnings; \
-2 something is; 3 database or queue are out of reach.")]
+Changes nothing: grants are checked by statements that are explained or prepared but not run, \
+permissions by SQS calls that cannot have an effect (an empty batch, invalid receipts). Exit \
+codes: 0 no errors, but possibly warnings; 2 at least one error; 3 the database or the queue \
+cannot be reached.")]
 pub(super) struct DoctorCommand {
-    /// The commands that this user and these credentials are for; of others, what is missing is
-    /// only noted
-    #[arg(long = "for", value_name = "COMMAND", env = "PROJECTIONIST_DOCTOR_FOR", value_delimiter = ',',
-          default_values = ["boot", "play"], value_parser = commands())]
+    /// The commands for which the grants are required. A missing grant for another command is only
+    /// a note
+    #[arg(long = "for", value_name = "COMMAND", env = "PROJECTIONIST_DOCTOR_FOR",
+          value_delimiter = ',', default_values = ["boot", "play"], value_parser = commands())]
     commands: Vec<String>,
 
     /// Print one JSON document
@@ -41,27 +43,28 @@ fn commands() -> Vec<&'static str> {
     COMMAND_PRIVILEGES.iter().map(|(command, _)| *command).collect()
 }
 
-/// How well it is.
+/// The result of a check, from good to bad.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 enum Level {
     Ok,
-    /// Nobody's fault, and worth knowing.
+    /// Not a problem, but worth knowing.
     Note,
-    /// It works, but not as well or as safely as it could.
+    /// Works, but not as well or as safely as it could.
     Warning,
-    /// It does not work.
+    /// Does not work.
     Error,
+    /// The database or the queue cannot be reached.
     Unreachable,
 }
 
-/// One line.
+/// One line of the report.
 #[derive(Debug, Serialize)]
 struct Check {
     name: String,
     level: Level,
     detail: String,
-    /// What to do.
+    /// How to fix the problem.
     remedy: Option<String>,
 }
 
@@ -110,7 +113,7 @@ impl Check {
         Check { name: name.into(), level, detail: detail.into(), remedy: Some(remedy.into()) }
     }
 
-    /// What kept a check from being made.
+    /// A check that could not be made because of an error.
     fn failed(name: &str, error: &Error) -> Self {
         let level = match error {
             Error::Unreachable(_) => Level::Unreachable,
@@ -130,7 +133,7 @@ impl DoctorCommand {
         let mut record = None;
         match config.database().await {
             Ok(database) => {
-                // Where the log cannot be read, another line says so.
+                // If the log cannot be read, another check reports it.
                 record = EventStore::new(&database).queue_record().await.ok();
                 checks.push(Check::ok("database", database.address()));
                 database::examine(
@@ -161,29 +164,18 @@ impl DoctorCommand {
 
     fn report(&self, checks: &[Check]) -> Result<(), Error> {
         let worst = checks.iter().map(|check| check.level).max().unwrap_or(Level::Ok);
-        match self.json {
-            true => {
-                let report = Report { healthy: worst < Level::Error, checks };
-                print(
-                    serde_json::to_string(&report)
-                        .unwrap_or_else(|error| unreachable!("plain strings: {error}")),
-                )?;
-            }
-            false => {
-                for check in checks {
-                    print(check)?;
-                }
-            }
+        if self.json {
+            print_json(&Report { healthy: worst < Level::Error, checks })?;
+        } else {
+            checks.iter().try_for_each(print)?;
         }
         let bad: Vec<&str> = checks
             .iter()
             .filter(|check| check.level >= Level::Error)
             .map(|check| check.name.as_str())
             .collect();
-        let summary = format!(
-            "not as it should be: {}; each line on standard output says what to do",
-            bad.join(", ")
-        );
+        let summary =
+            format!("problems: {}; each line on standard output says what to do", bad.join(", "));
         match worst {
             Level::Unreachable => Err(Error::Unreachable(summary)),
             Level::Error => Err(Error::Input(summary)),
@@ -192,7 +184,7 @@ impl DoctorCommand {
     }
 }
 
-/// Whether the files load, and who is to be booted.
+/// Checks that the projectors' files load, and which projectors must be booted.
 async fn examine_projectors(
     database: &Database,
     registry: Result<Registry, Error>,
@@ -204,13 +196,13 @@ async fn examine_projectors(
                 Level::Note,
                 "projectors",
                 "there are none",
-                "to look at some, name their folder with --projectors DIR",
+                "to check projectors, name their folder with --projectors DIR",
             ));
         }
         Ok(registry) => registry,
         Err(error) => return checks.push(Check::failed("projectors", &error)),
     };
-    // Where the ledger cannot be read, another line has said so.
+    // If the ledger cannot be read, an earlier check has reported it.
     let Ok(entries) = Ledger::new(database).entries().await else { return };
     for projector in registry.iter() {
         let check = format!("projector {}", projector.id);
@@ -231,19 +223,22 @@ async fn examine_projectors(
                 Level::Warning,
                 &check,
                 "retired, and never played again",
-                "take it out of this release",
+                "remove it from this release",
             ),
             Some(Status::Broken(failure)) => {
                 let remedy = match failure.rebuild_reason {
-                    None => "mend it, and run boot",
+                    None => "fix it, and run boot",
                     Some(_) => "retire it and run boot again, or give it a new version",
                 };
                 Check::problem(Level::Warning, &check, format!("broken: {}", failure.error), remedy)
             }
             Some(status) => Check::problem(Level::Warning, &check, status.as_str(), "run boot"),
-            None => {
-                Check::problem(Level::Warning, &check, "not booted, and so not played", "run boot")
-            }
+            None => Check::problem(
+                Level::Warning,
+                &check,
+                "not booted, so it is not played",
+                "run boot",
+            ),
         });
     }
 }

@@ -1,4 +1,5 @@
-//! The queue: kind, times, sizes, dead letters, encryption, permissions, clock.
+//! The doctor's checks of the queue: kind, times, sizes, dead letters, encryption, permissions and
+//! clock.
 
 use std::collections::HashMap;
 
@@ -12,21 +13,21 @@ use crate::model::error::Error;
 use crate::queue::{Permission, Queue, SqsQueue};
 use crate::store::QueueRecord;
 
-/// In seconds: AWS refuses what was signed five minutes before or after.
+/// In seconds. AWS refuses requests that were signed more than five minutes before or after its
+/// time.
 const MAX_CLOCK_SKEW_SECONDS: f64 = 60.0;
 
-/// In seconds. What expires is read from the store; that is slower, and no loss.
+/// In seconds. Events of expired messages are read from the store: that is slower, but loses
+/// nothing.
 const MIN_RETENTION_SECONDS: u64 = 24 * 3600;
 
-/// With fewer tries, a worker that is killed or slow now and then sends good messages to the dead
-/// letters.
+/// With fewer receives, valid messages go to the dead-letter queue when workers are killed or slow.
 const MIN_RECEIVE_COUNT: u64 = 5;
 
-/// In bytes: below, a message holds few events.
+/// In bytes. Smaller messages hold few events.
 const MIN_MESSAGE_BYTES: u64 = 64 * 1024;
 
-/// In hours: messages that are not of the log and were received since then are still worth a
-/// warning.
+/// In hours. A message of another log is a warning for this time after it was received.
 const FOREIGN_WARNING_HOURS: i64 = 24;
 
 pub(super) async fn examine(
@@ -59,44 +60,45 @@ pub(super) async fn examine(
             "SQS clock",
             ahead,
             MAX_CLOCK_SKEW_SECONDS,
-            "AWS refuses what is signed five minutes off",
+            "AWS refuses requests that are signed with a clock that is five minutes off",
         ));
     }
     for (action, allowed) in queue.permissions().await {
         let check = format!("sqs:{action}");
         checks.push(match allowed {
             Permission::Granted => Check::ok(&check, "allowed"),
-            Permission::Denied(told) => Check::problem(
+            Permission::Denied(error) => Check::problem(
                 Level::Error,
                 &check,
-                told,
+                error,
                 format!("allow sqs:{action} on the queue, in the role and in its policy"),
             ),
-            Permission::Unknown(told) => Check::problem(
+            Permission::Unknown(error) => Check::problem(
                 Level::Note,
                 &check,
-                format!("cannot be told: {told}"),
+                format!("cannot be checked: {error}"),
                 "look at the role",
             ),
         });
     }
 }
 
-/// Whether the log is published to this queue.
+/// Checks that the log is published to this queue.
 fn check_published_queue(record: &QueueRecord, queue: Option<&str>) -> Check {
     match (&record.queue, queue) {
-        (None, _) => Check::ok("published to", "nothing was published yet"),
+        (None, _) => Check::ok("published to", "nothing has been published yet"),
         (Some(published_to), Some(queue)) if published_to != queue => Check::problem(
             Level::Warning,
             "published to",
             format!("the log was last published to {published_to}, which is another queue"),
-            "correct QUEUE_URL, here or where the relay runs; where the queue was changed on purpose, this ends with the next event",
+            "correct QUEUE_URL, here or for the relay; if the queue was changed on purpose, the \
+            warning ends with the next event",
         ),
         (Some(_), _) => Check::ok("published to", "this queue"),
     }
 }
 
-/// Whether the queue brings messages of others.
+/// Checks whether messages of other logs were received from the queue.
 fn check_foreign_messages(record: &QueueRecord, now: OffsetDateTime) -> Check {
     let Some(at) = record.foreign_at else {
         return Check::ok("foreign messages", "none");
@@ -106,15 +108,16 @@ fn check_foreign_messages(record: &QueueRecord, now: OffsetDateTime) -> Check {
         record.foreign_messages,
         at.format(&Rfc3339).unwrap_or_else(|_| at.to_string())
     );
-    match (now - at).whole_hours() < FOREIGN_WARNING_HOURS {
-        true => Check::problem(
+    if (now - at).whole_hours() < FOREIGN_WARNING_HOURS {
+        Check::problem(
             Level::Warning,
             "foreign messages",
             detail,
-            "look who sends them, give each system a queue of its own, and let only the relay's role send (infra/queue.yaml); \
-             after `rotate` or a restore, purge the queue",
-        ),
-        false => Check::ok("foreign messages", detail),
+            "find out who sends them, give each system a queue of its own, and let only the \
+            relay's role send (infra/queue.yaml); after `rotate` or a restore, purge the queue",
+        )
+    } else {
+        Check::ok("foreign messages", detail)
     }
 }
 
@@ -131,85 +134,103 @@ fn check_attributes(
         format!("{arn}, {}", if is_true("FifoQueue") { "FIFO" } else { "standard" }),
     )];
 
-    checks.push(match visibility >= handler_timeout {
-        true => Check::ok("visibility timeout", format!("{visibility} s for a worker, extended while it works")),
-        false => Check::problem(
+    checks.push(if visibility >= handler_timeout {
+        Check::ok(
+            "visibility timeout",
+            format!("{visibility} s for a worker, extended while it works"),
+        )
+    } else {
+        Check::problem(
             Level::Warning,
             "visibility timeout",
-            format!("{visibility} s, and a handler may take {handler_timeout} s: a message comes again if it is not extended in time"),
+            format!(
+                "{visibility} s, and a handler may take {handler_timeout} s: a message comes again \
+                if its timeout is not extended in time"
+            ),
             "raise --visibility-timeout to --handler-timeout or more",
-        ),
+        )
     });
     if let Some(own) = number("VisibilityTimeout").filter(|own| *own < handler_timeout) {
         checks.push(Check::problem(
             Level::Note,
             "queue visibility timeout",
-            format!("{own} s; a worker sets its own, but a Lambda function has this, and a handler may take {handler_timeout} s"),
+            format!(
+                "{own} s; a worker sets its own, but a Lambda function uses this one, and a \
+                handler may take {handler_timeout} s"
+            ),
             "for Lambda, raise VisibilityTimeout to six times the function's timeout",
         ));
     }
     let retention = number("MessageRetentionPeriod").unwrap_or_default();
-    checks.push(match retention >= MIN_RETENTION_SECONDS {
-        true => Check::ok("retention", format!("{} days", retention / 86_400)),
-        false => Check::problem(
+    checks.push(if retention >= MIN_RETENTION_SECONDS {
+        Check::ok("retention", format!("{} days", retention / 86_400))
+    } else {
+        Check::problem(
             Level::Warning,
             "retention",
-            format!("{retention} s: what expires while no worker runs is read from the database, which is slower"),
+            format!(
+                "{retention} s: messages that expire while no worker runs are read from the \
+                database, which is slower"
+            ),
             "raise MessageRetentionPeriod to four days",
-        ),
+        )
     });
     let largest = number("MaximumMessageSize").unwrap_or_default();
-    checks.push(match largest >= MIN_MESSAGE_BYTES {
-        true => Check::ok("message size", format!("{largest} bytes")),
-        false => Check::problem(
+    checks.push(if largest >= MIN_MESSAGE_BYTES {
+        Check::ok("message size", format!("{largest} bytes"))
+    } else {
+        Check::problem(
             Level::Warning,
             "message size",
-            format!("{largest} bytes: a message holds few events, and what does not fit is read from the database"),
-            "raise MaximumMessageSize to what SQS takes",
-        ),
+            format!(
+                "{largest} bytes: a message holds few events, and an event that does not fit is \
+                read from the database"
+            ),
+            "raise MaximumMessageSize to the most that SQS accepts",
+        )
     });
     if is_true("FifoQueue") {
         let scope = attributes.get("DeduplicationScope").map_or("queue", String::as_str);
         let limit = attributes.get("FifoThroughputLimit").map_or("perQueue", String::as_str);
         checks.push(Check::ok(
             "deduplication",
-            format!("of each {scope}, limit {limit}: our events are one group, so any will do"),
+            format!(
+                "of each {scope}, limit {limit}: our events are one group, so every setting works"
+            ),
         ));
     }
     if let Some(delay) = number("DelaySeconds").filter(|delay| *delay > 0) {
         checks.push(Check::problem(
             Level::Warning,
             "delay",
-            format!("every message is held back for {delay} s"),
+            format!("every message is delayed by {delay} s"),
             "set DelaySeconds to 0",
         ));
     }
-    checks.push(
-        match is_true("SqsManagedSseEnabled") || attributes.contains_key("KmsMasterKeyId") {
-            true => Check::ok(
-                "encryption",
-                attributes.get("KmsMasterKeyId").map_or("by SQS's own key", String::as_str),
-            ),
-            false => Check::problem(
-                Level::Warning,
-                "encryption",
-                "messages, and the events in them, are not encrypted at rest",
-                "set SqsManagedSseEnabled to true",
-            ),
-        },
-    );
+    let kms_key = attributes.get("KmsMasterKeyId");
+    checks.push(if is_true("SqsManagedSseEnabled") || kms_key.is_some() {
+        Check::ok("encryption", kms_key.map_or("with SQS's own key", String::as_str))
+    } else {
+        Check::problem(
+            Level::Warning,
+            "encryption",
+            "messages, and the events in them, are not encrypted at rest",
+            "set SqsManagedSseEnabled to true",
+        )
+    });
     if !attributes.contains_key("RedrivePolicy") {
         checks.push(Check::problem(
             Level::Note,
             "dead letters",
-            "there is no dead-letter queue: a message that nobody can delete comes again until it expires, and loses nothing",
+            "there is no dead-letter queue: a message that is never deleted comes again until it \
+            expires; no event is lost",
             "to see such messages, set RedrivePolicy",
         ));
     }
     checks
 }
 
-/// The queue that messages go to which were received too often.
+/// Checks the redrive policy, and the dead-letter queue that it names.
 async fn examine_dead_letter_queue(
     queue: &SqsQueue,
     policy: &str,
@@ -231,7 +252,8 @@ async fn examine_dead_letter_queue(
             Level::Warning,
             "redrive",
             format!(
-                "after {receives} receives: a few workers that are killed send good messages to the dead letters"
+                "after {receives} receives: when a few workers are killed, valid messages go to \
+                the dead-letter queue"
             ),
             format!("raise maxReceiveCount to {MIN_RECEIVE_COUNT} or more"),
         ),
@@ -241,7 +263,7 @@ async fn examine_dead_letter_queue(
         Ok(None) => Check::problem(
             Level::Note,
             "dead letters",
-            format!("{name}, which we may not look at"),
+            format!("{name}, which we have no permission to inspect"),
             "to have it checked, allow sqs:GetQueueUrl and sqs:GetQueueAttributes on it",
         ),
         Err(error) => Check::problem(
@@ -259,15 +281,15 @@ fn check_dead_letter_queue(
     dead_letter_attributes: &HashMap<String, String>,
     source: &HashMap<String, String>,
 ) -> Check {
-    let number = |of: &HashMap<String, String>, name: &str| {
-        of.get(name).and_then(|value| value.parse::<u64>().ok())
+    let number = |attributes: &HashMap<String, String>, name: &str| {
+        attributes.get(name).and_then(|value| value.parse::<u64>().ok())
     };
     if dead_letter_attributes.get("FifoQueue") != source.get("FifoQueue") {
         return Check::problem(
             Level::Error,
             "dead letters",
             format!(
-                "{name} is of the other kind than the queue: SQS drops what it cannot hand over"
+                "{name} is not of the queue's kind: SQS drops messages that it cannot move there"
             ),
             "make both FIFO or both standard",
         );
@@ -279,7 +301,8 @@ fn check_dead_letter_queue(
             Level::Warning,
             "dead letters",
             format!(
-                "{name} keeps messages for less long than the queue, counted from when they were sent"
+                "{name} keeps messages for a shorter time than the queue, counted from when they \
+                were sent"
             ),
             "raise its MessageRetentionPeriod to 14 days",
         );
@@ -290,7 +313,7 @@ fn check_dead_letter_queue(
             Level::Warning,
             "dead letters",
             format!("{name} has {waiting} messages"),
-            "nothing is lost by them; look for workers that were killed, then purge it",
+            "no event is lost; look for workers that were killed, then purge the queue",
         ),
     }
 }
@@ -319,15 +342,16 @@ mod tests {
 
     #[test]
     fn each_wrong_queue_attribute_has_exactly_one_line() {
-        let bad = |attributes: &HashMap<String, String>, visibility| -> Vec<(String, Level)> {
+        let problems = |attributes: &HashMap<String, String>, visibility| -> Vec<(String, Level)> {
             let checks = check_attributes(attributes, visibility, 30).into_iter();
             checks
                 .filter(|check| check.level != Level::Ok)
                 .map(|check| (check.name, check.level))
                 .collect()
         };
-        assert_eq!(bad(&attributes(&[]), 30), []);
-        assert_eq!(bad(&attributes(&[]), 10), [("visibility timeout".to_owned(), Level::Warning)]);
+        assert_eq!(problems(&attributes(&[]), 30), []);
+        let short_visibility = problems(&attributes(&[]), 10);
+        assert_eq!(short_visibility, [("visibility timeout".to_owned(), Level::Warning)]);
         for (name, value, check, level) in [
             ("VisibilityTimeout", "10", "queue visibility timeout", Level::Note),
             ("MessageRetentionPeriod", "3600", "retention", Level::Warning),
@@ -336,7 +360,7 @@ mod tests {
             ("SqsManagedSseEnabled", "false", "encryption", Level::Warning),
         ] {
             assert_eq!(
-                bad(&attributes(&[(name, value)]), 30),
+                problems(&attributes(&[(name, value)]), 30),
                 [(check.to_owned(), level)],
                 "{name} = {value}"
             );

@@ -140,7 +140,7 @@ const BAD_LINES: &[(&[u8], &str)] = &[
     // JSON to us, and none to the server.
     (
         b"{\"stream_id\":\"a\",\"event_type\":\"a\",\"payload\":\"\\ud800\"}",
-        "does not take its payload or metadata as JSON",
+        "does not accept its payload or metadata as JSON",
     ),
     (b"{\"stream_id\":\"a\",\"event_type\":\"a\",\"payload\":1,\"metadata\":\"\\ud800\"}", "events_metadata_is_json"),
 ];
@@ -160,8 +160,9 @@ async fn a_bad_line_is_named_with_its_reason_and_the_count_already_stored() {
         let finished = world.run_with(&["append"], &input).await.exits(2);
         let last =
             world.number("select max(position) from events where event_type not like '$%'").await;
-        let tally =
-            format!("stored before it: 2 events, last position {last}; nothing from line 4 on is");
+        let tally = format!(
+            "stored before it: 2 events, last position {last}; no event from line 4 on was stored"
+        );
         let finished = finished.prints(&["line 4: ", reason, &tally]);
         assert_eq!((finished.stdout.as_str(), event_count(&world).await), ("", 3), "{number}");
         assert_eq!(world.number("select count(*) from events where stream_id = 'after'").await, 0);

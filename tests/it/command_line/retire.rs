@@ -59,7 +59,7 @@ async fn a_live_projector_in_the_set_is_retired_only_by_force() {
     let arguments = ["retire", "a", "--yes", "--projectors", folder.path()];
     world.run(&arguments).await.exits(2).prints(&[
         "a@1 is live in this set",
-        "take it out of the set",
+        "remove it from the set",
         "--force",
     ]);
     assert_eq!(
@@ -150,7 +150,7 @@ async fn on_a_terminal_retire_asks_and_follows_the_answer() {
             .stderr(Stdio::piped());
         let finished =
             RunningProcess::spawn_with(terminal, answer.as_bytes()).finish().await.exits(code);
-        for words in ["a@1 (live, position 5) will be retired", "Go on? [y/N]", said] {
+        for words in ["a@1 (live, position 5) will be retired", "Continue? [y/N]", said] {
             assert!(finished.stdout.contains(words), "{words} in {}", finished.stdout);
         }
         assert_eq!(world.status("a").await, status);
@@ -167,7 +167,7 @@ async fn a_failing_teardown_is_reported_and_can_be_run_again() {
         "a@1: its teardown failed",
         "1.toml:5",
         "no_such_table",
-        "retire may be run again",
+        "retire can be run again",
     ]);
     assert_eq!(world.status("a").await, "retired", "nobody plays it while its tables go");
     folder.write("1.toml", &tally("a"));

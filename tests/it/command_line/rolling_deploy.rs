@@ -109,7 +109,7 @@ async fn a_stuck_worker_fails_its_health_check() {
     eventually("its heart beats", async || last_beat(&file).is_some()).await;
     let well = world.run(&health).await.exits(0);
     assert!(
-        well.stdout.starts_with("well: ") && well.stdout.lines().count() == 1,
+        well.stdout.starts_with("healthy: ") && well.stdout.lines().count() == 1,
         "{}",
         well.stdout
     );

@@ -165,7 +165,7 @@ async fn status_works_with_an_empty_ledger() {
     });
     assert_eq!(json, expected);
     let table = world.run(&["status"]).await.exits(0).stdout;
-    assert!(table.contains("no projector was booted yet"), "{table}");
+    assert!(table.contains("no projector has been booted yet"), "{table}");
 }
 
 #[tokio::test]

@@ -127,7 +127,7 @@ async fn a_scheduled_invocation_without_its_servers_fails_in_time_and_the_next_c
     is_queue_away.store(true, Ordering::SeqCst);
     refused(
         function.invoke(&schedule(), Duration::from_secs(8)).await,
-        "nothing of what is in the log after position 20",
+        "no event after position 20",
     );
     // It has caught up from the store meanwhile, and publishes as soon as it can.
     assert_eq!(world.position("a").await, 40);

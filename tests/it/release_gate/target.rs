@@ -148,11 +148,11 @@ async fn lag_counts_to_the_visible_end_and_a_momentary_gap_is_not_blocked() {
     let seconds = lag["lag_seconds"].as_f64().expect("a number");
     assert!((59.0..120.0).contains(&seconds), "the age of the oldest visible event: {seconds}");
     assert_eq!(status["held"], json!(null), "nobody has found it held for some seconds");
-    assert!(!world.run(&["status"]).await.exits(0).stdout.contains("held"));
+    assert!(!world.run(&["status"]).await.exits(0).stdout.contains("blocked"));
 
     // As a relay records it.
     for (last, words) in
-        [("null", "at 6 a transaction is open"), ("70006", "projectionist fill 6 70006")]
+        [("null", "a transaction is open at 6"), ("70006", "projectionist fill 6 70006")]
     {
         let held = format!(
             "update event_log set blocked_position = 6, blocked_last = {last}, \
@@ -167,6 +167,9 @@ async fn lag_counts_to_the_visible_end_and_a_momentary_gap_is_not_blocked() {
         );
         assert!(status["held"]["since"].is_string(), "{status}");
         let table = world.run(&["status"]).await.exits(0).stdout;
-        assert!(table.contains("the mark is held since") && table.contains(words), "{table}");
+        assert!(
+            table.contains("the mark has been blocked since") && table.contains(words),
+            "{table}"
+        );
     }
 }
