@@ -1,42 +1,54 @@
-# shellcheck shell=bash What the scripts of this folder share: where things live, and how a part is
-# started, found again and stopped. A part is `mariadb`, `mysql` or `sqs`; each has a file of its
-# own that defines PART_install, PART_start and PART_is_ready. On Linux without a Docker engine the
-# part is a process of ours, told apart from others by a variable in its environment; with an engine
-# it is a container (compose.sh).
+# shellcheck shell=bash
+# The functions that the scripts of this folder share: they start, find and stop the parts. A part is
+# a service that the tests need: `mariadb`, `mysql` or `sqs`. Each has a file of its own that defines
+# PART_install, PART_start and PART_is_ready. On Linux without a Docker engine, a part is a process
+# that this script started, with a variable in its environment that identifies it. With an engine, a
+# part is a container (compose.sh).
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
-# Another folder holds another set of parts, with ports of their own: localstack/chaos has one that
-# it may kill.
+# Another state folder holds another set of parts with other ports: localstack/chaos has one whose
+# parts it kills.
 STATE=${PROJECTIONIST_STATE:-$ROOT/.local}
 CACHE=${PROJECTIONIST_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/projectionist}
-# Debian keeps servers where only root's PATH looks.
+# On Debian, servers are in folders that are only in root's PATH.
 PATH=$PATH:/usr/sbin:/sbin
 
 log() { printf '%s\n' "$*" >&2; }
 die() { log "error: $*"; exit 1; }
 
-read_state() { # part thing: what was noted about a part: pid, port, version …
+read_state() { # part name: prints a recorded value of a part: pid, port, version …
   cat "$STATE/$1/$2" 2>/dev/null
 }
 
 # --- ports ---
 
-listeners() { # port: the socket inodes that make it unusable; LISTEN, or the near end of a live connection
-  awk -v port="$(printf ':%04X' "$1")" 'substr($2, length($2) - 4) == port && $4 ~ /^(0A|01|02)$/ { print $10 }' \
+# Prints the inodes of the sockets that occupy a port: a listener, or the local end of a connection.
+listeners() { # port
+  awk -v port="$(printf ':%04X' "$1")" \
+    'substr($2, length($2) - 4) == port && $4 ~ /^(0A|01|02)$/ { print $10 }' \
     /proc/net/tcp /proc/net/tcp6 2>/dev/null
 }
 
 is_port_free() { # port
-  if [[ -r /proc/net/tcp ]]; then [[ -z $(listeners "$1") ]]; else ! (: <"/dev/tcp/127.0.0.1/$1") 2>/dev/null; fi
+  if [[ -r /proc/net/tcp ]]; then
+    [[ -z $(listeners "$1") ]]
+  else
+    ! (: <"/dev/tcp/127.0.0.1/$1") 2>/dev/null
+  fi
 }
 
 port_variable() { case $1 in sqs) echo LOCALSTACK_PORT ;; *) echo "${1^^}_PORT" ;; esac; }
 default_port() {
   local offset=${PROJECTIONIST_PORT_OFFSET:-0}
-  case $1 in mariadb) echo $((33061 + offset)) ;; mysql) echo $((33062 + offset)) ;; sqs) echo $((45660 + offset)) ;; esac
+  case $1 in
+    mariadb) echo $((33061 + offset)) ;;
+    mysql) echo $((33062 + offset)) ;;
+    sqs) echo $((45660 + offset)) ;;
+  esac
 }
 
-choose_port() { # part: records the port it gets: the one asked for, else the last one, else the first free one
+# Records the port of a part: the requested one, else the last one, else the first free one.
+choose_port() { # part
   local variable port
   variable=$(port_variable "$1")
   if [[ -n ${!variable:-} ]]; then
@@ -51,7 +63,9 @@ choose_port() { # part: records the port it gets: the one asked for, else the la
 
 # --- processes ---
 
-launch() { # part command…: in a session and an environment of its own, so that it outlives the shell and is the same in all
+# Starts a part in a session and an environment of its own: it outlives the shell, and does not depend
+# on the shell's environment.
+launch() { # part command…
   local part=$1 dir=$STATE/$1
   shift
   [[ ! -e $dir/log ]] || mv "$dir/log" "$dir/log.previous"
@@ -61,25 +75,31 @@ launch() { # part command…: in a session and an environment of its own, so tha
   process_start_time $! >"$dir/born" || true
 }
 
-# When a process began, by the kernel's clock; nothing for one that has ended, reaped or not. Unlike
-# its environment and its command line it is there from the first moment, and the same across exec.
+# Prints when a process began, by the kernel's clock. Fails for a process that has ended, even if it
+# has not been reaped. Unlike environment and command line, this time exists from the first moment
+# and does not change at exec.
 process_start_time() { # pid
   local stat
   { stat=$(<"/proc/$1/stat"); } 2>/dev/null || return 1
-  # The name before the last parenthesis may hold anything.
+  # The process name before the last parenthesis can contain any character.
   read -ra stat <<<"${stat##*) }"
   [[ ${stat[0]} != [ZX] ]] && echo "${stat[19]}"
 }
 
-is_running() { # part: its process runs and is the one we launched; a number alone may have been given to another since
+# Whether the process of a part runs and is the one that was launched. The process id alone does not
+# show this, because another process can have it by now.
+is_running() { # part
   local pid known
-  pid=$(read_state "$1" pid) && known=$(read_state "$1" born) && [[ -n $pid && -n $known && $(process_start_time "$pid") == "$known" ]]
+  pid=$(read_state "$1" pid) && known=$(read_state "$1" born) &&
+    [[ -n $pid && -n $known && $(process_start_time "$pid") == "$known" ]]
 }
 
-owns_port() { # part: it is our process that listens there, not a neighbour's that took the port first
-  local inode
+# Whether the process of a part listens on its port. Another process may have taken the port first.
+owns_port() { # part
+  local inode descriptors
+  descriptors=/proc/$(read_state "$1" pid)/fd
   for inode in $(listeners "$(read_state "$1" port)"); do
-    [[ -z $(find "/proc/$(read_state "$1" pid)/fd" -lname "socket:\[$inode\]" 2>/dev/null) ]] || return 0
+    [[ -z $(find "$descriptors" -lname "socket:\[$inode\]" 2>/dev/null) ]] || return 0
   done
   return 1
 }
@@ -96,7 +116,7 @@ wait_until_healthy() { # part
   return 1
 }
 
-wait_until_stopped() { # part: waits until it has ended, 20 s at most
+wait_until_stopped() { # part: waits for at most 20 s
   local tries
   for ((tries = 0; tries < 200; tries++)); do
     is_running "$1" || return 0
@@ -105,25 +125,28 @@ wait_until_stopped() { # part: waits until it has ended, 20 s at most
   return 1
 }
 
-stop() { # part: asks, waits, insists; nothing where it does not run
+stop() { # part: sends SIGTERM, waits, and then sends SIGKILL
   local pid
   if is_running "$1"; then
     pid=$(read_state "$1" pid)
     kill "$pid"
-    wait_until_stopped "$1" || { kill -9 "$pid" && wait_until_stopped "$1"; } || die "$1, process $pid, cannot be stopped"
+    wait_until_stopped "$1" || { kill -9 "$pid" && wait_until_stopped "$1"; } ||
+      die "$1, process $pid, cannot be stopped"
     log "$1 stopped"
   fi
   rm -f "$STATE/$1/pid" "$STATE/$1/born"
 }
 
-is_as_requested() { # part: it runs with the port and the services that this call names, if it names any
+# Whether a part was started with the port and the services that the environment now requests.
+is_as_requested() { # part
   local variable
   variable=$(port_variable "$1")
   [[ ${!variable:-$(read_state "$1" port)} == "$(read_state "$1" port)" ]] || return 1
-  [[ $1 != sqs || ${LOCALSTACK_SERVICES:-$(read_state sqs services)} == "$(read_state sqs services)" ]]
+  [[ $1 != sqs ]] ||
+    [[ ${LOCALSTACK_SERVICES:-$(read_state sqs services)} == "$(read_state sqs services)" ]]
 }
 
-bring_up() { # part: from whatever state it is in to healthy
+bring_up() { # part: makes it healthy, whatever state it is in
   local part=$1 attempt
   if is_as_requested "$part" && is_healthy "$part"; then return 0; fi
   stop "$part"
@@ -134,8 +157,7 @@ bring_up() { # part: from whatever state it is in to healthy
     "${part}_start"
     if wait_until_healthy "$part"; then return 0; fi
     stop "$part"
-    # Somebody may take the port between our look at it and the server's: then, and only then, try
-    # another.
+    # Another process may take the port after it was chosen. Only then is another port tried.
     grep -qi 'address already in use' "$STATE/$part/log" || break
   done
   tail -n 40 "$STATE/$part/log" >&2
@@ -149,11 +171,15 @@ as_root() { if [[ $EUID -eq 0 ]]; then "$@"; else sudo "$@"; fi; }
 apt_update() { as_root apt-get update -qq >>"$STATE/apt.log" 2>&1 </dev/null; }
 
 apt_install() { # package…
-  command -v apt-get >/dev/null || die "without a Docker engine this needs Debian's apt-get, or $* installed some other way"
-  [[ $EUID -eq 0 ]] || command -v sudo >/dev/null || die "missing: $*; as root run: apt-get install --no-install-recommends $*"
-  local install=(as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@")
+  command -v apt-get >/dev/null ||
+    die "without a Docker engine this needs Debian's apt-get, or $* installed some other way"
+  [[ $EUID -eq 0 ]] || command -v sudo >/dev/null ||
+    die "missing: $*; as root run: apt-get install --no-install-recommends $*"
+  local install=(as_root env DEBIAN_FRONTEND=noninteractive
+    apt-get install -y -qq --no-install-recommends "$@")
   log "installing $*"
-  # The package lists may be missing or older than the mirror: only then are they worth fetching.
+  # Package lists are fetched only if the installation fails, because they may be missing or
+  # outdated.
   "${install[@]}" >"$STATE/apt.log" 2>&1 </dev/null && return
   apt_update || true
   "${install[@]}" >>"$STATE/apt.log" 2>&1 </dev/null && return
@@ -161,7 +187,7 @@ apt_install() { # package…
   die "apt-get could not install: $*"
 }
 
-need() { # command package: installs the package where the command is missing
+need() { # command package: installs the package if the command is missing
   command -v "$1" >/dev/null || apt_install "$2"
 }
 
@@ -171,7 +197,8 @@ target() { echo "${CARGO_TARGET_DIR:-$ROOT/target}"; }
 
 need_cargo() {
   command -v cargo >/dev/null || PATH=$PATH:${CARGO_HOME:-$HOME/.cargo}/bin
-  command -v cargo >/dev/null || die "this needs Rust: install it as https://rustup.rs says, then run this again"
+  command -v cargo >/dev/null ||
+    die "this needs Rust: install it as https://rustup.rs says, then run this again"
 }
 
 load_env() {

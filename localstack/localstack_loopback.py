@@ -1,6 +1,6 @@
-# Runs LocalStack on 127.0.0.1 alone. LocalStack 4.13.1 reads the host in GATEWAY_LISTEN and then
-# listens on every address all the same, and where the port is taken it goes on without one; here it
-# says so and ends.
+# Runs LocalStack on 127.0.0.1 only. LocalStack 4.13.1 reads the host in GATEWAY_LISTEN but listens
+# on every address, and if the port is in use, it continues without one. This script prints the
+# error and exits instead.
 import os
 
 from twisted.internet import endpoints
@@ -21,6 +21,6 @@ def give_up(failure):
 
 endpoints.TCP4ServerEndpoint = Loopback
 
-from localstack.runtime.main import main  # noqa: E402 (it looks the class up when imported)
+from localstack.runtime.main import main  # noqa: E402 (the import looks up the class)
 
 main()

@@ -2,18 +2,18 @@
 # SQS: LocalStack in host mode, from PyPI, without a token.
 
 sqs_region=us-east-1
-# SQS, and what infra/ is tried out on. A service that nobody calls is never loaded, and costs
-# nothing.
+# SQS, and the services that the tests of infra/ use. A service that is not called is never loaded
+# and costs nothing.
 sqs_services=sqs,cloudformation,cloudwatch,events,iam,logs,secretsmanager,sns,ssm,sts
-# The name changes with the list, so that an upgrade never runs on the packages of before.
+# The name depends on requirements.txt, so that an upgrade never runs with the packages of before.
 sqs_venv=$CACHE/localstack-$(cksum <"$ROOT/localstack/requirements.txt" | cut -d' ' -f1)
 
 sqs_endpoint() { echo "http://127.0.0.1:$(read_state sqs port)"; }
 
-python_311() { # prints a Python 3.11; this LocalStack does not load on others
+python_311() { # prints a Python 3.11: this LocalStack does not load with other versions
   local candidate
   for candidate in python3.11 /usr/bin/python3.11 python3; do
-    # Run it: a version manager's shim exists for versions that are not there.
+    # Run the candidate, because version managers have shims for versions that are not installed.
     if "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then
       command -v "$candidate"
       return
@@ -26,49 +26,61 @@ sqs_install() {
   local uv log=$STATE/sqs/install.log
   need curl curl
   [[ ! -e $sqs_venv/complete ]] || return 0
-  # uv brings roots of its own, which know nothing of a company's proxy.
+  # uv brings CA certificates of its own, which do not include that of a company's proxy.
   [[ ! -e /etc/ssl/certs/ca-certificates.crt ]] || export UV_SYSTEM_CERTS=1
   log "installing LocalStack (15 to 40 s)"
   if ! uv=$(command -v uv); then
     uv=$CACHE/uv/bin/uv
     need python3 python3
-    # Debian's python3 comes without what venv needs.
+    # Debian's python3 does not include ensurepip, which venv needs.
     python3 -c 'import ensurepip' 2>/dev/null || apt_install python3-venv
-    [[ -x $uv ]] || { python3 -m venv --clear "$CACHE/uv" && "$CACHE/uv/bin/pip" install -q uv; } >"$log" 2>&1 ||
-      { tail -n 20 "$log" >&2; die "uv could not be installed from PyPI; above is the end of $log"; }
+    [[ -x $uv ]] ||
+      { python3 -m venv --clear "$CACHE/uv" && "$CACHE/uv/bin/pip" install -q uv; } >"$log" 2>&1 ||
+      install_failed "uv could not be installed from PyPI"
   fi
   rm -rf "$sqs_venv"
   "$uv" venv -q --no-config --python "$(python_311)" "$sqs_venv" >>"$log" 2>&1 ||
-    { tail -n 20 "$log" >&2; die "LocalStack needs Python 3.11 and none was found: install python3.11, or start a Docker engine"; }
-  # A cache would keep every package twice.
-  "$uv" pip install -q --no-cache --require-hashes --python "$sqs_venv/bin/python" -r "$ROOT/localstack/requirements.txt" >>"$log" 2>&1 ||
-    { tail -n 20 "$log" >&2; die "LocalStack could not be installed from PyPI; above is the end of $log"; }
+    install_failed "Python 3.11, which LocalStack needs, was not found: install python3.11, or start a Docker engine"
+  # A cache would store every package a second time.
+  "$uv" pip install -q --no-cache --require-hashes --python "$sqs_venv/bin/python" \
+    -r "$ROOT/localstack/requirements.txt" >>"$log" 2>&1 ||
+    install_failed "LocalStack could not be installed from PyPI"
   touch "$sqs_venv/complete"
+}
+
+install_failed() { # message…
+  local log=$STATE/sqs/install.log
+  tail -n 20 "$log" >&2
+  die "$*; above is the end of $log"
 }
 
 sqs_start() {
   local address services=${LOCALSTACK_SERVICES:-$sqs_services}
   address=127.0.0.1:$(read_state sqs port)
   echo "$services" >"$STATE/sqs/services"
-  # Services load when first called: for SQS alone that is as quick as beforehand, for many it is
-  # much quicker. It would tell its own CloudWatch of each message in a request of its own, and be
-  # busy with that for minutes after a load. Where it takes this machine for its container it would
-  # share one folder with every other LocalStack, and lose it to them.
-  launch sqs env OVERRIDE_IN_DOCKER=0 SERVICES="$services" STRICT_SERVICE_LOADING=1 EAGER_SERVICE_LOADING=0 \
-    GATEWAY_LISTEN="$address" LOCALSTACK_HOST="$address" SQS_ENDPOINT_STRATEGY=path FILESYSTEM_ROOT="$STATE/sqs/fs" \
+  # - EAGER_SERVICE_LOADING=0: a service loads when it is first called. For SQS alone this takes as
+  # long as loading at the start, for many services it is much faster.
+  # - SQS_DISABLE_CLOUDWATCH_METRICS=1: otherwise LocalStack reports each message to its own
+  # CloudWatch in a separate request, which keeps it busy for minutes after a load test.
+  # - OVERRIDE_IN_DOCKER=0: if LocalStack takes this machine for its container, it shares one folder
+  # with every other LocalStack, and they delete each other's files.
+  launch sqs env OVERRIDE_IN_DOCKER=0 \
+    SERVICES="$services" STRICT_SERVICE_LOADING=1 EAGER_SERVICE_LOADING=0 \
+    GATEWAY_LISTEN="$address" LOCALSTACK_HOST="$address" \
+    SQS_ENDPOINT_STRATEGY=path FILESYSTEM_ROOT="$STATE/sqs/fs" \
     SQS_DISABLE_CLOUDWATCH_METRICS=1 DISABLE_EVENTS=1 SKIP_SSL_CERT_DOWNLOAD=1 DNS_ADDRESS=0 \
     "$sqs_venv/bin/python" "$ROOT/localstack/localstack_loopback.py"
 }
 
-# The AWS CLI comes with LocalStack's own packages. As .local/bin/aws it speaks to this LocalStack,
-# and is called as on AWS.
+# The AWS CLI is one of LocalStack's packages. .local/bin/aws runs it with the endpoint of this
+# LocalStack, and has the same arguments as on AWS.
 aws_cli() {
   mkdir -p "$STATE/sqs" "$STATE/bin"
   sqs_install
   cat >"$STATE/bin/aws.new" <<END
 #!/bin/sh
-# Made by localstack/up. Version 1 of the CLI wants the endpoint spelled out, and knows the region
-# by this name only.
+# Written by localstack/up. Version 1 of the CLI needs the endpoint as an option, and reads the region
+# only from AWS_DEFAULT_REGION.
 export AWS_DEFAULT_REGION=$sqs_region AWS_ACCESS_KEY_ID=test AWS_SECRET_ACCESS_KEY=test
 exec '$sqs_venv/bin/aws' --endpoint-url "\${AWS_ENDPOINT_URL:-$(sqs_endpoint)}" "\$@"
 END
@@ -76,23 +88,27 @@ END
   mv "$STATE/bin/aws.new" "$STATE/bin/aws"
 }
 
-sqs_call() { # action json: prints the answer; fails where it is an error
-  # LocalStack checks no signature, but reads the region from where one would be.
+sqs_call() { # action json: prints the response; fails if it is an error
+  # LocalStack does not check the signature, but reads the region from this header.
   curl --silent --fail --noproxy '*' --max-time 10 "$(sqs_endpoint)/" --data "$2" \
     -H 'Content-Type: application/x-amz-json-1.0' -H "X-Amz-Target: AmazonSQS.$1" \
-    -H "Authorization: AWS4-HMAC-SHA256 Credential=test/20260101/$sqs_region/sqs/aws4_request, SignedHeaders=host, Signature=none"
+    -H "Authorization: AWS4-HMAC-SHA256 Credential=test/20260101/$sqs_region/sqs/aws4_request, \
+SignedHeaders=host, Signature=none"
 }
 
-# The queue belongs to being ready: LocalStack keeps it in memory only, so that every start makes it
-# anew.
+# LocalStack is ready when the queue exists. It keeps queues only in memory, so every start creates
+# the queue again.
 sqs_is_ready() {
-  local name='"QueueName":"projectionist.fifo"' size answer
-  curl --silent --fail --noproxy '*' --max-time 5 "$(sqs_endpoint)/_localstack/health" >"$STATE/sqs/health" || return 1
+  local name='"QueueName":"projectionist.fifo"' size response
+  curl --silent --fail --noproxy '*' --max-time 5 "$(sqs_endpoint)/_localstack/health" \
+    >"$STATE/sqs/health" || return 1
   sed -n 's/.*"version": *"\([^"]*\)".*/\1/p' "$STATE/sqs/health" >"$STATE/sqs/version"
-  answer=$(sqs_call GetQueueUrl "{$name}") || for size in 1048576 262144; do # not every version takes SQS's newer limit
-    answer=$(sqs_call CreateQueue "{$name,\"Attributes\":{\"FifoQueue\":\"true\",\"ContentBasedDeduplication\":\"false\",
-      \"VisibilityTimeout\":\"30\",\"ReceiveMessageWaitTimeSeconds\":\"0\",\"MaximumMessageSize\":\"$size\"}}") && break
+  # Not every version accepts the newer size limit of SQS.
+  response=$(sqs_call GetQueueUrl "{$name}") || for size in 1048576 262144; do
+    response=$(sqs_call CreateQueue "{$name,\"Attributes\":{\"FifoQueue\":\"true\",
+      \"ContentBasedDeduplication\":\"false\",\"VisibilityTimeout\":\"30\",
+      \"ReceiveMessageWaitTimeSeconds\":\"0\",\"MaximumMessageSize\":\"$size\"}}") && break
   done
-  sed -n 's/.*"QueueUrl": *"\([^"]*\)".*/\1/p' <<<"$answer" >"$STATE/sqs/queue_url"
+  sed -n 's/.*"QueueUrl": *"\([^"]*\)".*/\1/p' <<<"$response" >"$STATE/sqs/queue_url"
   [[ -s $STATE/sqs/queue_url ]]
 }
