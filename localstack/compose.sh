@@ -1,13 +1,15 @@
 # shellcheck shell=bash
-# Runs the parts as containers. Each state folder has a Compose project of its own. compose.yaml says
-# what was never tried.
+# Runs the parts as containers. Each state folder has a Compose project of its own. This way was
+# never tried: see compose.yaml.
 
 compose() {
   # compose.yaml needs the ports of all parts, including those that were not requested.
   env MARIADB_PORT="$(read_state mariadb port || default_port mariadb)" \
     MYSQL_PORT="$(read_state mysql port || default_port mysql)" \
     LOCALSTACK_PORT="$(read_state sqs port || default_port sqs)" \
-    LOCALSTACK_SERVICES="${LOCALSTACK_SERVICES:-$(read_state sqs services || echo "$sqs_services")}" \
+    LOCALSTACK_SERVICES="${LOCALSTACK_SERVICES:-$(
+      read_state sqs services || echo "$sqs_services"
+    )}" \
     docker compose --project-name "projectionist-$(cksum <<<"$STATE" | cut -d' ' -f1)" \
     --file "$ROOT/localstack/compose.yaml" "$@"
 }

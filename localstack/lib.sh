@@ -1,9 +1,9 @@
 # shellcheck shell=bash
-# The functions that the scripts of this folder share: they start, find and stop the parts. A part is
-# a service that the tests need: `mariadb`, `mysql` or `sqs`. Each has a file of its own that defines
-# PART_install, PART_start and PART_is_ready. On Linux without a Docker engine, a part is a process
-# that this script started, with a variable in its environment that identifies it. With an engine, a
-# part is a container (compose.sh).
+# Functions that the scripts of this folder share. They start, find and stop the parts: the services
+# `mariadb`, `mysql` and `sqs`. Each part has a file of its own that defines PART_install,
+# PART_start and PART_is_ready. On Linux without a Docker engine, a part is a process with a
+# variable in its environment that identifies it. With an engine, a part is a container
+# (compose.sh).
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 # Another state folder holds another set of parts with other ports: localstack/chaos has one whose
@@ -63,8 +63,8 @@ choose_port() { # part
 
 # --- processes ---
 
-# Starts a part in a session and an environment of its own: it outlives the shell, and does not depend
-# on the shell's environment.
+# Starts a part in a session and an environment of its own, so that it outlives the shell and is the
+# same from every shell.
 launch() { # part command…
   local part=$1 dir=$STATE/$1
   shift

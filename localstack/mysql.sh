@@ -1,11 +1,12 @@
 # shellcheck shell=bash
-# Real MySQL. Debian's stable releases do not have it, so it is fetched from unstable, in the version
-# that is there. It is unpacked into a folder of the cache with all its libraries, including libc.
-# Nothing is installed on the machine.
+# Real MySQL. Debian's stable releases do not have it, so it is fetched from unstable, in the
+# version that is there. It is unpacked into a folder of the cache with all its libraries, including
+# libc. Nothing is installed.
 
 mysql_folder=$CACHE/mysql
 
-# Sets `program` to the command that runs sbin/mysqld or bin/mysql with its own loader and libraries.
+# Sets `program` to the command that runs sbin/mysqld or bin/mysql with the loader and libraries of
+# the package.
 mysql_program() { # path
   local lib
   lib=$mysql_folder/usr/lib/$(uname -m)-linux-gnu

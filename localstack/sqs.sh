@@ -40,7 +40,7 @@ sqs_install() {
   fi
   rm -rf "$sqs_venv"
   "$uv" venv -q --no-config --python "$(python_311)" "$sqs_venv" >>"$log" 2>&1 ||
-    install_failed "Python 3.11, which LocalStack needs, was not found: install python3.11, or start a Docker engine"
+    install_failed "LocalStack needs Python 3.11: install python3.11, or start a Docker engine"
   # A cache would store every package a second time.
   "$uv" pip install -q --no-cache --require-hashes --python "$sqs_venv/bin/python" \
     -r "$ROOT/localstack/requirements.txt" >>"$log" 2>&1 ||
@@ -58,12 +58,13 @@ sqs_start() {
   local address services=${LOCALSTACK_SERVICES:-$sqs_services}
   address=127.0.0.1:$(read_state sqs port)
   echo "$services" >"$STATE/sqs/services"
+  # - STRICT_SERVICE_LOADING=1: only the services in SERVICES can be called.
   # - EAGER_SERVICE_LOADING=0: a service loads when it is first called. For SQS alone this takes as
   # long as loading at the start, for many services it is much faster.
   # - SQS_DISABLE_CLOUDWATCH_METRICS=1: otherwise LocalStack reports each message to its own
   # CloudWatch in a separate request, which keeps it busy for minutes after a load test.
   # - OVERRIDE_IN_DOCKER=0: if LocalStack takes this machine for its container, it shares one folder
-  # with every other LocalStack, and they delete each other's files.
+  # with every other LocalStack, and they may delete it.
   launch sqs env OVERRIDE_IN_DOCKER=0 \
     SERVICES="$services" STRICT_SERVICE_LOADING=1 EAGER_SERVICE_LOADING=0 \
     GATEWAY_LISTEN="$address" LOCALSTACK_HOST="$address" \
@@ -79,8 +80,8 @@ aws_cli() {
   sqs_install
   cat >"$STATE/bin/aws.new" <<END
 #!/bin/sh
-# Written by localstack/up. Version 1 of the CLI needs the endpoint as an option, and reads the region
-# only from AWS_DEFAULT_REGION.
+# Written by localstack/up. Version 1 of the CLI needs the endpoint as an option, and reads the
+# region only from AWS_DEFAULT_REGION.
 export AWS_DEFAULT_REGION=$sqs_region AWS_ACCESS_KEY_ID=test AWS_SECRET_ACCESS_KEY=test
 exec '$sqs_venv/bin/aws' --endpoint-url "\${AWS_ENDPOINT_URL:-$(sqs_endpoint)}" "\$@"
 END
