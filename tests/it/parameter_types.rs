@@ -149,7 +149,8 @@ fn statement(dice: &mut fastrand::Rng) -> String {
              on duplicate key update two = {one}"
         ),
         _ => format!(
-            "update <t> set one = concat_ws('&', one, {one}), two = {two}, sum = coalesce({sum}, sum) \
+            "update <t> set one = concat_ws('&', one, {one}), two = {two}, \
+             sum = coalesce({sum}, sum) \
              where k like concat(:stream_id, '/%') and k <> :stream_id"
         ),
     }

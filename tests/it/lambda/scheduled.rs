@@ -135,7 +135,7 @@ async fn a_scheduled_invocation_without_its_servers_fails_in_time_and_the_next_c
         function.invoke(&schedule(), Duration::from_secs(8)).await,
         "nothing of what is in the log after position 20",
     );
-    // It has caught up from the store, and publishes as soon as the queue is back.
+    // The function has caught up from the store, and publishes once the queue is back.
     assert_eq!(world.position("a").await, 40);
     is_queue_away.store(false, Ordering::SeqCst);
     let summary = function.invoke(&schedule(), TIMEOUT).await.expect("an answer");
