@@ -163,7 +163,7 @@ async fn run(
     let taken = targets.queue_faults.collect().await?;
     if taken > 0 {
         figures.add_finding(format!(
-            "{taken} messages that are not of the log were deleted from the queue by another process"
+            "another process deleted {taken} messages that are not of the log"
         ));
     }
     play_until_idle(processes, &last).await?;

@@ -229,8 +229,8 @@ impl QueueFaults {
     }
 
     /// Empties the queue and the dead-letter queue. Returns the number of planted messages that
-    /// another process has deleted. No worker runs any more: genuine messages among the deleted ones are
-    /// read from the store.
+    /// another process has deleted. No worker runs any more: genuine messages among the deleted
+    /// ones are read from the store.
     pub async fn collect(&self) -> anyhow::Result<usize> {
         let began = Instant::now();
         let mut quiet = 0;

@@ -202,7 +202,7 @@ pub async fn append_harmful_event(connection: &mut MySqlConnection) -> anyhow::R
     let payload = json!({ "harm": HARMS[fastrand::usize(..HARMS.len())] }).to_string();
     sqlx::query(
         "insert into events (stream_id, stream_version, event_type, payload) \
-             values (?, 1, 'Provoked', ?)",
+         values (?, 1, 'Provoked', ?)",
     )
     .bind(stream)
     .bind(payload)
@@ -216,7 +216,7 @@ pub async fn append_bad_event(connection: &mut MySqlConnection) -> anyhow::Resul
     let stream = format!("bad-{}", Uuid::now_v7().simple());
     sqlx::query(
         "insert into events (stream_id, stream_version, event_type, payload) \
-             values (?, 1, 'Amended', '{}')",
+         values (?, 1, 'Amended', '{}')",
     )
     .bind(stream)
     .execute(connection)
