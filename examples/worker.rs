@@ -1,6 +1,7 @@
 //! A team's own worker: projectors in Rust, with all commands of the shipped binary.
 //!
-//! Run it with `cargo run --example worker -- boot`, then `… -- play`. Copy it as a starting point.
+//! Run it with `cargo run --example worker -- boot`, then `… -- play`. Copy it as a starting
+//! point.
 
 use std::process::ExitCode;
 

@@ -194,7 +194,7 @@ impl Deploys {
         let sql = "select name, mode from projectors";
         let mut known: Vec<(String, String)> =
             sqlx::query_as(sql).fetch_all(&mut self.parts.connect().await?).await?;
-        known.retain(|(name, _)| older.removed_projectors().any(|left| left == *name));
+        known.retain(|(name, _)| older.removed_projectors().any(|removed| removed == *name));
         Ok(fastrand::choice(known))
     }
 

@@ -119,7 +119,7 @@ impl Parts {
     }
 }
 
-/// Sends a signal to a child process of ours that has not been reaped yet.
+/// Sends a signal to a process of this run that has not been reaped yet.
 pub async fn signal(pid: u32, signal: &str) -> anyhow::Result<()> {
     let sent =
         Command::new("kill").args([&format!("-{signal}"), &pid.to_string()]).output().await?;

@@ -165,9 +165,9 @@ impl QueueFaults {
             r#""event_type":"Closed","recorded_at":"2026-01-01T00:00:00Z","#,
             r#""payload":{"amount":1}}"#,
         );
-        let ours =
+        let genuine =
             self.seen.lock().expect("the lock is not poisoned").last().cloned().unwrap_or_default();
-        let seen = serde_json::from_str::<serde_json::Value>(&ours).unwrap_or_default();
+        let seen = serde_json::from_str::<serde_json::Value>(&genuine).unwrap_or_default();
         let log = seen["log"].as_str().unwrap_or_default();
         let beyond = event.replace(":7,", ":4000000007,");
         let id = Uuid::now_v7();
@@ -182,7 +182,7 @@ impl QueueFaults {
             self.plant(body).await?;
             self.figures.add("messages_foreign", 1);
         }
-        self.forge(&ours).await
+        self.forge(&genuine).await
     }
 
     /// Sends forged copies of a genuine message, with other payloads: one without a signature, one

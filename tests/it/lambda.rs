@@ -110,8 +110,12 @@ async fn a_broken_projector_fails_no_message_and_the_others_continue() {
         (world.status("poisoned").await, world.position("poisoned").await),
         ("broken".into(), 32)
     );
-    let left = function.process.terminate().await.exits(0);
-    assert!(left.log().iter().any(|line| line["alert"] == "projector_broken"), "{}", left.stderr);
+    let finished = function.process.terminate().await.exits(0);
+    assert!(
+        finished.log().iter().any(|line| line["alert"] == "projector_broken"),
+        "{}",
+        finished.stderr
+    );
 }
 
 async fn assert_worker_and_function_share(world: World) {

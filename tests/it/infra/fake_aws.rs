@@ -425,12 +425,12 @@ async fn update(cloud: Arc<Mutex<Cloud>>, changed: Vec<(String, String)>) {
     }
     let old = std::mem::replace(&mut this.workers, started);
     drop(this);
-    let mut left = Vec::new();
+    let mut results = Vec::new();
     for worker in old {
-        left.push(worker.terminate().await);
+        results.push(worker.terminate().await);
     }
     let mut this = cloud.lock().await;
-    this.replaced.extend(left);
+    this.replaced.extend(results);
     this.status = "UPDATE_COMPLETE".into();
 }
 

@@ -458,9 +458,9 @@ async fn the_stacks_deploy_raise_their_alarm_update_and_delete_on_localstack() {
         world.sqs.get_queue_attributes().queue_url(queue).send().await.is_err(),
         "the queue is gone"
     );
-    let left =
+    let remaining =
         aws(&["cloudwatch", "describe-alarms", "--alarm-name-prefix", &stacks.name("")]).await;
-    assert_eq!(left["MetricAlarms"], json!([]));
+    assert_eq!(remaining["MetricAlarms"], json!([]));
     let group = format!("/projectionist/{}", stacks.service);
     assert_eq!(
         aws(&["logs", "describe-log-groups", "--log-group-name-prefix", &group]).await["logGroups"],

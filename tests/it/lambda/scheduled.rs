@@ -72,12 +72,12 @@ async fn a_long_publishing_invocation_includes_events_appended_meanwhile() {
     assert!(other.drain(&world).await > 0);
     world.assert_complete(&a).await;
     // A terminated function releases its lease.
-    let left = function.process.terminate().await.exits(0);
+    let finished = function.process.terminate().await.exits(0);
     assert_eq!(
         world.number("select count(*) from event_log where relay_lease_holder is not null").await,
         0,
         "{}",
-        left.stderr
+        finished.stderr
     );
 }
 
@@ -150,8 +150,8 @@ async fn invocations_write_metrics_before_they_respond() {
     let a = Tally::new("a");
     let folder = world.boot_files(&[&a.file(&[])]).await;
     let mut function = world.function(&["--projectors", folder.path(), "--metrics=emf"]).await;
-    let total = |left: &str, name: &str| -> Option<f64> {
-        let lines = left.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let total = |log: &str, name: &str| -> Option<f64> {
+        let lines = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
         let metrics = lines.filter(|line| line.get("_aws").is_some());
         metrics.filter_map(|line| line[name].as_f64()).reduce(|one, other| one + other)
     };
@@ -232,10 +232,10 @@ async fn many_projectors_far_behind_all_catch_up_on_few_connections() {
     for tally in &tallies {
         world.assert_complete(tally).await;
     }
-    let left = function.process.terminate().await.exits(0);
+    let finished = function.process.terminate().await.exits(0);
     assert!(
-        !left.stderr.contains("timed out"),
+        !finished.stderr.contains("timed out"),
         "no projector times out waiting for a connection: {}",
-        left.stderr
+        finished.stderr
     );
 }
