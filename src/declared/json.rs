@@ -1,4 +1,7 @@
 //! What paths lead to in an event's JSON text, and the values that are bound for it.
+//!
+//! Why ours: JSONPath crates search a parsed `serde_json::Value`, which holds the whole document and
+//! rounds numbers. This reads the text once, with serde_json's own parser, and keeps every digit.
 
 use std::borrow::Cow;
 use std::collections::HashMap;

@@ -1,4 +1,7 @@
 //! Where MySQL's literals and comments begin and end, so that nothing inside them is taken for syntax.
+//!
+//! Why ours: `sqlparser` builds a syntax tree and refuses statements that it does not know but the
+//! server does. Here only the ends of literals, comments and names matter.
 
 use super::Fault;
 

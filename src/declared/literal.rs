@@ -2,6 +2,8 @@
 //!
 //! Each reads back as exactly what would have been bound. The session's `sql_mode` is ours: without
 //! `NO_BACKSLASH_ESCAPES`; and its client character set is utf8mb4.
+//!
+//! Why ours: sqlx binds values; it does not write them as SQL text.
 
 use std::fmt::Write as _;
 

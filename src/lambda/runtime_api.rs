@@ -1,107 +1,108 @@
-//! The interface of the Lambda runtime: invocations come by it, and answers go.
-//! <https://docs.aws.amazon.com/lambda/latest/dg/runtimes-api.html>
+//! The client of the [Lambda Runtime API]: takes invocations and posts their answers.
+//!
+//! Why ours: `lambda_runtime` cannot report an error of the initialization, which is where most
+//! misconfigurations show. It panics where a header or an environment variable is missing, and it
+//! adds 12 crates. `docs/decisions.md` has the figures.
+//!
+//! [Lambda Runtime API]: https://docs.aws.amazon.com/lambda/latest/dg/runtimes-api.html
 
-use std::io;
-use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
-use tokio::sync::oneshot;
 use tracing::error;
 
+use crate::aws::http::{HttpClient, HttpError};
 use crate::model::error::Error;
 
-/// Where Lambda says that it is.
+/// The environment variable that names the API's address.
 pub(crate) const RUNTIME_API: &str = "AWS_LAMBDA_RUNTIME_API";
 
-/// The longest time-out that a function may have.
+/// The longest timeout that Lambda allows a function.
 const LONGEST: Duration = Duration::from_secs(15 * 60);
 
-/// Above the 6 MB that Lambda invokes a function with.
-const MOST_BYTES: u64 = 16 * 1024 * 1024;
+/// Above the 6 MB that Lambda allows an event.
+const MOST_BYTES: usize = 16 * 1024 * 1024;
 
-/// An answer is taken by a process on the same host.
+/// For posting an answer: the API is a process on the same host.
 const TAKEN_WITHIN: Duration = Duration::from_secs(10);
 
 /// One invocation.
 #[derive(Debug)]
 pub(crate) struct Invocation {
     id: String,
-    /// What it was invoked with.
+    /// The event, as JSON.
     pub(crate) event: String,
-    /// When Lambda ends it, by the clock of the host.
+    /// The deadline, by the host's clock.
     ends: SystemTime,
 }
 
 impl Invocation {
-    /// How much time is left.
+    /// The time that is left until the deadline.
     pub(crate) fn remaining(&self) -> Duration {
         self.ends.duration_since(SystemTime::now()).unwrap_or_default()
     }
 }
 
-/// The runtime's interface. Cheap to clone.
-#[derive(Debug, Clone)]
+/// The Runtime API of one function.
+#[derive(Debug)]
 pub(crate) struct RuntimeApi {
-    agent: ureq::Agent,
-    base: Arc<str>,
+    client: HttpClient,
+    base: String,
 }
 
 impl RuntimeApi {
-    /// Where the environment says that it is.
+    /// The API at the address that the environment names.
     ///
     /// # Errors
-    /// [`Error::Input`] where it does not.
+    /// [`Error::Input`] if it names none.
     pub(crate) fn from_environment() -> Result<Self, Error> {
         let address = std::env::var(RUNTIME_API).map_err(|_| {
-            Error::Input(format!("{RUNTIME_API} is not set: this command is what AWS Lambda starts, and sets that for; use play elsewhere"))
+            Error::Input(format!(
+                "{RUNTIME_API} is not set: this command is what AWS Lambda starts, and sets that for; \
+                 use play elsewhere"
+            ))
         })?;
-        // No proxy stands between us and it; and what was open before the process was frozen is not used after.
-        let config = ureq::Agent::config_builder().proxy(None).max_idle_connections(0);
-        Ok(RuntimeApi { agent: config.build().into(), base: base(&address).into() })
+        Ok(RuntimeApi { client: HttpClient::local(), base: base(&address) })
     }
 
-    /// Waits for the next invocation, for as long as it takes; frozen, most of the time.
+    /// Waits for the next invocation, without a time limit. Lambda freezes the process meanwhile.
     ///
     /// # Errors
-    /// [`Error::OutOfReach`] where the runtime's interface does not answer as it should.
+    /// [`Error::OutOfReach`] if the API gives no valid answer.
     pub(crate) async fn next(&self) -> Result<Invocation, Error> {
-        let api = self.clone();
-        on_a_thread(move || {
-            loop {
-                match api.ask() {
-                    // Emulators say now and then that there is nothing yet.
-                    Ok(None) => {}
-                    Ok(Some(invocation)) => return Ok(invocation),
-                    Err(why) => {
-                        return Err(Error::OutOfReach(format!(
-                            "no invocation comes from the Lambda runtime at {}: {why}",
-                            api.base
-                        )));
-                    }
+        loop {
+            match self.take().await {
+                Ok(Some(invocation)) => return Ok(invocation),
+                // An emulator has no invocation yet.
+                Ok(None) => {}
+                Err(why) => {
+                    return Err(Error::OutOfReach(format!(
+                        "no invocation comes from the Lambda runtime at {}: {why}",
+                        self.base
+                    )));
                 }
             }
-        })
-        .await
-        .map_err(|error| Error::OutOfReach(format!("no thread can be started: {error}")))?
-    }
-
-    fn ask(&self) -> Result<Option<Invocation>, String> {
-        let url = format!("{}/invocation/next", self.base);
-        let mut response = self.agent.get(url).call().map_err(|error| error.to_string())?;
-        if response.status() == 204 {
-            return Ok(None);
         }
-        let header = |name: &str| response.headers().get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
-        let id = header("lambda-runtime-aws-request-id").ok_or("it has no request id")?;
-        let ends =
-            header("lambda-runtime-deadline-ms").and_then(|ends| ends.parse().ok()).ok_or("it has no deadline")?;
-        let ends = ends_at(Duration::from_millis(ends), SystemTime::now());
-        let body = response.body_mut().with_config().limit(MOST_BYTES).read_to_string();
-        Ok(Some(Invocation { id, ends, event: body.map_err(|error| error.to_string())? }))
     }
 
-    /// Ends an invocation. An answer that is not taken is told: Lambda takes the invocation for failed then, and messages come again.
+    /// Takes an invocation; `None` if the answer is 204.
+    async fn take(&self) -> Result<Option<Invocation>, HttpError> {
+        let response = self.client.get(&format!("{}/invocation/next", self.base), MOST_BYTES).await?;
+        match response.status {
+            204 => return Ok(None),
+            200..300 => {}
+            status => return Err(HttpError::Other(format!("status {status}"))),
+        }
+        let missing = |what: &str| HttpError::Other(format!("it has no {what}"));
+        let id = response.header("lambda-runtime-aws-request-id").ok_or_else(|| missing("request id"))?;
+        let ends = response.header("lambda-runtime-deadline-ms").and_then(|ends| ends.parse().ok());
+        let ends = Duration::from_millis(ends.ok_or_else(|| missing("deadline"))?);
+        let (id, ends) = (id.to_owned(), ends_at(ends, SystemTime::now()));
+        Ok(Some(Invocation { id, ends, event: response.body }))
+    }
+
+    /// Posts the answer of an invocation. If that fails, it is logged: Lambda then counts the
+    /// invocation as failed, and the messages come again.
     pub(crate) async fn answer(&self, invocation: Invocation, answer: Result<Value, Error>) {
         match answer {
             Ok(answer) => self.post(format!("invocation/{}/response", invocation.id), answer).await,
@@ -112,41 +113,36 @@ impl RuntimeApi {
         }
     }
 
-    /// Says that the function cannot be invoked at all.
+    /// Reports that the initialization failed.
     pub(crate) async fn init_failed(&self, error: &Error) {
         self.post("init/error".into(), describe(error)).await;
     }
 
     async fn post(&self, path: String, body: Value) {
-        let (agent, url) = (self.agent.clone(), format!("{}/{path}", self.base));
-        let posted = on_a_thread(move || {
-            let post = agent.post(url).header("content-type", "application/json");
-            let post = match body["errorType"].as_str() {
-                Some(kind) => post.header("lambda-runtime-function-error-type", kind),
-                None => post,
-            };
-            let post = post.config().timeout_global(Some(TAKEN_WITHIN)).build();
-            post.send(body.to_string()).map(|_| ()).map_err(|error| error.to_string())
-        });
-        let told = posted.await.unwrap_or_else(|error| Err(error.to_string()));
-        if let Err(why) = told {
-            error!("the Lambda runtime did not take {path}: {why}");
-        }
+        let url = format!("{}/{path}", self.base);
+        let kind = body["errorType"].as_str().map(|kind| ("lambda-runtime-function-error-type", kind));
+        let posted = self.client.post_json(&url, kind.as_slice(), body.to_string(), TAKEN_WITHIN).await;
+        let why = match posted {
+            Ok(200..300) => return,
+            Ok(status) => format!("status {status}"),
+            Err(error) => error.to_string(),
+        };
+        error!("the Lambda runtime did not take {path}: {why}");
     }
 }
 
-/// Lambda names host and port; emulators name a URL.
+/// The base URL. Lambda names host and port; emulators name a URL.
 fn base(address: &str) -> String {
     let scheme = if address.contains("://") { "" } else { "http://" };
     format!("{scheme}{}/2018-06-01/runtime", address.trim_end_matches('/'))
 }
 
-/// Lambda says when it ends an invocation; emulators say after how long, and no function has longer than this.
+/// The deadline. Lambda gives a moment; emulators give a duration, which is at most [`LONGEST`].
 fn ends_at(deadline: Duration, now: SystemTime) -> SystemTime {
     if deadline <= LONGEST { now + deadline } else { UNIX_EPOCH + deadline }
 }
 
-/// As Lambda shows it to who invoked the function.
+/// The error as Lambda returns it to the caller.
 fn describe(error: &Error) -> Value {
     let kind = match error {
         Error::Projector(_) | Error::Fault(_) | Error::Foreign(_) | Error::Unhealthy(_) => "Projectionist.Failed",
@@ -156,16 +152,6 @@ fn describe(error: &Error) -> Value {
         Error::Database(_) => "Projectionist.Database",
     };
     json!({ "errorType": kind, "errorMessage": error.to_string() })
-}
-
-/// On a thread of its own and not of the runtime's: that would wait at its end for one that waits for an invocation.
-async fn on_a_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
-    let (done, result) = oneshot::channel();
-    let run = move || {
-        let _ = done.send(work());
-    };
-    std::thread::Builder::new().name("runtime-api".into()).spawn(run)?;
-    result.await.map_err(io::Error::other)
 }
 
 #[cfg(test)]

@@ -1,4 +1,7 @@
 //! How long to wait before trying again: bounded, growing, jittered.
+//!
+//! Why ours: a retry also asks the error whether it is transient, and logs at intervals. The backoff
+//! crates would replace the five lines of [`delay`].
 
 use std::fmt::Display;
 use std::future::Future;

@@ -6,10 +6,12 @@ use std::time::{Duration, Instant};
 
 use projectionist::sqlx::{Connection, MySqlConnection};
 use serde_json::{Value, json};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
 
-use crate::support::{Fate, Folder, Tally, World, eventually, execute, holds, write};
+use crate::support::{
+    Fate, Folder, Running, Tally, World, certificate, eventually, execute, holds, tls_acceptor, write,
+};
 
 /// A web hook that answers with these status codes in turn, the last one for ever, and keeps what it gets.
 /// Without any, it never answers, and keeps a null for each attempt.
@@ -38,7 +40,7 @@ async fn webhook(codes: &'static [u16]) -> (String, Arc<Mutex<Vec<Value>>>) {
     (url, posted)
 }
 
-async fn read_body(stream: &mut TcpStream) -> String {
+async fn read_body(stream: &mut (impl AsyncRead + Unpin)) -> String {
     let mut bytes = Vec::new();
     let mut chunk = [0; 4096];
     loop {
@@ -318,6 +320,39 @@ async fn a_web_hook_that_redirects_is_not_followed_and_has_failed() {
         assert!(relayed.stderr.contains("redirects are not followed"), "{}", relayed.stderr);
         assert!(!relayed.stderr.contains("secret-token"), "{}", relayed.stderr);
     }
+}
+
+#[tokio::test]
+async fn an_alert_is_posted_by_tls_only_to_a_server_that_the_systems_certificates_vouch_for() {
+    let world = World::new().await;
+    world.append(9).await;
+    world.execute("alter table events auto_increment = 70020").await;
+    world.append(2).await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let port = listener.local_addr().expect("bound").port();
+    let (bodies, mut posted) = tokio::sync::mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        let acceptor = tls_acceptor();
+        while let Ok((stream, _)) = listener.accept().await {
+            let Ok(mut stream) = acceptor.accept(stream).await else { continue };
+            let body = read_body(&mut stream).await;
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await;
+            bodies.send(body).expect("the test waits for it");
+        }
+    });
+    let url = format!("https://ann:secret-token@localhost:{port}/");
+    let relay = async |roots: &str| {
+        let mut command = world.command(&["relay", "--once", "--alert-url", &url]);
+        command.env("SSL_CERT_FILE", certificate(roots));
+        let relayed = Running::spawn(command).finish().await.exits(0);
+        assert!(!relayed.stderr.contains("secret-token"), "{}", relayed.stderr);
+        relayed.stderr.contains("an alert could not be posted")
+    };
+    assert!(relay("other.pem").await, "the certificate is unknown");
+    assert!(posted.try_recv().is_err());
+    assert!(!relay("bundle.pem").await);
+    let alert: Value = serde_json::from_str(&posted.recv().await.expect("a body")).expect("JSON");
+    assert_eq!(alert["alert"], "high_water_held");
 }
 
 /// A value of a row, as a server names it in its errors.

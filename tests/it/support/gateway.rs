@@ -46,18 +46,23 @@ pub fn certificate(name: &str) -> String {
     folder.join(name).to_str().expect("UTF-8").to_owned()
 }
 
+/// A TLS server for `localhost`, with a certificate that `bundle.pem` vouches for.
+pub fn tls_acceptor() -> TlsAcceptor {
+    let chain = CertificateDer::pem_file_iter(certificate("server.pem")).expect("a file");
+    let chain = chain.map(|certificate| certificate.expect("a certificate")).collect();
+    let key = PrivateKeyDer::from_pem_file(certificate("server-key.pem")).expect("a key");
+    let config = ServerConfig::builder_with_provider(Arc::new(default_provider()));
+    let config = config.with_safe_default_protocol_versions().expect("versions");
+    let config = config.with_no_client_auth().with_single_cert(chain, key).expect("a pair");
+    TlsAcceptor::from(Arc::new(config))
+}
+
 impl Gateway {
     /// In front of the world's server.
     pub async fn new(world: &World, door: Door) -> Self {
         let server =
             world.database_url.split('@').nth(1).and_then(|rest| rest.split('/').next()).expect("a server").to_owned();
-        let chain = CertificateDer::pem_file_iter(certificate("server.pem")).expect("a file");
-        let chain = chain.map(|certificate| certificate.expect("a certificate")).collect();
-        let key = PrivateKeyDer::from_pem_file(certificate("server-key.pem")).expect("a key");
-        let config =
-            ServerConfig::builder_with_provider(Arc::new(default_provider())).with_safe_default_protocol_versions();
-        let config = config.expect("versions").with_no_client_auth().with_single_cert(chain, key).expect("a pair");
-        let acceptor = TlsAcceptor::from(Arc::new(config));
+        let acceptor = tls_acceptor();
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
         let port = listener.local_addr().expect("it is bound").port();
         let seen = Arc::new(Seen::default());

@@ -30,7 +30,7 @@ pub use faulty_queue::{Faults, FaultyQueue};
 pub use folder::Folder;
 pub use foreign::{server_error, write};
 pub use gate::Gate;
-pub use gateway::{Door, Gateway, certificate};
+pub use gateway::{Door, Gateway, certificate, tls_acceptor};
 pub use lambda::{Function, Runtime, schedule};
 pub use own_server::OwnServer;
 pub use process::{Finished, Piped, Running};
