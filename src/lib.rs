@@ -1,5 +1,4 @@
 #![doc = include_str!("../README.md")]
-#![warn(missing_docs)]
 // Layers, from the top. Imports point downward only; `tests/it/layers.rs` checks it.
 mod command;
 mod telemetry;
