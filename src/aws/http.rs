@@ -20,7 +20,7 @@ use aws_smithy_types::body::SdkBody;
 use aws_smithy_types::byte_stream::ByteStream;
 use tokio::time::timeout;
 
-use super::{TLS, causes};
+use super::{TLS, format_error_chain};
 
 /// Why a request got no response. No text names the URL, which may hold a secret.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -61,7 +61,8 @@ impl HttpClient {
     /// A client that trusts the system's root certificates and uses the proxies that the
     /// environment names.
     pub(crate) fn new() -> Self {
-        let connector = Connector::builder().proxy_config(ProxyConfig::from_env()).tls_provider(TLS);
+        let connector =
+            Connector::builder().proxy_config(ProxyConfig::from_env()).tls_provider(TLS);
         HttpClient { connector: without_pool(connector).build() }
     }
 
@@ -70,7 +71,8 @@ impl HttpClient {
         // The trust store stays empty, because reading the system's certificates takes time.
         let tls = TlsContext::builder().with_trust_store(TrustStore::empty()).build();
         let tls = tls.expect("an empty trust store is valid");
-        let connector = Connector::builder().proxy_config(ProxyConfig::disabled()).tls_provider(TLS);
+        let connector =
+            Connector::builder().proxy_config(ProxyConfig::disabled()).tls_provider(TLS);
         HttpClient { connector: without_pool(connector.tls_context(tls)).build() }
     }
 
@@ -81,13 +83,16 @@ impl HttpClient {
         let headers = response.headers().clone();
         let mut stream = ByteStream::new(response.into_body());
         let mut body = Vec::new();
-        while let Some(chunk) = stream.try_next().await.map_err(|error| HttpError::Other(causes(&error)))? {
+        while let Some(chunk) =
+            stream.try_next().await.map_err(|error| HttpError::Other(format_error_chain(&error)))?
+        {
             if body.len() + chunk.len() > max_bytes {
                 return Err(HttpError::Other(format!("the body has more than {max_bytes} bytes")));
             }
             body.extend_from_slice(&chunk);
         }
-        let body = String::from_utf8(body).map_err(|_| HttpError::Other("the body is not UTF-8".into()))?;
+        let body = String::from_utf8(body)
+            .map_err(|_| HttpError::Other("the body is not UTF-8".into()))?;
         Ok(Response { status, body, headers })
     }
 
@@ -103,9 +108,10 @@ impl HttpClient {
         request.headers_mut().insert("content-type", "application/json");
         for (name, value) in headers {
             let inserted = request.headers_mut().try_insert(*name, (*value).to_owned());
-            inserted.map_err(|error| HttpError::Other(causes(&error)))?;
+            inserted.map_err(|error| HttpError::Other(format_error_chain(&error)))?;
         }
-        let response = timeout(time_limit, self.send(request)).await.map_err(|_| HttpError::Timeout)??;
+        let response =
+            timeout(time_limit, self.send(request)).await.map_err(|_| HttpError::Timeout)??;
         Ok(response.status().as_u16())
     }
 
@@ -124,10 +130,12 @@ fn request(method: &str, url: &str, body: SdkBody) -> Result<HttpRequest, HttpEr
     let invalid = |_| HttpError::Other("the URL is invalid".into());
     let (url, credentials) = split_credentials(url);
     let mut request = HttpRequest::new(body);
-    request.set_method(method).map_err(|error| HttpError::Other(causes(&error)))?;
+    request.set_method(method).map_err(|error| HttpError::Other(format_error_chain(&error)))?;
     request.set_uri(url.as_str()).map_err(invalid)?;
     if let Some(credentials) = credentials {
-        request.headers_mut().insert("authorization", format!("Basic {}", base64::encode(credentials)));
+        request
+            .headers_mut()
+            .insert("authorization", format!("Basic {}", base64::encode(credentials)));
     }
     Ok(request)
 }
@@ -147,14 +155,15 @@ fn classify(error: &ConnectorError) -> HttpError {
     if error.is_timeout() {
         return HttpError::Timeout;
     }
-    let chain = || std::iter::successors(Some(error as &dyn std::error::Error), |error| error.source());
+    let chain =
+        || std::iter::successors(Some(error as &dyn std::error::Error), |error| error.source());
     // The connector's type for this error is private; a test checks the text.
     if chain().any(|error| error.to_string() == "dns error") {
         return HttpError::HostNotFound;
     }
     match chain().find_map(|error| error.downcast_ref::<io::Error>()) {
         Some(error) => HttpError::Io(error.kind()),
-        None => HttpError::Other(causes(error)),
+        None => HttpError::Other(format_error_chain(error)),
     }
 }
 
@@ -169,13 +178,19 @@ mod tests {
         let post = async |client: HttpClient, url: &str, time_limit| {
             client.post_json(url, &[], "{}".into(), time_limit).await.expect_err("no response")
         };
-        assert_eq!(post(HttpClient::local(), "http://host.invalid/", TIME_LIMIT).await, HttpError::HostNotFound);
+        assert_eq!(
+            post(HttpClient::local(), "http://host.invalid/", TIME_LIMIT).await,
+            HttpError::HostNotFound
+        );
         let refused = HttpError::Io(io::ErrorKind::ConnectionRefused);
         assert_eq!(post(HttpClient::local(), "http://127.0.0.1:1/", TIME_LIMIT).await, refused);
         assert_eq!(post(HttpClient::new(), "https://127.0.0.1:1/", TIME_LIMIT).await, refused);
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
         let silent = format!("http://{}/", listener.local_addr().expect("it is bound"));
-        assert_eq!(post(HttpClient::local(), &silent, Duration::from_millis(100)).await, HttpError::Timeout);
+        assert_eq!(
+            post(HttpClient::local(), &silent, Duration::from_millis(100)).await,
+            HttpError::Timeout
+        );
         let invalid = post(HttpClient::local(), "http://a b/secret", TIME_LIMIT).await;
         assert!(!invalid.to_string().contains("secret"), "{invalid}");
     }
@@ -183,12 +198,19 @@ mod tests {
     #[test]
     fn credentials_move_from_the_url_into_the_authorization_header() {
         for (url, authorization, uri) in [
-            ("https://ann:secret@host/path?x=@", Some("Basic YW5uOnNlY3JldA=="), "https://host/path?x=@"),
+            (
+                "https://ann:secret@host/path?x=@",
+                Some("Basic YW5uOnNlY3JldA=="),
+                "https://host/path?x=@",
+            ),
             ("https://ann@host:1/", Some("Basic YW5uOg=="), "https://host:1/"),
             ("https://host/@x", None, "https://host/@x"),
         ] {
             let request = request("POST", url, SdkBody::empty()).expect("a valid URL");
-            assert_eq!((request.headers().get("authorization"), request.uri()), (authorization, uri));
+            assert_eq!(
+                (request.headers().get("authorization"), request.uri()),
+                (authorization, uri)
+            );
         }
     }
 }

@@ -11,9 +11,11 @@ pub(super) fn nearest<'k>(word: &str, known: &[&'k str]) -> Option<&'k str> {
         return None;
     }
     let word = word.to_lowercase();
-    let (slips, nearest) =
-        known.iter().map(|known| (strsim::osa_distance(&word, known), *known)).min_by_key(|(slips, _)| *slips)?;
-    (slips <= 2 && slips * 2 < nearest.len()).then_some(nearest)
+    let (distance, nearest) = known
+        .iter()
+        .map(|known| (strsim::osa_distance(&word, known), *known))
+        .min_by_key(|(distance, _)| *distance)?;
+    (distance <= 2 && distance * 2 < nearest.len()).then_some(nearest)
 }
 
 #[cfg(test)]

@@ -18,13 +18,13 @@ use crate::model::error::Error;
 pub(crate) const RUNTIME_API: &str = "AWS_LAMBDA_RUNTIME_API";
 
 /// The longest timeout that Lambda allows a function.
-const LONGEST: Duration = Duration::from_secs(15 * 60);
+const MAX_FUNCTION_TIMEOUT: Duration = Duration::from_secs(15 * 60);
 
 /// Above the 6 MB that Lambda allows an event.
-const MOST_BYTES: usize = 16 * 1024 * 1024;
+const MAX_EVENT_BYTES: usize = 16 * 1024 * 1024;
 
 /// For posting an answer: the API is a process on the same host.
-const TAKEN_WITHIN: Duration = Duration::from_secs(10);
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// One invocation.
 #[derive(Debug)]
@@ -33,13 +33,13 @@ pub(crate) struct Invocation {
     /// The event, as JSON.
     pub(crate) event: String,
     /// The deadline, by the host's clock.
-    ends: SystemTime,
+    deadline: SystemTime,
 }
 
 impl Invocation {
     /// The time that is left until the deadline.
     pub(crate) fn remaining(&self) -> Duration {
-        self.ends.duration_since(SystemTime::now()).unwrap_or_default()
+        self.deadline.duration_since(SystemTime::now()).unwrap_or_default()
     }
 }
 
@@ -47,7 +47,7 @@ impl Invocation {
 #[derive(Debug)]
 pub(crate) struct RuntimeApi {
     client: HttpClient,
-    base: String,
+    base_url: String,
 }
 
 impl RuntimeApi {
@@ -62,13 +62,13 @@ impl RuntimeApi {
                  use play elsewhere"
             ))
         })?;
-        Ok(RuntimeApi { client: HttpClient::local(), base: base(&address) })
+        Ok(RuntimeApi { client: HttpClient::local(), base_url: base_url(&address) })
     }
 
     /// Waits for the next invocation, without a time limit. Lambda freezes the process meanwhile.
     ///
     /// # Errors
-    /// [`Error::OutOfReach`] if the API gives no valid answer.
+    /// [`Error::Unreachable`] if the API gives no valid answer.
     pub(crate) async fn next(&self) -> Result<Invocation, Error> {
         loop {
             match self.take().await {
@@ -76,9 +76,9 @@ impl RuntimeApi {
                 // An emulator has no invocation yet.
                 Ok(None) => {}
                 Err(why) => {
-                    return Err(Error::OutOfReach(format!(
+                    return Err(Error::Unreachable(format!(
                         "no invocation comes from the Lambda runtime at {}: {why}",
-                        self.base
+                        self.base_url
                     )));
                 }
             }
@@ -87,41 +87,50 @@ impl RuntimeApi {
 
     /// Takes an invocation; `None` if the answer is 204.
     async fn take(&self) -> Result<Option<Invocation>, HttpError> {
-        let response = self.client.get(&format!("{}/invocation/next", self.base), MOST_BYTES).await?;
+        let response =
+            self.client.get(&format!("{}/invocation/next", self.base_url), MAX_EVENT_BYTES).await?;
         match response.status {
             204 => return Ok(None),
             200..300 => {}
             status => return Err(HttpError::Other(format!("status {status}"))),
         }
         let missing = |what: &str| HttpError::Other(format!("it has no {what}"));
-        let id = response.header("lambda-runtime-aws-request-id").ok_or_else(|| missing("request id"))?;
-        let ends = response.header("lambda-runtime-deadline-ms").and_then(|ends| ends.parse().ok());
-        let ends = Duration::from_millis(ends.ok_or_else(|| missing("deadline"))?);
-        let (id, ends) = (id.to_owned(), ends_at(ends, SystemTime::now()));
-        Ok(Some(Invocation { id, ends, event: response.body }))
+        let id = response
+            .header("lambda-runtime-aws-request-id")
+            .ok_or_else(|| missing("request id"))?;
+        let deadline = response
+            .header("lambda-runtime-deadline-ms")
+            .and_then(|deadline| deadline.parse().ok());
+        let deadline = Duration::from_millis(ends.ok_or_else(|| missing("deadline"))?);
+        let (id, ends) = (id.to_owned(), parse_deadline(ends, SystemTime::now()));
+        Ok(Some(Invocation { id, deadline, event: response.body }))
     }
 
     /// Posts the answer of an invocation. If that fails, it is logged: Lambda then counts the
     /// invocation as failed, and the messages come again.
-    pub(crate) async fn answer(&self, invocation: Invocation, answer: Result<Value, Error>) {
-        match answer {
-            Ok(answer) => self.post(format!("invocation/{}/response", invocation.id), answer).await,
+    pub(crate) async fn respond(&self, invocation: Invocation, response: Result<Value, Error>) {
+        match response {
+            Ok(response) => {
+                self.post(format!("invocation/{}/response", invocation.id), response).await
+            }
             Err(error) => {
                 error!(request_id = invocation.id, "the invocation failed: {error}");
-                self.post(format!("invocation/{}/error", invocation.id), describe(&error)).await;
+                self.post(format!("invocation/{}/error", invocation.id), error_body(&error)).await;
             }
         }
     }
 
     /// Reports that the initialization failed.
-    pub(crate) async fn init_failed(&self, error: &Error) {
-        self.post("init/error".into(), describe(error)).await;
+    pub(crate) async fn report_init_error(&self, error: &Error) {
+        self.post("init/error".into(), error_body(error)).await;
     }
 
     async fn post(&self, path: String, body: Value) {
-        let url = format!("{}/{path}", self.base);
-        let kind = body["errorType"].as_str().map(|kind| ("lambda-runtime-function-error-type", kind));
-        let posted = self.client.post_json(&url, kind.as_slice(), body.to_string(), TAKEN_WITHIN).await;
+        let url = format!("{}/{path}", self.base_url);
+        let kind =
+            body["errorType"].as_str().map(|kind| ("lambda-runtime-function-error-type", kind));
+        let posted =
+            self.client.post_json(&url, kind.as_slice(), body.to_string(), RESPONSE_TIMEOUT).await;
         let why = match posted {
             Ok(200..300) => return,
             Ok(status) => format!("status {status}"),
@@ -132,22 +141,26 @@ impl RuntimeApi {
 }
 
 /// The base URL. Lambda names host and port; emulators name a URL.
-fn base(address: &str) -> String {
+fn base_url(address: &str) -> String {
     let scheme = if address.contains("://") { "" } else { "http://" };
     format!("{scheme}{}/2018-06-01/runtime", address.trim_end_matches('/'))
 }
 
-/// The deadline. Lambda gives a moment; emulators give a duration, which is at most [`LONGEST`].
-fn ends_at(deadline: Duration, now: SystemTime) -> SystemTime {
-    if deadline <= LONGEST { now + deadline } else { UNIX_EPOCH + deadline }
+/// The deadline. Lambda gives a moment; emulators give a duration, which is at most
+/// [`MAX_FUNCTION_TIMEOUT`].
+fn parse_deadline(deadline: Duration, now: SystemTime) -> SystemTime {
+    if deadline <= MAX_FUNCTION_TIMEOUT { now + deadline } else { UNIX_EPOCH + deadline }
 }
 
 /// The error as Lambda returns it to the caller.
-fn describe(error: &Error) -> Value {
+fn error_body(error: &Error) -> Value {
     let kind = match error {
-        Error::Projector(_) | Error::Fault(_) | Error::Foreign(_) | Error::Unhealthy(_) => "Projectionist.Failed",
+        Error::Projector(_)
+        | Error::LogFault(_)
+        | Error::ForeignMessages(_)
+        | Error::Unhealthy(_) => "Projectionist.Failed",
         Error::Input(_) => "Projectionist.Input",
-        Error::OutOfReach(_) => "Projectionist.OutOfReach",
+        Error::Unreachable(_) => "Projectionist.Unreachable",
         Error::Interrupted => "Projectionist.Interrupted",
         Error::Database(_) => "Projectionist.Database",
     };
@@ -159,16 +172,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_interface_is_found_by_host_and_port_as_lambda_names_it_and_by_a_url_as_emulators_do() {
-        assert_eq!(base("127.0.0.1:9001"), "http://127.0.0.1:9001/2018-06-01/runtime");
-        assert_eq!(base("http://[::]:9000/.rt/"), "http://[::]:9000/.rt/2018-06-01/runtime");
+    fn the_runtime_api_address_is_a_host_and_port_or_a_url() {
+        assert_eq!(base_url("127.0.0.1:9001"), "http://127.0.0.1:9001/2018-06-01/runtime");
+        assert_eq!(base_url("http://[::]:9000/.rt/"), "http://[::]:9000/.rt/2018-06-01/runtime");
     }
 
     #[test]
-    fn a_deadline_is_a_moment_as_lambda_gives_it_or_a_duration_as_emulators_do() {
+    fn a_deadline_is_an_instant_from_lambda_or_a_duration_from_emulators() {
         let now = UNIX_EPOCH + Duration::from_secs(1_795_379_353);
         let moment = Duration::from_millis(1_795_379_360_500);
-        assert_eq!(ends_at(moment, now), now + Duration::from_millis(7_500));
-        assert_eq!(ends_at(Duration::from_millis(600_000), now), now + Duration::from_secs(600));
+        assert_eq!(parse_deadline(moment, now), now + Duration::from_millis(7_500));
+        assert_eq!(
+            parse_deadline(Duration::from_millis(600_000), now),
+            now + Duration::from_secs(600)
+        );
     }
 }

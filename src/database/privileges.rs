@@ -1,0 +1,85 @@
+//! What each command needs of the server's grants, and no more. The README's table says the same,
+//! by test.
+
+/// A table of ours, `*` for all of them, and what a command does with it.
+pub(crate) type TablePrivileges = (&'static str, &'static [&'static str]);
+
+/// The commands, in the README's order.
+pub(crate) const COMMAND_PRIVILEGES: &[(&str, &[TablePrivileges])] = &[
+    ("migrate", &[("*", &["alter", "create", "insert", "select", "update"])]),
+    ("append", &[("events", &["select", "insert"])]),
+    (
+        "boot",
+        &[
+            ("events", &["select", "insert"]),
+            ("event_log", &["select", "update"]),
+            ("projectors", &["select", "insert", "update"]),
+        ],
+    ),
+    (
+        "play",
+        &[
+            ("events", &["select", "insert"]),
+            ("event_log", &["select", "update"]),
+            ("projectors", &["select", "update"]),
+        ],
+    ),
+    (
+        "lambda",
+        &[
+            ("events", &["select", "insert"]),
+            ("event_log", &["select", "update"]),
+            ("projectors", &["select", "update"]),
+        ],
+    ),
+    ("relay", &[("events", &["select", "insert"]), ("event_log", &["select", "update"])]),
+    ("status", &[("events", &["select"]), ("event_log", &["select"]), ("projectors", &["select"])]),
+    (
+        "audit",
+        &[
+            ("events", &["select"]),
+            ("event_log", &["select"]),
+            ("projectors", &["select"]),
+            ("log_acceptances", &["select"]),
+        ],
+    ),
+    (
+        "audit --accept",
+        &[
+            ("events", &["select", "insert"]),
+            ("event_log", &["select", "update"]),
+            ("projectors", &["select"]),
+            ("log_acceptances", &["select", "insert"]),
+        ],
+    ),
+    ("retire", &[("projectors", &["select", "update", "delete"])]),
+    ("fill", &[("events", &["select", "insert"]), ("event_log", &["select"])]),
+    ("rotate", &[("event_log", &["select", "update"])]),
+];
+
+/// What `*` stands for.
+pub(crate) const TABLES: &[&str] =
+    &["events", "event_log", "projectors", "log_acceptances", "projectionist_migrations"];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_readme_lists_these_grants() {
+        let readme = include_str!("../../README.md");
+        for (command, privileges) in COMMAND_PRIVILEGES {
+            let grants: Vec<String> = privileges
+                .iter()
+                .map(|(table, privileges)| format!("`{} on {table}`", privileges.join(", ")))
+                .collect();
+            let row = format!("| `{command}` | {} |", grants.join(" · "));
+            assert!(readme.lines().any(|line| line == row), "{row}");
+        }
+        // What it is good for is shown in tests/it/coalesce.rs, and that all is done without it in
+        // tests/it/grants.rs.
+        assert!(
+            readme.contains("For speed, not for anything else, `boot`, `play` and `lambda` can use `trigger, insert`")
+        );
+    }
+}
