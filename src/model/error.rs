@@ -176,7 +176,9 @@ fn explain(error: &sqlx::Error) -> String {
             "a table of that name is there already, and not of our making ({error}); rename it, or take another database"
         ),
         Some(1044 | 1142 | 1143 | 1227 | 1370) => {
-            format!("the database user may not do this ({error}); grant it what the README lists for this command")
+            format!(
+                "the database user may not do this ({error}); grant it the privileges that docs/command-line.md lists for this command"
+            )
         }
         _ => format!("database: {error}"),
     }
