@@ -1,8 +1,9 @@
-//! Projectionist runs the projectors of an event-sourced system: it replays a new projector from a MySQL or
-//! MariaDB table during the deploy, then hands it over to one SQS queue that keeps all projectors up to date.
+//! Projectionist runs the projectors of an event-sourced system: it replays a new projector from a
+//! MySQL or MariaDB table during the deploy, then hands it over to one SQS queue that keeps all
+//! projectors up to date.
 //!
-//! The crate is a library and a binary. The binary runs projectors that are TOML files. With the library, a team
-//! adds projectors in Rust and keeps every command of the binary:
+//! The crate is a library and a binary. The binary runs projectors that are TOML files. With the
+//! library, a team adds projectors in Rust and keeps every command of the binary:
 //!
 //! ```no_run
 //! use projectionist::{Event, EventTypes, Projector, Registry, async_trait, sqlx};
@@ -49,23 +50,25 @@
 //!
 //! # Where to start
 //!
-//! - Implement [`Projector`], add it to a [`Registry`], and hand the registry to [`run`]: that is a whole worker.
-//!   [`load`] adds the projectors of a folder of files.
-//! - Append with [`EventStore::append`], or with a plain `insert` from any language: the table `events` is the
-//!   interface.
+//! - Implement [`Projector`], add it to a [`Registry`], and hand the registry to [`run`]: that is a
+//!   whole worker. [`load`] adds the projectors of a folder of files.
+//! - Append with [`EventStore::append`], or with a plain `insert` from any language: the table
+//!   `events` is the interface.
 //! - Send many rows in one statement with [`MultiRowInsert`].
-//! - To embed the engine in a program of your own, connect a [`Database`], and call [`boot()`] during the deploy and
-//!   [`play()`] in the worker. [`Ledger`] reads the position and [`Status`] of each projector. [`Queue`] is the seam to
-//!   the queue, and [`SqsQueue`] its implementation for SQS.
+//! - To embed the engine in a program of your own, connect a [`Database`], and call [`boot()`]
+//!   during the deploy and [`play()`] in the worker. [`Ledger`] reads the position and [`Status`]
+//!   of each projector. [`Queue`] is the seam to the queue, and [`SqsQueue`] its implementation for
+//!   SQS.
 //!
 //! # The guarantee
 //!
-//! The projector's position row is the only authority. A queue message is the event's fast path, never the only
-//! path: the queue may lose, repeat or reorder messages, and each read model still is the fold of the log up to its
-//! projector's position, with each event applied once. An effect outside the database happens at least once.
+//! The projector's position row is the only authority. A queue message is the event's fast path,
+//! never the only path: the queue may lose, repeat or reorder messages, and each read model still
+//! is the fold of the log up to its projector's position, with each event applied once. An effect
+//! outside the database happens at least once.
 //!
-//! The folder `docs/` of the repository has the concepts, the protocol, the guarantees with their tests, and the
-//! pages about deploying and operating.
+//! The folder `docs/` of the repository has the concepts, the protocol, the guarantees with their
+//! tests, and the pages about deploying and operating.
 #![warn(missing_docs)]
 // Layers, from the top. Imports point downward only; `tests/it/layers.rs` checks it.
 mod command;
@@ -113,7 +116,8 @@ pub use model::registry::{Registry, RegistryError};
 pub use queue::{Queue, QueueError, Receipt, Received, SqsQueue};
 pub use store::{AppendError, Appended, EventStore};
 
-/// Compiles the Rust in the pages. `tests/it/documentation.rs` checks that each page with Rust is here.
+/// Compiles the Rust in the pages. `tests/it/documentation.rs` checks that each page with Rust is
+/// here.
 #[cfg(doctest)]
 mod pages {
     #[doc = include_str!("../README.md")]

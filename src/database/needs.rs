@@ -1,4 +1,5 @@
-//! The grants that each command needs, and no more. The table in `docs/command-line.md` has the same grants, by test.
+//! The grants that each command needs, and no more. The table in `docs/command-line.md` has the
+//! same grants, by test.
 
 /// A table of ours, `*` for all of them, and what a command does with it.
 pub(crate) type Need = (&'static str, &'static [&'static str]);
@@ -73,7 +74,8 @@ mod tests {
             let row = format!("| `{command}` | {} |", grants.join(" · "));
             assert!(page.lines().any(|line| line == row), "{row}");
         }
-        // tests/it/coalesce.rs shows what the grant is for, and tests/it/grants.rs that everything works without it.
+        // tests/it/coalesce.rs shows what the grant is for, and tests/it/grants.rs that everything
+        // works without it.
         assert!(page.contains("are faster with `trigger, insert` on the projectors' own tables"));
     }
 }

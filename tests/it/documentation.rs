@@ -1,5 +1,6 @@
-//! The documentation is checked: its links lead somewhere, the tests that it names exist, its commands, projector files
-//! and statements run, and its options are those of the program. (`src/lib.rs` compiles its Rust.)
+//! The documentation is checked: its links lead somewhere, the tests that it names exist, its
+//! commands, projector files and statements run, and its options are those of the program.
+//! (`src/lib.rs` compiles its Rust.)
 
 mod commands;
 mod page;
@@ -54,8 +55,9 @@ fn the_readme_is_short() {
     assert!(lines <= MOST_LINES_OF_THE_README, "README.md has {lines} lines");
 }
 
-/// crates.io resolves the README's relative links in the repository, so they work there, in a checkout and in an unpacked crate,
-/// if the crate has each file. The documentation of the crate has no relative links at all: docs.rs has only items.
+/// crates.io resolves the README's relative links in the repository, so they work there, in a
+/// checkout and in an unpacked crate, if the crate has each file. The documentation of the crate
+/// has no relative links at all: docs.rs has only items.
 #[test]
 fn every_relative_link_of_the_readme_is_in_the_package_and_the_crates_own_page_has_none() {
     let manifest = fs::read_to_string(root().join("Cargo.toml")).expect("the manifest");

@@ -1,12 +1,14 @@
-//! Least privilege, and TLS: each command works for a user that has the grants of `docs/command-line.md` and no others.
+//! Least privilege, and TLS: each command works for a user that has the grants of
+//! `docs/command-line.md` and no others.
 
 use projectionist::sqlx;
 
 use crate::failover::lock_out_restricted_users;
 use crate::support::{PATIENCE, World, execute, is_mariadb, schedule};
 
-/// The grants that the page lists for a command: privileges, and one of our tables. The projectors' own statements need more;
-/// here that is one table. (A test beside `doctor`'s list compares that list with the page.)
+/// The grants that the page lists for a command: privileges, and one of our tables. The projectors'
+/// own statements need more; here that is one table. (A test beside `doctor`'s list compares that
+/// list with the page.)
 pub fn grants_of(command: &str) -> Vec<(Vec<&'static str>, &'static str)> {
     let row = format!("| `{command}` | `");
     let row = include_str!("../../docs/command-line.md")
@@ -148,7 +150,8 @@ async fn tls_is_not_given_up_silently_and_a_certificate_is_checked_when_asked_fo
     let ca = std::path::Path::new(&datadir).join(ca);
     let ca = ca.to_str().expect("UTF-8");
     world.run(&["status", "--database-url", &with("ssl-mode=REQUIRED")]).await.exits(0);
-    // The name in the certificate that the server made for itself is not this host's: one check passes, both do not.
+    // The name in the certificate that the server made for itself is not this host's: one check
+    // passes, both do not.
     world.run(&["status", "--database-url", &with(&format!("ssl-mode=VERIFY_CA&ssl-ca={ca}"))]).await.exits(0);
     world.run(&["status", "--database-url", &with(&format!("ssl-mode=VERIFY_IDENTITY&ssl-ca={ca}"))]).await.exits(3);
     // Signed by nobody whom this host trusts.

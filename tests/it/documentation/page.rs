@@ -24,7 +24,8 @@ impl Page {
         Page { path: path.into(), text }
     }
 
-    /// Every page of the repository. Folders that git ignores, or whose names begin with a dot, have none.
+    /// Every page of the repository. Folders that git ignores, or whose names begin with a dot,
+    /// have none.
     pub fn all() -> Vec<Page> {
         let mut paths = Vec::new();
         find_pages(Path::new(""), &mut paths);
@@ -95,8 +96,7 @@ pub fn rows(section: &str) -> Vec<Vec<&str>> {
         } else if line.starts_with("| ---") {
             is_body = true;
         } else if is_body {
-            let cells = line.trim_start_matches("| ").trim_end_matches('|').trim_end_matches(' ');
-            rows.push(cells.split(" | ").map(str::trim).collect());
+            rows.push(line.trim_matches('|').split('|').map(str::trim).collect());
         }
     }
     rows
