@@ -71,14 +71,16 @@ impl Page {
         definitions(&text).map(|(name, target)| (name.replace('`', "").to_lowercase(), target.to_owned())).collect()
     }
 
-    /// Each [`name`] that is a link by its definition.
+    /// The names of the definitions that links use: [`name`], and `[text][name]`.
     pub fn references(&self) -> Vec<String> {
         let text = prose(&self.text);
-        let names = text.split("[`").skip(1).filter_map(|rest| {
+        let short = text.split("[`").skip(1).filter_map(|rest| {
             let (name, after) = rest.split_once("`]")?;
-            (!after.starts_with(['(', ':'])).then(|| name.to_lowercase())
+            (!after.starts_with(['(', ':', '['])).then_some(name)
         });
-        names.collect()
+        let code_is_gone = without_code(&text);
+        let full = code_is_gone.split("][").skip(1).filter_map(|rest| rest.split(']').next());
+        short.chain(full).map(str::to_lowercase).collect()
     }
 
     pub fn blocks(&self) -> Vec<Block> {
