@@ -73,7 +73,7 @@ async fn a_projector_that_is_retired_and_added_again_is_built_anew() {
     world.assert_complete(&tally).await;
 }
 
-/// It cannot be prevented: without its row nobody knows that there ever was one. The README says so.
+/// It cannot be prevented: without its row nothing shows that there ever was one. docs/guarantees.md says so.
 #[tokio::test]
 async fn a_retired_projector_with_side_effects_whose_row_is_deleted_by_hand_is_new_and_played_again() {
     let world = World::new().await;
