@@ -13,7 +13,7 @@ pub struct Page {
 /// A fenced block of code.
 #[derive(Debug)]
 pub struct Block {
-    /// What follows the fence: `rust,no_run`.
+    /// The words after the fence: `rust,no_run`.
     pub language: String,
     pub code: String,
 }
@@ -151,7 +151,7 @@ fn prose(text: &str) -> String {
     prose
 }
 
-/// The text without what stands between backticks. A span ends within its paragraph.
+/// The text without its code spans. A span ends within its paragraph.
 fn without_code(text: &str) -> String {
     let paragraph = |text: &str| text.split('`').step_by(2).collect::<Vec<_>>().join("``");
     text.split("\n\n").map(paragraph).collect::<Vec<_>>().join("\n\n")
