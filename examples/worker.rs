@@ -11,7 +11,7 @@ use serde::Deserialize;
 struct CasesPerDepartment;
 
 #[derive(Deserialize)]
-struct Received {
+struct ReceiptPayload {
     department: String,
 }
 
@@ -41,7 +41,7 @@ impl Projector for CasesPerDepartment {
     }
 
     async fn handle(&self, event: &Event, db: &mut sqlx::MySqlConnection) -> anyhow::Result<()> {
-        let received: Received = event.payload()?;
+        let received: ReceiptPayload = event.payload()?;
         sqlx::query(
             "insert into cases_per_department (department, cases) values (?, 1) \
              on duplicate key update cases = cases + 1",
@@ -53,8 +53,8 @@ impl Projector for CasesPerDepartment {
     }
 }
 
-/// A reactor: its effect is outside the database, so it happens at least once, and the event id is what
-/// tells a repetition to whoever receives it.
+/// A reactor: its effect is outside the database, so it happens at least once, and the event id is
+/// what tells a repetition to whoever receives it.
 struct AnnounceReceipt;
 
 #[async_trait]
@@ -82,7 +82,10 @@ impl Projector for AnnounceReceipt {
 }
 
 fn main() -> ExitCode {
-    match Registry::new().with(CasesPerDepartment).and_then(|registry| registry.with(AnnounceReceipt)) {
+    match Registry::new()
+        .with(CasesPerDepartment)
+        .and_then(|registry| registry.with(AnnounceReceipt))
+    {
         Ok(registry) => projectionist::run(registry),
         Err(error) => {
             eprintln!("error: {error}");

@@ -1,20 +1,21 @@
-# shellcheck shell=bash
-# What the scripts of this folder share: where things live, and how a part is started, found again and stopped.
-# A part is `mariadb`, `mysql` or `sqs`; each has a file of its own that defines PART_install,
-# PART_start and PART_answers. On Linux without a Docker engine the part is a process of ours, told apart from
-# others by a variable in its environment; with an engine it is a container (compose.sh).
+# shellcheck shell=bash What the scripts of this folder share: where things live, and how a part is
+# started, found again and stopped. A part is `mariadb`, `mysql` or `sqs`; each has a file of its
+# own that defines PART_install, PART_start and PART_is_ready. On Linux without a Docker engine the
+# part is a process of ours, told apart from others by a variable in its environment; with an engine
+# it is a container (compose.sh).
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
-# Another folder holds another set of parts, with ports of their own: localstack/chaos has one that it may kill.
+# Another folder holds another set of parts, with ports of their own: localstack/chaos has one that
+# it may kill.
 STATE=${PROJECTIONIST_STATE:-$ROOT/.local}
 CACHE=${PROJECTIONIST_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/projectionist}
 # Debian keeps servers where only root's PATH looks.
 PATH=$PATH:/usr/sbin:/sbin
 
-say() { printf '%s\n' "$*" >&2; }
-die() { say "error: $*"; exit 1; }
+log() { printf '%s\n' "$*" >&2; }
+die() { log "error: $*"; exit 1; }
 
-recorded() { # part thing: what was noted about a part: pid, port, version …
+read_state() { # part thing: what was noted about a part: pid, port, version …
   cat "$STATE/$1/$2" 2>/dev/null
 }
 
@@ -25,7 +26,7 @@ listeners() { # port: the socket inodes that make it unusable; LISTEN, or the ne
     /proc/net/tcp /proc/net/tcp6 2>/dev/null
 }
 
-port_free() { # port
+is_port_free() { # port
   if [[ -r /proc/net/tcp ]]; then [[ -z $(listeners "$1") ]]; else ! (: <"/dev/tcp/127.0.0.1/$1") 2>/dev/null; fi
 }
 
@@ -40,10 +41,10 @@ choose_port() { # part: records the port it gets: the one asked for, else the la
   variable=$(port_variable "$1")
   if [[ -n ${!variable:-} ]]; then
     port=${!variable}
-    port_free "$port" || die "$variable=$port is in use by something else"
+    is_port_free "$port" || die "$variable=$port is in use by something else"
   else
-    port=$(recorded "$1" port) || port=$(default_port "$1")
-    until port_free "$port"; do port=$((port + 10)); done
+    port=$(read_state "$1" port) || port=$(default_port "$1")
+    until is_port_free "$port"; do port=$((port + 10)); done
   fi
   echo "$port" >"$STATE/$1/port"
 }
@@ -57,12 +58,12 @@ launch() { # part command…: in a session and an environment of its own, so tha
   env -i PATH="$PATH" HOME="$HOME" LANG=C.UTF-8 PROJECTIONIST_PART="$dir" \
     setsid "$@" >"$dir/log" 2>&1 </dev/null 9>&- &
   echo $! >"$dir/pid"
-  born $! >"$dir/born" || true
+  process_start_time $! >"$dir/born" || true
 }
 
-# When a process began, by the kernel's clock; nothing for one that has ended, reaped or not. Unlike its environment and its
-# command line it is there from the first moment, and the same across exec.
-born() { # pid
+# When a process began, by the kernel's clock; nothing for one that has ended, reaped or not. Unlike
+# its environment and its command line it is there from the first moment, and the same across exec.
+process_start_time() { # pid
   local stat
   { stat=$(<"/proc/$1/stat"); } 2>/dev/null || return 1
   # The name before the last parenthesis may hold anything.
@@ -70,35 +71,35 @@ born() { # pid
   [[ ${stat[0]} != [ZX] ]] && echo "${stat[19]}"
 }
 
-alive() { # part: its process runs and is the one we launched; a number alone may have been given to another since
+is_running() { # part: its process runs and is the one we launched; a number alone may have been given to another since
   local pid known
-  pid=$(recorded "$1" pid) && known=$(recorded "$1" born) && [[ -n $pid && -n $known && $(born "$pid") == "$known" ]]
+  pid=$(read_state "$1" pid) && known=$(read_state "$1" born) && [[ -n $pid && -n $known && $(process_start_time "$pid") == "$known" ]]
 }
 
 owns_port() { # part: it is our process that listens there, not a neighbour's that took the port first
   local inode
-  for inode in $(listeners "$(recorded "$1" port)"); do
-    [[ -z $(find "/proc/$(recorded "$1" pid)/fd" -lname "socket:\[$inode\]" 2>/dev/null) ]] || return 0
+  for inode in $(listeners "$(read_state "$1" port)"); do
+    [[ -z $(find "/proc/$(read_state "$1" pid)/fd" -lname "socket:\[$inode\]" 2>/dev/null) ]] || return 0
   done
   return 1
 }
 
-healthy() { alive "$1" && owns_port "$1" && "${1}_answers"; }
+is_healthy() { is_running "$1" && owns_port "$1" && "${1}_is_ready"; }
 
 wait_until_healthy() { # part
   local tries
   for ((tries = 0; tries < 600; tries++)); do
-    if healthy "$1"; then return 0; fi
-    alive "$1" || break
+    if is_healthy "$1"; then return 0; fi
+    is_running "$1" || break
     sleep 0.1
   done
   return 1
 }
 
-gone() { # part: waits until it has ended, 20 s at most
+wait_until_stopped() { # part: waits until it has ended, 20 s at most
   local tries
   for ((tries = 0; tries < 200; tries++)); do
-    alive "$1" || return 0
+    is_running "$1" || return 0
     sleep 0.1
   done
   return 1
@@ -106,25 +107,25 @@ gone() { # part: waits until it has ended, 20 s at most
 
 stop() { # part: asks, waits, insists; nothing where it does not run
   local pid
-  if alive "$1"; then
-    pid=$(recorded "$1" pid)
+  if is_running "$1"; then
+    pid=$(read_state "$1" pid)
     kill "$pid"
-    gone "$1" || { kill -9 "$pid" && gone "$1"; } || die "$1, process $pid, cannot be stopped"
-    say "$1 stopped"
+    wait_until_stopped "$1" || { kill -9 "$pid" && wait_until_stopped "$1"; } || die "$1, process $pid, cannot be stopped"
+    log "$1 stopped"
   fi
   rm -f "$STATE/$1/pid" "$STATE/$1/born"
 }
 
-as_asked() { # part: it runs with the port and the services that this call names, if it names any
+is_as_requested() { # part: it runs with the port and the services that this call names, if it names any
   local variable
   variable=$(port_variable "$1")
-  [[ ${!variable:-$(recorded "$1" port)} == "$(recorded "$1" port)" ]] || return 1
-  [[ $1 != sqs || ${LOCALSTACK_SERVICES:-$(recorded sqs services)} == "$(recorded sqs services)" ]]
+  [[ ${!variable:-$(read_state "$1" port)} == "$(read_state "$1" port)" ]] || return 1
+  [[ $1 != sqs || ${LOCALSTACK_SERVICES:-$(read_state sqs services)} == "$(read_state sqs services)" ]]
 }
 
 bring_up() { # part: from whatever state it is in to healthy
   local part=$1 attempt
-  if as_asked "$part" && healthy "$part"; then return 0; fi
+  if is_as_requested "$part" && is_healthy "$part"; then return 0; fi
   stop "$part"
   mkdir -p "$STATE/$part"
   "${part}_install"
@@ -133,7 +134,8 @@ bring_up() { # part: from whatever state it is in to healthy
     "${part}_start"
     if wait_until_healthy "$part"; then return 0; fi
     stop "$part"
-    # Somebody may take the port between our look at it and the server's: then, and only then, try another.
+    # Somebody may take the port between our look at it and the server's: then, and only then, try
+    # another.
     grep -qi 'address already in use' "$STATE/$part/log" || break
   done
   tail -n 40 "$STATE/$part/log" >&2
@@ -150,7 +152,7 @@ apt_install() { # package…
   command -v apt-get >/dev/null || die "without a Docker engine this needs Debian's apt-get, or $* installed some other way"
   [[ $EUID -eq 0 ]] || command -v sudo >/dev/null || die "missing: $*; as root run: apt-get install --no-install-recommends $*"
   local install=(as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@")
-  say "installing $*"
+  log "installing $*"
   # The package lists may be missing or older than the mirror: only then are they worth fetching.
   "${install[@]}" >"$STATE/apt.log" 2>&1 </dev/null && return
   apt_update || true

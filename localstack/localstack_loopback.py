@@ -1,5 +1,6 @@
-# Runs LocalStack on 127.0.0.1 alone. LocalStack 4.13.1 reads the host in GATEWAY_LISTEN and then listens on every
-# address all the same, and where the port is taken it goes on without one; here it says so and ends.
+# Runs LocalStack on 127.0.0.1 alone. LocalStack 4.13.1 reads the host in GATEWAY_LISTEN and then
+# listens on every address all the same, and where the port is taken it goes on without one; here it
+# says so and ends.
 import os
 
 from twisted.internet import endpoints

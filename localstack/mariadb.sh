@@ -1,11 +1,12 @@
-# shellcheck shell=bash
-# MariaDB from the distribution, as a private instance: Debian's -core packages start no service of their own.
+# shellcheck shell=bash MariaDB from the distribution, as a private instance: Debian's -core
+# packages start no service of their own.
 
-# What both servers are told. The isolation level and the lock waits stay the server's own: the tests are about them.
-# Without name resolution a TCP client is '%', never 'localhost', where MariaDB keeps an anonymous user that wins.
-# The socket is relative to the data directory, because an absolute path may be too long for one.
+# What both servers are told. The isolation level and the lock waits stay the server's own: the
+# tests are about them. Without name resolution a TCP client is '%', never 'localhost', where
+# MariaDB keeps an anonymous user that wins. The socket is relative to the data directory, because
+# an absolute path may be too long for one.
 server_options() { # part
-  printf '%s\n' --datadir="$STATE/$1/data" --socket=socket --bind-address=127.0.0.1 --port="$(recorded "$1" port)" \
+  printf '%s\n' --datadir="$STATE/$1/data" --socket=socket --bind-address=127.0.0.1 --port="$(read_state "$1" port)" \
     --user="$(id -un)" --init-file="$ROOT/localstack/init.sql" --skip-name-resolve --skip-log-bin \
     --character-set-server=utf8mb4 --max-connections=500 --max-allowed-packet=64M \
     --innodb-buffer-pool-size=256M --innodb-flush-log-at-trx-commit=2
@@ -31,8 +32,8 @@ mariadb_start() {
 
 mariadb_query() {
   # A server that hangs takes a connection and says nothing.
-  timeout 10 mariadb --no-defaults --host=127.0.0.1 --port="$(recorded mariadb port)" --user=root \
+  timeout 10 mariadb --no-defaults --host=127.0.0.1 --port="$(read_state mariadb port)" --user=root \
     --batch --skip-column-names -e "$1" 2>/dev/null
 }
 
-mariadb_answers() { mariadb_query 'select version()' >"$STATE/mariadb/version"; }
+mariadb_is_ready() { mariadb_query 'select version()' >"$STATE/mariadb/version"; }

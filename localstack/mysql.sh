@@ -1,6 +1,6 @@
-# shellcheck shell=bash
-# Real MySQL. Debian's stable releases have none, so it comes from unstable, unpacked with all its libraries, libc
-# included, into a folder of the cache: nothing of it is installed. Which version that is, only unstable knows.
+# shellcheck shell=bash Real MySQL. Debian's stable releases have none, so it comes from unstable,
+# unpacked with all its libraries, libc included, into a folder of the cache: nothing of it is
+# installed. Which version that is, only unstable knows.
 
 mysql_folder=$CACHE/mysql
 
@@ -15,7 +15,8 @@ mysql_fetch() { # mirror work-folder: unpacks the server and everything it needs
   local mirror=$1 work=$2 deb
   mkdir -p "$work"/{root,state/lists/partial,cache/archives/partial}
   echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror sid main" >"$work/sources.list"
-  # A state of its own leaves the machine's apt alone; an empty list of installed packages makes apt fetch libc too.
+  # A state of its own leaves the machine's apt alone; an empty list of installed packages makes apt
+  # fetch libc too.
   : >"$work/status"
   local apt=(apt-get -q -y -o Dir::State="$work/state" -o Dir::State::lists="$work/state/lists"
     -o Dir::State::status="$work/status" -o Dir::Cache="$work/cache" -o Dir::Etc::SourceList="$work/sources.list" -o Dir::Etc::SourceParts=/dev/null
@@ -33,7 +34,7 @@ apt_mirrors() { # those that apt already uses
 mysql_install() {
   [[ ! -d $mysql_folder ]] || return 0
   command -v apt-get >/dev/null || die "real MySQL needs Debian's apt-get here, or a Docker engine"
-  say "fetching MySQL from Debian unstable (about 25 s)"
+  log "fetching MySQL from Debian unstable (about 25 s)"
   local mirrors mirror attempt work=$CACHE/mysql.new log=$STATE/mysql/fetch.log
   # Without package lists apt names no mirror.
   mirrors=$(apt_mirrors) || { apt_update && mirrors=$(apt_mirrors); } || die "apt-get names no mirror to fetch MySQL from; as root run: apt-get update"
@@ -47,7 +48,7 @@ mysql_install() {
         return
       fi
     done
-    say "fetching MySQL failed, attempt $attempt of 3"
+    log "fetching MySQL failed, attempt $attempt of 3"
     [[ $attempt -eq 3 ]] || sleep $((attempt * 3))
   done
   tail -n 20 "$log" >&2
@@ -68,7 +69,8 @@ mysql_start() {
       { cat "$STATE/mysql/init.log" >&2; die "mysqld --initialize-insecure failed"; }
     mv "$data.new" "$data"
   fi
-  # MySQL believes the lock of a killed server for as long as anything has its number, the dead one included.
+  # MySQL believes the lock of a killed server for as long as anything has its number, the dead one
+  # included.
   rm -f "$data/socket.lock"
   launch mysql "${program[@]}" "${options[@]}"
 }
@@ -76,7 +78,7 @@ mysql_start() {
 mysql_query() {
   local program
   mysql_program bin/mysql
-  timeout 10 "${program[@]}" --host=127.0.0.1 --port="$(recorded mysql port)" --user=root --batch --skip-column-names -e "$1" 2>/dev/null
+  timeout 10 "${program[@]}" --host=127.0.0.1 --port="$(read_state mysql port)" --user=root --batch --skip-column-names -e "$1" 2>/dev/null
 }
 
-mysql_answers() { mysql_query 'select version()' >"$STATE/mysql/version"; }
+mysql_is_ready() { mysql_query 'select version()' >"$STATE/mysql/version"; }

@@ -2,12 +2,13 @@
 # SQS: LocalStack in host mode, from PyPI, without a token.
 
 sqs_region=us-east-1
-# SQS, and what infra/ is tried out on. A service that nobody calls is never loaded, and costs nothing.
+# SQS, and what infra/ is tried out on. A service that nobody calls is never loaded, and costs
+# nothing.
 sqs_services=sqs,cloudformation,cloudwatch,events,iam,logs,secretsmanager,sns,ssm,sts
 # The name changes with the list, so that an upgrade never runs on the packages of before.
 sqs_venv=$CACHE/localstack-$(cksum <"$ROOT/localstack/requirements.txt" | cut -d' ' -f1)
 
-sqs_endpoint() { echo "http://127.0.0.1:$(recorded sqs port)"; }
+sqs_endpoint() { echo "http://127.0.0.1:$(read_state sqs port)"; }
 
 python_311() { # prints a Python 3.11; this LocalStack does not load on others
   local candidate
@@ -27,7 +28,7 @@ sqs_install() {
   [[ ! -e $sqs_venv/complete ]] || return 0
   # uv brings roots of its own, which know nothing of a company's proxy.
   [[ ! -e /etc/ssl/certs/ca-certificates.crt ]] || export UV_SYSTEM_CERTS=1
-  say "installing LocalStack (15 to 40 s)"
+  log "installing LocalStack (15 to 40 s)"
   if ! uv=$(command -v uv); then
     uv=$CACHE/uv/bin/uv
     need python3 python3
@@ -47,24 +48,27 @@ sqs_install() {
 
 sqs_start() {
   local address services=${LOCALSTACK_SERVICES:-$sqs_services}
-  address=127.0.0.1:$(recorded sqs port)
+  address=127.0.0.1:$(read_state sqs port)
   echo "$services" >"$STATE/sqs/services"
-  # Services load when first called: for SQS alone that is as quick as beforehand, for many it is much quicker.
-  # It would tell its own CloudWatch of each message in a request of its own, and be busy with that for minutes after a load.
-  # Where it takes this machine for its container it would share one folder with every other LocalStack, and lose it to them.
+  # Services load when first called: for SQS alone that is as quick as beforehand, for many it is
+  # much quicker. It would tell its own CloudWatch of each message in a request of its own, and be
+  # busy with that for minutes after a load. Where it takes this machine for its container it would
+  # share one folder with every other LocalStack, and lose it to them.
   launch sqs env OVERRIDE_IN_DOCKER=0 SERVICES="$services" STRICT_SERVICE_LOADING=1 EAGER_SERVICE_LOADING=0 \
     GATEWAY_LISTEN="$address" LOCALSTACK_HOST="$address" SQS_ENDPOINT_STRATEGY=path FILESYSTEM_ROOT="$STATE/sqs/fs" \
     SQS_DISABLE_CLOUDWATCH_METRICS=1 DISABLE_EVENTS=1 SKIP_SSL_CERT_DOWNLOAD=1 DNS_ADDRESS=0 \
     "$sqs_venv/bin/python" "$ROOT/localstack/localstack_loopback.py"
 }
 
-# The AWS CLI comes with LocalStack's own packages. As .local/bin/aws it speaks to this LocalStack, and is called as on AWS.
+# The AWS CLI comes with LocalStack's own packages. As .local/bin/aws it speaks to this LocalStack,
+# and is called as on AWS.
 aws_cli() {
   mkdir -p "$STATE/sqs" "$STATE/bin"
   sqs_install
   cat >"$STATE/bin/aws.new" <<END
 #!/bin/sh
-# Made by localstack/up. Version 1 of the CLI wants the endpoint spelled out, and knows the region by this name only.
+# Made by localstack/up. Version 1 of the CLI wants the endpoint spelled out, and knows the region
+# by this name only.
 export AWS_DEFAULT_REGION=$sqs_region AWS_ACCESS_KEY_ID=test AWS_SECRET_ACCESS_KEY=test
 exec '$sqs_venv/bin/aws' --endpoint-url "\${AWS_ENDPOINT_URL:-$(sqs_endpoint)}" "\$@"
 END
@@ -79,8 +83,9 @@ sqs_call() { # action json: prints the answer; fails where it is an error
     -H "Authorization: AWS4-HMAC-SHA256 Credential=test/20260101/$sqs_region/sqs/aws4_request, SignedHeaders=host, Signature=none"
 }
 
-# The queue belongs to being ready: LocalStack keeps it in memory only, so that every start makes it anew.
-sqs_answers() {
+# The queue belongs to being ready: LocalStack keeps it in memory only, so that every start makes it
+# anew.
+sqs_is_ready() {
   local name='"QueueName":"projectionist.fifo"' size answer
   curl --silent --fail --noproxy '*' --max-time 5 "$(sqs_endpoint)/_localstack/health" >"$STATE/sqs/health" || return 1
   sed -n 's/.*"version": *"\([^"]*\)".*/\1/p' "$STATE/sqs/health" >"$STATE/sqs/version"

@@ -1,7 +1,8 @@
 -- The log. Appending is a plain insert, from any language: this table is the interface.
 create table events (
-  -- The one global order. Handed out before commit, so rows become visible out of order and rollbacks leave
-  -- holes: readers stay at or below event_log.high_water, where neither can still happen.
+  -- The one global order. Handed out before commit, so rows become visible out of order and
+  -- rollbacks leave holes: readers stay at or below event_log.high_water, where neither can still
+  -- happen.
   position       bigint unsigned not null auto_increment,
   -- Any id that is unique; the idempotency key of effects outside the database.
   event_id       varchar(64)     character set ascii collate ascii_bin not null default (uuid()),
@@ -10,8 +11,8 @@ create table events (
   stream_version bigint unsigned not null,
   event_type     varchar(200)    character set utf8mb4 collate utf8mb4_bin not null,
   recorded_at    datetime(6)     not null default (utc_timestamp(6)),
-  -- Text and not json: the bytes come back as they were appended, and reading is 1.2 times as fast on MySQL 9.7,
-  -- where a json column is stored in binary and printed anew for every row.
+  -- Text and not json: the bytes come back as they were appended, and reading is 1.2 times as fast
+  -- on MySQL 9.7, where a json column is stored in binary and printed anew for every row.
   payload        mediumtext      character set utf8mb4 collate utf8mb4_bin not null,
   metadata       mediumtext      character set utf8mb4 collate utf8mb4_bin null,
   primary key (position),
@@ -24,21 +25,23 @@ create table events (
 
 -- What is known of the log as a whole: one row.
 create table event_log (
-  one            tinyint unsigned not null default 1,
-  -- Which log this is. Travels in every message, so that those of another environment are known as foreign.
-  log_id         varchar(36)     character set ascii collate ascii_bin not null,
+  singleton              tinyint unsigned not null default 1,
+  -- Which log this is. Travels in every message, so that those of another environment are known as
+  -- foreign.
+  log_id                 varchar(36)     character set ascii collate ascii_bin not null,
   -- The highest position at or below which nothing can still become visible.
-  high_water     bigint unsigned not null default 0,
-  -- What stood at or below the mark when it passed: rows, and their fingerprint (src/store/fingerprint.rs).
-  counted        bigint unsigned not null default 0,
-  fingerprint    bigint unsigned not null default 0,
+  high_water             bigint unsigned not null default 0,
+  -- What stood at or below the mark when it passed: rows, and their fingerprint
+  -- (src/store/fingerprint.rs).
+  row_count              bigint unsigned not null default 0,
+  fingerprint            bigint unsigned not null default 0,
   -- Everything up to here has been sent to the queue.
-  published      bigint unsigned not null default 0,
+  published              bigint unsigned not null default 0,
   -- The relay's lease: two relays are harmless but wasteful.
-  relay_holder   varchar(64)     character set ascii collate ascii_bin null,
-  relay_until    datetime(6)     null,
-  primary key (one),
-  constraint event_log_has_one_row check (one = 1),
+  relay_lease_holder     varchar(64)     character set ascii collate ascii_bin null,
+  relay_lease_expires_at datetime(6)     null,
+  primary key (singleton),
+  constraint event_log_has_one_row check (singleton = 1),
   constraint event_log_published_is_below_high_water check (published <= high_water)
 ) engine = innodb;
 
@@ -53,13 +56,14 @@ create table projectors (
   -- Every event up to here that it subscribes to has been applied, once.
   position            bigint unsigned not null,
   -- Kept here so that retire knows it when the code is gone: such a row is kept for ever.
-  side_effects        boolean         not null,
+  has_side_effects    boolean         not null,
   failed_position     bigint unsigned null,
   failed_event_id     varchar(64)     character set ascii collate ascii_bin null,
   failed_event_type   varchar(200)    character set utf8mb4 collate utf8mb4_bin null,
   failed_error        text            character set utf8mb4 null,
   failed_at           datetime(6)     null,
-  -- How often the event was tried, and by whom: the release that has the bug, and the host that has its logs.
+  -- How often the event was tried, and by whom: the release that has the bug, and the host that has
+  -- its logs.
   failed_attempts     int unsigned    null,
   failed_release      varchar(200)    character set utf8mb4 null,
   failed_host         varchar(255)    character set utf8mb4 null,
@@ -69,13 +73,14 @@ create table projectors (
   constraint projectors_mode_is_known check (mode in ('from_beginning', 'from_now', 'once')),
   constraint projectors_status_is_known
     check (status in ('booting', 'live', 'broken', 'stalled', 'finished', 'retired')),
-  constraint projectors_broken_tells_why check ((status = 'broken') = (failed_error is not null)),
+  constraint projectors_broken_has_error check ((status = 'broken') = (failed_error is not null)),
   constraint projectors_failure_is_whole check (
     (failed_error is null) = (failed_at is null)
     and (failed_error is null) = (failed_attempts is null)
     and (failed_error is null) = (failed_host is null)
   ),
-  -- A broken projector stands just before the event that it failed on, until a boot takes it beyond.
-  constraint projectors_never_stand_before_their_failure
+  -- A broken projector stands just before the event that it failed on, until a boot takes it
+  -- beyond.
+  constraint projectors_failure_is_at_most_next
     check (failed_position is null or failed_position <= position + 1)
 ) engine = innodb;

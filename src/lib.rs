@@ -103,18 +103,18 @@ pub use command::run;
 pub use database::Database;
 pub use database::multi_row::MultiRowInsert;
 pub use declared::{LoadError, load};
-pub use engine::boot::{BootProgress, BootReport, BootSettings, BootWaiting, Booted, boot};
-pub use engine::deliver::Limits;
-pub use engine::play::{ConvoyBudget, PlaySettings, Played, play};
+pub use engine::boot::{BootProgress, BootReport, BootSettings, BootWait, ProjectorOutcome, boot};
+pub use engine::play::{BackgroundLimits, PlayReport, PlaySettings, play};
 pub use engine::relay::RelaySettings;
+pub use engine::retry::Limits;
 pub use ledger::{Entry, Ledger};
 pub use model::error::Error;
-pub use model::event::{Event, NewEvent, Position, Recorded, TOMBSTONE};
+pub use model::event::{Event, FILLER, NewEvent, Position, RecordedEvent};
 pub use model::lifecycle::{FailedEvent, Failure, Status};
 pub use model::projector::{EventTypes, Mode, Projector, ProjectorId, SessionUse};
 pub use model::registry::{Registry, RegistryError};
-pub use queue::{Queue, QueueError, Receipt, Received, SqsQueue};
-pub use store::{AppendError, Appended, EventStore};
+pub use queue::{Queue, QueueError, Receipt, ReceivedMessage, SqsQueue};
+pub use store::{AppendError, AppendOutcome, EventStore};
 
 /// Compiles the Rust in the pages. `tests/it/documentation.rs` checks that each page with Rust is
 /// here.

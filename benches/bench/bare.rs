@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 
 use crate::fence::Fence;
 use crate::log::{ONE_IN, RARE};
-use crate::projectors::{ROWS, ReadModel, Written};
+use crate::projectors::{ROWS, ReadModel, WriteEvent};
 use crate::world::World;
 
 macro_rules! events {
@@ -48,14 +48,21 @@ pub async fn read_rare(world: &World, events: u64) -> anyhow::Result<Duration> {
     read_ranges(world, events, RANGE, Some(RARE)).await
 }
 
-async fn read_ranges(world: &World, events: u64, length: u64, only: Option<&str>) -> anyhow::Result<Duration> {
-    let (page, expected) = if only.is_some() { (RARE_PAGE, events / ONE_IN) } else { (PAGE, events) };
+async fn read_ranges(
+    world: &World,
+    events: u64,
+    length: u64,
+    only: Option<&str>,
+) -> anyhow::Result<Duration> {
+    let (page, expected) =
+        if only.is_some() { (RARE_PAGE, events / ONE_IN) } else { (PAGE, events) };
     let mut connection = world.connection().await?;
     let began = Instant::now();
     let mut count = 0;
     for after in (0..events).step_by(length as usize) {
         let range = sqlx::query(page).bind(after).bind(after + length);
-        let mut rows = only.into_iter().fold(range, |range, only| range.bind(only)).fetch(&mut connection);
+        let mut rows =
+            only.into_iter().fold(range, |range, only| range.bind(only)).fetch(&mut connection);
         while let Some(row) = rows.try_next().await? {
             touch(&row)?;
             count += 1;
@@ -64,8 +71,13 @@ async fn read_ranges(world: &World, events: u64, length: u64, only: Option<&str>
     finished(began, count, expected)
 }
 
-/// Reads a log of so many events in one statement and ahead, and moves so many positions past each page, side by side.
-pub async fn read_and_commit(world: &World, events: u64, positions: u32) -> anyhow::Result<Duration> {
+/// Reads a log of so many events in one statement and ahead, and moves so many positions past each
+/// page, side by side.
+pub async fn read_and_commit(
+    world: &World,
+    events: u64,
+    positions: u32,
+) -> anyhow::Result<Duration> {
     let mut fences = Vec::new();
     for number in 0..positions {
         fences.push(Fence::new(world, number).await?);
@@ -105,7 +117,11 @@ pub async fn read_stream(world: &World, events: u64) -> anyhow::Result<Duration>
 }
 
 /// A page, a transaction; in it, one upsert an event.
-pub async fn upsert_each(world: &World, events: u64, model: &ReadModel) -> anyhow::Result<Duration> {
+pub async fn upsert_each(
+    world: &World,
+    events: u64,
+    model: &ReadModel,
+) -> anyhow::Result<Duration> {
     upsert(world, events, async |rows, db| {
         for row in rows {
             model.write(written(row)?, db).await?;
@@ -116,7 +132,11 @@ pub async fn upsert_each(world: &World, events: u64, model: &ReadModel) -> anyho
 }
 
 /// A page, a transaction; in it, one upsert.
-pub async fn upsert_rows(world: &World, events: u64, model: &ReadModel) -> anyhow::Result<Duration> {
+pub async fn upsert_rows(
+    world: &World,
+    events: u64,
+    model: &ReadModel,
+) -> anyhow::Result<Duration> {
     upsert(world, events, async |rows, db| {
         let rows = rows.iter().map(written).collect::<Result<Vec<_>, _>>()?;
         model.write_rows(rows.into_iter(), db).await
@@ -133,7 +153,11 @@ async fn upsert(
     let began = Instant::now();
     let mut count = 0;
     for after in (0..events).step_by(ROWS) {
-        let page = sqlx::query(PAGE).bind(after).bind(after + ROWS as u64).fetch_all(&mut connection).await?;
+        let page = sqlx::query(PAGE)
+            .bind(after)
+            .bind(after + ROWS as u64)
+            .fetch_all(&mut connection)
+            .await?;
         let mut transaction = connection.begin().await?;
         write(&page, &mut transaction).await?;
         transaction.commit().await?;
@@ -150,7 +174,12 @@ fn finished(began: Instant, count: u64, events: u64) -> anyhow::Result<Duration>
 
 /// All eight columns, decoded but not copied: no loop can do with less.
 fn touch(row: &MySqlRow) -> Result<(), sqlx::Error> {
-    black_box::<(u64, &str, &str, u64)>((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?, row.try_get(3)?));
+    black_box::<(u64, &str, &str, u64)>((
+        row.try_get(0)?,
+        row.try_get(1)?,
+        row.try_get(2)?,
+        row.try_get(3)?,
+    ));
     black_box::<(&str, OffsetDateTime, &str, Option<&str>)>((
         row.try_get(4)?,
         row.try_get(5)?,
@@ -160,6 +189,10 @@ fn touch(row: &MySqlRow) -> Result<(), sqlx::Error> {
     Ok(())
 }
 
-fn written(row: &MySqlRow) -> Result<Written<'_>, sqlx::Error> {
-    Ok(Written { stream_id: row.try_get(2)?, event_type: row.try_get(4)?, recorded_at: row.try_get(5)? })
+fn written(row: &MySqlRow) -> Result<WriteEvent<'_>, sqlx::Error> {
+    Ok(WriteEvent {
+        stream_id: row.try_get(2)?,
+        event_type: row.try_get(4)?,
+        recorded_at: row.try_get(5)?,
+    })
 }

@@ -5,7 +5,7 @@ use projectionist::{EventTypes, Projector, Registry};
 use crate::lanes::{Series, in_turn, lane, per_second};
 use crate::log::RARE;
 use crate::projectors::{Nothing, ReadModel, UpsertEach, UpsertRows, declared, empty};
-use crate::sheet::{Least, Line, Sheet, Target, Unit};
+use crate::sheet::{EquivalentLoop, Line, Sheet, Target, Unit};
 use crate::world::World;
 use crate::{Bench, bare};
 
@@ -17,7 +17,8 @@ pub async fn nothing(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
     let events = bench.options.events;
     let world = booted_once(bench, events).await?;
     let (world, registry) = (&world, &only(Nothing::with_all())?);
-    let pages = |page| async move { Ok(per_second(events, bare::read_pages(world, events, page).await?)) };
+    let pages =
+        |page| async move { Ok(per_second(events, bare::read_pages(world, events, page).await?)) };
     let [ours, bare, bounds @ ..] = in_turn(
         bench.options.rounds,
         [
@@ -27,24 +28,28 @@ pub async fn nothing(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
             }),
             lane("read in pages of 1,000", move || pages(1_000)),
             lane("in pages of 5,000", move || pages(5_000)),
-            lane("as one stream", || async { Ok(per_second(events, bare::read_stream(world, events).await?)) }),
+            lane("as one stream", || async {
+                Ok(per_second(events, bare::read_stream(world, events).await?))
+            }),
         ],
     )
     .await?;
-    let least = Least {
+    let least = EquivalentLoop {
         what: "boot, do-nothing ÷ read and commit".into(),
         bare,
         bare_bound: bounds[2].clone(),
         target: Target::AtLeast(0.8),
     };
     let what = "boot, do-nothing ÷ read".into();
-    let line = Line::ratio(1, what, Unit::PerSecond, ours, bounds.into(), Some(Target::AtLeast(0.8)));
-    sheet.add_with_least(line, least);
+    let line =
+        Line::ratio(1, what, Unit::PerSecond, ours, bounds.into(), Some(Target::AtLeast(0.8)));
+    sheet.add_with_equivalent(line, least);
     Ok(())
 }
 
-/// Boot of a projector with one upsert an event, in Rust and declared, and the same statements by hand; and, for the declared
-/// one, whose statements are sent together, a thousand at once by hand: how much there is to be had by that.
+/// Boot of a projector with one upsert an event, in Rust and declared, and the same statements by
+/// hand; and, for the declared one, whose statements are sent together, a thousand at once by hand:
+/// how much there is to be had by that.
 pub async fn upsert_each(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
     let events = bench.options.fewer_events();
     let world = &booted_once(bench, events).await?;
@@ -70,16 +75,23 @@ pub async fn upsert_each(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()>
     .await?;
     let line = |what: &str, ours, least| {
         let what = format!("boot, upsert per event {what} ÷ by hand");
-        Line::ratio(2, what, Unit::PerSecond, ours, vec![bound.clone()], Some(Target::AtLeast(least)))
+        Line::ratio(
+            2,
+            what,
+            Unit::PerSecond,
+            ours,
+            vec![bound.clone()],
+            Some(Target::AtLeast(least)),
+        )
     };
     sheet.add(line("in Rust", each, 0.9));
-    let least = Least {
+    let least = EquivalentLoop {
         what: "boot, upsert per event declared ÷ multi-row by hand".into(),
         bare: together,
         bare_bound: bound.clone(),
         target: Target::AtLeast(0.9),
     };
-    sheet.add_with_least(line("declared", file, 3.0), least);
+    sheet.add_with_equivalent(line("declared", file, 3.0), least);
     Ok(())
 }
 
@@ -122,28 +134,36 @@ pub async fn eight_at_once(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<(
         eight.add(Nothing { name: format!("nothing_{number}"), wanted: EventTypes::All })?;
     }
     let (eight, one) = (&eight, &only(Nothing::with_all())?);
-    let commits = |positions| async move { Ok(bare::read_and_commit(world, events, positions).await?.as_secs_f64()) };
+    let commits = |positions| async move {
+        Ok(bare::read_and_commit(world, events, positions).await?.as_secs_f64())
+    };
     let [ours, bound, eight_commits, one_commit] = in_turn(
         bench.options.rounds,
         [
             lane("boot of eight", || seconds(world, eight, &[])),
             lane("of one", || seconds(world, one, &[])),
-            lane("one read, and eight fenced commits side by side per 1,000 events", || commits(MANY as u32)),
+            lane("one read, and eight fenced commits side by side per 1,000 events", || {
+                commits(MANY as u32)
+            }),
             lane("one read, and one such commit", || commits(1)),
         ],
     )
     .await?;
-    let least = Least {
+    let least = EquivalentLoop {
         what: "boot, do-nothing, 8 projectors ÷ read and 8 commits".into(),
         bare: eight_commits,
         bare_bound: one_commit,
         target: Target::AtMost(1.25),
     };
-    sheet.add_with_least(times("boot, do-nothing", ours, bound, Some(Target::AtMost(1.5))), least);
+    sheet.add_with_equivalent(
+        times("boot, do-nothing", ours, bound, Some(Target::AtMost(1.5))),
+        least,
+    );
 
     // Each of them is written eight times.
     let world = &booted_once(bench, bench.options.fewer_events() / 4).await?;
-    let models: Vec<ReadModel> = (0..MANY).map(|number| ReadModel::new(&format!("upserted_{number}"))).collect();
+    let models: Vec<ReadModel> =
+        (0..MANY).map(|number| ReadModel::new(&format!("upserted_{number}"))).collect();
     for model in &models {
         model.make(world).await?;
     }
@@ -162,8 +182,8 @@ fn times(what: &str, ours: Series<f64>, bound: Series<f64>, target: Option<Targe
     Line::ratio(4, format!("{what}, 8 projectors ÷ 1"), Unit::Seconds, ours, vec![bound], target)
 }
 
-/// Boot of a projector that wants one event in a hundred, and of the same that wants all, by the events of the log; and the
-/// read in which the server passes over the others.
+/// Boot of a projector that wants one event in a hundred, and of the same that wants all, by the
+/// events of the log; and the read in which the server passes over the others.
 pub async fn one_in_a_hundred(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
     let events = bench.options.events;
     let world = &booted_once(bench, events).await?;
@@ -174,26 +194,32 @@ pub async fn one_in_a_hundred(bench: &Bench, sheet: &mut Sheet) -> anyhow::Resul
         [
             lane(WANTS_RARE, || boot(world, rare, &[], events)),
             lane(WANTS_ALL, || boot(world, all, &[], events)),
-            lane("read of 1% by type", || async { Ok(per_second(events, bare::read_rare(world, events).await?)) }),
-            lane("read of all", || async { Ok(per_second(events, bare::read_stream(world, events).await?)) }),
+            lane("read of 1% by type", || async {
+                Ok(per_second(events, bare::read_rare(world, events).await?))
+            }),
+            lane("read of all", || async {
+                Ok(per_second(events, bare::read_stream(world, events).await?))
+            }),
         ],
     )
     .await?;
-    let least = Least {
+    let least = EquivalentLoop {
         what: "boot, do-nothing, 1% of the events ÷ read of 1%".into(),
         bare,
         bare_bound,
         target: Target::AtLeast(0.8),
     };
-    sheet.add_with_least(wanted("do-nothing", ours, bound), least);
+    sheet.add_with_equivalent(wanted("do-nothing", ours, bound), least);
 
     let events = bench.options.fewer_events();
     let world = &booted_once(bench, events).await?;
     let models = &[ReadModel::new("upserted")];
     models[0].make(world).await?;
     let (rare, all) = (&declared(models, RARE)?, &declared(models, "*")?);
-    let lanes =
-        [lane(WANTS_RARE, || boot(world, rare, models, events)), lane(WANTS_ALL, || boot(world, all, models, events))];
+    let lanes = [
+        lane(WANTS_RARE, || boot(world, rare, models, events)),
+        lane(WANTS_ALL, || boot(world, all, models, events)),
+    ];
     let [ours, bound] = in_turn(bench.options.rounds, lanes).await?;
     sheet.add(wanted("declared upsert", ours, bound));
     Ok(())
@@ -213,7 +239,8 @@ fn wanted(what: &str, ours: Series<f64>, bound: Series<f64>) -> Line {
     )
 }
 
-/// A world with so many events, in which the first boot has raised the mark: that is measured in row 9.
+/// A world with so many events, in which the first boot has raised the mark: that is measured in
+/// row 9.
 async fn booted_once(bench: &Bench, events: u64) -> anyhow::Result<World> {
     let world = World::new(&bench.parts).await?;
     world.fill(&bench.sample, events).await?;
@@ -222,7 +249,12 @@ async fn booted_once(bench: &Bench, events: u64) -> anyhow::Result<World> {
 }
 
 /// Events of the log a second.
-async fn boot(world: &World, registry: &Registry, models: &[ReadModel], events: u64) -> anyhow::Result<f64> {
+async fn boot(
+    world: &World,
+    registry: &Registry,
+    models: &[ReadModel],
+    events: u64,
+) -> anyhow::Result<f64> {
     Ok(events as f64 / seconds(world, registry, models).await?)
 }
 

@@ -14,8 +14,8 @@ use projectionist::SqsQueue;
 const VISIBILITY: Duration = Duration::from_secs(30);
 
 /// What one batch may hold.
-const MOST_IN_A_BATCH: usize = 10;
-const MOST_BYTES: usize = 1_000_000;
+const MAX_BATCH_MESSAGES: usize = 10;
+const MAX_BATCH_BYTES: usize = 1_000_000;
 
 /// Makes queues' names unique.
 static MADE: AtomicU64 = AtomicU64::new(0);
@@ -65,7 +65,8 @@ impl Endpoint {
                 .attributes(QueueAttributeName::FifoQueue, "true"),
             Kind::Standard => self.client.create_queue().queue_name(name),
         };
-        let created = create.send().await.with_context(|| format!("{} does not answer", self.name))?;
+        let created =
+            create.send().await.with_context(|| format!("{} does not answer", self.name))?;
         let url = created.queue_url.context("a queue has a URL")?;
         let sqs = SqsQueue::with_client(self.client.clone(), &url, VISIBILITY).await?;
         Ok(LiveQueue { kind, client: self.client.clone(), url, sqs: Arc::new(sqs) })
@@ -100,11 +101,15 @@ impl LiveQueue {
         for batch in batches(bodies) {
             let mut send = self.client.send_message_batch().queue_url(&self.url);
             for (index, body) in batch.iter().enumerate() {
-                let entry = SendMessageBatchRequestEntry::builder().id(index.to_string()).message_body(body);
+                let entry = SendMessageBatchRequestEntry::builder()
+                    .id(index.to_string())
+                    .message_body(body);
                 let entry = match self.kind {
                     Kind::Fifo => {
                         let number = MADE.fetch_add(1, Ordering::Relaxed);
-                        entry.message_group_id("events").message_deduplication_id(number.to_string())
+                        entry
+                            .message_group_id("events")
+                            .message_deduplication_id(number.to_string())
                     }
                     Kind::Standard => entry,
                 };
@@ -117,7 +122,12 @@ impl LiveQueue {
     }
 
     pub async fn remove(self) -> anyhow::Result<()> {
-        self.client.delete_queue().queue_url(&self.url).send().await.context("deleting the queue")?;
+        self.client
+            .delete_queue()
+            .queue_url(&self.url)
+            .send()
+            .await
+            .context("deleting the queue")?;
         Ok(())
     }
 }
@@ -126,9 +136,9 @@ fn batches(bodies: &[String]) -> Vec<&[String]> {
     let (mut batches, mut rest) = (Vec::new(), bodies);
     while !rest.is_empty() {
         let mut bytes = 0;
-        let fits = rest.iter().take(MOST_IN_A_BATCH).take_while(|body| {
+        let fits = rest.iter().take(MAX_BATCH_MESSAGES).take_while(|body| {
             bytes += body.len();
-            bytes <= MOST_BYTES
+            bytes <= MAX_BATCH_BYTES
         });
         let (batch, others) = rest.split_at(fits.count().max(1));
         batches.push(batch);

@@ -1,12 +1,12 @@
-//! The fence that every guarantee rests on, by hand: who commits holds its position's row, and finds it where it was left.
+//! The fence that every guarantee rests on, by hand: who commits holds its position's row, and
+//! finds it where it was left.
 
 use anyhow::ensure;
 use projectionist::sqlx::{self, Connection, MySqlConnection};
 
 use crate::world::World;
 
-const TABLE: &str =
-    "create table if not exists positions (number int unsigned primary key, position bigint unsigned not null)";
+const TABLE: &str = "create table if not exists positions (number int unsigned primary key, position bigint unsigned not null)";
 
 const HOLD: &str = "select position from positions where number = ? for update";
 
@@ -29,10 +29,14 @@ impl Fence {
         Ok(Fence { connection: world.connection().await?, number, position: 0 })
     }
 
-    /// Asks for whom there is something to do: of what deploys and other workers have changed, only the database knows.
-    pub async fn ask(&mut self) -> anyhow::Result<()> {
+    /// Asks for whom there is something to do: of what deploys and other workers have changed, only
+    /// the database knows.
+    pub async fn lock_row(&mut self) -> anyhow::Result<()> {
         let all: Vec<(u32, u64)> = sqlx::query_as(ALL).fetch_all(&mut self.connection).await?;
-        ensure!(all.contains(&(self.number, self.position)), "the position is not where it was left: {all:?}");
+        ensure!(
+            all.contains(&(self.number, self.position)),
+            "the position is not where it was left: {all:?}"
+        );
         Ok(())
     }
 
@@ -49,10 +53,19 @@ impl Fence {
     ) -> anyhow::Result<()> {
         let (from, to) = (self.position, self.position + events);
         let mut transaction = self.connection.begin().await?;
-        let found: u64 = sqlx::query_scalar(HOLD).bind(self.number).fetch_one(&mut *transaction).await?;
+        let found: u64 =
+            sqlx::query_scalar(HOLD).bind(self.number).fetch_one(&mut *transaction).await?;
         write(&mut transaction).await?;
-        let moved = sqlx::query(MOVE).bind(to).bind(self.number).bind(from).execute(&mut *transaction).await?;
-        ensure!((found, moved.rows_affected()) == (from, 1), "the position is at {found}, not at {from}");
+        let moved = sqlx::query(MOVE)
+            .bind(to)
+            .bind(self.number)
+            .bind(from)
+            .execute(&mut *transaction)
+            .await?;
+        ensure!(
+            (found, moved.rows_affected()) == (from, 1),
+            "the position is at {found}, not at {from}"
+        );
         transaction.commit().await?;
         self.position = to;
         Ok(())

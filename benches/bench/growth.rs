@@ -9,25 +9,27 @@ use tokio::process::Command;
 
 use crate::lanes::{Series, median, per_second};
 use crate::projectors::{ReadModel, empty, folder};
-use crate::sheet::{By, Least, Line, Sheet, Target, Unit, grouped};
+use crate::sheet::{Comparison, EquivalentLoop, Line, Sheet, Target, Unit, grouped};
 use crate::world::World;
 use crate::{Bench, WORKER, bare};
 
 /// How often the peak is looked at. It only grows: what is missed is what the last moment added.
-const LOOK_EVERY: Duration = Duration::from_millis(5);
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
-/// From how many events on a log is booted only once with a statement for every event: it takes minutes.
+/// From how many events on a log is booted only once with a statement for every event: it takes
+/// minutes.
 const LONG: u64 = 2_000_000;
 
 /// A process and what it needs to know.
 enum Worker<'a> {
-    /// This program with a projector in Rust that does nothing: the same `boot`, from the same crate.
+    /// This program with a projector in Rust that does nothing: the same `boot`, from the same
+    /// crate.
     Nothing,
     /// The shipped binary with a projector in a file, and the table that it writes.
     Declared(&'a Path, &'a ReadModel),
 }
 
-struct Ran {
+struct BootRun {
     took: Duration,
     peak_mib: f64,
 }
@@ -41,7 +43,8 @@ struct Size {
     peaks: Vec<f64>,
 }
 
-/// Boots at each length of the log: of a projector that does nothing, and of a declared one with an upsert an event.
+/// Boots at each length of the log: of a projector that does nothing, and of a declared one with an
+/// upsert an event.
 pub async fn growth(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
     let world = World::new(&bench.parts).await?;
     let model = ReadModel::new("upserted");
@@ -51,15 +54,22 @@ pub async fn growth(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
     for &events in &bench.options.sizes {
         let began = Instant::now();
         world.fill(&bench.sample, events).await?;
-        eprintln!("  {} events after {:.1} s", grouped(events as f64), began.elapsed().as_secs_f32());
+        eprintln!(
+            "  {} events after {:.1} s",
+            grouped(events as f64),
+            began.elapsed().as_secs_f32()
+        );
         let first = world.boot_process(&Worker::Nothing).await?;
         sheet.add(Line {
             row: 9,
-            what: format!("first boot at {} events, the mark raised over all new ones", grouped(events as f64)),
+            what: format!(
+                "first boot at {} events, the mark raised over all new ones",
+                grouped(events as f64)
+            ),
             unit: Unit::Seconds,
             ours: Series { name: "boot".into(), rounds: vec![first.took.as_secs_f64()] },
             bounds: vec![],
-            judged_by: By::Itself,
+            compared_by: Comparison::Absolute,
             target: None,
             note: None,
         });
@@ -69,16 +79,23 @@ pub async fn growth(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
         upserts.push(world.measure(&Worker::Declared(files.path(), &model), events, rounds).await?);
     }
     add_lines(sheet, "do-nothing", &nothing, "read and commit", 0.8);
-    // By hand they are a thousand a statement; a file's are sent together only as far as that is the same in effect.
+    // By hand they are a thousand a statement; a file's are sent together only as far as that is
+    // the same in effect.
     add_lines(sheet, "declared upsert", &upserts, "multi-row upserts", 0.75);
     Ok(())
 }
 
 impl World {
-    /// The mark has been raised already. What a boot takes that has nothing to do is not counted: it is the start of a
-    /// process and of its connections, and no matter of the log.
-    async fn measure(&self, worker: &Worker<'_>, events: u64, rounds: usize) -> anyhow::Result<Size> {
-        let mut size = Size { events, rates: Vec::new(), bare_rates: Vec::new(), peaks: Vec::new() };
+    /// The mark has been raised already. What a boot takes that has nothing to do is not counted:
+    /// it is the start of a process and of its connections, and no matter of the log.
+    async fn measure(
+        &self,
+        worker: &Worker<'_>,
+        events: u64,
+        rounds: usize,
+    ) -> anyhow::Result<Size> {
+        let mut size =
+            Size { events, rates: Vec::new(), bare_rates: Vec::new(), peaks: Vec::new() };
         for _ in 0..rounds {
             self.execute("delete from projectors").await?;
             if let Worker::Declared(_, model) = worker {
@@ -100,7 +117,7 @@ impl World {
         Ok(size)
     }
 
-    async fn boot_process(&self, worker: &Worker<'_>) -> anyhow::Result<Ran> {
+    async fn boot_process(&self, worker: &Worker<'_>) -> anyhow::Result<BootRun> {
         let mut command = match worker {
             Worker::Nothing => {
                 let mut command = Command::new(std::env::current_exe()?);
@@ -113,7 +130,11 @@ impl World {
                 command
             }
         };
-        command.arg("boot").env("DATABASE_URL", &self.url).env("PROJECTIONIST_LOG", "warn").kill_on_drop(true);
+        command
+            .arg("boot")
+            .env("DATABASE_URL", &self.url)
+            .env("PROJECTIONIST_LOG", "warn")
+            .kill_on_drop(true);
         let began = Instant::now();
         let mut process = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn()?;
         let pid = process.id().context("it runs")?;
@@ -121,11 +142,11 @@ impl World {
         let ended = loop {
             tokio::select! {
                 ended = process.wait() => break ended?,
-                () = tokio::time::sleep(LOOK_EVERY) => peak_mib = peak(pid).unwrap_or(peak_mib),
+                () = tokio::time::sleep(POLL_INTERVAL) => peak_mib = peak(pid).unwrap_or(peak_mib),
             }
         };
         ensure!(ended.success(), "boot ended with {ended}");
-        Ok(Ran { took: began.elapsed(), peak_mib })
+        Ok(BootRun { took: began.elapsed(), peak_mib })
     }
 }
 
@@ -136,33 +157,40 @@ fn peak(pid: u32) -> Option<f64> {
     Some(peak.split_whitespace().next()?.parse::<f64>().ok()? / 1024.0)
 }
 
-/// Each size beside the first; and beside the bare loop over as many events, to which it must come so near.
+/// Each size beside the first; and beside the bare loop over as many events, to which it must come
+/// so near.
 fn add_lines(sheet: &mut Sheet, what: &str, sizes: &[Size], bare: &str, near: f64) {
     let Some(smallest) = sizes.first() else { return };
     let name = |size: &Size| format!("at {} events", grouped(size.events as f64));
     for size in sizes {
         let is_longer = size.events > smallest.events;
         // Measured at another time, so that the rounds are no pairs.
-        let first = |rates: &[f64]| Series { name: name(smallest), rounds: vec![median(rates); size.rates.len()] };
+        let first = |rates: &[f64]| Series {
+            name: name(smallest),
+            rounds: vec![median(rates); size.rates.len()],
+        };
         let line = Line {
             row: 9,
             what: format!("boot process, {what}, rate {}", name(size)),
             unit: Unit::PerSecond,
             ours: Series { name: name(size), rounds: size.rates.clone() },
             bounds: Vec::from_iter(is_longer.then(|| first(&smallest.rates))),
-            judged_by: By::Ratio,
+            compared_by: Comparison::Ratio,
             target: is_longer.then_some(Target::Within(0.85, 1.15)),
             note: None,
         };
         match is_longer {
             true => {
-                let least = Least {
+                let least = EquivalentLoop {
                     what: format!("boot process, {what} {} ÷ bare {bare} of as many", name(size)),
-                    bare: Series { name: format!("bare {bare} {}", name(size)), rounds: size.bare_rates.clone() },
+                    bare: Series {
+                        name: format!("bare {bare} {}", name(size)),
+                        rounds: size.bare_rates.clone(),
+                    },
                     bare_bound: first(&smallest.bare_rates),
                     target: Target::AtLeast(near),
                 };
-                sheet.add_with_least(line, least);
+                sheet.add_with_equivalent(line, least);
             }
             false => sheet.add(line),
         }
@@ -172,7 +200,7 @@ fn add_lines(sheet: &mut Sheet, what: &str, sizes: &[Size], bare: &str, near: f6
             unit: Unit::Mebibytes,
             ours: Series { name: name(size), rounds: size.peaks.clone() },
             bounds: vec![],
-            judged_by: By::Itself,
+            compared_by: Comparison::Absolute,
             target: Some(Target::AtMost(64.0)),
             note: None,
         });

@@ -1,4 +1,5 @@
-//! Measuring in turn: ours, the bare loop, ours, the bare loop. What changes on the machine meanwhile then hits both.
+//! Measuring in turn: ours, the bare loop, ours, the bare loop. What changes on the machine
+//! meanwhile then hits both.
 
 use std::future::Future;
 use std::time::{Duration, Instant};
@@ -26,13 +27,23 @@ where
 }
 
 /// Runs the lanes one after the other, as many rounds as are asked for.
-pub async fn in_turn<const N: usize, T>(rounds: usize, mut lanes: [Lane<'_, T>; N]) -> anyhow::Result<[Series<T>; N]> {
-    let mut series = lanes.each_ref().map(|lane| Series { name: lane.name.clone(), rounds: Vec::new() });
+pub async fn in_turn<const N: usize, T>(
+    rounds: usize,
+    mut lanes: [Lane<'_, T>; N],
+) -> anyhow::Result<[Series<T>; N]> {
+    let mut series =
+        lanes.each_ref().map(|lane| Series { name: lane.name.clone(), rounds: Vec::new() });
     for round in 1..=rounds {
         for (lane, series) in lanes.iter_mut().zip(&mut series) {
             let began = Instant::now();
-            series.rounds.push((lane.run)().await.map_err(|error| error.context(lane.name.clone()))?);
-            eprintln!("  round {round} of {rounds}: {}, {:.1} s", lane.name, began.elapsed().as_secs_f32());
+            series
+                .rounds
+                .push((lane.run)().await.map_err(|error| error.context(lane.name.clone()))?);
+            eprintln!(
+                "  round {round} of {rounds}: {}, {:.1} s",
+                lane.name,
+                began.elapsed().as_secs_f32()
+            );
         }
     }
     Ok(series)

@@ -1,9 +1,10 @@
 //! Row 8: from the commit of the append to the commit of the projection.
 //!
-//! Ours begins when the writer's commit has returned, and ends when play asks the queue to delete the message: the
-//! projection's transaction has committed then, in the same process, a few instructions ago. Should the engine come to put
-//! its deletions off, this would be too long and never too short. The bare way begins when a message is due to be sent, and
-//! ends when it is received. Both on a schedule, whatever is late: a delay is not hidden by the delay before it.
+//! Ours begins when the writer's commit has returned, and ends when play asks the queue to delete
+//! the message: the projection's transaction has committed then, in the same process, a few
+//! instructions ago. Should the engine come to put its deletions off, this would be too long and
+//! never too short. The bare way begins when a message is due to be sent, and ends when it is
+//! received. Both on a schedule, whatever is late: a delay is not hidden by the delay before it.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -20,22 +21,22 @@ use tokio::time::{sleep_until, timeout};
 use crate::endpoint::{Endpoint, Kind};
 use crate::lanes::{Quantiles, in_turn, lane};
 use crate::projectors::{ReadModel, UpsertEach};
-use crate::sheet::{By, Least, Line, Sheet, Target, Unit};
-use crate::witness::Witness;
+use crate::queue_probes::ObservedQueue;
+use crate::sheet::{Comparison, EquivalentLoop, Line, Sheet, Target, Unit};
 use crate::world::World;
 use crate::{Bench, by_hand};
 
 /// What is not there by then is a failure.
-const PATIENCE: Duration = Duration::from_secs(120);
+const TIMEOUT: Duration = Duration::from_secs(120);
 
-/// A median delay of so many milliseconds, sending to an idle receiver, is that of a line that grows.
-const TOO_LATE: f64 = 500.0;
+/// A median delay of so many milliseconds, sending to an idle receiver, is that of a line that
+/// grows.
+const MAX_DELAY_MS: f64 = 500.0;
 
 /// Each on a connection of its own, taking every eighth event.
 const WRITERS: u64 = 8;
 
-const APPEND: &str =
-    "insert into events (stream_id, stream_version, event_type, payload) values (uuid(), 1, 'Happened', ?)";
+const APPEND: &str = "insert into events (stream_id, stream_version, event_type, payload) values (uuid(), 1, 'Happened', ?)";
 
 /// When so many events a second are due, for so long.
 #[derive(Clone, Copy)]
@@ -53,16 +54,22 @@ pub async fn delays(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
     world.boot(registry).await?;
     for endpoint in [bench.localstack().await, bench.stub().await?] {
         for per_second in [1, 100, 1_000] {
-            let schedule = Schedule { per_second, count: per_second * bench.sizes().latency_seconds };
+            let schedule =
+                Schedule { per_second, count: per_second * bench.sizes().latency_seconds };
             let endpoint = &endpoint;
             let lanes = [
                 lane("append to projection", || projected(world, endpoint, registry, schedule)),
                 lane("send to receive", || received(endpoint, schedule)),
-                lane("append to projection by hand", || projected_by_hand(world, endpoint, model, schedule)),
+                lane("append to projection by hand", || {
+                    projected_by_hand(world, endpoint, model, schedule)
+                }),
             ];
             let [ours, bound, by_hand] = in_turn(bench.options.rounds.min(3), lanes).await?;
-            let is_overloaded = bound.of(|delays| delays.p50).median() > TOO_LATE;
-            let note = format!("{per_second}/s, {}: the queue does not take so many one by one", endpoint.name);
+            let is_overloaded = bound.of(|delays| delays.p50).median() > MAX_DELAY_MS;
+            let note = format!(
+                "{per_second}/s, {}: the queue does not take so many one by one",
+                endpoint.name
+            );
             let note = is_overloaded.then_some(note);
             for (name, figure, most) in [
                 ("p50", (|delays| delays.p50) as fn(&Quantiles) -> f64, Some(1.5)),
@@ -75,18 +82,18 @@ pub async fn delays(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
                     unit: Unit::Milliseconds,
                     ours: ours.of(figure),
                     bounds: vec![bound.of(figure)],
-                    judged_by: By::Ratio,
+                    compared_by: Comparison::Ratio,
                     target: most.filter(|_| per_second == 100).map(Target::AtMost),
                     note: note.clone(),
                 };
-                let least = Least {
+                let least = EquivalentLoop {
                     what: format!("latency at {per_second}/s, {}, {name} ÷ by hand", endpoint.name),
                     bare: by_hand.of(figure),
                     bare_bound: bound.of(figure),
                     target: Target::AtMost(1.25),
                 };
                 match line.target {
-                    Some(_) => sheet.add_with_least(line, least),
+                    Some(_) => sheet.add_with_equivalent(line, least),
                     None => sheet.add(line),
                 }
             }
@@ -103,14 +110,16 @@ async fn projected(
     schedule: Schedule,
 ) -> anyhow::Result<Quantiles> {
     let queue = endpoint.make_queue(Kind::Fifo).await?;
-    let witness = Witness::of(Arc::clone(&queue.sqs) as Arc<dyn Queue>);
+    let witness = ObservedQueue::of(Arc::clone(&queue.sqs) as Arc<dyn Queue>);
     let (stop, stopped) = oneshot::channel::<()>();
-    let (database, registry, watched) = (world.database.clone(), registry.clone(), Arc::clone(&witness));
+    let (database, registry, watched) =
+        (world.database.clone(), registry.clone(), Arc::clone(&witness));
     let playing = tokio::spawn(async move {
         let until = async { _ = stopped.await };
         play(&database, watched as Arc<dyn Queue>, &registry, PlaySettings::default(), until).await
     });
-    // The first events find connections to be opened and statements to be prepared: they are not measured.
+    // The first events find connections to be opened and statements to be prepared: they are not
+    // measured.
     Schedule { per_second: 100, count: WRITERS }.append_and_wait(world, &witness).await?;
     let committed = schedule.append_and_wait(world, &witness).await?;
     let _ = stop.send(());
@@ -127,23 +136,29 @@ async fn projected_by_hand(
     schedule: Schedule,
 ) -> anyhow::Result<Quantiles> {
     let queue = endpoint.make_queue(Kind::Fifo).await?;
-    let publishing = tokio::spawn(by_hand::publish(world, Arc::clone(&queue.sqs)).await?);
+    let publishing = tokio::spawn(hand_written::publish(world, Arc::clone(&queue.sqs)).await?);
     let count = WRITERS + schedule.count;
-    let applying = by_hand::apply(world, &queue.sqs, model, count as usize);
+    let applying = hand_written::apply(world, &queue.sqs, model, count as usize);
     let appending = async {
         Schedule { per_second: 100, count: WRITERS }.append(world).await?;
         schedule.append(world).await
     };
-    let (applied, committed) =
-        timeout(PATIENCE, try_join(applying, appending)).await.context("an event is not projected")??;
+    let (applied, committed) = timeout(TIMEOUT, try_join(applying, appending))
+        .await
+        .context("an event is not projected")??;
     publishing.abort();
     queue.remove().await?;
     delays_of(&committed, &applied)
 }
 
-fn delays_of(committed: &HashMap<u64, Instant>, applied: &HashMap<u64, Instant>) -> anyhow::Result<Quantiles> {
+fn delays_of(
+    committed: &HashMap<u64, Instant>,
+    applied: &HashMap<u64, Instant>,
+) -> anyhow::Result<Quantiles> {
     let delay = |(position, at): (&u64, &Instant)| {
-        let applied = applied.get(position).with_context(|| format!("position {position} came by no message"))?;
+        let applied = applied
+            .get(position)
+            .with_context(|| format!("position {position} came by no message"))?;
         // The relay may be faster than the answer to the commit.
         Ok(applied.saturating_duration_since(*at))
     };
@@ -156,10 +171,16 @@ impl Schedule {
         (began + Duration::from_secs(number) / self.per_second as u32).into()
     }
 
-    async fn append_and_wait(self, world: &World, witness: &Witness) -> anyhow::Result<HashMap<u64, Instant>> {
+    async fn append_and_wait(
+        self,
+        world: &World,
+        witness: &ObservedQueue,
+    ) -> anyhow::Result<HashMap<u64, Instant>> {
         let committed = self.append(world).await?;
         let last = committed.keys().copied().max().unwrap_or_default();
-        timeout(PATIENCE, witness.deleted_through(last)).await.context("an event is not projected")?;
+        timeout(TIMEOUT, witness.deleted_through(last))
+            .await
+            .context("an event is not projected")?;
         Ok(committed)
     }
 
@@ -177,7 +198,8 @@ impl Schedule {
                 let mut committed = Vec::new();
                 for number in (writer..self.count).step_by(WRITERS as usize) {
                     sleep_until(self.due(began, number)).await;
-                    let appended = sqlx::query(APPEND).bind(&payload).execute(&mut connection).await?;
+                    let appended =
+                        sqlx::query(APPEND).bind(&payload).execute(&mut connection).await?;
                     committed.push((appended.last_insert_id(), Instant::now()));
                 }
                 Ok::<_, sqlx::Error>(committed)
@@ -212,12 +234,14 @@ async fn received(endpoint: &Endpoint, schedule: Schedule) -> anyhow::Result<Qua
         Ok::<_, anyhow::Error>(due)
     });
     let mut arrived = HashMap::new();
-    timeout(PATIENCE, async {
+    timeout(TIMEOUT, async {
         while (arrived.len() as u64) < schedule.count {
             let messages = queue.sqs.receive(PlaySettings::default().receive_wait).await?;
             let now = Instant::now();
-            let number = |body: &str| body.split_once(' ').and_then(|(number, _)| number.parse().ok());
-            arrived.extend(messages.iter().filter_map(|message| Some((number(&message.body)?, now))));
+            let number =
+                |body: &str| body.split_once(' ').and_then(|(number, _)| number.parse().ok());
+            arrived
+                .extend(messages.iter().filter_map(|message| Some((number(&message.body)?, now))));
             let receipts: Vec<_> = messages.into_iter().map(|message| message.receipt).collect();
             queue.sqs.delete(&receipts).await?;
         }

@@ -16,8 +16,9 @@ pub const ONE_IN: u64 = 100;
 /// Events in one statement.
 const CHUNK: u64 = 50_000;
 
-/// Positions are given and not left to the server, which would leave holes between bulk inserts. So many streams grow
-/// side by side, each to eight events; what a batch of a thousand events brings of one stream is four of them.
+/// Positions are given and not left to the server, which would leave holes between bulk inserts. So
+/// many streams grow side by side, each to eight events; what a batch of a thousand events brings
+/// of one stream is four of them.
 const FILL: &str = "insert into events (position, event_id, stream_id, stream_version, event_type, recorded_at, payload) \
     select p, concat('00000000-0000-7000-8000-', lpad(hex(p), 12, '0')), \
     concat('case-', lpad(p div 2000 * 250 + p mod 250, 10, '0')), p mod 2000 div 250 + 1, \
@@ -43,7 +44,9 @@ impl Sample {
             let event: AppendLine = serde_json::from_str(line)?;
             Ok((event.event_type, event.payload.get().to_owned()))
         });
-        let sample = lines.collect::<anyhow::Result<Vec<_>>>().with_context(|| file.display().to_string())?;
+        let sample = lines
+            .collect::<anyhow::Result<Vec<_>>>()
+            .with_context(|| file.display().to_string())?;
         ensure!(!sample.is_empty(), "{} has no events", file.display());
         Ok(Sample(sample))
     }
@@ -51,8 +54,12 @@ impl Sample {
     /// Of events of about 300 bytes, the same in every run.
     pub fn generated() -> Self {
         let mut dice = fastrand::Rng::with_seed(4);
-        let types =
-            ["Confirmation of receipt", "Check confirmation", "Determine necessity of advice", "Draft decision"];
+        let types = [
+            "Confirmation of receipt",
+            "Check confirmation",
+            "Determine necessity of advice",
+            "Draft decision",
+        ];
         let event = |_| {
             let event_type = dice.choice(types).unwrap_or_default().to_owned();
             let payload = format!(
@@ -78,11 +85,13 @@ impl World {
     pub async fn fill(&self, sample: &Sample, events: u64) -> anyhow::Result<()> {
         let mut connection = self.connection().await?;
         prepare(&mut connection, sample).await?;
-        let mut after = self.number("select cast(coalesce(max(position), 0) as unsigned) from events").await?;
+        let mut after =
+            self.number("select cast(coalesce(max(position), 0) as unsigned) from events").await?;
         while after < events {
             let end = events.min(after + CHUNK);
             let (thousands, size) = ((end - after).div_ceil(1_000), sample.0.len() as u64);
-            let fill = sqlx::query(FILL).bind(RARE).bind(after + 1).bind(thousands).bind(size).bind(end);
+            let fill =
+                sqlx::query(FILL).bind(RARE).bind(after + 1).bind(thousands).bind(size).bind(end);
             fill.execute(&mut connection).await.context("filling the log")?;
             after = end;
         }

@@ -1,4 +1,5 @@
-//! What it is measured on: the parts of `localstack/`, started where they are not up, and this machine.
+//! What it is measured on: the parts of `localstack/`, started where they are not up, and this
+//! machine.
 
 use std::process::Command;
 
@@ -6,7 +7,7 @@ use anyhow::{Context, ensure};
 use serde_json::{Value, json};
 
 /// Above this, other processes take part in the figures.
-const QUIET: f64 = 0.7;
+const MAX_LOAD: f64 = 0.7;
 
 /// The addresses of a database server and of LocalStack.
 pub struct Parts {
@@ -20,7 +21,9 @@ impl Parts {
     pub fn of(server: &str) -> anyhow::Result<Self> {
         let url = format!("{}_URL", server.to_uppercase());
         let from_environment = |name: &str| std::env::var(name).ok();
-        if let (Some(server_url), Some(sqs_endpoint)) = (from_environment(&url), from_environment("AWS_ENDPOINT_URL")) {
+        if let (Some(server_url), Some(sqs_endpoint)) =
+            (from_environment(&url), from_environment("AWS_ENDPOINT_URL"))
+        {
             return Ok(Parts { server_url, sqs_endpoint });
         }
         let up = concat!(env!("CARGO_MANIFEST_DIR"), "/localstack/up");
@@ -32,10 +35,17 @@ impl Parts {
 
 /// What `localstack/up` has written.
 fn written(name: &str) -> anyhow::Result<String> {
-    let state = std::env::var("PROJECTIONIST_STATE").unwrap_or(concat!(env!("CARGO_MANIFEST_DIR"), "/.local").into());
-    let text = std::fs::read_to_string(format!("{state}/env")).with_context(|| format!("{state}/env"))?;
-    let value = text.lines().find_map(|line| line.strip_prefix("export ")?.strip_prefix(name)?.strip_prefix('='));
-    Ok(value.with_context(|| format!("{name} is not in {state}/env"))?.trim_matches(['\'', '"']).to_owned())
+    let state = std::env::var("PROJECTIONIST_STATE")
+        .unwrap_or(concat!(env!("CARGO_MANIFEST_DIR"), "/.local").into());
+    let text =
+        std::fs::read_to_string(format!("{state}/env")).with_context(|| format!("{state}/env"))?;
+    let value = text
+        .lines()
+        .find_map(|line| line.strip_prefix("export ")?.strip_prefix(name)?.strip_prefix('='));
+    Ok(value
+        .with_context(|| format!("{name} is not in {state}/env"))?
+        .trim_matches(['\'', '"'])
+        .to_owned())
 }
 
 /// The load average of the last minute.
@@ -51,7 +61,7 @@ pub fn facts(server: &str, version: &str, settings: &[(String, String)]) -> Valu
     if cfg!(debug_assertions) {
         eprintln!("WARNING: not optimised: this shows that the bench works, and no more");
     }
-    if load > QUIET {
+    if load > MAX_LOAD {
         eprintln!("WARNING: load {load}: others take part in these figures");
     }
     let settings: serde_json::Map<String, Value> =
@@ -72,8 +82,9 @@ pub fn facts(server: &str, version: &str, settings: &[(String, String)]) -> Valu
 /// The same for people.
 pub fn describe(facts: &Value) -> String {
     let settings = facts["settings"].as_object().into_iter().flatten();
-    let settings: Vec<String> =
-        settings.map(|(name, value)| format!("{name}={}", value.as_str().unwrap_or_default())).collect();
+    let settings: Vec<String> = settings
+        .map(|(name, value)| format!("{name}={}", value.as_str().unwrap_or_default()))
+        .collect();
     let of = |name: &str| facts[name].as_str().unwrap_or_default().to_owned();
     format!(
         "{} {}, {} CPUs, load {}, profile {}; {}",

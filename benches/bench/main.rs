@@ -1,14 +1,16 @@
-//! `cargo bench`: each row measures ours and the bare loop that bounds it, in turn, on the local parts.
+//! `cargo bench`: each row measures ours and the bare loop that bounds it, in turn, on the local
+//! parts.
 //!
-//! Starts what is missing by `localstack/up`, makes a database and queues of its own, and takes them away again. It asserts
-//! no speed: the table says which targets are met. `cargo test --bench bench -- --quick` shows that it works, in minutes.
+//! Starts what is missing by `localstack/up`, makes a database and queues of its own, and takes
+//! them away again. It asserts no speed: the table says which targets are met. `cargo test --bench
+//! bench -- --quick` shows that it works, in minutes.
 
 mod bare;
 mod boot;
-mod by_hand;
 mod endpoint;
 mod fence;
 mod growth;
+mod hand_written;
 mod lanes;
 mod latency;
 mod log;
@@ -16,9 +18,9 @@ mod machine;
 mod mark;
 mod play;
 mod projectors;
+mod queue_probes;
 mod sheet;
 mod stub;
-mod witness;
 mod world;
 
 use std::net::SocketAddr;
@@ -54,7 +56,8 @@ struct Options {
     /// The lengths of the log in row 9, ascending
     #[arg(long, value_delimiter = ',', default_values_t = [100_000, 1_000_000, 5_000_000])]
     sizes: Vec<u64>,
-    /// A file of events, as `projectionist append` takes them, that the log is made of; generated, unless told
+    /// A file of events, as `projectionist append` takes them, that the log is made of; generated,
+    /// unless told
     #[arg(long)]
     sample: Option<PathBuf>,
     /// Write every round to this file
@@ -171,7 +174,8 @@ async fn bench() -> anyhow::Result<ExitCode> {
     let mut sheet = Sheet::new(machine::facts(server, &version, &settings));
     let bench = Bench { options, parts, sample, stub: stub::start()? };
 
-    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let (mut terminate, mut interrupt) =
+        (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let ended = tokio::select! {
         ended = run(&bench, &mut sheet) => ended.map(|()| ExitCode::SUCCESS),
         _ = terminate.recv() => Ok(ExitCode::from(143)),
@@ -180,7 +184,8 @@ async fn bench() -> anyhow::Result<ExitCode> {
     // What was measured until then is worth telling, too.
     println!("\n{sheet}");
     if let Some(file) = &bench.options.json {
-        std::fs::write(file, format!("{:#}\n", sheet.json())).with_context(|| file.display().to_string())?;
+        std::fs::write(file, format!("{:#}\n", sheet.json()))
+            .with_context(|| file.display().to_string())?;
     }
     world::clear(&bench.parts).await?;
     bench.localstack().await.clear().await?;
@@ -196,7 +201,7 @@ async fn run(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
             3 => boot::upsert_rows(bench, sheet).await,
             4 => boot::eight_at_once(bench, sheet).await,
             5 => boot::one_in_a_hundred(bench, sheet).await,
-            6 => play::one_a_message(bench, sheet).await,
+            6 => play::one_event_per_message(bench, sheet).await,
             7 => play::packed(bench, sheet).await,
             8 => latency::delays(bench, sheet).await,
             9 => growth::growth(bench, sheet).await,

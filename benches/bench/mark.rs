@@ -1,8 +1,9 @@
 //! Row 10: what the high-water mark and the table's keys cost.
 //!
-//! Eight writers overlap. Ours is the relay: it raises the mark, reads up to it and hands the events to a queue that does
-//! nothing but note the time. The bare loop reads what is visible above the last position that it has seen, which is what
-//! the mark is there to prevent: it loses events, and the line says how many. Both look every five milliseconds while nothing is new.
+//! Eight writers overlap. Ours is the relay: it raises the mark, reads up to it and hands the
+//! events to a queue that does nothing but note the time. The bare loop reads what is visible above
+//! the last position that it has seen, which is what the mark is there to prevent: it loses events,
+//! and the line says how many. Both look every five milliseconds while nothing is new.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -17,17 +18,18 @@ use tokio::time::{sleep, timeout};
 
 use crate::Bench;
 use crate::lanes::{Quantiles, in_turn, lane, per_second};
-use crate::sheet::{By, Line, Sheet, Target, Unit};
-use crate::witness::{Recorder, positions};
+use crate::queue_probes::{SentRecorder, positions};
+use crate::sheet::{Comparison, Line, Sheet, Target, Unit};
 use crate::world::World;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 const WRITERS: usize = 8;
 
-const LOOK_EVERY: Duration = Duration::from_millis(5);
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
-/// A transaction is open for up to so long, so that they become visible out of order; and a writer rests for up to so long.
+/// A transaction is open for up to so long, so that they become visible out of order; and a writer
+/// rests for up to so long.
 const OPEN_MICROS: u64 = 4_000;
 const REST_MICROS: u64 = 20_000;
 
@@ -51,7 +53,7 @@ const BARE_TABLE: &str = "create table bare_events ( \
 type Committed = HashMap<u64, Instant>;
 
 /// How late a position was seen, and how many were never seen.
-struct Seen {
+struct MarkDelays {
     delays: Quantiles,
     lost: usize,
 }
@@ -61,13 +63,15 @@ pub async fn high_water(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> 
     let duration = bench.sizes().mark_duration;
     for (what, rollbacks) in [("no rollbacks", 0.0), ("10% rollbacks", 0.1)] {
         let lanes = [
-            lane("relay, by the mark", || by_the_mark(world, duration, rollbacks)),
-            lane("by the last position seen", || by_the_last_seen(world, duration, rollbacks)),
+            lane("relay, by the mark", || measure_by_mark(world, duration, rollbacks)),
+            lane("by the last position seen", || {
+                measure_by_last_position(world, duration, rollbacks)
+            }),
         ];
         let [ours, bound] = in_turn(bench.options.rounds, lanes).await?;
         let lost: usize = bound.rounds.iter().map(|seen| seen.lost).sum();
         for (name, figure, target) in [
-            ("p50", (|seen| seen.delays.p50) as fn(&Seen) -> f64, Some(Target::AtMost(20.0))),
+            ("p50", (|seen| seen.delays.p50) as fn(&MarkDelays) -> f64, Some(Target::AtMost(20.0))),
             ("p99", |seen| seen.delays.p99, None),
         ] {
             sheet.add(Line {
@@ -76,7 +80,7 @@ pub async fn high_water(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> 
                 unit: Unit::Milliseconds,
                 ours: ours.of(figure),
                 bounds: vec![bound.of(figure)],
-                judged_by: By::Difference,
+                compared_by: Comparison::Difference,
                 target: target.filter(|_| rollbacks == 0.0),
                 note: Some(format!("{what}: the latter lost {lost} events")),
             });
@@ -85,14 +89,17 @@ pub async fn high_water(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> 
     append(bench, sheet, world).await
 }
 
-/// Appends with all keys and checks, and without; and by `EventStore::append`, which also reads the stream's version.
+/// Appends with all keys and checks, and without; and by `EventStore::append`, which also reads the
+/// stream's version.
 async fn append(bench: &Bench, sheet: &mut Sheet, world: &World) -> anyhow::Result<()> {
     world.execute(BARE_TABLE).await?;
     let duration = bench.sizes().mark_duration;
     let lanes = [
         lane("insert into events", || inserted(world, "events", duration)),
         lane("EventStore::append", || appended(world, duration)),
-        lane("insert into a table without our keys and checks", || inserted(world, "bare_events", duration)),
+        lane("insert into a table without our keys and checks", || {
+            inserted(world, "bare_events", duration)
+        }),
     ];
     let [insert, append, bound] = in_turn(bench.options.rounds, lanes).await?;
     for (what, ours) in [("insert", insert), ("EventStore::append", append)] {
@@ -108,9 +115,13 @@ async fn append(bench: &Bench, sheet: &mut Sheet, world: &World) -> anyhow::Resu
     Ok(())
 }
 
-async fn by_the_mark(world: &World, duration: Duration, rollbacks: f64) -> anyhow::Result<Seen> {
-    let recorder = Recorder::new();
-    let relay = RelaySettings { interval: LOOK_EVERY, ..RelaySettings::default() };
+async fn measure_by_mark(
+    world: &World,
+    duration: Duration,
+    rollbacks: f64,
+) -> anyhow::Result<MarkDelays> {
+    let recorder = SentRecorder::new();
+    let relay = RelaySettings { interval: POLL_INTERVAL, ..RelaySettings::default() };
     let settings = PlaySettings { relay: Some(relay), ..PlaySettings::default() };
     let (stop, stopped) = oneshot::channel::<()>();
     let (database, queue) = (world.database.clone(), Arc::clone(&recorder) as Arc<dyn Queue>);
@@ -120,9 +131,9 @@ async fn by_the_mark(world: &World, duration: Duration, rollbacks: f64) -> anyho
     });
     // What other lanes have left comes first.
     let last = world.number(LAST).await?;
-    timeout(PATIENCE, async {
+    timeout(TIMEOUT, async {
         while world.number(PUBLISHED).await? < last {
-            sleep(LOOK_EVERY).await;
+            sleep(POLL_INTERVAL).await;
         }
         Ok::<_, anyhow::Error>(())
     })
@@ -131,7 +142,9 @@ async fn by_the_mark(world: &World, duration: Duration, rollbacks: f64) -> anyho
 
     let committed = write(world, duration, rollbacks).await?;
     let last = committed.keys().copied().max().unwrap_or_default();
-    timeout(PATIENCE, recorder.sent_through(last)).await.context("the relay does not come to the end")?;
+    timeout(TIMEOUT, recorder.sent_through(last))
+        .await
+        .context("the relay does not come to the end")?;
     let _ = stop.send(());
     playing.await??;
     let mut sent = HashMap::new();
@@ -139,10 +152,14 @@ async fn by_the_mark(world: &World, duration: Duration, rollbacks: f64) -> anyho
         let (first, last) = positions(&body).context("a message of the relay's")?;
         sent.extend((first..=last).map(|position| (position, at)));
     }
-    Ok(seen(&committed, &sent))
+    Ok(mark_delays(&committed, &sent))
 }
 
-async fn by_the_last_seen(world: &World, duration: Duration, rollbacks: f64) -> anyhow::Result<Seen> {
+async fn measure_by_last_position(
+    world: &World,
+    duration: Duration,
+    rollbacks: f64,
+) -> anyhow::Result<MarkDelays> {
     let mut connection = world.connection().await?;
     let mut after: u64 = world.number(LAST).await?;
     let (stop, mut stopped) = oneshot::channel::<()>();
@@ -151,7 +168,8 @@ async fn by_the_last_seen(world: &World, duration: Duration, rollbacks: f64) -> 
         // A last look when all is written.
         let mut is_last = false;
         loop {
-            let found: Vec<u64> = sqlx::query_scalar(VISIBLE).bind(after).fetch_all(&mut connection).await?;
+            let found: Vec<u64> =
+                sqlx::query_scalar(VISIBLE).bind(after).fetch_all(&mut connection).await?;
             let now = Instant::now();
             visible.extend(found.iter().map(|position| (*position, now)));
             if is_last {
@@ -159,22 +177,22 @@ async fn by_the_last_seen(world: &World, duration: Duration, rollbacks: f64) -> 
             }
             match found.last() {
                 Some(last) => after = *last,
-                None => sleep(LOOK_EVERY).await,
+                None => sleep(POLL_INTERVAL).await,
             }
             is_last = !matches!(stopped.try_recv(), Err(oneshot::error::TryRecvError::Empty));
         }
     });
     let committed = write(world, duration, rollbacks).await?;
     drop(stop);
-    Ok(seen(&committed, &looking.await??))
+    Ok(mark_delays(&committed, &looking.await??))
 }
 
-fn seen(committed: &Committed, seen: &HashMap<u64, Instant>) -> Seen {
+fn mark_delays(committed: &Committed, seen: &HashMap<u64, Instant>) -> MarkDelays {
     let delays: Vec<Duration> = committed
         .iter()
         .filter_map(|(position, at)| Some(seen.get(position)?.saturating_duration_since(*at)))
         .collect();
-    Seen { lost: committed.len() - delays.len(), delays: Quantiles::of(&delays) }
+    MarkDelays { lost: committed.len() - delays.len(), delays: Quantiles::of(&delays) }
 }
 
 /// Eight writers, one event a transaction, for so long.
@@ -187,7 +205,9 @@ async fn write(world: &World, duration: Duration, rollbacks: f64) -> anyhow::Res
             let (mut committed, began) = (Vec::new(), Instant::now());
             while began.elapsed() < duration {
                 let mut transaction = connection.begin().await?;
-                let insert = sqlx::query(AssertSqlSafe(statement.clone())).execute(&mut *transaction).await?;
+                let insert = sqlx::query(AssertSqlSafe(statement.clone()))
+                    .execute(&mut *transaction)
+                    .await?;
                 sleep(Duration::from_micros(fastrand::u64(..OPEN_MICROS))).await;
                 match fastrand::f64() < rollbacks {
                     true => transaction.rollback().await?,

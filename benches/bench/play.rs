@@ -11,12 +11,12 @@ use crate::endpoint::{Endpoint, Kind};
 use crate::fence::Fence;
 use crate::lanes::{in_turn, lane, per_second};
 use crate::projectors::Nothing;
-use crate::sheet::{By, Least, Line, Sheet, Target, Unit};
-use crate::witness::{Recorder, Witness, positions};
+use crate::queue_probes::{ObservedQueue, SentRecorder, positions};
+use crate::sheet::{Comparison, EquivalentLoop, Line, Sheet, Target, Unit};
 use crate::world::World;
 
 /// Nothing here takes longer, not even one message at a time through LocalStack.
-const PATIENCE: Duration = Duration::from_secs(600);
+const TIMEOUT: Duration = Duration::from_secs(600);
 
 const ONE_AT_A_TIME: usize = 1;
 
@@ -26,9 +26,10 @@ struct Backlog {
     events: u64,
 }
 
-/// One event a message: play with one projector and with ten, and who only receives and deletes the same messages; and who
-/// asks in between for whom they are, and commits a position, without which nothing may be deleted.
-pub async fn one_a_message(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
+/// One event a message: play with one projector and with ten, and who only receives and deletes the
+/// same messages; and who asks in between for whom they are, and commits a position, without which
+/// nothing may be deleted.
+pub async fn one_event_per_message(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
     let (world, registries) = live(bench, bench.sizes().stub_messages).await?;
     let (world, [one, ten]) = (&world, &registries);
     let all = record(world, bench.sizes().stub_messages, ONE_AT_A_TIME).await?;
@@ -41,7 +42,9 @@ pub async fn one_a_message(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<(
         let endpoint = &endpoint;
         let committing = match kind {
             Kind::Fifo => "receive, ask who is live, commit, delete, one after the other",
-            Kind::Standard => "receive, ask who is live, commit, delete, with the next receive meanwhile",
+            Kind::Standard => {
+                "receive, ask who is live, commit, delete, with the next receive meanwhile"
+            }
         };
         let [one, ten, bound, bare] = in_turn(
             bench.options.rounds,
@@ -53,39 +56,42 @@ pub async fn one_a_message(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<(
             ],
         )
         .await?;
-        let what = |projectors| format!("play {projectors} from {} ({})", endpoint.name, kind.as_str());
+        let what =
+            |projectors| format!("play {projectors} from {} ({})", endpoint.name, kind.as_str());
         let line = |projectors, ours, target| Line {
             row: 6,
             what: format!("{} ÷ receive and delete", what(projectors)),
             unit: Unit::PerSecond,
             ours,
             bounds: vec![bound.clone()],
-            judged_by: By::Ratio,
+            compared_by: Comparison::Ratio,
             target,
             note: Some(format!("{}: {} messages of one event", endpoint.name, backlog.events)),
         };
-        let least = Least {
+        let least = EquivalentLoop {
             what: format!("{} ÷ the same with a commit", what(1)),
             bare,
             bare_bound: bound.clone(),
             target: Target::AtLeast(0.9),
         };
-        sheet.add_with_least(line(1, one, Some(Target::AtLeast(0.9))), least);
+        sheet.add_with_equivalent(line(1, one, Some(Target::AtLeast(0.9))), least);
         sheet.add(line(10, ten, None));
     }
     Ok(())
 }
 
-/// A backlog packed as the relay does, and one event a message: of what is in the queue, and of what the relay in the
-/// worker has yet to send.
+/// A backlog packed as the relay does, and one event a message: of what is in the queue, and of
+/// what the relay in the worker has yet to send.
 pub async fn packed(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
     let (world, registries) = live(bench, bench.sizes().packed_events).await?;
     let (world, [one, _]) = (&world, &registries);
-    let packed = record(world, bench.sizes().packed_events, RelaySettings::default().max_events).await?;
+    let packed =
+        record(world, bench.sizes().packed_events, RelaySettings::default().max_events).await?;
     let asked = Some(Target::AtLeast(20.0));
     for (endpoint, messages, from_queue) in [
         (bench.localstack().await, bench.sizes().localstack_messages, asked),
-        // Where a message costs next to nothing: the faster one is played, the less there is to be had by packing.
+        // Where a message costs next to nothing: the faster one is played, the less there is to be
+        // had by packing.
         (bench.stub().await?, bench.sizes().stub_messages, None),
     ] {
         let (endpoint, packed) = (&endpoint, &packed);
@@ -96,23 +102,41 @@ pub async fn packed(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
             [
                 lane("packed", || played(world, endpoint, Kind::Fifo, one, packed)),
                 lane("one event a message", || played(world, endpoint, Kind::Fifo, one, single)),
-                lane("packed, with relay", || relayed(RelaySettings::default().max_events, packed.events)),
-                lane("one event a message, with relay", || relayed(ONE_AT_A_TIME, bench.sizes().relayed_messages)),
+                lane("packed, with relay", || {
+                    relayed(RelaySettings::default().max_events, packed.events)
+                }),
+                lane("one event a message, with relay", || {
+                    relayed(ONE_AT_A_TIME, bench.sizes().relayed_messages)
+                }),
             ],
         )
         .await?;
-        let packed_note = format!("{}: {} events in {} messages", endpoint.name, packed.events, packed.bodies.len());
+        let packed_note = format!(
+            "{}: {} events in {} messages",
+            endpoint.name,
+            packed.events,
+            packed.bodies.len()
+        );
         for (what, ours, bound, singles, target) in [
             ("from the queue", ours, bound, messages, from_queue),
-            ("through relay and queue", ours_relayed, bound_relayed, bench.sizes().relayed_messages, asked),
+            (
+                "through relay and queue",
+                ours_relayed,
+                bound_relayed,
+                bench.sizes().relayed_messages,
+                asked,
+            ),
         ] {
             sheet.add(Line {
                 row: 7,
-                what: format!("play a backlog {what}, {}, packed ÷ one event a message", endpoint.name),
+                what: format!(
+                    "play a backlog {what}, {}, packed ÷ one event a message",
+                    endpoint.name
+                ),
                 unit: Unit::PerSecond,
                 ours,
                 bounds: vec![bound],
-                judged_by: By::Ratio,
+                compared_by: Comparison::Ratio,
                 target,
                 note: Some(format!("{packed_note}, {singles} one by one")),
             });
@@ -146,7 +170,7 @@ impl Backlog {
 /// What the relay makes of the first events of the log.
 async fn record(world: &World, events: u64, max_events: usize) -> anyhow::Result<Backlog> {
     world.rewind_relay().await?;
-    let recorder = Recorder::new();
+    let recorder = SentRecorder::new();
     let queue = Arc::clone(&recorder) as Arc<dyn Queue>;
     let settings = PlaySettings {
         relay: Some(RelaySettings { max_events, ..RelaySettings::default() }),
@@ -154,9 +178,12 @@ async fn record(world: &World, events: u64, max_events: usize) -> anyhow::Result
     };
     let nobody = Registry::new();
     let recording = play(&world.database, queue, &nobody, settings, recorder.sent_through(events));
-    tokio::time::timeout(PATIENCE, recording).await.context("the relay does not come to the end")??;
+    tokio::time::timeout(TIMEOUT, recording)
+        .await
+        .context("the relay does not come to the end")??;
     let of_these = |body: &String| positions(body).is_some_and(|(_, last)| last <= events);
-    let bodies: Vec<String> = recorder.take().into_iter().map(|(body, _)| body).filter(of_these).collect();
+    let bodies: Vec<String> =
+        recorder.take().into_iter().map(|(body, _)| body).filter(of_these).collect();
     Ok(Backlog { bodies, events })
 }
 
@@ -171,7 +198,7 @@ async fn played(
     world.rewind().await?;
     let queue = endpoint.make_queue(kind).await?;
     queue.fill(&backlog.bodies).await?;
-    let witness = Witness::of(Arc::clone(&queue.sqs) as Arc<dyn Queue>);
+    let witness = ObservedQueue::of(Arc::clone(&queue.sqs) as Arc<dyn Queue>);
     let took = play_through(world, witness, registry, None, backlog.events).await?;
     queue.remove().await?;
     Ok(per_second(backlog.events, took))
@@ -188,7 +215,7 @@ async fn relayed(
     world.rewind().await?;
     world.rewind_relay().await?;
     let queue = endpoint.make_queue(Kind::Fifo).await?;
-    let witness = Witness::of(Arc::clone(&queue.sqs) as Arc<dyn Queue>);
+    let witness = ObservedQueue::of(Arc::clone(&queue.sqs) as Arc<dyn Queue>);
     let relay = RelaySettings { max_events, ..RelaySettings::default() };
     let took = play_through(world, witness, registry, Some(relay), events).await?;
     queue.remove().await?;
@@ -198,7 +225,7 @@ async fn relayed(
 /// Plays until a position has been applied by all, and deleted.
 async fn play_through(
     world: &World,
-    witness: Arc<Witness>,
+    witness: Arc<ObservedQueue>,
     registry: &Registry,
     relay: Option<RelaySettings>,
     position: u64,
@@ -208,7 +235,7 @@ async fn play_through(
     let (mut ended, began) = (None, Instant::now());
     let until = async { ended = Some(witness.deleted_through(position).await) };
     let playing = play(&world.database, queue, registry, settings, until);
-    tokio::time::timeout(PATIENCE, playing).await.context("play does not come to the end")??;
+    tokio::time::timeout(TIMEOUT, playing).await.context("play does not come to the end")??;
     let took = ended.context("play ended by itself")?.duration_since(began);
     let reached = world.number("select position from projectors where name = 'nothing_0'").await?;
     ensure!(reached >= position, "play has deleted what it did not apply: {reached} of {position}");
@@ -220,15 +247,27 @@ async fn received(endpoint: &Endpoint, kind: Kind, backlog: &Backlog) -> anyhow:
     drain(endpoint, kind, backlog, None).await
 }
 
-/// The same for who asks for whom it is, and moves a position past what was received, before it is deleted.
-async fn committed(world: &World, endpoint: &Endpoint, kind: Kind, backlog: &Backlog) -> anyhow::Result<f64> {
+/// The same for who asks for whom it is, and moves a position past what was received, before it is
+/// deleted.
+async fn committed(
+    world: &World,
+    endpoint: &Endpoint,
+    kind: Kind,
+    backlog: &Backlog,
+) -> anyhow::Result<f64> {
     drain(endpoint, kind, backlog, Some(Fence::new(world, 0).await?)).await
 }
 
-async fn drain(endpoint: &Endpoint, kind: Kind, backlog: &Backlog, mut fence: Option<Fence>) -> anyhow::Result<f64> {
+async fn drain(
+    endpoint: &Endpoint,
+    kind: Kind,
+    backlog: &Backlog,
+    mut fence: Option<Fence>,
+) -> anyhow::Result<f64> {
     let queue = endpoint.make_queue(kind).await?;
     queue.fill(&backlog.bodies).await?;
-    // A FIFO queue gives out nothing before the last messages are deleted, and who commits nothing has nothing to do meanwhile.
+    // A FIFO queue gives out nothing before the last messages are deleted, and who commits nothing
+    // has nothing to do meanwhile.
     let is_ahead = kind == Kind::Standard && fence.is_some();
     let (began, mut left) = (Instant::now(), backlog.bodies.len());
     let wait = PlaySettings::default().receive_wait;
@@ -236,15 +275,16 @@ async fn drain(endpoint: &Endpoint, kind: Kind, backlog: &Backlog, mut fence: Op
     while left > 0 {
         let receipts: Vec<_> = received.into_iter().map(|message| message.receipt).collect();
         left -= receipts.len();
-        ensure!(began.elapsed() < PATIENCE, "{left} messages do not come");
+        ensure!(began.elapsed() < TIMEOUT, "{left} messages do not come");
         let work = async {
             if let Some(fence) = &mut fence {
-                fence.ask().await?;
+                fence.lock_row().await?;
                 fence.advance(receipts.len() as u64).await?;
             }
             anyhow::Ok(queue.sqs.delete(&receipts).await?)
         };
-        let next = async { if left > 0 { Ok(queue.sqs.receive(wait).await?) } else { Ok(Vec::new()) } };
+        let next =
+            async { if left > 0 { Ok(queue.sqs.receive(wait).await?) } else { Ok(Vec::new()) } };
         received = if is_ahead {
             tokio::try_join!(next, work)?.0
         } else {

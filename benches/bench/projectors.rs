@@ -28,7 +28,7 @@ pub struct ReadModel {
 }
 
 /// What a row of the read model is made of.
-pub struct Written<'e> {
+pub struct WriteEvent<'e> {
     pub stream_id: &'e str,
     pub event_type: &'e str,
     pub recorded_at: OffsetDateTime,
@@ -36,7 +36,11 @@ pub struct Written<'e> {
 
 impl ReadModel {
     pub fn new(table: &str) -> Self {
-        ReadModel { table: table.to_owned(), upsert: upsert(table, 1).into(), upsert_rows: upsert(table, ROWS).into() }
+        ReadModel {
+            table: table.to_owned(),
+            upsert: upsert(table, 1).into(),
+            upsert_rows: upsert(table, ROWS).into(),
+        }
     }
 
     /// Empty, and there.
@@ -46,15 +50,25 @@ impl ReadModel {
     }
 
     /// One event, one statement.
-    pub async fn write(&self, event: Written<'_>, db: &mut MySqlConnection) -> Result<(), sqlx::Error> {
+    pub async fn write(
+        &self,
+        event: WriteEvent<'_>,
+        db: &mut MySqlConnection,
+    ) -> Result<(), sqlx::Error> {
         let query = sqlx::query(AssertSqlSafe(Arc::clone(&self.upsert)));
-        query.bind(event.stream_id).bind(event.event_type).bind(event.recorded_at).execute(db).await.map(|_| ())
+        query
+            .bind(event.stream_id)
+            .bind(event.event_type)
+            .bind(event.recorded_at)
+            .execute(db)
+            .await
+            .map(|_| ())
     }
 
     /// A thousand events, one statement.
     pub async fn write_rows<'e>(
         &self,
-        events: impl ExactSizeIterator<Item = Written<'e>>,
+        events: impl ExactSizeIterator<Item = WriteEvent<'e>>,
         db: &mut MySqlConnection,
     ) -> Result<(), sqlx::Error> {
         let text = match events.len() {
@@ -85,9 +99,13 @@ fn upsert(table: &str, rows: usize) -> String {
     format!("insert into {table} values {} {ON_DUPLICATE}", vec!["(?, ?, ?, 1)"; rows].join(", "))
 }
 
-impl<'e> From<&'e Event> for Written<'e> {
+impl<'e> From<&'e Event> for WriteEvent<'e> {
     fn from(event: &'e Event) -> Self {
-        Written { stream_id: event.stream_id(), event_type: event.event_type(), recorded_at: event.recorded_at() }
+        WriteEvent {
+            stream_id: event.stream_id(),
+            event_type: event.event_type(),
+            recorded_at: event.recorded_at(),
+        }
     }
 }
 
@@ -150,9 +168,13 @@ impl Projector for UpsertRows {
         Ok(self.0.write(event.into(), db).await?)
     }
 
-    async fn handle_batch(&self, events: &[&Event], db: &mut MySqlConnection) -> anyhow::Result<()> {
+    async fn handle_batch(
+        &self,
+        events: &[&Event],
+        db: &mut MySqlConnection,
+    ) -> anyhow::Result<()> {
         for chunk in events.chunks(ROWS) {
-            self.0.write_rows(chunk.iter().map(|event| Written::from(*event)), db).await?;
+            self.0.write_rows(chunk.iter().map(|event| WriteEvent::from(*event)), db).await?;
         }
         Ok(())
     }
@@ -169,7 +191,8 @@ pub fn folder(declarations: &[(&str, String)]) -> anyhow::Result<tempfile::TempD
 
 /// The projectors of these read models, declared in files.
 pub fn declared(models: &[ReadModel], events: &str) -> anyhow::Result<Registry> {
-    let files: Vec<_> = models.iter().map(|model| (model.table.as_str(), model.declaration(events))).collect();
+    let files: Vec<_> =
+        models.iter().map(|model| (model.table.as_str(), model.declaration(events))).collect();
     let mut registry = Registry::new();
     load(folder(&files)?.path(), &mut registry).context("the projector files")?;
     Ok(registry)

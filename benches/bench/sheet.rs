@@ -17,7 +17,7 @@ pub struct Line {
     pub unit: Unit,
     pub ours: Series<f64>,
     pub bounds: Vec<Series<f64>>,
-    pub judged_by: By,
+    pub compared_by: Comparison,
     pub target: Option<Target>,
     /// What a reader must know to read the line.
     pub note: Option<String>,
@@ -33,15 +33,17 @@ impl Line {
         bounds: Vec<Series<f64>>,
         target: Option<Target>,
     ) -> Self {
-        Line { row, what, unit, ours, bounds, judged_by: By::Ratio, target, note: None }
+        Line { row, what, unit, ours, bounds, compared_by: Comparison::Ratio, target, note: None }
     }
 }
 
-/// Beside a line whose target compares with something that does less than is asked of ours: the least that does it all.
-pub struct Least {
+/// Beside a line whose target compares with something that does less than is asked of ours: the
+/// least that does it all.
+pub struct EquivalentLoop {
     pub what: String,
     pub bare: Series<f64>,
-    /// What the target compares with, as bare loops have it. If the least misses the target by that, so must ours.
+    /// What the target compares with, as bare loops have it. If the least misses the target by
+    /// that, so must ours.
     pub bare_bound: Series<f64>,
     /// How close ours must come to the least then.
     pub target: Target,
@@ -49,13 +51,13 @@ pub struct Least {
 
 /// What the target is about: of each round, and then the median.
 #[derive(Clone, Copy)]
-pub enum By {
+pub enum Comparison {
     /// Ours ÷ the bound.
     Ratio,
     /// Ours − the bound.
     Difference,
     /// Ours alone.
-    Itself,
+    Absolute,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -78,7 +80,8 @@ pub enum Target {
 enum Verdict {
     Met,
     Missed,
-    /// Missed, as the least that does it all would miss it; and ours is as close to that as it must be.
+    /// Missed, as the least that does it all would miss it; and ours is as close to that as it must
+    /// be.
     BoundShown,
 }
 
@@ -92,10 +95,10 @@ struct Spread {
 pub struct Sheet {
     /// On what it was measured.
     facts: Value,
-    lines: Vec<Told>,
+    lines: Vec<ReportedLine>,
 }
 
-struct Told {
+struct ReportedLine {
     line: Line,
     /// `None` where nothing is asked for.
     verdict: Option<Verdict>,
@@ -104,7 +107,8 @@ struct Told {
 
 impl Unit {
     fn best<'a>(self, series: &'a [Series<f64>]) -> Option<&'a Series<f64>> {
-        let by_median = |a: &&'a Series<f64>, b: &&'a Series<f64>| a.median().total_cmp(&b.median());
+        let by_median =
+            |a: &&'a Series<f64>, b: &&'a Series<f64>| a.median().total_cmp(&b.median());
         match self {
             Unit::PerSecond => series.iter().max_by(by_median),
             Unit::Milliseconds | Unit::Seconds | Unit::Mebibytes => series.iter().min_by(by_median),
@@ -148,12 +152,13 @@ impl Line {
     /// `None` where there is nothing to be compared with.
     fn judged(&self) -> Option<Spread> {
         let pairs = || Some(self.ours.rounds.iter().zip(&self.bound()?.rounds));
-        let figures: Vec<f64> = match self.judged_by {
-            By::Ratio => pairs()?.map(|(ours, bound)| ours / bound).collect(),
-            By::Difference => pairs()?.map(|(ours, bound)| ours - bound).collect(),
-            By::Itself => self.ours.rounds.clone(),
+        let figures: Vec<f64> = match self.compared_by {
+            Comparison::Ratio => pairs()?.map(|(ours, bound)| ours / bound).collect(),
+            Comparison::Difference => pairs()?.map(|(ours, bound)| ours - bound).collect(),
+            Comparison::Absolute => self.ours.rounds.clone(),
         };
-        let (least, most) = (figures.iter().copied().reduce(f64::min)?, figures.iter().copied().reduce(f64::max)?);
+        let (least, most) =
+            (figures.iter().copied().reduce(f64::min)?, figures.iter().copied().reduce(f64::max)?);
         Some(Spread { median: median(&figures), least, most })
     }
 
@@ -170,16 +175,17 @@ impl Line {
 
     /// What is judged, as it stands in the table.
     fn figure(&self, figure: f64) -> String {
-        match self.judged_by {
-            By::Difference => format!("{figure:+.1}"),
+        match self.compared_by {
+            Comparison::Difference => format!("{figure:+.1}"),
             _ if figure.abs() < 10.0 => format!("{figure:.2}"),
             _ => format!("{figure:.1}"),
         }
     }
 
     /// Ours ÷ the least, and the verdict on this line by that.
-    fn beside(&self, least: Least) -> (Line, Option<Verdict>) {
-        let bare = Line { ours: least.bare.clone(), bounds: vec![least.bare_bound], ..self.clone() };
+    fn beside(&self, least: EquivalentLoop) -> (Line, Option<Verdict>) {
+        let bare =
+            Line { ours: least.bare.clone(), bounds: vec![least.bare_bound], ..self.clone() };
         let figure = bare.judged().map(|judged| self.figure(judged.median)).unwrap_or_default();
         let other = bare.bound().map_or("", |bound| &bound.name);
         let second = Line {
@@ -191,7 +197,9 @@ impl Line {
             ..self.clone()
         };
         let verdict = match [self, &bare, &second].map(Line::verdict) {
-            [Some(Verdict::Missed), Some(Verdict::Missed), Some(Verdict::Met)] => Some(Verdict::BoundShown),
+            [Some(Verdict::Missed), Some(Verdict::Missed), Some(Verdict::Met)] => {
+                Some(Verdict::BoundShown)
+            }
             [verdict, ..] => verdict,
         };
         (second, verdict)
@@ -202,9 +210,10 @@ impl Line {
         let bounds: Vec<String> = match self.bounds.as_slice() {
             [] => return self.note.clone(),
             [bound] => vec![bound.name.clone()],
-            several => {
-                several.iter().map(|bound| format!("{} ({})", bound.name, self.unit.show(bound.median()))).collect()
-            }
+            several => several
+                .iter()
+                .map(|bound| format!("{} ({})", bound.name, self.unit.show(bound.median())))
+                .collect(),
         };
         let lanes = format!("{} ÷ {}", self.ours.name, bounds.join(", "));
         Some(match &self.note {
@@ -214,10 +223,10 @@ impl Line {
     }
 
     fn json(&self) -> Value {
-        let series =
-            |series: &Series<f64>| json!({"name": series.name, "median": series.median(), "rounds": series.rounds});
-        let judged =
-            self.judged().map(|spread| json!({"median": spread.median, "least": spread.least, "most": spread.most}));
+        let series = |series: &Series<f64>| json!({"name": series.name, "median": series.median(), "rounds": series.rounds});
+        let judged = self.judged().map(
+            |spread| json!({"median": spread.median, "least": spread.least, "most": spread.most}),
+        );
         json!({
             "row": self.row,
             "what": self.what,
@@ -241,7 +250,7 @@ impl Verdict {
     }
 }
 
-impl Told {
+impl ReportedLine {
     fn cells(&self) -> [String; 8] {
         let line = &self.line;
         let judged = line.judged();
@@ -253,7 +262,9 @@ impl Told {
             judged.as_ref().map(|judged| line.figure(judged.median)).unwrap_or_default(),
             judged
                 .as_ref()
-                .map(|judged| format!("{} to {}", line.figure(judged.least), line.figure(judged.most)))
+                .map(|judged| {
+                    format!("{} to {}", line.figure(judged.least), line.figure(judged.most))
+                })
                 .unwrap_or_default(),
             line.target.map(|target| target.to_string()).unwrap_or_default(),
             self.verdict.map(|verdict| verdict.as_str().to_owned()).unwrap_or_default(),
@@ -276,26 +287,26 @@ impl Sheet {
     /// Takes a line.
     pub fn add(&mut self, line: Line) {
         let verdict = line.verdict();
-        self.tell(line, verdict);
+        self.report(line, verdict);
     }
 
     /// Takes a line, and one below it that compares with the least that does it all.
-    pub fn add_with_least(&mut self, line: Line, least: Least) {
+    pub fn add_with_equivalent(&mut self, line: Line, least: EquivalentLoop) {
         let (second, verdict) = line.beside(least);
-        self.tell(line, verdict);
+        self.report(line, verdict);
         self.add(second);
     }
 
     /// Tells a line at once: the whole takes long.
-    fn tell(&mut self, line: Line, verdict: Option<Verdict>) {
-        let told = Told { line, verdict, load_afterwards: load() };
-        let [row, what, ours, bound, judged, spread, target, verdict] = told.cells();
+    fn report(&mut self, line: Line, verdict: Option<Verdict>) {
+        let reported = ReportedLine { line, verdict, load_afterwards: load() };
+        let [row, what, ours, bound, judged, spread, target, verdict] = reported.cells();
         eprintln!("{row}  {what}: {ours} | {bound} | {judged} ({spread}) {target} {verdict}");
-        self.lines.push(told);
+        self.lines.push(reported);
     }
 
     pub fn json(&self) -> Value {
-        let lines: Vec<Value> = self.lines.iter().map(Told::json).collect();
+        let lines: Vec<Value> = self.lines.iter().map(ReportedLine::json).collect();
         json!({"facts": self.facts, "lines": lines})
     }
 }
@@ -305,18 +316,20 @@ impl fmt::Display for Sheet {
         let mut table = Table::new();
         table.load_style(presets::ASCII_MARKDOWN);
         table.set_header(["row", "what", "ours", "bound", "median", "spread", "target", ""]);
-        for told in &self.lines {
+        for reported in &self.lines {
             let is_figure = |column: usize| (2..=6).contains(&column);
-            table.add_row(told.cells().into_iter().enumerate().map(|(column, text)| match is_figure(column) {
-                true => Cell::new(text).set_alignment(CellAlignment::Right),
-                false => Cell::new(text),
+            table.add_row(reported.cells().into_iter().enumerate().map(|(column, text)| {
+                match is_figure(column) {
+                    true => Cell::new(text).set_alignment(CellAlignment::Right),
+                    false => Cell::new(text),
+                }
             }));
         }
         writeln!(f, "{}\n\n{table}\n", machine::describe(&self.facts))?;
-        let mut told = HashSet::new();
-        for Told { line, .. } in &self.lines {
+        let mut reported = HashSet::new();
+        for ReportedLine { line, .. } in &self.lines {
             let legend = line.legend().map(|legend| format!("{:>3}  {legend}", line.row));
-            if let Some(legend) = legend.filter(|legend| told.insert(legend.clone())) {
+            if let Some(legend) = legend.filter(|legend| reported.insert(legend.clone())) {
                 writeln!(f, "{legend}")?;
             }
         }

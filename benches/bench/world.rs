@@ -15,7 +15,7 @@ const DATABASE: &str = "projectionist_bench";
 /// As many connections as the commands take by default.
 const CONNECTIONS: u32 = 16;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// As the sessions of the engine are.
 const SESSION: &str = "set session transaction isolation level read committed";
@@ -33,7 +33,7 @@ impl World {
         execute(&mut server, &format!("drop database if exists {DATABASE}")).await?;
         execute(&mut server, &format!("create database {DATABASE}")).await?;
         let url = format!("{}/{DATABASE}", parts.server_url);
-        let database = Database::connect(&url, CONNECTIONS, PATIENCE).await?;
+        let database = Database::connect(&url, CONNECTIONS, TIMEOUT).await?;
         database.migrate().await?;
         Ok(World { url, store: EventStore::new(&database), database })
     }
@@ -71,13 +71,14 @@ impl World {
 
     /// As if nothing had been published, and by nobody.
     pub async fn rewind_relay(&self) -> anyhow::Result<()> {
-        self.execute("update event_log set published = 0, relay_holder = null, relay_until = null").await
+        self.execute("update event_log set published = 0, relay_lease_holder = null, relay_lease_expires_at = null").await
     }
 }
 
 /// Takes away what a bench has made.
 pub async fn clear(parts: &Parts) -> anyhow::Result<()> {
-    execute(&mut connect(&parts.server_url).await?, &format!("drop database if exists {DATABASE}")).await
+    execute(&mut connect(&parts.server_url).await?, &format!("drop database if exists {DATABASE}"))
+        .await
 }
 
 /// The server's version, and those of its settings that decide how fast it can be.

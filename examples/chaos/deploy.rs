@@ -1,5 +1,5 @@
-//! Deploys as a team would carry them out: boot with the new set, then new workers; and the old set again. What no release
-//! has any more is retired.
+//! Deploys as a team would carry them out: boot with the new set, then new workers; and the old set
+//! again. What no release has any more is retired.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -8,19 +8,19 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use projectionist::sqlx;
 
-use crate::crew::Crew;
 use crate::figures::Figures;
 use crate::fold::{self, Retired};
 use crate::parts::Parts;
-use crate::process::{Kind, Yard};
+use crate::process::{Kind, ProcessTable};
 use crate::release::Release;
+use crate::supervisor::Supervisor;
 
 /// A deploy that fails is tried again, and given up at some time: it may well be killed every time.
 const ATTEMPTS: u32 = 6;
 
 /// Which releases are out.
 pub struct Deploys {
-    pub yard: Arc<Yard>,
+    pub processes: Arc<ProcessTable>,
     pub parts: Arc<Parts>,
     pub figures: Arc<Figures>,
     pub releases: PathBuf,
@@ -34,14 +34,14 @@ pub struct Deploys {
 
 impl Deploys {
     pub fn new(
-        yard: &Arc<Yard>,
+        processes: &Arc<ProcessTable>,
         parts: &Arc<Parts>,
         figures: &Arc<Figures>,
         releases: PathBuf,
         first: &Release,
     ) -> Self {
         Deploys {
-            yard: Arc::clone(yard),
+            processes: Arc::clone(processes),
             parts: Arc::clone(parts),
             figures: Arc::clone(figures),
             releases,
@@ -52,8 +52,9 @@ impl Deploys {
         }
     }
 
-    /// A new release with a new projector, booted by so many hosts at once. One worker gets it, the other that before.
-    pub async fn deploy(&mut self, crew: &Crew, hosts: usize) -> anyhow::Result<()> {
+    /// A new release with a new projector, booted by so many hosts at once. One worker gets it, the
+    /// other that before.
+    pub async fn deploy(&mut self, supervisor: &Supervisor, hosts: usize) -> anyhow::Result<()> {
         // Mended only when it has to be, so that the next bad event finds one that breaks on it.
         let mut release = self.newest.next(&self.releases, self.is_fragile_broken().await)?;
         self.newest = release.clone();
@@ -68,8 +69,8 @@ impl Deploys {
                 self.figures.add("boots_at_once", hosts as u64);
             }
             if codes.contains(&Some(0)) {
-                crew.deploy("play-1", &release);
-                crew.deploy("play-2", &self.current);
+                supervisor.deploy("play-1", &release);
+                supervisor.deploy("play-2", &self.current);
                 self.previous = std::mem::replace(&mut self.current, release);
                 self.figures.add("deploys", 1);
                 return Ok(());
@@ -81,18 +82,19 @@ impl Deploys {
             }
             tokio::time::sleep(Duration::from_secs(1)).await;
         }
-        self.figures.add("deploys_given_up", 1);
+        self.figures.add("deploys_abandoned", 1);
         Ok(())
     }
 
-    /// The old release again, as it was, booted as every release is. What it does not know stays where it is.
-    pub async fn roll_back(&mut self, crew: &Crew) -> anyhow::Result<()> {
+    /// The old release again, as it was, booted as every release is. What it does not know stays
+    /// where it is.
+    pub async fn roll_back(&mut self, supervisor: &Supervisor) -> anyhow::Result<()> {
         if !self.current.is_newer_than(&self.previous) {
-            self.deploy(crew, 1).await?;
+            self.deploy(supervisor, 1).await?;
         }
         self.boot(&self.previous)?.wait().await;
-        crew.deploy("play-1", &self.previous);
-        crew.deploy("play-2", &self.previous);
+        supervisor.deploy("play-1", &self.previous);
+        supervisor.deploy("play-2", &self.previous);
         if self.current.is_newer_than(&self.previous) {
             self.figures.add("deploys_rolled_back", 1);
         }
@@ -100,23 +102,24 @@ impl Deploys {
         Ok(())
     }
 
-    /// Retires a projector that neither release has any more between which workers go back and forth. The worker that is never
-    /// killed has it still, if it is of the first release.
-    pub async fn retire(&mut self, crew: &Crew) -> anyhow::Result<()> {
+    /// Retires a projector that neither release has any more between which workers go back and
+    /// forth. The worker that is never killed has it still, if it is of the first release.
+    pub async fn retire(&mut self, supervisor: &Supervisor) -> anyhow::Result<()> {
         let mut found = self.retirable().await.ok().flatten();
         for _ in 0..ATTEMPTS {
             if found.is_some() {
                 break;
             }
-            self.deploy(crew, 1).await?;
+            self.deploy(supervisor, 1).await?;
             found = self.retirable().await.ok().flatten();
         }
         let (name, mode) = found.context("no projector is old enough")?;
         for _ in 0..ATTEMPTS {
             let arguments = ["retire", &name, "--yes", "--projectors", self.current.path()];
-            let (process, _) = self.yard.start(Kind::Retire, "retire", &arguments)?;
+            let (process, _) = self.processes.start(Kind::Retire, "retire", &arguments)?;
             process.wait().await;
-            // It may have been killed just after, or have lost its connection: the ledger says what it did.
+            // It may have been killed just after, or have lost its connection: the ledger says what
+            // it did.
             if let Ok(Some(rows)) = self.rows_if_gone(&name).await {
                 self.figures.add("retired", 1);
                 self.retired.push(Retired { name, mode, rows });
@@ -130,15 +133,17 @@ impl Deploys {
     /// Retires what must be rebuilt, so that the next boot builds it from the beginning.
     async fn rebuild(&self, release: &Release) -> anyhow::Result<()> {
         for _ in 0..ATTEMPTS {
-            let names = match self.to_rebuild().await {
+            let names = match self.projectors_to_rebuild().await {
                 Ok(names) if names.is_empty() => return Ok(()),
                 names => names.unwrap_or_default(),
             };
             for name in names {
-                let arguments = ["retire", &name, "--yes", "--force", "--projectors", release.path()];
-                let (process, _) = self.yard.start(Kind::Retire, "rebuild", &arguments)?;
+                let arguments =
+                    ["retire", &name, "--yes", "--force", "--projectors", release.path()];
+                let (process, _) = self.processes.start(Kind::Retire, "rebuild", &arguments)?;
                 process.wait().await;
-                // It may have been killed just after, or have lost its connection: the ledger says what it did.
+                // It may have been killed just after, or have lost its connection: the ledger says
+                // what it did.
                 if let Ok(Some(_)) = self.rows_if_gone(&name).await {
                     self.figures.add("rebuilt", 1);
                 }
@@ -148,7 +153,7 @@ impl Deploys {
         Ok(())
     }
 
-    async fn to_rebuild(&self) -> anyhow::Result<Vec<String>> {
+    async fn projectors_to_rebuild(&self) -> anyhow::Result<Vec<String>> {
         let sql = "select name from projectors where rebuild_reason is not null";
         Ok(sqlx::query_scalar(sql).fetch_all(&mut self.parts.connect().await?).await?)
     }
@@ -158,11 +163,18 @@ impl Deploys {
         let release = self.current.widened(&self.releases)?;
         for _ in 0..ATTEMPTS {
             let arguments = ["boot", "--projectors", release.path(), "--release", &release.name];
-            let (boot, _) = self.yard.start(Kind::Refused, &format!("boot-{}", release.name), &arguments)?;
+            let (boot, _) = self.processes.start(
+                Kind::Refused,
+                &format!("boot-{}", release.name),
+                &arguments,
+            )?;
             let ended = boot.wait().await;
             let log = std::fs::read_to_string(&boot.log)?;
             if ended.code == Some(0) {
-                self.figures.find(format!("a wider subscription was released: {}", boot.log.display()));
+                self.figures.add_finding(format!(
+                    "a wider subscription was released: {}",
+                    boot.log.display()
+                ));
                 return Ok(());
             }
             if log.contains("fragile@1: it subscribes to more event types") {
@@ -176,10 +188,12 @@ impl Deploys {
 
     /// The name and the mode of one that nobody needs.
     async fn retirable(&self) -> anyhow::Result<Option<(String, String)>> {
-        let older = if self.current.is_newer_than(&self.previous) { &self.previous } else { &self.current };
+        let older =
+            if self.current.is_newer_than(&self.previous) { &self.previous } else { &self.current };
         let sql = "select name, mode from projectors";
-        let mut known: Vec<(String, String)> = sqlx::query_as(sql).fetch_all(&mut self.parts.connect().await?).await?;
-        known.retain(|(name, _)| older.left_behind().any(|left| left == *name));
+        let mut known: Vec<(String, String)> =
+            sqlx::query_as(sql).fetch_all(&mut self.parts.connect().await?).await?;
+        known.retain(|(name, _)| older.removed_projectors().any(|left| left == *name));
         Ok(fastrand::choice(known))
     }
 
@@ -195,22 +209,24 @@ impl Deploys {
     fn boot(&self, release: &Release) -> anyhow::Result<Arc<crate::process::Process>> {
         self.figures.add("boots", 1);
         let arguments = ["boot", "--projectors", release.path(), "--release", &release.name];
-        let (process, _) = self.yard.start(Kind::Boot, &format!("boot-{}", release.name), &arguments)?;
+        let (process, _) =
+            self.processes.start(Kind::Boot, &format!("boot-{}", release.name), &arguments)?;
         Ok(process)
     }
 
     async fn is_fragile_broken(&self) -> bool {
         let look = async {
             let mut connection = self.parts.connect().await?;
-            let sql = "select count(*) from projectors where name = 'fragile' and status = 'broken'";
+            let sql =
+                "select count(*) from projectors where name = 'fragile' and status = 'broken'";
             let broken: i64 = sqlx::query_scalar(sql).fetch_one(&mut connection).await?;
             anyhow::Ok(broken > 0)
         };
         look.await.unwrap_or(true)
     }
 
-    /// After all faults: the newest release, mended, must boot at once, or as soon as what lost its past is retired. Returns
-    /// the release.
+    /// After all faults: the newest release, mended, must boot at once, or as soon as what lost its
+    /// past is retired. Returns the release.
     pub async fn mend(&mut self) -> anyhow::Result<Release> {
         let release = self.newest.mended(&self.releases)?;
         // What must be rebuilt is told by the first boot, and built by the second.
@@ -218,14 +234,18 @@ impl Deploys {
             let boot = self.boot(&release)?;
             let ended = tokio::time::timeout(Duration::from_secs(300), boot.wait()).await;
             let code = ended.context("the last boot does not end")?.code;
-            let names = self.to_rebuild().await?;
+            let names = self.projectors_to_rebuild().await?;
             match code {
                 Some(0) => return Ok(release),
                 Some(1) if !names.is_empty() => {
                     let log = std::fs::read_to_string(&boot.log)?;
-                    if let Some(name) = names.iter().find(|name| !log.contains(&format!("{name}@1: "))) {
-                        self.figures
-                            .find(format!("boot does not say that {name} must be rebuilt: {}", boot.log.display()));
+                    if let Some(name) =
+                        names.iter().find(|name| !log.contains(&format!("{name}@1: ")))
+                    {
+                        self.figures.add_finding(format!(
+                            "boot does not say that {name} must be rebuilt: {}",
+                            boot.log.display()
+                        ));
                     }
                     self.rebuild(&release).await?;
                 }

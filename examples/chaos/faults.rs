@@ -1,4 +1,5 @@
-//! The faults: a deck that is shuffled, dealt to its end, and shuffled again, so that none waits for luck.
+//! The faults: a deck that is shuffled, dealt to its end, and shuffled again, so that none waits
+//! for luck.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -8,13 +9,13 @@ use projectionist::sqlx;
 use tokio::sync::{Mutex, Semaphore};
 use tokio::task::JoinSet;
 
-use crate::cable::{Cable, Cut};
-use crate::crew::Crew;
 use crate::deploy::Deploys;
 use crate::figures::Figures;
-use crate::meddler::Meddler;
 use crate::parts::Parts;
-use crate::process::{Kind, Process, Yard};
+use crate::process::{Kind, Process, ProcessTable};
+use crate::proxy::{Cut, Proxy};
+use crate::queue_faults::QueueFaults;
+use crate::supervisor::Supervisor;
 use crate::writer;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,7 +30,7 @@ enum Fault {
     CutSome,
     CutBeforeCommit,
     CutAfterCommit,
-    Deafen,
+    Silence,
     Stall,
     CutQueue,
     StallQueue,
@@ -67,7 +68,7 @@ const DECK: &[(Fault, usize)] = &[
     (Fault::CutSome, 3),
     (Fault::CutBeforeCommit, 3),
     (Fault::CutAfterCommit, 3),
-    (Fault::Deafen, 1),
+    (Fault::Silence, 1),
     (Fault::Stall, 2),
     (Fault::CutQueue, 2),
     (Fault::StallQueue, 1),
@@ -95,14 +96,14 @@ const BETWEEN: std::ops::Range<u64> = 300..1_300;
 /// What the faults strike.
 pub struct Targets {
     pub parts: Arc<Parts>,
-    pub database: Cable,
+    pub database: Proxy,
     /// The applications' way to the database.
-    pub writers: Cable,
-    pub queue: Cable,
-    pub yard: Arc<Yard>,
-    pub meddler: Meddler,
+    pub writers: Proxy,
+    pub queue: Proxy,
+    pub processes: Arc<ProcessTable>,
+    pub queue_faults: QueueFaults,
     pub figures: Arc<Figures>,
-    pub crew: Mutex<Crew>,
+    pub supervisor: Mutex<Supervisor>,
     pub deploys: Mutex<Deploys>,
     pub deploying: Semaphore,
     /// One restart at a time.
@@ -117,7 +118,10 @@ pub async fn strike(targets: &Arc<Targets>, duration: Duration, dice: &mut fastr
     while began.elapsed() < duration {
         tokio::time::sleep(Duration::from_millis(dice.u64(BETWEEN))).await;
         if deck.is_empty() {
-            deck = DECK.iter().flat_map(|(fault, times)| std::iter::repeat_n(*fault, *times)).collect();
+            deck = DECK
+                .iter()
+                .flat_map(|(fault, times)| std::iter::repeat_n(*fault, *times))
+                .collect();
             dice.shuffle(&mut deck);
         }
         let Some(fault) = deck.pop() else { continue };
@@ -126,7 +130,10 @@ pub async fn strike(targets: &Arc<Targets>, duration: Duration, dice: &mut fastr
             eprintln!("[{:>5.1} s] {fault:?}", began.elapsed().as_secs_f32());
             if let Err(error) = targets.strike(fault).await {
                 // A queue or a server that is away is not there to be meddled with.
-                eprintln!("[{:>5.1} s] {fault:?} came to nothing: {error:#}", began.elapsed().as_secs_f32());
+                eprintln!(
+                    "[{:>5.1} s] {fault:?} came to nothing: {error:#}",
+                    began.elapsed().as_secs_f32()
+                );
             }
         });
     }
@@ -135,7 +142,7 @@ pub async fn strike(targets: &Arc<Targets>, duration: Duration, dice: &mut fastr
 }
 
 fn is_mortal(process: &Process) -> bool {
-    !matches!(process.kind, Kind::Audit | Kind::Veteran)
+    !matches!(process.kind, Kind::Audit | Kind::Survivor)
 }
 
 impl Targets {
@@ -155,10 +162,12 @@ impl Targets {
             Fault::RestartServer => self.restart("TERM", "server_restarts").await?,
             Fault::CutAll => self.cut(|| true),
             Fault::CutSome => self.cut(|| fastrand::u8(..4) == 0),
-            Fault::CutBeforeCommit => self.a_database().cut_at_commit(Cut::BeforeCommit),
-            Fault::CutAfterCommit => self.a_database().cut_at_commit(Cut::AfterCommit),
+            Fault::CutBeforeCommit => self.pick_database().cut_at_commit(Cut::BeforeCommit),
+            Fault::CutAfterCommit => self.pick_database().cut_at_commit(Cut::AfterCommit),
             // Not those of writers: what they hold then is held until the server ends it.
-            Fault::Deafen => self.figures.add("connections_deafened", self.database.deafen(|| fastrand::u8(..3) == 0)),
+            Fault::Silence => self
+                .figures
+                .add("connections_silenced", self.database.silence(|| fastrand::u8(..3) == 0)),
             Fault::Stall => self.stall(&self.databases(), seconds(500..6_000)).await,
             Fault::CutQueue => self.figures.add("connections_cut", self.queue.cut(|| true)),
             Fault::StallQueue => self.stall(&[&self.queue], seconds(2_000..8_000)).await,
@@ -166,12 +175,12 @@ impl Targets {
                 self.figures.add("localstack_stops", 1);
                 self.parts.stop_queue(seconds(2_000..6_000)).await?;
             }
-            Fault::Purge => self.meddler.purge().await?,
-            Fault::Lose => self.meddler.lose().await?,
-            Fault::Hold => self.meddler.hold(seconds(2_000..8_000), fastrand::bool()).await?,
-            Fault::Repeat => self.meddler.repeat().await?,
-            Fault::Foreign => self.meddler.send_foreign().await?,
-            Fault::Malformed => self.meddler.send_malformed().await?,
+            Fault::Purge => self.queue_faults.purge().await?,
+            Fault::Lose => self.queue_faults.lose().await?,
+            Fault::Hold => self.queue_faults.hold(seconds(2_000..8_000), fastrand::bool()).await?,
+            Fault::Repeat => self.queue_faults.repeat().await?,
+            Fault::Foreign => self.queue_faults.send_foreign().await?,
+            Fault::Malformed => self.queue_faults.send_malformed().await?,
             Fault::BadEvent => {
                 writer::append_bad_event(&mut self.parts.connect().await?).await?;
                 self.figures.add("bad_events", 1);
@@ -187,7 +196,9 @@ impl Targets {
                 self.figures.add("tables_dropped", 1);
             }
             Fault::Widen => self.deploys.lock().await.widen().await?,
-            Fault::Deploy | Fault::DeployFromTwoHosts | Fault::RollBack | Fault::Retire => self.change(fault).await?,
+            Fault::Deploy | Fault::DeployFromTwoHosts | Fault::RollBack | Fault::Retire => {
+                self.change(fault).await?
+            }
             Fault::Audit => self.audit().await?,
         }
         Ok(())
@@ -195,21 +206,22 @@ impl Targets {
 
     /// Other projectors, or others of them.
     async fn change(&self, fault: Fault) -> anyhow::Result<()> {
-        // One is under way and five wait at the most, as many as a deck has: boots take their time when the log is long.
+        // One is under way and five wait at the most, as many as a deck has: boots take their time
+        // when the log is long.
         let Ok(_place) = self.deploying.try_acquire() else { return Ok(()) };
-        let (mut deploys, crew) = (self.deploys.lock().await, self.crew.lock().await);
+        let (mut deploys, supervisor) = (self.deploys.lock().await, self.supervisor.lock().await);
         match fault {
-            Fault::RollBack => deploys.roll_back(&crew).await,
-            Fault::Retire => deploys.retire(&crew).await,
-            Fault::DeployFromTwoHosts => deploys.deploy(&crew, 2).await,
-            _ => deploys.deploy(&crew, 1).await,
+            Fault::RollBack => deploys.roll_back(&supervisor).await,
+            Fault::Retire => deploys.retire(&supervisor).await,
+            Fault::DeployFromTwoHosts => deploys.deploy(&supervisor, 2).await,
+            _ => deploys.deploy(&supervisor, 1).await,
         }
     }
 
     /// In the middle of it all. A server that is away is tried again.
     async fn audit(&self) -> anyhow::Result<()> {
         for _ in 0..5 {
-            let (audit, _) = self.yard.start(Kind::Audit, "audit", &["audit"])?;
+            let (audit, _) = self.processes.start(Kind::Audit, "audit", &["audit"])?;
             if audit.wait().await.code == Some(0) {
                 self.figures.add("audits", 1);
                 return Ok(());
@@ -219,10 +231,11 @@ impl Targets {
         Ok(())
     }
 
-    /// Signals one of those that run and are wanted; waits a while for one, and for another where that has ended meanwhile.
+    /// Signals one of those that run and are wanted; waits a while for one, and for another where
+    /// that has ended meanwhile.
     async fn signal(&self, signal: &'static str, wanted: impl Fn(&Process) -> bool) {
         for _ in 0..100 {
-            if let Some(process) = self.one(&wanted) {
+            if let Some(process) = self.pick_process(&wanted) {
                 // Not always in the middle of its start.
                 tokio::time::sleep(Duration::from_millis(fastrand::u64(0..1_000))).await;
                 if process.signal(signal).await.is_ok() {
@@ -233,15 +246,18 @@ impl Targets {
         }
     }
 
-    fn one(&self, wanted: impl Fn(&Process) -> bool) -> Option<Arc<Process>> {
-        let mut running = self.yard.running();
+    fn pick_process(&self, wanted: impl Fn(&Process) -> bool) -> Option<Arc<Process>> {
+        let mut running = self.processes.running();
         running.retain(|process| wanted(process));
         fastrand::choice(running)
     }
 
-    /// A process that stands still for longer than messages stay hidden, and then believes that it holds them.
+    /// A process that stands still for longer than messages stay hidden, and then believes that it
+    /// holds them.
     async fn pause(&self, duration: Duration) {
-        let Some(process) = self.one(|process| matches!(process.kind, Kind::Play | Kind::Relay | Kind::Boot)) else {
+        let Some(process) = self
+            .pick_process(|process| matches!(process.kind, Kind::Play | Kind::Relay | Kind::Boot))
+        else {
             return;
         };
         process.signal("STOP");
@@ -250,11 +266,11 @@ impl Targets {
     }
 
     /// The ways to the database.
-    pub fn databases(&self) -> [&Cable; 2] {
+    pub fn databases(&self) -> [&Proxy; 2] {
         [&self.database, &self.writers]
     }
 
-    fn a_database(&self) -> &Cable {
+    fn pick_database(&self) -> &Proxy {
         self.databases()[fastrand::usize(..2)]
     }
 
@@ -264,7 +280,7 @@ impl Targets {
         }
     }
 
-    async fn stall(&self, cables: &[&Cable], duration: Duration) {
+    async fn stall(&self, cables: &[&Proxy], duration: Duration) {
         self.figures.add("stalls", 1);
         join_all(cables.iter().map(|cable| cable.stall(duration))).await;
     }
@@ -272,10 +288,10 @@ impl Targets {
     async fn restart(&self, signal: &str, figure: &'static str) -> anyhow::Result<()> {
         let _one_at_a_time = self.server.lock().await;
         if let Err(error) = self.parts.restart_server(signal).await {
-            self.figures.find(format!("the server: {error:#}"));
+            self.figures.add_finding(format!("the server: {error:#}"));
         }
         for cable in self.databases() {
-            cable.lead_to(self.parts.server_port()?);
+            cable.set_target(self.parts.server_port()?);
         }
         self.figures.add(figure, 1);
         Ok(())

@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 
-/// Every figure, in the order in which it is told, and whether a run in which it stays zero proves nothing. What may stay zero
-/// is no fault, but what may come of one; but for retire, which few faults find at work.
+/// Every figure, in the order in which it is told, and whether a run in which it stays zero proves
+/// nothing. What may stay zero is no fault, but what may come of one; but for retire, which few
+/// faults find at work.
 const FIGURES: &[(&str, bool)] = &[
     ("events", true),
     ("appends_acknowledged", true),
     ("rollbacks", true),
-    ("tombstones", true),
+    ("gap_fillers", true),
     ("sigkills", true),
     ("sigkills_of_play", true),
     ("sigkills_of_relay", true),
@@ -24,13 +25,13 @@ const FIGURES: &[(&str, bool)] = &[
     ("connections_cut", true),
     ("commits_cut_before", true),
     ("commits_cut_after", true),
-    ("connections_deafened", true),
+    ("connections_silenced", true),
     ("stalls", true),
     ("localstack_stops", true),
     ("purges", true),
     ("messages_lost", true),
     ("messages_repeated", true),
-    ("messages_held", true),
+    ("messages_delayed", true),
     ("messages_foreign", true),
     ("messages_malformed", true),
     ("messages_forged", true),
@@ -38,7 +39,7 @@ const FIGURES: &[(&str, bool)] = &[
     ("boots_failed", false),
     ("boots_at_once", true),
     ("deploys", true),
-    ("deploys_given_up", false),
+    ("deploys_abandoned", false),
     ("deploys_rolled_back", true),
     ("retired", true),
     ("bad_events", true),
@@ -47,14 +48,14 @@ const FIGURES: &[(&str, bool)] = &[
     ("rebuilt", true),
     ("definitions_changed", true),
     ("widenings_refused", true),
-    ("breaks", true),
+    ("projectors_broken", true),
     ("audits", true),
     ("refused_by_increment", true),
-    ("looks", true),
+    ("ledger_checks", true),
     ("starts", true),
-    ("starts_out_of_reach", false),
+    ("starts_failed_unreachable", false),
     ("longest_standstill_seconds", false),
-    ("veteran_recovered_in_seconds", false),
+    ("survivor_recovered_in_seconds", false),
 ];
 
 /// The counters of a run, and what was found that should not be.
@@ -71,7 +72,7 @@ impl Figures {
     }
 
     /// Raises a figure to this, if it is lower.
-    pub fn reaches(&self, name: &'static str, count: u64) {
+    pub fn raise_to(&self, name: &'static str, count: u64) {
         self.add(name, count.saturating_sub(self.get(name)));
     }
 
@@ -80,7 +81,7 @@ impl Figures {
     }
 
     /// Notes what must not be: each fails the run.
-    pub fn find(&self, finding: impl Into<String>) {
+    pub fn add_finding(&self, finding: impl Into<String>) {
         let finding = finding.into();
         eprintln!("FOUND: {finding}");
         self.findings.lock().expect("no panic while noting").push(finding);
@@ -97,6 +98,10 @@ impl Figures {
 
     /// What had to happen and did not.
     pub fn missing(&self) -> Vec<&'static str> {
-        FIGURES.iter().filter(|(name, must)| *must && self.get(name) == 0).map(|(name, _)| *name).collect()
+        FIGURES
+            .iter()
+            .filter(|(name, must)| *must && self.get(name) == 0)
+            .map(|(name, _)| *name)
+            .collect()
     }
 }

@@ -1,4 +1,5 @@
-//! The oracle: every read model, folded from the log in plain Rust, against the table that its projector made.
+//! The oracle: every read model, folded from the log in plain Rust, against the table that its
+//! projector made.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
@@ -46,30 +47,34 @@ type Row = (String, String, String, u64);
 pub type Applied = (u64, String, Option<i64>);
 
 impl Verdict {
-    pub fn is_well(&self) -> bool {
+    pub fn is_ok(&self) -> bool {
         self.lost == 0 && self.repeated == 0 && self.wrong == 0 && !self.is_behind
     }
 }
 
-/// Compares all read models with the log. `starts` has where those began that are from now on; `last` the projectors of
-/// the last release: if they are live, they are at the end.
+/// Compares all read models with the log. `starts` has where those began that are from now on;
+/// `last` the projectors of the last release: if they are live, they are at the end.
 pub async fn compare(
     connection: &mut MySqlConnection,
     starts: &HashMap<String, u64>,
     last: &[String],
 ) -> anyhow::Result<Vec<Verdict>> {
     let log = read_log(connection).await?;
-    let high_water: u64 = sqlx::query_scalar("select high_water from event_log").fetch_one(&mut *connection).await?;
-    let ledger: Vec<Row> =
-        sqlx::query_as("select name, mode, status, position from projectors order by created_at, name")
-            .fetch_all(&mut *connection)
-            .await?;
+    let high_water: u64 =
+        sqlx::query_scalar("select high_water from event_log").fetch_one(&mut *connection).await?;
+    let ledger: Vec<Row> = sqlx::query_as(
+        "select name, mode, status, position from projectors order by created_at, name",
+    )
+    .fetch_all(&mut *connection)
+    .await?;
     let mut verdicts = Vec::new();
     for (name, mode, status, position) in ledger {
         let start = start(&name, &mode, starts)?;
         let mut verdict = match name.as_str() {
-            "counters" => of_counters(&log, position, counters(connection).await?),
-            _ => of_rows(&wanted(&log, &name, start, position), &rows(connection, &name).await?),
+            "counters" => compare_counters(&log, position, counters(connection).await?),
+            _ => {
+                compare_rows(&wanted(&log, &name, start, position), &rows(connection, &name).await?)
+            }
         };
         // What an older release had stays where it was; of the last, all are as far as they can be.
         verdict.is_behind = last.contains(&name)
@@ -82,7 +87,8 @@ pub async fn compare(
     Ok(verdicts)
 }
 
-/// The same of what was retired: up to its last row each is a fold of the log, and has not been touched since.
+/// The same of what was retired: up to its last row each is a fold of the log, and has not been
+/// touched since.
 pub async fn compare_retired(
     connection: &mut MySqlConnection,
     starts: &HashMap<String, u64>,
@@ -94,10 +100,13 @@ pub async fn compare_retired(
     for Retired { name, mode, rows: had } in retired {
         let found = rows(connection, name).await?;
         if is_in_ledger(connection, name).await? || found.len() != *had {
-            figures.find(format!("{name} was retired with {had} rows, and came back: it has {}", found.len()));
+            figures.add_finding(format!(
+                "{name} was retired with {had} rows, and came back: it has {}",
+                found.len()
+            ));
         }
         let last = found.iter().map(|(position, ..)| *position).max().unwrap_or_default();
-        let verdict = of_rows(&wanted(&log, name, start(name, mode, starts)?, last), &found);
+        let verdict = compare_rows(&wanted(&log, name, start(name, mode, starts)?, last), &found);
         verdicts.push(Verdict { projector: name.clone(), status: "retired".into(), ..verdict });
     }
     Ok(verdicts)
@@ -111,7 +120,9 @@ pub async fn is_in_ledger(connection: &mut MySqlConnection, name: &str) -> anyho
 /// The position after which a projector began.
 fn start(name: &str, mode: &str, starts: &HashMap<String, u64>) -> anyhow::Result<u64> {
     match mode {
-        "from_now" => starts.get(name).copied().with_context(|| format!("nobody told where {name} began")),
+        "from_now" => {
+            starts.get(name).copied().with_context(|| format!("nobody told where {name} began"))
+        }
         _ => Ok(0),
     }
 }
@@ -140,7 +151,10 @@ fn wanted(log: &[Recorded], projector: &str, start: u64, position: u64) -> Vec<A
     };
     let within = log.iter().filter(|event| event.position > start && event.position <= position);
     let amount = |event: &Recorded| if projector == "fragile" { event.amount } else { None };
-    within.filter(wants).map(|event| (event.position, event.event_id.clone(), amount(event))).collect()
+    within
+        .filter(wants)
+        .map(|event| (event.position, event.event_id.clone(), amount(event)))
+        .collect()
 }
 
 /// In the order in which they were written.
@@ -160,17 +174,20 @@ pub async fn rows(connection: &mut MySqlConnection, table: &str) -> anyhow::Resu
     Ok(sqlx::query_as(AssertSqlSafe(sql)).fetch_all(connection).await?)
 }
 
-fn of_rows(expected: &[Applied], found: &[Applied]) -> Verdict {
+fn compare_rows(expected: &[Applied], found: &[Applied]) -> Verdict {
     let mut times: HashMap<u64, u64> = HashMap::new();
     for (position, ..) in found {
         *times.entry(*position).or_default() += 1;
     }
     let positions: HashSet<u64> = expected.iter().map(|(position, ..)| *position).collect();
     let lost = positions.iter().filter(|position| !times.contains_key(position)).count() as u64;
-    let repeated = times.iter().map(|(position, times)| times - u64::from(positions.contains(position))).sum();
+    let repeated =
+        times.iter().map(|(position, times)| times - u64::from(positions.contains(position))).sum();
     let by_position: HashMap<u64, &Applied> = expected.iter().map(|row| (row.0, row)).collect();
-    let differing =
-        found.iter().filter(|row| by_position.get(&row.0).is_some_and(|expected| *expected != *row)).count();
+    let differing = found
+        .iter()
+        .filter(|row| by_position.get(&row.0).is_some_and(|expected| *expected != *row))
+        .count();
     let disordered = found.windows(2).filter(|pair| pair[0].0 > pair[1].0).count();
     Verdict {
         applications: found.len() as u64,
@@ -190,7 +207,7 @@ async fn counters(connection: &mut MySqlConnection) -> anyhow::Result<Counters> 
     Ok(rows.into_iter().map(|(name, events, amount)| (name, (events, amount))).collect())
 }
 
-fn of_counters(log: &[Recorded], position: u64, found: Counters) -> Verdict {
+fn compare_counters(log: &[Recorded], position: u64, found: Counters) -> Verdict {
     let mut expected = Counters::new();
     for event in log.iter().filter(|event| event.position <= position) {
         for name in [&event.stream_id, &event.event_type] {
@@ -198,11 +215,15 @@ fn of_counters(log: &[Recorded], position: u64, found: Counters) -> Verdict {
             *counter = (counter.0 + 1, counter.1 + event.amount.unwrap_or_default());
         }
     }
-    let mut verdict =
-        Verdict { applications: found.values().map(|(events, _)| *events as u64).sum(), ..Verdict::default() };
+    let mut verdict = Verdict {
+        applications: found.values().map(|(events, _)| *events as u64).sum(),
+        ..Verdict::default()
+    };
     for name in expected.keys().chain(found.keys().filter(|name| !expected.contains_key(*name))) {
-        let (should, has) =
-            (expected.get(name).copied().unwrap_or_default(), found.get(name).copied().unwrap_or_default());
+        let (should, has) = (
+            expected.get(name).copied().unwrap_or_default(),
+            found.get(name).copied().unwrap_or_default(),
+        );
         verdict.lost += (should.0 - has.0).max(0) as u64;
         verdict.repeated += (has.0 - should.0).max(0) as u64;
         verdict.wrong += u64::from(should.0 == has.0 && should.1 != has.1);
@@ -211,20 +232,32 @@ fn of_counters(log: &[Recorded], position: u64, found: Counters) -> Verdict {
 }
 
 /// Whether the log has what its writers were told is stored, and nothing that they rolled back.
-pub async fn check_records(connection: &mut MySqlConnection, records: &Path, figures: &Figures) -> anyhow::Result<()> {
-    let stored: HashSet<String> =
-        sqlx::query_scalar("select event_id from events").fetch_all(connection).await?.into_iter().collect();
+pub async fn check_records(
+    connection: &mut MySqlConnection,
+    records: &Path,
+    figures: &Figures,
+) -> anyhow::Result<()> {
+    let stored: HashSet<String> = sqlx::query_scalar("select event_id from events")
+        .fetch_all(connection)
+        .await?
+        .into_iter()
+        .collect();
     for record in fs::read_dir(records)? {
         // A killed writer may leave half a line at the end: an id that is not whole says nothing.
         let text = fs::read_to_string(record?.path())?;
-        for (sign, id) in text.lines().filter(|line| line.len() == 37).map(|line| line.split_at(1)) {
+        for (sign, id) in text.lines().filter(|line| line.len() == 37).map(|line| line.split_at(1))
+        {
             match sign {
                 "+" => figures.add("appends_acknowledged", 1),
                 _ => figures.add("rollbacks", 1),
             }
             if (sign == "+") != stored.contains(id) {
-                let told = if sign == "+" { "acknowledged, and is not there" } else { "rolled back, and is there" };
-                figures.find(format!("event {id} was {told}"));
+                let told = if sign == "+" {
+                    "acknowledged, and is not there"
+                } else {
+                    "rolled back, and is there"
+                };
+                figures.add_finding(format!("event {id} was {told}"));
             }
         }
     }

@@ -1,4 +1,5 @@
-//! The parts of this run: a database server and a LocalStack that it may kill, by the scripts of `localstack/`.
+//! The parts of this run: a database server and a LocalStack that it may kill, by the scripts of
+//! `localstack/`.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -11,7 +12,7 @@ use tokio::process::Command;
 pub const DATABASE: &str = "projectionist_chaos";
 
 /// How long a server may take to end or to come up.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 pub struct Parts {
     /// `mariadb` or `mysql`.
@@ -21,9 +22,14 @@ pub struct Parts {
 
 impl Parts {
     pub fn from_environment() -> anyhow::Result<Self> {
-        let setting =
-            |name| std::env::var(name).with_context(|| format!("{name} is not set: run this by localstack/chaos"));
-        Ok(Parts { server: setting("CHAOS_SERVER")?, state: setting("PROJECTIONIST_STATE")?.into() })
+        let setting = |name| {
+            std::env::var(name)
+                .with_context(|| format!("{name} is not set: run this by localstack/chaos"))
+        };
+        Ok(Parts {
+            server: setting("CHAOS_SERVER")?,
+            state: setting("PROJECTIONIST_STATE")?.into(),
+        })
     }
 
     pub fn server_port(&self) -> anyhow::Result<u16> {
@@ -47,7 +53,8 @@ impl Parts {
     }
 
     fn options(&self) -> anyhow::Result<MySqlConnectOptions> {
-        let options = MySqlConnectOptions::new().host("127.0.0.1").port(self.server_port()?).username("root");
+        let options =
+            MySqlConnectOptions::new().host("127.0.0.1").port(self.server_port()?).username("root");
         Ok(options.ssl_mode(MySqlSslMode::Disabled))
     }
 
@@ -58,7 +65,9 @@ impl Parts {
     /// Makes the database anew.
     pub async fn make_database(&self) -> anyhow::Result<()> {
         let mut server = self.options()?.connect().await?;
-        for sql in ["drop database if exists projectionist_chaos", "create database projectionist_chaos"] {
+        for sql in
+            ["drop database if exists projectionist_chaos", "create database projectionist_chaos"]
+        {
             sqlx::raw_sql(sql).execute(&mut server).await?;
         }
         Ok(())
@@ -71,7 +80,7 @@ impl Parts {
         self::signal(pid, signal).await?;
         let began = Instant::now();
         while self.is_ours(pid) {
-            ensure!(began.elapsed() < PATIENCE, "{} does not end", self.server);
+            ensure!(began.elapsed() < TIMEOUT, "{} does not end", self.server);
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         self.start_server().await
@@ -82,7 +91,9 @@ impl Parts {
         let mut told = String::new();
         for _ in 0..3 {
             let ended = Command::new(up).arg(&self.server).kill_on_drop(true).output();
-            let ended = tokio::time::timeout(PATIENCE * 2, ended).await.context("localstack/up does not end")??;
+            let ended = tokio::time::timeout(TIMEOUT * 2, ended)
+                .await
+                .context("localstack/up does not end")??;
             if ended.status.success() {
                 return Ok(());
             }
@@ -99,7 +110,8 @@ impl Parts {
         signal(pid, "CONT").await
     }
 
-    /// Whether a process runs and is the server that `localstack/up` launched. A dead one has no environment.
+    /// Whether a process runs and is the server that `localstack/up` launched. A dead one has no
+    /// environment.
     fn is_ours(&self, pid: u32) -> bool {
         let part = format!("PROJECTIONIST_PART={}", self.state.join(&self.server).display());
         let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
@@ -109,7 +121,12 @@ impl Parts {
 
 /// Sends a signal to a process that must be ours and not yet reaped.
 pub async fn signal(pid: u32, signal: &str) -> anyhow::Result<()> {
-    let sent = Command::new("kill").args([&format!("-{signal}"), &pid.to_string()]).output().await?;
-    ensure!(sent.status.success(), "kill -{signal} {pid}: {}", String::from_utf8_lossy(&sent.stderr).trim());
+    let sent =
+        Command::new("kill").args([&format!("-{signal}"), &pid.to_string()]).output().await?;
+    ensure!(
+        sent.status.success(),
+        "kill -{signal} {pid}: {}",
+        String::from_utf8_lossy(&sent.stderr).trim()
+    );
     Ok(())
 }

@@ -1,4 +1,5 @@
-//! Releases: sets of projector files. Each deploy brings a new projector, and mends the fragile one or does not.
+//! Releases: sets of projector files. Each deploy brings a new projector, and mends the fragile one
+//! or does not.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -32,8 +33,13 @@ impl Release {
         let name = format!("release-{newest}{}", if is_mended { "-mended" } else { "" });
         let folder = releases.join(&name);
         fs::create_dir_all(&folder)?;
-        let fragile = if is_mended { FRAGILE.replace(":payload.amount)", ":payload.amount?)") } else { FRAGILE.into() };
-        let hostile = if is_mended { HOSTILE.replace(":payload.harm?)", "null)") } else { HOSTILE.into() };
+        let fragile = if is_mended {
+            FRAGILE.replace(":payload.amount)", ":payload.amount?)")
+        } else {
+            FRAGILE.into()
+        };
+        let hostile =
+            if is_mended { HOSTILE.replace(":payload.harm?)", "null)") } else { HOSTILE.into() };
         let mut files = vec![
             ("tally".to_owned(), TALLY.to_owned()),
             ("counters".into(), COUNTERS.into()),
@@ -45,7 +51,10 @@ impl Release {
             let name = newcomer(number);
             files.push((
                 name.clone(),
-                NEWCOMER.replace("NAME", &name).replace("MODE", mode(number)).replace("RELEASE", &newest.to_string()),
+                NEWCOMER
+                    .replace("NAME", &name)
+                    .replace("MODE", mode(number))
+                    .replace("RELEASE", &newest.to_string()),
             ));
         }
         for (name, text) in files {
@@ -76,7 +85,8 @@ impl Release {
         fs::create_dir_all(&folder)?;
         for file in fs::read_dir(&self.folder)? {
             let file = file?;
-            let text = fs::read_to_string(file.path())?.replace("[\"Amended\"]", "[\"Amended\", \"Closed\"]");
+            let text = fs::read_to_string(file.path())?
+                .replace("[\"Amended\"]", "[\"Amended\", \"Closed\"]");
             fs::write(folder.join(file.file_name()), text).context("a projector file")?;
         }
         Ok(Release { name, folder, newest: self.newest })
@@ -84,12 +94,14 @@ impl Release {
 
     /// The names of its projectors: those of its files.
     pub fn projectors(&self) -> anyhow::Result<Vec<String>> {
-        let name = |entry: fs::DirEntry| entry.path().file_stem().map(|stem| stem.to_string_lossy().into_owned());
+        let name = |entry: fs::DirEntry| {
+            entry.path().file_stem().map(|stem| stem.to_string_lossy().into_owned())
+        };
         Ok(fs::read_dir(&self.folder)?.filter_map(|entry| name(entry.ok()?)).collect())
     }
 
     /// The newcomers of older releases that it does not have any more.
-    pub fn left_behind(&self) -> impl Iterator<Item = String> {
+    pub fn removed_projectors(&self) -> impl Iterator<Item = String> {
         (1..=self.newest.saturating_sub(NEWCOMERS)).map(newcomer)
     }
 

@@ -23,8 +23,10 @@ pub struct Report {
 }
 
 impl Report {
-    pub fn is_well(&self) -> bool {
-        self.verdicts.iter().all(Verdict::is_well) && self.findings().is_empty() && self.figures.missing().is_empty()
+    pub fn is_ok(&self) -> bool {
+        self.verdicts.iter().all(Verdict::is_ok)
+            && self.findings().is_empty()
+            && self.figures.missing().is_empty()
     }
 
     fn findings(&self) -> Vec<String> {
@@ -37,8 +39,11 @@ impl Report {
 
     pub fn json(&self) -> Value {
         let mut object = Map::new();
-        let peaks: Map<String, Value> =
-            self.memory_peaks.iter().map(|(kind, peak)| ((*kind).to_owned(), json!(peak))).collect();
+        let peaks: Map<String, Value> = self
+            .memory_peaks
+            .iter()
+            .map(|(kind, peak)| ((*kind).to_owned(), json!(peak)))
+            .collect();
         for (key, value) in [
             ("seed", json!(self.seed)),
             ("server", json!(self.server)),
@@ -46,7 +51,7 @@ impl Report {
             ("queue", json!(self.queue)),
             ("seconds", json!(self.seconds)),
             ("took_seconds", json!(self.took.as_secs())),
-            ("well", json!(self.is_well())),
+            ("ok", json!(self.is_ok())),
             ("projectors", json!(self.verdicts.len())),
             ("applications", json!(self.sum(|verdict| verdict.applications))),
             ("lost_applications", json!(self.sum(|verdict| verdict.lost))),
@@ -83,9 +88,13 @@ impl fmt::Display for Report {
             "projector", "status", "applications", "lost", "repeated", "wrong"
         )?;
         for verdict in &self.verdicts {
-            let Verdict { projector, status, applications, lost, repeated, wrong, is_behind } = verdict;
+            let Verdict { projector, status, applications, lost, repeated, wrong, is_behind } =
+                verdict;
             let behind = if *is_behind { "  NOT AT THE END" } else { "" };
-            writeln!(f, "  {projector:<16}{status:<10}{applications:>12}{lost:>8}{repeated:>10}{wrong:>8}{behind}")?;
+            writeln!(
+                f,
+                "  {projector:<16}{status:<10}{applications:>12}{lost:>8}{repeated:>10}{wrong:>8}{behind}"
+            )?;
         }
         for finding in self.findings() {
             writeln!(f, "\nFOUND: {finding}")?;
@@ -93,7 +102,7 @@ impl fmt::Display for Report {
         for missing in self.figures.missing() {
             writeln!(f, "\nDID NOT HAPPEN: {missing}: this run proves nothing of it")?;
         }
-        match self.is_well() {
+        match self.is_ok() {
             true => write!(f, "\nNothing lost, nothing twice."),
             false => write!(f, "\nNOT WELL."),
         }

@@ -8,16 +8,16 @@ use projectionist::sqlx::{self, Connection, MySqlConnection};
 
 use crate::figures::Figures;
 use crate::parts::Parts;
-use crate::process::Yard;
+use crate::process::ProcessTable;
 
 const EVERY: Duration = Duration::from_millis(250);
 
 /// The read model of `tally` is counted this often: it grows.
 const COUNT_EVERY: Duration = Duration::from_secs(5);
 
-/// A projector of every release may stand still below the mark for so long: the 60 s for which an answer of the database
-/// is awaited, twice, and a server that is killed meanwhile.
-const STANDS_STILL_AT_MOST: Duration = Duration::from_secs(180);
+/// A projector of every release may stand still below the mark for so long: the 60 s for which an
+/// answer of the database is awaited, twice, and a server that is killed meanwhile.
+const MAX_STANDSTILL: Duration = Duration::from_secs(180);
 
 /// One statement, and so of one moment.
 const LEDGER: &str = "select name, position, high_water, published from projectors, event_log";
@@ -44,13 +44,18 @@ pub struct Watch {
 
 impl Watch {
     /// Looks until it is dropped. A server that is away is looked at later.
-    pub async fn keep(mut self, parts: Arc<Parts>, yard: Arc<Yard>, figures: Arc<Figures>) {
+    pub async fn keep(
+        mut self,
+        parts: Arc<Parts>,
+        processes: Arc<ProcessTable>,
+        figures: Arc<Figures>,
+    ) {
         loop {
-            yard.sample_memory();
+            processes.sample_memory();
             if let Ok(mut connection) = parts.connect().await {
-                while self.look(&mut connection, &figures).await.is_ok() {
-                    figures.add("looks", 1);
-                    yard.sample_memory();
+                while self.check(&mut connection, &figures).await.is_ok() {
+                    figures.add("ledger_checks", 1);
+                    processes.sample_memory();
                     tokio::time::sleep(EVERY).await;
                 }
             }
@@ -58,21 +63,28 @@ impl Watch {
         }
     }
 
-    async fn look(&mut self, connection: &mut MySqlConnection, figures: &Figures) -> Result<(), sqlx::Error> {
+    async fn check(
+        &mut self,
+        connection: &mut MySqlConnection,
+        figures: &Figures,
+    ) -> Result<(), sqlx::Error> {
         for (name, position, high_water, published) in
             sqlx::query_as::<_, Row>(LEDGER).fetch_all(&mut *connection).await?
         {
             if position > high_water || published > high_water {
-                figures.find(format!("{name} at {position}, published {published}, beyond the mark {high_water}"));
+                figures.add_finding(format!(
+                    "{name} at {position}, published {published}, beyond the mark {high_water}"
+                ));
             }
             // A boot may move a broken one, too; but nobody moves anyone back.
-            let (before, mark_before) = self.seen.insert(name.clone(), (position, high_water)).unwrap_or_default();
+            let (before, mark_before) =
+                self.seen.insert(name.clone(), (position, high_water)).unwrap_or_default();
             if name == "tally" {
-                self.stands_still(position == before && position < high_water, figures);
+                self.record_standstill(position == before && position < high_water, figures);
             }
             let goes_back = position < before && !REBUILT.contains(&name.as_str());
             if goes_back || high_water < mark_before {
-                figures.find(format!(
+                figures.add_finding(format!(
                     "{name} went from {before} to {position}, the mark from {mark_before} to {high_water}"
                 ));
             }
@@ -81,29 +93,37 @@ impl Watch {
             self.counted = Some(Instant::now());
             let (applied, wanted) = count(connection).await?;
             if applied != wanted {
-                figures.find(format!("tally has {applied} rows, where its position says {wanted}"));
+                figures.add_finding(format!(
+                    "tally has {applied} rows, where its position says {wanted}"
+                ));
             }
         }
         Ok(())
     }
 
-    fn stands_still(&mut self, still: bool, figures: &Figures) {
+    fn record_standstill(&mut self, still: bool, figures: &Figures) {
         let moved = *self.moved.get_or_insert_with(Instant::now);
         if !still {
             self.moved = Some(Instant::now());
             return;
         }
-        figures.reaches("longest_standstill_seconds", moved.elapsed().as_secs());
-        if moved.elapsed() > STANDS_STILL_AT_MOST {
-            figures.find(format!("tally has stood still for {} s, below the mark", moved.elapsed().as_secs()));
+        figures.raise_to("longest_standstill_seconds", moved.elapsed().as_secs());
+        if moved.elapsed() > MAX_STANDSTILL {
+            figures.add_finding(format!(
+                "tally has stood still for {} s, below the mark",
+                moved.elapsed().as_secs()
+            ));
             self.moved = None;
         }
     }
 }
 
 async fn count(connection: &mut MySqlConnection) -> Result<(i64, i64), sqlx::Error> {
-    sqlx::raw_sql("set session transaction isolation level repeatable read").execute(&mut *connection).await?;
-    let mut transaction = connection.begin_with("start transaction with consistent snapshot").await?;
+    sqlx::raw_sql("set session transaction isolation level repeatable read")
+        .execute(&mut *connection)
+        .await?;
+    let mut transaction =
+        connection.begin_with("start transaction with consistent snapshot").await?;
     let applied = sqlx::query_scalar(APPLIED).fetch_one(&mut *transaction).await?;
     let wanted = sqlx::query_scalar(WANTED).fetch_one(&mut *transaction).await?;
     transaction.rollback().await?;

@@ -1,4 +1,5 @@
-//! Applications that append: by plain SQL, as any language may, in processes of their own; and by `projectionist append`.
+//! Applications that append: by plain SQL, as any language may, in processes of their own; and by
+//! `projectionist append`.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -13,7 +14,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::signal::unix::{SignalKind, signal};
 use uuid::Uuid;
 
-use crate::process::{Kind, Yard};
+use crate::process::{Kind, ProcessTable};
 
 const TYPES: [&str; 3] = ["Opened", "Amended", "Closed"];
 
@@ -22,16 +23,22 @@ const HISTORY: usize = 10_000;
 /// How many of a hundred transactions roll back.
 const ROLLBACKS: u8 = 15;
 
-/// What became of a writer's transactions, a line for each event: `+` committed, `-` rolled back. One whose commit
-/// nobody acknowledged is in neither.
+/// What became of a writer's transactions, a line for each event: `+` committed, `-` rolled back.
+/// One whose commit nobody acknowledged is in neither.
 pub struct Record(File);
 
 impl Record {
     pub fn open(path: &Path) -> anyhow::Result<Self> {
-        Ok(Record(OpenOptions::new().create(true).append(true).open(path).context("the writer's record")?))
+        Ok(Record(
+            OpenOptions::new()
+                .create(true)
+                .append(true)
+                .open(path)
+                .context("the writer's record")?,
+        ))
     }
 
-    fn note(&mut self, sign: char, ids: &[String]) -> anyhow::Result<()> {
+    fn append_line(&mut self, sign: char, ids: &[String]) -> anyhow::Result<()> {
         let lines: String = ids.iter().map(|id| format!("{sign}{id}\n")).collect();
         Ok(self.0.write_all(lines.as_bytes())?)
     }
@@ -39,7 +46,8 @@ impl Record {
 
 // — by plain SQL —
 
-/// The process: appends until SIGTERM, and begins again on a new connection and a new stream after every error.
+/// The process: appends until SIGTERM, and begins again on a new connection and a new stream after
+/// every error.
 pub async fn write(name: &str, record: &Path) -> anyhow::Result<()> {
     let url = std::env::var("DATABASE_URL").context("DATABASE_URL")?;
     let mut record = Record::open(record)?;
@@ -58,7 +66,11 @@ pub async fn write(name: &str, record: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn session(url: &str, name: &str, record: &mut Record) -> anyhow::Result<std::convert::Infallible> {
+async fn session(
+    url: &str,
+    name: &str,
+    record: &mut Record,
+) -> anyhow::Result<std::convert::Infallible> {
     let mut connection = MySqlConnection::connect(url).await?;
     sqlx::raw_sql("set session innodb_lock_wait_timeout = 3").execute(&mut connection).await?;
     // A stream of its own: nobody knows which of the last one's events were stored.
@@ -82,7 +94,9 @@ async fn transaction(
     for _ in 0..fastrand::u8(1..3) {
         let count = fastrand::u64(1..5);
         let added: Vec<String> = (0..count).map(|_| Uuid::now_v7().to_string()).collect();
-        sqlx::raw_sql(AssertSqlSafe(insert(stream, last, &added))).execute(&mut *transaction).await?;
+        sqlx::raw_sql(AssertSqlSafe(insert(stream, last, &added)))
+            .execute(&mut *transaction)
+            .await?;
         ids.extend(added);
         last += count;
     }
@@ -94,15 +108,16 @@ async fn transaction(
     tokio::time::sleep(Duration::from_millis(pause)).await;
     if fastrand::u8(0..100) < ROLLBACKS {
         transaction.rollback().await?;
-        record.note('-', &ids)?;
+        record.append_line('-', &ids)?;
         return Ok(version);
     }
     transaction.commit().await?;
-    record.note('+', &ids)?;
+    record.append_line('+', &ids)?;
     Ok(last)
 }
 
-/// As rows, or as a selection: of that the server does not know beforehand how many positions it takes.
+/// As rows, or as a selection: of that the server does not know beforehand how many positions it
+/// takes.
 fn insert(stream: &str, version: u64, ids: &[String]) -> String {
     let rows = ids.iter().enumerate().map(|(index, id)| {
         let event_type = TYPES[fastrand::usize(..TYPES.len())];
@@ -112,17 +127,27 @@ fn insert(stream: &str, version: u64, ids: &[String]) -> String {
     let columns = "insert into events (event_id, stream_id, stream_version, event_type, payload)";
     match fastrand::u8(0..100) {
         0..10 => {
-            format!("{columns} {}", rows.map(|row| format!("select {row}")).collect::<Vec<_>>().join(" union all "))
+            format!(
+                "{columns} {}",
+                rows.map(|row| format!("select {row}")).collect::<Vec<_>>().join(" union all ")
+            )
         }
-        _ => format!("{columns} values {}", rows.map(|row| format!("({row})")).collect::<Vec<_>>().join(", ")),
+        _ => format!(
+            "{columns} values {}",
+            rows.map(|row| format!("({row})")).collect::<Vec<_>>().join(", ")
+        ),
     }
 }
 
 // — by `projectionist append` —
 
 /// Runs one `append`, fed a few lines at a time, on streams that others write to as well.
-pub async fn append(yard: &Arc<Yard>, name: &str, record: &mut Record) -> anyhow::Result<()> {
-    let (process, stdin) = yard.start(Kind::Append, name, &["append"])?;
+pub async fn append(
+    processes: &Arc<ProcessTable>,
+    name: &str,
+    record: &mut Record,
+) -> anyhow::Result<()> {
+    let (process, stdin) = processes.start(Kind::Append, name, &["append"])?;
     let mut stdin = stdin.context("it has a pipe")?;
     let mut ids = Vec::new();
     for _ in 0..fastrand::u8(1..10) {
@@ -135,12 +160,13 @@ pub async fn append(yard: &Arc<Yard>, name: &str, record: &mut Record) -> anyhow
     }
     drop(stdin);
     if process.wait().await.code == Some(0) {
-        record.note('+', &ids)?;
+        record.append_line('+', &ids)?;
     }
     Ok(())
 }
 
-/// What happened before the first release: enough that the boot of a newcomer can be struck in the middle.
+/// What happened before the first release: enough that the boot of a newcomer can be struck in the
+/// middle.
 pub fn history() -> String {
     let mut ids = Vec::new();
     (0..HISTORY).map(|_| line(&mut ids)).collect()
@@ -160,8 +186,17 @@ fn line(ids: &mut Vec<String>) -> String {
 
 /// What makes the hostile projector do harm to its session, or end its transaction.
 pub async fn append_harmful_event(connection: &mut MySqlConnection) -> anyhow::Result<()> {
-    const HARMS: [&str; 9] =
-        ["time_zone", "sql_mode", "limit", "isolation", "charset", "error", "rollback", "commit", "commit"];
+    const HARMS: [&str; 9] = [
+        "time_zone",
+        "sql_mode",
+        "limit",
+        "isolation",
+        "charset",
+        "error",
+        "rollback",
+        "commit",
+        "commit",
+    ];
     let stream = format!("harm-{}", Uuid::now_v7().simple());
     let payload = json!({ "harm": HARMS[fastrand::usize(..HARMS.len())] }).to_string();
     sqlx::query("insert into events (stream_id, stream_version, event_type, payload) values (?, 1, 'Provoked', ?)")

@@ -1,4 +1,5 @@
-//! The oracle: each read model, folded from the log in plain Rust, against the table that the projector made.
+//! The oracle: each read model, folded from the log in plain Rust, against the table that the
+//! projector made.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -27,12 +28,14 @@ struct Recorded {
     payload: Value,
 }
 
-/// Compares all read models with the log. `before` is the high-water mark before the second release.
+/// Compares all read models with the log. `before` is the high-water mark before the second
+/// release.
 pub async fn check(stage: &Stage, before: u64) -> anyhow::Result<Verdicts> {
     let log = read_log(stage).await?;
     let finished_at = stage.position("release-3", "first_orders").await?;
     let placed = |event: &&Recorded| event.event_type == "OrderPlaced";
-    let text = |event: &Recorded, key: &str| event.payload[key].as_str().unwrap_or_default().to_owned();
+    let text =
+        |event: &Recorded, key: &str| event.payload[key].as_str().unwrap_or_default().to_owned();
 
     let mut order_status = Model::new();
     let mut revenue: BTreeMap<String, (u64, u64)> = BTreeMap::new();
@@ -48,18 +51,26 @@ pub async fn check(stage: &Stage, before: u64) -> anyhow::Result<Verdicts> {
         country.1 += event.payload["cents"].as_u64().unwrap_or_default();
         *customers.entry(text(event, "customer")).or_default() += 1;
         if event.position <= finished_at {
-            first_orders.entry(text(event, "customer")).or_insert_with(|| event.position.to_string());
+            first_orders
+                .entry(text(event, "customer"))
+                .or_insert_with(|| event.position.to_string());
         }
     }
     // From now: all since its first boot, and none from before it.
     let outbox = stage.model("select cast(position as char), customer from outbox").await?;
-    let start = outbox.keys().filter_map(|position| position.parse::<u64>().ok()).min().unwrap_or(u64::MAX);
-    let welcomed = log.iter().filter(placed).filter(|event| event.position >= start.max(before + 1));
-    let welcomed: Model = welcomed.map(|event| (event.position.to_string(), text(event, "customer"))).collect();
+    let start =
+        outbox.keys().filter_map(|position| position.parse::<u64>().ok()).min().unwrap_or(u64::MAX);
+    let welcomed =
+        log.iter().filter(placed).filter(|event| event.position >= start.max(before + 1));
+    let welcomed: Model =
+        welcomed.map(|event| (event.position.to_string(), text(event, "customer"))).collect();
 
-    let revenue =
-        revenue.into_iter().map(|(country, (orders, cents))| (country, format!("{orders} {cents}"))).collect();
-    let customers = customers.into_iter().map(|(customer, orders)| (customer, orders.to_string())).collect();
+    let revenue = revenue
+        .into_iter()
+        .map(|(country, (orders, cents))| (country, format!("{orders} {cents}")))
+        .collect();
+    let customers =
+        customers.into_iter().map(|(customer, orders)| (customer, orders.to_string())).collect();
     let status = "select order_id, concat(status, ' ', changed_at) from order_status";
     Ok(Verdicts(vec![
         Verdict::of("order_status", &order_status, &stage.model(status).await?),
@@ -91,7 +102,13 @@ async fn read_log(stage: &Stage) -> anyhow::Result<Vec<Recorded>> {
     .await?;
     rows.into_iter()
         .map(|(position, stream_id, event_type, recorded_at, payload)| {
-            Ok(Recorded { position, stream_id, event_type, recorded_at, payload: serde_json::from_str(&payload)? })
+            Ok(Recorded {
+                position,
+                stream_id,
+                event_type,
+                recorded_at,
+                payload: serde_json::from_str(&payload)?,
+            })
         })
         .collect()
 }
@@ -99,7 +116,8 @@ async fn read_log(stage: &Stage) -> anyhow::Result<Vec<Recorded>> {
 impl Stage {
     /// A read model: two columns of text.
     async fn model(&self, sql: &str) -> anyhow::Result<Model> {
-        let rows: Vec<(String, String)> = sqlx::query_as(AssertSqlSafe(sql)).fetch_all(&self.pool).await?;
+        let rows: Vec<(String, String)> =
+            sqlx::query_as(AssertSqlSafe(sql)).fetch_all(&self.pool).await?;
         Ok(rows.into_iter().collect())
     }
 }
@@ -110,15 +128,19 @@ impl Verdict {
             .iter()
             .filter(|(key, _)| !found.contains_key(*key))
             .map(|(key, row)| format!("missing: {key} {row}"));
-        let wrong = found.iter().filter(|(key, row)| expected.get(*key) != Some(row)).map(|(key, row)| {
-            format!("{key}: has {row}, should have {}", expected.get(key).map_or("no row", String::as_str))
-        });
+        let wrong =
+            found.iter().filter(|(key, row)| expected.get(*key) != Some(row)).map(|(key, row)| {
+                format!(
+                    "{key}: has {row}, should have {}",
+                    expected.get(key).map_or("no row", String::as_str)
+                )
+            });
         Verdict { table, rows: found.len(), differences: missing.chain(wrong).collect() }
     }
 }
 
 impl Verdicts {
-    pub fn all_well(&self) -> bool {
+    pub fn all_ok(&self) -> bool {
         self.0.iter().all(|verdict| verdict.differences.is_empty() && verdict.rows > 0)
     }
 }

@@ -27,7 +27,9 @@ impl Shop {
                 },
             }),
             1 => json!({ "stream_id": order(number), "event_type": "OrderPaid", "payload": {} }),
-            _ => json!({ "stream_id": order(number), "event_type": "OrderShipped", "payload": { "carrier": "post" } }),
+            _ => {
+                json!({ "stream_id": order(number), "event_type": "OrderShipped", "payload": { "carrier": "post" } })
+            }
         }
     }
 

@@ -18,7 +18,7 @@ const DATABASE: &str = "projectionist_demo";
 const QUEUE: &str = "projectionist-demo.fifo";
 
 /// Longer than any step takes.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 pub struct Stage {
     binary: String,
@@ -47,9 +47,11 @@ pub struct Writer {
 }
 
 impl Stage {
-    pub async fn set() -> anyhow::Result<Self> {
-        let setting =
-            |name| std::env::var(name).with_context(|| format!("{name} is not set: run this by localstack/demo"));
+    pub async fn prepare() -> anyhow::Result<Self> {
+        let setting = |name| {
+            std::env::var(name)
+                .with_context(|| format!("{name} is not set: run this by localstack/demo"))
+        };
         let binary = setting("PROJECTIONIST_BIN")?;
         let (server, _) = setting("DATABASE_URL")?
             .rsplit_once('/')
@@ -57,8 +59,12 @@ impl Stage {
             .context("DATABASE_URL")?;
         let database_url = format!("{server}/{DATABASE}");
 
-        let admin = MySqlPool::connect(&setting("DATABASE_URL")?).await.context("the database does not answer")?;
-        for sql in [format!("drop database if exists {DATABASE}"), format!("create database {DATABASE}")] {
+        let admin = MySqlPool::connect(&setting("DATABASE_URL")?)
+            .await
+            .context("the database does not answer")?;
+        for sql in
+            [format!("drop database if exists {DATABASE}"), format!("create database {DATABASE}")]
+        {
             sqlx::raw_sql(AssertSqlSafe(sql)).execute(&admin).await?;
         }
         let config = aws_config::defaults(aws_config::BehaviorVersion::latest())
@@ -84,7 +90,9 @@ impl Stage {
 
     /// Leaves nothing behind.
     pub async fn clear(&self) -> anyhow::Result<()> {
-        sqlx::raw_sql(AssertSqlSafe(format!("drop database {DATABASE}"))).execute(&self.pool).await?;
+        sqlx::raw_sql(AssertSqlSafe(format!("drop database {DATABASE}")))
+            .execute(&self.pool)
+            .await?;
         self.sqs.delete_queue().queue_url(&self.queue_url).send().await?;
         Ok(())
     }
@@ -97,29 +105,33 @@ impl Stage {
     // — telling —
 
     /// A new act.
-    pub fn act(&self, title: &str, text: &str) {
+    pub fn print_chapter(&self, title: &str, text: &str) {
         println!();
-        self.say(title, text);
+        self.print_step(title, text);
     }
 
-    pub fn say(&self, title: &str, text: &str) {
-        let (bold, plain) = if std::io::stdout().is_terminal() { ("\x1b[1m", "\x1b[0m") } else { ("", "") };
+    pub fn print_step(&self, title: &str, text: &str) {
+        let (bold, plain) =
+            if std::io::stdout().is_terminal() { ("\x1b[1m", "\x1b[0m") } else { ("", "") };
         println!("{bold}[{:>4.1} s] {title}{plain}\n{text}", self.began.elapsed().as_secs_f32());
     }
 
-    pub fn note(&self, text: &str) {
+    pub fn print_note(&self, text: &str) {
         println!("  · {text}");
     }
 
-    pub fn show(&self, output: &str) {
+    pub fn print_output(&self, output: &str) {
         for line in output.lines() {
             println!("  │ {line}");
         }
     }
 
     pub async fn show_status(&self, release: &str) -> anyhow::Result<()> {
-        let status = self.run(&["status", "--projectors", &projectors(release)]).await?.must_exit(0)?;
-        self.show(&status.stdout);
+        let status = self
+            .run(&["status", "--projectors", &projectors(release)])
+            .await?
+            .expect_exit_code(0)?;
+        self.print_output(&status.stdout);
         Ok(())
     }
 
@@ -127,10 +139,13 @@ impl Stage {
 
     fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(&self.binary);
-        command.args(arguments).env("DATABASE_URL", &self.database_url).env("QUEUE_URL", &self.queue_url);
+        command
+            .args(arguments)
+            .env("DATABASE_URL", &self.database_url)
+            .env("QUEUE_URL", &self.queue_url);
         command.env("PROJECTIONIST_LOG_FORMAT", "json").kill_on_drop(true);
         // What a killed worker held is hidden for this long, and the play must not last for ever.
-        command.env("PROJECTIONIST_VISIBILITY", "10");
+        command.env("PROJECTIONIST_VISIBILITY_TIMEOUT", "10");
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
     }
@@ -141,15 +156,17 @@ impl Stage {
 
     pub async fn run_with(&self, arguments: &[&str], input: &[u8]) -> anyhow::Result<Ended> {
         println!("  $ projectionist {}", arguments.join(" "));
-        self.run_unseen(arguments, input).await
+        self.run_quietly(arguments, input).await
     }
 
-    async fn run_unseen(&self, arguments: &[&str], input: &[u8]) -> anyhow::Result<Ended> {
+    async fn run_quietly(&self, arguments: &[&str], input: &[u8]) -> anyhow::Result<Ended> {
         let mut child = self.command(arguments).stdin(Stdio::piped()).spawn()?;
         let mut stdin = child.stdin.take().context("piped")?;
         stdin.write_all(input).await?;
         drop(stdin);
-        let output = tokio::time::timeout(PATIENCE, child.wait_with_output()).await.context("it takes too long")??;
+        let output = tokio::time::timeout(TIMEOUT, child.wait_with_output())
+            .await
+            .context("it takes too long")??;
         Ok(Ended {
             command: arguments.join(" "),
             code: output.status.code(),
@@ -166,7 +183,8 @@ impl Stage {
 
     pub async fn start_writer(&self, mut shop: Shop) -> anyhow::Result<Writer> {
         println!("  $ application | projectionist append &");
-        let mut child = self.command(&["append"]).stdin(Stdio::piped()).stderr(Stdio::inherit()).spawn()?;
+        let mut child =
+            self.command(&["append"]).stdin(Stdio::piped()).stderr(Stdio::inherit()).spawn()?;
         let mut stdin = child.stdin.take().context("piped")?;
         let (extra, mut extras) = mpsc::channel::<Value>(1);
         let task = tokio::spawn(async move {
@@ -193,8 +211,10 @@ impl Stage {
     // — looking —
 
     async fn status(&self, release: &str) -> anyhow::Result<Value> {
-        let status =
-            self.run_unseen(&["status", "--json", "--projectors", &projectors(release)], b"").await?.must_exit(0)?;
+        let status = self
+            .run_quietly(&["status", "--json", "--projectors", &projectors(release)], b"")
+            .await?
+            .expect_exit_code(0)?;
         Ok(serde_json::from_str(&status.stdout)?)
     }
 
@@ -204,13 +224,22 @@ impl Stage {
 
     pub async fn position(&self, release: &str, projector: &str) -> anyhow::Result<u64> {
         let status = self.status(release).await?;
-        let row = status["projectors"].as_array().into_iter().flatten().find(|row| row["name"] == projector);
+        let row = status["projectors"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .find(|row| row["name"] == projector);
         row.and_then(|row| row["position"].as_u64()).context("it is in the ledger")
     }
 
-    pub async fn status_is(&self, release: &str, projector: &str, expected: &str) -> anyhow::Result<()> {
+    pub async fn wait_for_status(
+        &self,
+        release: &str,
+        projector: &str,
+        expected: &str,
+    ) -> anyhow::Result<()> {
         let began = Instant::now();
-        while began.elapsed() < PATIENCE {
+        while began.elapsed() < TIMEOUT {
             let status = self.status(release).await?;
             let mut rows = status["projectors"].as_array().into_iter().flatten();
             if rows.any(|row| row["name"] == projector && row["status"] == expected) {
@@ -222,12 +251,16 @@ impl Stage {
     }
 
     /// Waits until every live projector has passed what is in the log now, while the log goes on.
-    pub async fn caught_up(&self, release: &str) -> anyhow::Result<()> {
+    pub async fn wait_until_caught_up(&self, release: &str) -> anyhow::Result<()> {
         let target = self.high_water().await?;
         let began = Instant::now();
-        while began.elapsed() < PATIENCE {
+        while began.elapsed() < TIMEOUT {
             let status = self.status(release).await?;
-            let mut live = status["projectors"].as_array().into_iter().flatten().filter(|row| row["status"] == "live");
+            let mut live = status["projectors"]
+                .as_array()
+                .into_iter()
+                .flatten()
+                .filter(|row| row["status"] == "live");
             if live.all(|row| row["position"].as_u64() >= Some(target)) {
                 return Ok(());
             }
@@ -238,7 +271,7 @@ impl Stage {
 }
 
 impl Ended {
-    pub fn must_exit(self, code: i32) -> anyhow::Result<Self> {
+    pub fn expect_exit_code(self, code: i32) -> anyhow::Result<Self> {
         ensure!(
             self.code == Some(code),
             "`{}` exited with {:?}:\n{}{}",
@@ -262,7 +295,8 @@ impl Worker {
     pub async fn terminate(mut self) -> anyhow::Result<()> {
         let id = self.0.id().context("it runs")?.to_string();
         Command::new("kill").args(["-TERM", &id]).status().await?;
-        let ended = tokio::time::timeout(PATIENCE, self.0.wait()).await.context("it does not stop")??;
+        let ended =
+            tokio::time::timeout(TIMEOUT, self.0.wait()).await.context("it does not stop")??;
         ensure!(ended.success(), "the worker stopped with {ended}");
         Ok(())
     }

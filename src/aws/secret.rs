@@ -5,7 +5,7 @@ use aws_sdk_secretsmanager::Client;
 use aws_sdk_secretsmanager::config::Builder;
 use aws_sdk_secretsmanager::error::{ProvideErrorMetadata, SdkError};
 
-use super::causes;
+use super::format_error_chain;
 
 /// Where a secret is. Cheap to clone; its text is not kept.
 #[derive(Debug, Clone)]
@@ -19,7 +19,7 @@ impl Secret {
     /// The secret of this ARN, or of this name in the region of `config`.
     pub(crate) fn new(config: &SdkConfig, id: &str) -> Self {
         let mut builder = Builder::from(config);
-        if let Some(region) = region_of(id) {
+        if let Some(region) = arn_region(id) {
             builder = builder.region(Region::new(region.to_owned()));
         }
         Secret { client: Client::from_conf(builder.build()), id: id.to_owned() }
@@ -31,15 +31,21 @@ impl Secret {
     /// What went wrong and what to do, for people. Never the text.
     pub(crate) async fn read(&self) -> Result<String, String> {
         let read = self.client.get_secret_value().secret_id(&self.id).send().await;
-        let read = read.map_err(|error| format!("the secret {} cannot be read: {}", self.id, explain(&error)))?;
-        read.secret_string.ok_or_else(|| format!("the secret {} is binary; it must be text", self.id))
+        let read = read.map_err(|error| {
+            format!("the secret {} cannot be read: {}", self.id, explain(&error))
+        })?;
+        read.secret_string
+            .ok_or_else(|| format!("the secret {} is binary; it must be text", self.id))
     }
 }
 
 /// The region that an ARN names.
-fn region_of(id: &str) -> Option<&str> {
+fn arn_region(id: &str) -> Option<&str> {
     let mut parts = id.split(':');
-    (parts.next() == Some("arn")).then(|| parts.nth(2)).flatten().filter(|region| !region.is_empty())
+    (parts.next() == Some("arn"))
+        .then(|| parts.nth(2))
+        .flatten()
+        .filter(|region| !region.is_empty())
 }
 
 fn explain<E>(error: &SdkError<E>) -> String
@@ -47,16 +53,21 @@ where
     E: std::error::Error + ProvideErrorMetadata + 'static,
 {
     let code = error.code().unwrap_or_default();
-    let told = error.message().unwrap_or(code);
+    let message = error.message().unwrap_or(code);
     match error {
         SdkError::ServiceError(_) if code.contains("AccessDenied") => {
-            format!("{told}; allow secretsmanager:GetSecretValue on it, and kms:Decrypt where its key is your own")
+            format!(
+                "{message}; allow secretsmanager:GetSecretValue on it, and kms:Decrypt where its key is your own"
+            )
         }
         SdkError::ServiceError(_) if code.contains("ResourceNotFound") => {
             "it does not exist; correct its ARN or name (and the region)".into()
         }
-        SdkError::ServiceError(_) => format!("{code}: {told}"),
-        _ => format!("{}; check the endpoint (AWS_ENDPOINT_URL), the credentials and the network", causes(error)),
+        SdkError::ServiceError(_) => format!("{code}: {message}"),
+        _ => format!(
+            "{}; check the endpoint (AWS_ENDPOINT_URL), the credentials and the network",
+            format_error_chain(error)
+        ),
     }
 }
 
@@ -65,11 +76,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_region_of_a_secret_is_that_of_its_arn() {
+    fn a_secrets_region_comes_from_its_arn() {
         let arn = "arn:aws:secretsmanager:eu-west-1:123456789012:secret:projectionist-AbCdEf";
-        assert_eq!(region_of(arn), Some("eu-west-1"));
+        assert_eq!(arn_region(arn), Some("eu-west-1"));
         for name in ["projectionist", "arn", "arn:aws", "rds!db-1", "a:b:c:d"] {
-            assert_eq!(region_of(name), None, "{name}");
+            assert_eq!(arn_region(name), None, "{name}");
         }
     }
 }

@@ -6,76 +6,90 @@ use std::time::{Duration, SystemTime};
 use aws_config::{Region, SdkConfig};
 use aws_credential_types::Credentials;
 use aws_credential_types::provider::{ProvideCredentials, SharedCredentialsProvider};
-use aws_sigv4::http_request::{SignableBody, SignableRequest, SignatureLocation, SigningSettings, sign};
+use aws_sigv4::http_request::{
+    SignableBody, SignableRequest, SignatureLocation, SigningSettings, sign,
+};
 use aws_sigv4::sign::v4::SigningParams;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 
-use super::causes;
+use super::format_error_chain;
 use crate::model::error::Error;
 
-/// RDS takes a token for so long after it was made. Only who connects needs one: a connection outlives it.
+/// RDS takes a token for so long after it was made. Only who connects needs one: a connection
+/// outlives it.
 const VALID_FOR: Duration = Duration::from_secs(15 * 60);
 
 /// From this age on another is made, so that clocks may differ and a connection may be slow.
-const FRESH_FOR: Duration = Duration::from_secs(10 * 60);
+const RENEW_AFTER: Duration = Duration::from_secs(10 * 60);
 
 /// All but what RFC 3986 leaves unreserved.
 const RESERVED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
 
 /// Makes tokens with the credentials that AWS tools take, as they are at the time.
 #[derive(Clone)]
-pub(crate) struct Tokens {
+pub(crate) struct AuthTokenGenerator {
     credentials: SharedCredentialsProvider,
     region: Region,
 }
 
 /// A token, and until when it may be used.
-pub(crate) struct Token {
+pub(crate) struct AuthToken {
     pub(crate) text: String,
-    pub(crate) fresh_until: SystemTime,
+    pub(crate) renew_at: SystemTime,
 }
 
-impl fmt::Debug for Tokens {
+impl fmt::Debug for AuthTokenGenerator {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Tokens").field("region", &self.region).finish_non_exhaustive()
+        f.debug_struct("AuthTokenGenerator").field("region", &self.region).finish_non_exhaustive()
     }
 }
 
-impl Tokens {
+impl AuthTokenGenerator {
     /// # Errors
     /// [`Error::Input`] where no credentials or no region are set up.
     pub(crate) fn new(config: &SdkConfig) -> Result<Self, Error> {
-        let missing =
-            || Error::Input("IAM authentication needs AWS credentials and a region, and there are none".into());
-        Ok(Tokens {
+        let missing = || {
+            Error::Input(
+                "IAM authentication needs AWS credentials and a region, and there are none".into(),
+            )
+        };
+        Ok(AuthTokenGenerator {
             credentials: config.credentials_provider().ok_or_else(missing)?,
             region: config.region().cloned().ok_or_else(missing)?,
         })
     }
 
-    /// A new token for a user at a server. The host must be the instance's or cluster's own name: it is part of what is signed.
+    /// A new token for a user at a server. The host must be the instance's or cluster's own name:
+    /// it is part of what is signed.
     ///
     /// # Errors
     /// What went wrong and what to do, for people.
-    pub(crate) async fn make(&self, host: &str, port: u16, user: &str) -> Result<Token, String> {
+    pub(crate) async fn generate(
+        &self,
+        host: &str,
+        port: u16,
+        user: &str,
+    ) -> Result<AuthToken, String> {
         let credentials = self.credentials.provide_credentials().await;
         let credentials = credentials.map_err(|error| {
             format!(
                 "there are no AWS credentials to sign with: {}; set a task role, a profile or AWS_ACCESS_KEY_ID",
-                causes(&error)
+                format_error_chain(&error)
             )
         })?;
         let now = SystemTime::now();
-        let fresh = now + FRESH_FOR;
-        let fresh_until = credentials.expiry().map_or(fresh, |expiry| expiry.min(fresh));
-        let text = signed(credentials, self.region.as_ref(), host, port, user, now)
-            .map_err(|error| format!("the token cannot be signed: {}", causes(error.as_ref())))?;
-        Ok(Token { text, fresh_until })
+        let fresh = now + RENEW_AFTER;
+        let renew_at = credentials.expiry().map_or(fresh, |expiry| expiry.min(fresh));
+        let text =
+            presign(credentials, self.region.as_ref(), host, port, user, now).map_err(|error| {
+                format!("the token cannot be signed: {}", format_error_chain(error.as_ref()))
+            })?;
+        Ok(AuthToken { text, renew_at })
     }
 }
 
 /// A presigned call of `rds-db:connect`, without its scheme.
-fn signed(
+fn presign(
     credentials: Credentials,
     region: &str,
     host: &str,
@@ -87,9 +101,13 @@ fn signed(
     settings.signature_location = SignatureLocation::QueryParams;
     settings.expires_in = Some(VALID_FOR);
     let identity = credentials.into();
-    let parameters = SigningParams::builder().identity(&identity).region(region).name("rds-db").time(at);
+    let parameters =
+        SigningParams::builder().identity(&identity).region(region).name("rds-db").time(at);
     let parameters = parameters.settings(settings).build()?.into();
-    let mut url = format!("https://{host}:{port}/?Action=connect&DBUser={}", utf8_percent_encode(user, RESERVED));
+    let mut url = format!(
+        "https://{host}:{port}/?Action=connect&DBUser={}",
+        utf8_percent_encode(user, RESERVED)
+    );
     let request = SignableRequest::new("GET", &url, std::iter::empty(), SignableBody::Bytes(b""))?;
     let (instructions, _) = sign(request, &parameters)?.into_parts();
     for (name, value) in instructions.params() {
@@ -126,8 +144,19 @@ mod tests {
                  &X-Amz-Signature=8420177824ae5ab5056289e327eee4493575de3cbc30aed809e3a8ef7501d194",
             ),
             (
-                Credentials::new("ASIAEXAMPLE", KEY, Some("IQoJb3JpZ2luX2VjE/example+token==".into()), None, "test"),
-                ("eu-central-1", "db.cluster-abc.eu-central-1.rds.amazonaws.com", 3307, "jane doe+1"),
+                Credentials::new(
+                    "ASIAEXAMPLE",
+                    KEY,
+                    Some("IQoJb3JpZ2luX2VjE/example+token==".into()),
+                    None,
+                    "test",
+                ),
+                (
+                    "eu-central-1",
+                    "db.cluster-abc.eu-central-1.rds.amazonaws.com",
+                    3307,
+                    "jane doe+1",
+                ),
                 "db.cluster-abc.eu-central-1.rds.amazonaws.com:3307/?Action=connect&DBUser=jane%20doe%2B1\
                  &X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=ASIAEXAMPLE%2F20261122%2Feu-central-1%2Frds-db%2Faws4_request\
                  &X-Amz-Date=20261122T195835Z&X-Amz-SignedHeaders=host&X-Amz-Expires=900\
@@ -137,20 +166,22 @@ mod tests {
         ];
         let at = SystemTime::UNIX_EPOCH + Duration::from_secs(AT);
         for (credentials, (region, host, port, user), token) in known {
-            let ours = signed(credentials, region, host, port, user, at).expect("signed");
+            let ours = presign(credentials, region, host, port, user, at).expect("signed");
             assert_eq!(parts(&ours), parts(token));
         }
     }
 
     #[tokio::test]
-    async fn a_token_is_not_used_for_longer_than_the_credentials_that_signed_it() {
+    async fn a_token_expires_with_the_credentials_that_signed_it() {
         let soon = SystemTime::now() + Duration::from_secs(60);
         for (expiry, is_short) in [(Some(soon), true), (None, false)] {
             let credentials = Credentials::new("AKIDEXAMPLE", KEY, None, expiry, "test");
-            let tokens =
-                Tokens { credentials: SharedCredentialsProvider::new(credentials), region: Region::new("us-east-1") };
-            let token = tokens.make("db.example.com", 3306, "app").await.expect("a token");
-            assert_eq!(token.fresh_until <= soon, is_short);
+            let tokens = AuthTokenGenerator {
+                credentials: SharedCredentialsProvider::new(credentials),
+                region: Region::new("us-east-1"),
+            };
+            let token = tokens.generate("db.example.com", 3306, "app").await.expect("a token");
+            assert_eq!(token.renew_at <= soon, is_short);
         }
     }
 }

@@ -12,24 +12,25 @@ use time::OffsetDateTime;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout_at};
 
-use super::say;
+use super::print;
 use crate::command::config::Config;
-use crate::model::error::{Error, is_transient, server_error};
+use crate::model::error::{Error, is_transient, server_error_number};
 use crate::model::event::{NewEvent, Position};
 use crate::store::{AppendError, EventStore};
 
 /// Payload and metadata at their largest, in JSON, with room for the rest.
-const LONGEST_LINE: u64 = 2 * NewEvent::MAX_JSON as u64 + 65_536;
+const MAX_LINE_BYTES: u64 = 2 * NewEvent::MAX_JSON as u64 + 65_536;
 
 /// Events in one transaction, and their bytes.
-const TRANSACTION_EVENTS: usize = 500;
-const TRANSACTION_BYTES: usize = 4 * 1024 * 1024;
+const MAX_TRANSACTION_EVENTS: usize = 500;
+const MAX_TRANSACTION_BYTES: usize = 4 * 1024 * 1024;
 
-/// A CHECK of ours did not hold, on MySQL and on MariaDB: their ideas of JSON are narrower than ours.
-const CHECK_VIOLATED: [u16; 2] = [3819, 4025];
+/// A CHECK of ours did not hold, on MySQL and on MariaDB: their ideas of JSON are narrower than
+/// ours.
+const CHECK_VIOLATION_CODES: [u16; 2] = [3819, 4025];
 
 /// Events that trickle in, from a pipe that stays open, are stored this soon.
-const STORE_WITHIN: Duration = Duration::from_millis(100);
+const MAX_BUFFER_DELAY: Duration = Duration::from_millis(100);
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -37,7 +38,7 @@ Each line is an object with stream_id, event_type and payload (any JSON) and, op
 there is none), stream_version (must be the stream's next; given where there is none), recorded_at (RFC 3339; else now) \
 and metadata (any JSON).\n\n\
 Example: {\"stream_id\":\"case-891\",\"event_type\":\"Confirmation of receipt\",\"payload\":{\"channel\":\"Internet\"}}")]
-pub(super) struct Append {
+pub(super) struct AppendCommand {
     /// The file to read; standard input where there is none, or for `-`
     #[arg(value_name = "FILE")]
     file: Option<PathBuf>,
@@ -63,7 +64,7 @@ struct Line<'a> {
 
 /// What the reading thread sends.
 #[derive(Debug)]
-enum FromInput {
+enum InputMessage {
     /// A line's number, and its event or the reason why it has none.
     Line(u64, Result<NewEvent, String>),
     /// The input was read to its end.
@@ -71,157 +72,176 @@ enum FromInput {
 }
 
 /// The lines of an input, read on a thread: reading standard input blocks.
-struct Lines {
-    received: mpsc::Receiver<FromInput>,
+struct LineReader {
+    receiver: mpsc::Receiver<InputMessage>,
     /// The last line that was received.
-    last: u64,
+    last_line: u64,
 }
 
-impl Lines {
+impl LineReader {
     fn read(input: Box<dyn Read + Send>) -> Self {
-        let (sender, received) = mpsc::channel(TRANSACTION_EVENTS);
+        let (sender, receiver) = mpsc::channel(MAX_TRANSACTION_EVENTS);
         std::thread::spawn(move || read_lines(input, &sender));
-        Lines { received, last: 0 }
+        LineReader { receiver, last_line: 0 }
     }
 
     /// The next line with something in it; `None` at the end of the input.
     async fn next(&mut self) -> Option<(u64, Result<NewEvent, String>)> {
-        match self.received.recv().await {
-            Some(FromInput::Line(line, event)) => {
-                self.last = line;
+        match self.receiver.recv().await {
+            Some(InputMessage::Line(line, event)) => {
+                self.last_line = line;
                 Some((line, event))
             }
-            Some(FromInput::End) => None,
+            Some(InputMessage::End) => None,
             // The thread panicked: the input may go on.
-            None => Some((self.last + 1, Err("the reading of the input broke off here, or soon after it".into()))),
+            None => Some((
+                self.last_line + 1,
+                Err("the reading of the input broke off here, or soon after it".into()),
+            )),
         }
     }
 }
 
-impl Append {
+impl AppendCommand {
     pub(super) async fn run(self, config: &Config) -> Result<(), Error> {
         let input: Box<dyn Read + Send> = match self.file.filter(|file| file.as_os_str() != "-") {
             None => Box::new(std::io::stdin()),
-            Some(file) => Box::new(
-                File::open(&file).map_err(|error| Error::Input(format!("cannot read {}: {error}", file.display())))?,
-            ),
+            Some(file) => Box::new(File::open(&file).map_err(|error| {
+                Error::Input(format!("cannot read {}: {error}", file.display()))
+            })?),
         };
-        let mut appending = Appending {
+        let mut appender = Appender {
             store: EventStore::new(&config.database().await?),
-            waiting: Vec::new(),
-            waiting_since: None,
-            bytes: 0,
-            stored: 0,
-            last: None,
+            buffered: Vec::new(),
+            buffered_since: None,
+            buffered_bytes: 0,
+            stored_events: 0,
+            last_position: None,
         };
-        let mut lines = Lines::read(input);
+        let mut lines = LineReader::read(input);
         loop {
-            let next = match appending.waiting_since {
+            let next = match appender.buffered_since {
                 None => lines.next().await,
-                Some(since) => match timeout_at(since + STORE_WITHIN, lines.next()).await {
+                Some(since) => match timeout_at(since + MAX_BUFFER_DELAY, lines.next()).await {
                     Ok(next) => next,
                     Err(_) => {
-                        appending.flush().await?;
+                        appender.flush().await?;
                         continue;
                     }
                 },
             };
             match next {
                 None => break,
-                Some((line, Ok(event))) => appending.add(line, event).await?,
+                Some((line, Ok(event))) => appender.add(line, event).await?,
                 Some((line, Err(reason))) => {
-                    appending.flush().await?;
-                    return Err(appending.stopped_at(line, &reason));
+                    appender.flush().await?;
+                    return Err(appender.line_error(line, &reason));
                 }
             }
         }
-        appending.flush().await?;
-        say(appending.tally("appended"))
+        appender.flush().await?;
+        print(appender.summary("appended"))
     }
 }
 
-struct Appending {
+struct Appender {
     store: EventStore,
-    waiting: Vec<(u64, NewEvent)>,
-    waiting_since: Option<Instant>,
-    bytes: usize,
-    stored: usize,
-    last: Option<Position>,
+    buffered: Vec<(u64, NewEvent)>,
+    buffered_since: Option<Instant>,
+    buffered_bytes: usize,
+    stored_events: usize,
+    last_position: Option<Position>,
 }
 
-impl Appending {
+impl Appender {
     async fn add(&mut self, line: u64, event: NewEvent) -> Result<(), Error> {
-        self.bytes += event.payload.len() + event.metadata.as_ref().map_or(0, String::len);
-        self.waiting.push((line, event));
-        self.waiting_since.get_or_insert_with(Instant::now);
-        match self.waiting.len() >= TRANSACTION_EVENTS || self.bytes >= TRANSACTION_BYTES {
+        self.buffered_bytes += event.payload.len() + event.metadata.as_ref().map_or(0, String::len);
+        self.buffered.push((line, event));
+        self.buffered_since.get_or_insert_with(Instant::now);
+        match self.buffered.len() >= MAX_TRANSACTION_EVENTS
+            || self.buffered_bytes >= MAX_TRANSACTION_BYTES
+        {
             true => self.flush().await,
             false => Ok(()),
         }
     }
 
-    /// Stores what waits. At an event that cannot be stored, those before it are, and the error names its line.
+    /// Stores what waits. At an event that cannot be stored, those before it are, and the error
+    /// names its line.
     async fn flush(&mut self) -> Result<(), Error> {
-        (self.bytes, self.waiting_since) = (0, None);
-        let (lines, events): (Vec<u64>, Vec<NewEvent>) = std::mem::take(&mut self.waiting).into_iter().unzip();
-        let (mut next, mut end, mut most) = (0, events.len(), events.len());
+        (self.buffered_bytes, self.buffered_since) = (0, None);
+        let (lines, events): (Vec<u64>, Vec<NewEvent>) =
+            std::mem::take(&mut self.buffered).into_iter().unzip();
+        let (mut next, mut end, mut max_events) = (0, events.len(), events.len());
         let mut refused = None;
         while next < end {
-            let attempt = &events[next..end.min(next + most)];
+            let attempt = &events[next..end.min(next + max_events)];
             let Err(error) = self.store(attempt).await else {
                 next += attempt.len();
                 continue;
             };
-            let Some(reason) = refusal(&error) else { return Err(self.interrupted(error)) };
-            match refused_event(&error, attempt) {
-                // The first to be refused need not be the first that is bad: those before it are tried without it.
+            let Some(reason) = rejection_reason(&error) else {
+                return Err(self.append_error(error));
+            };
+            match rejected_index(&error, attempt) {
+                // The first to be refused need not be the first that is bad: those before it are
+                // tried without it.
                 Some(index) => (end, refused) = (next + index, Some(reason)),
-                None => most = attempt.len() / 2,
+                None => max_events = attempt.len() / 2,
             }
         }
-        refused.map_or(Ok(()), |reason| Err(self.stopped_at(lines[end], &reason)))
+        refused.map_or(Ok(()), |reason| Err(self.line_error(lines[end], &reason)))
     }
 
     async fn store(&mut self, events: &[NewEvent]) -> Result<(), AppendError> {
         if !events.is_empty() {
             let appended = self.store.append(events).await?;
-            self.stored += appended.events;
-            self.last = Some(appended.last);
+            self.stored_events += appended.events;
+            self.last_position = Some(appended.last);
         }
         Ok(())
     }
 
-    fn stopped_at(&self, line: u64, reason: &str) -> Error {
+    fn line_error(&self, line: u64, reason: &str) -> Error {
         Error::Input(format!(
             "line {line}: {reason}\n{}; nothing from line {line} on is",
-            self.tally("stored before it:")
+            self.summary("stored before it:")
         ))
     }
 
-    fn interrupted(&self, error: AppendError) -> Error {
-        let told = |error: &dyn std::fmt::Display| format!("{error}\n{}", self.tally("stored before that:"));
+    fn append_error(&self, error: AppendError) -> Error {
+        let with_summary = |error: &dyn std::fmt::Display| {
+            format!("{error}\n{}", self.summary("stored before that:"))
+        };
         match error {
-            AppendError::Database(error) if is_transient(&error) => Error::OutOfReach(told(&Error::Database(error))),
-            AppendError::Database(error) => Error::Input(told(&Error::Database(error))),
-            error => Error::Input(told(&error)),
+            AppendError::Database(error) if is_transient(&error) => {
+                Error::Unreachable(with_summary(&Error::Database(error)))
+            }
+            AppendError::Database(error) => Error::Input(with_summary(&Error::Database(error))),
+            error => Error::Input(with_summary(&error)),
         }
     }
 
-    fn tally(&self, verb: &str) -> String {
-        let events = if self.stored == 1 { "event" } else { "events" };
-        match self.last {
-            Some(last) => format!("{verb} {} {events}, last position {last}", self.stored),
+    fn summary(&self, verb: &str) -> String {
+        let events = if self.stored_events == 1 { "event" } else { "events" };
+        match self.last_position {
+            Some(last) => format!("{verb} {} {events}, last position {last}", self.stored_events),
             None => format!("{verb} 0 events"),
         }
     }
 }
 
 /// Why an event was refused; `None` where the error says nothing about the events.
-fn refusal(error: &AppendError) -> Option<String> {
+fn rejection_reason(error: &AppendError) -> Option<String> {
     match error {
-        AppendError::Event { reason, .. } => Some(reason.clone()),
-        AppendError::WrongVersion { .. } | AppendError::Duplicate { .. } => Some(error.to_string()),
-        AppendError::Database(error) if server_error(error).is_some_and(|number| CHECK_VIOLATED.contains(&number)) => {
+        AppendError::InvalidEvent { reason, .. } => Some(reason.clone()),
+        AppendError::WrongVersion { .. } | AppendError::DuplicateEventId { .. } => {
+            Some(error.to_string())
+        }
+        AppendError::Database(error)
+            if server_error_number(error)
+                .is_some_and(|number| CHECK_VIOLATION_CODES.contains(&number)) =>
+        {
             Some(format!(
                 "the database does not take its payload or metadata as JSON: half a surrogate pair, a number out of \
                  range, or nested too deeply (MariaDB takes 31 levels, MySQL 100) ({error})"
@@ -232,35 +252,41 @@ fn refusal(error: &AppendError) -> Option<String> {
 }
 
 /// Which of these events was refused, as far as the error tells.
-fn refused_event(error: &AppendError, events: &[NewEvent]) -> Option<usize> {
+fn rejected_index(error: &AppendError, events: &[NewEvent]) -> Option<usize> {
     match error {
-        AppendError::Event { index, .. } | AppendError::WrongVersion { index, .. } => Some(*index),
-        AppendError::Duplicate { event_id } if events.len() > 1 => {
+        AppendError::InvalidEvent { index, .. } | AppendError::WrongVersion { index, .. } => {
+            Some(*index)
+        }
+        AppendError::DuplicateEventId { event_id } if events.len() > 1 => {
             // The last of them: the id may stand twice among the lines, too.
             events.iter().rposition(|event| event.event_id.as_ref() == Some(event_id))
         }
-        AppendError::Duplicate { .. } | AppendError::Database(_) => (events.len() == 1).then_some(0),
+        AppendError::DuplicateEventId { .. } | AppendError::Database(_) => {
+            (events.len() == 1).then_some(0)
+        }
     }
 }
 
 /// Sends each line, up to the first that is refused, or up to the end and a message that says so.
-fn read_lines(input: Box<dyn Read + Send>, lines: &mpsc::Sender<FromInput>) {
+fn read_lines(input: Box<dyn Read + Send>, lines: &mpsc::Sender<InputMessage>) {
     let mut input = BufReader::new(input);
     let mut text = Vec::new();
     for line in 1.. {
         text.clear();
-        let read = match (&mut input).take(LONGEST_LINE + 1).read_until(b'\n', &mut text) {
+        let read = match (&mut input).take(MAX_LINE_BYTES + 1).read_until(b'\n', &mut text) {
             Ok(0) => {
-                let _ = lines.blocking_send(FromInput::End);
+                let _ = lines.blocking_send(InputMessage::End);
                 return;
             }
-            Ok(_) if text.len() as u64 > LONGEST_LINE => Some(Err(format!("longer than {LONGEST_LINE} bytes"))),
+            Ok(_) if text.len() as u64 > MAX_LINE_BYTES => {
+                Some(Err(format!("longer than {MAX_LINE_BYTES} bytes")))
+            }
             Ok(_) => parse_line(&text).transpose(),
             Err(error) => Some(Err(format!("cannot be read: {error}"))),
         };
         let Some(read) = read else { continue };
         let failed = read.is_err();
-        if lines.blocking_send(FromInput::Line(line, read)).is_err() || failed {
+        if lines.blocking_send(InputMessage::Line(line, read)).is_err() || failed {
             return;
         }
     }
@@ -268,8 +294,8 @@ fn read_lines(input: Box<dyn Read + Send>, lines: &mpsc::Sender<FromInput>) {
 
 /// The event of a line; `None` for an empty one.
 fn parse_line(text: &[u8]) -> Result<Option<NewEvent>, String> {
-    let text =
-        std::str::from_utf8(text).map_err(|error| format!("not UTF-8, from byte {} on", error.valid_up_to() + 1))?;
+    let text = std::str::from_utf8(text)
+        .map_err(|error| format!("not UTF-8, from byte {} on", error.valid_up_to() + 1))?;
     if text.trim().is_empty() {
         return Ok(None);
     }
@@ -310,7 +336,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bad_line_is_told_by_its_reason() {
+    fn a_bad_line_is_refused_with_its_reason() {
         for (line, reason) in [
             (&b"{\"stream_id\":\"a\"}"[..], "missing field `event_type`, at column 17"),
             (
@@ -318,7 +344,7 @@ mod tests {
                 "unknown field `recordedAt`",
             ),
             (b"{\"stream_id\":\"\",\"event_type\":\"b\",\"payload\":1}", "stream_id must be 1 to 200 characters"),
-            (b"{\"stream_id\":\"a\",\"event_type\":\"$tombstone\",\"payload\":1}", "begins with `$`"),
+            (b"{\"stream_id\":\"a\",\"event_type\":\"$filler\",\"payload\":1}", "begins with `$`"),
             (b"{\"stream_id\":\"a\",\"event_type\":\"b\",\"payload\":1,\"recorded_at\":\"yesterday\"}", "recorded_at"),
             (b"{\"stream_id\":\"a\",\"event_type\":\"b\",\"payload\":1,\"event_id\":\"\"}", "event_id must be"),
             (b"{\"stream_id\":\"a\\u001b[2J\",\"event_type\":\"b\",\"payload\":1}", "has a control character"),
@@ -336,20 +362,22 @@ mod tests {
     const LINE: &str = r#"{"stream_id":"a","stream_version":7,"event_type":"T02 \"x\"","payload":{"n":[1.0,"\u00e9"]},"metadata":{"m":null},"event_id":"id-1","recorded_at":"2010-10-02T07:20:39.266Z"}"#;
 
     #[test]
-    fn a_line_that_never_ends_is_refused_without_being_read_whole() {
+    fn an_endless_line_is_refused_without_being_read_whole() {
         let (sender, mut events) = mpsc::channel(1);
         // More than any memory holds.
         let endless = Box::new(std::io::repeat(b' '));
         let reading = std::thread::spawn(move || read_lines(endless, &sender));
-        let Some(FromInput::Line(line, read)) = events.blocking_recv() else { panic!("it is not refused") };
+        let Some(InputMessage::Line(line, read)) = events.blocking_recv() else {
+            panic!("it is not refused")
+        };
         assert!(line == 1 && read.is_err_and(|reason| reason.contains("longer than")));
         reading.join().expect("it has ended");
     }
 
     /// Two lines, and then a panic.
-    struct Breaking(std::io::Cursor<Vec<u8>>);
+    struct PanickingReader(std::io::Cursor<Vec<u8>>);
 
-    impl Read for Breaking {
+    impl Read for PanickingReader {
         fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
             match self.0.read(buffer) {
                 Ok(0) => panic!("as the test asks"),
@@ -359,26 +387,32 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_reader_that_panics_is_an_error_and_not_the_end_of_the_input() {
-        let mut lines = Lines::read(Box::new(Breaking(std::io::Cursor::new(format!("{LINE}\n{LINE}\n").into_bytes()))));
+    async fn a_panicking_reader_is_an_error_and_not_the_end_of_input() {
+        let mut lines = LineReader::read(Box::new(PanickingReader(std::io::Cursor::new(
+            format!("{LINE}\n{LINE}\n").into_bytes(),
+        ))));
         for number in [1, 2] {
-            assert!(lines.next().await.is_some_and(|(line, event)| line == number && event.is_ok()));
+            assert!(
+                lines.next().await.is_some_and(|(line, event)| line == number && event.is_ok())
+            );
         }
         let Some((3, Err(reason))) = lines.next().await else { panic!("it looks like the end") };
         assert!(reason.contains("broke off"), "{reason}");
     }
 
     #[tokio::test]
-    async fn the_end_of_the_input_is_told_after_its_last_line() {
-        let mut lines = Lines::read(Box::new(std::io::Cursor::new(LINE.as_bytes())));
+    async fn the_end_of_input_is_reported_after_the_last_line() {
+        let mut lines = LineReader::read(Box::new(std::io::Cursor::new(LINE.as_bytes())));
         assert!(lines.next().await.is_some_and(|(line, event)| line == 1 && event.is_ok()));
         assert!(lines.next().await.is_none());
     }
 
     #[test]
-    fn a_date_that_only_utc_puts_outside_the_calendar_is_refused() {
-        for at in ["9999-12-31T23:59:59-01:00", "0999-12-31T23:59:59Z", "0000-01-01T00:00:00+01:00"] {
-            let line = format!(r#"{{"stream_id":"a","event_type":"b","payload":1,"recorded_at":"{at}"}}"#);
+    fn a_date_outside_the_calendar_in_utc_is_refused() {
+        for at in ["9999-12-31T23:59:59-01:00", "0999-12-31T23:59:59Z", "0000-01-01T00:00:00+01:00"]
+        {
+            let line =
+                format!(r#"{{"stream_id":"a","event_type":"b","payload":1,"recorded_at":"{at}"}}"#);
             let error = parse_line(line.as_bytes()).expect_err(at);
             assert!(error.contains("recorded_at must lie"), "{error}");
         }
@@ -390,9 +424,10 @@ mod tests {
             let _ = parse_line(&line);
         }
 
-        /// Whatever is made of a line, what is stored of it keeps to the table's bounds, and is no larger than the line.
+        /// Whatever is made of a line, what is stored of it keeps to the table's bounds, and is no
+        /// larger than the line.
         #[test]
-        fn a_spoiled_line_is_an_event_no_larger_than_itself_or_refused(line in corrupted::bytes(LINE)) {
+        fn a_corrupted_line_is_refused_or_an_event_no_larger_than_itself(line in corrupted::bytes(LINE)) {
             let Ok(Some(event)) = parse_line(&line) else { return Ok(()) };
             prop_assert_eq!(event.check(), Ok(()));
             let names = event.stream_id.len() + event.event_type.len() + event.event_id.map_or(0, |id| id.len());
@@ -400,9 +435,10 @@ mod tests {
             prop_assert!(names + json <= line.len());
         }
 
-        /// Whatever the input is, its lines are told in order, and reading ends with the first that is refused.
+        /// Whatever the input is, its lines are told in order, and reading ends with the first that
+        /// is refused.
         #[test]
-        fn spoiled_lines_are_read_in_order_up_to_the_first_that_is_refused(
+        fn corrupted_lines_are_read_in_order_up_to_the_first_refused(
             input in corrupted::bytes(&[LINE, "", LINE, LINE].join("\n")),
         ) {
             let lines = input.split_inclusive(|&byte| byte == b'\n').count() as u64;
@@ -413,8 +449,8 @@ mod tests {
             while let Some(next) = events.blocking_recv() {
                 prop_assert!(!has_ended);
                 match next {
-                    FromInput::Line(line, event) => read.push((line, event)),
-                    FromInput::End => has_ended = true,
+                    InputMessage::Line(line, event) => read.push((line, event)),
+                    InputMessage::End => has_ended = true,
                 }
             }
             prop_assert!(read.is_sorted_by(|(before, _), (after, _)| before < after));

@@ -1,4 +1,5 @@
-//! `audit`: proves or refutes, while everything runs, that the log is what it was; and takes note of what an operator accepts.
+//! `audit`: proves or refutes, while everything runs, that the log is what it was; and takes note
+//! of what an operator accepts.
 
 use std::time::{Duration, Instant};
 
@@ -9,21 +10,21 @@ use serde::Serialize;
 use time::format_description::well_known::Rfc3339;
 use tracing::{error, info};
 
-use super::{confirm, say};
+use super::{confirm, print};
 use crate::command::config::Config;
-use crate::engine::deliver::host;
+use crate::engine::retry::hostname;
 use crate::ledger::Ledger;
 use crate::model::error::Error;
 use crate::model::event::Position;
-use crate::store::{Acceptance, Accepted, EventStore, Held, LogAudit, Missing};
+use crate::store::{AcceptOutcome, Acceptance, Blocker, EventStore, LogAudit, MissingPositions};
 
-const TELL_EVERY: Duration = Duration::from_secs(5);
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Faults that are named at the most; beyond, they are counted.
-const MOST_NAMED: usize = 20;
+const MAX_LISTED_FAULTS: usize = 20;
 
 /// And in the alert.
-const MOST_IN_ALERT: usize = 3;
+const MAX_FAULTS_IN_ALERT: usize = 3;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -34,7 +35,7 @@ Exit code 1: it found something, and names it.\n\n\
 filler, the log as it is now counts as whole from then on, and the range, the reason and who accepted it are recorded. It \
 refuses where rows are missing outside the range. It cannot check whether the rows that are there are those over which the \
 mark passed, nor what projectors have made of the lost ones.")]
-pub(super) struct Audit {
+pub(super) struct AuditCommand {
     /// Print one JSON document
     #[arg(long, env = "PROJECTIONIST_JSON", value_parser = FalseyValueParser::new())]
     json: bool,
@@ -45,7 +46,7 @@ pub(super) struct Audit {
     accept: Option<Vec<u64>>,
 
     /// Why: it is recorded, at most 1,000 characters
-    #[arg(long, value_name = "TEXT", requires = "accept", value_parser = reason)]
+    #[arg(long, value_name = "TEXT", requires = "accept", value_parser = parse_reason)]
     reason: Option<String>,
 
     /// Do not ask before accepting
@@ -53,7 +54,7 @@ pub(super) struct Audit {
     yes: bool,
 }
 
-fn reason(text: &str) -> Result<String, String> {
+fn parse_reason(text: &str) -> Result<String, String> {
     match (1..=1_000).contains(&text.trim().chars().count()) {
         true => Ok(text.trim().to_owned()),
         false => Err("it must have 1 to 1,000 characters".into()),
@@ -63,12 +64,13 @@ fn reason(text: &str) -> Result<String, String> {
 /// `audit --json`.
 #[derive(Serialize)]
 struct Report {
-    well: bool,
+    ok: bool,
     high_water: u64,
     rows: u64,
     faults: Vec<String>,
-    /// Positions up to the mark that have no row: the first ranges of them, each with its first and its last position.
-    missing: Vec<(u64, u64)>,
+    /// Positions up to the mark that have no row: the first ranges of them, each with its first and
+    /// its last position.
+    missing_ranges: Vec<(u64, u64)>,
     /// How many there are in all.
     missing_count: u64,
     acceptances: Vec<AcceptanceReport>,
@@ -86,7 +88,14 @@ struct AcceptanceReport {
 
 impl From<Acceptance> for AcceptanceReport {
     fn from(acceptance: Acceptance) -> Self {
-        let Acceptance { first, last, missing, reason, accepted_by, accepted_at } = acceptance;
+        let Acceptance {
+            first,
+            last,
+            missing_positions: missing,
+            reason,
+            accepted_by,
+            accepted_at,
+        } = acceptance;
         let accepted_at = accepted_at.format(&Rfc3339).unwrap_or_else(|_| accepted_at.to_string());
         AcceptanceReport { first, last, missing, reason, accepted_by, accepted_at }
     }
@@ -103,77 +112,84 @@ impl AcceptanceReport {
 }
 
 /// Tells at intervals how far a reading of the log is.
-fn progress() -> impl FnMut(Position, Position) {
-    let mut told = Instant::now();
+fn progress_logger() -> impl FnMut(Position, Position) {
+    let mut last_logged = Instant::now();
     move |at, end| {
-        if told.elapsed() >= TELL_EVERY {
-            told = Instant::now();
+        if last_logged.elapsed() >= PROGRESS_INTERVAL {
+            last_logged = Instant::now();
             info!(position = at.get(), through = end.get(), "auditing");
         }
     }
 }
 
-impl Audit {
+impl AuditCommand {
     pub(super) async fn run(self, config: &Config) -> Result<(), Error> {
         let database = config.database().await?;
         let (store, ledger) = (EventStore::new(&database), Ledger::new(&database));
-        let mut log = store.audit(progress()).await?;
+        let mut log = store.audit(progress_logger()).await?;
         if let (Some(range), Some(reason)) = (self.accept.as_deref(), &self.reason) {
             let (first, last) = (range[0], range[1]);
-            accept(&store, &log, Position::new(first)..=Position::new(last), reason, self.yes).await?;
-            log = store.audit(progress()).await?;
+            accept(&store, &log, Position::new(first)..=Position::new(last), reason, self.yes)
+                .await?;
+            log = store.audit(progress_logger()).await?;
         }
-        let faults = faults(&store, &ledger, &log).await?;
-        let acceptances = store.acceptances().await?.into_iter().map(AcceptanceReport::from).collect();
-        if !faults.named.is_empty() {
+        let faults = find_faults(&store, &ledger, &log).await?;
+        let acceptances =
+            store.acceptances().await?.into_iter().map(AcceptanceReport::from).collect();
+        if !faults.listed.is_empty() {
             let range = log.missing.ranges.first();
             error!(
                 alert = "log_fault",
                 first = range.map(|range| range.0),
                 last = range.map(|range| range.1),
                 missing = log.missing.count,
-                fault = faults.in_short(),
+                fault = faults.summary(),
                 "the audit found {} fault(s)",
                 faults.count
             );
         }
         let report = Report {
-            well: faults.named.is_empty(),
+            ok: faults.listed.is_empty(),
             high_water: log.high_water.get(),
             rows: log.rows,
-            faults: faults.named,
-            missing: log.missing.ranges,
+            faults: faults.listed,
+            missing_ranges: log.missing.ranges,
             missing_count: log.missing.count,
             acceptances,
         };
         match self.json {
-            true => say(serde_json::to_string(&report)
-                .unwrap_or_else(|error| unreachable!("plain strings and numbers: {error}")))?,
+            true => print(
+                serde_json::to_string(&report)
+                    .unwrap_or_else(|error| unreachable!("plain strings and numbers: {error}")),
+            )?,
             false => {
-                if report.well {
-                    say(format!("{} rows up to the high-water mark {}: all well", log.rows, log.high_water))?;
+                if report.ok {
+                    print(format!(
+                        "{} rows up to the high-water mark {}: all well",
+                        log.rows, log.high_water
+                    ))?;
                 }
-                report.faults.iter().try_for_each(say)?;
-                report.acceptances.iter().map(AcceptanceReport::line).try_for_each(say)?;
+                report.faults.iter().try_for_each(print)?;
+                report.acceptances.iter().map(AcceptanceReport::line).try_for_each(print)?;
             }
         }
-        match report.well {
+        match report.ok {
             true => Ok(()),
-            false => Err(Error::Fault(format!("the audit found {} fault(s)", faults.count))),
+            false => Err(Error::LogFault(format!("the audit found {} fault(s)", faults.count))),
         }
     }
 }
 
 /// What is wrong: a sentence each for the first, and how many there are in all.
 struct Faults {
-    named: Vec<String>,
+    listed: Vec<String>,
     count: u64,
 }
 
 impl Faults {
-    fn in_short(&self) -> String {
-        let shown = self.named.len().min(MOST_IN_ALERT);
-        let mut text = self.named[..shown].join("; ");
+    fn summary(&self) -> String {
+        let shown = self.listed.len().min(MAX_FAULTS_IN_ALERT);
+        let mut text = self.listed[..shown].join("; ");
         if self.count > shown as u64 {
             text.push_str(&format!("; and {} more", HumanCount(self.count - shown as u64)));
         }
@@ -181,11 +197,12 @@ impl Faults {
     }
 }
 
-async fn faults(store: &EventStore, ledger: &Ledger, log: &LogAudit) -> Result<Faults, Error> {
-    // Marks never fall, so what is beyond this one now was beyond the audited one, too, or has moved since.
+async fn find_faults(store: &EventStore, ledger: &Ledger, log: &LogAudit) -> Result<Faults, Error> {
+    // Marks never fall, so what is beyond this one now was beyond the audited one, too, or has
+    // moved since.
     let entries = ledger.entries().await?;
     let marks = store.marks().await?;
-    let mut named = of_missing(&log.missing);
+    let mut listed = describe_missing(&log.missing);
     let mut count = log.missing.range_count;
     let mut other = Vec::new();
     if log.missing.count == 0 && !log.is_unchanged {
@@ -209,31 +226,38 @@ async fn faults(store: &EventStore, ledger: &Ledger, log: &LogAudit) -> Result<F
         ));
     }
     if marks.published > marks.high_water {
-        other.push(format!("{} is published, beyond the high-water mark {}", marks.published, marks.high_water));
+        other.push(format!(
+            "{} is published, beyond the high-water mark {}",
+            marks.published, marks.high_water
+        ));
     }
     count += other.len() as u64;
-    named.extend(other);
-    Ok(Faults { named, count })
+    listed.extend(other);
+    Ok(Faults { listed, count })
 }
 
 /// The positions that have no row, by ranges.
-fn of_missing(missing: &Missing) -> Vec<String> {
+fn describe_missing(missing: &MissingPositions) -> Vec<String> {
     let range = |(first, last): &(u64, u64)| match first == last {
         true => format!("position {first} has no row: it was deleted"),
         false => {
-            format!("positions {first} to {last} have no row: {} deleted", HumanCount((last - first).saturating_add(1)))
+            format!(
+                "positions {first} to {last} have no row: {} deleted",
+                HumanCount((last - first).saturating_add(1))
+            )
         }
     };
-    let mut named: Vec<String> = missing.ranges.iter().take(MOST_NAMED).map(range).collect();
-    let unnamed = missing.range_count - named.len() as u64;
+    let mut listed: Vec<String> =
+        missing.ranges.iter().take(MAX_LISTED_FAULTS).map(range).collect();
+    let unnamed = missing.range_count - listed.len() as u64;
     if unnamed > 0 {
-        named.push(format!(
+        listed.push(format!(
             "{} more ranges have no rows; in all {} positions were deleted",
             HumanCount(unnamed),
             HumanCount(missing.count)
         ));
     }
-    named
+    listed
 }
 
 /// Accepts a range, unless there is nothing to accept, or more is missing.
@@ -261,7 +285,7 @@ async fn accept(
              accepted. Accept a range that holds all of them\n{}",
             HumanCount(log.missing.count),
             HumanCount(missing),
-            of_missing(&log.missing).join("\n")
+            describe_missing(&log.missing).join("\n")
         )));
     }
     confirm(
@@ -276,23 +300,23 @@ async fn accept(
         yes,
     )?;
     let user = std::env::var("USER").unwrap_or_else(|_| "unknown user".into());
-    let by: String = format!("{user} on {}", host()).chars().take(200).collect();
-    match store.accept(first, last, reason, &by, progress()).await? {
-        Accepted::Recorded { missing } => {
+    let by: String = format!("{user} on {}", hostname()).chars().take(200).collect();
+    match store.accept(first, last, reason, &by, progress_logger()).await? {
+        AcceptOutcome::Accepted { missing } => {
             info!(first = first.get(), last = last.get(), missing, "accepted as it is now");
             Ok(())
         }
-        Accepted::Held(held) => {
+        AcceptOutcome::Blocked(held) => {
             let at = match held {
-                Held::InFlight(position) => position.get(),
-                Held::Gap(gap) => *gap.start(),
+                Blocker::InFlight(position) => position.get(),
+                Blocker::WideGap(gap) => *gap.start(),
             };
             Err(Error::Input(format!(
                 "a transaction that has not ended holds a position from {at} on: nothing was accepted. Run it again when that \
                  has ended"
             )))
         }
-        Accepted::MissingElsewhere(count) => Err(Error::Input(format!(
+        AcceptOutcome::MissingElsewhere(count) => Err(Error::Input(format!(
             "{} positions outside the range lost their rows meanwhile: nothing was accepted",
             HumanCount(count)
         ))),

@@ -9,16 +9,18 @@ use serde::Serialize;
 use tracing::info;
 
 use super::status::FailureReport;
-use super::{parse_projector, say, shutdown_signal};
+use super::{parse_projector, print, shutdown_signal};
 use crate::command::config::Config;
-use crate::engine::boot::{BootProgress, BootReport, BootSettings, Booted, boot, tell_failed};
+use crate::engine::boot::{
+    BootProgress, BootReport, BootSettings, ProjectorOutcome, boot, log_boot_failure,
+};
 use crate::model::error::Error;
 use crate::model::projector::ProjectorId;
 use crate::model::registry::Registry;
-use crate::model::text::printable;
+use crate::model::text::escape_control;
 
 /// How often progress is told where there is no terminal.
-const TELL_EVERY: Duration = Duration::from_secs(5);
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(5);
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -26,21 +28,26 @@ Run it as the last step before the new code goes live. It needs the database onl
 or every one that is named, is live or finished, and has applied what was visible in the log when boot began. Exit code 1: \
 the release must not go on; the output says which projector, why, and what to do. A projector that was broken before and is \
 mended goes live whatever becomes of the others. Run boot again: it goes on where it stopped.")]
-pub(super) struct Boot {
+pub(super) struct BootCommand {
     /// Boot only these, and exit by what becomes of them
     #[arg(value_name = "NAME[@VERSION]")]
     names: Vec<String>,
 
-    /// Accept of this projector what boot refuses: rows in the tables of a new one, more event types than it was booted with,
-    /// a table that was gone and has been restored. May be repeated
-    #[arg(long, value_name = "NAME[@VERSION]", env = "PROJECTIONIST_ACCEPT", value_delimiter = ',')]
+    /// Accept of this projector what boot refuses: rows in the tables of a new one, more event
+    /// types than it was booted with, a table that was gone and has been restored. May be repeated
+    #[arg(
+        long,
+        value_name = "NAME[@VERSION]",
+        env = "PROJECTIONIST_ACCEPT",
+        value_delimiter = ','
+    )]
     accept: Vec<String>,
 
-    /// How long to wait for a database that is away, and for a transaction that holds the high-water mark below the end of the
-    /// log, in seconds
-    #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_PATIENCE", default_value_t = 60,
+    /// How long to wait for a database that is away, and for a transaction that holds the
+    /// high-water mark below the end of the log, in seconds
+    #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_WAIT_TIMEOUT", default_value_t = 60,
           value_parser = clap::value_parser!(u64).range(..=86_400))]
-    patience: u64,
+    wait_timeout: u64,
 
     /// Print the outcome of each projector as one JSON document
     #[arg(long, env = "PROJECTIONIST_JSON", value_parser = clap::builder::FalseyValueParser::new())]
@@ -49,25 +56,25 @@ pub(super) struct Boot {
 
 /// `boot --json`.
 #[derive(Serialize)]
-struct Outcome<'a> {
+struct BootJson<'a> {
     /// Whether the release may go on.
     released: bool,
     /// Why not, if that is not the matter of one projector.
     reason: Option<&'a str>,
     /// The end of the log that was visible when boot began.
     target: u64,
-    projectors: Vec<ProjectorOutcome<'a>>,
+    projectors: Vec<ProjectorJson<'a>>,
 }
 
 #[derive(Serialize)]
-struct ProjectorOutcome<'a> {
+struct ProjectorJson<'a> {
     name: &'a str,
     version: u32,
     mode: &'a str,
     status: &'a str,
     position: u64,
     /// Where it stood before this boot; null if it was new.
-    from: Option<u64>,
+    from_position: Option<u64>,
     /// Whether its definition was another than the booted one.
     changed: bool,
     /// Why it keeps the release from going on; null if it does not.
@@ -75,15 +82,16 @@ struct ProjectorOutcome<'a> {
     failure: Option<FailureReport>,
 }
 
-impl Boot {
+impl BootCommand {
     pub(super) async fn run(self, config: &Config, registry: Registry) -> Result<(), Error> {
         let release = config.release.clone().or_else(|| registry.release().map(str::to_owned));
         // A deploy stands, too, where boot cannot begin, or is stopped.
-        let failed = |error: &Error| tell_failed(error, release.as_deref());
-        let registry = config.some_registry(registry).inspect_err(failed)?;
+        let failed = |error: &Error| log_boot_failure(error, release.as_deref());
+        let registry = config.nonempty_registry(registry).inspect_err(failed)?;
         let reporter = config.reporter();
-        let mut display = Display::new();
-        // The first process of a container has no default for a signal: it has to listen, or be killed.
+        let mut display = ProgressDisplay::new();
+        // The first process of a container has no default for a signal: it has to listen, or be
+        // killed.
         let shutdown = shutdown_signal().inspect_err(failed)?;
         let booting = async {
             let settings = self.settings(config, &registry).inspect_err(failed)?;
@@ -99,68 +107,80 @@ impl Boot {
         let report = report?;
 
         match self.json {
-            true => say(outcome_json(&report))?,
-            false => report.projectors.iter().try_for_each(|booted| say(line(booted)))?,
+            true => print(format_json(&report))?,
+            false => report.projectors.iter().try_for_each(|booted| print(format_line(booted)))?,
         }
         match report.is_released() {
             true => Ok(()),
-            false => Err(Error::Projector(report.why())),
+            false => Err(Error::Projector(report.explain())),
         }
     }
 
     fn settings(&self, config: &Config, registry: &Registry) -> Result<BootSettings, Error> {
-        let mut settings = BootSettings::from(config.boot_limits(Duration::from_secs(self.patience)));
-        settings.only = find_all(&self.names, registry)?;
-        settings.accept = find_all(&self.accept, registry)?;
+        let mut settings =
+            BootSettings::from(config.boot_limits(Duration::from_secs(self.wait_timeout)));
+        settings.only = find_projectors(&self.names, registry)?;
+        settings.accept = find_projectors(&self.accept, registry)?;
         Ok(settings)
     }
 }
 
 /// The projectors of a set with these names; every version where none is named.
-fn find_all(names: &[String], registry: &Registry) -> Result<Vec<ProjectorId>, Error> {
+fn find_projectors(names: &[String], registry: &Registry) -> Result<Vec<ProjectorId>, Error> {
     let mut found = Vec::new();
     for text in names {
         let (name, version) = parse_projector(text)?;
-        let matches = |id: &&ProjectorId| id.name == name && version.is_none_or(|version| version == id.version);
+        let matches = |id: &&ProjectorId| {
+            id.name == name && version.is_none_or(|version| version == id.version)
+        };
         let before = found.len();
         found.extend(registry.iter().map(|projector| &projector.id).filter(matches).cloned());
         if found.len() == before {
-            let known: Vec<String> = registry.iter().map(|projector| projector.id.to_string()).collect();
-            return Err(Error::Input(format!("this set has no projector {text:?}; it has: {}", known.join(", "))));
+            let known: Vec<String> =
+                registry.iter().map(|projector| projector.id.to_string()).collect();
+            return Err(Error::Input(format!(
+                "this set has no projector {text:?}; it has: {}",
+                known.join(", ")
+            )));
         }
     }
     Ok(found)
 }
 
-fn outcome_json(report: &BootReport) -> String {
-    let projectors = report.projectors.iter().map(|booted| ProjectorOutcome {
+fn format_json(report: &BootReport) -> String {
+    let projectors = report.projectors.iter().map(|booted| ProjectorJson {
         name: &booted.id.name,
         version: booted.id.version,
         mode: booted.mode.as_str(),
         status: booted.status(),
         position: booted.position().get(),
-        from: booted.from.map(|position| position.get()),
-        changed: booted.changed,
+        from_position: booted.position_before.map(|position| position.get()),
+        changed: booted.has_changed,
         reason: booted.reason.as_deref(),
-        failure: booted.entry.as_ref().and_then(|entry| entry.status.failure()).map(FailureReport::from),
+        failure: booted
+            .entry
+            .as_ref()
+            .and_then(|entry| entry.status.failure())
+            .map(FailureReport::from),
     });
-    let outcome = Outcome {
+    let outcome = BootJson {
         released: report.is_released(),
         reason: report.reason.as_deref(),
         target: report.target.get(),
         projectors: projectors.collect(),
     };
-    serde_json::to_string(&outcome).unwrap_or_else(|error| unreachable!("plain strings and numbers: {error}"))
+    serde_json::to_string(&outcome)
+        .unwrap_or_else(|error| unreachable!("plain strings and numbers: {error}"))
 }
 
-fn line(booted: &Booted) -> String {
-    let mut outcome = match (&booted.entry, booted.attempted, booted.from) {
+fn format_line(booted: &ProjectorOutcome) -> String {
+    let mut outcome = match (&booted.entry, booted.was_attempted, booted.position_before) {
         (None, ..) => "not entered".to_owned(),
         (_, false, _) => "nothing to boot".to_owned(),
         (_, true, None) => "new".to_owned(),
         (_, true, Some(from)) => format!("resumed from {from}"),
     };
-    if booted.changed {
+    if booted.has_changed {
         outcome.push_str("; changed since it was booted");
     }
     let (id, status, position) = (booted.id.to_string(), booted.status(), booted.position());
@@ -168,18 +188,21 @@ fn line(booted: &Booted) -> String {
     let failure = booted.entry.as_ref().and_then(|entry| entry.status.failure());
     match (failure, &booted.reason) {
         (Some(failure), _) => {
-            let event = failure.event.as_ref().map(|event| format!(" at {} ({})", event.position, event.event_type));
+            let event = failure
+                .event
+                .as_ref()
+                .map(|event| format!(" at {} ({})", event.position, event.event_type));
             let failed = format!("failed{}: {}", event.unwrap_or_default(), failure.error);
-            line.push_str(&format!("\n  {}", printable(&failed)));
+            line.push_str(&format!("\n  {}", escape_control(&failed)));
         }
-        (None, Some(reason)) => line.push_str(&format!("\n  {}", printable(reason))),
+        (None, Some(reason)) => line.push_str(&format!("\n  {}", escape_control(reason))),
         (None, None) => {}
     }
     line
 }
 
 /// A bar on a terminal, a log line now and then elsewhere.
-struct Display {
+struct ProgressDisplay {
     bar: Option<ProgressBar>,
     round: Option<Round>,
 }
@@ -189,10 +212,10 @@ struct Round {
     target: u64,
     start: u64,
     began: Instant,
-    told: Instant,
+    last_logged: Instant,
 }
 
-impl Display {
+impl ProgressDisplay {
     fn new() -> Self {
         let style = "{bar:40} {pos}/{len} events  {per_sec}  {eta} left  {msg}";
         let bar = stderr().is_terminal().then(|| {
@@ -200,15 +223,15 @@ impl Display {
             ProgressStyle::with_template(style).map(|style| bar.set_style(style)).ok();
             bar
         });
-        Display { bar, round: None }
+        ProgressDisplay { bar, round: None }
     }
 
     fn show(&mut self, progress: &BootProgress) {
-        let (target, lowest) = (progress.target.get(), progress.lowest().get());
+        let (target, lowest) = (progress.target.get(), progress.lowest_position().get());
         let now = Instant::now();
         let is_new = self.round.as_ref().is_none_or(|round| round.target != target);
         if is_new {
-            self.round = Some(Round { target, start: lowest, began: now, told: now });
+            self.round = Some(Round { target, start: lowest, began: now, last_logged: now });
         }
         if let Some(bar) = &self.bar {
             if is_new {
@@ -217,18 +240,24 @@ impl Display {
                 bar.reset_eta();
             }
             bar.set_position(lowest);
-            bar.set_message(match &progress.waiting {
+            bar.set_message(match &progress.wait {
                 None => format!("{} projectors", progress.positions.len()),
-                Some(waiting) => format!("waiting for {} s: {}", waiting.waited.as_secs(), waiting.reason),
+                Some(waiting) => {
+                    format!("waiting for {} s: {}", waiting.elapsed.as_secs(), waiting.reason)
+                }
             });
             return;
         }
-        if progress.waiting.is_some() {
+        if progress.wait.is_some() {
             // Boot itself logs why it waits.
             return;
         }
-        let Some(round) = self.round.as_mut().filter(|round| now - round.told >= TELL_EVERY) else { return };
-        round.told = now;
+        let Some(round) =
+            self.round.as_mut().filter(|round| now - round.last_logged >= PROGRESS_INTERVAL)
+        else {
+            return;
+        };
+        round.last_logged = now;
         let seconds = (now - round.began).as_secs_f64();
         let rate = (lowest - round.start.min(lowest)) as f64 / seconds;
         let left = (rate > 0.0).then(|| ((target - lowest.min(target)) as f64 / rate).round());

@@ -6,14 +6,14 @@ use std::time::Duration;
 use clap::builder::FalseyValueParser;
 use clap::{Args, ValueEnum};
 
-use crate::aws::{self, Secret, Tokens};
-use crate::database::{Database, Login, Source, SqlMode};
+use crate::aws::{self, AuthTokenGenerator, Secret};
+use crate::database::{CredentialSource, Credentials, Database, SqlMode};
 use crate::declared;
-use crate::engine::deliver::Limits;
+use crate::engine::retry::Limits;
 use crate::model::error::Error;
 use crate::model::registry::Registry;
 use crate::queue::SqsQueue;
-use crate::telemetry::{LogFormat, MetricsFormat, Reporter, service_name};
+use crate::telemetry::{LogFormat, MetricsFormat, Reporter, parse_service_name};
 
 /// How the database knows us.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -23,63 +23,71 @@ enum DatabaseAuth {
 }
 
 /// The most that are opened without being asked for: small servers take a hundred in all.
-const MOST_CONNECTIONS: u32 = 48;
+const MAX_DEFAULT_CONNECTIONS: u32 = 48;
 
 /// The modes in which projectors' statements run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum SqlModes {
+enum SqlModeOption {
     Strict,
     Server,
 }
 
-impl From<SqlModes> for SqlMode {
-    fn from(modes: SqlModes) -> Self {
+impl From<SqlModeOption> for SqlMode {
+    fn from(modes: SqlModeOption) -> Self {
         match modes {
-            SqlModes::Strict => SqlMode::Strict,
-            SqlModes::Server => SqlMode::Server,
+            SqlModeOption::Strict => SqlMode::Strict,
+            SqlModeOption::Server => SqlMode::Server,
         }
     }
 }
 
 /// The most database connections, where a command does not say otherwise.
-const CONNECTIONS: u32 = 16;
+const DEFAULT_CONNECTIONS: u32 = 16;
 
 /// Options of every command.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Common options")]
 pub(crate) struct Config {
-    /// Folder with projector files (*.toml); they are added, in order of file name, to those of the program.
+    /// Folder with projector files (*.toml); they are added, in order of file name, to those of the
+    /// program.
     #[arg(long, value_name = "DIR", env = "PROJECTORS", global = true)]
     pub(crate) projectors: Option<PathBuf>,
 
-    /// The MySQL or MariaDB database: mysql://USER:PASSWORD@HOST:PORT/DATABASE. For TLS with certificate checks add
-    /// ?ssl-mode=VERIFY_IDENTITY&ssl-ca=FILE.
+    /// The MySQL or MariaDB database: mysql://USER:PASSWORD@HOST:PORT/DATABASE. For TLS with
+    /// certificate checks add ?ssl-mode=VERIFY_IDENTITY&ssl-ca=FILE.
     #[arg(long, value_name = "URL", env = "DATABASE_URL", hide_env_values = true, global = true)]
     database_url: Option<String>,
 
-    /// The ARN or name of a secret in Secrets Manager, instead of the URL: a URL, or JSON as RDS writes it. One that has user
-    /// and password only stands beside a URL without them, mysql://HOST:PORT/DATABASE. It is read again whenever the
-    /// database refuses the password.
+    /// The ARN or name of a secret in Secrets Manager, instead of the URL: a URL, or JSON as RDS
+    /// writes it. One that has user and password only stands beside a URL without them,
+    /// mysql://HOST:PORT/DATABASE. It is read again whenever the database refuses the password.
     #[arg(long, value_name = "ARN", env = "PROJECTIONIST_DATABASE_SECRET", global = true)]
     database_secret: Option<String>,
 
-    /// How the database knows us: by a password, or by IAM (a token of RDS for each new connection, made with our AWS
-    /// credentials; URL or secret say as whom). IAM wants the server's certificate checked.
-    #[arg(long, value_name = "HOW", env = "PROJECTIONIST_DATABASE_AUTH", default_value = "password", global = true)]
+    /// How the database knows us: by a password, or by IAM (a token of RDS for each new connection,
+    /// made with our AWS credentials; URL or secret say as whom). IAM wants the server's
+    /// certificate checked.
+    #[arg(
+        long,
+        value_name = "HOW",
+        env = "PROJECTIONIST_DATABASE_AUTH",
+        default_value = "password",
+        global = true
+    )]
     database_auth: DatabaseAuth,
 
-    /// File of certificates to check the database's with, one or many (the bundle of RDS): the same as
-    /// ?ssl-mode=VERIFY_IDENTITY&ssl-ca=FILE in the URL, for a secret, too.
+    /// File of certificates to check the database's with, one or many (the bundle of RDS): the same
+    /// as ?ssl-mode=VERIFY_IDENTITY&ssl-ca=FILE in the URL, for a secret, too.
     #[arg(long, value_name = "FILE", env = "PROJECTIONIST_DATABASE_CA", global = true)]
     database_ca: Option<PathBuf>,
 
-    /// The SQS queue, FIFO or standard. Credentials, region and endpoint come as for every AWS tool:
-    /// AWS_REGION, AWS_PROFILE, AWS_ENDPOINT_URL and so on.
+    /// The SQS queue, FIFO or standard. Credentials, region and endpoint come as for every AWS
+    /// tool: AWS_REGION, AWS_PROFILE, AWS_ENDPOINT_URL and so on.
     #[arg(long, value_name = "URL", env = "QUEUE_URL", global = true)]
     queue_url: Option<String>,
 
-    /// The most database connections that are open at once. [default: 16, or 8 and one for each projector in Rust, up to 48;
-    /// lambda: 4]
+    /// The most database connections that are open at once. [default: 16, or 8 and one for each
+    /// projector in Rust, up to 48; lambda: 4]
     #[arg(long, value_name = "N", env = "PROJECTIONIST_CONNECTIONS",
           value_parser = clap::value_parser!(u32).range(4..=1000), global = true)]
     connections: Option<u32>,
@@ -89,10 +97,16 @@ pub(crate) struct Config {
           value_parser = clap::value_parser!(u64).range(1..=3600), global = true)]
     connect_timeout: u64,
 
-    /// The modes in which projectors' statements run: strict, as a new server has them, so that a value that does not fit is
-    /// an error; or the server's own, whatever they are.
-    #[arg(long, value_name = "MODES", env = "PROJECTIONIST_SQL_MODE", default_value = "strict", global = true)]
-    sql_mode: SqlModes,
+    /// The modes in which projectors' statements run: strict, as a new server has them, so that a
+    /// value that does not fit is an error; or the server's own, whatever they are.
+    #[arg(
+        long,
+        value_name = "MODES",
+        env = "PROJECTIONIST_SQL_MODE",
+        default_value = "strict",
+        global = true
+    )]
+    sql_mode: SqlModeOption,
 
     /// The most events that are applied in one transaction.
     #[arg(long, value_name = "EVENTS", env = "PROJECTIONIST_BATCH", default_value_t = 1000,
@@ -104,40 +118,67 @@ pub(crate) struct Config {
           value_parser = clap::value_parser!(u64).range(1..=3600), global = true)]
     pub(crate) handler_timeout: u64,
 
-    /// For how long a received message is hidden from other workers, in seconds; extended while work goes on.
-    #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_VISIBILITY", default_value_t = 30,
+    /// For how long a received message is hidden from other workers, in seconds; extended while
+    /// work goes on.
+    #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_VISIBILITY_TIMEOUT", default_value_t = 30,
           value_parser = clap::value_parser!(u64).range(3..=43_200), global = true)]
-    pub(crate) visibility: u64,
+    pub(crate) visibility_timeout: u64,
 
-    /// What this release is called, for whoever reads of a failure: a version, a commit, an image's tag.
+    /// What this release is called, for whoever reads of a failure: a version, a commit, an image's
+    /// tag.
     #[arg(long, value_name = "NAME", env = "PROJECTIONIST_RELEASE", global = true)]
     pub(crate) release: Option<String>,
 
-    /// Whether boot, play, lambda and relay write metrics to standard error, among the log lines: emf is CloudWatch's embedded
-    /// metric format.
-    #[arg(long, value_name = "FORMAT", env = "PROJECTIONIST_METRICS", default_value = "none", global = true)]
+    /// Whether boot, play, lambda and relay write metrics to standard error, among the log lines:
+    /// emf is CloudWatch's embedded metric format.
+    #[arg(
+        long,
+        value_name = "FORMAT",
+        env = "PROJECTIONIST_METRICS",
+        default_value = "none",
+        global = true
+    )]
     metrics: MetricsFormat,
 
     /// What this installation is called in its metrics: the dimension Service.
     #[arg(long, value_name = "NAME", env = "PROJECTIONIST_SERVICE", default_value = "projectionist",
-          value_parser = service_name, global = true)]
+          value_parser = parse_service_name, global = true)]
     service: String,
 
     /// Where alerts are posted, as JSON, besides the log: a web hook of your chat or bug tracker.
-    #[arg(long, value_name = "URL", env = "PROJECTIONIST_ALERT_URL", hide_env_values = true, global = true)]
+    #[arg(
+        long,
+        value_name = "URL",
+        env = "PROJECTIONIST_ALERT_URL",
+        hide_env_values = true,
+        global = true
+    )]
     pub(crate) alert_url: Option<String>,
 
-    /// Keep errors of the database to their numbers, in the ledger, the log and alerts: what the server says may name values of
-    /// rows, such as an e-mail address in "Duplicate entry".
+    /// Keep errors of the database to their numbers, in the ledger, the log and alerts: what the
+    /// server says may name values of rows, such as an e-mail address in "Duplicate entry".
     #[arg(long, env = "PROJECTIONIST_REDACT_ERRORS", value_parser = FalseyValueParser::new(), global = true)]
     pub(crate) redact_errors: bool,
 
     /// How log lines look on standard error.
-    #[arg(long, value_name = "FORMAT", env = "PROJECTIONIST_LOG_FORMAT", default_value = "auto", global = true)]
+    #[arg(
+        long,
+        value_name = "FORMAT",
+        env = "PROJECTIONIST_LOG_FORMAT",
+        default_value = "auto",
+        global = true
+    )]
     pub(crate) log_format: LogFormat,
 
-    /// Which log lines are shown: error, warn, info, debug, or a filter such as projectionist=debug. Alerts always are.
-    #[arg(long, value_name = "FILTER", env = "PROJECTIONIST_LOG", default_value = "info", global = true)]
+    /// Which log lines are shown: error, warn, info, debug, or a filter such as
+    /// projectionist=debug. Alerts always are.
+    #[arg(
+        long,
+        value_name = "FILTER",
+        env = "PROJECTIONIST_LOG",
+        default_value = "info",
+        global = true
+    )]
     pub(crate) log: String,
 }
 
@@ -154,7 +195,7 @@ impl Config {
     }
 
     /// [`Config::registry`], for commands that have nothing to do without a projector.
-    pub(crate) fn some_registry(&self, registry: Registry) -> Result<Registry, Error> {
+    pub(crate) fn nonempty_registry(&self, registry: Registry) -> Result<Registry, Error> {
         let registry = self.registry(registry)?;
         match registry.is_empty() {
             true => Err(Error::Input(
@@ -166,63 +207,75 @@ impl Config {
     }
 
     pub(crate) async fn database(&self) -> Result<Database, Error> {
-        self.database_of(CONNECTIONS).await
+        self.database_with(DEFAULT_CONNECTIONS).await
     }
 
-    /// With a connection for each projector that keeps a session of its own, unless it was said otherwise.
+    /// With a connection for each projector that keeps a session of its own, unless it was said
+    /// otherwise.
     pub(crate) async fn database_for(&self, registry: &Registry) -> Result<Database, Error> {
-        let with_sessions = CONNECTIONS / 2 + registry.with_own_sessions();
-        self.database_of(with_sessions.clamp(CONNECTIONS, MOST_CONNECTIONS)).await
+        let with_sessions = DEFAULT_CONNECTIONS / 2 + registry.dedicated_session_count();
+        self.database_with(with_sessions.clamp(DEFAULT_CONNECTIONS, MAX_DEFAULT_CONNECTIONS)).await
     }
 
     /// With so many connections, unless it was said otherwise.
-    pub(crate) async fn database_of(&self, connections: u32) -> Result<Database, Error> {
-        let login = self.login().await?;
-        let patience = Duration::from_secs(self.connect_timeout);
-        Database::open(login, self.connections.unwrap_or(connections), patience, self.sql_mode.into()).await
+    pub(crate) async fn database_with(&self, connections: u32) -> Result<Database, Error> {
+        let credentials = self.credentials().await?;
+        let connect_timeout = Duration::from_secs(self.connect_timeout);
+        Database::open(
+            credentials,
+            self.connections.unwrap_or(connections),
+            connect_timeout,
+            self.sql_mode.into(),
+        )
+        .await
     }
 
-    async fn login(&self) -> Result<Login, Error> {
+    async fn credentials(&self) -> Result<Credentials, Error> {
         if let Some(ca) = self.database_ca.as_ref().filter(|ca| !ca.is_file()) {
             return Err(Error::Input(format!("--database-ca: there is no file {}", ca.display())));
         }
         let source = match (&self.database_secret, self.database_auth) {
-            (None, DatabaseAuth::Password) => Source::Url,
-            (Some(secret), DatabaseAuth::Password) => Source::Secret(Secret::new(&aws::config().await?, secret)),
+            (None, DatabaseAuth::Password) => CredentialSource::Url,
+            (Some(secret), DatabaseAuth::Password) => {
+                CredentialSource::Secret(Secret::new(&aws::load_config().await?, secret))
+            }
             (secret, DatabaseAuth::Iam) => {
-                let config = aws::config().await?;
-                Source::Tokens(Tokens::new(&config)?, secret.as_ref().map(|secret| Secret::new(&config, secret)))
+                let config = aws::load_config().await?;
+                CredentialSource::Iam(
+                    AuthTokenGenerator::new(&config)?,
+                    secret.as_ref().map(|secret| Secret::new(&config, secret)),
+                )
             }
         };
-        Login::new(self.database_url.as_deref(), source, self.database_ca.clone())
+        Credentials::new(self.database_url.as_deref(), source, self.database_ca.clone())
     }
 
     /// Whether a queue is named.
-    pub(crate) fn names_queue(&self) -> bool {
+    pub(crate) fn has_queue(&self) -> bool {
         self.queue_url.is_some()
     }
 
     pub(crate) async fn queue(&self) -> Result<SqsQueue, Error> {
-        let url = self
-            .queue_url
-            .as_deref()
-            .ok_or_else(|| Error::Input("no queue is named: give --queue-url or set QUEUE_URL".into()))?;
-        SqsQueue::connect(url, Duration::from_secs(self.visibility)).await
+        let url = self.queue_url.as_deref().ok_or_else(|| {
+            Error::Input("no queue is named: give --queue-url or set QUEUE_URL".into())
+        })?;
+        SqsQueue::connect(url, Duration::from_secs(self.visibility_timeout)).await
     }
 
-    /// Writes metrics, if they are asked for. To be made before anything is done that is to be counted.
+    /// Writes metrics, if they are asked for. To be made before anything is done that is to be
+    /// counted.
     pub(crate) fn reporter(&self) -> Reporter {
         Reporter::new(self.metrics, &self.service, self.release.as_deref())
     }
 
     /// What bounds the engine in boot. A worker waits for as long as it takes; a deploy does not.
-    pub(crate) fn boot_limits(&self, patience: Duration) -> Limits {
-        Limits { patience: Some(patience), ..self.play_limits() }
+    pub(crate) fn boot_limits(&self, retry_timeout: Duration) -> Limits {
+        Limits { retry_timeout: Some(retry_timeout), ..self.play_limits() }
     }
 
     /// What bounds the engine in play.
     pub(crate) fn play_limits(&self) -> Limits {
         let handler_timeout = Duration::from_secs(self.handler_timeout);
-        Limits { batch: self.batch, handler_timeout, patience: None }
+        Limits { batch: self.batch, handler_timeout, retry_timeout: None }
     }
 }

@@ -4,20 +4,20 @@ use clap::Args;
 use clap::builder::FalseyValueParser;
 use indicatif::HumanCount;
 
-use super::{confirm, say};
+use super::{confirm, print};
 use crate::command::config::Config;
 use crate::model::error::Error;
-use crate::store::{EventStore, Held};
+use crate::store::{Blocker, EventStore};
 
 /// Positions that are filled between two looks.
-const STEP: u64 = 10_000;
+const POSITIONS_PER_BATCH: u64 = 10_000;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
 A gap of over 65,536 positions holds the high-water mark until somebody has looked: a wrong auto_increment, an explicit \
 position. This puts a filler into each missing position; what a writer has taken is left alone. Positions at or below the \
 high-water mark are decided already: what is missing there was deleted, and is a matter for `audit`.")]
-pub(super) struct Fill {
+pub(super) struct FillCommand {
     /// The first missing position
     #[arg(value_parser = clap::value_parser!(u64).range(1..))]
     first: u64,
@@ -31,11 +31,13 @@ pub(super) struct Fill {
     yes: bool,
 }
 
-impl Fill {
+impl FillCommand {
     pub(super) async fn run(self, config: &Config) -> Result<(), Error> {
-        let Fill { first, last, yes } = self;
+        let FillCommand { first, last, yes } = self;
         if first > last {
-            return Err(Error::Input(format!("the first position, {first}, lies after the last, {last}")));
+            return Err(Error::Input(format!(
+                "the first position, {first}, lies after the last, {last}"
+            )));
         }
         let store = EventStore::new(&config.database().await?);
         // Above what is visible there is no gap: those positions are still to be given out.
@@ -56,14 +58,14 @@ impl Fill {
         let mut filled = 0;
         let mut next = first;
         loop {
-            let end = last.min(next.saturating_add(STEP - 1));
+            let end = last.min(next.saturating_add(POSITIONS_PER_BATCH - 1));
             let positions: Vec<u64> = (next..=end).collect();
             let step = store.fill(&positions).await?;
             filled += step.count;
-            if let Some(held) = step.held {
+            if let Some(held) = step.blocked {
                 let at = match held {
-                    Held::InFlight(position) => position.get(),
-                    Held::Gap(gap) => *gap.start(),
+                    Blocker::InFlight(position) => position.get(),
+                    Blocker::WideGap(gap) => *gap.start(),
                 };
                 return Err(Error::Input(format!(
                     "a transaction that has not ended holds a position from {at} on; {filled} positions were filled before it. \
@@ -77,11 +79,15 @@ impl Fill {
         }
         let taken = HumanCount((last - first).saturating_add(1) - filled);
         match filled {
-            0 => say(format!("nothing to fill: each position from {first} to {last} has a row")),
-            1 => say(format!("filled 1 position from {first} to {last}; {taken} had a row already")),
+            0 => print(format!("nothing to fill: each position from {first} to {last} has a row")),
+            1 => print(format!(
+                "filled 1 position from {first} to {last}; {taken} had a row already"
+            )),
             filled => {
                 let filled = HumanCount(filled);
-                say(format!("filled {filled} positions from {first} to {last}; {taken} had a row already"))
+                print(format!(
+                    "filled {filled} positions from {first} to {last}; {taken} had a row already"
+                ))
             }
         }
     }

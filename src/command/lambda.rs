@@ -9,49 +9,51 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 use tracing::{info, warn};
 
-use super::play::ConvoyOptions;
+use super::play::CatchUpOptions;
 use super::relay::RelayOptions;
 use super::shutdown_signal;
 use crate::command::config::Config;
 use crate::database::Database;
 use crate::engine::play::{Deadline, Worker};
 use crate::engine::relay::Relay;
-use crate::lambda::{Invoked, RuntimeApi, parse, relay_and_reconcile};
+use crate::lambda::{RuntimeApi, Trigger, parse, relay_and_reconcile};
 use crate::model::error::Error;
 use crate::model::registry::Registry;
 use crate::queue::Queue;
-use crate::telemetry::{Reporter, Watched};
+use crate::telemetry::{LagSource, Reporter};
 
 /// Of a function's initialization; Lambda breaks it off after 10 s, and then nobody is told why.
-const INIT_WITHIN: Duration = Duration::from_secs(8);
+const INIT_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// Connections that are open at once, unless it is said otherwise: there may be many functions.
-const CONNECTIONS: u32 = 4;
+const DEFAULT_CONNECTIONS: u32 = 4;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
 AWS Lambda starts this: also without the word `lambda`, where AWS_LAMBDA_RUNTIME_API is set and there are no arguments. It is \
 invoked with batches of messages by an SQS event source mapping with ReportBatchItemFailures, and by a schedule. docs/lambda.md has \
 the settings.")]
-pub(super) struct Lambda {
-    /// How long before the function's time-out an invocation stops, rolls back what is not committed, and answers, in milliseconds
+pub(super) struct LambdaCommand {
+    /// How long before the function's time-out an invocation stops, rolls back what is not
+    /// committed, and answers, in milliseconds
     #[arg(long, value_name = "MS", env = "PROJECTIONIST_DEADLINE_MARGIN", default_value_t = 2_000,
           value_parser = clap::value_parser!(u64).range(200..=60_000))]
     deadline_margin: u64,
 
-    /// For how long a scheduled invocation publishes what comes, in seconds; 0: until what was there is published
+    /// For how long a scheduled invocation publishes what comes, in seconds; 0: until what was
+    /// there is published
     #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_RELAY_SECONDS", default_value_t = 0,
           value_parser = clap::value_parser!(u64).range(0..=900))]
     relay_seconds: u64,
 
-    /// For how long connections are kept that no invocation uses, in seconds. Whoever is frozen for longer finds them dead, and
-    /// may not be told so
+    /// For how long connections are kept that no invocation uses, in seconds. Whoever is frozen for
+    /// longer finds them dead, and may not be told so
     #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_IDLE_TIMEOUT", default_value_t = 30,
           value_parser = clap::value_parser!(u64).range(0..=50))]
     idle_timeout: u64,
 
     #[command(flatten)]
-    convoy: ConvoyOptions,
+    catch_up: CatchUpOptions,
 
     #[command(flatten)]
     relay: RelayOptions,
@@ -59,7 +61,7 @@ pub(super) struct Lambda {
 
 /// What is made once, and used by every invocation.
 struct Function<'a> {
-    options: Lambda,
+    options: LambdaCommand,
     config: &'a Config,
     database: Database,
     registry: Registry,
@@ -72,7 +74,7 @@ struct Function<'a> {
     has_checked_queue: bool,
 }
 
-impl Lambda {
+impl LambdaCommand {
     pub(super) async fn run(self, config: &Config, registry: Registry) -> Result<(), Error> {
         let signal = shutdown_signal()?;
         let (stop, mut shutdown) = watch::channel(false);
@@ -83,22 +85,22 @@ impl Lambda {
             stop.closed().await;
         });
         let api = RuntimeApi::from_environment()?;
-        let init = timeout(INIT_WITHIN, Function::init(self, config, registry));
+        let init = timeout(INIT_TIMEOUT, Function::init(self, config, registry));
         let init = tokio::select! {
             biased;
-            stop = shutdown.wait_for(|stop| *stop) => return told_to_stop(stop.is_ok()),
+            stop = shutdown.wait_for(|stop| *stop) => return shutdown_result(stop.is_ok()),
             init = init => init,
         };
         let late = || {
-            let seconds = INIT_WITHIN.as_secs();
-            Error::OutOfReach(format!(
+            let seconds = INIT_TIMEOUT.as_secs();
+            Error::Unreachable(format!(
                 "the database did not answer within {seconds} s; check that the function may reach it"
             ))
         };
         let mut function = match init.unwrap_or_else(|_| Err(late())) {
             Ok(function) => function,
             Err(error) => {
-                api.init_failed(&error).await;
+                api.report_init_error(&error).await;
                 return Err(error);
             }
         };
@@ -106,30 +108,46 @@ impl Lambda {
         loop {
             let invocation = tokio::select! {
                 biased;
-                stop = shutdown.wait_for(|stop| *stop) => return told_to_stop(stop.is_ok()),
+                stop = shutdown.wait_for(|stop| *stop) => return shutdown_result(stop.is_ok()),
                 next = api.next() => next?,
             };
-            let answer = function.invoke(&invocation.event, invocation.remaining(), &shutdown).await;
-            api.answer(invocation, answer).await;
+            let response =
+                function.invoke(&invocation.event, invocation.remaining(), &shutdown).await;
+            api.respond(invocation, response).await;
         }
     }
 }
 
-/// The end of the function: by a signal, or because the task that waits for signals has ended without one.
-fn told_to_stop(is_by_signal: bool) -> Result<(), Error> {
+/// The end of the function: by a signal, or because the task that waits for signals has ended
+/// without one.
+fn shutdown_result(is_by_signal: bool) -> Result<(), Error> {
     match is_by_signal {
         true => Ok(()),
-        false => Err(Error::OutOfReach("the task that waits for signals has ended without one".into())),
+        false => {
+            Err(Error::Unreachable("the task that waits for signals has ended without one".into()))
+        }
     }
 }
 
 impl<'a> Function<'a> {
-    async fn init(options: Lambda, config: &'a Config, registry: Registry) -> Result<Self, Error> {
-        let registry = config.some_registry(registry)?;
+    async fn init(
+        options: LambdaCommand,
+        config: &'a Config,
+        registry: Registry,
+    ) -> Result<Self, Error> {
+        let registry = config.nonempty_registry(registry)?;
         let reporter = config.reporter();
-        let database = config.database_of(CONNECTIONS).await?;
-        let (budget, reconcile_after) = (options.convoy.budget(), options.convoy.reconcile_after());
-        let worker = Worker::new(&database, &registry, config.play_limits(), budget, reconcile_after).await?;
+        let database = config.database_with(DEFAULT_CONNECTIONS).await?;
+        let (background_limits, reconcile_after) =
+            (options.catch_up.background_limits(), options.catch_up.reconcile_after());
+        let worker = Worker::new(
+            &database,
+            &registry,
+            config.play_limits(),
+            background_limits,
+            reconcile_after,
+        )
+        .await?;
         let (last_used, has_been_invoked) = (SystemTime::now(), false);
         Ok(Function {
             options,
@@ -153,42 +171,44 @@ impl<'a> Function<'a> {
     ) -> Result<Value, Error> {
         let margin = Duration::from_millis(self.options.deadline_margin);
         let deadline = Deadline::after(remaining, margin, shutdown.clone());
-        self.wake(&deadline);
-        let answer = match parse(event)? {
-            Invoked::Messages(batch) => {
-                self.check_queue(&batch.queue, &deadline).await;
-                let passed = self.worker.pass_until(&batch.ids, &batch.bodies, &deadline).await;
+        self.prepare(&deadline);
+        let response = match parse(event)? {
+            Trigger::Messages(batch) => {
+                self.check_queue(&batch.queue_arn, &deadline).await;
+                let processed =
+                    self.worker.fan_out_until(&batch.ids, &batch.bodies, &deadline).await;
                 self.reporter.flush();
-                Ok(batch.answer(&passed))
+                Ok(batch.response(&processed))
             }
-            Invoked::Schedule => {
-                let answer = self.on_schedule(&deadline).await;
-                let watched = Watched::new(&self.database, &self.registry);
-                let report = self.reporter.report(&watched, answer.is_ok());
-                if timeout(deadline.look_within(), report).await.is_err() {
+            Trigger::Schedule => {
+                let response = self.run_schedule(&deadline).await;
+                let lag_source = LagSource::new(&self.database, &self.registry);
+                let report = self.reporter.report(&lag_source, response.is_ok());
+                if timeout(deadline.query_timeout(), report).await.is_err() {
                     self.reporter.flush();
                 }
-                answer
+                response
             }
         };
         self.last_used = SystemTime::now();
-        answer
+        response
     }
 
-    /// Looks once whether the log was last published to another queue. That only tells of something: where it cannot be told
-    /// now, the next invocation will.
+    /// Looks once whether the log was last published to another queue. That only tells of
+    /// something: where it cannot be told now, the next invocation will.
     async fn check_queue(&mut self, queue: &str, deadline: &Deadline) {
         if !self.has_checked_queue {
-            let check = timeout(deadline.look_within(), self.worker.check_queue(Some(queue.to_owned())));
+            let check =
+                timeout(deadline.query_timeout(), self.worker.check_queue(Some(queue.to_owned())));
             self.has_checked_queue = check.await.is_ok_and(|checked| checked.is_ok());
         }
     }
 
-    /// Lets go of what may not have outlived the time since the last invocation; by the host's clock, for the process's own
-    /// may have stood still.
-    fn wake(&mut self, deadline: &Deadline) {
-        let kept_for = Duration::from_secs(self.options.idle_timeout);
-        if !self.last_used.elapsed().is_ok_and(|unused| unused < kept_for) {
+    /// Lets go of what may not have outlived the time since the last invocation; by the host's
+    /// clock, for the process's own may have stood still.
+    fn prepare(&mut self, deadline: &Deadline) {
+        let idle_timeout = Duration::from_secs(self.options.idle_timeout);
+        if !self.last_used.elapsed().is_ok_and(|unused| unused < idle_timeout) {
             self.database.close_idle();
             self.queue = None;
         }
@@ -202,13 +222,13 @@ impl<'a> Function<'a> {
         }
     }
 
-    async fn on_schedule(&mut self, deadline: &Deadline) -> Result<Value, Error> {
+    async fn run_schedule(&mut self, deadline: &Deadline) -> Result<Value, Error> {
         let queue = match &self.queue {
             Some(queue) => Arc::clone(queue),
             None => {
                 let connected = tokio::select! {
                     connected = self.config.queue() => connected?,
-                    () = deadline.reached() => return Err(Error::OutOfReach("the queue did not answer in time".into())),
+                    () = deadline.reached() => return Err(Error::Unreachable("the queue did not answer in time".into())),
                 };
                 Arc::clone(self.queue.insert(Arc::new(connected)))
             }

@@ -1,4 +1,5 @@
-//! The command line: one command a file. A team's binary hands its registry to [`run`] and has them all.
+//! The command line: one command a file. A team's binary hands its registry to [`run`] and has them
+//! all.
 
 mod append;
 mod audit;
@@ -28,10 +29,11 @@ use crate::model::registry::Registry;
 use crate::model::text;
 use crate::telemetry;
 
-/// Boots, plays and retires projectors: replays a MySQL event store, then hands over to one live SQS queue.
+/// Boots, plays and retires projectors: replays a MySQL event store, then hands over to one live
+/// SQS queue.
 ///
-/// Exit codes: 0 well, 1 a projector failed (or a worker is ill), 2 usage, configuration or input, 3 database or queue out of reach.
-/// Results go to standard output, logs to standard error.
+/// Exit codes: 0 well, 1 a projector failed (or a worker is ill), 2 usage, configuration or input,
+/// 3 database or queue out of reach. Results go to standard output, logs to standard error.
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 110)]
 struct Cli {
@@ -46,29 +48,33 @@ enum Command {
     /// Creates or upgrades the tables; harmless to repeat
     Migrate,
     /// Appends events from a file or standard input, one JSON object a line
-    Append(append::Append),
-    /// Boots every new, booting, stalled and broken projector, hands them over, and exits: the deploy gate
-    Boot(boot::Boot),
+    Append(append::AppendCommand),
+    /// Boots every new, booting, stalled and broken projector, hands them over, and exits: the
+    /// deploy gate
+    Boot(boot::BootCommand),
     /// Plays every live projector: the worker
-    Play(play::Play),
+    Play(play::PlayCommand),
     /// Plays as a function of AWS Lambda, invoked with messages and by a schedule
-    Lambda(lambda::Lambda),
+    Lambda(lambda::LambdaCommand),
     /// Publishes the log to the queue, without playing
     Relay(relay::RelayCommand),
     /// Shows every projector, the high-water mark and the published position
     Status(status::StatusCommand),
     /// Retires a projector: tears down what it made, and forgets it unless it has side effects
-    Retire(retire::Retire),
-    /// Proves or refutes, while everything runs, that the log is what the high-water mark passed over
-    Audit(audit::Audit),
+    Retire(retire::RetireCommand),
+    /// Proves or refutes, while everything runs, that the log is what the high-water mark passed
+    /// over
+    Audit(audit::AuditCommand),
     /// Fills a gap in the log that is too wide to be filled unasked
-    Fill(fill::Fill),
-    /// Gives the log a new id and a new signing key: after a restore or a clone, or when the key may have leaked
-    Rotate(rotate::Rotate),
-    /// Looks whether database, queue, grants, permissions and projectors are set up as they should be, and changes nothing
-    Doctor(doctor::Doctor),
+    Fill(fill::FillCommand),
+    /// Gives the log a new id and a new signing key: after a restore or a clone, or when the key
+    /// may have leaked
+    Rotate(rotate::RotateCommand),
+    /// Looks whether database, queue, grants, permissions and projectors are set up as they should
+    /// be, and changes nothing
+    Doctor(doctor::DoctorCommand),
     /// Looks whether a worker's loop still turns: the health check of its container
-    Health(health::Health),
+    Health(health::HealthCommand),
 }
 
 /// Runs the command line with these projectors, and those of the files that `--projectors` names.
@@ -86,12 +92,14 @@ pub fn run(registry: Registry) -> ExitCode {
     if cli.config.redact_errors {
         text::redact_errors();
     }
-    let telemetry = telemetry::start(cli.config.log_format, &cli.config.log, cli.config.alert_url.as_deref());
-    let ended = telemetry.and_then(|_until_the_end| runtime.block_on(execute(cli.command, &cli.config, registry)));
+    let telemetry =
+        telemetry::start(cli.config.log_format, &cli.config.log, cli.config.alert_url.as_deref());
+    let ended = telemetry
+        .and_then(|_telemetry| runtime.block_on(execute(cli.command, &cli.config, registry)));
     match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            telemetry::report(&error, cli.config.log_format);
+            telemetry::log_error(&error, cli.config.log_format);
             error.exit_code()
         }
     }
@@ -110,7 +118,7 @@ async fn execute(command: Command, config: &Config, registry: Registry) -> Resul
     match command {
         Command::Migrate => {
             config.database().await?.migrate().await?;
-            say("the tables are up to date")
+            print("the tables are up to date")
         }
         Command::Append(append) => append.run(config).await,
         Command::Boot(boot) => boot.run(config, registry).await,
@@ -128,7 +136,7 @@ async fn execute(command: Command, config: &Config, registry: Registry) -> Resul
 }
 
 /// Prints a result. A reader that has gone away (`| head`) is no error.
-fn say(text: impl std::fmt::Display) -> Result<(), Error> {
+fn print(text: impl std::fmt::Display) -> Result<(), Error> {
     match writeln!(std::io::stdout(), "{text}") {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
             Err(Error::Input(format!("cannot write to standard output: {error}")))
@@ -154,7 +162,9 @@ fn confirm(what: &str, yes: bool) -> Result<(), Error> {
         return Ok(());
     }
     if !std::io::stdin().is_terminal() || !std::io::stderr().is_terminal() {
-        return Err(Error::Input(format!("{what}: there is no terminal to ask on; add --yes if you mean it")));
+        return Err(Error::Input(format!(
+            "{what}: there is no terminal to ask on; add --yes if you mean it"
+        )));
     }
     eprint!("{what}. Go on? [y/N] ");
     let mut answer = String::new();
@@ -165,12 +175,15 @@ fn confirm(what: &str, yes: bool) -> Result<(), Error> {
     }
 }
 
-/// Resolves at SIGTERM or SIGINT. Listens from the call on and not from the first poll, so that a signal during
-/// start-up is not the death of the process.
+/// Resolves at SIGTERM or SIGINT. Listens from the call on and not from the first poll, so that a
+/// signal during start-up is not the death of the process.
 fn shutdown_signal() -> Result<impl Future<Output = ()>, Error> {
     use tokio::signal::unix::{SignalKind, signal};
-    let listen = |kind| signal(kind).map_err(|error| Error::Input(format!("cannot listen for signals: {error}")));
-    let (mut terminate, mut interrupt) = (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?);
+    let listen = |kind| {
+        signal(kind).map_err(|error| Error::Input(format!("cannot listen for signals: {error}")))
+    };
+    let (mut terminate, mut interrupt) =
+        (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?);
     Ok(async move {
         tokio::select! {
             _ = terminate.recv() => {}

@@ -8,14 +8,14 @@ use std::time::Duration;
 use clap::Args;
 use clap::builder::FalseyValueParser;
 
-use super::health::Heart;
+use super::health::Heartbeat;
 use super::relay::RelayOptions;
-use super::{say, shutdown_signal};
+use super::{print, shutdown_signal};
 use crate::command::config::Config;
-use crate::engine::play::{ConvoyBudget, PlaySettings, play};
+use crate::engine::play::{BackgroundLimits, PlaySettings, play};
 use crate::model::error::Error;
 use crate::model::registry::Registry;
-use crate::telemetry::Watched;
+use crate::telemetry::LagSource;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -23,7 +23,7 @@ Plays only what boot has made live. Ends at SIGTERM or SIGINT, with the batch in
 code 0. A projector that was booted with another definition than this worker has is not played. With --until-idle, exit code 1 \
 says that a projector broke meanwhile, or was not played for that reason, or that the queue has messages that are not of this log; \
 all others are at the high-water mark then, too.")]
-pub(super) struct Play {
+pub(super) struct PlayCommand {
     /// Do not publish the log: a relay runs elsewhere
     #[arg(long, env = "PROJECTIONIST_NO_RELAY", value_parser = FalseyValueParser::new())]
     no_relay: bool,
@@ -37,17 +37,19 @@ pub(super) struct Play {
           value_parser = clap::value_parser!(u64).range(0..=20))]
     receive_wait: u64,
 
-    /// How long the batch in hand may take to end after SIGTERM before it is rolled back, in seconds
-    #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_GRACE", default_value_t = 10,
+    /// How long the batch in hand may take to end after SIGTERM before it is rolled back, in
+    /// seconds
+    #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_GRACE_PERIOD", default_value_t = 10,
           value_parser = clap::value_parser!(u64).range(..=3600))]
-    grace: u64,
+    grace_period: u64,
 
-    /// File to touch every second for as long as the loop turns, or waits as it should; `health` looks at it
+    /// File to touch every second for as long as the loop turns, or waits as it should; `health`
+    /// looks at it
     #[arg(long, value_name = "FILE", env = "PROJECTIONIST_HEARTBEAT")]
     heartbeat: Option<PathBuf>,
 
     #[command(flatten)]
-    convoy: ConvoyOptions,
+    catch_up: CatchUpOptions,
 
     #[command(flatten)]
     relay: RelayOptions,
@@ -55,27 +57,36 @@ pub(super) struct Play {
 
 /// Options of every command that plays.
 #[derive(Debug, Args)]
-pub(super) struct ConvoyOptions {
-    /// How long a projector may stand still below the high-water mark, while the queue is silent, before what
-    /// it misses is read from the store, in seconds
+pub(super) struct CatchUpOptions {
+    /// How long a projector may stand still below the high-water mark, while the queue is silent,
+    /// before what it misses is read from the store, in seconds
     #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_RECONCILE_AFTER", default_value_t = 2,
           value_parser = clap::value_parser!(u64).range(..=3600))]
     reconcile_after: u64,
 
-    /// The most events that one projector catches up on while the others wait; beyond, it does so by itself
-    #[arg(long, value_name = "EVENTS", env = "PROJECTIONIST_CONVOY_EVENTS", default_value_t = 10_000)]
-    convoy_events: u64,
+    /// The most events that one projector catches up on while the others wait; beyond, it does so
+    /// by itself
+    #[arg(
+        long,
+        value_name = "EVENTS",
+        env = "PROJECTIONIST_BACKGROUND_AFTER_EVENTS",
+        default_value_t = 10_000
+    )]
+    background_after_events: u64,
 
-    /// The longest that one projector may take over the messages of one receive while the others wait, in seconds;
-    /// beyond, it goes on by itself
-    #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_CONVOY_SECONDS", default_value_t = 5,
+    /// The longest that one projector may take over the messages of one receive while the others
+    /// wait, in seconds; beyond, it goes on by itself
+    #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_BACKGROUND_AFTER_SECONDS", default_value_t = 5,
           value_parser = clap::value_parser!(u64).range(1..=3600))]
-    convoy_seconds: u64,
+    background_after_seconds: u64,
 }
 
-impl ConvoyOptions {
-    pub(super) fn budget(&self) -> ConvoyBudget {
-        ConvoyBudget { events: self.convoy_events, time: Duration::from_secs(self.convoy_seconds) }
+impl CatchUpOptions {
+    pub(super) fn background_limits(&self) -> BackgroundLimits {
+        BackgroundLimits {
+            events: self.background_after_events,
+            time: Duration::from_secs(self.background_after_seconds),
+        }
     }
 
     pub(super) fn reconcile_after(&self) -> Duration {
@@ -83,41 +94,44 @@ impl ConvoyOptions {
     }
 }
 
-impl Play {
+impl PlayCommand {
     pub(super) async fn run(self, config: &Config, registry: Registry) -> Result<(), Error> {
         let mut shutdown = pin!(shutdown_signal()?);
-        let registry = config.some_registry(registry)?;
+        let registry = config.nonempty_registry(registry)?;
         let reporter = config.reporter();
-        let heart = Heart::new(self.heartbeat.as_deref())?;
-        let connect = async { Ok::<_, Error>((config.database_for(&registry).await?, config.queue().await?)) };
+        let heartbeat = Heartbeat::new(self.heartbeat.as_deref())?;
+        let connect = async {
+            Ok::<_, Error>((config.database_for(&registry).await?, config.queue().await?))
+        };
         let (database, queue) = tokio::select! {
             connected = connect => connected?,
             () = &mut shutdown => return Ok(()),
         };
-        let receive_wait = if self.until_idle { self.receive_wait.min(1) } else { self.receive_wait };
+        let receive_wait =
+            if self.until_idle { self.receive_wait.min(1) } else { self.receive_wait };
         let settings = PlaySettings {
             limits: config.play_limits(),
             relay: (!self.no_relay).then(|| self.relay.settings()),
             receive_wait: Duration::from_secs(receive_wait),
-            reconcile_after: self.convoy.reconcile_after(),
-            convoy: self.convoy.budget(),
+            reconcile_after: self.catch_up.reconcile_after(),
+            background_after: self.catch_up.background_limits(),
             until_idle: self.until_idle,
-            grace: Duration::from_secs(self.grace),
+            grace: Duration::from_secs(self.grace_period),
         };
         let playing = play(&database, Arc::new(queue), &registry, settings, shutdown);
-        let watched = Watched::new(&database, &registry);
+        let lag_source = LagSource::new(&database, &registry);
         let played = tokio::select! {
             biased;
-            played = reporter.beside(&watched, playing) => played?,
-            never = heart.beat() => match never {},
+            played = reporter.report_while(&lag_source, playing) => played?,
+            never = heartbeat.run() => match never {},
         };
         if !self.until_idle {
             return Ok(());
         }
-        say(format!("idle: played {} messages", played.messages))?;
+        print(format!("idle: played {} messages", played.messages))?;
         match (played.broken, played.outdated, played.foreign) {
             (0, 0, 0) => Ok(()),
-            (0, 0, foreign) => Err(Error::Foreign(format!(
+            (0, 0, foreign) => Err(Error::ForeignMessages(format!(
                 "{foreign} message(s) in the queue are not of this log: they were not applied and not deleted. All projectors are \
                  at the high-water mark; look who sends these messages, or whether this is the right queue"
             ))),

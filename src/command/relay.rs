@@ -8,11 +8,11 @@ use clap::Args;
 use clap::builder::FalseyValueParser;
 use tracing::info;
 
-use super::{say, shutdown_signal};
+use super::{print, shutdown_signal};
 use crate::command::config::Config;
 use crate::engine::play::check_queue;
-use crate::engine::relay::{Looked, Relay, RelaySettings};
-use crate::engine::stall_watch::LogWatch;
+use crate::engine::relay::{Relay, RelayOutcome, RelaySettings};
+use crate::engine::stall_watch::StallWatch;
 use crate::model::error::Error;
 use crate::queue::Queue;
 use crate::store::EventStore;
@@ -30,7 +30,8 @@ pub(super) struct RelayCommand {
 /// Options of every command with a relay in it.
 #[derive(Debug, Args)]
 pub(super) struct RelayOptions {
-    /// The longest pause between two looks at a log in which nothing is new, in milliseconds; a twentieth while events come
+    /// The longest pause between two looks at a log in which nothing is new, in milliseconds; a
+    /// twentieth while events come
     #[arg(long, value_name = "MS", env = "PROJECTIONIST_RELAY_INTERVAL", default_value_t = 50,
           value_parser = clap::value_parser!(u64).range(1..=60_000))]
     relay_interval: u64,
@@ -43,7 +44,10 @@ pub(super) struct RelayOptions {
 
 impl RelayOptions {
     pub(super) fn settings(&self) -> RelaySettings {
-        RelaySettings { interval: Duration::from_millis(self.relay_interval), max_events: self.message_events as usize }
+        RelaySettings {
+            interval: Duration::from_millis(self.relay_interval),
+            max_events: self.message_events as usize,
+        }
     }
 }
 
@@ -63,42 +67,55 @@ impl RelayCommand {
                 () = &mut shutdown => return Ok(()),
             }
         }
-        let mut relay = Relay::new(store.clone(), Arc::new(queue), self.options.settings(), LogWatch::default());
+        let mut relay = Relay::new(
+            store.clone(),
+            Arc::new(queue),
+            self.options.settings(),
+            StallWatch::default(),
+        );
         if !self.once {
             // Fails at once where the tables are missing, rather than trying for ever.
             let marks = tokio::select! {
                 marks = store.marks() => marks?,
                 () = &mut shutdown => return Ok(()),
             };
-            info!(published = marks.published.get(), high_water = marks.high_water.get(), "publishing");
+            info!(
+                published = marks.published.get(),
+                high_water = marks.high_water.get(),
+                "publishing"
+            );
             let relaying = async {
                 tokio::select! {
                     () = relay.run() => {}
-                    () = &mut shutdown => relay.release().await,
+                    () = &mut shutdown => relay.release_lease().await,
                 }
             };
-            reporter.flush_beside(relaying).await;
+            reporter.flush_while(relaying).await;
             return Ok(());
         }
         let relaying = async {
             let mut published = 0;
             loop {
                 let looked = tokio::select! {
-                    looked = relay.look() => looked?,
+                    looked = relay.publish_new() => looked?,
                     () = &mut shutdown => return Ok((published, store.marks().await?.published)),
                 };
                 match looked {
-                    Looked::Published { events: 0, through } => return Ok((published, through)),
-                    Looked::Published { events, .. } => published += events,
+                    RelayOutcome::Published { events: 0, through } => {
+                        return Ok((published, through));
+                    }
+                    RelayOutcome::Published { events, .. } => published += events,
                     // It publishes what there is, or its lease runs out.
-                    Looked::Elsewhere => tokio::time::sleep(Duration::from_millis(200)).await,
+                    RelayOutcome::LeasedElsewhere => {
+                        tokio::time::sleep(Duration::from_millis(200)).await
+                    }
                 }
             }
         };
         let relayed: Result<_, Error> = relaying.await;
         reporter.flush();
         let (published, through) = relayed?;
-        relay.release().await;
-        say(format!("published {published} events, up to position {through}"))
+        relay.release_lease().await;
+        print(format!("published {published} events, up to position {through}"))
     }
 }

@@ -3,12 +3,12 @@
 use clap::Args;
 use clap::builder::FalseyValueParser;
 
-use super::{confirm, parse_projector, say};
+use super::{confirm, parse_projector, print};
 use crate::command::config::Config;
 use crate::engine::apply;
 use crate::ledger::{Entry, Ledger};
-use crate::model::error::{Error, tell};
-use crate::model::lifecycle::{Status, Step};
+use crate::model::error::{Error, format_chain};
+use crate::model::lifecycle::{Status, Transition};
 use crate::model::registry::Registry;
 
 #[derive(Debug, Args)]
@@ -16,7 +16,7 @@ use crate::model::registry::Registry;
 Runs the projector's teardown, where the given set still has it, and deletes its ledger row; where it does not, the \
 tables are yours to drop. A projector with side effects keeps its row, as retired, so that no later release can play it \
 again. Wait some days after the release that removed the projector: a roll-back would have to boot it anew.")]
-pub(super) struct Retire {
+pub(super) struct RetireCommand {
     /// The projector; its version where there are several
     #[arg(value_name = "NAME[@VERSION]")]
     projector: String,
@@ -30,7 +30,7 @@ pub(super) struct Retire {
     force: bool,
 }
 
-impl Retire {
+impl RetireCommand {
     pub(super) async fn run(self, config: &Config, registry: Registry) -> Result<(), Error> {
         let registry = config.registry(registry)?;
         let database = config.database().await?;
@@ -44,52 +44,72 @@ impl Retire {
                 "{id} is live in this set: take it out of the set and release that first, or add --force"
             )));
         }
-        if entry.status == Status::Retired && entry.side_effects {
-            return say(format!("{id} is retired already; its row is kept, so that it is never played again"));
+        if entry.status == Status::Retired && entry.has_side_effects {
+            return print(format!(
+                "{id} is retired already; its row is kept, so that it is never played again"
+            ));
         }
-        let fate = match (projector.is_some(), entry.side_effects) {
+        let fate = match (projector.is_some(), entry.has_side_effects) {
             (true, false) => "its tables are torn down and its position is forgotten",
             (false, false) => {
                 "its position is forgotten; this set does not have it, so its tables stay: drop them before a release \
                  has this name and version again, or it would be built upon them"
             }
-            (true, true) => "its tables are torn down; it has side effects, so its row stays, as retired, for ever",
-            (false, true) => "it has side effects, so its row stays, as retired, for ever; its tables stay, too",
+            (true, true) => {
+                "its tables are torn down; it has side effects, so its row stays, as retired, for ever"
+            }
+            (false, true) => {
+                "it has side effects, so its row stays, as retired, for ever; its tables stay, too"
+            }
         };
-        confirm(&format!("{id} ({}, position {}) will be retired: {fate}", entry.status, entry.position), self.yes)?;
+        confirm(
+            &format!(
+                "{id} ({}, position {}) will be retired: {fate}",
+                entry.status, entry.position
+            ),
+            self.yes,
+        )?;
 
-        // First of all, so that no worker plays it while its tables go. Interrupted, it goes on from here.
+        // First of all, so that no worker plays it while its tables go. Interrupted, it goes on
+        // from here.
         if entry.status != Status::Retired {
-            ledger.step(id, Step::Retire, |entry| entry.status != Status::Retired).await?;
+            ledger
+                .transition(id, Transition::Retire, |entry| entry.status != Status::Retired)
+                .await?;
         }
         if let Some(projector) = projector {
             apply::tear_down(&database, projector).await.map_err(|error| {
                 Error::Projector(format!(
                     "{id}: its teardown failed: {}; it is retired, and retire may be run again",
-                    tell(&error)
+                    format_chain(&error)
                 ))
             })?;
         }
-        if !entry.side_effects {
+        if !entry.has_side_effects {
             ledger.remove(id).await?;
         }
-        say(format!("{id} is retired: {fate}"))
+        print(format!("{id} is retired: {fate}"))
     }
 
     fn find(&self, entries: &[Entry]) -> Result<Entry, Error> {
         let (name, version) = parse_projector(&self.projector)?;
-        let matches =
-            |entry: &&Entry| entry.id.name == name && version.is_none_or(|version| version == entry.id.version);
+        let matches = |entry: &&Entry| {
+            entry.id.name == name && version.is_none_or(|version| version == entry.id.version)
+        };
         let found: Vec<&Entry> = entries.iter().filter(matches).collect();
         match found[..] {
             [entry] => Ok(entry.clone()),
             [] => {
                 let known: Vec<String> = entries.iter().map(|entry| entry.id.to_string()).collect();
                 let known = if known.is_empty() { "none".into() } else { known.join(", ") };
-                Err(Error::Input(format!("the ledger has no projector {:?}; it has: {known}", self.projector)))
+                Err(Error::Input(format!(
+                    "the ledger has no projector {:?}; it has: {known}",
+                    self.projector
+                )))
             }
             _ => {
-                let versions: Vec<String> = found.iter().map(|entry| entry.id.to_string()).collect();
+                let versions: Vec<String> =
+                    found.iter().map(|entry| entry.id.to_string()).collect();
                 Err(Error::Input(format!("say which version: {}", versions.join(", "))))
             }
         }

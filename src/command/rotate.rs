@@ -3,7 +3,7 @@
 use clap::Args;
 use clap::builder::FalseyValueParser;
 
-use super::{confirm, say};
+use super::{confirm, print};
 use crate::command::config::Config;
 use crate::model::error::Error;
 use crate::model::signature::random_key;
@@ -17,13 +17,13 @@ still come from the queue. And for a key that may be known to somebody: with it,
 Harmless while workers, functions and relays run: they go on with the new id and key within seconds, and no event is lost or \
 applied twice. Messages that were sent before are not of this log any more: they are not applied, and not deleted either. Purge \
 the queue, or let its redrive policy take them.")]
-pub(super) struct Rotate {
+pub(super) struct RotateCommand {
     /// Do not ask
     #[arg(long, env = "PROJECTIONIST_YES", value_parser = FalseyValueParser::new())]
     yes: bool,
 }
 
-impl Rotate {
+impl RotateCommand {
     pub(super) async fn run(self, config: &Config) -> Result<(), Error> {
         let store = EventStore::new(&config.database().await?);
         confirm(
@@ -31,7 +31,7 @@ impl Rotate {
             self.yes,
         )?;
         let id = store.rotate(&random_key()?).await?;
-        say(format!(
+        print(format!(
             "the log is {id} now, and has a new key; messages that were sent before are neither applied nor deleted: purge the \
              queue, or let its redrive policy take them"
         ))

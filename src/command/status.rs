@@ -8,16 +8,16 @@ use comfy_table::{Table, TableStyle};
 use serde::Serialize;
 use time::format_description::well_known::Rfc3339;
 
-use super::say;
+use super::print;
 use crate::command::config::Config;
-use crate::engine::lag::{Lag, Standing};
+use crate::engine::lag::{Lag, LagReport};
 use crate::ledger::{Entry, Ledger};
 use crate::model::error::Error;
 use crate::model::event::Position;
 use crate::model::lifecycle::Failure;
 use crate::model::projector::Mode;
-use crate::model::registry::{Registered, Registry};
-use crate::model::text::printable;
+use crate::model::registry::{RegisteredProjector, Registry};
+use crate::model::text::escape_control;
 use crate::store::EventStore;
 
 #[derive(Debug, Args)]
@@ -34,10 +34,12 @@ pub(super) struct StatusCommand {
 #[derive(Serialize)]
 struct StatusReport {
     high_water: u64,
-    /// The last position that is visible, above the mark or, where the log was truncated or restored, below it.
+    /// The last position that is visible, above the mark or, where the log was truncated or
+    /// restored, below it.
     visible: u64,
     /// What has held the mark below the end of the log for some seconds; null if nothing has.
-    held: Option<HeldReport>,
+    #[serde(rename = "held")]
+    blocked: Option<BlockedReport>,
     published: u64,
     /// What is wrong with the log, as far as a look at its end tells; `audit` tells more.
     log_fault: Option<String>,
@@ -48,7 +50,7 @@ struct StatusReport {
 }
 
 #[derive(Serialize)]
-struct HeldReport {
+struct BlockedReport {
     position: u64,
     /// The last missing position of a gap that is too wide to be filled unasked; else null.
     last: Option<u64>,
@@ -64,9 +66,11 @@ struct ProjectorReport {
     position: u64,
     lag_events: u64,
     lag_seconds: f64,
-    /// The digest of the definition with which it was last booted; null if it is new, or was booted before there were any.
+    /// The digest of the definition with which it was last booted; null if it is new, or was booted
+    /// before there were any.
     digest: Option<String>,
-    /// Whether the given set has another definition; null where no set is given, or not with this projector.
+    /// Whether the given set has another definition; null where no set is given, or not with this
+    /// projector.
     changed: Option<bool>,
     failure: Option<FailureReport>,
     /// Whether the given set has it; shown in the table.
@@ -98,27 +102,38 @@ impl StatusCommand {
     pub(super) async fn run(self, config: &Config, registry: Registry) -> Result<(), Error> {
         let registry = config.registry(registry)?;
         let database = config.database().await?;
-        let report = report(&Ledger::new(&database), &EventStore::new(&database), &registry).await?;
+        let report =
+            report(&Ledger::new(&database), &EventStore::new(&database), &registry).await?;
         match self.json {
-            true => say(serde_json::to_string(&report)
-                .unwrap_or_else(|error| unreachable!("plain strings and numbers: {error}"))),
-            false => say(table(&report, !registry.is_empty())),
+            true => print(
+                serde_json::to_string(&report)
+                    .unwrap_or_else(|error| unreachable!("plain strings and numbers: {error}")),
+            ),
+            false => print(format_table(&report, !registry.is_empty())),
         }
     }
 }
 
-async fn report(ledger: &Ledger, store: &EventStore, registry: &Registry) -> Result<StatusReport, Error> {
-    let standing = Standing::read(ledger, store).await?;
-    let mut projectors: Vec<ProjectorReport> = standing
+async fn report(
+    ledger: &Ledger,
+    store: &EventStore,
+    registry: &Registry,
+) -> Result<StatusReport, Error> {
+    let lag_report = LagReport::read(ledger, store).await?;
+    let mut projectors: Vec<ProjectorReport> = lag_report
         .projectors
         .iter()
-        .map(|(entry, lag)| ProjectorReport::of(entry, *lag, registry.get(&entry.id).map(Arc::as_ref)))
+        .map(|(entry, lag)| {
+            ProjectorReport::new(entry, *lag, registry.get(&entry.id).map(Arc::as_ref))
+        })
         .collect();
-    let is_new = |projector: &&Arc<Registered>| standing.projectors.iter().all(|(entry, _)| entry.id != projector.id);
+    let is_new = |projector: &&Arc<RegisteredProjector>| {
+        lag_report.projectors.iter().all(|(entry, _)| entry.id != projector.id)
+    };
     for projector in registry.iter().filter(is_new) {
         let lag = match projector.mode {
             Mode::FromNow => Lag::default(),
-            Mode::FromBeginning | Mode::Once => standing.lag(store, Position::START).await?,
+            Mode::FromBeginning | Mode::Once => lag_report.lag(store, Position::START).await?,
         };
         projectors.push(ProjectorReport {
             name: projector.id.name.clone(),
@@ -136,16 +151,17 @@ async fn report(ledger: &Ledger, store: &EventStore, registry: &Registry) -> Res
     }
     let log_fault = store.log_fault().await?.map(|fault| fault.to_string());
     let queue = store.queue_record().await?;
-    let foreign_at = queue.foreign_at.map(|at| at.format(&Rfc3339).unwrap_or_else(|_| at.to_string()));
+    let foreign_at =
+        queue.foreign_at.map(|at| at.format(&Rfc3339).unwrap_or_else(|_| at.to_string()));
     Ok(StatusReport {
-        high_water: standing.high_water.get(),
-        visible: standing.visible.get(),
-        held: standing.held.map(|held| HeldReport {
+        high_water: lag_report.high_water.get(),
+        visible: lag_report.visible.get(),
+        blocked: lag_report.blocked.map(|held| BlockedReport {
             position: held.position.get(),
             last: held.last.map(Position::get),
             since: held.since.format(&Rfc3339).unwrap_or_else(|_| held.since.to_string()),
         }),
-        published: standing.published.get(),
+        published: lag_report.published.get(),
         log_fault,
         foreign_messages: queue.foreign_messages,
         foreign_at,
@@ -154,7 +170,7 @@ async fn report(ledger: &Ledger, store: &EventStore, registry: &Registry) -> Res
 }
 
 impl ProjectorReport {
-    fn of(entry: &Entry, lag: Lag, known: Option<&Registered>) -> Self {
+    fn new(entry: &Entry, lag: Lag, known: Option<&RegisteredProjector>) -> Self {
         ProjectorReport {
             name: entry.id.name.clone(),
             version: entry.id.version,
@@ -164,17 +180,26 @@ impl ProjectorReport {
             lag_events: lag.events,
             lag_seconds: lag.seconds,
             digest: entry.digest.clone(),
-            changed: known.map(|projector| !entry.is_booted_with(&projector.digest)),
+            changed: known.map(|projector| !entry.matches_digest(&projector.digest)),
             failure: entry.status.failure().map(FailureReport::from),
             is_known: known.is_some(),
         }
     }
 }
 
-fn table(report: &StatusReport, has_set: bool) -> String {
+fn format_table(report: &StatusReport, has_set: bool) -> String {
     let mut table = Table::new();
     table.load_style(TableStyle::new());
-    table.set_header(["PROJECTOR", "VERSION", "MODE", "STATUS", "POSITION", "LAG", "LAG SECONDS", "FAILURE"]);
+    table.set_header([
+        "PROJECTOR",
+        "VERSION",
+        "MODE",
+        "STATUS",
+        "POSITION",
+        "LAG",
+        "LAG SECONDS",
+        "FAILURE",
+    ]);
     for projector in &report.projectors {
         let note = match &projector.failure {
             Some(failure) => failure.summary(),
@@ -190,7 +215,7 @@ fn table(report: &StatusReport, has_set: bool) -> String {
             projector.position.to_string(),
             projector.lag_events.to_string(),
             format!("{:.1}", projector.lag_seconds),
-            printable(&note).into_owned(),
+            escape_control(&note).into_owned(),
         ]);
     }
     let mut marks = format!(
@@ -200,11 +225,11 @@ fn table(report: &StatusReport, has_set: bool) -> String {
     if let Some(fault) = &report.log_fault {
         marks.push_str(&format!("\nlog fault: {fault}"));
     }
-    match &report.held {
-        Some(HeldReport { position, last: None, since }) => marks.push_str(&format!(
+    match &report.blocked {
+        Some(BlockedReport { position, last: None, since }) => marks.push_str(&format!(
             "\nthe mark is held since {since}: at {position} a transaction is open, and nothing after it is played"
         )),
-        Some(HeldReport { position, last: Some(last), since }) => marks.push_str(&format!(
+        Some(BlockedReport { position, last: Some(last), since }) => marks.push_str(&format!(
             "\nthe mark is held since {since}: {position} to {last} are missing; if nobody still writes there: \
              projectionist fill {position} {last}"
         )),
@@ -225,7 +250,9 @@ fn table(report: &StatusReport, has_set: bool) -> String {
 impl FailureReport {
     fn summary(&self) -> String {
         match (self.position, &self.event_type) {
-            (Some(position), Some(event_type)) => format!("at {position}, {event_type}: {} ({})", self.error, self.at),
+            (Some(position), Some(event_type)) => {
+                format!("at {position}, {event_type}: {} ({})", self.error, self.at)
+            }
             _ => format!("{} ({})", self.error, self.at),
         }
     }

@@ -5,26 +5,28 @@ use std::time::{Duration, SystemTime};
 
 use sqlx::{AssertSqlSafe, Row};
 
-use super::login::is_verified;
+use super::credentials::verifies_certificate;
 use super::{Database, SqlMode};
-use crate::model::error::server_error;
+use crate::model::error::server_error_number;
 
 /// Each is absent where a server does not have it.
 const SETTINGS: &str = "show global variables where variable_name in ('version', 'version_comment', 'read_only', \
     'innodb_read_only', 'log_bin', 'binlog_format', 'sync_binlog', 'innodb_flush_log_at_trx_commit', 'max_connections', \
     'max_user_connections', 'innodb_lock_wait_timeout', 'max_allowed_packet')";
 
-const CONNECTED: &str = "show global status like 'Threads_connected'";
+const THREADS_CONNECTED: &str = "show global status like 'Threads_connected'";
 
 const TLS: &str = "show session status like 'Ssl_version'";
 
 /// The server's own modes, the user, and the server's clock, in microseconds since 1970.
-const SESSION: &str = "select @@global.sql_mode, current_user(), cast(unix_timestamp(now(6)) * 1000000 as unsigned)";
+const SESSION: &str =
+    "select @@global.sql_mode, current_user(), cast(unix_timestamp(now(6)) * 1000000 as unsigned)";
 
-const MIGRATED: &str = "select version from projectionist_migrations where success order by version";
+const APPLIED_MIGRATIONS: &str =
+    "select version from projectionist_migrations where success order by version";
 
 /// Whether triggers are shown to the user: only by a grant of its own, not by one of a role.
-const SEES_TRIGGERS: &str = "\
+const CAN_SEE_TRIGGERS: &str = "\
     select count(*) from (\
         select grantee, privilege_type from information_schema.user_privileges \
         union all select grantee, privilege_type from information_schema.schema_privileges \
@@ -35,25 +37,25 @@ const SEES_TRIGGERS: &str = "\
 
 /// What a server says of itself.
 #[derive(Debug)]
-pub(crate) struct Inspected {
+pub(crate) struct ServerReport {
     pub(crate) settings: HashMap<String, String>,
     pub(crate) user: String,
-    /// The server's own. Those in which projectors run depend on `projectors_run`, too.
+    /// The server's own. Those in which projectors run depend on `projector_sql_mode`, too.
     pub(crate) sql_mode: String,
-    pub(crate) projectors_run: SqlMode,
+    pub(crate) projector_sql_mode: SqlMode,
     /// Such as `TLSv1.3`; empty where the connection is not encrypted.
     pub(crate) tls: String,
     /// Whether the server's certificate is checked.
-    pub(crate) is_verified: bool,
-    pub(crate) connected: Option<u64>,
+    pub(crate) is_certificate_verified: bool,
+    pub(crate) threads_connected: Option<u64>,
     /// By how many seconds the server's clock is ahead of this host's.
-    pub(crate) clock_ahead: f64,
-    pub(crate) sees_triggers: bool,
+    pub(crate) clock_ahead_seconds: f64,
+    pub(crate) can_see_triggers: bool,
 }
 
 /// How far the tables are.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Migrated {
+pub(crate) enum MigrationState {
     /// As this release needs them.
     UpToDate,
     /// Some are missing, or of an older release.
@@ -61,79 +63,92 @@ pub(crate) enum Migrated {
     /// Of a newer release.
     Ahead,
     /// The user may not look; the tables are there.
-    Untold,
+    Unknown,
 }
 
 /// Whether the user may do something.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum May {
-    Yes,
-    No,
+pub(crate) enum PrivilegeCheck {
+    Granted,
+    Denied,
 }
 
 impl Database {
     /// Asks the server about itself.
-    pub(crate) async fn inspect(&self) -> Result<Inspected, sqlx::Error> {
-        let is_verified = is_verified(&self.pool.connect_options());
-        let ask = async |connection: &mut sqlx::MySqlConnection| {
-            let pairs =
-                async |connection: &mut sqlx::MySqlConnection, sql| -> Result<HashMap<String, String>, sqlx::Error> {
-                    let rows = sqlx::raw_sql(sql).fetch_all(connection).await?;
-                    rows.iter().map(|row| Ok((row.try_get::<String, _>(0)?.to_lowercase(), row.try_get(1)?))).collect()
-                };
+    pub(crate) async fn inspect(&self) -> Result<ServerReport, sqlx::Error> {
+        let is_certificate_verified = verifies_certificate(&self.pool.connect_options());
+        let query = async |connection: &mut sqlx::MySqlConnection| {
+            let pairs = async |connection: &mut sqlx::MySqlConnection,
+                               sql|
+                   -> Result<HashMap<String, String>, sqlx::Error> {
+                let rows = sqlx::raw_sql(sql).fetch_all(connection).await?;
+                rows.iter()
+                    .map(|row| Ok((row.try_get::<String, _>(0)?.to_lowercase(), row.try_get(1)?)))
+                    .collect()
+            };
             let settings = pairs(connection, SETTINGS).await?;
-            let connected =
-                pairs(connection, CONNECTED).await?.into_values().next().and_then(|count| count.parse().ok());
+            let threads_connected = pairs(connection, THREADS_CONNECTED)
+                .await?
+                .into_values()
+                .next()
+                .and_then(|count| count.parse().ok());
             let tls = pairs(connection, TLS).await?.into_values().next().unwrap_or_default();
-            let sees_triggers: i64 = sqlx::query_scalar(SEES_TRIGGERS).fetch_one(&mut *connection).await?;
+            let can_see_triggers: i64 =
+                sqlx::query_scalar(CAN_SEE_TRIGGERS).fetch_one(&mut *connection).await?;
             let asked = SystemTime::now();
             let (sql_mode, user, time): (String, String, u64) =
                 sqlx::query_as(SESSION).fetch_one(&mut *connection).await?;
-            let here = since_1970(asked) + asked.elapsed().unwrap_or_default().as_secs_f64() / 2.0;
-            let clock_ahead = time as f64 / 1e6 - here;
-            Ok(Inspected {
+            let here =
+                unix_seconds(asked) + asked.elapsed().unwrap_or_default().as_secs_f64() / 2.0;
+            let clock_ahead_seconds = time as f64 / 1e6 - here;
+            Ok(ServerReport {
                 settings,
                 user,
                 sql_mode,
-                projectors_run: self.settings.sql_mode,
+                projector_sql_mode: self.settings.sql_mode,
                 tls,
-                is_verified,
-                connected,
-                clock_ahead,
-                sees_triggers: sees_triggers > 0,
+                is_certificate_verified,
+                threads_connected,
+                clock_ahead_seconds,
+                can_see_triggers: can_see_triggers > 0,
             })
         };
-        self.answer(ask).await
+        self.run_pooled(query).await
     }
 
     /// How far the tables are.
-    pub(crate) async fn migrated(&self) -> Result<Migrated, sqlx::Error> {
+    pub(crate) async fn migration_state(&self) -> Result<MigrationState, sqlx::Error> {
         let ours: Vec<i64> = Self::migrator().iter().map(|migration| migration.version).collect();
-        let ask = async |connection: &mut sqlx::MySqlConnection| {
-            sqlx::query_scalar::<_, i64>(MIGRATED).fetch_all(connection).await
+        let query = async |connection: &mut sqlx::MySqlConnection| {
+            sqlx::query_scalar::<_, i64>(APPLIED_MIGRATIONS).fetch_all(connection).await
         };
-        match self.answer(ask).await {
-            Ok(applied) if applied.iter().any(|version| !ours.contains(version)) => Ok(Migrated::Ahead),
-            Ok(applied) if ours.iter().all(|version| applied.contains(version)) => Ok(Migrated::UpToDate),
-            Ok(_) => Ok(Migrated::Behind),
-            Err(error) if server_error(&error) == Some(1146) => Ok(Migrated::Behind),
+        match self.run_pooled(query).await {
+            Ok(applied) if applied.iter().any(|version| !ours.contains(version)) => {
+                Ok(MigrationState::Ahead)
+            }
+            Ok(applied) if ours.iter().all(|version| applied.contains(version)) => {
+                Ok(MigrationState::UpToDate)
+            }
+            Ok(_) => Ok(MigrationState::Behind),
+            Err(error) if server_error_number(&error) == Some(1146) => Ok(MigrationState::Behind),
             Err(error) if is_denied(&error) => match self.has_tables().await? {
-                true => Ok(Migrated::Untold),
-                false => Ok(Migrated::Behind),
+                true => Ok(MigrationState::Unknown),
+                false => Ok(MigrationState::Behind),
             },
             Err(error) => Err(error),
         }
     }
 
-    /// Whether no table of ours is known to be missing: who may do nothing with a table is not told.
+    /// Whether no table of ours is known to be missing: who may do nothing with a table is not
+    /// told.
     async fn has_tables(&self) -> Result<bool, sqlx::Error> {
         for table in ["events", "event_log", "projectors"] {
             let explain = format!("explain select 1 from {table}");
-            let ask = async |connection: &mut sqlx::MySqlConnection| {
+            let query = async |connection: &mut sqlx::MySqlConnection| {
                 sqlx::raw_sql(AssertSqlSafe(explain)).execute(connection).await
             };
-            match self.answer(ask).await {
-                Err(error) if server_error(&error) == Some(1146) => return Ok(false),
+            match self.run_pooled(query).await {
+                Err(error) if server_error_number(&error) == Some(1146) => return Ok(false),
                 Err(error) if !is_denied(&error) => return Err(error),
                 _ => {}
             }
@@ -141,45 +156,54 @@ impl Database {
         Ok(true)
     }
 
-    /// Whether the user may do this with a table of ours; `create` is asked of the whole database. The server checks grants
-    /// before it plans or prepares a statement, and none is executed: so those of roles count, and nothing changes.
-    pub(crate) async fn may(&self, privilege: &str, table: &str) -> Result<May, sqlx::Error> {
+    /// Whether the user may do this with a table of ours; `create` is asked of the whole database.
+    /// The server checks grants before it plans or prepares a statement, and none is executed: so
+    /// those of roles count, and nothing changes.
+    pub(crate) async fn check_privilege(
+        &self,
+        privilege: &str,
+        table: &str,
+    ) -> Result<PrivilegeCheck, sqlx::Error> {
         let column = match table {
             "events" => "event_type",
             "event_log" => "published",
             "projectors" => "name",
             _ => "version",
         };
-        let ask = match privilege {
-            // Preparing an `alter` checks no grant. Running this one does, and then fails for want of the column.
+        let query = match privilege {
+            // Preparing an `alter` checks no grant. Running this one does, and then fails for want
+            // of the column.
             "alter" => format!("alter table {table} drop column projectionist_doctor"),
             "select" => format!("explain select 1 from {table}"),
             "insert" => format!("explain insert into {table} ({column}) values (0)"),
             "update" => format!("explain update {table} set {column} = {column}"),
             "delete" => format!("explain delete from {table}"),
-            _ => "prepare projectionist_doctor from 'create table projectionist_doctor (n int)'".into(),
+            _ => "prepare projectionist_doctor from 'create table projectionist_doctor (n int)'"
+                .into(),
         };
-        let ask = async |connection: &mut sqlx::MySqlConnection| {
-            sqlx::raw_sql(AssertSqlSafe(ask)).execute(&mut *connection).await?;
+        let query = async |connection: &mut sqlx::MySqlConnection| {
+            sqlx::raw_sql(AssertSqlSafe(query)).execute(&mut *connection).await?;
             // It was there only if that was a `prepare`.
-            let _ = sqlx::raw_sql("deallocate prepare projectionist_doctor").execute(connection).await;
+            let _ =
+                sqlx::raw_sql("deallocate prepare projectionist_doctor").execute(connection).await;
             Ok(())
         };
-        match self.answer(ask).await {
-            Err(error) if is_denied(&error) => Ok(May::No),
-            // It got past the grants, and found something else: no such table, a value that will not do, a read-only server.
-            Err(error) if server_error(&error).is_none() => Err(error),
-            _ => Ok(May::Yes),
+        match self.run_pooled(query).await {
+            Err(error) if is_denied(&error) => Ok(PrivilegeCheck::Denied),
+            // It got past the grants, and found something else: no such table, a value that will
+            // not do, a read-only server.
+            Err(error) if server_error_number(&error).is_none() => Err(error),
+            _ => Ok(PrivilegeCheck::Granted),
         }
     }
 
     /// Where it is, without a password.
-    pub(crate) fn place(&self) -> String {
-        place(&self.pool.connect_options())
+    pub(crate) fn address(&self) -> String {
+        address(&self.pool.connect_options())
     }
 }
 
-pub(super) fn place(options: &sqlx::mysql::MySqlConnectOptions) -> String {
+pub(super) fn address(options: &sqlx::mysql::MySqlConnectOptions) -> String {
     format!(
         "{}@{}:{}/{}",
         options.get_username(),
@@ -189,11 +213,11 @@ pub(super) fn place(options: &sqlx::mysql::MySqlConnectOptions) -> String {
     )
 }
 
-fn since_1970(time: SystemTime) -> f64 {
+fn unix_seconds(time: SystemTime) -> f64 {
     time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs_f64()
 }
 
 /// Access denied to the database, to a table, to a column, or for want of a right of the server's.
 fn is_denied(error: &sqlx::Error) -> bool {
-    matches!(server_error(error), Some(1044 | 1142 | 1143 | 1227))
+    matches!(server_error_number(error), Some(1044 | 1142 | 1143 | 1227))
 }

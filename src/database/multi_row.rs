@@ -11,28 +11,31 @@ use time::{OffsetDateTime, PrimitiveDateTime};
 /// The most rows of a statement: twice as many are hardly faster.
 pub(crate) const MAX_ROWS: usize = 512;
 
-/// The most that a statement binds, in bytes: half of the smallest `max_allowed_packet` that is in use, 1 MiB.
+/// The most that a statement binds, in bytes: half of the smallest `max_allowed_packet` that is in
+/// use, 1 MiB.
 pub(crate) const MAX_BYTES: usize = 512 * 1024;
 
-/// The most placeholders of a statement, for the server's memory, where each connection may keep a hundred of them. The
-/// protocol's own limit is 65,535.
-const MAX_VALUES: usize = 8 * 1024;
+/// The most placeholders of a statement, for the server's memory, where each connection may keep a
+/// hundred of them. The protocol's own limit is 65,535.
+const MAX_PLACEHOLDERS: usize = 8 * 1024;
 
 /// The longest text of a statement, in bytes, for our memory likewise.
-const MAX_TEXT: usize = 64 * 1024;
+const MAX_TEXT_BYTES: usize = 64 * 1024;
 
 /// What a value costs beside its own bytes: its type, and its bit among the nulls.
 const VALUE_OVERHEAD: usize = 3;
 
 /// Collects rows, and sends them in as few statements as is good: `insert … values (…), (…), …`.
 ///
-/// It is for [`Projector::handle_batch`](crate::Projector::handle_batch), where a statement for each event would cost a round
-/// trip for each. The number of rows in a statement is a power of two, up to 512, so that the server prepares few texts, and
-/// one statement binds at most about 512 KiB, or one row. It can be used again after [`MultiRowInsert::execute`].
+/// It is for [`Projector::handle_batch`](crate::Projector::handle_batch), where a statement for
+/// each event would cost a round trip for each. The number of rows in a statement is a power of
+/// two, up to 512, so that the server prepares few texts, and one statement binds at most about 512
+/// KiB, or one row. It can be used again after [`MultiRowInsert::execute`].
 ///
-/// The rows arrive in the order in which they were added, so that `on duplicate key update` sees those before it. What is not
-/// the same as with a statement for each row is yours to judge: what a trigger sees by then, what `last_insert_id()` returns,
-/// which numbers an `auto_increment` column leaves out, `now()`. Bind the same types in each row.
+/// The rows arrive in the order in which they were added, so that `on duplicate key update` sees
+/// those before it. What is not the same as with a statement for each row is yours to judge: what a
+/// trigger sees by then, what `last_insert_id()` returns, which numbers an `auto_increment` column
+/// leaves out, `now()`. Bind the same types in each row.
 ///
 /// ```
 /// use projectionist::{Event, EventTypes, MultiRowInsert, Projector, async_trait, sqlx};
@@ -70,13 +73,13 @@ pub struct MultiRowInsert {
     tail: &'static str,
     rows: Rows,
     /// The first that went wrong with a value; told by `execute`.
-    failed: Option<BoxDynError>,
+    encode_error: Option<BoxDynError>,
 }
 
 impl MultiRowInsert {
     /// The statement up to its rows: `insert into t (a, b) values`.
     pub fn new(head: &'static str) -> Self {
-        MultiRowInsert { head, tail: "", rows: Rows::default(), failed: None }
+        MultiRowInsert { head, tail: "", rows: Rows::default(), encode_error: None }
     }
 
     /// What follows the rows: `on duplicate key update …`. It binds nothing.
@@ -87,15 +90,16 @@ impl MultiRowInsert {
 
     /// Begins the next row.
     pub fn row(&mut self) -> &mut Self {
-        self.rows.begin();
+        self.rows.begin_row();
         self
     }
 
-    /// Adds a value to the row that was begun last. A time with an offset is bound as a `datetime` in UTC.
+    /// Adds a value to the row that was begun last. A time with an offset is bound as a `datetime`
+    /// in UTC.
     pub fn bind<'v, T: Encode<'v, MySql> + Type<MySql>>(&mut self, value: T) -> &mut Self {
         let bound = self.rows.bind(value);
-        if let (Err(error), None) = (bound, &self.failed) {
-            self.failed = Some(error);
+        if let (Err(error), None) = (bound, &self.encode_error) {
+            self.encode_error = Some(error);
         }
         self
     }
@@ -110,28 +114,38 @@ impl MultiRowInsert {
         self.rows.len() == 0
     }
 
-    /// Sends the rows, none of which waits any more then, and returns how many rows of the table were affected, as the server
-    /// counts.
+    /// Sends the rows, none of which waits any more then, and returns how many rows of the table
+    /// were affected, as the server counts.
     ///
     /// # Errors
-    /// That of the first statement that fails; those before it have been executed, so the transaction is to be rolled back,
-    /// as it is after a handler's error. Without the server: if rows have different numbers of values, if a value cannot be
-    /// encoded, or if a `?` stands outside the rows.
+    /// That of the first statement that fails; those before it have been executed, so the
+    /// transaction is to be rolled back, as it is after a handler's error. Without the server: if
+    /// rows have different numbers of values, if a value cannot be encoded, or if a `?` stands
+    /// outside the rows.
     pub async fn execute(&mut self, db: &mut MySqlConnection) -> sqlx::Result<u64> {
         let rows = std::mem::take(&mut self.rows);
-        if let Some(error) = self.failed.take() {
+        if let Some(error) = self.encode_error.take() {
             return Err(sqlx::Error::Encode(error));
         }
-        let refuse = |reason: &str| Err(sqlx::Error::InvalidArgument(format!("{reason}: {}", self.head)));
-        let values = rows.row(0).len();
-        if (1..rows.len()).any(|row| rows.row(row).len() != values) {
+        let refuse =
+            |reason: &str| Err(sqlx::Error::InvalidArgument(format!("{reason}: {}", self.head)));
+        let values = rows.row_values(0).len();
+        if (1..rows.len()).any(|row| rows.row_values(row).len() != values) {
             return refuse("the rows have different numbers of values");
         }
         if self.head.contains('?') || self.tail.contains('?') {
             return refuse("values are bound in the rows only, and a ? stands outside them");
         }
         let row = format!("({})", vec!["?"; values].join(", "));
-        rows.send(Statement { head: &format!("{} ", self.head), row: &row, tail: &format!(" {}", self.tail) }, db).await
+        rows.execute(
+            Statement {
+                head: &format!("{} ", self.head),
+                row: &row,
+                tail: &format!(" {}", self.tail),
+            },
+            db,
+        )
+        .await
     }
 }
 
@@ -145,7 +159,8 @@ pub(crate) struct Statement<'s> {
 
 impl Statement<'_> {
     fn text(self, rows: usize) -> String {
-        let mut text = String::with_capacity(self.head.len() + rows * (self.row.len() + 1) + self.tail.len());
+        let mut text =
+            String::with_capacity(self.head.len() + rows * (self.row.len() + 1) + self.tail.len());
         text.push_str(self.head);
         for row in 0..rows {
             text.push_str(if row == 0 { "" } else { "," });
@@ -162,7 +177,7 @@ pub(crate) struct Rows {
     bytes: Vec<u8>,
     values: Vec<Value>,
     /// The first value of each row.
-    begins: Vec<usize>,
+    row_starts: Vec<usize>,
 }
 
 #[derive(Debug)]
@@ -174,18 +189,22 @@ struct Value {
 }
 
 impl Rows {
-    pub(crate) fn begin(&mut self) {
-        self.begins.push(self.values.len());
+    pub(crate) fn begin_row(&mut self) {
+        self.row_starts.push(self.values.len());
     }
 
     /// Adds a value to the row that was begun last.
     ///
     /// # Errors
     /// If it cannot be encoded.
-    pub(crate) fn bind<'v, T: Encode<'v, MySql> + Type<MySql>>(&mut self, value: T) -> Result<(), BoxDynError> {
+    pub(crate) fn bind<'v, T: Encode<'v, MySql> + Type<MySql>>(
+        &mut self,
+        value: T,
+    ) -> Result<(), BoxDynError> {
         let mut type_info = value.produces().unwrap_or_else(T::type_info);
         if type_info == <OffsetDateTime as Type<MySql>>::type_info() {
-            // A `timestamp` of the same bytes, which MariaDB turns into null outside of 1970 to 2038.
+            // A `timestamp` of the same bytes, which MariaDB turns into null outside of 1970 to
+            // 2038.
             type_info = <PrimitiveDateTime as Type<MySql>>::type_info();
         }
         let is_null = value.encode(&mut self.bytes)?.is_null();
@@ -194,7 +213,7 @@ impl Rows {
     }
 
     pub(crate) fn len(&self) -> usize {
-        self.begins.len()
+        self.row_starts.len()
     }
 
     /// What they bind, in bytes.
@@ -203,28 +222,33 @@ impl Rows {
     }
 
     /// The values of a row.
-    fn row(&self, row: usize) -> Range<usize> {
-        let begin = |row: usize| self.begins.get(row).copied().unwrap_or(self.values.len());
+    fn row_values(&self, row: usize) -> Range<usize> {
+        let begin = |row: usize| self.row_starts.get(row).copied().unwrap_or(self.values.len());
         begin(row)..begin(row + 1)
     }
 
-    fn row_size(&self, row: usize) -> usize {
-        let values = self.row(row);
+    fn row_bytes(&self, row: usize) -> usize {
+        let values = self.row_values(row);
         self.bytes_of(values.clone()).len() + VALUE_OVERHEAD * values.len()
     }
 
     fn bytes_of(&self, values: Range<usize>) -> Range<usize> {
-        let end_of_those_before = |value: usize| if value == 0 { 0 } else { self.values[value - 1].end };
+        let end_of_those_before =
+            |value: usize| if value == 0 { 0 } else { self.values[value - 1].end };
         end_of_those_before(values.start)..end_of_those_before(values.end)
     }
 
     /// Sends them, in order, and returns how many rows were affected.
-    pub(crate) async fn send(&self, statement: Statement<'_>, db: &mut MySqlConnection) -> sqlx::Result<u64> {
-        let sizes: Vec<usize> = (0..self.len()).map(|row| self.row_size(row)).collect();
-        let most = most_rows(statement.row.len(), self.row(0).len());
+    pub(crate) async fn execute(
+        &self,
+        statement: Statement<'_>,
+        db: &mut MySqlConnection,
+    ) -> sqlx::Result<u64> {
+        let sizes: Vec<usize> = (0..self.len()).map(|row| self.row_bytes(row)).collect();
+        let max = max_rows(statement.row.len(), self.row_values(0).len());
         let (mut sent, mut affected) = (0, 0);
         while sent < sizes.len() {
-            let count = next_chunk(&sizes[sent..], most);
+            let count = next_chunk(&sizes[sent..], max);
             let arguments = self.arguments(sent..sent + count).map_err(sqlx::Error::Encode)?;
             let query = sqlx::query_with(AssertSqlSafe(statement.text(count)), arguments);
             affected += query.execute(&mut *db).await?.rows_affected();
@@ -235,31 +259,31 @@ impl Rows {
 
     /// What one statement binds that sends these rows.
     pub(crate) fn arguments(&self, rows: Range<usize>) -> Result<MySqlArguments, BoxDynError> {
-        let values = self.row(rows.start).start..self.row(rows.end - 1).end;
+        let values = self.row_values(rows.start).start..self.row_values(rows.end - 1).end;
         let mut arguments = MySqlArguments::default();
         arguments.reserve(values.len(), self.bytes_of(values.clone()).len());
         for value in values {
             let bytes = &self.bytes[self.bytes_of(value..value + 1)];
-            arguments.add(Encoded { bytes, value: &self.values[value] })?;
+            arguments.add(EncodedValue { bytes, value: &self.values[value] })?;
         }
         Ok(arguments)
     }
 }
 
 /// A value that is encoded already.
-struct Encoded<'r> {
+struct EncodedValue<'r> {
     bytes: &'r [u8],
     value: &'r Value,
 }
 
-impl Type<MySql> for Encoded<'_> {
+impl Type<MySql> for EncodedValue<'_> {
     /// Never asked for: each value [`produces`](Encode::produces) its own.
     fn type_info() -> MySqlTypeInfo {
         <str as Type<MySql>>::type_info()
     }
 }
 
-impl Encode<'_, MySql> for Encoded<'_> {
+impl Encode<'_, MySql> for EncodedValue<'_> {
     fn encode_by_ref(&self, buf: &mut Vec<u8>) -> Result<IsNull, BoxDynError> {
         buf.extend_from_slice(self.bytes);
         Ok(if self.value.is_null { IsNull::Yes } else { IsNull::No })
@@ -271,15 +295,16 @@ impl Encode<'_, MySql> for Encoded<'_> {
 }
 
 /// How many rows of this text and so many values a statement may have.
-fn most_rows(text: usize, values: usize) -> usize {
-    MAX_ROWS.min(MAX_TEXT / (text + 1)).min(MAX_VALUES / values.max(1))
+fn max_rows(text: usize, values: usize) -> usize {
+    MAX_ROWS.min(MAX_TEXT_BYTES / (text + 1)).min(MAX_PLACEHOLDERS / values.max(1))
 }
 
-/// How many of the rows go next: a power of two, so that few texts are prepared for any number of rows.
-fn next_chunk(sizes: &[usize], most: usize) -> usize {
+/// How many of the rows go next: a power of two, so that few texts are prepared for any number of
+/// rows.
+fn next_chunk(sizes: &[usize], max: usize) -> usize {
     let mut count = 1;
     let mut size: usize = sizes.first().copied().unwrap_or(0);
-    while count * 2 <= sizes.len().min(most) {
+    while count * 2 <= sizes.len().min(max) {
         size += sizes[count..count * 2].iter().sum::<usize>();
         if size > MAX_BYTES {
             break;
@@ -295,18 +320,18 @@ mod tests {
 
     use super::*;
 
-    fn chunks(sizes: &[usize], most: usize) -> Vec<usize> {
+    fn chunks(sizes: &[usize], max: usize) -> Vec<usize> {
         let (mut chunks, mut sent) = (Vec::new(), 0);
         while sent < sizes.len() {
-            chunks.push(next_chunk(&sizes[sent..], most));
+            chunks.push(next_chunk(&sizes[sent..], max));
             sent += chunks[chunks.len() - 1];
         }
         chunks
     }
 
     #[test]
-    fn the_largest_powers_of_two_go_first() {
-        for (rows, most, expected) in [
+    fn rows_are_split_into_powers_of_two_largest_first() {
+        for (rows, max, expected) in [
             (0, 512, vec![]),
             (1, 512, vec![1]),
             (7, 512, vec![4, 2, 1]),
@@ -315,12 +340,12 @@ mod tests {
             (10, 3, vec![2, 2, 2, 2, 2]),
             (2, 0, vec![1, 1]),
         ] {
-            assert_eq!(chunks(&vec![10; rows], most), expected, "{rows} rows, {most} at most");
+            assert_eq!(chunks(&vec![10; rows], max), expected, "{rows} rows, {max} at most");
         }
     }
 
     #[test]
-    fn large_rows_go_in_smaller_statements_and_one_too_large_goes_alone() {
+    fn large_rows_go_in_smaller_statements_and_an_oversized_row_goes_alone() {
         let half = MAX_BYTES / 2;
         assert_eq!(chunks(&[half, half, half], MAX_ROWS), [2, 1]);
         assert_eq!(chunks(&[1, 1, 10 * MAX_BYTES, 1, 1], MAX_ROWS), [2, 1, 2]);
@@ -328,26 +353,27 @@ mod tests {
 
     #[test]
     fn wide_rows_and_long_texts_make_smaller_statements() {
-        assert_eq!(most_rows(10, 3), MAX_ROWS);
-        assert_eq!(most_rows(10, 0), MAX_ROWS);
-        assert_eq!(most_rows(1023, 3), 64);
-        assert_eq!(most_rows(200, 100), 81);
-        assert_eq!(most_rows(1_000_000, 60_000), 0);
+        assert_eq!(max_rows(10, 3), MAX_ROWS);
+        assert_eq!(max_rows(10, 0), MAX_ROWS);
+        assert_eq!(max_rows(1023, 3), 64);
+        assert_eq!(max_rows(200, 100), 81);
+        assert_eq!(max_rows(1_000_000, 60_000), 0);
     }
 
     #[test]
-    fn one_row_is_the_statement_as_it_was() {
-        let statement = Statement { head: "insert into t values ", row: "(?, 1)", tail: " /* n */" };
+    fn a_single_row_leaves_the_statement_unchanged() {
+        let statement =
+            Statement { head: "insert into t values ", row: "(?, 1)", tail: " /* n */" };
         assert_eq!(statement.text(1), "insert into t values (?, 1) /* n */");
         assert_eq!(statement.text(3), "insert into t values (?, 1),(?, 1),(?, 1) /* n */");
     }
 
     #[test]
-    fn values_are_encoded_as_the_driver_does_it() {
+    fn values_are_encoded_as_the_driver_encodes_them() {
         let mut rows = Rows::default();
         let mut expected = MySqlArguments::default();
         for number in 0..10_u64 {
-            rows.begin();
+            rows.begin_row();
             rows.bind(number).expect("encoded");
             rows.bind(Some("text").filter(|_| number % 3 == 0)).expect("encoded");
             rows.bind("é".repeat(200)).expect("encoded");
@@ -358,22 +384,22 @@ mod tests {
             }
         }
         assert_eq!(rows.len(), 10);
-        assert_eq!(rows.size(), (0..10).map(|row| rows.row_size(row)).sum::<usize>());
+        assert_eq!(rows.size(), (0..10).map(|row| rows.row_bytes(row)).sum::<usize>());
         let arguments = rows.arguments(2..6).expect("encoded");
         assert_eq!(format!("{arguments:?}"), format!("{expected:?}"));
     }
 
     proptest! {
         #[test]
-        fn every_row_goes_once_and_no_statement_is_too_large(
+        fn every_row_is_sent_once_and_no_statement_is_too_large(
             sizes in proptest::collection::vec(0..MAX_BYTES / 4, 0..300),
-            most in 0..600_usize,
+            max in 0..600_usize,
         ) {
-            let chunks = chunks(&sizes, most);
+            let chunks = chunks(&sizes, max);
             prop_assert_eq!(chunks.iter().sum::<usize>(), sizes.len());
             let mut sent = 0;
             for count in chunks {
-                prop_assert!(count.is_power_of_two() && count <= most.max(1));
+                prop_assert!(count.is_power_of_two() && count <= max.max(1));
                 prop_assert!(sizes[sent..sent + count].iter().sum::<usize>() <= MAX_BYTES);
                 sent += count;
             }

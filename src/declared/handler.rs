@@ -13,26 +13,26 @@ use sqlx::query::Query;
 use sqlx::{AssertSqlSafe, MySql, MySqlConnection};
 use time::PrimitiveDateTime;
 
-use super::coalesce::{self, Table, Tables};
+use super::coalesce::{self, TableIndex, Tables};
 use super::insert::{self, Insert};
-use super::json::{Found, Paths, Place, Value};
+use super::json::{PathId, PathValues, Paths, Value};
 use super::literal;
 use super::parameter::{Document, JsonParameter, Parameter};
-use super::prepared::{Class, Form, Place as Stands, Prepared, write_typed};
-use super::session::{self, Leaves};
-use super::statement::Compiled;
+use super::prepared::{Class, ExecutionMode, ParameterPlace, PreparedStatement, write_typed};
+use super::session::{self, SessionEffects};
+use super::statement::CompiledStatement;
 use crate::database::multi_row::Rows;
 use crate::model::event::Event;
 use crate::model::projector::{EventTypes, Mode, Projector, ProjectorId, SessionUse};
 
 /// A projector that a file declares.
 #[derive(Debug)]
-pub(super) struct Declared {
+pub(super) struct DeclaredProjector {
     pub(super) id: ProjectorId,
     pub(super) mode: Mode,
     pub(super) side_effects: bool,
-    pub(super) setup: Vec<Step>,
-    pub(super) teardown: Vec<Step>,
+    pub(super) setup: Vec<SetupStatement>,
+    pub(super) teardown: Vec<SetupStatement>,
     pub(super) handlers: Handlers,
     /// A hash of all that the file says.
     pub(super) revision: String,
@@ -42,7 +42,7 @@ pub(super) struct Declared {
 
 /// A statement of setup or teardown.
 #[derive(Debug)]
-pub(super) struct Step {
+pub(super) struct SetupStatement {
     pub(super) sql: Arc<str>,
     /// `FILE:LINE`, for errors.
     pub(super) origin: String,
@@ -57,21 +57,23 @@ pub(super) struct Handlers {
     /// Those of the inserts that may be coalesced.
     tables: Tables,
     /// Whether a statement may see how those before it were sent, so that none is coalesced.
-    look_back: bool,
+    prevents_coalescing: bool,
     /// What the statements leave in their session.
-    leaves: Leaves,
-    /// What makes each event begin with the same state of the session, where the statements can tell.
-    reset: Option<Arc<str>>,
+    session_effects: SessionEffects,
+    /// What makes each event begin with the same state of the session, where the statements can
+    /// tell.
+    reset_sql: Option<Arc<str>>,
 }
 
 #[derive(Debug)]
 pub(super) struct Handler {
     /// `None`: every event.
-    wanted: Option<HashSet<String>>,
-    statement: Prepared,
+    event_types: Option<HashSet<String>>,
+    statement: PreparedStatement,
     bindings: Vec<Binding>,
-    /// Where the statement is an insert that can be sent for many events at once, as far as its text tells.
-    insert: Option<(Insert, Table)>,
+    /// Where the statement is an insert that can be sent for many events at once, as far as its
+    /// text tells.
+    insert: Option<(Insert, TableIndex)>,
     /// `FILE:LINE`, for errors.
     pub(super) origin: String,
 }
@@ -80,7 +82,7 @@ pub(super) struct Handler {
 #[derive(Debug)]
 enum Binding {
     Column(fn(&Event) -> Argument<'_>),
-    Json(JsonParameter, Place),
+    Json(JsonParameter, PathId),
 }
 
 impl Handlers {
@@ -91,49 +93,58 @@ impl Handlers {
             payload,
             metadata,
             tables: Tables::default(),
-            look_back: false,
-            leaves: Leaves::default(),
-            reset: None,
+            prevents_coalescing: false,
+            session_effects: SessionEffects::default(),
+            reset_sql: None,
         }
     }
 
     /// Adds the next one.
-    pub(super) fn add(&mut self, events: EventTypes, statement: Compiled, origin: String) {
-        let wanted = match events {
+    pub(super) fn add(&mut self, events: EventTypes, statement: CompiledStatement, origin: String) {
+        let event_types = match events {
             EventTypes::All => None,
             EventTypes::Only(types) => Some(types.into_iter().collect()),
         };
-        let insert = insert::read(&statement.sql).ok().map(|insert| {
+        let insert = insert::parse(&statement.sql).ok().map(|insert| {
             let table = self.tables.add(&insert);
             (insert, table)
         });
-        self.leaves.add(session::read(&statement.sql));
-        self.reset = self.leaves.reset().map(Arc::from);
-        self.look_back |= insert::looks_back(&statement.sql) || self.reset.is_some() || self.leaves.is_opaque;
-        let prepared = Prepared::new(statement.sql);
-        let bindings = statement.parameters.into_iter().map(|parameter| self.binding(parameter)).collect();
-        self.all.push(Handler { wanted, statement: prepared, bindings, insert, origin });
+        self.session_effects.add(session::analyze(&statement.sql));
+        self.reset_sql = self.session_effects.reset_sql().map(Arc::from);
+        self.prevents_coalescing |= insert::reads_previous_result(&statement.sql)
+            || self.reset_sql.is_some()
+            || self.session_effects.is_opaque;
+        let prepared = PreparedStatement::new(statement.sql);
+        let bindings =
+            statement.parameters.into_iter().map(|parameter| self.binding(parameter)).collect();
+        self.all.push(Handler { event_types, statement: prepared, bindings, insert, origin });
     }
 
     /// Those whose events this is one of.
-    pub(super) fn wanting(&self, event: &Event) -> impl Iterator<Item = &Handler> {
-        self.all.iter().filter(|handler| handler.wants(event))
+    pub(super) fn matching(&self, event: &Event) -> impl Iterator<Item = &Handler> {
+        self.all.iter().filter(|handler| handler.matches(event))
     }
 
     /// The tables whose inserts may be coalesced, if any are.
     pub(super) fn tables(&self) -> Option<&Tables> {
-        Some(&self.tables).filter(|_| !self.look_back)
+        Some(&self.tables).filter(|_| !self.prevents_coalescing)
     }
 
     /// Applies one event, each statement by itself.
-    pub(super) async fn apply(&self, event: &Event, db: &mut MySqlConnection) -> anyhow::Result<()> {
-        if let Some(reset) = &self.reset {
-            // Without it, a variable has what the event before it left in boot, and nothing where events come alone.
+    pub(super) async fn apply(
+        &self,
+        event: &Event,
+        db: &mut MySqlConnection,
+    ) -> anyhow::Result<()> {
+        if let Some(reset) = &self.reset_sql {
+            // Without it, a variable has what the event before it left in boot, and nothing where
+            // events come alone.
             sqlx::raw_sql(AssertSqlSafe(Arc::clone(reset))).execute(&mut *db).await?;
         }
         let mut lookup = Lookup::new(event, self);
-        for handler in self.wanting(event) {
-            let arguments = handler.arguments(&mut lookup).with_context(|| handler.origin.clone())?;
+        for handler in self.matching(event) {
+            let arguments =
+                handler.arguments(&mut lookup).with_context(|| handler.origin.clone())?;
             handler.execute(arguments, db).await?;
         }
         Ok(())
@@ -144,7 +155,9 @@ impl Handlers {
             Parameter::Position => |event| Argument::Json(Value::Unsigned(event.position().get())),
             Parameter::EventId => |event| Argument::text(event.event_id()),
             Parameter::StreamId => |event| Argument::text(event.stream_id()),
-            Parameter::StreamVersion => |event| Argument::Json(Value::Unsigned(event.stream_version())),
+            Parameter::StreamVersion => {
+                |event| Argument::Json(Value::Unsigned(event.stream_version()))
+            }
             Parameter::EventType => |event| Argument::text(event.event_type()),
             Parameter::RecordedAt => |event| Argument::Time(event.recorded_at_utc()),
             Parameter::Json(json) => {
@@ -161,7 +174,7 @@ impl Handlers {
     fn event_types(&self) -> EventTypes {
         let mut union = HashSet::new();
         for handler in &self.all {
-            match &handler.wanted {
+            match &handler.event_types {
                 None => return EventTypes::All,
                 Some(types) => union.extend(types.iter().cloned()),
             }
@@ -171,31 +184,34 @@ impl Handlers {
 }
 
 impl Handler {
-    fn wants(&self, event: &Event) -> bool {
-        self.wanted.as_ref().is_none_or(|types| types.contains(event.event_type()))
+    fn matches(&self, event: &Event) -> bool {
+        self.event_types.as_ref().is_none_or(|types| types.contains(event.event_type()))
     }
 
-    pub(super) fn coalescable(&self) -> Option<(&Insert, Table)> {
+    pub(super) fn coalescable_insert(&self) -> Option<(&Insert, TableIndex)> {
         self.insert.as_ref().map(|(insert, table)| (insert, *table))
     }
 
-    pub(super) fn arguments<'e>(&self, event: &mut Lookup<'e, '_>) -> anyhow::Result<Vec<Argument<'e>>> {
+    pub(super) fn arguments<'e>(
+        &self,
+        event: &mut Lookup<'e, '_>,
+    ) -> anyhow::Result<Vec<Argument<'e>>> {
         self.bindings
             .iter()
             .map(|binding| match binding {
                 Binding::Column(read) => Ok(read(event.event)),
-                Binding::Json(json, place) => event.json(json, *place),
+                Binding::Json(json, place) => event.json_argument(json, *place),
             })
             .collect()
     }
 
     /// How to send arguments of these types, alone or as one of `many` rows.
-    pub(super) fn form(&self, arguments: &[Argument<'_>], many: bool) -> Form {
-        self.statement.form(arguments.iter().map(Argument::class), many)
+    pub(super) fn execution_mode(&self, arguments: &[Argument<'_>], many: bool) -> ExecutionMode {
+        self.statement.execution_mode(arguments.iter().map(Argument::class), many)
     }
 
     /// The text of the statement around a row in it.
-    pub(super) fn around(&self, row: &Range<usize>) -> (&str, &str) {
+    pub(super) fn split_at_row(&self, row: &Range<usize>) -> (&str, &str) {
         let sql = self.statement.sql();
         (&sql[..row.start], &sql[row.end..])
     }
@@ -209,29 +225,50 @@ impl Handler {
     }
 
     /// The arguments that are bound: a null in an expression is part of the text.
-    fn bound<'e>(&self, arguments: Vec<Argument<'e>>) -> impl Iterator<Item = Argument<'e>> {
-        let is_bound = |(argument, place): &(Argument<'e>, Stands)| {
-            argument.class() != Class::Null || *place != Stands::Expression
+    fn bound_arguments<'e>(
+        &self,
+        arguments: Vec<Argument<'e>>,
+    ) -> impl Iterator<Item = Argument<'e>> {
+        let is_bound = |(argument, place): &(Argument<'e>, ParameterPlace)| {
+            argument.class() != Class::Null || *place != ParameterPlace::Expression
         };
-        arguments.into_iter().zip(self.statement.places()).filter(is_bound).map(|(argument, _)| argument)
+        arguments
+            .into_iter()
+            .zip(self.statement.places())
+            .filter(is_bound)
+            .map(|(argument, _)| argument)
     }
 
     /// Adds them to the rows that one statement sends.
-    pub(super) fn bind_to_row(&self, arguments: Vec<Argument<'_>>, rows: &mut Rows) -> anyhow::Result<()> {
-        rows.begin();
-        for argument in self.bound(arguments) {
-            argument.bind_to_row(rows).map_err(sqlx::Error::Encode).with_context(|| self.origin.clone())?;
+    pub(super) fn bind_to_row(
+        &self,
+        arguments: Vec<Argument<'_>>,
+        rows: &mut Rows,
+    ) -> anyhow::Result<()> {
+        rows.begin_row();
+        for argument in self.bound_arguments(arguments) {
+            argument
+                .bind_to_row(rows)
+                .map_err(sqlx::Error::Encode)
+                .with_context(|| self.origin.clone())?;
         }
         Ok(())
     }
 
-    pub(super) async fn execute(&self, arguments: Vec<Argument<'_>>, db: &mut MySqlConnection) -> anyhow::Result<()> {
-        let executed = match self.form(&arguments, false) {
-            Form::Bound(text) => {
+    pub(super) async fn execute(
+        &self,
+        arguments: Vec<Argument<'_>>,
+        db: &mut MySqlConnection,
+    ) -> anyhow::Result<()> {
+        let executed = match self.execution_mode(&arguments, false) {
+            ExecutionMode::Prepared(text) => {
                 let query = sqlx::query(AssertSqlSafe(Arc::clone(&text.sql)));
-                self.bound(arguments).fold(query, |query, argument| argument.bind_to(query)).execute(db).await
+                self.bound_arguments(arguments)
+                    .fold(query, |query, argument| argument.bind_to(query))
+                    .execute(db)
+                    .await
             }
-            Form::Literal => {
+            ExecutionMode::Literal => {
                 let sql = self.with_literals(&arguments, 0..self.statement.sql().len());
                 sqlx::raw_sql(AssertSqlSafe(sql)).execute(db).await
             }
@@ -244,8 +281,8 @@ impl Handler {
 pub(super) struct Lookup<'e, 'h> {
     event: &'e Event,
     handlers: &'h Handlers,
-    payload: Option<Found<'e>>,
-    metadata: Option<Found<'e>>,
+    payload: Option<PathValues<'e>>,
+    metadata: Option<PathValues<'e>>,
 }
 
 impl<'e, 'h> Lookup<'e, 'h> {
@@ -253,21 +290,29 @@ impl<'e, 'h> Lookup<'e, 'h> {
         Lookup { event, handlers, payload: None, metadata: None }
     }
 
-    fn json(&mut self, parameter: &JsonParameter, place: Place) -> anyhow::Result<Argument<'e>> {
+    fn json_argument(
+        &mut self,
+        parameter: &JsonParameter,
+        place: PathId,
+    ) -> anyhow::Result<Argument<'e>> {
         let name = parameter.document.name();
-        let found = match self.text(parameter.document) {
+        let found = match self.document_text(parameter.document) {
             Some(text) if parameter.path.is_empty() => return Ok(Argument::text(text)),
-            Some(text) => {
-                self.follow(parameter.document, text, place).with_context(|| format!("the {name} is not JSON"))?
-            }
+            Some(text) => self
+                .find_path(parameter.document, text, place)
+                .with_context(|| format!("the {name} is not JSON"))?,
             None => None,
         };
         let written = &parameter.written;
         match found {
-            Some(text) => Value::read(text).map(Argument::Json).with_context(|| format!("`{written}` cannot be read")),
-            None if parameter.optional => Ok(Argument::Json(Value::Null)),
-            None if self.text(parameter.document).is_none() => {
-                bail!("`{written}`: the event has no {name}; write `{written}?` to bind null where there is none")
+            Some(text) => Value::parse(text)
+                .map(Argument::Json)
+                .with_context(|| format!("`{written}` cannot be read")),
+            None if parameter.is_optional => Ok(Argument::Json(Value::Null)),
+            None if self.document_text(parameter.document).is_none() => {
+                bail!(
+                    "`{written}`: the event has no {name}; write `{written}?` to bind null where there is none"
+                )
             }
             None => bail!(
                 "`{written}` is missing in the event's {name}; write `{written}?` to bind null where it is missing"
@@ -275,18 +320,18 @@ impl<'e, 'h> Lookup<'e, 'h> {
         }
     }
 
-    fn text(&self, document: Document) -> Option<&'e str> {
+    fn document_text(&self, document: Document) -> Option<&'e str> {
         match document {
             Document::Payload => Some(self.event.payload_text()),
             Document::Metadata => self.event.metadata_text(),
         }
     }
 
-    fn follow(
+    fn find_path(
         &mut self,
         document: Document,
         text: &'e str,
-        place: Place,
+        place: PathId,
     ) -> Result<Option<&'e str>, serde_json::Error> {
         let (paths, found) = match document {
             Document::Payload => (&self.handlers.payload, &mut self.payload),
@@ -295,14 +340,14 @@ impl<'e, 'h> Lookup<'e, 'h> {
         let found = match found {
             Some(found) => found,
             none => none.insert(paths.find(text).or_else(|error| {
-                let lenient = match document {
-                    Document::Payload => self.event.lenient_payload(),
-                    Document::Metadata => self.event.lenient_metadata(),
+                let strict = match document {
+                    Document::Payload => self.event.strict_payload(),
+                    Document::Metadata => self.event.strict_metadata(),
                 };
-                lenient.map_or(Err(error), |text| paths.find(text))
+                strict.map_or(Err(error), |text| paths.find(text))
             })?),
         };
-        Ok(found.at(place))
+        Ok(found.get(place))
     }
 }
 
@@ -342,7 +387,10 @@ impl<'e> Argument<'e> {
         }
     }
 
-    fn bind_to<'q>(self, query: Query<'q, MySql, MySqlArguments>) -> Query<'q, MySql, MySqlArguments> {
+    fn bind_to<'q>(
+        self,
+        query: Query<'q, MySql, MySqlArguments>,
+    ) -> Query<'q, MySql, MySqlArguments> {
         match self {
             Argument::Time(time) => query.bind(time),
             Argument::Json(Value::Null) => query.bind(None::<&str>),
@@ -370,7 +418,7 @@ impl<'e> Argument<'e> {
 }
 
 #[async_trait]
-impl Projector for Declared {
+impl Projector for DeclaredProjector {
     fn name(&self) -> &str {
         &self.id.name
     }
@@ -400,34 +448,41 @@ impl Projector for Declared {
     }
 
     fn session(&self) -> SessionUse {
-        match self.handlers.leaves.is_opaque {
-            true => SessionUse::EachEvent,
+        match self.handlers.session_effects.is_opaque {
+            true => SessionUse::PerEvent,
             false => SessionUse::Shared,
         }
     }
 
     async fn setup(&self, db: &mut MySqlConnection) -> anyhow::Result<()> {
-        run(&self.setup, db).await
+        run_statements(&self.setup, db).await
     }
 
     async fn teardown(&self, db: &mut MySqlConnection) -> anyhow::Result<()> {
-        run(&self.teardown, db).await
+        run_statements(&self.teardown, db).await
     }
 
     async fn handle(&self, event: &Event, db: &mut MySqlConnection) -> anyhow::Result<()> {
         self.handlers.apply(event, db).await
     }
 
-    async fn handle_batch(&self, events: &[&Event], db: &mut MySqlConnection) -> anyhow::Result<()> {
+    async fn handle_batch(
+        &self,
+        events: &[&Event],
+        db: &mut MySqlConnection,
+    ) -> anyhow::Result<()> {
         coalesce::apply(&self.id, &self.handlers, events, db).await
     }
 }
 
 /// As text, since some DDL cannot be prepared.
-async fn run(steps: &[Step], db: &mut MySqlConnection) -> anyhow::Result<()> {
-    for step in steps {
-        let statement = sqlx::raw_sql(AssertSqlSafe(Arc::clone(&step.sql)));
-        statement.execute(&mut *db).await.with_context(|| step.origin.clone())?;
+async fn run_statements(
+    statements: &[SetupStatement],
+    db: &mut MySqlConnection,
+) -> anyhow::Result<()> {
+    for statement in statements {
+        let query = sqlx::raw_sql(AssertSqlSafe(Arc::clone(&statement.sql)));
+        query.execute(&mut *db).await.with_context(|| statement.origin.clone())?;
     }
     Ok(())
 }
@@ -438,11 +493,11 @@ mod tests {
 
     use super::*;
     use crate::declared::statement;
-    use crate::model::event::{Position, Recorded};
+    use crate::model::event::{Position, RecordedEvent};
     use crate::testing::hot_path;
 
     fn event(payload: &str, metadata: Option<&str>) -> Event {
-        Event::from(Recorded {
+        Event::from(RecordedEvent {
             position: Position::new(7),
             event_id: "e-7".into(),
             stream_id: "case-1".into(),
@@ -456,7 +511,11 @@ mod tests {
 
     fn arguments<'e>(sql: &str, event: &'e Event) -> Result<Vec<Argument<'e>>, String> {
         let mut handlers = Handlers::new();
-        handlers.add(EventTypes::All, statement::handler(sql).expect(sql), "a.toml:1".into());
+        handlers.add(
+            EventTypes::All,
+            statement::compile_handler(sql).expect(sql),
+            "a.toml:1".into(),
+        );
         let mut lookup = Lookup::new(event, &handlers);
         handlers.all[0].arguments(&mut lookup).map_err(|error| format!("{error:#}"))
     }
@@ -483,7 +542,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_path_is_null_with_a_question_mark_and_a_failure_without() {
+    fn a_missing_path_is_null_if_optional_and_an_error_otherwise() {
         for (payload, metadata, parameter, expected) in [
             (r#"{"a":1}"#, None, ":payload.a", Ok(Value::Signed(1))),
             (r#"{"a":1}"#, None, ":payload.a?", Ok(Value::Signed(1))),
@@ -498,18 +557,40 @@ mod tests {
             ("{}", None, ":metadata.a?", Ok(Value::Null)),
             ("{}", Some("null"), ":metadata.a?", Ok(Value::Null)),
             ("{}", Some(r#"{"a":true}"#), ":metadata.a", Ok(Value::Boolean(true))),
-            ("{}", None, ":payload.a", Err("`:payload.a` is missing in the event's payload; write `:payload.a?`")),
-            (r#"{"a":1}"#, None, ":payload.a.b", Err("`:payload.a.b` is missing in the event's payload")),
-            ("{}", None, ":metadata", Err("`:metadata`: the event has no metadata; write `:metadata?`")),
+            (
+                "{}",
+                None,
+                ":payload.a",
+                Err("`:payload.a` is missing in the event's payload; write `:payload.a?`"),
+            ),
+            (
+                r#"{"a":1}"#,
+                None,
+                ":payload.a.b",
+                Err("`:payload.a.b` is missing in the event's payload"),
+            ),
+            (
+                "{}",
+                None,
+                ":metadata",
+                Err("`:metadata`: the event has no metadata; write `:metadata?`"),
+            ),
             ("{}", None, ":metadata.a", Err("`:metadata.a`: the event has no metadata")),
-            ("{}", Some("null"), ":metadata.a", Err("`:metadata.a` is missing in the event's metadata")),
+            (
+                "{}",
+                Some("null"),
+                ":metadata.a",
+                Err("`:metadata.a` is missing in the event's metadata"),
+            ),
             ("{", None, ":payload.a?", Err("the payload is not JSON")),
             (r#"{"a":"\ud800"}"#, None, ":payload.a", Err("`:payload.a` cannot be read")),
         ] {
             let event = event(payload, metadata);
             let bound = arguments(&format!("select {parameter}"), &event);
             match expected {
-                Ok(value) => assert_eq!(bound, Ok(vec![Argument::Json(value)]), "{parameter} of {payload}"),
+                Ok(value) => {
+                    assert_eq!(bound, Ok(vec![Argument::Json(value)]), "{parameter} of {payload}")
+                }
                 Err(reason) => {
                     let error = bound.expect_err(parameter);
                     assert!(error.starts_with(reason), "{parameter} of {payload}: {error}");
@@ -519,9 +600,12 @@ mod tests {
     }
 
     #[test]
-    fn a_payload_is_not_decoded_unless_a_statement_asks_for_a_path_in_it() {
+    fn a_payload_is_decoded_only_if_a_statement_uses_a_path() {
         let event = event("not JSON", None);
-        assert_eq!(arguments("values (:payload, :position)", &event).map(|bound| bound.len()), Ok(2));
+        assert_eq!(
+            arguments("values (:payload, :position)", &event).map(|bound| bound.len()),
+            Ok(2)
+        );
     }
 
     #[test]
@@ -529,15 +613,19 @@ mod tests {
         let insert = "insert into cases (id, version, at, amount, org_group, user) values (:stream_id, :stream_version,
                       :recorded_at, :payload.amount, :payload.org.group, :metadata.user?)";
         let mut handlers = Handlers::new();
-        handlers.add(EventTypes::All, statement::handler(insert).expect("fine"), "a.toml:1".into());
+        handlers.add(
+            EventTypes::All,
+            statement::compile_handler(insert).expect("fine"),
+            "a.toml:1".into(),
+        );
         let events = hot_path::events();
         let bound = hot_path::count(|| {
             let mut rows = Rows::default();
             for event in &events {
                 let mut lookup = Lookup::new(event, &handlers);
-                for handler in handlers.wanting(event) {
+                for handler in handlers.matching(event) {
                     let arguments = handler.arguments(&mut lookup).expect("all are there");
-                    handler.form(&arguments, true);
+                    handler.execution_mode(&arguments, true);
                     handler.bind_to_row(arguments, &mut rows).expect("they can be encoded");
                 }
             }
@@ -547,8 +635,8 @@ mod tests {
     }
 
     #[test]
-    fn each_statement_sees_its_own_events_and_the_projector_their_union() {
-        let statement = || statement::handler("select 1").expect("fine");
+    fn each_statement_gets_its_event_types_and_the_projector_their_union() {
+        let statement = || statement::compile_handler("select 1").expect("fine");
         let mut handlers = Handlers::new();
         handlers.add(EventTypes::only(["Received", "Sent"]), statement(), "a.toml:1".into());
         handlers.add(EventTypes::only(["Sent"]), statement(), "a.toml:4".into());
@@ -559,7 +647,7 @@ mod tests {
         handlers.add(EventTypes::All, statement(), "a.toml:7".into());
         assert_eq!(handlers.event_types(), EventTypes::All);
         let event = event("{}", None);
-        let seen: Vec<bool> = handlers.all.iter().map(|handler| handler.wants(&event)).collect();
+        let seen: Vec<bool> = handlers.all.iter().map(|handler| handler.matches(&event)).collect();
         assert_eq!(seen, [true, false, true]);
     }
 }

@@ -1,9 +1,9 @@
-//! Which statements can be sent for many events at once: inserts whose rows do not depend on when, or in how many
-//! statements, they are sent. What is not known here is not one of them.
+//! Which statements can be sent for many events at once: inserts whose rows do not depend on when,
+//! or in how many statements, they are sent. What is not known here is not one of them.
 
 use std::ops::Range;
 
-use super::lexer::{Kind, Lexer, Token};
+use super::lexer::{Lexer, Token, TokenKind};
 
 /// An `insert … values (…)` of one row.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -17,7 +17,7 @@ pub(super) struct Insert {
 }
 
 /// Functions of both servers whose result is that of their arguments, and none other.
-const FUNCTIONS: &[&str] = &[
+const DETERMINISTIC_FUNCTIONS: &[&str] = &[
     "abs",
     "bit_count",
     "ceil",
@@ -113,17 +113,19 @@ const FUNCTIONS: &[&str] = &[
 ];
 
 /// Functions that only `on duplicate key update` can have.
-const TAIL_FUNCTIONS: &[&str] = &["default", "value", "values"];
+const UPDATE_FUNCTIONS: &[&str] = &["default", "value", "values"];
 
 /// Types of a `cast` that can have a length.
 const TYPES: &[&str] = &["binary", "char", "datetime", "decimal", "nchar", "time"];
 
 /// Operators and other words after which a parenthesis may open and nothing is called.
 const BEFORE_PARENTHESIS: &[&str] = &[
-    "and", "between", "case", "div", "else", "in", "interval", "is", "like", "mod", "not", "or", "then", "when", "xor",
+    "and", "between", "case", "div", "else", "in", "interval", "is", "like", "mod", "not", "or",
+    "then", "when", "xor",
 ];
 
-/// What else can stand among the values of a row: no column, which would be that of the row before it, or its default.
+/// What else can stand among the values of a row: no column, which would be that of the row before
+/// it, or its default.
 const ROW_WORDS: &[&str] = &[
     "as",
     "ascii",
@@ -171,7 +173,7 @@ const ROW_WORDS: &[&str] = &[
 ];
 
 /// Reserved words that stand for more than a column in `on duplicate key update`.
-const TAIL_REFUSED: &[&str] = &[
+const UPDATE_REFUSED: &[&str] = &[
     "current_date",
     "current_role",
     "current_time",
@@ -196,111 +198,125 @@ const TAIL_REFUSED: &[&str] = &[
     "with",
 ];
 
-/// What can be told from a statement about the one before it, by which it would be seen that several were one.
-const TELLTALES: &[&str] =
-    &["call", "diagnostics", "error_count", "execute", "found_rows", "last_insert_id", "row_count", "warning_count"];
+/// What can be told from a statement about the one before it, by which it would be seen that
+/// several were one.
+const PREVIOUS_RESULT_WORDS: &[&str] = &[
+    "call",
+    "diagnostics",
+    "error_count",
+    "execute",
+    "found_rows",
+    "last_insert_id",
+    "row_count",
+    "warning_count",
+];
 
 /// Reads a statement with `?` for its parameters.
 ///
 /// # Errors
 /// Why it is no insert that can be sent for many events at once.
-pub(super) fn read(sql: &str) -> Result<Insert, &'static str> {
-    let tokens = tokens(sql)?;
+pub(super) fn parse(sql: &str) -> Result<Insert, &'static str> {
+    let tokens = tokenize(sql)?;
     let mut cursor = Cursor { tokens: &tokens };
     let mut ignores = false;
-    if cursor.takes("insert") {
-        ignores = cursor.takes("ignore");
-    } else if !cursor.takes("replace") {
+    if cursor.take_word("insert") {
+        ignores = cursor.take_word("ignore");
+    } else if !cursor.take_word("replace") {
         return Err("it is no insert");
     }
-    cursor.takes("into");
-    let table = cursor.name().ok_or("the table's name is none of plain letters and digits")?;
-    cursor.columns()?;
-    if !cursor.takes("values") && !cursor.takes("value") {
+    cursor.take_word("into");
+    let table = cursor.take_name().ok_or("the table's name is none of plain letters and digits")?;
+    cursor.skip_columns()?;
+    if !cursor.take_word("values") && !cursor.take_word("value") {
         return Err("it has no `values`");
     }
-    let row = cursor.parenthesized().ok_or("its values cannot be read")?;
-    check(row, Place::Row)?;
-    if cursor.takes("as") {
-        cursor.name().ok_or("the row's alias is none of plain letters and digits")?;
-        cursor.columns()?;
+    let row = cursor.take_parenthesized().ok_or("its values cannot be read")?;
+    check(row, Clause::Values)?;
+    if cursor.take_word("as") {
+        cursor.take_name().ok_or("the row's alias is none of plain letters and digits")?;
+        cursor.skip_columns()?;
     }
     let tail = cursor.tokens;
     match tail.first() {
         None => {}
-        Some(_) if ["on", "duplicate", "key", "update"].iter().all(|word| cursor.takes(word)) => {
-            check(tail, Place::Tail)?;
+        Some(_)
+            if ["on", "duplicate", "key", "update"].iter().all(|word| cursor.take_word(word)) =>
+        {
+            check(tail, Clause::Update)?;
         }
         Some(next) if next.token.text == "," => return Err("it has several rows"),
         Some(_) => return Err("it has more than values and `on duplicate key update`"),
     }
-    let end = |piece: &Piece<'_>| piece.token.at + piece.token.text.len();
+    let end = |piece: &SyntaxToken<'_>| piece.token.at + piece.token.text.len();
     let begin = row.first().map_or(0, |piece| piece.token.at);
     Ok(Insert { table, row: begin..row.last().map_or(0, end), ignores })
 }
 
 /// Whether a statement may look at what the one before it did, but for the rows that it wrote.
-pub(super) fn looks_back(sql: &str) -> bool {
-    let Ok(tokens) = tokens(sql) else { return true };
-    let is_telltale = |piece: &Piece<'_>| TELLTALES.iter().any(|word| piece.is(word));
-    let is_at = |piece: &Piece<'_>| piece.token.text == "@";
+pub(super) fn reads_previous_result(sql: &str) -> bool {
+    let Ok(tokens) = tokenize(sql) else { return true };
+    let reads_result =
+        |piece: &SyntaxToken<'_>| PREVIOUS_RESULT_WORDS.iter().any(|word| piece.is(word));
+    let is_at = |piece: &SyntaxToken<'_>| piece.token.text == "@";
     // `@@name` is a variable of the server's, of which some are such.
-    tokens.iter().any(is_telltale) || tokens.windows(2).any(|pair| is_at(&pair[0]) && is_at(&pair[1]))
+    tokens.iter().any(reads_result)
+        || tokens.windows(2).any(|pair| is_at(&pair[0]) && is_at(&pair[1]))
 }
 
 /// A token that says something.
 #[derive(Debug, Clone, Copy)]
-struct Piece<'s> {
+struct SyntaxToken<'s> {
     token: Token<'s>,
     /// Whether it follows the one before it without a gap.
     adjacent: bool,
 }
 
-impl Piece<'_> {
+impl SyntaxToken<'_> {
     fn is(&self, word: &str) -> bool {
-        self.token.kind == Kind::Word && self.token.text.eq_ignore_ascii_case(word)
+        self.token.kind == TokenKind::Word && self.token.text.eq_ignore_ascii_case(word)
     }
 }
 
-fn tokens(sql: &str) -> Result<Vec<Piece<'_>>, &'static str> {
+fn tokenize(sql: &str) -> Result<Vec<SyntaxToken<'_>>, &'static str> {
     let mut lexer = Lexer::new(sql);
     let (mut pieces, mut adjacent) = (Vec::new(), false);
     while let Some(token) = lexer.next().map_err(|_| "it cannot be read")? {
-        if token.kind != Kind::Gap {
-            pieces.push(Piece { token, adjacent });
+        if token.kind != TokenKind::Trivia {
+            pieces.push(SyntaxToken { token, adjacent });
         } else if token.text.starts_with("/*+") {
             return Err("it has an optimizer hint");
         }
-        adjacent = token.kind != Kind::Gap;
+        adjacent = token.kind != TokenKind::Trivia;
     }
     Ok(pieces)
 }
 
 /// What of the statement has not been read.
 struct Cursor<'t, 's> {
-    tokens: &'t [Piece<'s>],
+    tokens: &'t [SyntaxToken<'s>],
 }
 
 impl<'t, 's> Cursor<'t, 's> {
-    fn takes(&mut self, word: &str) -> bool {
+    fn take_word(&mut self, word: &str) -> bool {
         let takes = self.tokens.first().is_some_and(|piece| piece.is(word));
         self.tokens = &self.tokens[usize::from(takes)..];
         takes
     }
 
-    fn symbol(&mut self, symbol: &str) -> bool {
+    fn take_symbol(&mut self, symbol: &str) -> bool {
         let takes = self.tokens.first().is_some_and(|piece| piece.token.text == symbol);
         self.tokens = &self.tokens[usize::from(takes)..];
         takes
     }
 
-    /// A name that is nobody else's by any reading: not qualified, and of letters that have one spelling.
-    fn name(&mut self) -> Option<String> {
+    /// A name that is nobody else's by any reading: not qualified, and of letters that have one
+    /// spelling.
+    fn take_name(&mut self) -> Option<String> {
         let (first, rest) = self.tokens.split_first()?;
         let text = first.token.text;
         let name = match first.token.kind {
-            Kind::Word => text,
-            Kind::Quoted => text.strip_prefix('`')?.strip_suffix('`')?,
+            TokenKind::Word => text,
+            TokenKind::Quoted => text.strip_prefix('`')?.strip_suffix('`')?,
             _ => return None,
         };
         let is_plain = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '$';
@@ -313,29 +329,29 @@ impl<'t, 's> Cursor<'t, 's> {
     }
 
     /// A list of names in parentheses, if there is one.
-    fn columns(&mut self) -> Result<(), &'static str> {
+    fn skip_columns(&mut self) -> Result<(), &'static str> {
         const REASON: &str = "its columns cannot be read";
-        if !self.symbol("(") || self.symbol(")") {
+        if !self.take_symbol("(") || self.take_symbol(")") {
             return Ok(());
         }
         loop {
             let first = self.tokens.first().ok_or(REASON)?;
-            let is_name = first.token.kind == Kind::Word || first.token.text.starts_with('`');
+            let is_name = first.token.kind == TokenKind::Word || first.token.text.starts_with('`');
             if !is_name || first.is("select") {
                 return Err(REASON);
             }
             self.tokens = &self.tokens[1..];
-            if self.symbol(")") {
+            if self.take_symbol(")") {
                 return Ok(());
             }
-            if !self.symbol(",") {
+            if !self.take_symbol(",") {
                 return Err(REASON);
             }
         }
     }
 
     /// What is in parentheses, with them.
-    fn parenthesized(&mut self) -> Option<&'t [Piece<'s>]> {
+    fn take_parenthesized(&mut self) -> Option<&'t [SyntaxToken<'s>]> {
         let mut depth = 0_usize;
         for (index, piece) in self.tokens.iter().enumerate() {
             match piece.token.text {
@@ -354,70 +370,77 @@ impl<'t, 's> Cursor<'t, 's> {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Place {
-    Row,
-    /// After the row, where columns can be named, and nothing can be bound: it would be each row's own.
-    Tail,
+enum Clause {
+    Values,
+    /// After the row, where columns can be named, and nothing can be bound: it would be each row's
+    /// own.
+    Update,
 }
 
-fn check(pieces: &[Piece<'_>], place: Place) -> Result<(), &'static str> {
+fn check(pieces: &[SyntaxToken<'_>], clause: Clause) -> Result<(), &'static str> {
     for (index, piece) in pieces.iter().enumerate() {
         let next = pieces.get(index + 1);
         let before = index.checked_sub(1).map(|before| pieces[before]);
         let called = next.filter(|next| next.token.text == "(");
         match piece.token.kind {
-            Kind::Quoted if piece.token.text.starts_with('`') => match (place, called) {
+            TokenKind::Quoted if piece.token.text.starts_with('`') => match (clause, called) {
                 (_, Some(_)) => return Err("it calls a function of yours"),
-                (Place::Row, None) => return Err("a value is that of a column"),
-                (Place::Tail, None) => {}
+                (Clause::Values, None) => return Err("a value is that of a column"),
+                (Clause::Update, None) => {}
             },
-            Kind::Quoted | Kind::Gap => {}
-            Kind::Symbol => check_symbol(piece.token.text, place)?,
-            Kind::Word => match called {
-                Some(parenthesis) => check_call(piece, before, parenthesis, place)?,
-                None => check_word(piece, place)?,
+            TokenKind::Quoted | TokenKind::Trivia => {}
+            TokenKind::Symbol => check_symbol(piece.token.text, clause)?,
+            TokenKind::Word => match called {
+                Some(parenthesis) => check_call(piece, before, parenthesis, clause)?,
+                None => check_word(piece, clause)?,
             },
         }
     }
     Ok(())
 }
 
-fn check_symbol(symbol: &str, place: Place) -> Result<(), &'static str> {
+fn check_symbol(symbol: &str, clause: Clause) -> Result<(), &'static str> {
     match symbol {
-        "?" if place == Place::Tail => Err("a parameter stands after its values"),
+        "?" if clause == Clause::Update => Err("a parameter stands after its values"),
         "@" => Err("it has a variable"),
-        "(" | ")" | "," | "." | "+" | "-" | "*" | "/" | "%" | "=" | "<" | ">" | "!" | "&" | "|" | "^" | "~" | "?" => {
-            Ok(())
-        }
+        "(" | ")" | "," | "." | "+" | "-" | "*" | "/" | "%" | "=" | "<" | ">" | "!" | "&" | "|"
+        | "^" | "~" | "?" => Ok(()),
         _ => Err("it has a symbol that is not known"),
     }
 }
 
 fn check_call(
-    piece: &Piece<'_>,
-    before: Option<Piece<'_>>,
-    parenthesis: &Piece<'_>,
-    place: Place,
+    piece: &SyntaxToken<'_>,
+    before: Option<SyntaxToken<'_>>,
+    parenthesis: &SyntaxToken<'_>,
+    clause: Clause,
 ) -> Result<(), &'static str> {
     let is_of = |words: &[&str]| words.iter().any(|word| piece.is(word));
-    let is_known = is_of(FUNCTIONS)
-        || (place == Place::Tail && is_of(TAIL_FUNCTIONS))
+    let is_known = is_of(DETERMINISTIC_FUNCTIONS)
+        || (clause == Clause::Update && is_of(UPDATE_FUNCTIONS))
         || (is_of(TYPES) && before.is_some_and(|before| before.is("as")));
-    // A blank before the parenthesis, or a dot before the name, can make a function of yours out of one of theirs.
+    // A blank before the parenthesis, or a dot before the name, can make a function of yours out of
+    // one of theirs.
     let is_theirs = parenthesis.adjacent && before.is_none_or(|before| before.token.text != ".");
     match is_of(BEFORE_PARENTHESIS) || (is_known && is_theirs) {
         true => Ok(()),
-        false => Err("it calls a function that is not known to return the same whenever it is called"),
+        false => {
+            Err("it calls a function that is not known to return the same whenever it is called")
+        }
     }
 }
 
-fn check_word(piece: &Piece<'_>, place: Place) -> Result<(), &'static str> {
+fn check_word(piece: &SyntaxToken<'_>, clause: Clause) -> Result<(), &'static str> {
     let is_of = |words: &[&str]| words.iter().any(|word| piece.is(word));
-    match place {
-        Place::Row if is_of(ROW_WORDS) || is_of(BEFORE_PARENTHESIS) || is_number(piece.token.text) => Ok(()),
-        Place::Row => Err("a value is that of a column, or has a word that is not known"),
-        Place::Tail if is_of(TAIL_REFUSED) => Err("its update reads more than the row"),
-        Place::Tail => Ok(()),
+    match clause {
+        Clause::Values
+            if is_of(ROW_WORDS) || is_of(BEFORE_PARENTHESIS) || is_number(piece.token.text) =>
+        {
+            Ok(())
+        }
+        Clause::Values => Err("a value is that of a column, or has a word that is not known"),
+        Clause::Update if is_of(UPDATE_REFUSED) => Err("its update reads more than the row"),
+        Clause::Update => Ok(()),
     }
 }
 
@@ -440,7 +463,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_insert_of_one_row_is_read_with_its_table_and_row() {
+    fn a_single_row_insert_is_parsed_into_its_table_and_row() {
         for (sql, table, row) in [
             ("insert into t values (?)", "t", "(?)"),
             ("INSERT t VALUES (?, 1)", "t", "(?, 1)"),
@@ -462,7 +485,11 @@ mod tests {
                 "t",
                 "",
             ),
-            ("insert into t values (case when ? in (1, 2) then ? else not (?) end, ? div 2, ? mod 2)", "t", ""),
+            (
+                "insert into t values (case when ? in (1, 2) then ? else not (?) end, ? div 2, ? mod 2)",
+                "t",
+                "",
+            ),
             (
                 "insert into t values (date_add(?, interval 1 day), extract(year from ?), trim(both 'x' from ?))",
                 "t",
@@ -474,22 +501,29 @@ mod tests {
                 "t",
                 "(?)",
             ),
-            ("insert into t (a) values (?) as new on duplicate key update a = greatest(t.a, new.a)", "t", "(?)"),
+            (
+                "insert into t (a) values (?) as new on duplicate key update a = greatest(t.a, new.a)",
+                "t",
+                "(?)",
+            ),
             (
                 "insert into t (a) values (?) as new (x) on duplicate key update a = x, b = json_set(b, '$.a', x)",
                 "t",
                 "(?)",
             ),
         ] {
-            let insert = read(sql).unwrap_or_else(|reason| panic!("{sql}: {reason}"));
+            let insert = parse(sql).unwrap_or_else(|reason| panic!("{sql}: {reason}"));
             assert_eq!(insert.table, table, "{sql}");
             let found = &sql[insert.row];
-            assert!(found == row || (row.is_empty() && found.starts_with('(') && sql.ends_with(found)), "{found}");
+            assert!(
+                found == row || (row.is_empty() && found.starts_with('(') && sql.ends_with(found)),
+                "{found}"
+            );
         }
     }
 
     #[test]
-    fn what_may_not_be_the_same_for_many_rows_is_not_one() {
+    fn an_insert_that_may_differ_for_many_rows_is_not_coalesced() {
         for (sql, why) in [
             ("update t set a = ?", "no insert"),
             ("with a as (select 1) select * from a", "no insert"),
@@ -537,27 +571,39 @@ mod tests {
             ("insert into t values (1a)", "not known"),
             ("insert into t values (char(10))", "function"),
             ("insert into t values (?) on duplicate key update a = ?", "parameter"),
-            ("insert into t values (?) on duplicate key update a = (select 1)", "more than the row"),
+            (
+                "insert into t values (?) on duplicate key update a = (select 1)",
+                "more than the row",
+            ),
             ("insert into t values (?) on duplicate key update a = last_insert_id(a)", "function"),
             ("insert into t values (?) on duplicate key update a = now()", "function"),
-            ("insert into t values (?) on duplicate key update a = current_timestamp", "more than the row"),
+            (
+                "insert into t values (?) on duplicate key update a = current_timestamp",
+                "more than the row",
+            ),
             ("insert into t values (?) on duplicate key update a = @a", "variable"),
-            ("insert into t values (?) on duplicate key update a = next value for s", "more than the row"),
+            (
+                "insert into t values (?) on duplicate key update a = next value for s",
+                "more than the row",
+            ),
             ("insert into t values (?) on duplicate key update a = `f`(1)", "function of yours"),
             ("insert into t values (?) on duplicate key update a = other.left(1)", "function"),
-            ("insert into t values (?) on duplicate key update a = 1 returning a", "more than the row"),
+            (
+                "insert into t values (?) on duplicate key update a = 1 returning a",
+                "more than the row",
+            ),
             ("insert into t values (?) returning a", "more than values"),
             ("insert into t values (?) as `a b` on duplicate key update a = 1", "alias"),
             ("insert into t values (?) on duplicate key", "more than values"),
             ("insert /*+ set_var(sql_mode='') */ into t values (?)", "hint"),
         ] {
-            let reason = read(sql).expect_err(sql);
+            let reason = parse(sql).expect_err(sql);
             assert!(reason.contains(why), "{sql}: {reason}");
         }
     }
 
     #[test]
-    fn a_statement_that_looks_back_at_the_one_before_it_is_known() {
+    fn a_statement_that_reads_the_previous_result_is_recognized() {
         for sql in [
             "insert into u select row_count()",
             "update t set a = LAST_INSERT_ID()",
@@ -567,20 +613,24 @@ mod tests {
             "set @a = @@warning_count",
             "set @a = @@session.insert_id",
         ] {
-            assert!(looks_back(sql), "{sql}");
+            assert!(reads_previous_result(sql), "{sql}");
         }
-        for sql in ["update t set a = @a", "insert into t values ('row_count()')", "delete from `row_count`"] {
-            assert!(!looks_back(sql), "{sql}");
+        for sql in [
+            "update t set a = @a",
+            "insert into t values ('row_count()')",
+            "delete from `row_count`",
+        ] {
+            assert!(!reads_previous_result(sql), "{sql}");
         }
     }
 
     proptest! {
         #[test]
-        fn no_text_makes_it_panic_and_every_parameter_stands_in_the_row(
+        fn no_text_makes_the_parser_panic_and_every_parameter_is_in_the_row(
             sql in "insert into t( \\(a\\))? values ?\\(?([(),?'`@a. ]|now\\(\\)|coalesce\\(|null|1){0,12}\\)?( on duplicate key update a = ([(),?@a1]|values\\(){0,5})?"
         ) {
-            let _ = looks_back(&sql);
-            if let Ok(insert) = read(&sql) {
+            let _ = reads_previous_result(&sql);
+            if let Ok(insert) = parse(&sql) {
                 let row = &sql[insert.row.clone()];
                 prop_assert!(row.starts_with('(') && row.ends_with(')'));
                 let outside = [&sql[..insert.row.start], &sql[insert.row.end..]];

@@ -8,8 +8,8 @@ use serde::Deserializer as _;
 use serde::de::{DeserializeSeed, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
-/// All the paths that a projector follows in one document, so that one pass over the text finds them all and
-/// memory holds nothing else of it.
+/// All the paths that a projector follows in one document, so that one pass over the text finds
+/// them all and memory holds nothing else of it.
 #[derive(Debug)]
 pub(super) struct Paths {
     /// The first is the document; each other stands after the one that it is in.
@@ -18,14 +18,14 @@ pub(super) struct Paths {
 
 /// A place in [`Paths`], and in what [`Paths::find`] returns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Place(usize);
+pub(super) struct PathId(usize);
 
 /// What is wanted of one object or array.
 #[derive(Debug, Default)]
 struct Node {
-    keys: HashMap<Vec<u8>, Place>,
+    keys: HashMap<Vec<u8>, PathId>,
     /// Those of the keys that are also an index.
-    elements: HashMap<usize, Place>,
+    elements: HashMap<usize, PathId>,
 }
 
 impl Paths {
@@ -33,20 +33,21 @@ impl Paths {
         Paths { nodes: vec![Node::default()] }
     }
 
-    /// Adds a path and returns its place. A key that is a number is an index where there is an array.
-    pub(super) fn add(&mut self, path: &[String]) -> Place {
-        let mut at = Place(0);
+    /// Adds a path and returns its place. A key that is a number is an index where there is an
+    /// array.
+    pub(super) fn add(&mut self, path: &[String]) -> PathId {
+        let mut at = PathId(0);
         for key in path {
             at = match self.nodes[at.0].keys.get(key.as_bytes()) {
                 Some(place) => *place,
-                None => self.add_below(at, key),
+                None => self.add_child(at, key),
             };
         }
         at
     }
 
-    fn add_below(&mut self, parent: Place, key: &str) -> Place {
-        let place = Place(self.nodes.len());
+    fn add_child(&mut self, parent: PathId, key: &str) -> PathId {
+        let place = PathId(self.nodes.len());
         self.nodes.push(Node::default());
         let parent = &mut self.nodes[parent.0];
         parent.keys.insert(key.as_bytes().to_vec(), place);
@@ -57,34 +58,38 @@ impl Paths {
         place
     }
 
-    /// The text that each path leads to. Of a key that is there twice the last is taken, as MySQL does.
+    /// The text that each path leads to. Of a key that is there twice the last is taken, as MySQL
+    /// does.
     ///
     /// # Errors
     /// If the text is not JSON, as far as it is read.
-    pub(super) fn find<'e>(&self, text: &'e str) -> Result<Found<'e>, serde_json::Error> {
+    pub(super) fn find<'e>(&self, text: &'e str) -> Result<PathValues<'e>, serde_json::Error> {
         let mut found = vec![None; self.nodes.len()];
         found[0] = Some(text);
         for (at, node) in self.nodes.iter().enumerate() {
             if let Some(text) = found[at].filter(|_| !node.keys.is_empty()) {
-                look_into(text, Children { node, found: &mut found })?;
+                visit_children(text, ChildVisitor { node, found: &mut found })?;
             }
         }
-        Ok(Found(found))
+        Ok(PathValues(found))
     }
 }
 
 /// The text at each place of some [`Paths`], where there is one.
 #[derive(Debug)]
-pub(super) struct Found<'e>(Vec<Option<&'e str>>);
+pub(super) struct PathValues<'e>(Vec<Option<&'e str>>);
 
-impl<'e> Found<'e> {
-    pub(super) fn at(&self, place: Place) -> Option<&'e str> {
+impl<'e> PathValues<'e> {
+    pub(super) fn get(&self, place: PathId) -> Option<&'e str> {
         self.0[place.0]
     }
 }
 
 /// Scalars have nothing in them, so that a path through one is missing.
-fn look_into<'e>(text: &'e str, children: Children<'_, 'e>) -> Result<(), serde_json::Error> {
+fn visit_children<'e>(
+    text: &'e str,
+    children: ChildVisitor<'_, 'e>,
+) -> Result<(), serde_json::Error> {
     let mut deserializer = serde_json::Deserializer::from_str(text);
     match text.trim_ascii_start().as_bytes().first() {
         Some(b'{') => deserializer.deserialize_map(children)?,
@@ -95,12 +100,12 @@ fn look_into<'e>(text: &'e str, children: Children<'_, 'e>) -> Result<(), serde_
 }
 
 /// Notes the text of what is wanted, and passes over all else.
-struct Children<'p, 'e> {
+struct ChildVisitor<'p, 'e> {
     node: &'p Node,
     found: &'p mut [Option<&'e str>],
 }
 
-impl<'e> Visitor<'e> for Children<'_, 'e> {
+impl<'e> Visitor<'e> for ChildVisitor<'_, 'e> {
     type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -108,7 +113,7 @@ impl<'e> Visitor<'e> for Children<'_, 'e> {
     }
 
     fn visit_map<A: MapAccess<'e>>(self, mut map: A) -> Result<(), A::Error> {
-        while let Some(wanted) = map.next_key_seed(Key(self.node))? {
+        while let Some(wanted) = map.next_key_seed(KeyLookup(self.node))? {
             match wanted {
                 Some(place) => self.found[place.0] = Some(map.next_value::<&RawValue>()?.get()),
                 None => _ = map.next_value::<IgnoredAny>()?,
@@ -135,19 +140,23 @@ impl<'e> Visitor<'e> for Children<'_, 'e> {
     }
 }
 
-/// Looks a key up without a copy. It is read as bytes, since a key that nobody wants may not be Unicode.
-struct Key<'p>(&'p Node);
+/// Looks a key up without a copy. It is read as bytes, since a key that nobody wants may not be
+/// Unicode.
+struct KeyLookup<'p>(&'p Node);
 
-impl<'e> DeserializeSeed<'e> for Key<'_> {
-    type Value = Option<Place>;
+impl<'e> DeserializeSeed<'e> for KeyLookup<'_> {
+    type Value = Option<PathId>;
 
-    fn deserialize<D: serde::Deserializer<'e>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+    fn deserialize<D: serde::Deserializer<'e>>(
+        self,
+        deserializer: D,
+    ) -> Result<Self::Value, D::Error> {
         deserializer.deserialize_bytes(self)
     }
 }
 
-impl Visitor<'_> for Key<'_> {
-    type Value = Option<Place>;
+impl Visitor<'_> for KeyLookup<'_> {
+    type Value = Option<PathId>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("a key")
@@ -166,8 +175,8 @@ pub(super) enum Value<'e> {
     Signed(i64),
     Unsigned(u64),
     Double(f64),
-    /// A string; a number that fits no type, as its literal, for the column to convert; the JSON text of an
-    /// object or array, byte for byte.
+    /// A string; a number that fits no type, as its literal, for the column to convert; the JSON
+    /// text of an object or array, byte for byte.
     Text(Cow<'e, str>),
 }
 
@@ -176,25 +185,25 @@ impl<'e> Value<'e> {
     ///
     /// # Errors
     /// If it is a string that is not Unicode, or not JSON.
-    pub(super) fn read(text: &'e str) -> Result<Self, serde_json::Error> {
+    pub(super) fn parse(text: &'e str) -> Result<Self, serde_json::Error> {
         Ok(match text.as_bytes().first() {
             Some(b'n') => Value::Null,
             Some(b't' | b'f') => Value::Boolean(text == "true"),
-            Some(b'"') => Value::Text(string(text)?),
+            Some(b'"') => Value::Text(parse_string(text)?),
             Some(b'{' | b'[') => Value::Text(Cow::Borrowed(text)),
-            _ => number(text),
+            _ => parse_number(text),
         })
     }
 }
 
-fn string(text: &str) -> Result<Cow<'_, str>, serde_json::Error> {
+fn parse_string(text: &str) -> Result<Cow<'_, str>, serde_json::Error> {
     match text.strip_prefix('"').and_then(|text| text.strip_suffix('"')) {
         Some(inner) if !inner.contains('\\') => Ok(Cow::Borrowed(inner)),
         _ => serde_json::from_str(text).map(Cow::Owned),
     }
 }
 
-fn number(literal: &str) -> Value<'_> {
+fn parse_number(literal: &str) -> Value<'_> {
     if let Ok(number) = literal.parse() {
         return Value::Signed(number);
     }
@@ -204,7 +213,9 @@ fn number(literal: &str) -> Value<'_> {
     let double = literal.parse().ok().filter(|number: &f64| number.is_finite());
     match double {
         // MySQL, too, writes a double with the fewest digits that tell it from its neighbours.
-        Some(number) if Decimal::read(literal) == Decimal::read(&format!("{number:e}")) => Value::Double(number),
+        Some(number) if Decimal::parse(literal) == Decimal::parse(&format!("{number:e}")) => {
+            Value::Double(number)
+        }
         _ => Value::Text(Cow::Borrowed(literal)),
     }
 }
@@ -218,7 +229,7 @@ struct Decimal {
 
 impl Decimal {
     /// `None` where the exponent is beyond all doubles anyway.
-    fn read(literal: &str) -> Option<Decimal> {
+    fn parse(literal: &str) -> Option<Decimal> {
         let (mantissa, exponent) = literal.split_once(['e', 'E']).unwrap_or((literal, "0"));
         let mantissa = mantissa.trim_start_matches('-');
         let (whole, fraction) = mantissa.split_once('.').unwrap_or((mantissa, ""));
@@ -227,7 +238,8 @@ impl Decimal {
         if digits.is_empty() {
             return Some(Decimal { digits: String::new(), exponent: 0 });
         }
-        let point = i64::try_from(whole.len()).ok()? - i64::try_from(all.len() - digits.len()).ok()?;
+        let point =
+            i64::try_from(whole.len()).ok()? - i64::try_from(all.len() - digits.len()).ok()?;
         let exponent = exponent.parse::<i64>().ok()?.checked_add(point)?;
         Some(Decimal { digits: digits.trim_end_matches('0').to_owned(), exponent })
     }
@@ -241,17 +253,18 @@ mod tests {
     use crate::testing::corrupted;
 
     fn find<'e>(text: &'e str, path: &str) -> Option<&'e str> {
-        let keys: Vec<String> = path.split('.').filter(|key| !key.is_empty()).map(Into::into).collect();
+        let keys: Vec<String> =
+            path.split('.').filter(|key| !key.is_empty()).map(Into::into).collect();
         let mut paths = Paths::new();
         // Others beside it and on its way must not matter.
         paths.add(&["z".into()]);
         let place = paths.add(&keys);
         paths.add(&[keys, vec!["below".into()]].concat());
-        paths.find(text).expect(text).at(place)
+        paths.find(text).expect(text).get(place)
     }
 
     #[test]
-    fn a_path_leads_through_objects_and_arrays_to_the_text_as_it_was_written() {
+    fn a_path_finds_the_original_text_inside_objects_and_arrays() {
         for (text, path, expected) in [
             (r#"{"a":1}"#, "a", Some("1")),
             (r#" { "a" : { "b" : 1.50 } } "#, "a.b", Some("1.50")),
@@ -285,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn text_that_is_not_json_is_an_error_and_no_missing_path() {
+    fn invalid_json_is_an_error_and_not_a_missing_path() {
         let mut paths = Paths::new();
         paths.add(&["a".into()]);
         for text in ["{", r#"{"a":1"#, r#"{"a":1} x"#, "{'a':1}", "[1,"] {
@@ -294,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn each_json_value_binds_as_what_it_is() {
+    fn each_json_value_binds_as_its_own_type() {
         let text = |text: &'static str| Value::Text(text.into());
         for (json, value) in [
             ("null", Value::Null),
@@ -323,9 +336,9 @@ mod tests {
             (r#"{"b": 1, "a":1.0}"#, text(r#"{"b": 1, "a":1.0}"#)),
             ("[ 1 ]", text("[ 1 ]")),
         ] {
-            assert_eq!(Value::read(json).expect(json), value, "{json}");
+            assert_eq!(Value::parse(json).expect(json), value, "{json}");
         }
-        assert!(Value::read(r#""\ud800""#).is_err(), "half a character cannot be bound");
+        assert!(Value::parse(r#""\ud800""#).is_err(), "half a character cannot be bound");
     }
 
     const NUMBER: &str = "-?(0|[1-9][0-9]{0,24})(\\.[0-9]{1,20})?([eE][-+]?[0-9]{1,3})?";
@@ -333,34 +346,34 @@ mod tests {
     proptest! {
         #[test]
         fn a_number_binds_without_losing_a_digit(literal in NUMBER) {
-            let bound = match Value::read(&literal).expect("it is a number") {
+            let bound = match Value::parse(&literal).expect("it is a number") {
                 Value::Signed(number) => number.to_string(),
                 Value::Unsigned(number) => number.to_string(),
                 Value::Double(number) => format!("{number:e}"),
                 Value::Text(text) => text.into_owned(),
                 other => panic!("{other:?}"),
             };
-            prop_assert_eq!(Decimal::read(&bound), Decimal::read(&literal));
+            prop_assert_eq!(Decimal::parse(&bound), Decimal::parse(&literal));
         }
 
         #[test]
         fn every_double_binds_as_a_double(number in proptest::num::f64::NORMAL) {
             let literal = format!("{number:e}");
-            prop_assert_eq!(Value::read(&literal).expect("a number"), Value::Double(number));
+            prop_assert_eq!(Value::parse(&literal).expect("a number"), Value::Double(number));
         }
 
         /// Whatever is made of a payload, what is found in it is a part of it.
         #[test]
-        fn what_is_found_in_spoiled_json_is_a_part_of_it(
+        fn a_value_found_in_corrupted_json_is_a_slice_of_it(
             text in corrupted::text(r#"{"a":{"0":[1,{"b":"\u00e9"}],"c":-2.50},"a":[[null,true]]}"#),
         ) {
             let mut paths = Paths::new();
             let places = [&["a"][..], &["a", "0"], &["a", "0", "1", "b"]]
                 .map(|path| paths.add(&path.iter().map(|&key| key.to_owned()).collect::<Vec<_>>()));
             let Ok(found) = paths.find(&text) else { return Ok(()) };
-            for part in places.into_iter().filter_map(|place| found.at(place)) {
+            for part in places.into_iter().filter_map(|place| found.get(place)) {
                 prop_assert!(text.contains(part));
-                if let Ok(Value::Text(bound)) = Value::read(part) {
+                if let Ok(Value::Text(bound)) = Value::parse(part) {
                     prop_assert!(bound.len() <= part.len());
                 }
             }
@@ -371,7 +384,7 @@ mod tests {
             let mut paths = Paths::new();
             paths.add(&["a".into(), "0".into()]);
             let _ = paths.find(&text);
-            let _ = Value::read(&text);
+            let _ = Value::parse(&text);
         }
     }
 }

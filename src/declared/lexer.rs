@@ -1,20 +1,21 @@
-//! Where MySQL's literals and comments begin and end, so that nothing inside them is taken for syntax.
+//! Where MySQL's literals and comments begin and end, so that nothing inside them is taken for
+//! syntax.
 
-use super::Fault;
+use super::StatementError;
 
 /// One piece of SQL text. The pieces of a text, put together, are the text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Token<'s> {
-    pub(super) kind: Kind,
+    pub(super) kind: TokenKind,
     /// Where it begins, in bytes.
     pub(super) at: usize,
     pub(super) text: &'s str,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(super) enum TokenKind {
     /// Blanks or a comment.
-    Gap,
+    Trivia,
     /// A string literal or a quoted name, with its quotes.
     Quoted,
     /// A keyword, a name or a number.
@@ -23,7 +24,8 @@ pub(super) enum Kind {
     Symbol,
 }
 
-/// Reads SQL as MySQL and MariaDB do with `ANSI_QUOTES` and `NO_BACKSLASH_ESCAPES` off, which is their default.
+/// Reads SQL as MySQL and MariaDB do with `ANSI_QUOTES` and `NO_BACKSLASH_ESCAPES` off, which is
+/// their default.
 pub(super) struct Lexer<'s> {
     sql: &'s str,
     at: usize,
@@ -48,17 +50,19 @@ impl<'s> Lexer<'s> {
     ///
     /// # Errors
     /// If a literal or a comment is never closed, or a comment is one that some servers execute.
-    pub(super) fn next(&mut self) -> Result<Option<Token<'s>>, Fault> {
+    pub(super) fn next(&mut self) -> Result<Option<Token<'s>>, StatementError> {
         let (at, rest) = (self.at, self.rest());
         let Some(first) = rest.chars().next() else { return Ok(None) };
         let (kind, length) = match first {
-            _ if is_blank(first) => (Kind::Gap, span(rest, is_blank)),
-            '\'' | '"' | '`' => (Kind::Quoted, quoted(rest).ok_or_else(|| unclosed(at, first))?),
-            '#' => (Kind::Gap, line(rest)),
-            '-' if begins_line_comment(rest) => (Kind::Gap, line(rest)),
-            '/' if rest.starts_with("/*") => (Kind::Gap, block_comment(rest, at)?),
-            _ if is_word(first) => (Kind::Word, span(rest, is_word)),
-            _ => (Kind::Symbol, first.len_utf8()),
+            _ if is_blank(first) => (TokenKind::Trivia, span_while(rest, is_blank)),
+            '\'' | '"' | '`' => {
+                (TokenKind::Quoted, quoted_len(rest).ok_or_else(|| unclosed_error(at, first))?)
+            }
+            '#' => (TokenKind::Trivia, line_len(rest)),
+            '-' if begins_line_comment(rest) => (TokenKind::Trivia, line_len(rest)),
+            '/' if rest.starts_with("/*") => (TokenKind::Trivia, block_comment_len(rest, at)?),
+            _ if is_word(first) => (TokenKind::Word, span_while(rest, is_word)),
+            _ => (TokenKind::Symbol, first.len_utf8()),
         };
         self.at += length;
         Ok(Some(Token { kind, at, text: &rest[..length] }))
@@ -71,7 +75,7 @@ pub(super) fn is_word(c: char) -> bool {
 }
 
 /// How many bytes at the beginning of the text hold.
-pub(super) fn span(text: &str, holds: impl Fn(char) -> bool) -> usize {
+pub(super) fn span_while(text: &str, holds: impl Fn(char) -> bool) -> usize {
     text.find(|c| !holds(c)).unwrap_or(text.len())
 }
 
@@ -81,30 +85,34 @@ fn is_blank(c: char) -> bool {
 
 /// Two dashes alone are two minus signs: `5--1`.
 fn begins_line_comment(rest: &str) -> bool {
-    rest.strip_prefix("--")
-        .is_some_and(|after| after.chars().next().is_none_or(|c| is_blank(c) || c.is_ascii_control()))
+    rest.strip_prefix("--").is_some_and(|after| {
+        after.chars().next().is_none_or(|c| is_blank(c) || c.is_ascii_control())
+    })
 }
 
 /// The length of the rest of the line, without its end.
-fn line(rest: &str) -> usize {
-    span(rest, |c| c != '\n')
+fn line_len(rest: &str) -> usize {
+    span_while(rest, |c| c != '\n')
 }
 
-fn block_comment(rest: &str, at: usize) -> Result<usize, Fault> {
-    // What these hold is SQL to some servers and a comment to others, so neither reading of it is right.
+fn block_comment_len(rest: &str, at: usize) -> Result<usize, StatementError> {
+    // What these hold is SQL to some servers and a comment to others, so neither reading of it is
+    // right.
     if rest.starts_with("/*!") || rest.starts_with("/*M!") {
-        return Err(Fault::new(
+        return Err(StatementError::new(
             at,
             "a comment that some servers execute (`/*! … */`) is not read: write its SQL out, or leave it out",
         ));
     }
     let length = rest[2..].find("*/").map(|end| end + 4);
-    length.ok_or_else(|| Fault::new(at, "the comment that `/*` opens is never closed: add `*/`"))
+    length.ok_or_else(|| {
+        StatementError::new(at, "the comment that `/*` opens is never closed: add `*/`")
+    })
 }
 
-/// The length of a literal or quoted name: a doubled quote is part of it, and, but in backticks, so is what a
-/// backslash precedes. `None` if it is never closed.
-fn quoted(rest: &str) -> Option<usize> {
+/// The length of a literal or quoted name: a doubled quote is part of it, and, but in backticks, so
+/// is what a backslash precedes. `None` if it is never closed.
+fn quoted_len(rest: &str) -> Option<usize> {
     let bytes = rest.as_bytes();
     let quote = bytes[0];
     let mut at = 1;
@@ -118,8 +126,8 @@ fn quoted(rest: &str) -> Option<usize> {
     }
 }
 
-fn unclosed(at: usize, quote: char) -> Fault {
-    Fault::new(
+fn unclosed_error(at: usize, quote: char) -> StatementError {
+    StatementError::new(
         at,
         format!(
             "what `{quote}` opens is never closed: add the closing `{quote}`, or double it \
@@ -134,7 +142,7 @@ mod tests {
 
     use super::*;
 
-    fn tokens(sql: &str) -> Result<Vec<(Kind, &str)>, Fault> {
+    fn tokens(sql: &str) -> Result<Vec<(TokenKind, &str)>, StatementError> {
         let mut lexer = Lexer::new(sql);
         let mut all = Vec::new();
         while let Some(token) = lexer.next()? {
@@ -146,7 +154,7 @@ mod tests {
 
     #[test]
     fn literals_and_comments_end_where_mysql_ends_them() {
-        use Kind::{Gap, Quoted};
+        use TokenKind::{Quoted, Trivia};
         for (sql, kind) in [
             ("'it''s'", Quoted),
             (r"'a\'b'", Quoted),
@@ -156,13 +164,13 @@ mod tests {
             ("`a``b`", Quoted),
             (r"`no escape\`", Quoted),
             ("'é\\é'", Quoted),
-            ("-- a 'quote", Gap),
-            ("--", Gap),
-            ("--\t:x", Gap),
-            ("# :x", Gap),
-            ("/* ' :x ; */", Gap),
-            ("/**/", Gap),
-            ("/*+ a hint */", Gap),
+            ("-- a 'quote", Trivia),
+            ("--", Trivia),
+            ("--\t:x", Trivia),
+            ("# :x", Trivia),
+            ("/* ' :x ; */", Trivia),
+            ("/**/", Trivia),
+            ("/*+ a hint */", Trivia),
         ] {
             assert_eq!(tokens(sql), Ok(vec![(kind, sql)]), "{sql}");
         }
@@ -170,29 +178,41 @@ mod tests {
 
     #[test]
     fn two_dashes_without_a_blank_are_two_minus_signs() {
-        use Kind::{Symbol, Word};
-        assert_eq!(tokens("5--1"), Ok(vec![(Word, "5"), (Symbol, "-"), (Symbol, "-"), (Word, "1")]));
+        use TokenKind::{Symbol, Word};
+        assert_eq!(
+            tokens("5--1"),
+            Ok(vec![(Word, "5"), (Symbol, "-"), (Symbol, "-"), (Word, "1")])
+        );
     }
 
     #[test]
     fn a_line_comment_ends_with_its_line() {
-        use Kind::{Gap, Word};
-        assert_eq!(tokens("-- a\nb"), Ok(vec![(Gap, "-- a"), (Gap, "\n"), (Word, "b")]));
-        assert_eq!(tokens("#a\nb"), Ok(vec![(Gap, "#a"), (Gap, "\n"), (Word, "b")]));
+        use TokenKind::{Trivia, Word};
+        assert_eq!(tokens("-- a\nb"), Ok(vec![(Trivia, "-- a"), (Trivia, "\n"), (Word, "b")]));
+        assert_eq!(tokens("#a\nb"), Ok(vec![(Trivia, "#a"), (Trivia, "\n"), (Word, "b")]));
     }
 
     #[test]
-    fn what_is_never_closed_is_refused_where_it_opens() {
-        for sql in
-            ["x 'a", "x \"a", "x `a", "x 'a''", r"x 'a\'", r"x 'a\", "x /* a", "x /*/", "x /*! drop */", "x /*M! y */"]
-        {
+    fn an_unclosed_literal_or_comment_is_refused_where_it_opens() {
+        for sql in [
+            "x 'a",
+            "x \"a",
+            "x `a",
+            "x 'a''",
+            r"x 'a\'",
+            r"x 'a\",
+            "x /* a",
+            "x /*/",
+            "x /*! drop */",
+            "x /*M! y */",
+        ] {
             assert_eq!(tokens(sql).expect_err(sql).at, 2, "{sql}");
         }
     }
 
     proptest! {
         #[test]
-        fn any_text_is_its_tokens_put_together(sql in "([-'\"`\\\\#*/:;?a\n é]|[a-z]{2}|.){0,40}") {
+        fn the_tokens_of_any_text_join_to_that_text(sql in "([-'\"`\\\\#*/:;?a\n é]|[a-z]{2}|.){0,40}") {
             if let Ok(tokens) = tokens(&sql) {
                 prop_assert_eq!(tokens.into_iter().map(|(_, text)| text).collect::<String>(), sql);
             }

@@ -68,12 +68,16 @@ impl Literals {
     }
 
     /// In bytes.
-    pub(super) fn size(&self) -> usize {
+    pub(super) fn encoded_bytes(&self) -> usize {
         self.size
     }
 
     /// Sends all of them in one statement, which begins and ends with these texts.
-    pub(super) async fn send(&self, (head, tail): (&str, &str), db: &mut MySqlConnection) -> sqlx::Result<()> {
+    pub(super) async fn execute(
+        &self,
+        (head, tail): (&str, &str),
+        db: &mut MySqlConnection,
+    ) -> sqlx::Result<()> {
         let sql = format!("{head}{}{tail}", self.rows.join(","));
         sqlx::raw_sql(AssertSqlSafe(sql)).execute(db).await.map(|_| ())
     }
@@ -86,7 +90,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_text_is_quoted_whatever_is_in_it() {
+    fn any_text_is_quoted_safely() {
         for (value, literal) in [
             ("", "''"),
             ("plain é😀", "'plain é😀'"),
@@ -100,11 +104,17 @@ mod tests {
     }
 
     #[test]
-    fn a_double_is_no_decimal_and_a_datetime_has_its_fraction() {
-        assert_eq!([1.5, -0.0, 1e300, 5e-324, 3.0].map(double), ["1.5e0", "-0e0", "1e300", "5e-324", "3e0"]);
+    fn a_double_is_not_a_decimal_and_a_datetime_keeps_its_fraction() {
+        assert_eq!(
+            [1.5, -0.0, 1e300, 5e-324, 3.0].map(double),
+            ["1.5e0", "-0e0", "1e300", "5e-324", "3e0"]
+        );
         let date = Date::from_calendar_date(1969, Month::December, 31).expect("a date");
         let at = |microsecond| {
-            datetime(PrimitiveDateTime::new(date, Time::from_hms_micro(23, 59, 9, microsecond).expect("a time")))
+            datetime(PrimitiveDateTime::new(
+                date,
+                Time::from_hms_micro(23, 59, 9, microsecond).expect("a time"),
+            ))
         };
         assert_eq!(
             (at(0).as_str(), at(50).as_str()),

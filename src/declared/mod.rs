@@ -31,7 +31,8 @@ const MAX_FILES: usize = 1000;
 /// The problems that are told of one file; whoever mends twenty will run it again anyway.
 const MAX_PROBLEMS: usize = 20;
 
-/// Adds the projectors that the `*.toml` files of a directory declare, in the order of the files' names.
+/// Adds the projectors that the `*.toml` files of a directory declare, in the order of the files'
+/// names.
 ///
 /// Files of other names, hidden files and subdirectories are passed over. A file:
 ///
@@ -49,8 +50,8 @@ const MAX_PROBLEMS: usize = 20;
 ///          on duplicate key update amount = values(amount)"""
 /// ```
 ///
-/// Every `[[on]]` that names an event's type runs for it, in the order of the file, in the transaction that also
-/// moves the projector's position. Each is one statement.
+/// Every `[[on]]` that names an event's type runs for it, in the order of the file, in the
+/// transaction that also moves the projector's position. Each is one statement.
 ///
 /// # Parameters
 ///
@@ -64,67 +65,76 @@ const MAX_PROBLEMS: usize = 20;
 /// | `:payload.items.0` | a number is an index where there is an array, else a key |
 /// | `:payload."odd key"` | a key other than `[A-Za-z_][A-Za-z0-9_]*` stands in double quotes; `""` in it is one `"` |
 ///
-/// A path that leads nowhere, and any of the metadata where there is none, is the projector's failure. With a `?`
-/// at its end (`:payload.order.amount?`) it is null. JSON strings bind as text, integers as 64-bit integers, other
-/// numbers as doubles, booleans as 1 and 0, null as null, and an object or array as its JSON text, as it was
-/// written. A number that neither type holds exactly binds as its literal, so that a `decimal` or `varchar` column
-/// loses no digit. Of a key that is there twice, the last counts. JSON that only the database accepts (MariaDB's `\'` and
-/// `1.`, MySQL's NUL after the document) is read as the database reads it; an object or array of such a document binds as
-/// JSON that is valid everywhere. To MySQL's `json` columns a bound number or
+/// A path that leads nowhere, and any of the metadata where there is none, is the projector's
+/// failure. With a `?` at its end (`:payload.order.amount?`) it is null. JSON strings bind as text,
+/// integers as 64-bit integers, other numbers as doubles, booleans as 1 and 0, null as null, and an
+/// object or array as its JSON text, as it was written. A number that neither type holds exactly
+/// binds as its literal, so that a `decimal` or `varchar` column loses no digit. Of a key that is
+/// there twice, the last counts. JSON that only the database accepts (MariaDB's `\'` and `1.`,
+/// MySQL's NUL after the document) is read as the database reads it; an object or array of such a
+/// document binds as JSON that is valid everywhere. To MySQL's `json` columns a bound number or
 /// boolean is no JSON: write `json_extract(:payload, '$.amount')` there.
 ///
-/// What a value does never depends on the values before it. In an expression, text behaves as `'text'` does, a whole number as
-/// `cast(1 as signed)` (`unsigned` for `:position`, `:stream_version` and numbers above 2^63 - 1), any other number as `1.5e0`,
-/// a time as `cast('…' as datetime(6))`.
+/// What a value does never depends on the values before it. In an expression, text behaves as
+/// `'text'` does, a whole number as `cast(1 as signed)` (`unsigned` for `:position`,
+/// `:stream_version` and numbers above 2^63 - 1), any other number as `1.5e0`, a time as `cast('…'
+/// as datetime(6))`.
 ///
-/// Values are bound, and no value is read as SQL. A statement whose values have had more than 16 combinations of types sends
-/// the others as quoted literals. Colons in literals, quoted names and comments are left
-/// alone, and so are `:=` and a colon that no name follows; `::` and `?` are refused. Text is read as MySQL reads
-/// it by default: `ANSI_QUOTES` and `NO_BACKSLASH_ESCAPES` off. A comment that servers execute (`/*! … */`) is refused.
+/// Values are bound, and no value is read as SQL. A statement whose values have had more than 16
+/// combinations of types sends the others as quoted literals. Colons in literals, quoted names and
+/// comments are left alone, and so are `:=` and a colon that no name follows; `::` and `?` are
+/// refused. Text is read as MySQL reads it by default: `ANSI_QUOTES` and `NO_BACKSLASH_ESCAPES`
+/// off. A comment that servers execute (`/*! … */`) is refused.
 ///
 /// # Many rows in one statement
 ///
-/// The executions of one `insert … values (…)` for consecutive events of a large batch are sent as rows of one statement, where
-/// that is the same in effect. The statement is `insert [ignore]` or `replace`, into a table that is not qualified with its
-/// database, of one row, perhaps with `on duplicate key update`; all its parameters stand in the row; it has no variable, no
-/// subquery, and no function but those that depend on their arguments alone. The table is InnoDB's, without a trigger, a foreign
-/// key, an `auto_increment`, or a default or `on update` that is computed; nor, for `insert ignore`, a check constraint (which
-/// a `json` column is on MariaDB); `sql_mode` is strict. Rows wait for no other statement:
-/// all of them are sent before one that is no such insert, and those of a table before another insert into it. In a file with
-/// `row_count()`, `last_insert_id()`, `call` and their like, nothing is sent together; but what a function or a trigger of yours
-/// is told by `row_count()` of the statement *before* it is not looked into. Without the `trigger` privilege, granted to the user
-/// itself, triggers cannot be seen, and nothing is sent together either.
+/// The executions of one `insert … values (…)` for consecutive events of a large batch are sent as
+/// rows of one statement, where that is the same in effect. The statement is `insert [ignore]` or
+/// `replace`, into a table that is not qualified with its database, of one row, perhaps with `on
+/// duplicate key update`; all its parameters stand in the row; it has no variable, no subquery, and
+/// no function but those that depend on their arguments alone. The table is InnoDB's, without a
+/// trigger, a foreign key, an `auto_increment`, or a default or `on update` that is computed; nor,
+/// for `insert ignore`, a check constraint (which a `json` column is on MariaDB); `sql_mode` is
+/// strict. Rows wait for no other statement: all of them are sent before one that is no such
+/// insert, and those of a table before another insert into it. In a file with `row_count()`,
+/// `last_insert_id()`, `call` and their like, nothing is sent together; but what a function or a
+/// trigger of yours is told by `row_count()` of the statement *before* it is not looked into.
+/// Without the `trigger` privilege, granted to the user itself, triggers cannot be seen, and
+/// nothing is sent together either.
 ///
 /// # The session
 ///
-/// Each event finds the session as if it were the first: the user variables that the file names (`@total`) are null, and
-/// `last_insert_id()` and `row_count()` are 0. They live from one `[[on]]` to the next of the same event. A file that names any is
-/// applied one event after the other.
+/// Each event finds the session as if it were the first: the user variables that the file names
+/// (`@total`) are null, and `last_insert_id()` and `row_count()` are 0. They live from one `[[on]]`
+/// to the next of the same event. A file that names any is applied one event after the other.
 ///
-/// A file that calls what cannot be seen through gets a transaction and a new session for each event, which costs a
-/// connection each: `call`, a function that is not one of the server's, `get_lock`, a sequence. A name counts as the server's if it
-/// is written without a database before it and without a blank before its parenthesis.
+/// A file that calls what cannot be seen through gets a transaction and a new session for each
+/// event, which costs a connection each: `call`, a function that is not one of the server's,
+/// `get_lock`, a sequence. A name counts as the server's if it is written without a database before
+/// it and without a blank before its parenthesis.
 ///
-/// Refused are `set` of anything but user variables, in handlers, `setup` and `teardown`; and in handlers also what begins or ends a
-/// transaction, locks tables, prepares statements, or acts on the server.
+/// Refused are `set` of anything but user variables, in handlers, `setup` and `teardown`; and in
+/// handlers also what begins or ends a transaction, locks tables, prepares statements, or acts on
+/// the server.
 ///
 /// # Errors
-/// If the directory or a file cannot be read, or a file does not hold: `FILE:LINE: reason`, of all the files at once.
-/// The registry is then as it was. So it is if a name and version are taken, by another file or in the registry.
+/// If the directory or a file cannot be read, or a file does not hold: `FILE:LINE: reason`, of all
+/// the files at once. The registry is then as it was. So it is if a name and version are taken, by
+/// another file or in the registry.
 pub fn load(dir: &Path, registry: &mut Registry) -> Result<(), LoadError> {
     let mut problems = Vec::new();
-    let mut loaded = Loaded { registry: registry.clone(), origins: HashMap::new() };
-    for path in toml_files(dir)? {
+    let mut loader = Loader { registry: registry.clone(), origins: HashMap::new() };
+    for path in find_projector_files(dir)? {
         let file = path.display().to_string();
-        let added = read(&path, &file).and_then(|declaration| loaded.add(&file, declaration));
+        let added = read_file(&path, &file).and_then(|declaration| loader.add(&file, declaration));
         if let Err(found) = added {
-            problems.extend(at_most(MAX_PROBLEMS, found));
+            problems.extend(truncate_problems(MAX_PROBLEMS, found));
         }
     }
     if !problems.is_empty() {
         return Err(LoadError { problems });
     }
-    *registry = loaded.registry;
+    *registry = loader.registry;
     Ok(())
 }
 
@@ -172,23 +182,23 @@ impl fmt::Display for Problem {
 
 /// What does not hold in a statement, and where in its text, in bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Fault {
+struct StatementError {
     at: usize,
     reason: String,
 }
 
-impl Fault {
+impl StatementError {
     fn new(at: usize, reason: impl Into<String>) -> Self {
-        Fault { at, reason: reason.into() }
+        StatementError { at, reason: reason.into() }
     }
 
     /// The same in a text that begins so many bytes earlier.
-    fn moved_by(self, bytes: usize) -> Self {
-        Fault { at: self.at + bytes, ..self }
+    fn offset_by(self, bytes: usize) -> Self {
+        StatementError { at: self.at + bytes, ..self }
     }
 }
 
-fn at_most(limit: usize, mut problems: Vec<Problem>) -> Vec<Problem> {
+fn truncate_problems(limit: usize, mut problems: Vec<Problem>) -> Vec<Problem> {
     let more = problems.len().saturating_sub(limit);
     problems.truncate(limit);
     if let Some(last) = problems.last_mut().filter(|_| more > 0) {
@@ -198,8 +208,10 @@ fn at_most(limit: usize, mut problems: Vec<Problem>) -> Vec<Problem> {
 }
 
 /// The files that declare projectors, by name.
-fn toml_files(dir: &Path) -> Result<Vec<PathBuf>, LoadError> {
-    let refuse = |reason: String| LoadError { problems: vec![Problem::new(&dir.display().to_string(), None, reason)] };
+fn find_projector_files(dir: &Path) -> Result<Vec<PathBuf>, LoadError> {
+    let refuse = |reason: String| LoadError {
+        problems: vec![Problem::new(&dir.display().to_string(), None, reason)],
+    };
     let unreadable = |error: io::Error| {
         refuse(match error.kind() {
             io::ErrorKind::NotFound => {
@@ -217,8 +229,9 @@ fn toml_files(dir: &Path) -> Result<Vec<PathBuf>, LoadError> {
     let mut files = Vec::new();
     for entry in fs::read_dir(dir).map_err(unreadable)? {
         let path = entry.map_err(unreadable)?.path();
-        // A directory is passed over; a link to nothing is not, since somebody misses what it should declare.
-        if declares(&path) && !path.is_dir() {
+        // A directory is passed over; a link to nothing is not, since somebody misses what it
+        // should declare.
+        if is_projector_file(&path) && !path.is_dir() {
             files.push(path);
         }
         if files.len() > MAX_FILES {
@@ -229,35 +242,45 @@ fn toml_files(dir: &Path) -> Result<Vec<PathBuf>, LoadError> {
     }
     if files.is_empty() {
         return Err(refuse(
-            "there is no *.toml file here: add one for each projector, or name another directory".into(),
+            "there is no *.toml file here: add one for each projector, or name another directory"
+                .into(),
         ));
     }
     files.sort_unstable();
     Ok(files)
 }
 
-/// Hidden files are no projectors, as for a shell's `*.toml`: editors and Kubernetes leave some about.
-fn declares(path: &Path) -> bool {
+/// Hidden files are no projectors, as for a shell's `*.toml`: editors and Kubernetes leave some
+/// about.
+fn is_projector_file(path: &Path) -> bool {
     let hidden = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
     path.extension() == Some(OsStr::new("toml")) && !hidden
 }
 
-fn read(path: &Path, file: &str) -> Result<Declaration, Vec<Problem>> {
+fn read_file(path: &Path, file: &str) -> Result<Declaration, Vec<Problem>> {
     let refuse = |line, reason: String| Err(vec![Problem::new(file, line, reason)]);
     let bytes = match read_bytes(path) {
         Ok(bytes) => bytes,
-        Err(error) => return refuse(None, format!("the file cannot be read ({error}): mend that, or remove it")),
+        Err(error) => {
+            return refuse(
+                None,
+                format!("the file cannot be read ({error}): mend that, or remove it"),
+            );
+        }
     };
     if bytes.len() as u64 > MAX_FILE_BYTES {
         return refuse(
             None,
-            format!("the file is larger than {MAX_FILE_BYTES} bytes: split it into several projectors"),
+            format!(
+                "the file is larger than {MAX_FILE_BYTES} bytes: split it into several projectors"
+            ),
         );
     }
     match str::from_utf8(&bytes) {
-        Ok(text) => file::read(file, text),
+        Ok(text) => file::parse(file, text),
         Err(error) => {
-            let line = 1 + bytes[..error.valid_up_to()].iter().filter(|byte| **byte == b'\n').count();
+            let line =
+                1 + bytes[..error.valid_up_to()].iter().filter(|byte| **byte == b'\n').count();
             refuse(Some(line), "this line is not UTF-8: save the file in that encoding".into())
         }
     }
@@ -271,12 +294,12 @@ fn read_bytes(path: &Path) -> io::Result<Vec<u8>> {
 }
 
 /// The registry as it will be if every file holds, and which file and line declared whom.
-struct Loaded {
+struct Loader {
     registry: Registry,
     origins: HashMap<ProjectorId, String>,
 }
 
-impl Loaded {
+impl Loader {
     fn add(&mut self, file: &str, declaration: Declaration) -> Result<(), Vec<Problem>> {
         let Declaration { projector, name_line, version_line } = declaration;
         let id = projector.id.clone();
@@ -285,13 +308,15 @@ impl Loaded {
                 self.origins.insert(id, format!("{file}:{name_line}"));
                 return Ok(());
             }
-            Err(error @ RegistryError::Name(_)) => (name_line, error.to_string()),
-            Err(error @ RegistryError::Version(_)) => (version_line, error.to_string()),
+            Err(error @ RegistryError::InvalidName(_)) => (name_line, error.to_string()),
+            Err(error @ RegistryError::InvalidVersion(_)) => (version_line, error.to_string()),
             Err(RegistryError::Duplicate(id)) => {
                 let other = self.origins.get(&id).map_or("the program itself", String::as_str);
                 (
                     name_line,
-                    format!("projector {id} is also declared by {other}: give one of them another name or version"),
+                    format!(
+                        "projector {id} is also declared by {other}: give one of them another name or version"
+                    ),
                 )
             }
         };
@@ -306,7 +331,9 @@ mod tests {
     use super::*;
 
     fn projector(name: &str, version: u32) -> String {
-        format!("name = '{name}'\nversion = {version}\nmode = 'once'\n[[on]]\nevents = ['*']\nsql = 'do 1'\n")
+        format!(
+            "name = '{name}'\nversion = {version}\nmode = 'once'\n[[on]]\nevents = ['*']\nsql = 'do 1'\n"
+        )
     }
 
     fn directory(files: &[(&str, &str)]) -> TempDir {
@@ -324,7 +351,7 @@ mod tests {
     }
 
     #[test]
-    fn projectors_are_registered_in_the_order_of_their_files_names() {
+    fn projectors_are_registered_in_file_name_order() {
         let dir = directory(&[
             ("b.toml", &projector("first", 1)),
             ("c.toml", &projector("second", 1)),
@@ -336,12 +363,13 @@ mod tests {
         fs::create_dir(dir.path().join("more.toml")).expect("a directory");
         let mut registry = Registry::new();
         load(dir.path(), &mut registry).expect("all hold");
-        let names: Vec<&str> = registry.iter().map(|registered| registered.id.name.as_str()).collect();
+        let names: Vec<&str> =
+            registry.iter().map(|registered| registered.id.name.as_str()).collect();
         assert_eq!(names, ["zeroth", "first", "second"]);
     }
 
     #[test]
-    fn nothing_is_registered_unless_every_file_holds_and_every_bad_file_is_named() {
+    fn one_bad_file_prevents_registration_and_every_bad_file_is_named() {
         let dir = directory(&[
             ("a.toml", &projector("good", 1)),
             ("b.toml", "name = 1\nversion = 1\nmode = 'once'\n[[on]]\nevents = []\nsql = 'do 1'"),
@@ -373,7 +401,10 @@ mod tests {
         let other = directory(&[("a.toml", &projector("same", 2))]);
         load(other.path(), &mut registry).expect("it holds");
         let error = refused(other.path(), &mut registry);
-        assert!(error.starts_with("a.toml:1: projector same@2 is also declared by the program itself"), "{error}");
+        assert!(
+            error.starts_with("a.toml:1: projector same@2 is also declared by the program itself"),
+            "{error}"
+        );
         assert_eq!(registry.len(), 1);
     }
 
@@ -397,9 +428,13 @@ mod tests {
         let empty = directory(&[("notes.txt", "")]);
         let file = empty.path().join("notes.txt");
         let registry = &mut Registry::new();
-        assert!(refused(empty.path(), registry).starts_with("DIR: there is no *.toml file here: add one"));
         assert!(
-            refused(&empty.path().join("none"), registry).starts_with("DIR: there is no such directory: create it")
+            refused(empty.path(), registry)
+                .starts_with("DIR: there is no *.toml file here: add one")
+        );
+        assert!(
+            refused(&empty.path().join("none"), registry)
+                .starts_with("DIR: there is no such directory: create it")
         );
         assert!(refused(&file, registry).starts_with("DIR: this is not a directory: name the one"));
     }
@@ -413,7 +448,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_too_large_or_leads_nowhere_is_refused() {
+    fn a_file_that_is_too_large_or_a_dangling_link_is_refused() {
         let dir = directory(&[("a.toml", &"#".repeat(MAX_FILE_BYTES as usize + 1))]);
         std::os::unix::fs::symlink("nowhere", dir.path().join("b.toml")).expect("a link");
         let error = refused(dir.path(), &mut Registry::new());
@@ -423,7 +458,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_with_very_many_problems_tells_the_first_and_how_many_more() {
+    fn the_first_problems_in_a_file_are_listed_and_the_rest_counted() {
         let events = "''\n,".repeat(50);
         let dir = directory(&[("a.toml", &projector("a", 1).replace("'*'", &events))]);
         let error = refused(dir.path(), &mut Registry::new());

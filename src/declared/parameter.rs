@@ -1,7 +1,7 @@
 //! The parameters that a declared statement can name: `:position`, `:payload.a.b?`.
 
-use super::Fault;
-use super::lexer::{is_word, span};
+use super::StatementError;
+use super::lexer::{is_word, span_while};
 use super::spelling::nearest;
 
 /// What is bound at one place of a statement.
@@ -23,7 +23,7 @@ pub(super) struct JsonParameter {
     /// Empty: the whole text.
     pub(super) path: Vec<String>,
     /// Null is bound where there is nothing; else that is the projector's failure.
-    pub(super) optional: bool,
+    pub(super) is_optional: bool,
     /// As it stands in the statement, without a `?`.
     pub(super) written: String,
 }
@@ -43,24 +43,33 @@ impl Document {
     }
 }
 
-const NAMES: [&str; 8] =
-    ["position", "event_id", "stream_id", "stream_version", "event_type", "recorded_at", "payload", "metadata"];
+const NAMES: [&str; 8] = [
+    "position",
+    "event_id",
+    "stream_id",
+    "stream_version",
+    "event_type",
+    "recorded_at",
+    "payload",
+    "metadata",
+];
 
 /// The longest path, in keys. JSON that is nested deeper is read by no decoder of ours either.
 const MAX_KEYS: usize = 100;
 
 impl Parameter {
-    /// Reads the parameter that this text begins with, from its colon on, and how long it is. `None` if what
-    /// follows the colon is no name, so that the colon is the SQL's own.
+    /// Reads the parameter that this text begins with, from its colon on, and how long it is.
+    /// `None` if what follows the colon is no name, so that the colon is the SQL's own.
     ///
     /// # Errors
     /// With its place in this text: an unknown name, or a path that cannot be read as it is meant.
-    pub(super) fn read(text: &str) -> Result<Option<(Parameter, usize)>, Fault> {
-        let name = &text[1..1 + span(&text[1..], is_word)];
+    pub(super) fn parse(text: &str) -> Result<Option<(Parameter, usize)>, StatementError> {
+        let name = &text[1..1 + span_while(&text[1..], is_word)];
         if name.starts_with(|c: char| c.is_ascii_digit() || c == '$') || name.is_empty() {
             return Ok(None);
         }
-        let column = |parameter| after_column(text, name).map(|length| Some((parameter, length)));
+        let column =
+            |parameter| check_column_end(text, name).map(|length| Some((parameter, length)));
         match name {
             "position" => column(Parameter::Position),
             "event_id" => column(Parameter::EventId),
@@ -68,53 +77,69 @@ impl Parameter {
             "stream_version" => column(Parameter::StreamVersion),
             "event_type" => column(Parameter::EventType),
             "recorded_at" => column(Parameter::RecordedAt),
-            "payload" => json(Document::Payload, text).map(Some),
-            "metadata" => json(Document::Metadata, text).map(Some),
-            _ => Err(Fault::new(0, unknown(name))),
+            "payload" => parse_json_parameter(Document::Payload, text).map(Some),
+            "metadata" => parse_json_parameter(Document::Metadata, text).map(Some),
+            _ => Err(StatementError::new(0, unknown_parameter(name))),
         }
     }
 }
 
-fn unknown(name: &str) -> String {
+fn unknown_parameter(name: &str) -> String {
     let known = NAMES.map(|name| format!("`:{name}`")).join(", ");
-    let hint = nearest(name, &NAMES).map(|near| format!("did you mean `:{near}`? ")).unwrap_or_default();
-    format!("unknown parameter `:{name}`: {hint}the parameters are {known}, and paths like `:payload.amount`")
+    let hint =
+        nearest(name, &NAMES).map(|near| format!("did you mean `:{near}`? ")).unwrap_or_default();
+    format!(
+        "unknown parameter `:{name}`: {hint}the parameters are {known}, and paths like `:payload.amount`"
+    )
 }
 
-fn after_column(text: &str, name: &str) -> Result<usize, Fault> {
+fn check_column_end(text: &str, name: &str) -> Result<usize, StatementError> {
     let length = 1 + name.len();
     match text[length..].chars().next() {
-        Some('.') => Err(Fault::new(0, format!("`:{name}` has no path: only `:payload` and `:metadata` are JSON"))),
-        Some('?') => Err(Fault::new(0, format!("`:{name}` is never missing: leave out the `?`"))),
+        Some('.') => Err(StatementError::new(
+            0,
+            format!("`:{name}` has no path: only `:payload` and `:metadata` are JSON"),
+        )),
+        Some('?') => {
+            Err(StatementError::new(0, format!("`:{name}` is never missing: leave out the `?`")))
+        }
         _ => Ok(length),
     }
 }
 
-fn json(document: Document, text: &str) -> Result<(Parameter, usize), Fault> {
+fn parse_json_parameter(
+    document: Document,
+    text: &str,
+) -> Result<(Parameter, usize), StatementError> {
     let mut length = 1 + document.name().len();
     let mut path = Vec::new();
     while text[length..].starts_with('.') {
-        let (key, key_length) = key(&text[length + 1..])
-            .map_err(|reason| Fault::new(0, format!("the path `{}.` {reason}", &text[..length])))?;
+        let (key, key_length) = parse_key(&text[length + 1..]).map_err(|reason| {
+            StatementError::new(0, format!("the path `{}.` {reason}", &text[..length]))
+        })?;
         path.push(key);
         length += 1 + key_length;
     }
     let written = text[..length].to_owned();
     if path.len() > MAX_KEYS {
-        return Err(Fault::new(0, format!("this path has {} keys: at most {MAX_KEYS} are followed", path.len())));
+        return Err(StatementError::new(
+            0,
+            format!("this path has {} keys: at most {MAX_KEYS} are followed", path.len()),
+        ));
     }
-    let optional = text[length..].starts_with('?');
-    let end = length + usize::from(optional);
-    check_end(&written, &text[end..], optional, !path.is_empty())?;
-    Ok((Parameter::Json(JsonParameter { document, path, optional, written }), end))
+    let is_optional = text[length..].starts_with('?');
+    let end = length + usize::from(is_optional);
+    check_end(&written, &text[end..], is_optional, !path.is_empty())?;
+    Ok((Parameter::Json(JsonParameter { document, path, is_optional, written }), end))
 }
 
 /// Reads one key of a path, and how long it is.
-fn key(text: &str) -> Result<(String, usize), String> {
+fn parse_key(text: &str) -> Result<(String, usize), String> {
     if text.starts_with('"') {
-        return quoted_key(text).ok_or_else(|| "has a quoted key that is never closed: add `\"`".into());
+        return parse_quoted_key(text)
+            .ok_or_else(|| "has a quoted key that is never closed: add `\"`".into());
     }
-    let word = &text[..span(text, is_word)];
+    let word = &text[..span_while(text, is_word)];
     if word.is_empty() {
         return Err("ends in a dot: add a key, an array index, or a key in double quotes".into());
     }
@@ -128,7 +153,7 @@ fn key(text: &str) -> Result<(String, usize), String> {
 }
 
 /// A doubled quote stands for one; nothing else is special.
-fn quoted_key(text: &str) -> Option<(String, usize)> {
+fn parse_quoted_key(text: &str) -> Option<(String, usize)> {
     let mut key = String::new();
     let mut at = 1;
     loop {
@@ -143,16 +168,27 @@ fn quoted_key(text: &str) -> Option<(String, usize)> {
 }
 
 /// Refuses what would be read differently than it looks.
-fn check_end(written: &str, after: &str, optional: bool, has_path: bool) -> Result<(), Fault> {
+fn check_end(
+    written: &str,
+    after: &str,
+    is_optional: bool,
+    has_path: bool,
+) -> Result<(), StatementError> {
     let mut following = after.chars();
     let (next, second) = (following.next(), following.next());
     let reason = match next {
-        Some('.' | '?') => format!("`{written}` must end with its `?`: nothing can follow it there"),
+        Some('.' | '?') => {
+            format!("`{written}` must end with its `?`: nothing can follow it there")
+        }
         Some(c) if is_word(c) => format!("`{written}` runs into `{c}`: put a space between them"),
         // `:payload.odd-key` would silently subtract a column from a value.
-        Some('-') if has_path && !optional && second.is_some_and(|c| is_word(c) && !c.is_ascii_digit()) => {
+        Some('-')
+            if has_path
+                && !is_optional
+                && second.is_some_and(|c| is_word(c) && !c.is_ascii_digit()) =>
+        {
             let (front, last) = written.rsplit_once('.').unwrap_or((written, ""));
-            let word = &after[..span(after, |c| is_word(c) || c == '-')];
+            let word = &after[..span_while(after, |c| is_word(c) || c == '-')];
             format!(
                 "`{written}{word}` can be read in two ways: quote the key (`{front}.\"{}{word}\"`), or put a \
                  space before the minus",
@@ -161,7 +197,7 @@ fn check_end(written: &str, after: &str, optional: bool, has_path: bool) -> Resu
         }
         _ => return Ok(()),
     };
-    Err(Fault::new(0, reason))
+    Err(StatementError::new(0, reason))
 }
 
 #[cfg(test)]
@@ -171,12 +207,12 @@ mod tests {
     use super::*;
     use crate::testing::corrupted;
 
-    fn payload(path: &[&str], optional: bool) -> (Document, Vec<String>, bool) {
-        (Document::Payload, path.iter().map(|key| (*key).to_owned()).collect(), optional)
+    fn payload(path: &[&str], is_optional: bool) -> (Document, Vec<String>, bool) {
+        (Document::Payload, path.iter().map(|key| (*key).to_owned()).collect(), is_optional)
     }
 
     #[test]
-    fn a_path_is_keys_indexes_and_quoted_keys_and_may_be_optional() {
+    fn a_path_has_keys_indexes_and_quoted_keys_and_may_be_optional() {
         for (text, length, expected) in [
             (":payload", 8, payload(&[], false)),
             (":payload?", 9, payload(&[], true)),
@@ -191,19 +227,20 @@ mod tests {
             (":payload.\"\"", 11, payload(&[""], false)),
             (":payload.\"straße.1\"?", 21, payload(&["straße.1"], true)),
         ] {
-            let Some((Parameter::Json(read), read_length)) = Parameter::read(text).expect(text) else {
+            let Some((Parameter::Json(read), read_length)) = Parameter::parse(text).expect(text)
+            else {
                 panic!("{text} is read as something else")
             };
-            assert_eq!((read.document, read.path, read.optional), expected, "{text}");
+            assert_eq!((read.document, read.path, read.is_optional), expected, "{text}");
             assert_eq!(read_length, length, "{text}");
             assert_eq!(read.written, text[..length].trim_end_matches('?'), "{text}");
         }
     }
 
     #[test]
-    fn every_listed_name_is_known() {
+    fn every_documented_parameter_name_is_accepted() {
         for name in NAMES {
-            let (_, length) = Parameter::read(&format!(":{name} ")).expect(name).expect(name);
+            let (_, length) = Parameter::parse(&format!(":{name} ")).expect(name).expect(name);
             assert_eq!(length, 1 + name.len());
         }
     }
@@ -211,12 +248,12 @@ mod tests {
     #[test]
     fn a_colon_without_a_name_is_left_alone() {
         for text in [":", ": position", ":30", ":$a", ":'x'", ":-)"] {
-            assert_eq!(Parameter::read(text), Ok(None), "{text}");
+            assert_eq!(Parameter::parse(text), Ok(None), "{text}");
         }
     }
 
     #[test]
-    fn what_cannot_be_meant_is_refused_with_advice() {
+    fn an_invalid_parameter_is_refused_with_advice() {
         for (text, reason) in [
             (":positon", "did you mean `:position`?"),
             (":Payload.x", "did you mean `:payload`?"),
@@ -238,21 +275,22 @@ mod tests {
             (":payload.\"a\"b", "put a space between"),
             (":payload.odd-key", "quote the key (`:payload.\"odd-key\"`)"),
         ] {
-            let fault = Parameter::read(text).expect_err(text);
-            assert!(fault.reason.contains(reason), "{text}: {}", fault.reason);
+            let error = Parameter::parse(text).expect_err(text);
+            assert!(error.reason.contains(reason), "{text}: {}", error.reason);
         }
         let deep = format!(":payload{}", ".a".repeat(MAX_KEYS + 1));
-        assert!(Parameter::read(&deep).expect_err("too deep").reason.contains("at most 100"));
+        assert!(Parameter::parse(&deep).expect_err("too deep").reason.contains("at most 100"));
     }
 
     proptest! {
-        /// Whatever is made of a parameter, what is read of it is a part of the text, and no larger than that.
+        /// Whatever is made of a parameter, what is read of it is a part of the text, and no larger
+        /// than that.
         #[test]
-        fn a_spoiled_parameter_is_a_part_of_its_text_or_refused_within_it(
+        fn a_corrupted_parameter_is_refused_or_a_slice_of_its_text(
             rest in corrupted::text("payload.items.0.\"odd \"\"key\"\"\".price? + 1"),
         ) {
             let text = format!(":{rest}");
-            match Parameter::read(&text) {
+            match Parameter::parse(&text) {
                 Ok(Some((parameter, length))) => {
                     prop_assert!(length > 1 && text.is_char_boundary(length), "{length} in {text:?}");
                     if let Parameter::Json(read) = parameter {
@@ -261,7 +299,7 @@ mod tests {
                     }
                 }
                 Ok(None) => {}
-                Err(fault) => prop_assert!(text.is_char_boundary(fault.at), "{} in {text:?}", fault.at),
+                Err(error) => prop_assert!(text.is_char_boundary(error.at), "{} in {text:?}", error.at),
             }
         }
     }

@@ -1,23 +1,27 @@
-//! How a statement is sent, so that what it does depends on its arguments and on nothing that was sent before.
+//! How a statement is sent, so that what it does depends on its arguments and on nothing that was
+//! sent before.
 //!
-//! MySQL (since 8.0.22) derives the type of a parameter from its place in the statement and from the value of its first
-//! execution, and converts later values to that type. In `ifnull(?, 0)`, the first value decides whether `00123` is
-//! stored as `00123` or as `123`. MariaDB does not convert. So here:
+//! MySQL (since 8.0.22) derives the type of a parameter from its place in the statement and from
+//! the value of its first execution, and converts later values to that type. In `ifnull(?, 0)`, the
+//! first value decides whether `00123` is stored as `00123` or as `123`. MariaDB does not convert.
+//! So here:
 //!
-//! - A parameter in an expression stands inside a function that gives it one type: `concat(?)`, `cast(? as signed)`.
-//!   These keep what a plain literal has: `concat(?)` is as easily coerced to a column's collation as `'text'` is, while
-//!   `convert(? using utf8mb4)` is not and fails with error 1267 beside a column of another collation.
-//! - A parameter that is alone as a value of an inserted row takes its type from the column. It needs no function, and a
-//!   null does not need a statement of its own.
-//! - Each combination of types has a text, and so a prepared statement, of its own. A connection keeps a hundred of
-//!   them, and closing one costs a delay of 40 ms (Nagle's algorithm and a delayed acknowledgement). So the
-//!   combinations of one statement are bounded: the others are sent as text, with literals for the parameters.
+//! - A parameter in an expression stands inside a function that gives it one type: `concat(?)`,
+//!   `cast(? as signed)`. These keep what a plain literal has: `concat(?)` is as easily coerced to
+//!   a column's collation as `'text'` is, while `convert(? using utf8mb4)` is not and fails with
+//!   error 1267 beside a column of another collation.
+//! - A parameter that is alone as a value of an inserted row takes its type from the column. It
+//!   needs no function, and a null does not need a statement of its own.
+//! - Each combination of types has a text, and so a prepared statement, of its own. A connection
+//!   keeps a hundred of them, and closing one costs a delay of 40 ms (Nagle's algorithm and a
+//!   delayed acknowledgement). So the combinations of one statement are bounded: the others are
+//!   sent as text, with literals for the parameters.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::lexer::{Kind, Token};
-use super::statement::tokens;
+use super::lexer::{Token, TokenKind};
+use super::statement::tokenize;
 
 /// The most texts of one statement that are prepared.
 const MAX_TEXTS: usize = 16;
@@ -64,7 +68,7 @@ impl Class {
 
 /// Where a parameter stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Place {
+pub(super) enum ParameterPlace {
     /// Alone, as a value of a row: `values (?, 1)`.
     Row,
     /// In an expression.
@@ -75,54 +79,56 @@ pub(super) enum Place {
 
 /// A statement and its texts.
 #[derive(Debug)]
-pub(super) struct Prepared {
+pub(super) struct PreparedStatement {
     sql: Box<str>,
     /// Where each `?` stands in the text, and what kind of place that is.
-    places: Box<[(usize, Place)]>,
-    seen: Mutex<Seen>,
+    places: Box<[(usize, ParameterPlace)]>,
+    cache: Mutex<TypeCache>,
 }
 
 #[derive(Debug)]
-struct Seen {
+struct TypeCache {
     /// The class of each parameter when it last was not null.
     latest: Vec<Class>,
     /// The classes of this execution. Kept to save an allocation.
-    now: Vec<Class>,
-    texts: HashMap<Vec<Class>, Arc<Text>>,
+    current: Vec<Class>,
+    texts: HashMap<Vec<Class>, Arc<TypedSql>>,
 }
 
 /// A text that is prepared.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Text {
+pub(super) struct TypedSql {
     pub(super) sql: Arc<str>,
     /// By how many bytes the statement has grown.
-    grown: usize,
+    growth: usize,
 }
 
 /// How an execution is sent.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Form {
+pub(super) enum ExecutionMode {
     /// As a prepared statement.
-    Bound(Arc<Text>),
+    Prepared(Arc<TypedSql>),
     /// As text, with literals for the parameters.
     Literal,
 }
 
-impl Text {
-    /// The statement in three parts: before its row, the row, after it. All parameters stand in the row.
-    pub(super) fn around(&self, row: &std::ops::Range<usize>) -> (&str, &str, &str) {
-        let end = row.end + self.grown;
+impl TypedSql {
+    /// The statement in three parts: before its row, the row, after it. All parameters stand in the
+    /// row.
+    pub(super) fn split_at_row(&self, row: &std::ops::Range<usize>) -> (&str, &str, &str) {
+        let end = row.end + self.growth;
         (&self.sql[..row.start], &self.sql[row.start..end], &self.sql[end..])
     }
 }
 
-impl Prepared {
+impl PreparedStatement {
     /// Of a statement with `?` for its parameters.
     pub(super) fn new(sql: String) -> Self {
-        let places = places(&sql);
+        let places = find_parameters(&sql);
         let latest = vec![Class::Text; places.len()];
-        let seen = Seen { latest, now: Vec::with_capacity(places.len()), texts: HashMap::new() };
-        Prepared { sql: sql.into(), places: places.into(), seen: Mutex::new(seen) }
+        let cache =
+            TypeCache { latest, current: Vec::with_capacity(places.len()), texts: HashMap::new() };
+        PreparedStatement { sql: sql.into(), places: places.into(), cache: Mutex::new(cache) }
     }
 
     pub(super) fn sql(&self) -> &str {
@@ -130,47 +136,51 @@ impl Prepared {
     }
 
     /// The places of the parameters, in order.
-    pub(super) fn places(&self) -> impl Iterator<Item = Place> {
+    pub(super) fn places(&self) -> impl Iterator<Item = ParameterPlace> {
         self.places.iter().map(|(_, place)| *place)
     }
 
     /// How to send arguments of these classes, alone or as one of `many` rows.
-    pub(super) fn form(&self, classes: impl Iterator<Item = Class>, many: bool) -> Form {
+    pub(super) fn execution_mode(
+        &self,
+        classes: impl Iterator<Item = Class>,
+        many: bool,
+    ) -> ExecutionMode {
         // What is remembered is true after a panic, too.
-        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        let Seen { latest, now, texts } = &mut *seen;
-        now.clear();
+        let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
+        let TypeCache { latest, current, texts } = &mut *cache;
+        current.clear();
         for ((latest, (_, place)), class) in latest.iter_mut().zip(&self.places).zip(classes) {
-            now.push(match (place, class) {
+            current.push(match (place, class) {
                 // A null has the column's type, whatever else the column gets.
-                (Place::Row, Class::Null) => *latest,
-                (Place::Row, Class::Unsigned) => Class::Signed,
+                (ParameterPlace::Row, Class::Null) => *latest,
+                (ParameterPlace::Row, Class::Unsigned) => Class::Signed,
                 _ => class,
             });
-            *latest = now[now.len() - 1];
+            *latest = current[current.len() - 1];
         }
-        if let Some(text) = texts.get(now) {
+        if let Some(text) = texts.get(current) {
             return match many && texts.len() > MAX_ROW_TEXTS {
-                true => Form::Literal,
-                false => Form::Bound(Arc::clone(text)),
+                true => ExecutionMode::Literal,
+                false => ExecutionMode::Prepared(Arc::clone(text)),
             };
         }
         if texts.len() >= MAX_TEXTS {
-            if !self.places.iter().any(|(_, place)| *place == Place::Number) {
-                return Form::Literal;
+            if !self.places.iter().any(|(_, place)| *place == ParameterPlace::Number) {
+                return ExecutionMode::Literal;
             }
             texts.clear();
         }
-        let text = Arc::new(with_types(&self.sql, &self.places, now));
-        texts.insert(now.clone(), Arc::clone(&text));
-        Form::Bound(text)
+        let text = Arc::new(build_typed_sql(&self.sql, &self.places, current));
+        texts.insert(current.clone(), Arc::clone(&text));
+        ExecutionMode::Prepared(text)
     }
 
     /// The statement with this for each of its parameters, in the part of its text that is given.
     pub(super) fn with_literals(
         &self,
         part: std::ops::Range<usize>,
-        mut write: impl FnMut(usize, Place, &mut String),
+        mut write: impl FnMut(usize, ParameterPlace, &mut String),
     ) -> String {
         let mut text = String::with_capacity(part.len() * 2);
         let mut copied = part.start;
@@ -185,42 +195,46 @@ impl Prepared {
 }
 
 /// Writes a value where a parameter stands, with what gives it its type there.
-pub(super) fn write_typed(class: Class, place: Place, value: &str, text: &mut String) {
+pub(super) fn write_typed(class: Class, place: ParameterPlace, value: &str, text: &mut String) {
     // MySQL drops the fraction of a time that a text column gets, unless it has a type of its own.
-    let is_typed = place == Place::Expression || (place, class) == (Place::Row, Class::Time);
+    let is_typed =
+        place == ParameterPlace::Expression || (place, class) == (ParameterPlace::Row, Class::Time);
     let (before, after) = if is_typed { class.wrapping() } else { ("", "") };
     text.push_str(before);
     text.push_str(value);
     text.push_str(after);
 }
 
-/// With a comment of the types at the end, where a line comment of the statement's own may take it in without harm.
-fn with_types(sql: &str, places: &[(usize, Place)], classes: &[Class]) -> Text {
+/// With a comment of the types at the end, where a line comment of the statement's own may take it
+/// in without harm.
+fn build_typed_sql(sql: &str, places: &[(usize, ParameterPlace)], classes: &[Class]) -> TypedSql {
     if classes.is_empty() {
-        return Text { sql: sql.into(), grown: 0 };
+        return TypedSql { sql: sql.into(), growth: 0 };
     }
     let mut text = String::with_capacity(sql.len() + 24 * classes.len());
     let mut copied = 0;
     for ((at, place), class) in places.iter().zip(classes) {
         text.push_str(&sql[copied..*at]);
-        let is_written = *class == Class::Null && *place == Place::Expression;
+        let is_written = *class == Class::Null && *place == ParameterPlace::Expression;
         write_typed(*class, *place, if is_written { "null" } else { "?" }, &mut text);
         copied = at + 1;
     }
     text.push_str(&sql[copied..]);
-    let grown = text.len() - sql.len();
+    let growth = text.len() - sql.len();
     let letters: String = classes.iter().map(|class| class.letter()).collect();
-    Text { sql: format!("{text} /* {letters} */").into(), grown }
+    TypedSql { sql: format!("{text} /* {letters} */").into(), growth }
 }
 
 /// Functions that take a number or a parameter, and no expression.
 const NUMBER_FUNCTIONS: &[&str] = &["lag", "lead", "nth_value", "ntile"];
 
 /// Where each `?` stands, and what kind of place that is.
-fn places(sql: &str) -> Vec<(usize, Place)> {
-    let tokens = tokens(sql);
-    let is = |at: usize, word: &str| tokens.get(at).is_some_and(|token| token.text.eq_ignore_ascii_case(word));
-    let in_rows = rows(&tokens);
+fn find_parameters(sql: &str) -> Vec<(usize, ParameterPlace)> {
+    let tokens = tokenize(sql);
+    let is = |at: usize, word: &str| {
+        tokens.get(at).is_some_and(|token| token.text.eq_ignore_ascii_case(word))
+    };
+    let in_rows = find_row_parameters(&tokens);
     let mut calls: Vec<usize> = Vec::new();
     let mut places = Vec::new();
     for (index, token) in tokens.iter().enumerate() {
@@ -228,17 +242,22 @@ fn places(sql: &str) -> Vec<(usize, Place)> {
             "(" => calls.push(index),
             ")" => _ = calls.pop(),
             "?" => {
-                let before = |steps: usize, word: &str| index.checked_sub(steps).is_some_and(|at| is(at, word));
+                let before = |steps: usize, word: &str| {
+                    index.checked_sub(steps).is_some_and(|at| is(at, word))
+                };
                 let is_second = before(1, ",") && before(3, "limit");
-                let is_argument = calls.last().and_then(|open| open.checked_sub(1)).is_some_and(|name| {
-                    NUMBER_FUNCTIONS.iter().any(|function| is(name, function)) && before(1, ",") || is(name, "ntile")
-                });
-                let place = if before(1, "limit") || before(1, "offset") || is_second || is_argument {
-                    Place::Number
+                let is_argument =
+                    calls.last().and_then(|open| open.checked_sub(1)).is_some_and(|name| {
+                        NUMBER_FUNCTIONS.iter().any(|function| is(name, function)) && before(1, ",")
+                            || is(name, "ntile")
+                    });
+                let place = if before(1, "limit") || before(1, "offset") || is_second || is_argument
+                {
+                    ParameterPlace::Number
                 } else if in_rows.contains(&index) {
-                    Place::Row
+                    ParameterPlace::Row
                 } else {
-                    Place::Expression
+                    ParameterPlace::Expression
                 };
                 places.push((token.at, place));
             }
@@ -249,11 +268,12 @@ fn places(sql: &str) -> Vec<(usize, Place)> {
 }
 
 /// The tokens that are `?` alone as a value in a row of an `insert … values (…), (…)`.
-fn rows(tokens: &[Token<'_>]) -> Vec<usize> {
+fn find_row_parameters(tokens: &[Token<'_>]) -> Vec<usize> {
     let mut found = Vec::new();
     let is_word = |at: usize, words: &[&str]| {
         tokens.get(at).is_some_and(|token: &Token<'_>| {
-            token.kind == Kind::Word && words.iter().any(|word| token.text.eq_ignore_ascii_case(word))
+            token.kind == TokenKind::Word
+                && words.iter().any(|word| token.text.eq_ignore_ascii_case(word))
         })
     };
     if !is_word(0, &["insert", "replace"]) {
@@ -267,7 +287,8 @@ fn rows(tokens: &[Token<'_>]) -> Vec<usize> {
                 // Each row follows the word, or the row before it.
                 let begins = depth == 0
                     && index > 0
-                    && (is_word(index - 1, &["values", "value"]) || (in_rows && text(index - 1) == ","));
+                    && (is_word(index - 1, &["values", "value"])
+                        || (in_rows && text(index - 1) == ","));
                 in_rows = begins || (in_rows && depth > 0);
                 depth += 1;
             }
@@ -292,44 +313,61 @@ mod tests {
     use super::Class::{Double, Null, Signed, Text, Time, Unsigned};
     use super::*;
 
-    fn bound(prepared: &Prepared, classes: &[Class]) -> String {
-        match prepared.form(classes.iter().copied(), false) {
-            Form::Bound(text) => text.sql.to_string(),
-            Form::Literal => "literal".into(),
+    fn bound(prepared: &PreparedStatement, classes: &[Class]) -> String {
+        match prepared.execution_mode(classes.iter().copied(), false) {
+            ExecutionMode::Prepared(text) => text.sql.to_string(),
+            ExecutionMode::Literal => "literal".into(),
         }
     }
 
     #[test]
     fn each_combination_of_types_has_a_statement_of_its_own() {
-        let prepared = Prepared::new("values (?, ?)".into());
-        assert_eq!(bound(&prepared, &[Signed, Time]), "values ( cast(? as signed),  cast(? as datetime(6))) /* id */");
+        let prepared = PreparedStatement::new("values (?, ?)".into());
+        assert_eq!(
+            bound(&prepared, &[Signed, Time]),
+            "values ( cast(? as signed),  cast(? as datetime(6))) /* id */"
+        );
         assert_eq!(bound(&prepared, &[Double, Text]), "values ((? * 1e0),  concat(?)) /* ft */");
-        assert_eq!(bound(&prepared, &[Null, Unsigned]), "values (null,  cast(? as unsigned)) /* 0u */");
-        let first = prepared.form([Signed, Time].into_iter(), false);
-        let (Form::Bound(first), Form::Bound(again)) = (first, prepared.form([Signed, Time].into_iter(), false)) else {
+        assert_eq!(
+            bound(&prepared, &[Null, Unsigned]),
+            "values (null,  cast(? as unsigned)) /* 0u */"
+        );
+        let first = prepared.execution_mode([Signed, Time].into_iter(), false);
+        let (ExecutionMode::Prepared(first), ExecutionMode::Prepared(again)) =
+            (first, prepared.execution_mode([Signed, Time].into_iter(), false))
+        else {
             panic!("they are bound")
         };
         assert!(Arc::ptr_eq(&first, &again), "it is not made again");
     }
 
     #[test]
-    fn a_value_alone_in_a_row_is_bound_as_it_is_and_a_null_there_joins_the_latest() {
-        let prepared = Prepared::new("insert into t values (?)".into());
+    fn a_lone_value_binds_unchanged_and_a_lone_null_reuses_the_latest_form() {
+        let prepared = PreparedStatement::new("insert into t values (?)".into());
         assert_eq!(bound(&prepared, &[Null]), "insert into t values (?) /* t */");
         assert_eq!(bound(&prepared, &[Double]), "insert into t values (?) /* f */");
         assert_eq!(bound(&prepared, &[Null]), "insert into t values (?) /* f */");
         assert_eq!(bound(&prepared, &[Signed]), "insert into t values (?) /* i */");
         assert_eq!(bound(&prepared, &[Unsigned]), "insert into t values (?) /* i */");
-        assert_eq!(bound(&prepared, &[Time]), "insert into t values ( cast(? as datetime(6))) /* d */");
+        assert_eq!(
+            bound(&prepared, &[Time]),
+            "insert into t values ( cast(? as datetime(6))) /* d */"
+        );
     }
 
     #[test]
-    fn the_place_of_a_parameter_is_known() {
-        use Place::{Expression, Number, Row};
+    fn the_place_of_each_parameter_is_recognized() {
+        use ParameterPlace::{Expression, Number, Row};
         for (sql, expected) in [
-            ("insert into t values (?, ?+1, f(?), (?), ?)", vec![Row, Expression, Expression, Expression, Row]),
+            (
+                "insert into t values (?, ?+1, f(?), (?), ?)",
+                vec![Row, Expression, Expression, Expression, Row],
+            ),
             ("replace t (a, b) value (?, -?), (1, ?)", vec![Row, Expression, Row]),
-            ("insert into t (a) values (?) on duplicate key update a = ?, b = values(b)", vec![Row, Expression]),
+            (
+                "insert into t (a) values (?) on duplicate key update a = ?, b = values(b)",
+                vec![Row, Expression],
+            ),
             ("insert into t (a) select ? from u", vec![Expression]),
             ("insert into value (value) values (?)", vec![Row]),
             ("insert into t set a = ?", vec![Expression]),
@@ -341,35 +379,56 @@ mod tests {
             ("select lag(?, ?) over (), ntile(?) over ()", vec![Expression, Number, Number]),
             ("call p(?, ?)", vec![Expression; 2]),
         ] {
-            let found: Vec<Place> = places(sql).into_iter().map(|(_, place)| place).collect();
+            let found: Vec<ParameterPlace> =
+                find_parameters(sql).into_iter().map(|(_, place)| place).collect();
             assert_eq!(found, expected, "{sql}");
         }
     }
 
     #[test]
-    fn a_statement_without_parameters_has_one_text() {
-        assert_eq!(bound(&Prepared::new("do 1".into()), &[]), "do 1");
+    fn a_statement_without_parameters_has_a_single_text() {
+        assert_eq!(bound(&PreparedStatement::new("do 1".into()), &[]), "do 1");
     }
 
     #[test]
-    fn the_row_is_found_in_a_text_that_has_grown() {
+    fn the_row_is_located_after_casts_are_added() {
         let sql = "insert into t values (?, lower(?)) on duplicate key update a = 1";
-        let prepared = Prepared::new(sql.into());
-        let Form::Bound(text) = prepared.form([Text, Text].into_iter(), true) else { panic!("it is bound") };
+        let prepared = PreparedStatement::new(sql.into());
+        let ExecutionMode::Prepared(text) = prepared.execution_mode([Text, Text].into_iter(), true)
+        else {
+            panic!("it is bound")
+        };
         let row = sql.find("(?").expect("a row")..sql.find(" on").expect("an end");
-        let expected = ("insert into t values ", "(?, lower( concat(?)))", " on duplicate key update a = 1 /* tt */");
-        assert_eq!(text.around(&row), expected);
+        let expected = (
+            "insert into t values ",
+            "(?, lower( concat(?)))",
+            " on duplicate key update a = 1 /* tt */",
+        );
+        assert_eq!(text.split_at_row(&row), expected);
     }
 
     #[test]
     fn many_combinations_of_types_are_sent_as_literals() {
-        let prepared = Prepared::new("select f(?, ?, ?, ?, ?, ?, ?, ?)".into());
-        let classes = |shape: usize| (0..8).map(move |bit| if shape >> bit & 1 == 0 { Signed } else { Text });
-        let literals = |many| (0..256).filter(|shape| prepared.form(classes(*shape), many) == Form::Literal).count();
+        let prepared = PreparedStatement::new("select f(?, ?, ?, ?, ?, ?, ?, ?)".into());
+        let classes =
+            |shape: usize| (0..8).map(move |bit| if shape >> bit & 1 == 0 { Signed } else { Text });
+        let literals = |many| {
+            (0..256)
+                .filter(|shape| {
+                    prepared.execution_mode(classes(*shape), many) == ExecutionMode::Literal
+                })
+                .count()
+        };
         assert_eq!(literals(false), 256 - MAX_TEXTS);
         assert_eq!(literals(true), 256, "there are too many for rows already");
-        assert_eq!(prepared.seen.lock().expect("no panic").texts.len(), MAX_TEXTS);
-        let limited = Prepared::new("select a from t where f(?, ?, ?, ?, ?, ?, ?) limit ?".into());
-        assert!((0..256).all(|shape| limited.form(classes(shape), false) != Form::Literal), "no literal can be there");
+        assert_eq!(prepared.cache.lock().expect("no panic").texts.len(), MAX_TEXTS);
+        let limited =
+            PreparedStatement::new("select a from t where f(?, ?, ?, ?, ?, ?, ?) limit ?".into());
+        assert!(
+            (0..256).all(
+                |shape| limited.execution_mode(classes(shape), false) != ExecutionMode::Literal
+            ),
+            "no literal can be there"
+        );
     }
 }

@@ -1,9 +1,9 @@
 //! What a statement may leave behind in its database session.
 
-use super::lexer::{Kind, Lexer, Token};
+use super::lexer::{Lexer, Token, TokenKind};
 
 /// Functions of both servers (MySQL 8.0 to 9, MariaDB 10.3 to 11) that leave nothing behind.
-const FUNCTIONS: &str = "\
+const SAFE_FUNCTIONS: &str = "\
     abs acos adddate addtime aes_decrypt aes_encrypt ascii asin atan atan2 avg benchmark bin \
     bit_and bit_count bit_length bit_or bit_xor cast ceil ceiling char char_length \
     character_length charset coalesce coercibility collation compress concat concat_ws \
@@ -42,25 +42,26 @@ const FUNCTIONS: &str = "\
     values var_pop var_samp variance version week weekday weekofyear weight_string year \
     yearweek";
 
-/// Functions of one of the servers, or of some of its versions (MySQL 9.7 has no `md5` any more). Elsewhere, a function of
-/// this name is a stored one that stands in for it.
-const FUNCTIONS_OF_ONE: &str = "\
+/// Functions of one of the servers, or of some of its versions (MySQL 9.7 has no `md5` any more).
+/// Elsewhere, a function of this name is a stored one that stands in for it.
+const VENDOR_FUNCTIONS: &str = "\
     any_value bin_to_uuid crc32c from_vector grouping is_uuid json_detailed json_exists \
     json_query json_storage_size md5 median nvl nvl2 regexp_like sha sha1 string_to_vector to_vector \
     uuid_to_bin uuid_v4 uuid_v7 vec_distance vec_fromtext vec_totext vector_to_string";
 
 /// Functions whose state is reset before each event, as are the user variables.
-const RESET: &[&str] = &["found_rows", "last_insert_id", "row_count"];
+const RESET_FUNCTIONS: &[&str] = &["found_rows", "last_insert_id", "row_count"];
 
 /// Words that are no function, and can stand before a parenthesis.
-const WORDS: &str = "\
+const KEYWORDS: &str = "\
     against all and any as between binary bit by case character columns decimal dec distinct distinctrow div double else \
     end escape except exists explain float for from group having ignore in index int integer into intersect is join key \
     keys lateral like match member nchar not numeric of offset on or order over partition read real regexp rlike row \
     select separator set signed some sounds straight_join table then union unsigned update using varbinary varchar when \
     where with within xor limit";
 
-/// Words after which a name and a parenthesis are a table with its columns, or a name with its columns.
+/// Words after which a name and a parenthesis are a table with its columns, or a name with its
+/// columns.
 const BEFORE_NAME: &[&str] = &[
     "as",
     "delayed",
@@ -77,39 +78,43 @@ const BEFORE_NAME: &[&str] = &[
 
 /// What a statement does to its session.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct Leaves {
+pub(super) struct SessionEffects {
     /// The user variables that it names, as they are written: `@total`.
     pub(super) variables: Vec<String>,
-    /// Whether it asks what the statement before it did: `last_insert_id()`, `row_count()`, `found_rows()`.
-    pub(super) looks_back: bool,
+    /// Whether it asks what the statement before it did: `last_insert_id()`, `row_count()`,
+    /// `found_rows()`.
+    pub(super) reads_previous_result: bool,
     /// Whether it runs something whose text is not in the file, or that is not known.
     pub(super) is_opaque: bool,
 }
 
-impl Leaves {
+impl SessionEffects {
     /// Also what another statement leaves.
-    pub(super) fn add(&mut self, other: Leaves) {
-        let is_new = |name: &String, known: &[String]| !known.iter().any(|known| known.eq_ignore_ascii_case(name));
+    pub(super) fn add(&mut self, other: SessionEffects) {
+        let is_new = |name: &String, known: &[String]| {
+            !known.iter().any(|known| known.eq_ignore_ascii_case(name))
+        };
         for name in other.variables {
             if is_new(&name, &self.variables) {
                 self.variables.push(name);
             }
         }
-        self.looks_back |= other.looks_back;
+        self.reads_previous_result |= other.reads_previous_result;
         self.is_opaque |= other.is_opaque;
     }
 
     /// What makes each event begin with the same state; `None` where the statements have none.
-    pub(super) fn reset(&self) -> Option<String> {
-        if self.variables.is_empty() && !self.looks_back {
+    pub(super) fn reset_sql(&self) -> Option<String> {
+        if self.variables.is_empty() && !self.reads_previous_result {
             return None;
         }
         let mut sql = String::new();
         if !self.variables.is_empty() {
-            let variables: Vec<String> = self.variables.iter().map(|name| format!("{name} = null")).collect();
+            let variables: Vec<String> =
+                self.variables.iter().map(|name| format!("{name} = null")).collect();
             sql = format!("set {}; ", variables.join(", "));
         }
-        if self.looks_back {
+        if self.reads_previous_result {
             // The first is what `found_rows()` tells about, the second what the other two do.
             sql.push_str("select null limit 0; ");
         }
@@ -119,12 +124,12 @@ impl Leaves {
 }
 
 /// Reads a statement.
-pub(super) fn read(sql: &str) -> Leaves {
-    let mut leaves = Leaves::default();
+pub(super) fn analyze(sql: &str) -> SessionEffects {
+    let mut effects = SessionEffects::default();
     let mut lexer = Lexer::new(sql);
     let mut tokens: Vec<Token<'_>> = Vec::new();
     while let Ok(Some(token)) = lexer.next() {
-        if token.kind != Kind::Gap {
+        if token.kind != TokenKind::Trivia {
             tokens.push(token);
         }
     }
@@ -132,37 +137,39 @@ pub(super) fn read(sql: &str) -> Leaves {
         let next = tokens.get(index + 1).copied();
         let before = index.checked_sub(1).map(|before| tokens[before]);
         if token.text == "@" {
-            let is_system =
-                next.is_some_and(|next| next.text == "@") || before.is_some_and(|before| before.text == "@");
-            match variable(sql, &tokens[index..]) {
-                Some(name) if !is_system => leaves.variables.push(name),
+            let is_system = next.is_some_and(|next| next.text == "@")
+                || before.is_some_and(|before| before.text == "@");
+            match parse_variable(sql, &tokens[index..]) {
+                Some(name) if !is_system => effects.variables.push(name),
                 // `@@warning_count` and its like.
-                _ => leaves.looks_back = true,
+                _ => effects.reads_previous_result = true,
             }
             continue;
         }
-        let is_name = token.kind == Kind::Word || token.text.starts_with('`');
+        let is_name = token.kind == TokenKind::Word || token.text.starts_with('`');
         let is_variable = before.is_some_and(|before| before.text == "@");
         if !is_name || is_variable {
             continue;
         }
         if is_any(*token, &["call", "diagnostics", "execute", "handler", "prepare"]) {
-            leaves.is_opaque |= !is_any(*token, &["diagnostics"]);
-            leaves.looks_back = true;
+            effects.is_opaque |= !is_any(*token, &["diagnostics"]);
+            effects.reads_previous_result = true;
         }
-        if is_any(*token, &["next", "previous"]) && next.is_some_and(|next| is_any(next, &["value"])) {
-            leaves.is_opaque = true;
+        if is_any(*token, &["next", "previous"])
+            && next.is_some_and(|next| is_any(next, &["value"]))
+        {
+            effects.is_opaque = true;
         }
         if next.is_some_and(|next| next.text == "(") {
             let adjacent = next.is_some_and(|next| next.at == token.at + token.text.len());
-            call(&tokens[..index], *token, adjacent, &mut leaves);
+            check_call(&tokens[..index], *token, adjacent, &mut effects);
         }
     }
-    leaves
+    effects
 }
 
 /// A name before a parenthesis.
-fn call(before: &[Token<'_>], name: Token<'_>, adjacent: bool, leaves: &mut Leaves) {
+fn check_call(before: &[Token<'_>], name: Token<'_>, adjacent: bool, effects: &mut SessionEffects) {
     let last = |back: usize| before.len().checked_sub(back).map(|at| before[at]);
     let is_qualified = last(1).is_some_and(|last| last.text == ".");
     let in_front = if is_qualified { last(3) } else { last(1) };
@@ -171,17 +178,20 @@ fn call(before: &[Token<'_>], name: Token<'_>, adjacent: bool, leaves: &mut Leav
     }
     let word = name.text.to_ascii_lowercase();
     let is_in = |list: &str| list.split_ascii_whitespace().any(|known| known == word);
-    if !is_qualified && name.kind == Kind::Word {
-        if RESET.contains(&word.as_str()) && adjacent {
-            leaves.looks_back = true;
+    if !is_qualified && name.kind == TokenKind::Word {
+        if RESET_FUNCTIONS.contains(&word.as_str()) && adjacent {
+            effects.reads_previous_result = true;
             return;
         }
         // A blank before the parenthesis can make a stored function out of one of the server's.
-        if is_in(WORDS) || (adjacent && (is_in(FUNCTIONS) || is_in(FUNCTIONS_OF_ONE))) || is_keyword_function(&word) {
+        if is_in(KEYWORDS)
+            || (adjacent && (is_in(SAFE_FUNCTIONS) || is_in(VENDOR_FUNCTIONS)))
+            || is_keyword_function(&word)
+        {
             return;
         }
     }
-    leaves.is_opaque = true;
+    effects.is_opaque = true;
 }
 
 /// Reserved words that are functions with or without a blank before the parenthesis.
@@ -209,24 +219,24 @@ fn is_keyword_function(word: &str) -> bool {
 }
 
 fn is_any(token: Token<'_>, words: &[&str]) -> bool {
-    token.kind == Kind::Word && words.iter().any(|word| token.text.eq_ignore_ascii_case(word))
+    token.kind == TokenKind::Word && words.iter().any(|word| token.text.eq_ignore_ascii_case(word))
 }
 
 /// The user variable that an `@` begins, as it is written.
-pub(super) fn variable(sql: &str, tokens: &[Token<'_>]) -> Option<String> {
+pub(super) fn parse_variable(sql: &str, tokens: &[Token<'_>]) -> Option<String> {
     let (at, mut end) = (tokens.first()?.at, tokens.first()?.at + 1);
     for token in &tokens[1..] {
         let goes_on = token.at == end
             && match token.kind {
-                Kind::Quoted => end == at + 1,
-                Kind::Word => true,
+                TokenKind::Quoted => end == at + 1,
+                TokenKind::Word => true,
                 _ => token.text == ".",
             };
         if !goes_on {
             break;
         }
         end += token.text.len();
-        if token.kind == Kind::Quoted {
+        if token.kind == TokenKind::Quoted {
             break;
         }
     }
@@ -238,7 +248,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn plain_statements_leave_nothing() {
+    fn plain_statements_leave_no_session_state() {
         for sql in [
             "insert into t (a, b) values (?, concat(?, lower('x')))",
             "insert into db.t (a) values (1) on duplicate key update a = values(a) + (1)",
@@ -252,33 +262,39 @@ mod tests {
             "update t set a = convert(? using utf8mb4), b = date_add(c, interval (1) day)",
             "select count(*), count(distinct a), group_concat(a separator ',') from t",
         ] {
-            assert_eq!(read(sql), Leaves::default(), "{sql}");
+            assert_eq!(analyze(sql), SessionEffects::default(), "{sql}");
         }
     }
 
     #[test]
-    fn user_variables_are_found_as_they_are_written() {
-        let leaves = read("set @a = 1, @B.c = @`odd name`, @'x' := 2, @a = ':@no'");
-        assert_eq!(leaves.variables, ["@a", "@B.c", "@`odd name`", "@'x'", "@a"]);
-        assert!(!leaves.looks_back && !leaves.is_opaque);
-        let mut all = Leaves::default();
-        all.add(read("update t set n = @n := @n + 1"));
-        all.add(read("set @N = last_insert_id()"));
-        assert_eq!(all.reset().as_deref(), Some("set @n = null; select null limit 0; do last_insert_id(0)"));
-        assert_eq!(Leaves::default().reset(), None);
+    fn user_variables_are_found_in_every_spelling() {
+        let effects = analyze("set @a = 1, @B.c = @`odd name`, @'x' := 2, @a = ':@no'");
+        assert_eq!(effects.variables, ["@a", "@B.c", "@`odd name`", "@'x'", "@a"]);
+        assert!(!effects.reads_previous_result && !effects.is_opaque);
+        let mut all = SessionEffects::default();
+        all.add(analyze("update t set n = @n := @n + 1"));
+        all.add(analyze("set @N = last_insert_id()"));
+        assert_eq!(
+            all.reset_sql().as_deref(),
+            Some("set @n = null; select null limit 0; do last_insert_id(0)")
+        );
+        assert_eq!(SessionEffects::default().reset_sql(), None);
     }
 
     #[test]
-    fn what_asks_about_the_statement_before_is_found() {
-        for sql in
-            ["select row_count()", "update t set a = LAST_INSERT_ID()", "select @@identity", "set @a = found_rows()"]
-        {
-            assert!(read(sql).looks_back && !read(sql).is_opaque, "{sql}");
+    fn functions_of_the_previous_statement_are_found() {
+        for sql in [
+            "select row_count()",
+            "update t set a = LAST_INSERT_ID()",
+            "select @@identity",
+            "set @a = found_rows()",
+        ] {
+            assert!(analyze(sql).reads_previous_result && !analyze(sql).is_opaque, "{sql}");
         }
     }
 
     #[test]
-    fn what_cannot_be_seen_through_is_found() {
+    fn calls_with_unknown_effects_are_found() {
         for sql in [
             "call p()",
             "call db.p(1)",
@@ -296,7 +312,7 @@ mod tests {
             "update t set a = sys.f(1)",
             "set @a = f(1)",
         ] {
-            assert!(read(sql).is_opaque, "{sql}");
+            assert!(analyze(sql).is_opaque, "{sql}");
         }
     }
 }

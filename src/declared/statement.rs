@@ -1,14 +1,15 @@
-//! One statement of a file: its parameters become `?`, and what would break the protocol is refused.
+//! One statement of a file: its parameters become `?`, and what would break the protocol is
+//! refused.
 
-use super::lexer::{Kind, Lexer, Token};
+use super::lexer::{Lexer, Token, TokenKind};
 use super::parameter::Parameter;
-use super::{Fault, session};
+use super::{StatementError, session};
 
 /// MySQL's protocol counts the arguments of a statement in 16 bits.
 const MAX_PARAMETERS: usize = 60_000;
 
 /// Statements that commit on their own.
-const COMMITTING: &[&str] = &[
+const IMPLICIT_COMMIT: &[&str] = &[
     "alter",
     "analyze",
     "cache",
@@ -29,12 +30,23 @@ const COMMITTING: &[&str] = &[
     "uninstall",
 ];
 
-/// Statements that begin, end or divide a transaction, or change the connection for whoever gets it next.
-const CONTROLLING: &[&str] =
-    &["begin", "commit", "lock", "release", "rollback", "savepoint", "start", "unlock", "use", "xa"];
+/// Statements that begin, end or divide a transaction, or change the connection for whoever gets it
+/// next.
+const TRANSACTION_CONTROL: &[&str] = &[
+    "begin",
+    "commit",
+    "lock",
+    "release",
+    "rollback",
+    "savepoint",
+    "start",
+    "unlock",
+    "use",
+    "xa",
+];
 
 /// Statements that act on the session or the server, or run text that is not in the file.
-const FOREIGN: &[&str] = &[
+const SERVER_STATEMENTS: &[&str] = &[
     "backup",
     "binlog",
     "clone",
@@ -52,7 +64,7 @@ const FOREIGN: &[&str] = &[
 
 /// One statement as it is prepared, and what is bound to its `?`, in order.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Compiled {
+pub(super) struct CompiledStatement {
     pub(super) sql: String,
     pub(super) parameters: Vec<Parameter>,
 }
@@ -60,54 +72,58 @@ pub(super) struct Compiled {
 /// The statement of an `[[on]]`.
 ///
 /// # Errors
-/// With its place in the text, if it is none, or several, or cannot run inside the projector's transaction.
-pub(super) fn handler(text: &str) -> Result<Compiled, Fault> {
+/// With its place in the text, if it is none, or several, or cannot run inside the projector's
+/// transaction.
+pub(super) fn compile_handler(text: &str) -> Result<CompiledStatement, StatementError> {
     let compiled = compile(text, "use several [[on]] tables with the same events", None)?;
     if compiled.sql.is_empty() {
-        return Err(Fault::new(0, "an empty handler: `sql` needs a statement"));
+        return Err(StatementError::new(0, "an empty handler: `sql` needs a statement"));
     }
-    let (at, words) = opening(&compiled.sql);
+    let (at, words) = leading_words(&compiled.sql);
     let first = words.first().map_or("", String::as_str);
-    let refused = if COMMITTING.contains(&first) {
+    let refused = if IMPLICIT_COMMIT.contains(&first) {
         format!(
             "`{first}` commits on its own and would break the projector's transaction: \
              put it into `setup`, or leave it out"
         )
-    } else if CONTROLLING.contains(&first) {
+    } else if TRANSACTION_CONTROL.contains(&first) {
         format!(
             "`{first}` is not for a handler: it runs in the projector's own transaction, which is begun and \
              committed for it"
         )
-    } else if FOREIGN.contains(&first) {
+    } else if SERVER_STATEMENTS.contains(&first) {
         format!("`{first}` is not for a handler: it acts on more than the rows of a read model")
     } else if first == "set" && !sets_only_variables(&compiled.sql) {
         "`set` can only set user variables here (`set @name = …`): the rest belongs to the session, and would change \
          what later statements do"
             .into()
-    } else if words.windows(3).any(|words| words[0] == "into" && words[1] == "@" && words[2] == "@") {
+    } else if words.windows(3).any(|words| words[0] == "into" && words[1] == "@" && words[2] == "@")
+    {
         "a handler cannot set a system variable (`into @@…`): it belongs to the session".into()
     } else {
         return Ok(compiled);
     };
-    Err(Fault::new(at, refused))
+    Err(StatementError::new(at, refused))
 }
 
 /// A statement of `setup`.
 ///
 /// # Errors
 /// With its place in the text, also if it would not be harmless to repeat.
-pub(super) fn setup(text: &str) -> Result<String, Fault> {
-    let sql = alone(text, "setup")?;
-    let (at, words) = opening(&sql);
+pub(super) fn compile_setup(text: &str) -> Result<String, StatementError> {
+    let sql = compile_standalone(text, "setup")?;
+    let (at, words) = leading_words(&sql);
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let destructive = match words[..] {
         [first @ ("drop" | "truncate" | "delete"), ..] => first,
         // A view holds nothing, and older servers have no `create view if not exists`.
-        ["create", "or", "replace", "view" | "algorithm" | "definer" | "sql", ..] => return Ok(sql),
+        ["create", "or", "replace", "view" | "algorithm" | "definer" | "sql", ..] => {
+            return Ok(sql);
+        }
         ["create", "or", "replace", ..] => "create or replace",
         _ => return Ok(sql),
     };
-    Err(Fault::new(
+    Err(StatementError::new(
         at,
         format!(
             "`{destructive}` is not for `setup`: boot runs setup again whenever it resumes the projector, so it \
@@ -120,25 +136,27 @@ pub(super) fn setup(text: &str) -> Result<String, Fault> {
 ///
 /// # Errors
 /// With its place in the text.
-pub(super) fn teardown(text: &str) -> Result<String, Fault> {
-    alone(text, "teardown")
+pub(super) fn compile_teardown(text: &str) -> Result<String, StatementError> {
+    compile_standalone(text, "teardown")
 }
 
 /// A statement that is run by itself, outside any event.
-fn alone(text: &str, list: &str) -> Result<String, Fault> {
+fn compile_standalone(text: &str, list: &str) -> Result<String, StatementError> {
     let no_event = format!(
         "`{list}` runs without an event, so it has no parameters: put a colon that is meant as text into quotes"
     );
-    let sql = compile(text, &format!("make each of them an entry of `{list}`"), Some(&no_event))?.sql;
+    let sql =
+        compile(text, &format!("make each of them an entry of `{list}`"), Some(&no_event))?.sql;
     if sql.is_empty() {
-        return Err(Fault::new(0, format!("an empty statement in `{list}`: remove it")));
+        return Err(StatementError::new(0, format!("an empty statement in `{list}`: remove it")));
     }
-    let (at, words) = opening(&sql);
+    let (at, words) = leading_words(&sql);
     match words.first().map(String::as_str) {
-        Some(first) if CONTROLLING.contains(&first) => {
-            Err(Fault::new(at, format!("`{first}` is not for `{list}`: each of its statements stands alone")))
-        }
-        Some("set") if !sets_only_variables(&sql) => Err(Fault::new(
+        Some(first) if TRANSACTION_CONTROL.contains(&first) => Err(StatementError::new(
+            at,
+            format!("`{first}` is not for `{list}`: each of its statements stands alone"),
+        )),
+        Some("set") if !sets_only_variables(&sql) => Err(StatementError::new(
             at,
             format!(
                 "`set` can only set user variables in `{list}`: it runs in a session of its own, which is thrown away \
@@ -149,33 +167,44 @@ fn alone(text: &str, list: &str) -> Result<String, Fault> {
     }
 }
 
-/// Replaces every parameter by `?` and cuts off what a semicolon ends. All else stays as it is; a statement of
-/// nothing but blanks and comments comes out empty. `advice` is for who wrote several statements, `no_parameters`
-/// says why there can be none.
-fn compile(text: &str, advice: &str, no_parameters: Option<&str>) -> Result<Compiled, Fault> {
-    let mut compiled = Compiled { sql: String::with_capacity(text.len()), parameters: Vec::new() };
+/// Replaces every parameter by `?` and cuts off what a semicolon ends. All else stays as it is; a
+/// statement of nothing but blanks and comments comes out empty. `advice` is for who wrote several
+/// statements, `no_parameters` says why there can be none.
+fn compile(
+    text: &str,
+    advice: &str,
+    no_parameters: Option<&str>,
+) -> Result<CompiledStatement, StatementError> {
+    let mut compiled =
+        CompiledStatement { sql: String::with_capacity(text.len()), parameters: Vec::new() };
     let mut lexer = Lexer::new(text);
-    let (mut copied, mut end, mut says_something) = (0, None, false);
+    let (mut copied, mut end, mut has_content) = (0, None, false);
     while let Some(token) = lexer.next()? {
         match token.text {
-            _ if token.kind == Kind::Gap => continue,
+            _ if token.kind == TokenKind::Trivia => continue,
             ";" => {
                 end.get_or_insert(token.at);
                 continue;
             }
             _ if end.is_some() => {
-                return Err(Fault::new(
+                return Err(StatementError::new(
                     token.at,
                     format!("a semicolon ends the statement, and more follows: {advice}"),
                 ));
             }
-            "?" => return Err(Fault::new(token.at, "`?` cannot be bound: name the parameter, like `:payload.amount`")),
+            "?" => {
+                return Err(StatementError::new(
+                    token.at,
+                    "`?` cannot be bound: name the parameter, like `:payload.amount`",
+                ));
+            }
             ":" => {
-                let (parameter, length) = colon(&text[token.at..]).map_err(|fault| fault.moved_by(token.at))?;
+                let (parameter, length) =
+                    parse_colon(&text[token.at..]).map_err(|error| error.offset_by(token.at))?;
                 lexer.skip(length - 1);
                 if let Some(parameter) = parameter {
                     if let Some(reason) = no_parameters {
-                        return Err(Fault::new(token.at, reason));
+                        return Err(StatementError::new(token.at, reason));
                     }
                     compiled.sql.push_str(&text[copied..token.at]);
                     compiled.sql.push('?');
@@ -185,51 +214,61 @@ fn compile(text: &str, advice: &str, no_parameters: Option<&str>) -> Result<Comp
             }
             _ => {}
         }
-        says_something = true;
+        has_content = true;
         if compiled.parameters.len() > MAX_PARAMETERS {
-            return Err(Fault::new(
+            return Err(StatementError::new(
                 token.at,
                 format!("there are more than {MAX_PARAMETERS} parameters here: {advice}"),
             ));
         }
     }
-    if says_something {
+    if has_content {
         compiled.sql.push_str(&text[copied..end.unwrap_or(text.len())]);
     }
     Ok(compiled)
 }
 
-/// What a colon outside literals and comments begins, and how long it is: a parameter, or nothing of ours.
-fn colon(text: &str) -> Result<(Option<Parameter>, usize), Fault> {
+/// What a colon outside literals and comments begins, and how long it is: a parameter, or nothing
+/// of ours.
+fn parse_colon(text: &str) -> Result<(Option<Parameter>, usize), StatementError> {
     match text[1..].chars().next() {
         // An assignment, `@name := …`.
         Some('=') => Ok((None, 2)),
-        Some(':') => Err(Fault::new(0, "`::` is not MySQL's: write `cast(… as …)` to convert a value")),
-        _ => Ok(Parameter::read(text)?.map_or((None, 1), |(parameter, length)| (Some(parameter), length))),
+        Some(':') => Err(StatementError::new(
+            0,
+            "`::` is not MySQL's: write `cast(… as …)` to convert a value",
+        )),
+        _ => Ok(Parameter::parse(text)?
+            .map_or((None, 1), |(parameter, length)| (Some(parameter), length))),
     }
 }
 
-/// Where the statement's first word stands, and its words and symbols from there on, in lower case. Parentheses
-/// before it are no matter: `(select …)`.
-fn opening(sql: &str) -> (usize, Vec<String>) {
-    let tokens: Vec<Token<'_>> = tokens(sql).into_iter().skip_while(|token| token.text == "(").collect();
-    (tokens.first().map_or(0, |first| first.at), tokens.iter().map(|token| token.text.to_lowercase()).collect())
+/// Where the statement's first word stands, and its words and symbols from there on, in lower case.
+/// Parentheses before it are no matter: `(select …)`.
+fn leading_words(sql: &str) -> (usize, Vec<String>) {
+    let tokens: Vec<Token<'_>> =
+        tokenize(sql).into_iter().skip_while(|token| token.text == "(").collect();
+    (
+        tokens.first().map_or(0, |first| first.at),
+        tokens.iter().map(|token| token.text.to_lowercase()).collect(),
+    )
 }
 
-pub(super) fn tokens(sql: &str) -> Vec<Token<'_>> {
+pub(super) fn tokenize(sql: &str) -> Vec<Token<'_>> {
     let mut lexer = Lexer::new(sql);
     let mut tokens = Vec::new();
     while let Ok(Some(token)) = lexer.next() {
-        if token.kind != Kind::Gap {
+        if token.kind != TokenKind::Trivia {
             tokens.push(token);
         }
     }
     tokens
 }
 
-/// Whether each assignment of a `set` is to a user variable. Assignments are divided by commas outside of parentheses.
+/// Whether each assignment of a `set` is to a user variable. Assignments are divided by commas
+/// outside of parentheses.
 fn sets_only_variables(sql: &str) -> bool {
-    let tokens = tokens(sql);
+    let tokens = tokenize(sql);
     let mut depth = 0_usize;
     let assignments = tokens.get(1..).unwrap_or_default().split(|token| {
         match token.text {
@@ -241,13 +280,13 @@ fn sets_only_variables(sql: &str) -> bool {
     });
     assignments.into_iter().all(|assignment| {
         let is_variable = assignment.first().is_some_and(|token| token.text == "@");
-        is_variable && session::variable(sql, assignment).is_some()
+        is_variable && session::parse_variable(sql, assignment).is_some()
     })
 }
 
 /// The table that a statement of `setup` creates for good, as `table` or `database.table`.
 pub(super) fn created_table(sql: &str) -> Option<String> {
-    let tokens = tokens(sql);
+    let tokens = tokenize(sql);
     let mut rest = tokens.as_slice();
     let mut takes = |words: &[&str]| {
         let takes = rest.len() >= words.len()
@@ -264,8 +303,10 @@ pub(super) fn created_table(sql: &str) -> Option<String> {
     }
     takes(&["if", "not", "exists"]);
     let name = |token: &Token<'_>| match token.kind {
-        Kind::Word => Some(token.text.to_owned()),
-        Kind::Quoted => Some(token.text.strip_prefix('`')?.strip_suffix('`')?.replace("``", "`")),
+        TokenKind::Word => Some(token.text.to_owned()),
+        TokenKind::Quoted => {
+            Some(token.text.strip_prefix('`')?.strip_suffix('`')?.replace("``", "`"))
+        }
         _ => None,
     };
     let first = name(rest.first()?)?;
@@ -291,13 +332,17 @@ mod tests {
     }
 
     #[test]
-    fn parameters_are_bound_in_the_order_in_which_they_stand() {
-        let compiled = handler("insert into t values (:stream_id,:payload.a?, -:position) ;\n-- done").expect("fine");
+    fn parameters_are_bound_in_textual_order() {
+        let compiled =
+            compile_handler("insert into t values (:stream_id,:payload.a?, -:position) ;\n-- done")
+                .expect("fine");
         assert_eq!(compiled.sql, "insert into t values (?,?, -?) ");
-        let [Parameter::StreamId, Parameter::Json(a), Parameter::Position] = &compiled.parameters[..] else {
+        let [Parameter::StreamId, Parameter::Json(a), Parameter::Position] =
+            &compiled.parameters[..]
+        else {
             panic!("{compiled:?}")
         };
-        assert!(a.path == ["a"] && a.optional);
+        assert!(a.path == ["a"] && a.is_optional);
     }
 
     #[test]
@@ -312,12 +357,16 @@ mod tests {
             "select @a := 1",
             "select '12:30', a:1, : x",
         ] {
-            assert_eq!(handler(sql), Ok(Compiled { sql: sql.into(), parameters: vec![] }), "{sql}");
+            assert_eq!(
+                compile_handler(sql),
+                Ok(CompiledStatement { sql: sql.into(), parameters: vec![] }),
+                "{sql}"
+            );
         }
     }
 
     #[test]
-    fn what_cannot_run_as_one_prepared_statement_is_refused_where_it_stands() {
+    fn sql_that_is_not_one_preparable_statement_is_refused_at_its_place() {
         for (sql, at, reason) in [
             ("", 0, "an empty handler"),
             (" -- nothing\n ;", 0, "an empty handler"),
@@ -330,16 +379,21 @@ mod tests {
             ("select 'a", 7, "never closed"),
             ("/*!50000 drop table t */", 0, "some servers execute"),
         ] {
-            let fault = handler(sql).expect_err(sql);
-            assert_eq!(fault.at, at, "{sql}: {}", fault.reason);
-            assert!(fault.reason.contains(reason), "{sql}: {}", fault.reason);
+            let error = compile_handler(sql).expect_err(sql);
+            assert_eq!(error.at, at, "{sql}: {}", error.reason);
+            assert!(error.reason.contains(reason), "{sql}: {}", error.reason);
         }
         let many = format!("select {}1", ":position,".repeat(MAX_PARAMETERS + 1));
-        assert!(handler(&many).expect_err("too many").reason.contains("more than 60000 parameters"));
+        assert!(
+            compile_handler(&many)
+                .expect_err("too many")
+                .reason
+                .contains("more than 60000 parameters")
+        );
     }
 
     #[test]
-    fn a_handler_never_commits_or_takes_the_transaction_into_its_own_hands() {
+    fn a_handler_statement_that_controls_the_transaction_is_refused() {
         for sql in [
             "create table t (a int)",
             "CREATE TEMPORARY TABLE t (a int)",
@@ -389,7 +443,7 @@ mod tests {
             "xa start 'x'",
             "use other",
         ] {
-            handler(sql).expect_err(sql);
+            compile_handler(sql).expect_err(sql);
         }
         for sql in [
             "set @total = :payload.amount",
@@ -403,12 +457,12 @@ mod tests {
             "with a as (select 1) select * from a",
             "call create_case(:stream_id)",
         ] {
-            handler(sql).expect(sql);
+            compile_handler(sql).expect(sql);
         }
     }
 
     #[test]
-    fn setup_is_harmless_to_repeat() {
+    fn a_setup_that_is_harmful_to_repeat_is_refused() {
         for sql in [
             "drop table if exists t",
             "TRUNCATE t",
@@ -421,7 +475,7 @@ mod tests {
             "set @a = 1, time_zone = '+05:00'",
             "set foreign_key_checks = 0",
         ] {
-            setup(sql).expect_err(sql);
+            compile_setup(sql).expect_err(sql);
         }
         for sql in [
             "create table if not exists t (a int)",
@@ -430,17 +484,20 @@ mod tests {
             "create or replace algorithm = merge view v as select 1",
             "insert ignore into t values (':a')",
         ] {
-            assert_eq!(setup(sql).as_deref(), Ok(sql));
+            assert_eq!(compile_setup(sql).as_deref(), Ok(sql));
         }
         for sql in ["set @a = 1", "prepare s from @a", "execute s"] {
-            setup(sql).expect(sql);
+            compile_setup(sql).expect(sql);
         }
-        teardown("set foreign_key_checks = 0").expect_err("it is refused there, too");
-        assert_eq!(teardown("drop table if exists t;").as_deref(), Ok("drop table if exists t"));
+        compile_teardown("set foreign_key_checks = 0").expect_err("it is refused there, too");
+        assert_eq!(
+            compile_teardown("drop table if exists t;").as_deref(),
+            Ok("drop table if exists t")
+        );
     }
 
     #[test]
-    fn the_table_that_a_setup_creates_is_known() {
+    fn the_table_that_a_setup_creates_is_recognized() {
         for (sql, table) in [
             ("create table if not exists t (a int)", Some("t")),
             ("CREATE TABLE /* x */ `odd ``t` like u", Some("odd `t")),
@@ -464,36 +521,37 @@ mod tests {
             ("insert into t values (:position)", 22, "so it has no parameters"),
             ("select ?", 7, "`?` cannot be bound"),
         ] {
-            let fault = setup(sql).expect_err(sql);
-            assert_eq!(fault.at, at, "{sql}: {}", fault.reason);
-            assert!(fault.reason.contains(reason), "{sql}: {}", fault.reason);
+            let error = compile_setup(sql).expect_err(sql);
+            assert_eq!(error.at, at, "{sql}: {}", error.reason);
+            assert!(error.reason.contains(reason), "{sql}: {}", error.reason);
         }
     }
 
     /// Fragments that matter, in any order.
-    const SQL: &str = "([-'\"`\\\\#*/:;?.=a\n é0]|:payload|:position|\\.a|/\\*|\\*/|-- |select |.){0,30}";
+    const SQL: &str =
+        "([-'\"`\\\\#*/:;?.=a\n é0]|:payload|:position|\\.a|/\\*|\\*/|-- |select |.){0,30}";
 
     proptest! {
         #[test]
         fn no_text_makes_the_compiler_panic(sql in SQL) {
-            for result in [handler(&sql).map(|compiled| compiled.sql), setup(&sql), teardown(&sql)] {
-                if let Err(fault) = result {
-                    prop_assert!(sql.is_char_boundary(fault.at), "{} in {:?}", fault.at, sql);
+            for result in [compile_handler(&sql).map(|compiled| compiled.sql), compile_setup(&sql), compile_teardown(&sql)] {
+                if let Err(error) = result {
+                    prop_assert!(sql.is_char_boundary(error.at), "{} in {:?}", error.at, sql);
                 }
             }
         }
 
         #[test]
         fn there_are_as_many_placeholders_as_parameters(sql in SQL) {
-            if let Ok(compiled) = handler(&sql) {
+            if let Ok(compiled) = compile_handler(&sql) {
                 prop_assert_eq!(placeholders(&compiled.sql), compiled.parameters.len(), "{:?}", compiled);
                 prop_assert!(compiled.sql.len() <= sql.len());
             }
         }
 
         #[test]
-        fn a_statement_without_parameters_is_left_as_it_is(sql in SQL.prop_map(|sql| sql.replace([':', ';'], ""))) {
-            if let Ok(compiled) = handler(&sql) {
+        fn a_statement_without_parameters_is_unchanged(sql in SQL.prop_map(|sql| sql.replace([':', ';'], ""))) {
+            if let Ok(compiled) = compile_handler(&sql) {
                 prop_assert_eq!(compiled.sql, sql);
             }
         }
@@ -508,7 +566,7 @@ mod tests {
                 format!("select 1 -- :position {inner}"),
                 format!("select 1 # :position {inner}"),
             ] {
-                prop_assert_eq!(handler(&sql), Ok(Compiled { sql, parameters: vec![] }));
+                prop_assert_eq!(compile_handler(&sql), Ok(CompiledStatement { sql, parameters: vec![] }));
             }
         }
     }

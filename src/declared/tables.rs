@@ -1,4 +1,5 @@
-//! What the server says of the tables that inserts go to: whether many rows in one statement do the same as many statements.
+//! What the server says of the tables that inserts go to: whether many rows in one statement do the
+//! same as many statements.
 
 use std::fmt;
 
@@ -14,21 +15,25 @@ use crate::model::error::is_transient;
 pub(super) enum Refusal {
     /// Without these grants the server keeps silent about triggers, or about columns.
     Privileges,
-    /// Only in the strict mode is a null for a `not null` column an error in both cases; and the text was read as it is by default.
-    Mode,
+    /// Only in the strict mode is a null for a `not null` column an error in both cases; and the
+    /// text was read as it is by default.
+    SqlMode,
     /// A view, another engine, a table with a history; or it is not there.
-    Kind,
-    /// It may read and write what other statements wait to write, and sees how many rows its statement has.
+    TableKind,
+    /// It may read and write what other statements wait to write, and sees how many rows its
+    /// statement has.
     Trigger,
-    /// What it refers to may still wait to be written. (What refers to *it* is not refused here: that table has a foreign key, so
-    /// none of its rows wait, and all others are written before them.)
+    /// What it refers to may still wait to be written. (What refers to *it* is not refused here:
+    /// that table has a foreign key, so none of its rows wait, and all others are written before
+    /// them.)
     ForeignKey,
-    /// MariaDB: an `insert ignore` of one row that a constraint refuses is an error; of many rows, it leaves that row out.
-    Check,
+    /// MariaDB: an `insert ignore` of one row that a constraint refuses is an error; of many rows,
+    /// it leaves that row out.
+    CheckConstraint,
     /// An `auto_increment`, or a default that is the time or another function.
-    Column,
+    ComputedColumn,
     /// The server does not tell, for whatever reason.
-    Untold,
+    Unknown,
 }
 
 impl fmt::Display for Refusal {
@@ -37,70 +42,76 @@ impl fmt::Display for Refusal {
             Refusal::Privileges => {
                 "the database user cannot see whether it has triggers: grant trigger and insert on the table"
             }
-            Refusal::Mode => {
+            Refusal::SqlMode => {
                 "the session's sql_mode is not strict or reads quotes in another way, or its limits are unusual"
             }
-            Refusal::Kind => "it is no InnoDB base table",
+            Refusal::TableKind => "it is no InnoDB base table",
             Refusal::Trigger => "it has a trigger",
             Refusal::ForeignKey => "it has a foreign key",
-            Refusal::Check => {
+            Refusal::CheckConstraint => {
                 "it has a check constraint (a json column is one on MariaDB) and an insert ignores errors"
             }
-            Refusal::Column => "a column of it has auto_increment, or a default that is computed",
-            Refusal::Untold => "the server does not answer what is asked about it",
+            Refusal::ComputedColumn => "a column of it has auto_increment, or a default that is computed",
+            Refusal::Unknown => "the server does not answer what is targets about it",
         })
     }
 }
 
 /// A table, and whether an `insert ignore` goes to it.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Asked<'n> {
+pub(super) struct InsertTarget<'n> {
     pub(super) name: &'n str,
     pub(super) ignores: bool,
 }
 
-/// Asks for the facts of some tables. They stay true for as long as the transaction has a lock on the tables' definitions,
-/// which every statement takes that reads or writes them: so ask *after* such a statement.
+/// Asks for the facts of some tables. They stay true for as long as the transaction has a lock on
+/// the tables' definitions, which every statement takes that reads or writes them: so ask *after*
+/// such a statement.
 ///
-/// Only names of letters, digits, `_` and `$`, as [`super::insert::read`] finds them, may come here.
+/// Only names of letters, digits, `_` and `$`, as [`super::insert::parse`] finds them, may come
+/// here.
 ///
 /// # Errors
 /// What is transient. Any other error is none of the projector's: the tables are refused then.
-pub(super) async fn look_at(
-    asked: &[Asked<'_>],
+pub(super) async fn check_tables(
+    targets: &[InsertTarget<'_>],
     db: &mut MySqlConnection,
 ) -> Result<Vec<Result<(), Refusal>>, sqlx::Error> {
-    let mut sql = COMMON.replace("{bytes}", &(2 * MAX_BYTES).to_string());
-    for Asked { name, .. } in asked {
-        sql.push_str(&OF_A_TABLE.replace("{table}", name));
+    let mut sql = SESSION_FACTS.replace("{bytes}", &(2 * MAX_BYTES).to_string());
+    for InsertTarget { name, .. } in targets {
+        sql.push_str(&TABLE_FACTS.replace("{table}", name));
     }
-    match facts(sql, db).await {
-        Ok(facts) => Ok(asked.iter().map(|asked| judge(&facts, *asked)).collect()),
+    match read_facts(sql, db).await {
+        Ok(facts) => Ok(targets.iter().map(|target| check_table(&facts, *target)).collect()),
         Err(error) if is_transient(&error) => Err(error),
         Err(error) => {
             debug!(%error, "the tables' definitions cannot be read");
-            Ok(vec![Err(Refusal::Untold); asked.len()])
+            Ok(vec![Err(Refusal::Unknown); targets.len()])
         }
     }
 }
 
-async fn facts(sql: String, db: &mut MySqlConnection) -> Result<Vec<Fact>, sqlx::Error> {
+async fn read_facts(sql: String, db: &mut MySqlConnection) -> Result<Vec<Fact>, sqlx::Error> {
     let rows = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(db).await?;
-    let fact = |row: &MySqlRow| Ok(Fact { kind: row.try_get(0)?, table: row.try_get(1)?, what: row.try_get(2)? });
+    let fact = |row: &MySqlRow| {
+        Ok(Fact { kind: row.try_get(0)?, table: row.try_get(1)?, detail: row.try_get(2)? })
+    };
     rows.iter().map(fact).collect()
 }
 
-/// One row of the answer: what it is about, the table (or pattern of databases), and what is said of it.
+/// One row of the answer: what it is about, the table (or pattern of databases), and what is said
+/// of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Fact {
     kind: String,
     table: String,
-    what: String,
+    detail: String,
 }
 
-/// The user's grants, without those of roles; and whether the session is as it must be. `/*!8… */` is read by MySQL only:
-/// `partial_revokes` can take a database out of a global grant, and the last variable can hide a key that MySQL made itself.
-const COMMON: &str = "\
+/// The user's grants, without those of roles; and whether the session is as it must be. `/*!8… */`
+/// is read by MySQL only: `partial_revokes` can take a database out of a global grant, and the last
+/// variable can hide a key that MySQL made itself.
+const SESSION_FACTS: &str = "\
     select 'session' as kind, '' as about, concat_ws(',', @@sql_mode, \
         if(@@max_allowed_packet >= {bytes}, 'wide', 'narrow'), \
         if(1 = 1 /*!80030 and @@show_gipk_in_create_table_and_information_schema = 1 */, 'open', 'hidden')) as what \
@@ -116,9 +127,10 @@ const COMMON: &str = "\
             and grantee = concat('''', substring_index(current_user(), '@', 1), \
             '''@''', substring_index(current_user(), '@', -1), '''')";
 
-/// Each part names its one table, by which MariaDB looks at no other. A default is computed where MySQL says so, and on
-/// MariaDB, where it is neither a literal nor null. A null for a `timestamp` that cannot be null was the time in old days.
-const OF_A_TABLE: &str = "\
+/// Each part names its one table, by which MariaDB looks at no other. A default is computed where
+/// MySQL says so, and on MariaDB, where it is neither a literal nor null. A null for a `timestamp`
+/// that cannot be null was the time in old days.
+const TABLE_FACTS: &str = "\
     union all select 'is', table_name, concat(table_type, ' ', coalesce(engine, '')) from information_schema.tables \
         where table_schema = database() and table_name = '{table}' \
     union all select 'trigger', event_object_table, '' from information_schema.triggers \
@@ -137,43 +149,54 @@ const OF_A_TABLE: &str = "\
                     and column_default not regexp '^([bx]?''([^'']|'''')*''|[-+0-9.e]+)$') \
                 or (data_type = 'timestamp' and is_nullable = 'NO' and @@explicit_defaults_for_timestamp = 0))";
 
-/// Names are compared without their case, whatever the server does: two tables of one name are then taken for one, by what
-/// is worse of either.
-fn judge(facts: &[Fact], Asked { name: table, ignores }: Asked<'_>) -> Result<(), Refusal> {
+/// Names are compared without their case, whatever the server does: two tables of one name are then
+/// taken for one, by what is worse of either.
+fn check_table(
+    facts: &[Fact],
+    InsertTarget { name: table, ignores }: InsertTarget<'_>,
+) -> Result<(), Refusal> {
     let common = |kind: &'static str| facts.iter().filter(move |fact| fact.kind == kind);
-    let of_table = |kind: &'static str| common(kind).filter(|fact| fact.table.eq_ignore_ascii_case(table));
-    let modes: Vec<String> = common("session").flat_map(|fact| fact.what.split(',')).map(str::to_uppercase).collect();
+    let of_table =
+        |kind: &'static str| common(kind).filter(|fact| fact.table.eq_ignore_ascii_case(table));
+    let modes: Vec<String> =
+        common("session").flat_map(|fact| fact.detail.split(',')).map(str::to_uppercase).collect();
     let has_mode = |mode: &str| modes.iter().any(|other| other == mode);
     // Of several patterns that a database's name matches only one counts, and it is not said which.
     let mut patterns: Vec<&str> = common("database").map(|fact| fact.table.as_str()).collect();
     patterns.sort_unstable();
     patterns.dedup();
     let has_grant = |privilege: &str| {
-        common("global").any(|fact| fact.what == privilege)
-            || (patterns.len() == 1 && common("database").any(|fact| fact.what == privilege))
-            || common("table").any(|fact| fact.table == table && fact.what == privilege)
+        common("global").any(|fact| fact.detail == privilege)
+            || (patterns.len() == 1 && common("database").any(|fact| fact.detail == privilege))
+            || common("table").any(|fact| fact.table == table && fact.detail == privilege)
     };
     if !has_mode("STRICT_TRANS_TABLES") && !has_mode("STRICT_ALL_TABLES") {
-        return Err(Refusal::Mode);
+        return Err(Refusal::SqlMode);
     }
-    if ["ANSI_QUOTES", "NO_BACKSLASH_ESCAPES", "ORACLE", "NARROW", "HIDDEN"].into_iter().any(has_mode) {
-        return Err(Refusal::Mode);
+    if ["ANSI_QUOTES", "NO_BACKSLASH_ESCAPES", "ORACLE", "NARROW", "HIDDEN"]
+        .into_iter()
+        .any(has_mode)
+    {
+        return Err(Refusal::SqlMode);
     }
     if !has_grant("TRIGGER") || !has_grant("INSERT") {
         return Err(Refusal::Privileges);
     }
-    if of_table("is").count() == 0 || of_table("is").any(|fact| fact.what != "BASE TABLE InnoDB") {
-        return Err(Refusal::Kind);
-    }
-    for (kind, refusal) in
-        [("trigger", Refusal::Trigger), ("foreign key", Refusal::ForeignKey), ("column", Refusal::Column)]
+    if of_table("is").count() == 0 || of_table("is").any(|fact| fact.detail != "BASE TABLE InnoDB")
     {
+        return Err(Refusal::TableKind);
+    }
+    for (kind, refusal) in [
+        ("trigger", Refusal::Trigger),
+        ("foreign key", Refusal::ForeignKey),
+        ("column", Refusal::ComputedColumn),
+    ] {
         if of_table(kind).count() > 0 {
             return Err(refusal);
         }
     }
     if ignores && of_table("check").count() > 0 {
-        return Err(Refusal::Check);
+        return Err(Refusal::CheckConstraint);
     }
     Ok(())
 }
@@ -182,12 +205,12 @@ fn judge(facts: &[Fact], Asked { name: table, ignores }: Asked<'_>) -> Result<()
 mod tests {
     use super::*;
 
-    fn fact(kind: &str, table: &str, what: &str) -> Fact {
-        Fact { kind: kind.into(), table: table.into(), what: what.into() }
+    fn fact(kind: &str, table: &str, detail: &str) -> Fact {
+        Fact { kind: kind.into(), table: table.into(), detail: detail.into() }
     }
 
-    fn plain(name: &str) -> Asked<'_> {
-        Asked { name, ignores: false }
+    fn plain(name: &str) -> InsertTarget<'_> {
+        InsertTarget { name, ignores: false }
     }
 
     fn good() -> Vec<Fact> {
@@ -207,42 +230,53 @@ mod tests {
     }
 
     #[test]
-    fn a_plain_table_of_a_user_who_sees_its_triggers_is_fine() {
-        assert_eq!(judge(&good(), plain("t")), Ok(()));
+    fn a_plain_table_with_visible_triggers_may_be_coalesced() {
+        assert_eq!(check_table(&good(), plain("t")), Ok(()));
         let table = [fact("table", "t", "TRIGGER"), fact("global", "", "INSERT")];
-        assert_eq!(judge(&with(&["database"], &table), plain("t")), Ok(()));
+        assert_eq!(check_table(&with(&["database"], &table), plain("t")), Ok(()));
     }
 
     #[test]
-    fn what_could_make_a_difference_is_refused() {
+    fn a_table_that_may_treat_coalesced_rows_differently_is_refused() {
         for (replaced, facts, refusal) in [
             ("trigger", fact("trigger", "t", ""), Refusal::Trigger),
             ("trigger", fact("trigger", "T", ""), Refusal::Trigger),
             ("", fact("foreign key", "t", ""), Refusal::ForeignKey),
-            ("", fact("column", "t", "seq"), Refusal::Column),
-            ("", fact("is", "T", "VIEW "), Refusal::Kind),
-            ("is", fact("is", "t", "BASE TABLE MyISAM"), Refusal::Kind),
-            ("is", fact("is", "t", "SYSTEM VERSIONED InnoDB"), Refusal::Kind),
-            ("is", fact("is", "other", "BASE TABLE InnoDB"), Refusal::Kind),
-            ("session", fact("session", "", "NO_ZERO_DATE,wide,open"), Refusal::Mode),
-            ("session", fact("session", "", "STRICT_TRANS_TABLES,ANSI_QUOTES,wide,open"), Refusal::Mode),
-            ("session", fact("session", "", "STRICT_TRANS_TABLES,narrow,open"), Refusal::Mode),
-            ("session", fact("session", "", "STRICT_ALL_TABLES,wide,hidden"), Refusal::Mode),
+            ("", fact("column", "t", "seq"), Refusal::ComputedColumn),
+            ("", fact("is", "T", "VIEW "), Refusal::TableKind),
+            ("is", fact("is", "t", "BASE TABLE MyISAM"), Refusal::TableKind),
+            ("is", fact("is", "t", "SYSTEM VERSIONED InnoDB"), Refusal::TableKind),
+            ("is", fact("is", "other", "BASE TABLE InnoDB"), Refusal::TableKind),
+            ("session", fact("session", "", "NO_ZERO_DATE,wide,open"), Refusal::SqlMode),
+            (
+                "session",
+                fact("session", "", "STRICT_TRANS_TABLES,ANSI_QUOTES,wide,open"),
+                Refusal::SqlMode,
+            ),
+            ("session", fact("session", "", "STRICT_TRANS_TABLES,narrow,open"), Refusal::SqlMode),
+            ("session", fact("session", "", "STRICT_ALL_TABLES,wide,hidden"), Refusal::SqlMode),
         ] {
-            assert_eq!(judge(&with(&[replaced], std::slice::from_ref(&facts)), plain("t")), Err(refusal), "{facts:?}");
+            assert_eq!(
+                check_table(&with(&[replaced], std::slice::from_ref(&facts)), plain("t")),
+                Err(refusal),
+                "{facts:?}"
+            );
         }
     }
 
     #[test]
-    fn a_check_constraint_is_refused_only_where_an_insert_ignores_errors() {
+    fn a_check_constraint_is_refused_only_if_the_insert_ignores_errors() {
         let facts = with(&[], &[fact("check", "t", "")]);
-        assert_eq!(judge(&facts, plain("t")), Ok(()));
-        assert_eq!(judge(&facts, Asked { name: "t", ignores: true }), Err(Refusal::Check));
-        assert_eq!(judge(&good(), Asked { name: "t", ignores: true }), Ok(()));
+        assert_eq!(check_table(&facts, plain("t")), Ok(()));
+        assert_eq!(
+            check_table(&facts, InsertTarget { name: "t", ignores: true }),
+            Err(Refusal::CheckConstraint)
+        );
+        assert_eq!(check_table(&good(), InsertTarget { name: "t", ignores: true }), Ok(()));
     }
 
     #[test]
-    fn without_the_grants_nothing_is_taken_for_absent() {
+    fn without_the_grants_nothing_is_assumed_absent() {
         for grants in [
             vec![],
             vec![fact("database", "app", "INSERT")],
@@ -255,7 +289,11 @@ mod tests {
                 fact("database", "ap_", "TRIGGER"),
             ],
         ] {
-            assert_eq!(judge(&with(&["database"], &grants), plain("t")), Err(Refusal::Privileges), "{grants:?}");
+            assert_eq!(
+                check_table(&with(&["database"], &grants), plain("t")),
+                Err(Refusal::Privileges),
+                "{grants:?}"
+            );
         }
     }
 }

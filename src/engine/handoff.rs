@@ -3,49 +3,59 @@
 use tracing::info;
 
 use crate::engine::catch_up::Cursor;
-use crate::engine::deliver::Engine;
+use crate::engine::retry::Engine;
 use crate::ledger::{Entry, LedgerError};
+use crate::model::backoff;
 use crate::model::event::Position;
-use crate::model::lifecycle::{Stage, Status, Step};
+use crate::model::lifecycle::{Stage, Status, Transition};
 use crate::model::registry::Registry;
-use crate::model::retry;
 
-/// The oldest event that may still be in the queue: the lowest position that a live projector of this
-/// release still awaits. With none live, nobody has taken anything out of the queue, and the high-water
-/// mark stands for it.
-pub(crate) fn oldest_queued(registry: &Registry, ledger: &[Entry], high_water: Position) -> Position {
-    let live = ledger.iter().filter(|entry| entry.status == Status::Live && registry.get(&entry.id).is_some());
+/// The oldest event that may still be in the queue: the lowest position that a live projector of
+/// this release still awaits. With none live, nobody has taken anything out of the queue, and the
+/// high-water mark stands for it.
+pub(crate) fn oldest_queued(
+    registry: &Registry,
+    ledger: &[Entry],
+    high_water: Position,
+) -> Position {
+    let live = ledger
+        .iter()
+        .filter(|entry| entry.status == Status::Live && registry.get(&entry.id).is_some());
     live.map(|entry| entry.position).min().unwrap_or(high_water)
 }
 
-/// Whether boot is done with a projector that had to come to `position`: it is still boot's, need not be rebuilt, and has come
-/// there.
+/// Whether boot is done with a projector that had to come to `position`: it is still boot's, need
+/// not be rebuilt, and has come there.
 pub(crate) fn has_reached(entry: &Entry, position: Position) -> bool {
-    Stage::Boot.plays(&entry.status) && entry.rebuild_reason.is_none() && entry.position >= position
+    Stage::Boot.can_apply(&entry.status)
+        && entry.rebuild_reason.is_none()
+        && entry.position >= position
 }
 
 impl Engine {
-    /// Makes a projector live, under its row's lock, if it still stands at or beyond `oldest_queued`. Returns its
-    /// row as it is afterwards, if there is one.
+    /// Makes a projector live, under its row's lock, if it still stands at or beyond
+    /// `oldest_queued`. Returns its row as it is afterwards, if there is one.
     ///
-    /// This is where boot may stop, not what makes it safe: a worker of an old release may have deleted
-    /// messages that this projector never saw. The first message that does not continue its position
-    /// makes play read the difference from the store.
+    /// This is where boot may stop, not what makes it safe: a worker of an old release may have
+    /// deleted messages that this projector never saw. The first message that does not continue its
+    /// position makes play read the difference from the store.
     pub(crate) async fn hand_over(
         &self,
         cursor: &Cursor,
         oldest_queued: Position,
     ) -> Result<Option<Entry>, LedgerError> {
         let id = &cursor.projector.id;
-        let still = |entry: &Entry| has_reached(entry, oldest_queued) && entry.is_booted_with(&cursor.projector.digest);
-        let step = || self.ledger.step(id, Step::HandOver, still);
-        let entry = self.persist("hand over", step).await?;
+        let still = |entry: &Entry| {
+            has_reached(entry, oldest_queued) && entry.matches_digest(&cursor.projector.digest)
+        };
+        let step = || self.ledger.transition(id, Transition::HandOver, still);
+        let entry = self.retry_transient("hand over", step).await?;
         if let Some(entry) = entry.as_ref().filter(|entry| entry.status == Status::Live) {
             let (from, began) = cursor.start;
             info!(
                 projector = %id, status = %entry.status, position = entry.position.get(),
                 oldest_queued = oldest_queued.get(), events = entry.position.since(from),
-                seconds = retry::seconds(began.elapsed()), release = self.release, "handed over: live"
+                seconds = backoff::seconds(began.elapsed()), release = self.release, "handed over: live"
             );
         }
         Ok(entry)
@@ -65,7 +75,11 @@ mod tests {
             self.0
         }
 
-        async fn handle(&self, _: &crate::Event, _: &mut sqlx::MySqlConnection) -> anyhow::Result<()> {
+        async fn handle(
+            &self,
+            _: &crate::Event,
+            _: &mut sqlx::MySqlConnection,
+        ) -> anyhow::Result<()> {
             Ok(())
         }
     }
@@ -77,7 +91,7 @@ mod tests {
             mode: Mode::FromBeginning,
             status,
             position: Position::new(position),
-            side_effects: false,
+            has_side_effects: false,
             start_position: Some(Position::START),
             digest: None,
             event_types: None,
@@ -88,18 +102,25 @@ mod tests {
 
     /// Another boot was at it, and its handler committed a part of the next batch.
     #[test]
-    fn a_projector_that_must_be_rebuilt_has_reached_nothing() {
+    fn a_projector_that_must_be_rebuilt_never_counts_as_caught_up() {
         let whole = entry("a", Status::Booting, 70);
-        let incomplete = Entry { rebuild_reason: Some("a part of a batch is stored".into()), ..whole.clone() };
-        assert!(has_reached(&whole, Position::new(70)) && !has_reached(&incomplete, Position::new(70)));
+        let incomplete =
+            Entry { rebuild_reason: Some("a part of a batch is stored".into()), ..whole.clone() };
+        assert!(
+            has_reached(&whole, Position::new(70)) && !has_reached(&incomplete, Position::new(70))
+        );
     }
 
     #[test]
-    fn the_oldest_queued_event_is_the_lowest_that_a_live_projector_of_this_release_awaits() {
-        let registry = Registry::new().with(Idle("a")).and_then(|r| r.with(Idle("b"))).expect("two names");
+    fn the_oldest_queued_event_is_the_lowest_a_live_projector_of_this_release_needs() {
+        let registry =
+            Registry::new().with(Idle("a")).and_then(|r| r.with(Idle("b"))).expect("two names");
         let mark = Position::new(90);
-        let ledger =
-            [entry("a", Status::Live, 70), entry("b", Status::Live, 60), entry("of_another_release", Status::Live, 10)];
+        let ledger = [
+            entry("a", Status::Live, 70),
+            entry("b", Status::Live, 60),
+            entry("of_another_release", Status::Live, 10),
+        ];
         assert_eq!(oldest_queued(&registry, &ledger, mark), Position::new(60));
         let ledger = [entry("a", Status::Stalled, 20), entry("b", Status::Finished, 30)];
         assert_eq!(oldest_queued(&registry, &ledger, mark), mark);

@@ -3,10 +3,10 @@
 pub(crate) mod apply;
 pub(crate) mod boot;
 pub(crate) mod catch_up;
-pub(crate) mod deliver;
 pub(crate) mod handoff;
-pub(crate) mod interrupt;
 pub(crate) mod lag;
+pub(crate) mod packet_too_large;
 pub(crate) mod play;
 pub(crate) mod relay;
+pub(crate) mod retry;
 pub(crate) mod stall_watch;

@@ -9,27 +9,28 @@ use futures_util::FutureExt;
 use tracing::{debug, error, info, warn};
 use uuid::Uuid;
 
-use crate::engine::stall_watch::LogWatch;
+use crate::engine::stall_watch::StallWatch;
+use crate::model::backoff;
 use crate::model::error::Error;
 use crate::model::event::Position;
-use crate::model::metrics::{self, RelaySaw};
-use crate::model::retry;
+use crate::model::metrics::{self, RelayProgress};
 use crate::queue::{self, Queue, QueueError};
 use crate::store::{EventStore, HighWater, Marks, Page};
 
 /// A relay that stops without releasing its lease is missed for this long, and no longer.
-const LEASE: Duration = Duration::from_secs(5);
+const LEASE_DURATION: Duration = Duration::from_secs(5);
 
 /// How long a relay that panicked waits before it begins again.
-const AFTER_A_PANIC: Duration = Duration::from_secs(1);
+const PANIC_PAUSE: Duration = Duration::from_secs(1);
 
 /// For so long after an event, the next is expected soon: it is looked for more often.
-const BUSY_FOR: Duration = Duration::from_secs(1);
+const BUSY_PERIOD: Duration = Duration::from_secs(1);
 
 /// How the relay works.
 #[derive(Debug, Clone, Copy)]
 pub struct RelaySettings {
-    /// The longest pause between two looks at a log in which nothing is new. While events come, it is a twentieth of that.
+    /// The longest pause between two looks at a log in which nothing is new. While events come, it
+    /// is a twentieth of that.
     pub interval: Duration,
     /// The most events in one message, at least 1; the queue's largest message bounds it, too.
     pub max_events: usize,
@@ -48,23 +49,24 @@ pub(crate) struct Relay {
     settings: RelaySettings,
     holder: String,
     /// When the lease was last taken: an idle log costs reads, but hardly any writes.
-    leased: Option<Instant>,
-    /// As this relay left them: while it has the lease, hardly anybody else moves them, and who does only makes work.
+    leased_at: Option<Instant>,
+    /// As this relay left them: while it has the lease, hardly anybody else moves them, and who
+    /// does only makes work.
     marks: Option<Marks>,
-    watch: LogWatch,
+    watch: StallWatch,
     /// Whether the log has it that this is the queue.
-    is_recorded: bool,
+    is_queue_recorded: bool,
     /// How many messages were sent: a failure after progress is a first failure.
-    sent: u64,
+    messages_sent: u64,
 }
 
 /// What one look at the log came to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Looked {
+pub(crate) enum RelayOutcome {
     /// So many events were published, up to there; zero if nothing was new.
     Published { events: u64, through: Position },
     /// Another relay holds the lease.
-    Elsewhere,
+    LeasedElsewhere,
 }
 
 /// Why a look failed. What was sent stays sent; what was not will be.
@@ -80,7 +82,9 @@ impl From<RelayError> for Error {
     fn from(error: RelayError) -> Self {
         match error {
             RelayError::Database(error) => Error::Database(error),
-            RelayError::Queue(error) => Error::OutOfReach(format!("the queue cannot be used: {error}")),
+            RelayError::Queue(error) => {
+                Error::Unreachable(format!("the queue cannot be used: {error}"))
+            }
         }
     }
 }
@@ -90,8 +94,8 @@ pub(crate) fn deduplication_id(log_id: &str, published: Position, last: Position
     format!("{log_id}-{published}-{last}")
 }
 
-/// The first position of a page after `published` that has no row, if any has none. Those behind its last event begin the
-/// next page.
+/// The first position of a page after `published` that has no row, if any has none. Those behind
+/// its last event begin the next page.
 fn first_gap(published: Position, page: &Page) -> Option<Position> {
     let mut next = published.next();
     for event in &page.events {
@@ -105,34 +109,53 @@ fn first_gap(published: Position, page: &Page) -> Option<Position> {
 
 impl Relay {
     /// A relay of a process that knows of the log what `watch` knows.
-    pub(crate) fn new(store: EventStore, queue: Arc<dyn Queue>, settings: RelaySettings, watch: LogWatch) -> Self {
+    pub(crate) fn new(
+        store: EventStore,
+        queue: Arc<dyn Queue>,
+        settings: RelaySettings,
+        watch: StallWatch,
+    ) -> Self {
         let holder = Uuid::now_v7().to_string();
         let settings = RelaySettings { max_events: settings.max_events.max(1), ..settings };
-        Relay { store, queue, settings, holder, leased: None, marks: None, watch, is_recorded: false, sent: 0 }
-    }
-
-    /// Publishes until it is dropped; the lease it then holds runs out. Failures, and panics, are logged and tried again: a
-    /// relay that ended by itself would look like a log in which nothing happens.
-    pub(crate) async fn run(&mut self) {
-        loop {
-            let ended = AssertUnwindSafe(self.run_until_it_panics()).catch_unwind().await;
-            let Err(panic) = ended.map(|never: Infallible| match never {});
-            let message = panic.downcast_ref::<&str>().copied();
-            let message = message.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
-            error!(error = message.unwrap_or("(no message)"), "the relay panicked; it begins again");
-            // What it was about to note is read again.
-            (self.leased, self.marks) = (None, None);
-            tokio::time::sleep(AFTER_A_PANIC).await;
+        Relay {
+            store,
+            queue,
+            settings,
+            holder,
+            leased_at: None,
+            marks: None,
+            watch,
+            is_queue_recorded: false,
+            messages_sent: 0,
         }
     }
 
-    async fn run_until_it_panics(&mut self) -> Infallible {
+    /// Publishes until it is dropped; the lease it then holds runs out. Failures, and panics, are
+    /// logged and tried again: a relay that ended by itself would look like a log in which nothing
+    /// happens.
+    pub(crate) async fn run(&mut self) {
+        loop {
+            let ended = AssertUnwindSafe(self.run_until_panic()).catch_unwind().await;
+            let Err(panic) = ended.map(|never: Infallible| match never {});
+            let message = panic.downcast_ref::<&str>().copied();
+            let message = message.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+            error!(
+                error = message.unwrap_or("(no message)"),
+                "the relay panicked; it begins again"
+            );
+            // What it was about to note is read again.
+            (self.leased_at, self.marks) = (None, None);
+            tokio::time::sleep(PANIC_PAUSE).await;
+        }
+    }
+
+    async fn run_until_panic(&mut self) -> Infallible {
         let mut attempt = 1;
         let mut last_event: Option<Instant> = None;
         loop {
-            let before = self.sent;
-            match self.look().await {
-                Ok(Looked::Published { events, through }) => {
+            let before = self.messages_sent;
+            match self.publish_new().await {
+                Ok(RelayOutcome::Published { events, through }) => {
                     if attempt > 1 {
                         info!("the relay works again");
                     }
@@ -142,43 +165,50 @@ impl Relay {
                         last_event = Some(Instant::now());
                         continue;
                     }
-                    let is_busy = last_event.is_some_and(|last| last.elapsed() < BUSY_FOR);
+                    let is_busy = last_event.is_some_and(|last| last.elapsed() < BUSY_PERIOD);
                     tokio::time::sleep(self.settings.interval / if is_busy { 20 } else { 1 }).await;
                 }
-                Ok(Looked::Elsewhere) => tokio::time::sleep(LEASE / 5).await,
+                Ok(RelayOutcome::LeasedElsewhere) => tokio::time::sleep(LEASE_DURATION / 5).await,
                 Err(error) => {
-                    attempt = if self.sent > before { 2 } else { attempt + 1 };
-                    if retry::worth_telling(attempt) {
+                    attempt = if self.messages_sent > before { 2 } else { attempt + 1 };
+                    if backoff::should_log(attempt) {
                         warn!(attempt, %error, "the relay cannot work now, trying again");
                     }
-                    tokio::time::sleep(retry::delay(attempt + 4)).await;
+                    tokio::time::sleep(backoff::delay(attempt + 4)).await;
                 }
             }
         }
     }
 
     /// Gives the lease up. Best effort: it runs out by itself.
-    pub(crate) async fn release(&self) {
-        if let Err(error) = self.watch.write_down(&self.store).await {
+    pub(crate) async fn release_lease(&self) {
+        if let Err(error) = self.watch.store_blocked(&self.store).await {
             debug!(%error, "what holds the high-water mark was not written down");
         }
-        if let Err(error) = self.store.release_relay(&self.holder).await {
+        if let Err(error) = self.store.release_relay_lease(&self.holder).await {
             debug!(%error, "the relay's lease was not released, and runs out by itself");
         }
     }
 
     /// Raises the mark and publishes everything up to it.
-    pub(crate) async fn look(&mut self) -> Result<Looked, RelayError> {
-        let leased = match self.leased {
-            Some(leased) if leased.elapsed() < LEASE / 3 => leased,
+    pub(crate) async fn publish_new(&mut self) -> Result<RelayOutcome, RelayError> {
+        let leased_at = match self.leased_at {
+            Some(leased_at) if leased_at.elapsed() < LEASE_DURATION / 3 => leased_at,
             _ => {
-                let asked = Instant::now();
-                self.leased = self.store.lease_relay(&self.holder, LEASE).await?.then_some(asked);
-                let Some(leased) = self.leased else { return Ok(Looked::Elsewhere) };
-                // Others may have moved them meanwhile, or have given the log another id and key: until now, messages were
-                // signed with the ones before. They are not ours then, and nobody applies them; their events come from the store.
+                let requested_at = Instant::now();
+                self.leased_at = self
+                    .store
+                    .acquire_relay_lease(&self.holder, LEASE_DURATION)
+                    .await?
+                    .then_some(requested_at);
+                let Some(leased_at) = self.leased_at else {
+                    return Ok(RelayOutcome::LeasedElsewhere);
+                };
+                // Others may have moved them meanwhile, or have given the log another id and key:
+                // until now, messages were signed with the ones before. They are not ours then, and
+                // nobody applies them; their events come from the store.
                 self.marks = None;
-                leased
+                leased_at
             }
         };
         let marks = match self.marks.take() {
@@ -188,9 +218,11 @@ impl Relay {
         let mark = self.raise_high_water(&marks).await?;
         let mut published = marks.published;
         while published < mark {
-            let page = self.store.read_after(published, mark, self.settings.max_events as u64).await?;
+            let page =
+                self.store.read_after(published, mark, self.settings.max_events as u64).await?;
             if let Some(first) = first_gap(published, &page) {
-                // Below the mark every position had a row: these were deleted since. The audit names all of them.
+                // Below the mark every position had a row: these were deleted since. The audit
+                // names all of them.
                 let last = self.store.end_of_gap(first, mark).await?;
                 error!(
                     alert = "log_fault",
@@ -212,27 +244,27 @@ impl Relay {
                 let deduplication_id = deduplication_id(&marks.log.id, published, packed.last);
                 self.queue.send(&packed.body, &deduplication_id).await?;
                 self.store.set_published(packed.last).await?;
-                self.sent += 1;
-                metrics::sent(packed.events);
+                self.messages_sent += 1;
+                metrics::record_sent_message(packed.event_count);
                 published = packed.last;
-                rest = &rest[packed.events..];
+                rest = &rest[packed.event_count..];
             }
             // The next look renews the lease before it goes on.
-            if leased.elapsed() > LEASE / 2 {
+            if leased_at.elapsed() > LEASE_DURATION / 2 {
                 break;
             }
         }
-        metrics::looked(RelaySaw { high_water: mark, published });
-        metrics::mark_held(self.watch.since());
+        metrics::record_relay_progress(RelayProgress { high_water: mark, published });
+        metrics::record_mark_state(self.watch.blocked_since());
         let events = published.since(marks.published);
-        let held = marks.held.filter(|_| mark == marks.high_water);
-        self.marks = Some(Marks { high_water: mark, published, held, ..marks });
-        Ok(Looked::Published { events, through: published })
+        let held = marks.blocked.filter(|_| mark == marks.high_water);
+        self.marks = Some(Marks { high_water: mark, published, blocked: held, ..marks });
+        Ok(RelayOutcome::Published { events, through: published })
     }
 
     /// Has it kept with the log which queue this is, so that a worker on another one is noticed.
     async fn record_queue(&mut self) -> Result<(), sqlx::Error> {
-        if self.is_recorded {
+        if self.is_queue_recorded {
             return Ok(());
         }
         if let Some(queue) = self.queue.identity()
@@ -240,29 +272,34 @@ impl Relay {
         {
             self.store.record_queue(&queue).await?;
         }
-        self.is_recorded = true;
+        self.is_queue_recorded = true;
         Ok(())
     }
 
     /// Raises the mark. What is proved is published before a hole above it is waited for.
     async fn raise_high_water(&mut self, marks: &Marks) -> Result<Position, sqlx::Error> {
-        if self.watch.is_held_still(&self.store, marks.high_water).await? {
+        if self.watch.is_still_blocked(&self.store, marks.high_water).await? {
             return Ok(marks.high_water);
         }
         let risen = self.store.raise_over_visible(marks.high_water).await?;
-        if risen.meets_a_hole && risen.mark > marks.published {
+        if risen.has_gap && risen.mark > marks.published {
             return Ok(risen.mark);
         }
-        let high_water = match risen.meets_a_hole {
+        let high_water = match risen.has_gap {
             true => self.store.raise_high_water().await?,
             false => {
-                if marks.held.is_some() && risen.mark == marks.high_water {
-                    self.store.let_go(risen.mark).await?;
+                if marks.blocked.is_some() && risen.mark == marks.high_water {
+                    self.store.clear_blocked(risen.mark).await?;
                 }
-                HighWater { mark: risen.mark, held: None, held_for: Duration::ZERO, fault: risen.fault }
+                HighWater {
+                    mark: risen.mark,
+                    blocked: None,
+                    blocked_for: Duration::ZERO,
+                    fault: risen.fault,
+                }
             }
         };
-        self.watch.note(&self.store, &high_water).await?;
+        self.watch.record(&self.store, &high_water).await?;
         Ok(high_water.mark)
     }
 }

@@ -1,4 +1,5 @@
-//! What is in the way of the high-water mark, and what is wrong with the log: logged when it is worth somebody's while.
+//! What is in the way of the high-water mark, and what is wrong with the log: logged when it is
+//! worth somebody's while.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -6,78 +7,90 @@ use std::time::{Duration, Instant};
 use tracing::{info, warn};
 
 use crate::model::event::Position;
-use crate::store::{EventStore, Held, HighWater, LogFault};
+use crate::store::{Blocker, EventStore, HighWater, LogFault};
 
-/// A transaction may take its time. Beyond this, somebody should look: nothing after it is published or replayed.
-const TOO_LONG: Duration = Duration::from_secs(10);
+/// A transaction may take its time. Beyond this, somebody should look: nothing after it is
+/// published or replayed.
+const WARN_AFTER: Duration = Duration::from_secs(10);
 
-/// What has held the mark for this long is written to the log, where the next process finds since when. Most transactions
-/// end sooner, and cost no write.
-const WORTH_WRITING: Duration = Duration::from_millis(200);
+/// What has held the mark for this long is written to the log, where the next process finds since
+/// when. Most transactions end sooner, and cost no write.
+const STORE_AFTER: Duration = Duration::from_millis(200);
 
 /// A fault of the log stays until somebody acts: it is logged again this often.
 const REMIND_EVERY: Duration = Duration::from_secs(300);
 
-/// While the mark is held, the pauses between two full attempts to raise it: the first, and the longest.
+/// While the mark is held, the pauses between two full attempts to raise it: the first, and the
+/// longest.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
-/// Remembers what holds the mark, and since when, so that it is logged once and not with every look.
+/// Remembers what holds the mark, and since when, so that it is logged once and not with every
+/// look.
 #[derive(Debug, Default)]
-pub(crate) struct HeldWatch {
-    held: Option<HeldSince>,
+pub(crate) struct BlockedWatch {
+    current: Option<BlockedSince>,
 }
 
 #[derive(Debug)]
-struct HeldSince {
-    held: Held,
+struct BlockedSince {
+    cause: Blocker,
     since: Instant,
     is_logged: bool,
-    is_written: bool,
+    is_stored: bool,
 }
 
-impl HeldWatch {
+impl BlockedWatch {
     /// Takes note of what holds the mark now, if anything does.
-    pub(crate) fn note(&mut self, held: Option<Held>) {
-        self.note_for(held, Duration::ZERO);
+    pub(crate) fn record(&mut self, held: Option<Blocker>) {
+        self.record_with_age(held, Duration::ZERO);
     }
 
     /// The same, where it has held the mark for `age` already, as the log remembers it.
-    fn note_for(&mut self, held: Option<Held>, age: Duration) {
+    fn record_with_age(&mut self, held: Option<Blocker>, age: Duration) {
         let Some(held) = held else {
-            if self.held.take().is_some_and(|before| before.is_logged) {
+            if self.current.take().is_some_and(|before| before.is_logged) {
                 info!("the high-water mark rises again");
             }
             return;
         };
         let now = Instant::now();
         let since = now.checked_sub(age).unwrap_or(now);
-        match self.held.as_mut().filter(|before| before.held == held) {
+        match self.current.as_mut().filter(|before| before.cause == held) {
             Some(before) => {
                 before.since = before.since.min(since);
-                before.is_written |= !age.is_zero();
+                before.is_stored |= !age.is_zero();
             }
-            None => self.held = Some(HeldSince { held, since, is_logged: false, is_written: !age.is_zero() }),
+            None => {
+                self.current = Some(BlockedSince {
+                    cause: held,
+                    since,
+                    is_logged: false,
+                    is_stored: !age.is_zero(),
+                })
+            }
         }
-        let Some(HeldSince { held, since, is_logged, .. }) = self.held.as_mut().filter(|held| !held.is_logged) else {
+        let Some(BlockedSince { cause: held, since, is_logged, .. }) =
+            self.current.as_mut().filter(|held| !held.is_logged)
+        else {
             return;
         };
         match held {
-            Held::InFlight(position) if since.elapsed() > TOO_LONG => {
+            Blocker::InFlight(position) if since.elapsed() > WARN_AFTER => {
                 *is_logged = true;
                 warn!(
-                    alert = "high_water_held",
+                    alert = "high_water_blocked",
                     position = position.get(),
                     seconds = since.elapsed().as_secs(),
                     "a transaction that holds this position has neither committed nor rolled back: \
                      nothing after it is published or replayed. Look for it in information_schema.innodb_trx"
                 );
             }
-            Held::InFlight(_) => {}
-            Held::Gap(gap) => {
+            Blocker::InFlight(_) => {}
+            Blocker::WideGap(gap) => {
                 *is_logged = true;
                 warn!(
-                    alert = "high_water_held",
+                    alert = "high_water_blocked",
                     first = gap.start(),
                     last = gap.end(),
                     "so many positions are missing that no rollback explains it: nothing after them is published or \
@@ -90,115 +103,139 @@ impl HeldWatch {
     }
 }
 
-/// What one process knows of the mark's troubles. A worker's relay and its reconcile share it, so that each trouble is logged
-/// once. Cheap to clone.
+/// What one process knows of the mark's troubles. A worker's relay and its reconcile share it, so
+/// that each trouble is logged once. Cheap to clone.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct LogWatch(Arc<Mutex<Watch>>);
+pub(crate) struct StallWatch(Arc<Mutex<StallState>>);
 
 #[derive(Debug, Default)]
-struct Watch {
-    held: HeldWatch,
+struct StallState {
+    blocked_watch: BlockedWatch,
     /// Where the mark was held.
     mark: Position,
-    rest: Option<Rest>,
+    pause: Option<Pause>,
     fault: Option<(LogFault, Instant)>,
 }
 
 /// The time between two full attempts to raise a mark that is held.
 #[derive(Debug, Clone, Copy)]
-struct Rest {
+struct Pause {
     until: Instant,
-    pause: Duration,
+    length: Duration,
 }
 
-impl LogWatch {
-    fn watch(&self) -> MutexGuard<'_, Watch> {
+impl StallWatch {
+    fn lock(&self) -> MutexGuard<'_, StallState> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Since when the mark has been held by the same thing, if anything holds it.
-    pub(crate) fn since(&self) -> Option<Instant> {
-        self.watch().held.held.as_ref().map(|held| held.since)
+    pub(crate) fn blocked_since(&self) -> Option<Instant> {
+        self.lock().blocked_watch.current.as_ref().map(|held| held.since)
     }
 
     /// Raises the mark. While it is held, most attempts are one look at one row.
-    pub(crate) async fn raise_high_water(&self, store: &EventStore) -> Result<HighWater, sqlx::Error> {
-        let mark = self.watch().mark;
-        if self.is_held_still(store, mark).await? {
-            let held = self.watch().held.held.as_ref().map(|held| held.held.clone());
-            return Ok(HighWater { mark, held, held_for: Duration::ZERO, fault: None });
+    pub(crate) async fn raise_high_water(
+        &self,
+        store: &EventStore,
+    ) -> Result<HighWater, sqlx::Error> {
+        let mark = self.lock().mark;
+        if self.is_still_blocked(store, mark).await? {
+            let held = self.lock().blocked_watch.current.as_ref().map(|held| held.cause.clone());
+            return Ok(HighWater { mark, blocked: held, blocked_for: Duration::ZERO, fault: None });
         }
         let high_water = store.raise_high_water().await?;
-        self.note(store, &high_water).await?;
+        self.record(store, &high_water).await?;
         Ok(high_water)
     }
 
-    /// Whether the mark stands where it was held, below a hole, and the next full attempt is not due yet.
-    pub(crate) async fn is_held_still(&self, store: &EventStore, mark: Position) -> Result<bool, sqlx::Error> {
-        let is_resting = {
-            let watch = self.watch();
-            watch.mark == mark && watch.rest.is_some_and(|rest| Instant::now() < rest.until)
+    /// Whether the mark stands where it was held, below a hole, and the next full attempt is not
+    /// due yet.
+    pub(crate) async fn is_still_blocked(
+        &self,
+        store: &EventStore,
+        mark: Position,
+    ) -> Result<bool, sqlx::Error> {
+        let is_pausing = {
+            let watch = self.lock();
+            watch.mark == mark && watch.pause.is_some_and(|pause| Instant::now() < pause.until)
         };
-        Ok(is_resting && store.stands_below_a_hole(mark).await?)
+        Ok(is_pausing && store.is_below_gap(mark).await?)
     }
 
     /// Takes note of a full attempt to raise the mark.
-    pub(crate) async fn note(&self, store: &EventStore, high_water: &HighWater) -> Result<(), sqlx::Error> {
-        let is_worth_writing = {
-            let mut watch = self.watch();
-            watch.note(high_water);
-            watch.held.held.as_ref().is_some_and(|held| !held.is_written && held.since.elapsed() >= WORTH_WRITING)
+    pub(crate) async fn record(
+        &self,
+        store: &EventStore,
+        high_water: &HighWater,
+    ) -> Result<(), sqlx::Error> {
+        let should_store = {
+            let mut watch = self.lock();
+            watch.record(high_water);
+            watch
+                .blocked_watch
+                .current
+                .as_ref()
+                .is_some_and(|held| !held.is_stored && held.since.elapsed() >= STORE_AFTER)
         };
-        match is_worth_writing {
-            true => self.write_down(store).await,
+        match should_store {
+            true => self.store_blocked(store).await,
             false => Ok(()),
         }
     }
 
-    /// Writes down what holds the mark, if that is not written yet: before a process ends, for the next one.
-    pub(crate) async fn write_down(&self, store: &EventStore) -> Result<(), sqlx::Error> {
+    /// Writes down what holds the mark, if that is not written yet: before a process ends, for the
+    /// next one.
+    pub(crate) async fn store_blocked(&self, store: &EventStore) -> Result<(), sqlx::Error> {
         let (mark, held) = {
-            let watch = self.watch();
-            let held = watch.held.held.as_ref().filter(|held| !held.is_written);
-            (watch.mark, held.map(|held| held.held.clone()))
+            let watch = self.lock();
+            let held = watch.blocked_watch.current.as_ref().filter(|held| !held.is_stored);
+            (watch.mark, held.map(|held| held.cause.clone()))
         };
         let Some(held) = held else { return Ok(()) };
-        store.set_held(mark, &held).await?;
-        if let Some(written) = self.watch().held.held.as_mut().filter(|now| now.held == held) {
-            written.is_written = true;
+        store.record_blocked(mark, &held).await?;
+        if let Some(written) =
+            self.lock().blocked_watch.current.as_mut().filter(|now| now.cause == held)
+        {
+            written.is_stored = true;
         }
         Ok(())
     }
 }
 
-impl Watch {
-    fn note(&mut self, high_water: &HighWater) {
+impl StallState {
+    fn record(&mut self, high_water: &HighWater) {
         let now = Instant::now();
-        let HighWater { mark, held, held_for, fault } = high_water;
-        let is_the_same = self.mark == *mark && self.held.held.as_ref().map(|held| &held.held) == held.as_ref();
+        let HighWater { mark, blocked: held, blocked_for: held_for, fault } = high_water;
+        let is_unchanged = self.mark == *mark
+            && self.blocked_watch.current.as_ref().map(|held| &held.cause) == held.as_ref();
         self.mark = *mark;
-        self.held.note_for(held.clone(), *held_for);
-        self.rest = held.as_ref().map(|_| {
-            let pause =
-                self.rest.filter(|_| is_the_same).map_or(FIRST_PAUSE, |rest| (rest.pause * 2).min(LONGEST_PAUSE));
-            Rest { until: now + pause, pause }
+        self.blocked_watch.record_with_age(held.clone(), *held_for);
+        self.pause = held.as_ref().map(|_| {
+            let length = self
+                .pause
+                .filter(|_| is_unchanged)
+                .map_or(FIRST_PAUSE, |pause| (pause.length * 2).min(LONGEST_PAUSE));
+            Pause { until: now + length, length }
         });
-        self.note_fault(*fault, now);
+        self.record_fault(*fault, now);
     }
 
-    fn note_fault(&mut self, fault: Option<LogFault>, now: Instant) {
+    fn record_fault(&mut self, fault: Option<LogFault>, now: Instant) {
         let Some(fault) = fault else {
             if self.fault.take().is_some() {
-                info!("the high-water mark has its row again; an audit tells whether the log is what it was");
+                info!(
+                    "the high-water mark has its row again; an audit tells whether the log is what it was"
+                );
             }
             return;
         };
         // Where the log ends may change with each append; that the mark has no row is the fault.
-        let is_due = self
-            .fault
-            .is_none_or(|(before, told)| before.mark != fault.mark || now.duration_since(told) >= REMIND_EVERY);
+        let is_due = self.fault.is_none_or(|(before, logged_at)| {
+            before.mark != fault.mark || now.duration_since(logged_at) >= REMIND_EVERY
+        });
         if is_due {
-            fault.tell();
+            fault.log_alert();
             self.fault = Some((fault, now));
         }
     }
@@ -211,33 +248,35 @@ mod tests {
     fn attempt(mark: u64, held: Option<u64>, age: u64) -> HighWater {
         HighWater {
             mark: Position::new(mark),
-            held: held.map(|position| Held::InFlight(Position::new(position))),
-            held_for: Duration::from_secs(age),
+            blocked: held.map(|position| Blocker::InFlight(Position::new(position))),
+            blocked_for: Duration::from_secs(age),
             fault: None,
         }
     }
 
     #[test]
-    fn attempts_at_a_held_mark_become_rare_and_begin_anew_where_something_else_holds_it() {
-        let mut watch = Watch::default();
-        let pauses = |watch: &mut Watch, held, count| -> Vec<u128> {
-            let pause = |watch: &mut Watch| {
-                watch.note(&attempt(held - 1, Some(held), 0));
-                watch.rest.expect("it is held").pause.as_millis()
+    fn attempts_at_a_blocked_mark_back_off_and_restart_when_the_blocker_changes() {
+        let mut watch = StallState::default();
+        let pauses = |watch: &mut StallState, held, count| -> Vec<u128> {
+            let pause = |watch: &mut StallState| {
+                watch.record(&attempt(held - 1, Some(held), 0));
+                watch.pause.expect("it is held").length.as_millis()
             };
             (0..count).map(|_| pause(watch)).collect()
         };
         assert_eq!(pauses(&mut watch, 10, 7), [50, 100, 200, 400, 800, 1000, 1000]);
         assert_eq!(pauses(&mut watch, 20, 2), [50, 100]);
-        watch.note(&attempt(30, None, 0));
-        assert!(watch.rest.is_none() && watch.held.held.is_none());
+        watch.record(&attempt(30, None, 0));
+        assert!(watch.pause.is_none() && watch.blocked_watch.current.is_none());
     }
 
     #[test]
-    fn the_age_that_the_log_remembers_counts_and_is_not_written_again() {
-        let mut watch = Watch::default();
-        watch.note(&attempt(9, Some(10), 60));
-        let held = watch.held.held.as_ref().expect("it is held");
-        assert!(held.since.elapsed() >= Duration::from_secs(60) && held.is_written && held.is_logged);
+    fn the_blocked_since_stored_in_the_log_counts_and_is_not_rewritten() {
+        let mut watch = StallState::default();
+        watch.record(&attempt(9, Some(10), 60));
+        let held = watch.blocked_watch.current.as_ref().expect("it is held");
+        assert!(
+            held.since.elapsed() >= Duration::from_secs(60) && held.is_stored && held.is_logged
+        );
     }
 }

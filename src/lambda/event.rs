@@ -1,4 +1,5 @@
-//! What a function is invoked with: messages of an event source mapping, or a schedule. Only the fields that are needed.
+//! What a function is invoked with: messages of an event source mapping, or a schedule. Only the
+//! fields that are needed.
 
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -7,20 +8,20 @@ use crate::model::error::Error;
 
 /// Why a function is invoked.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Invoked {
+pub(crate) enum Trigger {
     /// By an event source mapping of SQS.
-    Messages(Batch),
+    Messages(MessageBatch),
     /// By a schedule of EventBridge; or by somebody who says so.
     Schedule,
 }
 
 /// Messages of one queue, in its order.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Batch {
+pub(crate) struct MessageBatch {
     pub(crate) ids: Vec<String>,
     pub(crate) bodies: Vec<String>,
     /// Its ARN, as the mapping names it.
-    pub(crate) queue: String,
+    pub(crate) queue_arn: String,
 }
 
 #[derive(Deserialize)]
@@ -50,41 +51,59 @@ const EXPECTED: &str = "expected are the messages of an SQS event source mapping
 ///
 /// # Errors
 /// [`Error::Input`], with what was expected, where it is another.
-pub(crate) fn parse(event: &str) -> Result<Invoked, Error> {
-    let refuse =
-        |why: String| Error::Input(format!("the function was invoked with what it does not know: {why}; {EXPECTED}"));
-    let envelope: Envelope = serde_json::from_str(event).map_err(|error| refuse(error.to_string()))?;
+pub(crate) fn parse(event: &str) -> Result<Trigger, Error> {
+    let refuse = |why: String| {
+        Error::Input(format!(
+            "the function was invoked with what it does not know: {why}; {EXPECTED}"
+        ))
+    };
+    let envelope: Envelope =
+        serde_json::from_str(event).map_err(|error| refuse(error.to_string()))?;
     match envelope {
         Envelope { records: Some(records), .. } => {
-            let queue = records.first().map(|record| record.event_source_arn.clone()).unwrap_or_default();
-            let (mut ids, mut bodies) = (Vec::with_capacity(records.len()), Vec::with_capacity(records.len()));
+            let queue_arn =
+                records.first().map(|record| record.event_source_arn.clone()).unwrap_or_default();
+            let (mut ids, mut bodies) =
+                (Vec::with_capacity(records.len()), Vec::with_capacity(records.len()));
             for record in records {
                 match (record.event_source.as_deref(), record.message_id, record.body) {
                     (Some("aws:sqs"), Some(id), Some(body)) => {
                         ids.push(id);
                         bodies.push(body);
                     }
-                    (Some("aws:sqs"), ..) => return Err(refuse("a message without messageId or body".into())),
-                    (source, ..) => return Err(refuse(format!("records of {}", source.unwrap_or("no named source")))),
+                    (Some("aws:sqs"), ..) => {
+                        return Err(refuse("a message without messageId or body".into()));
+                    }
+                    (source, ..) => {
+                        return Err(refuse(format!(
+                            "records of {}",
+                            source.unwrap_or("no named source")
+                        )));
+                    }
                 }
             }
-            Ok(Invoked::Messages(Batch { ids, bodies, queue }))
+            Ok(Trigger::Messages(MessageBatch { ids, bodies, queue_arn }))
         }
-        Envelope { detail_type: Some(detail_type), .. } if detail_type == "Scheduled Event" => Ok(Invoked::Schedule),
-        Envelope { detail_type: Some(other), .. } => Err(refuse(format!("an event of type {other:?}"))),
+        Envelope { detail_type: Some(detail_type), .. } if detail_type == "Scheduled Event" => {
+            Ok(Trigger::Schedule)
+        }
+        Envelope { detail_type: Some(other), .. } => {
+            Err(refuse(format!("an event of type {other:?}")))
+        }
         Envelope { .. } => Err(refuse("neither Records nor a detail-type".into())),
     }
 }
 
-impl Batch {
-    /// The answer: what is not named in it, the mapping deletes. `passed` says of each message whether it may be deleted. Of a
-    /// FIFO queue the first that may not is returned with all after it, so that they come again in their order.
-    pub(crate) fn answer(&self, passed: &[bool]) -> Value {
-        let mut is_held = false;
-        let is_fifo = self.queue.ends_with(".fifo");
-        let failed = self.ids.iter().zip(passed).filter(|(_, passed)| {
-            is_held = !**passed || is_held && is_fifo;
-            is_held
+impl MessageBatch {
+    /// The answer: what is not named in it, the mapping deletes. `processed` says of each message
+    /// whether it may be deleted. Of a FIFO queue the first that may not is returned with all after
+    /// it, so that they come again in their order.
+    pub(crate) fn response(&self, processed: &[bool]) -> Value {
+        let mut is_returned = false;
+        let is_fifo = self.queue_arn.ends_with(".fifo");
+        let failed = self.ids.iter().zip(processed).filter(|(_, processed)| {
+            is_returned = !**processed || is_returned && is_fifo;
+            is_returned
         });
         let failures: Vec<Value> = failed.map(|(id, _)| json!({ "itemIdentifier": id })).collect();
         json!({ "batchItemFailures": failures })
@@ -95,19 +114,19 @@ impl Batch {
 mod tests {
     use super::*;
 
-    fn batch(arn: &str) -> Batch {
+    fn batch(arn: &str) -> MessageBatch {
         let record = |id| json!({"messageId": id, "body": "b", "eventSource": "aws:sqs", "eventSourceARN": arn, "awsRegion": "x"});
         let event = json!({ "Records": [record("1"), record("2"), record("3")] }).to_string();
-        let Ok(Invoked::Messages(batch)) = parse(&event) else { panic!("it is one") };
+        let Ok(Trigger::Messages(batch)) = parse(&event) else { panic!("it is one") };
         batch
     }
 
     #[test]
-    fn of_a_fifo_queue_all_after_the_first_failure_are_returned_and_of_another_only_those_that_failed() {
+    fn a_fifo_batch_returns_all_after_the_first_failure_a_standard_one_only_failures() {
         let (fifo, standard) = (batch("arn:aws:sqs:x:1:q.fifo"), batch("arn:aws:sqs:x:1:q"));
-        let returned = |batch: &Batch, passed| {
-            let answer = batch.answer(passed);
-            let failures = answer["batchItemFailures"].as_array().expect("a list").clone();
+        let returned = |batch: &MessageBatch, processed| {
+            let response = batch.response(processed);
+            let failures = response["batchItemFailures"].as_array().expect("a list").clone();
             failures
                 .iter()
                 .map(|failure| failure["itemIdentifier"].as_str().expect("an id").to_owned())
@@ -123,29 +142,37 @@ mod tests {
     }
 
     #[test]
-    fn a_schedule_is_known_by_its_type_whoever_sends_it() {
+    fn a_schedule_event_is_recognized_by_its_type_alone() {
         for event in [
             r#"{"version":"0","source":"aws.events","detail-type":"Scheduled Event","detail":{}}"#,
             r#"{"source":"aws.scheduler","detail-type":"Scheduled Event","resources":["x"],"detail":"{}"}"#,
             r#"{"detail-type":"Scheduled Event"}"#,
         ] {
-            assert_eq!(parse(event).expect("a schedule"), Invoked::Schedule);
+            assert_eq!(parse(event).expect("a schedule"), Trigger::Schedule);
         }
     }
 
     #[test]
-    fn what_is_not_known_is_refused_with_what_was_expected() {
+    fn an_unknown_event_is_refused_with_the_expected_kinds() {
         for (event, why) in [
             ("", "EOF"),
             ("[1]", "expected"),
             ("{}", "neither Records nor a detail-type"),
             (r#"{"Records":[{"eventSource":"aws:s3","s3":{}}]}"#, "records of aws:s3"),
             (r#"{"Records":[{"EventSource":"aws:sns"}]}"#, "records of no named source"),
-            (r#"{"Records":[{"eventSource":"aws:sqs","messageId":"1"}]}"#, "without messageId or body"),
+            (
+                r#"{"Records":[{"eventSource":"aws:sqs","messageId":"1"}]}"#,
+                "without messageId or body",
+            ),
             (r#"{"detail-type":"EC2 Instance State-change Notification"}"#, "EC2 Instance"),
         ] {
-            let told = parse(event).expect_err("it is none").to_string();
-            assert!(told.contains(why) && told.contains("aws:sqs") && told.contains("Scheduled Event"), "{told}");
+            let error = parse(event).expect_err("it is none").to_string();
+            assert!(
+                error.contains(why)
+                    && error.contains("aws:sqs")
+                    && error.contains("Scheduled Event"),
+                "{error}"
+            );
         }
     }
 }

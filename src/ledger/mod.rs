@@ -7,19 +7,19 @@ use sqlx::{AssertSqlSafe, Connection, MySqlConnection, Row};
 use time::PrimitiveDateTime;
 
 use crate::database::Database;
-use crate::model::error::{MayPass, is_transient};
-use crate::model::event::{Position, datetime};
-use crate::model::lifecycle::{self, FailedEvent, Failure, Stage, Status, Step};
+use crate::model::error::{Transient, is_transient};
+use crate::model::event::{Position, utc_datetime};
+use crate::model::lifecycle::{self, FailedEvent, Failure, Stage, Status, Transition};
 use crate::model::projector::{Mode, ProjectorId};
-use crate::model::registry::Registered;
+use crate::model::registry::RegisteredProjector;
 
 /// The columns of an [`Entry`], of those rows that the rest of the statement names.
 macro_rules! select_entry {
     ($rest:literal) => {
         concat!(
-            "select name, version, mode, status, position, side_effects, failed_position, failed_event_id, \
+            "select name, version, mode, status, position, has_side_effects, failed_position, failed_event_id, \
              failed_event_type, failed_error, failed_at, failed_attempts, failed_release, failed_host, \
-             half_applied, rebuild_reason, \
+             partially_applied, rebuild_reason, \
              start_position, digest, event_types, owned_tables from projectors ",
             $rest
         )
@@ -28,22 +28,25 @@ macro_rules! select_entry {
 
 const ENTRIES: &str = select_entry!("order by created_at, name, version");
 /// No more columns than a worker needs, which asks with every receive.
-const LIVE: &str = "select name, version, position, digest from projectors where status = 'live'";
+const LIVE_PROJECTORS: &str =
+    "select name, version, position, digest from projectors where status = 'live'";
 const ENTRY: &str = select_entry!("where name = ? and version = ?");
 const LOCK: &str = select_entry!("where name = ? and version = ? for update");
 
 /// Two boots may see a new projector at once: the row of the first stands.
-const ENTER: &str = "insert into projectors \
-                         (name, version, mode, status, position, side_effects, start_position, digest, event_types) \
+const REGISTER: &str = "insert into projectors \
+                         (name, version, mode, status, position, has_side_effects, start_position, digest, event_types) \
                      values (?, ?, ?, 'booting', ?, ?, ?, ?, ?) on duplicate key update name = name";
 
-/// Only over the digest that was compared with: two boots of different releases must not take turns unseen.
+/// Only over the digest that was compared with: two boots of different releases must not take turns
+/// unseen.
 const SET_DEFINITION: &str = "update projectors set digest = ?, event_types = ? \
                               where name = ? and version = ? and digest <=> ?";
 
-const SET_OWNED_TABLES: &str = "update projectors set owned_tables = ? where name = ? and version = ?";
+const SET_OWNED_TABLES: &str =
+    "update projectors set owned_tables = ? where name = ? and version = ?";
 
-const ACCEPT: &str = "update projectors set rebuild_reason = null, half_applied = 0 where name = ? and version = ?";
+const CLEAR_REBUILD_REASON: &str = "update projectors set rebuild_reason = null, partially_applied = 0 where name = ? and version = ?";
 
 const SET_STATUS: &str = "update projectors set status = ?, failed_position = ?, failed_event_id = ?, \
                           failed_event_type = ?, failed_error = ?, failed_at = ?, failed_attempts = ?, \
@@ -54,7 +57,7 @@ const SET_STATUS: &str = "update projectors set status = ?, failed_position = ?,
 const REMOVE: &str = "delete from projectors where name = ? and version = ? and status = 'retired'";
 
 /// Why a projector must be rebuilt whose row was seen with the mark of a claim.
-const HALF_APPLIED: &str = "a handler committed a part of a batch, by itself or by a statement that does so, and the batch \
+const PARTIALLY_APPLIED: &str = "a handler committed a part of a batch, by itself or by a statement that does so, and the batch \
                             did not come to its end: that part is stored without its position, so rebuild the read model";
 
 /// What is kept of an error, in characters; `failed_error` is a `text` of 65,535 bytes.
@@ -81,28 +84,30 @@ pub struct Entry {
     /// Every event up to here that it subscribes to has been applied, once.
     pub position: Position,
     /// Whether it acts outside the database.
-    pub side_effects: bool,
+    pub has_side_effects: bool,
     /// Where it began. `None`: it was booted before the ledger kept this.
     pub start_position: Option<Position>,
-    /// The digest of the definition with which it was last booted. `None`: it was booted before the ledger kept this.
+    /// The digest of the definition with which it was last booted. `None`: it was booted before the
+    /// ledger kept this.
     pub digest: Option<String>,
     /// The event types with which it was last booted; `["*"]` is all of them. `None`: not known.
     pub event_types: Option<Vec<String>>,
-    /// The tables that its setup has made or that it names as its own, as `table` or `database.table`. `None`: not
-    /// known.
+    /// The tables that its setup has made or that it names as its own, as `table` or
+    /// `database.table`. `None`: not known.
     pub owned_tables: Option<Vec<String>>,
     /// Why its read model must be rebuilt. Boot neither resumes such a projector nor hands it over.
     pub rebuild_reason: Option<String>,
 }
 
 impl Entry {
-    /// Whether a definition with this digest is the one that it was last booted with; a row without a digest takes any.
-    pub(crate) fn is_booted_with(&self, digest: &str) -> bool {
+    /// Whether a definition with this digest is the one that it was last booted with; a row without
+    /// a digest takes any.
+    pub(crate) fn matches_digest(&self, digest: &str) -> bool {
         self.digest.as_deref().is_none_or(|booted| booted == digest)
     }
 
-    /// Whether it has moved since it began, so that its read model holds something. Without a start, any position
-    /// counts.
+    /// Whether it has moved since it began, so that its read model holds something. Without a
+    /// start, any position counts.
     pub(crate) fn is_past_start(&self) -> bool {
         self.position > self.start_position.unwrap_or(Position::START)
     }
@@ -110,7 +115,7 @@ impl Entry {
 
 /// A live projector, as far as a worker has to know.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Live {
+pub(crate) struct LiveProjector {
     pub(crate) id: ProjectorId,
     pub(crate) position: Position,
     /// The digest of the definition with which it was last booted, if the ledger has one.
@@ -128,14 +133,22 @@ impl Ledger {
     /// # Errors
     /// If the database fails.
     pub async fn entries(&self) -> Result<Vec<Entry>, sqlx::Error> {
-        let rows = self.database.ask(async |connection| sqlx::query(ENTRIES).fetch_all(connection).await).await?;
-        rows.iter().map(decode).collect()
+        let rows = self
+            .database
+            .run_cached(async |connection| sqlx::query(ENTRIES).fetch_all(connection).await)
+            .await?;
+        rows.iter().map(decode_entry).collect()
     }
 
     /// The projectors that are live, of any release. Waits for no lock.
-    pub(crate) async fn live(&self) -> Result<Vec<Live>, sqlx::Error> {
-        let live = self.database.ask(async |connection| sqlx::query_as(LIVE).fetch_all(connection).await).await?;
-        let decode = |(name, version, position, digest)| Live {
+    pub(crate) async fn live_projectors(&self) -> Result<Vec<LiveProjector>, sqlx::Error> {
+        let live = self
+            .database
+            .run_cached(async |connection| {
+                sqlx::query_as(LIVE_PROJECTORS).fetch_all(connection).await
+            })
+            .await?;
+        let decode = |(name, version, position, digest)| LiveProjector {
             id: ProjectorId { name, version },
             position: Position::new(position),
             digest,
@@ -144,8 +157,12 @@ impl Ledger {
     }
 
     /// Enters a new projector as booting; one that is there already is left as it is.
-    pub(crate) async fn enter(&self, projector: &Registered, position: Position) -> Result<(), sqlx::Error> {
-        let enter = sqlx::query(ENTER)
+    pub(crate) async fn register(
+        &self,
+        projector: &RegisteredProjector,
+        position: Position,
+    ) -> Result<(), sqlx::Error> {
+        let register = sqlx::query(REGISTER)
             .bind(&projector.id.name)
             .bind(projector.id.version)
             .bind(projector.mode.as_str())
@@ -154,39 +171,56 @@ impl Ledger {
             .bind(position.get())
             .bind(&projector.digest)
             .bind(encode_list(&projector.subscription()));
-        self.database.answer(async |connection| enter.execute(connection).await).await.map(|_| ())
+        self.database
+            .run_pooled(async |connection| register.execute(connection).await)
+            .await
+            .map(|_| ())
     }
 
-    /// Records the definition with which a projector is booted, in place of the one with the digest `before`.
-    pub(crate) async fn set_definition(&self, projector: &Registered, before: Option<&str>) -> Result<(), sqlx::Error> {
+    /// Records the definition with which a projector is booted, in place of the one with the digest
+    /// `before`.
+    pub(crate) async fn set_definition(
+        &self,
+        projector: &RegisteredProjector,
+        before: Option<&str>,
+    ) -> Result<(), sqlx::Error> {
         let set = sqlx::query(SET_DEFINITION)
             .bind(&projector.digest)
             .bind(encode_list(&projector.subscription()))
             .bind(&projector.id.name)
             .bind(projector.id.version)
             .bind(before);
-        self.database.answer(async |connection| set.execute(connection).await).await.map(|_| ())
+        self.database.run_pooled(async |connection| set.execute(connection).await).await.map(|_| ())
     }
 
     /// Records the tables that a projector owns.
-    pub(crate) async fn set_owned_tables(&self, id: &ProjectorId, tables: &[String]) -> Result<(), sqlx::Error> {
-        let set = sqlx::query(SET_OWNED_TABLES).bind(encode_list(tables)).bind(&id.name).bind(id.version);
-        self.database.answer(async |connection| set.execute(connection).await).await.map(|_| ())
+    pub(crate) async fn set_owned_tables(
+        &self,
+        id: &ProjectorId,
+        tables: &[String],
+    ) -> Result<(), sqlx::Error> {
+        let set =
+            sqlx::query(SET_OWNED_TABLES).bind(encode_list(tables)).bind(&id.name).bind(id.version);
+        self.database.run_pooled(async |connection| set.execute(connection).await).await.map(|_| ())
     }
 
     /// Forgets why a read model must be rebuilt: an operator has repaired it.
-    pub(crate) async fn accept(&self, id: &ProjectorId) -> Result<(), sqlx::Error> {
-        let accept = sqlx::query(ACCEPT).bind(&id.name).bind(id.version);
-        self.database.answer(async |connection| accept.execute(connection).await).await.map(|_| ())
+    pub(crate) async fn clear_rebuild_reason(&self, id: &ProjectorId) -> Result<(), sqlx::Error> {
+        let accept = sqlx::query(CLEAR_REBUILD_REASON).bind(&id.name).bind(id.version);
+        self.database
+            .run_pooled(async |connection| accept.execute(connection).await)
+            .await
+            .map(|_| ())
     }
 
-    /// Takes a step of the lifecycle under the row's lock, if `still` holds of the row; returns the row as
-    /// it is afterwards, or `None` if there is none. A row of which it does not hold is left as it is.
-    pub(crate) async fn step(
+    /// Takes a step of the lifecycle under the row's lock, if `still` holds of the row; returns the
+    /// row as it is afterwards, or `None` if there is none. A row of which it does not hold is left
+    /// as it is.
+    pub(crate) async fn transition(
         &self,
         id: &ProjectorId,
-        step: Step,
-        still: impl Fn(&Entry) -> bool,
+        step: Transition,
+        condition: impl Fn(&Entry) -> bool,
     ) -> Result<Option<Entry>, LedgerError> {
         let mut connection = self.database.acquire().await?;
         let begin = async {
@@ -194,17 +228,17 @@ impl Ledger {
             let locked = lock(&mut transaction, id).await?;
             Ok((transaction, locked))
         };
-        let (mut transaction, Some(mut entry)) = self.database.answered(begin).await? else {
+        let (mut transaction, Some(mut entry)) = self.database.with_timeout(begin).await? else {
             return Ok(None);
         };
-        if still(&entry) {
-            entry.status = lifecycle::take(&entry.status, entry.mode, step)
+        if condition(&entry) {
+            entry.status = lifecycle::apply_transition(&entry.status, entry.mode, step)
                 .map_err(|error| LedgerError::Step(id.clone(), error))?;
             let commit = async {
                 set_status(&mut transaction, id, &entry.status).await?;
                 transaction.commit().await
             };
-            self.database.answered(commit).await?;
+            self.database.with_timeout(commit).await?;
         }
         Ok(Some(entry))
     }
@@ -212,40 +246,49 @@ impl Ledger {
     /// What the ledger has of one projector now. Waits for no lock.
     pub(crate) async fn entry(&self, id: &ProjectorId) -> Result<Option<Entry>, sqlx::Error> {
         let entry = sqlx::query(ENTRY).bind(&id.name).bind(id.version);
-        let row = self.database.ask(async |connection| entry.fetch_optional(connection).await).await?;
-        row.map(|row| decode(&row)).transpose()
+        let row = self
+            .database
+            .run_cached(async |connection| entry.fetch_optional(connection).await)
+            .await?;
+        row.map(|row| decode_entry(&row)).transpose()
     }
 
-    /// Moves projectors together over events that none of them wants: the fence and the commit of each, in one
-    /// statement. Returns how many were moved. A projector is not moved that is not this stage's, does not stand at
-    /// `from`, or was booted with another definition.
-    pub(crate) async fn pass_over(
+    /// Moves projectors together over events that none of them wants: the fence and the commit of
+    /// each, in one statement. Returns how many were moved. A projector is not moved that is not
+    /// this stage's, does not stand at `from`, or was booted with another definition.
+    pub(crate) async fn skip_ahead(
         &self,
-        projectors: &[&Registered],
+        projectors: &[&RegisteredProjector],
         stage: Stage,
         from: Position,
         to: Position,
     ) -> Result<u64, sqlx::Error> {
-        let identity = |of: &&Registered| format!("('{}', {})", of.id.name, of.id.version);
+        let identity = |of: &&RegisteredProjector| format!("('{}', {})", of.id.name, of.id.version);
         let identities = projectors.iter().map(identity).collect::<Vec<_>>().join(", ");
         // A digest contains the identity, so that one list of digests serves all of them.
-        let digest = |of: &&Registered| format!("'{}'", of.digest);
+        let digest = |of: &&RegisteredProjector| format!("'{}'", of.digest);
         let digests = projectors.iter().map(digest).collect::<Vec<_>>().join(", ");
-        let statuses = stage.statuses();
-        let pass_over = format!(
+        let statuses = stage.statuses_sql();
+        let skip_ahead = format!(
             "update projectors set position = {to} \
              where (name, version) in ({identities}) and position = {from} and status in ({statuses}) \
-             and not half_applied and rebuild_reason is null and (digest is null or digest in ({digests}))"
+             and not partially_applied and rebuild_reason is null and (digest is null or digest in ({digests}))"
         );
-        let pass_over = sqlx::raw_sql(AssertSqlSafe(pass_over));
-        let moved = self.database.ask(async |connection| pass_over.execute(connection).await).await?;
+        let skip_ahead = sqlx::raw_sql(AssertSqlSafe(skip_ahead));
+        let moved = self
+            .database
+            .run_cached(async |connection| skip_ahead.execute(connection).await)
+            .await?;
         Ok(moved.rows_affected())
     }
 
     /// Forgets a projector: the next boot of it would start from the beginning.
     pub(crate) async fn remove(&self, id: &ProjectorId) -> Result<(), sqlx::Error> {
         let remove = sqlx::query(REMOVE).bind(&id.name).bind(id.version);
-        self.database.answer(async |connection| remove.execute(connection).await).await.map(|_| ())
+        self.database
+            .run_pooled(async |connection| remove.execute(connection).await)
+            .await
+            .map(|_| ())
     }
 }
 
@@ -253,13 +296,13 @@ impl Ledger {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum LedgerError {
     #[error("{0}: {1}")]
-    Step(ProjectorId, lifecycle::IllegalStep),
+    Step(ProjectorId, lifecycle::IllegalTransition),
     #[error(transparent)]
     Database(#[from] sqlx::Error),
 }
 
-impl MayPass for LedgerError {
-    fn may_pass(&self) -> bool {
+impl Transient for LedgerError {
+    fn is_transient(&self) -> bool {
         match self {
             LedgerError::Step(..) => false,
             LedgerError::Database(error) => is_transient(error),
@@ -268,68 +311,83 @@ impl MayPass for LedgerError {
 }
 
 /// Locks a projector's row until the transaction ends.
-async fn lock(connection: &mut MySqlConnection, id: &ProjectorId) -> Result<Option<Entry>, sqlx::Error> {
+async fn lock(
+    connection: &mut MySqlConnection,
+    id: &ProjectorId,
+) -> Result<Option<Entry>, sqlx::Error> {
     let row = sqlx::query(LOCK).bind(&id.name).bind(id.version).fetch_optional(connection).await?;
-    row.map(|row| decode(&row)).transpose()
+    row.map(|row| decode_entry(&row)).transpose()
 }
 
 /// A projector's row, as the transaction that applies a batch to it claims and moves it.
 #[derive(Clone, Copy)]
 pub(crate) struct Claim<'a> {
-    pub(crate) projector: &'a Registered,
+    pub(crate) projector: &'a RegisteredProjector,
     pub(crate) stage: Stage,
-    /// The savepoint that stands at the beginning of the transaction. A handler that commits, or runs a statement that
-    /// does (DDL), takes it away: releasing it then fails with error 1305. So does a deadlock, which rolls back the
-    /// whole transaction.
+    /// The savepoint that stands at the beginning of the transaction. A handler that commits, or
+    /// runs a statement that does (DDL), takes it away: releasing it then fails with error 1305. So
+    /// does a deadlock, which rolls back the whole transaction.
     pub(crate) savepoint: &'a str,
     /// A condition that holds as long as the handler has not changed its session.
-    pub(crate) unchanged: &'a str,
+    pub(crate) unchanged_condition: &'a str,
 }
 
 /// What has become of a projector's row with a commit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Moved {
+pub(crate) enum CommitOutcome {
     /// It was moved, and nobody has it.
-    Free,
+    Released,
     /// It was moved, and is locked for the next batch.
     Claimed,
-    /// It was moved, and another session had it before it could be locked again. A transaction has begun all the same.
-    Lost,
-    /// The handler's writes are committed, and no row was moved: the handler deleted it, or hid the ledger behind a
-    /// temporary table.
-    No,
+    /// It was moved, and another session had it before it could be locked again. A transaction has
+    /// begun all the same.
+    ClaimLost,
+    /// The handler's writes are committed, and no row was moved: the handler deleted it, or hid the
+    /// ledger behind a temporary table.
+    NotMoved,
 }
 
 impl Claim<'_> {
-    /// The fence: begins the transaction that applies events, and locks the projector's row if it is still this stage's,
-    /// its position is `from`, and it was booted with this definition. `false`, with nothing locked, if it is not.
+    /// The fence: begins the transaction that applies events, and locks the projector's row if it
+    /// is still this stage's, its position is `from`, and it was booted with this definition.
+    /// `false`, with nothing locked, if it is not.
     ///
-    /// In one packet, which cannot be prepared: an identity has no character that SQL knows (`Registry::add`), and the
-    /// rest is numbers and words of ours. The session's `autocommit` is off, so that the first statement begins the
-    /// transaction.
-    pub(crate) async fn begin(self, session: &mut MySqlConnection, from: Position) -> Result<bool, sqlx::Error> {
-        Ok(sqlx::raw_sql(AssertSqlSafe(self.claim(from))).execute(session).await?.rows_affected() == 1)
+    /// In one packet, which cannot be prepared: an identity has no character that SQL knows
+    /// (`Registry::add`), and the rest is numbers and words of ours. The session's `autocommit` is
+    /// off, so that the first statement begins the transaction.
+    pub(crate) async fn begin(
+        self,
+        session: &mut MySqlConnection,
+        from: Position,
+    ) -> Result<bool, sqlx::Error> {
+        Ok(sqlx::raw_sql(AssertSqlSafe(self.claim_sql(from)))
+            .execute(session)
+            .await?
+            .rows_affected()
+            == 1)
     }
 
-    /// Moves a projector whose claim is held, and commits, in one packet: it ends before the commit where the transaction
-    /// is another one, the row is not as it was locked, or the session has been changed.
+    /// Moves a projector whose claim is held, and commits, in one packet: it ends before the commit
+    /// where the transaction is another one, the row is not as it was locked, or the session has
+    /// been changed.
     ///
     /// # Errors
-    /// With the server's number 1305 if the transaction is no longer the one that was begun; 1690 if the row or the
-    /// session has changed. After an error nothing is committed, unless it is the answer that was lost.
+    /// With the server's number 1305 if the transaction is no longer the one that was begun; 1690
+    /// if the row or the session has changed. After an error nothing is committed, unless it is the
+    /// answer that was lost.
     pub(crate) async fn commit(
         self,
         session: &mut MySqlConnection,
         from: Position,
         to: Position,
-    ) -> Result<Moved, sqlx::Error> {
-        let commit = format!("{}; commit", self.advance(from, to));
+    ) -> Result<CommitOutcome, sqlx::Error> {
+        let commit = format!("{}; commit", self.advance_sql(from, to));
         let rows = sqlx::raw_sql(AssertSqlSafe(commit)).execute(session).await?.rows_affected();
-        Ok(if rows == 1 { Moved::Free } else { Moved::No })
+        Ok(if rows == 1 { CommitOutcome::Released } else { CommitOutcome::NotMoved })
     }
 
-    /// [`Claim::commit`], and [`Claim::begin`] for the next batch behind it in the same packet. Another session that waits
-    /// for the row has it first.
+    /// [`Claim::commit`], and [`Claim::begin`] for the next batch behind it in the same packet.
+    /// Another session that waits for the row has it first.
     ///
     /// # Errors
     /// As [`Claim::commit`]. After any other error it may be committed all the same.
@@ -338,45 +396,50 @@ impl Claim<'_> {
         session: &mut MySqlConnection,
         from: Position,
         to: Position,
-    ) -> Result<Moved, sqlx::Error> {
-        let commit = format!("{}; commit; {}", self.advance(from, to), self.claim(to));
+    ) -> Result<CommitOutcome, sqlx::Error> {
+        let commit = format!("{}; commit; {}", self.advance_sql(from, to), self.claim_sql(to));
         let rows = sqlx::raw_sql(AssertSqlSafe(commit)).execute(session).await?.rows_affected();
         Ok(match rows {
-            2 => Moved::Claimed,
-            1 => Moved::Lost,
-            _ => Moved::No,
+            2 => CommitOutcome::Claimed,
+            1 => CommitOutcome::ClaimLost,
+            _ => CommitOutcome::NotMoved,
         })
     }
 
-    /// The row is marked as half applied, and unmarked with the position. Nobody ever sees the mark, unless a handler
-    /// commits in between: then a part of the batch is stored, and no claim succeeds any more.
-    fn claim(self, at: Position) -> String {
+    /// The row is marked as half applied, and unmarked with the position. Nobody ever sees the
+    /// mark, unless a handler commits in between: then a part of the batch is stored, and no claim
+    /// succeeds any more.
+    fn claim_sql(self, at: Position) -> String {
         let Claim { projector, stage, savepoint, .. } = self;
         let (ProjectorId { name, version }, digest) = (&projector.id, &projector.digest);
-        let statuses = stage.statuses();
+        let statuses = stage.statuses_sql();
         format!(
-            "update projectors set half_applied = 1 \
+            "update projectors set partially_applied = 1 \
              where name = '{name}' and version = {version} and position = {at} and status in ({statuses}) \
-             and not half_applied and rebuild_reason is null and (digest is null or digest = '{digest}'); \
+             and not partially_applied and rebuild_reason is null and (digest is null or digest = '{digest}'); \
              savepoint {savepoint}"
         )
     }
 
-    /// No number is larger than that one, so that the update fails where the condition does not hold. (It depends on the
-    /// row, or it would be computed, and fail, in any case.)
-    fn advance(self, from: Position, to: Position) -> String {
-        let Claim { projector, savepoint, unchanged, .. } = self;
+    /// No number is larger than that one, so that the update fails where the condition does not
+    /// hold. (It depends on the row, or it would be computed, and fail, in any case.)
+    fn advance_sql(self, from: Position, to: Position) -> String {
+        let Claim { projector, savepoint, unchanged_condition: unchanged, .. } = self;
         let ProjectorId { name, version } = &projector.id;
         format!(
             "release savepoint {savepoint}; \
-             update projectors set half_applied = 0, \
+             update projectors set partially_applied = 0, \
              position = if(position = {from} and {unchanged}, {to}, 18446744073709551615 + (position >= 0)) \
              where name = '{name}' and version = {version}"
         )
     }
 }
 
-async fn set_status(connection: &mut MySqlConnection, id: &ProjectorId, status: &Status) -> Result<(), sqlx::Error> {
+async fn set_status(
+    connection: &mut MySqlConnection,
+    id: &ProjectorId,
+    status: &Status,
+) -> Result<(), sqlx::Error> {
     let failure = status.failure();
     let event = failure.and_then(|failure| failure.event.as_ref());
     sqlx::query(SET_STATUS)
@@ -385,11 +448,19 @@ async fn set_status(connection: &mut MySqlConnection, id: &ProjectorId, status: 
         .bind(event.map(|event| &event.event_id))
         .bind(event.map(|event| &event.event_type))
         .bind(failure.map(|failure| failure.error.as_str()))
-        .bind(failure.map(|failure| datetime(failure.at)))
+        .bind(failure.map(|failure| utc_datetime(failure.at)))
         .bind(failure.map(|failure| failure.attempts))
-        .bind(failure.and_then(|failure| failure.release.as_deref()).map(|release| limited(release, MAX_RELEASE)))
-        .bind(failure.map(|failure| limited(&failure.host, MAX_HOST)))
-        .bind(failure.and_then(|failure| failure.rebuild.as_deref()).map(|reason| limited(reason, MAX_ERROR)))
+        .bind(
+            failure
+                .and_then(|failure| failure.release.as_deref())
+                .map(|release| truncate(release, MAX_RELEASE)),
+        )
+        .bind(failure.map(|failure| truncate(&failure.host, MAX_HOST)))
+        .bind(
+            failure
+                .and_then(|failure| failure.rebuild_reason.as_deref())
+                .map(|reason| truncate(reason, MAX_ERROR)),
+        )
         .bind(&id.name)
         .bind(id.version)
         .execute(connection)
@@ -397,17 +468,19 @@ async fn set_status(connection: &mut MySqlConnection, id: &ProjectorId, status: 
         .map(|_| ())
 }
 
-pub(crate) fn limited(text: &str, characters: usize) -> String {
+pub(crate) fn truncate(text: &str, characters: usize) -> String {
     text.chars().take(characters).collect()
 }
 
-fn decode(row: &MySqlRow) -> Result<Entry, sqlx::Error> {
+fn decode_entry(row: &MySqlRow) -> Result<Entry, sqlx::Error> {
     let unreadable = |column: &str, text: &str| {
-        sqlx::Error::Decode(format!("projectors.{column} has {text:?}, which this release does not know").into())
+        sqlx::Error::Decode(
+            format!("projectors.{column} has {text:?}, which this release does not know").into(),
+        )
     };
     let rebuild_reason: Option<String> = row.try_get("rebuild_reason")?;
-    let rebuild_reason = match row.try_get("half_applied")? {
-        true => rebuild_reason.or_else(|| Some(HALF_APPLIED.into())),
+    let rebuild_reason = match row.try_get("partially_applied")? {
+        true => rebuild_reason.or_else(|| Some(PARTIALLY_APPLIED.into())),
         false => rebuild_reason,
     };
     let mode: String = row.try_get("mode")?;
@@ -425,7 +498,7 @@ fn decode(row: &MySqlRow) -> Result<Entry, sqlx::Error> {
             attempts: row.try_get("failed_attempts")?,
             release: row.try_get("failed_release")?,
             host: row.try_get("failed_host")?,
-            rebuild: rebuild_reason.clone(),
+            rebuild_reason: rebuild_reason.clone(),
         }),
         unknown => return Err(unreadable("status", unknown)),
     };
@@ -434,7 +507,7 @@ fn decode(row: &MySqlRow) -> Result<Entry, sqlx::Error> {
         mode: mode.parse().map_err(|_| unreadable("mode", &mode))?,
         status,
         position: Position::new(row.try_get("position")?),
-        side_effects: row.try_get("side_effects")?,
+        has_side_effects: row.try_get("has_side_effects")?,
         start_position: row.try_get::<Option<u64>, _>("start_position")?.map(Position::new),
         digest: row.try_get("digest")?,
         event_types: decode_list(row, "event_types")?,
@@ -450,7 +523,9 @@ fn encode_list(list: &[String]) -> String {
 fn decode_list(row: &MySqlRow, column: &str) -> Result<Option<Vec<String>>, sqlx::Error> {
     let Some(text) = row.try_get::<Option<String>, _>(column)? else { return Ok(None) };
     let list = serde_json::from_str(&text).map_err(|error| {
-        sqlx::Error::Decode(format!("projectors.{column} is not a JSON list of strings: {error}").into())
+        sqlx::Error::Decode(
+            format!("projectors.{column} is not a JSON list of strings: {error}").into(),
+        )
     })?;
     Ok(Some(list))
 }

@@ -33,18 +33,18 @@ impl Run {
 
     /// The events above a position.
     pub(crate) fn above(&self, position: Position) -> &[Event] {
-        &self.events[self.known(position) as usize..]
+        &self.events[self.count_through(position) as usize..]
     }
 
     /// How many of its events do not lie above a position.
-    pub(crate) fn known(&self, position: Position) -> u64 {
+    pub(crate) fn count_through(&self, position: Position) -> u64 {
         position.since(self.prev).min(self.events.len() as u64)
     }
 }
 
 /// What to do with a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Link {
+pub(crate) enum Action {
     /// All of it is applied already.
     Skip,
     /// It continues what is applied: apply the events above the position.
@@ -54,32 +54,32 @@ pub(crate) enum Link {
 }
 
 /// The chain rule (design, section 3, step 6).
-pub(crate) fn link(position: Position, run: &Run) -> Link {
+pub(crate) fn choose_action(position: Position, run: &Run) -> Action {
     if run.last() <= position {
-        Link::Skip
+        Action::Skip
     } else if run.prev() <= position {
-        Link::Apply
+        Action::Apply
     } else {
-        Link::CatchUp
+        Action::CatchUp
     }
 }
 
 /// Orders runs and joins those that touch or overlap, so that repetition and disorder within one
 /// receive cost nothing.
-pub(crate) fn join(mut runs: Vec<Run>) -> Vec<Run> {
+pub(crate) fn merge(mut runs: Vec<Run>) -> Vec<Run> {
     runs.sort_by_key(|run| (run.prev(), run.last()));
     let mut runs = VecDeque::from(runs);
-    let mut joined: Vec<Run> = Vec::with_capacity(runs.len());
+    let mut merged: Vec<Run> = Vec::with_capacity(runs.len());
     while let Some(mut run) = runs.pop_front() {
-        match joined.last_mut() {
+        match merged.last_mut() {
             Some(before) if run.prev() <= before.last() => {
                 let known = before.last().since(run.prev()).min(run.events.len() as u64) as usize;
                 before.events.extend(run.events.drain(known..));
             }
-            _ => joined.push(run),
+            _ => merged.push(run),
         }
     }
-    joined
+    merged
 }
 
 #[cfg(test)]
@@ -87,14 +87,14 @@ pub(crate) mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::model::event::Recorded;
+    use crate::model::event::RecordedEvent;
 
     pub(crate) fn event(position: u64) -> Event {
-        recorded(position).into()
+        recorded_event(position).into()
     }
 
-    pub(crate) fn recorded(position: u64) -> Recorded {
-        Recorded {
+    pub(crate) fn recorded_event(position: u64) -> RecordedEvent {
+        RecordedEvent {
             position: Position::new(position),
             event_id: format!("event-{position}"),
             stream_id: "case-1".into(),
@@ -111,7 +111,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_run_has_no_holes_and_begins_after_its_prev() {
+    fn a_run_has_no_gaps_and_begins_after_its_prev() {
         assert!(Run::new(Position::new(4), vec![event(5), event(6)]).is_some());
         assert!(Run::new(Position::new(4), vec![event(5), event(7)]).is_none());
         assert!(Run::new(Position::new(4), vec![event(6)]).is_none());
@@ -120,10 +120,11 @@ pub(crate) mod tests {
     }
 
     proptest! {
-        /// Whatever arrives, in whatever order and however often: following the chain rule, a projector
-        /// applies every position from where it stood to the highest one that it saw, each once, ascending.
+        /// Whatever arrives, in whatever order and however often: following the chain rule, a
+        /// projector applies every position from where it stood to the highest one that it saw,
+        /// each once, ascending.
         #[test]
-        fn any_loss_repetition_or_disorder_leaves_every_position_applied_once(
+        fn lost_repeated_or_reordered_runs_apply_each_position_once(
             start in 0u64..30,
             deliveries in prop::collection::vec(prop::collection::vec((0u64..60, 1u64..8), 1..6), 1..12),
         ) {
@@ -131,14 +132,14 @@ pub(crate) mod tests {
             let mut applied = Vec::new();
             let mut seen = start;
             for delivery in deliveries {
-                let runs = join(delivery.iter().map(|&(prev, length)| run(prev, prev + length)).collect());
+                let runs = merge(delivery.iter().map(|&(prev, length)| run(prev, prev + length)).collect());
                 for run in &runs {
                     seen = seen.max(run.last().get());
-                    match link(Position::new(position), run) {
-                        Link::Skip => {}
-                        Link::Apply => applied.extend(run.above(Position::new(position)).iter().map(|e| e.position().get())),
+                    match choose_action(Position::new(position), run) {
+                        Action::Skip => {}
+                        Action::Apply => applied.extend(run.above(Position::new(position)).iter().map(|e| e.position().get())),
                         // The store holds every position, so catching up applies exactly these.
-                        Link::CatchUp => applied.extend(position + 1..=run.last().get()),
+                        Action::CatchUp => applied.extend(position + 1..=run.last().get()),
                     }
                     position = position.max(run.last().get());
                 }
@@ -147,19 +148,19 @@ pub(crate) mod tests {
         }
 
         #[test]
-        fn joined_runs_hold_the_same_positions_and_never_touch(
+        fn joined_runs_keep_the_same_positions_and_are_never_adjacent(
             runs in prop::collection::vec((0u64..60, 1u64..8), 0..12),
         ) {
             let positions = |runs: &[Run]| -> std::collections::BTreeSet<u64> {
                 runs.iter().flat_map(|run| run.events.iter().map(|event| event.position().get())).collect()
             };
             let runs: Vec<Run> = runs.into_iter().map(|(prev, length)| run(prev, prev + length)).collect();
-            let joined = join(runs.clone());
-            prop_assert_eq!(positions(&joined), positions(&runs));
-            for pair in joined.windows(2) {
+            let merged = merge(runs.clone());
+            prop_assert_eq!(positions(&merged), positions(&runs));
+            for pair in merged.windows(2) {
                 prop_assert!(pair[0].last() < pair[1].prev());
             }
-            for run in &joined {
+            for run in &merged {
                 prop_assert_eq!(Some(run.clone()), Run::new(run.prev, run.events.clone()));
             }
         }

@@ -1,4 +1,5 @@
-//! Errors, as far as code branches on them: what a command exits with, and what is worth trying again.
+//! Errors, as far as code branches on them: what a command exits with, and what is worth trying
+//! again.
 
 use std::process::ExitCode;
 
@@ -15,10 +16,10 @@ pub enum Error {
     Projector(String),
     /// An audit found a fault in the log: exit code 1.
     #[error("{0}")]
-    Fault(String),
+    LogFault(String),
     /// The queue has messages that are not of this log: exit code 1.
     #[error("{0}")]
-    Foreign(String),
+    ForeignMessages(String),
     /// A worker's loop stands still: exit code 1.
     #[error("{0}")]
     Unhealthy(String),
@@ -27,7 +28,7 @@ pub enum Error {
     Input(String),
     /// The database or the queue is out of reach: exit code 3.
     #[error("{0}")]
-    OutOfReach(String),
+    Unreachable(String),
     /// A signal ended it before its end: exit code 143, as of a process that the signal kills.
     #[error("interrupted; run it again, it goes on where it stopped")]
     Interrupted,
@@ -37,12 +38,16 @@ pub enum Error {
 }
 
 impl Error {
-    /// 1 a projector failed (or an audit found a fault, or a worker is ill), 2 usage, configuration or input, 3 database or queue out of reach, 143 interrupted.
+    /// 1 a projector failed (or an audit found a fault, or a worker is ill), 2 usage, configuration
+    /// or input, 3 database or queue out of reach, 143 interrupted.
     pub fn exit_code(&self) -> ExitCode {
         ExitCode::from(match self {
-            Error::Projector(_) | Error::Fault(_) | Error::Foreign(_) | Error::Unhealthy(_) => 1,
+            Error::Projector(_)
+            | Error::LogFault(_)
+            | Error::ForeignMessages(_)
+            | Error::Unhealthy(_) => 1,
             Error::Input(_) => 2,
-            Error::OutOfReach(_) => 3,
+            Error::Unreachable(_) => 3,
             Error::Interrupted => 143,
             Error::Database(error) if is_transient(error) => 3,
             Error::Database(_) => 2,
@@ -50,7 +55,8 @@ impl Error {
     }
 }
 
-/// Server errors that say nothing about the statement, only about the moment: it may be tried again.
+/// Server errors that say nothing about the statement, only about the moment: it may be tried
+/// again.
 ///
 /// Deadlock and lock wait time-out; a server that starts, stops, is full or has become read-only
 /// (a failover leaves old connections on the former primary); an interrupted or killed session.
@@ -73,7 +79,7 @@ const TRANSIENT: &[u16] = &[
 const NOT_MIGRATED: &[u16] = &[1054, 1146];
 
 /// The server's number for an error, if the server raised it.
-pub(crate) fn server_error(error: &sqlx::Error) -> Option<u16> {
+pub(crate) fn server_error_number(error: &sqlx::Error) -> Option<u16> {
     let sqlx::Error::Database(error) = error else { return None };
     Some(error.try_downcast_ref::<MySqlDatabaseError>()?.number())
 }
@@ -88,26 +94,26 @@ pub(crate) fn is_transient(error: &sqlx::Error) -> bool {
         | sqlx::Error::PoolClosed
         | sqlx::Error::WorkerCrashed => true,
         error if is_read_only(error) => true,
-        error => server_error(error).is_some_and(|number| TRANSIENT.contains(&number)),
+        error => server_error_number(error).is_some_and(|number| TRANSIENT.contains(&number)),
     }
 }
 
-/// Whether the other end was gone while we were sending. (A session that is killed while it waits for an answer ends in
-/// another way: with an error of the server's, or the end of the stream.)
-pub(crate) fn is_hang_up(error: &sqlx::Error) -> bool {
+/// Whether the other end was gone while we were sending. (A session that is killed while it waits
+/// for an answer ends in another way: with an error of the server's, or the end of the stream.)
+pub(crate) fn is_connection_reset(error: &sqlx::Error) -> bool {
     use std::io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset};
     matches!(error, sqlx::Error::Io(error) if matches!(error.kind(), BrokenPipe | ConnectionAborted | ConnectionReset))
 }
 
 /// Whether no answer came in time, so that nobody knows what the other end does.
-pub(crate) fn is_time_out(error: &sqlx::Error) -> bool {
+pub(crate) fn is_timeout(error: &sqlx::Error) -> bool {
     matches!(error, sqlx::Error::Io(error) if error.kind() == std::io::ErrorKind::TimedOut)
 }
 
-/// Whether the server does not write, as a former primary after a failover. (1290 says of other options, too, that they are in
-/// the way: `--secure-file-priv`.)
+/// Whether the server does not write, as a former primary after a failover. (1290 says of other
+/// options, too, that they are in the way: `--secure-file-priv`.)
 pub(crate) fn is_read_only(error: &sqlx::Error) -> bool {
-    match server_error(error) {
+    match server_error_number(error) {
         Some(1836) => true,
         Some(1290) => error.to_string().contains("read-only"),
         _ => false,
@@ -120,52 +126,57 @@ pub(crate) fn database_error(error: &anyhow::Error) -> Option<&sqlx::Error> {
 }
 
 /// An error that may pass by itself.
-pub(crate) trait MayPass {
+pub(crate) trait Transient {
     /// Whether the same thing may well succeed a moment later.
-    fn may_pass(&self) -> bool;
+    fn is_transient(&self) -> bool;
 }
 
-impl MayPass for sqlx::Error {
-    fn may_pass(&self) -> bool {
+impl Transient for sqlx::Error {
+    fn is_transient(&self) -> bool {
         is_transient(self)
     }
 }
 
-impl MayPass for anyhow::Error {
-    fn may_pass(&self) -> bool {
-        caused_by_transient(self)
+impl Transient for anyhow::Error {
+    fn is_transient(&self) -> bool {
+        has_transient_cause(self)
     }
 }
 
 /// [`is_transient`], for what a handler returned: somewhere in its chain of causes.
-pub(crate) fn caused_by_transient(error: &anyhow::Error) -> bool {
+pub(crate) fn has_transient_cause(error: &anyhow::Error) -> bool {
     database_error(error).is_some_and(is_transient)
 }
 
-/// An error with its causes, each once: some repeat their cause in their own words. Where errors are kept to their numbers,
-/// without what a server said.
-pub(crate) fn tell(error: &anyhow::Error) -> String {
-    let told = error.chain().map(ToString::to_string).fold(String::new(), |told, cause| match told.as_str() {
-        "" => cause,
-        told if told.contains(&cause) => told.to_owned(),
-        told => format!("{told}: {cause}"),
-    });
+/// An error with its causes, each once: some repeat their cause in their own words. Where errors
+/// are kept to their numbers, without what a server said.
+pub(crate) fn format_chain(error: &anyhow::Error) -> String {
+    let message =
+        error.chain().map(ToString::to_string).fold(String::new(), |message, cause| match message
+            .as_str()
+        {
+            "" => cause,
+            message if message.contains(&cause) => message.to_owned(),
+            message => format!("{message}: {cause}"),
+        });
     let server = database_error(error).and_then(sqlx::Error::as_database_error);
     match server.filter(|server| text::redacts_errors() && !server.message().is_empty()) {
         // A handler may have put the message into words of its own.
         Some(server) => {
-            let number = server.try_downcast_ref::<MySqlDatabaseError>().map_or(0, MySqlDatabaseError::number);
-            let number = text::error_number(&number.to_string(), server.code().as_deref());
-            text::shown(&told).replace(server.message(), &number)
+            let number = server
+                .try_downcast_ref::<MySqlDatabaseError>()
+                .map_or(0, MySqlDatabaseError::number);
+            let number = text::format_error_number(&number.to_string(), server.code().as_deref());
+            text::redact(&message).replace(server.message(), &number)
         }
-        None => text::shown(&told).into_owned(),
+        None => text::redact(&message).into_owned(),
     }
 }
 
 fn explain(error: &sqlx::Error) -> String {
-    let number = server_error(error);
+    let number = server_error_number(error);
     let error = error.to_string();
-    let error = text::shown(&error);
+    let error = text::redact(&error);
     match number {
         Some(number) if NOT_MIGRATED.contains(&number) => {
             format!(

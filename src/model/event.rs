@@ -11,18 +11,20 @@ use sqlx::mysql::MySqlRow;
 use sqlx::{Decode, MySql, Row, Type};
 use time::{OffsetDateTime, PrimitiveDateTime, UtcOffset};
 
-use crate::model::lenient;
+use crate::model::server_json;
 
 /// The event type of a row that only fills a position whose transaction rolled back.
 ///
 /// Types that begin with `$` belong to the log itself: [`NewEvent::check`] refuses them.
-pub const TOMBSTONE: &str = "$tombstone";
+pub const FILLER: &str = "$filler";
 
 /// An event's place in the one global order of the log: `events.position`.
 ///
 /// Positions start at 1, and below the high-water mark they have no holes.
 /// [`Position::START`] (0) stands before the first event.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
 #[serde(transparent)]
 pub struct Position(u64);
 
@@ -64,22 +66,23 @@ impl fmt::Display for Position {
 
 /// One row of the log.
 ///
-/// Its fields stay where the server or the queue put them until a projector asks: most projectors look at few of the events that
-/// they pass, and at little of those.
+/// Its fields stay where the server or the queue put them until a projector asks: most projectors
+/// look at few of the events that they pass, and at little of those.
 pub struct Event {
     position: Position,
     /// Asked of every event, by every projector.
-    is_tombstone: bool,
+    is_filler: bool,
     /// Whether a field was asked for that the row does not have as it should.
-    is_spoiled: AtomicBool,
+    has_decode_error: AtomicBool,
     fields: Fields,
-    /// Payload and metadata, where they are JSON to the server and not to serde_json. Made when they are first read.
-    rewritten: OnceLock<Box<Rewritten>>,
+    /// Payload and metadata, where they are JSON to the server and not to serde_json. Made when
+    /// they are first read.
+    strict_json: OnceLock<Box<StrictJson>>,
 }
 
-/// JSON texts that [`lenient::rewritten`] has changed.
+/// JSON texts that [`server_json::to_strict`] has changed.
 #[derive(Default)]
-struct Rewritten {
+struct StrictJson {
     payload: Option<String>,
     metadata: Option<String>,
 }
@@ -88,7 +91,7 @@ struct Rewritten {
 enum Fields {
     /// In the row that the server sent.
     Row(MySqlRow),
-    Given(Box<Recorded>),
+    Owned(Box<RecordedEvent>),
 }
 
 /// The columns of such a row: those of the log's table, in its order.
@@ -103,10 +106,10 @@ enum Column {
     Metadata,
 }
 
-/// The fields of an event, by name: what an [`Event`] is made of where it does not come from the log, as in a test of a
-/// projector.
+/// The fields of an event, by name: what an [`Event`] is made of where it does not come from the
+/// log, as in a test of a projector.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Recorded {
+pub struct RecordedEvent {
     /// Its place in the global order.
     pub position: Position,
     /// Unique over the whole log.
@@ -127,33 +130,36 @@ pub struct Recorded {
 
 /// A time as the database stores it: a `datetime` in UTC.
 ///
-/// Bind this and not the [`OffsetDateTime`]: sqlx binds that as a `timestamp`, which MariaDB turns into null before 1970
-/// and from 2038-01-19T03:14:08Z on.
-pub(crate) fn datetime(at: OffsetDateTime) -> PrimitiveDateTime {
+/// Bind this and not the [`OffsetDateTime`]: sqlx binds that as a `timestamp`, which MariaDB turns
+/// into null before 1970 and from 2038-01-19T03:14:08Z on.
+pub(crate) fn utc_datetime(at: OffsetDateTime) -> PrimitiveDateTime {
     let at = at.to_offset(UtcOffset::UTC);
     PrimitiveDateTime::new(at.date(), at.time())
 }
 
-/// When an event was recorded. What is no date (`0000-00-00`, which a server stores whose `sql_mode` is lax) is read as
-/// 1970-01-01, 00:00 in UTC: one row that says no time must not stop everybody behind it.
-pub(crate) fn recorded_at(row: &MySqlRow, column: usize) -> OffsetDateTime {
+/// When an event was recorded. What is no date (`0000-00-00`, which a server stores whose
+/// `sql_mode` is lax) is read as 1970-01-01, 00:00 in UTC: one row that says no time must not stop
+/// everybody behind it.
+pub(crate) fn decode_recorded_at(row: &MySqlRow, column: usize) -> OffsetDateTime {
     let recorded_at = row.try_get::<PrimitiveDateTime, _>(column);
     recorded_at.map_or(OffsetDateTime::UNIX_EPOCH, PrimitiveDateTime::assume_utc)
 }
 
 impl Event {
-    /// The event in a row of the log, with its columns in the order of the log's table. Its position is decoded, and it is seen
-    /// whether it is a tombstone; the rest is decoded when it is asked for, unless [`Event::check`] looks.
+    /// The event in a row of the log, with its columns in the order of the log's table. Its
+    /// position is decoded, and it is seen whether it is a tombstone; the rest is decoded when it
+    /// is asked for, unless [`Event::check`] looks.
     ///
     /// # Errors
     /// If these are not what the log's table has there.
     pub(crate) fn from_row(row: MySqlRow) -> Result<Self, sqlx::Error> {
         Ok(Event {
             position: Position::new(row.try_get(Column::Position as usize)?),
-            is_tombstone: row.try_get_unchecked::<&[u8], _>(Column::EventType as usize)? == TOMBSTONE.as_bytes(),
-            is_spoiled: AtomicBool::new(false),
+            is_filler: row.try_get_unchecked::<&[u8], _>(Column::EventType as usize)?
+                == FILLER.as_bytes(),
+            has_decode_error: AtomicBool::new(false),
             fields: Fields::Row(row),
-            rewritten: OnceLock::new(),
+            strict_json: OnceLock::new(),
         })
     }
 
@@ -171,16 +177,17 @@ impl Event {
         row.try_get::<u64, _>("stream_version").map(|_| ())
     }
 
-    /// Why a field could not be read that was asked for; `None`: all could. Whoever asked was given nothing in its place, and
-    /// must not be believed.
-    pub(crate) fn spoiled(&self) -> Option<sqlx::Error> {
-        self.is_spoiled.load(Ordering::Relaxed).then(|| self.check().err()).flatten()
+    /// Why a field could not be read that was asked for; `None`: all could. Whoever asked was given
+    /// nothing in its place, and must not be believed.
+    pub(crate) fn decode_error(&self) -> Option<sqlx::Error> {
+        self.has_decode_error.load(Ordering::Relaxed).then(|| self.check().err()).flatten()
     }
 
-    /// Whether its type is one of these. One whose type cannot be read may be: it must not be passed over, and is spoiled.
-    pub(crate) fn may_be_of(&self, types: &HashSet<String>) -> bool {
+    /// Whether its type is one of these. One whose type cannot be read may be: it must not be
+    /// passed over, and is spoiled.
+    pub(crate) fn may_match(&self, types: &HashSet<String>) -> bool {
         match self.event_type() {
-            "" => self.is_spoiled.load(Ordering::Relaxed),
+            "" => self.has_decode_error.load(Ordering::Relaxed),
             event_type => types.contains(event_type),
         }
     }
@@ -212,18 +219,19 @@ impl Event {
 
     /// When, in UTC, to the microsecond.
     ///
-    /// To bind it to a statement, use [`Event::recorded_at_utc`]. An [`OffsetDateTime`] is bound as a `timestamp`, which MariaDB
-    /// stores as null before 1970 and from 2038-01-19T03:14:08Z on.
+    /// To bind it to a statement, use [`Event::recorded_at_utc`]. An [`OffsetDateTime`] is bound as
+    /// a `timestamp`, which MariaDB stores as null before 1970 and from 2038-01-19T03:14:08Z on.
     pub fn recorded_at(&self) -> OffsetDateTime {
         match &self.fields {
-            Fields::Row(row) => recorded_at(row, Column::RecordedAt as usize),
-            Fields::Given(recorded) => recorded.recorded_at,
+            Fields::Row(row) => decode_recorded_at(row, Column::RecordedAt as usize),
+            Fields::Owned(recorded) => recorded.recorded_at,
         }
     }
 
-    /// When, in UTC, to the microsecond, as a `datetime` column stores it. This is the one to bind to a statement.
+    /// When, in UTC, to the microsecond, as a `datetime` column stores it. This is the one to bind
+    /// to a statement.
     pub fn recorded_at_utc(&self) -> PrimitiveDateTime {
-        datetime(self.recorded_at())
+        utc_datetime(self.recorded_at())
     }
 
     /// The payload's JSON text, byte for byte as it was appended.
@@ -236,15 +244,15 @@ impl Event {
         self.field(Column::Metadata, |given| given.metadata.as_deref())
     }
 
-    /// Decodes the payload. What the database accepts as JSON and serde_json does not (MariaDB's `\\'`, `1.`; MySQL's NUL after
-    /// the document) is read as the database reads it.
+    /// Decodes the payload. What the database accepts as JSON and serde_json does not (MariaDB's
+    /// `\\'`, `1.`; MySQL's NUL after the document) is read as the database reads it.
     ///
     /// # Errors
-    /// If the JSON does not have the shape of `T`. Returned from a handler, it breaks the projector at
-    /// this event.
+    /// If the JSON does not have the shape of `T`. Returned from a handler, it breaks the projector
+    /// at this event.
     pub fn payload<T: DeserializeOwned>(&self) -> Result<T, serde_json::Error> {
         let read = serde_json::from_str(self.payload_text());
-        read.or_else(|error| self.lenient_payload().map_or(Err(error), serde_json::from_str))
+        read.or_else(|error| self.strict_payload().map_or(Err(error), serde_json::from_str))
     }
 
     /// Decodes the metadata; `null` stands in where there is none, so `T` may be an `Option`.
@@ -253,59 +261,68 @@ impl Event {
     /// If the JSON does not have the shape of `T`.
     pub fn metadata<T: DeserializeOwned>(&self) -> Result<T, serde_json::Error> {
         let read = serde_json::from_str(self.metadata_text().unwrap_or("null"));
-        read.or_else(|error| self.lenient_metadata().map_or(Err(error), serde_json::from_str))
+        read.or_else(|error| self.strict_metadata().map_or(Err(error), serde_json::from_str))
     }
 
-    /// The payload for serde_json, where that has refused the payload as it was written; `None` where that cannot help.
-    pub(crate) fn lenient_payload(&self) -> Option<&str> {
-        self.rewritten().payload.as_deref()
+    /// The payload for serde_json, where that has refused the payload as it was written; `None`
+    /// where that cannot help.
+    pub(crate) fn strict_payload(&self) -> Option<&str> {
+        self.strict_json().payload.as_deref()
     }
 
     /// The metadata, likewise.
-    pub(crate) fn lenient_metadata(&self) -> Option<&str> {
-        self.rewritten().metadata.as_deref()
+    pub(crate) fn strict_metadata(&self) -> Option<&str> {
+        self.strict_json().metadata.as_deref()
     }
 
-    fn rewritten(&self) -> &Rewritten {
-        self.rewritten.get_or_init(|| {
-            let payload = lenient::rewritten(self.payload_text());
-            Box::new(Rewritten { payload, metadata: self.metadata_text().and_then(lenient::rewritten) })
+    fn strict_json(&self) -> &StrictJson {
+        self.strict_json.get_or_init(|| {
+            let payload = server_json::to_strict(self.payload_text());
+            Box::new(StrictJson {
+                payload,
+                metadata: self.metadata_text().and_then(server_json::to_strict),
+            })
         })
     }
 
     /// Whether this row only fills a position. Tombstones move projectors on and are shown to none.
-    pub fn is_tombstone(&self) -> bool {
-        self.is_tombstone
+    pub fn is_filler(&self) -> bool {
+        self.is_filler
     }
 
     /// Payload and metadata, in bytes. Decodes neither.
     pub(crate) fn json_bytes(&self) -> usize {
         match &self.fields {
             Fields::Row(row) => {
-                let bytes = |column: Column| row.try_get_unchecked::<Option<&[u8]>, _>(column as usize).ok().flatten();
-                bytes(Column::Payload).map_or(0, <[u8]>::len) + bytes(Column::Metadata).map_or(0, <[u8]>::len)
+                let bytes = |column: Column| {
+                    row.try_get_unchecked::<Option<&[u8]>, _>(column as usize).ok().flatten()
+                };
+                bytes(Column::Payload).map_or(0, <[u8]>::len)
+                    + bytes(Column::Metadata).map_or(0, <[u8]>::len)
             }
-            Fields::Given(recorded) => recorded.payload.len() + recorded.metadata.as_ref().map_or(0, String::len),
+            Fields::Owned(recorded) => {
+                recorded.payload.len() + recorded.metadata.as_ref().map_or(0, String::len)
+            }
         }
     }
 
     /// A field, wherever it is.
-    fn field<'e, T>(&'e self, column: Column, given: impl FnOnce(&'e Recorded) -> T) -> T
+    fn field<'e, T>(&'e self, column: Column, given: impl FnOnce(&'e RecordedEvent) -> T) -> T
     where
         T: Decode<'e, MySql> + Type<MySql> + Default,
     {
         match &self.fields {
             Fields::Row(row) => row.try_get(column as usize).unwrap_or_else(|_| {
-                self.is_spoiled.store(true, Ordering::Relaxed);
+                self.has_decode_error.store(true, Ordering::Relaxed);
                 T::default()
             }),
-            Fields::Given(recorded) => given(recorded),
+            Fields::Owned(recorded) => given(recorded),
         }
     }
 
     /// Its fields, by name.
-    fn recorded(&self) -> Recorded {
-        Recorded {
+    fn to_recorded(&self) -> RecordedEvent {
+        RecordedEvent {
             position: self.position,
             event_id: self.event_id().to_owned(),
             stream_id: self.stream_id().to_owned(),
@@ -318,14 +335,14 @@ impl Event {
     }
 }
 
-impl From<Recorded> for Event {
-    fn from(recorded: Recorded) -> Self {
+impl From<RecordedEvent> for Event {
+    fn from(recorded: RecordedEvent) -> Self {
         Event {
             position: recorded.position,
-            is_tombstone: recorded.event_type == TOMBSTONE,
-            is_spoiled: AtomicBool::new(false),
-            fields: Fields::Given(Box::new(recorded)),
-            rewritten: OnceLock::new(),
+            is_filler: recorded.event_type == FILLER,
+            has_decode_error: AtomicBool::new(false),
+            fields: Fields::Owned(Box::new(recorded)),
+            strict_json: OnceLock::new(),
         }
     }
 }
@@ -333,13 +350,13 @@ impl From<Recorded> for Event {
 impl Clone for Event {
     /// A copy of its fields, which keeps nothing of what else was read with it.
     fn clone(&self) -> Self {
-        self.recorded().into()
+        self.to_recorded().into()
     }
 }
 
 impl PartialEq for Event {
     fn eq(&self, other: &Self) -> bool {
-        self.recorded() == other.recorded()
+        self.to_recorded() == other.to_recorded()
     }
 }
 
@@ -347,7 +364,7 @@ impl Eq for Event {}
 
 impl fmt::Debug for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.recorded().fmt(f)
+        self.to_recorded().fmt(f)
     }
 }
 
@@ -361,7 +378,8 @@ impl fmt::Debug for Event {
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NewEvent {
-    /// A UUID is made where none is given. Give one where an append may be repeated: the second is refused.
+    /// A UUID is made where none is given. Give one where an append may be repeated: the second is
+    /// refused.
     pub event_id: Option<String>,
     /// The aggregate it belongs to: 1 to 200 characters, without control characters.
     pub stream_id: String,
@@ -386,7 +404,11 @@ impl NewEvent {
     pub const MAX_EVENT_ID: usize = 64;
 
     /// An event of a stream, with its payload's JSON text; everything else as the log gives it.
-    pub fn new(stream_id: impl Into<String>, event_type: impl Into<String>, payload: impl Into<String>) -> Self {
+    pub fn new(
+        stream_id: impl Into<String>,
+        event_type: impl Into<String>,
+        payload: impl Into<String>,
+    ) -> Self {
         NewEvent {
             event_id: None,
             stream_id: stream_id.into(),
@@ -405,16 +427,22 @@ impl NewEvent {
     pub fn check(&self) -> Result<(), String> {
         check_name("stream_id", &self.stream_id)?;
         check_name("event_type", &self.event_type)?;
-        let is_id = |id: &str| (1..=Self::MAX_EVENT_ID).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic());
+        let is_id = |id: &str| {
+            (1..=Self::MAX_EVENT_ID).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic())
+        };
         if !self.event_id.as_deref().is_none_or(is_id) {
-            return Err(format!("event_id must be 1 to {} printable ASCII characters", Self::MAX_EVENT_ID));
+            return Err(format!(
+                "event_id must be 1 to {} printable ASCII characters",
+                Self::MAX_EVENT_ID
+            ));
         }
         if self.stream_version == Some(0) {
             return Err("stream_version counts from 1".into());
         }
         // In UTC it may lie in the year before or after, which need not be one that `time` knows.
         let in_utc = |at: OffsetDateTime| at.checked_to_offset(time::UtcOffset::UTC);
-        let is_storable = |at: OffsetDateTime| in_utc(at).is_some_and(|at| (1000..=9999).contains(&at.year()));
+        let is_storable =
+            |at: OffsetDateTime| in_utc(at).is_some_and(|at| (1000..=9999).contains(&at.year()));
         if !self.recorded_at.is_none_or(is_storable) {
             return Err("recorded_at must lie between the years 1000 and 9999, in UTC".into());
         }
@@ -426,24 +454,37 @@ impl NewEvent {
 fn check_name(field: &str, value: &str) -> Result<(), String> {
     let characters = value.chars().count();
     if characters == 0 || characters > NewEvent::MAX_NAME {
-        return Err(format!("{field} must be 1 to {} characters, and has {characters}", NewEvent::MAX_NAME));
+        return Err(format!(
+            "{field} must be 1 to {} characters, and has {characters}",
+            NewEvent::MAX_NAME
+        ));
     }
     if value.contains(char::is_control) {
-        return Err(format!("{field} {value:?} has a control character (U+0000 to U+001F, U+007F to U+009F)"));
+        return Err(format!(
+            "{field} {value:?} has a control character (U+0000 to U+001F, U+007F to U+009F)"
+        ));
     }
     if value.starts_with('$') {
-        return Err(format!("{field} {value:?} begins with `$`, which is kept for the log's own rows"));
+        return Err(format!(
+            "{field} {value:?} begins with `$`, which is kept for the log's own rows"
+        ));
     }
     // MySQL compares text padded with spaces: "a" and "a " would be one stream, and one type.
     if value.ends_with(' ') {
-        return Err(format!("{field} {value:?} ends with a space, which the database would not tell apart"));
+        return Err(format!(
+            "{field} {value:?} ends with a space, which the database would not tell apart"
+        ));
     }
     Ok(())
 }
 
 fn check_json(field: &str, text: &str) -> Result<(), String> {
     if text.len() > NewEvent::MAX_JSON {
-        return Err(format!("{field} has {} bytes; at most {} can be stored", text.len(), NewEvent::MAX_JSON));
+        return Err(format!(
+            "{field} has {} bytes; at most {} can be stored",
+            text.len(),
+            NewEvent::MAX_JSON
+        ));
     }
     serde_json::from_str::<serde::de::IgnoredAny>(text)
         .map(|_| ())

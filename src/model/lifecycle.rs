@@ -12,7 +12,8 @@ use crate::model::projector::Mode;
 pub enum Status {
     /// Set by boot at first sight. Events come from the store until the handoff.
     Booting,
-    /// Set by the handoff. The live queue, repaired from the store, owns every event after the position.
+    /// Set by the handoff. The live queue, repaired from the store, owns every event after the
+    /// position.
     Live,
     /// Set by boot or play at the first failing event. The position stays just before it.
     Broken(Failure),
@@ -40,9 +41,9 @@ pub struct Failure {
     pub release: Option<String>,
     /// The host that did.
     pub host: String,
-    /// Why the read model must be rebuilt, where the failure says so: a table that is gone, a batch of which only a
-    /// part is stored. Neither boot nor play applies anything to such a projector.
-    pub rebuild: Option<String>,
+    /// Why the read model must be rebuilt, where the failure says so: a table that is gone, a batch
+    /// of which only a part is stored. Neither boot nor play applies anything to such a projector.
+    pub rebuild_reason: Option<String>,
 }
 
 /// Which event a projector failed on.
@@ -87,7 +88,7 @@ impl fmt::Display for Status {
 
 /// A step in a projector's life.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Step {
+pub(crate) enum Transition {
     /// Boot: the position has reached the oldest queued event.
     HandOver,
     /// Boot, mode once: the position has reached the high-water mark.
@@ -102,30 +103,34 @@ pub(crate) enum Step {
 
 /// A step that the lifecycle does not have.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("a projector that is {from} and runs {mode} cannot {step}")]
-pub(crate) struct IllegalStep {
+#[error("a projector that is {from} and runs {mode} cannot {transition}")]
+pub(crate) struct IllegalTransition {
     from: &'static str,
     mode: Mode,
-    step: &'static str,
+    transition: &'static str,
 }
 
 /// Takes a step, or says that there is no such step.
-pub(crate) fn take(from: &Status, mode: Mode, step: Step) -> Result<Status, IllegalStep> {
+pub(crate) fn apply_transition(
+    from: &Status,
+    mode: Mode,
+    transition: Transition,
+) -> Result<Status, IllegalTransition> {
     use Status::{Booting, Broken, Finished, Live, Retired, Stalled};
-    let bootable = Stage::Boot.plays(from);
-    let name = match step {
-        Step::HandOver if bootable && mode != Mode::Once => return Ok(Live),
-        Step::Finish if bootable && mode == Mode::Once => return Ok(Finished),
-        Step::Break(failure) if bootable || *from == Live => return Ok(Broken(failure)),
-        Step::Stall if matches!(from, Booting | Stalled) => return Ok(Stalled),
-        Step::Retire if *from != Retired => return Ok(Retired),
-        Step::HandOver => "go live",
-        Step::Finish => "finish",
-        Step::Break(_) => "break",
-        Step::Stall => "stall",
-        Step::Retire => "be retired",
+    let bootable = Stage::Boot.can_apply(from);
+    let name = match transition {
+        Transition::HandOver if bootable && mode != Mode::Once => return Ok(Live),
+        Transition::Finish if bootable && mode == Mode::Once => return Ok(Finished),
+        Transition::Break(failure) if bootable || *from == Live => return Ok(Broken(failure)),
+        Transition::Stall if matches!(from, Booting | Stalled) => return Ok(Stalled),
+        Transition::Retire if *from != Retired => return Ok(Retired),
+        Transition::HandOver => "go live",
+        Transition::Finish => "finish",
+        Transition::Break(_) => "break",
+        Transition::Stall => "stall",
+        Transition::Retire => "be retired",
     };
-    Err(IllegalStep { from: from.as_str(), mode, step: name })
+    Err(IllegalTransition { from: from.as_str(), mode, transition: name })
 }
 
 /// Who is applying events: the fence lets each touch only its own projectors.
@@ -139,20 +144,21 @@ pub(crate) enum Stage {
 
 impl Stage {
     /// Whether this stage may apply events to a projector of that status.
-    pub(crate) const fn plays(self, status: &Status) -> bool {
+    pub(crate) const fn can_apply(self, status: &Status) -> bool {
         match self {
             Stage::Boot => match status {
                 Status::Booting | Status::Stalled => true,
                 // Its read model is not whole: what is applied to it only hides that.
-                Status::Broken(failure) => failure.rebuild.is_none(),
+                Status::Broken(failure) => failure.rebuild_reason.is_none(),
                 Status::Live | Status::Finished | Status::Retired => false,
             },
             Stage::Play => matches!(status, Status::Live),
         }
     }
 
-    /// The same statuses as a list in SQL. A statement that uses it asks for `rebuild_reason is null`, too.
-    pub(crate) const fn statuses(self) -> &'static str {
+    /// The same statuses as a list in SQL. A statement that uses it asks for `rebuild_reason is
+    /// null`, too.
+    pub(crate) const fn statuses_sql(self) -> &'static str {
         match self {
             Stage::Boot => "'booting', 'stalled', 'broken'",
             Stage::Play => "'live'",
@@ -172,55 +178,96 @@ mod tests {
             attempts: 1,
             release: None,
             host: "here".into(),
-            rebuild: None,
+            rebuild_reason: None,
         }
     }
 
     #[test]
-    fn a_projector_that_must_be_rebuilt_is_played_by_no_stage_and_only_retired() {
-        let must_be_rebuilt = Status::Broken(Failure { rebuild: Some("its table is gone".into()), ..failure() });
-        assert!(!Stage::Boot.plays(&must_be_rebuilt) && !Stage::Play.plays(&must_be_rebuilt));
+    fn a_projector_that_must_be_rebuilt_is_never_played_and_can_only_be_retired() {
+        let must_be_rebuilt = Status::Broken(Failure {
+            rebuild_reason: Some("its table is gone".into()),
+            ..failure()
+        });
+        assert!(
+            !Stage::Boot.can_apply(&must_be_rebuilt) && !Stage::Play.can_apply(&must_be_rebuilt)
+        );
         for mode in [Mode::FromBeginning, Mode::FromNow, Mode::Once] {
-            for step in [Step::HandOver, Step::Finish, Step::Break(failure()), Step::Stall] {
-                assert!(take(&must_be_rebuilt, mode, step.clone()).is_err(), "{mode} {step:?}");
+            for transition in [
+                Transition::HandOver,
+                Transition::Finish,
+                Transition::Break(failure()),
+                Transition::Stall,
+            ] {
+                assert!(
+                    apply_transition(&must_be_rebuilt, mode, transition.clone()).is_err(),
+                    "{mode} {transition:?}"
+                );
             }
-            assert_eq!(take(&must_be_rebuilt, mode, Step::Retire), Ok(Status::Retired));
+            assert_eq!(
+                apply_transition(&must_be_rebuilt, mode, Transition::Retire),
+                Ok(Status::Retired)
+            );
         }
     }
 
     fn every_status() -> [Status; 6] {
-        [Status::Booting, Status::Live, Status::Broken(failure()), Status::Stalled, Status::Finished, Status::Retired]
+        [
+            Status::Booting,
+            Status::Live,
+            Status::Broken(failure()),
+            Status::Stalled,
+            Status::Finished,
+            Status::Retired,
+        ]
     }
 
     /// The design's table, written out: every pair that is not in it is an error.
     #[test]
     fn only_the_documented_transitions_exist() {
-        let legal = |from: &str, step: &Step, mode: Mode| match step {
-            Step::HandOver => ["booting", "stalled", "broken"].contains(&from) && mode != Mode::Once,
-            Step::Finish => ["booting", "stalled", "broken"].contains(&from) && mode == Mode::Once,
-            Step::Break(_) => ["booting", "stalled", "broken", "live"].contains(&from),
-            Step::Stall => ["booting", "stalled"].contains(&from),
-            Step::Retire => from != "retired",
+        let legal = |from: &str, transition: &Transition, mode: Mode| match transition {
+            Transition::HandOver => {
+                ["booting", "stalled", "broken"].contains(&from) && mode != Mode::Once
+            }
+            Transition::Finish => {
+                ["booting", "stalled", "broken"].contains(&from) && mode == Mode::Once
+            }
+            Transition::Break(_) => ["booting", "stalled", "broken", "live"].contains(&from),
+            Transition::Stall => ["booting", "stalled"].contains(&from),
+            Transition::Retire => from != "retired",
         };
         for mode in [Mode::FromBeginning, Mode::FromNow, Mode::Once] {
             for from in every_status() {
-                for step in [Step::HandOver, Step::Finish, Step::Break(failure()), Step::Stall, Step::Retire] {
-                    let expected = legal(from.as_str(), &step, mode);
-                    assert_eq!(take(&from, mode, step.clone()).is_ok(), expected, "{from} {mode} {step:?}");
+                for transition in [
+                    Transition::HandOver,
+                    Transition::Finish,
+                    Transition::Break(failure()),
+                    Transition::Stall,
+                    Transition::Retire,
+                ] {
+                    let expected = legal(from.as_str(), &transition, mode);
+                    assert_eq!(
+                        apply_transition(&from, mode, transition.clone()).is_ok(),
+                        expected,
+                        "{from} {mode} {transition:?}"
+                    );
                 }
             }
         }
     }
 
     #[test]
-    fn no_status_is_played_by_both_stages_and_the_dead_by_none() {
+    fn a_status_is_played_by_at_most_one_stage_and_a_dead_one_by_neither() {
         for status in every_status() {
-            let stages = [Stage::Boot, Stage::Play].iter().filter(|stage| stage.plays(&status)).count();
+            let stages =
+                [Stage::Boot, Stage::Play].iter().filter(|stage| stage.can_apply(&status)).count();
             let expected = usize::from(!matches!(status, Status::Finished | Status::Retired));
             assert_eq!(stages, expected, "{status}");
             for stage in [Stage::Boot, Stage::Play] {
-                let is_listed = stage.statuses().split(", ").any(|listed| listed == format!("'{}'", status.as_str()));
-                assert_eq!(is_listed, stage.plays(&status), "{status}");
+                let is_listed = stage
+                    .statuses_sql()
+                    .split(", ")
+                    .any(|listed| listed == format!("'{}'", status.as_str()));
+                assert_eq!(is_listed, stage.can_apply(&status), "{status}");
             }
         }
     }

@@ -1,13 +1,13 @@
 //! Values and rules. Nothing here reads or writes anything.
 
+pub(crate) mod backoff;
 pub(crate) mod continuity;
 pub(crate) mod error;
 pub(crate) mod event;
-pub(crate) mod lenient;
 pub(crate) mod lifecycle;
 pub(crate) mod metrics;
 pub(crate) mod projector;
 pub(crate) mod registry;
-pub(crate) mod retry;
+pub(crate) mod server_json;
 pub(crate) mod signature;
 pub(crate) mod text;

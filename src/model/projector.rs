@@ -12,12 +12,13 @@ use crate::model::event::Event;
 /// A named, versioned consumer of events.
 ///
 /// The handler gets the connection of the transaction that also moves the projector's position:
-/// what it writes there is applied exactly once, whatever happens around it. It must not commit, and
-/// no statement in it may commit on its own (DDL does): that is found out and breaks the projector.
+/// what it writes there is applied exactly once, whatever happens around it. It must not commit,
+/// and no statement in it may commit on its own (DDL does): that is found out and breaks the
+/// projector.
 ///
-/// An effect *outside* that connection (an e-mail, an HTTP call) cannot be part of the transaction and
-/// happens **at least once**: pass [`Event::event_id`] on as the idempotency key, and say so with
-/// [`Projector::has_side_effects`].
+/// An effect *outside* that connection (an e-mail, an HTTP call) cannot be part of the transaction
+/// and happens **at least once**: pass [`Event::event_id`] on as the idempotency key, and say so
+/// with [`Projector::has_side_effects`].
 ///
 /// ```
 /// use projectionist::{Event, EventTypes, Projector, async_trait, sqlx};
@@ -74,30 +75,32 @@ pub trait Projector: Send + Sync + 'static {
         false
     }
 
-    /// A word for the state of the handler's code: a version, a hash. It is part of the definition's digest, so that
-    /// a worker of another release, whose handler means something else by the same name and version, is known.
+    /// A word for the state of the handler's code: a version, a hash. It is part of the
+    /// definition's digest, so that a worker of another release, whose handler means something else
+    /// by the same name and version, is known.
     ///
-    /// Change it with every change to what the handler stores. Without one, the digest is made of name, mode, event
-    /// types and side effects alone.
+    /// Change it with every change to what the handler stores. Without one, the digest is made of
+    /// name, mode, event types and side effects alone.
     fn revision(&self) -> String {
         String::new()
     }
 
-    /// The tables that this projector writes and no other does, as `table` or `database.table`. Boot refuses to build
-    /// a new projector on one that already has rows, and to carry on where one is missing. Tables that
-    /// [`Projector::setup`] creates need not be named: boot sees them.
+    /// The tables that this projector writes and no other does, as `table` or `database.table`.
+    /// Boot refuses to build a new projector on one that already has rows, and to carry on where
+    /// one is missing. Tables that [`Projector::setup`] creates need not be named: boot sees them.
     fn tables(&self) -> Vec<String> {
         Vec::new()
     }
 
     /// What the projector's statements may leave behind in their database session.
     fn session(&self) -> SessionUse {
-        SessionUse::Own
+        SessionUse::Dedicated
     }
 
-    /// Creates what the handler writes to. Boot runs it at first sight, and again whenever it resumes
-    /// the projector, so it must be harmless to repeat: `create table if not exists`. It may take as long as it
-    /// likes, but not be silent on its connection for a minute: then the server ends that, and it is run again.
+    /// Creates what the handler writes to. Boot runs it at first sight, and again whenever it
+    /// resumes the projector, so it must be harmless to repeat: `create table if not exists`. It
+    /// may take as long as it likes, but not be silent on its connection for a minute: then the
+    /// server ends that, and it is run again.
     async fn setup(&self, _db: &mut MySqlConnection) -> anyhow::Result<()> {
         Ok(())
     }
@@ -112,8 +115,13 @@ pub trait Projector: Send + Sync + 'static {
     async fn handle(&self, event: &Event, db: &mut MySqlConnection) -> anyhow::Result<()>;
 
     /// Applies some events in order, all of them subscribed to. Override it where one statement can
-    /// serve many events, perhaps with a [`MultiRowInsert`](crate::MultiRowInsert). After an error the same events come again one by one, so that the failing one is found.
-    async fn handle_batch(&self, events: &[&Event], db: &mut MySqlConnection) -> anyhow::Result<()> {
+    /// serve many events, perhaps with a [`MultiRowInsert`](crate::MultiRowInsert). After an error
+    /// the same events come again one by one, so that the failing one is found.
+    async fn handle_batch(
+        &self,
+        events: &[&Event],
+        db: &mut MySqlConnection,
+    ) -> anyhow::Result<()> {
         for event in events {
             self.handle(event, db).await?;
         }
@@ -121,17 +129,19 @@ pub trait Projector: Send + Sync + 'static {
     }
 }
 
-/// What a projector's statements may leave behind in their database session: user variables, temporary tables, user
-/// locks, prepared statements. (Session variables are checked before every commit, whatever this says.)
+/// What a projector's statements may leave behind in their database session: user variables,
+/// temporary tables, user locks, prepared statements. (Session variables are checked before every
+/// commit, whatever this says.)
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum SessionUse {
     /// Nothing. The session may serve other projectors afterwards, which saves connections.
     Shared,
     /// Something, which only this projector may see: a session is kept for it alone. The default.
-    Own,
-    /// Something that must not reach even the next event: each event has a transaction and a new session of its own.
-    EachEvent,
+    Dedicated,
+    /// Something that must not reach even the next event: each event has a transaction and a new
+    /// session of its own.
+    PerEvent,
 }
 
 /// Where a projector starts, and whether it goes on.

@@ -12,14 +12,17 @@ use crate::model::projector::{EventTypes, Mode, Projector, ProjectorId, SessionU
 /// The projectors of one release, in the order in which events are fanned out to them.
 #[derive(Clone, Default)]
 pub struct Registry {
-    projectors: Vec<Arc<Registered>>,
+    projectors: Vec<Arc<RegisteredProjector>>,
     release: Option<String>,
 }
 
 impl fmt::Debug for Registry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let ids: Vec<String> = self.iter().map(|registered| registered.id.to_string()).collect();
-        f.debug_struct("Registry").field("projectors", &ids).field("release", &self.release).finish()
+        f.debug_struct("Registry")
+            .field("projectors", &ids)
+            .field("release", &self.release)
+            .finish()
     }
 }
 
@@ -32,9 +35,10 @@ impl Registry {
     /// Adds a projector, after those that are there.
     ///
     /// # Errors
-    /// If its name is not 1 to 100 of `A-Z a-z 0-9 _ . -`, its version is 0, or its name and version are taken.
+    /// If its name is not 1 to 100 of `A-Z a-z 0-9 _ . -`, its version is 0, or its name and
+    /// version are taken.
     pub fn add(&mut self, projector: impl Projector) -> Result<(), RegistryError> {
-        let registered = Registered::new(Arc::new(projector))?;
+        let registered = RegisteredProjector::new(Arc::new(projector))?;
         if self.get(&registered.id).is_some() {
             return Err(RegistryError::Duplicate(registered.id));
         }
@@ -62,18 +66,18 @@ impl Registry {
     }
 
     /// The projector of that identity.
-    pub(crate) fn get(&self, id: &ProjectorId) -> Option<&Arc<Registered>> {
+    pub(crate) fn get(&self, id: &ProjectorId) -> Option<&Arc<RegisteredProjector>> {
         self.projectors.iter().find(|registered| registered.id == *id)
     }
 
     /// All of them, in order.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = &Arc<Registered>> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Arc<RegisteredProjector>> {
         self.projectors.iter()
     }
 
     /// How many of them keep a database session for themselves.
-    pub(crate) fn with_own_sessions(&self) -> u32 {
-        self.iter().filter(|projector| projector.session == SessionUse::Own).count() as u32
+    pub(crate) fn dedicated_session_count(&self) -> u32 {
+        self.iter().filter(|projector| projector.session == SessionUse::Dedicated).count() as u32
     }
 
     /// Whether it holds no projector.
@@ -88,7 +92,7 @@ impl Registry {
 }
 
 /// A projector with what it said of itself, asked once.
-pub(crate) struct Registered {
+pub(crate) struct RegisteredProjector {
     pub(crate) id: ProjectorId,
     pub(crate) mode: Mode,
     pub(crate) has_side_effects: bool,
@@ -99,67 +103,81 @@ pub(crate) struct Registered {
     pub(crate) digest: String,
     pub(crate) projector: Arc<dyn Projector>,
     /// `None`: every event.
-    wanted: Option<HashSet<String>>,
+    event_types: Option<HashSet<String>>,
 }
 
-impl Registered {
+impl RegisteredProjector {
     fn new(projector: Arc<dyn Projector>) -> Result<Self, RegistryError> {
         let id = ProjectorId { name: projector.name().to_owned(), version: projector.version() };
         let legal = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'_' | b'.' | b'-');
         if id.name.is_empty() || id.name.len() > 100 || !id.name.bytes().all(legal) {
-            return Err(RegistryError::Name(id.name));
+            return Err(RegistryError::InvalidName(id.name));
         }
         if id.version == 0 {
-            return Err(RegistryError::Version(id.name));
+            return Err(RegistryError::InvalidVersion(id.name));
         }
-        let wanted = match projector.event_types() {
+        let event_types = match projector.event_types() {
             EventTypes::All => None,
             EventTypes::Only(types) => Some(types.into_iter().collect()),
         };
         let (mode, has_side_effects) = (projector.mode(), projector.has_side_effects());
-        let digest = digest(&id, mode, has_side_effects, wanted.as_ref(), &projector.revision());
+        let digest =
+            digest(&id, mode, has_side_effects, event_types.as_ref(), &projector.revision());
         let (session, tables) = (projector.session(), projector.tables());
-        Ok(Registered { id, mode, has_side_effects, session, tables, digest, projector, wanted })
+        Ok(RegisteredProjector {
+            id,
+            mode,
+            has_side_effects,
+            session,
+            tables,
+            digest,
+            projector,
+            event_types,
+        })
     }
 
     /// The event types that it subscribes to; `None`: all.
     pub(crate) fn event_types(&self) -> Option<&HashSet<String>> {
-        self.wanted.as_ref()
+        self.event_types.as_ref()
     }
 
-    /// Whether each event needs a transaction of its own: one that failed would repeat effects of those before it outside
-    /// the database, or find what they left in the session.
-    pub(crate) fn goes_event_by_event(&self) -> bool {
-        self.has_side_effects || self.session == SessionUse::EachEvent
+    /// Whether each event needs a transaction of its own: one that failed would repeat effects of
+    /// those before it outside the database, or find what they left in the session.
+    pub(crate) fn needs_transaction_per_event(&self) -> bool {
+        self.has_side_effects || self.session == SessionUse::PerEvent
     }
 
     /// The event types as the ledger keeps them: in order, and `["*"]` for all.
     pub(crate) fn subscription(&self) -> Vec<String> {
-        let Some(wanted) = &self.wanted else { return vec!["*".to_owned()] };
-        let mut types: Vec<String> = wanted.iter().cloned().collect();
+        let Some(event_types) = &self.event_types else { return vec!["*".to_owned()] };
+        let mut types: Vec<String> = event_types.iter().cloned().collect();
         types.sort_unstable();
         types
     }
 
     /// Whether the projector is to see this event. It never sees a tombstone.
-    pub(crate) fn wants(&self, event: &Event) -> bool {
-        !event.is_tombstone() && self.wanted.as_ref().is_none_or(|types| event.may_be_of(types))
+    pub(crate) fn subscribes_to(&self, event: &Event) -> bool {
+        !event.is_filler() && self.event_types.as_ref().is_none_or(|types| event.may_match(types))
     }
 }
 
-/// The digest of a definition. Each part is preceded by its length, so that no two definitions give the same text.
+/// The digest of a definition. Each part is preceded by its length, so that no two definitions give
+/// the same text.
 fn digest(
     id: &ProjectorId,
     mode: Mode,
     has_side_effects: bool,
-    wanted: Option<&HashSet<String>>,
+    event_types: Option<&HashSet<String>>,
     revision: &str,
 ) -> String {
-    let mut types: Vec<&str> = wanted.map_or_else(|| vec!["*"], |types| types.iter().map(String::as_str).collect());
+    let mut types: Vec<&str> =
+        event_types.map_or_else(|| vec!["*"], |types| types.iter().map(String::as_str).collect());
     types.sort_unstable();
     let effects = if has_side_effects { "side effects" } else { "none" };
     let version = id.version.to_string();
-    let parts = [id.name.as_str(), version.as_str(), mode.as_str(), effects, revision].into_iter().chain(types);
+    let parts = [id.name.as_str(), version.as_str(), mode.as_str(), effects, revision]
+        .into_iter()
+        .chain(types);
     let mut context = Context::new(&SHA256);
     for part in parts {
         context.update(&(part.len() as u64).to_be_bytes());
@@ -174,10 +192,10 @@ fn digest(
 pub enum RegistryError {
     /// The name has a character that is not allowed, or too many or none.
     #[error("projector name {0:?} must be 1 to 100 of A-Z a-z 0-9 _ . -")]
-    Name(String),
+    InvalidName(String),
     /// Versions count from 1.
     #[error("projector {0}: version counts from 1")]
-    Version(String),
+    InvalidVersion(String),
     /// Name and version are the identity, so no two projectors may share them.
     #[error("projector {0} is registered twice; give one of them another name or version")]
     Duplicate(ProjectorId),
@@ -188,12 +206,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_digest_differs_whenever_a_part_of_the_definition_does() {
+    fn a_digest_changes_with_every_part_of_the_definition() {
         let id = |name: &str| ProjectorId { name: name.into(), version: 1 };
-        let types = |types: &[&str]| Some(types.iter().map(|&of| of.to_owned()).collect::<HashSet<_>>());
-        let of = |name: &str, mode, effects, wanted: Option<HashSet<String>>, revision: &str| {
-            digest(&id(name), mode, effects, wanted.as_ref(), revision)
-        };
+        let types =
+            |types: &[&str]| Some(types.iter().map(|&of| of.to_owned()).collect::<HashSet<_>>());
+        let of =
+            |name: &str, mode, effects, event_types: Option<HashSet<String>>, revision: &str| {
+                digest(&id(name), mode, effects, event_types.as_ref(), revision)
+            };
         let all = [
             of("a", Mode::FromBeginning, false, None, ""),
             of("b", Mode::FromBeginning, false, None, ""),
@@ -206,7 +226,7 @@ mod tests {
         ];
         assert_eq!(all.iter().collect::<HashSet<_>>().len(), all.len());
         let (one, other) = (types(&["x", "y"]), types(&["y", "x"]));
-        let digest = |wanted| of("a", Mode::FromBeginning, false, wanted, "");
+        let digest = |event_types| of("a", Mode::FromBeginning, false, event_types, "");
         assert_eq!(digest(one), digest(other), "the order of the types does not matter");
         assert!(all[0].len() == 64 && all[0].bytes().all(|byte| byte.is_ascii_hexdigit()));
     }

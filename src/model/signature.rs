@@ -1,4 +1,5 @@
-//! The signature of a message: HMAC-SHA256, with a key that is kept in the database beside the log's id.
+//! The signature of a message: HMAC-SHA256, with a key that is kept in the database beside the
+//! log's id.
 
 use std::fmt;
 
@@ -35,7 +36,11 @@ impl SigningKey {
     pub(crate) fn sign(&self, text: &str) -> String {
         const DIGITS: &[u8; 16] = b"0123456789abcdef";
         let tag = hmac::sign(&self.0, text.as_bytes());
-        tag.as_ref().iter().flat_map(|byte| [byte >> 4, byte & 15]).map(|n| char::from(DIGITS[n as usize])).collect()
+        tag.as_ref()
+            .iter()
+            .flat_map(|byte| [byte >> 4, byte & 15])
+            .map(|n| char::from(DIGITS[n as usize]))
+            .collect()
     }
 
     /// Whether this is the text's signature. Takes as long whatever the difference is.
@@ -58,7 +63,9 @@ pub(crate) fn random_key() -> Result<[u8; KEY_BYTES], Error> {
     let mut key = [0; KEY_BYTES];
     match SystemRandom::new().fill(&mut key) {
         Ok(()) => Ok(key),
-        Err(_) => Err(Error::Input("the operating system gives no random numbers to make a key of".into())),
+        Err(_) => Err(Error::Input(
+            "the operating system gives no random numbers to make a key of".into(),
+        )),
     }
 }
 
@@ -88,7 +95,7 @@ mod tests {
     const SIGNATURE: &str = "5bdcc146bf60754e6a042426089575c75a003f089d2739839dec58b964ec3843";
 
     #[test]
-    fn a_signature_is_that_of_rfc_4231_and_no_other_text_key_or_form_verifies() {
+    fn a_signature_matches_rfc_4231_and_any_other_text_key_or_form_is_refused() {
         let key = SigningKey::new(b"Jefe");
         let text = "what do ya want for nothing?";
         assert_eq!(key.sign(text), SIGNATURE);

@@ -8,7 +8,7 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 use crate::model::continuity::Run;
-use crate::model::event::{Event, Position, Recorded};
+use crate::model::event::{Event, Position, RecordedEvent};
 use crate::model::signature::{LogIdentity, SIGNATURE_DIGITS};
 
 /// What a message says.
@@ -19,79 +19,81 @@ pub(crate) enum Message {
     /// The event at this position of our log, which is read from the store.
     Reference(Position),
     /// Somebody else's. It is never applied and never deleted.
-    NotOurs(Foreign),
+    Foreign(ForeignReason),
 }
 
 /// Why a message is not ours.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Foreign {
+pub(crate) enum ForeignReason {
     /// Not of our form.
-    NotReadable,
+    Unreadable,
     /// Of our form, but without a signature.
-    NotSigned,
+    Unsigned,
     /// It names another log.
     OtherLog,
     /// It names our log, and its signature is not made with our key, or not of this text.
-    WrongSignature,
+    InvalidSignature,
     /// Signed with our key, but not what this release writes.
-    UnknownShape,
+    UnknownFormat,
     /// Its positions are not consecutive.
     NotConsecutive,
     /// It ends beyond the high-water mark: of a log that was, before the database was restored.
-    BeyondTheMark,
-    /// It ends with another event than the log has there: the database was restored, or it is a clone.
-    OtherEvent,
+    BeyondHighWater,
+    /// It ends with another event than the log has there: the database was restored, or it is a
+    /// clone.
+    DifferentEvent,
 }
 
-impl fmt::Display for Foreign {
+impl fmt::Display for ForeignReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Foreign::NotReadable => "not readable",
-            Foreign::NotSigned => "not signed",
-            Foreign::OtherLog => "of another log",
-            Foreign::WrongSignature => "wrong signature",
-            Foreign::UnknownShape => "of an unknown shape",
-            Foreign::NotConsecutive => "not consecutive",
-            Foreign::BeyondTheMark => "beyond the high-water mark",
-            Foreign::OtherEvent => "another event than in the log",
+            ForeignReason::Unreadable => "not readable",
+            ForeignReason::Unsigned => "not signed",
+            ForeignReason::OtherLog => "of another log",
+            ForeignReason::InvalidSignature => "wrong signature",
+            ForeignReason::UnknownFormat => "of an unknown shape",
+            ForeignReason::NotConsecutive => "not consecutive",
+            ForeignReason::BeyondHighWater => "beyond the high-water mark",
+            ForeignReason::DifferentEvent => "another event than in the log",
         })
     }
 }
 
 /// A message that is ready to be sent.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Packed {
+pub(crate) struct PackedMessage {
     pub(crate) body: String,
     /// Everything up to here has been sent once this message is.
     pub(crate) last: Position,
-    pub(crate) events: usize,
+    pub(crate) event_count: usize,
 }
 
-/// A body begins with this, and then has the signature of all that comes after [`SIGNATURE_ENDS`], byte for byte: it is
-/// found by its place, so that nothing is parsed that is not verified.
-const SIGNATURE_BEGINS: &str = "{\"sig\":\"";
-const SIGNATURE_ENDS: &str = "\",";
+/// A body begins with this, and then has the signature of all that comes after
+/// [`SIGNATURE_SUFFIX`], byte for byte: it is found by its place, so that nothing is parsed that is
+/// not verified.
+const SIGNATURE_PREFIX: &str = "{\"sig\":\"";
+const SIGNATURE_SUFFIX: &str = "\",";
 
 /// What is signed begins here.
-const SIGNED_FROM: usize = SIGNATURE_BEGINS.len() + SIGNATURE_DIGITS + SIGNATURE_ENDS.len();
+const SIGNED_OFFSET: usize = SIGNATURE_PREFIX.len() + SIGNATURE_DIGITS + SIGNATURE_SUFFIX.len();
 
 /// A body ends with this, the last position, and a brace.
-const LAST: &str = "\"last\":";
+const LAST_KEY: &str = "\"last\":";
 
-/// `{"sig":"…","log":"…","prev":41,"events":[{"position":42,…},…],"last":43}`; a reference is without `events`: its event is
-/// too large to travel, and is read from the store.
+/// `{"sig":"…","log":"…","prev":41,"events":[{"position":42,…},…],"last":43}`; a reference is
+/// without `events`: its event is too large to travel, and is read from the store.
 #[derive(Deserialize)]
 struct Envelope<'a> {
     /// Which log: positions of another one would mean other events.
     log: &'a str,
     prev: u64,
     #[serde(default, borrow)]
-    events: Option<Vec<Wire<'a>>>,
+    events: Option<Vec<WireEvent<'a>>>,
     last: u64,
 }
 
 #[derive(Serialize, Deserialize)]
-struct Wire<'a> {
+struct WireEvent<'a> {
     position: u64,
     #[serde(borrow)]
     event_id: std::borrow::Cow<'a, str>,
@@ -110,54 +112,74 @@ struct Wire<'a> {
 
 /// Reads a message. Nothing of it is parsed before its signature is verified.
 pub(crate) fn parse(body: &str, log: &LogIdentity) -> Message {
-    read(body, log).unwrap_or_else(Message::NotOurs)
+    try_parse(body, log).unwrap_or_else(Message::Foreign)
 }
 
-fn read(body: &str, log: &LogIdentity) -> Result<Message, Foreign> {
+fn try_parse(body: &str, log: &LogIdentity) -> Result<Message, ForeignReason> {
     let Some((signature, signed)) = split_signature(body) else {
-        return Err(if body.starts_with("{\"log\":") { Foreign::NotSigned } else { Foreign::NotReadable });
+        return Err(if body.starts_with("{\"log\":") {
+            ForeignReason::Unsigned
+        } else {
+            ForeignReason::Unreadable
+        });
     };
     if !log.key.verifies(signed, signature) {
-        let is_named = signed.strip_prefix("\"log\":\"").is_some_and(|rest| rest.starts_with(&log.id));
-        return Err(if is_named { Foreign::WrongSignature } else { Foreign::OtherLog });
+        let is_named =
+            signed.strip_prefix("\"log\":\"").is_some_and(|rest| rest.starts_with(&log.id));
+        return Err(if is_named {
+            ForeignReason::InvalidSignature
+        } else {
+            ForeignReason::OtherLog
+        });
     }
-    let envelope: Envelope<'_> = serde_json::from_str(body).map_err(|_| Foreign::UnknownShape)?;
+    let envelope: Envelope<'_> =
+        serde_json::from_str(body).map_err(|_| ForeignReason::UnknownFormat)?;
     if envelope.log != log.id {
-        return Err(Foreign::OtherLog);
+        return Err(ForeignReason::OtherLog);
     }
     let last = Position::new(envelope.last);
     let Some(events) = envelope.events else { return Ok(Message::Reference(last)) };
-    let events = events.into_iter().map(Wire::into_event).collect();
+    let events = events.into_iter().map(WireEvent::into_event).collect();
     let run = Run::new(Position::new(envelope.prev), events).filter(|run| run.last() == last);
-    run.map(Message::Events).ok_or(Foreign::NotConsecutive)
+    run.map(Message::Events).ok_or(ForeignReason::NotConsecutive)
 }
 
 /// The signature, and the text that it is of.
 fn split_signature(body: &str) -> Option<(&str, &str)> {
-    let (signature, rest) = body.strip_prefix(SIGNATURE_BEGINS)?.split_at_checked(SIGNATURE_DIGITS)?;
-    Some((signature, rest.strip_prefix(SIGNATURE_ENDS)?))
+    let (signature, rest) =
+        body.strip_prefix(SIGNATURE_PREFIX)?.split_at_checked(SIGNATURE_DIGITS)?;
+    Some((signature, rest.strip_prefix(SIGNATURE_SUFFIX)?))
 }
 
-/// Where a message claims to end, before anything is verified: which row of the log it is to be compared with.
-pub(crate) fn claimed_last(body: &str) -> Option<Position> {
+/// Where a message claims to end, before anything is verified: which row of the log it is to be
+/// compared with.
+pub(crate) fn unverified_last(body: &str) -> Option<Position> {
     let body = body.strip_suffix('}')?;
     let before = body.trim_end_matches(|digit: char| digit.is_ascii_digit());
-    before.ends_with(LAST).then(|| body[before.len()..].parse().ok().map(Position::new))?
+    before.ends_with(LAST_KEY).then(|| body[before.len()..].parse().ok().map(Position::new))?
 }
 
-/// Packs as many of these consecutive events as fit into one message, at most `max_events`; a first event
-/// that does not fit alone travels as a reference. `events` must not be empty.
-pub(crate) fn pack(log: &LogIdentity, prev: Position, events: &[Event], max_bytes: usize, max_events: usize) -> Packed {
+/// Packs as many of these consecutive events as fit into one message, at most `max_events`; a first
+/// event that does not fit alone travels as a reference. `events` must not be empty.
+pub(crate) fn pack(
+    log: &LogIdentity,
+    prev: Position,
+    events: &[Event],
+    max_bytes: usize,
+    max_events: usize,
+) -> PackedMessage {
     let (id, no_signature) = (&log.id, "0".repeat(SIGNATURE_DIGITS));
-    let mut body = format!("{SIGNATURE_BEGINS}{no_signature}{SIGNATURE_ENDS}\"log\":\"{id}\",\"prev\":{prev},");
+    let mut body = format!(
+        "{SIGNATURE_PREFIX}{no_signature}{SIGNATURE_SUFFIX}\"log\":\"{id}\",\"prev\":{prev},"
+    );
     let head = body.len();
     body.push_str("\"events\":[");
     let mut last = prev;
     let mut count = 0;
     for event in events.iter().take(max_events) {
-        let Some(text) = Wire::write(event) else { break };
+        let Some(text) = WireEvent::to_json(event) else { break };
         // With the comma before it, and all that comes after the last.
-        let end = 1 + "],".len() + LAST.len() + digits(event.position()) + "}".len();
+        let end = 1 + "],".len() + LAST_KEY.len() + digits(event.position()) + "}".len();
         if body.len() + text.len() + end > max_bytes {
             break;
         }
@@ -176,42 +198,47 @@ pub(crate) fn pack(log: &LogIdentity, prev: Position, events: &[Event], max_byte
         count = 1;
     }
     // Writing to a string does not fail.
-    let _ = write!(body, "{LAST}{last}}}");
-    let signature = log.key.sign(&body[SIGNED_FROM..]);
-    body.replace_range(SIGNATURE_BEGINS.len()..SIGNATURE_BEGINS.len() + SIGNATURE_DIGITS, &signature);
-    Packed { body, last, events: count }
+    let _ = write!(body, "{LAST_KEY}{last}}}");
+    let signature = log.key.sign(&body[SIGNED_OFFSET..]);
+    body.replace_range(
+        SIGNATURE_PREFIX.len()..SIGNATURE_PREFIX.len() + SIGNATURE_DIGITS,
+        &signature,
+    );
+    PackedMessage { body, last, event_count: count }
 }
 
 fn digits(position: Position) -> usize {
     position.get().checked_ilog10().map_or(1, |log| log as usize + 1)
 }
 
-impl<'a> Wire<'a> {
-    /// `None`: it cannot travel in SQS, which takes neither U+FFFE and U+FFFF nor what is not JSON to us; or it would not come
-    /// out byte for byte, for white space around it, or as it says `null` where there could be nothing.
-    fn write(event: &'a Event) -> Option<String> {
+impl<'a> WireEvent<'a> {
+    /// `None`: it cannot travel in SQS, which takes neither U+FFFE and U+FFFF nor what is not JSON
+    /// to us; or it would not come out byte for byte, for white space around it, or as it says
+    /// `null` where there could be nothing.
+    fn to_json(event: &'a Event) -> Option<String> {
         let recorded_at = event.recorded_at();
         recorded_at.format(&Rfc3339).ok()?;
-        let wire = Wire {
+        let wire = WireEvent {
             position: event.position().get(),
             event_id: event.event_id().into(),
             stream_id: event.stream_id().into(),
             stream_version: event.stream_version(),
             event_type: event.event_type().into(),
             recorded_at,
-            payload: raw(event.payload_text())?,
+            payload: raw_json(event.payload_text())?,
             metadata: match event.metadata_text() {
-                Some(text) => Some(raw(text).filter(|raw| raw.get() != "null")?),
+                Some(text) => Some(raw_json(text).filter(|raw| raw.get() != "null")?),
                 None => None,
             },
         };
         let text = serde_json::to_string(&wire).ok()?;
-        // One by one: a search for a single character goes by memchr, one for either of two does not.
+        // One by one: a search for a single character goes by memchr, one for either of two does
+        // not.
         (!text.contains('\u{fffe}') && !text.contains('\u{ffff}')).then_some(text)
     }
 
     fn into_event(self) -> Event {
-        Event::from(Recorded {
+        Event::from(RecordedEvent {
             position: Position::new(self.position),
             event_id: self.event_id.into_owned(),
             stream_id: self.stream_id.into_owned(),
@@ -225,7 +252,7 @@ impl<'a> Wire<'a> {
 }
 
 /// A JSON text as it is, if it has nothing around it that would be lost.
-fn raw(text: &str) -> Option<&RawValue> {
+fn raw_json(text: &str) -> Option<&RawValue> {
     serde_json::from_str::<&RawValue>(text).ok().filter(|raw| raw.get().len() == text.len())
 }
 
@@ -234,7 +261,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::model::continuity::tests::{event, recorded};
+    use crate::model::continuity::tests::{event, recorded_event};
     use crate::model::signature::SigningKey;
     use crate::testing::{corrupted, hot_path};
 
@@ -246,7 +273,7 @@ mod tests {
 
     /// As whoever has the key would sign it.
     fn signed(text: &str) -> String {
-        format!("{SIGNATURE_BEGINS}{}{SIGNATURE_ENDS}{text}", log().key.sign(text))
+        format!("{SIGNATURE_PREFIX}{}{SIGNATURE_SUFFIX}{text}", log().key.sign(text))
     }
 
     /// Parses a message that must say where it ends to whoever has not verified it.
@@ -255,13 +282,13 @@ mod tests {
         let last = match &message {
             Message::Events(run) => run.last(),
             Message::Reference(last) => *last,
-            Message::NotOurs(_) => return message,
+            Message::Foreign(_) => return message,
         };
-        assert_eq!(claimed_last(body), Some(last), "{body}");
+        assert_eq!(unverified_last(body), Some(last), "{body}");
         message
     }
 
-    fn unpack(packed: &Packed) -> Run {
+    fn unpack(packed: &PackedMessage) -> Run {
         match parse(&packed.body) {
             Message::Events(run) => run,
             other => panic!("{other:?}"),
@@ -269,36 +296,39 @@ mod tests {
     }
 
     #[test]
-    fn what_is_packed_comes_out_byte_for_byte() {
-        let mut first = recorded(8);
-        first.payload = r#"{ "amount" : 1.50, "ab": "é\u0041", "big": 123456789012345678901234567890 }"#.into();
+    fn a_packed_run_is_parsed_byte_for_byte() {
+        let mut first = recorded_event(8);
+        first.payload =
+            r#"{ "amount" : 1.50, "ab": "é\u0041", "big": 123456789012345678901234567890 }"#.into();
         first.metadata = Some("[ ]".into());
         first.event_type = "with \"quotes\" and \\".into();
         let events = vec![first.into(), event(9)];
         let packed = pack(&log(), Position::new(7), &events, 100_000, 100);
         assert_eq!(Some(unpack(&packed)), Run::new(Position::new(7), events));
-        assert_eq!((packed.last, packed.events), (Position::new(9), 2));
+        assert_eq!((packed.last, packed.event_count), (Position::new(9), 2));
     }
 
     #[test]
     fn hot_path_pack() {
         let (events, log) = (hot_path::events(), log());
         let packed = hot_path::count(|| pack(&log, Position::START, &events, 100_000, 100));
-        assert_eq!(packed.last, Position::new(hot_path::EVENTS));
+        assert_eq!(packed.last, Position::new(hot_path::EVENT_COUNT));
     }
 
     #[test]
     fn hot_path_parse() {
         let body = pack(&log(), Position::START, &hot_path::events(), 100_000, 100).body;
         let log = log();
-        let Message::Events(run) = hot_path::count(|| super::parse(&body, &log)) else { panic!("not ours") };
-        assert_eq!(run.last(), Position::new(hot_path::EVENTS));
+        let Message::Events(run) = hot_path::count(|| super::parse(&body, &log)) else {
+            panic!("not ours")
+        };
+        assert_eq!(run.last(), Position::new(hot_path::EVENT_COUNT));
     }
 
     #[test]
-    fn an_event_that_cannot_travel_is_sent_as_a_reference() {
+    fn an_event_sqs_cannot_carry_is_sent_as_a_reference() {
         for payload in [format!("\"{}\"", "x".repeat(5_000)), "\"\u{ffff}\"".into()] {
-            let large = Recorded { payload, ..recorded(8) }.into();
+            let large = RecordedEvent { payload, ..recorded_event(8) }.into();
             let packed = pack(&log(), Position::new(7), &[large, event(9)], 2_000, 100);
             assert_eq!(packed.last, Position::new(8));
             assert_eq!(parse(&packed.body), Message::Reference(Position::new(8)));
@@ -306,64 +336,80 @@ mod tests {
     }
 
     #[test]
-    fn what_would_not_come_out_byte_for_byte_is_sent_as_a_reference() {
-        for (payload, metadata) in [(" {}", None), ("{}\n", None), ("{}", Some("null")), ("{}", Some("1 "))] {
-            let spaced = Recorded { payload: payload.into(), metadata: metadata.map(str::to_owned), ..recorded(8) };
+    fn an_event_that_packing_would_change_is_sent_as_a_reference() {
+        for (payload, metadata) in
+            [(" {}", None), ("{}\n", None), ("{}", Some("null")), ("{}", Some("1 "))]
+        {
+            let spaced = RecordedEvent {
+                payload: payload.into(),
+                metadata: metadata.map(str::to_owned),
+                ..recorded_event(8)
+            };
             let packed = pack(&log(), Position::new(7), &[spaced.into(), event(9)], 2_000, 100);
             assert_eq!(packed.last, Position::new(8), "{payload:?} {metadata:?}");
             assert_eq!(parse(&packed.body), Message::Reference(Position::new(8)));
         }
         // As a payload, null is as good as anything.
-        let null = Recorded { payload: "null".into(), metadata: None, ..recorded(8) }.into();
-        assert_eq!(unpack(&pack(&log(), Position::new(7), &[null], 2_000, 100)).last(), Position::new(8));
+        let null =
+            RecordedEvent { payload: "null".into(), metadata: None, ..recorded_event(8) }.into();
+        assert_eq!(
+            unpack(&pack(&log(), Position::new(7), &[null], 2_000, 100)).last(),
+            Position::new(8)
+        );
     }
 
     #[test]
-    fn whatever_is_not_signed_with_the_key_of_this_log_is_not_ours() {
+    fn a_message_not_signed_with_this_logs_key_is_foreign() {
         let good = pack(&log(), Position::new(7), &[event(8), event(9)], 100_000, 100).body;
         assert!(matches!(parse(&good), Message::Events(_)));
-        let unsigned = format!("{{{}", &good[SIGNED_FROM..]);
+        let unsigned = format!("{{{}", &good[SIGNED_OFFSET..]);
         let other = LogIdentity { key: SigningKey::new(&[8; 32]), ..log() };
         for (body, why) in [
-            (String::new(), Foreign::NotReadable),
-            ("hello".into(), Foreign::NotReadable),
-            ("[1,2]".into(), Foreign::NotReadable),
-            (format!(" {good}"), Foreign::NotReadable),
-            (good[..SIGNED_FROM - 3].into(), Foreign::NotReadable),
-            (unsigned, Foreign::NotSigned),
-            (good[..SIGNED_FROM].into(), Foreign::OtherLog),
-            (good.replace(LOG, "another"), Foreign::OtherLog),
-            (good[..good.len() - 1].into(), Foreign::WrongSignature),
-            (format!("{good} "), Foreign::WrongSignature),
-            (good.replace("\"prev\":7", "\"prev\":6"), Foreign::WrongSignature),
-            (good.replace("Confirmation", "confirmation"), Foreign::WrongSignature),
-            (pack(&other, Position::new(7), &[event(8), event(9)], 100_000, 100).body, Foreign::WrongSignature),
+            (String::new(), ForeignReason::Unreadable),
+            ("hello".into(), ForeignReason::Unreadable),
+            ("[1,2]".into(), ForeignReason::Unreadable),
+            (format!(" {good}"), ForeignReason::Unreadable),
+            (good[..SIGNED_OFFSET - 3].into(), ForeignReason::Unreadable),
+            (unsigned, ForeignReason::Unsigned),
+            (good[..SIGNED_OFFSET].into(), ForeignReason::OtherLog),
+            (good.replace(LOG, "another"), ForeignReason::OtherLog),
+            (good[..good.len() - 1].into(), ForeignReason::InvalidSignature),
+            (format!("{good} "), ForeignReason::InvalidSignature),
+            (good.replace("\"prev\":7", "\"prev\":6"), ForeignReason::InvalidSignature),
+            (good.replace("Confirmation", "confirmation"), ForeignReason::InvalidSignature),
+            (
+                pack(&other, Position::new(7), &[event(8), event(9)], 100_000, 100).body,
+                ForeignReason::InvalidSignature,
+            ),
         ] {
-            assert_eq!(parse(&body), Message::NotOurs(why), "{body}");
+            assert_eq!(parse(&body), Message::Foreign(why), "{body}");
         }
     }
 
     /// Of a bug of ours, or of a release to come.
     #[test]
-    fn what_is_signed_and_is_not_a_run_is_not_ours_either() {
+    fn a_signed_message_that_is_not_a_run_is_foreign() {
         let good = pack(&log(), Position::new(7), &[event(8), event(9)], 100_000, 100).body;
-        let good = &good[SIGNED_FROM..];
+        let good = &good[SIGNED_OFFSET..];
         assert!(matches!(parse(&signed(good)), Message::Events(_)));
         for (text, why) in [
-            (good[..good.len() - 1].into(), Foreign::UnknownShape),
-            ("}".into(), Foreign::UnknownShape),
-            (good.replace(LOG, "another"), Foreign::OtherLog),
-            (good.replace("\"prev\":7", "\"prev\":6"), Foreign::NotConsecutive),
-            (good.replace("\"position\":9", "\"position\":10"), Foreign::NotConsecutive),
-            (good.replace("\"last\":9", "\"last\":8"), Foreign::NotConsecutive),
-            (format!("\"log\":\"{LOG}\",\"prev\":7,\"events\":[],\"last\":7}}"), Foreign::NotConsecutive),
+            (good[..good.len() - 1].into(), ForeignReason::UnknownFormat),
+            ("}".into(), ForeignReason::UnknownFormat),
+            (good.replace(LOG, "another"), ForeignReason::OtherLog),
+            (good.replace("\"prev\":7", "\"prev\":6"), ForeignReason::NotConsecutive),
+            (good.replace("\"position\":9", "\"position\":10"), ForeignReason::NotConsecutive),
+            (good.replace("\"last\":9", "\"last\":8"), ForeignReason::NotConsecutive),
+            (
+                format!("\"log\":\"{LOG}\",\"prev\":7,\"events\":[],\"last\":7}}"),
+                ForeignReason::NotConsecutive,
+            ),
         ] {
-            assert_eq!(super::parse(&signed(&text), &log()), Message::NotOurs(why), "{text}");
+            assert_eq!(super::parse(&signed(&text), &log()), Message::Foreign(why), "{text}");
         }
     }
 
     #[test]
-    fn where_a_message_claims_to_end_is_read_off_its_end_whatever_is_in_it() {
+    fn the_claimed_last_position_is_read_from_the_end_of_the_message() {
         for (body, claimed) in [
             ("{\"last\":42}", Some(42)),
             ("\"last\":0}", Some(0)),
@@ -376,17 +422,17 @@ mod tests {
             ("}", None),
             ("", None),
         ] {
-            assert_eq!(claimed_last(body), claimed.map(Position::new), "{body}");
+            assert_eq!(unverified_last(body), claimed.map(Position::new), "{body}");
         }
-        let mut tricky = recorded(8);
+        let mut tricky = recorded_event(8);
         tricky.payload = "{\"last\":5}".into();
         let packed = pack(&log(), Position::new(7), &[tricky.into()], 100_000, 100);
-        assert_eq!(claimed_last(&packed.body), Some(Position::new(8)));
+        assert_eq!(unverified_last(&packed.body), Some(Position::new(8)));
     }
 
     /// A message with everything in it that a message may have.
     fn three_events() -> String {
-        let mut events = [recorded(8), recorded(9), recorded(10)];
+        let mut events = [recorded_event(8), recorded_event(9), recorded_event(10)];
         events[0].event_type = "with \"quotes\" and \\".into();
         events[1].payload = r#"{"a":[1,-2.5e3,"é\u0041",{"b":null}]}"#.into();
         events[2].metadata = Some("[true]".into());
@@ -396,8 +442,11 @@ mod tests {
     #[test]
     fn json_of_any_depth_does_not_exhaust_the_stack() {
         let body = pack(&log(), Position::new(7), &[event(8)], 100_000, 100).body;
-        for deep in ["[".repeat(200_000), format!("{}1{}", "[".repeat(200_000), "]".repeat(200_000))] {
-            let text = body[SIGNED_FROM..].replace("\"payload\":{}", &format!("\"payload\":{deep}"));
+        for deep in
+            ["[".repeat(200_000), format!("{}1{}", "[".repeat(200_000), "]".repeat(200_000))]
+        {
+            let text =
+                body[SIGNED_OFFSET..].replace("\"payload\":{}", &format!("\"payload\":{deep}"));
             super::parse(&signed(&text), &log());
             super::parse(&signed(&deep), &log());
         }
@@ -408,20 +457,22 @@ mod tests {
         fn no_text_makes_the_parser_panic(body in ".{0,300}") {
             super::parse(&body, &log());
             super::parse(&signed(&body), &log());
-            claimed_last(&body);
+            unverified_last(&body);
         }
 
-        /// Whatever is made of a message by somebody without the key, it is what it was or not ours.
+        /// Whatever is made of a message by somebody without the key, it is what it was or not
+        /// ours.
         #[test]
-        fn a_spoiled_message_is_not_ours(body in corrupted::text(&three_events())) {
+        fn a_corrupted_message_is_foreign(body in corrupted::text(&three_events())) {
             let message = super::parse(&body, &log());
-            prop_assert!(body == three_events() || matches!(message, Message::NotOurs(_)), "{message:?}");
+            prop_assert!(body == three_events() || matches!(message, Message::Foreign(_)), "{message:?}");
         }
 
-        /// And by somebody with the key: what is read is consecutive, and no larger than what was received.
+        /// And by somebody with the key: what is read is consecutive, and no larger than what was
+        /// received.
         #[test]
-        fn a_spoiled_text_that_is_signed_is_a_run_no_larger_than_itself_or_not_ours(
-            text in corrupted::text(&three_events()[SIGNED_FROM..]),
+        fn a_corrupted_text_that_is_signed_is_foreign_or_a_run_no_larger_than_itself(
+            text in corrupted::text(&three_events()[SIGNED_OFFSET..]),
         ) {
             let body = signed(&text);
             let Message::Events(run) = super::parse(&body, &log()) else { return Ok(()) };
@@ -434,26 +485,27 @@ mod tests {
             prop_assert!(!events.is_empty() && events.iter().map(text).sum::<usize>() <= body.len());
         }
 
-        /// Packing a log message by message gives back every event, in messages that the queue takes.
+        /// Packing a log message by message gives back every event, in messages that the queue
+        /// takes.
         #[test]
-        fn packing_loses_nothing_and_keeps_to_the_limits(
+        fn packing_loses_nothing_and_respects_the_limits(
             sizes in prop::collection::vec(0usize..400, 1..30),
             max_bytes in 400usize..2_000,
             max_events in 1usize..10,
         ) {
             let events: Vec<Event> = sizes.iter().zip(1..).map(|(&size, position)| {
-                Recorded { payload: format!("\"{}\"", "x".repeat(size)), ..recorded(position) }.into()
+                RecordedEvent { payload: format!("\"{}\"", "x".repeat(size)), ..recorded_event(position) }.into()
             }).collect();
             let mut prev = Position::START;
             let mut travelled = Vec::new();
             while (prev.get() as usize) < events.len() {
                 let rest = &events[prev.get() as usize..];
                 let packed = pack(&log(), prev, rest, max_bytes, max_events);
-                prop_assert!(packed.body.len() <= max_bytes && packed.events <= max_events);
+                prop_assert!(packed.body.len() <= max_bytes && packed.event_count <= max_events);
                 match parse(&packed.body) {
                     Message::Events(run) => travelled.extend(run.above(prev).to_vec()),
                     Message::Reference(_) => travelled.push(rest[0].clone()),
-                    Message::NotOurs(why) => prop_assert!(false, "{why}"),
+                    Message::Foreign(why) => prop_assert!(false, "{why}"),
                 }
                 prop_assert_eq!(travelled.last().map(Event::position), Some(packed.last));
                 prev = packed.last;

@@ -6,19 +6,19 @@ use async_trait::async_trait;
 use aws_sdk_sqs::Client;
 use aws_sdk_sqs::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_sqs::types::{
-    BatchResultErrorEntry, ChangeMessageVisibilityBatchRequestEntry, DeleteMessageBatchRequestEntry,
-    QueueAttributeName as Attribute,
+    BatchResultErrorEntry, ChangeMessageVisibilityBatchRequestEntry,
+    DeleteMessageBatchRequestEntry, QueueAttributeName as Attribute,
 };
 
-use super::{Queue, QueueError, Receipt, Received};
-use crate::aws::{self, causes};
+use super::{Queue, QueueError, Receipt, ReceivedMessage};
+use crate::aws::{self, format_error_chain};
 use crate::model::error::Error;
 
 /// All events are one ordered sequence, so on a FIFO queue they are one group.
-const GROUP: &str = "events";
+const MESSAGE_GROUP: &str = "events";
 
 /// What one receive, and one batch of deletions, may hold.
-const MOST_IN_A_BATCH: usize = 10;
+const MAX_BATCH: usize = 10;
 
 /// One SQS queue. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -28,35 +28,44 @@ pub struct SqsQueue {
     /// The ARN, or the URL where the queue does not say.
     identity: String,
     is_fifo: bool,
-    visibility: Duration,
+    visibility_timeout: Duration,
     max_message_bytes: usize,
 }
 
 impl SqsQueue {
-    /// Connects to the queue of this URL, with credentials, region and endpoint as every AWS tool takes them,
-    /// and reads its attributes. Received messages are hidden for `visibility`.
+    /// Connects to the queue of this URL, with credentials, region and endpoint as every AWS tool
+    /// takes them, and reads its attributes. Received messages are hidden for `visibility`.
     ///
     /// # Errors
-    /// [`Error::Input`] where no region is known, [`Error::OutOfReach`] where the queue does not exist,
-    /// does not answer, or may not be used.
-    pub async fn connect(url: &str, visibility: Duration) -> Result<Self, Error> {
+    /// [`Error::Input`] where no region is known, [`Error::Unreachable`] where the queue does not
+    /// exist, does not answer, or may not be used.
+    pub async fn connect(url: &str, visibility_timeout: Duration) -> Result<Self, Error> {
         if !url.starts_with("http://") && !url.starts_with("https://") {
             return Err(Error::Input(format!(
                 "the queue URL {url:?} is not one; it looks like https://sqs.REGION.amazonaws.com/ACCOUNT/NAME"
             )));
         }
-        let config = aws::config().await?;
-        Self::with_client(Client::new(&config), url, visibility).await.map_err(|error| match config.endpoint_url() {
-            Some(endpoint) => Error::OutOfReach(format!("{error} (the endpoint is {endpoint})")),
-            None => error,
+        let config = aws::load_config().await?;
+        Self::with_client(Client::new(&config), url, visibility_timeout).await.map_err(|error| {
+            match config.endpoint_url() {
+                Some(endpoint) => {
+                    Error::Unreachable(format!("{error} (the endpoint is {endpoint})"))
+                }
+                None => error,
+            }
         })
     }
 
-    /// As [`SqsQueue::connect`], with a client that is set up already, for whoever has set up AWS in their own way.
+    /// As [`SqsQueue::connect`], with a client that is set up already, for whoever has set up AWS
+    /// in their own way.
     ///
     /// # Errors
-    /// [`Error::OutOfReach`] where the queue does not exist, does not answer, or may not be used.
-    pub async fn with_client(client: Client, url: &str, visibility: Duration) -> Result<Self, Error> {
+    /// [`Error::Unreachable`] where the queue does not exist, does not answer, or may not be used.
+    pub async fn with_client(
+        client: Client,
+        url: &str,
+        visibility_timeout: Duration,
+    ) -> Result<Self, Error> {
         let attributes = client
             .get_queue_attributes()
             .queue_url(url)
@@ -65,8 +74,11 @@ impl SqsQueue {
             .attribute_names(Attribute::QueueArn)
             .send()
             .await
-            .map_err(|error| Error::OutOfReach(format!("the queue {url} cannot be used: {}", explain(&error))))?;
-        let attribute = |name| attributes.attributes().and_then(|all| all.get(&name)).map(String::as_str);
+            .map_err(|error| {
+                Error::Unreachable(format!("the queue {url} cannot be used: {}", explain(&error)))
+            })?;
+        let attribute =
+            |name| attributes.attributes().and_then(|all| all.get(&name)).map(String::as_str);
         Ok(SqsQueue {
             url: url.to_owned(),
             identity: attribute(Attribute::QueueArn).unwrap_or(url).to_owned(),
@@ -75,7 +87,7 @@ impl SqsQueue {
             max_message_bytes: attribute(Attribute::MaximumMessageSize)
                 .and_then(|size| size.parse().ok())
                 .unwrap_or(256 * 1024),
-            visibility,
+            visibility_timeout,
             client,
         })
     }
@@ -86,20 +98,20 @@ impl Queue for SqsQueue {
     async fn send(&self, body: &str, deduplication_id: &str) -> Result<(), QueueError> {
         let send = self.client.send_message().queue_url(&self.url).message_body(body);
         let send = match self.is_fifo {
-            true => send.message_group_id(GROUP).message_deduplication_id(deduplication_id),
+            true => send.message_group_id(MESSAGE_GROUP).message_deduplication_id(deduplication_id),
             false => send,
         };
         send.send().await.map(|_| ()).map_err(|error| QueueError(explain(&error)))
     }
 
-    async fn receive(&self, wait: Duration) -> Result<Vec<Received>, QueueError> {
+    async fn receive(&self, wait: Duration) -> Result<Vec<ReceivedMessage>, QueueError> {
         let received = self
             .client
             .receive_message()
             .queue_url(&self.url)
-            .max_number_of_messages(MOST_IN_A_BATCH as i32)
+            .max_number_of_messages(MAX_BATCH as i32)
             .wait_time_seconds(wait.as_secs().min(20) as i32)
-            .visibility_timeout(self.visibility.as_secs() as i32)
+            .visibility_timeout(self.visibility_timeout.as_secs() as i32)
             .send()
             .await
             .map_err(|error| QueueError(explain(&error)))?;
@@ -107,17 +119,20 @@ impl Queue for SqsQueue {
         Ok(messages
             .filter_map(|message| {
                 let id = message.message_id.unwrap_or_default();
-                Some(Received { receipt: message.receipt_handle?, id, body: message.body? })
+                Some(ReceivedMessage { receipt: message.receipt_handle?, id, body: message.body? })
             })
             .collect())
     }
 
     async fn delete(&self, receipts: &[Receipt]) -> Result<(), QueueError> {
-        for batch in receipts.chunks(MOST_IN_A_BATCH) {
+        for batch in receipts.chunks(MAX_BATCH) {
             let mut request = self.client.delete_message_batch().queue_url(&self.url);
             for (index, receipt) in batch.iter().enumerate() {
-                let entry = DeleteMessageBatchRequestEntry::builder().id(index.to_string()).receipt_handle(receipt);
-                request = request.entries(entry.build().map_err(|error| QueueError(error.to_string()))?);
+                let entry = DeleteMessageBatchRequestEntry::builder()
+                    .id(index.to_string())
+                    .receipt_handle(receipt);
+                request =
+                    request.entries(entry.build().map_err(|error| QueueError(error.to_string()))?);
             }
             let answer = request.send().await.map_err(|error| QueueError(explain(&error)))?;
             check_batch("delete", answer.failed())?;
@@ -125,15 +140,20 @@ impl Queue for SqsQueue {
         Ok(())
     }
 
-    async fn hide(&self, receipts: &[Receipt], duration: Duration) -> Result<(), QueueError> {
-        for batch in receipts.chunks(MOST_IN_A_BATCH) {
+    async fn change_visibility(
+        &self,
+        receipts: &[Receipt],
+        duration: Duration,
+    ) -> Result<(), QueueError> {
+        for batch in receipts.chunks(MAX_BATCH) {
             let mut request = self.client.change_message_visibility_batch().queue_url(&self.url);
             for (index, receipt) in batch.iter().enumerate() {
                 let entry = ChangeMessageVisibilityBatchRequestEntry::builder()
                     .id(index.to_string())
                     .receipt_handle(receipt)
                     .visibility_timeout(duration.as_secs() as i32);
-                request = request.entries(entry.build().map_err(|error| QueueError(error.to_string()))?);
+                request =
+                    request.entries(entry.build().map_err(|error| QueueError(error.to_string()))?);
             }
             let answer = request.send().await.map_err(|error| QueueError(explain(&error)))?;
             check_batch("hide", answer.failed())?;
@@ -167,8 +187,8 @@ impl Queue for SqsQueue {
         Some(self.identity.clone())
     }
 
-    fn visibility(&self) -> Duration {
-        self.visibility
+    fn visibility_timeout(&self) -> Duration {
+        self.visibility_timeout
     }
 
     fn max_message_bytes(&self) -> usize {
@@ -176,16 +196,21 @@ impl Queue for SqsQueue {
     }
 }
 
-/// An entry that is the sender's fault has a receipt that expired: AWS forgives it, LocalStack does not, and
-/// either way the message comes again and is known by its positions.
+/// An entry that is the sender's fault has a receipt that expired: AWS forgives it, LocalStack does
+/// not, and either way the message comes again and is known by its positions.
 fn check_batch(doing: &str, failed: &[BatchResultErrorEntry]) -> Result<(), QueueError> {
     for entry in failed {
-        tracing::debug!(code = entry.code(), reason = entry.message(), "could not {doing} a message: it comes again");
+        tracing::debug!(
+            code = entry.code(),
+            reason = entry.message(),
+            "could not {doing} a message: it comes again"
+        );
     }
     match failed.iter().find(|entry| !entry.sender_fault()) {
-        Some(entry) => {
-            Err(QueueError(format!("could not {doing} a message: {}", entry.message().unwrap_or("no reason"))))
-        }
+        Some(entry) => Err(QueueError(format!(
+            "could not {doing} a message: {}",
+            entry.message().unwrap_or("no reason")
+        ))),
         None => Ok(()),
     }
 }
@@ -211,11 +236,16 @@ where
         );
     }
     match error {
-        SdkError::ServiceError(_) => format!("{code}: {}", error.message().unwrap_or("no reason given")),
-        SdkError::DispatchFailure(_) | SdkError::TimeoutError(_) => {
-            format!("{}; check the endpoint (AWS_ENDPOINT_URL), the credentials and the network", causes(error))
+        SdkError::ServiceError(_) => {
+            format!("{code}: {}", error.message().unwrap_or("no reason given"))
         }
-        _ => causes(error),
+        SdkError::DispatchFailure(_) | SdkError::TimeoutError(_) => {
+            format!(
+                "{}; check the endpoint (AWS_ENDPOINT_URL), the credentials and the network",
+                format_error_chain(error)
+            )
+        }
+        _ => format_error_chain(error),
     }
 }
 
@@ -225,15 +255,22 @@ mod tests {
 
     /// AWS sends these; LocalStack refuses only what is the sender's fault.
     #[test]
-    fn a_batch_that_failed_in_part_is_an_error_unless_only_receipts_had_expired() {
+    fn a_partly_failed_batch_is_an_error_unless_only_receipts_expired() {
         let entry = |sender_fault, code| {
-            let entry =
-                BatchResultErrorEntry::builder().id("0").sender_fault(sender_fault).code(code).message("as told");
+            let entry = BatchResultErrorEntry::builder()
+                .id("0")
+                .sender_fault(sender_fault)
+                .code(code)
+                .message("as told");
             entry.build().expect("all that it needs")
         };
         let expired = entry(true, "ReceiptHandleIsInvalid");
-        assert!(check_batch("delete", &[]).is_ok() && check_batch("delete", std::slice::from_ref(&expired)).is_ok());
-        let refused = check_batch("delete", &[expired, entry(false, "InternalError")]).expect_err("it is SQS's own");
+        assert!(
+            check_batch("delete", &[]).is_ok()
+                && check_batch("delete", std::slice::from_ref(&expired)).is_ok()
+        );
+        let refused = check_batch("delete", &[expired, entry(false, "InternalError")])
+            .expect_err("it is SQS's own");
         assert_eq!(refused.0, "could not delete a message: as told");
     }
 }

@@ -1,11 +1,12 @@
-//! The database, as far as the protocol leans on InnoDB: positions are handed out at insert and before commit,
-//! rows are locked until their transaction ends, what is read is committed, a transaction whose client is gone
-//! holds its locks until the server notices, and a restart takes every open transaction with it.
+//! The database, as far as the protocol leans on InnoDB: positions are handed out at insert and
+//! before commit, rows are locked until their transaction ends, what is read is committed, a
+//! transaction whose client is gone holds its locks until the server notices, and a restart takes
+//! every open transaction with it.
 
 use std::collections::BTreeMap;
 
 use super::invariants::{self, Claim};
-use super::seen::Seen;
+use super::occurrence::Occurrence;
 use super::world::{Tick, World};
 use crate::ledger::Entry;
 use crate::model::event::{Event, Position};
@@ -25,16 +26,17 @@ pub(super) struct Database {
     pub(super) lease: Option<(u64, Tick)>,
     /// Table `projectors`, the oldest first.
     pub(super) ledger: Vec<LedgerRow>,
-    /// The read models, by number in the cast: the positions of the events that were applied, in order.
-    pub(super) read_models: [Vec<u64>; super::cast::ACTORS.len()],
-    pub(super) open: BTreeMap<TransactionId, Open>,
+    /// The read models, by number in the cast: the positions of the events that were applied, in
+    /// order.
+    pub(super) read_models: [Vec<u64>; super::projectors::PROJECTORS.len()],
+    pub(super) open: BTreeMap<TransactionId, OpenTransaction>,
     pub(super) last_transaction: TransactionId,
     /// When the server notices next that a client is gone.
     pub(super) next_orphan: Option<Tick>,
     /// Until then it does not answer.
     pub(super) down_until: Tick,
     /// Those that were retired with side effects: never to be played again.
-    pub(super) buried: [bool; super::cast::ACTORS.len()],
+    pub(super) permanently_retired: [bool; super::projectors::PROJECTORS.len()],
 }
 
 /// A row of `events`.
@@ -46,7 +48,7 @@ pub(super) struct Row {
 
 /// A row of `projectors`.
 pub(super) struct LedgerRow {
-    pub(super) actor: usize,
+    pub(super) projector_index: usize,
     pub(super) entry: Entry,
     pub(super) lock: Option<TransactionId>,
     /// Where it began: what lies at or below is not its matter.
@@ -56,33 +58,36 @@ pub(super) struct LedgerRow {
     /// The tick at which its definition was recorded last.
     pub(super) defined_at: Tick,
     /// How many events its read model holds, if all is well.
-    pub(super) folded: usize,
-    /// Set by a claim and taken back with the position: others see it only where a handler has committed in between.
-    pub(super) half_applied: bool,
+    pub(super) applied_count: usize,
+    /// Set by a claim and taken back with the position: others see it only where a handler has
+    /// committed in between.
+    pub(super) partially_applied: bool,
 }
 
 impl LedgerRow {
     /// The row as the engine reads it.
     pub(super) fn read(&self) -> Entry {
         let mut entry = self.entry.clone();
-        if self.half_applied {
-            entry.rebuild_reason.get_or_insert_with(|| "a handler committed a part of a batch".into());
+        if self.partially_applied {
+            entry
+                .rebuild_reason
+                .get_or_insert_with(|| "a handler committed a part of a batch".into());
         }
         if let Status::Broken(failure) = &mut entry.status {
-            failure.rebuild.clone_from(&entry.rebuild_reason);
+            failure.rebuild_reason.clone_from(&entry.rebuild_reason);
         }
         entry
     }
 
     /// Whether its read model is not whole, and the ledger says so.
     pub(super) fn must_be_rebuilt(&self) -> bool {
-        self.half_applied || self.entry.rebuild_reason.is_some()
+        self.partially_applied || self.entry.rebuild_reason.is_some()
     }
 }
 
 /// A transaction that has neither committed nor rolled back.
 #[derive(Default)]
-pub(super) struct Open {
+pub(super) struct OpenTransaction {
     /// Rows of `events`.
     pub(super) inserted: Vec<u64>,
     /// The row of the ledger that it has locked, and as what it will write it back, if at all.
@@ -105,7 +110,7 @@ impl Database {
         self.row(position).filter(|row| row.owner.is_none()).map(|row| &row.event)
     }
 
-    pub(super) fn put(&mut self, position: u64, row: Row) {
+    pub(super) fn insert_row(&mut self, position: u64, row: Row) {
         let index = position as usize - 1;
         if self.events.len() <= index {
             self.events.resize_with(index + 1, || None);
@@ -114,15 +119,18 @@ impl Database {
     }
 
     pub(super) fn last_visible(&self) -> u64 {
-        (1..=self.events.len() as u64).rev().find(|&position| self.committed(position).is_some()).unwrap_or(0)
+        (1..=self.events.len() as u64)
+            .rev()
+            .find(|&position| self.committed(position).is_some())
+            .unwrap_or(0)
     }
 
-    pub(super) fn ledger_row(&self, actor: usize) -> Option<&LedgerRow> {
-        self.ledger.iter().find(|row| row.actor == actor)
+    pub(super) fn ledger_row(&self, projector_index: usize) -> Option<&LedgerRow> {
+        self.ledger.iter().find(|row| row.projector_index == projector_index)
     }
 
-    pub(super) fn ledger_row_mut(&mut self, actor: usize) -> Option<&mut LedgerRow> {
-        self.ledger.iter_mut().find(|row| row.actor == actor)
+    pub(super) fn ledger_row_mut(&mut self, projector_index: usize) -> Option<&mut LedgerRow> {
+        self.ledger.iter_mut().find(|row| row.projector_index == projector_index)
     }
 }
 
@@ -137,34 +145,35 @@ impl World {
             }
         }
         let clock = self.clock;
-        if let Some(actor) = transaction.locked {
-            self.database.read_models[actor].extend(&transaction.applied);
-            if let Some(row) = self.database.ledger_row_mut(actor) {
+        if let Some(projector_index) = transaction.locked {
+            self.database.read_models[projector_index].extend(&transaction.applied);
+            if let Some(row) = self.database.ledger_row_mut(projector_index) {
                 row.lock = None;
-                row.folded += transaction.applied.len();
+                row.applied_count += transaction.applied.len();
                 if let Some(entry) = transaction.written {
                     if row.entry.status != Status::Live && entry.status == Status::Live {
                         row.live_since = clock;
                     }
                     row.entry = entry;
-                    row.half_applied &= transaction.claim.is_none();
+                    row.partially_applied &= transaction.claim.is_none();
                 }
-                self.database.buried[actor] |= row.entry.status == Status::Retired && row.entry.side_effects;
+                self.database.permanently_retired[projector_index] |=
+                    row.entry.status == Status::Retired && row.entry.has_side_effects;
             }
         }
         self.releases += 1;
     }
 
-    /// A handler commits the transaction of its claim: what it has applied is stored, with the mark of the claim and without
-    /// the position, and the row is free.
-    pub(super) fn commit_part(&mut self, id: TransactionId) {
+    /// A handler commits the transaction of its claim: what it has applied is stored, with the mark
+    /// of the claim and without the position, and the row is free.
+    pub(super) fn commit_partially(&mut self, id: TransactionId) {
         let Some(transaction) = self.database.open.remove(&id) else { return };
-        invariants::before_commit_of_a_part(self, &transaction);
-        if let Some(actor) = transaction.locked {
-            self.database.read_models[actor].extend(&transaction.applied);
-            if let Some(row) = self.database.ledger_row_mut(actor) {
+        invariants::before_partial_commit(self, &transaction);
+        if let Some(projector_index) = transaction.locked {
+            self.database.read_models[projector_index].extend(&transaction.applied);
+            if let Some(row) = self.database.ledger_row_mut(projector_index) {
                 row.lock = None;
-                row.half_applied |= transaction.claim.is_some();
+                row.partially_applied |= transaction.claim.is_some();
             }
         }
         self.releases += 1;
@@ -176,7 +185,10 @@ impl World {
         for &position in &transaction.inserted {
             self.database.events[position as usize - 1] = None;
         }
-        if let Some(row) = transaction.locked.and_then(|actor| self.database.ledger_row_mut(actor)) {
+        if let Some(row) = transaction
+            .locked
+            .and_then(|projector_index| self.database.ledger_row_mut(projector_index))
+        {
             row.lock = None;
         }
         self.releases += 1;
@@ -188,7 +200,8 @@ impl World {
         let until = self.clock + noticed_in;
         if let Some(transaction) = self.database.open.get_mut(&id) {
             transaction.orphaned_until.get_or_insert(until);
-            self.database.next_orphan = Some(self.database.next_orphan.map_or(until, |next| next.min(until)));
+            self.database.next_orphan =
+                Some(self.database.next_orphan.map_or(until, |next| next.min(until)));
         }
     }
 
@@ -198,16 +211,18 @@ impl World {
         if self.database.next_orphan.is_none_or(|next| next > clock) {
             return;
         }
-        let is_due = |open: &Open| open.orphaned_until.is_some_and(|until| until <= clock);
+        let is_due =
+            |open: &OpenTransaction| open.orphaned_until.is_some_and(|until| until <= clock);
         while let Some((&id, _)) = self.database.open.iter().find(|(_, open)| is_due(open)) {
-            self.note(|| format!("the server rolls transaction {id} back, whose client is gone"));
+            self.trace(|| format!("the server rolls transaction {id} back, whose client is gone"));
             self.roll_back(id);
         }
-        self.database.next_orphan = self.database.open.values().filter_map(|open| open.orphaned_until).min();
+        self.database.next_orphan =
+            self.database.open.values().filter_map(|open| open.orphaned_until).min();
     }
 
-    /// Every transaction is gone. The counter may fall back to what the table holds, as it did before it was
-    /// made durable, and as it still can where the redo log was not flushed.
+    /// Every transaction is gone. The counter may fall back to what the table holds, as it did
+    /// before it was made durable, and as it still can where the redo log was not flushed.
     pub(super) fn restart_database(&mut self) {
         let down_for = self.rng.u64(0..10);
         self.database.down_until = self.clock + down_for;
@@ -216,7 +231,7 @@ impl World {
         }
         let lowest = self.database.last_visible();
         if self.rng.bool() && lowest < self.database.counter {
-            self.saw(Seen::CounterFellBack);
+            self.record(Occurrence::CounterFellBack);
             self.database.counter = lowest;
         }
     }

@@ -1,11 +1,11 @@
 //! What breaks, and who comes and goes.
 
-use super::queue::VISIBILITY;
+use super::occurrence::Occurrence;
+use super::queue::VISIBILITY_TIMEOUT;
 use super::schedule::{self, Scheduler};
-use super::seen::Seen;
 use super::statements::log;
-use super::world::{Who, World};
-use crate::model::event::{Event, Position, Recorded};
+use super::world::{ProcessId, World};
+use crate::model::event::{Event, Position, RecordedEvent};
 use crate::model::signature::{LogIdentity, SigningKey};
 use crate::queue;
 
@@ -20,15 +20,15 @@ pub(super) enum Fault {
     StartPlay,
     StartBoot,
     StartRetire,
-    Mend,
+    FixProjector,
     RestartDatabase,
     LoseMessage,
     RepeatMessage,
     SwapMessages,
     ExpireVisibility,
-    Purge,
-    Foreign,
-    Forge,
+    PurgeQueue,
+    SendForeignMessage,
+    ForgeMessage,
     SkipTime,
 }
 
@@ -42,142 +42,187 @@ pub(super) const FAULTS: &[(Fault, u32)] = &[
     (Fault::StartPlay, 20),
     (Fault::StartBoot, 14),
     (Fault::StartRetire, 14),
-    (Fault::Mend, 5),
+    (Fault::FixProjector, 5),
     (Fault::RestartDatabase, 3),
     (Fault::LoseMessage, 6),
     (Fault::RepeatMessage, 6),
     (Fault::SwapMessages, 4),
     (Fault::ExpireVisibility, 8),
-    (Fault::Purge, 2),
-    (Fault::Foreign, 3),
-    (Fault::Forge, 6),
+    (Fault::PurgeQueue, 2),
+    (Fault::SendForeignMessage, 3),
+    (Fault::ForgeMessage, 6),
     (Fault::SkipTime, 6),
 ];
 
 impl Scheduler<'_> {
     pub(super) fn apply(&mut self, fault: Fault) {
-        let count =
-            |scheduler: &Self, is: fn(&Who) -> bool| scheduler.slots.iter().filter(|slot| is(&slot.who)).count();
+        let count = |scheduler: &Self, is: fn(&ProcessId) -> bool| {
+            scheduler.slots.iter().filter(|slot| is(&slot.process_id)).count()
+        };
         match fault {
             Fault::Crash => self.crash(),
             Fault::Terminate => self.terminate(),
             Fault::Pause => self.pause(),
-            Fault::StartWriter if count(self, |who| matches!(who, Who::Writer(_))) < 3 => self.start_writer(),
-            Fault::StartRelay if count(self, |who| matches!(who, Who::Relay(_))) < 2 => self.start_relay(),
-            Fault::StartPlay if count(self, |who| matches!(who, Who::Play(..))) < 2 => {
-                let release = self.some_release();
+            Fault::StartWriter
+                if count(self, |process_id| matches!(process_id, ProcessId::Writer(_))) < 3 =>
+            {
+                self.start_writer()
+            }
+            Fault::StartRelay
+                if count(self, |process_id| matches!(process_id, ProcessId::Relay(_))) < 2 =>
+            {
+                self.start_relay()
+            }
+            Fault::StartPlay
+                if count(self, |process_id| matches!(process_id, ProcessId::Play(..))) < 2 =>
+            {
+                let release = self.random_release();
                 self.start_play(release);
             }
-            Fault::StartBoot if count(self, |who| matches!(who, Who::Boot(..))) < 2 => {
-                let release = self.some_release();
+            Fault::StartBoot
+                if count(self, |process_id| matches!(process_id, ProcessId::Boot(..))) < 2 =>
+            {
+                let release = self.random_release();
                 self.start_boot(release);
             }
             // Two at once may tear down what was booted anew in between: see the module's doc.
-            Fault::StartRetire if count(self, |who| matches!(who, Who::Retire(..))) < 1 => {
-                let release = self.some_release();
+            Fault::StartRetire
+                if count(self, |process_id| matches!(process_id, ProcessId::Retire(..))) < 1 =>
+            {
+                let release = self.random_release();
                 self.start_retire(release);
             }
-            Fault::StartWriter | Fault::StartRelay | Fault::StartPlay | Fault::StartBoot | Fault::StartRetire => {}
-            fault => self.disturb_world(fault),
+            Fault::StartWriter
+            | Fault::StartRelay
+            | Fault::StartPlay
+            | Fault::StartBoot
+            | Fault::StartRetire => {}
+            fault => self.apply_to_world(fault),
         }
     }
 
     /// SIGKILL, at whatever it was about to do.
     fn crash(&mut self) {
-        let Some(at) = self.some_slot(|who| !matches!(who, Who::Straggler(..))) else { return };
-        let who = self.slots[at].who;
+        let Some(at) =
+            self.random_slot(|process_id| !matches!(process_id, ProcessId::Straggler(..)))
+        else {
+            return;
+        };
+        let process_id = self.slots[at].process_id;
         let mut world = self.sim.world();
-        world.note(|| format!("{who} is killed"));
-        world.saw(match who {
-            Who::Play(..) => Seen::CrashedPlay,
-            Who::Boot(..) => Seen::CrashedBoot,
-            Who::Relay(_) => Seen::CrashedRelay,
-            Who::Retire(..) => Seen::CrashedRetire,
-            Who::Writer(_) | Who::Straggler(..) | Who::Nobody => Seen::CrashedWriter,
+        world.trace(|| format!("{process_id} is killed"));
+        world.record(match process_id {
+            ProcessId::Play(..) => Occurrence::CrashedPlay,
+            ProcessId::Boot(..) => Occurrence::CrashedBoot,
+            ProcessId::Relay(_) => Occurrence::CrashedRelay,
+            ProcessId::Retire(..) => Occurrence::CrashedRetire,
+            ProcessId::Writer(_) | ProcessId::Straggler(..) | ProcessId::Scheduler => {
+                Occurrence::CrashedWriter
+            }
         });
         drop(world);
-        self.kill(|other| *other == who);
+        self.kill(|other| *other == process_id);
     }
 
     /// SIGTERM, with a batch in hand that takes too long: rolled back, its messages returned.
     fn terminate(&mut self) {
-        let Some(at) = self.some_slot(|who| matches!(who, Who::Play(..))) else { return };
-        let who = self.slots[at].who;
-        self.slots.retain(|slot| slot.who != who && !slot.who.belongs_to(who));
+        let Some(at) = self.random_slot(|process_id| matches!(process_id, ProcessId::Play(..)))
+        else {
+            return;
+        };
+        let process_id = self.slots[at].process_id;
+        self.slots.retain(|slot| {
+            slot.process_id != process_id && !slot.process_id.belongs_to(process_id)
+        });
         let mut world = self.sim.world();
-        world.saw(Seen::Terminated);
-        world.note(|| format!("{who} is terminated"));
-        world.return_messages(who);
+        world.record(Occurrence::ProcessTerminated);
+        world.trace(|| format!("{process_id} is terminated"));
+        world.return_messages(process_id);
         drop(world);
-        self.census();
+        self.refresh_running();
     }
 
     fn pause(&mut self) {
-        let Some(at) = self.some_slot(|who| !matches!(who, Who::Straggler(..))) else { return };
+        let Some(at) =
+            self.random_slot(|process_id| !matches!(process_id, ProcessId::Straggler(..)))
+        else {
+            return;
+        };
         let mut world = self.sim.world();
         let ticks = world.rng.u64(5..150);
-        world.saw(Seen::Paused);
-        let who = self.slots[at].who;
-        for slot in self.slots.iter_mut().filter(|slot| slot.who == who || slot.who.belongs_to(who)) {
+        world.record(Occurrence::ProcessPaused);
+        let process_id = self.slots[at].process_id;
+        for slot in self
+            .slots
+            .iter_mut()
+            .filter(|slot| slot.process_id == process_id || slot.process_id.belongs_to(process_id))
+        {
             slot.paused_until = world.clock + ticks;
         }
-        world.note(|| format!("{who} gets no time for {ticks}"));
+        world.trace(|| format!("{process_id} gets no time for {ticks}"));
     }
 
-    fn some_slot(&mut self, is: fn(&Who) -> bool) -> Option<usize> {
-        let found: Vec<usize> = (0..self.slots.len()).filter(|&at| is(&self.slots[at].who)).collect();
-        if found.is_empty() { None } else { Some(found[self.sim.world().rng.usize(0..found.len())]) }
+    fn random_slot(&mut self, is: fn(&ProcessId) -> bool) -> Option<usize> {
+        let found: Vec<usize> =
+            (0..self.slots.len()).filter(|&at| is(&self.slots[at].process_id)).collect();
+        if found.is_empty() {
+            None
+        } else {
+            Some(found[self.sim.world().rng.usize(0..found.len())])
+        }
     }
 
-    fn disturb_world(&mut self, fault: Fault) {
+    fn apply_to_world(&mut self, fault: Fault) {
         let mut guard = self.sim.world();
         let world = &mut *guard;
         let messages = world.queue.messages.len();
         match fault {
-            Fault::Mend if !world.poison.is_empty() => {
-                world.saw(Seen::Mended);
-                let one = world.poison[world.rng.usize(0..world.poison.len())].actor;
+            Fault::FixProjector if !world.poison.is_empty() => {
+                world.record(Occurrence::ProjectorFixed);
+                let one = world.poison[world.rng.usize(0..world.poison.len())].projector_index;
                 let mends_all = world.rng.bool();
-                world.poison.retain(|poison| !mends_all && poison.actor != one);
+                world.poison.retain(|poison| !mends_all && poison.projector_index != one);
             }
             Fault::RestartDatabase => {
-                world.saw(Seen::DatabaseRestart);
+                world.record(Occurrence::DatabaseRestart);
                 world.restart_database();
             }
             Fault::LoseMessage if messages > 0 => {
-                world.saw(Seen::MessageLost);
+                world.record(Occurrence::MessageLost);
                 let at = world.rng.usize(0..messages);
                 world.queue.messages.remove(at);
             }
             Fault::RepeatMessage if messages > 0 => {
-                world.saw(Seen::MessageRepeated);
+                world.record(Occurrence::MessageRepeated);
                 let (from, to) = (world.rng.usize(0..messages), world.rng.usize(0..=messages));
-                let (body, last) = (world.queue.messages[from].body.to_string(), world.queue.messages[from].last);
+                let (body, last) =
+                    (world.queue.messages[from].body.to_string(), world.queue.messages[from].last);
                 world.enqueue(&body, last, None);
                 world.queue.messages[to..].rotate_right(1);
             }
             Fault::SwapMessages if messages > 1 => {
-                world.saw(Seen::Reordered);
+                world.record(Occurrence::MessagesReordered);
                 let (one, other) = (world.rng.usize(0..messages), world.rng.usize(0..messages));
                 world.queue.messages.swap(one, other);
             }
             Fault::ExpireVisibility => {
                 let clock = world.clock;
-                let hidden: Vec<usize> =
-                    (0..messages).filter(|&at| world.queue.messages[at].hidden_until > clock).collect();
+                let hidden: Vec<usize> = (0..messages)
+                    .filter(|&at| world.queue.messages[at].hidden_until > clock)
+                    .collect();
                 if !hidden.is_empty() {
-                    world.saw(Seen::VisibilityExpired);
+                    world.record(Occurrence::VisibilityExpired);
                     let at = hidden[world.rng.usize(0..hidden.len())];
                     world.queue.messages[at].hidden_until = clock;
                     world.arrivals += 1;
                 }
             }
-            Fault::Purge if messages > 0 => {
-                world.saw(Seen::Purged);
+            Fault::PurgeQueue if messages > 0 => {
+                world.record(Occurrence::QueuePurged);
                 world.queue.messages.clear();
             }
-            Fault::Foreign => {
-                world.saw(Seen::Foreign);
+            Fault::SendForeignMessage => {
+                world.record(Occurrence::ForeignMessage);
                 let bodies = [
                     "hello",
                     "{\"log\":\"another\",\"prev\":1,\"last\":2}",
@@ -186,28 +231,28 @@ impl Scheduler<'_> {
                 let body = bodies[world.rng.usize(0..bodies.len())];
                 world.enqueue(body, None, None);
             }
-            Fault::Forge if world.database.high_water > Position::START => {
-                world.saw(Seen::Forged);
-                let body = forgery(world);
+            Fault::ForgeMessage if world.database.high_water > Position::START => {
+                world.record(Occurrence::ForgedMessage);
+                let body = forge_message(world);
                 world.enqueue(&body, None, None);
                 let to = world.rng.usize(0..=messages);
                 world.queue.messages[to..].rotate_right(1);
             }
-            Fault::SkipTime => world.clock += world.rng.u64(1..VISIBILITY * 2),
+            Fault::SkipTime => world.clock += world.rng.u64(1..VISIBILITY_TIMEOUT * 2),
             _ => return,
         }
-        world.note(|| format!("{fault:?}"));
+        world.trace(|| format!("{fault:?}"));
     }
 }
 
-/// A message by somebody who has seen all that was sent, and wants other events to be applied: the log's id, its positions and
-/// event ids, and payloads of his own.
-fn forgery(world: &mut World) -> String {
+/// A message by somebody who has seen all that was sent, and wants other events to be applied: the
+/// log's id, its positions and event ids, and payloads of his own.
+fn forge_message(world: &mut World) -> String {
     let last = world.rng.u64(1..=world.database.high_water.get());
     let prev = world.rng.u64(last.saturating_sub(4)..last);
     let forge = |position| {
         let event = world.database.committed(position)?;
-        Some(Event::from(Recorded {
+        Some(Event::from(RecordedEvent {
             position: event.position(),
             event_id: event.event_id().into(),
             stream_id: event.stream_id().into(),

@@ -1,26 +1,27 @@
-//! The queue: FIFO with one group, or standard. It loses, repeats and reorders; what is received is hidden for a
-//! while; one that is received too often goes to a dead-letter queue, which is to say that it is gone.
+//! The queue: FIFO with one group, or standard. It loses, repeats and reorders; what is received is
+//! hidden for a while; one that is received too often goes to a dead-letter queue, which is to say
+//! that it is gone.
 
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
-use super::cast::Release;
 use super::invariants;
-use super::seen::Seen;
-use super::world::{Sim, Tick, Who, World};
+use super::occurrence::Occurrence;
+use super::projectors::Release;
+use super::world::{ProcessId, Sim, Tick, World};
 use crate::model::event::Position;
 
 /// For how long what is received stays hidden.
-pub(super) const VISIBILITY: Tick = 40;
+pub(super) const VISIBILITY_TIMEOUT: Tick = 40;
 
 /// Within this, a FIFO queue takes two messages of one id for one.
-const DEDUPLICATION: Tick = 300;
+const DEDUPLICATION_WINDOW: Tick = 300;
 
 /// What one receive may hold.
-const MOST_IN_A_BATCH: usize = 10;
+const MAX_BATCH: usize = 10;
 
 /// Received more often than that, a message goes to the dead-letter queue.
-const MOST_RECEIVES: u32 = 3;
+const MAX_RECEIVES: u32 = 3;
 
 /// What a received message is deleted by.
 pub(super) type Receipt = u64;
@@ -48,12 +49,12 @@ pub(super) struct Message {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Delivery {
     receipt: Receipt,
-    by: Who,
+    by: ProcessId,
     pub(super) received_at: Tick,
 }
 
 /// A message as it came from the queue.
-pub(super) struct Received {
+pub(super) struct ReceivedMessage {
     pub(super) receipt: Receipt,
     pub(super) body: Rc<str>,
 }
@@ -73,36 +74,49 @@ impl Queue {
         if self.is_fifo && self.messages.iter().any(|message| Queue::is_hidden(message, clock)) {
             return Vec::new();
         }
-        (0..self.messages.len()).filter(|&at| !Queue::is_hidden(&self.messages[at], clock)).collect()
+        (0..self.messages.len())
+            .filter(|&at| !Queue::is_hidden(&self.messages[at], clock))
+            .collect()
     }
 }
 
 impl World {
     /// Puts a message into the queue, unless the queue knows it.
-    pub(super) fn enqueue(&mut self, body: &str, last: Option<Position>, deduplication_id: Option<&str>) {
+    pub(super) fn enqueue(
+        &mut self,
+        body: &str,
+        last: Option<Position>,
+        deduplication_id: Option<&str>,
+    ) {
         let clock = self.clock;
         if let Some(id) = deduplication_id.filter(|_| self.queue.is_fifo) {
-            if self.queue.sent.get(id).is_some_and(|&sent| clock - sent < DEDUPLICATION) {
-                self.saw(Seen::MessageDeduplicated);
-                self.note(|| "the queue has it already".into());
+            if self.queue.sent.get(id).is_some_and(|&sent| clock - sent < DEDUPLICATION_WINDOW) {
+                self.record(Occurrence::MessageDeduplicated);
+                self.trace(|| "the queue has it already".into());
                 return;
             }
             self.queue.sent.insert(id.to_owned(), clock);
         }
-        let message = Message { body: body.into(), last, hidden_until: 0, receives: 0, deliveries: Vec::new() };
+        let message = Message {
+            body: body.into(),
+            last,
+            hidden_until: 0,
+            receives: 0,
+            deliveries: Vec::new(),
+        };
         self.queue.messages.push(message);
         self.arrivals += 1;
     }
 
     /// Hands out what is visible.
-    fn hand_out(&mut self) -> Vec<Received> {
+    fn take_visible(&mut self) -> Vec<ReceivedMessage> {
         let clock = self.clock;
         let mut visible = self.queue.visible(clock);
         if !self.queue.is_fifo && visible.len() > 1 {
             self.rng.shuffle(&mut visible);
-            self.saw(Seen::Reordered);
+            self.record(Occurrence::MessagesReordered);
         }
-        let most = self.rng.usize(1..=MOST_IN_A_BATCH);
+        let most = self.rng.usize(1..=MAX_BATCH);
         visible.truncate(most);
         let mut received = Vec::with_capacity(visible.len());
         let mut dead = Vec::new();
@@ -110,31 +124,31 @@ impl World {
             self.queue.last_receipt += 1;
             let (receipt, message) = (self.queue.last_receipt, &mut self.queue.messages[at]);
             message.receives += 1;
-            if message.receives > MOST_RECEIVES {
+            if message.receives > MAX_RECEIVES {
                 dead.push(at);
                 continue;
             }
-            message.hidden_until = clock + VISIBILITY;
-            message.deliveries.push(Delivery { receipt, by: self.who, received_at: clock });
+            message.hidden_until = clock + VISIBILITY_TIMEOUT;
+            message.deliveries.push(Delivery { receipt, by: self.process_id, received_at: clock });
             let (receives, body) = (message.receives, Rc::clone(&message.body));
             if receives > 1 {
-                self.saw(Seen::TwoWorkersOneMessage);
+                self.record(Occurrence::TwoWorkersOneMessage);
             }
-            received.push(Received { receipt, body });
+            received.push(ReceivedMessage { receipt, body });
         }
         dead.sort_unstable();
         for at in dead.into_iter().rev() {
-            self.saw(Seen::DeadLettered);
-            self.note(|| format!("a message goes to the dead-letter queue: {at}"));
+            self.record(Occurrence::DeadLettered);
+            self.trace(|| format!("a message goes to the dead-letter queue: {at}"));
             self.queue.messages.remove(at);
         }
         received
     }
 
     /// A worker that ends returns what it has in hand.
-    pub(super) fn return_messages(&mut self, who: Who) {
+    pub(super) fn return_messages(&mut self, process_id: ProcessId) {
         for message in &mut self.queue.messages {
-            if message.deliveries.last().is_some_and(|delivery| delivery.by == who) {
+            if message.deliveries.last().is_some_and(|delivery| delivery.by == process_id) {
                 message.hidden_until = 0;
             }
         }
@@ -142,81 +156,96 @@ impl World {
     }
 
     fn delete(&mut self, receipt: Receipt, release: Release) {
-        let holds = |message: &Message| message.deliveries.iter().any(|delivery| delivery.receipt == receipt);
+        let holds = |message: &Message| {
+            message.deliveries.iter().any(|delivery| delivery.receipt == receipt)
+        };
         let Some(at) = self.queue.messages.iter().position(holds) else { return };
         let message = &self.queue.messages[at];
         let is_stale = message.deliveries.last().is_none_or(|delivery| delivery.receipt != receipt)
             || !Queue::is_hidden(message, self.clock);
         if is_stale {
-            self.saw(Seen::StaleReceipt);
+            self.record(Occurrence::StaleReceipt);
             // A standard queue may take it or not; a FIFO queue does not.
             if self.queue.is_fifo || self.rng.bool() {
-                self.note(|| "a stale receipt deletes nothing".into());
+                self.trace(|| "a stale receipt deletes nothing".into());
                 return;
             }
         }
         let message = self.queue.messages.remove(at);
         self.arrivals += 1;
-        self.note(|| format!("a message through {:?} is deleted", message.last.map(Position::get)));
-        if let Some(delivery) = message.deliveries.iter().find(|delivery| delivery.receipt == receipt) {
+        self.trace(|| {
+            format!("a message through {:?} is deleted", message.last.map(Position::get))
+        });
+        if let Some(delivery) =
+            message.deliveries.iter().find(|delivery| delivery.receipt == receipt)
+        {
             invariants::before_delete(self, &message, delivery, release);
         }
     }
 }
 
 impl Sim {
-    async fn call(&self) -> Result<(), QueueError> {
+    async fn request(&self) -> Result<(), QueueError> {
         self.step().await;
         let mut world = self.world();
-        let chance = world.chances.queue_away;
+        let chance = world.chances.queue_unavailable;
         if world.roll(chance) {
-            world.saw(Seen::QueueAway);
-            world.note(|| "the queue does not answer".into());
+            world.record(Occurrence::QueueUnavailable);
+            world.trace(|| "the queue does not answer".into());
             return Err(QueueError);
         }
         Ok(())
     }
 
     /// Sends what the relay has packed.
-    pub(super) async fn send(&self, body: &str, last: Position, deduplication_id: &str) -> Result<(), QueueError> {
-        self.call().await?;
+    pub(super) async fn send(
+        &self,
+        body: &str,
+        last: Position,
+        deduplication_id: &str,
+    ) -> Result<(), QueueError> {
+        self.request().await?;
         let mut world = self.world();
         invariants::before_send(&mut world, last);
-        let (loses, repeats) = (world.chances.queue_loses, world.chances.queue_repeats);
-        world.note(|| format!("sends a message through {last}"));
-        world.saw(Seen::Sent);
+        let (loses, repeats) = (world.chances.message_loss, world.chances.message_repeat);
+        world.trace(|| format!("sends a message through {last}"));
+        world.record(Occurrence::MessageSent);
         if world.roll(loses) {
-            world.saw(Seen::MessageLost);
-            world.note(|| "the queue loses it".into());
+            world.record(Occurrence::MessageLost);
+            world.trace(|| "the queue loses it".into());
             return Ok(());
         }
         world.enqueue(body, Some(last), Some(deduplication_id));
         if world.roll(repeats) {
-            world.saw(Seen::MessageRepeated);
+            world.record(Occurrence::MessageRepeated);
             world.enqueue(body, Some(last), None);
         }
         // Sent, and the answer lost: it is sent again.
-        let away = world.chances.queue_away;
+        let away = world.chances.queue_unavailable;
         if world.roll(away) { Err(QueueError) } else { Ok(()) }
     }
 
     /// Receives up to ten messages, waiting up to `wait` for the first.
-    pub(super) async fn receive(&self, wait: Tick) -> Result<Vec<Received>, QueueError> {
-        self.call().await?;
+    pub(super) async fn receive(&self, wait: Tick) -> Result<Vec<ReceivedMessage>, QueueError> {
+        self.request().await?;
         let until = self.now() + wait;
         loop {
-            let received = self.world().hand_out();
+            let received = self.world().take_visible();
             if !received.is_empty() || self.now() >= until {
-                self.note(|| format!("receives {} messages", received.len()));
+                self.trace(|| format!("receives {} messages", received.len()));
                 return Ok(received);
             }
-            self.arrival(until).await;
+            self.wait_for_arrival(until).await;
         }
     }
 
     /// Deletes messages, as a worker of this release.
-    pub(super) async fn delete(&self, receipts: &[Receipt], release: Release) -> Result<(), QueueError> {
-        self.call().await?;
+    pub(super) async fn delete(
+        &self,
+        receipts: &[Receipt],
+        release: Release,
+    ) -> Result<(), QueueError> {
+        self.request().await?;
         for &receipt in receipts {
             self.world().delete(receipt, release);
         }
@@ -228,7 +257,8 @@ impl Sim {
         let mut world = self.world();
         let clock = world.clock;
         for message in &mut world.queue.messages {
-            let is_ours = message.deliveries.last().is_some_and(|last| receipts.contains(&last.receipt));
+            let is_ours =
+                message.deliveries.last().is_some_and(|last| receipts.contains(&last.receipt));
             if is_ours && message.hidden_until > clock {
                 message.hidden_until = clock + ticks;
             }

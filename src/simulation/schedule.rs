@@ -1,27 +1,27 @@
-//! One schedule: which process goes on next, what breaks in between, and how all comes to rest. Everything
-//! follows from the seed.
+//! One schedule: which process goes on next, what breaks in between, and how all comes to rest.
+//! Everything follows from the seed.
 
 use std::task::{Context, Poll, Waker};
 
 use super::bug::Bug;
-use super::cast::{ACTORS, RELEASE_COUNT, Release};
 use super::fault::{FAULTS, Fault};
 use super::invariants::{self, Violation};
+use super::occurrence::{Occurrence, OccurrenceCounts};
 use super::process::{Ended, boot, play, relay, retire, writer};
-use super::seen::{Counts, Seen};
-use super::world::{Chances, Failing, Poison, Process, Sim, Tick, Wait, Who, World};
+use super::projectors::{PROJECTORS, RELEASE_COUNT, Release};
+use super::world::{Chances, FailureKind, Poison, Process, ProcessId, Sim, Tick, Wait, World};
 use crate::model::lifecycle::Status;
 use crate::model::projector::ProjectorId;
 use crate::model::registry::Registry;
 
 /// Writers stop at so many positions: what can go wrong goes wrong in a short log.
-pub(super) const LONGEST_LOG: usize = 40;
+pub(super) const MAX_LOG_EVENTS: usize = 40;
 
 /// The largest message. What a message holds is bounded by the number of events here.
 pub(super) const MESSAGE_BYTES: usize = 1_100;
 
 /// Within so many steps everything has to come to rest, once nothing breaks any more.
-const LONGEST_REST: u64 = 6_000;
+const MAX_SETTLE_STEPS: u64 = 6_000;
 
 /// What is to be run.
 #[derive(Debug, Clone, Copy)]
@@ -37,7 +37,7 @@ pub(super) struct Plan {
 #[derive(Debug)]
 pub(super) struct Outcome {
     pub(super) violation: Option<Violation>,
-    pub(super) seen: Counts,
+    pub(super) occurrences: OccurrenceCounts,
     /// The steps until everything came to rest.
     pub(super) steps: u64,
     pub(super) trace: Vec<String>,
@@ -59,7 +59,7 @@ pub(super) struct Scheduler<'a> {
 
 /// A process that runs.
 pub(super) struct Slot {
-    pub(super) who: Who,
+    pub(super) process_id: ProcessId,
     process: Process,
     wait: Wait,
     /// It gets no time until then: a stopped machine, a long collection of garbage.
@@ -81,17 +81,18 @@ pub(super) fn run(plan: Plan, releases: &[Registry]) -> Outcome {
     };
     let steps = scheduler.prepare();
     let steps = plan.steps.unwrap_or(steps);
-    scheduler.disturb(steps);
+    scheduler.run_with_faults(steps);
     scheduler.settle();
     // A killed process gives back what it holds of the world.
     scheduler.slots.clear();
     let mut world = scheduler.sim.world();
     let (violation, trace) = (world.violation.take(), world.take_trace());
-    Outcome { violation, seen: world.seen.clone(), steps, trace }
+    Outcome { violation, occurrences: world.occurrences.clone(), steps, trace }
 }
 
 impl Scheduler<'_> {
-    /// Draws what kind of schedule it is, and says how many steps it has until everything comes to rest.
+    /// Draws what kind of schedule it is, and says how many steps it has until everything comes to
+    /// rest.
     fn prepare(&mut self) -> u64 {
         let sim = self.sim.clone();
         let writers = {
@@ -99,13 +100,13 @@ impl Scheduler<'_> {
             // Each kind of trouble is there or not, so that some schedules have much of one.
             let mut chance = |most: u32| if world.rng.bool() { world.rng.u32(1..=most) } else { 0 };
             let chances = Chances {
-                cut: chance(20),
+                connection_cut: chance(20),
                 lost_ack: chance(100),
                 deadlock: chance(100),
-                commits: chance(60),
-                queue_away: chance(60),
-                queue_loses: chance(200),
-                queue_repeats: chance(200),
+                handler_commits: chance(60),
+                queue_unavailable: chance(60),
+                message_loss: chance(200),
+                message_repeat: chance(200),
                 slow: chance(30),
                 rollback: chance(400),
                 poison: chance(300),
@@ -114,8 +115,13 @@ impl Scheduler<'_> {
             world.queue.is_fifo = world.rng.bool();
             if chances.poison > 0 && world.rng.u32(0..4) == 0 {
                 for _ in 0..world.rng.u32(1..=3) {
-                    let actor = world.rng.usize(0..ACTORS.len());
-                    world.poison.push(Poison { actor, position: 0, how: Failing::Error, release: None });
+                    let projector_index = world.rng.usize(0..PROJECTORS.len());
+                    world.poison.push(Poison {
+                        projector_index,
+                        position: 0,
+                        kind: FailureKind::Error,
+                        release: None,
+                    });
                 }
             }
             self.fault_rate = world.rng.u32(5..80);
@@ -130,7 +136,7 @@ impl Scheduler<'_> {
             self.start_writer();
         }
         self.start_relay();
-        let release = self.some_release();
+        let release = self.random_release();
         self.start_boot(release);
         self.start_play(release);
         let mut world = sim.world();
@@ -139,21 +145,21 @@ impl Scheduler<'_> {
     }
 
     /// Steps and faults, in any order.
-    fn disturb(&mut self, steps: u64) {
+    fn run_with_faults(&mut self, steps: u64) {
         for _ in 0..steps {
             if self.sim.world().violation.is_some() {
                 return;
             }
             let rate = self.fault_rate;
             if self.sim.world().roll(rate) {
-                self.sim.world().who = Who::Nobody;
-                self.break_something();
+                self.sim.world().process_id = ProcessId::Scheduler;
+                self.inject_fault();
             }
             self.step();
         }
     }
 
-    fn break_something(&mut self) {
+    fn inject_fault(&mut self) {
         let total: u32 = self.faults.iter().map(|(_, weight)| weight).sum();
         if total == 0 {
             return;
@@ -169,13 +175,14 @@ impl Scheduler<'_> {
         }
     }
 
-    /// Nothing breaks any more: what runs comes to its end, one release is deployed, and all is quiet.
+    /// Nothing breaks any more: what runs comes to its end, one release is deployed, and all is
+    /// quiet.
     fn settle(&mut self) {
-        let release = self.some_release();
+        let release = self.random_release();
         let mends = {
             let mut world = self.sim.world();
-            world.who = Who::Nobody;
-            world.note(|| format!("— nothing breaks any more; release {release} comes to rest —"));
+            world.process_id = ProcessId::Scheduler;
+            world.trace(|| format!("— nothing breaks any more; release {release} comes to rest —"));
             world.chances = Chances::default();
             world.is_closing = true;
             world.database.down_until = 0;
@@ -191,19 +198,26 @@ impl Scheduler<'_> {
             true => self.kill(|_| true),
             false => self.slots.iter_mut().for_each(|slot| slot.paused_until = 0),
         }
-        let is_transient = |slot: &Slot| matches!(slot.who, Who::Writer(_) | Who::Boot(..) | Who::Retire(..));
-        if !self.run_until("writers, boots and retires end", |scheduler| !scheduler.slots.iter().any(is_transient)) {
+        let is_transient = |slot: &Slot| {
+            matches!(
+                slot.process_id,
+                ProcessId::Writer(_) | ProcessId::Boot(..) | ProcessId::Retire(..)
+            )
+        };
+        if !self.run_until("writers, boots and retires end", |scheduler| {
+            !scheduler.slots.iter().any(is_transient)
+        }) {
             return;
         }
-        self.kill(|who| matches!(who, Who::Play(_, of) if *of != release));
+        self.kill(|process_id| matches!(process_id, ProcessId::Play(_, of) if *of != release));
         if mends && !self.rebuild(release) {
             return;
         }
-        if !self.slots.iter().any(|slot| matches!(slot.who, Who::Relay(_))) {
+        if !self.slots.iter().any(|slot| matches!(slot.process_id, ProcessId::Relay(_))) {
             self.start_relay();
         }
-        // Twice, if need be: a worker may have met its poison before it was mended, and break its projector only
-        // when the first boot has passed that by.
+        // Twice, if need be: a worker may have met its poison before it was mended, and break its
+        // projector only when the first boot has passed that by.
         for _ in 0..2 {
             self.last_boot = None;
             self.start_boot(release);
@@ -215,30 +229,56 @@ impl Scheduler<'_> {
             }
         }
         self.check_boot(release, mends);
-        while self.slots.iter().filter(|slot| matches!(slot.who, Who::Play(..))).count() < 2 {
+        while self
+            .slots
+            .iter()
+            .filter(|slot| matches!(slot.process_id, ProcessId::Play(..)))
+            .count()
+            < 2
+        {
             self.start_play(release);
         }
-        if self.run_until("everything is quiet", |scheduler| is_quiet(&scheduler.sim.world(), release)) {
+        if self
+            .run_until("everything is quiet", |scheduler| is_quiet(&scheduler.sim.world(), release))
+        {
             let mut world = self.sim.world();
-            world.who = Who::Nobody;
+            world.process_id = ProcessId::Scheduler;
             invariants::at_rest(&mut world, release);
         }
     }
 
-    /// An operator retires what must be rebuilt, so that it is booted anew. `false`: it came to no end.
+    /// An operator retires what must be rebuilt, so that it is booted anew. `false`: it came to no
+    /// end.
     fn rebuild(&mut self, release: Release) -> bool {
         let is_incomplete = |row: &&super::database::LedgerRow| {
-            super::cast::is_in(release, row.actor) && row.must_be_rebuilt() && row.entry.status != Status::Retired
+            super::projectors::is_in_release(release, row.projector_index)
+                && row.must_be_rebuilt()
+                && row.entry.status != Status::Retired
         };
-        let incomplete: Vec<_> =
-            self.sim.world().database.ledger.iter().filter(is_incomplete).map(|row| row.actor).collect();
-        for actor in incomplete {
-            self.sim.saw(Seen::Rebuilt);
-            let (number, registry) = (self.number(), self.releases[release].clone());
-            let id = ProjectorId { name: ACTORS[actor].name.into(), version: ACTORS[actor].version };
-            self.start(Who::Retire(number, release), Box::pin(retire::rebuild(self.sim.clone(), registry, id)));
+        let incomplete: Vec<_> = self
+            .sim
+            .world()
+            .database
+            .ledger
+            .iter()
+            .filter(is_incomplete)
+            .map(|row| row.projector_index)
+            .collect();
+        for projector_index in incomplete {
+            self.sim.record(Occurrence::Rebuilt);
+            let (number, registry) = (self.next_number(), self.releases[release].clone());
+            let id = ProjectorId {
+                name: PROJECTORS[projector_index].name.into(),
+                version: PROJECTORS[projector_index].version,
+            };
+            self.start(
+                ProcessId::Retire(number, release),
+                Box::pin(retire::rebuild(self.sim.clone(), registry, id)),
+            );
         }
-        let retires = |scheduler: &Self| scheduler.slots.iter().any(|slot| matches!(slot.who, Who::Retire(..)));
+        let retires = |scheduler: &Self| {
+            scheduler.slots.iter().any(|slot| matches!(slot.process_id, ProcessId::Retire(..)))
+        };
         self.run_until("what must be rebuilt is retired", |scheduler| !retires(scheduler))
     }
 
@@ -247,11 +287,12 @@ impl Scheduler<'_> {
         let mut world = self.sim.world();
         let is_broken = |row: &super::database::LedgerRow| {
             let is_incomplete = row.must_be_rebuilt() && row.entry.status != Status::Retired;
-            super::cast::is_in(release, row.actor) && (row.entry.status.failure().is_some() || is_incomplete)
+            super::projectors::is_in_release(release, row.projector_index)
+                && (row.entry.status.failure().is_some() || is_incomplete)
         };
         let some_broken = world.database.ledger.iter().any(is_broken);
         if some_broken {
-            world.saw(Seen::LeftBroken);
+            world.record(Occurrence::LeftBroken);
         }
         let ended = self.last_boot;
         let is_right = match ended {
@@ -260,12 +301,14 @@ impl Scheduler<'_> {
             _ => false,
         };
         if !is_right {
-            world.violated(9, || format!("nothing was in its way, and the last boot ended with {ended:?}"));
+            world.record_violation(9, || {
+                format!("nothing was in its way, and the last boot ended with {ended:?}")
+            });
         }
     }
 
     fn run_until(&mut self, what: &str, is_done: impl Fn(&Self) -> bool) -> bool {
-        for _ in 0..LONGEST_REST {
+        for _ in 0..MAX_SETTLE_STEPS {
             if self.sim.world().violation.is_some() {
                 return false;
             }
@@ -274,7 +317,9 @@ impl Scheduler<'_> {
             }
             self.step();
         }
-        self.sim.world().violated(9, || format!("after {LONGEST_REST} steps still not: {what}"));
+        self.sim
+            .world()
+            .record_violation(9, || format!("after {MAX_SETTLE_STEPS} steps still not: {what}"));
         false
     }
 
@@ -305,90 +350,111 @@ impl Scheduler<'_> {
             self.sim.world().clock = next.max(clock).saturating_sub(1).max(clock);
             return;
         };
-        self.sim.world().who = self.slots[at].who;
+        self.sim.world().process_id = self.slots[at].process_id;
         let polled = self.slots[at].process.as_mut().poll(&mut Context::from_waker(Waker::noop()));
         match polled {
             Poll::Pending => self.slots[at].wait = self.sim.world().wait,
             Poll::Ready(ended) => {
                 let slot = self.slots.swap_remove(at);
-                if matches!(slot.who, Who::Boot(..)) {
+                if matches!(slot.process_id, ProcessId::Boot(..)) {
                     self.last_boot = Some(ended);
                 }
-                self.census();
+                self.refresh_running();
             }
         }
-        let sent_off = std::mem::take(&mut self.sim.world().sent_off);
-        for (who, process) in sent_off {
-            self.start(who, process);
+        let spawned = std::mem::take(&mut self.sim.world().spawned);
+        for (process_id, process) in spawned {
+            self.start(process_id, process);
         }
         invariants::after_step(&mut self.sim.world());
     }
 
     /// Kills all of these processes, and what they have sent off.
-    pub(super) fn kill(&mut self, is: impl Fn(&Who) -> bool) {
+    pub(super) fn kill(&mut self, is: impl Fn(&ProcessId) -> bool) {
         self.sim.world().is_killing = true;
-        let dead: Vec<Who> = self.slots.iter().map(|slot| slot.who).filter(|who| is(who)).collect();
-        self.slots.retain(|slot| !is(&slot.who) && !dead.iter().any(|dead| slot.who.belongs_to(*dead)));
+        let dead: Vec<ProcessId> = self
+            .slots
+            .iter()
+            .map(|slot| slot.process_id)
+            .filter(|process_id| is(process_id))
+            .collect();
+        self.slots.retain(|slot| {
+            !is(&slot.process_id) && !dead.iter().any(|dead| slot.process_id.belongs_to(*dead))
+        });
         self.sim.world().is_killing = false;
-        self.census();
+        self.refresh_running();
     }
 
     /// What the world knows of who runs.
-    pub(super) fn census(&mut self) {
+    pub(super) fn refresh_running(&mut self) {
         let mut world = self.sim.world();
-        let plays = |number: u64| self.slots.iter().any(|slot| matches!(slot.who, Who::Play(of, _) if of == number));
-        world.outside.retain(|&(worker, _)| plays(worker));
-        let playing = self.slots.iter().filter_map(|slot| match slot.who {
-            Who::Play(_, release) => Some(release),
+        let plays = |number: u64| {
+            self.slots
+                .iter()
+                .any(|slot| matches!(slot.process_id, ProcessId::Play(of, _) if of == number))
+        };
+        world.in_background.retain(|&(worker, _)| plays(worker));
+        let playing = self.slots.iter().filter_map(|slot| match slot.process_id {
+            ProcessId::Play(_, release) => Some(release),
             _ => None,
         });
         world.playing = playing.collect();
-        world.booting = self.slots.iter().filter(|slot| matches!(slot.who, Who::Boot(..))).count();
+        world.booting =
+            self.slots.iter().filter(|slot| matches!(slot.process_id, ProcessId::Boot(..))).count();
     }
 
-    pub(super) fn some_release(&mut self) -> Release {
+    pub(super) fn random_release(&mut self) -> Release {
         self.sim.world().rng.usize(0..RELEASE_COUNT)
     }
 
     pub(super) fn start_writer(&mut self) {
-        let number = self.number();
-        self.start(Who::Writer(number), Box::pin(writer::write(self.sim.clone(), number)));
+        let number = self.next_number();
+        self.start(ProcessId::Writer(number), Box::pin(writer::write(self.sim.clone(), number)));
     }
 
     pub(super) fn start_relay(&mut self) {
-        let number = self.number();
-        self.start(Who::Relay(number), Box::pin(relay::relay(self.sim.clone())));
+        let number = self.next_number();
+        self.start(ProcessId::Relay(number), Box::pin(relay::relay(self.sim.clone())));
     }
 
     pub(super) fn start_play(&mut self, release: Release) {
         if release < self.highest_release {
-            self.sim.saw(Seen::RolledBackRelease);
+            self.sim.record(Occurrence::RolledBackRelease);
         }
         self.highest_release = self.highest_release.max(release);
-        let (number, registry) = (self.number(), self.releases[release].clone());
-        self.start(Who::Play(number, release), Box::pin(play::play(self.sim.clone(), number, release, registry)));
+        let (number, registry) = (self.next_number(), self.releases[release].clone());
+        self.start(
+            ProcessId::Play(number, release),
+            Box::pin(play::play(self.sim.clone(), number, release, registry)),
+        );
     }
 
     pub(super) fn start_boot(&mut self, release: Release) {
         if self.sim.world().booting > 0 {
-            self.sim.saw(Seen::TwoBoots);
+            self.sim.record(Occurrence::TwoBoots);
         }
-        let (number, registry) = (self.number(), self.releases[release].clone());
-        self.start(Who::Boot(number, release), Box::pin(boot::boot(self.sim.clone(), release, registry)));
+        let (number, registry) = (self.next_number(), self.releases[release].clone());
+        self.start(
+            ProcessId::Boot(number, release),
+            Box::pin(boot::boot(self.sim.clone(), release, registry)),
+        );
     }
 
     pub(super) fn start_retire(&mut self, release: Release) {
-        let (number, registry) = (self.number(), self.releases[release].clone());
-        self.start(Who::Retire(number, release), Box::pin(retire::retire(self.sim.clone(), registry)));
+        let (number, registry) = (self.next_number(), self.releases[release].clone());
+        self.start(
+            ProcessId::Retire(number, release),
+            Box::pin(retire::retire(self.sim.clone(), registry)),
+        );
     }
 
-    fn start(&mut self, who: Who, process: Process) {
-        self.sim.note(|| format!("{who} starts"));
-        self.slots.push(Slot { who, process, wait: Wait::Ready, paused_until: 0 });
-        self.census();
+    fn start(&mut self, process_id: ProcessId, process: Process) {
+        self.sim.trace(|| format!("{process_id} starts"));
+        self.slots.push(Slot { process_id, process, wait: Wait::Ready, paused_until: 0 });
+        self.refresh_running();
     }
 
-    fn number(&mut self) -> u64 {
+    fn next_number(&mut self) -> u64 {
         self.last_number += 1;
         self.last_number
     }
@@ -400,8 +466,12 @@ impl Slot {
             && match self.wait {
                 Wait::Ready => true,
                 Wait::Until(until) => until <= world.clock,
-                Wait::Lock { releases, until } => releases != world.releases || until <= world.clock,
-                Wait::Message { arrivals, until } => arrivals != world.arrivals || until <= world.clock,
+                Wait::Lock { releases, until } => {
+                    releases != world.releases || until <= world.clock
+                }
+                Wait::Message { arrivals, until } => {
+                    arrivals != world.arrivals || until <= world.clock
+                }
             }
     }
 
@@ -420,7 +490,9 @@ fn is_quiet(world: &World, release: Release) -> bool {
     let database = &world.database;
     let mark = database.high_water;
     let awaits = |row: &super::database::LedgerRow| {
-        row.entry.status == Status::Live && invariants::is_played_by(row, release) && row.entry.position < mark
+        row.entry.status == Status::Live
+            && invariants::is_played_by(row, release)
+            && row.entry.position < mark
     };
     database.open.is_empty()
         && world.queue.messages.is_empty()

@@ -1,20 +1,21 @@
-//! The statements of the engine, each atomic, each a step. They mirror the SQL of `store/` and `ledger.rs`.
+//! The statements of the engine, each atomic, each a step. They mirror the SQL of `store/` and
+//! `ledger.rs`.
 
 use std::ops::RangeInclusive;
 
-use super::cast;
 use super::database::{LedgerRow, TransactionId};
 use super::invariants;
-use super::seen::Seen;
+use super::occurrence::Occurrence;
+use super::projectors;
 use super::transaction::Transaction;
 use super::world::{Sim, Tick};
 use crate::ledger::Entry;
-use crate::model::event::{Event, Position, Recorded, TOMBSTONE};
-use crate::model::lifecycle::{self, Status, Step};
+use crate::model::event::{Event, FILLER, Position, RecordedEvent};
+use crate::model::lifecycle::{self, Status, Transition};
 use crate::model::projector::ProjectorId;
-use crate::model::registry::Registered;
+use crate::model::registry::RegisteredProjector;
 use crate::model::signature::{LogIdentity, SigningKey};
-use crate::store::{Held, LogView, Marks, Page};
+use crate::store::{Blocker, LogSnapshot, Marks, Page};
 
 pub(super) const LOG_ID: &str = "log-1";
 
@@ -24,16 +25,16 @@ pub(super) fn log() -> LogIdentity {
 }
 
 /// How long a statement waits for a lock (`innodb_lock_wait_timeout`); the fill waits for a second.
-const LOCK_WAIT: Tick = 50;
-pub(super) const IMPATIENT_LOCK_WAIT: Tick = 1;
+const LOCK_WAIT_TIMEOUT: Tick = 50;
+pub(super) const FILL_LOCK_WAIT_TIMEOUT: Tick = 1;
 
 /// Why a statement failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum DatabaseError {
     /// The connection is gone, and the transaction with it, unless it was just committing.
-    Lost,
+    ConnectionLost,
     /// Error 1205.
-    LockWait,
+    LockWaitTimeout,
     /// Error 1062, on the primary key.
     PositionTaken,
     /// Error 1062, on `event_id`.
@@ -42,47 +43,56 @@ pub(super) enum DatabaseError {
 
 impl Sim {
     /// A statement is about to be carried out, in a transaction or by itself.
-    pub(super) async fn statement(&self, transaction: Option<TransactionId>) -> Result<(), DatabaseError> {
+    pub(super) async fn statement(
+        &self,
+        transaction: Option<TransactionId>,
+    ) -> Result<(), DatabaseError> {
         self.step().await;
         let mut world = self.world();
         let is_down = world.clock < world.database.down_until;
-        let is_gone =
-            transaction.is_some_and(|id| world.database.open.get(&id).is_none_or(|open| open.orphaned_until.is_some()));
-        let chance = world.chances.cut;
+        let is_gone = transaction.is_some_and(|id| {
+            world.database.open.get(&id).is_none_or(|open| open.orphaned_until.is_some())
+        });
+        let chance = world.chances.connection_cut;
         if is_down || is_gone || world.roll(chance) {
-            world.saw(Seen::ConnectionCut);
-            world.note(|| "loses its connection".into());
+            world.record(Occurrence::ConnectionCut);
+            world.trace(|| "loses its connection".into());
             if let Some(id) = transaction {
                 world.orphan(id);
             }
-            return Err(DatabaseError::Lost);
+            return Err(DatabaseError::ConnectionLost);
         }
         Ok(())
     }
 
     /// Waits until a row is not locked by others.
-    pub(super) async fn until_free(
+    pub(super) async fn wait_until_unlocked(
         &self,
-        patience: Tick,
+        timeout: Tick,
         holder: impl Fn(&super::world::World) -> Option<TransactionId>,
     ) -> Result<(), DatabaseError> {
-        let until = self.now() + patience;
+        let until = self.now() + timeout;
         loop {
             {
                 let mut world = self.world();
                 let Some(holder) = holder(&world) else { return Ok(()) };
-                world.saw(Seen::LockWait);
-                if world.database.open.get(&holder).is_some_and(|open| open.orphaned_until.is_some()) {
-                    world.saw(Seen::OrphanHeldLock);
+                world.record(Occurrence::LockWait);
+                if world
+                    .database
+                    .open
+                    .get(&holder)
+                    .is_some_and(|open| open.orphaned_until.is_some())
+                {
+                    world.record(Occurrence::OrphanHeldLock);
                 }
                 if world.clock >= until {
-                    world.saw(Seen::LockWaitTimeout);
-                    world.note(|| "waits for a lock for too long: 1205".into());
-                    return Err(DatabaseError::LockWait);
+                    world.record(Occurrence::LockWaitTimeout);
+                    world.trace(|| "waits for a lock for too long: 1205".into());
+                    return Err(DatabaseError::LockWaitTimeout);
                 }
-                world.note(|| format!("waits for a lock of transaction {holder}"));
+                world.trace(|| format!("waits for a lock of transaction {holder}"));
             }
-            self.release(until).await;
+            self.wait_for_release(until).await;
         }
     }
 
@@ -90,19 +100,29 @@ impl Sim {
         self.statement(None).await?;
         let world = self.world();
         let database = &world.database;
-        Ok(Marks { high_water: database.high_water, published: database.published, log: log(), held: None })
+        Ok(Marks {
+            high_water: database.high_water,
+            published: database.published,
+            log: log(),
+            blocked: None,
+        })
     }
 
     /// The marks, and which events stand at these positions.
-    pub(super) async fn view(&self, positions: &[Position]) -> Result<LogView, DatabaseError> {
+    pub(super) async fn view(&self, positions: &[Position]) -> Result<LogSnapshot, DatabaseError> {
         let marks = self.marks().await?;
         let world = self.world();
-        let id =
-            |position: &Position| Some((*position, world.database.committed(position.get())?.event_id().to_owned()));
-        Ok(LogView { marks, event_ids: positions.iter().filter_map(id).collect() })
+        let id = |position: &Position| {
+            Some((*position, world.database.committed(position.get())?.event_id().to_owned()))
+        };
+        Ok(LogSnapshot { marks, event_ids: positions.iter().filter_map(id).collect() })
     }
 
-    pub(super) async fn visible_above(&self, mark: Position, limit: usize) -> Result<Vec<u64>, DatabaseError> {
+    pub(super) async fn visible_above(
+        &self,
+        mark: Position,
+        limit: usize,
+    ) -> Result<Vec<u64>, DatabaseError> {
         self.statement(None).await?;
         let world = self.world();
         let database = &world.database;
@@ -115,10 +135,10 @@ impl Sim {
         Ok(Position::new(self.world().database.last_visible()))
     }
 
-    pub(super) async fn raise(&self, mark: Position) -> Result<(), DatabaseError> {
+    pub(super) async fn raise_mark(&self, mark: Position) -> Result<(), DatabaseError> {
         self.statement(None).await?;
         let mut world = self.world();
-        world.note(|| format!("raises the mark to {mark}"));
+        world.trace(|| format!("raises the mark to {mark}"));
         world.database.high_water = world.database.high_water.max(mark);
         Ok(())
     }
@@ -127,23 +147,25 @@ impl Sim {
     pub(super) async fn is_locked(&self, run: &RangeInclusive<u64>) -> Result<bool, DatabaseError> {
         self.statement(None).await?;
         let mut world = self.world();
-        let is_locked = run.clone().any(|position| world.database.row(position).is_some_and(|row| row.owner.is_some()));
-        world.note(|| format!("probes {run:?}: {}", if is_locked { "locked" } else { "absent" }));
+        let is_locked = run
+            .clone()
+            .any(|position| world.database.row(position).is_some_and(|row| row.owner.is_some()));
+        world.trace(|| format!("probes {run:?}: {}", if is_locked { "locked" } else { "absent" }));
         Ok(is_locked)
     }
 
     /// `insert ignore` of tombstones, row by row, as the server does it.
-    pub(super) async fn fill(&self, positions: &[u64]) -> Result<Option<Held>, DatabaseError> {
+    pub(super) async fn fill(&self, positions: &[u64]) -> Result<Option<Blocker>, DatabaseError> {
         let Some(&first) = positions.first() else { return Ok(None) };
         let mut transaction = self.begin();
         for &position in positions {
-            match transaction.insert(tombstone(position), IMPATIENT_LOCK_WAIT).await {
-                Ok(()) => self.saw(Seen::TombstoneFilled),
-                Err(DatabaseError::PositionTaken) => self.saw(Seen::FillMetCommitted),
-                Err(DatabaseError::LockWait) => {
-                    self.saw(Seen::FillMetWriter);
+            match transaction.insert(filler(position), FILL_LOCK_WAIT_TIMEOUT).await {
+                Ok(()) => self.record(Occurrence::FillerInserted),
+                Err(DatabaseError::PositionTaken) => self.record(Occurrence::FillMetCommitted),
+                Err(DatabaseError::LockWaitTimeout) => {
+                    self.record(Occurrence::FillMetWriter);
                     transaction.roll_back();
-                    return Ok(Some(Held::InFlight(Position::new(first))));
+                    return Ok(Some(Blocker::InFlight(Position::new(first))));
                 }
                 Err(error) => return Err(error),
             }
@@ -163,16 +185,21 @@ impl Sim {
         let end = through.min(Position::new(after.get() + limit));
         let world = self.world();
         let database = &world.database;
-        let events = (after.get() + 1..=end.get()).filter_map(|position| database.committed(position).cloned());
+        let events = (after.get() + 1..=end.get())
+            .filter_map(|position| database.committed(position).cloned());
         Ok(Page { events: events.collect(), after, through: end })
     }
 
-    pub(super) async fn lease_relay(&self, holder: u64, ticks: Tick) -> Result<bool, DatabaseError> {
+    pub(super) async fn lease_relay(
+        &self,
+        holder: u64,
+        ticks: Tick,
+    ) -> Result<bool, DatabaseError> {
         self.statement(None).await?;
         let mut world = self.world();
         let clock = world.clock;
         let is_free = world.database.lease.is_none_or(|(by, until)| by == holder || until < clock);
-        world.saw(if is_free { Seen::LeaseTaken } else { Seen::LeaseHeldElsewhere });
+        world.record(if is_free { Occurrence::LeaseTaken } else { Occurrence::LeaseHeldElsewhere });
         if is_free {
             world.database.lease = Some((holder, clock + ticks));
         }
@@ -193,29 +220,30 @@ impl Sim {
 
     /// `insert … on duplicate key update name = name`.
     /// `mark`: where the mark stood when this boot began; for the invariants.
-    pub(super) async fn enter(
+    pub(super) async fn register(
         &self,
-        projector: &Registered,
+        projector: &RegisteredProjector,
         position: Position,
         mark: Position,
     ) -> Result<(), DatabaseError> {
         self.statement(None).await?;
         let mut world = self.world();
-        let actor = cast::number(&projector.id);
-        if world.database.ledger_row(actor).is_some() {
+        let projector_index = projectors::index_of(&projector.id);
+        if world.database.ledger_row(projector_index).is_some() {
             return Ok(());
         }
-        if world.forgotten[actor] {
-            world.saw(Seen::BootedAnew);
+        if world.forgotten[projector_index] {
+            world.record(Occurrence::BootedAgain);
         }
-        world.note(|| format!("enters {} at {position}", projector.id));
-        let (id, mode, side_effects) = (projector.id.clone(), projector.mode, projector.has_side_effects);
+        world.trace(|| format!("enters {} at {position}", projector.id));
+        let (id, mode, side_effects) =
+            (projector.id.clone(), projector.mode, projector.has_side_effects);
         let entry = Entry {
             id,
             mode,
             status: Status::Booting,
             position,
-            side_effects,
+            has_side_effects: side_effects,
             start_position: Some(position),
             digest: Some(projector.digest.clone()),
             event_types: None,
@@ -223,53 +251,60 @@ impl Sim {
             rebuild_reason: None,
         };
         world.database.ledger.push(LedgerRow {
-            actor,
+            projector_index,
             entry,
             lock: None,
             start: position,
             live_since: 0,
             defined_at: 0,
-            folded: 0,
-            half_applied: false,
+            applied_count: 0,
+            partially_applied: false,
         });
-        invariants::after_enter(&mut world, actor, mark);
+        invariants::after_register(&mut world, projector_index, mark);
         Ok(())
     }
 
-    /// Records the definition with which a projector is booted, over the one that was compared with.
+    /// Records the definition with which a projector is booted, over the one that was compared
+    /// with.
     pub(super) async fn set_definition(
         &self,
-        projector: &Registered,
+        projector: &RegisteredProjector,
         before: Option<&str>,
     ) -> Result<(), DatabaseError> {
         self.statement(None).await?;
-        let actor = cast::number(&projector.id);
-        self.until_free(LOCK_WAIT, |world| world.database.ledger_row(actor)?.lock).await?;
+        let projector_index = projectors::index_of(&projector.id);
+        self.wait_until_unlocked(LOCK_WAIT_TIMEOUT, |world| {
+            world.database.ledger_row(projector_index)?.lock
+        })
+        .await?;
         let mut world = self.world();
         let clock = world.clock;
-        if let Some(row) = world.database.ledger_row_mut(actor)
+        if let Some(row) = world.database.ledger_row_mut(projector_index)
             && row.entry.digest.as_deref() == before
         {
             row.entry.digest = Some(projector.digest.clone());
             row.defined_at = clock;
-            world.saw(Seen::Redefined);
-            world.note(|| format!("records the definition of {}", projector.id));
+            world.record(Occurrence::Redefined);
+            world.trace(|| format!("records the definition of {}", projector.id));
         }
         Ok(())
     }
 
     /// A step of the lifecycle under the row's lock. `Err(None)`: there is no such step.
-    pub(super) async fn ledger_step(
+    pub(super) async fn ledger_transition(
         &self,
         id: &ProjectorId,
-        step: Step,
+        transition: Transition,
         still: impl Fn(&Entry) -> bool,
     ) -> Result<Option<Entry>, Option<DatabaseError>> {
         let mut transaction = self.begin();
         let Some(mut entry) = transaction.lock(id).await.map_err(Some)? else { return Ok(None) };
         if still(&entry) {
-            entry.status = lifecycle::take(&entry.status, entry.mode, step).map_err(|_| None)?;
-            if let Some(reason) = entry.status.failure().and_then(|failure| failure.rebuild.clone()) {
+            entry.status = lifecycle::apply_transition(&entry.status, entry.mode, transition)
+                .map_err(|_| None)?;
+            if let Some(reason) =
+                entry.status.failure().and_then(|failure| failure.rebuild_reason.clone())
+            {
                 entry.rebuild_reason = Some(reason);
             }
             transaction.write(entry.clone()).await.map_err(Some)?;
@@ -278,13 +313,17 @@ impl Sim {
         Ok(Some(entry))
     }
 
-    /// Forgets why a read model must be rebuilt, as an operator may who has repaired it. Only a deliberate bug does this.
+    /// Forgets why a read model must be rebuilt, as an operator may who has repaired it. Only a
+    /// deliberate bug does this.
     pub(super) async fn accept(&self, id: &ProjectorId) -> Result<(), DatabaseError> {
         self.statement(None).await?;
-        let actor = cast::number(id);
-        self.until_free(LOCK_WAIT, |world| world.database.ledger_row(actor)?.lock).await?;
-        if let Some(row) = self.world().database.ledger_row_mut(actor) {
-            (row.entry.rebuild_reason, row.half_applied) = (None, false);
+        let projector_index = projectors::index_of(id);
+        self.wait_until_unlocked(LOCK_WAIT_TIMEOUT, |world| {
+            world.database.ledger_row(projector_index)?.lock
+        })
+        .await?;
+        if let Some(row) = self.world().database.ledger_row_mut(projector_index) {
+            (row.entry.rebuild_reason, row.partially_applied) = (None, false);
         }
         Ok(())
     }
@@ -292,11 +331,16 @@ impl Sim {
     /// Forgets a projector that is retired; one that was booted anew meanwhile is left as it is.
     pub(super) async fn remove(&self, id: &ProjectorId) -> Result<(), DatabaseError> {
         self.statement(None).await?;
-        let actor = cast::number(id);
-        self.until_free(LOCK_WAIT, |world| world.database.ledger_row(actor)?.lock).await?;
+        let projector_index = projectors::index_of(id);
+        self.wait_until_unlocked(LOCK_WAIT_TIMEOUT, |world| {
+            world.database.ledger_row(projector_index)?.lock
+        })
+        .await?;
         let mut world = self.world();
-        world.note(|| format!("forgets {id}"));
-        world.database.ledger.retain(|row| row.actor != actor || row.entry.status != Status::Retired);
+        world.trace(|| format!("forgets {id}"));
+        world.database.ledger.retain(|row| {
+            row.projector_index != projector_index || row.entry.status != Status::Retired
+        });
         Ok(())
     }
 
@@ -304,8 +348,8 @@ impl Sim {
     pub(super) async fn tear_down(&self, id: &ProjectorId) -> Result<(), DatabaseError> {
         self.statement(None).await?;
         let mut world = self.world();
-        world.note(|| format!("tears down {id}"));
-        world.database.read_models[cast::number(id)].clear();
+        world.trace(|| format!("tears down {id}"));
+        world.database.read_models[projectors::index_of(id)].clear();
         Ok(())
     }
 
@@ -314,15 +358,15 @@ impl Sim {
     }
 }
 
-pub(super) const PATIENT_LOCK_WAIT: Tick = LOCK_WAIT;
+pub(super) const DEFAULT_LOCK_WAIT_TIMEOUT: Tick = LOCK_WAIT_TIMEOUT;
 
-fn tombstone(position: u64) -> Event {
-    Event::from(Recorded {
+fn filler(position: u64) -> Event {
+    Event::from(RecordedEvent {
         position: Position::new(position),
-        event_id: format!("tombstone-{position}"),
-        stream_id: format!("{TOMBSTONE}-{position}"),
+        event_id: format!("filler-{position}"),
+        stream_id: format!("{FILLER}-{position}"),
         stream_version: position,
-        event_type: TOMBSTONE.into(),
+        event_type: FILLER.into(),
         recorded_at: time::OffsetDateTime::UNIX_EPOCH,
         payload: "{}".into(),
         metadata: None,

@@ -1,12 +1,13 @@
-//! A transaction, as its client sees it. Dropped, it is rolled back by the server when that notices.
+//! A transaction, as its client sees it. Dropped, it is rolled back by the server when that
+//! notices.
 
-use super::cast;
-use super::cast::Release;
-use super::database::{Open, Row, TransactionId};
+use super::database::{OpenTransaction, Row, TransactionId};
 use super::invariants::{self, Claim};
-use super::seen::Seen;
-use super::statements::{DatabaseError, PATIENT_LOCK_WAIT};
-use super::world::{Failing, Sim, Tick};
+use super::occurrence::Occurrence;
+use super::projectors;
+use super::projectors::Release;
+use super::statements::{DEFAULT_LOCK_WAIT_TIMEOUT, DatabaseError};
+use super::world::{FailureKind, Sim, Tick};
 use crate::ledger::Entry;
 use crate::model::event::{Event, Position};
 use crate::model::projector::ProjectorId;
@@ -23,7 +24,7 @@ pub(super) enum HandlerError {
     Panic,
     Transient,
     /// It has committed a part of the batch by itself.
-    Stored,
+    PartiallyCommitted,
 }
 
 impl Drop for Transaction {
@@ -37,7 +38,7 @@ impl Transaction {
         let mut world = sim.world();
         world.database.last_transaction += 1;
         let id = world.database.last_transaction;
-        world.database.open.insert(id, Open::default());
+        world.database.open.insert(id, OpenTransaction::default());
         drop(world);
         Transaction { sim: sim.clone(), id }
     }
@@ -48,40 +49,53 @@ impl Transaction {
         let mut world = self.sim.world();
         let first = world.database.counter + 1;
         world.database.counter += positions;
-        world.note(|| format!("reserves {first}..={}", first + positions - 1));
+        world.trace(|| format!("reserves {first}..={}", first + positions - 1));
         Ok(first)
     }
 
     /// Inserts a row. One that is locked by others is waited for; a committed one is a collision.
-    pub(super) async fn insert(&mut self, event: Event, patience: Tick) -> Result<(), DatabaseError> {
+    pub(super) async fn insert(
+        &mut self,
+        event: Event,
+        timeout: Tick,
+    ) -> Result<(), DatabaseError> {
         self.sim.statement(Some(self.id)).await?;
         let (own, position) = (self.id, event.position().get());
-        let holder = |world: &super::world::World| world.database.row(position)?.owner.filter(|&owner| owner != own);
-        self.sim.until_free(patience, holder).await?;
+        let holder = |world: &super::world::World| {
+            world.database.row(position)?.owner.filter(|&owner| owner != own)
+        };
+        self.sim.wait_until_unlocked(timeout, holder).await?;
         let mut world = self.sim.world();
         if world.database.committed(position).is_some() {
-            world.note(|| format!("cannot insert {position}: 1062"));
+            world.trace(|| format!("cannot insert {position}: 1062"));
             return Err(DatabaseError::PositionTaken);
         }
-        let Some(open) = world.database.open.get_mut(&own).filter(|open| open.orphaned_until.is_none()) else {
-            return Err(DatabaseError::Lost);
+        let Some(open) =
+            world.database.open.get_mut(&own).filter(|open| open.orphaned_until.is_none())
+        else {
+            return Err(DatabaseError::ConnectionLost);
         };
         open.inserted.push(position);
-        world.note(|| format!("inserts {position} ({})", event.event_type()));
+        world.trace(|| format!("inserts {position} ({})", event.event_type()));
         // A server that starts reads the counter from the table.
         world.database.counter = world.database.counter.max(position);
-        world.database.put(position, Row { event, owner: Some(own) });
+        world.database.insert_row(position, Row { event, owner: Some(own) });
         Ok(())
     }
 
-    /// Refuses an event id that the log has. A writer that is still undecided about it is waited for.
+    /// Refuses an event id that the log has. A writer that is still undecided about it is waited
+    /// for.
     pub(super) async fn check_event_id(&self, event_id: &str) -> Result<(), DatabaseError> {
         let own = self.id;
         let of = |world: &super::world::World| {
             let rows = world.database.events.iter().flatten();
-            rows.filter(|row| row.owner != Some(own)).find(|row| row.event.event_id() == event_id).map(|row| row.owner)
+            rows.filter(|row| row.owner != Some(own))
+                .find(|row| row.event.event_id() == event_id)
+                .map(|row| row.owner)
         };
-        self.sim.until_free(PATIENT_LOCK_WAIT, |world| of(world).flatten()).await?;
+        self.sim
+            .wait_until_unlocked(DEFAULT_LOCK_WAIT_TIMEOUT, |world| of(world).flatten())
+            .await?;
         match of(&self.sim.world()) {
             Some(_) => Err(DatabaseError::EventIdTaken),
             None => Ok(()),
@@ -91,26 +105,29 @@ impl Transaction {
     /// `select … for update` on the ledger row.
     pub(super) async fn lock(&mut self, id: &ProjectorId) -> Result<Option<Entry>, DatabaseError> {
         self.sim.statement(Some(self.id)).await?;
-        let (own, actor) = (self.id, cast::number(id));
-        let holder = |world: &super::world::World| world.database.ledger_row(actor)?.lock.filter(|&by| by != own);
-        self.sim.until_free(PATIENT_LOCK_WAIT, holder).await?;
+        let (own, projector_index) = (self.id, projectors::index_of(id));
+        let holder = |world: &super::world::World| {
+            world.database.ledger_row(projector_index)?.lock.filter(|&by| by != own)
+        };
+        self.sim.wait_until_unlocked(DEFAULT_LOCK_WAIT_TIMEOUT, holder).await?;
         let mut world = self.sim.world();
         if world.database.open.get(&own).is_none_or(|open| open.orphaned_until.is_some()) {
-            return Err(DatabaseError::Lost);
+            return Err(DatabaseError::ConnectionLost);
         }
-        let Some(row) = world.database.ledger_row_mut(actor) else { return Ok(None) };
+        let Some(row) = world.database.ledger_row_mut(projector_index) else { return Ok(None) };
         row.lock = Some(own);
         let entry = row.read();
         let mark = if entry.rebuild_reason.is_some() { ", to be rebuilt" } else { "" };
-        world.note(|| format!("locks {id}: {} at {}{mark}", entry.status, entry.position));
+        world.trace(|| format!("locks {id}: {} at {}{mark}", entry.status, entry.position));
         if let Some(open) = world.database.open.get_mut(&own) {
-            open.locked = Some(actor);
+            open.locked = Some(projector_index);
         }
         Ok(Some(entry))
     }
 
-    /// Runs the handler of a projector, as a release has it, on what it wants. All of it is one step, unless it commits by itself:
-    /// then others go first before that is noticed, if it ever is.
+    /// Runs the handler of a projector, as a release has it, on what it wants. All of it is one
+    /// step, unless it commits by itself: then others go first before that is noticed, if it ever
+    /// is.
     pub(super) async fn handle(
         &mut self,
         id: &ProjectorId,
@@ -123,34 +140,41 @@ impl Transaction {
         }
         self.sim.step().await;
         let mut world = self.sim.world();
-        // The rest is in another transaction. It fails, or the savepoint is missed; or the connection is lost before that.
+        // The rest is in another transaction. It fails, or the savepoint is missed; or the
+        // connection is lost before that.
         if world.rng.bool() {
-            world.saw(Seen::ConnectionCut);
-            world.note(|| "loses its connection".into());
+            world.record(Occurrence::ConnectionCut);
+            world.trace(|| "loses its connection".into());
             return Err(HandlerError::Transient);
         }
-        Err(HandlerError::Stored)
+        Err(HandlerError::PartiallyCommitted)
     }
 
     /// Whether the handler has committed a part of the batch.
-    fn run_handler(&mut self, id: &ProjectorId, release: Release, wanted: &[&Event]) -> Result<bool, HandlerError> {
+    fn run_handler(
+        &mut self,
+        id: &ProjectorId,
+        release: Release,
+        wanted: &[&Event],
+    ) -> Result<bool, HandlerError> {
         let mut world = self.sim.world();
-        let actor = cast::number(id);
+        let projector_index = projectors::index_of(id);
         let chance = world.chances.deadlock;
         if world.roll(chance) {
-            world.saw(Seen::Deadlock);
+            world.record(Occurrence::Deadlock);
             return Err(HandlerError::Transient);
         }
-        let chance = world.chances.commits;
-        let commits_after = if world.roll(chance) { Some(world.rng.usize(1..=wanted.len())) } else { None };
+        let chance = world.chances.handler_commits;
+        let commits_after =
+            if world.roll(chance) { Some(world.rng.usize(1..=wanted.len())) } else { None };
         let handled = &wanted[..commits_after.unwrap_or(wanted.len())];
         for event in handled {
             let position = event.position().get();
             invariants::before_handle(&mut world, event);
-            if let Some(how) = failing(&mut world, actor, position, release) {
-                world.note(|| format!("the handler of {id} fails at {position}: {how:?}"));
-                return Err(match how {
-                    Failing::Panic => HandlerError::Panic,
+            if let Some(kind) = take_poison(&mut world, projector_index, position, release) {
+                world.trace(|| format!("the handler of {id} fails at {position}: {kind:?}"));
+                return Err(match kind {
+                    FailureKind::Panic => HandlerError::Panic,
                     _ => HandlerError::Own(format!("cannot take {position}")),
                 });
             }
@@ -161,9 +185,15 @@ impl Transaction {
         if commits_after.is_none() {
             return Ok(false);
         }
-        world.saw(Seen::HandlerCommitted);
-        world.note(|| format!("the handler of {id} commits after {} of {} events", handled.len(), wanted.len()));
-        world.commit_part(self.id);
+        world.record(Occurrence::HandlerCommitted);
+        world.trace(|| {
+            format!(
+                "the handler of {id} commits after {} of {} events",
+                handled.len(),
+                wanted.len()
+            )
+        });
+        world.commit_partially(self.id);
         Ok(true)
     }
 
@@ -177,7 +207,12 @@ impl Transaction {
     }
 
     /// Moves the locked row on.
-    pub(super) async fn advance(&mut self, entry: Entry, claim: Claim, to: Position) -> Result<(), DatabaseError> {
+    pub(super) async fn advance(
+        &mut self,
+        entry: Entry,
+        claim: Claim,
+        to: Position,
+    ) -> Result<(), DatabaseError> {
         self.write(Entry { position: to, ..entry }).await?;
         self.claim(claim);
         Ok(())
@@ -196,20 +231,20 @@ impl Transaction {
         let mut world = self.sim.world();
         let chance = world.chances.lost_ack;
         if !world.roll(chance) {
-            world.note(|| "commits".into());
+            world.trace(|| "commits".into());
             world.commit(self.id);
             return Ok(());
         }
         if world.rng.bool() {
-            world.saw(Seen::AckLost);
-            world.note(|| "commits, and does not learn of it".into());
+            world.record(Occurrence::AckLost);
+            world.trace(|| "commits, and does not learn of it".into());
             world.commit(self.id);
         } else {
-            world.saw(Seen::CommitLost);
-            world.note(|| "asks for a commit, and is not heard".into());
+            world.record(Occurrence::CommitLost);
+            world.trace(|| "asks for a commit, and is not heard".into());
             world.orphan(self.id);
         }
-        Err(DatabaseError::Lost)
+        Err(DatabaseError::ConnectionLost)
     }
 
     /// Rolls back at once. Dropping it does so a moment later.
@@ -219,19 +254,21 @@ impl Transaction {
 }
 
 /// Whether the handler of a projector fails at an event (position 0: at its setup), and how.
-pub(super) fn failing(
+pub(super) fn take_poison(
     world: &mut super::world::World,
-    actor: usize,
+    projector_index: usize,
     position: u64,
     release: Release,
-) -> Option<Failing> {
+) -> Option<FailureKind> {
     let matches = |poison: &super::world::Poison| {
-        poison.actor == actor && poison.position == position && poison.release.is_none_or(|only| only == release)
+        poison.projector_index == projector_index
+            && poison.position == position
+            && poison.release.is_none_or(|only| only == release)
     };
     let index = world.poison.iter().position(matches)?;
-    let how = world.poison[index].how;
-    if how == Failing::Flaky {
+    let kind = world.poison[index].kind;
+    if kind == FailureKind::Flaky {
         world.poison.remove(index);
     }
-    Some(how)
+    Some(kind)
 }

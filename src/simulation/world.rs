@@ -1,7 +1,9 @@
-//! What all processes share: time, chance, the database, the queue, and the record of what happened.
+//! What all processes share: time, chance, the database, the queue, and the record of what
+//! happened.
 //!
-//! A process is a future. Each of its statements, sends and receives first yields; the scheduler decides who goes
-//! on, so that everything else can happen in between. To drop the future is to kill the process at that point.
+//! A process is a future. Each of its statements, sends and receives first yields; the scheduler
+//! decides who goes on, so that everything else can happen in between. To drop the future is to
+//! kill the process at that point.
 
 use std::cell::{RefCell, RefMut};
 use std::fmt;
@@ -14,12 +16,12 @@ use std::time::{Duration, Instant};
 use fastrand::Rng;
 
 use super::bug::Bug;
-use super::cast::Release;
 use super::database::Database;
 use super::invariants::Violation;
+use super::occurrence::{Occurrence, OccurrenceCounts};
 use super::process::Ended;
+use super::projectors::Release;
 use super::queue::Queue;
-use super::seen::{Counts, Seen};
 use crate::model::event::Position;
 use crate::model::projector::ProjectorId;
 
@@ -28,21 +30,22 @@ pub(super) type Tick = u64;
 
 /// A process, as the trace names it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Who {
-    Nobody,
+pub(super) enum ProcessId {
+    Scheduler,
     Writer(u64),
     Relay(u64),
     Play(u64, Release),
-    /// What a worker of that number has sent off, to catch up by itself: it lives and dies with the worker.
+    /// What a worker of that number has sent off, to catch up by itself: it lives and dies with the
+    /// worker.
     Straggler(u64, Release),
     Boot(u64, Release),
     Retire(u64, Release),
 }
 
-impl Who {
+impl ProcessId {
     /// Whether it ends when the worker of that number does.
-    pub(super) fn belongs_to(self, worker: Who) -> bool {
-        matches!((self, worker), (Who::Straggler(of, _), Who::Play(number, _)) if of == number)
+    pub(super) fn belongs_to(self, worker: ProcessId) -> bool {
+        matches!((self, worker), (ProcessId::Straggler(of, _), ProcessId::Play(number, _)) if of == number)
     }
 }
 
@@ -66,18 +69,18 @@ pub(super) enum Wait {
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Chances {
     /// A connection is cut, by statement.
-    pub(super) cut: u32,
+    pub(super) connection_cut: u32,
     /// A commit is not acknowledged, carried out or not.
     pub(super) lost_ack: u32,
     /// A handler runs into a deadlock, by batch.
     pub(super) deadlock: u32,
     /// A handler commits by itself, in the middle of a batch, by batch.
-    pub(super) commits: u32,
+    pub(super) handler_commits: u32,
     /// The queue does not answer, by call.
-    pub(super) queue_away: u32,
+    pub(super) queue_unavailable: u32,
     /// A message is lost, or sent twice, by send.
-    pub(super) queue_loses: u32,
-    pub(super) queue_repeats: u32,
+    pub(super) message_loss: u32,
+    pub(super) message_repeat: u32,
     /// A projector takes too long, by step: it leaves the convoy.
     pub(super) slow: u32,
     /// A writer rolls back.
@@ -89,16 +92,16 @@ pub(super) struct Chances {
 /// An event that a projector cannot take. Position 0 stands for its setup.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Poison {
-    pub(super) actor: usize,
+    pub(super) projector_index: usize,
     pub(super) position: u64,
-    pub(super) how: Failing,
+    pub(super) kind: FailureKind,
     /// Only in this release; the others have mended it.
     pub(super) release: Option<Release>,
 }
 
 /// How a handler fails.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Failing {
+pub(super) enum FailureKind {
     /// With an error of its own, until it is mended.
     Error,
     /// With a panic, until it is mended.
@@ -123,20 +126,21 @@ pub(super) struct World {
     pub(super) playing: Vec<Release>,
     pub(super) booting: usize,
     /// Who has left the convoy of which worker, and what is to be started for them.
-    pub(super) outside: Vec<(u64, ProjectorId)>,
-    pub(super) sent_off: Vec<(Who, Process)>,
-    /// Who is in the convoy of which worker again, since when, and where the mark stood when it began to catch up.
-    pub(super) rejoined: Vec<(u64, ProjectorId, Tick, Position)>,
+    pub(super) in_background: Vec<(u64, ProjectorId)>,
+    pub(super) spawned: Vec<(ProcessId, Process)>,
+    /// Who is in the convoy of which worker again, since when, and where the mark stood when it
+    /// began to catch up.
+    pub(super) readmitted: Vec<(u64, ProjectorId, Tick, Position)>,
     /// Who was retired and forgotten.
-    pub(super) forgotten: [bool; super::cast::ACTORS.len()],
+    pub(super) forgotten: [bool; super::projectors::PROJECTORS.len()],
     /// Only differences matter.
     origin: Instant,
     /// Writers append no more.
     pub(super) is_closing: bool,
-    pub(super) seen: Counts,
+    pub(super) occurrences: OccurrenceCounts,
     pub(super) violation: Option<Violation>,
     /// Who is at it now, and what it waits for when it yields.
-    pub(super) who: Who,
+    pub(super) process_id: ProcessId,
     pub(super) wait: Wait,
     /// The process at hand is being killed: the server learns of it late.
     pub(super) is_killing: bool,
@@ -160,15 +164,15 @@ impl World {
             acknowledged: Vec::new(),
             playing: Vec::new(),
             booting: 0,
-            outside: Vec::new(),
-            sent_off: Vec::new(),
-            rejoined: Vec::new(),
+            in_background: Vec::new(),
+            spawned: Vec::new(),
+            readmitted: Vec::new(),
             forgotten: Default::default(),
             origin: Instant::now(),
             is_closing: false,
-            seen: Counts::new(),
+            occurrences: OccurrenceCounts::new(),
             violation: None,
-            who: Who::Nobody,
+            process_id: ProcessId::Scheduler,
             wait: Wait::Ready,
             is_killing: false,
             releases: 0,
@@ -192,14 +196,19 @@ impl World {
         per_mille > 0 && self.rng.u32(0..1000) < per_mille
     }
 
-    pub(super) fn saw(&mut self, seen: Seen) {
-        self.seen.note(seen);
+    pub(super) fn record(&mut self, occurrence: Occurrence) {
+        self.occurrences.record(occurrence);
     }
 
     /// Writes a line of the trace, if there is one.
-    pub(super) fn note(&mut self, what: impl FnOnce() -> String) {
+    pub(super) fn trace(&mut self, what: impl FnOnce() -> String) {
         if let Some(trace) = &mut self.trace {
-            trace.push(format!("{:>5}  {:<14} {}", self.clock, self.who.to_string(), what()));
+            trace.push(format!(
+                "{:>5}  {:<14} {}",
+                self.clock,
+                self.process_id.to_string(),
+                what()
+            ));
         }
     }
 
@@ -208,11 +217,11 @@ impl World {
     }
 
     /// Only the first violation counts: what follows from it says nothing.
-    pub(super) fn violated(&mut self, invariant: u8, what: impl FnOnce() -> String) {
+    pub(super) fn record_violation(&mut self, invariant: u8, what: impl FnOnce() -> String) {
         if self.violation.is_none() {
             let what = what();
-            self.note(|| format!("VIOLATES invariant {invariant}: {what}"));
-            self.violation = Some(Violation { invariant, what });
+            self.trace(|| format!("VIOLATES invariant {invariant}: {what}"));
+            self.violation = Some(Violation { invariant, description: what });
         }
     }
 }
@@ -235,12 +244,12 @@ impl Sim {
         self.world().bug == Some(bug)
     }
 
-    pub(super) fn saw(&self, seen: Seen) {
-        self.world().saw(seen);
+    pub(super) fn record(&self, occurrence: Occurrence) {
+        self.world().record(occurrence);
     }
 
-    pub(super) fn note(&self, what: impl FnOnce() -> String) {
-        self.world().note(what);
+    pub(super) fn trace(&self, what: impl FnOnce() -> String) {
+        self.world().trace(what);
     }
 
     pub(super) fn now(&self) -> Tick {
@@ -264,13 +273,13 @@ impl Sim {
     }
 
     /// Waits for a lock to be released.
-    pub(super) async fn release(&self, until: Tick) {
+    pub(super) async fn wait_for_release(&self, until: Tick) {
         let releases = self.world().releases;
         self.wait(Wait::Lock { releases, until }).await;
     }
 
     /// Waits for a message to become visible.
-    pub(super) async fn arrival(&self, until: Tick) {
+    pub(super) async fn wait_for_arrival(&self, until: Tick) {
         let arrivals = self.world().arrivals;
         self.wait(Wait::Message { arrivals, until }).await;
     }
@@ -296,16 +305,16 @@ impl Future for Yield {
     }
 }
 
-impl fmt::Display for Who {
+impl fmt::Display for ProcessId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Who::Nobody => write!(f, "-"),
-            Who::Writer(number) => write!(f, "writer#{number}"),
-            Who::Relay(number) => write!(f, "relay#{number}"),
-            Who::Play(number, release) => write!(f, "play#{number} r{release}"),
-            Who::Straggler(number, release) => write!(f, "apart#{number} r{release}"),
-            Who::Boot(number, release) => write!(f, "boot#{number} r{release}"),
-            Who::Retire(number, release) => write!(f, "retire#{number} r{release}"),
+            ProcessId::Scheduler => write!(f, "-"),
+            ProcessId::Writer(number) => write!(f, "writer#{number}"),
+            ProcessId::Relay(number) => write!(f, "relay#{number}"),
+            ProcessId::Play(number, release) => write!(f, "play#{number} r{release}"),
+            ProcessId::Straggler(number, release) => write!(f, "apart#{number} r{release}"),
+            ProcessId::Boot(number, release) => write!(f, "boot#{number} r{release}"),
+            ProcessId::Retire(number, release) => write!(f, "retire#{number} r{release}"),
         }
     }
 }

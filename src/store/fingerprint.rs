@@ -1,36 +1,37 @@
-//! The fingerprint of the log: what stood at or below the high-water mark when it passed, so that an audit
-//! can tell later whether it still does.
+//! The fingerprint of the log: what stood at or below the high-water mark when it passed, so that
+//! an audit can tell later whether it still does.
 //!
-//! It is a count and the exclusive or of 64 bits of SHA-256 over each row's position and event id: it does not
-//! depend on who raised the mark how far, and the server computes it without sending a row. It finds accidents;
-//! it is no proof against somebody who means to deceive.
+//! It is a count and the exclusive or of 64 bits of SHA-256 over each row's position and event id:
+//! it does not depend on who raised the mark how far, and the server computes it without sending a
+//! row. It finds accidents; it is no proof against somebody who means to deceive.
 
 use sqlx::mysql::MySqlConnection;
 
 use super::EventStore;
 use crate::model::event::Position;
 
-const SUM: &str = "select count(*), cast(coalesce(bit_xor(cast(conv(left(sha2(concat(position, ':', event_id), 256), 16), \
+const FINGERPRINT: &str = "select count(*), cast(coalesce(bit_xor(cast(conv(left(sha2(concat(position, ':', event_id), 256), 16), \
                    16, 10) as unsigned)), 0) as unsigned) from events where position > ? and position <= ?";
 
-/// Mark, count and fingerprint move together, from the mark that the sum began at: of two who raise it at once,
-/// the second begins again.
-/// A mark that rises is not held by what held it.
-const RAISE: &str = "update event_log set high_water = ?, counted = counted + ?, fingerprint = fingerprint ^ ?, \
-                     held_position = null, held_last = null, held_since = null where high_water = ?";
+/// Mark, count and fingerprint move together, from the mark that the sum began at: of two who raise
+/// it at once, the second begins again. A mark that rises is not held by what held it.
+const RAISE: &str = "update event_log set high_water = ?, row_count = row_count + ?, fingerprint = fingerprint ^ ?, \
+                     blocked_position = null, blocked_last = null, blocked_since = null where high_water = ?";
 
-const RECORDED: &str = "select high_water, counted, fingerprint from event_log";
+const BASELINE: &str = "select high_water, row_count, fingerprint from event_log";
 
-const PRESENT: &str = "select position from events where position > ? and position <= ? order by position";
+const POSITIONS: &str =
+    "select position from events where position > ? and position <= ? order by position";
 
 /// A row at position 0 is below every projector's start, and none can come after the last.
-const OUT_OF_BOUNDS: &str = "select position from events where position in (0, 18446744073709551615)";
+const OUT_OF_BOUNDS: &str =
+    "select position from events where position in (0, 18446744073709551615)";
 
 /// Positions that an audit sums up in one statement.
 const AUDIT_STEP: u64 = 50_000;
 
 /// Ranges without rows that an audit names at the most.
-pub(crate) const MOST_RANGES: usize = 100;
+pub(crate) const MAX_RANGES: usize = 100;
 
 /// Rows, and what they come to.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -47,7 +48,7 @@ pub(crate) struct LogAudit {
     /// Rows that stand at or below it.
     pub(crate) rows: u64,
     /// Positions at or below it that have no row.
-    pub(crate) missing: Missing,
+    pub(crate) missing: MissingPositions,
     /// Whether the rows are, by position and event id, those over which the mark passed.
     pub(crate) is_unchanged: bool,
     /// Rows at positions that no event may have: 0, and the highest there is.
@@ -58,20 +59,20 @@ pub(crate) struct LogAudit {
 
 /// Positions without a row, in order.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct Missing {
+pub(crate) struct MissingPositions {
     /// How many there are.
     pub(crate) count: u64,
     /// How many ranges they form.
     pub(crate) range_count: u64,
-    /// The first [`MOST_RANGES`] of these ranges, each with its first and its last position.
+    /// The first [`MAX_RANGES`] of these ranges, each with its first and its last position.
     pub(crate) ranges: Vec<(u64, u64)>,
     /// The last position that was noted.
     last: Option<u64>,
 }
 
-impl Missing {
+impl MissingPositions {
     /// Notes a range that lies above all before it.
-    fn note(&mut self, first: u64, last: u64) {
+    fn record(&mut self, first: u64, last: u64) {
         self.count += (last - first).saturating_add(1);
         if self.last.is_some_and(|before| before.saturating_add(1) == first) {
             if self.range_count as usize == self.ranges.len()
@@ -81,33 +82,41 @@ impl Missing {
             }
         } else {
             self.range_count += 1;
-            if self.ranges.len() < MOST_RANGES {
+            if self.ranges.len() < MAX_RANGES {
                 self.ranges.push((first, last));
             }
         }
         self.last = Some(last);
     }
 
-    /// Notes what is missing in (`after`, `through`], where `present` are the positions in it that have rows, in order.
-    fn note_between(&mut self, after: Position, through: Position, present: &[u64]) {
+    /// Notes what is missing in (`after`, `through`], where `present` are the positions in it that
+    /// have rows, in order.
+    fn record_between(&mut self, after: Position, through: Position, present: &[u64]) {
         let mut expected = after.next().get();
         for &position in present {
             if position > expected {
-                self.note(expected, position - 1);
+                self.record(expected, position - 1);
             }
             expected = position.saturating_add(1);
         }
         if expected <= through.get() && through > after && present.last() != Some(&through.get()) {
-            self.note(expected, through.get());
+            self.record(expected, through.get());
         }
     }
 }
 
 impl EventStore {
-    /// Raises the mark from `from` to `to`, up to which everything is proved. Returns the mark as it stands: another
-    /// process may have raised it meanwhile.
-    pub(super) async fn raise(&self, from: Position, to: Position) -> Result<Position, sqlx::Error> {
-        let sum = self.database.ask(async |connection| self.sum(connection, from, to).await).await?;
+    /// Raises the mark from `from` to `to`, up to which everything is proved. Returns the mark as
+    /// it stands: another process may have raised it meanwhile.
+    pub(super) async fn raise(
+        &self,
+        from: Position,
+        to: Position,
+    ) -> Result<Position, sqlx::Error> {
+        let sum = self
+            .database
+            .run_cached(async |connection| self.fingerprint_between(connection, from, to).await)
+            .await?;
         if sum.rows != to.since(from) {
             // Proved a moment ago, and gone: nobody may pass over this.
             tracing::error!(
@@ -119,59 +128,75 @@ impl EventStore {
             );
             return Ok(from);
         }
-        let raise = sqlx::query(RAISE).bind(to.get()).bind(sum.rows).bind(sum.bits).bind(from.get());
-        let raised = self.database.ask(async |connection| raise.execute(connection).await).await?;
+        let raise =
+            sqlx::query(RAISE).bind(to.get()).bind(sum.rows).bind(sum.bits).bind(from.get());
+        let raised =
+            self.database.run_cached(async |connection| raise.execute(connection).await).await?;
         match raised.rows_affected() {
             0 => Ok(self.marks().await?.high_water),
             _ => Ok(to),
         }
     }
 
-    /// Compares the log, up to the mark as it is now, with what stood there when the mark passed. `progress` is
-    /// told how far it is.
-    pub(crate) async fn audit(&self, mut progress: impl FnMut(Position, Position)) -> Result<LogAudit, sqlx::Error> {
+    /// Compares the log, up to the mark as it is now, with what stood there when the mark passed.
+    /// `progress` is told how far it is.
+    pub(crate) async fn audit(
+        &self,
+        mut progress: impl FnMut(Position, Position),
+    ) -> Result<LogAudit, sqlx::Error> {
         let mut connection = self.database.acquire().await?;
-        let out_of_bounds =
-            self.database.answered(sqlx::query_scalar(OUT_OF_BOUNDS).fetch_all(&mut *connection)).await?;
-        let (high_water, rows, bits): (u64, u64, u64) = sqlx::query_as(RECORDED).fetch_one(&mut *connection).await?;
+        let out_of_bounds = self
+            .database
+            .with_timeout(sqlx::query_scalar(OUT_OF_BOUNDS).fetch_all(&mut *connection))
+            .await?;
+        let (high_water, rows, bits): (u64, u64, u64) =
+            sqlx::query_as(BASELINE).fetch_one(&mut *connection).await?;
         let (high_water, recorded) = (Position::new(high_water), Fingerprint { rows, bits });
         let mut found = Fingerprint::default();
-        let mut missing = Missing::default();
+        let mut missing = MissingPositions::default();
         let mut after = Position::START;
         while after < high_water {
             let through = high_water.min(Position::new(after.get().saturating_add(AUDIT_STEP)));
-            let sum = self.sum(&mut connection, after, through).await?;
+            let sum = self.fingerprint_between(&mut connection, after, through).await?;
             if sum.rows != through.since(after) {
-                let present = self.present(&mut connection, after, through).await?;
-                missing.note_between(after, through, &present);
+                let present = self.positions_between(&mut connection, after, through).await?;
+                missing.record_between(after, through, &present);
             }
             found = Fingerprint { rows: found.rows + sum.rows, bits: found.bits ^ sum.bits };
             after = through;
             progress(after, high_water);
         }
         let is_unchanged = found == recorded;
-        Ok(LogAudit { high_water, rows: found.rows, missing, is_unchanged, out_of_bounds, fingerprint: found })
+        Ok(LogAudit {
+            high_water,
+            rows: found.rows,
+            missing,
+            is_unchanged,
+            out_of_bounds,
+            fingerprint: found,
+        })
     }
 
     /// The positions in (`after`, `through`] that have rows, in order.
-    pub(super) async fn present(
+    pub(super) async fn positions_between(
         &self,
         connection: &mut MySqlConnection,
         after: Position,
         through: Position,
     ) -> Result<Vec<u64>, sqlx::Error> {
-        let present = sqlx::query_scalar(PRESENT).bind(after.get()).bind(through.get());
-        self.database.answered(present.fetch_all(connection)).await
+        let present = sqlx::query_scalar(POSITIONS).bind(after.get()).bind(through.get());
+        self.database.with_timeout(present.fetch_all(connection)).await
     }
 
-    pub(super) async fn sum(
+    pub(super) async fn fingerprint_between(
         &self,
         connection: &mut MySqlConnection,
         after: Position,
         through: Position,
     ) -> Result<Fingerprint, sqlx::Error> {
-        let sum = sqlx::query_as(SUM).bind(after.get()).bind(through.get());
-        let (rows, bits): (i64, u64) = self.database.answered(sum.fetch_one(connection)).await?;
+        let sum = sqlx::query_as(FINGERPRINT).bind(after.get()).bind(through.get());
+        let (rows, bits): (i64, u64) =
+            self.database.with_timeout(sum.fetch_one(connection)).await?;
         Ok(Fingerprint { rows: rows.unsigned_abs(), bits })
     }
 }
@@ -183,17 +208,18 @@ mod tests {
     use super::*;
 
     proptest! {
-        /// However the log is cut into steps, what is missing is told in the same ranges, with the true count.
+        /// However the log is cut into steps, what is missing is told in the same ranges, with the
+        /// true count.
         #[test]
-        fn missing_positions_are_told_in_ranges_across_steps(
+        fn missing_positions_are_joined_into_ranges_across_steps(
             present in prop::collection::btree_set(1u64..200, 0..200),
             step in 1u64..50,
         ) {
-            let (end, mut missing, mut after) = (200, Missing::default(), 0);
+            let (end, mut missing, mut after) = (200, MissingPositions::default(), 0);
             while after < end {
                 let through = (after + step).min(end);
                 let here: Vec<u64> = present.range(after + 1..=through).copied().collect();
-                missing.note_between(Position::new(after), Position::new(through), &here);
+                missing.record_between(Position::new(after), Position::new(through), &here);
                 after = through;
             }
             let absent: Vec<u64> = (1..=end).filter(|position| !present.contains(position)).collect();
@@ -206,23 +232,29 @@ mod tests {
     }
 
     #[test]
-    fn of_many_ranges_the_first_are_named_and_all_are_counted() {
-        let mut missing = Missing::default();
+    fn the_first_missing_ranges_are_named_and_all_are_counted() {
+        let mut missing = MissingPositions::default();
         for odd in (1..1_000).step_by(2) {
-            missing.note_between(Position::new(odd - 1), Position::new(odd + 1), &[odd]);
+            missing.record_between(Position::new(odd - 1), Position::new(odd + 1), &[odd]);
         }
-        assert_eq!((missing.count, missing.range_count, missing.ranges.len()), (500, 500, MOST_RANGES));
+        assert_eq!(
+            (missing.count, missing.range_count, missing.ranges.len()),
+            (500, 500, MAX_RANGES)
+        );
         // A range that goes on beyond those that are named does not lengthen the last of them.
-        missing.note_between(Position::new(1_000), Position::new(1_001), &[]);
-        assert_eq!((missing.count, missing.range_count, missing.ranges.last()), (501, 500, Some(&(200, 200))));
+        missing.record_between(Position::new(1_000), Position::new(1_001), &[]);
+        assert_eq!(
+            (missing.count, missing.range_count, missing.ranges.last()),
+            (501, 500, Some(&(200, 200)))
+        );
     }
 
     #[test]
-    fn the_highest_position_there_is_is_no_overflow() {
-        let mut missing = Missing::default();
-        missing.note_between(Position::new(u64::MAX - 3), Position::new(u64::MAX), &[u64::MAX]);
+    fn the_highest_possible_position_does_not_overflow() {
+        let mut missing = MissingPositions::default();
+        missing.record_between(Position::new(u64::MAX - 3), Position::new(u64::MAX), &[u64::MAX]);
         assert_eq!(missing.ranges, [(u64::MAX - 2, u64::MAX - 1)]);
-        missing.note_between(Position::new(u64::MAX), Position::new(u64::MAX), &[]);
+        missing.record_between(Position::new(u64::MAX), Position::new(u64::MAX), &[]);
         assert_eq!(missing.count, 2);
     }
 }

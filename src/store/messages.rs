@@ -1,4 +1,5 @@
-//! What is kept with the log for its messages: who it is, where they are sent, and how many were somebody else's.
+//! What is kept with the log for its messages: who it is, where they are sent, and how many were
+//! somebody else's.
 
 use std::collections::HashMap;
 
@@ -11,13 +12,13 @@ use super::{EventStore, Marks, MarksRow};
 use crate::model::event::Position;
 use crate::model::signature::KEY_BYTES;
 
-/// The marks, and the ids of the events at ten positions, by the primary key: read with every receive, and so in one
-/// statement, whose text is always the same.
-const VIEW: &str = "select high_water, published, log_id, signing_key, position, event_id from event_log \
+/// The marks, and the ids of the events at ten positions, by the primary key: read with every
+/// receive, and so in one statement, whose text is always the same.
+const SNAPSHOT: &str = "select high_water, published, log_id, signing_key, position, event_id from event_log \
                     left join events force index (primary) on position in (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)";
 
-/// How many positions [`VIEW`] takes: what one receive brings at most.
-const POSITIONS_IN_A_VIEW: usize = 10;
+/// How many positions [`SNAPSHOT`] takes: what one receive brings at most.
+const POSITIONS_PER_SNAPSHOT: usize = 10;
 
 /// One statement, so that no message is ever signed with the key of one log and the id of another.
 const ROTATE: &str = "update event_log set log_id = ?, signing_key = ?";
@@ -26,14 +27,14 @@ const QUEUE: &str = "select queue from event_log";
 
 const SET_QUEUE: &str = "update event_log set queue = ?";
 
-const RECORD: &str = "select queue, foreign_messages, foreign_at from event_log";
+const QUEUE_RECORD: &str = "select queue, foreign_messages, foreign_at from event_log";
 
 const COUNT_FOREIGN: &str =
     "update event_log set foreign_messages = foreign_messages + ?, foreign_at = utc_timestamp(6)";
 
 /// The log at one moment, as far as messages are compared with it.
 #[derive(Debug, Clone)]
-pub(crate) struct LogView {
+pub(crate) struct LogSnapshot {
     pub(crate) marks: Marks,
     /// Which event stands at each of the positions that were asked for.
     pub(crate) event_ids: HashMap<Position, String>,
@@ -52,41 +53,46 @@ pub(crate) struct QueueRecord {
 
 impl EventStore {
     /// The marks, and which events stand at these positions.
-    pub(crate) async fn view(&self, positions: &[Position]) -> Result<LogView, sqlx::Error> {
+    pub(crate) async fn snapshot(
+        &self,
+        positions: &[Position],
+    ) -> Result<LogSnapshot, sqlx::Error> {
         // Ten at a time: more come only from a mapping of Lambda that was set up so.
-        let mut chunks = positions.chunks(POSITIONS_IN_A_VIEW);
+        let mut chunks = positions.chunks(POSITIONS_PER_SNAPSHOT);
         let Some(first) = chunks.next() else {
-            return Ok(LogView { marks: self.marks().await?, event_ids: HashMap::new() });
+            return Ok(LogSnapshot { marks: self.marks().await?, event_ids: HashMap::new() });
         };
-        let mut view = self.view_of_ten(first).await?;
+        let mut view = self.snapshot_chunk(first).await?;
         for chunk in chunks {
-            let next = self.view_of_ten(chunk).await?;
+            let next = self.snapshot_chunk(chunk).await?;
             view.event_ids.extend(next.event_ids);
-            // As they were last read; a row that was read before a rotation differs from what is signed after it.
+            // As they were last read; a row that was read before a rotation differs from what is
+            // signed after it.
             view.marks = next.marks;
         }
         Ok(view)
     }
 
-    async fn view_of_ten(&self, positions: &[Position]) -> Result<LogView, sqlx::Error> {
-        let mut query = sqlx::query(VIEW);
+    async fn snapshot_chunk(&self, positions: &[Position]) -> Result<LogSnapshot, sqlx::Error> {
+        let mut query = sqlx::query(SNAPSHOT);
         // The last is repeated, which costs nothing.
-        for at in 0..POSITIONS_IN_A_VIEW {
+        for at in 0..POSITIONS_PER_SNAPSHOT {
             query = query.bind(positions[at.min(positions.len() - 1)].get());
         }
-        let rows = self.database.ask(async |connection| query.fetch_all(connection).await).await?;
+        let rows =
+            self.database.run_cached(async |connection| query.fetch_all(connection).await).await?;
         let marks = |row: &MySqlRow| -> Result<MarksRow, sqlx::Error> {
             Ok((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?, row.try_get(3)?))
         };
         let first = rows.first().ok_or(sqlx::Error::RowNotFound)?;
-        let marks = Marks::of_row(marks(first)?)?;
+        let marks = Marks::from_row(marks(first)?)?;
         let mut event_ids = HashMap::with_capacity(rows.len());
         for row in &rows {
             if let Some(position) = row.try_get::<Option<u64>, _>(4)? {
                 event_ids.insert(Position::new(position), row.try_get(5)?);
             }
         }
-        Ok(LogView { marks, event_ids })
+        Ok(LogSnapshot { marks, event_ids })
     }
 
     /// Gives the log a new id and this key. What was sent before is not ours any more.
@@ -94,31 +100,41 @@ impl EventStore {
         // Not by the server's uuid(), which a replica that repeats the statement would not repeat.
         let id = Uuid::now_v7().to_string();
         let rotate = sqlx::query(ROTATE).bind(&id).bind(key.as_slice());
-        self.database.ask(async |connection| rotate.execute(connection).await).await?;
+        self.database.run_cached(async |connection| rotate.execute(connection).await).await?;
         Ok(id)
     }
 
     /// The queue that the log was last published to.
     pub(crate) async fn recorded_queue(&self) -> Result<Option<String>, sqlx::Error> {
-        self.database.ask(async |connection| sqlx::query_scalar(QUEUE).fetch_one(connection).await).await
+        self.database
+            .run_cached(async |connection| sqlx::query_scalar(QUEUE).fetch_one(connection).await)
+            .await
     }
 
     /// Notes the queue that the log is published to.
     pub(crate) async fn record_queue(&self, queue: &str) -> Result<(), sqlx::Error> {
         let record = sqlx::query(SET_QUEUE).bind(queue);
-        self.database.ask(async |connection| record.execute(connection).await).await.map(|_| ())
+        self.database
+            .run_cached(async |connection| record.execute(connection).await)
+            .await
+            .map(|_| ())
     }
 
     /// What is known of the queue.
     pub(crate) async fn queue_record(&self) -> Result<QueueRecord, sqlx::Error> {
-        let (queue, foreign_messages, foreign_at) =
-            self.database.ask(async |connection| sqlx::query_as(RECORD).fetch_one(connection).await).await?;
+        let (queue, foreign_messages, foreign_at) = self
+            .database
+            .run_cached(async |connection| sqlx::query_as(QUEUE_RECORD).fetch_one(connection).await)
+            .await?;
         Ok(QueueRecord { queue, foreign_messages, foreign_at })
     }
 
     /// Adds to the number of messages that were not of this log.
     pub(crate) async fn count_foreign(&self, messages: u64) -> Result<(), sqlx::Error> {
         let count = sqlx::query(COUNT_FOREIGN).bind(messages);
-        self.database.ask(async |connection| count.execute(connection).await).await.map(|_| ())
+        self.database
+            .run_cached(async |connection| count.execute(connection).await)
+            .await
+            .map(|_| ())
     }
 }

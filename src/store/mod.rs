@@ -4,7 +4,7 @@ mod acceptance;
 mod append;
 mod fingerprint;
 pub(crate) mod high_water;
-mod look;
+mod inspect;
 mod messages;
 mod read;
 mod relay_state;
@@ -15,16 +15,16 @@ use crate::database::Database;
 use crate::model::event::Position;
 use crate::model::signature::{LogIdentity, SigningKey};
 
-pub(crate) use acceptance::{Acceptance, Accepted};
-pub use append::{AppendError, Appended};
-pub(crate) use fingerprint::{LogAudit, Missing};
-pub(crate) use high_water::{Held, HighWater, LogFault};
-pub(crate) use look::{AddedTypes, HeldMark};
-pub(crate) use messages::{LogView, QueueRecord};
-pub(crate) use read::{Ends, Page, ReadAhead, ReadLimits, Wanted};
+pub(crate) use acceptance::{AcceptOutcome, Acceptance};
+pub use append::{AppendError, AppendOutcome};
+pub(crate) use fingerprint::{LogAudit, MissingPositions};
+pub(crate) use high_water::{Blocker, HighWater, LogFault};
+pub(crate) use inspect::{AddedTypes, MarkBlocked};
+pub(crate) use messages::{LogSnapshot, QueueRecord};
+pub(crate) use read::{EventFilter, LogEnds, Page, ReadAhead, ReadLimits};
 
-const MARKS: &str = "select high_water, published, log_id, signing_key, held_position, held_last, \
-                     timestampdiff(microsecond, held_since, utc_timestamp(6)) from event_log";
+const MARKS: &str = "select high_water, published, log_id, signing_key, blocked_position, blocked_last, \
+                     timestampdiff(microsecond, blocked_since, utc_timestamp(6)) from event_log";
 
 /// The event store of one database. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -42,21 +42,23 @@ pub(crate) struct Marks {
     /// Which log this is, and the key of its messages. An operator may change both at any time.
     pub(crate) log: LogIdentity,
     /// What holds the mark, as somebody wrote down who could not raise it, and for how long it has.
-    pub(crate) held: Option<(Held, Duration)>,
+    pub(crate) blocked: Option<(Blocker, Duration)>,
 }
 
 /// The marks as a row has them.
 type MarksRow = (u64, u64, String, Option<Vec<u8>>);
 
 impl Marks {
-    fn of_row((high_water, published, id, key): MarksRow) -> Result<Self, sqlx::Error> {
+    fn from_row((high_water, published, id, key): MarksRow) -> Result<Self, sqlx::Error> {
         // Only where `migrate` was ended after its last table and before its end.
         let key = key.ok_or_else(|| {
-            sqlx::Error::Configuration("the log has no key to sign messages with; run `projectionist migrate`".into())
+            sqlx::Error::Configuration(
+                "the log has no key to sign messages with; run `projectionist migrate`".into(),
+            )
         })?;
         let log = LogIdentity { id, key: SigningKey::new(&key) };
         let (high_water, published) = (Position::new(high_water), Position::new(published));
-        Ok(Marks { high_water, published, log, held: None })
+        Ok(Marks { high_water, published, log, blocked: None })
     }
 }
 
@@ -69,11 +71,13 @@ impl EventStore {
     /// The marks as they are stored.
     pub(crate) async fn marks(&self) -> Result<Marks, sqlx::Error> {
         type Row = (u64, u64, String, Option<Vec<u8>>, Option<u64>, Option<u64>, Option<i64>);
-        let (high_water, published, id, key, held, last, age): Row =
-            self.database.ask(async |connection| sqlx::query_as(MARKS).fetch_one(connection).await).await?;
+        let (high_water, published, id, key, blocked, last, age): Row = self
+            .database
+            .run_cached(async |connection| sqlx::query_as(MARKS).fetch_one(connection).await)
+            .await?;
         // A clock that was set back makes it young, not old.
         let age = Duration::from_micros(age.unwrap_or_default().max(0).unsigned_abs());
-        let held = held.map(|position| (Held::from_columns(position, last), age));
-        Ok(Marks { held, ..Marks::of_row((high_water, published, id, key))? })
+        let blocked = blocked.map(|position| (Blocker::from_columns(position, last), age));
+        Ok(Marks { blocked, ..Marks::from_row((high_water, published, id, key))? })
     }
 }

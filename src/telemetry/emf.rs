@@ -1,5 +1,6 @@
-//! Metrics in CloudWatch's embedded metric format: log lines of which CloudWatch Logs makes metrics by itself. Its
-//! specification is "Specification: Embedded metric format" in the CloudWatch user guide.
+//! Metrics in CloudWatch's embedded metric format: log lines of which CloudWatch Logs makes metrics
+//! by itself. Its specification is "Specification: Embedded metric format" in the CloudWatch user
+//! guide.
 //!
 //! Our own, and not a crate's: see `infra/cloudwatch.md`.
 
@@ -8,15 +9,17 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 use crate::engine::lag::Lag;
+use crate::model::backoff;
 use crate::model::event::Position;
 use crate::model::lifecycle::Status;
-use crate::model::metrics::{self, Counted, MarkSeen, Metric, NAMESPACE, OfProjector, Samples};
+use crate::model::metrics::{
+    self, Counters, MarkState, Metric, NAMESPACE, ProjectorCounters, Samples,
+};
 use crate::model::projector::ProjectorId;
-use crate::model::retry;
 
 /// Where log and projectors stand, as one process sees it.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub(super) struct Seen {
+pub(super) struct Snapshot {
     pub(super) high_water: Position,
     pub(super) published: Position,
     /// Those of this process's set whose life is not over.
@@ -28,49 +31,56 @@ pub(super) struct Report<'a> {
     pub(super) service: &'a str,
     pub(super) release: Option<&'a str>,
     pub(super) at: OffsetDateTime,
-    pub(super) counted: &'a Counted,
-    pub(super) seen: Option<&'a Seen>,
+    pub(super) counted: &'a Counters,
+    pub(super) snapshot: Option<&'a Snapshot>,
     pub(super) has_heartbeat: bool,
 }
 
 impl Report<'_> {
-    /// A line for each projector of which there is something to tell, and one for the whole. None is near a limit of the
-    /// format: 100 metrics, 100 values of one, 1 MB.
+    /// A line for each projector of which there is something to tell, and one for the whole. None
+    /// is near a limit of the format: 100 metrics, 100 values of one, 1 MB.
     pub(super) fn lines(&self) -> Vec<String> {
-        let nothing = OfProjector::default();
+        let nothing = ProjectorCounters::default();
         let mut documents: Vec<(Option<&ProjectorId>, Document)> = Vec::new();
-        let lags = self.seen.map(|seen| seen.projectors.as_slice()).unwrap_or_default();
+        let lags = self.snapshot.map(|snapshot| snapshot.projectors.as_slice()).unwrap_or_default();
         for (id, _, lag) in lags {
             let counted = self.counted.projectors.get(id).unwrap_or(&nothing);
-            documents.push((Some(id), of_projector(counted, Some(*lag))));
+            documents.push((Some(id), projector_document(counted, Some(*lag))));
         }
-        let is_told = |id: &ProjectorId| lags.iter().any(|(told, ..)| told == id);
-        for (id, counted) in self.counted.projectors.iter().filter(|(id, _)| !is_told(id)) {
-            documents.push((Some(id), of_projector(counted, None)));
+        let is_listed = |id: &ProjectorId| lags.iter().any(|(listed, ..)| listed == id);
+        for (id, counted) in self.counted.projectors.iter().filter(|(id, _)| !is_listed(id)) {
+            documents.push((Some(id), projector_document(counted, None)));
         }
-        documents.push((None, self.of_service()));
+        documents.push((None, self.service_document()));
         documents.retain(|(_, document)| !document.0.is_empty());
         documents.into_iter().map(|(id, document)| self.line(id, document)).collect()
     }
 
-    fn of_service(&self) -> Document {
+    fn service_document(&self) -> Document {
         let mut document = Document::default();
         let relay = self.counted.relay;
-        let marks = self.seen.map(|seen| (seen.high_water, seen.published));
-        if let Some((high_water, published)) = marks.or(relay.map(|relay| (relay.high_water, relay.published))) {
+        let marks = self.snapshot.map(|snapshot| (snapshot.high_water, snapshot.published));
+        if let Some((high_water, published)) =
+            marks.or(relay.map(|relay| (relay.high_water, relay.published)))
+        {
             document.put(metrics::HIGH_WATER_MARK, high_water.get());
             document.put(metrics::PUBLISHED, published.get());
         }
         match self.counted.mark {
-            Some(MarkSeen::HeldSince(since)) => document.put(metrics::GAP_AGE, retry::seconds(since.elapsed())),
-            Some(MarkSeen::Free) => document.put(metrics::GAP_AGE, 0.0),
+            Some(MarkState::BlockedSince(since)) => {
+                document.put(metrics::GAP_AGE, backoff::seconds(since.elapsed()))
+            }
+            Some(MarkState::Unblocked) => document.put(metrics::GAP_AGE, 0.0),
             None => {}
         }
         document.put_samples(metrics::RELAY_BATCH_SIZE, &self.counted.message_events);
         document.put_samples(metrics::RECEIVE_TO_COMMIT, &self.counted.receive_to_commit);
-        if let Some(seen) = self.seen {
-            let live = seen.projectors.iter().filter(|(_, status, _)| *status == Status::Live);
-            document.put(metrics::MOST_LAG_SECONDS, live.map(|(.., lag)| lag.seconds).fold(0.0, f64::max));
+        if let Some(snapshot) = self.snapshot {
+            let live = snapshot.projectors.iter().filter(|(_, status, _)| *status == Status::Live);
+            document.put(
+                metrics::MAX_LAG_SECONDS,
+                live.map(|(.., lag)| lag.seconds).fold(0.0, f64::max),
+            );
         }
         if self.has_heartbeat {
             document.put(metrics::HEARTBEAT, 1);
@@ -79,11 +89,14 @@ impl Report<'_> {
         document
     }
 
-    /// A document as the log line that it is: with what every line has, and the release, which is no dimension.
+    /// A document as the log line that it is: with what every line has, and the release, which is
+    /// no dimension.
     fn line(&self, id: Option<&ProjectorId>, Document(metrics): Document) -> String {
-        let of = metrics.first().map(|(metric, _)| metric.of.dimensions()).unwrap_or_default();
-        let definitions: Vec<Value> =
-            metrics.iter().map(|(metric, _)| json!({"Name": metric.name, "Unit": metric.unit})).collect();
+        let of = metrics.first().map(|(metric, _)| metric.scope.dimensions()).unwrap_or_default();
+        let definitions: Vec<Value> = metrics
+            .iter()
+            .map(|(metric, _)| json!({"Name": metric.name, "Unit": metric.unit}))
+            .collect();
         let mut line = Map::new();
         line.insert(
             "_aws".into(),
@@ -93,8 +106,12 @@ impl Report<'_> {
             }),
         );
         // As the lines beside it have it.
-        let to_the_microsecond = self.at.replace_nanosecond(self.at.microsecond() * 1_000).unwrap_or(self.at);
-        line.insert("timestamp".into(), to_the_microsecond.format(&Rfc3339).unwrap_or_default().into());
+        let to_the_microsecond =
+            self.at.replace_nanosecond(self.at.microsecond() * 1_000).unwrap_or(self.at);
+        line.insert(
+            "timestamp".into(),
+            to_the_microsecond.format(&Rfc3339).unwrap_or_default().into(),
+        );
         line.insert("level".into(), "INFO".into());
         line.insert("message".into(), "metrics".into());
         line.insert("target".into(), module_path!().into());
@@ -110,7 +127,7 @@ impl Report<'_> {
     }
 }
 
-fn of_projector(counted: &OfProjector, lag: Option<Lag>) -> Document {
+fn projector_document(counted: &ProjectorCounters, lag: Option<Lag>) -> Document {
     let mut document = Document::default();
     if let Some(lag) = lag {
         document.put(metrics::LAG_EVENTS, lag.events);
@@ -152,26 +169,33 @@ mod tests {
     use std::time::{Duration, Instant};
 
     use super::*;
-    use crate::model::metrics::{ALL, Of, RelaySaw};
+    use crate::model::metrics::{ALL, MetricScope, RelayProgress};
 
     fn id(name: &str) -> ProjectorId {
         ProjectorId { name: name.into(), version: 2 }
     }
 
-    fn report(counted: &Counted, seen: Option<&Seen>) -> Vec<Value> {
+    fn report(counted: &Counters, snapshot: Option<&Snapshot>) -> Vec<Value> {
         let at = OffsetDateTime::UNIX_EPOCH + time::Duration::milliseconds(1_750_000_000_123);
-        let report = Report { service: "shop", release: Some("v7"), at, counted, seen, has_heartbeat: seen.is_some() };
+        let report = Report {
+            service: "shop",
+            release: Some("v7"),
+            at,
+            counted,
+            snapshot,
+            has_heartbeat: snapshot.is_some(),
+        };
         report.lines().iter().map(|line| serde_json::from_str(line).expect("JSON")).collect()
     }
 
-    fn all_there_is() -> (Counted, Seen) {
-        let mut counted = Counted::default();
+    fn full_report() -> (Counters, Snapshot) {
+        let mut counted = Counters::default();
         let samples = |values: &[f64]| {
             let mut samples = Samples::default();
             values.iter().for_each(|value| samples.add(*value));
             samples
         };
-        let of = OfProjector {
+        let of = ProjectorCounters {
             events_applied: 5,
             failures: 1,
             fallback_reads: 2,
@@ -179,13 +203,16 @@ mod tests {
             apply_time: samples(&[1.5, 2.5]),
         };
         counted.projectors.insert(id("a"), of);
-        counted.projectors.insert(id("retired"), OfProjector { events_applied: 1, ..OfProjector::default() });
+        counted.projectors.insert(
+            id("retired"),
+            ProjectorCounters { events_applied: 1, ..ProjectorCounters::default() },
+        );
         counted.message_events = samples(&[10.0]);
         counted.foreign_messages = 2;
         counted.receive_to_commit = samples(&[7.25]);
         let (high_water, published) = (Position::new(90), Position::new(80));
-        counted.relay = Some(RelaySaw { high_water, published });
-        counted.mark = Some(MarkSeen::HeldSince(Instant::now() - Duration::from_secs(3)));
+        counted.relay = Some(RelayProgress { high_water, published });
+        counted.mark = Some(MarkState::BlockedSince(Instant::now() - Duration::from_secs(3)));
         let failure = crate::model::lifecycle::Failure {
             event: None,
             error: "as told".into(),
@@ -193,19 +220,19 @@ mod tests {
             attempts: 1,
             release: None,
             host: "here".into(),
-            rebuild: None,
+            rebuild_reason: None,
         };
         let projectors = vec![
             (id("a"), Status::Live, Lag { events: 4, seconds: 1.5 }),
             (id("b"), Status::Broken(failure), Lag { events: 70, seconds: 99.0 }),
         ];
-        (counted, Seen { high_water, published, projectors })
+        (counted, Snapshot { high_water, published, projectors })
     }
 
     #[test]
     fn every_metric_is_written_with_its_unit_and_its_dimensions() {
-        let (counted, seen) = all_there_is();
-        let lines = report(&counted, Some(&seen));
+        let (counted, snapshot) = full_report();
+        let lines = report(&counted, Some(&snapshot));
         let mut written = Vec::new();
         for line in &lines {
             let directive = &line["_aws"]["CloudWatchMetrics"][0];
@@ -213,12 +240,21 @@ mod tests {
                 (&directive["Namespace"], &line["_aws"]["Timestamp"]),
                 (&json!(NAMESPACE), &json!(1_750_000_000_123_i64))
             );
-            let of = if line["Projector"].is_null() { Of::Service } else { Of::Projector };
+            let of = if line["Projector"].is_null() {
+                MetricScope::Service
+            } else {
+                MetricScope::Projector
+            };
             assert_eq!(directive["Dimensions"], json!([of.dimensions()]));
             for definition in directive["Metrics"].as_array().expect("an array") {
-                let is_it =
-                    |metric: &&Metric| (metric.name, metric.of) == (definition["Name"].as_str().expect("a name"), of);
-                let metric = ALL.iter().find(is_it).unwrap_or_else(|| panic!("{definition} is not one of {of:?}"));
+                let is_it = |metric: &&Metric| {
+                    (metric.name, metric.scope)
+                        == (definition["Name"].as_str().expect("a name"), of)
+                };
+                let metric = ALL
+                    .iter()
+                    .find(is_it)
+                    .unwrap_or_else(|| panic!("{definition} is not one of {of:?}"));
                 assert_eq!(definition["Unit"], metric.unit);
                 assert!(!line[metric.name].is_null(), "{} has no value in {line}", metric.name);
                 written.push(*metric);
@@ -228,21 +264,35 @@ mod tests {
             assert!(written.contains(&metric), "{metric:?} is not written");
         }
         let of = |id: &str| lines.iter().find(|line| line["Projector"] == id).expect("a line");
-        assert_eq!((&of("a@2")["EventsApplied"], &of("a@2")["ApplyTime"]), (&json!(5), &json!([2.5, 1.5])));
+        assert_eq!(
+            (&of("a@2")["EventsApplied"], &of("a@2")["ApplyTime"]),
+            (&json!(5), &json!([2.5, 1.5]))
+        );
         assert_eq!((&of("b@2")["LagEvents"], of("b@2").get("Failures")), (&json!(70), None));
-        assert_eq!((&of("retired@2")["EventsApplied"], of("retired@2").get("LagEvents")), (&json!(1), None));
+        assert_eq!(
+            (&of("retired@2")["EventsApplied"], of("retired@2").get("LagEvents")),
+            (&json!(1), None)
+        );
         let whole = lines.last().expect("a line");
-        assert_eq!((&whole["LagSeconds"], &whole["Heartbeat"]), (&json!(1.5), &json!(1)), "of the live ones only");
+        assert_eq!(
+            (&whole["LagSeconds"], &whole["Heartbeat"]),
+            (&json!(1.5), &json!(1)),
+            "of the live ones only"
+        );
         assert!(whole["GapAge"].as_f64().is_some_and(|age| age >= 3.0), "{whole}");
         assert_eq!((&whole["Service"], &whole["release"]), (&json!("shop"), &json!("v7")));
     }
 
     #[test]
-    fn nothing_is_written_where_nothing_was_counted() {
-        assert_eq!(report(&Counted::default(), None), Vec::<Value>::new());
-        let (counted, _) = all_there_is();
+    fn nothing_is_written_if_nothing_was_counted() {
+        assert_eq!(report(&Counters::default(), None), Vec::<Value>::new());
+        let (counted, _) = full_report();
         let lines = report(&counted, None);
         assert_eq!(lines.len(), 3, "{lines:?}");
-        assert!(lines.iter().all(|line| line.get("LagSeconds").is_none() && line.get("Heartbeat").is_none()));
+        assert!(
+            lines
+                .iter()
+                .all(|line| line.get("LagSeconds").is_none() && line.get("Heartbeat").is_none())
+        );
     }
 }

@@ -1,4 +1,5 @@
-//! Alerts as HTTP: every log line with a field `alert` is posted, too. Never in the way of the work.
+//! Alerts as HTTP: every log line with a field `alert` is posted, too. Never in the way of the
+//! work.
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -18,20 +19,20 @@ use crate::model::error::Error;
 use crate::model::text;
 
 /// Alerts that wait to be posted. Beyond, they are in the log only.
-const MOST_WAITING: usize = 64;
+const MAX_QUEUED_ALERTS: usize = 64;
 
 /// One attempt, from connection to answer.
-const ANSWER_WITHIN: Duration = Duration::from_secs(5);
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Attempts for one alert, and the pause before the second; it doubles.
-const ATTEMPTS: u32 = 4;
-const FIRST_PAUSE: Duration = Duration::from_millis(500);
+const MAX_ATTEMPTS: u32 = 4;
+const INITIAL_BACKOFF: Duration = Duration::from_millis(500);
 
 /// How long the end of the process may wait for what was not posted yet.
-const LAST_WORDS_WITHIN: Duration = Duration::from_secs(10);
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Takes alerts out of the log, for the thread that posts them.
-pub(super) struct Webhook {
+pub(super) struct WebhookLayer {
     alerts: SyncSender<Value>,
 }
 
@@ -43,57 +44,70 @@ pub(crate) struct Poster {
 }
 
 /// Starts the thread that posts alerts to this URL.
-pub(super) fn start(url: &str) -> Result<(Webhook, Poster), Error> {
+pub(super) fn start(url: &str) -> Result<(WebhookLayer, Poster), Error> {
     if !url.starts_with("http://") && !url.starts_with("https://") {
         return Err(Error::Input("the alert URL is not an http or https URL".into()));
     }
-    let (alerts, waiting) = sync_channel(MOST_WAITING);
+    let (alerts, waiting) = sync_channel(MAX_QUEUED_ALERTS);
     let post = post_to(url);
-    let thread = std::thread::Builder::new().name("alerts".into()).spawn(move || post_all(post, &waiting));
-    let thread = thread.map_err(|error| Error::Input(format!("cannot start the thread that posts alerts: {error}")))?;
-    Ok((Webhook { alerts: alerts.clone() }, Poster { end: alerts, thread: Some(thread) }))
+    let thread =
+        std::thread::Builder::new().name("alerts".into()).spawn(move || post_all(post, &waiting));
+    let thread = thread.map_err(|error| {
+        Error::Input(format!("cannot start the thread that posts alerts: {error}"))
+    })?;
+    Ok((WebhookLayer { alerts: alerts.clone() }, Poster { end: alerts, thread: Some(thread) }))
 }
 
 /// Why a post failed, without the URL, which may hold a secret.
-type Refusal = String;
+type PostError = String;
 
-/// Posts alerts until it is told to end. A post that panics is one that failed: the thread goes on with the next.
-fn post_all(post: impl Fn(&str) -> Result<(), Refusal>, waiting: &Receiver<Value>) {
+/// Posts alerts until it is told to end. A post that panics is one that failed: the thread goes on
+/// with the next.
+fn post_all(post: impl Fn(&str) -> Result<(), PostError>, waiting: &Receiver<Value>) {
     while let Ok(alert) = waiting.recv() {
         if alert.is_null() {
             return;
         }
         let body = alert.to_string();
-        let mut pause = FIRST_PAUSE;
-        for attempt in 1..=ATTEMPTS {
-            let posted = catch_unwind(AssertUnwindSafe(|| post(&body))).unwrap_or_else(|_| Err("it panicked".into()));
+        let mut backoff = INITIAL_BACKOFF;
+        for attempt in 1..=MAX_ATTEMPTS {
+            let posted = catch_unwind(AssertUnwindSafe(|| post(&body)))
+                .unwrap_or_else(|_| Err("it panicked".into()));
             let Err(error) = posted else { break };
             // No field `alert`: that would come back here.
-            if attempt == ATTEMPTS {
-                tracing::warn!(attempts = attempt, error, "an alert could not be posted; it is in the log only");
+            if attempt == MAX_ATTEMPTS {
+                tracing::warn!(
+                    attempts = attempt,
+                    error,
+                    "an alert could not be posted; it is in the log only"
+                );
             } else {
-                std::thread::sleep(pause);
-                pause *= 2;
+                std::thread::sleep(backoff);
+                backoff *= 2;
             }
         }
     }
 }
 
-/// Posts one alert. A redirect is not followed: whoever answers by one would choose where alerts go.
-fn post_to(url: &str) -> impl Fn(&str) -> Result<(), Refusal> + use<> {
-    let config = ureq::Agent::config_builder().timeout_global(Some(ANSWER_WITHIN)).max_redirects(0);
+/// Posts one alert. A redirect is not followed: whoever answers by one would choose where alerts
+/// go.
+fn post_to(url: &str) -> impl Fn(&str) -> Result<(), PostError> + use<> {
+    let config =
+        ureq::Agent::config_builder().timeout_global(Some(REQUEST_TIMEOUT)).max_redirects(0);
     let (agent, url): (ureq::Agent, String) = (config.build().into(), url.to_owned());
     move |body| {
         let posted = agent.post(&url).header("content-type", "application/json").send(body);
-        match posted.map_err(|error| kind(&error))?.status() {
+        match posted.map_err(|error| describe_error(&error))?.status() {
             status if status.is_success() => Ok(()),
-            status if status.is_redirection() => Err(format!("status {}: redirects are not followed", status.as_u16())),
+            status if status.is_redirection() => {
+                Err(format!("status {}: redirects are not followed", status.as_u16()))
+            }
             status => Err(format!("status {}", status.as_u16())),
         }
     }
 }
 
-fn kind(error: &ureq::Error) -> String {
+fn describe_error(error: &ureq::Error) -> String {
     match error {
         ureq::Error::StatusCode(code) => format!("status {code}"),
         ureq::Error::Timeout(_) => "no answer in time".into(),
@@ -103,59 +117,61 @@ fn kind(error: &ureq::Error) -> String {
     }
 }
 
-impl<S: Subscriber> Layer<S> for Webhook {
+impl<S: Subscriber> Layer<S> for WebhookLayer {
     fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
-        let mut fields = Fields(Map::new());
+        let mut fields = FieldVisitor(Map::new());
         event.record(&mut fields);
-        let Fields(mut fields) = fields;
+        let FieldVisitor(mut fields) = fields;
         if !fields.contains_key("alert") {
             return;
         }
-        let at = OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default();
-        fields.insert("at".into(), at.into());
+        let timestamp = OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default();
+        fields.insert("timestamp".into(), timestamp.into());
         fields.insert("level".into(), event.metadata().level().as_str().into());
         // What chat tools show; the rest is for machines.
-        let line = line(&fields);
-        fields.insert("text".into(), line.into());
+        let text = alert_text(&fields);
+        fields.insert("text".into(), text.into());
         match self.alerts.try_send(Value::Object(fields)) {
             Ok(()) => {}
             Err(TrySendError::Full(_)) => {
                 tracing::warn!("too many alerts wait to be posted; this one is in the log only");
             }
             Err(TrySendError::Disconnected(_)) => {
-                tracing::warn!("the thread that posts alerts has ended; this one is in the log only");
+                tracing::warn!(
+                    "the thread that posts alerts has ended; this one is in the log only"
+                );
             }
         }
     }
 }
 
 /// An alert in one line: what happened, and the fields that tell where.
-fn line(fields: &Map<String, Value>) -> String {
+fn alert_text(fields: &Map<String, Value>) -> String {
     let message = fields.get("message").and_then(Value::as_str).unwrap_or_default();
     let plain = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
     let details: Vec<String> = fields
         .iter()
-        .filter(|(name, _)| !matches!(name.as_str(), "message" | "alert" | "at" | "level"))
+        .filter(|(name, _)| !matches!(name.as_str(), "message" | "alert" | "timestamp" | "level"))
         .map(|(name, value)| format!("{name}={}", plain(value)))
         .collect();
-    for_chat(&format!("projectionist: {message} ({})", details.join(", ")))
+    escape_for_chat(&format!("projectionist: {message} ({})", details.join(", ")))
 }
 
 /// Slack's format for text has these three of its own: `<!channel>` would call everybody.
-fn for_chat(text: &str) -> String {
+fn escape_for_chat(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
 }
 
 /// Collects the fields of a log line.
-struct Fields(Map<String, Value>);
+struct FieldVisitor(Map<String, Value>);
 
-impl Visit for Fields {
+impl Visit for FieldVisitor {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        self.0.insert(field.name().into(), text::shown(&format!("{value:?}")).into());
+        self.0.insert(field.name().into(), text::redact(&format!("{value:?}")).into());
     }
 
     fn record_str(&mut self, field: &Field, value: &str) {
-        self.0.insert(field.name().into(), text::shown(value).into());
+        self.0.insert(field.name().into(), text::redact(value).into());
     }
 
     fn record_u64(&mut self, field: &Field, value: u64) {
@@ -177,7 +193,7 @@ impl Drop for Poster {
         let Some(thread) = self.thread.take() else { return };
         let began = Instant::now();
         let _ = self.end.try_send(Value::Null);
-        while !thread.is_finished() && began.elapsed() < LAST_WORDS_WITHIN {
+        while !thread.is_finished() && began.elapsed() < DRAIN_TIMEOUT {
             std::thread::sleep(Duration::from_millis(10));
         }
     }
@@ -192,7 +208,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_post_that_panics_ends_neither_the_thread_nor_the_alerts_after_it() {
+    fn a_panicking_post_stops_neither_the_thread_nor_later_alerts() {
         let (alerts, waiting) = sync_channel(4);
         for alert in [json!("bad"), json!("good"), Value::Null] {
             alerts.send(alert).expect("there is room");
@@ -207,13 +223,19 @@ mod tests {
         };
         post_all(post, &waiting);
         let posted = posted.take();
-        assert_eq!((posted.len(), posted.last().map(String::as_str)), (ATTEMPTS as usize + 1, Some("\"good\"")));
+        assert_eq!(
+            (posted.len(), posted.last().map(String::as_str)),
+            (MAX_ATTEMPTS as usize + 1, Some("\"good\""))
+        );
     }
 
     #[test]
-    fn what_chat_tools_would_take_for_commands_is_text() {
+    fn chat_markup_in_an_alert_is_escaped() {
         let fields = json!({"message": "it broke", "error": "<!channel> & <https://x|y>"});
-        let text = line(fields.as_object().expect("an object"));
-        assert_eq!(text, "projectionist: it broke (error=&lt;!channel&gt; &amp; &lt;https://x|y&gt;)");
+        let text = alert_text(fields.as_object().expect("an object"));
+        assert_eq!(
+            text,
+            "projectionist: it broke (error=&lt;!channel&gt; &amp; &lt;https://x|y&gt;)"
+        );
     }
 }

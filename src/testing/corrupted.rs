@@ -1,4 +1,5 @@
-//! Valid input, spoiled in a few places. Random text never gets past a parser's first token; this does.
+//! Valid input, spoiled in a few places. Random text never gets past a parser's first token; this
+//! does.
 
 use proptest::prelude::*;
 use proptest::sample::{Index, select};
@@ -56,7 +57,7 @@ enum Edit {
     Replace(&'static [u8]),
     Remove,
     Repeat,
-    CutOff,
+    Truncate,
 }
 
 /// Any bytes that come of a few edits to `valid`, and now and then `valid` itself.
@@ -67,7 +68,7 @@ pub(crate) fn bytes(valid: &str) -> impl Strategy<Value = Vec<u8>> + use<> {
         4 => select(PIECES).prop_map(Edit::Replace),
         2 => Just(Edit::Remove),
         2 => Just(Edit::Repeat),
-        1 => Just(Edit::CutOff),
+        1 => Just(Edit::Truncate),
     ];
     prop::collection::vec((edit, any::<Index>(), 1usize..40), 0..5).prop_map(move |edits| {
         let mut bytes = valid.clone();
@@ -79,7 +80,7 @@ pub(crate) fn bytes(valid: &str) -> impl Strategy<Value = Vec<u8>> + use<> {
                 Edit::Replace(piece) => _ = bytes.splice(start..end, piece.iter().copied()),
                 Edit::Remove => _ = bytes.drain(start..end),
                 Edit::Repeat => bytes.extend_from_within(start..end),
-                Edit::CutOff => bytes.truncate(start),
+                Edit::Truncate => bytes.truncate(start),
             }
         }
         bytes

@@ -1,14 +1,16 @@
-//! The paths that every event takes, as `.ci/guard` counts their instructions: the tests whose names begin with `hot_path_`
-//! run one each. In the suite they only show that it works.
+//! The paths that every event takes, as `.ci/guard` counts their instructions: the tests whose
+//! names begin with `hot_path_` run one each. In the suite they only show that it works.
 //!
-//! Counted is the test binary's code, which is not optimised: CI builds no other, and all dependencies once more would take
-//! it minutes. So the counts are no measure of speed, which is for `cargo bench` to tell. But they are the same from run to run,
-//! and they show what makes a path slower for good: what is done twice, copied, allocated, or searched from the start each time.
+//! Counted is the test binary's code, which is not optimised: CI builds no other, and all
+//! dependencies once more would take it minutes. So the counts are no measure of speed, which is
+//! for `cargo bench` to tell. But they are the same from run to run, and they show what makes a
+//! path slower for good: what is done twice, copied, allocated, or searched from the start each
+//! time.
 
-use crate::model::event::{Event, Position, Recorded};
+use crate::model::event::{Event, Position, RecordedEvent};
 
 /// The events of one message.
-pub(crate) const EVENTS: u64 = 100;
+pub(crate) const EVENT_COUNT: u64 = 100;
 
 /// Runs what is counted once to warm up, and once by itself.
 pub(crate) fn count<T>(path: impl Fn() -> T) -> T {
@@ -24,8 +26,13 @@ fn hot_path_counted<T>(path: impl Fn() -> T) -> T {
 
 /// Events of about 300 bytes, of four types in turn.
 pub(crate) fn events() -> Vec<Event> {
-    let types = ["Confirmation of receipt", "Check confirmation", "Determine necessity of advice", "Draft decision"];
-    let event = |(event_type, number): (&&str, u64)| Recorded {
+    let types = [
+        "Confirmation of receipt",
+        "Check confirmation",
+        "Determine necessity of advice",
+        "Draft decision",
+    ];
+    let event = |(event_type, number): (&&str, u64)| RecordedEvent {
         position: Position::new(number),
         event_id: format!("0199b0c0-0000-7000-8000-{number:012}"),
         stream_id: format!("case-{}", number % 25),
@@ -37,5 +44,5 @@ pub(crate) fn events() -> Vec<Event> {
         ),
         metadata: Some(r#"{"user":"anna"}"#.into()),
     };
-    types.iter().cycle().zip(1..=EVENTS).map(event).map(Event::from).collect()
+    types.iter().cycle().zip(1..=EVENT_COUNT).map(event).map(Event::from).collect()
 }

@@ -9,10 +9,12 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
-use crate::support::{Fate, Folder, Tally, World, eventually, execute, holds, write};
+use crate::support::{
+    Folder, ProxyAction, Tally, World, contains_text, eventually, execute, write,
+};
 
-/// A web hook that answers with these status codes in turn, the last one for ever, and keeps what it gets.
-/// Without any, it never answers, and keeps a null for each attempt.
+/// A web hook that answers with these status codes in turn, the last one for ever, and keeps what
+/// it gets. Without any, it never answers, and keeps a null for each attempt.
 async fn webhook(codes: &'static [u16]) -> (String, Arc<Mutex<Vec<Value>>>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let url = format!("http://{}/secret-token", listener.local_addr().expect("bound"));
@@ -28,10 +30,13 @@ async fn webhook(codes: &'static [u16]) -> (String, Arc<Mutex<Vec<Value>>>) {
                 continue;
             };
             let body = read_body(&mut stream).await;
-            kept.lock().expect("no panic").push(serde_json::from_str(&body).unwrap_or(json!("no JSON")));
+            kept.lock()
+                .expect("no panic")
+                .push(serde_json::from_str(&body).unwrap_or(json!("no JSON")));
             // A redirect leads to this hook itself: whoever followed it would be seen.
             let to = if (300..400).contains(code) { "location: /elsewhere\r\n" } else { "" };
-            let answer = format!("HTTP/1.1 {code} X\r\n{to}content-length: 0\r\nconnection: close\r\n\r\n");
+            let answer =
+                format!("HTTP/1.1 {code} X\r\n{to}content-length: 0\r\nconnection: close\r\n\r\n");
             let _ = stream.write_all(answer.as_bytes()).await;
         }
     });
@@ -46,8 +51,9 @@ async fn read_body(stream: &mut TcpStream) -> String {
         bytes.extend_from_slice(&chunk[..read]);
         let text = String::from_utf8_lossy(&bytes);
         let Some((head, body)) = text.split_once("\r\n\r\n") else { continue };
-        let length =
-            head.lines().find_map(|line| line.to_lowercase().strip_prefix("content-length: ").map(str::to_owned));
+        let length = head.lines().find_map(|line| {
+            line.to_lowercase().strip_prefix("content-length: ").map(str::to_owned)
+        });
         if length.and_then(|length| length.parse().ok()) == Some(body.len()) {
             return body.to_owned();
         }
@@ -64,20 +70,33 @@ fn failing_projector() -> tempfile::TempDir {
 }
 
 #[tokio::test]
-async fn what_breaks_a_projector_is_posted_with_all_that_is_known_of_it() {
+async fn a_broken_projector_is_posted_with_event_and_error() {
     let world = World::new().await;
     world.append(3).await;
     let projectors = failing_projector();
     let (url, posted) = webhook(&[500, 200]).await;
     let folder = projectors.path().to_str().expect("UTF-8");
-    let boot = world.run(&["boot", "--projectors", folder, "--alert-url", &url, "--release", "v7"]).await.exits(1);
+    let boot = world
+        .run(&["boot", "--projectors", folder, "--alert-url", &url, "--release", "v7"])
+        .await
+        .exits(1);
 
     let posted = posted.lock().expect("no panic").clone();
     let kinds: Vec<&str> = posted.iter().filter_map(|alert| alert["alert"].as_str()).collect();
-    assert_eq!(kinds, ["projector_broken", "projector_broken", "boot_failed"], "refused once, and posted again");
+    assert_eq!(
+        kinds,
+        ["projector_broken", "projector_broken", "boot_failed"],
+        "refused once, and posted again"
+    );
     let broken = &posted[1];
-    assert_eq!((broken["projector"].as_str(), broken["position"].as_u64()), (Some("failing@1"), Some(1)));
-    assert_eq!((broken["event_type"].as_str(), broken["release"].as_str()), (Some("Opened"), Some("v7")));
+    assert_eq!(
+        (broken["projector"].as_str(), broken["position"].as_u64()),
+        (Some("failing@1"), Some(1))
+    );
+    assert_eq!(
+        (broken["event_type"].as_str(), broken["release"].as_str()),
+        (Some("Opened"), Some("v7"))
+    );
     assert!(broken["error"].as_str().is_some_and(|error| error.contains("nowhere")), "{broken}");
     assert!(broken["text"].as_str().is_some_and(|text| text.contains("failing@1")), "{broken}");
     assert!(!boot.stderr.contains("secret-token"), "the URL may hold a secret: {}", boot.stderr);
@@ -89,7 +108,7 @@ async fn what_breaks_a_projector_is_posted_with_all_that_is_known_of_it() {
 }
 
 #[tokio::test]
-async fn a_web_hook_that_never_answers_delays_the_end_of_a_boot_but_does_not_prevent_it() {
+async fn an_unresponsive_webhook_delays_the_end_of_boot_but_does_not_prevent_it() {
     let world = World::new().await;
     world.append(3).await;
     let projectors = failing_projector();
@@ -98,7 +117,11 @@ async fn a_web_hook_that_never_answers_delays_the_end_of_a_boot_but_does_not_pre
     let folder = projectors.path().to_str().expect("UTF-8");
     let boot = world.run(&["boot", "--projectors", folder, "--alert-url", &url]).await.exits(1);
     assert!(began.elapsed() < Duration::from_secs(30), "its time-out bounds it");
-    assert!(boot.stderr.contains("\"alert\":\"projector_broken\""), "the log has it: {}", boot.stderr);
+    assert!(
+        boot.stderr.contains("\"alert\":\"projector_broken\""),
+        "the log has it: {}",
+        boot.stderr
+    );
 }
 
 /// Of a web hook's alerts: what each is.
@@ -115,19 +138,19 @@ fn only(posted: &Mutex<Vec<Value>>, kind: &str) -> Value {
 }
 
 #[tokio::test]
-async fn a_boot_that_gives_up_on_a_database_that_went_away_alerts_once_and_exits_with_3() {
+async fn a_boot_whose_database_is_lost_alerts_once_and_exits_with_3() {
     let world = World::new().await;
     let tally = Tally::new("tally");
     world.append(50).await;
     let projectors = Folder::new().with("tally.toml", &tally.file(&[]));
     let (batches, is_away) = (AtomicU64::new(0), AtomicBool::new(false));
     let database = world
-        .database_url_by(move |bytes| {
+        .database_url_through_proxy(move |bytes| {
             // In the third batch, and for good.
-            if holds(bytes, "; commit") && batches.fetch_add(1, Ordering::SeqCst) == 2 {
+            if contains_text(bytes, "; commit") && batches.fetch_add(1, Ordering::SeqCst) == 2 {
                 is_away.store(true, Ordering::SeqCst);
             }
-            if is_away.load(Ordering::SeqCst) { Fate::Reset } else { Fate::Passes }
+            if is_away.load(Ordering::SeqCst) { ProxyAction::Reset } else { ProxyAction::Forward }
         })
         .await;
     let (url, posted) = webhook(&[200]).await;
@@ -138,15 +161,25 @@ async fn a_boot_that_gives_up_on_a_database_that_went_away_alerts_once_and_exits
 
     let alert = only(&posted, "boot_failed");
     assert_eq!(alert["error"].as_str(), Some(gave_up.error().as_str()), "the reason");
-    assert!(gave_up.error().contains("gave up on the database; run it again"), "{}", gave_up.error());
-    assert_eq!((&alert["broken"], &alert["release"], &alert["released"]), (&json!(null), &json!("v7"), &json!(false)));
-    assert_eq!((world.status("tally").await, world.position("tally").await), ("booting".into(), 20));
+    assert!(
+        gave_up.error().contains("gave up on the database; run it again"),
+        "{}",
+        gave_up.error()
+    );
+    assert_eq!(
+        (&alert["broken"], &alert["release"], &alert["released"]),
+        (&json!(null), &json!("v7"), &json!(false))
+    );
+    assert_eq!(
+        (world.status("tally").await, world.position("tally").await),
+        ("booting".into(), 20)
+    );
     world.run(&boot).await.exits(0);
     world.assert_complete(&tally).await;
 }
 
 #[tokio::test]
-async fn whatever_else_stops_a_deploy_alerts_once_with_its_reason_and_a_boot_that_goes_well_does_not() {
+async fn a_stopped_deploy_alerts_once_with_its_reason_and_a_successful_one_does_not() {
     let world = World::new().await;
     world.append(20).await;
     // Slow enough to be met in the middle.
@@ -160,16 +193,25 @@ async fn whatever_else_stops_a_deploy_alerts_once_with_its_reason_and_a_boot_tha
         alert["error"].as_str().expect("a reason").to_owned()
     };
     // Not even a filter that hides everything hides this.
-    let boot = ["boot", "--batch=1", "--log=off", "--alert-url", &url, "--release", "v7", "--projectors"];
+    let boot =
+        ["boot", "--batch=1", "--log=off", "--alert-url", &url, "--release", "v7", "--projectors"];
 
     let booting = world.start(&[&boot[..], &[projectors.path()]].concat());
-    eventually("it is on its way", || async { world.entry("slow").await.is_some_and(|slow| slow.position.get() > 1) })
-        .await;
+    eventually("it is on its way", || async {
+        world.entry("slow").await.is_some_and(|slow| slow.position.get() > 1)
+    })
+    .await;
     let stopped = booting.terminate().await.exits(143);
     assert!(stopped.stderr.contains("\"alert\":\"boot_failed\""), "{}", stopped.stderr);
     assert!(alert().contains("interrupted"));
 
-    world.run(&[&boot[..], &[projectors.path(), "--database-url=mysql://root@127.0.0.1:1/x"]].concat()).await.exits(3);
+    world
+        .run(
+            &[&boot[..], &[projectors.path(), "--database-url=mysql://root@127.0.0.1:1/x"]]
+                .concat(),
+        )
+        .await
+        .exits(3);
     assert!(alert().contains("127.0.0.1:1"));
 
     world.run(&[&boot[..], &[Folder::new().path()]].concat()).await.exits(2);
@@ -184,20 +226,27 @@ async fn whatever_else_stops_a_deploy_alerts_once_with_its_reason_and_a_boot_tha
 }
 
 #[tokio::test]
-async fn a_gap_that_holds_the_mark_is_posted_with_its_ends() {
+async fn a_gap_that_blocks_the_mark_is_posted_with_its_bounds() {
     let world = World::new().await;
     world.append(9).await;
     world.execute("alter table events auto_increment = 70020").await;
     world.append(2).await;
     let (url, posted) = webhook(&[200]).await;
     world.run(&["relay", "--once", "--alert-url", &url]).await.exits(0);
-    let alert = only(&posted, "high_water_held");
-    assert_eq!((alert["first"].as_u64(), alert["last"].as_u64()), (Some(10), Some(70_019)), "{alert}");
-    assert!(alert["text"].as_str().is_some_and(|text| text.contains("projectionist fill 10 70019")), "{alert}");
+    let alert = only(&posted, "high_water_blocked");
+    assert_eq!(
+        (alert["first"].as_u64(), alert["last"].as_u64()),
+        (Some(10), Some(70_019)),
+        "{alert}"
+    );
+    assert!(
+        alert["text"].as_str().is_some_and(|text| text.contains("projectionist fill 10 70019")),
+        "{alert}"
+    );
 }
 
 #[tokio::test]
-async fn a_transaction_that_holds_the_mark_for_long_is_posted_once_with_its_position_and_logged_whatever_the_filter() {
+async fn a_transaction_that_blocks_the_mark_for_long_is_posted_once_and_always_logged() {
     let world = World::new().await;
     let tally = Tally::new("tally");
     let projectors = Folder::new().with("tally.toml", &tally.file(&[]));
@@ -208,12 +257,19 @@ async fn a_transaction_that_holds_the_mark_for_long_is_posted_once_with_its_posi
     world.append(5).await;
 
     let (url, posted) = webhook(&[200]).await;
-    let play = world.start(&["play", "--log=error", "--alert-url", &url, "--projectors", projectors.path()]);
+    let play = world.start(&[
+        "play",
+        "--log=error",
+        "--alert-url",
+        &url,
+        "--projectors",
+        projectors.path(),
+    ]);
     eventually("somebody is told", async || !kinds(&posted).is_empty()).await;
-    let alert = only(&posted, "high_water_held");
+    let alert = only(&posted, "high_water_blocked");
     assert_eq!((alert["position"].as_u64(), &alert["first"]), (Some(1), &json!(null)), "{alert}");
     assert_eq!(alert["level"], "WARN");
-    play.logs("\"alert\":\"high_water_held\"").await;
+    play.wait_for_log("\"alert\":\"high_water_blocked\"").await;
 
     execute(&mut open, "commit").await;
     eventually("it is played", async || world.position("tally").await == 6).await;
@@ -223,7 +279,7 @@ async fn a_transaction_that_holds_the_mark_for_long_is_posted_once_with_its_posi
 }
 
 #[tokio::test]
-async fn rows_that_are_gone_when_they_are_to_be_published_are_a_fault_that_is_posted() {
+async fn rows_missing_at_publication_are_posted() {
     let world = World::new().await;
     let (one, other) = (Tally::new("one").file(&[]), Tally::new("other").file(&[]));
     let projectors = Folder::new().with("1.toml", &one);
@@ -233,15 +289,24 @@ async fn rows_that_are_gone_when_they_are_to_be_published_are_a_fault_that_is_po
     // One is live already, so that a boot raises the mark and leaves it to the relay to publish.
     projectors.write("2.toml", &other);
     world.run(&["boot", "--projectors", projectors.path()]).await.exits(0);
-    assert_eq!((world.high_water().await, world.number("select published from event_log").await), (20, 10));
+    assert_eq!(
+        (world.high_water().await, world.number("select published from event_log").await),
+        (20, 10)
+    );
 
-    for (gone, first, last) in [("position in (13, 14)", 13, 14), ("position between 11 and 19", 11, 19)] {
+    for (gone, first, last) in
+        [("position in (13, 14)", 13, 14), ("position between 11 and 19", 11, 19)]
+    {
         world.execute(&format!("delete from events where {gone}")).await;
-        world.execute("update event_log set published = 10, relay_holder = null").await;
+        world.execute("update event_log set published = 10, relay_lease_holder = null").await;
         let (url, posted) = webhook(&[200]).await;
         world.run(&["relay", "--once", "--alert-url", &url]).await.exits(0);
         let alert = only(&posted, "log_fault");
-        assert_eq!((alert["first"].as_u64(), alert["last"].as_u64()), (Some(first), Some(last)), "{alert}");
+        assert_eq!(
+            (alert["first"].as_u64(), alert["last"].as_u64()),
+            (Some(first), Some(last)),
+            "{alert}"
+        );
         assert_eq!(alert["level"], "ERROR");
         // It does not stand still there, and does not tell it again.
         assert_eq!(world.number("select published from event_log").await, 20);
@@ -251,22 +316,23 @@ async fn rows_that_are_gone_when_they_are_to_be_published_are_a_fault_that_is_po
 }
 
 #[tokio::test]
-async fn a_row_that_vanishes_just_before_the_mark_passes_it_is_a_fault_that_is_posted_and_the_mark_stays() {
+async fn a_row_that_vanishes_just_above_the_mark_is_posted_and_the_mark_stays() {
     let world = World::new().await;
     world.append(3).await;
     let (direct, is_deleted) = (world.database_url.clone(), AtomicBool::new(false));
     let database = world
-        .database_url_by(move |bytes| {
+        .database_url_through_proxy(move |bytes| {
             // They have been seen, and are summed up next.
-            if holds(bytes, "bit_xor") && !is_deleted.swap(true, Ordering::SeqCst) {
+            if contains_text(bytes, "bit_xor") && !is_deleted.swap(true, Ordering::SeqCst) {
                 delete_second_row(&direct);
             }
-            Fate::Passes
+            ProxyAction::Forward
         })
         .await;
     let (url, posted) = webhook(&[200]).await;
     let relay = ["relay", "--once", "--alert-url", &url];
-    let published = world.run(&[&relay[..], &["--database-url", &database]].concat()).await.exits(0);
+    let published =
+        world.run(&[&relay[..], &["--database-url", &database]].concat()).await.exits(0);
     assert_eq!(published.stdout, "published 0 events, up to position 0\n");
     let alert = only(&posted, "log_fault");
     let [first, last, rows] = ["first", "last", "rows"].map(|field| alert[field].as_u64());
@@ -281,12 +347,13 @@ fn delete_second_row(database_url: &str) {
         let mut connection = MySqlConnection::connect(&url).await.expect("the server answers");
         execute(&mut connection, "delete from events where position = 2").await;
     };
-    let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let runtime =
+        || tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     std::thread::spawn(move || runtime().block_on(delete)).join().expect("it is deleted");
 }
 
 #[tokio::test]
-async fn a_web_hook_that_never_answers_delays_nothing_that_is_played() {
+async fn an_unresponsive_webhook_does_not_delay_play() {
     let world = World::new().await;
     let tally = Tally::new("tally");
     // The one that fails is played first.
@@ -300,13 +367,17 @@ async fn a_web_hook_that_never_answers_delays_nothing_that_is_played() {
     assert_eq!(world.status("failing").await, "broken");
     world.append(20).await;
     eventually("the other is played", async || world.position("tally").await == 40).await;
-    assert!(!play.has_logged("an alert could not be posted"), "it waits for the hook still: {}", play.logged());
+    assert!(
+        !play.has_logged("an alert could not be posted"),
+        "it waits for the hook still: {}",
+        play.logged()
+    );
     play.terminate().await.exits(0);
     world.assert_complete(&tally).await;
 }
 
 #[tokio::test]
-async fn a_web_hook_that_redirects_is_not_followed_and_has_failed() {
+async fn a_webhook_redirect_is_not_followed_and_counts_as_a_failure() {
     let world = World::new().await;
     world.append(9).await;
     world.execute("alter table events auto_increment = 70020").await;
@@ -314,7 +385,11 @@ async fn a_web_hook_that_redirects_is_not_followed_and_has_failed() {
     for code in [&[301_u16] as &'static [u16], &[302], &[307]] {
         let (url, posted) = webhook(code).await;
         let relayed = world.run(&["relay", "--once", "--alert-url", &url]).await.exits(0);
-        assert_eq!(kinds(&posted), ["high_water_held"; 4], "each attempt posts to the hook, and none elsewhere");
+        assert_eq!(
+            kinds(&posted),
+            ["high_water_blocked"; 4],
+            "each attempt posts to the hook, and none elsewhere"
+        );
         assert!(relayed.stderr.contains("redirects are not followed"), "{}", relayed.stderr);
         assert!(!relayed.stderr.contains("secret-token"), "{}", relayed.stderr);
     }
@@ -324,12 +399,16 @@ async fn a_web_hook_that_redirects_is_not_followed_and_has_failed() {
 const SECRET: &str = "ann@example.com";
 
 #[tokio::test]
-async fn errors_are_kept_to_their_numbers_in_ledger_log_and_alerts_where_that_is_asked_for() {
+async fn errors_are_cut_to_their_numbers_in_ledger_log_and_alerts_on_request() {
     let world = World::new().await;
     for _ in 0..2 {
         world
             .store
-            .append(&[projectionist::NewEvent::new("a", "Opened", format!("{{\"mail\":\"{SECRET}\"}}"))])
+            .append(&[projectionist::NewEvent::new(
+                "a",
+                "Opened",
+                format!("{{\"mail\":\"{SECRET}\"}}"),
+            )])
             .await
             .expect("appended");
     }
@@ -345,7 +424,10 @@ async fn errors_are_kept_to_their_numbers_in_ledger_log_and_alerts_where_that_is
         entry.status.failure().expect("it is broken").error.clone()
     };
     let error = ledger().await;
-    assert!(error.contains("mails.toml:6") && error.ends_with("MySQL error 1062 (23000)"), "{error}");
+    assert!(
+        error.contains("mails.toml:6") && error.ends_with("MySQL error 1062 (23000)"),
+        "{error}"
+    );
     let alerts = serde_json::to_string(&*posted.lock().expect("no panic")).expect("JSON");
     for text in [&failed.stderr, &failed.stdout, &alerts, &error] {
         assert!(!text.contains(SECRET), "{text}");
@@ -354,8 +436,13 @@ async fn errors_are_kept_to_their_numbers_in_ledger_log_and_alerts_where_that_is
         assert!(text.contains("MySQL error 1062 (23000)"), "{text}");
     }
     failed.log();
-    let human = world.run(&[&boot[..], &["--redact-errors", "--log-format=human"]].concat()).await.exits(1);
-    assert!(!human.stderr.contains(SECRET) && human.stderr.contains("MySQL error 1062"), "{}", human.stderr);
+    let human =
+        world.run(&[&boot[..], &["--redact-errors", "--log-format=human"]].concat()).await.exits(1);
+    assert!(
+        !human.stderr.contains(SECRET) && human.stderr.contains("MySQL error 1062"),
+        "{}",
+        human.stderr
+    );
 
     // Unasked, the server's text is there.
     world.run(&boot).await.exits(1);
@@ -363,7 +450,7 @@ async fn errors_are_kept_to_their_numbers_in_ledger_log_and_alerts_where_that_is
 }
 
 #[tokio::test]
-async fn control_characters_of_the_log_reach_no_terminal() {
+async fn control_characters_in_events_reach_no_terminal() {
     let world = World::new().await;
     world
         .execute(
@@ -377,7 +464,10 @@ async fn control_characters_of_the_log_reach_no_terminal() {
     let status = world.run(&["status", "--projectors", folder]).await.exits(0);
     let doctor = world.run(&["doctor", "--projectors", folder]).await;
     for text in [&boot.stdout, &boot.stderr, &status.stdout, &doctor.stdout] {
-        assert!(!text.contains('\u{1b}') && !text.lines().any(|line| line.starts_with("forged")), "{text:?}");
+        assert!(
+            !text.contains('\u{1b}') && !text.lines().any(|line| line.starts_with("forged")),
+            "{text:?}"
+        );
     }
     for text in [&boot.stdout, &boot.stderr, &status.stdout] {
         assert!(text.contains("Cleared\\u{1b}[2J\\nforged line"), "{text}");

@@ -1,10 +1,12 @@
-//! Inserts of declared projectors that are sent as one statement: where they are, where not, and that nobody can tell.
+//! Inserts of declared projectors that are sent as one statement: where they are, where not, and
+//! that nobody can tell.
 
 use std::fmt::Write as _;
 
 use projectionist::sqlx::{self, AssertSqlSafe, MySqlConnection};
 use projectionist::{
-    Event, EventTypes, Limits, MultiRowInsert, NewEvent, Projector, Registry, async_trait, boot, load,
+    Event, EventTypes, Limits, MultiRowInsert, NewEvent, Projector, Registry, async_trait, boot,
+    load,
 };
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -25,7 +27,10 @@ impl Case {
     fn new(setup: &[&str], handlers: &[&str]) -> Self {
         Case {
             setup: setup.iter().map(|sql| (*sql).to_owned()).collect(),
-            handlers: handlers.iter().map(|sql| ("'Opened', 'Amended', 'Closed'", (*sql).to_owned())).collect(),
+            handlers: handlers
+                .iter()
+                .map(|sql| ("'Opened', 'Amended', 'Closed'", (*sql).to_owned()))
+                .collect(),
         }
     }
 }
@@ -42,26 +47,26 @@ struct Outcome {
 
 /// How a projector's inserts are sent.
 #[derive(Debug, Clone, Copy)]
-enum Way {
+enum InsertMode {
     /// As one, where that is the same.
-    Together,
+    Coalesced,
     /// Each by itself: no insert is coalesced into a table that is written with its database.
-    Alone,
+    RowByRow,
 }
 
-impl Way {
+impl InsertMode {
     fn name(self) -> &'static str {
         match self {
-            Way::Together => "together",
-            Way::Alone => "alone",
+            InsertMode::Coalesced => "together",
+            InsertMode::RowByRow => "alone",
         }
     }
 
     /// The tables' names are of one length, as they are in the errors.
     fn table(self, world: &World, table: &str) -> String {
         match self {
-            Way::Together => format!("together_{table}"),
-            Way::Alone => format!("{}.alone_{table}", world.database_name),
+            InsertMode::Coalesced => format!("together_{table}"),
+            InsertMode::RowByRow => format!("{}.alone_{table}", world.database_name),
         }
     }
 
@@ -71,7 +76,8 @@ impl Way {
         })
     }
 
-    /// The projector's file. Each event of the type `Measure` notes how many statements the session has run so far.
+    /// The projector's file. Each event of the type `Measure` notes how many statements the session
+    /// has run so far.
     async fn file(self, world: &World, case: &Case) -> Folder {
         let name = self.name();
         let mut text = format!("name = '{name}'\nversion = 1\nmode = 'from_beginning'\n");
@@ -141,7 +147,9 @@ async fn contents(world: &World, way: &str, table: &str) -> Vec<String> {
     .await
     .expect("the columns");
     let Some(columns) = columns else { return Vec::new() };
-    let sql = format!("select convert(concat_ws(',', '{table}', {columns}) using utf8mb4) from {way}_{table}");
+    let sql = format!(
+        "select convert(concat_ws(',', '{table}', {columns}) using utf8mb4) from {way}_{table}"
+    );
     let mut rows: Vec<String> =
         sqlx::query_scalar(AssertSqlSafe(sql)).fetch_all(&mut connection).await.expect("the rows");
     rows.sort();
@@ -149,7 +157,7 @@ async fn contents(world: &World, way: &str, table: &str) -> Vec<String> {
 }
 
 /// How many statements a projector's session ran between its first and its last event.
-async fn statements(world: &World, way: Way) -> u64 {
+async fn statements(world: &World, way: InsertMode) -> u64 {
     let sql = format!(
         "select cast(max(statements) - min(statements) as unsigned) from measured where way = '{}' having count(*) = 2",
         way.name()
@@ -164,32 +172,43 @@ fn of_type(event_type: &str, number: usize) -> NewEvent {
 
 /// Appends events between two that measure.
 async fn append(world: &World, events: Vec<NewEvent>) {
-    let measure = NewEvent { payload: r#"{"number":0,"n":0,"s":null,"g":0}"#.into(), ..of_type("Measure", 0) };
+    let measure = NewEvent {
+        payload: r#"{"number":0,"n":0,"s":null,"g":0}"#.into(),
+        ..of_type("Measure", 0)
+    };
     let mut all = vec![measure.clone()];
     all.extend(events);
     all.push(measure);
     world.store.append(&all).await.expect("appended");
 }
 
-/// Boots a projector over 120 events both ways, asserts that nobody can tell, and returns how many statements each took.
-async fn both_ways(case: &Case) -> (u64, u64) {
+/// Boots a projector over 120 events both ways, asserts that nobody can tell, and returns how many
+/// statements each took.
+async fn compare_with_row_by_row(case: &Case) -> (u64, u64) {
     let world = World::new().await;
     append(&world, (0..120).map(event).collect()).await;
-    let alone = Way::Alone.boot(&world, case).await;
+    let alone = InsertMode::RowByRow.boot(&world, case).await;
     assert_eq!((alone.status.as_str(), alone.position), ("live", 122), "{alone:?}");
     assert!(!alone.rows.is_empty(), "it has written something");
-    assert_eq!(Way::Together.boot(&world, case).await, alone);
-    (statements(&world, Way::Together).await, statements(&world, Way::Alone).await)
+    assert_eq!(InsertMode::Coalesced.boot(&world, case).await, alone);
+    (
+        statements(&world, InsertMode::Coalesced).await,
+        statements(&world, InsertMode::RowByRow).await,
+    )
 }
 
-const A: &str = "create table <a> (k varchar(40) primary key, n bigint not null, s varchar(8) null)";
-const B: &str = "create table <b> (k varchar(40) primary key, n bigint not null, s varchar(8) null)";
-const C: &str = "create table <c> (k varchar(40) primary key, n bigint not null, s varchar(8) null)";
+const A: &str =
+    "create table <a> (k varchar(40) primary key, n bigint not null, s varchar(8) null)";
+const B: &str =
+    "create table <b> (k varchar(40) primary key, n bigint not null, s varchar(8) null)";
+const C: &str =
+    "create table <c> (k varchar(40) primary key, n bigint not null, s varchar(8) null)";
 
 /// The statement that asks about tables, if only to find that they are no such ones.
-const LOOK: u64 = 1;
+const TABLE_QUERIES: u64 = 1;
 
-const COUNT: &str = "insert into <a> (k, n) values (:stream_id, 1) on duplicate key update n = n + values(n)";
+const COUNT: &str =
+    "insert into <a> (k, n) values (:stream_id, 1) on duplicate key update n = n + values(n)";
 
 #[tokio::test]
 async fn inserts_of_one_handler_are_sent_together() {
@@ -198,29 +217,31 @@ async fn inserts_of_one_handler_are_sent_together() {
         "insert ignore into <b> (k, n, s) values (concat(:stream_id, '-', :payload.number), :position, :payload.s?)",
         "replace into <c> values (:stream_id, :payload.number, null)",
     ];
-    let (together, alone) = both_ways(&Case::new(&[A, B, C], &handlers)).await;
+    let (together, alone) = compare_with_row_by_row(&Case::new(&[A, B, C], &handlers)).await;
     // The first of each table, a look at all three, then 119: 64, 32, 16, 4, 2, 1.
-    assert_eq!((together, alone), (3 * (1 + 6) + LOOK, 3 * 120));
+    assert_eq!((together, alone), (3 * (1 + 6) + TABLE_QUERIES, 3 * 120));
 }
 
 #[tokio::test]
-async fn a_statement_in_between_on_the_same_table_keeps_its_place() {
+async fn a_statement_between_inserts_on_the_same_table_keeps_its_place() {
     let update = "update <a> set n = n * 3 % 1009 where k = :stream_id";
-    let (together, alone) = both_ways(&Case::new(&[A], &[COUNT, update])).await;
-    assert_eq!((together, alone), (240 + LOOK, 240));
+    let (together, alone) = compare_with_row_by_row(&Case::new(&[A], &[COUNT, update])).await;
+    assert_eq!((together, alone), (240 + TABLE_QUERIES, 240));
     // Also another insert.
-    let other = "insert into <a> (k, n) values (:stream_id, 2) on duplicate key update n = n * 3 % 1009";
-    let (together, alone) = both_ways(&Case::new(&[A], &[COUNT, other])).await;
-    assert_eq!((together, alone), (240 + LOOK, 240));
+    let other =
+        "insert into <a> (k, n) values (:stream_id, 2) on duplicate key update n = n * 3 % 1009";
+    let (together, alone) = compare_with_row_by_row(&Case::new(&[A], &[COUNT, other])).await;
+    assert_eq!((together, alone), (240 + TABLE_QUERIES, 240));
     // And one on another table that reads this one.
     let reading = "insert into <b> select concat('at ', :position), sum(n), null from <a>";
-    let (together, alone) = both_ways(&Case::new(&[A, B], &[COUNT, reading])).await;
-    assert_eq!((together, alone), (240 + LOOK, 240));
+    let (together, alone) = compare_with_row_by_row(&Case::new(&[A, B], &[COUNT, reading])).await;
+    assert_eq!((together, alone), (240 + TABLE_QUERIES, 240));
 }
 
-/// Statements of the same numbers of rows come again and again, with values of other types at the same places.
+/// Statements of the same numbers of rows come again and again, with values of other types at the
+/// same places.
 #[tokio::test]
-async fn no_value_binds_otherwise_because_of_the_rows_around_it() {
+async fn a_value_binds_the_same_whatever_rows_surround_it() {
     const VALUES: &[&str] = &[
         "10.5",
         "\"00123\"",
@@ -247,62 +268,78 @@ async fn no_value_binds_otherwise_because_of_the_rows_around_it() {
         }
     }
     append(&world, events).await;
-    let table =
-        "create table <a> (k bigint primary key, v varchar(40) collate utf8mb4_bin null, w text collate utf8mb4_bin)";
+    let table = "create table <a> (k bigint primary key, v varchar(40) collate utf8mb4_bin null, w text collate utf8mb4_bin)";
     let sql = "insert into <a> values (:position, :payload.v, concat('<', coalesce(:payload.v, :payload), '>'))";
     let mut case = Case::new(&[table], &[]);
     case.handlers = vec![("'Opened'", sql.to_owned()), ("'Pause'", "do 1".to_owned())];
-    let together = Way::Together.boot(&world, &case).await;
+    let together = InsertMode::Coalesced.boot(&world, &case).await;
     assert_eq!(together.status, "live", "{together:?}");
-    assert_eq!(together, Way::Alone.boot(&world, &case).await);
-    assert!(statements(&world, Way::Together).await < statements(&world, Way::Alone).await);
+    assert_eq!(together, InsertMode::RowByRow.boot(&world, &case).await);
+    assert!(
+        statements(&world, InsertMode::Coalesced).await
+            < statements(&world, InsertMode::RowByRow).await
+    );
 }
 
 #[tokio::test]
 async fn a_table_with_a_trigger_is_written_row_by_row() {
     let trigger = "create trigger <way>_trigger after insert on <b> for each row \
                    insert into <c> select concat('at ', new.k), count(*), null from <a>";
-    let handlers = ["insert into <b> (k, n) values (:position, 1)", "insert into <a> (k, n) values (:position, 1)"];
-    let (together, alone) = both_ways(&Case::new(&[A, B, C, trigger], &handlers)).await;
-    assert_eq!((together, alone), (240 + LOOK, 240));
+    let handlers = [
+        "insert into <b> (k, n) values (:position, 1)",
+        "insert into <a> (k, n) values (:position, 1)",
+    ];
+    let (together, alone) =
+        compare_with_row_by_row(&Case::new(&[A, B, C, trigger], &handlers)).await;
+    assert_eq!((together, alone), (240 + TABLE_QUERIES, 240));
 }
 
 #[tokio::test]
 async fn a_table_with_a_foreign_key_is_written_row_by_row() {
     let child = "create table <b> (k varchar(40) primary key, foreign key (k) references <a> (k))";
-    let handlers =
-        ["insert into <a> (k, n) values (:position, 1)", "insert into <b> (k) values (cast(:position as char))"];
-    let (together, alone) = both_ways(&Case::new(&[A, child], &handlers)).await;
-    assert_eq!((together, alone), (240 + LOOK, 240));
+    let handlers = [
+        "insert into <a> (k, n) values (:position, 1)",
+        "insert into <b> (k) values (cast(:position as char))",
+    ];
+    let (together, alone) = compare_with_row_by_row(&Case::new(&[A, child], &handlers)).await;
+    assert_eq!((together, alone), (240 + TABLE_QUERIES, 240));
 }
 
 #[tokio::test]
 async fn a_table_with_auto_increment_or_a_computed_default_is_written_row_by_row() {
     let numbered = "create table <a> (seq bigint auto_increment primary key, k varchar(40) unique, n int not null)";
-    let (together, alone) = both_ways(&Case::new(&[numbered], &[COUNT])).await;
-    assert_eq!((together, alone), (120 + LOOK, 120));
+    let (together, alone) = compare_with_row_by_row(&Case::new(&[numbered], &[COUNT])).await;
+    assert_eq!((together, alone), (120 + TABLE_QUERIES, 120));
 
     // Only that it is not coalesced: what the columns get is another thing each time.
-    for column in
-        ["at datetime(6) default now(6)", "at timestamp(6) null on update now(6)", "r double default (rand())"]
-    {
+    for column in [
+        "at datetime(6) default now(6)",
+        "at timestamp(6) null on update now(6)",
+        "r double default (rand())",
+    ] {
         let world = World::new().await;
         append(&world, (0..40).map(event).collect()).await;
-        let table = format!("create table <a> (k varchar(40) primary key, n int not null, {column})");
-        let booted = Way::Together.boot(&world, &Case::new(&[&table], &[COUNT])).await;
-        assert_eq!((booted.status.as_str(), statements(&world, Way::Together).await), ("live", 40 + LOOK), "{column}");
+        let table =
+            format!("create table <a> (k varchar(40) primary key, n int not null, {column})");
+        let booted = InsertMode::Coalesced.boot(&world, &Case::new(&[&table], &[COUNT])).await;
+        assert_eq!(
+            (booted.status.as_str(), statements(&world, InsertMode::Coalesced).await),
+            ("live", 40 + TABLE_QUERIES),
+            "{column}"
+        );
     }
     // Defaults that are constant change nothing.
     let constant = "create table <a> (k varchar(40) primary key, n int not null default 0, s varchar(9) default 'it''s', \
                     d decimal(5, 2) default -1.5, b bit(2) default b'11', t datetime default '2020-01-01 00:00:00', \
                     g int generated always as (n + 1) stored, check (n > 0))";
-    let (together, alone) = both_ways(&Case::new(&[constant], &[COUNT])).await;
-    assert_eq!((together, alone), (1 + 6 + LOOK, 120));
+    let (together, alone) = compare_with_row_by_row(&Case::new(&[constant], &[COUNT])).await;
+    assert_eq!((together, alone), (1 + 6 + TABLE_QUERIES, 120));
 }
 
-/// MariaDB: the insert of one row that a constraint refuses is an error, even with `ignore`; of many, it leaves that row out.
+/// MariaDB: the insert of one row that a constraint refuses is an error, even with `ignore`; of
+/// many, it leaves that row out.
 #[tokio::test]
-async fn an_insert_that_ignores_errors_is_written_row_by_row_where_a_constraint_can_refuse_a_row() {
+async fn an_insert_ignore_with_a_constraint_is_written_row_by_row() {
     for (column, value) in [
         ("n bigint, check (n <> 100)", ":payload.number"),
         ("n bigint check (n < 100)", ":payload.number"),
@@ -311,33 +348,36 @@ async fn an_insert_that_ignores_errors_is_written_row_by_row_where_a_constraint_
         let world = World::new().await;
         append(&world, (0..120).map(event).collect()).await;
         let table = format!("create table <a> (k varchar(40) primary key, {column})");
-        let insert =
-            format!("insert ignore into <a> (k, n) values (concat(:stream_id, '-', :payload.number), {value})");
+        let insert = format!(
+            "insert ignore into <a> (k, n) values (concat(:stream_id, '-', :payload.number), {value})"
+        );
         let case = Case::new(&[&table], &[&insert]);
-        let alone = Way::Alone.boot(&world, &case).await;
+        let alone = InsertMode::RowByRow.boot(&world, &case).await;
         // On MySQL, `ignore` does not cover JSON.
         let breaks = is_mariadb().await || column == "n json";
         assert_eq!(alone.status, if breaks { "broken" } else { "live" }, "{column}: {alone:?}");
-        assert_eq!(Way::Together.boot(&world, &case).await, alone, "{column}");
+        assert_eq!(InsertMode::Coalesced.boot(&world, &case).await, alone, "{column}");
     }
     // Without one, it is sent together: see above.
 }
 
 #[tokio::test]
-async fn a_view_and_a_table_without_transactions_are_written_row_by_row() {
+async fn views_and_non_transactional_tables_are_written_row_by_row() {
     let view = "create view <b> as select * from <a>";
     let through = "insert into <b> (k, n) values (:position, 1)";
-    let (together, alone) = both_ways(&Case::new(&[A, view], &[through])).await;
-    assert_eq!((together, alone), (120 + LOOK, 120));
-    let (together, alone) = both_ways(&Case::new(&[&format!("{A} engine = MyISAM")], &[COUNT])).await;
-    assert_eq!((together, alone), (120 + LOOK, 120));
+    let (together, alone) = compare_with_row_by_row(&Case::new(&[A, view], &[through])).await;
+    assert_eq!((together, alone), (120 + TABLE_QUERIES, 120));
+    let (together, alone) =
+        compare_with_row_by_row(&Case::new(&[&format!("{A} engine = MyISAM")], &[COUNT])).await;
+    assert_eq!((together, alone), (120 + TABLE_QUERIES, 120));
 }
 
 #[tokio::test]
-async fn a_projector_that_looks_back_at_its_last_statement_is_written_row_by_row() {
+async fn a_projector_that_reads_the_previous_result_is_written_row_by_row() {
     let looking = "update <b> set n = n + row_count() where k = 'rows'";
     let rows = format!("{B} select 'rows' as k, 0 as n, null as s");
-    let (together, alone) = both_ways(&Case::new(&[A, &rows], &[COUNT, looking])).await;
+    let (together, alone) =
+        compare_with_row_by_row(&Case::new(&[A, &rows], &[COUNT, looking])).await;
     // Each of 121 events begins with two statements that reset what is looked back at.
     assert_eq!((together, alone), (240 + 242, 240 + 242));
 
@@ -347,39 +387,57 @@ async fn a_projector_that_looks_back_at_its_last_statement_is_written_row_by_row
         COUNT,
         "insert into <c> values (:position, last_insert_id(), null)",
     ];
-    let (together, alone) = both_ways(&Case::new(&[A, numbered, C], &handlers)).await;
+    let (together, alone) = compare_with_row_by_row(&Case::new(&[A, numbered, C], &handlers)).await;
     assert_eq!((together, alone), (360 + 242, 360 + 242));
 }
 
 #[tokio::test]
-async fn a_user_who_cannot_see_triggers_writes_row_by_row_and_is_told_once() {
+async fn a_user_without_the_trigger_grant_writes_row_by_row_and_is_warned_once() {
     let world = World::new().await;
     append(&world, (0..120).map(event).collect()).await;
     let case = Case::new(&[A], &[COUNT]);
-    let (folder, _) = Way::Together.registry(&world, &case).await;
+    let (folder, _) = InsertMode::Coalesced.registry(&world, &case).await;
     let user = format!("u{:x}", fastrand::u64(..));
     let mut admin = world.connection().await;
     execute(&mut admin, &format!("create user '{user}'@'%' identified by 'only-for-this'")).await;
-    execute(&mut admin, &format!("grant select, insert, update on {}.* to '{user}'@'%'", world.database_name)).await;
+    execute(
+        &mut admin,
+        &format!("grant select, insert, update on {}.* to '{user}'@'%'", world.database_name),
+    )
+    .await;
     let url = world.database_url.replace("://root@", &format!("://{user}:only-for-this@"));
     let boot = ["boot", "--projectors", folder.path(), "--database-url", &url];
 
     let ran = world.run(&boot).await.exits(0);
-    assert_eq!(statements(&world, Way::Together).await, 120 + LOOK);
-    assert_eq!(ran.stderr.matches("grant trigger and insert on the table").count(), 1, "{}", ran.stderr);
+    assert_eq!(statements(&world, InsertMode::Coalesced).await, 120 + TABLE_QUERIES);
+    assert_eq!(
+        ran.stderr.matches("grant trigger and insert on the table").count(),
+        1,
+        "{}",
+        ran.stderr
+    );
 
     // With the grant, on that table alone, it is another matter.
-    execute(&mut admin, &format!("grant trigger, insert on {}.together_a to '{user}'@'%'", world.database_name)).await;
+    execute(
+        &mut admin,
+        &format!("grant trigger, insert on {}.together_a to '{user}'@'%'", world.database_name),
+    )
+    .await;
     for table in ["projectors", "together_a", "measured"] {
         world.execute(&format!("delete from {table}")).await;
     }
     let ran = world.run(&boot).await.exits(0);
     execute(&mut admin, &format!("drop user '{user}'@'%'")).await;
-    assert_eq!(statements(&world, Way::Together).await, 1 + 6 + LOOK, "{}", ran.stderr);
+    assert_eq!(
+        statements(&world, InsertMode::Coalesced).await,
+        1 + 6 + TABLE_QUERIES,
+        "{}",
+        ran.stderr
+    );
 }
 
 #[tokio::test]
-async fn the_event_that_fails_in_the_middle_is_found_with_its_own_file_and_line() {
+async fn an_event_that_fails_among_coalesced_rows_is_found_with_file_and_line() {
     let long = "insert into <b> (k, n, s) values (:position, 1, :payload.s?)";
     for (poison, reason) in [
         (r#"{"s":"too long by far"}"#, "Data too long"),
@@ -391,18 +449,21 @@ async fn the_event_that_fails_in_the_middle_is_found_with_its_own_file_and_line(
         let mut events: Vec<NewEvent> = (0..100).map(event).collect();
         events[69].payload = poison.into();
         append(&world, events).await;
-        let case = Case::new(&[A, B], &[long, "insert into <a> (k, n) values (:position, :payload.number)"]);
-        let alone = Way::Alone.boot(&world, &case).await;
+        let case = Case::new(
+            &[A, B],
+            &[long, "insert into <a> (k, n) values (:position, :payload.number)"],
+        );
+        let alone = InsertMode::RowByRow.boot(&world, &case).await;
         let failure = alone.failure.as_deref().unwrap_or_default();
         let line = if reason == "Data too long" { "projector.toml:5" } else { "projector.toml:9" };
         assert!(failure.contains(reason) && failure.contains(line), "{failure}");
         assert_eq!((alone.position, alone.rows.len()), (70, 69 * 2));
-        assert_eq!(Way::Together.boot(&world, &case).await, alone);
+        assert_eq!(InsertMode::Coalesced.boot(&world, &case).await, alone);
     }
 }
 
 #[tokio::test]
-async fn no_trigger_can_be_made_while_rows_wait() {
+async fn no_trigger_can_be_created_while_rows_are_pending() {
     let world = World::new().await;
     let mut events: Vec<NewEvent> = (0..100).map(event).collect();
     events.insert(50, of_type("Pause", 0));
@@ -413,30 +474,36 @@ async fn no_trigger_can_be_made_while_rows_wait() {
     let mut other = world.connection().await;
     execute(&mut other, "begin; update gate set n = 2").await;
 
-    let booting = Way::Together.boot(&world, &case);
+    let booting = InsertMode::Coalesced.boot(&world, &case);
     let meddling = async {
         let waits = |session: &Session| session.statement.starts_with("update gate");
         eventually("the handler waits", async || world.sessions().await.iter().any(waits)).await;
         let mut meddler = world.connection().await;
         execute(&mut meddler, "set session lock_wait_timeout = 1").await;
-        let trigger = "create trigger late before insert on together_a for each row set new.n = 1000";
-        let refused = sqlx::raw_sql(trigger).execute(&mut meddler).await.expect_err("the table is in use");
+        let trigger =
+            "create trigger late before insert on together_a for each row set new.n = 1000";
+        let refused =
+            sqlx::raw_sql(trigger).execute(&mut meddler).await.expect_err("the table is in use");
         assert!(refused.to_string().contains("Lock wait timeout"), "{refused}");
         execute(&mut other, "rollback").await;
     };
     let (booted, ()) = tokio::join!(booting, meddling);
-    assert_eq!((booted.status.as_str(), statements(&world, Way::Together).await), ("live", 1 + LOOK + 3 + 1 + 3));
+    assert_eq!(
+        (booted.status.as_str(), statements(&world, InsertMode::Coalesced).await),
+        ("live", 1 + TABLE_QUERIES + 3 + 1 + 3)
+    );
 }
 
 /// A handler of a random file.
 #[derive(Debug, Clone)]
-struct Wild {
+struct RandomHandler {
     statement: &'static str,
     tables: (usize, usize),
     types: &'static str,
 }
 
-/// `<t>` and `<u>` are any of the tables, `<i>` is the handler's own. What is first comes out when a failure is made smaller.
+/// `<t>` and `<u>` are any of the tables, `<i>` is the handler's own. What is first comes out when
+/// a failure is made smaller.
 const INSERTS: &[&str] = &[
     "insert into <t> (k, n) values (:stream_id, 1) on duplicate key update n = n + values(n)",
     "insert into <t> (k, n, s) values (:stream_id, :payload.n, :payload.s?) \
@@ -463,40 +530,53 @@ const OTHERS: &[&str] = &[
 const TYPES: &[&str] = &["'*'", "'Opened'", "'Opened', 'Closed'", "'Amended', 'Closed'"];
 
 /// JSON of one class, of every class, and what breaks most statements.
-const NUMBERS: [&[&str]; 3] =
-    [&["1", "0", "-7", "12345678901", "4"], &["2.5", "\"12\"", "\"3.25\"", "true", "1e2", "5"], &["null", "\"none\""]];
-const SHORT: [&[&str]; 3] =
-    [&["\"a\"", "null", "\"\"", "\"größe\""], &["1", "1.5", "false", "\"00123\""], &["\"far too long\""]];
-const KEYS: [&[&str]; 3] =
-    [&["1", "2", "30", "10"], &["\"1\"", "\"x\"", "1.5", "\"01\"", "\"case-1\""], &["\"😀\"", "true"]];
+const NUMBERS: [&[&str]; 3] = [
+    &["1", "0", "-7", "12345678901", "4"],
+    &["2.5", "\"12\"", "\"3.25\"", "true", "1e2", "5"],
+    &["null", "\"none\""],
+];
+const SHORT: [&[&str]; 3] = [
+    &["\"a\"", "null", "\"\"", "\"größe\""],
+    &["1", "1.5", "false", "\"00123\""],
+    &["\"far too long\""],
+];
+const KEYS: [&[&str]; 3] = [
+    &["1", "2", "30", "10"],
+    &["\"1\"", "\"x\"", "1.5", "\"01\"", "\"case-1\""],
+    &["\"😀\"", "true"],
+];
 
-fn wild_handler() -> impl Strategy<Value = Wild> {
+fn random_handler() -> impl Strategy<Value = RandomHandler> {
     let any = || (0..TYPES.len()).prop_map(|at| TYPES[at]);
     let insert = ((0..INSERTS.len()).prop_map(|at| INSERTS[at]), any());
-    let other = ((0..OTHERS.len()).prop_map(|at| OTHERS[at]), prop_oneof![5 => Just("'Rare'"), 1 => any()]);
-    (prop_oneof![4 => insert, 1 => other], (0..3_usize, 0..3_usize)).prop_map(|((statement, types), tables)| Wild {
-        statement,
-        tables,
-        types,
-    })
+    let other =
+        ((0..OTHERS.len()).prop_map(|at| OTHERS[at]), prop_oneof![5 => Just("'Rare'"), 1 => any()]);
+    (prop_oneof![4 => insert, 1 => other], (0..3_usize, 0..3_usize))
+        .prop_map(|((statement, types), tables)| RandomHandler { statement, tables, types })
 }
 
 /// Mostly of the first kind, so that rows can wait; of the last, one time in so many.
-fn one_of(values: [&'static [&'static str]; 3], seldom: u32) -> impl Strategy<Value = &'static str> {
+fn one_of(
+    values: [&'static [&'static str]; 3],
+    seldom: u32,
+) -> impl Strategy<Value = &'static str> {
     let [plain, odd, last] = values.map(|values| (0..values.len()).prop_map(|at| values[at]));
     prop_oneof![seldom => plain, seldom / 20 + 1 => odd, 1 => last]
 }
 
-fn wild_event() -> impl Strategy<Value = NewEvent> {
-    (0..30_usize, 0..25_usize, one_of(NUMBERS, 1000), one_of(SHORT, 1000), one_of(KEYS, 40)).prop_map(
-        |(number, rare, n, s, g)| {
+fn random_event() -> impl Strategy<Value = NewEvent> {
+    (0..30_usize, 0..25_usize, one_of(NUMBERS, 1000), one_of(SHORT, 1000), one_of(KEYS, 40))
+        .prop_map(|(number, rare, n, s, g)| {
             let event = if rare == 24 { of_type("Rare", number) } else { event(number) };
             NewEvent { payload: format!(r#"{{"n":{n},"s":{s},"g":{g}}}"#), ..event }
-        },
-    )
+        })
 }
 
-async fn compare(handlers: Vec<Wild>, events: Vec<NewEvent>, tally: &mut Tally) -> Result<(), TestCaseError> {
+async fn compare(
+    handlers: Vec<RandomHandler>,
+    events: Vec<NewEvent>,
+    tally: &mut CaseCounts,
+) -> Result<(), TestCaseError> {
     let world = World::new().await;
     append(&world, events).await;
     let letter = |table: usize| ["<a>", "<b>", "<c>"][table];
@@ -513,21 +593,21 @@ async fn compare(handlers: Vec<Wild>, events: Vec<NewEvent>, tally: &mut Tally) 
             })
             .collect(),
     };
-    let alone = Way::Alone.boot(&world, &case).await;
-    let together = Way::Together.boot(&world, &case).await;
+    let alone = InsertMode::RowByRow.boot(&world, &case).await;
+    let together = InsertMode::Coalesced.boot(&world, &case).await;
     prop_assert_eq!(&together, &alone);
     tally.cases += 1;
     tally.broken += u32::from(alone.failure.is_some());
     if alone.failure.is_none() {
-        tally.together += statements(&world, Way::Together).await;
-        tally.alone += statements(&world, Way::Alone).await;
+        tally.together += statements(&world, InsertMode::Coalesced).await;
+        tally.alone += statements(&world, InsertMode::RowByRow).await;
     }
     Ok(())
 }
 
 /// What the random cases were, so that they are known to be worth something.
 #[derive(Debug, Default)]
-struct Tally {
+struct CaseCounts {
     cases: u32,
     broken: u32,
     together: u64,
@@ -535,17 +615,23 @@ struct Tally {
 }
 
 #[test]
-fn no_random_file_and_log_can_tell_whether_inserts_are_sent_together() {
+fn random_files_and_logs_give_the_same_tables_with_coalesced_inserts() {
     let seed = seed();
     let bytes: Vec<u8> = seed.to_le_bytes().repeat(4);
-    let config = Config { cases: 16, max_shrink_iters: 40, failure_persistence: None, ..Config::default() };
-    let mut runner = TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &bytes));
-    let runtime =
-        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("a runtime");
-    let tally = std::cell::RefCell::new(Tally::default());
-    let strategy = (vec(wild_handler(), 1..5), vec(wild_event(), 35..160));
-    let result = runner
-        .run(&strategy, |(handlers, events)| runtime.block_on(compare(handlers, events, &mut tally.borrow_mut())));
+    let config =
+        Config { cases: 16, max_shrink_iters: 40, failure_persistence: None, ..Config::default() };
+    let mut runner =
+        TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &bytes));
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .expect("a runtime");
+    let tally = std::cell::RefCell::new(CaseCounts::default());
+    let strategy = (vec(random_handler(), 1..5), vec(random_event(), 35..160));
+    let result = runner.run(&strategy, |(handlers, events)| {
+        runtime.block_on(compare(handlers, events, &mut tally.borrow_mut()))
+    });
     if let Err(TestError::Fail(reason, (handlers, events))) = &result {
         let payloads: Vec<&str> = events.iter().map(|event| event.payload.as_str()).collect();
         panic!("{reason}\n{handlers:#?}\n{payloads:?}");
@@ -558,10 +644,10 @@ fn no_random_file_and_log_can_tell_whether_inserts_are_sent_together() {
 }
 
 /// The same as [`COUNT`], by hand.
-struct ByHand;
+struct MultiRowCounter;
 
 #[async_trait]
-impl Projector for ByHand {
+impl Projector for MultiRowCounter {
     fn name(&self) -> &str {
         "by_hand"
     }
@@ -570,11 +656,18 @@ impl Projector for ByHand {
         EventTypes::only(["Opened", "Amended", "Closed"])
     }
 
-    async fn handle_batch(&self, events: &[&Event], db: &mut MySqlConnection) -> anyhow::Result<()> {
+    async fn handle_batch(
+        &self,
+        events: &[&Event],
+        db: &mut MySqlConnection,
+    ) -> anyhow::Result<()> {
         let mut rows = MultiRowInsert::new("insert into alone_b (k, n, s) values")
             .with_tail("on duplicate key update n = n + values(n), s = values(s)");
         for event in events {
-            rows.row().bind(event.stream_id()).bind(1).bind(Some("odd").filter(|_| event.position().get() % 2 == 1));
+            rows.row()
+                .bind(event.stream_id())
+                .bind(1)
+                .bind(Some("odd").filter(|_| event.position().get() % 2 == 1));
         }
         assert_eq!(rows.len(), events.len());
         let affected = rows.execute(db).await?;
@@ -588,24 +681,24 @@ impl Projector for ByHand {
 }
 
 #[tokio::test]
-async fn the_helper_for_rust_handlers_does_the_same_as_a_statement_for_each_row() {
+async fn the_multi_row_helper_equals_a_statement_per_row() {
     let world = World::new().await;
     append(&world, (0..700).map(event).collect()).await;
     let s = "case when :position % 2 = 1 then 'odd' end";
     let count = format!(
         "insert into <a> (k, n, s) values (:stream_id, 1, {s}) on duplicate key update n = n + values(n), s = values(s)"
     );
-    let Outcome { rows, .. } = Way::Alone.boot(&world, &Case::new(&[A], &[&count])).await;
+    let Outcome { rows, .. } = InsertMode::RowByRow.boot(&world, &Case::new(&[A], &[&count])).await;
     world.execute("create table alone_b like alone_a").await;
     let mut registry = Registry::new();
-    registry.add(ByHand).expect("a name of its own");
+    registry.add(MultiRowCounter).expect("a name of its own");
     assert!(world.boot(&registry).await.is_released());
     let by_hand = contents(&world, "alone", "b").await;
     assert_eq!(by_hand.iter().map(|row| row.replacen('b', "a", 1)).collect::<Vec<_>>(), rows);
 }
 
 #[tokio::test]
-async fn the_helper_says_what_is_wrong_before_the_server_is_asked() {
+async fn the_multi_row_helper_reports_bad_input_before_any_query() {
     let world = World::new().await;
     let db = &mut world.connection().await;
     let mut none = MultiRowInsert::new("insert into nowhere values");
@@ -616,7 +709,8 @@ async fn the_helper_says_what_is_wrong_before_the_server_is_asked() {
     let error = ragged.execute(db).await.expect_err("refused").to_string();
     assert!(error.contains("different numbers of values") && error.contains("nowhere"), "{error}");
 
-    let mut outside = MultiRowInsert::new("insert into nowhere values").with_tail("on duplicate key update a = ?");
+    let mut outside = MultiRowInsert::new("insert into nowhere values")
+        .with_tail("on duplicate key update a = ?");
     outside.row().bind(1);
     let error = outside.execute(db).await.expect_err("refused").to_string();
     assert!(error.contains("a ? stands outside them"), "{error}");

@@ -1,16 +1,17 @@
-//! The command line as a contract: what each command prints, how it exits, and what it says when it cannot.
+//! The command line as a contract: what each command prints, how it exits, and what it says when it
+//! cannot.
 
 mod append;
 mod bad_input;
 mod boot;
 mod cloudwatch;
-mod killed;
+mod custom_binary;
+mod kill;
 mod play;
 mod retire;
-mod rolling;
+mod rolling_deploy;
 mod secrets;
 mod status;
-mod team;
 
 use std::time::Duration;
 
@@ -54,33 +55,45 @@ async fn close_gate(world: &World) -> MySqlConnection {
 }
 
 /// Waits until a handler stands at the gate.
-async fn somebody_waits(world: &World) {
+async fn wait_for_gated_handler(world: &World) {
     let waits = |session: &Session| session.statement.starts_with("update gate");
-    eventually("a handler stands at the gate", async || world.sessions().await.iter().any(waits)).await;
+    eventually("a handler stands at the gate", async || world.sessions().await.iter().any(waits))
+        .await;
 }
 
 /// What such a projector has written down, in its order.
-async fn tallied(world: &World, name: &str) -> Vec<u64> {
+async fn tally_positions(world: &World, name: &str) -> Vec<u64> {
     let sql = format!("select cast(position as unsigned) from {name} order by seq");
-    sqlx::query_scalar(AssertSqlSafe(sql)).fetch_all(&mut world.connection().await).await.expect("its table")
+    sqlx::query_scalar(AssertSqlSafe(sql))
+        .fetch_all(&mut world.connection().await)
+        .await
+        .expect("its table")
 }
 
-/// Asserts that the ledger's row of a projector names the event that it failed on, as it is in the log.
+/// Asserts that the ledger's row of a projector names the event that it failed on, as it is in the
+/// log.
 async fn assert_failed_at(world: &World, name: &str, position: u64) {
     let mut connection = world.connection().await;
     let failed = format!(
         "select failed_position, failed_event_id, failed_event_type from projectors where name = '{name}' and status = 'broken'"
     );
-    let event = format!("select position, event_id, event_type from events where position = {position}");
+    let event =
+        format!("select position, event_id, event_type from events where position = {position}");
     let [failed, event]: [(u64, String, String); 2] = [
-        sqlx::query_as(AssertSqlSafe(failed)).fetch_one(&mut connection).await.expect("it is broken, at an event"),
-        sqlx::query_as(AssertSqlSafe(event)).fetch_one(&mut connection).await.expect("it is in the log"),
+        sqlx::query_as(AssertSqlSafe(failed))
+            .fetch_one(&mut connection)
+            .await
+            .expect("it is broken, at an event"),
+        sqlx::query_as(AssertSqlSafe(event))
+            .fetch_one(&mut connection)
+            .await
+            .expect("it is in the log"),
     ];
     assert_eq!(failed, event, "{name}");
 }
 
 /// Events in the log, without those that only fill a position.
-async fn stored(world: &World) -> u64 {
+async fn event_count(world: &World) -> u64 {
     world.number("select count(*) from events where event_type not like '$%'").await
 }
 
@@ -90,6 +103,6 @@ fn line(stream: &str) -> String {
 }
 
 /// Fails where this takes so long that it must have waited for a lock or a time-out.
-async fn promptly<T>(doing: impl Future<Output = T>) -> T {
+async fn with_short_timeout<T>(doing: impl Future<Output = T>) -> T {
     tokio::time::timeout(Duration::from_secs(10), doing).await.expect("it waits for nothing")
 }

@@ -8,7 +8,7 @@ use serde_json::json;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use crate::receipt::seed;
+use crate::end_to_end::seed;
 use crate::support::{Folder, World};
 
 /// A file: its name is that of the table that its `setup` makes.
@@ -50,14 +50,18 @@ async fn append(world: &World, payloads: &[String]) {
 
 /// One column of a table, in the order in which it was written.
 async fn column(world: &World, sql: &str) -> Vec<Option<String>> {
-    sqlx::query_scalar(AssertSqlSafe(sql)).fetch_all(&mut world.connection().await).await.expect(sql)
+    sqlx::query_scalar(AssertSqlSafe(sql))
+        .fetch_all(&mut world.connection().await)
+        .await
+        .expect(sql)
 }
 
 fn some(texts: &[&str]) -> Vec<Option<String>> {
     texts.iter().map(|text| Some((*text).to_owned())).collect()
 }
 
-/// JSON, and what a column of text and a wide decimal column have of it. No decimal for what is no number.
+/// JSON, and what a column of text and a wide decimal column have of it. No decimal for what is no
+/// number.
 const VALUES: &[(&str, Option<&str>, Option<&str>)] = &[
     ("null", None, None),
     ("true", Some("1"), Some("1.000000000000")),
@@ -65,21 +69,41 @@ const VALUES: &[(&str, Option<&str>, Option<&str>)] = &[
     ("0", Some("0"), Some("0.000000000000")),
     ("-5", Some("-5"), Some("-5.000000000000")),
     ("9223372036854775807", Some("9223372036854775807"), Some("9223372036854775807.000000000000")),
-    ("-9223372036854775808", Some("-9223372036854775808"), Some("-9223372036854775808.000000000000")),
-    ("18446744073709551615", Some("18446744073709551615"), Some("18446744073709551615.000000000000")),
-    ("18446744073709551617", Some("18446744073709551617"), Some("18446744073709551617.000000000000")),
+    (
+        "-9223372036854775808",
+        Some("-9223372036854775808"),
+        Some("-9223372036854775808.000000000000"),
+    ),
+    (
+        "18446744073709551615",
+        Some("18446744073709551615"),
+        Some("18446744073709551615.000000000000"),
+    ),
+    (
+        "18446744073709551617",
+        Some("18446744073709551617"),
+        Some("18446744073709551617.000000000000"),
+    ),
     ("10.5", Some("10.5"), Some("10.500000000000")),
     ("-0.25", Some("-0.25"), Some("-0.250000000000")),
     ("1e3", Some("1000"), Some("1000.000000000000")),
     ("0.1", Some("0.1"), Some("0.100000000000")),
-    ("12345678901234567.891", Some("12345678901234567.891"), Some("12345678901234567.891000000000")),
+    (
+        "12345678901234567.891",
+        Some("12345678901234567.891"),
+        Some("12345678901234567.891000000000"),
+    ),
     (
         "1234567890123456789012345.5",
         Some("1234567890123456789012345.5"),
         Some("1234567890123456789012345.500000000000"),
     ),
     (r#""00123""#, Some("00123"), Some("123.000000000000")),
-    (r#""12345678901234567890.5""#, Some("12345678901234567890.5"), Some("12345678901234567890.500000000000")),
+    (
+        r#""12345678901234567890.5""#,
+        Some("12345678901234567890.5"),
+        Some("12345678901234567890.500000000000"),
+    ),
     (r#""""#, Some(""), None),
     (r#"" two  blanks ""#, Some(" two  blanks "), None),
     (r#""it's \"so\" \\ :position ? -- /*""#, Some(r#"it's "so" \ :position ? -- /*"#), None),
@@ -93,15 +117,21 @@ const VALUES: &[(&str, Option<&str>, Option<&str>)] = &[
 /// Boots over payloads `{"v": …}` of these values, and compares what the columns have.
 async fn bind_exactly(values: &[(&str, Option<&str>, Option<&str>)]) {
     let world = World::new().await;
-    let payloads: Vec<String> = values.iter().map(|(value, ..)| format!(r#"{{"v":{value}}}"#)).collect();
+    let payloads: Vec<String> =
+        values.iter().map(|(value, ..)| format!(r#"{{"v":{value}}}"#)).collect();
     append(&world, &payloads).await;
-    let texts =
-        file("texts", "v varchar(200) collate utf8mb4_bin null", &["insert into texts (v) values (:payload.v)"]);
+    let texts = file(
+        "texts",
+        "v varchar(200) collate utf8mb4_bin null",
+        &["insert into texts (v) values (:payload.v)"],
+    );
     // Only what is a number: to the others a decimal column says no.
     let decimals = file(
         "decimals",
         "position bigint, v decimal(50, 12) null",
-        &["insert into decimals (position, v) select :position, :payload.v from numbers where position = :position"],
+        &[
+            "insert into decimals (position, v) select :position, :payload.v from numbers where position = :position",
+        ],
     );
     let folder = Folder::new().with("1.toml", &texts).with("2.toml", &decimals);
     world.execute("create table numbers (position bigint primary key)").await;
@@ -109,13 +139,20 @@ async fn bind_exactly(values: &[(&str, Option<&str>, Option<&str>)]) {
         world.execute(&format!("insert into numbers values ({position})")).await;
     }
 
-    assert!(world.boot(&registry(&folder)).await.is_released(), "{:?}", world.ledger.entries().await);
+    assert!(
+        world.boot(&registry(&folder)).await.is_released(),
+        "{:?}",
+        world.ledger.entries().await
+    );
     let texts = column(&world, "select v from texts order by seq").await;
-    let expected: Vec<Option<String>> = values.iter().map(|(_, text, _)| text.map(str::to_owned)).collect();
+    let expected: Vec<Option<String>> =
+        values.iter().map(|(_, text, _)| text.map(str::to_owned)).collect();
     assert_eq!(texts, expected);
     let decimals = column(&world, "select cast(v as char) from decimals order by position").await;
-    let expected: Vec<Option<String>> =
-        values.iter().filter_map(|(_, _, decimal)| decimal.map(|decimal| Some(decimal.to_owned()))).collect();
+    let expected: Vec<Option<String>> = values
+        .iter()
+        .filter_map(|(_, _, decimal)| decimal.map(|decimal| Some(decimal.to_owned())))
+        .collect();
     assert_eq!(decimals, expected);
 }
 
@@ -124,14 +161,16 @@ async fn each_kind_of_json_value_binds_exactly() {
     bind_exactly(VALUES).await;
 }
 
-/// One statement, on one connection, in one transaction: what an event binds does not depend on the one before.
+/// One statement, on one connection, in one transaction: what an event binds does not depend on the
+/// one before.
 #[tokio::test]
-async fn no_value_binds_otherwise_because_of_those_before_it() {
+async fn a_value_binds_the_same_whatever_was_bound_before() {
     let mut dice = fastrand::Rng::with_seed(seed());
     let mut values: Vec<_> = VALUES.iter().chain(VALUES).chain(VALUES).copied().collect();
     dice.shuffle(&mut values);
     let ten_and_a_half = VALUES.iter().find(|(value, ..)| *value == "10.5").expect("it is there");
-    let zeros_first = VALUES.iter().find(|(value, ..)| *value == r#""00123""#).expect("it is there");
+    let zeros_first =
+        VALUES.iter().find(|(value, ..)| *value == r#""00123""#).expect("it is there");
     values.splice(0..0, [*ten_and_a_half, *zeros_first]);
     bind_exactly(&values).await;
 }
@@ -143,7 +182,9 @@ async fn the_columns_of_an_event_bind_exactly() {
         event_id: Some("it's-\\-an:id".into()),
         stream_id: "Fall-Größe 😀".into(),
         event_type: "with \"quotes\", ? and :payload".into(),
-        recorded_at: Some(OffsetDateTime::parse("2010-10-02T09:20:39.266001+02:00", &Rfc3339).expect("a time")),
+        recorded_at: Some(
+            OffsetDateTime::parse("2010-10-02T09:20:39.266001+02:00", &Rfc3339).expect("a time"),
+        ),
         payload: r#"{ "b" : 1.0, "a" : "\u0041" }"#.into(),
         metadata: Some("[ 1, {} ]".into()),
         ..event("{}")
@@ -160,7 +201,10 @@ async fn the_columns_of_an_event_bind_exactly() {
 
     let differing = "select count(*) from events e left join all_columns a using (position, event_id, stream_id, \
                      stream_version, event_type, recorded_at, payload) where a.position is null or not (a.metadata <=> e.metadata)";
-    assert_eq!((world.number("select count(*) from all_columns").await, world.number(differing).await), (3, 0));
+    assert_eq!(
+        (world.number("select count(*) from all_columns").await, world.number(differing).await),
+        (3, 0)
+    );
     let row = column(
         &world,
         "select concat_ws('|', position, event_id, stream_id, stream_version, event_type, recorded_at, payload, metadata) \
@@ -169,14 +213,16 @@ async fn the_columns_of_an_event_bind_exactly() {
     let expected = "2|it's-\\-an:id|Fall-Größe 😀|1|with \"quotes\", ? and :payload|2010-10-02 07:20:39.266001|\
                     { \"b\" : 1.0, \"a\" : \"\\u0041\" }|[ 1, {} ]";
     assert_eq!(row.await, some(&[expected]));
-    assert_eq!(column(&world, "select metadata from all_columns where position <> 2").await, [None, None]);
+    assert_eq!(
+        column(&world, "select metadata from all_columns where position <> 2").await,
+        [None, None]
+    );
 }
 
 #[tokio::test]
-async fn paths_lead_into_objects_and_arrays_of_payload_and_metadata() {
+async fn paths_reach_into_objects_and_arrays_in_payload_and_metadata() {
     let world = World::new().await;
-    let payload =
-        json!({"a": {"b": {"c": "deep"}}, "items": ["first", {"sku": "second"}], "odd key": {"say \"x\"": "odd"}});
+    let payload = json!({"a": {"b": {"c": "deep"}}, "items": ["first", {"sku": "second"}], "odd key": {"say \"x\"": "odd"}});
     let metadata = json!({"user": {"id": 7}});
     let nested = NewEvent { metadata: Some(metadata.to_string()), ..event(&payload.to_string()) };
     world.store.append(&[nested]).await.expect("appended");
@@ -184,11 +230,14 @@ async fn paths_lead_into_objects_and_arrays_of_payload_and_metadata() {
                  :payload."odd key"."say ""x""", :metadata.user.id, :payload.a.b, coalesce(:payload.items.2?, 'none')))"#;
     let folder = Folder::new().with("1.toml", &file("paths", "v text", &[sql]));
     assert!(world.boot(&registry(&folder)).await.is_released());
-    assert_eq!(column(&world, "select v from paths").await, some(&[r#"deep|first|second|odd|7|{"c":"deep"}|none"#]));
+    assert_eq!(
+        column(&world, "select v from paths").await,
+        some(&[r#"deep|first|second|odd|7|{"c":"deep"}|none"#])
+    );
 }
 
 #[tokio::test]
-async fn a_question_mark_binds_null_where_a_path_is_missing() {
+async fn a_question_mark_binds_null_for_a_missing_path() {
     let world = World::new().await;
     append(&world, &[r#"{"v":1}"#.into(), "{}".into(), r#"{"v":null}"#.into(), "7".into()]).await;
     let sql = "insert into optional (v, m) values (:payload.v?, :metadata.user?)";
@@ -202,10 +251,15 @@ async fn a_question_mark_binds_null_where_a_path_is_missing() {
 #[tokio::test]
 async fn a_missing_path_breaks_the_projector_at_that_event() {
     let world = World::new().await;
-    append(&world, &[r#"{"v":1}"#.into(), r#"{"v":2}"#.into(), r#"{"w":3}"#.into(), r#"{"v":4}"#.into()]).await;
-    let folder =
-        Folder::new().with("1.toml", &file("strict", "v int", &["insert into strict (v) values (:payload.v)"]));
-    let booted = world.run(&["boot", "--json", "--projectors", folder.path()]).await.exits(1).json();
+    append(
+        &world,
+        &[r#"{"v":1}"#.into(), r#"{"v":2}"#.into(), r#"{"w":3}"#.into(), r#"{"v":4}"#.into()],
+    )
+    .await;
+    let folder = Folder::new()
+        .with("1.toml", &file("strict", "v int", &["insert into strict (v) values (:payload.v)"]));
+    let booted =
+        world.run(&["boot", "--json", "--projectors", folder.path()]).await.exits(1).json();
     let projector = &booted["projectors"][0];
     assert_eq!((&projector["status"], &projector["position"]), (&"broken".into(), &2.into()));
     assert_eq!(
@@ -213,25 +267,36 @@ async fn a_missing_path_breaks_the_projector_at_that_event() {
         (&3.into(), &"Received".into())
     );
     let error = projector["failure"]["error"].as_str().expect("a text");
-    for words in [&folder.file("1.toml"), ":7", "`:payload.v` is missing in the event's payload", "write `:payload.v?`"]
-    {
+    for words in [
+        &folder.file("1.toml"),
+        ":7",
+        "`:payload.v` is missing in the event's payload",
+        "write `:payload.v?`",
+    ] {
         assert!(error.contains(words), "{words} in {error}");
     }
-    assert_eq!(world.number("select count(*) from strict").await, 2, "what came before is applied, each once");
+    assert_eq!(
+        world.number("select count(*) from strict").await,
+        2,
+        "what came before is applied, each once"
+    );
 }
 
 #[tokio::test]
-async fn the_handlers_of_a_file_run_in_its_order_and_in_one_transaction() {
+async fn handlers_run_in_file_order_and_in_one_transaction() {
     let world = World::new().await;
     append(&world, &["1".into(), "2".into(), "3".into()]).await;
     let poison = "insert into steps (at, step) values (nullif(:position, 3), 'second')";
     let first = "insert into steps (at, step) values (:position, 'first')";
     let third = "insert into steps (at, step) select at, concat('after ', step) from steps where at = :position order by seq desc limit 1";
-    let folder =
-        Folder::new().with("1.toml", &file("steps", "at int not null, step varchar(20)", &[first, poison, third]));
+    let folder = Folder::new().with(
+        "1.toml",
+        &file("steps", "at int not null, step varchar(20)", &[first, poison, third]),
+    );
     assert!(!world.boot(&registry(&folder)).await.is_released());
     let steps = column(&world, "select concat(at, ' ', step) from steps order by seq").await;
-    let expected = ["1 first", "1 second", "1 after second", "2 first", "2 second", "2 after second"];
+    let expected =
+        ["1 first", "1 second", "1 after second", "2 first", "2 second", "2 after second"];
     assert_eq!(steps, some(&expected), "nothing of the event that failed");
     assert_eq!(world.position("steps").await, 2);
 }
@@ -240,7 +305,11 @@ async fn the_handlers_of_a_file_run_in_its_order_and_in_one_transaction() {
 async fn an_event_runs_the_handlers_that_name_its_type() {
     let world = World::new().await;
     world.append(6).await;
-    let mut text = file("typed", "at int, who varchar(20)", &["insert into typed (at, who) values (:position, 'all')"]);
+    let mut text = file(
+        "typed",
+        "at int, who varchar(20)",
+        &["insert into typed (at, who) values (:position, 'all')"],
+    );
     for types in ["'Opened', 'Closed'", "'Closed'", "'Never seen'"] {
         let who = types.replace('\'', "");
         write!(
@@ -251,9 +320,13 @@ async fn an_event_runs_the_handlers_that_name_its_type() {
     }
     let folder = Folder::new().with("1.toml", &text);
     assert!(world.boot(&registry(&folder)).await.is_released());
-    let rows = column(&world, "select concat(at, ' ', who) from typed where at <= 3 order by seq").await;
+    let rows =
+        column(&world, "select concat(at, ' ', who) from typed where at <= 3 order by seq").await;
     // Opened, Amended, Closed, in turn.
-    assert_eq!(rows, some(&["1 all", "1 Opened, Closed", "2 all", "3 all", "3 Opened, Closed", "3 Closed"]));
+    assert_eq!(
+        rows,
+        some(&["1 all", "1 Opened, Closed", "2 all", "3 all", "3 Opened, Closed", "3 Closed"])
+    );
     assert_eq!(world.number("select count(*) from typed").await, 12);
 }
 
@@ -265,9 +338,18 @@ async fn colons_in_literals_names_and_comments_are_left_alone() {
                values /* :payload.nothing */ (cast('12:30:45' as time), \":position\", concat('it''s \\':payload', ':', :position)) # :x";
     let columns = "at time, `odd:position` varchar(20), v varchar(40)";
     let folder = Folder::new().with("1.toml", &file("colons", columns, &[sql]));
-    assert!(world.boot(&registry(&folder)).await.is_released(), "{:?}", world.ledger.entries().await);
-    let rows = column(&world, "select concat_ws('|', at, `odd:position`, v) from colons order by seq").await;
-    assert_eq!(rows, some(&["12:30:45|:position|it's ':payload:1", "12:30:45|:position|it's ':payload:2"]));
+    assert!(
+        world.boot(&registry(&folder)).await.is_released(),
+        "{:?}",
+        world.ledger.entries().await
+    );
+    let rows =
+        column(&world, "select concat_ws('|', at, `odd:position`, v) from colons order by seq")
+            .await;
+    assert_eq!(
+        rows,
+        some(&["12:30:45|:position|it's ':payload:1", "12:30:45|:position|it's ':payload:2"])
+    );
 }
 
 #[tokio::test]
@@ -275,7 +357,8 @@ async fn a_value_never_becomes_part_of_the_statement() {
     let world = World::new().await;
     let injection = "'); drop table safe; -- :position ?";
     append(&world, &[json!({ "v": injection }).to_string()]).await;
-    let folder = Folder::new().with("1.toml", &file("safe", "v text", &["insert into safe (v) values (:payload.v)"]));
+    let folder = Folder::new()
+        .with("1.toml", &file("safe", "v text", &["insert into safe (v) values (:payload.v)"]));
     assert!(world.boot(&registry(&folder)).await.is_released());
     assert_eq!(column(&world, "select v from safe").await, some(&[injection]));
 }
@@ -284,34 +367,48 @@ async fn a_value_never_becomes_part_of_the_statement() {
 async fn setup_is_run_again_when_boot_resumes() {
     let world = World::new().await;
     append(&world, &["1".into(), "2".into(), "3".into()]).await;
-    let broken = file("resumed", "v int not null", &["insert into resumed (v) values (nullif(:position, 2))"]);
+    let broken = file(
+        "resumed",
+        "v int not null",
+        &["insert into resumed (v) values (nullif(:position, 2))"],
+    );
     let folder = Folder::new().with("1.toml", &broken);
     assert!(!world.boot(&registry(&folder)).await.is_released());
 
     // What is mended may well need another table.
-    let mended = broken.replace("setup = [", "setup = ['create table if not exists resumed_too (v int)', ").replace(
-        "insert into resumed (v) values (nullif(:position, 2))",
-        "insert into resumed_too (v) values (:position)",
-    );
+    let mended = broken
+        .replace("setup = [", "setup = ['create table if not exists resumed_too (v int)', ")
+        .replace(
+            "insert into resumed (v) values (nullif(:position, 2))",
+            "insert into resumed_too (v) values (:position)",
+        );
     folder.write("1.toml", &mended);
     // But a table that is new lacks what came before: somebody has to say that this is meant.
     let boot = ["boot", "--projectors", folder.path()];
-    world.run(&boot).await.exits(1).says(&["resumed@1", "table resumed_too", "--accept"]);
+    world.run(&boot).await.exits(1).prints(&["resumed@1", "table resumed_too", "--accept"]);
     world.run(&[&boot[..], &["--accept", "resumed"]].concat()).await.exits(0);
     assert_eq!(column(&world, "select cast(v as char) from resumed").await, some(&["1"]));
-    assert_eq!(column(&world, "select cast(v as char) from resumed_too order by v").await, some(&["2", "3"]));
+    assert_eq!(
+        column(&world, "select cast(v as char) from resumed_too order by v").await,
+        some(&["2", "3"])
+    );
 }
 
 #[tokio::test]
-async fn a_failing_setup_is_told_with_file_line_and_reason() {
+async fn a_failing_setup_is_reported_with_file_line_and_reason() {
     let world = World::new().await;
     append(&world, &["1".into()]).await;
-    let text =
-        file("no_setup", "v int", &["insert into no_setup (v) values (:position)"]).replace("v int", "v no_such_type");
+    let text = file("no_setup", "v int", &["insert into no_setup (v) values (:position)"])
+        .replace("v int", "v no_such_type");
     let folder = Folder::new().with("1.toml", &text);
-    let booted = world.run(&["boot", "--json", "--projectors", folder.path()]).await.exits(1).json();
+    let booted =
+        world.run(&["boot", "--json", "--projectors", folder.path()]).await.exits(1).json();
     let failure = &booted["projectors"][0]["failure"];
-    assert_eq!((&failure["position"], &failure["event_type"]), (&json!(null), &json!(null)), "it is no event's fault");
+    assert_eq!(
+        (&failure["position"], &failure["event_type"]),
+        (&json!(null), &json!(null)),
+        "it is no event's fault"
+    );
     let error = failure["error"].as_str().expect("a text");
     for words in ["setup failed", &format!("{}:4", folder.file("1.toml")), "no_such_type"] {
         assert!(error.contains(words), "{words} in {error}");
@@ -322,9 +419,13 @@ async fn a_failing_setup_is_told_with_file_line_and_reason() {
 }
 
 #[tokio::test]
-async fn projectors_are_played_in_the_order_of_their_files_names() {
+async fn projectors_are_played_in_file_name_order() {
     let world = World::new().await;
-    world.execute("create table trail (seq bigint auto_increment primary key, who varchar(20), at int)").await;
+    world
+        .execute(
+            "create table trail (seq bigint auto_increment primary key, who varchar(20), at int)",
+        )
+        .await;
     let folder = Folder::new();
     for (name, projector) in [("c.toml", "first"), ("a.toml", "third"), ("b.toml", "second")] {
         let sql = format!("insert into trail (who, at) values ('{name}', :position)");

@@ -1,4 +1,5 @@
-//! Deploys: releases that go back and forth on one database, and what happens to the queue meanwhile.
+//! Deploys: releases that go back and forth on one database, and what happens to the queue
+//! meanwhile.
 
 use aws_sdk_sqs::types::QueueAttributeName;
 use projectionist::Registry;
@@ -6,7 +7,7 @@ use projectionist::Registry;
 use crate::support::{Gate, Tally, World, gated, registry};
 
 #[tokio::test]
-async fn a_release_that_is_rolled_back_and_deployed_again_misses_nothing_of_what_happened_between() {
+async fn a_release_rolled_back_and_deployed_again_misses_no_event() {
     let world = World::new().await;
     let (old, new) = (Tally::new("old_one"), Tally::new("new_one"));
     let (first, second) = (registry(&[&old]), registry(&[&old, &new]));
@@ -21,7 +22,10 @@ async fn a_release_that_is_rolled_back_and_deployed_again_misses_nothing_of_what
     world.append(50).await;
     assert!(world.boot(&first).await.is_released());
     world.play_until_idle(&first).await;
-    assert_eq!((world.position("new_one").await, world.status("new_one").await), (100, "live".into()));
+    assert_eq!(
+        (world.position("new_one").await, world.status("new_one").await),
+        (100, "live".into())
+    );
 
     // And forward again.
     world.append(50).await;
@@ -32,7 +36,7 @@ async fn a_release_that_is_rolled_back_and_deployed_again_misses_nothing_of_what
 }
 
 #[tokio::test]
-async fn a_queue_that_is_purged_in_the_middle_of_a_boot_costs_no_event() {
+async fn a_queue_purged_during_a_boot_loses_no_event() {
     let world = World::new().await;
     let (live, booted) = (Tally::new("live_one"), Tally::new("booted"));
     world.append(50).await;
@@ -41,8 +45,10 @@ async fn a_queue_that_is_purged_in_the_middle_of_a_boot_costs_no_event() {
     world.run(&["relay", "--once"]).await.exits(0);
 
     let gate = Gate::new();
-    let registry =
-        Registry::new().with(live.clone()).and_then(|r| r.with(gated(&booted, 75, &gate))).expect("two names");
+    let registry = Registry::new()
+        .with(live.clone())
+        .and_then(|r| r.with(gated(&booted, 75, &gate)))
+        .expect("two names");
     let purging = async {
         gate.arrival().await;
         world.sqs.purge_queue().queue_url(&world.queue_url).send().await.expect("purged");
@@ -56,13 +62,14 @@ async fn a_queue_that_is_purged_in_the_middle_of_a_boot_costs_no_event() {
 }
 
 #[tokio::test]
-async fn a_projector_that_is_retired_and_added_again_is_built_anew() {
+async fn a_projector_retired_and_added_again_is_rebuilt() {
     let world = World::new().await;
     let tally = Tally::new("tally");
     let registry = registry(&[&tally]);
     world.append(50).await;
     world.boot(&registry).await;
-    // Its table is dropped by hand: the shipped binary does not have a projector that is written in Rust.
+    // Its table is dropped by hand: the shipped binary does not have a projector that is written in
+    // Rust.
     world.run(&["retire", "tally", "--yes"]).await.exits(0);
     world.execute("drop table tally").await;
     assert_eq!(world.status("tally").await, "new");
@@ -73,9 +80,10 @@ async fn a_projector_that_is_retired_and_added_again_is_built_anew() {
     world.assert_complete(&tally).await;
 }
 
-/// It cannot be prevented: without its row nothing shows that there ever was one. docs/guarantees.md says so.
+/// It cannot be prevented: without its row nothing shows that there ever was one.
+/// docs/guarantees.md says so.
 #[tokio::test]
-async fn a_retired_projector_with_side_effects_whose_row_is_deleted_by_hand_is_new_and_played_again() {
+async fn a_retired_projector_with_its_row_deleted_by_hand_is_new_again() {
     let world = World::new().await;
     let mails = Tally::new("mails").with_side_effects();
     let registry = registry(&[&mails]);
@@ -86,7 +94,10 @@ async fn a_retired_projector_with_side_effects_whose_row_is_deleted_by_hand_is_n
     // With its row it stays where it was, however often a release has it again.
     assert!(world.boot(&registry).await.is_released());
     world.play_until_idle(&registry).await;
-    assert_eq!((world.status("mails").await, world.position("mails").await), ("retired".into(), 20));
+    assert_eq!(
+        (world.status("mails").await, world.position("mails").await),
+        ("retired".into(), 20)
+    );
     assert_eq!(mails.applied(&world).await, (1..=20).collect::<Vec<_>>());
 
     world.execute("delete from projectors where name = 'mails'").await;
@@ -100,7 +111,7 @@ async fn a_retired_projector_with_side_effects_whose_row_is_deleted_by_hand_is_n
 }
 
 #[tokio::test]
-async fn what_a_dead_letter_queue_took_is_repaired_from_the_store() {
+async fn events_moved_to_a_dead_letter_queue_are_read_from_the_store() {
     let dead_letters = World::new().await;
     let arn = dead_letters
         .sqs
@@ -110,7 +121,10 @@ async fn what_a_dead_letter_queue_took_is_repaired_from_the_store() {
         .send()
         .await
         .expect("its attributes");
-    let arn = arn.attributes.and_then(|all| all.get(&QueueAttributeName::QueueArn).cloned()).expect("its ARN");
+    let arn = arn
+        .attributes
+        .and_then(|all| all.get(&QueueAttributeName::QueueArn).cloned())
+        .expect("its ARN");
     let redrive = format!("{{\"deadLetterTargetArn\":\"{arn}\",\"maxReceiveCount\":\"1\"}}");
     let world = World::with_queue(true, &[(QueueAttributeName::RedrivePolicy, &redrive)]).await;
     let tally = Tally::new("tally");
@@ -120,11 +134,23 @@ async fn what_a_dead_letter_queue_took_is_repaired_from_the_store() {
     world.run(&["relay", "--once", "--message-events", "20"]).await.exits(0);
 
     // Somebody takes the head and does nothing with it: one receive is all that it had.
-    let head =
-        world.sqs.receive_message().queue_url(&world.queue_url).visibility_timeout(0).send().await.expect("received");
+    let head = world
+        .sqs
+        .receive_message()
+        .queue_url(&world.queue_url)
+        .visibility_timeout(0)
+        .send()
+        .await
+        .expect("received");
     assert_eq!(head.messages().len(), 1, "the head of the queue");
     world.play_until_idle(&registry).await;
     world.assert_complete(&tally).await;
-    let dead = dead_letters.sqs.receive_message().queue_url(&dead_letters.queue_url).wait_time_seconds(5).send().await;
+    let dead = dead_letters
+        .sqs
+        .receive_message()
+        .queue_url(&dead_letters.queue_url)
+        .wait_time_seconds(5)
+        .send()
+        .await;
     assert_eq!(dead.expect("received").messages().len(), 1, "the dead-letter queue has it");
 }

@@ -1,5 +1,5 @@
-//! `doctor`: everything well, and each thing that is not, by its line. What a server's own settings come to is tested beside
-//! the code: those of the servers under test are everybody's.
+//! `doctor`: everything well, and each thing that is not, by its line. What a server's own settings
+//! come to is tested beside the code: those of the servers under test are everybody's.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -10,9 +10,12 @@ use projectionist::sqlx::MySqlConnection;
 
 use crate::failover::lock_out_restricted_users;
 use crate::grants::grants_of;
-use crate::support::{Finished, Folder, Running, Stub, World, execute, is_mariadb};
+use crate::support::{
+    FinishedProcess, Folder, RunningProcess, SqsStub, World, execute, is_mariadb,
+};
 
-/// Keeps the server from being made read-only, by another test, for as long as what this returns is there.
+/// Keeps the server from being made read-only, by another test, for as long as what this returns is
+/// there.
 async fn kept_writable(world: &World) -> MySqlConnection {
     let mut keeper = world.connection().await;
     lock_out_restricted_users(&mut keeper).await;
@@ -20,22 +23,25 @@ async fn kept_writable(world: &World) -> MySqlConnection {
 }
 
 /// The lines of a report: what is checked, how it is, and what is said of it and to be done.
-fn lines(report: &Finished) -> BTreeMap<String, (String, String)> {
+fn lines(report: &FinishedProcess) -> BTreeMap<String, (String, String)> {
     let report = report.json();
     let text = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
     let checks = report["checks"].as_array().expect("checks").iter();
     checks
         .map(|check| {
             (
-                text(&check["check"]),
-                (text(&check["level"]), format!("{}; {}", text(&check["says"]), text(&check["do"]))),
+                text(&check["name"]),
+                (
+                    text(&check["level"]),
+                    format!("{}; {}", text(&check["detail"]), text(&check["remedy"])),
+                ),
             )
         })
         .collect()
 }
 
 /// Those that are not well, without what is so because of the parts that tests run on.
-fn bad(report: &Finished) -> BTreeMap<String, (String, String)> {
+fn bad(report: &FinishedProcess) -> BTreeMap<String, (String, String)> {
     let mut lines = lines(report);
     lines.retain(|check, (level, _)| level != "ok" && check != "TLS" && check != "durability");
     lines
@@ -51,15 +57,18 @@ const COUNTER: &str = "name = 'counter'\nversion = 1\nmode = 'from_beginning'\n\
 
 /// A queue with one for dead letters, which must outlive it.
 async fn with_dead_letters(receives: u32, dead_is_fifo: bool) -> (World, World) {
-    let dead_letters = World::with_queue(dead_is_fifo, &[(Attribute::MessageRetentionPeriod, "1209600")]).await;
-    let arn =
-        format!("arn:aws:sqs:us-east-1:000000000000:{}", dead_letters.queue_url.rsplit('/').next().expect("a name"));
+    let dead_letters =
+        World::with_queue(dead_is_fifo, &[(Attribute::MessageRetentionPeriod, "1209600")]).await;
+    let arn = format!(
+        "arn:aws:sqs:us-east-1:000000000000:{}",
+        dead_letters.queue_url.rsplit('/').next().expect("a name")
+    );
     let policy = format!(r#"{{"deadLetterTargetArn":"{arn}","maxReceiveCount":"{receives}"}}"#);
     (World::with_queue(true, &[(Attribute::RedrivePolicy, &policy)]).await, dead_letters)
 }
 
 #[tokio::test]
-async fn where_all_is_well_each_line_says_so_and_nothing_is_changed() {
+async fn a_healthy_system_has_only_ok_lines_and_is_not_changed() {
     let (world, _dead_letters) = with_dead_letters(5, true).await;
     let _writable = kept_writable(&world).await;
     let folder = Folder::new().with("1.toml", COUNTER);
@@ -68,36 +77,64 @@ async fn where_all_is_well_each_line_says_so_and_nothing_is_changed() {
     world.run(&["relay", "--once"]).await.exits(0);
     let everything = "--for=migrate,append,boot,play,relay,status,audit,retire,fill";
     for _ in 0..3 {
-        let report = world.run(&["doctor", "--json", everything, "--projectors", folder.path()]).await.exits(0);
+        let report = world
+            .run(&["doctor", "--json", everything, "--projectors", folder.path()])
+            .await
+            .exits(0);
         assert_eq!(bad(&report), BTreeMap::new());
         assert_eq!(report.json()["healthy"], true);
         let lines = lines(&report);
         assert_eq!(lines["durability"].0, "warning", "the parts do without");
         assert_eq!(lines["TLS"].0, if is_mariadb().await { "warning" } else { "note" });
-        for check in
-            ["database", "version", "tables", "grants for play", "queue", "redrive", "dead letters", "SQS clock"]
-        {
+        for check in [
+            "database",
+            "version",
+            "tables",
+            "grants for play",
+            "queue",
+            "redrive",
+            "dead letters",
+            "SQS clock",
+        ] {
             assert_eq!(lines[check].0, "ok", "{check}");
         }
-        for action in ["SendMessage", "ReceiveMessage", "DeleteMessage", "ChangeMessageVisibility"] {
+        for action in ["SendMessage", "ReceiveMessage", "DeleteMessage", "ChangeMessageVisibility"]
+        {
             assert_eq!(lines[&format!("sqs:{action}")], ("ok".into(), "allowed; ".into()));
         }
         assert_eq!(lines["projector counter@1"].0, "ok");
     }
-    assert_eq!(world.queue.depth().await.expect("a depth"), 1, "nothing was sent, and nothing taken");
+    assert_eq!(
+        world.queue.depth().await.expect("a depth"),
+        1,
+        "nothing was sent, and nothing taken"
+    );
     let received = world.sqs.receive_message().queue_url(&world.queue_url);
-    let received =
-        received.message_system_attribute_names(MessageSystemAttributeName::All).send().await.expect("received");
+    let received = received
+        .message_system_attribute_names(MessageSystemAttributeName::All)
+        .send()
+        .await
+        .expect("received");
     let count = received.messages()[0]
         .attributes()
         .and_then(|all| all.get(&MessageSystemAttributeName::ApproximateReceiveCount));
     assert_eq!(count.map(String::as_str), Some("1"), "nobody has received it before");
     assert_eq!(world.number("select count(*) from events").await, 5);
-    assert_eq!(world.number("select count(*) from information_schema.tables where table_schema = database()").await, 6);
+    assert_eq!(
+        world
+            .number(
+                "select count(*) from information_schema.tables where table_schema = database()"
+            )
+            .await,
+        6
+    );
 
     // For people, a line each.
     let told = world.run(&["doctor", "--projectors", folder.path()]).await.exits(0).stdout;
-    assert!(told.lines().any(|line| line.starts_with("ok ") && line.contains("projector counter@1")), "{told}");
+    assert!(
+        told.lines().any(|line| line.starts_with("ok ") && line.contains("projector counter@1")),
+        "{told}"
+    );
     let standard = World::with_standard_queue().await;
     let report = standard.run(&["doctor", "--json"]).await.exits(0);
     assert_eq!(checks(&bad(&report)), [("dead letters", "note"), ("projectors", "note")]);
@@ -105,38 +142,53 @@ async fn where_all_is_well_each_line_says_so_and_nothing_is_changed() {
 }
 
 #[tokio::test]
-async fn each_grant_that_a_command_lacks_is_named() {
+async fn each_missing_grant_is_named() {
     let world = World::new().await;
     let mut admin = kept_writable(&world).await;
     let user = format!("u{:x}", fastrand::u64(..));
     execute(&mut admin, &format!("create user '{user}'@'%' identified by 'x'")).await;
     let url = world.database_url.replace("://root@", &format!("://{user}:x@"));
     let on = |table: &str| format!("{}.{table}", world.database_name);
-    for command in ["migrate", "append", "boot", "play", "relay", "status", "audit", "retire", "fill"] {
+    for command in
+        ["migrate", "append", "boot", "play", "relay", "status", "audit", "retire", "fill"]
+    {
         let check = format!("grants for {command}");
         let option = format!("--for={command}");
         let doctor = ["doctor", "--json", &option, "--database-url", &url];
         for (privileges, table) in grants_of(command) {
-            execute(&mut admin, &format!("grant {} on {} to '{user}'@'%'", privileges.join(", "), on(table))).await;
+            execute(
+                &mut admin,
+                &format!("grant {} on {} to '{user}'@'%'", privileges.join(", "), on(table)),
+            )
+            .await;
         }
         let report = world.run(&doctor).await.exits(0);
         assert_eq!(lines(&report)[&check].0, "ok", "{command}: {}", report.stdout);
         for (privileges, table) in grants_of(command) {
             for privilege in privileges {
-                execute(&mut admin, &format!("revoke {privilege} on {} from '{user}'@'%'", on(table))).await;
+                execute(
+                    &mut admin,
+                    &format!("revoke {privilege} on {} from '{user}'@'%'", on(table)),
+                )
+                .await;
                 let report = world.run(&doctor).await.exits(2);
                 let (level, told) = &lines(&report)[&check];
-                assert_eq!(level, "wrong", "{command} without {privilege} on {table}");
+                assert_eq!(level, "error", "{command} without {privilege} on {table}");
                 let named = if table == "*" && privilege != "create" { "events" } else { table };
                 assert!(
                     told.starts_with(&format!("missing: {privilege} on {named}")),
                     "{command}, {privilege} on {table}: {told}"
                 );
-                execute(&mut admin, &format!("grant {privilege} on {} to '{user}'@'%'", on(table))).await;
+                execute(&mut admin, &format!("grant {privilege} on {} to '{user}'@'%'", on(table)))
+                    .await;
             }
         }
         for (privileges, table) in grants_of(command) {
-            execute(&mut admin, &format!("revoke {} on {} from '{user}'@'%'", privileges.join(", "), on(table))).await;
+            execute(
+                &mut admin,
+                &format!("revoke {} on {} from '{user}'@'%'", privileges.join(", "), on(table)),
+            )
+            .await;
         }
         // Who may do nothing at all may not even come in.
         execute(&mut admin, &format!("grant show view on {} to '{user}'@'%'", on("*"))).await;
@@ -145,25 +197,32 @@ async fn each_grant_that_a_command_lacks_is_named() {
 }
 
 #[tokio::test]
-async fn a_database_that_was_not_migrated_is_told_and_so_is_one_of_a_newer_release() {
+async fn an_unmigrated_or_newer_database_is_reported() {
     let world = World::new().await;
     let _writable = kept_writable(&world).await;
-    world.execute("insert into projectionist_migrations values (9999, 'later', now(), 1, 'x', 1)").await;
+    world
+        .execute("insert into projectionist_migrations values (9999, 'later', now(), 1, 'x', 1)")
+        .await;
     let report = world.run(&["doctor", "--json"]).await.exits(2);
     assert!(lines(&report)["tables"].1.contains("newer release"), "{}", report.stdout);
-    for table in ["events", "event_log", "projectors", "log_acceptances", "projectionist_migrations"] {
+    for table in
+        ["events", "event_log", "projectors", "log_acceptances", "projectionist_migrations"]
+    {
         world.execute(&format!("drop table {table}")).await;
     }
     let report = world.run(&["doctor", "--json"]).await.exits(2);
     assert_eq!(report.json()["healthy"], false);
     let bad = bad(&report);
-    assert_eq!(checks(&bad), [("dead letters", "note"), ("projectors", "note"), ("tables", "wrong")]);
+    assert_eq!(
+        checks(&bad),
+        [("dead letters", "note"), ("projectors", "note"), ("tables", "error")]
+    );
     assert!(bad["tables"].1.contains("projectionist migrate"));
-    report.says(&["tables"]);
+    report.prints(&["tables"]);
 }
 
 #[tokio::test]
-async fn a_log_that_begins_far_above_one_or_has_lost_its_end_is_told() {
+async fn a_log_with_a_missing_beginning_or_end_is_reported() {
     let world = World::new().await;
     let _writable = kept_writable(&world).await;
     world.append(3).await;
@@ -172,23 +231,33 @@ async fn a_log_that_begins_far_above_one_or_has_lost_its_end_is_told() {
     assert_eq!(log().await.0, "ok");
     world.execute("delete from events where position = 3").await;
     let (level, told) = log().await;
-    assert!(level == "wrong" && told.contains("the log ends at 2, below the high-water mark 3"), "{told}");
+    assert!(
+        level == "error" && told.contains("the log ends at 2, below the high-water mark 3"),
+        "{told}"
+    );
 
     let behind = World::new().await;
     behind.execute("alter table events auto_increment = 5000").await;
     behind.append(1).await;
     let lines = lines(&behind.run(&["doctor", "--json"]).await.exits(0));
     let (level, told) = &lines["log"];
-    assert!(level == "warning" && told.contains("it begins at position 5000") && told.contains("history"), "{told}");
+    assert!(
+        level == "warning"
+            && told.contains("it begins at position 5000")
+            && told.contains("history"),
+        "{told}"
+    );
 }
 
 #[tokio::test]
-async fn a_server_that_takes_no_writes_is_told() {
+async fn a_read_only_server_is_reported() {
     let world = World::new().await;
     let mut admin = kept_writable(&world).await;
     execute(&mut admin, "set global read_only = 1").await;
-    let (doctor, for_status) =
-        (world.run(&["doctor", "--json"]).await, world.run(&["doctor", "--json", "--for=status"]).await);
+    let (doctor, for_status) = (
+        world.run(&["doctor", "--json"]).await,
+        world.run(&["doctor", "--json", "--for=status"]).await,
+    );
     execute(&mut admin, "set global read_only = 0").await;
     let doctor = doctor.exits(2);
     assert!(lines(&doctor)["primary"].1.contains("name the primary"), "{}", doctor.stdout);
@@ -196,7 +265,7 @@ async fn a_server_that_takes_no_writes_is_told() {
 }
 
 #[tokio::test]
-async fn each_attribute_of_the_queue_that_should_be_another_is_told() {
+async fn each_wrong_attribute_of_the_queue_is_reported() {
     let world = World::with_queue(
         true,
         &[
@@ -209,7 +278,7 @@ async fn each_attribute_of_the_queue_that_should_be_another_is_told() {
     )
     .await;
     let _writable = kept_writable(&world).await;
-    let report = world.run(&["doctor", "--json", "--visibility=20"]).await.exits(0);
+    let report = world.run(&["doctor", "--json", "--visibility-timeout=20"]).await.exits(0);
     let expected = [
         ("dead letters", "note"),
         ("delay", "warning"),
@@ -217,8 +286,8 @@ async fn each_attribute_of_the_queue_that_should_be_another_is_told() {
         ("message size", "warning"),
         ("projectors", "note"),
         ("retention", "warning"),
-        ("visibility", "warning"),
-        ("visibility of the queue", "note"),
+        ("visibility timeout", "warning"),
+        ("queue visibility timeout", "note"),
     ];
     assert_eq!(checks(&bad(&report)), expected);
 
@@ -226,12 +295,18 @@ async fn each_attribute_of_the_queue_that_should_be_another_is_told() {
     dead_letters.queue.send("x", "x").await.expect("sent");
     let report = world.run(&["doctor", "--json"]).await.exits(0);
     let bad = bad(&report);
-    assert_eq!(checks(&bad), [("dead letters", "warning"), ("projectors", "note"), ("redrive", "warning")]);
-    assert!(bad["redrive"].1.contains("raise maxReceiveCount") && bad["dead letters"].1.contains("has 1 messages"));
+    assert_eq!(
+        checks(&bad),
+        [("dead letters", "warning"), ("projectors", "note"), ("redrive", "warning")]
+    );
+    assert!(
+        bad["redrive"].1.contains("raise maxReceiveCount")
+            && bad["dead letters"].1.contains("has 1 messages")
+    );
 }
 
 #[tokio::test]
-async fn projectors_that_do_not_load_or_are_not_live_are_told() {
+async fn projectors_that_do_not_load_or_are_not_live_are_reported() {
     let world = World::new().await;
     let _writable = kept_writable(&world).await;
     let folder = Folder::new().with("1.toml", COUNTER);
@@ -246,40 +321,43 @@ async fn projectors_that_do_not_load_or_are_not_live_are_told() {
 }
 
 #[tokio::test]
-async fn a_database_or_a_queue_out_of_reach_is_told_and_the_rest_looked_at_all_the_same() {
+async fn an_unreachable_database_or_queue_is_reported_and_the_rest_still_checked() {
     let world = World::new().await;
     let _writable = kept_writable(&world).await;
-    let report = world.run(&["doctor", "--json", "--database-url=mysql://root@127.0.0.1:1/x"]).await.exits(3);
+    let report = world
+        .run(&["doctor", "--json", "--database-url=mysql://root@127.0.0.1:1/x"])
+        .await
+        .exits(3);
     let both = lines(&report);
-    assert_eq!((both["database"].0.as_str(), both["queue"].0.as_str()), ("out_of_reach", "ok"));
+    assert_eq!((both["database"].0.as_str(), both["queue"].0.as_str()), ("unreachable", "ok"));
     let gone = world.queue_url.replace("test_", "gone_");
     let report = world.run(&["doctor", "--json", "--queue-url", &gone]).await.exits(3);
     let both = lines(&report);
-    assert_eq!((both["database"].0.as_str(), both["queue"].0.as_str()), ("ok", "out_of_reach"));
+    assert_eq!((both["database"].0.as_str(), both["queue"].0.as_str()), ("ok", "unreachable"));
     assert!(both["queue"].1.contains("does not exist"));
     let mut nothing = world.command(&["doctor", "--json"]);
     nothing.env_remove("DATABASE_URL").env_remove("QUEUE_URL");
-    let report = Running::spawn(nothing).finish().await.exits(2);
-    assert_eq!(checks(&bad(&report)), [("database", "wrong"), ("queue", "wrong")]);
+    let report = RunningProcess::spawn(nothing).finish().await.exits(2);
+    assert_eq!(checks(&bad(&report)), [("database", "error"), ("queue", "error")]);
     // Boot needs no queue.
     let mut boot = world.command(&["doctor", "--json", "--for=boot"]);
     boot.env_remove("QUEUE_URL");
-    assert!(!lines(&Running::spawn(boot).finish().await.exits(0)).contains_key("queue"));
+    assert!(!lines(&RunningProcess::spawn(boot).finish().await.exits(0)).contains_key("queue"));
 }
 
-async fn doctor_at(world: &World, stub: &Stub) -> Finished {
+async fn doctor_at(world: &World, stub: &SqsStub) -> FinishedProcess {
     let mut doctor = world.command(&["doctor", "--json"]);
     doctor
         .env("AWS_ENDPOINT_URL", stub.endpoint())
         .env("QUEUE_URL", format!("{}/000000000000/q.fifo", stub.endpoint()));
-    Running::spawn(doctor).finish().await
+    RunningProcess::spawn(doctor).finish().await
 }
 
 #[tokio::test]
-async fn each_permission_that_is_missing_is_named() {
+async fn each_missing_sqs_permission_is_named() {
     let world = World::new().await;
     let _writable = kept_writable(&world).await;
-    let stub = Stub::new().await;
+    let stub = SqsStub::new().await;
     let well = [("dead letters", "note"), ("projectors", "note")];
     assert_eq!(checks(&bad(&doctor_at(&world, &stub).await.exits(0))), well);
     for (action, call) in [
@@ -288,24 +366,28 @@ async fn each_permission_that_is_missing_is_named() {
         ("DeleteMessage", "DeleteMessage"),
         ("ChangeMessageVisibility", "ChangeMessageVisibility"),
     ] {
-        let stub = Stub::new().await;
-        stub.denies(call);
+        let stub = SqsStub::new().await;
+        stub.deny(call);
         let report = doctor_at(&world, &stub).await.exits(2);
         let check = format!("sqs:{action}");
-        assert_eq!(checks(&bad(&report)), [&well[..], &[(check.as_str(), "wrong")]].concat());
+        assert_eq!(checks(&bad(&report)), [&well[..], &[(check.as_str(), "error")]].concat());
         assert!(lines(&report)[&check].1.contains(&format!("allow sqs:{action} on the queue")));
     }
-    stub.denies("GetQueueAttributes");
+    stub.deny("GetQueueAttributes");
     let report = doctor_at(&world, &stub).await.exits(3);
-    assert!(lines(&report)["queue"].1.contains("allow sqs:GetQueueAttributes"), "{}", report.stdout);
+    assert!(
+        lines(&report)["queue"].1.contains("allow sqs:GetQueueAttributes"),
+        "{}",
+        report.stdout
+    );
 }
 
 #[tokio::test]
-async fn a_clock_that_is_far_from_that_of_sqs_is_told() {
+async fn a_clock_far_from_the_sqs_clock_is_reported() {
     let world = World::new().await;
     let _writable = kept_writable(&world).await;
-    let stub = Stub::new().await;
-    stub.is_ahead(Duration::from_secs(200));
+    let stub = SqsStub::new().await;
+    stub.set_clock_ahead(Duration::from_secs(200));
     let report = doctor_at(&world, &stub).await.exits(0);
     let (level, told) = &lines(&report)["SQS clock"];
     assert_eq!(level, "warning");

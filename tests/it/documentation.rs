@@ -13,7 +13,7 @@ use std::process::Stdio;
 use projectionist::Registry;
 use tokio::process::Command;
 
-use crate::support::{Folder, Running, World};
+use crate::support::{Folder, RunningProcess, World};
 use page::{Page, root, rows};
 
 const MOST_LINES_OF_THE_README: usize = 150;
@@ -27,8 +27,13 @@ fn every_test_that_the_guarantees_name_exists() {
     assert!(named.len() > 100, "the page lists its tests: {named:?}");
     for (test, target) in named {
         let file = resolve(&page, &target);
-        let text = fs::read_to_string(root().join(&file)).unwrap_or_else(|error| panic!("{test} in {target}: {error}"));
-        assert!(text.contains(&format!("fn {test}(")), "no test in {} is called {test}", file.display());
+        let text = fs::read_to_string(root().join(&file))
+            .unwrap_or_else(|error| panic!("{test} in {target}: {error}"));
+        assert!(
+            text.contains(&format!("fn {test}(")),
+            "no test in {} is called {test}",
+            file.display()
+        );
     }
 }
 
@@ -41,7 +46,8 @@ fn every_relative_link_and_anchor_of_every_page_resolves() {
                 broken.push(format!("{}: {link}: {reason}", page.path.display()));
             }
         }
-        let defined: BTreeSet<String> = page.definitions().into_iter().map(|(name, _)| name).collect();
+        let defined: BTreeSet<String> =
+            page.definitions().into_iter().map(|(name, _)| name).collect();
         for name in page.references().iter().filter(|name| !defined.contains(*name)) {
             broken.push(format!("{}: [`{name}`] has no definition", page.path.display()));
         }
@@ -61,26 +67,39 @@ fn the_readme_is_short() {
 #[test]
 fn every_relative_link_of_the_readme_is_in_the_package_and_the_crates_own_page_has_none() {
     let manifest = fs::read_to_string(root().join("Cargo.toml")).expect("the manifest");
-    let excluded = manifest.lines().find_map(|line| line.strip_prefix("exclude = ")).expect("what is excluded");
-    let excluded: Vec<&str> = excluded.split('"').skip(1).step_by(2).map(|path| path.trim_start_matches('/')).collect();
+    let excluded = manifest
+        .lines()
+        .find_map(|line| line.strip_prefix("exclude = "))
+        .expect("what is excluded");
+    let excluded: Vec<&str> =
+        excluded.split('"').skip(1).step_by(2).map(|path| path.trim_start_matches('/')).collect();
     let readme = Page::read("README.md");
     for link in readme.links().iter().filter(|link| is_relative(link)) {
         let path = resolve(&readme, link);
-        assert!(!excluded.iter().any(|folder| path.starts_with(folder)), "{link} is not in the package");
+        assert!(
+            !excluded.iter().any(|folder| path.starts_with(folder)),
+            "{link} is not in the package"
+        );
     }
     let lib = fs::read_to_string(root().join("src/lib.rs")).expect("the crate");
-    let documentation = lib.lines().filter_map(|line| line.strip_prefix("//!")).collect::<Vec<_>>().join("\n");
+    let documentation =
+        lib.lines().filter_map(|line| line.strip_prefix("//!")).collect::<Vec<_>>().join("\n");
     let relative = documentation.split("](").skip(1).filter_map(|rest| rest.split(')').next());
-    let relative: Vec<&str> = relative.filter(|link| link.contains(['/', '#']) && !link.contains("://")).collect();
+    let relative: Vec<&str> =
+        relative.filter(|link| link.contains(['/', '#']) && !link.contains("://")).collect();
     assert!(relative.is_empty(), "docs.rs has no {relative:?}");
 }
 
 #[test]
 fn every_page_is_in_the_book() {
     let summary = Page::read("docs/SUMMARY.md").links();
-    let pages = Page::all().into_iter().filter_map(|page| Some(page.path.strip_prefix("docs").ok()?.to_owned()));
+    let pages = Page::all()
+        .into_iter()
+        .filter_map(|page| Some(page.path.strip_prefix("docs").ok()?.to_owned()));
     let missing: Vec<PathBuf> = pages
-        .filter(|page| page != Path::new("SUMMARY.md") && !summary.iter().any(|link| Path::new(link) == page))
+        .filter(|page| {
+            page != Path::new("SUMMARY.md") && !summary.iter().any(|link| Path::new(link) == page)
+        })
         .collect();
     assert!(missing.is_empty(), "docs/SUMMARY.md does not list {missing:?}");
 }
@@ -100,7 +119,10 @@ fn every_page_with_rust_is_a_doctest() {
 fn every_projector_file_of_the_pages_loads() {
     let mut loaded = 0;
     for page in Page::all() {
-        let files = page.blocks().into_iter().filter(|block| block.language == "toml" && block.code.contains("[[on]]"));
+        let files = page
+            .blocks()
+            .into_iter()
+            .filter(|block| block.language == "toml" && block.code.contains("[[on]]"));
         for file in files {
             let folder = Folder::new().with("projector.toml", &file.code);
             let mut registry = Registry::new();
@@ -119,7 +141,12 @@ async fn the_readmes_projector_file_is_booted_and_played_by_the_readmes_commands
     let folder = Folder::new();
     let blocks = page::blocks(Page::read("README.md").section("A projector in a file"));
     let [file, commands] = &blocks[..] else { panic!("a file and its commands: {blocks:?}") };
-    let path = file.code.lines().next().and_then(|line| line.strip_prefix("# ")).expect("the name of the file");
+    let path = file
+        .code
+        .lines()
+        .next()
+        .and_then(|line| line.strip_prefix("# "))
+        .expect("the name of the file");
     fs::create_dir(Path::new(folder.path()).join("projectors")).expect("a folder");
     folder.write(path, &file.code);
     run_in_shell(&world, &folder, &commands.code).await;
@@ -171,7 +198,9 @@ fn resolve(page: &Page, link: &str) -> PathBuf {
     let mut resolved = page.path.parent().expect("a page is in a folder").to_owned();
     for part in Path::new(path).components() {
         match part {
-            Component::ParentDir => assert!(resolved.pop(), "{link} of {} leaves the repository", page.path.display()),
+            Component::ParentDir => {
+                assert!(resolved.pop(), "{link} of {} leaves the repository", page.path.display())
+            }
             Component::CurDir => {}
             part => resolved.push(part),
         }
@@ -184,7 +213,9 @@ fn check_link(page: &Page, link: &str) -> Result<(), String> {
     if !root().join(&target).exists() {
         return Err(format!("there is no {}", target.display()));
     }
-    let Some((_, anchor)) = link.split_once('#').filter(|_| target.extension().is_some_and(|of| of == "md")) else {
+    let Some((_, anchor)) =
+        link.split_once('#').filter(|_| target.extension().is_some_and(|of| of == "md"))
+    else {
         return Ok(());
     };
     let page = Page::read(target.to_str().expect("a name in UTF-8"));
@@ -204,13 +235,16 @@ async fn run_in_shell(world: &World, folder: &Folder, script: &str) {
     shell.envs(binary.as_std().get_envs().filter_map(|(name, value)| Some((name, value?))));
     shell.env("PATH", path).env_remove("PROJECTORS");
     shell.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    Running::spawn(shell).finish().await.exits(0);
+    RunningProcess::spawn(shell).finish().await.exits(0);
 }
 
 /// A file's text, or that of all files in a folder.
 fn text_of(path: &Path) -> String {
     if path.is_dir() {
-        return fs::read_dir(path).expect("a folder").map(|file| text_of(&file.expect("a file").path())).collect();
+        return fs::read_dir(path)
+            .expect("a folder")
+            .map(|file| text_of(&file.expect("a file").path()))
+            .collect();
     }
     fs::read_to_string(path).expect("text")
 }

@@ -6,13 +6,14 @@ use projectionist::sqlx::{self, MySqlConnection};
 
 use crate::support::{self, Folder, World, event, eventually, execute};
 
-/// The setting is the whole server's, and only users without special rights feel it: of all tests those of
-/// `grants.rs`, which hold the same lock.
+/// The setting is the whole server's, and only users without special rights feel it: of all tests
+/// those of `grants.rs`, which hold the same lock.
 pub async fn lock_out_restricted_users(admin: &mut MySqlConnection) {
-    let locked: i64 = sqlx::query_scalar("select cast(get_lock('restricted_users', 120) as signed)")
-        .fetch_one(admin)
-        .await
-        .expect("the lock");
+    let locked: i64 =
+        sqlx::query_scalar("select cast(get_lock('restricted_users', 120) as signed)")
+            .fetch_one(admin)
+            .await
+            .expect("the lock");
     assert_eq!(locked, 1, "the lock is free within two minutes");
 }
 
@@ -38,18 +39,26 @@ async fn sessions(admin: &mut MySqlConnection, user: &str) -> Vec<u64> {
     all.filter(|session| session.user == user).map(|session| session.id).collect()
 }
 
-/// A user without special rights, and the URL for it. Of all tests only this one has any, until its connection ends.
+/// A user without special rights, and the URL for it. Of all tests only this one has any, until its
+/// connection ends.
 async fn restricted_user(world: &World, admin: &mut MySqlConnection) -> (String, String) {
     lock_out_restricted_users(admin).await;
     let user = format!("u{:x}", fastrand::u64(..));
     execute(admin, &format!("create user '{user}'@'%' identified by 'x'")).await;
-    execute(admin, &format!("grant select, insert, update, create on {}.* to '{user}'@'%'", world.database_name)).await;
+    execute(
+        admin,
+        &format!(
+            "grant select, insert, update, create on {}.* to '{user}'@'%'",
+            world.database_name
+        ),
+    )
+    .await;
     let url = world.database_url.replace("://root@", &format!("://{user}:x@"));
     (user, url)
 }
 
 #[tokio::test]
-async fn a_server_that_becomes_read_only_breaks_nobody_and_its_connections_are_given_up() {
+async fn a_read_only_server_breaks_no_projector_and_its_connections_are_closed() {
     let world = World::new().await;
     let mut admin = world.connection().await;
     let (user, url) = restricted_user(&world, &mut admin).await;
@@ -74,7 +83,10 @@ async fn a_server_that_becomes_read_only_breaks_nobody_and_its_connections_are_g
     })
     .await
     .expect("the connections of before are given up");
-    assert_eq!((world.status("counter").await, world.position("counter").await), ("live".into(), 10));
+    assert_eq!(
+        (world.status("counter").await, world.position("counter").await),
+        ("live".into(), 10)
+    );
     execute(&mut admin, "set global read_only = 0").await;
 
     eventually("it goes on by itself", || async { world.position("counter").await == 20 }).await;
@@ -85,26 +97,36 @@ async fn a_server_that_becomes_read_only_breaks_nobody_and_its_connections_are_g
 }
 
 #[tokio::test]
-async fn a_server_that_becomes_read_only_in_the_middle_of_a_boot_breaks_nobody() {
+async fn a_server_that_becomes_read_only_during_a_boot_breaks_no_projector() {
     let world = World::new().await;
     let mut admin = world.connection().await;
     let (user, url) = restricted_user(&world, &mut admin).await;
     let folder = Folder::new().with("counter.toml", &slow_projector());
     world.append(200).await;
-    let booting = world.start(&["boot", "--batch=10", "--projectors", folder.path(), "--database-url", &url]);
-    eventually("it is on its way", || async { world.entry("counter").await.is_some_and(|c| c.position.get() > 20) })
-        .await;
+    let booting =
+        world.start(&["boot", "--batch=10", "--projectors", folder.path(), "--database-url", &url]);
+    eventually("it is on its way", || async {
+        world.entry("counter").await.is_some_and(|c| c.position.get() > 20)
+    })
+    .await;
 
     execute(&mut admin, "set global read_only = 1").await;
-    booting.logs("trying again").await;
+    booting.wait_for_log("trying again").await;
     let position = world.position("counter").await;
     assert!(position < 200, "in the middle of it");
     assert_eq!(world.status("counter").await, "booting");
-    assert_eq!(world.number("select count(*) from counter").await, position, "what was refused is rolled back");
+    assert_eq!(
+        world.number("select count(*) from counter").await,
+        position,
+        "what was refused is rolled back"
+    );
     execute(&mut admin, "set global read_only = 0").await;
 
     booting.finish().await.exits(0);
-    assert_eq!((world.status("counter").await, world.position("counter").await), ("live".into(), 200));
+    assert_eq!(
+        (world.status("counter").await, world.position("counter").await),
+        ("live".into(), 200)
+    );
     assert_eq!(world.number("select count(*) from counter").await, 200);
     execute(&mut admin, &format!("drop user '{user}'@'%'")).await;
 }

@@ -1,4 +1,5 @@
-//! The fence: each event once, by one worker, whole or not at all, whoever else is at work and whatever connection is lost.
+//! The fence: each event once, by one worker, whole or not at all, whoever else is at work and
+//! whatever connection is lost.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -8,14 +9,14 @@ use projectionist::sqlx::{self, Connection, MySqlConnection};
 use projectionist::{Database, Error, Limits, Mode, PlaySettings, Queue, Registry, boot};
 
 use crate::support::{
-    Cuts, Faults, FaultyQueue, Gate, PATIENCE, Scripted, Tally, World, eventually, gated, kill, registry, run,
-    scripted_at, seed, server_url, set,
+    Faults, FaultyQueue, Gate, RandomCuts, ScriptedProjector, TIMEOUT, Tally, World, eventually,
+    gated, kill, registry, registry_of, run, scripted_at, seed, server_url,
 };
 
 // Two at once.
 
 #[tokio::test]
-async fn two_workers_at_once_apply_each_event_once() {
+async fn two_concurrent_workers_apply_each_event_once() {
     let world = World::with_standard_queue().await;
     let (all, closed) = (Tally::new("all_events"), Tally::new("closed").only(&["Closed"]));
     let registry = registry(&[&all, &closed]);
@@ -23,9 +24,14 @@ async fn two_workers_at_once_apply_each_event_once() {
     let seed = seed();
     // Half of what the one has applied comes again, to the other as likely as not.
     let faults = Faults { undeleted: 50, shuffled: true, ..Faults::default() };
-    let queues = [seed, seed + 1].map(|seed| Arc::new(FaultyQueue::new(&world.queue, faults, seed)));
-    let settings = PlaySettings { reconcile_after: Duration::from_millis(50), ..World::restless() };
-    let workers = queues.clone().map(|queue| world.start_play_from(queue, &registry, settings.clone()));
+    let queues =
+        [seed, seed + 1].map(|seed| Arc::new(FaultyQueue::new(&world.queue, faults, seed)));
+    let settings = PlaySettings {
+        reconcile_after: Duration::from_millis(50),
+        ..World::continuous_play_settings()
+    };
+    let workers =
+        queues.clone().map(|queue| world.start_play_from(queue, &registry, settings.clone()));
     for _ in 0..40 {
         world.append(10).await;
     }
@@ -38,22 +44,26 @@ async fn two_workers_at_once_apply_each_event_once() {
     for worker in workers {
         assert_eq!(worker.stop().await.broken, 0);
     }
-    assert!(queues.iter().all(|queue| queue.struck().received > 5), "both have worked");
+    assert!(queues.iter().all(|queue| queue.fault_counts().received > 5), "both have worked");
     world.assert_complete(&all).await;
     world.assert_complete(&closed).await;
 }
 
 #[tokio::test]
-async fn two_boots_at_once_apply_each_event_once_and_both_succeed() {
+async fn two_concurrent_boots_apply_each_event_once_and_both_succeed() {
     let world = World::new().await;
     let (gate, first, second) = (Gate::new(), Tally::new("first"), Tally::new("second"));
     let once = Tally::new("once").mode(Mode::Once);
-    let registry = Registry::new().with(gated(&first, 150, &gate)).and_then(|set| set.with(second.clone()));
+    let registry =
+        Registry::new().with(gated(&first, 150, &gate)).and_then(|set| set.with(second.clone()));
     let registry = registry.and_then(|set| set.with(once.clone())).expect("names of their own");
     world.append(400).await;
     let overlap = async {
         gate.arrival().await;
-        eventually("the other boot waits for this one's row", async || world.lock_waits().await > 0).await;
+        eventually("the other boot waits for this one's row", async || {
+            world.lock_waits().await > 0
+        })
+        .await;
         gate.open();
     };
     let (one, other, ()) = tokio::join!(world.boot(&registry), world.boot(&registry), overlap);
@@ -109,13 +119,17 @@ async fn an_unbooted_projector_is_never_played() {
 #[tokio::test]
 async fn a_stalled_or_broken_projector_is_not_played_until_it_is_booted() {
     let world = World::new().await;
-    let (poisoned, mended, other) = (Tally::new("tally").failing_at(5), Tally::new("tally"), Tally::new("other"));
+    let (poisoned, mended, other) =
+        (Tally::new("tally").failing_at(5), Tally::new("tally"), Tally::new("other"));
     world.append(10).await;
     assert!(!world.boot(&registry(&[&poisoned, &other])).await.is_released());
     let mended_set = registry(&[&mended, &other]);
     world.append(10).await;
     world.play_until_idle(&mended_set).await;
-    assert_eq!((world.status("tally").await, world.status("other").await), ("broken".into(), "stalled".into()));
+    assert_eq!(
+        (world.status("tally").await, world.status("other").await),
+        ("broken".into(), "stalled".into())
+    );
     assert_eq!(world.position("tally").await, 4);
 
     assert!(world.boot(&mended_set).await.is_released());
@@ -124,7 +138,7 @@ async fn a_stalled_or_broken_projector_is_not_played_until_it_is_booted() {
 }
 
 #[tokio::test]
-async fn a_live_projector_that_is_retired_while_play_runs_stops() {
+async fn a_live_projector_retired_while_play_runs_stops() {
     for side_effects in [false, true] {
         let world = World::new().await;
         let (stays, goes) = (Tally::new("stays"), Tally::new("goes"));
@@ -137,13 +151,18 @@ async fn a_live_projector_that_is_retired_while_play_runs_stops() {
             world.position("stays").await == 20 && world.position("goes").await == 20
         })
         .await;
-        // By the release without it, so that its table stays and anything written to it would be seen.
+        // By the release without it, so that its table stays and anything written to it would be
+        // seen.
         world.run(&["retire", "goes", "--yes"]).await.exits(0);
         world.append(20).await;
         eventually("the other one goes on", async || world.position("stays").await == 40).await;
         world.boot(&both).await;
         let expected = if side_effects { "retired" } else { "live" };
-        assert_eq!(world.status("goes").await, expected, "forgotten, it is new again; retired, it is never");
+        assert_eq!(
+            world.status("goes").await,
+            expected,
+            "forgotten, it is new again; retired, it is never"
+        );
         playing.stop().await;
         let again = if side_effects { 0 } else { 40 };
         assert_eq!(goes.applied(&world).await.len(), 20 + again);
@@ -151,13 +170,15 @@ async fn a_live_projector_that_is_retired_while_play_runs_stops() {
 }
 
 #[tokio::test]
-async fn a_projector_that_is_retired_while_boot_runs_leaves_the_boot() {
+async fn a_projector_retired_while_boot_runs_is_dropped_from_the_boot() {
     let world = World::new().await;
     let (gate, tally, other) = (Gate::new(), Tally::new("tally"), Tally::new("other"));
-    let registry = Registry::new().with(gated(&tally, 10, &gate)).and_then(|set| set.with(other.clone()));
+    let registry =
+        Registry::new().with(gated(&tally, 10, &gate)).and_then(|set| set.with(other.clone()));
     let registry = registry.expect("names of their own");
     world.append(10).await;
-    let booting = async { tokio::time::timeout(PATIENCE, world.boot(&registry)).await.expect("boot ends") };
+    let booting =
+        async { tokio::time::timeout(TIMEOUT, world.boot(&registry)).await.expect("boot ends") };
     let retiring = async {
         gate.arrival().await;
         let opening = async {
@@ -175,7 +196,7 @@ async fn a_projector_that_is_retired_while_boot_runs_leaves_the_boot() {
 }
 
 #[tokio::test]
-async fn another_mode_without_another_version_is_refused() {
+async fn a_changed_mode_without_a_new_version_is_refused() {
     let world = World::new().await;
     world.append(10).await;
     world.boot(&registry(&[&Tally::new("tally")])).await;
@@ -184,12 +205,15 @@ async fn another_mode_without_another_version_is_refused() {
         let refused = boot(&world.database, &changed, Limits::default(), |_| {}).await;
         let Err(Error::Input(reason)) = refused else { panic!("{refused:?}") };
         assert!(reason.contains("tally@1") && reason.contains("new version"), "{reason}");
-        assert_eq!((world.status("tally").await, world.status("new_one").await), ("live".into(), "new".into()));
+        assert_eq!(
+            (world.status("tally").await, world.status("new_one").await),
+            ("live".into(), "new".into())
+        );
     }
 }
 
 #[tokio::test]
-async fn a_projector_booted_beside_an_old_release_that_empties_the_queue_misses_nothing() {
+async fn a_projector_booted_beside_an_old_release_misses_no_event() {
     let world = World::new().await;
     let (old, new) = (Tally::new("old"), Tally::new("new"));
     let (old_release, new_release) = (registry(&[&old]), registry(&[&old, &new]));
@@ -206,11 +230,16 @@ async fn a_projector_booted_beside_an_old_release_that_empties_the_queue_misses_
     let handed_over_at = world.position("new").await;
     world.append(50).await;
     eventually("the old release has emptied the queue", async || {
-        world.position("old").await == 300 && world.queue.depth().await.is_ok_and(|depth| depth == 0)
+        world.position("old").await == 300
+            && world.queue.depth().await.is_ok_and(|depth| depth == 0)
     })
     .await;
     assert!(old_worker.stop().await.messages > 0);
-    assert_eq!(world.position("new").await, handed_over_at, "an old release does not touch what it does not know");
+    assert_eq!(
+        world.position("new").await,
+        handed_over_at,
+        "an old release does not touch what it does not know"
+    );
     assert!(handed_over_at <= 250, "no message will bring what lies between");
 
     world.play_until_idle(&new_release).await;
@@ -221,12 +250,19 @@ async fn a_projector_booted_beside_an_old_release_that_empties_the_queue_misses_
 // Connections that are lost.
 
 /// Stands at the gate at one position, and tells which session it is in.
-fn gated_in_session(tally: &Tally, position: u64, gate: &Gate, session: &Arc<AtomicU64>) -> Scripted {
+fn gated_in_session(
+    tally: &Tally,
+    position: u64,
+    gate: &Gate,
+    session: &Arc<AtomicU64>,
+) -> ScriptedProjector {
     let (gate, session) = (gate.clone(), Arc::clone(session));
     scripted_at(tally, position, move |db| {
         let (gate, session) = (gate.clone(), Arc::clone(&session));
         Box::pin(async move {
-            let own: u64 = sqlx::query_scalar("select cast(connection_id() as unsigned)").fetch_one(&mut *db).await?;
+            let own: u64 = sqlx::query_scalar("select cast(connection_id() as unsigned)")
+                .fetch_one(&mut *db)
+                .await?;
             session.store(own, Ordering::SeqCst);
             gate.pass().await;
             run(db, "select 1").await
@@ -235,31 +271,41 @@ fn gated_in_session(tally: &Tally, position: u64, gate: &Gate, session: &Arc<Ato
 }
 
 #[tokio::test]
-async fn a_connection_killed_in_the_middle_of_a_transaction_breaks_nobody_in_boot_and_in_play() {
+async fn a_connection_killed_in_a_transaction_breaks_no_projector() {
     let world = World::new().await;
     let tally = Tally::new("tally");
     for (position, in_boot) in [(150, true), (250, false)] {
         let (gate, session) = (Gate::new(), Arc::new(AtomicU64::new(0)));
-        let registry = set([gated_in_session(&tally, position, &gate, &session)]);
+        let registry = registry_of([gated_in_session(&tally, position, &gate, &session)]);
         world.append(200).await;
         let killing = async {
             gate.arrival().await;
             let killed = session.load(Ordering::SeqCst);
             world.execute(&format!("kill {killed}")).await;
             gate.open();
-            eventually("it is in another session", async || session.load(Ordering::SeqCst) != killed).await;
+            eventually("it is in another session", async || {
+                session.load(Ordering::SeqCst) != killed
+            })
+            .await;
         };
         match in_boot {
             true => assert!(tokio::join!(world.boot(&registry), killing).0.is_released()),
-            false => assert_eq!(tokio::join!(world.play_until_idle(&registry), killing).0.broken, 0),
+            false => {
+                assert_eq!(tokio::join!(world.play_until_idle(&registry), killing).0.broken, 0)
+            }
         }
         world.assert_complete(&tally).await;
     }
 }
 
-/// Kills one session after the other, whatever it is in, until it is told to stop: one for every so many events shown,
-/// so that a slow server is not killed to a standstill.
-async fn kill_at_random(world: &World, mut dice: fastrand::Rng, shown: &AtomicU64, stop: &AtomicBool) -> u64 {
+/// Kills one session after the other, whatever it is in, until it is told to stop: one for every so
+/// many events shown, so that a slow server is not killed to a standstill.
+async fn kill_at_random(
+    world: &World,
+    mut dice: fastrand::Rng,
+    shown: &AtomicU64,
+    stop: &AtomicBool,
+) -> u64 {
     let mut killer = MySqlConnection::connect(&server_url()).await.expect("the server answers");
     let mut killed = 0;
     while !stop.load(Ordering::SeqCst) {
@@ -267,13 +313,16 @@ async fn kill_at_random(world: &World, mut dice: fastrand::Rng, shown: &AtomicU6
             killed += kill(&mut killer, [session]).await as u64;
         }
         let next = shown.load(Ordering::SeqCst) + dice.u64(20..80);
-        eventually("it gets on", async || stop.load(Ordering::SeqCst) || shown.load(Ordering::SeqCst) >= next).await;
+        eventually("it gets on", async || {
+            stop.load(Ordering::SeqCst) || shown.load(Ordering::SeqCst) >= next
+        })
+        .await;
     }
     killed
 }
 
 #[tokio::test]
-async fn sessions_killed_at_random_break_nobody_in_boot_and_in_play() {
+async fn sessions_killed_at_random_break_no_projector() {
     let world = World::new().await;
     let mut dice = fastrand::Rng::with_seed(seed());
     let shown = Arc::new(AtomicU64::new(0));
@@ -284,12 +333,15 @@ async fn sessions_killed_at_random_break_nobody_in_boot_and_in_play() {
             Ok(())
         })
     };
-    let tallies =
-        [Tally::new("all_events"), Tally::new("closed").only(&["Closed"]), Tally::new("once").mode(Mode::Once)];
+    let tallies = [
+        Tally::new("all_events"),
+        Tally::new("closed").only(&["Closed"]),
+        Tally::new("once").mode(Mode::Once),
+    ];
     let tallies = tallies.map(counted);
     let registry = registry(&[&tallies[0], &tallies[1], &tallies[2]]);
     world.append(1_500).await;
-    let limits = Limits { batch: 20, patience: Some(PATIENCE), ..Limits::default() };
+    let limits = Limits { batch: 20, retry_timeout: Some(TIMEOUT), ..Limits::default() };
 
     let stop = AtomicBool::new(false);
     let booting = async {
@@ -297,7 +349,8 @@ async fn sessions_killed_at_random_break_nobody_in_boot_and_in_play() {
         stop.store(true, Ordering::SeqCst);
         report.expect("boot comes to an end")
     };
-    let (report, killed) = tokio::join!(booting, kill_at_random(&world, dice.fork(), &shown, &stop));
+    let (report, killed) =
+        tokio::join!(booting, kill_at_random(&world, dice.fork(), &shown, &stop));
     assert!(report.is_released() && killed > 2, "{killed} sessions killed: {report:?}");
     for tally in &tallies {
         world.assert_complete(tally).await;
@@ -307,31 +360,36 @@ async fn sessions_killed_at_random_break_nobody_in_boot_and_in_play() {
     stop.store(false, Ordering::SeqCst);
     let playing = async {
         let settings = PlaySettings { limits, ..World::play_settings() };
-        let played = world.play_with(Arc::clone(&world.queue) as Arc<dyn Queue>, &registry, settings).await;
+        let played =
+            world.play_with(Arc::clone(&world.queue) as Arc<dyn Queue>, &registry, settings).await;
         stop.store(true, Ordering::SeqCst);
         played
     };
-    let (played, killed) = tokio::join!(playing, kill_at_random(&world, dice.fork(), &shown, &stop));
+    let (played, killed) =
+        tokio::join!(playing, kill_at_random(&world, dice.fork(), &shown, &stop));
     assert!(played.broken == 0 && killed > 2, "{killed} sessions killed: {played:?}");
     world.assert_complete(&tallies[0]).await;
     world.assert_complete(&tallies[1]).await;
 }
 
 #[tokio::test]
-async fn a_commit_whose_answer_is_lost_is_neither_missed_nor_repeated() {
+async fn a_commit_with_a_lost_acknowledgement_is_neither_missed_nor_repeated() {
     let world = World::new().await;
-    let cuts = Cuts::new(30, seed());
+    let cuts = RandomCuts::new(30, seed());
     let cutting = Arc::clone(&cuts);
-    let url = world.database_url_by(move |bytes| cutting.decide(bytes)).await;
-    let database = Database::connect(&url, 8, PATIENCE).await.expect("the server answers");
-    let tallies =
-        [Tally::new("all_events"), Tally::new("closed").only(&["Closed"]), Tally::new("once").mode(Mode::Once)];
+    let url = world.database_url_through_proxy(move |bytes| cutting.decide(bytes)).await;
+    let database = Database::connect(&url, 8, TIMEOUT).await.expect("the server answers");
+    let tallies = [
+        Tally::new("all_events"),
+        Tally::new("closed").only(&["Closed"]),
+        Tally::new("once").mode(Mode::Once),
+    ];
     let registry = registry(&[&tallies[0], &tallies[1], &tallies[2]]);
     world.append(300).await;
-    let limits = Limits { batch: 10, patience: Some(PATIENCE), ..Limits::default() };
+    let limits = Limits { batch: 10, retry_timeout: Some(TIMEOUT), ..Limits::default() };
     let report = boot(&database, &registry, limits, |_| {}).await.expect("boot comes to an end");
     assert!(report.is_released(), "{report:?}");
-    let (before, after) = cuts.so_far();
+    let (before, after) = cuts.counts();
     assert!(before > 3 && after > 3, "commits cut in boot: {before} before, {after} after");
     for tally in &tallies {
         world.assert_complete(tally).await;
@@ -346,10 +404,17 @@ async fn a_commit_whose_answer_is_lost_is_neither_missed_nor_repeated() {
         settings,
         std::future::pending(),
     );
-    let played = tokio::time::timeout(PATIENCE, playing).await.expect("play becomes idle").expect("play ends");
+    let played = tokio::time::timeout(TIMEOUT, playing)
+        .await
+        .expect("play becomes idle")
+        .expect("play ends");
     assert_eq!(played.broken, 0);
-    let (in_play_before, in_play_after) = cuts.so_far();
-    assert!(in_play_before > before + 3 && in_play_after > after + 3, "{} commits", cuts.commits());
+    let (in_play_before, in_play_after) = cuts.counts();
+    assert!(
+        in_play_before > before + 3 && in_play_after > after + 3,
+        "{} commits",
+        cuts.commit_count()
+    );
     world.assert_complete(&tallies[0]).await;
     world.assert_complete(&tallies[1]).await;
 }

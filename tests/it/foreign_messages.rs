@@ -1,5 +1,5 @@
-//! Messages that are not of the log: somebody else's, forged, or of a log that was. They are never applied, never deleted, and
-//! never silent; and ours get through.
+//! Messages that are not of the log: somebody else's, forged, or of a log that was. They are never
+//! applied, never deleted, and never silent; and ours get through.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -10,7 +10,9 @@ use ring::hmac;
 use serde_json::{Value, json};
 
 use crate::queue::{Payloads, without_relay};
-use crate::support::{Faults, FaultyQueue, Folder, PATIENCE, Tally, World, eventually, registry, schedule};
+use crate::support::{
+    Faults, FaultyQueue, Folder, TIMEOUT, Tally, World, eventually, registry, schedule,
+};
 
 /// As a projector file, for the shipped binary.
 const PAYLOADS: &str = "name = 'payloads'\nversion = 1\nmode = 'from_beginning'\n\
@@ -29,7 +31,9 @@ impl World {
     pub async fn send_to(&self, group: &str, body: &str) {
         let send = self.sqs.send_message().queue_url(&self.queue_url).message_body(body);
         let send = match self.queue_url.ends_with(".fifo") {
-            true => send.message_group_id(group).message_deduplication_id(uuid::Uuid::now_v7().to_string()),
+            true => send
+                .message_group_id(group)
+                .message_deduplication_id(uuid::Uuid::now_v7().to_string()),
             false => send,
         };
         send.send().await.expect("sent");
@@ -44,11 +48,13 @@ impl World {
     async fn take_all(&self) -> Vec<String> {
         let mut bodies = Vec::new();
         loop {
-            let received = self.queue.receive(Duration::from_secs(1)).await.expect("the queue answers");
+            let received =
+                self.queue.receive(Duration::from_secs(1)).await.expect("the queue answers");
             if received.is_empty() {
                 return bodies;
             }
-            let receipts: Vec<String> = received.iter().map(|message| message.receipt.clone()).collect();
+            let receipts: Vec<String> =
+                received.iter().map(|message| message.receipt.clone()).collect();
             bodies.extend(received.into_iter().map(|message| message.body));
             self.queue.delete(&receipts).await.expect("deleted");
         }
@@ -56,8 +62,7 @@ impl World {
 
     /// Asserts that the payloads that were applied are those of the log, all of them.
     async fn assert_payloads_are_those_of_the_log(&self) {
-        let others =
-            "select count(*) from payloads p left join events e using (position) where not (p.payload <=> e.payload)";
+        let others = "select count(*) from payloads p left join events e using (position) where not (p.payload <=> e.payload)";
         let missing = "select count(*) from events e left join payloads p using (position) \
                        where p.position is null and e.event_type not like '$%'";
         assert_eq!(self.number(others).await, 0, "events that are not the log's");
@@ -74,18 +79,23 @@ fn unsigned(log: &str, prev: u64, events: &[Value]) -> String {
 /// A body with this signature.
 fn with_signature(signature: &str, log: &str, prev: u64, events: &[Value], last: u64) -> String {
     let events = json!(events);
-    format!("{{\"sig\":\"{signature}\",\"log\":\"{log}\",\"prev\":{prev},\"events\":{events},\"last\":{last}}}")
+    format!(
+        "{{\"sig\":\"{signature}\",\"log\":\"{log}\",\"prev\":{prev},\"events\":{events},\"last\":{last}}}"
+    )
 }
 
 /// A body, signed with a key.
 fn signed(key: &[u8], log: &str, prev: u64, events: &[Value], last: u64) -> String {
     let unsigned = with_signature(&"0".repeat(64), log, prev, events, last);
-    let tag = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, key), &unsigned.as_bytes()["{\"sig\":\"\",".len() + 64..]);
+    let tag = hmac::sign(
+        &hmac::Key::new(hmac::HMAC_SHA256, key),
+        &unsigned.as_bytes()["{\"sig\":\"\",".len() + 64..],
+    );
     let digits: String = tag.as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
     unsigned.replacen(&"0".repeat(64), &digits, 1)
 }
 
-fn wire(position: u64, event_id: &str, payload: Value) -> Value {
+fn wire_event(position: u64, event_id: &str, payload: Value) -> Value {
     json!({
         "position": position, "event_id": event_id, "stream_id": "forged", "stream_version": position,
         "event_type": "Opened", "recorded_at": "2026-01-01T00:00:00Z", "payload": payload,
@@ -93,8 +103,10 @@ fn wire(position: u64, event_id: &str, payload: Value) -> Value {
 }
 
 /// Events at these positions that the log does not have.
-fn others(positions: std::ops::RangeInclusive<u64>) -> Vec<Value> {
-    positions.map(|position| wire(position, &format!("other-{position}"), json!({}))).collect()
+fn other_events(positions: std::ops::RangeInclusive<u64>) -> Vec<Value> {
+    positions
+        .map(|position| wire_event(position, &format!("other-{position}"), json!({})))
+        .collect()
 }
 
 async fn both_queues() -> [World; 2] {
@@ -102,7 +114,7 @@ async fn both_queues() -> [World; 2] {
 }
 
 #[tokio::test]
-async fn foreign_messages_are_neither_applied_nor_deleted_and_stop_nothing() {
+async fn foreign_messages_are_neither_applied_nor_deleted_and_block_no_event() {
     for world in both_queues().await {
         let registry = payloads();
         world.append(5).await;
@@ -113,19 +125,20 @@ async fn foreign_messages_are_neither_applied_nor_deleted_and_stop_nothing() {
             "{\"Type\":\"Notification\",\"Message\":\"{}\"}".into(),
             "[1,2,3]".into(),
             "{}".into(),
-            unsigned("another-log", 5, &others(6..=9)),
-            unsigned(&log, 5, &others(6..=9)),
-            unsigned(&log, 0, &others(1..=9)),
+            unsigned("another-log", 5, &other_events(6..=9)),
+            unsigned(&log, 5, &other_events(6..=9)),
+            unsigned(&log, 0, &other_events(1..=9)),
             unsigned(&log, 5, &[]),
             format!("{{\"log\":\"{log}\",\"prev\":5,\"last\":18446744073709551615}}"),
-            signed(b"another key", &log, 4, &others(5..=5), 5),
-            // Signed by us, and not of the log as it is: what could come of a clone of the database.
-            signed(&key, "another-log", 4, &others(5..=5), 5),
-            signed(&key, &log, 4, &others(5..=5), 5),
-            signed(&key, &log, 5, &others(6..=9), 9),
-            signed(&key, &log, 900, &others(901..=902), 902),
-            signed(&key, &log, 18_446_744_073_709_551_615, &others(1..=1), 1),
-            signed(&key, &log, 3, &others(5..=5), 5),
+            signed(b"another key", &log, 4, &other_events(5..=5), 5),
+            // Signed by us, and not of the log as it is: what could come of a clone of the
+            // database.
+            signed(&key, "another-log", 4, &other_events(5..=5), 5),
+            signed(&key, &log, 4, &other_events(5..=5), 5),
+            signed(&key, &log, 5, &other_events(6..=9), 9),
+            signed(&key, &log, 900, &other_events(901..=902), 902),
+            signed(&key, &log, 18_446_744_073_709_551_615, &other_events(1..=1), 1),
+            signed(&key, &log, 3, &other_events(5..=5), 5),
             signed(&key, &log, 5, &[], 5),
         ];
         for body in &foreign {
@@ -147,14 +160,17 @@ async fn foreign_messages_are_neither_applied_nor_deleted_and_stop_nothing() {
             let at = left.iter().position(|left| *left == body);
             left.swap_remove(at.unwrap_or_else(|| panic!("{body} is gone")));
         }
-        assert!(left.iter().all(|left| left.starts_with("{\"sig\"")), "ours may be there still: {left:?}");
+        assert!(
+            left.iter().all(|left| left.starts_with("{\"sig\"")),
+            "ours may be there still: {left:?}"
+        );
         let seen = world.number("select foreign_messages from event_log").await;
         assert!(seen >= played.foreign, "{seen}");
     }
 }
 
 #[tokio::test]
-async fn a_queue_of_somebody_else_is_left_as_it_is_and_an_alert_says_so() {
+async fn a_queue_with_only_foreign_messages_is_left_alone_with_an_alert() {
     for world in both_queues().await {
         let tally = Tally::new("tally");
         let projectors = Folder::new().with("tally.toml", &tally.file(&[]));
@@ -166,23 +182,34 @@ async fn a_queue_of_somebody_else_is_left_as_it_is_and_an_alert_says_so() {
         }
         let play = ["play", "--no-relay", "--receive-wait=1", "--projectors", projectors.path()];
         let worker = world.start(&play);
-        worker.logs("\"alert\":\"foreign_messages\"").await;
+        worker.wait_for_log("\"alert\":\"foreign_messages\"").await;
         // Events come from the store meanwhile.
         world.append(10).await;
         world.run(&["relay", "--once"]).await.exits(0);
         eventually("they are played", async || world.position("tally").await == 13).await;
         let log = worker.terminate().await.exits(0).log();
 
-        let alerts: Vec<&Value> = log.iter().filter(|line| line["alert"] == "foreign_messages").collect();
+        let alerts: Vec<&Value> =
+            log.iter().filter(|line| line["alert"] == "foreign_messages").collect();
         assert_eq!(alerts.len(), 1, "once, and not with every receive");
         let alert = alerts[0];
-        assert_eq!((&alert["level"], alert["reasons"].as_str()), (&json!("ERROR"), Some("10 not readable")), "{alert}");
-        let name = world.queue_url.rsplit('/').next().expect("a name");
-        assert!(
-            alert["queue"].as_str().is_some_and(|queue| queue.starts_with("arn:") && queue.ends_with(name)),
+        assert_eq!(
+            (&alert["level"], alert["reasons"].as_str()),
+            (&json!("ERROR"), Some("10 not readable")),
             "{alert}"
         );
-        assert_eq!(alert["example"].as_str().map(str::len), Some(36), "the id of one of them: {alert}");
+        let name = world.queue_url.rsplit('/').next().expect("a name");
+        assert!(
+            alert["queue"]
+                .as_str()
+                .is_some_and(|queue| queue.starts_with("arn:") && queue.ends_with(name)),
+            "{alert}"
+        );
+        assert_eq!(
+            alert["example"].as_str().map(str::len),
+            Some(36),
+            "the id of one of them: {alert}"
+        );
 
         let status = world.run(&["status", "--json"]).await.exits(0).json();
         assert!(status["foreign_messages"].as_u64().is_some_and(|seen| seen >= 10), "{status}");
@@ -190,9 +217,13 @@ async fn a_queue_of_somebody_else_is_left_as_it_is_and_an_alert_says_so() {
         let status = world.run(&["status"]).await.exits(0).stdout;
         assert!(status.contains("messages that are not of this log were received"), "{status}");
         let doctor = world.run(&["doctor", "--json"]).await.exits(0).json();
-        let check = doctor["checks"].as_array().expect("checks").iter().find(|c| c["check"] == "foreign messages");
+        let check = doctor["checks"]
+            .as_array()
+            .expect("checks")
+            .iter()
+            .find(|c| c["name"] == "foreign messages");
         let check = check.expect("doctor looks");
-        assert!(check["level"] == "warning" && check["do"].is_string(), "{check}");
+        assert!(check["level"] == "warning" && check["remedy"].is_string(), "{check}");
 
         let mut left = world.take_all().await;
         left.retain(|body| !body.starts_with("{\"sig\""));
@@ -204,7 +235,7 @@ async fn a_queue_of_somebody_else_is_left_as_it_is_and_an_alert_says_so() {
 }
 
 #[tokio::test]
-async fn our_messages_get_through_beside_foreign_ones() {
+async fn log_messages_get_through_beside_foreign_ones() {
     for world in both_queues().await {
         let tally = Tally::new("tally");
         let registry = registry(&[&tally]);
@@ -228,7 +259,7 @@ async fn our_messages_get_through_beside_foreign_ones() {
 }
 
 #[tokio::test]
-async fn a_foreign_message_that_holds_up_the_group_of_the_events_holds_up_no_projector() {
+async fn a_foreign_message_that_blocks_the_message_group_blocks_no_projector() {
     let world = World::new().await;
     let tally = Tally::new("tally");
     let registry = registry(&[&tally]);
@@ -237,7 +268,11 @@ async fn a_foreign_message_that_holds_up_the_group_of_the_events_holds_up_no_pro
     world.append(10).await;
     world.publish(10).await;
     // It comes with a message of ours, and stays hidden for 30 s then.
-    let playing = world.start_play_from(Arc::clone(&world.queue) as Arc<dyn Queue>, &registry, World::restless());
+    let playing = world.start_play_from(
+        Arc::clone(&world.queue) as Arc<dyn Queue>,
+        &registry,
+        World::continuous_play_settings(),
+    );
     eventually("the first are played", async || world.position("tally").await == 10).await;
     world.append(10).await;
     let began = Instant::now();
@@ -253,7 +288,7 @@ async fn a_foreign_message_that_holds_up_the_group_of_the_events_holds_up_no_pro
 }
 
 #[tokio::test]
-async fn a_foreign_message_goes_to_the_dead_letters_by_the_queues_own_policy_and_its_group_goes_on() {
+async fn a_foreign_message_is_dead_lettered_by_the_queue_and_its_group_continues() {
     let world = World::new().await;
     let dead = World::new().await;
     let arn = dead.queue.identity().expect("an ARN");
@@ -268,21 +303,28 @@ async fn a_foreign_message_goes_to_the_dead_letters_by_the_queues_own_policy_and
     let queue = Arc::new(world.queue_hiding(Duration::from_secs(1)).await);
     let settings = PlaySettings { receive_wait: Duration::from_secs(1), ..without_relay() };
     let playing = world.start_play_from(queue, &registry, settings);
-    eventually("ours are played and deleted, and theirs has gone where the policy says", async || {
-        world.position("payloads").await == 10 && world.depth().await == 0 && dead.depth().await == 1
-    })
+    eventually(
+        "ours are played and deleted, and theirs has gone where the policy says",
+        async || {
+            world.position("payloads").await == 10
+                && world.depth().await == 0
+                && dead.depth().await == 1
+        },
+    )
     .await;
     playing.stop().await;
     world.assert_payloads_are_those_of_the_log().await;
 }
 
-/// What somebody can send who has seen every message that was published: the log's id, its positions, the ids of its events.
+/// What somebody can send who has seen every message that was published: the log's id, its
+/// positions, the ids of its events.
 async fn forgeries(world: &World, genuine: &[String]) -> Vec<String> {
     let (log, _) = world.identity().await;
     let mut forged = Vec::new();
     for body in genuine {
         let message: Value = serde_json::from_str(body).expect("JSON");
-        let (prev, last) = (message["prev"].as_u64().expect("prev"), message["last"].as_u64().expect("last"));
+        let (prev, last) =
+            (message["prev"].as_u64().expect("prev"), message["last"].as_u64().expect("last"));
         let signature = message["sig"].as_str().expect("a signature");
         let mut events = message["events"].as_array().expect("events").clone();
         for event in &mut events {
@@ -339,11 +381,18 @@ async fn forged_messages_are_never_applied_while_a_backlog_waits() {
             world.boot(&registry).await;
             let forged = forge(&world, floods).await;
             let queue = world.queue_hiding(Duration::from_secs(1)).await;
-            // By chance in another order on each receive, where the queue's own order would hide something.
-            let faults = Faults { shuffled: !world.queue_url.ends_with(".fifo"), ..Faults::default() };
+            // By chance in another order on each receive, where the queue's own order would hide
+            // something.
+            let faults =
+                Faults { shuffled: !world.queue_url.ends_with(".fifo"), ..Faults::default() };
             let queue = Arc::new(FaultyQueue::new(&queue, faults, crate::support::seed()));
-            let playing = world.start_play_from(Arc::clone(&queue) as Arc<dyn Queue>, &registry, World::restless());
-            eventually("the backlog is played", async || world.position("payloads").await == 42).await;
+            let playing = world.start_play_from(
+                Arc::clone(&queue) as Arc<dyn Queue>,
+                &registry,
+                World::continuous_play_settings(),
+            );
+            eventually("the backlog is played", async || world.position("payloads").await == 42)
+                .await;
             let played = playing.stop().await;
             assert!(played.foreign > 0 && played.broken == 0, "{played:?}");
             world.assert_payloads_are_those_of_the_log().await;
@@ -370,7 +419,7 @@ async fn forged_messages_are_never_applied_by_a_function_and_always_returned() {
             if batch.messages.is_empty() {
                 break;
             }
-            let answer = function.invoke(&batch.event(&world), PATIENCE).await.expect("an answer");
+            let answer = function.invoke(&batch.event(&world), TIMEOUT).await.expect("an answer");
             let failed = answer["batchItemFailures"].as_array().expect("failures").len();
             returned += failed;
             batches.push((batch.messages.len(), failed));
@@ -386,26 +435,32 @@ async fn forged_messages_are_never_applied_by_a_function_and_always_returned() {
             // The five of ours among them.
             assert_eq!(world.position("payloads").await, 2 + 5 * 4);
         }
-        let answer = function.invoke(&schedule(), PATIENCE).await.expect("an answer");
-        assert!(answer["foreign"].as_u64().is_some_and(|seen| seen > 0), "{answer}");
+        let answer = function.invoke(&schedule(), TIMEOUT).await.expect("an answer");
+        assert!(answer["foreign_messages"].as_u64().is_some_and(|seen| seen > 0), "{answer}");
         let began = Instant::now();
         while world.position("payloads").await < 42 {
-            assert!(began.elapsed() < PATIENCE, "the store brings the rest");
-            function.invoke(&schedule(), PATIENCE).await.expect("an answer");
+            assert!(began.elapsed() < TIMEOUT, "the store brings the rest");
+            function.invoke(&schedule(), TIMEOUT).await.expect("an answer");
         }
         world.assert_payloads_are_those_of_the_log().await;
         world.run(&["audit"]).await.exits(0);
         let left = function.process.terminate().await.exits(0);
-        let alerts: Vec<Value> = left.log().into_iter().filter(|line| line["alert"] == "foreign_messages").collect();
+        let alerts: Vec<Value> =
+            left.log().into_iter().filter(|line| line["alert"] == "foreign_messages").collect();
         assert_eq!(alerts.len(), 1, "{}", left.stderr);
-        assert!(alerts[0]["queue"].as_str().is_some_and(|queue| queue.starts_with("arn:")), "{}", alerts[0]);
+        assert!(
+            alerts[0]["queue"].as_str().is_some_and(|queue| queue.starts_with("arn:")),
+            "{}",
+            alerts[0]
+        );
         let depth = world.depth().await;
         assert!(depth >= forged, "nothing forged was deleted: {depth} of {forged}");
     }
 }
 
 impl World {
-    /// As from a backup: everything after this position is gone, and what the projectors made of it.
+    /// As from a backup: everything after this position is gone, and what the projectors made of
+    /// it.
     async fn restore_to(&self, position: u64) {
         self.execute(&format!(
             "delete from events where position > {position}; delete from payloads where position > {position}; \
@@ -416,7 +471,7 @@ impl World {
         ))
         .await;
         // As it was counted then.
-        self.execute("update event_log set counted = (select count(*) from events)").await;
+        self.execute("update event_log set row_count = (select count(*) from events)").await;
     }
 
     async fn append_others(&self, count: usize) {
@@ -430,32 +485,38 @@ impl World {
     }
 }
 
-/// A worker that has played up to 10 and knows the log's id goes on after a restore to 10, while messages of 11 to 20 wait.
-async fn restored(rotates: bool) {
+/// A worker that has played up to 10 and knows the log's id goes on after a restore to 10, while
+/// messages of 11 to 20 wait.
+async fn check_worker_after_restore(rotates: bool) {
     for world in both_queues().await {
         let registry = payloads();
         world.boot(&registry).await;
         world.append(10).await;
         world.publish(5).await;
         let queue = Arc::new(world.queue_hiding(Duration::from_secs(2)).await);
-        let settings = PlaySettings { relay: None, ..World::restless() };
+        let settings = PlaySettings { relay: None, ..World::continuous_play_settings() };
         let playing = world.start_play_from(queue, &registry, settings);
         eventually("it has played ten", async || world.position("payloads").await == 10).await;
 
-        // Ten more are published and wait, as if nobody had received them; then the database is restored.
+        // Ten more are published and wait, as if nobody had received them; then the database is
+        // restored.
         world.append(10).await;
         world.publish(5).await;
-        eventually("they are played, and deleted", async || world.position("payloads").await == 20).await;
+        eventually("they are played, and deleted", async || world.position("payloads").await == 20)
+            .await;
         let (log, key) = world.identity().await;
-        let events: Vec<(u64, String, String)> =
-            sqlx::query_as("select position, event_id, payload from events where position > 10 order by position")
-                .fetch_all(&mut world.connection().await)
-                .await
-                .expect("the log");
+        let events: Vec<(u64, String, String)> = sqlx::query_as(
+            "select position, event_id, payload from events where position > 10 order by position",
+        )
+        .fetch_all(&mut world.connection().await)
+        .await
+        .expect("the log");
         world.restore_to(10).await;
         let was: Vec<Value> = events
             .iter()
-            .map(|(position, id, payload)| wire(*position, id, serde_json::from_str(payload).expect("JSON")))
+            .map(|(position, id, payload)| {
+                wire_event(*position, id, serde_json::from_str(payload).expect("JSON"))
+            })
             .collect();
         if rotates {
             world.run(&["rotate", "--yes"]).await.exits(0);
@@ -464,11 +525,16 @@ async fn restored(rotates: bool) {
         world.publish(5).await;
         // What was sent before the restore comes only now, and before what was sent after it.
         for chunk in was.chunks(3) {
-            let (prev, last) =
-                (chunk[0]["position"].as_u64().expect("one") - 1, chunk[chunk.len() - 1]["position"].as_u64());
+            let (prev, last) = (
+                chunk[0]["position"].as_u64().expect("one") - 1,
+                chunk[chunk.len() - 1]["position"].as_u64(),
+            );
             world.send_to("before", &signed(&key, &log, prev, chunk, last.expect("one"))).await;
         }
-        eventually("it has played the log as it is", async || world.position("payloads").await == 20).await;
+        eventually("it has played the log as it is", async || {
+            world.position("payloads").await == 20
+        })
+        .await;
         // And they come again and again, while more is appended.
         world.append_others(5).await;
         world.publish(5).await;
@@ -480,18 +546,18 @@ async fn restored(rotates: bool) {
 }
 
 #[tokio::test]
-async fn after_a_restore_and_a_rotation_a_worker_that_runs_on_applies_only_the_log_that_is() {
-    restored(true).await;
+async fn a_running_worker_after_restore_and_rotation_applies_only_the_new_log() {
+    check_worker_after_restore(true).await;
 }
 
 #[tokio::test]
-async fn after_a_restore_without_a_rotation_no_message_of_the_log_that_was_is_applied() {
-    restored(false).await;
+async fn after_a_restore_without_a_rotation_no_old_message_is_applied() {
+    check_worker_after_restore(false).await;
 }
 
-/// A function that has applied the events up to 20 is invoked, after a restore to 10, with the messages that were sent before
-/// and with those that are sent after it.
-async fn restored_under_a_function(rotates: bool) {
+/// A function that has applied the events up to 20 is invoked, after a restore to 10, with the
+/// messages that were sent before and with those that are sent after it.
+async fn check_function_after_restore(rotates: bool) {
     for world in both_queues().await {
         let projectors = Folder::new().with("payloads.toml", PAYLOADS);
         world.run(&["boot", "--projectors", projectors.path()]).await.exits(0);
@@ -502,9 +568,10 @@ async fn restored_under_a_function(rotates: bool) {
         world.append(10).await;
         world.publish(3).await;
         let before = world.capture().await;
-        let old: Vec<String> = before.messages.iter().map(|message| message.body().expect("a body").into()).collect();
+        let old: Vec<String> =
+            before.messages.iter().map(|message| message.body().expect("a body").into()).collect();
         assert_eq!(old.len(), 4);
-        let answer = function.invoke(&before.event(&world), PATIENCE).await.expect("an answer");
+        let answer = function.invoke(&before.event(&world), TIMEOUT).await.expect("an answer");
         assert_eq!(before.settle(&world, &answer).await, Vec::<usize>::new());
         assert_eq!(world.position("payloads").await, 20);
 
@@ -515,18 +582,21 @@ async fn restored_under_a_function(rotates: bool) {
         for body in &old {
             world.send_to("before", body).await;
         }
-        // At first they are beyond the end of the log; then the log has other events there, whose messages come beside them.
+        // At first they are beyond the end of the log; then the log has other events there, whose
+        // messages come beside them.
         for (others, end) in [(0, 10), (10, 20), (5, 25)] {
             world.append_others(others).await;
             world.publish(5).await;
             let began = Instant::now();
             let mut returned = 0;
             while returned == 0 || world.position("payloads").await < end {
-                assert!(began.elapsed() < PATIENCE, "it applies the messages of the log");
+                assert!(began.elapsed() < TIMEOUT, "it applies the messages of the log");
                 let batch = world.capture().await;
-                let answer = function.invoke(&batch.event(&world), PATIENCE).await.expect("an answer");
+                let answer =
+                    function.invoke(&batch.event(&world), TIMEOUT).await.expect("an answer");
                 let kept = batch.settle(&world, &answer).await;
-                let is_old = |at: &usize| old.iter().any(|old| batch.messages[*at].body() == Some(old));
+                let is_old =
+                    |at: &usize| old.iter().any(|old| batch.messages[*at].body() == Some(old));
                 let came: Vec<usize> = (0..batch.messages.len()).filter(is_old).collect();
                 assert!(came.iter().all(|at| kept.contains(at)), "{came:?} are not in {kept:?}");
                 returned += came.len();
@@ -542,29 +612,36 @@ async fn restored_under_a_function(rotates: bool) {
 }
 
 #[tokio::test]
-async fn after_a_restore_and_a_rotation_a_function_that_runs_on_applies_only_the_events_of_the_log() {
-    restored_under_a_function(true).await;
+async fn a_running_function_after_restore_and_rotation_applies_only_the_new_log() {
+    check_function_after_restore(true).await;
 }
 
 #[tokio::test]
-async fn after_a_restore_without_a_rotation_a_function_that_runs_on_applies_only_the_events_of_the_log() {
-    restored_under_a_function(false).await;
+async fn a_running_function_after_restore_without_rotation_applies_only_the_new_log() {
+    check_function_after_restore(false).await;
 }
 
 #[tokio::test]
-async fn the_key_is_rotated_while_workers_and_functions_run() {
+async fn the_key_can_be_rotated_while_workers_and_functions_run() {
     for world in both_queues().await {
         let projectors = Folder::new().with("payloads.toml", PAYLOADS);
         world.run(&["boot", "--projectors", projectors.path()]).await.exits(0);
-        let play =
-            ["play", "--receive-wait=1", "--message-events=3", "--visibility=3", "--projectors", projectors.path()];
+        let play = [
+            "play",
+            "--receive-wait=1",
+            "--message-events=3",
+            "--visibility-timeout=3",
+            "--projectors",
+            projectors.path(),
+        ];
         let worker = world.start(&play);
         let mut function = world.function(&["--projectors", projectors.path()]).await;
         for round in 1..=3 {
             world.append(30).await;
             let batch = world.capture().await;
             if round > 1 && !batch.messages.is_empty() {
-                let answer = function.invoke(&batch.event(&world), PATIENCE).await.expect("an answer");
+                let answer =
+                    function.invoke(&batch.event(&world), TIMEOUT).await.expect("an answer");
                 batch.settle(&world, &answer).await;
             } else {
                 batch.abandon(&world).await;
@@ -574,25 +651,30 @@ async fn the_key_is_rotated_while_workers_and_functions_run() {
             let after = world.identity().await;
             assert!(before.0 != after.0 && before.1 != after.1 && after.1.len() == 32);
             world.append(30).await;
-            eventually("all is played", async || world.position("payloads").await == round * 60).await;
+            eventually("all is played", async || world.position("payloads").await == round * 60)
+                .await;
         }
         function.process.terminate().await.exits(0);
         let worker = worker.terminate().await.exits(0);
         world.assert_payloads_are_those_of_the_log().await;
-        let key: String = world.identity().await.1.iter().map(|byte| format!("{byte:02x}")).collect();
+        let key: String =
+            world.identity().await.1.iter().map(|byte| format!("{byte:02x}")).collect();
         assert!(!worker.stderr.contains(&key), "no key is ever logged");
     }
 }
 
 #[tokio::test]
-async fn a_rotation_asks_and_says_what_becomes_of_the_messages_that_were_sent() {
+async fn a_rotation_asks_and_explains_the_effect_on_sent_messages() {
     let world = World::new().await;
     let before = world.identity().await;
     let asked = world.run(&["rotate"]).await.exits(2);
     assert!(asked.error().contains("--yes"), "{}", asked.error());
     assert_eq!(world.identity().await, before, "nothing was done");
     let rotated = world.run(&["rotate", "--yes"]).await.exits(0);
-    assert!(rotated.stdout.contains("purge the queue") && rotated.stdout.contains(&world.identity().await.0));
+    assert!(
+        rotated.stdout.contains("purge the queue")
+            && rotated.stdout.contains(&world.identity().await.0)
+    );
 }
 
 /// The alerts of a process, each with the two queues that it names.
@@ -603,7 +685,7 @@ fn changes(log: &[Value]) -> Vec<(String, String)> {
 }
 
 #[tokio::test]
-async fn a_process_on_another_queue_than_the_log_is_published_to_says_so_until_it_is() {
+async fn a_process_on_the_wrong_queue_warns_until_the_log_is_published_there() {
     let (world, other) = (World::new().await, World::new().await);
     let tally = Tally::new("tally");
     let projectors = Folder::new().with("tally.toml", &tally.file(&[]));
@@ -619,12 +701,22 @@ async fn a_process_on_another_queue_than_the_log_is_published_to_says_so_until_i
     let mut only_listens = there_too.clone();
     only_listens.push("--no-relay");
     assert_eq!(changes(&world.run(&only_listens).await.exits(0).log()), told);
-    assert_eq!(changes(&world.run(&["relay", "--once", "--queue-url", &other.queue_url]).await.exits(0).log()), told);
-    let doctor = world.run(&["doctor", "--json", "--queue-url", &other.queue_url]).await.exits(0).json();
+    assert_eq!(
+        changes(
+            &world.run(&["relay", "--once", "--queue-url", &other.queue_url]).await.exits(0).log()
+        ),
+        told
+    );
+    let doctor =
+        world.run(&["doctor", "--json", "--queue-url", &other.queue_url]).await.exits(0).json();
     let checks = doctor["checks"].as_array().expect("checks").iter();
-    let check = checks.clone().find(|check| check["check"] == "published to").expect("doctor looks");
+    let check = checks.clone().find(|check| check["name"] == "published to").expect("doctor looks");
     assert_eq!(check["level"], "warning");
-    assert!(check["says"].as_str().is_some_and(|says| says.contains(&here)) && check["do"].is_string(), "{check}");
+    assert!(
+        check["detail"].as_str().is_some_and(|says| says.contains(&here))
+            && check["remedy"].is_string(),
+        "{check}"
+    );
 
     // It publishes, and then this is the log's queue.
     world.append(1).await;
@@ -635,7 +727,7 @@ async fn a_process_on_another_queue_than_the_log_is_published_to_says_so_until_i
 }
 
 #[tokio::test]
-async fn play_until_idle_ends_beside_foreign_messages_and_says_so() {
+async fn play_until_idle_ends_despite_foreign_messages_and_reports_them() {
     for world in both_queues().await {
         let tally = Tally::new("tally");
         let projectors = Folder::new().with("tally.toml", &tally.file(&[]));
@@ -644,12 +736,23 @@ async fn play_until_idle_ends_beside_foreign_messages_and_says_so() {
         world.run(&["relay", "--once"]).await.exits(0);
         world.send_to(EVENTS, "theirs").await;
         world.append(10).await;
-        let played = world.run(&["play", "--until-idle", "--projectors", projectors.path()]).await.exits(1);
-        played.clone().says(&["1 message(s)", "not of this log"]);
+        let played =
+            world.run(&["play", "--until-idle", "--projectors", projectors.path()]).await.exits(1);
+        played.clone().prints(&["1 message(s)", "not of this log"]);
         world.assert_complete(&tally).await;
-        let receive = world.sqs.receive_message().queue_url(&world.queue_url).max_number_of_messages(10);
+        let receive =
+            world.sqs.receive_message().queue_url(&world.queue_url).max_number_of_messages(10);
         let receive = receive.message_system_attribute_names(MessageSystemAttributeName::All);
-        let received = receive.wait_time_seconds(1).send().await.expect("received").messages.unwrap_or_default();
-        assert!(received.iter().any(|message| message.body() == Some("theirs")), "it is there, and not hidden");
+        let received = receive
+            .wait_time_seconds(1)
+            .send()
+            .await
+            .expect("received")
+            .messages
+            .unwrap_or_default();
+        assert!(
+            received.iter().any(|message| message.body() == Some("theirs")),
+            "it is there, and not hidden"
+        );
     }
 }

@@ -4,7 +4,7 @@
 use projectionist::sqlx;
 
 use crate::failover::lock_out_restricted_users;
-use crate::support::{PATIENCE, World, execute, is_mariadb, schedule};
+use crate::support::{TIMEOUT, World, execute, is_mariadb, schedule};
 
 /// The grants that the page lists for a command: privileges, and one of our tables. The projectors'
 /// own statements need more; here that is one table. (A test beside `doctor`'s list compares that
@@ -49,11 +49,15 @@ impl Granted {
         let grants = grants.map(|(all, table)| format!("{} on {{db}}.{table}", all.join(", ")));
         let name = format!("u{:x}", fastrand::u64(..));
         let mut admin = world.connection().await;
-        execute(&mut admin, &format!("create user '{name}'@'%' identified by 'only-for-this'")).await;
+        execute(&mut admin, &format!("create user '{name}'@'%' identified by 'only-for-this'"))
+            .await;
         let own = ["boot", "play", "lambda", "retire"].contains(&command).then(|| OWN.to_owned());
         for grant in grants.chain(own) {
-            execute(&mut admin, &format!("grant {} to '{name}'@'%'", grant.replace("{db}", &world.database_name)))
-                .await;
+            execute(
+                &mut admin,
+                &format!("grant {} to '{name}'@'%'", grant.replace("{db}", &world.database_name)),
+            )
+            .await;
         }
         let url = world.database_url.replace("://root@", &format!("://{name}:only-for-this@"));
         assert_ne!(url, world.database_url);
@@ -74,11 +78,13 @@ async fn run_as_granted(world: &World, command: &str, arguments: &[&str], input:
 }
 
 #[tokio::test]
-async fn each_command_does_its_work_with_no_more_than_the_grants_of_the_readme() {
+async fn each_command_works_with_only_the_grants_in_the_readme() {
     let world = World::new().await;
     let mut admin = world.connection().await;
     lock_out_restricted_users(&mut admin).await;
-    for table in ["events", "event_log", "projectors", "log_acceptances", "projectionist_migrations"] {
+    for table in
+        ["events", "event_log", "projectors", "log_acceptances", "projectionist_migrations"]
+    {
         world.execute(&format!("drop table {table}")).await;
     }
     let folder = tempfile::tempdir().expect("a folder");
@@ -92,7 +98,10 @@ async fn each_command_does_its_work_with_no_more_than_the_grants_of_the_readme()
     world.execute("begin; insert into events (stream_id, stream_version, event_type, payload) values ('b', 1, 'Opened', '1'); rollback").await;
     run_as_granted(&world, "append", &["append"], line).await;
     run_as_granted(&world, "boot", &["boot", "--projectors", folder], b"").await;
-    assert_eq!((world.position("counter").await, world.number("select count(*) from counter").await), (3, 2));
+    assert_eq!(
+        (world.position("counter").await, world.number("select count(*) from counter").await),
+        (3, 2)
+    );
     run_as_granted(&world, "append", &["append"], line).await;
     run_as_granted(&world, "relay", &["relay", "--once"], b"").await;
     run_as_granted(&world, "append", &["append"], line).await;
@@ -101,7 +110,7 @@ async fn each_command_does_its_work_with_no_more_than_the_grants_of_the_readme()
     let user = Granted::new(&world, "lambda").await;
     let mut function = world.function(&["--projectors", folder, "--database-url", &user.url]).await;
     run_as_granted(&world, "append", &["append"], line).await;
-    function.invoke(&schedule(), PATIENCE).await.expect("an answer");
+    function.invoke(&schedule(), TIMEOUT).await.expect("an answer");
     assert_eq!(function.drain(&world).await, 1);
     function.process.terminate().await.exits(0);
     user.drop(&world).await;
@@ -115,31 +124,43 @@ async fn each_command_does_its_work_with_no_more_than_the_grants_of_the_readme()
     run_as_granted(&world, "append", &["append"], line).await;
     run_as_granted(&world, "fill", &["fill", "7", "9", "--yes"], b"").await;
     assert_eq!(world.number("select count(*) from events").await, 10);
-    run_as_granted(&world, "retire", &["retire", "counter", "--force", "--yes", "--projectors", folder], b"").await;
+    run_as_granted(
+        &world,
+        "retire",
+        &["retire", "counter", "--force", "--yes", "--projectors", folder],
+        b"",
+    )
+    .await;
     assert_eq!(world.status("counter").await, "new");
 }
 
 #[tokio::test]
-async fn a_command_without_a_grant_says_which_and_where_to_look() {
+async fn a_command_without_a_grant_names_it_and_the_documentation() {
     let world = World::new().await;
     let user = format!("u{:x}", fastrand::u64(..));
     let mut admin = world.connection().await;
     execute(&mut admin, &format!("create user '{user}'@'%' identified by 'x'")).await;
-    execute(&mut admin, &format!("grant select on {}.events to '{user}'@'%'", world.database_name)).await;
+    execute(&mut admin, &format!("grant select on {}.events to '{user}'@'%'", world.database_name))
+        .await;
     let url = world.database_url.replace("://root@", &format!("://{user}:x@"));
     let ran = world.run(&["relay", "--once", "--database-url", &url]).await;
     execute(&mut admin, &format!("drop user '{user}'@'%'")).await;
     let ran = ran.exits(2);
-    assert!(ran.stderr.contains("event_log") && ran.stderr.contains("docs/command-line.md"), "{}", ran.stderr);
+    assert!(
+        ran.stderr.contains("event_log") && ran.stderr.contains("docs/command-line.md"),
+        "{}",
+        ran.stderr
+    );
 }
 
 #[tokio::test]
-async fn tls_is_not_given_up_silently_and_a_certificate_is_checked_when_asked_for() {
+async fn tls_is_never_silently_disabled_and_certificates_are_checked_on_request() {
     let world = World::new().await;
     let with = |options: &str| format!("{}?{options}", world.database_url);
     if is_mariadb().await {
         // This server has no certificate.
-        let ran = world.run(&["status", "--database-url", &with("ssl-mode=REQUIRED")]).await.exits(3);
+        let ran =
+            world.run(&["status", "--database-url", &with("ssl-mode=REQUIRED")]).await.exits(3);
         assert!(ran.stderr.to_lowercase().contains("tls"), "{}", ran.stderr);
         return;
     }
@@ -152,8 +173,14 @@ async fn tls_is_not_given_up_silently_and_a_certificate_is_checked_when_asked_fo
     world.run(&["status", "--database-url", &with("ssl-mode=REQUIRED")]).await.exits(0);
     // The name in the certificate that the server made for itself is not this host's: one check
     // passes, both do not.
-    world.run(&["status", "--database-url", &with(&format!("ssl-mode=VERIFY_CA&ssl-ca={ca}"))]).await.exits(0);
-    world.run(&["status", "--database-url", &with(&format!("ssl-mode=VERIFY_IDENTITY&ssl-ca={ca}"))]).await.exits(3);
+    world
+        .run(&["status", "--database-url", &with(&format!("ssl-mode=VERIFY_CA&ssl-ca={ca}"))])
+        .await
+        .exits(0);
+    world
+        .run(&["status", "--database-url", &with(&format!("ssl-mode=VERIFY_IDENTITY&ssl-ca={ca}"))])
+        .await
+        .exits(3);
     // Signed by nobody whom this host trusts.
     world.run(&["status", "--database-url", &with("ssl-mode=VERIFY_CA")]).await.exits(3);
 }

@@ -1,5 +1,5 @@
-//! Files whose statements and procedures do anything to their session: what they store is exact, or they are broken with a
-//! reason, and nobody else can tell that they were there.
+//! Files whose statements and procedures do anything to their session: what they store is exact, or
+//! they are broken with a reason, and nobody else can tell that they were there.
 
 use std::fmt::Write as _;
 
@@ -8,9 +8,10 @@ use projectionist::{Registry, Status, load};
 
 use crate::support::{Folder, World, eventually, execute, seed};
 
-/// Something odd that a file does for each event, and what it stores if it is done on a clean session.
+/// Something odd that a file does for each event, and what it stores if it is done on a clean
+/// session.
 #[derive(Debug, Clone, Copy)]
-struct Oddity {
+struct HostileCase {
     name: &'static str,
     /// Run beforehand by the tables' owner.
     setup: &'static str,
@@ -23,7 +24,7 @@ struct Oddity {
 /// A procedure that does something before it stores its row.
 macro_rules! procedure {
     ($name:literal, $before:literal, $after:literal, $stores:expr) => {
-        Oddity {
+        HostileCase {
             name: $name,
             setup: concat!(
                 "create procedure p_",
@@ -42,7 +43,7 @@ macro_rules! procedure {
     };
 }
 
-const ODDITIES: &[Oddity] = &[
+const HOSTILE_CASES: &[HostileCase] = &[
     procedure!(
         "swallows",
         "declare continue handler for sqlexception begin end; insert into no_such_table values (1);",
@@ -54,7 +55,12 @@ const ODDITIES: &[Oddity] = &[
     procedure!("begins", "start transaction;", "", Some(1)),
     procedure!("rolls_back", "", "rollback;", None),
     procedure!("rolls_back_first", "rollback;", "", Some(1)),
-    procedure!("begins_after", "rollback; start transaction;", "commit; start transaction;", Some(1)),
+    procedure!(
+        "begins_after",
+        "rollback; start transaction;",
+        "commit; start transaction;",
+        Some(1)
+    ),
     procedure!("creates", "create table if not exists made (a int);", "", Some(1)),
     procedure!(
         "swallows_and_creates",
@@ -63,21 +69,56 @@ const ODDITIES: &[Oddity] = &[
         Some(1)
     ),
     procedure!("savepoint", "savepoint a;", "rollback to savepoint a;", None),
-    procedure!("releases", "savepoint projectionist; release savepoint projectionist;", "", Some(1)),
+    procedure!(
+        "releases",
+        "savepoint projectionist; release savepoint projectionist;",
+        "",
+        Some(1)
+    ),
     procedure!("lax", "set session sql_mode = '';", "", Some(1)),
     procedure!("zone", "set session time_zone = '+05:00';", "", Some(1)),
     procedure!("limited", "set session sql_select_limit = 1;", "", Some(1)),
     procedure!("no_autocommit", "set session autocommit = 0;", "", Some(1)),
-    procedure!("autocommits", "set session autocommit = 0; set session autocommit = 1;", "", Some(1)),
+    procedure!(
+        "autocommits",
+        "set session autocommit = 0; set session autocommit = 1;",
+        "",
+        Some(1)
+    ),
     procedure!("read_only", "", "set session transaction read only;", Some(1)),
-    procedure!("uncommitted", "", "set session transaction isolation level read uncommitted;", Some(1)),
-    procedure!("next_uncommitted", "", "set session transaction isolation level serializable;", Some(1)),
+    procedure!(
+        "uncommitted",
+        "",
+        "set session transaction isolation level read uncommitted;",
+        Some(1)
+    ),
+    procedure!(
+        "next_uncommitted",
+        "",
+        "set session transaction isolation level serializable;",
+        Some(1)
+    ),
     procedure!("chains", "set session completion_type = 1;", "", Some(1)),
-    procedure!("unchecked", "set session foreign_key_checks = 0;", "set session unique_checks = 0;", Some(1)),
-    procedure!("latin", "set character_set_client = latin1;", "set character_set_results = latin1;", Some(1)),
+    procedure!(
+        "unchecked",
+        "set session foreign_key_checks = 0;",
+        "set session unique_checks = 0;",
+        Some(1)
+    ),
+    procedure!(
+        "latin",
+        "set character_set_client = latin1;",
+        "set character_set_results = latin1;",
+        Some(1)
+    ),
     procedure!("collates", "set collation_connection = latin1_swedish_ci;", "", Some(1)),
     procedure!("increments", "set session auto_increment_increment = 7;", "", Some(1)),
-    procedure!("waits", "set session wait_timeout = 2;", "set session innodb_lock_wait_timeout = 1;", Some(1)),
+    procedure!(
+        "waits",
+        "set session wait_timeout = 2;",
+        "set session innodb_lock_wait_timeout = 1;",
+        Some(1)
+    ),
     procedure!("locks", "do get_lock('hostile', 0);", "", Some(1)),
     procedure!(
         "fails_at_seven",
@@ -85,7 +126,7 @@ const ODDITIES: &[Oddity] = &[
         "",
         Some(1)
     ),
-    Oddity {
+    HostileCase {
         name: "counts",
         setup: "",
         statements: &[
@@ -94,7 +135,7 @@ const ODDITIES: &[Oddity] = &[
         ],
         stores: Some(1),
     },
-    Oddity {
+    HostileCase {
         name: "sees",
         setup: "",
         statements: &[
@@ -103,7 +144,7 @@ const ODDITIES: &[Oddity] = &[
         ],
         stores: Some(3),
     },
-    Oddity {
+    HostileCase {
         name: "last_id",
         setup: "create table numbers (id bigint auto_increment primary key)",
         statements: &[
@@ -112,7 +153,7 @@ const ODDITIES: &[Oddity] = &[
         ],
         stores: Some(0),
     },
-    Oddity {
+    HostileCase {
         name: "temporary",
         setup: "create procedure p_temporary(in at bigint) begin create temporary table if not exists temporary_ones (a int); \
                 insert into temporary_ones values (1); \
@@ -120,13 +161,15 @@ const ODDITIES: &[Oddity] = &[
         statements: &["call p_temporary(:position)"],
         stores: Some(1),
     },
-    Oddity {
+    HostileCase {
         name: "function",
         setup: "create function f_hostile() returns bigint not deterministic no sql begin set @f = coalesce(@f, 0) + 1; return @f; end",
-        statements: &["insert into odd (position, what, value) values (:position, 'function', f_hostile())"],
+        statements: &[
+            "insert into odd (position, what, value) values (:position, 'function', f_hostile())",
+        ],
         stores: Some(1),
     },
-    Oddity {
+    HostileCase {
         name: "prepares",
         setup: "create procedure p_prepares(in at bigint) begin declare found bigint default 1; \
                 begin declare continue handler for sqlexception set found = 2; execute hostile; end; \
@@ -138,13 +181,13 @@ const ODDITIES: &[Oddity] = &[
 ];
 
 /// A file that does these things, in order, and also notes each event.
-fn file(oddities: &[Oddity]) -> String {
+fn file(cases: &[HostileCase]) -> String {
     let mut text = "name = 'hostile'\nversion = 1\nmode = 'from_beginning'\n".to_owned();
     let mut on = |sql: &str| {
         write!(text, "\n[[on]]\nevents = ['*']\nsql = '''{sql}'''\n").expect("a string");
     };
     on("insert into odd (position, what, value) values (:position, 'plain', 0)");
-    for sql in oddities.iter().flat_map(|oddity| oddity.statements) {
+    for sql in cases.iter().flat_map(|case| case.statements) {
         on(sql);
     }
     text
@@ -159,31 +202,38 @@ async fn rows(world: &World) -> Vec<(u64, Option<String>, Option<i64>)> {
     sqlx::query_as(sql).fetch_all(&mut world.connection().await).await.expect("the rows")
 }
 
-/// Plays a file that does these things beside a plain one, and asserts what must hold. Returns how the file's projector ended.
-async fn play(oddities: &[Oddity]) -> Status {
+/// Plays a file that does these things beside a plain one, and asserts what must hold. Returns how
+/// the file's projector ended.
+async fn play(cases: &[HostileCase]) -> Status {
     let world = World::new().await;
     world
         .execute("create table odd (position bigint unsigned not null, what varchar(30), value bigint) engine = InnoDB")
         .await;
     world.execute("create table victim (position bigint unsigned not null, at timestamp(6) null, text varchar(40) collate utf8mb4_bin, number bigint) engine = InnoDB").await;
-    for oddity in oddities.iter().filter(|oddity| !oddity.setup.is_empty()) {
-        world.execute(oddity.setup).await;
+    for case in cases.iter().filter(|case| !case.setup.is_empty()) {
+        world.execute(case.setup).await;
     }
-    let text = file(oddities);
+    let text = file(cases);
     let folder = Folder::new().with("a.toml", &text).with("b.toml", VICTIM);
     let mut registry = Registry::new();
     load(folder.path().as_ref(), &mut registry).unwrap_or_else(|error| panic!("{error}\n{text}"));
 
     world.append(45).await;
     let booted = world.boot(&registry).await;
-    let is_broken = async || matches!(world.entry("hostile").await.map(|entry| entry.status), Some(Status::Broken(_)));
+    let is_broken = async || {
+        matches!(world.entry("hostile").await.map(|entry| entry.status), Some(Status::Broken(_)))
+    };
     if !booted.is_released() {
         // The file's projector stopped the deploy. Its release is mended by leaving it out.
         assert!(is_broken().await, "{text}{:?}", world.ledger.entries().await);
         let folder = Folder::new().with("b.toml", VICTIM);
         registry = Registry::new();
         load(folder.path().as_ref(), &mut registry).expect("the file holds");
-        assert!(world.boot(&registry).await.is_released(), "{text}{:?}", world.ledger.entries().await);
+        assert!(
+            world.boot(&registry).await.is_released(),
+            "{text}{:?}",
+            world.ledger.entries().await
+        );
     }
     world.append(12).await;
     world.play_until_idle(&registry).await;
@@ -196,7 +246,8 @@ async fn play(oddities: &[Oddity]) -> Status {
             let mut expected = Vec::new();
             for position in 1..=57 {
                 expected.push((position, Some("plain".to_owned()), Some(0)));
-                let stored = oddities.iter().filter_map(|oddity| Some((oddity.name.to_owned(), oddity.stores?)));
+                let stored =
+                    cases.iter().filter_map(|case| Some((case.name.to_owned(), case.stores?)));
                 expected.extend(stored.map(|(name, value)| (position, Some(name), Some(value))));
             }
             expected.sort();
@@ -212,38 +263,46 @@ async fn play(oddities: &[Oddity]) -> Status {
     .await
     .expect("the rows");
     assert_eq!(victim, (1..=57).map(|position| (position, 1)).collect::<Vec<_>>(), "{text}");
-    assert_eq!((world.status("victim").await, world.position("victim").await), ("live".into(), 57), "{text}");
+    assert_eq!(
+        (world.status("victim").await, world.position("victim").await),
+        ("live".into(), 57),
+        "{text}"
+    );
     assert_eq!(world.high_water().await, 57, "{text}");
     world.run(&["audit"]).await.exits(0);
     entry.status
 }
 
 #[tokio::test]
-async fn whatever_a_file_does_it_is_exact_or_broken_and_others_are_not_touched() {
+async fn a_hostile_file_is_exact_or_broken_and_leaves_others_untouched() {
     let mut endings = Vec::new();
-    for oddity in ODDITIES {
-        let ending = play(std::slice::from_ref(oddity)).await;
-        endings.push(format!("{}: {ending:?}", oddity.name));
+    for case in HOSTILE_CASES {
+        let ending = play(std::slice::from_ref(case)).await;
+        endings.push(format!("{}: {ending:?}", case.name));
     }
     eprintln!("{}", endings.join("\n"));
 }
 
 #[tokio::test]
-async fn whatever_a_file_does_together_it_is_exact_or_broken_and_others_are_not_touched() {
+async fn combined_hostile_statements_are_exact_or_broken_and_leave_others_untouched() {
     let mut dice = fastrand::Rng::with_seed(seed());
     for _ in 0..10 {
-        let mut chosen: Vec<Oddity> = ODDITIES.to_vec();
+        let mut chosen: Vec<HostileCase> = HOSTILE_CASES.to_vec();
         dice.shuffle(&mut chosen);
         chosen.truncate(dice.usize(2..4));
         play(&chosen).await;
     }
 }
 
-/// What a file's own variables and `last_insert_id()` have is the same in boot, a thousand events at a time, and in play.
+/// What a file's own variables and `last_insert_id()` have is the same in boot, a thousand events
+/// at a time, and in play.
 #[tokio::test]
-async fn a_files_user_variables_begin_anew_with_each_event() {
-    let stateful: Vec<Oddity> =
-        ODDITIES.iter().filter(|oddity| ["counts", "sees", "last_id"].contains(&oddity.name)).copied().collect();
+async fn user_variables_are_reset_for_each_event() {
+    let stateful: Vec<HostileCase> = HOSTILE_CASES
+        .iter()
+        .filter(|case| ["counts", "sees", "last_id"].contains(&case.name))
+        .copied()
+        .collect();
     assert_eq!(stateful.len(), 3);
     let status = play(&stateful).await;
     assert_eq!(status.to_string(), "live", "{status:?}");
@@ -255,15 +314,17 @@ const BEST_EFFORT: &str = "name = 'hostile'\nversion = 1\nmode = 'from_beginning
     [[on]]\nevents = ['*']\nsql = 'call best_effort(:position)'\n\
     [[on]]\nevents = ['*']\nsql = 'insert into after_it (position) values (:position)'\n";
 
-/// Lets the procedure lose a deadlock: a rival locks row 2 and waits for row 1 before the procedure asks for row 2.
-async fn win_a_deadlock(world: &World, mut keeper: MySqlConnection) {
+/// Lets the procedure lose a deadlock: a rival locks row 2 and waits for row 1 before the procedure
+/// asks for row 2.
+async fn provoke_deadlock(world: &World, mut keeper: MySqlConnection) {
     let mut rival = world.connection().await;
     eventually("the procedure waits", async || {
         world.sessions().await.iter().any(|session| session.statement.contains("get_lock"))
     })
     .await;
     execute(&mut rival, "begin").await;
-    // Many rows changed: the server rolls back the transaction of a deadlock that has changed fewer.
+    // Many rows changed: the server rolls back the transaction of a deadlock that has changed
+    // fewer.
     let many = "with recursive n as (select 1 as n union all select n + 1 from n where n < 900) select n from n";
     execute(&mut rival, &format!("insert into ballast {many}")).await;
     execute(&mut rival, "update pair set n = n + 100 where id = 2").await;
@@ -277,11 +338,13 @@ async fn win_a_deadlock(world: &World, mut keeper: MySqlConnection) {
 }
 
 #[tokio::test]
-async fn a_deadlock_that_a_procedure_of_a_file_swallows_is_tried_again_and_each_event_is_applied_once() {
+async fn a_deadlock_swallowed_by_a_procedure_is_retried_and_each_event_applied_once() {
     for in_boot in [true, false] {
         let world = World::new().await;
         for table in ["before_it", "after_it"] {
-            world.execute(&format!("create table {table} (position bigint unsigned not null)")).await;
+            world
+                .execute(&format!("create table {table} (position bigint unsigned not null)"))
+                .await;
         }
         world.execute("create table ballast (n int not null)").await;
         world.execute("create table pair (id int primary key, n int not null)").await;
@@ -303,19 +366,27 @@ async fn a_deadlock_that_a_procedure_of_a_file_swallows_is_tried_again_and_each_
         load(folder.path().as_ref(), &mut registry).expect("the file holds");
         if in_boot {
             world.append(10).await;
-            let (booted, ()) = tokio::join!(world.boot(&registry), win_a_deadlock(&world, keeper));
+            let (booted, ()) =
+                tokio::join!(world.boot(&registry), provoke_deadlock(&world, keeper));
             assert!(booted.is_released());
         } else {
             world.boot(&registry).await;
             world.append(10).await;
             let playing = world.start_play(&registry);
-            win_a_deadlock(&world, keeper).await;
+            provoke_deadlock(&world, keeper).await;
             eventually("it is at the end", async || world.position("hostile").await == 10).await;
             assert_eq!(playing.stop().await.broken, 0);
         }
-        assert_eq!((world.status("hostile").await, world.position("hostile").await), ("live".into(), 10));
+        assert_eq!(
+            (world.status("hostile").await, world.position("hostile").await),
+            ("live".into(), 10)
+        );
         for table in ["before_it", "after_it"] {
-            assert_eq!(world.positions_in(table).await, (1..=10).collect::<Vec<u64>>(), "{table}, in boot: {in_boot}");
+            assert_eq!(
+                world.positions_in(table).await,
+                (1..=10).collect::<Vec<u64>>(),
+                "{table}, in boot: {in_boot}"
+            );
         }
         let rows: Vec<(i32, i32)> = sqlx::query_as("select id, n from pair order by id")
             .fetch_all(&mut world.connection().await)
@@ -328,6 +399,9 @@ async fn a_deadlock_that_a_procedure_of_a_file_swallows_is_tried_again_and_each_
 impl World {
     async fn positions_in(&self, table: &str) -> Vec<u64> {
         let sql = format!("select position from {table} order by position");
-        sqlx::query_scalar(AssertSqlSafe(sql)).fetch_all(&mut self.connection().await).await.expect("the positions")
+        sqlx::query_scalar(AssertSqlSafe(sql))
+            .fetch_all(&mut self.connection().await)
+            .await
+            .expect("the positions")
     }
 }

@@ -1,11 +1,11 @@
 //! What is in infra/: the templates, the deploy gate, and what its README tells a newcomer to do.
 
-mod behind;
-mod gate;
+mod deploy_gate;
+mod fake_aws;
+mod localstack_cli;
 mod names;
-mod newcomer;
+mod readme_commands;
 mod stacks;
-mod stand_in;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -21,7 +21,8 @@ fn template(name: &str) -> String {
 
 /// The resources of this type in a template, as text. All templates have them at the same depth.
 fn resources<'a>(template: &'a str, kind: &'a str) -> impl Iterator<Item = &'a str> {
-    let starts = |line: &str| line.starts_with("  ") && !line.starts_with("   ") && line.ends_with(':');
+    let starts =
+        |line: &str| line.starts_with("  ") && !line.starts_with("   ") && line.ends_with(':');
     let mut blocks = Vec::new();
     let mut from = 0;
     let mut at = 0;
@@ -33,14 +34,15 @@ fn resources<'a>(template: &'a str, kind: &'a str) -> impl Iterator<Item = &'a s
         at += line.len();
     }
     blocks.push(&template[from..]);
-    blocks
-        .into_iter()
-        .filter(move |block| block.lines().nth(1).is_some_and(|line| line.trim() == format!("Type: {kind}")))
+    blocks.into_iter().filter(move |block| {
+        block.lines().nth(1).is_some_and(|line| line.trim() == format!("Type: {kind}"))
+    })
 }
 
 /// What stands after this word, on its line or in its braces.
 fn value<'a>(block: &'a str, word: &str) -> &'a str {
-    let (_, rest) = block.split_once(&format!("{word}: ")).unwrap_or_else(|| panic!("no {word} in {block}"));
+    let (_, rest) =
+        block.split_once(&format!("{word}: ")).unwrap_or_else(|| panic!("no {word} in {block}"));
     rest.split([',', '\n', '}']).next().expect("a value").trim().trim_matches(['"', '\''])
 }
 
@@ -53,17 +55,27 @@ struct MetricFilter {
 }
 
 impl MetricFilter {
-    /// All of them. Their patterns are all of one form, `{ $.FIELD = "TEXT" }`, which CloudWatch takes for: the line is a JSON
-    /// object, and its field of that name is a string that equals the text. <https://docs.aws.amazon.com/AmazonCloudWatch/latest/logs/FilterAndPatternSyntax.html>
+    /// All of them. Their patterns are all of one form, `{ $.FIELD = "TEXT" }`, which CloudWatch
+    /// takes for: the line is a JSON object, and its field of that name is a string that equals the
+    /// text. <https://docs.aws.amazon.com/AmazonCloudWatch/latest/logs/FilterAndPatternSyntax.html>
     fn all() -> Vec<MetricFilter> {
         let template = template("monitoring.yaml");
         let read = |block| {
-            let (_, pattern) = str::split_once(block, "FilterPattern: '{ $.").expect("a pattern of our form");
+            let (_, pattern) =
+                str::split_once(block, "FilterPattern: '{ $.").expect("a pattern of our form");
             let (field, rest) = pattern.split_once(" = \"").expect("a field and a text");
             let (equals, _) = rest.split_once("\" }'\n").expect("an end");
-            let is_word = |text: &str| text.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_');
-            assert!(is_word(field) && is_word(equals), "no wildcard, and no second condition: {field} {equals}");
-            MetricFilter { field: field.into(), equals: equals.into(), metric: value(block, "MetricName").into() }
+            let is_word =
+                |text: &str| text.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_');
+            assert!(
+                is_word(field) && is_word(equals),
+                "no wildcard, and no second condition: {field} {equals}"
+            );
+            MetricFilter {
+                field: field.into(),
+                equals: equals.into(),
+                metric: value(block, "MetricName").into(),
+            }
         };
         resources(&template, "AWS::Logs::MetricFilter").map(read).collect()
     }
@@ -73,7 +85,8 @@ impl MetricFilter {
     }
 }
 
-/// A projector file that does as a [`Tally`] does, so that its read model can be compared with the log.
+/// A projector file that does as a [`Tally`] does, so that its read model can be compared with the
+/// log.
 fn tally(name: &str) -> String {
     projector(name, "*", ":position")
 }

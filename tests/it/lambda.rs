@@ -1,4 +1,5 @@
-//! Lambda: the shipped binary as a function, invoked by the runtime's interface with what is really in the queue.
+//! Lambda: the shipped binary as a function, invoked by the runtime's interface with what is really
+//! in the queue.
 
 mod deadline;
 mod scheduled;
@@ -7,7 +8,7 @@ mod start;
 use projectionist::Queue;
 use projectionist::sqlx::MySqlConnection;
 
-use crate::support::{Folder, PATIENCE, Session, Tally, World, execute};
+use crate::support::{Folder, Session, TIMEOUT, Tally, World, execute};
 
 /// A statement that waits where somebody holds the gate at the event's position.
 const GATE: &str = "update gate set n = n + 1 where at = :position";
@@ -22,7 +23,8 @@ async fn close_gate(world: &World, at: u64) -> MySqlConnection {
     keeper
 }
 
-/// Sessions that are in the statement of the gate. (Whether they wait there, says `lock_waits`: others are just passing it.)
+/// Sessions that are in the statement of the gate. (Whether they wait there, says `lock_waits`:
+/// others are just passing it.)
 async fn waiting_handlers(world: &World) -> usize {
     let waits = |session: &&Session| session.statement.starts_with("update gate");
     world.sessions().await.iter().filter(waits).count()
@@ -46,7 +48,7 @@ impl World {
     }
 }
 
-async fn is_fanned_out_and_deleted(world: World) {
+async fn assert_fanned_out_and_deleted(world: World) {
     let (a, b) = (Tally::new("a"), Tally::new("b"));
     let folder = world.booted(&[&a.file(&[]), &b.file(&[])]).await;
     let mut function = world.function(&["--projectors", folder.path()]).await;
@@ -56,56 +58,76 @@ async fn is_fanned_out_and_deleted(world: World) {
         for tally in [&a, &b] {
             world.assert_complete(tally).await;
         }
-        assert_eq!((world.position("a").await, world.queue.depth().await.expect("a depth")), (120 * round, 0));
+        assert_eq!(
+            (world.position("a").await, world.queue.depth().await.expect("a depth")),
+            (120 * round, 0)
+        );
     }
     function.process.terminate().await.exits(0);
 }
 
 #[tokio::test]
-async fn a_batch_of_a_fifo_queue_is_passed_to_every_projector_and_deleted() {
-    is_fanned_out_and_deleted(World::new().await).await;
+async fn a_fifo_batch_is_applied_by_every_projector_and_deleted() {
+    assert_fanned_out_and_deleted(World::new().await).await;
 }
 
 #[tokio::test]
-async fn a_batch_of_a_standard_queue_is_passed_to_every_projector_and_deleted() {
-    is_fanned_out_and_deleted(World::with_standard_queue().await).await;
+async fn a_standard_batch_is_applied_by_every_projector_and_deleted() {
+    assert_fanned_out_and_deleted(World::with_standard_queue().await).await;
 }
 
 #[tokio::test]
-async fn a_projector_that_breaks_makes_no_message_fail_and_the_others_go_on() {
+async fn a_broken_projector_fails_no_message_and_the_others_continue() {
     let world = World::new().await;
     let (a, poisoned, b) = (Tally::new("a"), Tally::new("poisoned"), Tally::new("b"));
     let poison = "insert into poisoned (position) values (nullif(:position, 33))";
-    let poisoned_file = poisoned.file(&[]).replace("insert into poisoned (position) values (:position)", poison);
+    let poisoned_file =
+        poisoned.file(&[]).replace("insert into poisoned (position) values (:position)", poison);
     let folder = world.booted(&[&a.file(&[]), &poisoned_file, &b.file(&[])]).await;
     let mut function = world.function(&["--projectors", folder.path()]).await;
     world.append_and_publish(60).await;
     assert_eq!(function.drain(&world).await, 6);
     world.append_and_publish(20).await;
-    // Foreign and malformed messages stop nothing, either. They are returned, and on a FIFO queue all after them; what is ours
-    // among these is applied all the same.
+    // Foreign and malformed messages stop nothing, either. They are returned, and on a FIFO queue
+    // all after them; what is ours among these is applied all the same.
     for body in ["hello", "{\"log\":\"another\",\"prev\":0,\"events\":[]}"] {
-        let send = world.sqs.send_message().queue_url(&world.queue_url).message_body(body).message_group_id("events");
+        let send = world
+            .sqs
+            .send_message()
+            .queue_url(&world.queue_url)
+            .message_body(body)
+            .message_group_id("events");
         send.message_deduplication_id(uuid::Uuid::now_v7().to_string()).send().await.expect("sent");
     }
     world.append_and_publish(20).await;
     let batch = world.capture().await;
-    let answer = function.invoke(&batch.event(&world), PATIENCE).await.expect("an answer");
+    let answer = function.invoke(&batch.event(&world), TIMEOUT).await.expect("an answer");
     assert_eq!(batch.settle(&world, &answer).await, [2, 3, 4, 5], "{answer}");
     world.assert_complete(&a).await;
     world.assert_complete(&b).await;
     world.assert_folded(&poisoned).await;
-    assert_eq!((world.status("poisoned").await, world.position("poisoned").await), ("broken".into(), 32));
+    assert_eq!(
+        (world.status("poisoned").await, world.position("poisoned").await),
+        ("broken".into(), 32)
+    );
     let left = function.process.terminate().await.exits(0);
     assert!(left.log().iter().any(|line| line["alert"] == "projector_broken"), "{}", left.stderr);
 }
 
-async fn plays_beside_a_function(world: World) {
+async fn assert_worker_and_function_share(world: World) {
     let (a, b) = (Tally::new("a"), Tally::new("b"));
     let folder = world.booted(&[&a.file(&[]), &b.file(&[])]).await;
-    let worker = ["play", "--receive-wait=1", "--message-events=5", "--visibility=3", "--projectors", folder.path()];
+    let worker = [
+        "play",
+        "--receive-wait=1",
+        "--message-events=5",
+        "--visibility-timeout=3",
+        "--projectors",
+        folder.path(),
+    ];
     let worker = world.start(&worker);
-    let mut function = world.function(&["--projectors", folder.path(), "--convoy-events=50"]).await;
+    let mut function =
+        world.function(&["--projectors", folder.path(), "--background-after-events=50"]).await;
     let writing = async {
         for _ in 0..60 {
             world.append(20).await;
@@ -117,13 +139,14 @@ async fn plays_beside_a_function(world: World) {
             let batch = world.capture().await;
             if !batch.messages.is_empty() {
                 captured += batch.messages.len();
-                let answer = function.invoke(&batch.event(&world), PATIENCE).await.expect("an answer");
+                let answer =
+                    function.invoke(&batch.event(&world), TIMEOUT).await.expect("an answer");
                 batch.settle(&world, &answer).await;
             }
         }
         captured
     };
-    let ((), captured) = tokio::join!(writing, tokio::time::timeout(PATIENCE * 2, mapping));
+    let ((), captured) = tokio::join!(writing, tokio::time::timeout(TIMEOUT * 2, mapping));
     assert!(captured.expect("both come to the end") > 0, "the function had its share");
     worker.terminate().await.exits(0);
     world.assert_complete(&a).await;
@@ -131,11 +154,11 @@ async fn plays_beside_a_function(world: World) {
 }
 
 #[tokio::test]
-async fn a_worker_and_a_function_at_once_on_one_fifo_queue_do_no_harm() {
-    plays_beside_a_function(World::new().await).await;
+async fn a_worker_and_a_function_can_share_a_fifo_queue() {
+    assert_worker_and_function_share(World::new().await).await;
 }
 
 #[tokio::test]
-async fn a_worker_and_a_function_at_once_on_one_standard_queue_do_no_harm() {
-    plays_beside_a_function(World::with_standard_queue().await).await;
+async fn a_worker_and_a_function_can_share_a_standard_queue() {
+    assert_worker_and_function_share(World::with_standard_queue().await).await;
 }

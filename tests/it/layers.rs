@@ -49,7 +49,10 @@ fn an_import_that_points_upward_or_sideways_is_found() {
     assert_eq!(wrong("model", "use crate::Database;"), 1);
     assert_eq!(wrong("model", "use super::super::engine::lag::Lag;"), 1);
     assert_eq!(wrong("engine", "use crate::testing::corrupted;"), 1);
-    assert_eq!(wrong("engine", "use crate::model::event::Event;\nuse crate::store::EventStore;"), 0);
+    assert_eq!(
+        wrong("engine", "use crate::model::event::Event;\nuse crate::store::EventStore;"),
+        0
+    );
     assert_eq!(wrong("engine", "use crate::engine::apply::ApplyError;"), 0);
     assert_eq!(wrong("model", "/// See [`run`](crate::command::run)."), 0);
     assert_eq!(wrong("model", "#[cfg(test)]\nmod tests {\n    use crate::testing::corrupted;"), 0);
@@ -88,7 +91,8 @@ fn wrong_imports(folder: &str, file: &str, text: &str) -> Vec<String> {
 }
 
 fn is_below(folder: &str, name: &str) -> bool {
-    name == folder || rank(name).is_some_and(|imported| rank(folder).is_some_and(|own| imported > own))
+    name == folder
+        || rank(name).is_some_and(|imported| rank(folder).is_some_and(|own| imported > own))
 }
 
 /// What stands directly behind `crate::` in a line, and behind as many `super::` as leave a folder.
@@ -101,9 +105,12 @@ fn imported(line: &str) -> Vec<&str> {
                 continue;
             }
             let rest = &line[at + start.len()..];
-            let list = rest.strip_prefix('{').and_then(|rest| rest.split('}').next()).unwrap_or(rest);
+            let list =
+                rest.strip_prefix('{').and_then(|rest| rest.split('}').next()).unwrap_or(rest);
             let items = if rest.starts_with('{') { list.split(',').collect() } else { vec![list] };
-            let first = |item: &'_ str| item.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(item.len());
+            let first = |item: &'_ str| {
+                item.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(item.len())
+            };
             names.extend(items.into_iter().map(str::trim).map(|item| &item[..first(item)]));
         }
     }

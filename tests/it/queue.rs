@@ -1,4 +1,5 @@
-//! The queue: whatever it loses, repeats, reorders or brings from others, the read models come out the same.
+//! The queue: whatever it loses, repeats, reorders or brings from others, the read models come out
+//! the same.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -7,11 +8,13 @@ use std::time::Duration;
 use aws_sdk_sqs::types::QueueAttributeName;
 use projectionist::sqlx::{self, MySqlConnection};
 use projectionist::{
-    Event, EventTypes, NewEvent, PlaySettings, Projector, Queue, Registry, RelaySettings, SqsQueue, async_trait,
+    Event, EventTypes, NewEvent, PlaySettings, Projector, Queue, Registry, RelaySettings, SqsQueue,
+    async_trait,
 };
 
 use crate::support::{
-    Faults, FaultyQueue, Gate, PATIENCE, Scripted, Tally, World, event, eventually, gated, registry, seed,
+    Faults, FaultyQueue, Gate, ScriptedProjector, TIMEOUT, Tally, World, event, eventually, gated,
+    registry, seed,
 };
 
 /// Many small messages, so that faults have something to strike.
@@ -22,7 +25,7 @@ fn small_messages() -> PlaySettings {
 
 /// What is applied has come through the queue, unless a test says otherwise.
 pub fn without_relay() -> PlaySettings {
-    PlaySettings { relay: None, reconcile_after: PATIENCE, ..World::restless() }
+    PlaySettings { relay: None, reconcile_after: TIMEOUT, ..World::continuous_play_settings() }
 }
 
 impl World {
@@ -38,19 +41,24 @@ impl World {
 
     /// The world's queue, hiding what is received for so long.
     pub async fn queue_hiding(&self, visibility: Duration) -> SqsQueue {
-        SqsQueue::with_client(self.sqs.clone(), &self.queue_url, visibility).await.expect("the queue answers")
+        SqsQueue::with_client(self.sqs.clone(), &self.queue_url, visibility)
+            .await
+            .expect("the queue answers")
     }
 
     /// Publishes what there is, in a process of its own.
     pub async fn publish(&self, message_events: usize) {
-        self.run(&["relay", "--once", "--message-events", &message_events.to_string()]).await.exits(0);
+        self.run(&["relay", "--once", "--message-events", &message_events.to_string()])
+            .await
+            .exits(0);
     }
 
     /// Looks at every message, and leaves it there.
     pub async fn peek(&self) -> Vec<String> {
         let received = self.queue.receive(Duration::from_secs(1)).await.expect("the queue answers");
-        let receipts: Vec<String> = received.iter().map(|message| message.receipt.clone()).collect();
-        self.queue.hide(&receipts, Duration::ZERO).await.expect("given back");
+        let receipts: Vec<String> =
+            received.iter().map(|message| message.receipt.clone()).collect();
+        self.queue.change_visibility(&receipts, Duration::ZERO).await.expect("given back");
         received.into_iter().map(|message| message.body).collect()
     }
 }
@@ -70,7 +78,8 @@ async fn survive_every_fault(world: World) {
         shuffled: true,
         unhidden: false,
     };
-    // What is malformed is left hidden until its visibility expires, and a FIFO queue hands out nothing of its group until then.
+    // What is malformed is left hidden until its visibility expires, and a FIFO queue hands out
+    // nothing of its group until then.
     let queue = world.queue_hiding(Duration::from_secs(1)).await;
     let queue = Arc::new(FaultyQueue::new(&queue, faults, seed()));
     let appending = async {
@@ -78,30 +87,39 @@ async fn survive_every_fault(world: World) {
             world.append(5).await;
         }
     };
-    tokio::join!(world.play_with(Arc::clone(&queue) as Arc<dyn Queue>, &registry, small_messages()), appending);
+    tokio::join!(
+        world.play_with(Arc::clone(&queue) as Arc<dyn Queue>, &registry, small_messages()),
+        appending
+    );
     // It may have been idle between two appends.
     world.play_with(Arc::clone(&queue) as Arc<dyn Queue>, &registry, small_messages()).await;
 
     world.assert_complete(&all).await;
     world.assert_complete(&closed).await;
-    let struck = queue.struck();
-    let each =
-        [struck.lost, struck.repeated, struck.malformed, struck.undeleted, struck.unacknowledged, struck.refused];
-    assert!(each.iter().all(|&times| times > 0), "{struck:?}");
+    let fault_counts = queue.fault_counts();
+    let each = [
+        fault_counts.lost,
+        fault_counts.repeated,
+        fault_counts.malformed,
+        fault_counts.undeleted,
+        fault_counts.unacknowledged,
+        fault_counts.refused,
+    ];
+    assert!(each.iter().all(|&times| times > 0), "{fault_counts:?}");
 }
 
 #[tokio::test]
-async fn no_mix_of_faults_of_a_fifo_queue_changes_the_read_models() {
+async fn mixed_fifo_queue_faults_never_change_the_read_models() {
     survive_every_fault(World::new().await).await;
 }
 
 #[tokio::test]
-async fn no_mix_of_faults_of_a_standard_queue_changes_the_read_models() {
+async fn mixed_standard_queue_faults_never_change_the_read_models() {
     survive_every_fault(World::with_standard_queue().await).await;
 }
 
 #[tokio::test]
-async fn messages_that_come_in_any_order_are_applied_in_the_order_of_the_log() {
+async fn messages_in_any_order_are_applied_in_log_order() {
     let world = World::with_standard_queue().await;
     let tally = Tally::new("tally");
     let registry = registry(&[&tally]);
@@ -112,19 +130,24 @@ async fn messages_that_come_in_any_order_are_applied_in_the_order_of_the_log() {
     let queue = Arc::new(FaultyQueue::new(&world.queue, shuffled, seed()));
     world.play_from(Arc::clone(&queue) as Arc<dyn Queue>, &registry).await;
     world.assert_complete(&tally).await;
-    assert!(queue.struck().shuffled > 3 && queue.struck().repeated > 3, "{:?}", queue.struck());
+    assert!(
+        queue.fault_counts().shuffled > 3 && queue.fault_counts().repeated > 3,
+        "{:?}",
+        queue.fault_counts()
+    );
 }
 
 #[tokio::test]
-async fn a_purge_while_live_costs_time_and_no_event() {
+async fn a_purge_while_live_loses_no_event() {
     let world = World::new().await;
     let (gate, tally) = (Gate::new(), Tally::new("tally"));
     let registry = Registry::new().with(gated(&tally, 1, &gate)).expect("a name of its own");
     world.boot(&registry).await;
     world.append(100).await;
     world.publish(2).await;
-    let settings = PlaySettings { relay: None, ..World::restless() };
-    let playing = world.start_play_from(Arc::clone(&world.queue) as Arc<dyn Queue>, &registry, settings);
+    let settings = PlaySettings { relay: None, ..World::continuous_play_settings() };
+    let playing =
+        world.start_play_from(Arc::clone(&world.queue) as Arc<dyn Queue>, &registry, settings);
     gate.arrival().await;
     assert_eq!(world.depth().await, 50, "the worker has a few, and the rest waits");
     world.purge().await;
@@ -135,7 +158,7 @@ async fn a_purge_while_live_costs_time_and_no_event() {
 }
 
 #[tokio::test]
-async fn the_loss_of_the_last_message_on_an_idle_log_is_repaired() {
+async fn a_lost_last_message_on_an_idle_log_is_read_from_the_store() {
     let world = World::new().await;
     let tally = Tally::new("tally");
     let registry = registry(&[&tally]);
@@ -152,9 +175,10 @@ async fn the_loss_of_the_last_message_on_an_idle_log_is_repaired() {
     world.assert_complete(&tally).await;
 }
 
-/// As by the retention of a queue that nobody has read for too long: the oldest have gone, and nobody says so.
+/// As by the retention of a queue that nobody has read for too long: the oldest have gone, and
+/// nobody says so.
 #[tokio::test]
-async fn messages_that_expired_while_nobody_played_are_read_from_the_store() {
+async fn messages_that_expired_while_no_worker_ran_are_read_from_the_store() {
     let world = World::new().await;
     let tally = Tally::new("tally");
     let registry = registry(&[&tally]);
@@ -165,9 +189,11 @@ async fn messages_that_expired_while_nobody_played_are_read_from_the_store() {
     let receipts: Vec<String> = received.into_iter().map(|message| message.receipt).collect();
     assert_eq!(receipts.len(), 6);
     world.queue.delete(&receipts[..4]).await.expect("deleted");
-    world.queue.hide(&receipts[4..], Duration::ZERO).await.expect("given back");
+    world.queue.change_visibility(&receipts[4..], Duration::ZERO).await.expect("given back");
 
-    let played = world.play_with(Arc::clone(&world.queue) as Arc<dyn Queue>, &registry, World::play_settings()).await;
+    let played = world
+        .play_with(Arc::clone(&world.queue) as Arc<dyn Queue>, &registry, World::play_settings())
+        .await;
     assert_eq!(played.messages, 2, "the rest came from the store");
     world.assert_complete(&tally).await;
 }
@@ -202,10 +228,15 @@ impl Projector for Payloads {
 }
 
 pub async fn assert_payloads(world: &World) {
-    let payloads = |table: &str| format!("select group_concat(sha2(payload, 256) order by position) from {table}");
+    let payloads = |table: &str| {
+        format!("select group_concat(sha2(payload, 256) order by position) from {table}")
+    };
     let of = async |table| -> String {
         let sql = sqlx::AssertSqlSafe(payloads(table));
-        sqlx::query_scalar(sql).fetch_one(&mut world.connection().await).await.expect("some payloads")
+        sqlx::query_scalar(sql)
+            .fetch_one(&mut world.connection().await)
+            .await
+            .expect("some payloads")
     };
     assert_eq!(of("payloads").await, of("events").await);
 }
@@ -215,20 +246,26 @@ fn with_payload(number: usize, bytes: usize) -> NewEvent {
 }
 
 #[tokio::test]
-async fn an_event_that_no_message_can_hold_travels_as_a_reference() {
+async fn an_event_too_large_for_a_message_is_sent_as_a_reference() {
     for fifo in [true, false] {
-        let world = World::with_queue(fifo, &[(QueueAttributeName::MaximumMessageSize, "1024")]).await;
+        let world =
+            World::with_queue(fifo, &[(QueueAttributeName::MaximumMessageSize, "1024")]).await;
         let registry = Registry::new().with(Payloads).expect("a name of its own");
         world.boot(&registry).await;
-        let events: Vec<NewEvent> =
-            [50, 5_000, 50, 1_500].into_iter().enumerate().map(|(n, size)| with_payload(n, size)).collect();
+        let events: Vec<NewEvent> = [50, 5_000, 50, 1_500]
+            .into_iter()
+            .enumerate()
+            .map(|(n, size)| with_payload(n, size))
+            .collect();
         world.store.append(&events).await.expect("appended");
         world.publish(1_000).await;
         assert_eq!(world.depth().await, 4);
         if !fifo {
             let bodies = world.peek().await;
             assert!(bodies.iter().all(|body| body.len() <= 1_024));
-            let references = bodies.iter().filter(|body| body.contains("\"last\"") && !body.contains("\"events\""));
+            let references = bodies
+                .iter()
+                .filter(|body| body.contains("\"last\"") && !body.contains("\"events\""));
             assert_eq!(references.count(), 2, "{bodies:?}");
         }
         world.play_until_idle(&registry).await;
@@ -238,7 +275,7 @@ async fn an_event_that_no_message_can_hold_travels_as_a_reference() {
 }
 
 #[tokio::test]
-async fn a_payload_of_two_megabytes_arrives_as_it_was_appended() {
+async fn a_two_megabyte_payload_arrives_unchanged() {
     let world = World::new().await;
     let registry = Registry::new().with(Payloads).expect("a name of its own");
     world.store.append(&[with_payload(0, 2_000_000)]).await.expect("appended");
@@ -251,7 +288,7 @@ async fn a_payload_of_two_megabytes_arrives_as_it_was_appended() {
 }
 
 #[tokio::test]
-async fn a_message_that_becomes_visible_in_the_middle_of_the_work_is_applied_once() {
+async fn a_message_that_becomes_visible_while_being_applied_is_applied_once() {
     let world = World::with_standard_queue().await;
     let (gate, tally) = (Gate::new(), Tally::new("tally"));
     let registry = Registry::new().with(gated(&tally, 1, &gate)).expect("a name of its own");
@@ -259,34 +296,50 @@ async fn a_message_that_becomes_visible_in_the_middle_of_the_work_is_applied_onc
     world.append(10).await;
     world.publish(2).await;
 
-    let queue = SqsQueue::with_client(world.sqs.clone(), &world.queue_url, Duration::from_secs(1)).await;
+    let queue =
+        SqsQueue::with_client(world.sqs.clone(), &world.queue_url, Duration::from_secs(1)).await;
     let queue = queue.expect("the queue answers");
-    let unhidden = || Arc::new(FaultyQueue::new(&queue, Faults { unhidden: true, ..Faults::default() }, 0));
+    let unhidden =
+        || Arc::new(FaultyQueue::new(&queue, Faults { unhidden: true, ..Faults::default() }, 0));
     let (first, second) = (unhidden(), unhidden());
-    let slow = world.start_play_from(Arc::clone(&first) as Arc<dyn Queue>, &registry, without_relay());
+    let slow =
+        world.start_play_from(Arc::clone(&first) as Arc<dyn Queue>, &registry, without_relay());
     gate.arrival().await;
-    let other = world.start_play_from(Arc::clone(&second) as Arc<dyn Queue>, &registry, without_relay());
-    eventually("the second worker has the first one's messages", async || second.struck().received == 5).await;
-    eventually("it waits for the row that the first has locked", async || world.lock_waits().await == 1).await;
-    assert_eq!(first.struck().received, 5);
-    assert!(first.struck().unhidden > 0);
+    let other =
+        world.start_play_from(Arc::clone(&second) as Arc<dyn Queue>, &registry, without_relay());
+    eventually("the second worker has the first one's messages", async || {
+        second.fault_counts().received == 5
+    })
+    .await;
+    eventually("it waits for the row that the first has locked", async || {
+        world.lock_waits().await == 1
+    })
+    .await;
+    assert_eq!(first.fault_counts().received, 5);
+    assert!(first.fault_counts().unhidden > 0);
 
     gate.open();
-    eventually("all is applied and deleted", async || world.position("tally").await == 10 && world.depth().await == 0)
-        .await;
+    eventually("all is applied and deleted", async || {
+        world.position("tally").await == 10 && world.depth().await == 0
+    })
+    .await;
     slow.stop().await;
     other.stop().await;
     world.assert_complete(&tally).await;
 }
 
 #[tokio::test]
-async fn a_receipt_of_a_message_that_was_received_again_is_no_error_and_the_new_one_deletes_it() {
+async fn an_expired_receipt_is_not_an_error_and_the_new_receipt_deletes() {
     for world in [World::new().await, World::with_standard_queue().await] {
         world.append(1).await;
         world.publish(1).await;
-        let queue = SqsQueue::with_client(world.sqs.clone(), &world.queue_url, Duration::from_secs(1)).await;
+        let queue =
+            SqsQueue::with_client(world.sqs.clone(), &world.queue_url, Duration::from_secs(1))
+                .await;
         let queue = queue.expect("the queue answers");
-        let receive = async || queue.receive(Duration::from_secs(20)).await.expect("received").remove(0).receipt;
+        let receive = async || {
+            queue.receive(Duration::from_secs(20)).await.expect("received").remove(0).receipt
+        };
         let (stale, valid) = (receive().await, receive().await);
         queue.delete(&[stale]).await.expect("what is too late is no failure");
         queue.delete(&[valid]).await.expect("deleted");
@@ -295,14 +348,15 @@ async fn a_receipt_of_a_message_that_was_received_again_is_no_error_and_the_new_
 }
 
 #[tokio::test]
-async fn work_that_outlasts_the_visibility_keeps_its_messages_hidden() {
+async fn work_longer_than_the_visibility_timeout_keeps_its_messages_hidden() {
     let world = World::with_standard_queue().await;
     let (gate, tally) = (Gate::new(), Tally::new("tally"));
     let registry = Registry::new().with(gated(&tally, 1, &gate)).expect("a name of its own");
     world.boot(&registry).await;
     world.append(1).await;
     world.publish(1).await;
-    let queue = SqsQueue::with_client(world.sqs.clone(), &world.queue_url, Duration::from_secs(2)).await;
+    let queue =
+        SqsQueue::with_client(world.sqs.clone(), &world.queue_url, Duration::from_secs(2)).await;
     let queue = queue.expect("the queue answers");
     let playing = world.start_play_from(Arc::new(queue.clone()), &registry, without_relay());
     gate.arrival().await;
@@ -317,7 +371,7 @@ async fn work_that_outlasts_the_visibility_keeps_its_messages_hidden() {
 }
 
 #[tokio::test]
-async fn what_is_published_again_is_not_applied_again() {
+async fn a_republished_event_is_not_applied_again() {
     for world in [World::new().await, World::with_standard_queue().await] {
         let tally = Tally::new("tally");
         let registry = registry(&[&tally]);
@@ -335,7 +389,7 @@ async fn what_is_published_again_is_not_applied_again() {
 }
 
 #[tokio::test]
-async fn what_a_fifo_queue_swallows_as_published_before_is_repaired() {
+async fn events_dropped_by_fifo_deduplication_are_read_from_the_store() {
     let world = World::new().await;
     let tally = Tally::new("tally");
     let registry = registry(&[&tally]);
@@ -350,13 +404,17 @@ async fn what_a_fifo_queue_swallows_as_published_before_is_repaired() {
     }
     world.execute("update event_log set published = 0").await;
     world.publish(10).await;
-    assert_eq!(world.depth().await, 0, "within five minutes the queue takes them for the same messages");
+    assert_eq!(
+        world.depth().await,
+        0,
+        "within five minutes the queue takes them for the same messages"
+    );
     world.play_until_idle(&registry).await;
     world.assert_complete(&tally).await;
 }
 
 #[tokio::test]
-async fn a_relay_that_crashed_after_sending_sends_again_harmlessly() {
+async fn a_relay_that_crashed_after_sending_resends_harmlessly() {
     let world = World::with_standard_queue().await;
     let tally = Tally::new("tally");
     let registry = registry(&[&tally]);
@@ -364,26 +422,33 @@ async fn a_relay_that_crashed_after_sending_sends_again_harmlessly() {
     world.append(60).await;
     let faults = Faults { unacknowledged: 40, ..Faults::default() };
     let queue = Arc::new(FaultyQueue::new(&world.queue, faults, seed()));
-    let played = world.play_with(Arc::clone(&queue) as Arc<dyn Queue>, &registry, small_messages()).await;
-    assert!(queue.struck().unacknowledged > 0);
-    assert_eq!(played.messages, 20 + queue.struck().unacknowledged, "each was sent once more");
+    let played =
+        world.play_with(Arc::clone(&queue) as Arc<dyn Queue>, &registry, small_messages()).await;
+    assert!(queue.fault_counts().unacknowledged > 0);
+    assert_eq!(
+        played.messages,
+        20 + queue.fault_counts().unacknowledged,
+        "each was sent once more"
+    );
     world.assert_complete(&tally).await;
 }
 
 #[tokio::test]
-async fn no_message_is_deleted_while_a_live_projector_has_not_committed_past_it() {
+async fn no_message_is_deleted_before_every_live_projector_has_committed_it() {
     let world = World::new().await;
     let (gate, quick, slow) = (Gate::new(), Tally::new("quick"), Tally::new("slow"));
-    let registry = Registry::new().with(quick.clone()).and_then(|set| set.with(gated(&slow, 3, &gate)));
+    let registry =
+        Registry::new().with(quick.clone()).and_then(|set| set.with(gated(&slow, 3, &gate)));
     let registry = registry.expect("names of their own");
     world.boot(&registry).await;
     world.append(5).await;
     world.publish(1).await;
-    let queue = Arc::new(FaultyQueue::counted(&world.queue));
-    let playing = world.start_play_from(Arc::clone(&queue) as Arc<dyn Queue>, &registry, without_relay());
+    let queue = Arc::new(FaultyQueue::without_faults(&world.queue));
+    let playing =
+        world.start_play_from(Arc::clone(&queue) as Arc<dyn Queue>, &registry, without_relay());
     gate.arrival().await;
     assert_eq!((world.position("quick").await, world.position("slow").await), (5, 0));
-    assert_eq!((world.depth().await, queue.struck().deleted), (5, 0));
+    assert_eq!((world.depth().await, queue.fault_counts().deleted), (5, 0));
     gate.open();
     eventually("all are deleted", async || world.depth().await == 0).await;
     assert_eq!(world.position("slow").await, 5, "committed before the deletion");
@@ -393,18 +458,21 @@ async fn no_message_is_deleted_while_a_live_projector_has_not_committed_past_it(
 }
 
 #[tokio::test]
-async fn a_message_of_more_events_than_a_batch_is_applied_in_several_transactions() {
+async fn a_message_larger_than_a_batch_is_applied_in_several_transactions() {
     let world = World::new().await;
     let transactions = Arc::new(AtomicU64::new(0));
     let (tally, seen) = (Tally::new("tally"), Arc::clone(&transactions));
     world.append(1).await;
     let last = Arc::new(AtomicU64::new(0));
-    let scripted = Scripted::new(&tally, move |_, db| {
+    let scripted = ScriptedProjector::new(&tally, move |_, db| {
         let (seen, last) = (Arc::clone(&seen), Arc::clone(&last));
         Box::pin(async move {
-            // A transaction shows to itself what it has written: its first row tells it from the one before.
+            // A transaction shows to itself what it has written: its first row tells it from the
+            // one before.
             let own: u64 =
-                sqlx::query_scalar("select position from projectors where name = 'tally'").fetch_one(db).await?;
+                sqlx::query_scalar("select position from projectors where name = 'tally'")
+                    .fetch_one(db)
+                    .await?;
             if last.swap(own, Ordering::SeqCst) != own {
                 seen.fetch_add(1, Ordering::SeqCst);
             }

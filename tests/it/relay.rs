@@ -1,19 +1,22 @@
-//! The relay: what it does while the mark is held, where its lease lies in the future, and after a panic.
+//! The relay: what it does while the mark is held, where its lease lies in the future, and after a
+//! panic.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use projectionist::{Queue, QueueError, Receipt, Received, SqsQueue, async_trait};
+use projectionist::{Queue, QueueError, Receipt, ReceivedMessage, SqsQueue, async_trait};
 
-use crate::support::{Folder, PATIENCE, Running, Tally, World, eventually, execute, registry, schedule, write};
+use crate::support::{
+    Folder, RunningProcess, TIMEOUT, Tally, World, eventually, execute, registry, schedule, write,
+};
 
 #[tokio::test]
-async fn a_lease_from_before_the_clock_was_set_back_has_expired() {
+async fn a_lease_from_the_future_has_expired() {
     let world = World::new().await;
     world.append(5).await;
     let lease = async |until: &str| {
-        world.execute(&format!("update event_log set relay_holder = 'another', relay_until = {until}")).await;
+        world.execute(&format!("update event_log set relay_lease_holder = 'another', relay_lease_expires_at = {until}")).await;
     };
     lease("utc_timestamp(6) + interval 1 hour").await;
     let relayed = world.run(&["relay", "--once"]).await.exits(0);
@@ -27,20 +30,22 @@ async fn a_lease_from_before_the_clock_was_set_back_has_expired() {
 }
 
 /// The real queue, whose first sends panic.
-struct Panicking {
+struct PanickingQueue {
     queue: Arc<SqsQueue>,
     panics: AtomicU64,
 }
 
 #[async_trait]
-impl Queue for Panicking {
+impl Queue for PanickingQueue {
     async fn send(&self, body: &str, deduplication_id: &str) -> Result<(), QueueError> {
-        let is_left = self.panics.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
+        let is_left = self
+            .panics
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
         assert!(is_left.is_err(), "as the test asks");
         self.queue.send(body, deduplication_id).await
     }
 
-    async fn receive(&self, wait: Duration) -> Result<Vec<Received>, QueueError> {
+    async fn receive(&self, wait: Duration) -> Result<Vec<ReceivedMessage>, QueueError> {
         self.queue.receive(wait).await
     }
 
@@ -48,16 +53,20 @@ impl Queue for Panicking {
         self.queue.delete(receipts).await
     }
 
-    async fn hide(&self, receipts: &[Receipt], duration: Duration) -> Result<(), QueueError> {
-        self.queue.hide(receipts, duration).await
+    async fn change_visibility(
+        &self,
+        receipts: &[Receipt],
+        duration: Duration,
+    ) -> Result<(), QueueError> {
+        self.queue.change_visibility(receipts, duration).await
     }
 
     async fn depth(&self) -> Result<u64, QueueError> {
         self.queue.depth().await
     }
 
-    fn visibility(&self) -> Duration {
-        self.queue.visibility()
+    fn visibility_timeout(&self) -> Duration {
+        self.queue.visibility_timeout()
     }
 
     fn max_message_bytes(&self) -> usize {
@@ -66,12 +75,13 @@ impl Queue for Panicking {
 }
 
 #[tokio::test]
-async fn a_relay_that_panics_begins_again_and_publishes_all() {
+async fn a_panicking_relay_restarts_and_publishes_everything() {
     let world = World::new().await;
     let tally = Tally::new("tally");
     world.boot(&registry(&[&tally])).await;
     world.append(50).await;
-    let queue = Arc::new(Panicking { queue: Arc::clone(&world.queue), panics: AtomicU64::new(2) });
+    let queue =
+        Arc::new(PanickingQueue { queue: Arc::clone(&world.queue), panics: AtomicU64::new(2) });
     world.play_from(Arc::clone(&queue) as Arc<dyn Queue>, &registry(&[&tally])).await;
     assert_eq!(queue.panics.load(Ordering::SeqCst), 0, "it has panicked");
     assert_eq!(world.number("select published from event_log").await, 50);
@@ -79,17 +89,19 @@ async fn a_relay_that_panics_begins_again_and_publishes_all() {
 }
 
 /// The processor time that a process has taken so far.
-fn processor_time(process: &Running) -> Duration {
-    let stat = std::fs::read_to_string(format!("/proc/{}/stat", process.id())).expect("it is running");
+fn processor_time(process: &RunningProcess) -> Duration {
+    let stat =
+        std::fs::read_to_string(format!("/proc/{}/stat", process.id())).expect("it is running");
     let fields: Vec<&str> = stat.rsplit_once(')').expect("a name").1.split_whitespace().collect();
-    let ticks: u64 = fields[11..=12].iter().map(|ticks| ticks.parse::<u64>().expect("a number")).sum();
+    let ticks: u64 =
+        fields[11..=12].iter().map(|ticks| ticks.parse::<u64>().expect("a number")).sum();
     // The kernel counts in hundredths for everybody.
     Duration::from_millis(ticks * 10)
 }
 
 /// It used to take two thirds of a core, by reading a page of the log several times for each look.
 #[tokio::test]
-async fn a_worker_whose_mark_is_held_is_nearly_idle_and_goes_on_as_soon_as_it_is_free() {
+async fn a_worker_with_a_blocked_mark_is_nearly_idle_and_resumes_at_once() {
     let world = World::new().await;
     let tally = Tally::new("tally");
     let folder = Folder::new().with("tally.toml", &tally.file(&[]));
@@ -101,7 +113,10 @@ async fn a_worker_whose_mark_is_held_is_nearly_idle_and_goes_on_as_soon_as_it_is
         world.append(1_000).await;
         let play = world.start(&["play", "--projectors", folder.path()]);
         // Written down: it has been held for a while.
-        eventually("it is held", async || world.number("select count(held_since) from event_log").await == 1).await;
+        eventually("it is held", async || {
+            world.number("select count(blocked_since) from event_log").await == 1
+        })
+        .await;
         let (before, began) = (processor_time(&play), Instant::now());
         tokio::time::sleep(Duration::from_secs(4)).await;
         let share = (processor_time(&play) - before).as_secs_f64() / began.elapsed().as_secs_f64();
@@ -113,7 +128,11 @@ async fn a_worker_whose_mark_is_held_is_nearly_idle_and_goes_on_as_soon_as_it_is
         let free = Instant::now();
         eventually("it goes on", async || world.high_water().await == last).await;
         assert!(free.elapsed() < Duration::from_secs(5), "{:?} after a {ends_by}", free.elapsed());
-        assert_eq!(world.number("select count(held_since) from event_log").await, 0, "a mark that rises is not held");
+        assert_eq!(
+            world.number("select count(blocked_since) from event_log").await,
+            0,
+            "a mark that rises is not held"
+        );
         eventually("it is played", async || world.position("tally").await == last).await;
         play.terminate().await.exits(0);
     }
@@ -121,18 +140,19 @@ async fn a_worker_whose_mark_is_held_is_nearly_idle_and_goes_on_as_soon_as_it_is
 }
 
 #[tokio::test]
-async fn what_no_longer_holds_the_mark_is_not_remembered_where_nothing_is_visible_above_it() {
+async fn a_stored_blocker_is_cleared_if_nothing_is_visible_above_the_mark() {
     let world = World::new().await;
     world.append(3).await;
     world.run(&["relay", "--once"]).await.exits(0);
-    world.execute("update event_log set held_position = 4, held_since = utc_timestamp(6) - interval 1 hour").await;
+    world.execute("update event_log set blocked_position = 4, blocked_since = utc_timestamp(6) - interval 1 hour").await;
     world.run(&["relay", "--once"]).await.exits(0);
-    assert_eq!(world.number("select count(held_position) from event_log").await, 0);
+    assert_eq!(world.number("select count(blocked_position) from event_log").await, 0);
 }
 
-/// A function lives for one invocation: none of them would see the mark held for long enough by itself.
+/// A function lives for one invocation: none of them would see the mark held for long enough by
+/// itself.
 #[tokio::test]
-async fn a_function_knows_since_when_the_mark_is_held_from_the_log() {
+async fn a_function_reads_blocked_since_from_the_log() {
     for relay_seconds in ["0", "2"] {
         let world = World::new().await;
         let tally = Tally::new("tally");
@@ -142,27 +162,34 @@ async fn a_function_knows_since_when_the_mark_is_held_from_the_log() {
         execute(&mut open, "begin").await;
         write(&mut open, "open", 1).await.expect("written");
         world.append(5).await;
-        let options = ["--projectors", folder.path(), "--metrics=emf", "--relay-seconds", relay_seconds];
+        let options =
+            ["--projectors", folder.path(), "--metrics=emf", "--relay-seconds", relay_seconds];
 
         let mut first = world.function(&options).await;
-        first.invoke(&schedule(), PATIENCE).await.expect("an answer");
+        first.invoke(&schedule(), TIMEOUT).await.expect("an answer");
         let first = first.process.terminate().await.exits(0);
-        assert!(!first.stderr.contains("high_water_held"), "it is young still: {}", first.stderr);
-        assert_eq!(world.number("select held_position from event_log").await, 1);
-        world.execute("update event_log set held_since = held_since - interval 100 second").await;
+        assert!(
+            !first.stderr.contains("high_water_blocked"),
+            "it is young still: {}",
+            first.stderr
+        );
+        assert_eq!(world.number("select blocked_position from event_log").await, 1);
+        world
+            .execute("update event_log set blocked_since = blocked_since - interval 100 second")
+            .await;
 
         let mut second = world.function(&options).await;
-        second.invoke(&schedule(), PATIENCE).await.expect("an answer");
+        second.invoke(&schedule(), TIMEOUT).await.expect("an answer");
         let second = second.process.terminate().await.exits(0);
-        assert!(second.stderr.contains("\"alert\":\"high_water_held\""), "{}", second.stderr);
+        assert!(second.stderr.contains("\"alert\":\"high_water_blocked\""), "{}", second.stderr);
         let age = second.log().iter().find_map(|line| line["GapAge"].as_f64());
         assert!(age.is_some_and(|age| age >= 100.0), "{age:?}: {}", second.stderr);
 
         execute(&mut open, "commit").await;
         let mut third = world.function(&options).await;
-        third.invoke(&schedule(), PATIENCE).await.expect("an answer");
+        third.invoke(&schedule(), TIMEOUT).await.expect("an answer");
         let third = third.process.terminate().await.exits(0);
         assert_eq!(third.log().iter().find_map(|line| line["GapAge"].as_f64()), Some(0.0));
-        assert_eq!(world.number("select count(held_position) from event_log").await, 0);
+        assert_eq!(world.number("select count(blocked_position) from event_log").await, 0);
     }
 }

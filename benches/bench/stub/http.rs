@@ -1,4 +1,5 @@
-//! As much of HTTP/1.1 as the SDK speaks to SQS: requests of a known length, one after the other on a connection.
+//! As much of HTTP/1.1 as the SDK speaks to SQS: requests of a known length, one after the other on
+//! a connection.
 
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};

@@ -1,5 +1,6 @@
-//! A stand-in for SQS that is fast: LocalStack takes ten milliseconds for what a consumer of ours does in one, and would
-//! hide what that costs. It speaks AWS JSON 1.0 over HTTP/1.1, and is as careful with order and receipts as SQS is.
+//! A stand-in for SQS that is fast: LocalStack takes ten milliseconds for what a consumer of ours
+//! does in one, and would hide what that costs. It speaks AWS JSON 1.0 over HTTP/1.1, and is as
+//! careful with order and receipts as SQS is.
 
 mod http;
 mod queues;
@@ -13,8 +14,8 @@ use tokio::net::TcpListener;
 
 use queues::Queues;
 
-/// Starts it on a thread and a runtime of its own, so that it takes no worker thread from what is measured. It ends with
-/// the process.
+/// Starts it on a thread and a runtime of its own, so that it takes no worker thread from what is
+/// measured. It ends with the process.
 pub fn start() -> anyhow::Result<SocketAddr> {
     let (tell, told) = mpsc::channel();
     std::thread::Builder::new().name("stub".into()).spawn(move || {
@@ -28,7 +29,9 @@ pub fn start() -> anyhow::Result<SocketAddr> {
             while let Ok((stream, _)) = listener.accept().await {
                 let _ = stream.set_nodelay(true);
                 let queues = Arc::clone(&queues);
-                tokio::spawn(async move { http::serve(stream, |target, body| queues.answer(target, body)).await });
+                tokio::spawn(async move {
+                    http::serve(stream, |target, body| queues.answer(target, body)).await
+                });
             }
         });
     })?;

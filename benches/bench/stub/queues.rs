@@ -8,12 +8,13 @@ use serde_json::{Value, json};
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout_at};
 
-const MOST_RECEIVED: usize = 10;
+const MAX_RECEIVED: usize = 10;
 
 #[derive(Default)]
 pub struct Queues(Mutex<HashMap<String, Arc<Queue>>>);
 
-/// One queue. Messages have numbers in the order in which they came, and are received in that order.
+/// One queue. Messages have numbers in the order in which they came, and are received in that
+/// order.
 struct Queue {
     is_fifo: bool,
     messages: Mutex<Messages>,
@@ -80,16 +81,24 @@ impl Queue {
         let mut messages = lock(&self.messages);
         messages.last += 1;
         let number = messages.last;
-        messages.visible.insert(number, message["MessageBody"].as_str().unwrap_or_default().to_owned());
+        messages
+            .visible
+            .insert(number, message["MessageBody"].as_str().unwrap_or_default().to_owned());
         self.changed.notify_waiters();
         json!({"MessageId": number.to_string(), "MD5OfMessageBody": ""})
     }
 
     /// By long poll. As with SQS, a poll whose client has hung up may take messages with it.
     async fn receive(&self, request: &Value) -> Value {
-        let seconds = |name: &str, otherwise| Duration::from_secs(request[name].as_u64().unwrap_or(otherwise));
-        let most = request["MaxNumberOfMessages"].as_u64().map_or(1, |most| most as usize).min(MOST_RECEIVED);
-        let (until, visibility) = (Instant::now() + seconds("WaitTimeSeconds", 0), seconds("VisibilityTimeout", 30));
+        let seconds = |name: &str, otherwise| {
+            Duration::from_secs(request[name].as_u64().unwrap_or(otherwise))
+        };
+        let most = request["MaxNumberOfMessages"]
+            .as_u64()
+            .map_or(1, |most| most as usize)
+            .min(MAX_RECEIVED);
+        let (until, visibility) =
+            (Instant::now() + seconds("WaitTimeSeconds", 0), seconds("VisibilityTimeout", 30));
         loop {
             // Registered before the look, so that nothing comes in between unseen.
             let mut changed = std::pin::pin!(self.changed.notified());
@@ -113,7 +122,8 @@ impl Queue {
     }
 
     fn hide(&self, entry: &Value) -> Value {
-        let until = Instant::now() + Duration::from_secs(entry["VisibilityTimeout"].as_u64().unwrap_or_default());
+        let until = Instant::now()
+            + Duration::from_secs(entry["VisibilityTimeout"].as_u64().unwrap_or_default());
         if let Some(hidden) = number(entry) {
             lock(&self.messages).hidden.entry(hidden).and_modify(|hidden| hidden.0 = until);
             self.changed.notify_waiters();
@@ -123,11 +133,21 @@ impl Queue {
 }
 
 impl Messages {
-    /// The next messages, hidden from now on; and when the first of those that are hidden comes back.
-    fn take(&mut self, is_fifo: bool, most: usize, visibility: Duration) -> (Vec<Value>, Option<Instant>) {
+    /// The next messages, hidden from now on; and when the first of those that are hidden comes
+    /// back.
+    fn take(
+        &mut self,
+        is_fifo: bool,
+        most: usize,
+        visibility: Duration,
+    ) -> (Vec<Value>, Option<Instant>) {
         let now = Instant::now();
-        let expired: Vec<u64> =
-            self.hidden.iter().filter(|(_, hidden)| hidden.0 <= now).map(|(number, _)| *number).collect();
+        let expired: Vec<u64> = self
+            .hidden
+            .iter()
+            .filter(|(_, hidden)| hidden.0 <= now)
+            .map(|(number, _)| *number)
+            .collect();
         for number in expired {
             if let Some((_, body)) = self.hidden.remove(&number) {
                 self.visible.insert(number, body);

@@ -10,14 +10,14 @@ use clap::Args;
 use clap::builder::FalseyValueParser;
 use serde::Serialize;
 
-use super::say;
+use super::print;
 use crate::command::config::Config;
-use crate::database::{Database, NEEDS};
+use crate::database::{COMMAND_PRIVILEGES, Database};
 use crate::ledger::Ledger;
 use crate::model::error::Error;
 use crate::model::lifecycle::Status;
 use crate::model::registry::Registry;
-use crate::model::text::printable;
+use crate::model::text::escape_control;
 use crate::store::EventStore;
 
 #[derive(Debug, Args)]
@@ -25,8 +25,9 @@ use crate::store::EventStore;
 Changes nothing: grants are asked of statements that are explained or prepared and not run, permissions of calls of SQS that \
 could not do anything (a batch of no messages, receipts that are none). Exit codes: 0 nothing is wrong, whatever the warnings; \
 2 something is; 3 database or queue are out of reach.")]
-pub(super) struct Doctor {
-    /// The commands that this user and these credentials are for; of others, what is missing is only noted
+pub(super) struct DoctorCommand {
+    /// The commands that this user and these credentials are for; of others, what is missing is
+    /// only noted
     #[arg(long = "for", value_name = "COMMAND", env = "PROJECTIONIST_DOCTOR_FOR", value_delimiter = ',',
           default_values = ["boot", "play"], value_parser = commands())]
     commands: Vec<String>,
@@ -37,7 +38,7 @@ pub(super) struct Doctor {
 }
 
 fn commands() -> Vec<&'static str> {
-    NEEDS.iter().map(|(command, _)| *command).collect()
+    COMMAND_PRIVILEGES.iter().map(|(command, _)| *command).collect()
 }
 
 /// How well it is.
@@ -50,18 +51,17 @@ enum Level {
     /// It works, but not as well or as safely as it could.
     Warning,
     /// It does not work.
-    Wrong,
-    OutOfReach,
+    Error,
+    Unreachable,
 }
 
 /// One line.
 #[derive(Debug, Serialize)]
 struct Check {
-    check: String,
+    name: String,
     level: Level,
-    says: String,
+    detail: String,
     /// What to do.
-    #[serde(rename = "do")]
     remedy: Option<String>,
 }
 
@@ -77,50 +77,69 @@ impl fmt::Display for Level {
             Level::Ok => "ok",
             Level::Note => "note",
             Level::Warning => "warning",
-            Level::Wrong => "WRONG",
-            Level::OutOfReach => "OUT OF REACH",
+            Level::Error => "ERROR",
+            Level::Unreachable => "UNREACHABLE",
         })
     }
 }
 
 impl fmt::Display for Check {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:<12}  {:<27}  {}", self.level.to_string(), self.check, printable(&self.says))?;
+        write!(
+            f,
+            "{:<12}  {:<27}  {}",
+            self.level.to_string(),
+            self.name,
+            escape_control(&self.detail)
+        )?;
         self.remedy.as_ref().map_or(Ok(()), |remedy| write!(f, "; {remedy}"))
     }
 }
 
 impl Check {
-    fn ok(check: &str, says: impl Into<String>) -> Self {
-        Check { check: check.into(), level: Level::Ok, says: says.into(), remedy: None }
+    fn ok(name: &str, detail: impl Into<String>) -> Self {
+        Check { name: name.into(), level: Level::Ok, detail: detail.into(), remedy: None }
     }
 
-    fn bad(level: Level, check: &str, says: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Check { check: check.into(), level, says: says.into(), remedy: Some(remedy.into()) }
+    fn problem(
+        level: Level,
+        name: &str,
+        detail: impl Into<String>,
+        remedy: impl Into<String>,
+    ) -> Self {
+        Check { name: name.into(), level, detail: detail.into(), remedy: Some(remedy.into()) }
     }
 
     /// What kept a check from being made.
-    fn failed(check: &str, error: &Error) -> Self {
+    fn failed(name: &str, error: &Error) -> Self {
         let level = match error {
-            Error::OutOfReach(_) => Level::OutOfReach,
-            _ => Level::Wrong,
+            Error::Unreachable(_) => Level::Unreachable,
+            _ => Level::Error,
         };
-        Check { check: check.into(), level, says: error.to_string(), remedy: None }
+        Check { name: name.into(), level, detail: error.to_string(), remedy: None }
     }
 }
 
-impl Doctor {
+impl DoctorCommand {
     pub(super) async fn run(self, config: &Config, registry: Registry) -> Result<(), Error> {
         let mut checks = Vec::new();
         let registry = config.registry(registry);
-        let wants = |commands: &[&str]| self.commands.iter().any(|command| commands.contains(&command.as_str()));
+        let wants = |commands: &[&str]| {
+            self.commands.iter().any(|command| commands.contains(&command.as_str()))
+        };
         let mut record = None;
         match config.database().await {
             Ok(database) => {
                 // Where the log cannot be read, another line says so.
                 record = EventStore::new(&database).queue_record().await.ok();
-                checks.push(Check::ok("database", database.place()));
-                database::examine(&database, database.connections(), &self.commands, &mut checks).await;
+                checks.push(Check::ok("database", database.address()));
+                database::examine(
+                    &database,
+                    database.max_connections(),
+                    &self.commands,
+                    &mut checks,
+                )
+                .await;
                 log::examine(&database, &mut checks).await;
                 examine_projectors(&database, registry, &mut checks).await;
             }
@@ -131,44 +150,57 @@ impl Doctor {
                 }
             }
         }
-        if config.names_queue() || wants(&["play", "relay", "lambda"]) {
+        if config.has_queue() || wants(&["play", "relay", "lambda"]) {
             match config.queue().await {
                 Ok(queue) => queue::examine(&queue, record.as_ref(), config, &mut checks).await,
                 Err(error) => checks.push(Check::failed("queue", &error)),
             }
         }
-        self.tell(&checks)
+        self.report(&checks)
     }
 
-    fn tell(&self, checks: &[Check]) -> Result<(), Error> {
+    fn report(&self, checks: &[Check]) -> Result<(), Error> {
         let worst = checks.iter().map(|check| check.level).max().unwrap_or(Level::Ok);
         match self.json {
             true => {
-                let report = Report { healthy: worst < Level::Wrong, checks };
-                say(serde_json::to_string(&report).unwrap_or_else(|error| unreachable!("plain strings: {error}")))?;
+                let report = Report { healthy: worst < Level::Error, checks };
+                print(
+                    serde_json::to_string(&report)
+                        .unwrap_or_else(|error| unreachable!("plain strings: {error}")),
+                )?;
             }
             false => {
                 for check in checks {
-                    say(check)?;
+                    print(check)?;
                 }
             }
         }
-        let bad: Vec<&str> =
-            checks.iter().filter(|check| check.level >= Level::Wrong).map(|check| check.check.as_str()).collect();
-        let told = format!("not as it should be: {}; each line on standard output says what to do", bad.join(", "));
+        let bad: Vec<&str> = checks
+            .iter()
+            .filter(|check| check.level >= Level::Error)
+            .map(|check| check.name.as_str())
+            .collect();
+        let summary = format!(
+            "not as it should be: {}; each line on standard output says what to do",
+            bad.join(", ")
+        );
         match worst {
-            Level::OutOfReach => Err(Error::OutOfReach(told)),
-            Level::Wrong => Err(Error::Input(told)),
+            Level::Unreachable => Err(Error::Unreachable(summary)),
+            Level::Error => Err(Error::Input(summary)),
             _ => Ok(()),
         }
     }
 }
 
 /// Whether the files load, and who is to be booted.
-async fn examine_projectors(database: &Database, registry: Result<Registry, Error>, checks: &mut Vec<Check>) {
+async fn examine_projectors(
+    database: &Database,
+    registry: Result<Registry, Error>,
+    checks: &mut Vec<Check>,
+) {
     let registry = match registry {
         Ok(registry) if registry.is_empty() => {
-            return checks.push(Check::bad(
+            return checks.push(Check::problem(
                 Level::Note,
                 "projectors",
                 "there are none",
@@ -183,28 +215,35 @@ async fn examine_projectors(database: &Database, registry: Result<Registry, Erro
     for projector in registry.iter() {
         let check = format!("projector {}", projector.id);
         let entry = entries.iter().find(|entry| entry.id == projector.id);
-        let is_changed = entry.is_some_and(|entry| !entry.is_booted_with(&projector.digest));
+        let is_changed = entry.is_some_and(|entry| !entry.matches_digest(&projector.digest));
         let status = entry.map(|entry| &entry.status);
         checks.push(match status {
-            Some(Status::Live | Status::Finished) if is_changed => Check::bad(
+            Some(Status::Live | Status::Finished) if is_changed => Check::problem(
                 Level::Warning,
                 &check,
                 "changed since it was booted, so a worker with this set does not play it",
                 "run boot",
             ),
-            Some(Status::Live | Status::Finished) => Check::ok(&check, status.map_or("", Status::as_str)),
-            Some(Status::Retired) => {
-                Check::bad(Level::Warning, &check, "retired, and never played again", "take it out of this release")
+            Some(Status::Live | Status::Finished) => {
+                Check::ok(&check, status.map_or("", Status::as_str))
             }
+            Some(Status::Retired) => Check::problem(
+                Level::Warning,
+                &check,
+                "retired, and never played again",
+                "take it out of this release",
+            ),
             Some(Status::Broken(failure)) => {
-                let remedy = match failure.rebuild {
+                let remedy = match failure.rebuild_reason {
                     None => "mend it, and run boot",
                     Some(_) => "retire it and run boot again, or give it a new version",
                 };
-                Check::bad(Level::Warning, &check, format!("broken: {}", failure.error), remedy)
+                Check::problem(Level::Warning, &check, format!("broken: {}", failure.error), remedy)
             }
-            Some(status) => Check::bad(Level::Warning, &check, status.as_str(), "run boot"),
-            None => Check::bad(Level::Warning, &check, "not booted, and so not played", "run boot"),
+            Some(status) => Check::problem(Level::Warning, &check, status.as_str(), "run boot"),
+            None => {
+                Check::problem(Level::Warning, &check, "not booted, and so not played", "run boot")
+            }
         });
     }
 }

@@ -1,70 +1,77 @@
-//! What boot looks at before it replays: definitions, tables, setups. All of it under the [`SetupLock`].
+//! What boot looks at before it replays: definitions, tables, setups. All of it under the
+//! [`SetupLock`].
 
 use anyhow::anyhow;
 use tracing::{info, warn};
 
-use super::{Boot, first_position};
+use super::{Boot, start_position};
 use crate::engine::apply;
 use crate::engine::catch_up::{Cursor, CursorState};
-use crate::engine::deliver::{Delivered, Failed};
+use crate::engine::retry::{ApplyOutcome, ProjectorError};
 use crate::ledger::Entry;
-use crate::ledger::read_model::{self, SetupLock, Tables};
-use crate::model::error::{Error, caused_by_transient, server_error, tell};
+use crate::ledger::read_model::{self, SetupLock, TableCatalog};
+use crate::model::error::{Error, format_chain, has_transient_cause, server_error_number};
 use crate::model::event::Position;
 use crate::model::lifecycle::{Stage, Status};
 use crate::model::metrics;
 use crate::model::projector::Mode;
-use crate::model::registry::Registered;
+use crate::model::registry::RegisteredProjector;
 use crate::store::AddedTypes;
 
 impl Boot<'_> {
-    /// Looks at everything, enters the new projectors, runs the setups, and gives a cursor to each that is to be
-    /// replayed.
+    /// Looks at everything, enters the new projectors, runs the setups, and gives a cursor to each
+    /// that is to be replayed.
     pub(super) async fn admit(&mut self, before: &[Entry]) -> Result<Vec<Cursor>, Error> {
-        let (database, patience) = (self.engine.database.clone(), self.engine.limits.patience);
-        let take = || SetupLock::take(&database, patience);
-        let Some(mut lock) = self.engine.persist("take the lock for setups", take).await? else {
-            self.remarks.reason = Some(
+        let (database, retry_timeout) =
+            (self.engine.database.clone(), self.engine.limits.retry_timeout);
+        let take = || SetupLock::acquire(&database, retry_timeout);
+        let Some(mut lock) = self.engine.retry_transient("take the lock for setups", take).await?
+        else {
+            self.findings.reason = Some(
                 "another boot has been running setups for as long as this one is patient; see its log, and run boot again"
                     .into(),
             );
             return Ok(Vec::new());
         };
-        let admitted = lock.while_held(self.admit_alone(before)).await;
+        let admitted = lock.run_while_held(self.admit_locked(before)).await;
         lock.release(&database).await;
         admitted
     }
 
-    async fn admit_alone(&mut self, before: &[Entry]) -> Result<Vec<Cursor>, Error> {
+    async fn admit_locked(&mut self, before: &[Entry]) -> Result<Vec<Cursor>, Error> {
         for id in &self.accept {
-            self.engine.persist("accept a projector", || self.engine.ledger.accept(id)).await?;
+            self.engine
+                .retry_transient("accept a projector", || {
+                    self.engine.ledger.clear_rebuild_reason(id)
+                })
+                .await?;
         }
         let entries = self.entries().await?;
-        let mut tables = self.tables(&entries).await?;
+        let mut tables = self.read_tables(&entries).await?;
         let mut new = Vec::new();
-        for projector in self.chosen.clone() {
+        for projector in self.selected.clone() {
             match entries.iter().find(|entry| entry.id == projector.id) {
-                Some(entry) => self.examine(&projector, entry, before, &tables).await?,
+                Some(entry) => self.check_existing(&projector, entry, before, &tables).await?,
                 None => {
-                    self.refuse_occupied(&projector, &tables).await?;
+                    self.refuse_nonempty_tables(&projector, &tables).await?;
                     new.push(projector);
                 }
             }
         }
-        if !self.remarks.is_stopped && !new.is_empty() {
+        if !self.findings.is_stopped && !new.is_empty() {
             let high_water = self.raise_high_water().await?.mark;
             for projector in &new {
-                let position = first_position(projector.mode, high_water);
-                let enter = || self.engine.ledger.enter(projector, position);
-                self.engine.persist("enter a projector", enter).await?;
+                let position = start_position(projector.mode, high_water);
+                let register = || self.engine.ledger.register(projector, position);
+                self.engine.retry_transient("enter a projector", register).await?;
             }
         }
         let mut cursors = self.cursors(before).await?;
         self.stall(&mut cursors).await?;
         for cursor in &mut cursors {
-            if cursor.is_running() && (cursor.is_repair || !self.remarks.is_stopped) {
+            if cursor.is_running() && (cursor.was_broken || !self.findings.is_stopped) {
                 self.set_up(cursor, &mut tables).await?;
-                self.remarks.is_stopped |= cursor.has_stopped_boot();
+                self.findings.is_stopped |= cursor.should_stop_boot();
             }
         }
         self.stall(&mut cursors).await?;
@@ -75,17 +82,20 @@ impl Boot<'_> {
     async fn cursors(&self, before: &[Entry]) -> Result<Vec<Cursor>, Error> {
         let mut cursors = Vec::new();
         for entry in self.entries().await? {
-            let Some(projector) = self.chosen.iter().find(|projector| projector.id == entry.id) else { continue };
-            if self.remarks.refused.contains_key(&entry.id) {
+            let Some(projector) = self.selected.iter().find(|projector| projector.id == entry.id)
+            else {
+                continue;
+            };
+            if self.findings.refused.contains_key(&entry.id) {
                 continue;
             }
-            if Stage::Boot.plays(&entry.status) {
+            if Stage::Boot.can_apply(&entry.status) {
                 info!(
                     projector = %entry.id, mode = %entry.mode, status = %entry.status, position = entry.position.get(),
                     release = self.engine.release, "booting"
                 );
                 let mut cursor = Cursor::new(projector, entry.position);
-                cursor.is_repair = was_broken(before, &entry);
+                cursor.was_broken = was_broken(before, &entry);
                 cursors.push(cursor);
             } else if entry.status == Status::Retired {
                 warn!(projector = %entry.id, status = %entry.status, "retired, and never played again: take it out of the set, or give it a new version");
@@ -95,37 +105,44 @@ impl Boot<'_> {
     }
 
     /// Looks at a projector that the ledger has.
-    async fn examine(
+    async fn check_existing(
         &mut self,
-        projector: &Registered,
+        projector: &RegisteredProjector,
         entry: &Entry,
         before: &[Entry],
-        tables: &Tables,
+        tables: &TableCatalog,
     ) -> Result<(), Error> {
         if entry.status == Status::Retired {
             return Ok(());
         }
         if let Some(reason) = &entry.rebuild_reason {
-            self.remarks.is_stopped |= !was_broken(before, entry);
-            let has_way_out = reason.contains("projectionist retire");
-            let reason = if has_way_out { reason.clone() } else { format!("{reason}; {}", way_out(projector)) };
-            self.remarks.refused.insert(projector.id.clone(), reason);
+            self.findings.is_stopped |= !was_broken(before, entry);
+            let has_hint = reason.contains("projectionist retire");
+            let reason = if has_hint {
+                reason.clone()
+            } else {
+                format!("{reason}; {}", rebuild_hint(projector))
+            };
+            self.findings.refused.insert(projector.id.clone(), reason);
             return Ok(());
         }
         self.compare_definition(projector, entry).await?;
-        if entry.status != Status::Live || self.accepts(projector) {
+        if entry.status != Status::Live || self.is_accepted(projector) {
             return Ok(());
         }
         // Before the ledger kept them, the tables that the projector names were its own.
         let owned = entry.owned_tables.as_deref().unwrap_or(&projector.tables);
-        if let Some(table) = owned.iter().find(|table| !tables.has(table)) {
-            let reason = format!("its table {table} is gone, and with it what it was built of; {}", way_out(projector));
-            self.break_for_rebuild(projector, &reason).await;
-            self.remarks.is_stopped = true;
-            self.remarks.refused.insert(projector.id.clone(), reason);
-        } else if let Some(table) = projector.tables.iter().find(|table| !tables.has(table)) {
-            self.remarks.is_stopped = true;
-            self.remarks.refused.insert(
+        if let Some(table) = owned.iter().find(|table| !tables.contains(table)) {
+            let reason = format!(
+                "its table {table} is gone, and with it what it was built of; {}",
+                rebuild_hint(projector)
+            );
+            self.mark_broken_for_rebuild(projector, &reason).await;
+            self.findings.is_stopped = true;
+            self.findings.refused.insert(projector.id.clone(), reason);
+        } else if let Some(table) = projector.tables.iter().find(|table| !tables.contains(table)) {
+            self.findings.is_stopped = true;
+            self.findings.refused.insert(
                 projector.id.clone(),
                 format!(
                     "it is live, and names the table {table}, which does not exist: the setup of a live projector is not \
@@ -137,20 +154,25 @@ impl Boot<'_> {
     }
 
     /// Whether an operator has accepted what is found about this projector.
-    fn accepts(&self, projector: &Registered) -> bool {
+    fn is_accepted(&self, projector: &RegisteredProjector) -> bool {
         self.accept.contains(&projector.id)
     }
 
-    /// Compares the definition with the one of the last boot. Refuses one that wants events which the projector has
-    /// passed.
-    async fn compare_definition(&mut self, projector: &Registered, entry: &Entry) -> Result<(), Error> {
+    /// Compares the definition with the one of the last boot. Refuses one that wants events which
+    /// the projector has passed.
+    async fn compare_definition(
+        &mut self,
+        projector: &RegisteredProjector,
+        entry: &Entry,
+    ) -> Result<(), Error> {
         let id = &projector.id;
-        if entry.is_booted_with(&projector.digest) {
+        if entry.matches_digest(&projector.digest) {
             return Ok(());
         }
         info!(projector = %id, status = %entry.status, release = self.engine.release, "changed since it was booted");
-        self.remarks.changed.insert(id.clone());
-        let Some(added) = added_types(entry.event_types.as_deref(), projector).filter(|_| !self.accepts(projector))
+        self.findings.changed.insert(id.clone());
+        let Some(added) = added_types(entry.event_types.as_deref(), projector)
+            .filter(|_| !self.is_accepted(projector))
         else {
             return Ok(());
         };
@@ -159,10 +181,10 @@ impl Boot<'_> {
             Mode::FromBeginning | Mode::Once => Position::START,
         };
         let count = || self.engine.store.count_added(&added, began_at, entry.position);
-        let passed = self.engine.persist("count the events of added types", count).await?;
+        let passed = self.engine.retry_transient("count the events of added types", count).await?;
         if passed > 0 {
-            self.remarks.is_stopped = true;
-            self.remarks.refused.insert(
+            self.findings.is_stopped = true;
+            self.findings.refused.insert(
                 id.clone(),
                 format!(
                     "it subscribes to more event types than when it was booted, and has passed {passed} events of \
@@ -176,24 +198,28 @@ impl Boot<'_> {
     }
 
     /// Refuses a new projector of which a table holds rows.
-    async fn refuse_occupied(&mut self, projector: &Registered, tables: &Tables) -> Result<(), Error> {
-        if self.accepts(projector) {
+    async fn refuse_nonempty_tables(
+        &mut self,
+        projector: &RegisteredProjector,
+        tables: &TableCatalog,
+    ) -> Result<(), Error> {
+        if self.is_accepted(projector) {
             return Ok(());
         }
-        for table in projector.tables.iter().filter(|table| tables.has(table)) {
-            let look = || read_model::has_rows(&self.engine.database, table);
-            let found = match self.engine.persist("look into a table", look).await {
+        for table in projector.tables.iter().filter(|table| tables.contains(table)) {
+            let read = || read_model::has_rows(&self.engine.database, table);
+            let found = match self.engine.retry_transient("look into a table", read).await {
                 Ok(false) => continue,
                 Ok(true) => "exists already and has rows",
                 // It may be empty: who may not look cannot know.
-                Err(error) if matches!(server_error(&error), Some(1142 | 1143)) => {
+                Err(error) if matches!(server_error_number(&error), Some(1142 | 1143)) => {
                     "exists already, and this database user has no grant to select from it, to see whether it is empty"
                 }
                 Err(error) => return Err(error.into()),
             };
             let id = &projector.id;
-            self.remarks.is_stopped = true;
-            self.remarks.refused.insert(
+            self.findings.is_stopped = true;
+            self.findings.refused.insert(
                 id.clone(),
                 format!(
                     "it is new, and its table {table} {found}: it would be replayed on top of them. Drop or empty the \
@@ -205,94 +231,116 @@ impl Boot<'_> {
         Ok(())
     }
 
-    /// Runs a projector's setup, and records the tables that it owns. Breaks one that is past its start and whose table
-    /// is missing or was just created: what it had applied is not in there.
-    async fn set_up(&mut self, cursor: &mut Cursor, tables: &mut Tables) -> Result<(), Error> {
+    /// Runs a projector's setup, and records the tables that it owns. Breaks one that is past its
+    /// start and whose table is missing or was just created: what it had applied is not in there.
+    async fn set_up(
+        &mut self,
+        cursor: &mut Cursor,
+        tables: &mut TableCatalog,
+    ) -> Result<(), Error> {
         let projector = cursor.projector.clone();
         let id = &projector.id;
-        let read = self.engine.persist("read the ledger", || self.engine.ledger.entry(id)).await?;
-        let Some(entry) = read.filter(|entry| Stage::Boot.plays(&entry.status)) else {
-            cursor.state = CursorState::Left;
+        let read =
+            self.engine.retry_transient("read the ledger", || self.engine.ledger.entry(id)).await?;
+        let Some(entry) = read.filter(|entry| Stage::Boot.can_apply(&entry.status)) else {
+            cursor.state = CursorState::TakenOver;
             return Ok(());
         };
         self.record_definition(&projector, &entry).await?;
-        let must_be_whole = entry.is_past_start() && !self.accepts(&projector);
-        if let Some(table) = missing(&entry, &projector, tables).filter(|_| must_be_whole) {
+        let must_be_whole = entry.is_past_start() && !self.is_accepted(&projector);
+        if let Some(table) = missing_table(&entry, &projector, tables).filter(|_| must_be_whole) {
             let reason = format!("its table {table} is gone, and with it what it was built of");
-            let reason = format!("{reason}; {}", way_out(&projector));
-            cursor.note(self.break_for_rebuild(&projector, &reason).await);
-            self.remarks.refused.insert(id.clone(), reason);
+            let reason = format!("{reason}; {}", rebuild_hint(&projector));
+            cursor.record(self.mark_broken_for_rebuild(&projector, &reason).await);
+            self.findings.refused.insert(id.clone(), reason);
             return Ok(());
         }
         let set_up = || apply::set_up(&self.engine.database, &projector);
-        let done = self.engine.persist("run a setup", set_up).await;
-        let look = || tables.read_again(&self.engine.database);
-        let after = self.engine.persist("look at the tables", look).await?;
+        let done = self.engine.retry_transient("run a setup", set_up).await;
+        let read = || tables.reload(&self.engine.database);
+        let after = self.engine.retry_transient("look at the tables", read).await?;
         let before = std::mem::replace(tables, after);
         let created = tables.created_since(&before);
         if let (Some(table), true) = (created.first(), must_be_whole) {
-            let reason = format!("its setup has just created the table {table}, which lacks what came before");
-            let reason = format!("{reason}; {}", way_out(&projector));
-            cursor.note(self.break_for_rebuild(&projector, &reason).await);
-            self.remarks.refused.insert(id.clone(), reason);
+            let reason = format!(
+                "its setup has just created the table {table}, which lacks what came before"
+            );
+            let reason = format!("{reason}; {}", rebuild_hint(&projector));
+            cursor.record(self.mark_broken_for_rebuild(&projector, &reason).await);
+            self.findings.refused.insert(id.clone(), reason);
             return Ok(());
         }
         self.record_tables(&projector, &entry, created, tables).await?;
         if let Err(error) = done {
-            metrics::failed(id);
+            metrics::record_failure(id);
             let error = error.context("setup failed");
-            cursor.note(match caused_by_transient(&error) {
-                true => Delivered::GaveUp(tell(&error)),
-                false => self.engine.break_at(&projector, Stage::Boot, None, Failed::new(error, 1)).await,
+            cursor.record(match has_transient_cause(&error) {
+                true => ApplyOutcome::GaveUp(format_chain(&error)),
+                false => {
+                    self.engine
+                        .mark_broken(&projector, Stage::Boot, None, ProjectorError::new(error, 1))
+                        .await
+                }
             });
         }
         Ok(())
     }
 
-    /// Marks a projector broken, whether it is live or boot's, so that it is not carried on. The row's lock decides
-    /// whether it still is either.
-    async fn break_for_rebuild(&self, projector: &Registered, reason: &str) -> Delivered {
-        let may_be_broken = |entry: &Entry| Stage::Boot.plays(&entry.status) || Stage::Play.plays(&entry.status);
-        let failed = Failed::for_rebuild(anyhow!("rebuild: {reason}"), 1);
-        self.engine.break_if(projector, Stage::Boot, None, failed, may_be_broken).await
+    /// Marks a projector broken, whether it is live or boot's, so that it is not carried on. The
+    /// row's lock decides whether it still is either.
+    async fn mark_broken_for_rebuild(
+        &self,
+        projector: &RegisteredProjector,
+        reason: &str,
+    ) -> ApplyOutcome {
+        let may_be_broken = |entry: &Entry| {
+            Stage::Boot.can_apply(&entry.status) || Stage::Play.can_apply(&entry.status)
+        };
+        let failed = ProjectorError::for_rebuild(anyhow!("rebuild: {reason}"), 1);
+        self.engine.mark_broken_if(projector, Stage::Boot, None, failed, may_be_broken).await
     }
 
     /// Records what a projector is booted with.
-    pub(super) async fn record_definition(&self, projector: &Registered, entry: &Entry) -> Result<(), Error> {
+    pub(super) async fn record_definition(
+        &self,
+        projector: &RegisteredProjector,
+        entry: &Entry,
+    ) -> Result<(), Error> {
         if entry.digest.as_ref() != Some(&projector.digest) {
             let record = || self.engine.ledger.set_definition(projector, entry.digest.as_deref());
-            self.engine.persist("record a definition", record).await?;
+            self.engine.retry_transient("record a definition", record).await?;
         }
         Ok(())
     }
 
-    /// Records which tables are a projector's own: those that it owned, names or has created, as far as they exist.
+    /// Records which tables are a projector's own: those that it owned, names or has created, as
+    /// far as they exist.
     pub(super) async fn record_tables(
         &self,
-        projector: &Registered,
+        projector: &RegisteredProjector,
         entry: &Entry,
         created: Vec<String>,
-        tables: &Tables,
+        tables: &TableCatalog,
     ) -> Result<(), Error> {
         let mut owned: Vec<String> = own_tables(entry, projector, tables).chain(created).collect();
-        owned.retain(|table| tables.has(table));
+        owned.retain(|table| tables.contains(table));
         owned.sort_unstable();
         owned.dedup();
         if entry.owned_tables.as_ref() != Some(&owned) {
             let record = || self.engine.ledger.set_owned_tables(&projector.id, &owned);
-            self.engine.persist("record a projector's tables", record).await?;
+            self.engine.retry_transient("record a projector's tables", record).await?;
         }
         Ok(())
     }
 
     /// The tables of the database, and of those where a projector has some.
-    pub(super) async fn tables(&self, entries: &[Entry]) -> Result<Tables, sqlx::Error> {
+    pub(super) async fn read_tables(&self, entries: &[Entry]) -> Result<TableCatalog, sqlx::Error> {
         let read = || {
             let owned = entries.iter().filter_map(|entry| entry.owned_tables.as_ref()).flatten();
-            let named = self.chosen.iter().flat_map(|projector| &projector.tables);
-            Tables::read(&self.engine.database, owned.chain(named))
+            let named = self.selected.iter().flat_map(|projector| &projector.tables);
+            TableCatalog::read(&self.engine.database, owned.chain(named))
         };
-        self.engine.persist("look at the tables", read).await
+        self.engine.retry_transient("look at the tables", read).await
     }
 }
 
@@ -303,19 +351,23 @@ fn was_broken(before: &[Entry], entry: &Entry) -> bool {
 
 fn own_tables<'a>(
     entry: &'a Entry,
-    projector: &'a Registered,
-    tables: &'a Tables,
+    projector: &'a RegisteredProjector,
+    tables: &'a TableCatalog,
 ) -> impl Iterator<Item = String> + 'a {
     let owned = entry.owned_tables.iter().flatten();
-    owned.chain(&projector.tables).map(|table| tables.name(table))
+    owned.chain(&projector.tables).map(|table| tables.canonical_name(table))
 }
 
 /// The first table that a projector owns or names and that is not there.
-fn missing(entry: &Entry, projector: &Registered, tables: &Tables) -> Option<String> {
-    own_tables(entry, projector, tables).find(|table| !tables.has(table))
+fn missing_table(
+    entry: &Entry,
+    projector: &RegisteredProjector,
+    tables: &TableCatalog,
+) -> Option<String> {
+    own_tables(entry, projector, tables).find(|table| !tables.contains(table))
 }
 
-fn way_out(projector: &Registered) -> String {
+fn rebuild_hint(projector: &RegisteredProjector) -> String {
     let id = &projector.id;
     format!(
         "it must be rebuilt: retire it (projectionist retire {id} --force) and run boot again, or give it a new version; \
@@ -323,15 +375,16 @@ fn way_out(projector: &Registered) -> String {
     )
 }
 
-/// The event types that a subscription has now and had not before; `None` where there are none, or it is not known.
-fn added_types(before: Option<&[String]>, projector: &Registered) -> Option<AddedTypes> {
+/// The event types that a subscription has now and had not before; `None` where there are none, or
+/// it is not known.
+fn added_types(before: Option<&[String]>, projector: &RegisteredProjector) -> Option<AddedTypes> {
     let (before, now) = (before?, projector.subscription());
     if before.iter().any(|of| of == "*") {
         return None;
     }
     if projector.event_types().is_none() {
-        return Some(AddedTypes::AllBut(before.to_vec()));
+        return Some(AddedTypes::AllExcept(before.to_vec()));
     }
     let added: Vec<String> = now.into_iter().filter(|of| !before.contains(of)).collect();
-    (!added.is_empty()).then_some(AddedTypes::These(added))
+    (!added.is_empty()).then_some(AddedTypes::Only(added))
 }

@@ -11,36 +11,37 @@ use tracing::{error, info, warn};
 
 use crate::database::Database;
 use crate::engine::catch_up::{Cursor, CursorState};
-use crate::engine::deliver::{Engine, Limits};
 use crate::engine::handoff::{has_reached, oldest_queued};
-use crate::engine::stall_watch::HeldWatch;
+use crate::engine::retry::{Engine, Limits};
+use crate::engine::stall_watch::BlockedWatch;
 use crate::ledger::{Entry, LedgerError};
+use crate::model::backoff;
 use crate::model::error::Error;
 use crate::model::event::Position;
-use crate::model::lifecycle::{Stage, Status, Step};
+use crate::model::lifecycle::{Stage, Status, Transition};
 use crate::model::projector::{Mode, ProjectorId};
-use crate::model::registry::{Registered, Registry};
-use crate::model::retry;
+use crate::model::registry::{RegisteredProjector, Registry};
 use crate::store::HighWater;
-use report::Remarks;
-pub use report::{BootProgress, BootReport, BootWaiting, Booted};
-use target::Waiting;
+use report::Findings;
+pub use report::{BootProgress, BootReport, BootWait, ProjectorOutcome};
+use target::MarkWait;
 
-/// A round that was longer than a batch is followed by another, so that projectors go live fresh; but
-/// against a log that grows as fast as they replay, the handoff need not wait for ever: the queue feeds them.
-pub(crate) const MOST_ROUNDS_FOR_FRESHNESS: u32 = 20;
+/// A round that was longer than a batch is followed by another, so that projectors go live fresh;
+/// but against a log that grows as fast as they replay, the handoff need not wait for ever: the
+/// queue feeds them.
+pub(crate) const MAX_CATCH_UP_ROUNDS: u32 = 20;
 
 /// How boot works.
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub struct BootSettings {
-    /// The bounds of the engine. For as long as its patience boot also waits for the high-water mark to reach the end
-    /// of the log.
+    /// The bounds of the engine. For as long as its patience boot also waits for the high-water
+    /// mark to reach the end of the log.
     pub limits: Limits,
     /// The projectors to boot; empty: every one of the set.
     pub only: Vec<ProjectorId>,
-    /// Projectors about which an operator has accepted what boot would refuse: rows in the tables of a new one, a wider
-    /// subscription, a table that was restored.
+    /// Projectors about which an operator has accepted what boot would refuse: rows in the tables
+    /// of a new one, a wider subscription, a table that was restored.
     pub accept: Vec<ProjectorId>,
 }
 
@@ -50,13 +51,16 @@ impl From<Limits> for BootSettings {
     }
 }
 
-/// Boots every new, booting, stalled and broken projector of a set, and hands them over. Needs the database only.
+/// Boots every new, booting, stalled and broken projector of a set, and hands them over. Needs the
+/// database only.
 ///
-/// `Ok` says what the ledger has now, also where a projector broke: see [`BootReport::is_released`].
+/// `Ok` says what the ledger has now, also where a projector broke: see
+/// [`BootReport::is_released`].
 ///
 /// # Errors
-/// [`Error::Input`] where the set contradicts the ledger, or a projector is named that the set does not have;
-/// [`Error::Database`] and [`Error::OutOfReach`] where the database fails for longer than `limits.patience`.
+/// [`Error::Input`] where the set contradicts the ledger, or a projector is named that the set does
+/// not have; [`Error::Database`] and [`Error::Unreachable`] where the database fails for longer
+/// than `limits.retry_timeout`.
 pub async fn boot(
     database: &Database,
     registry: &Registry,
@@ -68,12 +72,13 @@ pub async fn boot(
         // In a box: the caller's future would be as large as all that boot does.
         Box::pin(boot.run(progress)).await
     };
-    booting.await.inspect_err(|error| tell_failed(error, registry.release()))
+    booting.await.inspect_err(|error| log_boot_failure(error, registry.release()))
 }
 
-/// Tells that a boot ended, before its end, for a reason other than a broken projector: somebody should look, for the
-/// deploy stands. [`boot`] does so itself; what ends a boot outside it, and may do so only once, calls this.
-pub(crate) fn tell_failed(error: &Error, release: Option<&str>) {
+/// Tells that a boot ended, before its end, for a reason other than a broken projector: somebody
+/// should look, for the deploy stands. [`boot`] does so itself; what ends a boot outside it, and
+/// may do so only once, calls this.
+pub(crate) fn log_boot_failure(error: &Error, release: Option<&str>) {
     let released = false;
     error!(alert = "boot_failed", %error, released, release, "boot failed: this release must not go on");
 }
@@ -82,34 +87,46 @@ struct Boot<'a> {
     engine: Engine,
     registry: &'a Registry,
     /// The projectors that are to be booted.
-    chosen: Vec<Arc<Registered>>,
+    selected: Vec<Arc<RegisteredProjector>>,
     accept: Vec<ProjectorId>,
     /// The end of the log that was visible when it began. What it boots has to come so far.
     target: Position,
-    remarks: Remarks,
-    held: HeldWatch,
+    findings: Findings,
+    blocked_watch: BlockedWatch,
     /// What it waits for, while the mark is held below the target.
-    waiting: Option<Waiting>,
+    mark_wait: Option<MarkWait>,
 }
 
 impl<'a> Boot<'a> {
-    fn new(database: &Database, registry: &'a Registry, settings: BootSettings) -> Result<Self, Error> {
+    fn new(
+        database: &Database,
+        registry: &'a Registry,
+        settings: BootSettings,
+    ) -> Result<Self, Error> {
         for id in settings.only.iter().chain(&settings.accept) {
             if registry.get(id).is_none() {
-                let known: Vec<String> = registry.iter().map(|projector| projector.id.to_string()).collect();
-                return Err(Error::Input(format!("this set has no projector {id}; it has: {}", known.join(", "))));
+                let known: Vec<String> =
+                    registry.iter().map(|projector| projector.id.to_string()).collect();
+                return Err(Error::Input(format!(
+                    "this set has no projector {id}; it has: {}",
+                    known.join(", ")
+                )));
             }
         }
-        let is_chosen = |id: &ProjectorId| settings.only.is_empty() || settings.only.contains(id);
+        let is_selected = |id: &ProjectorId| settings.only.is_empty() || settings.only.contains(id);
         Ok(Boot {
             engine: Engine::new(database, settings.limits, registry),
             registry,
-            chosen: registry.iter().filter(|projector| is_chosen(&projector.id)).cloned().collect(),
+            selected: registry
+                .iter()
+                .filter(|projector| is_selected(&projector.id))
+                .cloned()
+                .collect(),
             accept: settings.accept,
             target: Position::START,
-            remarks: Remarks::default(),
-            held: HeldWatch::default(),
-            waiting: None,
+            findings: Findings::default(),
+            blocked_watch: BlockedWatch::default(),
+            mark_wait: None,
         })
     }
 
@@ -118,37 +135,40 @@ impl<'a> Boot<'a> {
         // First of all: what is visible now must not be missing at the end.
         let is_whole = self.read_target().await?;
         let before = self.entries().await?;
-        check_modes(&self.chosen, &before)?;
-        if is_whole && self.may_enter(&before, &mut progress).await? {
+        check_modes(&self.selected, &before)?;
+        if is_whole && self.wait_until_registrable(&before, &mut progress).await? {
             let mut cursors = self.admit(&before).await?;
             self.replay(&mut cursors, &mut progress).await?;
             if let Some(gave_up) = cursors.iter().find_map(|cursor| match &cursor.state {
                 CursorState::GaveUp(error) => Some(format!("{}: {error}", cursor.projector.id)),
                 _ => None,
             }) {
-                return Err(Error::OutOfReach(format!(
+                return Err(Error::Unreachable(format!(
                     "boot gave up on the database; run it again, it goes on where it stopped: {gave_up}"
                 )));
             }
         }
         let after = self.entries().await?;
-        let (engine, chosen, target) = (self.engine.clone(), self.chosen.clone(), self.target);
-        let remarks = std::mem::take(&mut self.remarks);
-        let report = remarks.report(chosen.iter().map(Arc::as_ref), &before, &after, target);
+        let (engine, selected, target) = (self.engine.clone(), self.selected.clone(), self.target);
+        let findings = std::mem::take(&mut self.findings);
+        let report =
+            findings.into_report(selected.iter().map(Arc::as_ref), &before, &after, target);
         if report.is_released() {
-            self.record_played(&after).await?;
+            self.record_live_definitions(&after).await?;
         }
-        tell_ended(&report, engine.release.as_deref(), began);
+        log_boot_result(&report, engine.release.as_deref(), began);
         Ok(report)
     }
 
-    /// Records the definitions of what this boot did not replay. Only now, when the release may go on: before, the
-    /// workers of the one that runs would no longer play them.
-    async fn record_played(&self, entries: &[Entry]) -> Result<(), Error> {
-        let tables = self.tables(entries).await?;
-        for projector in &self.chosen {
+    /// Records the definitions of what this boot did not replay. Only now, when the release may go
+    /// on: before, the workers of the one that runs would no longer play them.
+    async fn record_live_definitions(&self, entries: &[Entry]) -> Result<(), Error> {
+        let tables = self.read_tables(entries).await?;
+        for projector in &self.selected {
             let entry = entries.iter().find(|entry| entry.id == projector.id);
-            let Some(entry) = entry.filter(|entry| matches!(entry.status, Status::Live | Status::Finished)) else {
+            let Some(entry) =
+                entry.filter(|entry| matches!(entry.status, Status::Live | Status::Finished))
+            else {
                 continue;
             };
             self.record_definition(projector, entry).await?;
@@ -160,14 +180,22 @@ impl<'a> Boot<'a> {
     }
 
     /// Rounds of catch-up and handoff, until none is left or one broke; then for the repairs alone.
-    async fn replay(&mut self, cursors: &mut [Cursor], progress: &mut impl FnMut(&BootProgress)) -> Result<(), Error> {
+    async fn replay(
+        &mut self,
+        cursors: &mut [Cursor],
+        progress: &mut impl FnMut(&BootProgress),
+    ) -> Result<(), Error> {
         let is_first = !self.entries().await?.iter().any(|entry| entry.status == Status::Live);
         let mut rounds = 0;
         loop {
             if cursors.iter().any(|cursor| matches!(cursor.state, CursorState::GaveUp(_))) {
                 return Ok(());
             }
-            let Some(start) = cursors.iter().filter(|cursor| cursor.is_running()).map(|cursor| cursor.position).min()
+            let Some(start) = cursors
+                .iter()
+                .filter(|cursor| cursor.is_running())
+                .map(|cursor| cursor.position)
+                .min()
             else {
                 return Ok(());
             };
@@ -177,29 +205,35 @@ impl<'a> Boot<'a> {
                 rounds += 1;
                 info!(round = rounds, from = start.get(), through = mark.get(), "replaying");
             }
-            let mut tell = |cursors: &[Cursor]| progress(&BootProgress::of(cursors, mark, None));
-            tell(cursors);
-            self.engine.catch_up(Stage::Boot, cursors, mark, tell).await?;
-            if cursors.iter().any(Cursor::has_stopped_boot) {
-                self.remarks.is_stopped = true;
+            let mut report_progress =
+                |cursors: &[Cursor]| progress(&BootProgress::new(cursors, mark, None));
+            report_progress(cursors);
+            self.engine.catch_up(Stage::Boot, cursors, mark, report_progress).await?;
+            if cursors.iter().any(Cursor::should_stop_boot) {
+                self.findings.is_stopped = true;
                 self.stall(cursors).await?;
             }
             if mark < self.target {
-                if !self.waits(&high_water, cursors, progress).await {
+                if !self.wait_for_mark(&high_water, cursors, progress).await {
                     return Ok(());
                 }
                 continue;
             }
             let was_short = mark.since(start) <= self.engine.limits.batch;
-            if was_short || rounds >= MOST_ROUNDS_FOR_FRESHNESS {
-                self.release(cursors, mark, is_first).await?;
+            if was_short || rounds >= MAX_CATCH_UP_ROUNDS {
+                self.hand_over_or_finish(cursors, mark, is_first).await?;
             }
         }
     }
 
-    /// Hands over, or finishes, every cursor that has come far enough: to the end of the log that was visible when boot
-    /// began, at least.
-    async fn release(&self, cursors: &mut [Cursor], mark: Position, is_first: bool) -> Result<(), Error> {
+    /// Hands over, or finishes, every cursor that has come far enough: to the end of the log that
+    /// was visible when boot began, at least.
+    async fn hand_over_or_finish(
+        &self,
+        cursors: &mut [Cursor],
+        mark: Position,
+        is_first: bool,
+    ) -> Result<(), Error> {
         for cursor in cursors.iter_mut().filter(|cursor| cursor.is_running()) {
             let row = match cursor.projector.mode {
                 Mode::Once => self.finish(cursor, mark.max(self.target)).await?,
@@ -208,74 +242,88 @@ impl<'a> Boot<'a> {
                     self.engine.hand_over(cursor, oldest.max(self.target)).await?
                 }
             };
-            cursor.note_row(row.as_ref());
+            cursor.record_entry(row.as_ref());
         }
         if is_first && cursors.iter().any(|cursor| cursor.projector.mode != Mode::Once) {
             // Nobody awaits anything below: the queue need not carry the history of the log.
             let publish = || self.engine.store.set_published(mark);
-            self.engine.persist("set the published mark", publish).await?;
+            self.engine.retry_transient("set the published mark", publish).await?;
         }
         Ok(())
     }
 
     /// Finishes a projector of mode once, if it still stands at or beyond `target`. Returns its row
     /// as it is afterwards, if there is one.
-    async fn finish(&self, cursor: &Cursor, target: Position) -> Result<Option<Entry>, LedgerError> {
+    async fn finish(
+        &self,
+        cursor: &Cursor,
+        target: Position,
+    ) -> Result<Option<Entry>, LedgerError> {
         let id = &cursor.projector.id;
-        let still = |entry: &Entry| has_reached(entry, target) && entry.is_booted_with(&cursor.projector.digest);
-        let step = || self.engine.ledger.step(id, Step::Finish, still);
-        let entry = self.engine.persist("finish", step).await?;
+        let still = |entry: &Entry| {
+            has_reached(entry, target) && entry.matches_digest(&cursor.projector.digest)
+        };
+        let step = || self.engine.ledger.transition(id, Transition::Finish, still);
+        let entry = self.engine.retry_transient("finish", step).await?;
         if let Some(entry) = entry.as_ref().filter(|entry| entry.status == Status::Finished) {
             let (from, began) = cursor.start;
             info!(
                 projector = %id, status = %entry.status, position = entry.position.get(),
-                events = entry.position.since(from), seconds = retry::seconds(began.elapsed()),
+                events = entry.position.since(from), seconds = backoff::seconds(began.elapsed()),
                 release = self.engine.release, "finished"
             );
         }
         Ok(entry)
     }
 
-    /// Once a projector has failed that was not broken before: marks the others as stalled, but for those that are being
-    /// repaired, which go on.
+    /// Once a projector has failed that was not broken before: marks the others as stalled, but for
+    /// those that are being repaired, which go on.
     async fn stall(&self, cursors: &mut [Cursor]) -> Result<(), Error> {
-        if !self.remarks.is_stopped {
+        if !self.findings.is_stopped {
             return Ok(());
         }
-        for cursor in cursors.iter_mut().filter(|cursor| cursor.is_running() && !cursor.is_repair) {
+        for cursor in cursors.iter_mut().filter(|cursor| cursor.is_running() && !cursor.was_broken)
+        {
             let still = |entry: &Entry| matches!(entry.status, Status::Booting | Status::Stalled);
-            let step = || self.engine.ledger.step(&cursor.projector.id, Step::Stall, still);
-            self.engine.persist("stall a projector", step).await?;
+            let step =
+                || self.engine.ledger.transition(&cursor.projector.id, Transition::Stall, still);
+            self.engine.retry_transient("stall a projector", step).await?;
             warn!(
                 projector = %cursor.projector.id, status = "stalled", position = cursor.position.get(),
                 release = self.engine.release, "stalled: another projector of this boot failed"
             );
-            cursor.state = CursorState::Left;
+            cursor.state = CursorState::TakenOver;
         }
         Ok(())
     }
 
     async fn entries(&self) -> Result<Vec<Entry>, sqlx::Error> {
-        self.engine.persist("read the ledger", || self.engine.ledger.entries()).await
+        self.engine.retry_transient("read the ledger", || self.engine.ledger.entries()).await
     }
 
     async fn raise_high_water(&mut self) -> Result<HighWater, sqlx::Error> {
         let raise = || self.engine.store.raise_high_water();
-        let high_water = self.engine.persist("raise the high-water mark", raise).await?;
-        self.held.note(high_water.held.clone());
+        let high_water = self.engine.retry_transient("raise the high-water mark", raise).await?;
+        self.blocked_watch.record(high_water.blocked.clone());
         Ok(high_water)
     }
 }
 
-fn tell_ended(report: &BootReport, release: Option<&str>, began: Instant) {
-    let (released, seconds) = (report.is_released(), retry::seconds(began.elapsed()));
+fn log_boot_result(report: &BootReport, release: Option<&str>, began: Instant) {
+    let (released, seconds) = (report.is_released(), backoff::seconds(began.elapsed()));
     if released {
-        info!(released, release, seconds, projectors = report.projectors.len(), "booted: this release may go on");
+        info!(
+            released,
+            release,
+            seconds,
+            projectors = report.projectors.len(),
+            "booted: this release may go on"
+        );
         return;
     }
     let broken: Vec<String> = report.broken().map(|booted| booted.id.to_string()).collect();
     let is_only_broken = report.is_only_broken();
-    let error = (!is_only_broken).then(|| report.why());
+    let error = (!is_only_broken).then(|| report.explain());
     let broken = (!broken.is_empty()).then(|| broken.join(" "));
     error!(
         alert = "boot_failed",
@@ -284,7 +332,7 @@ fn tell_ended(report: &BootReport, release: Option<&str>, began: Instant) {
 }
 
 /// Where a projector begins that is seen for the first time.
-pub(crate) fn first_position(mode: Mode, high_water: Position) -> Position {
+pub(crate) fn start_position(mode: Mode, high_water: Position) -> Position {
     match mode {
         Mode::FromNow => high_water,
         Mode::FromBeginning | Mode::Once => Position::START,
@@ -292,9 +340,9 @@ pub(crate) fn first_position(mode: Mode, high_water: Position) -> Position {
 }
 
 /// A mode is decided once, at first sight: what was skipped or replayed then cannot be taken back.
-fn check_modes(chosen: &[Arc<Registered>], ledger: &[Entry]) -> Result<(), Error> {
+fn check_modes(selected: &[Arc<RegisteredProjector>], ledger: &[Entry]) -> Result<(), Error> {
     for entry in ledger {
-        let projector = chosen.iter().find(|projector| projector.id == entry.id);
+        let projector = selected.iter().find(|projector| projector.id == entry.id);
         if let Some(projector) = projector.filter(|projector| projector.mode != entry.mode) {
             return Err(Error::Input(format!(
                 "projector {} was booted as {} and is {} now: give it a new version to run it in another mode",

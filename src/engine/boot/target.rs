@@ -1,43 +1,48 @@
-//! Where boot has to come: the end of the log that was visible when it began, however long the high-water mark is held
-//! below it.
+//! Where boot has to come: the end of the log that was visible when it began, however long the
+//! high-water mark is held below it.
 
 use std::time::{Duration, Instant};
 
 use tracing::warn;
 
-use super::report::{BootProgress, BootWaiting};
+use super::report::{BootProgress, BootWait};
 use super::{Boot, Entry};
 use crate::engine::catch_up::Cursor;
 use crate::model::error::Error;
 use crate::model::event::Position;
 use crate::model::projector::{Mode, ProjectorId};
-use crate::store::{Held, HighWater};
+use crate::store::{Blocker, HighWater};
 
 /// How often boot looks whether the mark has risen. Each look at a hole costs some statements.
-const LOOK_EVERY: Duration = Duration::from_millis(250);
+const POLL_INTERVAL: Duration = Duration::from_millis(250);
 
 /// How often it logs that it still waits.
-const LOG_EVERY: Duration = Duration::from_secs(5);
+const LOG_INTERVAL: Duration = Duration::from_secs(5);
 
 /// The mark is held below the target.
 #[derive(Debug)]
-pub(super) struct Waiting {
+pub(super) struct MarkWait {
     mark: Position,
     /// When the mark last rose, or boot began to wait.
     since: Instant,
-    logged: Instant,
+    logged_at: Instant,
 }
 
 impl Boot<'_> {
-    /// Reads where boot has to come. `false`: the log ends below its mark, and nothing can be built on it.
+    /// Reads where boot has to come. `false`: the log ends below its mark, and nothing can be built
+    /// on it.
     pub(super) async fn read_target(&mut self) -> Result<bool, Error> {
-        let mark = self.engine.persist("read the marks of the log", || self.engine.store.marks()).await?.high_water;
+        let mark = self
+            .engine
+            .retry_transient("read the marks of the log", || self.engine.store.marks())
+            .await?
+            .high_water;
         let last = || self.engine.store.last_visible();
-        self.target = self.engine.persist("read the end of the log", last).await?;
+        self.target = self.engine.retry_transient("read the end of the log", last).await?;
         if self.target >= mark {
             return Ok(true);
         }
-        self.remarks.reason = Some(format!(
+        self.findings.reason = Some(format!(
             "the log ends at {}, below the high-water mark {mark}: it was truncated, or the database was restored. What \
              is appended up to {mark} would never be seen. See `projectionist audit`",
             self.target
@@ -45,15 +50,19 @@ impl Boot<'_> {
         Ok(false)
     }
 
-    /// Whether all may be entered: a new projector of mode from_now begins at the mark, so that it would see older events
-    /// if the mark lay below the target. Waits for it.
-    pub(super) async fn may_enter(
+    /// Whether all may be entered: a new projector of mode from_now begins at the mark, so that it
+    /// would see older events if the mark lay below the target. Waits for it.
+    pub(super) async fn wait_until_registrable(
         &mut self,
         before: &[Entry],
         progress: &mut impl FnMut(&BootProgress),
     ) -> Result<bool, Error> {
         let is_new = |id: &ProjectorId| before.iter().all(|entry| entry.id != *id);
-        if !self.chosen.iter().any(|projector| projector.mode == Mode::FromNow && is_new(&projector.id)) {
+        if !self
+            .selected
+            .iter()
+            .any(|projector| projector.mode == Mode::FromNow && is_new(&projector.id))
+        {
             return Ok(true);
         }
         loop {
@@ -61,65 +70,75 @@ impl Boot<'_> {
             if high_water.mark >= self.target {
                 return Ok(true);
             }
-            if !self.waits(&high_water, &[], progress).await {
+            if !self.wait_for_mark(&high_water, &[], progress).await {
                 return Ok(false);
             }
         }
     }
 
-    /// Waits a moment for the mark to rise to the target, and says why. `false`: for longer than boot is patient it has
-    /// not risen.
-    pub(super) async fn waits(
+    /// Waits a moment for the mark to rise to the target, and says why. `false`: for longer than
+    /// boot is patient it has not risen.
+    pub(super) async fn wait_for_mark(
         &mut self,
         high_water: &HighWater,
         cursors: &[Cursor],
         progress: &mut impl FnMut(&BootProgress),
     ) -> bool {
         let (mark, now) = (high_water.mark, Instant::now());
-        let reason = reason(high_water, self.target);
-        let waiting = match self.waiting.take() {
+        let reason = wait_reason(high_water, self.target);
+        let waiting = match self.mark_wait.take() {
             Some(waiting) if waiting.mark == mark => waiting,
-            Some(waiting) => Waiting { mark, since: now, ..waiting },
+            Some(waiting) => MarkWait { mark, since: now, ..waiting },
             None => {
                 let (high_water, target) = (mark.get(), self.target.get());
-                warn!(high_water, through = target, release = self.engine.release, "waiting: {reason}");
-                Waiting { mark, since: now, logged: now }
+                warn!(
+                    high_water,
+                    through = target,
+                    release = self.engine.release,
+                    "waiting: {reason}"
+                );
+                MarkWait { mark, since: now, logged_at: now }
             }
         };
-        let waited = now - waiting.since;
-        if self.engine.limits.patience.is_some_and(|patience| waited >= patience) {
-            let seconds = waited.as_secs();
-            self.remarks.reason = Some(format!("{reason}. Boot has waited for {seconds} s; then run it again"));
+        let elapsed = now - waiting.since;
+        if self.engine.limits.retry_timeout.is_some_and(|retry_timeout| elapsed >= retry_timeout) {
+            let seconds = elapsed.as_secs();
+            self.findings.reason =
+                Some(format!("{reason}. Boot has waited for {seconds} s; then run it again"));
             return false;
         }
-        let logged = if now - waiting.logged >= LOG_EVERY {
+        let logged_at = if now - waiting.logged_at >= LOG_INTERVAL {
             warn!(
                 high_water = mark.get(),
                 through = self.target.get(),
-                seconds = waited.as_secs(),
+                seconds = elapsed.as_secs(),
                 release = self.engine.release,
                 "still waiting: {reason}"
             );
             now
         } else {
-            waiting.logged
+            waiting.logged_at
         };
-        self.waiting = Some(Waiting { logged, ..waiting });
-        progress(&BootProgress::of(cursors, mark, Some(BootWaiting { reason, waited })));
-        let left = self.engine.limits.patience.map_or(LOOK_EVERY, |patience| patience - waited);
-        tokio::time::sleep(left.min(LOOK_EVERY)).await;
+        self.mark_wait = Some(MarkWait { logged_at, ..waiting });
+        progress(&BootProgress::new(cursors, mark, Some(BootWait { reason, elapsed })));
+        let left = self
+            .engine
+            .limits
+            .retry_timeout
+            .map_or(POLL_INTERVAL, |retry_timeout| retry_timeout - elapsed);
+        tokio::time::sleep(left.min(POLL_INTERVAL)).await;
         true
     }
 }
 
 /// Why the mark has not reached the target, and what to do.
-fn reason(HighWater { mark, held, .. }: &HighWater, target: Position) -> String {
-    let held_by = match held {
-        Some(Held::InFlight(position)) => format!(
+fn wait_reason(HighWater { mark, blocked: held, .. }: &HighWater, target: Position) -> String {
+    let cause = match held {
+        Some(Blocker::InFlight(position)) => format!(
             "a transaction that holds position {position} has neither committed nor rolled back. Look for it in \
              information_schema.innodb_trx, and end it"
         ),
-        Some(Held::Gap(gap)) => {
+        Some(Blocker::WideGap(gap)) => {
             let (first, last) = (gap.start(), gap.end());
             format!(
                 "positions {first} to {last} are missing, too many to be filled unasked. If no writer can still hold \
@@ -128,5 +147,5 @@ fn reason(HighWater { mark, held, .. }: &HighWater, target: Position) -> String 
         }
         None => "nothing is visible above it any more".to_owned(),
     };
-    format!("the log goes on to {target}, but the high-water mark is held at {mark}: {held_by}")
+    format!("the log goes on to {target}, but the high-water mark is held at {mark}: {cause}")
 }

@@ -1,4 +1,5 @@
-//! Messages that are not ours: counted, logged and alerted. They are never applied, and never deleted.
+//! Messages that are not ours: counted, logged and alerted. They are never applied, and never
+//! deleted.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
@@ -8,8 +9,8 @@ use tracing::{debug, error, info, warn};
 use super::worker::Worker;
 use crate::model::event::Position;
 use crate::model::metrics;
-use crate::queue::{Foreign, Message, parse};
-use crate::store::{EventStore, LogView};
+use crate::queue::{ForeignReason, Message, parse};
+use crate::store::{EventStore, LogSnapshot};
 
 /// Between two alerts. The log's own count is brought up to date with each of them.
 const ALERT_EVERY: Duration = Duration::from_secs(300);
@@ -19,28 +20,35 @@ const EXAMPLE_LENGTH: usize = 60;
 
 /// Reads a message, and compares it with the log.
 ///
-/// A signature proves that a message is of whoever has the key. That its events are those of the log as it is now is proved by
-/// the id of its last event: the signature binds the others to it, and a database that was restored or cloned has another
-/// event there, or none.
-pub(crate) fn recognize(body: &str, view: &LogView) -> Message {
+/// A signature proves that a message is of whoever has the key. That its events are those of the
+/// log as it is now is proved by the id of its last event: the signature binds the others to it,
+/// and a database that was restored or cloned has another event there, or none.
+pub(crate) fn verify_message(body: &str, view: &LogSnapshot) -> Message {
     let message = parse(body, &view.marks.log);
     let foreign = match &message {
         // The relay stores the mark before it sends.
-        Message::Events(run) if run.last() > view.marks.high_water => Some(Foreign::BeyondTheMark),
-        Message::Reference(last) if *last > view.marks.high_water => Some(Foreign::BeyondTheMark),
+        Message::Events(run) if run.last() > view.marks.high_water => {
+            Some(ForeignReason::BeyondHighWater)
+        }
+        Message::Reference(last) if *last > view.marks.high_water => {
+            Some(ForeignReason::BeyondHighWater)
+        }
         Message::Events(run) => {
             let event_id = run.above(run.prev()).last().map(|event| event.event_id());
-            (view.event_ids.get(&run.last()).map(String::as_str) != event_id).then_some(Foreign::OtherEvent)
+            (view.event_ids.get(&run.last()).map(String::as_str) != event_id)
+                .then_some(ForeignReason::DifferentEvent)
         }
-        Message::Reference(last) => (!view.event_ids.contains_key(last)).then_some(Foreign::OtherEvent),
-        Message::NotOurs(_) => None,
+        Message::Reference(last) => {
+            (!view.event_ids.contains_key(last)).then_some(ForeignReason::DifferentEvent)
+        }
+        Message::Foreign(_) => None,
     };
-    foreign.map_or(message, Message::NotOurs)
+    foreign.map_or(message, Message::Foreign)
 }
 
 /// Where the rows stand that messages are to be compared with, by what these claim.
 pub(crate) fn claimed_positions(bodies: &[String]) -> Vec<Position> {
-    bodies.iter().filter_map(|body| crate::queue::claimed_last(body)).collect()
+    bodies.iter().filter_map(|body| crate::queue::unverified_last(body)).collect()
 }
 
 /// What is known of the messages that were not ours and not told of yet.
@@ -50,7 +58,7 @@ pub(super) struct ForeignWatch {
     queue: Option<String>,
     /// Since the last alert.
     messages: u64,
-    reasons: BTreeMap<Foreign, u64>,
+    reasons: BTreeMap<ForeignReason, u64>,
     example: String,
     /// By the host's clock: that of the process may stand still while a function is frozen.
     alerted_at: Option<SystemTime>,
@@ -64,7 +72,8 @@ impl ForeignWatch {
     }
 
     fn reasons(&self) -> String {
-        let reasons: Vec<String> = self.reasons.iter().map(|(reason, count)| format!("{count} {reason}")).collect();
+        let reasons: Vec<String> =
+            self.reasons.iter().map(|(reason, count)| format!("{count} {reason}")).collect();
         reasons.join(", ")
     }
 }
@@ -79,15 +88,23 @@ impl Worker {
         Ok(())
     }
 
-    /// Takes note of the messages that are not ours: one alert now, and one every five minutes while there are any.
-    pub(crate) async fn note_foreign(&mut self, verdicts: &[Option<Foreign>], ids: &[String], bodies: &[String]) {
+    /// Takes note of the messages that are not ours: one alert now, and one every five minutes
+    /// while there are any.
+    pub(crate) async fn record_foreign(
+        &mut self,
+        verdicts: &[Option<ForeignReason>],
+        ids: &[String],
+        bodies: &[String],
+    ) {
         let count = verdicts.iter().flatten().count() as u64;
         if count == 0 {
             return;
         }
-        metrics::foreign(count);
+        metrics::record_foreign_messages(count);
         let watch = &mut self.foreign;
-        for (at, reason) in verdicts.iter().enumerate().filter_map(|(at, reason)| Some((at, (*reason)?))) {
+        for (at, reason) in
+            verdicts.iter().enumerate().filter_map(|(at, reason)| Some((at, (*reason)?)))
+        {
             debug!(%reason, "a message that is not ours");
             if watch.messages == 0 {
                 watch.example = example(ids.get(at), &bodies[at]);
@@ -126,7 +143,7 @@ impl Worker {
     }
 
     /// Notes which log it is: a worker that goes on through a rotation should say so.
-    pub(super) fn note_log(&mut self, log_id: &str) {
+    pub(super) fn record_log_id(&mut self, log_id: &str) {
         if self.log_id != log_id {
             info!(log_id, "the log has a new id: messages of the one before are not ours any more");
             log_id.clone_into(&mut self.log_id);

@@ -1,4 +1,5 @@
-//! The player: receives, passes the messages to the worker, and deletes those that every live projector is past.
+//! The player: receives, passes the messages to the worker, and deletes those that every live
+//! projector is past.
 
 use std::future::Future;
 use std::pin::pin;
@@ -10,11 +11,11 @@ use tokio::time::timeout;
 use tracing::{debug, info, warn};
 
 use super::PlaySettings;
-use super::intake::Intake;
-use super::quarrel::Quarrel;
-use super::set_aside::{FIRST_FOREIGN_PAUSE, SetAside};
+use super::foreign_receipts::{FIRST_FOREIGN_PAUSE, ForeignReceipts};
+use super::outage_log::OutageLog;
+use super::receiver::QueueReceiver;
 use super::worker::Worker;
-use crate::queue::{Queue, Receipt, Received};
+use crate::queue::{Queue, Receipt, ReceivedMessage};
 use crate::store::LogFault;
 
 /// A worker that the queue feeds.
@@ -24,11 +25,11 @@ pub(super) struct Player {
     pub(super) settings: PlaySettings,
     /// How many were taken from the queue and deleted.
     pub(super) messages: u64,
-    quarrel: Quarrel,
+    outage_log: OutageLog,
     /// Why it can never be idle: the log has lost its end.
     pub(super) fault: Option<LogFault>,
     /// The messages that are not ours.
-    pub(super) set_aside: SetAside,
+    pub(super) foreign_receipts: ForeignReceipts,
 }
 
 /// What is next after a receive.
@@ -48,14 +49,18 @@ impl Player {
             queue,
             settings,
             messages: 0,
-            quarrel: Quarrel::default(),
+            outage_log: OutageLog::default(),
             fault: None,
-            set_aside: SetAside::default(),
+            foreign_receipts: ForeignReceipts::default(),
         }
     }
 
     /// Plays until `shutdown`, or until all is quiet where the settings say so.
-    pub(super) async fn run(&mut self, intake: &mut Intake, shutdown: impl Future<Output = ()>) {
+    pub(super) async fn run(
+        &mut self,
+        receiver: &mut QueueReceiver,
+        shutdown: impl Future<Output = ()>,
+    ) {
         let mut shutdown = pin!(shutdown);
         // So that what stands still now is known from the first poll on.
         tokio::select! {
@@ -67,16 +72,18 @@ impl Player {
             let received = tokio::select! {
                 biased;
                 () = &mut shutdown => return,
-                received = intake.receive(self.wait()) => received,
+                received = receiver.receive(self.receive_wait()) => received,
             };
             let received = match received {
                 Ok(received) => {
-                    self.quarrel.over("the queue answers again");
+                    self.outage_log.record_recovery("the queue answers again");
                     received
                 }
                 Err(error) => {
                     // What is appended meanwhile comes from the store.
-                    let pause = self.quarrel.again("cannot receive from the queue, trying again", &error);
+                    let pause = self
+                        .outage_log
+                        .record_failure("cannot receive from the queue, trying again", &error);
                     tokio::select! {
                         biased;
                         () = &mut shutdown => return,
@@ -84,17 +91,18 @@ impl Player {
                     }
                 }
             };
-            let receipts: Vec<Receipt> = received.iter().map(|message| message.receipt.clone()).collect();
+            let receipts: Vec<Receipt> =
+                received.iter().map(|message| message.receipt.clone()).collect();
             let grace = self.settings.grace;
-            let is_last = AtomicBool::new(false);
+            let is_shutting_down = AtomicBool::new(false);
             let ended = {
-                let mut work = pin!(self.work(received, intake, &is_last));
+                let mut work = pin!(self.process_received(received, receiver, &is_shutting_down));
                 tokio::select! {
                     biased;
                     ended = &mut work => Some(ended),
                     () = &mut shutdown => {
                         info!("shutting down: finishing the batch in hand");
-                        is_last.store(true, Ordering::Relaxed);
+                        is_shutting_down.store(true, Ordering::Relaxed);
                         match timeout(grace, work).await {
                             Ok(_) => return,
                             Err(_) => None,
@@ -108,13 +116,17 @@ impl Player {
                     tokio::select! {
                         biased;
                         () = &mut shutdown => return,
-                        () = self.leave_to_the_owner() => {}
+                        () = self.pause_receiving() => {}
                     }
                 }
                 Some(Next::End) => return,
                 None => {
-                    warn!("the batch in hand took too long: it is rolled back, and its messages go back to the queue");
-                    if let Err(error) = self.queue.hide(&receipts, Duration::ZERO).await {
+                    warn!(
+                        "the batch in hand took too long: it is rolled back, and its messages go back to the queue"
+                    );
+                    if let Err(error) =
+                        self.queue.change_visibility(&receipts, Duration::ZERO).await
+                    {
                         debug!(%error, "messages were not returned, and come back by themselves");
                     }
                     return;
@@ -123,87 +135,105 @@ impl Player {
         }
     }
 
-    /// How long to wait for a message. While somebody stands still below the mark, not beyond the moment at which the
-    /// queue has to be taken for empty: a poll that another worker abandoned, when it was stopped, may have taken
-    /// messages with it.
-    fn wait(&self) -> Duration {
+    /// How long to wait for a message. While somebody stands still below the mark, not beyond the
+    /// moment at which the queue has to be taken for empty: a poll that another worker abandoned,
+    /// when it was stopped, may have taken messages with it.
+    fn receive_wait(&self) -> Duration {
         let PlaySettings { receive_wait, reconcile_after, .. } = self.settings;
-        match self.worker.reconcile.has_suspects() {
+        match self.worker.reconciler.has_stationary() {
             true => receive_wait.min(reconcile_after),
             false => receive_wait,
         }
     }
 
-    /// Deals with one receive, and begins the next unless it `is_last`.
-    async fn work(&mut self, received: Vec<Received>, intake: &mut Intake, is_last: &AtomicBool) -> Next {
+    /// Deals with one receive, and begins the next unless it `is_shutting_down`.
+    async fn process_received(
+        &mut self,
+        received: Vec<ReceivedMessage>,
+        receiver: &mut QueueReceiver,
+        is_shutting_down: &AtomicBool,
+    ) -> Next {
         if received.is_empty() {
-            let has_aside = self.set_aside.received_nothing();
+            let has_set_aside = self.foreign_receipts.record_empty_receive();
             self.worker.reconcile().await;
-            let next = if has_aside { self.leave_foreign().await } else { Next::Receive };
-            return self.next_if_idle(next).await;
+            let next = if has_set_aside { self.return_foreign().await } else { Next::Receive };
+            return self.next_unless_idle(next).await;
         }
         let mut receipts = Vec::with_capacity(received.len());
-        let (mut ids, mut bodies) = (Vec::with_capacity(received.len()), Vec::with_capacity(received.len()));
-        for Received { receipt, id, body } in received {
+        let (mut ids, mut bodies) =
+            (Vec::with_capacity(received.len()), Vec::with_capacity(received.len()));
+        for ReceivedMessage { receipt, id, body } in received {
             receipts.push(receipt);
             ids.push(id);
             bodies.push(body);
         }
 
-        let (queue, visibility) = (Arc::clone(&self.queue), self.queue.visibility());
-        // Not while it only takes messages that are not ours: what is received ahead is hidden from their owner.
-        if !queue.is_ordered() && !self.set_aside.is_barren() {
-            intake.receive_ahead(self.wait());
+        let (queue, visibility) = (Arc::clone(&self.queue), self.queue.visibility_timeout());
+        // Not while it only takes messages that are not ours: what is received ahead is hidden from
+        // their owner.
+        if !queue.is_ordered() && !self.foreign_receipts.is_unproductive() {
+            receiver.prefetch(self.receive_wait());
         }
         let verdicts = tokio::select! {
             biased;
-            verdicts = self.worker.pass(&bodies) => verdicts,
-            never = keep_hidden(queue.as_ref(), &receipts, visibility) => match never {},
+            verdicts = self.worker.fan_out_with_retry(&bodies) => verdicts,
+            never = extend_visibility(queue.as_ref(), &receipts, visibility) => match never {},
         };
-        self.worker.note_foreign(&verdicts, &ids, &bodies).await;
-        let (ours, foreign) = self.set_aside.tell_apart(&verdicts, receipts, &ids, &bodies);
-        if ours.is_empty() {
-            if self.set_aside.received_only(foreign) && !is_last.load(Ordering::Relaxed) {
+        self.worker.record_foreign(&verdicts, &ids, &bodies).await;
+        let (own, foreign) = self.foreign_receipts.split(&verdicts, receipts, &ids, &bodies);
+        if own.is_empty() {
+            if self.foreign_receipts.record_foreign_receive(foreign)
+                && !is_shutting_down.load(Ordering::Relaxed)
+            {
                 return Next::Receive;
             }
-            let next = self.leave_foreign().await;
-            return self.next_if_idle(next).await;
+            let next = self.return_foreign().await;
+            return self.next_unless_idle(next).await;
         }
-        self.set_aside.received_with_ours(foreign, visibility);
+        self.foreign_receipts.record_mixed_receive(foreign, visibility);
         // One that does not wait would find their group closed still.
-        if queue.is_ordered() && !self.wait().is_zero() && !is_last.load(Ordering::Relaxed) {
-            intake.receive_ahead(self.wait());
+        if queue.is_ordered()
+            && !self.receive_wait().is_zero()
+            && !is_shutting_down.load(Ordering::Relaxed)
+        {
+            receiver.prefetch(self.receive_wait());
         }
         // Every live projector has committed past them, or is broken.
-        match self.queue.delete(&ours).await {
-            Ok(()) => self.messages += ours.len() as u64,
-            Err(error) => warn!(%error, "could not delete messages: they come again, and are known by their positions"),
+        match self.queue.delete(&own).await {
+            Ok(()) => self.messages += own.len() as u64,
+            Err(error) => {
+                warn!(%error, "could not delete messages: they come again, and are known by their positions")
+            }
         }
-        if self.worker.reconcile.is_due(Instant::now()) {
+        if self.worker.reconciler.is_due(Instant::now()) {
             self.worker.reconcile().await;
         }
         Next::Receive
     }
 
     /// Gives back what came without any of ours.
-    async fn leave_foreign(&mut self) -> Next {
-        self.set_aside.give_back_aside(self.queue.as_ref()).await;
+    async fn return_foreign(&mut self) -> Next {
+        self.foreign_receipts.return_set_aside(self.queue.as_ref()).await;
         Next::Pause
     }
 
-    /// Gives back what is hidden and not ours, and adds to the log's count what it does not have yet. Best effort.
-    pub(super) async fn give_back_foreign(&mut self) {
-        let give_back = async {
-            self.set_aside.give_back(self.queue.as_ref()).await;
+    /// Gives back what is hidden and not ours, and adds to the log's count what it does not have
+    /// yet. Best effort.
+    pub(super) async fn return_all_foreign(&mut self) {
+        let return_all = async {
+            self.foreign_receipts.return_all(self.queue.as_ref()).await;
             self.worker.count_foreign().await;
         };
-        let _ = timeout(self.settings.grace, give_back).await;
+        let _ = timeout(self.settings.grace, return_all).await;
     }
 
-    /// Receives nothing for a while, so that the owner of what is not ours can have it. Projectors are fed from the store.
-    async fn leave_to_the_owner(&mut self) {
-        let until = tokio::time::Instant::now() + self.set_aside.pause(self.settings.until_idle);
-        let step = self.settings.reconcile_after.clamp(Duration::from_millis(100), FIRST_FOREIGN_PAUSE);
+    /// Receives nothing for a while, so that the owner of what is not ours can have it. Projectors
+    /// are fed from the store.
+    async fn pause_receiving(&mut self) {
+        let until =
+            tokio::time::Instant::now() + self.foreign_receipts.pause(self.settings.until_idle);
+        let step =
+            self.settings.reconcile_after.clamp(Duration::from_millis(100), FIRST_FOREIGN_PAUSE);
         while tokio::time::Instant::now() < until {
             self.worker.reconcile().await;
             tokio::time::sleep_until(until.min(tokio::time::Instant::now() + step)).await;
@@ -211,16 +241,16 @@ impl Player {
     }
 
     /// [`Next::End`] where it is to end once all is quiet, and all is; else what is next.
-    async fn next_if_idle(&mut self, next: Next) -> Next {
-        if !self.settings.until_idle || !self.is_quiet().await {
+    async fn next_unless_idle(&mut self, next: Next) -> Next {
+        if !self.settings.until_idle || !self.is_idle().await {
             return next;
         }
-        // Nobody can tell what a message is that another worker has, or that stands behind one that is hidden. All of its
-        // events are applied.
+        // Nobody can tell what a message is that another worker has, or that stands behind one that
+        // is hidden. All of its events are applied.
         if self.fault.is_some() {
             return Next::End;
         }
-        match self.set_aside.fills_the_queue()
+        match self.foreign_receipts.has_only_foreign()
             || next == Next::Receive && self.queue.depth().await.is_ok_and(|depth| depth == 0)
         {
             true => Next::End,
@@ -228,20 +258,24 @@ impl Player {
         }
     }
 
-    /// Whether the log is quiet and every live projector is at the high-water mark; or the log has a fault, so that this
-    /// never comes.
-    async fn is_quiet(&mut self) -> bool {
+    /// Whether the log is quiet and every live projector is at the high-water mark; or the log has
+    /// a fault, so that this never comes.
+    async fn is_idle(&mut self) -> bool {
         let store = &self.worker.engine.store;
         let quiet = async {
             let high_water = store.raise_high_water().await?;
             if high_water.fault.is_some() {
                 return Ok((true, high_water.fault));
             }
-            let all_seen = high_water.held.is_none() && store.last_visible().await? == high_water.mark;
+            let all_seen =
+                high_water.blocked.is_none() && store.last_visible().await? == high_water.mark;
             let published = store.marks().await?.published;
             let all_sent = self.settings.relay.is_none() || published >= high_water.mark;
-            let mut live = self.worker.live().await?.into_iter();
-            Ok::<_, sqlx::Error>((all_seen && all_sent && live.all(|(_, position)| position >= high_water.mark), None))
+            let mut live = self.worker.live_positions().await?.into_iter();
+            Ok::<_, sqlx::Error>((
+                all_seen && all_sent && live.all(|(_, position)| position >= high_water.mark),
+                None,
+            ))
         };
         match quiet.await {
             Ok((_, Some(fault))) => {
@@ -258,10 +292,14 @@ impl Player {
 }
 
 /// Keeps messages hidden from other receivers for as long as it is polled.
-async fn keep_hidden(queue: &dyn Queue, receipts: &[Receipt], visibility: Duration) -> std::convert::Infallible {
+async fn extend_visibility(
+    queue: &dyn Queue,
+    receipts: &[Receipt],
+    visibility: Duration,
+) -> std::convert::Infallible {
     loop {
         tokio::time::sleep(visibility / 3).await;
-        if let Err(error) = queue.hide(receipts, visibility).await {
+        if let Err(error) = queue.change_visibility(receipts, visibility).await {
             debug!(%error, "could not keep messages hidden: another worker may receive them too, harmlessly");
         }
     }

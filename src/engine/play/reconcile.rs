@@ -1,4 +1,5 @@
-//! Reconcile: what the queue lost without a trace is found by comparing positions with the high-water mark.
+//! Reconcile: what the queue lost without a trace is found by comparing positions with the
+//! high-water mark.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -11,44 +12,44 @@ use crate::model::metrics;
 use crate::model::projector::ProjectorId;
 
 /// However busy the queue is, positions are compared this often.
-const AT_LEAST_EVERY: Duration = Duration::from_secs(60);
+const MAX_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Since when each live projector has stood still below the mark.
 #[derive(Debug, Default)]
-pub(crate) struct Reconcile {
-    last: Option<Instant>,
-    standing: HashMap<ProjectorId, (Position, Instant)>,
+pub(crate) struct Reconciler {
+    last_run: Option<Instant>,
+    stationary: HashMap<ProjectorId, (Position, Instant)>,
 }
 
-impl Reconcile {
+impl Reconciler {
     /// Whether the last comparison is so long ago that the next must not wait for silence.
     pub(crate) fn is_due(&mut self, now: Instant) -> bool {
-        now.duration_since(*self.last.get_or_insert(now)) >= AT_LEAST_EVERY
+        now.duration_since(*self.last_run.get_or_insert(now)) >= MAX_INTERVAL
     }
 
     /// Whether anybody stood still below the mark at the last comparison.
-    pub(super) fn has_suspects(&self) -> bool {
-        !self.standing.is_empty()
+    pub(super) fn has_stationary(&self) -> bool {
+        !self.stationary.is_empty()
     }
 
-    /// Takes note of where the live projectors stand, and says which have stood still below the mark for
-    /// longer than `after`. One that moves is being fed: the queue explains its lag.
-    pub(crate) fn overdue(
+    /// Takes note of where the live projectors stand, and says which have stood still below the
+    /// mark for longer than `after`. One that moves is being fed: the queue explains its lag.
+    pub(crate) fn find_overdue(
         &mut self,
         now: Instant,
         live: &[(ProjectorId, Position)],
         mark: Position,
         after: Duration,
     ) -> Vec<ProjectorId> {
-        self.last = Some(now);
-        self.standing.retain(|id, _| live.iter().any(|(live, _)| live == id));
+        self.last_run = Some(now);
+        self.stationary.retain(|id, _| live.iter().any(|(live, _)| live == id));
         let mut overdue = Vec::new();
         for (id, position) in live {
             if *position >= mark {
-                self.standing.remove(id);
+                self.stationary.remove(id);
                 continue;
             }
-            let (stood_at, since) = self.standing.entry(id.clone()).or_insert((*position, now));
+            let (stood_at, since) = self.stationary.entry(id.clone()).or_insert((*position, now));
             if stood_at != position {
                 (*stood_at, *since) = (*position, now);
             } else if now.duration_since(*since) >= after {
@@ -60,8 +61,8 @@ impl Reconcile {
 }
 
 impl Worker {
-    /// Compares, and catches up from the store what has stood still for too long. If the database is away,
-    /// the next time will do.
+    /// Compares, and catches up from the store what has stood still for too long. If the database
+    /// is away, the next time will do.
     pub(crate) async fn reconcile(&mut self) {
         if let Err(error) = self.try_reconcile().await {
             warn!(%error, "could not reconcile now");
@@ -69,20 +70,22 @@ impl Worker {
     }
 
     async fn try_reconcile(&mut self) -> Result<(), sqlx::Error> {
-        self.broken += self.stragglers.rejoin();
+        self.broken += self.stragglers.readmit();
         let mark = self.watch.raise_high_water(&self.engine.store).await?.mark;
-        metrics::mark_held(self.watch.since());
-        let mut live = self.live_and_outdated().await?;
-        live.retain(|(id, _)| !self.stragglers.hold(id));
-        let overdue = self.reconcile.overdue(Instant::now(), &live, mark, self.reconcile_after);
+        metrics::record_mark_state(self.watch.blocked_since());
+        let mut live = self.refresh_live().await?;
+        live.retain(|(id, _)| !self.stragglers.is_catching_up(id));
+        let overdue =
+            self.reconciler.find_overdue(Instant::now(), &live, mark, self.reconcile_after);
         for (id, position) in live.into_iter().filter(|(id, _)| overdue.contains(id)) {
             let Some(projector) = self.registry.get(&id) else { continue };
             info!(
                 projector = %id, position = position.get(), high_water = mark.get(),
                 "the queue does not bring what is missing: catching up from the store"
             );
-            // By itself: what it takes may be long, and messages for the others may come any moment.
-            self.stragglers.leave(&self.engine, projector, position);
+            // By itself: what it takes may be long, and messages for the others may come any
+            // moment.
+            self.stragglers.move_to_background(&self.engine, projector, position);
         }
         Ok(())
     }
@@ -93,21 +96,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_who_stands_still_below_the_mark_is_overdue() {
+    fn only_a_projector_idle_below_the_mark_is_overdue() {
         let id = |name: &str| ProjectorId { name: name.into(), version: 1 };
         let at = |name: &str, position| (id(name), Position::new(position));
         let (mark, after) = (Position::new(9), Duration::from_secs(2));
         let start = Instant::now();
         let later = |seconds| start + Duration::from_secs(seconds);
 
-        let mut reconcile = Reconcile::default();
+        let mut reconciler = Reconciler::default();
         let first = [at("still", 5), at("moving", 5), at("done", 9)];
-        assert_eq!(reconcile.overdue(start, &first, mark, after), []);
+        assert_eq!(reconciler.find_overdue(start, &first, mark, after), []);
         let second = [at("still", 5), at("moving", 6), at("done", 9)];
-        assert_eq!(reconcile.overdue(later(1), &second, mark, after), []);
+        assert_eq!(reconciler.find_overdue(later(1), &second, mark, after), []);
         let third = [at("still", 5), at("moving", 7), at("done", 9)];
-        assert_eq!(reconcile.overdue(later(3), &third, mark, after), [id("still")]);
-        assert_eq!(reconcile.overdue(later(4), &[at("moving", 7)], mark, after), []);
-        assert_eq!(reconcile.overdue(later(9), &[at("moving", 7), at("still", 5)], mark, after), [id("moving")]);
+        assert_eq!(reconciler.find_overdue(later(3), &third, mark, after), [id("still")]);
+        assert_eq!(reconciler.find_overdue(later(4), &[at("moving", 7)], mark, after), []);
+        assert_eq!(
+            reconciler.find_overdue(later(9), &[at("moving", 7), at("still", 5)], mark, after),
+            [id("moving")]
+        );
     }
 }

@@ -1,29 +1,30 @@
-//! The worker: the engine, the convoy, and what is known of who stands still. Play feeds it from the queue, and so does Lambda.
+//! The worker: the engine, the convoy, and what is known of who stands still. Play feeds it from
+//! the queue, and so does Lambda.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use tracing::{info, warn};
 
-use super::Quarrel;
-use super::convoy::{ConvoyBudget, Stragglers};
+use super::OutageLog;
+use super::background::{BackgroundLimits, Stragglers};
 use super::foreign::ForeignWatch;
-use super::reconcile::Reconcile;
+use super::reconcile::Reconciler;
 use crate::database::Database;
-use crate::engine::deliver::{Engine, Limits};
-use crate::engine::stall_watch::LogWatch;
-use crate::ledger::{Entry, Live};
+use crate::engine::retry::{Engine, Limits};
+use crate::engine::stall_watch::StallWatch;
+use crate::ledger::{Entry, LiveProjector};
+use crate::model::backoff;
 use crate::model::error::Error;
 use crate::model::event::Position;
 use crate::model::lifecycle::{Stage, Status};
 use crate::model::metrics;
 use crate::model::projector::ProjectorId;
 use crate::model::registry::Registry;
-use crate::model::retry;
-use crate::queue::Foreign;
+use crate::queue::ForeignReason;
 
 /// A receive that takes so long is worth a line in the log.
-const SLOW: Duration = Duration::from_secs(1);
+const SLOW_RECEIVE: Duration = Duration::from_secs(1);
 
 /// What passes messages to the live projectors of a set, and repairs what the queue loses.
 pub(crate) struct Worker {
@@ -32,60 +33,70 @@ pub(crate) struct Worker {
     /// Which log it was when messages last came; only to tell of a change.
     pub(super) log_id: String,
     pub(super) foreign: ForeignWatch,
-    pub(super) budget: ConvoyBudget,
-    /// How long a projector may stand still below the mark before the queue has lost what it waits for.
+    pub(super) background_after: BackgroundLimits,
+    /// How long a projector may stand still below the mark before the queue has lost what it waits
+    /// for.
     pub(super) reconcile_after: Duration,
-    pub(super) reconcile: Reconcile,
+    pub(super) reconciler: Reconciler,
     pub(super) stragglers: Stragglers,
     /// What is known of the mark's troubles. The relay of this process has it, too.
-    pub(crate) watch: LogWatch,
+    pub(crate) watch: StallWatch,
     /// Whom the others in the convoy wait for.
-    pub(super) led: Option<ProjectorId>,
+    pub(super) in_progress: Option<ProjectorId>,
     /// Projectors that broke since it began.
     pub(super) broken: u64,
-    /// Live projectors that were booted with another definition than this worker has, as it was last logged.
+    /// Live projectors that were booted with another definition than this worker has, as it was
+    /// last logged.
     outdated: BTreeSet<ProjectorId>,
-    quarrel: Quarrel,
+    outage_log: OutageLog,
 }
 
 impl Worker {
     /// Reads which log it is, and says whom it plays, and whom not.
     ///
     /// # Errors
-    /// If the log or the ledger cannot be read, for another reason than that the database is away: that is waited for.
+    /// If the log or the ledger cannot be read, for another reason than that the database is away:
+    /// that is waited for.
     pub(crate) async fn new(
         database: &Database,
         registry: &Registry,
         limits: Limits,
-        budget: ConvoyBudget,
+        background_after: BackgroundLimits,
         reconcile_after: Duration,
     ) -> Result<Self, Error> {
         // A worker that gave up on one projector would delete messages that it has not passed.
-        let limits = Limits { patience: None, ..limits };
+        let limits = Limits { retry_timeout: None, ..limits };
         let engine = Engine::new(database, limits, registry);
-        let log_id = engine.persist("read the marks of the log", || engine.store.marks()).await?.log.id;
+        let log_id = engine
+            .retry_transient("read the marks of the log", || engine.store.marks())
+            .await?
+            .log
+            .id;
         let worker = Worker {
             engine,
             registry: registry.clone(),
             log_id,
             foreign: ForeignWatch::default(),
-            budget,
+            background_after,
             reconcile_after,
-            reconcile: Reconcile::default(),
+            reconciler: Reconciler::default(),
             stragglers: Stragglers::new(database),
-            watch: LogWatch::default(),
-            led: None,
+            watch: StallWatch::default(),
+            in_progress: None,
             broken: 0,
             outdated: BTreeSet::new(),
-            quarrel: Quarrel::default(),
+            outage_log: OutageLog::default(),
         };
-        worker.introduce().await?;
+        worker.log_projectors().await?;
         Ok(worker)
     }
 
     /// Says whom it plays, and whom not.
-    async fn introduce(&self) -> Result<(), Error> {
-        let (sessions, projectors) = (self.engine.database.handler_connections(), self.registry.with_own_sessions());
+    async fn log_projectors(&self) -> Result<(), Error> {
+        let (sessions, projectors) = (
+            self.engine.database.max_handler_connections(),
+            self.registry.dedicated_session_count(),
+        );
         if projectors > sessions {
             warn!(
                 projectors,
@@ -95,19 +106,24 @@ impl Worker {
                  (SessionUse::Shared)"
             );
         }
-        let entries = self.engine.persist("read the ledger", || self.engine.ledger.entries()).await?;
+        let entries =
+            self.engine.retry_transient("read the ledger", || self.engine.ledger.entries()).await?;
         for projector in self.registry.iter() {
             match entries.iter().find(|entry| entry.id == projector.id) {
-                None => warn!(projector = %projector.id, status = "new", "not booted, and so not played: run boot"),
+                None => {
+                    warn!(projector = %projector.id, status = "new", "not booted, and so not played: run boot")
+                }
                 // Logged when the live projectors are read.
-                Some(entry) if entry.status == Status::Live && !entry.is_booted_with(&projector.digest) => {}
+                Some(entry)
+                    if entry.status == Status::Live && !entry.matches_digest(&projector.digest) => {
+                }
                 Some(entry) if entry.status == Status::Live => {
                     info!(
                         projector = %entry.id, status = %entry.status, position = entry.position.get(),
                         release = self.engine.release, "playing"
                     );
                 }
-                Some(entry) if Stage::Boot.plays(&entry.status) => {
+                Some(entry) if Stage::Boot.can_apply(&entry.status) => {
                     warn!(projector = %entry.id, status = %entry.status, "not live, and so not played: run boot");
                 }
                 Some(entry) => info!(projector = %entry.id, status = %entry.status, "not played"),
@@ -116,21 +132,26 @@ impl Worker {
         Ok(())
     }
 
-    /// Fans messages out, again and again if the database is away, until each live projector is past those that are ours. Says
-    /// of each message why it is not ours; `None`: it is, and may be deleted.
-    pub(crate) async fn pass(&mut self, bodies: &[String]) -> Vec<Option<Foreign>> {
+    /// Fans messages out, again and again if the database is away, until each live projector is
+    /// past those that are ours. Says of each message why it is not ours; `None`: it is, and may be
+    /// deleted.
+    pub(crate) async fn fan_out_with_retry(
+        &mut self,
+        bodies: &[String],
+    ) -> Vec<Option<ForeignReason>> {
         let began = Instant::now();
         loop {
             match self.fan_out(bodies).await {
                 Ok(verdicts) => {
-                    self.quarrel.over("the database works again");
+                    self.outage_log.record_recovery("the database works again");
                     if verdicts.iter().any(Option::is_none) {
-                        note_committed(bodies.len(), began.elapsed());
+                        record_committed(bodies.len(), began.elapsed());
                     }
                     return verdicts;
                 }
                 Err(error) => {
-                    let pause = self.quarrel.again("cannot fan out, trying again", &error);
+                    let pause =
+                        self.outage_log.record_failure("cannot fan out, trying again", &error);
                     tokio::time::sleep(pause).await;
                 }
             }
@@ -144,23 +165,36 @@ impl Worker {
         Ok(entries)
     }
 
-    /// The live projectors of the set that were booted with the definition of this worker, and where they stand.
-    pub(super) async fn live(&self) -> Result<Vec<(ProjectorId, Position)>, sqlx::Error> {
-        let live = self.engine.ledger.live().await?;
-        Ok(live.into_iter().filter(|live| self.plays(live)).map(|live| (live.id, live.position)).collect())
+    /// The live projectors of the set that were booted with the definition of this worker, and
+    /// where they stand.
+    pub(super) async fn live_positions(&self) -> Result<Vec<(ProjectorId, Position)>, sqlx::Error> {
+        let live = self.engine.ledger.live_projectors().await?;
+        Ok(live
+            .into_iter()
+            .filter(|live| self.plays(live))
+            .map(|live| (live.id, live.position))
+            .collect())
     }
 
-    /// [`Worker::live`]. Logs which projectors became outdated since the last time, and which no longer are.
-    pub(super) async fn live_and_outdated(&mut self) -> Result<Vec<(ProjectorId, Position)>, sqlx::Error> {
-        let live = self.engine.ledger.live().await?;
-        Ok(self.sort_out(live))
+    /// [`Worker::live_positions`]. Logs which projectors became outdated since the last time, and
+    /// which no longer are.
+    pub(super) async fn refresh_live(
+        &mut self,
+    ) -> Result<Vec<(ProjectorId, Position)>, sqlx::Error> {
+        let live = self.engine.ledger.live_projectors().await?;
+        Ok(self.select_played(live))
     }
 
-    /// The live projectors that this worker plays. See [`Worker::live_and_outdated`].
-    pub(super) fn sort_out(&mut self, live: Vec<Live>) -> Vec<(ProjectorId, Position)> {
-        let (played, others): (Vec<Live>, Vec<Live>) = live.into_iter().partition(|live| self.plays(live));
-        let is_known = |live: &Live| self.registry.get(&live.id).is_some();
-        let outdated: BTreeSet<ProjectorId> = others.into_iter().filter(is_known).map(|live| live.id).collect();
+    /// The live projectors that this worker plays. See [`Worker::refresh_live`].
+    pub(super) fn select_played(
+        &mut self,
+        live: Vec<LiveProjector>,
+    ) -> Vec<(ProjectorId, Position)> {
+        let (played, others): (Vec<LiveProjector>, Vec<LiveProjector>) =
+            live.into_iter().partition(|live| self.plays(live));
+        let is_known = |live: &LiveProjector| self.registry.get(&live.id).is_some();
+        let outdated: BTreeSet<ProjectorId> =
+            others.into_iter().filter(is_known).map(|live| live.id).collect();
         for id in outdated.difference(&self.outdated) {
             warn!(
                 projector = %id, release = self.engine.release,
@@ -176,27 +210,30 @@ impl Worker {
     }
 
     /// Whether this worker has the definition with which a live projector was booted.
-    fn plays(&self, live: &Live) -> bool {
+    fn plays(&self, live: &LiveProjector) -> bool {
         let projector = self.registry.get(&live.id);
-        projector.is_some_and(|projector| live.digest.as_ref().is_none_or(|booted| *booted == projector.digest))
+        projector.is_some_and(|projector| {
+            live.digest.as_ref().is_none_or(|booted| *booted == projector.digest)
+        })
     }
 
-    /// The live projectors that this worker does not play because its definition is not the booted one.
+    /// The live projectors that this worker does not play because its definition is not the booted
+    /// one.
     pub(crate) fn outdated(&self) -> &BTreeSet<ProjectorId> {
         &self.outdated
     }
 
     /// How many projectors broke since it began, outside the convoy as well.
-    pub(crate) fn broken_so_far(&mut self) -> u64 {
-        self.broken += self.stragglers.rejoin();
+    pub(crate) fn broken_count(&mut self) -> u64 {
+        self.broken += self.stragglers.readmit();
         self.broken
     }
 }
 
 /// Takes note of a receive that every live projector is past, and tells of one that was slow.
-fn note_committed(messages: usize, took: Duration) {
-    metrics::committed(took);
-    if took >= SLOW {
-        info!(messages, seconds = retry::seconds(took), "a slow receive");
+fn record_committed(messages: usize, took: Duration) {
+    metrics::record_receive_to_commit(took);
+    if took >= SLOW_RECEIVE {
+        info!(messages, seconds = backoff::seconds(took), "a slow receive");
     }
 }

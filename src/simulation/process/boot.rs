@@ -5,38 +5,38 @@ use std::cell::Cell;
 use super::Ended;
 use super::engine::Engine;
 use super::high_water::raise_high_water;
-use crate::engine::boot::{MOST_ROUNDS_FOR_FRESHNESS, first_position};
+use crate::engine::boot::{MAX_CATCH_UP_ROUNDS, start_position};
 use crate::engine::catch_up::{Cursor, CursorState};
-use crate::engine::deliver::Delivered;
 use crate::engine::handoff::{has_reached, oldest_queued};
+use crate::engine::retry::ApplyOutcome;
 use crate::ledger::Entry;
 use crate::model::event::Position;
-use crate::model::lifecycle::{Stage, Status, Step};
+use crate::model::lifecycle::{Stage, Status, Transition};
 use crate::model::projector::{Mode, ProjectorId};
-use crate::model::registry::{Registered, Registry};
+use crate::model::registry::{RegisteredProjector, Registry};
 use crate::simulation::bug::Bug;
-use crate::simulation::cast;
-use crate::simulation::cast::Release;
 use crate::simulation::invariants;
-use crate::simulation::seen::Seen;
+use crate::simulation::occurrence::Occurrence;
+use crate::simulation::projectors;
+use crate::simulation::projectors::Release;
 use crate::simulation::statements::DatabaseError;
-use crate::simulation::transaction::failing;
+use crate::simulation::transaction::take_poison;
 use crate::simulation::world::{Sim, Tick};
 
-const PATIENCE: Tick = 200;
+const WAIT_TIMEOUT: Tick = 200;
 
 /// That of a hasty operator.
-const LITTLE_PATIENCE: Tick = 20;
+const SHORT_WAIT_TIMEOUT: Tick = 20;
 
 /// How often boot looks whether the mark has risen to its target.
-const LOOK_EVERY: Tick = 3;
+const POLL_INTERVAL: Tick = 3;
 
 struct Boot {
     engine: Engine,
     /// Where the mark stood when it began: no from_now projector begins below.
-    began_at: Position,
+    start_mark: Position,
     /// What was visible when it began, as the onlooker saw it.
-    was_visible: Position,
+    start_visible: Position,
     /// Where it has to come.
     target: Position,
     /// Whether a projector failed that was not broken when it began.
@@ -49,26 +49,38 @@ struct Boot {
 
 /// Boots a release.
 pub(in crate::simulation) async fn boot(sim: Sim, release: Release, registry: Registry) -> Ended {
-    let (batch, began_at, was_visible, patience) = {
+    let (batch, start_mark, start_visible, retry_timeout) = {
         let mut world = sim.world();
-        let patience = if world.is_closing || world.rng.bool() { PATIENCE } else { LITTLE_PATIENCE };
-        (world.rng.u64(1..=5), world.database.high_water, Position::new(world.database.last_visible()), patience)
+        let retry_timeout =
+            if world.is_closing || world.rng.bool() { WAIT_TIMEOUT } else { SHORT_WAIT_TIMEOUT };
+        (
+            world.rng.u64(1..=5),
+            world.database.high_water,
+            Position::new(world.database.last_visible()),
+            retry_timeout,
+        )
     };
     let mut boot = Boot {
-        engine: Engine { sim: sim.clone(), registry, release, batch, patience: Some(patience) },
-        began_at,
-        was_visible,
+        engine: Engine {
+            sim: sim.clone(),
+            registry,
+            release,
+            batch,
+            retry_timeout: Some(retry_timeout),
+        },
+        start_mark,
+        start_visible,
         target: Position::START,
         is_stopped: false,
         is_refused: false,
         waiting: None,
     };
     let ended = boot.run().await;
-    sim.note(|| format!("ends: {ended:?}"));
+    sim.trace(|| format!("ends: {ended:?}"));
     match ended {
         Ok(released) => Ended::Booted { released },
         Err(_) => {
-            sim.saw(Seen::GaveUp);
+            sim.record(Occurrence::GaveUp);
             Ended::Done
         }
     }
@@ -79,13 +91,13 @@ impl Boot {
     async fn run(&mut self) -> Result<bool, DatabaseError> {
         let sim = self.engine.sim.clone();
         let mark = sim.marks().await?.high_water;
-        self.target = if sim.has(Bug::TargetIsTheMark) { mark } else { sim.last_visible().await? };
+        self.target = if sim.has(Bug::TargetsTheMark) { mark } else { sim.last_visible().await? };
         let before = sim.entries().await?;
-        if self.may_enter(&before).await? {
+        if self.wait_until_registrable(&before).await? {
             let mut cursors = self.admit(&before).await?;
             self.replay(&mut cursors).await?;
             if cursors.iter().any(|cursor| matches!(cursor.state, CursorState::GaveUp(_))) {
-                return Err(DatabaseError::Lost);
+                return Err(DatabaseError::ConnectionLost);
             }
         }
         let after = sim.entries().await?;
@@ -95,10 +107,13 @@ impl Boot {
             Status::Booting | Status::Stalled | Status::Broken(_) => false,
         };
         let entry = |id: &ProjectorId| after.iter().find(|entry| entry.id == *id);
-        let all_done = self.engine.registry.iter().all(|projector| entry(&projector.id).is_some_and(is_done));
+        let all_done =
+            self.engine.registry.iter().all(|projector| entry(&projector.id).is_some_and(is_done));
         let released = all_done && !self.is_refused;
         if released {
-            for entry in after.iter().filter(|entry| matches!(entry.status, Status::Live | Status::Finished)) {
+            for entry in
+                after.iter().filter(|entry| matches!(entry.status, Status::Live | Status::Finished))
+            {
                 let Some(projector) = self.engine.registry.get(&entry.id) else { continue };
                 self.record_definition(projector, entry).await?;
             }
@@ -106,7 +121,11 @@ impl Boot {
         Ok(released)
     }
 
-    async fn record_definition(&self, projector: &Registered, entry: &Entry) -> Result<(), DatabaseError> {
+    async fn record_definition(
+        &self,
+        projector: &RegisteredProjector,
+        entry: &Entry,
+    ) -> Result<(), DatabaseError> {
         if entry.digest.as_ref() != Some(&projector.digest) {
             self.engine.sim.set_definition(projector, entry.digest.as_deref()).await?;
         }
@@ -114,9 +133,14 @@ impl Boot {
     }
 
     /// A new projector of mode from_now is entered when the mark has reached the target.
-    async fn may_enter(&mut self, before: &[Entry]) -> Result<bool, DatabaseError> {
+    async fn wait_until_registrable(&mut self, before: &[Entry]) -> Result<bool, DatabaseError> {
         let is_new = |id: &ProjectorId| before.iter().all(|entry| entry.id != *id);
-        if !self.engine.registry.iter().any(|projector| projector.mode == Mode::FromNow && is_new(&projector.id)) {
+        if !self
+            .engine
+            .registry
+            .iter()
+            .any(|projector| projector.mode == Mode::FromNow && is_new(&projector.id))
+        {
             return Ok(true);
         }
         loop {
@@ -124,24 +148,25 @@ impl Boot {
             if mark >= self.target {
                 return Ok(true);
             }
-            if !self.waits(mark).await {
+            if !self.wait_for_mark(mark).await {
                 return Ok(false);
             }
         }
     }
 
     /// Waits a moment for the mark to rise to the target. `false`: boot is no longer patient.
-    async fn waits(&mut self, mark: Position) -> bool {
+    async fn wait_for_mark(&mut self, mark: Position) -> bool {
         let sim = self.engine.sim.clone();
-        sim.saw(Seen::WaitedForMark);
-        let since = self.waiting.filter(|(at, _)| *at == mark).map_or(sim.now(), |(_, since)| since);
+        sim.record(Occurrence::WaitedForMark);
+        let since =
+            self.waiting.filter(|(at, _)| *at == mark).map_or(sim.now(), |(_, since)| since);
         self.waiting = Some((mark, since));
-        if self.engine.is_out_of_patience(since) {
-            sim.saw(Seen::GaveUpWaiting);
+        if self.engine.is_retry_timeout_over(since) {
+            sim.record(Occurrence::GaveUpWaiting);
             self.is_refused = true;
             return false;
         }
-        sim.sleep(LOOK_EVERY).await;
+        sim.sleep(POLL_INTERVAL).await;
         true
     }
 
@@ -159,11 +184,11 @@ impl Boot {
             if entry.rebuild_reason.is_none() || entry.status == Status::Retired {
                 continue;
             }
-            if sim.has(Bug::BootResumesTheIncomplete) {
+            if sim.has(Bug::BootIgnoresRebuildReason) {
                 sim.accept(&entry.id).await?;
                 continue;
             }
-            sim.saw(Seen::RefusedToBoot);
+            sim.record(Occurrence::RefusedToBoot);
             self.is_refused = true;
             self.is_stopped |= !was_broken(before, entry);
             refused.push(entry.id.clone());
@@ -173,25 +198,29 @@ impl Boot {
             for projector in new {
                 let position = match projector.mode {
                     Mode::FromNow if sim.has(Bug::FromNowAtZero) => Position::START,
-                    Mode::FromNow if sim.has(Bug::FromNowAtLastVisible) => sim.last_visible().await?,
-                    mode => first_position(mode, high_water),
+                    Mode::FromNow if sim.has(Bug::FromNowAtLastVisible) => {
+                        sim.last_visible().await?
+                    }
+                    mode => start_position(mode, high_water),
                 };
-                sim.enter(projector, position, self.began_at).await?;
+                sim.register(projector, position, self.start_mark).await?;
             }
         }
         let mut cursors = Vec::new();
         for entry in sim.entries().await? {
-            let Some(projector) = registry.get(&entry.id).filter(|projector| !refused.contains(&projector.id)) else {
+            let Some(projector) =
+                registry.get(&entry.id).filter(|projector| !refused.contains(&projector.id))
+            else {
                 continue;
             };
-            if Stage::Boot.plays(&entry.status) {
+            if Stage::Boot.can_apply(&entry.status) {
                 let mut cursor = Cursor::new(projector, entry.position);
-                cursor.is_repair = was_broken(before, &entry);
+                cursor.was_broken = was_broken(before, &entry);
                 cursors.push(cursor);
                 if before.contains(&entry) {
-                    sim.saw(Seen::BootRepeated);
+                    sim.record(Occurrence::BootRepeated);
                 }
-            } else if entry.status == Status::Retired && sim.has(Bug::BootsTheRetired) {
+            } else if entry.status == Status::Retired && sim.has(Bug::BootsRetired) {
                 self.revive(&entry).await?;
                 cursors.push(Cursor::new(projector, entry.position));
             }
@@ -212,31 +241,37 @@ impl Boot {
     async fn set_up(&mut self, cursors: &mut [Cursor]) -> Result<(), DatabaseError> {
         let sim = self.engine.sim.clone();
         for cursor in cursors.iter_mut() {
-            if !cursor.is_running() || self.is_stopped && !cursor.is_repair {
+            if !cursor.is_running() || self.is_stopped && !cursor.was_broken {
                 continue;
             }
-            let Some(entry) = sim.entries().await?.into_iter().find(|entry| entry.id == cursor.projector.id) else {
-                cursor.state = CursorState::Left;
+            let Some(entry) =
+                sim.entries().await?.into_iter().find(|entry| entry.id == cursor.projector.id)
+            else {
+                cursor.state = CursorState::TakenOver;
                 continue;
             };
-            if !Stage::Boot.plays(&entry.status) {
-                cursor.state = CursorState::Left;
+            if !Stage::Boot.can_apply(&entry.status) {
+                cursor.state = CursorState::TakenOver;
                 continue;
             }
             self.record_definition(&cursor.projector, &entry).await?;
-            let delivered = match sim.statement(None).await {
-                Err(_) => Delivered::GaveUp("transient".into()),
+            let outcome = match sim.statement(None).await {
+                Err(_) => ApplyOutcome::GaveUp("transient".into()),
                 Ok(()) => {
-                    let actor = cast::number(&cursor.projector.id);
-                    if failing(&mut sim.world(), actor, 0, self.engine.release).is_none() {
+                    let projector_index = projectors::index_of(&cursor.projector.id);
+                    if take_poison(&mut sim.world(), projector_index, 0, self.engine.release)
+                        .is_none()
+                    {
                         continue;
                     }
-                    sim.saw(Seen::BrokeAtSetup);
-                    self.engine.break_at(&cursor.projector, Stage::Boot, None, "setup failed").await
+                    sim.record(Occurrence::BrokeAtSetup);
+                    self.engine
+                        .mark_broken(&cursor.projector, Stage::Boot, None, "setup failed")
+                        .await
                 }
             };
-            cursor.note(delivered);
-            self.is_stopped |= cursor.has_stopped_boot();
+            cursor.record(outcome);
+            self.is_stopped |= cursor.should_stop_boot();
         }
         self.stall(cursors).await
     }
@@ -249,48 +284,66 @@ impl Boot {
             if cursors.iter().any(|cursor| matches!(cursor.state, CursorState::GaveUp(_))) {
                 return Ok(());
             }
-            let Some(start) = cursors.iter().filter(|cursor| cursor.is_running()).map(|cursor| cursor.position).min()
+            let Some(start) = cursors
+                .iter()
+                .filter(|cursor| cursor.is_running())
+                .map(|cursor| cursor.position)
+                .min()
             else {
                 return Ok(());
             };
             let mark = raise_high_water(&sim).await?.mark;
             rounds += u32::from(start < mark);
             self.engine.catch_up(Stage::Boot, cursors, mark).await?;
-            if cursors.iter().any(Cursor::has_stopped_boot) {
+            if cursors.iter().any(Cursor::should_stop_boot) {
                 self.is_stopped = true;
                 self.stall(cursors).await?;
             }
             if mark < self.target {
-                if sim.has(Bug::FinishesBelowTheTarget) {
+                if sim.has(Bug::FinishesBelowTarget) {
                     self.finish_all(cursors, mark).await?;
                 }
-                if !self.waits(mark).await {
+                if !self.wait_for_mark(mark).await {
                     return Ok(());
                 }
                 continue;
             }
             let was_short = mark.since(start) <= self.engine.batch;
-            if was_short || rounds >= MOST_ROUNDS_FOR_FRESHNESS {
-                self.release(cursors, mark, is_first).await?;
+            if was_short || rounds >= MAX_CATCH_UP_ROUNDS {
+                self.hand_over_or_finish(cursors, mark, is_first).await?;
             }
         }
     }
 
     /// Only a deliberate bug does this.
-    async fn finish_all(&self, cursors: &mut [Cursor], mark: Position) -> Result<(), DatabaseError> {
-        for cursor in cursors.iter_mut().filter(|cursor| cursor.is_running() && cursor.projector.mode == Mode::Once) {
+    async fn finish_all(
+        &self,
+        cursors: &mut [Cursor],
+        mark: Position,
+    ) -> Result<(), DatabaseError> {
+        for cursor in cursors
+            .iter_mut()
+            .filter(|cursor| cursor.is_running() && cursor.projector.mode == Mode::Once)
+        {
             let row = self.finish(&cursor.projector, mark).await?;
-            cursor.note_row(row.as_ref());
+            cursor.record_entry(row.as_ref());
         }
         Ok(())
     }
 
-    async fn release(&self, cursors: &mut [Cursor], mark: Position, is_first: bool) -> Result<(), DatabaseError> {
+    async fn hand_over_or_finish(
+        &self,
+        cursors: &mut [Cursor],
+        mark: Position,
+        is_first: bool,
+    ) -> Result<(), DatabaseError> {
         let sim = &self.engine.sim;
         for cursor in cursors.iter_mut().filter(|cursor| cursor.is_running()) {
             let projector = &cursor.projector;
             let row = match projector.mode {
-                Mode::Once if !sim.has(Bug::OnceGoesLive) => self.finish(projector, mark.max(self.target)).await?,
+                Mode::Once if !sim.has(Bug::HandsOffModeOnce) => {
+                    self.finish(projector, mark.max(self.target)).await?
+                }
                 _ => {
                     let oldest = oldest_queued(&self.engine.registry, &sim.entries().await?, mark);
                     self.hand_over(projector, oldest.max(self.target), mark).await?
@@ -298,13 +351,13 @@ impl Boot {
             };
             let is_lost = row.as_ref().is_none_or(|row| row.status == Status::Retired);
             if is_lost {
-                sim.saw(Seen::LetGo);
+                sim.record(Occurrence::RetiredDuringBoot);
             }
-            if !(is_lost && sim.has(Bug::BootNeverLetsGo)) {
-                cursor.note_row(row.as_ref());
+            if !(is_lost && sim.has(Bug::BootIgnoresRetirement)) {
+                cursor.record_entry(row.as_ref());
             }
             if cursor.is_running() {
-                sim.saw(Seen::NotYetThere);
+                sim.record(Occurrence::TargetNotReached);
             }
         }
         if is_first && cursors.iter().any(|cursor| cursor.projector.mode != Mode::Once) {
@@ -315,33 +368,42 @@ impl Boot {
 
     async fn hand_over(
         &self,
-        projector: &Registered,
+        projector: &RegisteredProjector,
         oldest_queued: Position,
         target: Position,
     ) -> Result<Option<Entry>, DatabaseError> {
         let sim = &self.engine.sim;
-        if sim.has(Bug::MovesAtGoLive) || sim.has(Bug::GoesLiveWithoutLock) || sim.has(Bug::OnceGoesLive) {
+        if sim.has(Bug::MovesPositionAtHandoff)
+            || sim.has(Bug::HandsOffWithoutLock)
+            || sim.has(Bug::HandsOffModeOnce)
+        {
             return self.hand_over_wrongly(projector, target).await;
         }
         let (was_broken, is_ours) = (Cell::new(false), Cell::new(false));
         let still = |entry: &Entry| {
             was_broken.set(entry.status.failure().is_some());
-            is_ours.set(has_reached(entry, oldest_queued) && entry.is_booted_with(&projector.digest));
+            is_ours
+                .set(has_reached(entry, oldest_queued) && entry.matches_digest(&projector.digest));
             is_ours.get()
         };
-        let row = step(sim.ledger_step(&projector.id, Step::HandOver, still).await)?;
+        let row =
+            expect_legal(sim.ledger_transition(&projector.id, Transition::HandOver, still).await)?;
         if is_ours.get() {
-            sim.note(|| format!("{} is live", projector.id));
-            sim.saw(Seen::HandedOver);
-            invariants::after_release(&mut sim.world(), cast::number(&projector.id), self.was_visible);
+            sim.trace(|| format!("{} is live", projector.id));
+            sim.record(Occurrence::HandedOver);
+            invariants::after_release(
+                &mut sim.world(),
+                projectors::index_of(&projector.id),
+                self.start_visible,
+            );
             if was_broken.get() && self.is_stopped {
-                sim.saw(Seen::RepairedBesideFailure);
+                sim.record(Occurrence::RepairedBesideFailure);
             }
             if was_broken.get() {
-                sim.saw(Seen::HandedOverFromBroken);
+                sim.record(Occurrence::HandedOverFromBroken);
             }
             if sim.world().is_played_by_another(self.engine.release) {
-                sim.saw(Seen::HandedOverBesideOldRelease);
+                sim.record(Occurrence::HandedOverBesideOldRelease);
             }
         }
         Ok(row)
@@ -350,25 +412,26 @@ impl Boot {
     /// Only deliberate bugs do this.
     async fn hand_over_wrongly(
         &self,
-        projector: &Registered,
+        projector: &RegisteredProjector,
         target: Position,
     ) -> Result<Option<Entry>, DatabaseError> {
         let sim = &self.engine.sim;
-        let Some(read) = sim.entries().await?.into_iter().find(|entry| entry.id == projector.id) else {
+        let Some(read) = sim.entries().await?.into_iter().find(|entry| entry.id == projector.id)
+        else {
             return Ok(None);
         };
-        if !Stage::Boot.plays(&read.status) {
+        if !Stage::Boot.can_apply(&read.status) {
             return Ok(Some(read));
         }
         let mut transaction = sim.begin();
         let Some(locked) = transaction.lock(&projector.id).await? else { return Ok(None) };
         let entry = match () {
-            () if sim.has(Bug::GoesLiveWithoutLock) => Entry { status: Status::Live, ..read },
-            () if sim.has(Bug::MovesAtGoLive) && Stage::Boot.plays(&locked.status) => {
+            () if sim.has(Bug::HandsOffWithoutLock) => Entry { status: Status::Live, ..read },
+            () if sim.has(Bug::MovesPositionAtHandoff) && Stage::Boot.can_apply(&locked.status) => {
                 let mark = sim.world().database.high_water.max(target);
                 Entry { status: Status::Live, position: mark, ..locked }
             }
-            () if Stage::Boot.plays(&locked.status) => Entry { status: Status::Live, ..locked },
+            () if Stage::Boot.can_apply(&locked.status) => Entry { status: Status::Live, ..locked },
             () => return Ok(Some(locked)),
         };
         transaction.write(entry.clone()).await?;
@@ -376,18 +439,27 @@ impl Boot {
         Ok(Some(entry))
     }
 
-    async fn finish(&self, projector: &Registered, target: Position) -> Result<Option<Entry>, DatabaseError> {
+    async fn finish(
+        &self,
+        projector: &RegisteredProjector,
+        target: Position,
+    ) -> Result<Option<Entry>, DatabaseError> {
         let sim = &self.engine.sim;
         let is_ours = Cell::new(false);
         let still = |entry: &Entry| {
-            is_ours.set(has_reached(entry, target) && entry.is_booted_with(&projector.digest));
+            is_ours.set(has_reached(entry, target) && entry.matches_digest(&projector.digest));
             is_ours.get()
         };
-        let row = step(sim.ledger_step(&projector.id, Step::Finish, still).await)?;
+        let row =
+            expect_legal(sim.ledger_transition(&projector.id, Transition::Finish, still).await)?;
         if is_ours.get() {
-            sim.note(|| format!("{} is finished", projector.id));
-            invariants::after_release(&mut sim.world(), cast::number(&projector.id), self.was_visible);
-            sim.saw(Seen::Finished);
+            sim.trace(|| format!("{} is finished", projector.id));
+            invariants::after_release(
+                &mut sim.world(),
+                projectors::index_of(&projector.id),
+                self.start_visible,
+            );
+            sim.record(Occurrence::Finished);
         }
         Ok(row)
     }
@@ -397,11 +469,14 @@ impl Boot {
             return Ok(());
         }
         let sim = &self.engine.sim;
-        for cursor in cursors.iter_mut().filter(|cursor| cursor.is_running() && !cursor.is_repair) {
+        for cursor in cursors.iter_mut().filter(|cursor| cursor.is_running() && !cursor.was_broken)
+        {
             let still = |entry: &Entry| matches!(entry.status, Status::Booting | Status::Stalled);
-            step(sim.ledger_step(&cursor.projector.id, Step::Stall, still).await)?;
-            sim.saw(Seen::Stalled);
-            cursor.state = CursorState::Left;
+            expect_legal(
+                sim.ledger_transition(&cursor.projector.id, Transition::Stall, still).await,
+            )?;
+            sim.record(Occurrence::Stalled);
+            cursor.state = CursorState::TakenOver;
         }
         Ok(())
     }
@@ -413,6 +488,8 @@ fn was_broken(before: &[Entry], entry: &Entry) -> bool {
 }
 
 /// A step that the lifecycle does not have would end the boot, as an error of the database does.
-fn step(taken: Result<Option<Entry>, Option<DatabaseError>>) -> Result<Option<Entry>, DatabaseError> {
-    taken.map_err(|error| error.unwrap_or(DatabaseError::Lost))
+fn expect_legal(
+    taken: Result<Option<Entry>, Option<DatabaseError>>,
+) -> Result<Option<Entry>, DatabaseError> {
+    taken.map_err(|error| error.unwrap_or(DatabaseError::ConnectionLost))
 }

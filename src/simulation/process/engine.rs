@@ -1,19 +1,19 @@
-//! The mirror of `apply.rs`, `deliver.rs` and `catch_up.rs`. Projectors take a page one after the other here, not
-//! side by side: they share nothing but the log.
+//! The mirror of `apply.rs`, `retry.rs` and `catch_up.rs`. Projectors take a page one after the
+//! other here, not side by side: they share nothing but the log.
 
 use std::sync::Arc;
 
 use crate::engine::apply::Batch;
-use crate::engine::catch_up::{Cursor, lowest_due};
-use crate::engine::deliver::{Delivered, may_break, must_be_rebuilt, without_claim};
+use crate::engine::catch_up::{Cursor, lowest_behind};
+use crate::engine::retry::{ApplyOutcome, may_mark_broken, must_be_rebuilt, resolve_lost_claim};
 use crate::ledger::Entry;
 use crate::model::event::{Event, Position};
-use crate::model::lifecycle::{FailedEvent, Failure, Stage, Status, Step};
-use crate::model::registry::{Registered, Registry};
+use crate::model::lifecycle::{FailedEvent, Failure, Stage, Status, Transition};
+use crate::model::registry::{RegisteredProjector, Registry};
 use crate::simulation::bug::Bug;
-use crate::simulation::cast::Release;
 use crate::simulation::invariants::Claim;
-use crate::simulation::seen::Seen;
+use crate::simulation::occurrence::Occurrence;
+use crate::simulation::projectors::Release;
 use crate::simulation::statements::DatabaseError;
 use crate::simulation::transaction::{HandlerError, Transaction};
 use crate::simulation::world::{Sim, Tick};
@@ -27,16 +27,16 @@ pub(super) struct Engine {
     /// The most events in one transaction.
     pub(super) batch: u64,
     /// How long what is transient is tried again; `None`: for as long as it takes.
-    pub(super) patience: Option<Tick>,
+    pub(super) retry_timeout: Option<Tick>,
 }
 
-/// Why a batch was not applied. Nothing of it was, but for `Stored`.
+/// Why a batch was not applied. Nothing of it was, but for `PartiallyApplied`.
 enum ApplyError {
-    Claim(Option<Box<Entry>>),
+    ClaimLost(Option<Box<Entry>>),
     Projector(String),
     Transient,
     /// A part of it is, without the position.
-    Stored,
+    PartiallyApplied,
 }
 
 impl From<DatabaseError> for ApplyError {
@@ -45,39 +45,40 @@ impl From<DatabaseError> for ApplyError {
     }
 }
 
-/// A claim from batch to batch, as `apply::Hold` has it.
+/// A claim from batch to batch, as `apply::ClaimCarry` has it.
 #[derive(Default)]
-struct Hold {
-    goes_on: bool,
+struct ClaimCarry {
+    should_carry: bool,
     claim: Option<(Position, Transaction, Entry)>,
 }
 
 impl Engine {
     async fn apply(
         &self,
-        projector: &Registered,
+        projector: &RegisteredProjector,
         stage: Stage,
         batch: Batch<'_>,
-        hold: &mut Hold,
+        carry: &mut ClaimCarry,
     ) -> Result<(), ApplyError> {
         let wanted: Vec<&Event> = batch.wanted(projector).collect();
         let claim = Claim { stage, release: self.release, after: batch.after };
-        let (mut transaction, entry) = match hold.claim.take().filter(|(at, ..)| *at == batch.after) {
-            Some((_, transaction, entry)) => {
-                self.sim.saw(Seen::HeldOn);
-                (transaction, entry)
-            }
-            None => self.claim(projector, claim).await?,
-        };
+        let (mut transaction, entry) =
+            match carry.claim.take().filter(|(at, ..)| *at == batch.after) {
+                Some((_, transaction, entry)) => {
+                    self.sim.record(Occurrence::ClaimCarried);
+                    (transaction, entry)
+                }
+                None => self.claim(projector, claim).await?,
+            };
         transaction.claim(claim);
         if !wanted.is_empty() {
             match transaction.handle(&projector.id, self.release, &wanted).await {
                 Ok(()) => {}
                 Err(HandlerError::Transient) => return Err(ApplyError::Transient),
-                Err(HandlerError::Stored) => return Err(ApplyError::Stored),
+                Err(HandlerError::PartiallyCommitted) => return Err(ApplyError::PartiallyApplied),
                 Err(HandlerError::Own(error)) => return Err(ApplyError::Projector(error)),
                 Err(HandlerError::Panic) => {
-                    self.sim.saw(Seen::Panicked);
+                    self.sim.record(Occurrence::Panicked);
                     // The session is killed, so that the row's lock is free.
                     transaction.roll_back();
                     self.sim.statement(None).await?;
@@ -92,8 +93,8 @@ impl Engine {
         }
         transaction.advance(entry, claim, batch.through).await?;
         transaction.commit().await?;
-        if hold.goes_on && !wanted.is_empty() {
-            hold.claim = self.claim_next(projector, stage, batch.through).await?;
+        if carry.should_carry && !wanted.is_empty() {
+            carry.claim = self.claim_next(projector, stage, batch.through).await?;
         }
         Ok(())
     }
@@ -101,128 +102,154 @@ impl Engine {
     /// The claim that travels behind a commit, in the same packet. Others may have the row first.
     async fn claim_next(
         &self,
-        projector: &Registered,
+        projector: &RegisteredProjector,
         stage: Stage,
         at: Position,
     ) -> Result<Option<(Position, Transaction, Entry)>, ApplyError> {
-        if self.sim.has(Bug::HoldsUnseen) {
+        if self.sim.has(Bug::CarriesUncheckedClaim) {
             let mut transaction = self.sim.begin();
             let locked = transaction.lock(&projector.id).await?;
             return Ok(locked.map(|entry| (at, transaction, entry)));
         }
         match self.claim(projector, Claim { stage, release: self.release, after: at }).await {
             Ok((transaction, entry)) => Ok(Some((at, transaction, entry))),
-            Err(ApplyError::Claim(_)) => Ok(None),
+            Err(ApplyError::ClaimLost(_)) => Ok(None),
             Err(error) => Err(error),
         }
     }
 
-    async fn claim(&self, projector: &Registered, claim: Claim) -> Result<(Transaction, Entry), ApplyError> {
+    async fn claim(
+        &self,
+        projector: &RegisteredProjector,
+        claim: Claim,
+    ) -> Result<(Transaction, Entry), ApplyError> {
         let mut transaction = self.sim.begin();
         let Some(entry) = transaction.lock(&projector.id).await? else {
-            self.sim.saw(Seen::RowGone);
-            return Err(ApplyError::Claim(None));
+            self.sim.record(Occurrence::RowGone);
+            return Err(ApplyError::ClaimLost(None));
         };
-        if !self.holds(projector, &entry, claim) {
-            self.sim.saw(match claim.stage.plays(&entry.status) {
-                _ if entry.rebuild_reason.is_some() => Seen::MustBeRebuilt,
-                false => Seen::StaleStatus,
-                true if !entry.is_booted_with(&projector.digest) => Seen::StaleDefinition,
-                true => Seen::StalePosition,
+        if !self.is_claimable(projector, &entry, claim) {
+            self.sim.record(match claim.stage.can_apply(&entry.status) {
+                _ if entry.rebuild_reason.is_some() => Occurrence::MustBeRebuilt,
+                false => Occurrence::StaleStatus,
+                true if !entry.matches_digest(&projector.digest) => Occurrence::StaleDefinition,
+                true => Occurrence::StalePosition,
             });
-            return Err(ApplyError::Claim(Some(Box::new(entry))));
+            return Err(ApplyError::ClaimLost(Some(Box::new(entry))));
         }
         transaction.claim(claim);
         Ok((transaction, entry))
     }
 
     /// The fence, as `ledger::Claim` has it in SQL.
-    fn holds(&self, projector: &Registered, entry: &Entry, claim: Claim) -> bool {
+    fn is_claimable(&self, projector: &RegisteredProjector, entry: &Entry, claim: Claim) -> bool {
         let has = |bug| self.sim.has(bug);
-        if !entry.is_booted_with(&projector.digest) && !has(Bug::PlaysAnotherDefinition) {
+        if !entry.matches_digest(&projector.digest) && !has(Bug::PlaysAnotherDefinition) {
             return false;
         }
-        if entry.rebuild_reason.is_some() && !has(Bug::AppliesAfterAPart) {
+        if entry.rebuild_reason.is_some() && !has(Bug::ReappliesPartialBatch) {
             return false;
         }
-        if has(Bug::NoStatusFence) || (has(Bug::PlaysWhatIsNotLive) && claim.stage == Stage::Play) {
+        if has(Bug::NoStatusFence) || (has(Bug::PlaysNonLive) && claim.stage == Stage::Play) {
             return entry.position == claim.after;
         }
         if has(Bug::NoPositionFence) {
-            return claim.stage.plays(&entry.status);
+            return claim.stage.can_apply(&entry.status);
         }
-        claim.stage.plays(&entry.status) && entry.position == claim.after
+        claim.stage.can_apply(&entry.status) && entry.position == claim.after
     }
 
-    pub(super) async fn deliver(&self, projector: &Registered, stage: Stage, batch: Batch<'_>) -> Delivered {
-        self.deliver_on(projector, stage, batch, &mut Hold::default()).await
+    pub(super) async fn apply_with_retry(
+        &self,
+        projector: &RegisteredProjector,
+        stage: Stage,
+        batch: Batch<'_>,
+    ) -> ApplyOutcome {
+        self.apply_with_retry_and_carry(projector, stage, batch, &mut ClaimCarry::default()).await
     }
 
-    async fn deliver_on(&self, projector: &Registered, stage: Stage, batch: Batch<'_>, hold: &mut Hold) -> Delivered {
-        if projector.goes_event_by_event() {
-            return Box::pin(self.deliver_each(projector, stage, batch)).await;
+    async fn apply_with_retry_and_carry(
+        &self,
+        projector: &RegisteredProjector,
+        stage: Stage,
+        batch: Batch<'_>,
+        carry: &mut ClaimCarry,
+    ) -> ApplyOutcome {
+        if projector.needs_transaction_per_event() {
+            return Box::pin(self.apply_each_event(projector, stage, batch)).await;
         }
-        match self.attempt(projector, stage, batch, hold).await {
-            Ok(delivered) => delivered,
+        match self.apply_whole_batch(projector, stage, batch, carry).await {
+            Ok(outcome) => outcome,
             // In a box: it is rare, and would make every delivery as large as itself.
-            Err(failed) => Box::pin(self.isolate(projector, stage, batch, failed)).await,
+            Err(failed) => Box::pin(self.isolate_failure(projector, stage, batch, failed)).await,
         }
     }
 
-    async fn deliver_each(&self, projector: &Registered, stage: Stage, batch: Batch<'_>) -> Delivered {
-        let hold = &mut Hold::default();
+    async fn apply_each_event(
+        &self,
+        projector: &RegisteredProjector,
+        stage: Stage,
+        batch: Batch<'_>,
+    ) -> ApplyOutcome {
+        let carry = &mut ClaimCarry::default();
         let mut position = batch.after;
         let mut wanted = batch.wanted(projector).peekable();
         loop {
             let event = wanted.next();
-            let end = event.filter(|_| wanted.peek().is_some()).map_or(batch.through, Event::position);
-            if let Some(step) = batch.part(position, end) {
-                self.sim.saw(Seen::EventByEvent);
-                let delivered = match self.attempt(projector, stage, step, hold).await {
-                    Ok(delivered) => delivered,
-                    Err(failed) => self.isolate(projector, stage, step, failed).await,
+            let end =
+                event.filter(|_| wanted.peek().is_some()).map_or(batch.through, Event::position);
+            if let Some(step) = batch.between(position, end) {
+                self.sim.record(Occurrence::EventByEvent);
+                let outcome = match self.apply_whole_batch(projector, stage, step, carry).await {
+                    Ok(outcome) => outcome,
+                    Err(failed) => self.isolate_failure(projector, stage, step, failed).await,
                 };
-                match delivered {
-                    Delivered::At(reached) => position = reached,
+                match outcome {
+                    ApplyOutcome::Reached(reached) => position = reached,
                     other => return other,
                 }
             }
             if end == batch.through {
-                return Delivered::At(position);
+                return ApplyOutcome::Reached(position);
             }
         }
     }
 
-    async fn attempt(
+    async fn apply_whole_batch(
         &self,
-        projector: &Registered,
+        projector: &RegisteredProjector,
         stage: Stage,
         mut batch: Batch<'_>,
-        hold: &mut Hold,
-    ) -> Result<Delivered, String> {
+        carry: &mut ClaimCarry,
+    ) -> Result<ApplyOutcome, String> {
         let began = self.sim.now();
         loop {
-            match self.apply(projector, stage, batch, hold).await {
-                Ok(()) => return Ok(Delivered::At(batch.through)),
+            match self.apply(projector, stage, batch, carry).await {
+                Ok(()) => return Ok(ApplyOutcome::Reached(batch.through)),
                 Err(ApplyError::Projector(error)) => return Err(error),
-                Err(ApplyError::Stored) if self.sim.has(Bug::AppliesAfterAPart) => self.sim.back_off().await,
-                Err(ApplyError::Stored) => {
-                    let error = "the handler committed a part of the batch";
-                    return Ok(self.break_for_rebuild(projector, stage, error).await);
+                Err(ApplyError::PartiallyApplied) if self.sim.has(Bug::ReappliesPartialBatch) => {
+                    self.sim.back_off().await
                 }
-                Err(ApplyError::Claim(Some(entry)))
-                    if must_be_rebuilt(&entry, stage) && !self.sim.has(Bug::AppliesAfterAPart) =>
+                Err(ApplyError::PartiallyApplied) => {
+                    let error = "the handler committed a part of the batch";
+                    return Ok(self.mark_broken_for_rebuild(projector, stage, error).await);
+                }
+                Err(ApplyError::ClaimLost(Some(entry)))
+                    if must_be_rebuilt(&entry, stage)
+                        && !self.sim.has(Bug::ReappliesPartialBatch) =>
                 {
                     let reason = entry.rebuild_reason.unwrap_or_default();
-                    return Ok(self.break_for_rebuild(projector, stage, &reason).await);
+                    return Ok(self.mark_broken_for_rebuild(projector, stage, &reason).await);
                 }
-                Err(ApplyError::Claim(entry)) => match without_claim(entry.as_deref(), projector, stage, batch) {
-                    Ok(rest) => batch = rest,
-                    Err(delivered) => return Ok(delivered),
-                },
+                Err(ApplyError::ClaimLost(entry)) => {
+                    match resolve_lost_claim(entry.as_deref(), projector, stage, batch) {
+                        Ok(rest) => batch = rest,
+                        Err(outcome) => return Ok(outcome),
+                    }
+                }
                 Err(ApplyError::Transient) => {
-                    if self.is_out_of_patience(began) {
-                        return Ok(Delivered::GaveUp("transient".into()));
+                    if self.is_retry_timeout_over(began) {
+                        return Ok(ApplyOutcome::GaveUp("transient".into()));
                     }
                     self.sim.back_off().await;
                 }
@@ -230,15 +257,31 @@ impl Engine {
         }
     }
 
-    async fn isolate(&self, projector: &Registered, stage: Stage, batch: Batch<'_>, failed: String) -> Delivered {
-        self.sim.saw(Seen::Isolated);
-        let hold = &mut Hold::default();
+    async fn isolate_failure(
+        &self,
+        projector: &RegisteredProjector,
+        stage: Stage,
+        batch: Batch<'_>,
+        failed: String,
+    ) -> ApplyOutcome {
+        self.sim.record(Occurrence::Isolated);
+        let carry = &mut ClaimCarry::default();
         let wanted: Vec<&Event> = batch.wanted(projector).collect();
         if let [event] = wanted[..] {
-            return match self.attempt(projector, stage, batch.until(event.position().previous()), hold).await {
-                Ok(Delivered::At(_)) => self.break_at(projector, stage, Some(event), &failed).await,
-                Ok(delivered) => delivered,
-                Err(error) => self.break_at(projector, stage, Some(event), &error).await,
+            return match self
+                .apply_whole_batch(
+                    projector,
+                    stage,
+                    batch.up_to(event.position().previous()),
+                    carry,
+                )
+                .await
+            {
+                Ok(ApplyOutcome::Reached(_)) => {
+                    self.mark_broken(projector, stage, Some(event), &failed).await
+                }
+                Ok(outcome) => outcome,
+                Err(error) => self.mark_broken(projector, stage, Some(event), &error).await,
             };
         }
         let mut position = batch.after;
@@ -247,49 +290,60 @@ impl Engine {
                 continue;
             }
             for end in [event.position().previous(), event.position()] {
-                let Some(step) = batch.part(position, end) else { continue };
-                match self.attempt(projector, stage, step, hold).await {
-                    Ok(Delivered::At(reached)) => position = reached,
-                    Ok(delivered) => return delivered,
-                    Err(_) if self.sim.has(Bug::SkipsTheFailing) => {
+                let Some(step) = batch.between(position, end) else { continue };
+                match self.apply_whole_batch(projector, stage, step, carry).await {
+                    Ok(ApplyOutcome::Reached(reached)) => position = reached,
+                    Ok(outcome) => return outcome,
+                    Err(_) if self.sim.has(Bug::SkipsFailingEvent) => {
                         let nothing = Batch { events: &[], ..step };
-                        return self.attempt(projector, stage, nothing, hold).await.unwrap_or(Delivered::Left);
+                        return self
+                            .apply_whole_batch(projector, stage, nothing, carry)
+                            .await
+                            .unwrap_or(ApplyOutcome::TakenOver);
                     }
-                    Err(error) => return self.break_at(projector, stage, Some(event), &error).await,
+                    Err(error) => {
+                        return self.mark_broken(projector, stage, Some(event), &error).await;
+                    }
                 }
             }
         }
-        self.sim.saw(Seen::FlakyPassedAlone);
-        match batch.from(position) {
-            Some(rest) if rest.after < rest.through => {
-                self.attempt(projector, stage, rest, hold).await.unwrap_or(Delivered::Elsewhere(position))
-            }
-            _ => Delivered::At(position),
+        self.sim.record(Occurrence::FlakyPassedAlone);
+        match batch.above(position) {
+            Some(rest) if rest.after < rest.through => self
+                .apply_whole_batch(projector, stage, rest, carry)
+                .await
+                .unwrap_or(ApplyOutcome::MovedByOther(position)),
+            _ => ApplyOutcome::Reached(position),
         }
     }
 
-    pub(super) async fn break_for_rebuild(&self, projector: &Registered, stage: Stage, reason: &str) -> Delivered {
-        self.break_with(projector, stage, None, reason, Some(reason.to_owned())).await
+    pub(super) async fn mark_broken_for_rebuild(
+        &self,
+        projector: &RegisteredProjector,
+        stage: Stage,
+        reason: &str,
+    ) -> ApplyOutcome {
+        self.mark_broken_with(projector, stage, None, reason, Some(reason.to_owned())).await
     }
 
-    pub(super) async fn break_at(
+    pub(super) async fn mark_broken(
         &self,
-        projector: &Registered,
+        projector: &RegisteredProjector,
         stage: Stage,
         event: Option<&Event>,
         error: &str,
-    ) -> Delivered {
-        self.break_with(projector, stage, event, error, None).await
+    ) -> ApplyOutcome {
+        self.mark_broken_with(projector, stage, event, error, None).await
     }
 
-    async fn break_with(
+    async fn mark_broken_with(
         &self,
-        projector: &Registered,
+        projector: &RegisteredProjector,
         stage: Stage,
         event: Option<&Event>,
         error: &str,
-        rebuild: Option<String>,
-    ) -> Delivered {
+        rebuild_reason: Option<String>,
+    ) -> ApplyOutcome {
         let failed = |event: &Event| FailedEvent {
             position: event.position(),
             event_id: event.event_id().to_owned(),
@@ -303,25 +357,36 @@ impl Engine {
             attempts: 1,
             release: None,
             host: "simulation".into(),
-            rebuild,
+            rebuild_reason,
         };
         let before = event.map(|event| event.position().previous());
         loop {
-            let still = |entry: &Entry| may_break(entry, projector, stage, before);
-            match self.sim.ledger_step(&projector.id, Step::Break(failure.clone()), still).await {
+            let still = |entry: &Entry| may_mark_broken(entry, projector, stage, before);
+            match self
+                .sim
+                .ledger_transition(&projector.id, Transition::Break(failure.clone()), still)
+                .await
+            {
                 Ok(Some(entry)) if matches!(&entry.status, Status::Broken(written) if written.error == failure.error) =>
                 {
-                    self.sim.saw(if stage == Stage::Play { Seen::BrokeInPlay } else { Seen::BrokeInBoot });
-                    if failure.rebuild.is_some() {
-                        self.sim.saw(Seen::BrokeForRebuild);
+                    self.sim.record(if stage == Stage::Play {
+                        Occurrence::BrokeInPlay
+                    } else {
+                        Occurrence::BrokeInBoot
+                    });
+                    if failure.rebuild_reason.is_some() {
+                        self.sim.record(Occurrence::BrokeForRebuild);
                     }
-                    self.sim.note(|| format!("{} is broken: {error}", projector.id));
-                    return Delivered::Broke;
+                    self.sim.trace(|| format!("{} is broken: {error}", projector.id));
+                    return ApplyOutcome::Broken;
                 }
-                Ok(Some(entry)) if stage.plays(&entry.status) && entry.is_booted_with(&projector.digest) => {
-                    return Delivered::Elsewhere(entry.position);
+                Ok(Some(entry))
+                    if stage.can_apply(&entry.status)
+                        && entry.matches_digest(&projector.digest) =>
+                {
+                    return ApplyOutcome::MovedByOther(entry.position);
                 }
-                Ok(_) | Err(None) => return Delivered::Left,
+                Ok(_) | Err(None) => return ApplyOutcome::TakenOver,
                 Err(Some(_)) => self.sim.back_off().await,
             }
         }
@@ -334,18 +399,23 @@ impl Engine {
         cursors: &mut [Cursor],
         through: Position,
     ) -> Result<(), DatabaseError> {
-        let stopped_boot = |cursors: &[Cursor]| cursors.iter().filter(|cursor| cursor.has_stopped_boot()).count();
+        let stopped_boot =
+            |cursors: &[Cursor]| cursors.iter().filter(|cursor| cursor.should_stop_boot()).count();
         let stopped_before = stopped_boot(cursors);
-        let mut hold = Hold::default();
-        while let Some(lowest) = lowest_due(cursors, through) {
+        let mut carry = ClaimCarry::default();
+        while let Some(lowest) = lowest_behind(cursors, through) {
             let mut page = self.read(lowest, through).await?;
-            let is_wanted = |event: &Event| cursors.iter().any(|c| c.is_running() && c.projector.wants(event));
+            let is_wanted = |event: &Event| {
+                cursors.iter().any(|c| c.is_running() && c.projector.subscribes_to(event))
+            };
             page.events.retain(is_wanted);
-            hold.goes_on = page.through < through && may_hold(stage, cursors);
+            carry.should_carry = page.through < through && may_carry(stage, cursors);
             for cursor in cursors.iter_mut() {
                 let Some(batch) = cursor.batch(&page) else { continue };
                 let projector = Arc::clone(&cursor.projector);
-                cursor.note(self.deliver_on(&projector, stage, batch, &mut hold).await);
+                cursor.record(
+                    self.apply_with_retry_and_carry(&projector, stage, batch, &mut carry).await,
+                );
             }
             if stage == Stage::Boot && stopped_boot(cursors) > stopped_before {
                 return Ok(());
@@ -359,22 +429,24 @@ impl Engine {
         loop {
             match self.sim.read_after(after, through, self.batch).await {
                 Ok(page) => return Ok(page),
-                Err(error) if self.is_out_of_patience(began) => return Err(error),
+                Err(error) if self.is_retry_timeout_over(began) => return Err(error),
                 Err(_) => self.sim.back_off().await,
             }
         }
     }
 
-    pub(super) fn is_out_of_patience(&self, began: Tick) -> bool {
-        self.patience.is_some_and(|patience| self.sim.now() - began >= patience)
+    pub(super) fn is_retry_timeout_over(&self, began: Tick) -> bool {
+        self.retry_timeout.is_some_and(|retry_timeout| self.sim.now() - began >= retry_timeout)
     }
 }
 
-/// As `Engine::may_hold` has it.
-fn may_hold(stage: Stage, cursors: &[Cursor]) -> bool {
+/// As `Engine::may_carry` has it.
+fn may_carry(stage: Stage, cursors: &[Cursor]) -> bool {
     let mut running = cursors.iter().filter(|cursor| cursor.is_running());
     match (running.next(), running.next()) {
-        (Some(alone), None) => stage == Stage::Boot && !alone.projector.goes_event_by_event(),
+        (Some(alone), None) => {
+            stage == Stage::Boot && !alone.projector.needs_transaction_per_event()
+        }
         _ => false,
     }
 }

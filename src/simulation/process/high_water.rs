@@ -4,11 +4,11 @@ use std::time::Duration;
 
 use crate::model::event::Position;
 use crate::simulation::bug::Bug;
-use crate::simulation::seen::Seen;
+use crate::simulation::occurrence::Occurrence;
 use crate::simulation::statements::DatabaseError;
 use crate::simulation::world::Sim;
-use crate::store::Held;
-use crate::store::high_water::{Closing, HighWater, MOST_PASSES, Survey, survey};
+use crate::store::Blocker;
+use crate::store::high_water::{GapPlan, HighWater, MAX_PASSES, Survey, survey};
 
 /// Positions looked at in one step: few, so that a log has several pages.
 const PAGE: usize = 7;
@@ -17,9 +17,9 @@ const PAGE: usize = 7;
 const GRACE: u64 = 1;
 
 /// What came of an attempt to close holes.
-enum Closed {
+enum CloseOutcome {
     /// All of them are; or, `Some`, the lowest is held.
-    Proved(Option<Held>),
+    Proved(Option<Blocker>),
     /// Only a deliberate bug says so.
     Assumed,
 }
@@ -30,60 +30,71 @@ pub(super) async fn raise_high_water(sim: &Sim) -> Result<HighWater, DatabaseErr
     let mut passes = 0;
     loop {
         let visible = sim.visible_above(mark, PAGE).await?;
-        let Survey { contiguous, holes } = survey(mark, &visible);
+        let Survey { contiguous, gaps } = survey(mark, &visible);
         let more = visible.len() == PAGE;
         if contiguous > mark {
-            sim.raise(contiguous).await?;
+            sim.raise_mark(contiguous).await?;
             mark = contiguous;
             passes = 0;
         }
-        if holes.is_empty() {
+        if gaps.is_empty() {
             if more {
                 continue;
             }
-            return Ok(HighWater { mark, held: None, held_for: Duration::ZERO, fault: None });
+            return Ok(HighWater { mark, blocked: None, blocked_for: Duration::ZERO, fault: None });
         }
         passes += 1;
-        let stubborn = (passes > MOST_PASSES).then(|| Held::InFlight(mark.next()));
-        let held = match close_holes(sim, mark).await? {
-            Closed::Proved(held) => held.or(stubborn),
-            Closed::Assumed => {
+        let unclosable = (passes > MAX_PASSES).then(|| Blocker::InFlight(mark.next()));
+        let held = match close_gaps(sim, mark).await? {
+            CloseOutcome::Proved(held) => held.or(unclosable),
+            CloseOutcome::Assumed => {
                 let last = sim.visible_above(mark, PAGE).await?.last().copied();
                 mark = last.map_or(mark, Position::new);
-                sim.raise(mark).await?;
-                return Ok(HighWater { mark, held: None, held_for: Duration::ZERO, fault: None });
+                sim.raise_mark(mark).await?;
+                return Ok(HighWater {
+                    mark,
+                    blocked: None,
+                    blocked_for: Duration::ZERO,
+                    fault: None,
+                });
             }
         };
         if let Some(held) = held {
-            sim.saw(Seen::MarkHeldByWriter);
+            sim.record(Occurrence::MarkBlockedByWriter);
             let mark = survey(mark, &sim.visible_above(mark, PAGE).await?).contiguous;
-            sim.raise(mark).await?;
-            return Ok(HighWater { mark, held: Some(held), held_for: Duration::ZERO, fault: None });
+            sim.raise_mark(mark).await?;
+            return Ok(HighWater {
+                mark,
+                blocked: Some(held),
+                blocked_for: Duration::ZERO,
+                fault: None,
+            });
         }
     }
 }
 
 /// Treats all holes of a page together.
-async fn close_holes(sim: &Sim, mark: Position) -> Result<Closed, DatabaseError> {
+async fn close_gaps(sim: &Sim, mark: Position) -> Result<CloseOutcome, DatabaseError> {
     sim.sleep(GRACE).await;
-    let holes = survey(mark, &sim.visible_above(mark, PAGE).await?).holes;
-    if sim.has(Bug::SkipsHolesByTime) && !holes.is_empty() {
-        return Ok(Closed::Assumed);
+    let gaps = survey(mark, &sim.visible_above(mark, PAGE).await?).gaps;
+    if sim.has(Bug::SkipsGapsByTime) && !gaps.is_empty() {
+        return Ok(CloseOutcome::Assumed);
     }
-    let mut closing = Closing::default();
-    for hole in holes {
-        if !closing.goes_on() {
+    let mut plan = GapPlan::default();
+    for gap in gaps {
+        if !plan.takes_more() {
             break;
         }
-        let is_locked = sim.is_locked(&hole).await?;
-        closing.probed(hole, is_locked);
+        let is_locked = sim.is_locked(&gap).await?;
+        plan.add(gap, is_locked);
     }
-    if sim.has(Bug::AbsentIsProof) && closing.held.is_none() && !closing.absent.is_empty() {
-        return Ok(Closed::Assumed);
+    if sim.has(Bug::TreatsAbsentAsRolledBack) && plan.blocked.is_none() && !plan.to_fill.is_empty()
+    {
+        return Ok(CloseOutcome::Assumed);
     }
-    let refused = sim.fill(&closing.absent).await?;
-    if sim.has(Bug::IgnoresARefusedFill) && closing.held.is_none() && refused.is_some() {
-        return Ok(Closed::Assumed);
+    let refused = sim.fill(&plan.to_fill).await?;
+    if sim.has(Bug::IgnoresBlockedFill) && plan.blocked.is_none() && refused.is_some() {
+        return Ok(CloseOutcome::Assumed);
     }
-    Ok(Closed::Proved(closing.held.or(refused)))
+    Ok(CloseOutcome::Proved(plan.blocked.or(refused)))
 }

@@ -1,4 +1,5 @@
-//! The processes. Each mirrors the control flow of a part of the engine and takes its decisions from it.
+//! The processes. Each mirrors the control flow of a part of the engine and takes its decisions
+//! from it.
 
 pub(super) mod boot;
 mod engine;

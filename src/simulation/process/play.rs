@@ -10,22 +10,22 @@ use super::engine::Engine;
 use super::high_water::raise_high_water;
 use crate::engine::apply::Batch;
 use crate::engine::catch_up::Cursor;
-use crate::engine::play::fan_out::{Need, Sorted, need, sort};
+use crate::engine::play::fan_out::{Need, SortedMessages, next_need, sort_messages};
 use crate::engine::play::foreign::claimed_positions;
-use crate::engine::play::reconcile::Reconcile;
+use crate::engine::play::reconcile::Reconciler;
 use crate::ledger::Entry;
 use crate::model::continuity::Run;
 use crate::model::event::Position;
 use crate::model::lifecycle::{Stage, Status};
 use crate::model::projector::ProjectorId;
 use crate::model::registry::Registry;
-use crate::queue::Foreign;
+use crate::queue::ForeignReason;
 use crate::simulation::bug::Bug;
-use crate::simulation::cast::Release;
-use crate::simulation::queue::{Receipt, Received, VISIBILITY};
-use crate::simulation::seen::Seen;
+use crate::simulation::occurrence::Occurrence;
+use crate::simulation::projectors::Release;
+use crate::simulation::queue::{Receipt, ReceivedMessage, VISIBILITY_TIMEOUT};
 use crate::simulation::statements::{DatabaseError, log};
-use crate::simulation::world::{Sim, Tick, Who};
+use crate::simulation::world::{ProcessId, Sim, Tick};
 
 const RECEIVE_WAIT: Tick = 10;
 const RECONCILE_AFTER: Duration = Duration::from_secs(10);
@@ -33,19 +33,24 @@ const RECONCILE_AFTER: Duration = Duration::from_secs(10);
 struct Worker {
     number: u64,
     engine: Engine,
-    reconcile: Reconcile,
+    reconcile: Reconciler,
     /// Who was live when it last looked.
     live: Vec<ProjectorId>,
 }
 
 /// Plays until it is killed.
-pub(in crate::simulation) async fn play(sim: Sim, number: u64, release: Release, registry: Registry) -> Ended {
+pub(in crate::simulation) async fn play(
+    sim: Sim,
+    number: u64,
+    release: Release,
+    registry: Registry,
+) -> Ended {
     let batch = sim.world().rng.u64(1..=4);
-    let engine = Engine { sim, registry, release, batch, patience: None };
-    let mut worker = Worker { number, engine, reconcile: Reconcile::default(), live: Vec::new() };
+    let engine = Engine { sim, registry, release, batch, retry_timeout: None };
+    let mut worker = Worker { number, engine, reconcile: Reconciler::default(), live: Vec::new() };
     loop {
         match worker.engine.sim.receive(RECEIVE_WAIT).await {
-            Ok(received) => worker.work(received).await,
+            Ok(received) => worker.process_batch(received).await,
             Err(_) => {
                 worker.engine.sim.back_off().await;
                 worker.reconcile().await;
@@ -55,7 +60,7 @@ pub(in crate::simulation) async fn play(sim: Sim, number: u64, release: Release,
 }
 
 impl Worker {
-    async fn work(&mut self, received: Vec<Received>) {
+    async fn process_batch(&mut self, received: Vec<ReceivedMessage>) {
         if received.is_empty() {
             return self.reconcile().await;
         }
@@ -65,43 +70,57 @@ impl Worker {
         if sim.has(Bug::DeletesBeforeCommit) {
             let _ = sim.delete(&receipts, self.engine.release).await;
         }
-        let verdicts = keep_hidden(&sim, &receipts, self.pass(&bodies)).await;
-        let is_deleted = |at: &usize| verdicts[*at].is_none() || sim.has(Bug::DeletesWhatIsNotOurs);
+        let verdicts = keep_hidden(&sim, &receipts, self.fan_out_with_retry(&bodies)).await;
+        let is_deleted = |at: &usize| verdicts[*at].is_none() || sim.has(Bug::DeletesForeign);
         let (ours, foreign): (Vec<usize>, Vec<usize>) = (0..receipts.len()).partition(is_deleted);
         if ours.is_empty() {
-            sim.saw(Seen::OnlyForeign);
+            sim.record(Occurrence::OnlyForeign);
             sim.hide(&foreign.iter().map(|&at| receipts[at]).collect::<Vec<_>>(), 0);
             sim.back_off().await;
             return self.reconcile().await;
         }
-        // Not deleted, they come again, and are known by their positions. What is not ours stays hidden for a while.
-        let _ = sim.delete(&ours.iter().map(|&at| receipts[at]).collect::<Vec<_>>(), self.engine.release).await;
+        // Not deleted, they come again, and are known by their positions. What is not ours stays
+        // hidden for a while.
+        let _ = sim
+            .delete(&ours.iter().map(|&at| receipts[at]).collect::<Vec<_>>(), self.engine.release)
+            .await;
         if self.reconcile.is_due(sim.world().instant()) {
             self.reconcile().await;
         }
     }
 
-    async fn pass(&mut self, bodies: &[String]) -> Vec<Option<Foreign>> {
+    async fn fan_out_with_retry(&mut self, bodies: &[String]) -> Vec<Option<ForeignReason>> {
         loop {
             match self.fan_out(bodies).await {
                 Ok(verdicts) => return verdicts,
-                Err(_) if self.engine.sim.has(Bug::DeletesDespiteError) => return vec![None; bodies.len()],
+                Err(_) if self.engine.sim.has(Bug::DeletesDespiteError) => {
+                    return vec![None; bodies.len()];
+                }
                 Err(_) => self.engine.sim.back_off().await,
             }
         }
     }
 
-    async fn fan_out(&mut self, bodies: &[String]) -> Result<Vec<Option<Foreign>>, DatabaseError> {
+    async fn fan_out(
+        &mut self,
+        bodies: &[String],
+    ) -> Result<Vec<Option<ForeignReason>>, DatabaseError> {
         let sim = self.engine.sim.clone();
         let entries = sim.entries().await?;
         let view = sim.view(&claimed_positions(bodies)).await?;
-        self.watch(&entries);
-        if sim.has(Bug::WaitsForTheBroken) && entries.iter().any(|entry| entry.status.failure().is_some()) {
-            return Err(DatabaseError::Lost);
+        self.count_joined(&entries);
+        if sim.has(Bug::WaitsForBroken)
+            && entries.iter().any(|entry| entry.status.failure().is_some())
+        {
+            return Err(DatabaseError::ConnectionLost);
         }
-        let Sorted { mut runs, has_references, foreign } = sort(bodies, &view);
-        if sim.has(Bug::AppliesWhatIsNotSigned) {
-            runs = sort(&bodies.iter().map(|body| signed_anew(body)).collect::<Vec<_>>(), &view).runs;
+        let SortedMessages { mut runs, has_references, foreign } = sort_messages(bodies, &view);
+        if sim.has(Bug::AppliesUnsigned) {
+            runs = sort_messages(
+                &bodies.iter().map(|body| sign_again(body)).collect::<Vec<_>>(),
+                &view,
+            )
+            .runs;
         }
         if runs.is_empty() && !has_references {
             return Ok(foreign);
@@ -109,74 +128,90 @@ impl Worker {
         let target = match has_references {
             false => None,
             true => {
-                sim.saw(Seen::ReadReference);
+                sim.record(Occurrence::ReadReference);
                 Some(Box::pin(raise_high_water(&sim)).await?.mark)
             }
         };
         let registry = self.engine.registry.clone();
         for projector in registry.iter() {
-            let Some(entry) = entries.iter().find(|entry| entry.id == projector.id && self.is_ours(entry)) else {
+            let Some(entry) =
+                entries.iter().find(|entry| entry.id == projector.id && self.is_playable(entry))
+            else {
                 continue;
             };
-            if self.holds(&entry.id) {
+            if self.is_in_background(&entry.id) {
                 continue;
             }
             let mut cursor = Cursor::new(projector, entry.position);
-            let led = {
-                let work = pin!(self.lead(&mut cursor, &runs, target));
-                CutOff { sim: &sim, work }.await
+            let processed = {
+                let work = pin!(self.process(&mut cursor, &runs, target));
+                Deadline { sim: &sim, work }.await
             };
-            match led {
-                Some(led) => led?,
-                None => self.leave(cursor),
+            match processed {
+                Some(processed) => processed?,
+                None => self.move_to_background(cursor),
             }
         }
         Ok(foreign)
     }
 
-    async fn lead(&self, cursor: &mut Cursor, runs: &[Run], target: Option<Position>) -> Result<(), DatabaseError> {
+    async fn process(
+        &self,
+        cursor: &mut Cursor,
+        runs: &[Run],
+        target: Option<Position>,
+    ) -> Result<(), DatabaseError> {
         for run in runs {
-            self.follow(cursor, run).await?;
+            self.process_run(cursor, run).await?;
         }
         match target {
-            Some(target) => self.repair(cursor, target).await,
+            Some(target) => self.catch_up_from_store(cursor, target).await,
             None => Ok(()),
         }
     }
 
     /// Whether a projector is outside the convoy.
-    fn holds(&self, id: &ProjectorId) -> bool {
-        self.engine.sim.world().outside.iter().any(|(worker, outside)| *worker == self.number && outside == id)
+    fn is_in_background(&self, id: &ProjectorId) -> bool {
+        self.engine
+            .sim
+            .world()
+            .in_background
+            .iter()
+            .any(|(worker, outside)| *worker == self.number && outside == id)
     }
 
     /// Sends a projector off, to catch up by itself.
-    fn leave(&self, cursor: Cursor) {
+    fn move_to_background(&self, cursor: Cursor) {
         let sim = &self.engine.sim;
-        sim.saw(Seen::LeftConvoy);
-        sim.note(|| format!("{} leaves the convoy at {}", cursor.projector.id, cursor.position));
+        sim.record(Occurrence::MovedToBackground);
+        sim.trace(|| format!("{} leaves the convoy at {}", cursor.projector.id, cursor.position));
         let mut world = sim.world();
-        world.outside.push((self.number, cursor.projector.id.clone()));
-        if world.bug != Some(Bug::ForgetsWhoLeft) {
-            let who = Who::Straggler(self.number, self.engine.release);
-            world.sent_off.push((who, Box::pin(catch_up_alone(self.engine.clone(), self.number, cursor))));
+        world.in_background.push((self.number, cursor.projector.id.clone()));
+        if world.bug != Some(Bug::ForgetsBackgroundCatchUp) {
+            let process_id = ProcessId::Straggler(self.number, self.engine.release);
+            world.spawned.push((
+                process_id,
+                Box::pin(catch_up_in_background(self.engine.clone(), self.number, cursor)),
+            ));
         }
     }
 
-    fn is_ours(&self, entry: &Entry) -> bool {
+    fn is_playable(&self, entry: &Entry) -> bool {
         let has = |bug| self.engine.sim.has(bug);
-        let is_live = entry.status == Status::Live || has(Bug::PlaysWhatIsNotLive);
+        let is_live = entry.status == Status::Live || has(Bug::PlaysNonLive);
         let projector = self.engine.registry.get(&entry.id);
-        let is_outdated = projector.is_some_and(|projector| !entry.is_booted_with(&projector.digest));
+        let is_outdated =
+            projector.is_some_and(|projector| !entry.matches_digest(&projector.digest));
         if is_live && is_outdated {
-            self.engine.sim.saw(Seen::Outdated);
+            self.engine.sim.record(Occurrence::OutdatedDefinition);
         }
         is_live && (!is_outdated || has(Bug::PlaysAnotherDefinition))
     }
 
-    async fn follow(&self, cursor: &mut Cursor, run: &Run) -> Result<(), DatabaseError> {
+    async fn process_run(&self, cursor: &mut Cursor, run: &Run) -> Result<(), DatabaseError> {
         loop {
-            let next = match need(cursor, run, self.engine.batch) {
-                Need::CatchUp if self.applies_anyhow(cursor, run) => Need::Batch(Batch {
+            let next = match next_need(cursor, run, self.engine.batch) {
+                Need::CatchUp if self.applies_despite_gap(cursor, run) => Need::Batch(Batch {
                     after: cursor.position,
                     through: run.last(),
                     events: run.above(cursor.position),
@@ -185,34 +220,42 @@ impl Worker {
             };
             match next {
                 Need::Nothing => {
-                    self.engine.sim.saw(Seen::Skipped);
+                    self.engine.sim.record(Occurrence::RunSkipped);
                     return Ok(());
                 }
                 Need::Batch(batch) => {
-                    self.engine.sim.saw(Seen::AppliedFromQueue);
+                    self.engine.sim.record(Occurrence::AppliedFromQueue);
                     let projector = std::sync::Arc::clone(&cursor.projector);
-                    cursor.note(self.engine.deliver(&projector, Stage::Play, batch).await);
+                    cursor
+                        .record(self.engine.apply_with_retry(&projector, Stage::Play, batch).await);
                 }
                 Need::CatchUp => {
-                    self.engine.sim.saw(Seen::CaughtUp);
-                    self.repair(cursor, run.last()).await?;
+                    self.engine.sim.record(Occurrence::CaughtUp);
+                    self.catch_up_from_store(cursor, run.last()).await?;
                 }
             }
         }
     }
 
     /// Only a deliberate bug applies a run that does not continue what was applied.
-    fn applies_anyhow(&self, cursor: &Cursor, run: &Run) -> bool {
+    fn applies_despite_gap(&self, cursor: &Cursor, run: &Run) -> bool {
         let sim = &self.engine.sim;
-        sim.has(Bug::TrustsTheQueue) || sim.has(Bug::CatchesUpOneTooLate) && run.prev() == cursor.position.next()
+        sim.has(Bug::TrustsTheQueue)
+            || sim.has(Bug::CatchesUpOneTooLate) && run.prev() == cursor.position.next()
     }
 
-    async fn repair(&self, cursor: &mut Cursor, through: Position) -> Result<(), DatabaseError> {
+    async fn catch_up_from_store(
+        &self,
+        cursor: &mut Cursor,
+        through: Position,
+    ) -> Result<(), DatabaseError> {
         self.engine.catch_up(Stage::Play, std::slice::from_mut(cursor), through).await
     }
 
     async fn reconcile(&mut self) {
-        if !self.engine.sim.has(Bug::NeverReconciles) && !self.engine.sim.has(Bug::PublishedBeforeSent) {
+        if !self.engine.sim.has(Bug::NeverReconciles)
+            && !self.engine.sim.has(Bug::PublishedBeforeSent)
+        {
             // If the database is away, the next time will do.
             let _ = self.try_reconcile().await;
         }
@@ -224,45 +267,50 @@ impl Worker {
         let entries = sim.entries().await?;
         let live: Vec<(ProjectorId, Position)> = entries
             .into_iter()
-            .filter(|entry| entry.status == Status::Live && self.engine.registry.get(&entry.id).is_some())
-            .filter(|entry| self.is_ours(entry))
+            .filter(|entry| {
+                entry.status == Status::Live && self.engine.registry.get(&entry.id).is_some()
+            })
+            .filter(|entry| self.is_playable(entry))
             .map(|entry| (entry.id, entry.position))
-            .filter(|(id, _)| !self.holds(id))
+            .filter(|(id, _)| !self.is_in_background(id))
             .collect();
         let now = sim.world().instant();
-        let overdue = self.reconcile.overdue(now, &live, mark, RECONCILE_AFTER);
+        let overdue = self.reconcile.find_overdue(now, &live, mark, RECONCILE_AFTER);
         for (id, position) in live.into_iter().filter(|(id, _)| overdue.contains(id)) {
             let Some(projector) = self.engine.registry.get(&id) else { continue };
-            sim.saw(Seen::Reconciled);
-            sim.note(|| format!("reconciles {id}, which stays at {position}, with {mark}"));
-            self.leave(Cursor::new(projector, position));
+            sim.record(Occurrence::Reconciled);
+            sim.trace(|| format!("reconciles {id}, which stays at {position}, with {mark}"));
+            self.move_to_background(Cursor::new(projector, position));
         }
         Ok(())
     }
 
     /// Counts the projectors that joined while it played.
-    fn watch(&mut self, entries: &[Entry]) {
+    fn count_joined(&mut self, entries: &[Entry]) {
         let live: Vec<ProjectorId> = entries
             .iter()
-            .filter(|entry| entry.status == Status::Live && self.engine.registry.get(&entry.id).is_some())
+            .filter(|entry| {
+                entry.status == Status::Live && self.engine.registry.get(&entry.id).is_some()
+            })
             .map(|entry| entry.id.clone())
             .collect();
         if !self.live.is_empty() && live.iter().any(|id| !self.live.contains(id)) {
-            self.engine.sim.saw(Seen::JoinedWithoutRestart);
+            self.engine.sim.record(Occurrence::JoinedWithoutRestart);
         }
         self.live = live;
     }
 }
 
 /// Catches up to the mark as it is at the end, or until the projector breaks or is taken over.
-async fn catch_up_alone(engine: Engine, worker: u64, mut cursor: Cursor) -> Ended {
+async fn catch_up_in_background(engine: Engine, worker: u64, mut cursor: Cursor) -> Ended {
     let sim = engine.sim.clone();
-    let began_at = sim.world().database.high_water;
+    let start_mark = sim.world().database.high_water;
     while cursor.is_running() {
         let start = cursor.position;
         let round = async {
             let mark = raise_high_water(&sim).await?.mark;
-            let through = if sim.has(Bug::RejoinsTooEarly) { mark.min(start.next()) } else { mark };
+            let through =
+                if sim.has(Bug::ReadmitsTooEarly) { mark.min(start.next()) } else { mark };
             engine.catch_up(Stage::Play, std::slice::from_mut(&mut cursor), through).await?;
             Ok::<_, DatabaseError>(through.since(start))
         };
@@ -273,19 +321,23 @@ async fn catch_up_alone(engine: Engine, worker: u64, mut cursor: Cursor) -> Ende
             Err(_) => sim.back_off().await,
         }
     }
-    sim.saw(Seen::Rejoined);
-    sim.note(|| format!("{} is at {} and rejoins the convoy", cursor.projector.id, cursor.position));
+    sim.record(Occurrence::Readmitted);
+    sim.trace(|| {
+        format!("{} is at {} and rejoins the convoy", cursor.projector.id, cursor.position)
+    });
     let mut world = sim.world();
     let clock = world.clock;
-    world.outside.retain(|outside| *outside != (worker, cursor.projector.id.clone()));
-    world.rejoined.push((worker, cursor.projector.id.clone(), clock, began_at));
+    world.in_background.retain(|outside| *outside != (worker, cursor.projector.id.clone()));
+    world.readmitted.push((worker, cursor.projector.id.clone(), clock, start_mark));
     drop(world);
     Ended::Done
 }
 
 /// A message as if its signature were right, whatever it is.
-fn signed_anew(body: &str) -> String {
-    let Some((head, text)) = body.split_once("\",").filter(|(head, _)| head.starts_with("{\"sig\":\"")) else {
+fn sign_again(body: &str) -> String {
+    let Some((head, text)) =
+        body.split_once("\",").filter(|(head, _)| head.starts_with("{\"sig\":\""))
+    else {
         return body.to_owned();
     };
     let opens = head.len() - head.trim_start_matches("{\"sig\":\"").len();
@@ -293,12 +345,12 @@ fn signed_anew(body: &str) -> String {
 }
 
 /// Work that may take too long at every step: `None`, and what was not committed is rolled back.
-struct CutOff<'a, F> {
+struct Deadline<'a, F> {
     sim: &'a Sim,
     work: Pin<&'a mut F>,
 }
 
-impl<F: Future> Future for CutOff<'_, F> {
+impl<F: Future> Future for Deadline<'_, F> {
     type Output = Option<F::Output>;
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
@@ -316,7 +368,7 @@ impl<F: Future> Future for CutOff<'_, F> {
 
 /// Keeps messages hidden for as long as work goes on: as long as the process is not paused.
 async fn keep_hidden<T>(sim: &Sim, receipts: &[Receipt], work: impl Future<Output = T>) -> T {
-    let due = sim.now() + VISIBILITY / 3;
+    let due = sim.now() + VISIBILITY_TIMEOUT / 3;
     KeepHidden { sim, receipts, due, work: pin!(work) }.await
 }
 
@@ -333,8 +385,8 @@ impl<F: Future> Future for KeepHidden<'_, F> {
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<F::Output> {
         let now = self.sim.now();
         if now >= self.due {
-            self.due = now + VISIBILITY / 3;
-            self.sim.hide(self.receipts, VISIBILITY);
+            self.due = now + VISIBILITY_TIMEOUT / 3;
+            self.sim.hide(self.receipts, VISIBILITY_TIMEOUT);
         }
         self.work.as_mut().poll(context)
     }

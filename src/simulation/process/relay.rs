@@ -6,28 +6,28 @@ use crate::engine::relay::deduplication_id;
 use crate::model::event::Position;
 use crate::queue;
 use crate::simulation::bug::Bug;
+use crate::simulation::occurrence::Occurrence;
 use crate::simulation::queue::QueueError;
 use crate::simulation::schedule;
-use crate::simulation::seen::Seen;
 use crate::simulation::statements::DatabaseError;
 use crate::simulation::world::{Sim, Tick};
 
-const LEASE: Tick = 30;
+const LEASE_DURATION: Tick = 30;
 
 /// The pause between two looks at a log in which nothing is new.
-const IDLE: Tick = 8;
+const IDLE_PAUSE: Tick = 8;
 
 struct Relay {
     sim: Sim,
     holder: u64,
-    leased: Option<Tick>,
+    leased_at: Option<Tick>,
     max_events: usize,
 }
 
 /// What one look at the log came to.
-enum Looked {
+enum RelayOutcome {
     Published { events: u64 },
-    Elsewhere,
+    LeasedElsewhere,
 }
 
 enum RelayError {
@@ -51,26 +51,32 @@ impl From<QueueError> for RelayError {
 pub(in crate::simulation) async fn relay(sim: Sim) -> Ended {
     let holder = sim.world().rng.u64(..);
     let max_events = sim.world().rng.usize(1..=4);
-    let mut relay = Relay { sim, holder, leased: None, max_events };
+    let mut relay = Relay { sim, holder, leased_at: None, max_events };
     loop {
-        match relay.look().await {
-            Ok(Looked::Published { events: 0 }) => relay.sim.sleep(IDLE).await,
-            Ok(Looked::Published { .. }) => {}
-            Ok(Looked::Elsewhere) => relay.sim.sleep(LEASE / 5).await,
+        match relay.publish_new().await {
+            Ok(RelayOutcome::Published { events: 0 }) => relay.sim.sleep(IDLE_PAUSE).await,
+            Ok(RelayOutcome::Published { .. }) => {}
+            Ok(RelayOutcome::LeasedElsewhere) => relay.sim.sleep(LEASE_DURATION / 5).await,
             Err(RelayError::Database | RelayError::Queue) => relay.sim.back_off().await,
         }
     }
 }
 
 impl Relay {
-    async fn look(&mut self) -> Result<Looked, RelayError> {
-        let leased = match self.leased {
-            Some(leased) if self.sim.now() - leased < LEASE / 3 => leased,
+    async fn publish_new(&mut self) -> Result<RelayOutcome, RelayError> {
+        let leased_at = match self.leased_at {
+            Some(leased_at) if self.sim.now() - leased_at < LEASE_DURATION / 3 => leased_at,
             _ => {
-                let asked = self.sim.now();
-                self.leased = self.sim.lease_relay(self.holder, LEASE).await?.then_some(asked);
-                let Some(leased) = self.leased else { return Ok(Looked::Elsewhere) };
-                leased
+                let requested_at = self.sim.now();
+                self.leased_at = self
+                    .sim
+                    .lease_relay(self.holder, LEASE_DURATION)
+                    .await?
+                    .then_some(requested_at);
+                let Some(leased_at) = self.leased_at else {
+                    return Ok(RelayOutcome::LeasedElsewhere);
+                };
+                leased_at
             }
         };
         let mut mark = raise_high_water(&self.sim).await?.mark;
@@ -83,25 +89,31 @@ impl Relay {
             let page = self.sim.read_after(published, mark, self.max_events as u64).await?;
             let mut rest = page.events.as_slice();
             while !rest.is_empty() {
-                let packed = queue::pack(&marks.log, published, rest, schedule::MESSAGE_BYTES, self.max_events);
+                let packed = queue::pack(
+                    &marks.log,
+                    published,
+                    rest,
+                    schedule::MESSAGE_BYTES,
+                    self.max_events,
+                );
                 let id = deduplication_id(&marks.log.id, published, packed.last);
                 if !packed.body.contains("\"events\":[") {
-                    self.sim.saw(Seen::Reference);
+                    self.sim.record(Occurrence::ReferenceSent);
                 }
                 self.publish(&packed.body, &id, packed.last).await?;
                 published = packed.last;
-                rest = &rest[packed.events..];
+                rest = &rest[packed.event_count..];
             }
-            if self.sim.now() - leased > LEASE / 2 {
+            if self.sim.now() - leased_at > LEASE_DURATION / 2 {
                 break;
             }
         }
-        Ok(Looked::Published { events: published.since(marks.published) })
+        Ok(RelayOutcome::Published { events: published.since(marks.published) })
     }
 
     async fn publish(&self, body: &str, id: &str, last: Position) -> Result<(), RelayError> {
         if self.sim.world().database.lease.is_some_and(|(by, _)| by != self.holder) {
-            self.sim.saw(Seen::TwoRelays);
+            self.sim.record(Occurrence::TwoRelays);
         }
         if self.sim.has(Bug::PublishedBeforeSent) {
             self.sim.set_published(last).await?;

@@ -2,12 +2,12 @@
 
 use super::Ended;
 use crate::ledger::Entry;
-use crate::model::lifecycle::{Stage, Status, Step};
+use crate::model::lifecycle::{Stage, Status, Transition};
 use crate::model::projector::ProjectorId;
 use crate::model::registry::Registry;
 use crate::simulation::bug::Bug;
-use crate::simulation::cast;
-use crate::simulation::seen::Seen;
+use crate::simulation::occurrence::Occurrence;
+use crate::simulation::projectors;
 use crate::simulation::statements::DatabaseError;
 use crate::simulation::world::Sim;
 
@@ -34,7 +34,8 @@ async fn retire_any(sim: &Sim, registry: &Registry) -> Result<(), DatabaseError>
     let (entry, force) = {
         let mut world = sim.world();
         // Most of them under the hands of a boot, if there is one.
-        let booting: Vec<&Entry> = entries.iter().filter(|entry| Stage::Boot.plays(&entry.status)).collect();
+        let booting: Vec<&Entry> =
+            entries.iter().filter(|entry| Stage::Boot.can_apply(&entry.status)).collect();
         let entry = match booting.is_empty() || world.rng.u32(0..4) == 0 {
             true => &entries[world.rng.usize(0..entries.len())],
             false => booting[world.rng.usize(0..booting.len())],
@@ -44,35 +45,44 @@ async fn retire_any(sim: &Sim, registry: &Registry) -> Result<(), DatabaseError>
     try_retire(sim, registry, &entry.id, force).await
 }
 
-async fn try_retire(sim: &Sim, registry: &Registry, id: &ProjectorId, force: bool) -> Result<(), DatabaseError> {
-    let Some(entry) = sim.entries().await?.into_iter().find(|entry| entry.id == *id) else { return Ok(()) };
+async fn try_retire(
+    sim: &Sim,
+    registry: &Registry,
+    id: &ProjectorId,
+    force: bool,
+) -> Result<(), DatabaseError> {
+    let Some(entry) = sim.entries().await?.into_iter().find(|entry| entry.id == *id) else {
+        return Ok(());
+    };
     let projector = registry.get(id);
     if entry.status == Status::Live && projector.is_some() && !force {
         return Ok(());
     }
-    if entry.status == Status::Retired && entry.side_effects {
+    if entry.status == Status::Retired && entry.has_side_effects {
         return Ok(());
     }
-    sim.note(|| format!("retires {id}"));
+    sim.trace(|| format!("retires {id}"));
     if entry.status != Status::Retired {
         let still = |entry: &Entry| entry.status != Status::Retired;
-        sim.ledger_step(id, Step::Retire, still).await.map_err(|error| error.unwrap_or(DatabaseError::Lost))?;
+        sim.ledger_transition(id, Transition::Retire, still)
+            .await
+            .map_err(|error| error.unwrap_or(DatabaseError::ConnectionLost))?;
     }
-    sim.saw(Seen::Retired);
+    sim.record(Occurrence::Retired);
     if sim.world().booting > 0 {
-        sim.saw(Seen::RetiredMetBoot);
+        sim.record(Occurrence::RetiredMetBoot);
     }
-    // With a set that lacks the projector its tables are the operator's to drop, and retire tells him so: here he
-    // does, unless that is the bug. Forgotten with its tables still there, it would be built upon them by a release that
-    // has it again.
-    let operator_drops = !entry.side_effects && !sim.has(Bug::ForgetsWithTables);
+    // With a set that lacks the projector its tables are the operator's to drop, and retire tells
+    // him so: here he does, unless that is the bug. Forgotten with its tables still there, it would
+    // be built upon them by a release that has it again.
+    let operator_drops = !entry.has_side_effects && !sim.has(Bug::RetiresWithoutTeardown);
     if projector.is_some() || operator_drops {
         sim.tear_down(id).await?;
     }
-    if !entry.side_effects {
+    if !entry.has_side_effects {
         sim.remove(id).await?;
-        sim.saw(Seen::Forgotten);
-        sim.world().forgotten[cast::number(id)] = true;
+        sim.record(Occurrence::Forgotten);
+        sim.world().forgotten[projectors::index_of(id)] = true;
     }
     Ok(())
 }

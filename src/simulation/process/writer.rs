@@ -1,11 +1,11 @@
 //! Writers: the Rust API, which tries again, and plain inserts of any language, which do not.
 
-use crate::model::event::{Event, Position, Recorded};
-use crate::simulation::cast::TYPES;
-use crate::simulation::seen::Seen;
-use crate::simulation::statements::{DatabaseError, PATIENT_LOCK_WAIT};
-use crate::simulation::world::{Failing, Poison, Sim, World};
-use crate::simulation::{cast, schedule};
+use crate::model::event::{Event, Position, RecordedEvent};
+use crate::simulation::occurrence::Occurrence;
+use crate::simulation::projectors::TYPES;
+use crate::simulation::statements::{DEFAULT_LOCK_WAIT_TIMEOUT, DatabaseError};
+use crate::simulation::world::{FailureKind, Poison, Sim, World};
+use crate::simulation::{projectors, schedule};
 
 use super::Ended;
 
@@ -22,7 +22,7 @@ struct Append {
     spare: u64,
     rolls_back: bool,
     /// How long it thinks between its statements.
-    slowness: u64,
+    delay: u64,
 }
 
 /// Appends until the simulation closes, or the log is long enough.
@@ -33,7 +33,7 @@ pub(in crate::simulation) async fn write(sim: Sim, number: u64) -> Ended {
         sim.sleep(pause).await;
         let append = {
             let mut world = sim.world();
-            if world.is_closing || world.database.events.len() >= schedule::LONGEST_LOG {
+            if world.is_closing || world.database.events.len() >= schedule::MAX_LOG_EVENTS {
                 break;
             }
             plan(&mut world, number, count)
@@ -55,7 +55,7 @@ fn plan(world: &mut World, number: u64, count: u64) -> Append {
         one_by_one: world.rng.bool(),
         spare: if world.roll(150) { world.rng.u64(1..3) } else { 0 },
         rolls_back: world.roll(chance),
-        slowness: if world.roll(250) { world.rng.u64(1..25) } else { 0 },
+        delay: if world.roll(250) { world.rng.u64(1..25) } else { 0 },
     }
 }
 
@@ -66,10 +66,10 @@ async fn append_events(sim: &Sim, append: &Append, retries: bool) -> bool {
             Ok(stored) => return stored,
             // An earlier attempt was carried out, and its answer lost.
             Err(DatabaseError::EventIdTaken) => {
-                sim.saw(Seen::AppendRepeatedAfterLostAck);
+                sim.record(Occurrence::AppendRepeatedAfterLostAck);
                 return attempt > 1;
             }
-            Err(DatabaseError::PositionTaken) => sim.saw(Seen::WriterMetTombstone),
+            Err(DatabaseError::PositionTaken) => sim.record(Occurrence::WriterMetFiller),
             Err(_) if !retries => return false,
             Err(_) => {}
         }
@@ -86,26 +86,26 @@ async fn try_append(sim: &Sim, append: &Append, is_repeated: bool) -> Result<boo
     for first in (0..rows).step_by(in_a_statement) {
         let mut position = transaction.reserve(in_a_statement as u64 + append.spare).await?;
         for row in first..first + in_a_statement {
-            if append.slowness > 0 {
-                sim.saw(Seen::ReservedNotInserted);
-                sim.sleep(append.slowness).await;
+            if append.delay > 0 {
+                sim.record(Occurrence::ReservedNotInserted);
+                sim.sleep(append.delay).await;
             }
             if is_repeated {
                 transaction.check_event_id(&append.ids[row]).await?;
             }
             let event = event(&mut sim.world(), position, append, row);
-            transaction.insert(event, PATIENT_LOCK_WAIT).await?;
+            transaction.insert(event, DEFAULT_LOCK_WAIT_TIMEOUT).await?;
             position += 1;
         }
     }
     if append.rolls_back {
-        sim.saw(Seen::RolledBack);
-        sim.note(|| "rolls back".into());
+        sim.record(Occurrence::RolledBack);
+        sim.trace(|| "rolls back".into());
         transaction.roll_back();
         return Ok(false);
     }
     transaction.commit().await?;
-    sim.saw(Seen::Appended);
+    sim.record(Occurrence::Appended);
     Ok(true)
 }
 
@@ -113,14 +113,19 @@ async fn try_append(sim: &Sim, append: &Append, is_repeated: bool) -> Result<boo
 fn event(world: &mut World, position: u64, append: &Append, row: usize) -> Event {
     let chance = world.chances.poison;
     if world.roll(chance) {
-        let how = [Failing::Error, Failing::Panic, Failing::Flaky][world.rng.usize(0..3)];
-        let release = if world.rng.bool() { Some(world.rng.usize(0..cast::RELEASE_COUNT)) } else { None };
-        let actor = world.rng.usize(0..cast::ACTORS.len());
-        world.poison.push(Poison { actor, position, how, release });
+        let kind =
+            [FailureKind::Error, FailureKind::Panic, FailureKind::Flaky][world.rng.usize(0..3)];
+        let release = if world.rng.bool() {
+            Some(world.rng.usize(0..projectors::RELEASE_COUNT))
+        } else {
+            None
+        };
+        let projector_index = world.rng.usize(0..projectors::PROJECTORS.len());
+        world.poison.push(Poison { projector_index, position, kind, release });
     }
     // Some cannot travel in a message, and only a reference to them can.
     let payload = if world.roll(30) { "\"\u{ffff}\"" } else { "1" };
-    Event::from(Recorded {
+    Event::from(RecordedEvent {
         position: Position::new(position),
         event_id: append.ids[row].clone(),
         stream_id: "case".into(),

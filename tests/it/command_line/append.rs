@@ -5,25 +5,33 @@ use projectionist::Queue;
 use projectionist::sqlx;
 use serde_json::Value;
 
-use super::{line, stored, tallied, tally_with};
+use super::{event_count, line, tally_positions, tally_with};
 use crate::support::{Folder, World, eventually};
 
 #[tokio::test]
-async fn migrate_may_be_repeated_and_loses_nothing() {
+async fn migrate_can_be_repeated_and_loses_nothing() {
     let world = World::new().await;
-    world.execute("drop table projectors, event_log, events, log_acceptances, projectionist_migrations").await;
+    world
+        .execute(
+            "drop table projectors, event_log, events, log_acceptances, projectionist_migrations",
+        )
+        .await;
     for _ in 0..2 {
         let migrated = world.run(&["migrate"]).await.exits(0);
         assert_eq!(migrated.stdout, "the tables are up to date\n");
         world.run_with(&["append"], line("a").as_bytes()).await.exits(0);
     }
-    assert_eq!(stored(&world).await, 2);
+    assert_eq!(event_count(&world).await, 2);
 }
 
 #[tokio::test]
-async fn a_table_of_somebody_elses_is_told_and_migrate_works_when_it_is_out_of_the_way() {
+async fn a_foreign_table_is_reported_and_migrate_works_once_it_is_gone() {
     let world = World::new().await;
-    world.execute("drop table projectors, event_log, events, log_acceptances, projectionist_migrations").await;
+    world
+        .execute(
+            "drop table projectors, event_log, events, log_acceptances, projectionist_migrations",
+        )
+        .await;
     world.execute("create table events (of_mine int)").await;
     let refused = world.run(&["migrate"]).await.exits(2);
     assert!(refused.stderr.contains("a table of that name is there already"), "{}", refused.stderr);
@@ -37,7 +45,7 @@ async fn a_table_of_somebody_elses_is_told_and_migrate_works_when_it_is_out_of_t
 }
 
 #[tokio::test]
-async fn append_says_how_many_and_the_last_position_wherever_the_lines_come_from() {
+async fn append_prints_the_count_and_last_position_for_every_input() {
     let world = World::new().await;
     // An empty line is none, and the last need not be ended.
     let lines = format!("{}\n\n   \r\n{}\r\n{}", line("a"), line("b"), line("a"));
@@ -46,16 +54,19 @@ async fn append_says_how_many_and_the_last_position_wherever_the_lines_come_from
     assert_eq!(from_file.stdout, "appended 3 events, last position 3\n");
     for arguments in [&["append"][..], &["append", "-"]] {
         let appended = world.run_with(arguments, lines.as_bytes()).await.exits(0);
-        assert_eq!(appended.stdout, format!("appended 3 events, last position {}\n", world.last_position().await));
+        assert_eq!(
+            appended.stdout,
+            format!("appended 3 events, last position {}\n", world.last_position().await)
+        );
     }
     let one = world.run_with(&["append"], line("c").as_bytes()).await.exits(0);
     assert_eq!(one.stdout, "appended 1 event, last position 10\n");
     assert_eq!(world.run_with(&["append"], b"\n\n").await.exits(0).stdout, "appended 0 events\n");
-    assert_eq!(stored(&world).await, 10);
+    assert_eq!(event_count(&world).await, 10);
 }
 
 #[tokio::test]
-async fn what_a_line_gives_is_kept_exactly() {
+async fn every_field_on_a_line_is_stored_exactly() {
     let world = World::new().await;
     let given = concat!(
         r#"{"stream_id":"Fall-Größe 😀 \"1\"","event_type":"Ünïcode, \\ and 'quotes'","event_id":"it's-\\-an:id","stream_version":1,"#,
@@ -89,12 +100,13 @@ async fn what_a_line_gives_is_kept_exactly() {
 }
 
 #[tokio::test]
-async fn what_comes_through_a_pipe_that_stays_open_is_stored_meanwhile() {
+async fn lines_from_an_open_pipe_are_stored_as_they_arrive() {
     let world = World::new().await;
     let mut writer = world.start_piped(&["append"]);
     for count in [1, 3] {
         writer.write(&[line("a"), line("b")][..count.min(2)]).await;
-        eventually("the lines are stored", async || stored(&world).await == count as u64).await;
+        eventually("the lines are stored", async || event_count(&world).await == count as u64)
+            .await;
     }
     assert_eq!(writer.finish().await.exits(0).stdout, "appended 3 events, last position 3\n");
 }
@@ -115,7 +127,7 @@ const BAD_LINES: &[(&[u8], &str)] = &[
     (b"{\"stream_id\":\"a\",\"event_type\":\"a\\u001b[2J\",\"payload\":1}", "has a control character"),
     (b"{\"stream_id\":7,\"event_type\":\"a\",\"payload\":1}", "invalid type: integer"),
     (b"{\"stream_id\":\"\",\"event_type\":\"a\",\"payload\":1}", "stream_id must be 1 to 200 characters"),
-    (b"{\"stream_id\":\"a\",\"event_type\":\"$tombstone\",\"payload\":1}", "begins with `$`"),
+    (b"{\"stream_id\":\"a\",\"event_type\":\"$filler\",\"payload\":1}", "begins with `$`"),
     (b"{\"stream_id\":\"a\",\"event_type\":\"a\",\"payload\":1,\"stream_version\":9}", "is at version 1"),
     (
         b"{\"stream_id\":\"a\",\"event_type\":\"a\",\"payload\":1,\"event_id\":\"taken\"}",
@@ -134,7 +146,7 @@ const BAD_LINES: &[(&[u8], &str)] = &[
 ];
 
 #[tokio::test]
-async fn a_bad_line_is_named_with_its_reason_and_how_many_before_it_are_stored() {
+async fn a_bad_line_is_named_with_its_reason_and_the_count_already_stored() {
     let world = World::new().await;
     let taken = r#"{"stream_id":"other","event_type":"Opened","payload":1,"event_id":"taken"}"#;
     world.run_with(&["append"], taken.as_bytes()).await.exits(0);
@@ -146,43 +158,50 @@ async fn a_bad_line_is_named_with_its_reason_and_how_many_before_it_are_stored()
         let after = format!("\n{}\n{taken}\n", line("after"));
         let input = [before.as_bytes(), bad, after.as_bytes()].concat();
         let finished = world.run_with(&["append"], &input).await.exits(2);
-        let last = world.number("select max(position) from events where event_type not like '$%'").await;
-        let tally = format!("stored before it: 2 events, last position {last}; nothing from line 4 on is");
-        let finished = finished.says(&["line 4: ", reason, &tally]);
-        assert_eq!((finished.stdout.as_str(), stored(&world).await), ("", 3), "{number}");
+        let last =
+            world.number("select max(position) from events where event_type not like '$%'").await;
+        let tally =
+            format!("stored before it: 2 events, last position {last}; nothing from line 4 on is");
+        let finished = finished.prints(&["line 4: ", reason, &tally]);
+        assert_eq!((finished.stdout.as_str(), event_count(&world).await), ("", 3), "{number}");
         assert_eq!(world.number("select count(*) from events where stream_id = 'after'").await, 0);
     }
 }
 
 #[tokio::test]
-async fn of_two_bad_events_in_one_transaction_the_first_is_named() {
+async fn the_first_bad_event_in_a_transaction_is_named() {
     let world = World::new().await;
-    let with = |keys: &str| format!(r#"{{"stream_id":"a","event_type":"Opened","payload":1{keys}}}"#);
+    let with =
+        |keys: &str| format!(r#"{{"stream_id":"a","event_type":"Opened","payload":1{keys}}}"#);
     let bad = [r#","event_id":"x""#, r#","stream_version":99"#, r#","metadata":"\ud800""#];
     for first in bad {
         for second in bad {
             world.execute("delete from events").await;
             world.run_with(&["append"], with(bad[0]).as_bytes()).await.exits(0);
-            let lines = [line("b"), line("b"), with(first), line("b"), with(second), line("b")].join("\n");
+            let lines =
+                [line("b"), line("b"), with(first), line("b"), with(second), line("b")].join("\n");
             world
                 .run_with(&["append"], lines.as_bytes())
                 .await
                 .exits(2)
-                .says(&["line 3: ", "stored before it: 2 events"]);
-            assert_eq!(stored(&world).await, 3, "{first} {second}");
+                .prints(&["line 3: ", "stored before it: 2 events"]);
+            assert_eq!(event_count(&world).await, 3, "{first} {second}");
         }
     }
 }
 
 #[tokio::test]
-async fn a_bad_line_far_into_the_input_is_counted_right() {
+async fn a_bad_line_far_into_the_input_has_the_right_number() {
     let world = World::new().await;
     let mut lines = vec![line("a"); 1_200];
     lines[1_100] = r#"{"stream_id":"a","event_type":"Opened","payload":"\ud800"}"#.into();
     let finished = world.run_with(&["append"], lines.join("\n").as_bytes()).await.exits(2);
-    finished.says(&["line 1101: ", "stored before it: 1100 events"]);
-    assert_eq!(stored(&world).await, 1_100);
-    assert_eq!(world.number("select max(stream_version) from events where stream_id = 'a'").await, 1_100);
+    finished.prints(&["line 1101: ", "stored before it: 1100 events"]);
+    assert_eq!(event_count(&world).await, 1_100);
+    assert_eq!(
+        world.number("select max(stream_version) from events where stream_id = 'a'").await,
+        1_100
+    );
 }
 
 #[tokio::test]
@@ -190,15 +209,17 @@ async fn a_file_that_cannot_be_read_is_named() {
     let world = World::new().await;
     let folder = Folder::new();
     let missing = folder.file("missing.jsonl");
-    world.run(&["append", &missing]).await.exits(2).says(&[&missing, "No such file"]);
-    world.run(&["append", folder.path()]).await.exits(2).says(&["directory"]);
+    world.run(&["append", &missing]).await.exits(2).prints(&[&missing, "No such file"]);
+    world.run(&["append", folder.path()]).await.exits(2).prints(&["directory"]);
 }
 
 #[tokio::test]
-async fn a_payload_of_2_mb_is_stored_and_travels_as_a_reference() {
+async fn a_2_mb_payload_is_stored_and_sent_as_a_reference() {
     let world = World::new().await;
-    let large =
-        format!(r#"{{"stream_id":"a","event_type":"Opened","payload":{{"text":"{}"}}}}"#, "x".repeat(2_000_000));
+    let large = format!(
+        r#"{{"stream_id":"a","event_type":"Opened","payload":{{"text":"{}"}}}}"#,
+        "x".repeat(2_000_000)
+    );
     let folder = Folder::new().with(
         "a.toml",
         &tally_with(
@@ -219,20 +240,30 @@ async fn a_payload_of_2_mb_is_stored_and_travels_as_a_reference() {
     let reference = bodies.iter().find(|body| body["prev"] == 1).expect("the second event");
     assert_eq!((&reference["last"], reference.get("events")), (&2.into(), None));
     let receipts: Vec<String> = received.into_iter().map(|message| message.receipt).collect();
-    world.queue.hide(&receipts, std::time::Duration::ZERO).await.expect("they go back");
+    world
+        .queue
+        .change_visibility(&receipts, std::time::Duration::ZERO)
+        .await
+        .expect("they go back");
 
     world.run(&["play", "--until-idle", "--projectors", folder.path()]).await.exits(0);
-    assert_eq!(tallied(&world, "a").await, [1, 1002, 3]);
+    assert_eq!(tally_positions(&world, "a").await, [1, 1002, 3]);
 }
 
 #[tokio::test]
-async fn a_payload_beyond_what_can_be_stored_is_refused_and_the_largest_is_not() {
+async fn only_a_payload_larger_than_can_be_stored_is_refused() {
     let world = World::with_queue(true, &[(QueueAttributeName::MaximumMessageSize, "1024")]).await;
-    let payload =
-        |bytes: usize| format!(r#"{{"stream_id":"a","event_type":"Opened","payload":"{}"}}"#, "x".repeat(bytes - 2));
-    for (bytes, reason) in [(16_777_216, "payload has 16777216 bytes; at most 16777215"), (40_000_000, "longer than")] {
+    let payload = |bytes: usize| {
+        format!(
+            r#"{{"stream_id":"a","event_type":"Opened","payload":"{}"}}"#,
+            "x".repeat(bytes - 2)
+        )
+    };
+    for (bytes, reason) in
+        [(16_777_216, "payload has 16777216 bytes; at most 16777215"), (40_000_000, "longer than")]
+    {
         let lines = [line("a"), payload(bytes), line("a")].join("\n");
-        world.run_with(&["append"], lines.as_bytes()).await.exits(2).says(&[
+        world.run_with(&["append"], lines.as_bytes()).await.exits(2).prints(&[
             "line 2: ",
             reason,
             "stored before it: 1 event,",
@@ -240,5 +271,8 @@ async fn a_payload_beyond_what_can_be_stored_is_refused_and_the_largest_is_not()
     }
     let appended = world.run_with(&["append"], payload(16_777_215).as_bytes()).await.exits(0);
     assert_eq!(appended.stdout, "appended 1 event, last position 3\n");
-    assert_eq!(world.number("select length(payload) from events where position = 3").await, 16_777_215);
+    assert_eq!(
+        world.number("select length(payload) from events where position = 3").await,
+        16_777_215
+    );
 }

@@ -3,19 +3,19 @@
 use tokio::process::Command;
 
 use super::tally;
-use crate::support::{Finished, Folder, Running, World, server_url, setting};
+use crate::support::{FinishedProcess, Folder, RunningProcess, World, server_url, setting};
 
 /// What a command is given, what it exits with, and words that it must say.
 type Case<'a> = (Command, i32, &'a [&'a str]);
 
-async fn finish(command: Command) -> Finished {
-    Running::spawn(command).finish().await
+async fn finish(command: Command) -> FinishedProcess {
+    RunningProcess::spawn(command).finish().await
 }
 
 async fn check(cases: Vec<Case<'_>>) {
     for (command, code, words) in cases {
         eprintln!("{:?}", command.as_std());
-        let finished = finish(command).await.exits(code).says(words);
+        let finished = finish(command).await.exits(code).prints(words);
         assert_eq!(finished.stdout, "", "results are for standard output, errors are not");
     }
 }
@@ -30,7 +30,7 @@ fn with(mut command: Command, variable: &str, value: Option<&str>) -> Command {
 }
 
 #[tokio::test]
-async fn a_database_that_cannot_be_used_is_told_with_where_and_what_to_do() {
+async fn an_unusable_database_is_reported_with_address_and_advice() {
     let world = World::new().await;
     let status = |url: Option<&str>| with(world.command(&["status"]), "DATABASE_URL", url);
     let (user, server) = (&world.database_name[..30], server_url().replace("mysql://root@", ""));
@@ -44,7 +44,11 @@ async fn a_database_that_cannot_be_used_is_told_with_where_and_what_to_do() {
             3,
             &["root@127.0.0.1:1/x", "Connection refused", "check host and port"],
         ),
-        (status(Some(&wrong)), 3, &[user, &server, "Access denied", "check the user and the password"]),
+        (
+            status(Some(&wrong)),
+            3,
+            &[user, &server, "Access denied", "check the user and the password"],
+        ),
         (status(Some(&unknown)), 3, &["nonesuch", "Unknown database", "create the database"]),
         (status(Some(&server_url())), 2, &["names no database", "/DATABASE"]),
     ])
@@ -53,7 +57,7 @@ async fn a_database_that_cannot_be_used_is_told_with_where_and_what_to_do() {
 }
 
 #[tokio::test]
-async fn a_malformed_database_url_is_told_by_its_form_and_never_shown() {
+async fn a_malformed_database_url_is_reported_and_never_shown() {
     let world = World::new().await;
     for (url, words) in [
         ("mysql://root:s3cr3t@127.0.0.1:port/x", "mysql://USER:PASSWORD@HOST:PORT/DATABASE"),
@@ -66,16 +70,21 @@ async fn a_malformed_database_url_is_told_by_its_form_and_never_shown() {
     ] {
         for command in [
             with(world.command(&["status", "--log=trace"]), "DATABASE_URL", Some(url)),
-            world.command(&["migrate", "--log=sqlx=trace,projectionist=trace", "--database-url", url]),
+            world.command(&[
+                "migrate",
+                "--log=sqlx=trace,projectionist=trace",
+                "--database-url",
+                url,
+            ]),
         ] {
-            let finished = finish(command).await.exits(2).says(&[words]);
+            let finished = finish(command).await.exits(2).prints(&[words]);
             assert!(!format!("{finished:?}").contains("s3cr3t"), "{finished:?}");
         }
     }
 }
 
 #[tokio::test]
-async fn a_database_without_our_tables_is_told_what_makes_them() {
+async fn a_database_without_tables_is_reported_with_the_migrate_command() {
     let world = World::new().await;
     let folder = Folder::new().with("a.toml", &tally("a")).with("events.jsonl", &super::line("a"));
     let (events, projectors) = (folder.file("events.jsonl"), folder.path());
@@ -90,25 +99,35 @@ async fn a_database_without_our_tables_is_told_what_makes_them() {
         &["retire", "a", "--yes"],
         &["fill", "1", "2", "--yes"],
     ] {
-        let finished = world.run(arguments).await.exits(2).says(&["lacks our tables", "projectionist migrate"]);
+        let finished = world
+            .run(arguments)
+            .await
+            .exits(2)
+            .prints(&["lacks our tables", "projectionist migrate"]);
         assert_eq!(finished.stdout, "");
     }
 }
 
 #[tokio::test]
-async fn a_queue_that_cannot_be_used_is_told_with_where_and_what_to_do() {
+async fn an_unusable_queue_is_reported_with_address_and_advice() {
     let world = World::new().await;
     let folder = Folder::new().with("a.toml", &tally("a"));
     let gone = world.queue_url.replace(&world.database_name, "nonesuch");
     let endpoint = setting("AWS_ENDPOINT_URL").expect("the parts are up");
-    for arguments in [&["relay"][..], &["relay", "--once"], &["play", "--projectors", folder.path()]] {
+    for arguments in
+        [&["relay"][..], &["relay", "--once"], &["play", "--projectors", folder.path()]]
+    {
         let queue = |url: Option<&str>| with(world.command(arguments), "QUEUE_URL", url);
         let mut no_region = with(world.command(arguments), "AWS_REGION", None);
         no_region.env("AWS_EC2_METADATA_DISABLED", "true").env("AWS_CONFIG_FILE", "/dev/null");
         no_region.env_remove("AWS_DEFAULT_REGION");
         check(vec![
             (queue(None), 2, &["no queue is named", "--queue-url", "QUEUE_URL"]),
-            (queue(Some("orders.fifo")), 2, &["orders.fifo", "https://sqs.REGION.amazonaws.com/ACCOUNT/NAME"]),
+            (
+                queue(Some("orders.fifo")),
+                2,
+                &["orders.fifo", "https://sqs.REGION.amazonaws.com/ACCOUNT/NAME"],
+            ),
             (queue(Some(&gone)), 3, &[&gone, "does not exist", "create it", &endpoint]),
             (
                 with(queue(Some(&world.queue_url)), "AWS_ENDPOINT_URL", Some("http://127.0.0.1:1")),
@@ -122,16 +141,32 @@ async fn a_queue_that_cannot_be_used_is_told_with_where_and_what_to_do() {
 }
 
 #[tokio::test]
-async fn a_set_without_projectors_is_told_where_they_are_looked_for() {
+async fn an_empty_projector_set_is_reported_with_the_searched_path() {
     let world = World::new().await;
     let folder = Folder::new().with("notes.txt", "");
     let (empty, missing, file) = (folder.path(), folder.file("missing"), folder.file("notes.txt"));
     for command in ["boot", "play"] {
         check(vec![
-            (world.command(&[command]), 2, &["there are no projectors", "--projectors", "PROJECTORS"]),
-            (world.command(&[command, "--projectors", empty]), 2, &[empty, "no *.toml file", "add one"]),
-            (world.command(&[command, "--projectors", &missing]), 2, &[&missing, "no such directory", "create it"]),
-            (with(world.command(&[command]), "PROJECTORS", Some(&missing)), 2, &[&missing, "no such directory"]),
+            (
+                world.command(&[command]),
+                2,
+                &["there are no projectors", "--projectors", "PROJECTORS"],
+            ),
+            (
+                world.command(&[command, "--projectors", empty]),
+                2,
+                &[empty, "no *.toml file", "add one"],
+            ),
+            (
+                world.command(&[command, "--projectors", &missing]),
+                2,
+                &[&missing, "no such directory", "create it"],
+            ),
+            (
+                with(world.command(&[command]), "PROJECTORS", Some(&missing)),
+                2,
+                &[&missing, "no such directory"],
+            ),
             (world.command(&[command, "--projectors", &file]), 2, &[&file, "not a directory"]),
         ])
         .await;
@@ -139,7 +174,7 @@ async fn a_set_without_projectors_is_told_where_they_are_looked_for() {
 }
 
 #[tokio::test]
-async fn a_bad_projector_file_is_told_with_file_line_and_reason_before_anything_runs() {
+async fn a_bad_projector_file_is_reported_with_line_and_reason_before_anything_runs() {
     let world = World::new().await;
     world.append(3).await;
     let good = tally("a");
@@ -157,15 +192,23 @@ async fn a_bad_projector_file_is_told_with_file_line_and_reason_before_anything_
         (without("'insert into a (position) values (:position)'", "''"), 9, "an empty handler"),
         (without(":position", ":postion"), 9, "did you mean `:position`?"),
         (without(":position", "?"), 9, "`?` cannot be bound"),
-        (without("insert into a (position) values (:position)", "drop table a"), 9, "commits on its own"),
-        (without("'create table if not exists", "'drop table b', 'create table if not exists"), 4, "not for `setup`"),
+        (
+            without("insert into a (position) values (:position)", "drop table a"),
+            9,
+            "commits on its own",
+        ),
+        (
+            without("'create table if not exists", "'drop table b', 'create table if not exists"),
+            4,
+            "not for `setup`",
+        ),
     ] {
         let folder = Folder::new().with("a.toml", &text).with("b.toml", &tally("b"));
         let place = format!("{}:{line}: ", folder.file("a.toml"));
         for command in ["boot", "play", "status", "retire"] {
             let mut arguments = vec![command, "--projectors", folder.path()];
             arguments.extend((command == "retire").then_some("a"));
-            world.run(&arguments).await.exits(2).says(&[&place, words]);
+            world.run(&arguments).await.exits(2).prints(&[&place, words]);
         }
     }
     assert!(world.ledger.entries().await.expect("the ledger").is_empty());
@@ -173,11 +216,14 @@ async fn a_bad_projector_file_is_told_with_file_line_and_reason_before_anything_
 }
 
 #[tokio::test]
-async fn two_files_of_one_name_and_version_are_told_with_both_places() {
+async fn two_files_with_the_same_name_and_version_are_reported_with_both_paths() {
     let world = World::new().await;
-    let folder = Folder::new().with("a.toml", &tally("same")).with("b.toml", &format!("# a copy\n{}", tally("same")));
-    let (first, second) = (format!("{}:1", folder.file("a.toml")), format!("{}:2: ", folder.file("b.toml")));
-    world.run(&["boot", "--projectors", folder.path()]).await.exits(2).says(&[
+    let folder = Folder::new()
+        .with("a.toml", &tally("same"))
+        .with("b.toml", &format!("# a copy\n{}", tally("same")));
+    let (first, second) =
+        (format!("{}:1", folder.file("a.toml")), format!("{}:2: ", folder.file("b.toml")));
+    world.run(&["boot", "--projectors", folder.path()]).await.exits(2).prints(&[
         &first,
         &second,
         "same@1",
@@ -195,19 +241,27 @@ async fn wrong_usage_exits_with_2_and_points_to_the_help() {
         (world.command(&["retire"]), 2, &["<NAME[@VERSION]>", "--help"]),
         (world.command(&["boot", "--batch", "0"]), 2, &["'0'", "--batch", "--help"]),
         (world.command(&["play", "--receive-wait", "21"]), 2, &["21 is not in 0..=20"]),
-        (with(world.command(&["status"]), "PROJECTIONIST_BATCH", Some("many")), 2, &["many", "--batch"]),
-        (world.command(&["status", "--log", "a=b=c"]), 2, &["the log filter \"a=b=c\" cannot be read"]),
+        (
+            with(world.command(&["status"]), "PROJECTIONIST_BATCH", Some("many")),
+            2,
+            &["many", "--batch"],
+        ),
+        (
+            world.command(&["status", "--log", "a=b=c"]),
+            2,
+            &["the log filter \"a=b=c\" cannot be read"],
+        ),
         (world.command(&["fill", "9", "3"]), 2, &["the first position, 9, lies after the last, 3"]),
     ])
     .await;
 }
 
 #[tokio::test]
-async fn an_unknown_projector_and_an_ambiguous_one_are_told_with_those_that_are_there() {
+async fn an_unknown_or_ambiguous_projector_is_reported_with_the_known_ones() {
     let world = World::new().await;
     let second = tally("a").replace("version = 1", "version = 2");
     let folder = Folder::new().with("1.toml", &tally("a")).with("2.toml", &second);
-    world.run(&["retire", "a", "--yes"]).await.exits(2).says(&["no projector \"a\"", "none"]);
+    world.run(&["retire", "a", "--yes"]).await.exits(2).prints(&["no projector \"a\"", "none"]);
     world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
     for (name, words) in [
         ("b", &["no projector \"b\"", "a@1, a@2"][..]),
@@ -215,7 +269,7 @@ async fn an_unknown_projector_and_an_ambiguous_one_are_told_with_those_that_are_
         ("a", &["say which version", "a@1, a@2"]),
         ("a@one", &["\"a@one\"", "must be a number"]),
     ] {
-        world.run(&["retire", name, "--yes"]).await.exits(2).says(words);
+        world.run(&["retire", name, "--yes"]).await.exits(2).prints(words);
     }
     assert_eq!(world.ledger.entries().await.expect("the ledger").len(), 2);
 }

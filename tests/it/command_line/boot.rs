@@ -2,12 +2,20 @@
 
 use serde_json::{Value, json};
 
-use super::{assert_failed_at, failing_at, tallied, tally, tally_with};
+use super::{assert_failed_at, failing_at, tally, tally_positions, tally_with};
 use crate::support::{Folder, World, eventually};
 
 fn outcome(booted: &Value, index: usize) -> Value {
     let of = &booted["projectors"][index];
-    json!([of["name"], of["version"], of["mode"], of["status"], of["from"], of["position"], of["failure"].is_null()])
+    json!([
+        of["name"],
+        of["version"],
+        of["mode"],
+        of["status"],
+        of["from_position"],
+        of["position"],
+        of["failure"].is_null()
+    ])
 }
 
 #[tokio::test]
@@ -18,7 +26,8 @@ async fn boot_prints_the_outcome_of_each_projector() {
         .with("1.toml", &tally("every"))
         .with("2.toml", &tally_with("since_now", "mode = 'from_now'", ":position"))
         .with("3.toml", &tally_with("one_time", "mode = 'once'", ":position"));
-    let booted = world.run(&["boot", "--json", "--projectors", folder.path()]).await.exits(0).json();
+    let booted =
+        world.run(&["boot", "--json", "--projectors", folder.path()]).await.exits(0).json();
     assert_eq!(booted["released"], true);
     assert_eq!(outcome(&booted, 0), json!(["every", 1, "from_beginning", "live", null, 10, true]));
     assert_eq!(outcome(&booted, 1), json!(["since_now", 1, "from_now", "live", null, 10, true]));
@@ -31,10 +40,17 @@ async fn boot_prints_the_outcome_of_each_projector() {
         json!(["every", 1, "from_beginning", "live", 10, 10, true]),
         "there is nothing to boot"
     );
-    assert_eq!((tallied(&world, "every").await.len(), tallied(&world, "since_now").await.len()), (10, 0));
+    assert_eq!(
+        (
+            tally_positions(&world, "every").await.len(),
+            tally_positions(&world, "since_now").await.len()
+        ),
+        (10, 0)
+    );
 
     let for_people = world.run(&["boot", "--projectors", folder.path()]).await.exits(0).stdout;
-    let lines: Vec<Vec<&str>> = for_people.lines().map(|line| line.split_whitespace().collect()).collect();
+    let lines: Vec<Vec<&str>> =
+        for_people.lines().map(|line| line.split_whitespace().collect()).collect();
     assert_eq!(lines[0], ["every@1", "live", "position", "10", "nothing", "to", "boot"]);
     assert_eq!(lines[2], ["one_time@1", "finished", "position", "10", "nothing", "to", "boot"]);
 }
@@ -48,10 +64,17 @@ async fn a_failing_handler_breaks_its_projector_stalls_the_others_and_ends_boot_
         .with("2.toml", &failing_at("poisoned", 23))
         .with("3.toml", &tally("last"));
     let boot = ["boot", "--batch=10", "--json", "--projectors", folder.path()];
-    let failed = world.run(&boot).await.exits(1).says(&["broken: poisoned@1", "mend it and run boot again"]);
+    let failed = world
+        .run(&boot)
+        .await
+        .exits(1)
+        .prints(&["broken: poisoned@1", "mend it and run boot again"]);
     let booted = failed.json();
     assert_eq!(booted["released"], false);
-    assert_eq!(outcome(&booted, 1), json!(["poisoned", 1, "from_beginning", "broken", null, 22, false]));
+    assert_eq!(
+        outcome(&booted, 1),
+        json!(["poisoned", 1, "from_beginning", "broken", null, 22, false])
+    );
     let failure = &booted["projectors"][1]["failure"];
     assert_eq!((&failure["position"], &failure["event_type"]), (&json!(23), &json!("Amended")));
     assert!(failure["error"].as_str().is_some_and(|error| error.contains("2.toml:7")), "{failure}");
@@ -59,82 +82,118 @@ async fn a_failing_handler_breaks_its_projector_stalls_the_others_and_ends_boot_
     let mut stood_at = Vec::new();
     for (index, name) in [(0, "first"), (2, "last")] {
         let of = &booted["projectors"][index];
-        assert_eq!((&of["name"], &of["status"], &of["failure"]), (&json!(name), &json!("stalled"), &json!(null)));
+        assert_eq!(
+            (&of["name"], &of["status"], &of["failure"]),
+            (&json!(name), &json!("stalled"), &json!(null))
+        );
         let position = of["position"].as_u64().expect("a number");
         assert!(position < 50, "boot stopped at the first failure");
-        assert_eq!(tallied(&world, name).await, (1..=position).collect::<Vec<_>>());
+        assert_eq!(tally_positions(&world, name).await, (1..=position).collect::<Vec<_>>());
         stood_at.push(position);
     }
-    assert!(failed.log().iter().any(|line| line["alert"] == "boot_failed" && line["broken"] == "poisoned@1"));
-    assert!(failed.log().iter().any(|line| line["alert"] == "projector_broken" && line["position"] == 23));
+    assert!(
+        failed
+            .log()
+            .iter()
+            .any(|line| line["alert"] == "boot_failed" && line["broken"] == "poisoned@1")
+    );
+    assert!(
+        failed
+            .log()
+            .iter()
+            .any(|line| line["alert"] == "projector_broken" && line["position"] == 23)
+    );
 
     // The file is mended.
     folder.write("2.toml", &tally("poisoned"));
     let booted = world.run(&boot).await.exits(0).json();
     assert_eq!(booted["released"], true);
-    assert_eq!(outcome(&booted, 0), json!(["first", 1, "from_beginning", "live", stood_at[0], 50, true]));
+    assert_eq!(
+        outcome(&booted, 0),
+        json!(["first", 1, "from_beginning", "live", stood_at[0], 50, true])
+    );
     assert_eq!(outcome(&booted, 1), json!(["poisoned", 1, "from_beginning", "live", 22, 50, true]));
-    assert_eq!(outcome(&booted, 2), json!(["last", 1, "from_beginning", "live", stood_at[1], 50, true]));
+    assert_eq!(
+        outcome(&booted, 2),
+        json!(["last", 1, "from_beginning", "live", stood_at[1], 50, true])
+    );
     for name in ["first", "poisoned", "last"] {
-        assert_eq!(tallied(&world, name).await, (1..=50).collect::<Vec<_>>(), "each event once, in order");
+        assert_eq!(
+            tally_positions(&world, name).await,
+            (1..=50).collect::<Vec<_>>(),
+            "each event once, in order"
+        );
     }
 }
 
 #[tokio::test]
-async fn a_failing_handler_is_told_to_people_with_event_and_error() {
+async fn a_failing_handler_is_printed_with_event_and_error() {
     let world = World::new().await;
     world.append(9).await;
     let folder = Folder::new().with("1.toml", &failing_at("poisoned", 6));
     for _ in 0..2 {
         let failed = world.run(&["boot", "--projectors", folder.path()]).await.exits(1);
-        for words in
-            ["poisoned@1", "broken", "position          5", "failed at 6 (Closed)", "1.toml:7", "cannot be null"]
-        {
+        for words in [
+            "poisoned@1",
+            "broken",
+            "position          5",
+            "failed at 6 (Closed)",
+            "1.toml:7",
+            "cannot be null",
+        ] {
             assert!(failed.stdout.contains(words), "{words} in {}", failed.stdout);
         }
     }
 }
 
 #[tokio::test]
-async fn a_projector_whose_mode_was_changed_is_refused_with_what_to_do() {
+async fn a_projector_with_a_changed_mode_is_refused_with_advice() {
     let world = World::new().await;
     world.append(3).await;
     let folder = Folder::new().with("1.toml", &tally("a"));
     world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
     folder.write("1.toml", &tally_with("a", "mode = 'once'", ":position"));
     let refused = world.run(&["boot", "--projectors", folder.path()]).await.exits(2);
-    refused.says(&["a@1", "from_beginning", "once", "give it a new version"]);
+    refused.prints(&["a@1", "from_beginning", "once", "give it a new version"]);
 }
 
 #[tokio::test]
-async fn boot_needs_the_database_only() {
+async fn boot_needs_only_the_database() {
     let world = World::new().await;
     world.append(3).await;
     let folder = Folder::new().with("1.toml", &tally("a"));
     let mut command = world.command(&["boot", "--projectors", folder.path()]);
-    for variable in ["QUEUE_URL", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"] {
+    for variable in [
+        "QUEUE_URL",
+        "AWS_ENDPOINT_URL",
+        "AWS_REGION",
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+    ] {
         command.env_remove(variable);
     }
-    crate::support::Running::spawn(command).finish().await.exits(0);
+    crate::support::RunningProcess::spawn(command).finish().await.exits(0);
     assert_eq!(world.status("a").await, "live");
 }
 
 #[tokio::test]
-async fn a_boot_that_is_stopped_by_a_signal_says_so_and_goes_on_where_it_stopped() {
+async fn a_boot_stopped_by_a_signal_says_so_and_later_resumes() {
     let world = World::new().await;
     world.append(200).await;
     // Slow enough to be met in the middle: 20 ms for each event.
-    let folder =
-        Folder::new().with("1.toml", &tally_with("slow", "mode = 'from_beginning'", ":position + sleep(0.02)"));
+    let folder = Folder::new()
+        .with("1.toml", &tally_with("slow", "mode = 'from_beginning'", ":position + sleep(0.02)"));
     let boot = ["boot", "--batch=10", "--projectors", folder.path()];
     let booting = world.start(&boot);
-    eventually("it is on its way", || async { world.entry("slow").await.is_some_and(|slow| slow.position.get() > 20) })
-        .await;
-    booting.terminate().await.exits(143).says(&["interrupted", "goes on where it stopped"]);
+    eventually("it is on its way", || async {
+        world.entry("slow").await.is_some_and(|slow| slow.position.get() > 20)
+    })
+    .await;
+    booting.terminate().await.exits(143).prints(&["interrupted", "goes on where it stopped"]);
     let stopped_at = world.position("slow").await;
     assert!((21..200).contains(&stopped_at), "{stopped_at}");
-    assert_eq!(tallied(&world, "slow").await, (1..=stopped_at).collect::<Vec<_>>());
+    assert_eq!(tally_positions(&world, "slow").await, (1..=stopped_at).collect::<Vec<_>>());
 
     world.run(&boot).await.exits(0);
-    assert_eq!(tallied(&world, "slow").await, (1..=200).collect::<Vec<_>>());
+    assert_eq!(tally_positions(&world, "slow").await, (1..=200).collect::<Vec<_>>());
 }

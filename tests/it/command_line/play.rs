@@ -9,8 +9,13 @@ use projectionist::{Queue, Status};
 use serde_json::json;
 use tokio::net::TcpListener;
 
-use super::{assert_failed_at, close_gate, failing_at, gated, promptly, somebody_waits, tallied, tally, tally_with};
-use crate::support::{Fate, Folder, Proxy, Running, Stub, World, eventually, execute, holds};
+use super::{
+    assert_failed_at, close_gate, failing_at, gated, tally, tally_positions, tally_with,
+    wait_for_gated_handler, with_short_timeout,
+};
+use crate::support::{
+    Folder, Proxy, ProxyAction, RunningProcess, SqsStub, World, contains_text, eventually, execute,
+};
 
 /// SIGTERM in the middle of nothing takes no longer than this.
 const QUICKLY: Duration = Duration::from_secs(3);
@@ -28,13 +33,16 @@ async fn play_until_idle_plays_everything_and_exits_with_0() {
     let played = world.run(&["play", "--until-idle", "--projectors", folder.path()]).await.exits(0);
     assert!(played.stdout.starts_with("idle: played "), "{}", played.stdout);
     for name in ["a", "b"] {
-        assert_eq!((world.position(name).await, tallied(&world, name).await), (120, through(120)));
+        assert_eq!(
+            (world.position(name).await, tally_positions(&world, name).await),
+            (120, through(120))
+        );
     }
     assert_eq!(world.queue.depth().await.expect("a depth"), 0);
 }
 
 #[tokio::test]
-async fn play_until_idle_exits_with_1_where_a_projector_broke_and_the_rest_is_at_the_mark() {
+async fn play_until_idle_exits_with_1_if_a_projector_broke_and_the_others_are_done() {
     let world = World::new().await;
     let folder = Folder::new()
         .with("1.toml", &tally("a"))
@@ -43,38 +51,48 @@ async fn play_until_idle_exits_with_1_where_a_projector_broke_and_the_rest_is_at
     world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
     world.append(60).await;
     let play = ["play", "--until-idle", "--message-events=10", "--projectors", folder.path()];
-    world.run(&play).await.exits(1).says(&[
+    world.run(&play).await.exits(1).prints(&[
         "1 projector(s) broke",
         "the others are at the high-water mark",
         "run boot",
     ]);
     for name in ["a", "b"] {
-        assert_eq!((world.status(name).await, tallied(&world, name).await), ("live".into(), through(60)));
+        assert_eq!(
+            (world.status(name).await, tally_positions(&world, name).await),
+            ("live".into(), through(60))
+        );
     }
-    assert_eq!((world.status("poisoned").await, tallied(&world, "poisoned").await), ("broken".into(), through(32)));
+    assert_eq!(
+        (world.status("poisoned").await, tally_positions(&world, "poisoned").await),
+        ("broken".into(), through(32))
+    );
     assert_failed_at(&world, "poisoned", 33).await;
 
     // It broke before: that is no news.
     world.append(5).await;
     world.run(&play).await.exits(0);
-    assert_eq!((tallied(&world, "a").await, tallied(&world, "poisoned").await), (through(65), through(32)));
+    assert_eq!(
+        (tally_positions(&world, "a").await, tally_positions(&world, "poisoned").await),
+        (through(65), through(32))
+    );
 }
 
 #[tokio::test]
-async fn a_projector_that_was_not_booted_is_not_played_and_that_is_told() {
+async fn an_unbooted_projector_is_not_played_and_a_log_line_says_so() {
     let world = World::new().await;
     let folder = Folder::new().with("1.toml", &tally("a"));
     world.append(5).await;
     let played = world.run(&["play", "--until-idle", "--projectors", folder.path()]).await.exits(0);
     let told = |line: &serde_json::Value| {
-        line["projector"] == "a@1" && line["message"].as_str().is_some_and(|message| message.contains("run boot"))
+        line["projector"] == "a@1"
+            && line["message"].as_str().is_some_and(|message| message.contains("run boot"))
     };
     assert!(played.log().iter().any(told), "{}", played.stderr);
     assert_eq!(world.status("a").await, "new");
 }
 
 #[tokio::test]
-async fn relay_once_publishes_what_there_is_and_exits() {
+async fn relay_once_publishes_all_events_and_exits() {
     let world = World::new().await;
     world.append(25).await;
     let relay = ["relay", "--once", "--message-events=10"];
@@ -84,12 +102,14 @@ async fn relay_once_publishes_what_there_is_and_exits() {
 }
 
 #[tokio::test]
-async fn two_relays_at_once_publish_every_event_once() {
+async fn two_concurrent_relays_publish_every_event_once() {
     let world = World::with_standard_queue().await;
     world.append(1_000).await;
     let relay = ["relay", "--once", "--message-events=10"];
     let (one, other) = tokio::join!(world.run(&relay), world.run(&relay));
-    let events = |stdout: &str| stdout.split(' ').nth(1).and_then(|count| count.parse::<u64>().ok()).expect("a count");
+    let events = |stdout: &str| {
+        stdout.split(' ').nth(1).and_then(|count| count.parse::<u64>().ok()).expect("a count")
+    };
     let (one, other) = (one.exits(0).stdout, other.exits(0).stdout);
     assert_eq!(events(&one) + events(&other), 1_000, "{one}{other}");
     // No queue takes a repetition away here.
@@ -97,46 +117,68 @@ async fn two_relays_at_once_publish_every_event_once() {
 }
 
 #[tokio::test]
-async fn play_beside_a_relay_of_its_own_process_plays_everything() {
+async fn play_beside_a_separate_relay_process_plays_everything() {
     let world = World::new().await;
     let folder = Folder::new().with("1.toml", &tally("a"));
     world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
     world.append(50).await;
     // Without a relay nothing is published, and play finds it in the store.
-    let play = ["play", "--no-relay", "--until-idle", "--reconcile-after=1", "--projectors", folder.path()];
+    let play = [
+        "play",
+        "--no-relay",
+        "--until-idle",
+        "--reconcile-after=1",
+        "--projectors",
+        folder.path(),
+    ];
     assert_eq!(world.run(&play).await.exits(0).stdout, "idle: played 0 messages\n");
-    assert_eq!(tallied(&world, "a").await, through(50));
+    assert_eq!(tally_positions(&world, "a").await, through(50));
 
     let relay = world.start(&["relay", "--message-events=10"]);
     world.append(50).await;
-    eventually("all is published", async || world.number("select published from event_log").await == 100).await;
+    eventually("all is published", async || {
+        world.number("select published from event_log").await == 100
+    })
+    .await;
     // The first fifty come again, and are passed over.
     assert_eq!(world.run(&play).await.exits(0).stdout, "idle: played 10 messages\n");
-    assert_eq!(tallied(&world, "a").await, through(100));
+    assert_eq!(tally_positions(&world, "a").await, through(100));
     relay.terminate().await.exits(0);
 }
 
 /// The queue's network resets every connection for a while.
 #[tokio::test]
-async fn while_the_queue_is_away_projectors_read_the_store_and_the_log_says_so_and_not_with_every_attempt() {
+async fn projectors_read_the_store_during_a_queue_outage_that_is_logged_sparingly() {
     let world = World::new().await;
     let folder = Folder::new().with("1.toml", &tally("a")).with("2.toml", &tally("b"));
     world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
     let (is_away, refused) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
     let (away, receives) = (Arc::clone(&is_away), Arc::clone(&refused));
-    let proxy = Proxy::before_the_queue(move |bytes| {
+    let proxy = Proxy::for_queue(move |bytes| {
         if !away.load(Ordering::SeqCst) {
-            return Fate::Passes;
+            return ProxyAction::Forward;
         }
-        receives.fetch_add(u64::from(holds(bytes, "AmazonSQS.ReceiveMessage")), Ordering::SeqCst);
-        Fate::Reset
+        receives.fetch_add(
+            u64::from(contains_text(bytes, "AmazonSQS.ReceiveMessage")),
+            Ordering::SeqCst,
+        );
+        ProxyAction::Reset
     })
     .await;
-    let mut play = world.command(&["play", "--receive-wait=1", "--reconcile-after=1", "--projectors", folder.path()]);
+    let mut play = world.command(&[
+        "play",
+        "--receive-wait=1",
+        "--reconcile-after=1",
+        "--projectors",
+        folder.path(),
+    ]);
     // Each attempt of ours is one of the SDK's.
-    play.env("AWS_ENDPOINT_URL", format!("http://{}", proxy.address())).env("AWS_MAX_ATTEMPTS", "1");
-    let play = Running::spawn(play);
-    let are_at = async |position| world.position("a").await == position && world.position("b").await == position;
+    play.env("AWS_ENDPOINT_URL", format!("http://{}", proxy.address()))
+        .env("AWS_MAX_ATTEMPTS", "1");
+    let play = RunningProcess::spawn(play);
+    let are_at = async |position| {
+        world.position("a").await == position && world.position("b").await == position
+    };
     let told = |log: &str, words: &str| log.lines().filter(|line| line.contains(words)).count();
     world.append(20).await;
     eventually("both are played", async || are_at(20).await).await;
@@ -147,7 +189,9 @@ async fn while_the_queue_is_away_projectors_read_the_store_and_the_log_says_so_a
     eventually("it tries again and again", async || refused.load(Ordering::SeqCst) >= 7).await;
     world.append(10).await;
     eventually("both are fed still", async || are_at(60).await).await;
-    for words in ["cannot receive from the queue, trying again", "the relay cannot work now, trying again"] {
+    for words in
+        ["cannot receive from the queue, trying again", "the relay cannot work now, trying again"]
+    {
         let lines = told(&play.logged(), words);
         assert!((1..=3).contains(&lines), "{lines} times: {words}\n{}", play.logged());
     }
@@ -155,20 +199,28 @@ async fn while_the_queue_is_away_projectors_read_the_store_and_the_log_says_so_a
     assert_eq!(world.number("select published from event_log").await, 20);
 
     is_away.store(false, Ordering::SeqCst);
-    play.logs("the queue answers again").await;
+    play.wait_for_log("the queue answers again").await;
     world.append(20).await;
     eventually("both are played", async || are_at(80).await).await;
-    eventually("all is published", async || world.number("select published from event_log").await == 80).await;
-    eventually("all is deleted", async || world.queue.depth().await.is_ok_and(|depth| depth == 0)).await;
+    eventually("all is published", async || {
+        world.number("select published from event_log").await == 80
+    })
+    .await;
+    eventually("all is deleted", async || world.queue.depth().await.is_ok_and(|depth| depth == 0))
+        .await;
     let log = play.terminate().await.exits(0).stderr;
     assert_eq!(told(&log, "the queue answers again"), 1);
     assert!(told(&log, "cannot receive from the queue, trying again") <= 3, "{log}");
-    assert_eq!((tallied(&world, "a").await, tallied(&world, "b").await), (through(80), through(80)));
+    assert_eq!(
+        (tally_positions(&world, "a").await, tally_positions(&world, "b").await),
+        (through(80), through(80))
+    );
 }
 
-/// By a stub that hands out what was really in the queue: LocalStack never fails in a part of a batch by itself.
+/// By a stub that hands out what was really in the queue: LocalStack never fails in a part of a
+/// batch by itself.
 #[tokio::test]
-async fn messages_that_sqs_fails_to_delete_come_again_and_are_not_applied_again() {
+async fn messages_that_sqs_fails_to_delete_are_not_applied_again() {
     let world = World::new().await;
     let folder = Folder::new().with("1.toml", &tally("a")).with("2.toml", &tally("b"));
     world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
@@ -178,38 +230,55 @@ async fn messages_that_sqs_fails_to_delete_come_again_and_are_not_applied_again(
     let sent: Vec<String> = sent.into_iter().map(|message| message.body).collect();
     assert_eq!(sent.len(), 3);
 
-    let stub = Stub::new().await;
+    let stub = SqsStub::new().await;
     let handed_out = |which: &[usize]| {
-        let message =
-            |n: &usize| json!({"MessageId": format!("m{n}"), "ReceiptHandle": format!("r{n}"), "Body": sent[*n]});
+        let message = |n: &usize| json!({"MessageId": format!("m{n}"), "ReceiptHandle": format!("r{n}"), "Body": sent[*n]});
         json!({"Messages": which.iter().map(message).collect::<Vec<_>>()}).to_string()
     };
     let failed = |id: &str| json!({"Id": id, "SenderFault": false, "Code": "InternalError", "Message": "as SQS says"});
     let deleted = |id: &str| json!({ "Id": id });
     // Of the first two the second is not deleted, and then it is not again.
-    stub.answers_first("ReceiveMessage", [&[0, 1][..], &[1], &[1], &[2]].map(handed_out));
-    stub.answers("ReceiveMessage", 200, "{}");
-    stub.takes("ReceiveMessage", Duration::from_millis(50));
-    stub.answers_first(
+    stub.set_responses_once("ReceiveMessage", [&[0, 1][..], &[1], &[1], &[2]].map(handed_out));
+    stub.set_response("ReceiveMessage", 200, "{}");
+    stub.set_delay("ReceiveMessage", Duration::from_millis(50));
+    stub.set_responses_once(
         "DeleteMessageBatch",
-        [json!({"Successful": [deleted("0")], "Failed": [failed("1")]}), json!({"Failed": [failed("0")]})]
-            .map(|answer| answer.to_string()),
+        [
+            json!({"Successful": [deleted("0")], "Failed": [failed("1")]}),
+            json!({"Failed": [failed("0")]}),
+        ]
+        .map(|answer| answer.to_string()),
     );
-    stub.answers("DeleteMessageBatch", 200, &json!({"Successful": [deleted("0")]}).to_string());
+    stub.set_response(
+        "DeleteMessageBatch",
+        200,
+        &json!({"Successful": [deleted("0")]}).to_string(),
+    );
 
     // What is applied comes from the messages, and not from the store because they are late.
-    let mut play = world.command(&["play", "--no-relay", "--reconcile-after=3600", "--metrics=emf"]);
+    let mut play =
+        world.command(&["play", "--no-relay", "--reconcile-after=3600", "--metrics=emf"]);
     play.env("AWS_ENDPOINT_URL", stub.endpoint()).env("PROJECTORS", folder.path());
-    let play = Running::spawn(play);
-    eventually("all is played", async || world.position("a").await == 30 && world.position("b").await == 30).await;
-    eventually("all is deleted", async || stub.asked("DeleteMessageBatch") == 4).await;
+    let play = RunningProcess::spawn(play);
+    eventually("all is played", async || {
+        world.position("a").await == 30 && world.position("b").await == 30
+    })
+    .await;
+    eventually("all is deleted", async || stub.call_count("DeleteMessageBatch") == 4).await;
     let log = play.terminate().await.exits(0).log();
-    let refusals = log.iter().filter(|line| line["error"] == "could not delete a message: as SQS says").count();
+    let refusals = log
+        .iter()
+        .filter(|line| line["error"] == "could not delete a message: as SQS says")
+        .count();
     assert_eq!(refusals, 2, "{log:?}");
     for name in ["a", "b"] {
         let of_it = log.iter().filter(|line| line["Projector"] == format!("{name}@1"));
         let skipped: u64 = of_it.filter_map(|line| line["DuplicatesSkipped"].as_u64()).sum();
-        assert_eq!((skipped, tallied(&world, name).await), (20, through(30)), "ten events came three times");
+        assert_eq!(
+            (skipped, tally_positions(&world, name).await),
+            (20, through(30)),
+            "ten events came three times"
+        );
     }
 }
 
@@ -219,15 +288,27 @@ async fn a_projector_booted_while_play_runs_joins_without_a_restart() {
     let folder = Folder::new().with("1.toml", &tally("a")).with("2.toml", &tally("late"));
     let only_first = Folder::new().with("1.toml", &tally("a"));
     world.run(&["boot", "--projectors", only_first.path()]).await.exits(0);
-    let play = world.start(&["play", "--receive-wait=1", "--reconcile-after=1", "--projectors", folder.path()]);
+    let play = world.start(&[
+        "play",
+        "--receive-wait=1",
+        "--reconcile-after=1",
+        "--projectors",
+        folder.path(),
+    ]);
     world.append(20).await;
     eventually("the first is played", async || world.position("a").await == 20).await;
     assert_eq!(world.status("late").await, "new");
     world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
     world.append(20).await;
-    eventually("both are played", async || world.position("a").await == 40 && world.position("late").await == 40).await;
+    eventually("both are played", async || {
+        world.position("a").await == 40 && world.position("late").await == 40
+    })
+    .await;
     play.terminate().await.exits(0);
-    assert_eq!((tallied(&world, "a").await, tallied(&world, "late").await), (through(40), through(40)));
+    assert_eq!(
+        (tally_positions(&world, "a").await, tally_positions(&world, "late").await),
+        (through(40), through(40))
+    );
 }
 
 #[tokio::test]
@@ -235,53 +316,70 @@ async fn sigterm_ends_play_and_relay_quickly_while_they_are_idle() {
     let world = World::new().await;
     let folder = Folder::new().with("1.toml", &tally("a"));
     world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
-    let play = world.start(&["play", "--no-relay", "--receive-wait=20", "--projectors", folder.path()]);
+    let play =
+        world.start(&["play", "--no-relay", "--receive-wait=20", "--projectors", folder.path()]);
     let relay = world.start(&["relay"]);
     world.append(5).await;
     eventually("the events are played", async || world.position("a").await == 5).await;
-    eventually("the messages are deleted", async || world.queue.depth().await.is_ok_and(|depth| depth == 0)).await;
+    eventually("the messages are deleted", async || {
+        world.queue.depth().await.is_ok_and(|depth| depth == 0)
+    })
+    .await;
     for idle in [play, relay] {
         let began = Instant::now();
         let ended = idle.terminate().await.exits(0);
         assert!(began.elapsed() < QUICKLY, "{:?}", began.elapsed());
         assert_eq!(ended.stdout, "");
     }
-    assert_eq!(world.number("select count(*) from event_log where relay_holder is not null").await, 0);
+    assert_eq!(
+        world.number("select count(*) from event_log where relay_lease_holder is not null").await,
+        0
+    );
 }
 
 #[tokio::test]
-async fn sigterm_in_the_middle_of_a_batch_gives_its_messages_back() {
+async fn sigterm_during_a_batch_releases_its_messages() {
     let world = World::new().await;
     let folder = Folder::new().with("1.toml", &gated("a"));
     world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
     let mut gate = close_gate(&world).await;
 
     // Hidden for so long that no message comes back by itself.
-    let play = ["play", "--visibility=43200", "--grace=1", "--projectors", folder.path()];
+    let play =
+        ["play", "--visibility-timeout=43200", "--grace-period=1", "--projectors", folder.path()];
     let worker = world.start(&play);
     world.append(5).await;
-    somebody_waits(&world).await;
+    wait_for_gated_handler(&world).await;
     let began = Instant::now();
     let ended = worker.terminate().await.exits(0);
     assert!(began.elapsed() < Duration::from_secs(1) + QUICKLY, "{:?}", began.elapsed());
     assert!(ended.log().iter().any(|line| line["level"] == "WARN"), "{}", ended.stderr);
-    assert_eq!((world.position("a").await, tallied(&world, "a").await), (0, vec![]), "it is rolled back");
-    let counts = [Attribute::ApproximateNumberOfMessages, Attribute::ApproximateNumberOfMessagesNotVisible];
-    let request =
-        world.sqs.get_queue_attributes().queue_url(&world.queue_url).set_attribute_names(Some(counts.to_vec()));
+    assert_eq!(
+        (world.position("a").await, tally_positions(&world, "a").await),
+        (0, vec![]),
+        "it is rolled back"
+    );
+    let counts =
+        [Attribute::ApproximateNumberOfMessages, Attribute::ApproximateNumberOfMessagesNotVisible];
+    let request = world
+        .sqs
+        .get_queue_attributes()
+        .queue_url(&world.queue_url)
+        .set_attribute_names(Some(counts.to_vec()));
     let answer = request.send().await.expect("an answer");
-    let count = |name| answer.attributes().and_then(|all| all.get(&name)).cloned().expect("a count");
+    let count =
+        |name| answer.attributes().and_then(|all| all.get(&name)).cloned().expect("a count");
     assert_ne!(count(Attribute::ApproximateNumberOfMessages), "0");
     assert_eq!(count(Attribute::ApproximateNumberOfMessagesNotVisible), "0");
 
     execute(&mut gate, "rollback").await;
     let played = world.run(&["play", "--until-idle", "--projectors", folder.path()]).await.exits(0);
     assert_ne!(played.stdout, "idle: played 0 messages\n", "they come from the queue");
-    assert_eq!(tallied(&world, "a").await, through(5));
+    assert_eq!(tally_positions(&world, "a").await, through(5));
 }
 
 #[tokio::test]
-async fn sigterm_during_start_up_wipes_nothing() {
+async fn sigterm_during_startup_resets_no_projector() {
     let world = World::new().await;
     world.append(200).await;
     // Slow enough that a boot does not come to its end by the way: 10 ms for each event.
@@ -289,7 +387,10 @@ async fn sigterm_during_start_up_wipes_nothing() {
     let folder = Folder::new().with("1.toml", &slow).with("2.toml", &failing_at("poisoned", 15));
     let with_batch = ["--batch=10", "--projectors", folder.path()];
     world.run(&[&["boot"], &with_batch[..]].concat()).await.exits(1);
-    assert_eq!((world.status("a").await, world.status("poisoned").await), ("stalled".into(), "broken".into()));
+    assert_eq!(
+        (world.status("a").await, world.status("poisoned").await),
+        ("stalled".into(), "broken".into())
+    );
     // Mended: there is something to boot for both.
     folder.write("2.toml", &tally("poisoned"));
     let mut before = world.ledger.entries().await.expect("the ledger");
@@ -305,8 +406,10 @@ async fn sigterm_during_start_up_wipes_nothing() {
             // The moment of the fault.
             tokio::time::sleep(Duration::from_millis(*delay)).await;
             let ended = starting.terminate().await;
-            // Before it listens, the signal itself is its end; and a boot that did not come to its own says so.
-            let is_right = matches!(ended.code, Some(0) | None) || (command == "boot" && ended.code == Some(143));
+            // Before it listens, the signal itself is its end; and a boot that did not come to its
+            // own says so.
+            let is_right = matches!(ended.code, Some(0) | None)
+                || (command == "boot" && ended.code == Some(143));
             assert!(is_right, "{command}: {ended:?}");
 
             // What the server is still at for it has an end.
@@ -315,11 +418,21 @@ async fn sigterm_during_start_up_wipes_nothing() {
             assert_eq!(now.len(), before.len());
             for (now, before) in now.iter().zip(&before) {
                 // As it was or, in a boot, further.
-                let is_further = command == "boot" && now.position >= before.position && now.status == Status::Live;
+                let is_further = command == "boot"
+                    && now.position >= before.position
+                    && now.status == Status::Live;
                 let is_as_it_was = now.status == before.status
-                    && (now.position == before.position || command == "boot" && now.position > before.position);
-                assert!(now.id == before.id && (is_as_it_was || is_further), "{command}: {before:?}, and then {now:?}");
-                assert_eq!(tallied(&world, &now.id.name).await, through(now.position.get()), "{command}: {now:?}");
+                    && (now.position == before.position
+                        || command == "boot" && now.position > before.position);
+                assert!(
+                    now.id == before.id && (is_as_it_was || is_further),
+                    "{command}: {before:?}, and then {now:?}"
+                );
+                assert_eq!(
+                    tally_positions(&world, &now.id.name).await,
+                    through(now.position.get()),
+                    "{command}: {now:?}"
+                );
             }
             before = now;
         }
@@ -327,12 +440,15 @@ async fn sigterm_during_start_up_wipes_nothing() {
     assert_eq!(world.status("a").await, "stalled", "no boot has come to its end");
     world.run(&[&["boot"], &with_batch[..]].concat()).await.exits(0);
     for name in ["a", "poisoned"] {
-        assert_eq!((world.status(name).await, tallied(&world, name).await), ("live".into(), through(200)));
+        assert_eq!(
+            (world.status(name).await, tally_positions(&world, name).await),
+            ("live".into(), through(200))
+        );
     }
 }
 
 #[tokio::test]
-async fn sigterm_while_the_database_does_not_answer_ends_play_and_relay_with_0() {
+async fn sigterm_while_the_database_is_unresponsive_ends_play_and_relay_with_0() {
     let world = World::new().await;
     let folder = Folder::new().with("1.toml", &tally("a"));
     for command in ["play", "relay"] {
@@ -341,8 +457,8 @@ async fn sigterm_while_the_database_does_not_answer_ends_play_and_relay_with_0()
         let url = format!("mysql://root@{}/x", silent.local_addr().expect("an address"));
         let mut starting = world.command(&[command, "--projectors", folder.path()]);
         starting.env("DATABASE_URL", url);
-        let starting = Running::spawn(starting);
-        let _connected = promptly(silent.accept()).await.expect("it connects");
+        let starting = RunningProcess::spawn(starting);
+        let _connected = with_short_timeout(silent.accept()).await.expect("it connects");
         let began = Instant::now();
         starting.terminate().await.exits(0);
         assert!(began.elapsed() < QUICKLY, "{:?}", began.elapsed());
@@ -350,24 +466,24 @@ async fn sigterm_while_the_database_does_not_answer_ends_play_and_relay_with_0()
 }
 
 #[tokio::test]
-async fn sigterm_while_the_database_says_nothing_any_more_ends_play_and_relay_that_are_starting() {
+async fn sigterm_at_startup_ends_play_and_relay_despite_a_silent_database() {
     let world = World::new().await;
     let folder = Folder::new().with("1.toml", &tally("a"));
     for command in ["play", "relay"] {
         let is_silent = Arc::new(AtomicBool::new(false));
         let falls_silent = Arc::clone(&is_silent);
         let url = world
-            .database_url_by(move |bytes| match holds(bytes, "from event_log") {
+            .database_url_through_proxy(move |bytes| match contains_text(bytes, "from event_log") {
                 true => {
                     falls_silent.store(true, Ordering::SeqCst);
-                    Fate::Silent
+                    ProxyAction::Silent
                 }
-                false => Fate::Passes,
+                false => ProxyAction::Forward,
             })
             .await;
         let mut starting = world.command(&[command, "--projectors", folder.path()]);
         starting.env("DATABASE_URL", url);
-        let starting = Running::spawn(starting);
+        let starting = RunningProcess::spawn(starting);
         eventually("it asks for the marks", async || is_silent.load(Ordering::SeqCst)).await;
         let began = Instant::now();
         starting.terminate().await.exits(0);
@@ -376,10 +492,11 @@ async fn sigterm_while_the_database_says_nothing_any_more_ends_play_and_relay_th
 }
 
 #[tokio::test]
-async fn every_line_of_the_log_is_json_where_there_is_no_terminal() {
+async fn every_log_line_is_json_without_a_terminal() {
     let world = World::new().await;
     world.append(10).await;
-    let folder = Folder::new().with("1.toml", &tally("a")).with("2.toml", &failing_at("poisoned", 15));
+    let folder =
+        Folder::new().with("1.toml", &tally("a")).with("2.toml", &failing_at("poisoned", 15));
     let mut logs = Vec::new();
     for (arguments, code) in [
         (&["boot", "--log=debug", "--projectors", folder.path()][..], 0),
@@ -391,10 +508,14 @@ async fn every_line_of_the_log_is_json_where_there_is_no_terminal() {
     }
     world.append(10).await;
     logs.extend(
-        world.run(&["play", "--until-idle", "--log=debug", "--projectors", folder.path()]).await.exits(1).log(),
+        world
+            .run(&["play", "--until-idle", "--log=debug", "--projectors", folder.path()])
+            .await
+            .exits(1)
+            .log(),
     );
     let play = world.start(&["play", "--projectors", folder.path()]);
-    play.logs("playing").await;
+    play.wait_for_log("playing").await;
     logs.extend(play.terminate().await.exits(0).log());
     assert!(logs.len() > 10, "there is something to read");
     for line in logs {

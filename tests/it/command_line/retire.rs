@@ -4,8 +4,8 @@ use std::process::Stdio;
 
 use tokio::process::Command;
 
-use super::{tallied, tally, tally_with};
-use crate::support::{Folder, Running, World};
+use super::{tally, tally_positions, tally_with};
+use crate::support::{Folder, RunningProcess, World};
 
 async fn has_table(world: &World, name: &str) -> bool {
     let sql = "select count(*) from information_schema.tables where table_schema = database() and table_name";
@@ -24,34 +24,48 @@ async fn booted(files: &[(&str, &str)]) -> (World, Folder) {
 }
 
 #[tokio::test]
-async fn retire_tears_down_and_forgets() {
+async fn retire_drops_the_tables_and_the_ledger_row() {
     let (world, folder) = booted(&[("1.toml", &tally("a")), ("2.toml", &tally("b"))]).await;
     let arguments = ["retire", "a", "--yes", "--force", "--projectors", folder.path()];
     let retired = world.run(&arguments).await.exits(0);
-    assert!(retired.stdout.contains("a@1 is retired: its tables are torn down"), "{}", retired.stdout);
+    assert!(
+        retired.stdout.contains("a@1 is retired: its tables are torn down"),
+        "{}",
+        retired.stdout
+    );
     assert_eq!((has_table(&world, "a").await, world.status("a").await), (false, "new".into()));
     assert_eq!(
-        (tallied(&world, "b").await.len(), world.status("b").await),
+        (tally_positions(&world, "b").await.len(), world.status("b").await),
         (5, "live".into()),
         "the other is untouched"
     );
-    world.run(&arguments).await.exits(2).says(&["no projector \"a\"", "b@1"]);
+    world.run(&arguments).await.exits(2).prints(&["no projector \"a\"", "b@1"]);
 }
 
 #[tokio::test]
-async fn retire_without_the_file_forgets_and_leaves_the_tables() {
+async fn retire_without_the_file_deletes_the_ledger_row_and_keeps_the_tables() {
     let (world, _folder) = booted(&[("1.toml", &tally("a"))]).await;
     let retired = world.run(&["retire", "a", "--yes"]).await.exits(0);
     assert!(retired.stdout.contains("its tables stay"), "{}", retired.stdout);
-    assert_eq!((tallied(&world, "a").await.len(), world.status("a").await), (5, "new".into()));
+    assert_eq!(
+        (tally_positions(&world, "a").await.len(), world.status("a").await),
+        (5, "new".into())
+    );
 }
 
 #[tokio::test]
-async fn what_is_live_in_the_given_set_is_retired_only_by_force() {
+async fn a_live_projector_in_the_set_is_retired_only_by_force() {
     let (world, folder) = booted(&[("1.toml", &tally("a"))]).await;
     let arguments = ["retire", "a", "--yes", "--projectors", folder.path()];
-    world.run(&arguments).await.exits(2).says(&["a@1 is live in this set", "take it out of the set", "--force"]);
-    assert_eq!((tallied(&world, "a").await.len(), world.status("a").await), (5, "live".into()));
+    world.run(&arguments).await.exits(2).prints(&[
+        "a@1 is live in this set",
+        "take it out of the set",
+        "--force",
+    ]);
+    assert_eq!(
+        (tally_positions(&world, "a").await.len(), world.status("a").await),
+        (5, "live".into())
+    );
     world.run(&[&arguments[..], &["--force"]].concat()).await.exits(0);
     assert_eq!(world.status("a").await, "new");
 }
@@ -77,13 +91,17 @@ async fn a_retired_projector_with_side_effects_is_never_booted_or_played_again()
         booted.stderr
     );
     world.run(&["play", "--until-idle", "--projectors", folder.path()]).await.exits(0);
-    assert_eq!((tallied(&world, "a").await.len(), tallied(&world, "mails").await.len()), (10, 5));
+    assert_eq!(
+        (tally_positions(&world, "a").await.len(), tally_positions(&world, "mails").await.len()),
+        (10, 5)
+    );
     assert_eq!((world.status("mails").await, world.position("mails").await), ("retired".into(), 5));
 }
 
 #[tokio::test]
 async fn a_version_is_retired_by_name_and_version() {
-    let second = tally("b").replace("name = 'b'", "name = 'a'").replace("version = 1", "version = 2");
+    let second =
+        tally("b").replace("name = 'b'", "name = 'a'").replace("version = 1", "version = 2");
     let (world, folder) = booted(&[("1.toml", &tally("a")), ("2.toml", &second)]).await;
     world.run(&["retire", "a@1", "--yes", "--force", "--projectors", folder.path()]).await.exits(0);
     let left = world.ledger.entries().await.expect("the ledger");
@@ -94,16 +112,16 @@ async fn a_version_is_retired_by_name_and_version() {
 }
 
 #[tokio::test]
-async fn without_a_terminal_to_ask_on_nothing_is_done_unless_yes_is_said() {
+async fn without_a_terminal_retire_needs_yes() {
     let (world, _folder) = booted(&[("1.toml", &tally("a"))]).await;
     let refused = world.run_with(&["retire", "a"], b"y\n").await.exits(2);
-    refused.says(&["a@1 (live, position 5) will be retired", "no terminal to ask on", "--yes"]);
+    refused.prints(&["a@1 (live, position 5) will be retired", "no terminal to ask on", "--yes"]);
     assert_eq!(world.status("a").await, "live");
 }
 
 /// util-linux's `script` runs a command on a terminal of its own.
 #[tokio::test]
-async fn on_a_terminal_retire_asks_and_does_what_is_answered() {
+async fn on_a_terminal_retire_asks_and_follows_the_answer() {
     let (world, _folder) = booted(&[("1.toml", &tally("a"))]).await;
     if Command::new("script").arg("--version").stdout(Stdio::null()).status().await.is_err() {
         eprintln!("passed without a test: there is no `script` (util-linux) to make a terminal");
@@ -117,10 +135,21 @@ async fn on_a_terminal_retire_asks_and_does_what_is_answered() {
         let ours = world.command(&[]);
         let program = ours.as_std().get_program().to_str().expect("a path in UTF-8").to_owned();
         let mut terminal = Command::new("script");
-        terminal.args(["--quiet", "--return", "--command", &format!("{program} retire a"), "/dev/null"]);
+        terminal.args([
+            "--quiet",
+            "--return",
+            "--command",
+            &format!("{program} retire a"),
+            "/dev/null",
+        ]);
         let variables = ours.as_std().get_envs().filter_map(|(name, value)| Some((name, value?)));
-        terminal.envs(variables).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let finished = Running::spawn_with(terminal, answer.as_bytes()).finish().await.exits(code);
+        terminal
+            .envs(variables)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let finished =
+            RunningProcess::spawn_with(terminal, answer.as_bytes()).finish().await.exits(code);
         for words in ["a@1 (live, position 5) will be retired", "Go on? [y/N]", said] {
             assert!(finished.stdout.contains(words), "{words} in {}", finished.stdout);
         }
@@ -129,12 +158,17 @@ async fn on_a_terminal_retire_asks_and_does_what_is_answered() {
 }
 
 #[tokio::test]
-async fn a_teardown_that_fails_is_told_and_may_be_run_again() {
+async fn a_failing_teardown_is_reported_and_can_be_run_again() {
     let broken = tally("a").replace("'drop table if exists a'", "'drop table no_such_table'");
     let (world, folder) = booted(&[("1.toml", &broken)]).await;
     let arguments = ["retire", "a", "--yes", "--force", "--projectors", folder.path()];
     let failed = world.run(&arguments).await.exits(1);
-    failed.says(&["a@1: its teardown failed", "1.toml:5", "no_such_table", "retire may be run again"]);
+    failed.prints(&[
+        "a@1: its teardown failed",
+        "1.toml:5",
+        "no_such_table",
+        "retire may be run again",
+    ]);
     assert_eq!(world.status("a").await, "retired", "nobody plays it while its tables go");
     folder.write("1.toml", &tally("a"));
     world.run(&arguments).await.exits(0);

@@ -4,7 +4,10 @@ use tokio::process::Command;
 
 use super::{failing_at, line, tally};
 use crate::failover::lock_out_restricted_users;
-use crate::support::{Finished, Folder, Function, PATIENCE, Running, Runtime, World, eventually, schedule, server_url};
+use crate::support::{
+    FinishedProcess, Folder, Function, RunningProcess, Runtime, TIMEOUT, World, eventually,
+    schedule, server_url,
+};
 
 /// The password of [`user`], in a URL.
 const RIGHT: &str = "s3cr3t-Pa55%3Aword";
@@ -20,7 +23,7 @@ fn assert_hidden(text: &str, of: &str) {
 }
 
 #[track_caller]
-fn assert_nothing_shown(finished: &Finished, of: &str) {
+fn assert_nothing_shown(finished: &FinishedProcess, of: &str) {
     assert_hidden(&finished.stdout, of);
     assert_hidden(&finished.stderr, of);
 }
@@ -35,7 +38,11 @@ async fn user(world: &World) -> &str {
 
 /// The URL of the world's database for that user.
 fn url(world: &World, user: &str, password: &str) -> String {
-    format!("mysql://{user}:{password}@{}/{}", server_url().replace("mysql://root@", ""), world.database_name)
+    format!(
+        "mysql://{user}:{password}@{}/{}",
+        server_url().replace("mysql://root@", ""),
+        world.database_name
+    )
 }
 
 /// A command that has the password in its environment, and logs whatever it can.
@@ -47,7 +54,7 @@ fn with_password(world: &World, arguments: &[&str], url: String, folder: &Folder
 }
 
 #[tokio::test]
-async fn the_databases_password_is_shown_nowhere() {
+async fn the_database_password_is_never_shown() {
     let world = World::new().await;
     // To `doctor` a server that another test has made read-only is not well.
     let mut keeper = world.connection().await;
@@ -57,7 +64,9 @@ async fn the_databases_password_is_shown_nowhere() {
     let folder = Folder::new().with("a.toml", &tally("a")).with("b.toml", &failing_at("b", 5));
     let events = Folder::new().with("events.jsonl", &[line("a"), line("b"), line("c")].join("\n"));
     let file = events.file("events.jsonl");
-    let ours = |arguments: &[&str], password: &str| with_password(&world, arguments, url(password), &folder);
+    let ours = |arguments: &[&str], password: &str| {
+        with_password(&world, arguments, url(password), &folder)
+    };
     let (right, wrong) = (RIGHT, "s3cr3t-Pa55-wrong");
     for (arguments, password, code) in [
         (&["migrate"][..], right, 0),
@@ -96,16 +105,16 @@ async fn the_databases_password_is_shown_nowhere() {
         (&["status", "--batch=0"], right, 2),
         (&["status", "--database-url", &url(right), "--no-such-option"], right, 2),
     ] {
-        let finished = Running::spawn(ours(arguments, password)).finish().await.exits(code);
+        let finished = RunningProcess::spawn(ours(arguments, password)).finish().await.exits(code);
         assert_nothing_shown(&finished, &arguments.join(" "));
     }
-    let help = Running::spawn(ours(&["--help"], right)).finish().await.exits(0).stdout;
+    let help = RunningProcess::spawn(ours(&["--help"], right)).finish().await.exits(0).stdout;
     assert!(help.contains("[env: DATABASE_URL]"), "its name is there, its value is not");
     world.execute(&format!("drop user '{user}'@'%'")).await;
 }
 
 #[tokio::test]
-async fn what_a_function_says_to_lambda_shows_no_password() {
+async fn responses_to_lambda_never_show_a_password() {
     let world = World::new().await;
     // A scheduled invocation fails where another test has made the server read-only.
     let mut keeper = world.connection().await;
@@ -116,31 +125,32 @@ async fn what_a_function_says_to_lambda_shows_no_password() {
     world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
     world.append(3).await;
     let mut function = Function::start(ours(RIGHT)).await;
-    let answer = function.invoke(&schedule(), PATIENCE).await.expect("an answer");
+    let answer = function.invoke(&schedule(), TIMEOUT).await.expect("an answer");
     assert_hidden(&answer.to_string(), "the answer");
     assert_eq!(world.number("select published from event_log").await, 3, "it was at work");
-    let failed = function.invoke(&"no event".into(), PATIENCE).await.expect_err("it is none");
+    let failed = function.invoke(&"no event".into(), TIMEOUT).await.expect_err("it is none");
     assert_hidden(&failed.to_string(), "the error");
     assert_nothing_shown(&function.process.terminate().await.exits(0), "lambda");
 
     let mut runtime = Runtime::new().await;
     let mut refused = ours("s3cr3t-Pa55-wrong");
-    runtime.set_up(&mut refused);
-    let refused = Running::spawn(refused);
+    runtime.configure(&mut refused);
+    let refused = RunningProcess::spawn(refused);
     assert_hidden(&runtime.init_error().await.to_string(), "the error of its initialization");
     assert_nothing_shown(&refused.finish().await.exits(3), "lambda with a wrong password");
     world.execute(&format!("drop user '{user}'@'%'")).await;
 }
 
-/// Anybody on the host may read that: so the environment is where a password belongs, and nothing may take it from there into
-/// an argument, of ours or of a process that is started.
+/// Anybody on the host may read that: so the environment is where a password belongs, and nothing
+/// may take it from there into an argument, of ours or of a process that is started.
 #[tokio::test]
-async fn the_command_line_of_a_worker_at_work_shows_no_password() {
+async fn the_command_line_in_the_process_list_shows_no_password() {
     let world = World::new().await;
     let user = user(&world).await;
     let folder = Folder::new().with("a.toml", &tally("a"));
     world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
-    let play = Running::spawn(with_password(&world, &["play"], url(&world, user, RIGHT), &folder));
+    let play =
+        RunningProcess::spawn(with_password(&world, &["play"], url(&world, user, RIGHT), &folder));
     world.append(3).await;
     eventually("it is at work", async || world.position("a").await == 3).await;
     let of_process = |file: &str| {

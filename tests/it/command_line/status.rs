@@ -2,11 +2,14 @@
 
 use serde_json::{Value, json};
 
-use super::{close_gate, failing_at, gated, promptly, somebody_waits, tally, tally_with};
+use super::{
+    close_gate, failing_at, gated, tally, tally_with, wait_for_gated_handler, with_short_timeout,
+};
 use crate::support::{Folder, World, execute};
 
 fn keys(object: &Value) -> Vec<&str> {
-    let mut keys: Vec<&str> = object.as_object().expect("an object").keys().map(String::as_str).collect();
+    let mut keys: Vec<&str> =
+        object.as_object().expect("an object").keys().map(String::as_str).collect();
     keys.sort_unstable();
     keys
 }
@@ -16,7 +19,8 @@ fn projector<'a>(status: &'a Value, name: &str) -> &'a Value {
     all.find(|projector| projector["name"] == name).unwrap_or_else(|| panic!("{name} in {status}"))
 }
 
-/// A world with a projector in every state but booting: the folder has all but `gone` and `elsewhere`.
+/// A world with a projector in every state but booting: the folder has all but `gone` and
+/// `elsewhere`.
 async fn in_every_state() -> (World, Folder) {
     let world = World::new().await;
     world.append(10).await;
@@ -43,15 +47,29 @@ async fn in_every_state() -> (World, Folder) {
 }
 
 #[tokio::test]
-async fn the_json_has_exactly_the_keys_and_values_of_the_contract_in_every_state() {
+async fn the_json_has_exactly_the_documented_keys_and_values_in_every_state() {
     let (world, folder) = in_every_state().await;
-    let status = world.run(&["status", "--json", "--projectors", folder.path()]).await.exits(0).json();
+    let status =
+        world.run(&["status", "--json", "--projectors", folder.path()]).await.exits(0).json();
     assert_eq!(
         keys(&status),
-        ["foreign_at", "foreign_messages", "held", "high_water", "log_fault", "projectors", "published", "visible"]
+        [
+            "foreign_at",
+            "foreign_messages",
+            "held",
+            "high_water",
+            "log_fault",
+            "projectors",
+            "published",
+            "visible"
+        ]
     );
     assert_eq!((&status["foreign_messages"], &status["foreign_at"]), (&json!(0), &json!(null)));
-    assert_eq!((&status["high_water"], &status["published"]), (&json!(15), &json!(10)), "as boot left it");
+    assert_eq!(
+        (&status["high_water"], &status["published"]),
+        (&json!(15), &json!(10)),
+        "as boot left it"
+    );
     let expected = [
         ("living", "from_beginning", "live", 10, 5),
         ("done", "once", "finished", 10, 0),
@@ -78,35 +96,49 @@ async fn the_json_has_exactly_the_keys_and_values_of_the_contract_in_every_state
             "version",
         ];
         assert_eq!(keys(of), expected_keys, "{name}");
-        let values = json!([of["version"], of["mode"], of["status"], of["position"], of["lag_events"]]);
+        let values =
+            json!([of["version"], of["mode"], of["status"], of["position"], of["lag_events"]]);
         assert_eq!(values, json!([1, mode, state, position, lag]), "{name}");
         let seconds = of["lag_seconds"].as_f64().expect("a number");
         assert_eq!(seconds > 0.0, lag > 0, "{name} lags {seconds} s");
         assert_eq!(of["failure"].is_null(), state != "broken", "{name}");
     }
     let seconds = projector(&status, "living")["lag_seconds"].as_f64().expect("a number");
-    assert!((59.0..120.0).contains(&seconds), "the age of the oldest event that it waits for: {seconds}");
+    assert!(
+        (59.0..120.0).contains(&seconds),
+        "the age of the oldest event that it waits for: {seconds}"
+    );
 
     let failure = &projector(&status, "poisoned")["failure"];
     assert_eq!(keys(failure), ["at", "error", "event_type", "position"]);
     assert_eq!((&failure["position"], &failure["event_type"]), (&json!(7), &json!("Opened")));
     let error = failure["error"].as_str().expect("a text");
-    assert!(error.contains(&format!("{}:7", folder.file("3.toml"))) && error.contains("cannot be null"), "{error}");
+    assert!(
+        error.contains(&format!("{}:7", folder.file("3.toml"))) && error.contains("cannot be null"),
+        "{error}"
+    );
     let at = failure["at"].as_str().expect("a text");
-    let at = time::OffsetDateTime::parse(at, &time::format_description::well_known::Rfc3339).expect("a time");
+    let at = time::OffsetDateTime::parse(at, &time::format_description::well_known::Rfc3339)
+        .expect("a time");
     assert!((time::OffsetDateTime::now_utc() - at).whole_seconds().abs() < 60);
 }
 
 #[tokio::test]
-async fn the_table_shows_what_the_json_says() {
+async fn the_table_shows_the_same_values_as_the_json() {
     let (world, folder) = in_every_state().await;
-    let json = world.run(&["status", "--json", "--projectors", folder.path()]).await.exits(0).json();
+    let json =
+        world.run(&["status", "--json", "--projectors", folder.path()]).await.exits(0).json();
     let table = world.run(&["status", "--projectors", folder.path()]).await.exits(0).stdout;
     assert!(table.contains("high-water mark 15") && table.contains("published 10"), "{table}");
     for projector in json["projectors"].as_array().expect("a list") {
-        let text = |key: &str| projector[key].as_str().map_or_else(|| projector[key].to_string(), str::to_owned);
+        let text = |key: &str| {
+            projector[key].as_str().map_or_else(|| projector[key].to_string(), str::to_owned)
+        };
         let expected = ["name", "version", "mode", "status", "position", "lag_events"].map(text);
-        let row = table.lines().find(|line| line.split_whitespace().next() == Some(&expected[0])).expect("a row");
+        let row = table
+            .lines()
+            .find(|line| line.split_whitespace().next() == Some(&expected[0]))
+            .expect("a row");
         assert_eq!(row.split_whitespace().take(6).collect::<Vec<_>>(), expected, "{table}");
         let is_known = !["gone", "elsewhere"].contains(&&*expected[0]);
         assert_eq!(row.contains("(not in this set)"), !is_known, "{table}");
@@ -117,12 +149,14 @@ async fn the_table_shows_what_the_json_says() {
     // Nobody gave a set: then nothing is missing in it.
     let without_set = world.run(&["status"]).await.exits(0).stdout;
     assert!(
-        without_set.contains("poisoned") && !without_set.contains("fresh") && !without_set.contains("not in this set")
+        without_set.contains("poisoned")
+            && !without_set.contains("fresh")
+            && !without_set.contains("not in this set")
     );
 }
 
 #[tokio::test]
-async fn an_empty_ledger_has_a_status_too() {
+async fn status_works_with_an_empty_ledger() {
     let world = World::new().await;
     let json = world.run(&["status", "--json"]).await.exits(0).json();
     let expected = json!({
@@ -141,9 +175,10 @@ async fn status_waits_neither_for_a_running_boot_nor_for_a_locked_ledger() {
     let folder = Folder::new().with("1.toml", &gated("slow"));
     let mut gate = close_gate(&world).await;
     let boot = world.start(&["boot", "--projectors", folder.path()]);
-    somebody_waits(&world).await;
+    wait_for_gated_handler(&world).await;
     let mut status = json!(null);
-    promptly(async { status = world.run(&["status", "--json"]).await.exits(0).json() }).await;
+    with_short_timeout(async { status = world.run(&["status", "--json"]).await.exits(0).json() })
+        .await;
     assert_eq!(projector(&status, "slow")["status"], "booting");
     assert_eq!(projector(&status, "slow")["lag_events"], 10);
     execute(&mut gate, "rollback").await;
@@ -152,7 +187,8 @@ async fn status_waits_neither_for_a_running_boot_nor_for_a_locked_ledger() {
     execute(&mut gate, "start transaction").await;
     execute(&mut gate, "select * from projectors for update").await;
     execute(&mut gate, "select * from event_log for update").await;
-    promptly(async { status = world.run(&["status", "--json"]).await.exits(0).json() }).await;
+    with_short_timeout(async { status = world.run(&["status", "--json"]).await.exits(0).json() })
+        .await;
     assert_eq!(projector(&status, "slow")["status"], "live");
-    promptly(world.run(&["status", "--projectors", folder.path()])).await.exits(0);
+    with_short_timeout(world.run(&["status", "--projectors", folder.path()])).await.exits(0);
 }

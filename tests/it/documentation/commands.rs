@@ -12,7 +12,8 @@ type Options = BTreeMap<String, (String, String)>;
 fn the_page_lists_every_command() {
     let page = Page::read("docs/command-line.md");
     let (head, _) = page.text.split_once("\n## ").expect("a table before the first section");
-    let listed: Vec<&str> = rows(head).iter().map(|cells| cells[0].split('`').nth(1).expect("a name")).collect();
+    let listed: Vec<&str> =
+        rows(head).iter().map(|cells| cells[0].split('`').nth(1).expect("a name")).collect();
     assert_eq!(listed, commands());
 }
 
@@ -30,11 +31,15 @@ fn the_page_lists_every_option_with_its_variable_and_its_default() {
 
 fn assert_same(what: &str, help: &Options, page: &Options) {
     for (option, (variable, default)) in help {
-        let (listed_variable, listed_default) =
-            page.get(option).unwrap_or_else(|| panic!("docs/command-line.md lacks {option} of {what}"));
+        let (listed_variable, listed_default) = page
+            .get(option)
+            .unwrap_or_else(|| panic!("docs/command-line.md lacks {option} of {what}"));
         assert_eq!(variable, listed_variable, "{option} of {what}");
         let is_explained = default.is_empty() || listed_default == "see below";
-        assert!(is_explained || default == listed_default, "{option} of {what}: {default}, not {listed_default}");
+        assert!(
+            is_explained || default == listed_default,
+            "{option} of {what}: {default}, not {listed_default}"
+        );
     }
     let unknown: Vec<&String> = page.keys().filter(|option| !help.contains_key(*option)).collect();
     assert!(unknown.is_empty(), "{what} has no {unknown:?}");

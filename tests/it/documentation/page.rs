@@ -20,7 +20,8 @@ pub struct Block {
 
 impl Page {
     pub fn read(path: &str) -> Self {
-        let text = fs::read_to_string(root().join(path)).unwrap_or_else(|error| panic!("{path}: {error}"));
+        let text =
+            fs::read_to_string(root().join(path)).unwrap_or_else(|error| panic!("{path}: {error}"));
         Page { path: path.into(), text }
     }
 
@@ -45,12 +46,15 @@ impl Page {
     pub fn anchors(&self) -> Vec<String> {
         let mut anchors: Vec<String> = Vec::new();
         for line in prose(&self.text).lines() {
-            let Some((_, heading)) = line.split_once("# ").filter(|(level, _)| level.bytes().all(|b| b == b'#')) else {
+            let Some((_, heading)) =
+                line.split_once("# ").filter(|(level, _)| level.bytes().all(|b| b == b'#'))
+            else {
                 continue;
             };
             let anchor = anchor(heading);
-            let is_repetition =
-                |other: &&String| other.trim_end_matches(|c: char| c.is_ascii_digit() || c == '-') == anchor;
+            let is_repetition = |other: &&String| {
+                other.trim_end_matches(|c: char| c.is_ascii_digit() || c == '-') == anchor
+            };
             let repetitions = anchors.iter().filter(is_repetition).count();
             anchors.push(if repetitions == 0 { anchor } else { format!("{anchor}-{repetitions}") });
         }
@@ -68,7 +72,9 @@ impl Page {
     /// Each `[name]: target`, with the name in lower case and without backticks.
     pub fn definitions(&self) -> Vec<(String, String)> {
         let text = prose(&self.text);
-        definitions(&text).map(|(name, target)| (name.replace('`', "").to_lowercase(), target.to_owned())).collect()
+        definitions(&text)
+            .map(|(name, target)| (name.replace('`', "").to_lowercase(), target.to_owned()))
+            .collect()
     }
 
     /// The names of the definitions that links use: [`name`], and `[text][name]`.
@@ -109,7 +115,9 @@ pub fn blocks(text: &str) -> Vec<Block> {
     let mut open: Option<Block> = None;
     for line in text.lines() {
         match (line.trim_start().strip_prefix("```"), &mut open) {
-            (Some(language), None) => open = Some(Block { language: language.to_owned(), code: String::new() }),
+            (Some(language), None) => {
+                open = Some(Block { language: language.to_owned(), code: String::new() })
+            }
             (Some(_), Some(_)) => blocks.extend(open.take()),
             (None, Some(block)) => block.code.extend([line, "\n"]),
             (None, None) => {}
@@ -164,7 +172,8 @@ fn definitions(text: &str) -> impl Iterator<Item = (&str, &str)> {
 fn anchor(heading: &str) -> String {
     let heading = heading.trim().to_lowercase();
     // A link in a heading counts by its text.
-    let text = heading.split("](").map(|part| part.split_once(')').map_or(part, |(_, after)| after));
+    let text =
+        heading.split("](").map(|part| part.split_once(')').map_or(part, |(_, after)| after));
     let kept = |c: &char| c.is_alphanumeric() || matches!(c, ' ' | '-' | '_');
     let text = if heading.contains("](") { text.collect() } else { heading.clone() };
     text.chars().filter(kept).map(|c| if c == ' ' { '-' } else { c }).collect()

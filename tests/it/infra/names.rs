@@ -38,7 +38,7 @@ fn quoted<'a>(text: &'a str, before: &'a str) -> impl Iterator<Item = &'a str> {
 }
 
 #[test]
-fn every_metric_that_an_alarm_or_the_dashboard_names_is_written_by_the_code() {
+fn every_metric_in_an_alarm_or_the_dashboard_is_written_by_the_code() {
     let (source, monitoring) = (source(), template("monitoring.yaml"));
     let filters = MetricFilter::all();
     let of_filter = |name: &str| filters.iter().any(|filter| filter.metric == name);
@@ -55,14 +55,17 @@ fn every_metric_that_an_alarm_or_the_dashboard_names_is_written_by_the_code() {
                 );
             }
             "AWS/SQS" => assert!(alarm.contains("Dimensions: [{Name: QueueName,"), "{alarm}"),
-            "!Sub Projectionist/${Service" => assert!(of_filter(metric), "no filter makes {metric}"),
+            "!Sub Projectionist/${Service" => {
+                assert!(of_filter(metric), "no filter makes {metric}")
+            }
             other => panic!("an alarm on {other:?}"),
         }
     }
     assert_eq!(alarms, 10);
 
-    let shown: BTreeSet<&str> =
-        quoted(&monitoring, "MetricName=\\\"").chain(quoted(&monitoring, "[\"Projectionist\", \"")).collect();
+    let shown: BTreeSet<&str> = quoted(&monitoring, "MetricName=\\\"")
+        .chain(quoted(&monitoring, "[\"Projectionist\", \""))
+        .collect();
     assert!(shown.len() >= 12, "{shown:?}");
     shown.iter().for_each(|metric| assert_known(&source, metric));
     let counted: Vec<&str> = quoted(&monitoring, "[\"Projectionist/${Service}\", \"").collect();
@@ -70,7 +73,7 @@ fn every_metric_that_an_alarm_or_the_dashboard_names_is_written_by_the_code() {
 }
 
 #[test]
-fn every_alert_of_the_code_has_a_metric_filter_and_an_alarm_and_no_filter_waits_for_another() {
+fn every_alert_has_a_metric_filter_and_an_alarm_and_every_filter_an_alert() {
     let (source, monitoring) = (source(), template("monitoring.yaml"));
     let alerts: BTreeSet<&str> = quoted(&source, "alert = \"").collect();
     let filters = MetricFilter::all();
@@ -79,22 +82,30 @@ fn every_alert_of_the_code_has_a_metric_filter_and_an_alarm_and_no_filter_waits_
     assert_eq!(filtered, alerts);
     for filter in &filters {
         assert_eq!(filter.field, "alert");
-        let camel: String =
-            filter.equals.split('_').map(|word| format!("{}{}", word[..1].to_uppercase(), &word[1..])).collect();
+        let camel: String = filter
+            .equals
+            .split('_')
+            .map(|word| format!("{}{}", word[..1].to_uppercase(), &word[1..]))
+            .collect();
         assert_eq!(filter.metric, camel, "the metric is called as the alert is");
         // The mark is held for as long as it is, and its alert is one line at the beginning.
-        let told_by = if filter.metric == "HighWaterHeld" { "GapAge" } else { &filter.metric };
+        let told_by = if filter.metric == "HighWaterBlocked" { "GapAge" } else { &filter.metric };
         let mut alarms = resources(&monitoring, "AWS::CloudWatch::Alarm");
-        assert!(alarms.any(|alarm| value(alarm, "MetricName") == told_by), "nobody is told of {}", filter.metric);
+        assert!(
+            alarms.any(|alarm| value(alarm, "MetricName") == told_by),
+            "nobody is told of {}",
+            filter.metric
+        );
     }
 }
 
 #[test]
-fn every_variable_that_a_template_sets_is_one_that_the_program_reads() {
+fn every_variable_set_by_a_template_is_read_by_the_program() {
     let source = source();
     let (ecs, lambda) = (template("ecs.yaml"), template("lambda.yaml"));
     let of_ecs = ecs.lines().filter_map(|line| line.split_once("{Name: ")?.1.split(',').next());
-    let of_lambda = lambda.lines().filter_map(|line| line.trim().split_once(':').map(|(name, _)| name));
+    let of_lambda =
+        lambda.lines().filter_map(|line| line.trim().split_once(':').map(|(name, _)| name));
     let is_variable = |name: &&str| name.starts_with("PROJECT") || name.ends_with("_URL");
     let set: BTreeSet<&str> = of_ecs.chain(of_lambda).filter(is_variable).collect();
     assert!(set.len() >= 12, "{set:?}");
@@ -102,10 +113,12 @@ fn every_variable_that_a_template_sets_is_one_that_the_program_reads() {
 }
 
 #[test]
-fn the_times_in_the_templates_fit_each_other() {
-    let number = |text: &str| -> u64 { text.parse().unwrap_or_else(|_| panic!("{text:?} is a number")) };
-    let (queue, ecs, lambda) = (template("queue.yaml"), template("ecs.yaml"), template("lambda.yaml"));
-    let grace = value(&ecs, "{Name: PROJECTIONIST_GRACE, Value");
+fn the_timeouts_in_the_templates_are_consistent() {
+    let number =
+        |text: &str| -> u64 { text.parse().unwrap_or_else(|_| panic!("{text:?} is a number")) };
+    let (queue, ecs, lambda) =
+        (template("queue.yaml"), template("ecs.yaml"), template("lambda.yaml"));
+    let grace = value(&ecs, "{Name: PROJECTIONIST_GRACE_PERIOD, Value");
     assert!(
         number(value(&ecs, "StopTimeout")) >= number(grace) + 15,
         "a worker has time to end, and to hand messages back"
@@ -121,7 +134,7 @@ fn the_times_in_the_templates_fit_each_other() {
 }
 
 #[test]
-fn a_wrong_name_is_found() {
+fn a_wrong_name_is_detected() {
     let source = source();
     assert!(!has(&source, "LagSecond"), "not by a part of it");
     assert!(std::panic::catch_unwind(|| assert_known(&source, "LagMinutes")).is_err());
@@ -129,15 +142,21 @@ fn a_wrong_name_is_found() {
 
 /// What it does on LocalStack is shown in stacks.rs; this LocalStack makes no function.
 #[test]
-fn every_stack_with_a_relay_names_the_role_that_may_send_to_the_queue() {
+fn every_relay_stack_names_the_role_that_may_send() {
     let queue = template("queue.yaml");
-    assert!(queue.contains(r#"ArnNotEquals: {aws:PrincipalArn: !Split [",", !Ref SenderRoleArns]}"#));
+    assert!(
+        queue.contains(r#"ArnNotEquals: {aws:PrincipalArn: !Split [",", !Ref SenderRoleArns]}"#)
+    );
     for stack in ["ecs.yaml", "lambda.yaml"] {
         let template = template(stack);
         let (_, outputs) = template.split_once("\nOutputs:\n").expect("outputs");
-        let (_, output) = outputs.split_once("  RelayRoleArn:\n").unwrap_or_else(|| panic!("{stack} names no role"));
+        let (_, output) = outputs
+            .split_once("  RelayRoleArn:\n")
+            .unwrap_or_else(|| panic!("{stack} names no role"));
         let role = value(output, "Value").trim_start_matches("!GetAtt ").trim_end_matches(".Arn");
-        let (_, of_role) = template.split_once(&format!("\n  {role}:\n    Type: AWS::IAM::Role\n")).expect("a role");
+        let (_, of_role) = template
+            .split_once(&format!("\n  {role}:\n    Type: AWS::IAM::Role\n"))
+            .expect("a role");
         let policy = match of_role.split_once("\n  Policy:\n") {
             Some((_, policy)) => policy,
             None => of_role,

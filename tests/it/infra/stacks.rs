@@ -1,4 +1,5 @@
-//! The templates on LocalStack: what its CloudFormation can create is there, works, changes and goes.
+//! The templates on LocalStack: what its CloudFormation can create is there, works, changes and
+//! goes.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -6,14 +7,18 @@ use aws_sdk_sqs::types::QueueAttributeName;
 use serde_json::{Value, json};
 use time::format_description::well_known::Rfc3339;
 
-use super::behind::forward;
-use super::stand_in::StandIn;
+use super::fake_aws::FakeAws;
+use super::localstack_cli::forward;
 use super::{MetricFilter, file, fragile, tally};
-use crate::support::{Folder, Running, Tally, World, eventually, is_mariadb};
+use crate::support::{Folder, RunningProcess, Tally, World, eventually, is_mariadb};
 
 /// What this LocalStack says that it has made, and has not.
-const NOT_MADE: [&str; 4] =
-    ["AWS::CloudWatch::Dashboard", "AWS::ECS::Service", "AWS::ECS::TaskDefinition", "AWS::Logs::MetricFilter"];
+const UNSUPPORTED: [&str; 4] = [
+    "AWS::CloudWatch::Dashboard",
+    "AWS::ECS::Service",
+    "AWS::ECS::TaskDefinition",
+    "AWS::Logs::MetricFilter",
+];
 
 /// The three stacks of one system, under a name that no other test has.
 struct Stacks {
@@ -28,8 +33,15 @@ impl Stacks {
         let mut stacks = Stacks { service: format!("t{}", &id[12..]), outputs: HashMap::new() };
         stacks.create_one("queue", &[]).await;
         stacks.create_one("monitoring", &[]).await;
-        let secret =
-            aws(&["secretsmanager", "create-secret", "--name", &stacks.name("database"), "--secret-string", "x"]).await;
+        let secret = aws(&[
+            "secretsmanager",
+            "create-secret",
+            "--name",
+            &stacks.name("database"),
+            "--secret-string",
+            "x",
+        ])
+        .await;
         let ecs = [
             ("BootImage", "none:yet"),
             ("Cluster", "main"),
@@ -48,8 +60,8 @@ impl Stacks {
     /// From the template of this name.
     async fn create_one(&mut self, of: &str, parameters: &[(&str, &str)]) {
         self.change("create-stack", of, parameters).await;
-        self.comes_to(of, "CREATE_COMPLETE").await;
-        let stack = self.described(of).await;
+        self.wait_for_status(of, "CREATE_COMPLETE").await;
+        let stack = self.describe(of).await;
         for output in stack["Outputs"].as_array().expect("outputs") {
             let text = |key: &str| output[key].as_str().expect("text").to_owned();
             self.outputs.insert(text("OutputKey"), text("OutputValue"));
@@ -58,31 +70,45 @@ impl Stacks {
 
     async fn update(&self, of: &str, parameters: &[(&str, &str)]) {
         self.change("update-stack", of, parameters).await;
-        self.comes_to(of, "UPDATE_COMPLETE").await;
+        self.wait_for_status(of, "UPDATE_COMPLETE").await;
     }
 
     async fn change(&self, how: &str, of: &str, parameters: &[(&str, &str)]) {
-        let all = [("Service", self.service.as_str())].into_iter().chain(parameters.iter().copied());
-        let all: Value = all.map(|(name, value)| json!({"ParameterKey": name, "ParameterValue": value})).collect();
+        let all =
+            [("Service", self.service.as_str())].into_iter().chain(parameters.iter().copied());
+        let all: Value = all
+            .map(|(name, value)| json!({"ParameterKey": name, "ParameterValue": value}))
+            .collect();
         let body = format!("file://{}", file("infra").join(format!("{of}.yaml")).display());
         let (stack, parameters) = (self.name(of), all.to_string());
         let capabilities = ["--capabilities", "CAPABILITY_IAM"];
-        let call =
-            ["cloudformation", how, "--stack-name", &stack, "--template-body", &body, "--parameters", &parameters];
+        let call = [
+            "cloudformation",
+            how,
+            "--stack-name",
+            &stack,
+            "--template-body",
+            &body,
+            "--parameters",
+            &parameters,
+        ];
         aws(&[call.as_slice(), &capabilities].concat()).await;
     }
 
-    async fn comes_to(&self, of: &str, status: &str) {
-        eventually(status, async || self.described(of).await["StackStatus"] == status).await;
+    async fn wait_for_status(&self, of: &str, status: &str) {
+        eventually(status, async || self.describe(of).await["StackStatus"] == status).await;
     }
 
-    async fn described(&self, of: &str) -> Value {
-        let described = aws(&["cloudformation", "describe-stacks", "--stack-name", &self.name(of)]).await;
+    async fn describe(&self, of: &str) -> Value {
+        let described =
+            aws(&["cloudformation", "describe-stacks", "--stack-name", &self.name(of)]).await;
         described["Stacks"][0].clone()
     }
 
     async fn resources(&self, of: &str) -> Vec<Value> {
-        let described = aws(&["cloudformation", "describe-stack-resources", "--stack-name", &self.name(of)]).await;
+        let described =
+            aws(&["cloudformation", "describe-stack-resources", "--stack-name", &self.name(of)])
+                .await;
         described["StackResources"].as_array().expect("resources").clone()
     }
 
@@ -95,13 +121,15 @@ impl Stacks {
         aws(&["cloudwatch", "describe-alarms", "--alarm-names", &self.name(of)]).await["MetricAlarms"][0].clone()
     }
 
-    /// Has LocalStack look at an alarm now, and gives its state. By itself it looks once a minute from when the alarm was made;
-    /// so the alarm is made again, as it is.
+    /// Has LocalStack look at an alarm now, and gives its state. By itself it looks once a minute
+    /// from when the alarm was made; so the alarm is made again, as it is.
     async fn state(&self, of: &str) -> String {
         let mut alarm = self.alarm(of).await;
         let fields = alarm.as_object_mut().expect("an alarm");
         fields.retain(|name, _| {
-            name != "AlarmArn" && name != "AlarmConfigurationUpdatedTimestamp" && !name.starts_with("State")
+            name != "AlarmArn"
+                && name != "AlarmConfigurationUpdatedTimestamp"
+                && !name.starts_with("State")
         });
         aws(&["cloudwatch", "put-metric-alarm", "--cli-input-json", &alarm.to_string()]).await;
         let looked = async || self.alarm(of).await["StateValue"] != "INSUFFICIENT_DATA";
@@ -109,7 +137,8 @@ impl Stacks {
         self.alarm(of).await["StateValue"].as_str().expect("a state").to_owned()
     }
 
-    /// What a metric filter does: a 1 for each line that it matches, and else its default, 0; so many seconds ago.
+    /// What a metric filter does: a 1 for each line that it matches, and else its default, 0; so
+    /// many seconds ago.
     async fn count(&self, lines: &[Value], ago: u64) {
         let at = time::OffsetDateTime::now_utc() - time::Duration::seconds(ago as i64);
         let at = at.format(&Rfc3339).expect("a time");
@@ -121,7 +150,15 @@ impl Stacks {
             })
             .collect();
         let namespace = format!("Projectionist/{}", self.service);
-        aws(&["cloudwatch", "put-metric-data", "--namespace", &namespace, "--metric-data", &data.to_string()]).await;
+        aws(&[
+            "cloudwatch",
+            "put-metric-data",
+            "--namespace",
+            &namespace,
+            "--metric-data",
+            &data.to_string(),
+        ])
+        .await;
     }
 
     async fn delete(&self) {
@@ -129,15 +166,20 @@ impl Stacks {
             let name = self.name(of);
             aws(&["cloudformation", "delete-stack", "--stack-name", &name]).await;
             // By its name a stack that was deleted is not found.
-            let gone = async || ask(&["cloudformation", "describe-stacks", "--stack-name", &name]).await.is_err();
+            let gone = async || {
+                try_aws(&["cloudformation", "describe-stacks", "--stack-name", &name])
+                    .await
+                    .is_err()
+            };
             eventually("the stack is deleted", gone).await;
         }
     }
 }
 
 /// What the AWS CLI answers, or what it says against it.
-async fn ask(arguments: &[&str]) -> Result<Value, String> {
-    let arguments: Vec<String> = arguments.iter().chain(&["--output", "json"]).map(|word| word.to_string()).collect();
+async fn try_aws(arguments: &[&str]) -> Result<Value, String> {
+    let arguments: Vec<String> =
+        arguments.iter().chain(&["--output", "json"]).map(|word| word.to_string()).collect();
     let (code, text) = forward(&file(".local/bin/aws"), &arguments).await;
     match code {
         0 if text.trim().is_empty() => Ok(Value::Null),
@@ -147,20 +189,30 @@ async fn ask(arguments: &[&str]) -> Result<Value, String> {
 }
 
 async fn aws(arguments: &[&str]) -> Value {
-    ask(arguments).await.unwrap_or_else(|error| panic!("aws {}: {error}", arguments.join(" ")))
+    try_aws(arguments).await.unwrap_or_else(|error| panic!("aws {}: {error}", arguments.join(" ")))
 }
 
 /// The statement of a queue's policy that refuses senders.
 fn denied_senders(attributes: &Value) -> Option<Value> {
-    let policy: Value = serde_json::from_str(attributes["Policy"].as_str().expect("a policy")).expect("JSON");
+    let policy: Value =
+        serde_json::from_str(attributes["Policy"].as_str().expect("a policy")).expect("JSON");
     let statements = policy["Statement"].as_array().expect("statements");
-    let is_it = |statement: &&Value| statement["Effect"] == "Deny" && statement["Action"] == "sqs:SendMessage";
+    let is_it = |statement: &&Value| {
+        statement["Effect"] == "Deny" && statement["Action"] == "sqs:SendMessage"
+    };
     statements.iter().find(is_it).cloned()
 }
 
 async fn attributes(world: &World, url: &str) -> Value {
     let all = QueueAttributeName::All;
-    let answer = world.sqs.get_queue_attributes().queue_url(url).attribute_names(all).send().await.expect("attributes");
+    let answer = world
+        .sqs
+        .get_queue_attributes()
+        .queue_url(url)
+        .attribute_names(all)
+        .send()
+        .await
+        .expect("attributes");
     answer
         .attributes
         .unwrap_or_default()
@@ -170,7 +222,7 @@ async fn attributes(world: &World, url: &str) -> Value {
 }
 
 /// Asserts that what the templates say is what is there.
-async fn check_what_is_there(stacks: &Stacks, world: &World) {
+async fn check_resources(stacks: &Stacks, world: &World) {
     let mut resources = Vec::new();
     for of in ["queue", "monitoring", "ecs"] {
         resources.extend(stacks.resources(of).await);
@@ -178,15 +230,23 @@ async fn check_what_is_there(stacks: &Stacks, world: &World) {
     let mut not_made = BTreeSet::new();
     for resource in &resources {
         assert_eq!(resource["ResourceStatus"], "CREATE_COMPLETE", "{resource}");
-        if resource["ResourceStatusReason"].as_str().is_some_and(|reason| reason.contains("fallback")) {
+        if resource["ResourceStatusReason"]
+            .as_str()
+            .is_some_and(|reason| reason.contains("fallback"))
+        {
             not_made.insert(resource["ResourceType"].as_str().expect("a type").to_owned());
         }
     }
-    assert_eq!(not_made.iter().map(String::as_str).collect::<Vec<_>>(), NOT_MADE, "all else is there");
+    assert_eq!(
+        not_made.iter().map(String::as_str).collect::<Vec<_>>(),
+        UNSUPPORTED,
+        "all else is there"
+    );
 
     let queue = attributes(world, stacks.output("QueueUrl")).await;
     let dead = attributes(world, stacks.output("DeadLetterQueueUrl")).await;
-    let redrive: Value = serde_json::from_str(queue["RedrivePolicy"].as_str().expect("a policy")).expect("JSON");
+    let redrive: Value =
+        serde_json::from_str(queue["RedrivePolicy"].as_str().expect("a policy")).expect("JSON");
     assert_eq!(redrive["deadLetterTargetArn"], dead["QueueArn"]);
     assert_eq!(redrive["maxReceiveCount"].to_string().trim_matches('"'), "10");
     for (attribute, expected) in [
@@ -199,25 +259,46 @@ async fn check_what_is_there(stacks: &Stacks, world: &World) {
     ] {
         assert_eq!(queue[attribute], expected, "{attribute}");
     }
-    assert_eq!((&dead["FifoQueue"], &dead["MessageRetentionPeriod"]), (&json!("true"), &json!("1209600")));
-    assert!(queue["Policy"].as_str().is_some_and(|policy| policy.contains("aws:SecureTransport")), "{queue}");
+    assert_eq!(
+        (&dead["FifoQueue"], &dead["MessageRetentionPeriod"]),
+        (&json!("true"), &json!("1209600"))
+    );
+    assert!(
+        queue["Policy"].as_str().is_some_and(|policy| policy.contains("aws:SecureTransport")),
+        "{queue}"
+    );
 
     let group = stacks.output("LogGroup");
     let groups = aws(&["logs", "describe-log-groups", "--log-group-name-prefix", group]).await;
-    assert_eq!(groups["logGroups"][0]["logGroupName"], group, "its retention is passed over by LocalStack");
+    assert_eq!(
+        groups["logGroups"][0]["logGroupName"], group,
+        "its retention is passed over by LocalStack"
+    );
 
     let topic = stacks.output("TopicArn");
-    let alarms = aws(&["cloudwatch", "describe-alarms", "--alarm-name-prefix", &stacks.name("")]).await;
+    let alarms =
+        aws(&["cloudwatch", "describe-alarms", "--alarm-name-prefix", &stacks.name("")]).await;
     let alarms = alarms["MetricAlarms"].as_array().expect("alarms");
     assert_eq!(alarms.len(), 10);
     assert!(alarms.iter().all(|alarm| alarm["AlarmActions"] == json!([topic])), "{alarms:?}");
 
-    for (role, policy, may_use_the_queue) in [("PlayRole", "play", true), ("BootRole", "boot", false)] {
-        let role = resources.iter().find(|resource| resource["LogicalResourceId"] == role).expect("a role");
+    for (role, policy, may_use_the_queue) in
+        [("PlayRole", "play", true), ("BootRole", "boot", false)]
+    {
+        let role = resources
+            .iter()
+            .find(|resource| resource["LogicalResourceId"] == role)
+            .expect("a role");
         let role = role["PhysicalResourceId"].as_str().expect("a name");
-        let policy = aws(&["iam", "get-role-policy", "--role-name", role, "--policy-name", policy]).await.to_string();
+        let policy = aws(&["iam", "get-role-policy", "--role-name", role, "--policy-name", policy])
+            .await
+            .to_string();
         assert!(policy.contains("secretsmanager:GetSecretValue"), "{policy}");
-        assert_eq!(policy.contains(queue["QueueArn"].as_str().expect("an ARN")), may_use_the_queue, "{policy}");
+        assert_eq!(
+            policy.contains(queue["QueueArn"].as_str().expect("an ARN")),
+            may_use_the_queue,
+            "{policy}"
+        );
         assert_eq!(policy.contains("sqs:"), may_use_the_queue, "{policy}");
     }
 }
@@ -225,45 +306,83 @@ async fn check_what_is_there(stacks: &Stacks, world: &World) {
 /// A queue that is told what the stack's topic tells.
 async fn subscribed(stacks: &Stacks, world: &World) -> String {
     let name = stacks.name("told");
-    let url = world.sqs.create_queue().queue_name(&name).send().await.expect("a queue").queue_url.expect("a URL");
+    let url = world
+        .sqs
+        .create_queue()
+        .queue_name(&name)
+        .send()
+        .await
+        .expect("a queue")
+        .queue_url
+        .expect("a URL");
     let arn = attributes(world, &url).await["QueueArn"].as_str().expect("an ARN").to_owned();
     let topic = stacks.output("TopicArn");
-    aws(&["sns", "subscribe", "--topic-arn", topic, "--protocol", "sqs", "--notification-endpoint", &arn]).await;
+    aws(&[
+        "sns",
+        "subscribe",
+        "--topic-arn",
+        topic,
+        "--protocol",
+        "sqs",
+        "--notification-endpoint",
+        &arn,
+    ])
+    .await;
     url
 }
 
 #[tokio::test]
-async fn the_stacks_work_on_localstack_a_broken_projector_raises_the_alarm_and_they_update_and_go() {
+async fn the_stacks_deploy_raise_their_alarm_update_and_delete_on_localstack() {
     // Templates know nothing of the server, and the CLI takes its time: once is enough.
     if !is_mariadb().await {
         return;
     }
     let world = World::new().await;
     let stacks = Stacks::create().await;
-    check_what_is_there(&stacks, &world).await;
+    check_resources(&stacks, &world).await;
     let told = subscribed(&stacks, &world).await;
 
     // The gate, with the CloudFormation and the logs of LocalStack.
-    let release = || Folder::new().with("cases.toml", &tally("cases")).with("fragile.toml", &fragile(false));
-    let stand_in = StandIn::before(&world, file(".local/bin/aws"), file("infra/ecs.yaml")).await;
-    stand_in.push("orders:1", release()).await;
-    let gate = Running::spawn(stand_in.gate(&[&stacks.name("ecs"), "orders:1"])).finish().await.exits(0);
-    assert!(gate.stdout.contains("INFO booting projector=cases@1"), "from the log: {}", gate.stdout);
+    let release =
+        || Folder::new().with("cases.toml", &tally("cases")).with("fragile.toml", &fragile(false));
+    let fake_aws = FakeAws::before(&world, file(".local/bin/aws"), file("infra/ecs.yaml")).await;
+    fake_aws.push("orders:1", release()).await;
+    let gate = RunningProcess::spawn(fake_aws.gate(&[&stacks.name("ecs"), "orders:1"]))
+        .finish()
+        .await
+        .exits(0);
+    assert!(
+        gate.stdout.contains("INFO booting projector=cases@1"),
+        "from the log: {}",
+        gate.stdout
+    );
     assert!(gate.stdout.contains("cases@1  live"), "the outcome: {}", gate.stdout);
-    let described = stacks.described("ecs").await["Parameters"].to_string();
+    let described = stacks.describe("ecs").await["Parameters"].to_string();
     assert_eq!(described.matches("orders:1").count(), 2, "both images: {described}");
     assert!(described.contains(&stacks.service), "the other parameters stay: {described}");
 
     // Only the queue of the stack can feed this worker within the time of the test.
     let (projectors, queue) = (release(), stacks.output("QueueUrl"));
-    let play = ["play", "--projectors", projectors.path(), "--queue-url", queue, "--reconcile-after", "3600"];
+    let play = [
+        "play",
+        "--projectors",
+        projectors.path(),
+        "--queue-url",
+        queue,
+        "--reconcile-after",
+        "3600",
+    ];
     let worker = world.start(&[play.as_slice(), &["--log-format", "json"]].concat());
     let cases = Tally::new("cases");
     let appended = async |kind: &str| {
-        let line = format!("{{\"stream_id\":\"case-1\",\"event_type\":\"{kind}\",\"payload\":{{}}}}\n");
+        let line =
+            format!("{{\"stream_id\":\"case-1\",\"event_type\":\"{kind}\",\"payload\":{{}}}}\n");
         world.run_with(&["append"], line.repeat(20).as_bytes()).await.exits(0);
         let end = world.last_position().await;
-        eventually("the worker is at the end of the log", async || world.position("cases").await == end).await;
+        eventually("the worker is at the end of the log", async || {
+            world.position("cases").await == end
+        })
+        .await;
         world.assert_complete(&cases).await;
     };
     appended("Opened").await;
@@ -276,27 +395,57 @@ async fn the_stacks_work_on_localstack_a_broken_projector_raises_the_alarm_and_t
         let whole = logged.split_inclusive('\n').filter(|line| line.ends_with('\n'));
         whole.map(|line| serde_json::from_str(line).expect("every line is JSON")).collect()
     };
-    let broke = |line: &Value| line["alert"] == "projector_broken" && line["projector"] == "fragile@1";
+    let broke =
+        |line: &Value| line["alert"] == "projector_broken" && line["projector"] == "fragile@1";
     eventually("the log line is there", async || lines().iter().any(broke)).await;
     let before = lines();
-    // LocalStack takes three periods for one: dated back by two of them, the alarm does not last three minutes.
+    // LocalStack takes three periods for one: dated back by two of them, the alarm does not last
+    // three minutes.
     stacks.count(&before, 120).await;
     assert_eq!(stacks.state("projector-broken").await, "ALARM");
-    let received = world.sqs.receive_message().queue_url(&told).wait_time_seconds(20).send().await.expect("received");
-    let notice = received.messages().first().and_then(|message| message.body()).expect("somebody is told").to_owned();
+    let received = world
+        .sqs
+        .receive_message()
+        .queue_url(&told)
+        .wait_time_seconds(20)
+        .send()
+        .await
+        .expect("received");
+    let notice = received
+        .messages()
+        .first()
+        .and_then(|message| message.body())
+        .expect("somebody is told")
+        .to_owned();
     assert!(notice.contains(&stacks.name("projector-broken")), "{notice}");
     assert_eq!(stacks.state("boot-failed").await, "OK", "only this one");
 
-    // The queue changes in place, and the worker goes on. (Alarms stay as they are in this LocalStack.)
-    assert!(denied_senders(&attributes(&world, queue).await).is_none(), "the roles are made after the queue");
+    // The queue changes in place, and the worker goes on. (Alarms stay as they are in this
+    // LocalStack.)
+    assert!(
+        denied_senders(&attributes(&world, queue).await).is_none(),
+        "the roles are made after the queue"
+    );
     let relay = stacks.output("RelayRoleArn");
-    let others = [("VisibilityTimeout", "400"), ("RetentionSeconds", "86400"), ("SenderRoleArns", relay)];
+    let others =
+        [("VisibilityTimeout", "400"), ("RetentionSeconds", "86400"), ("SenderRoleArns", relay)];
     stacks.update("queue", &others).await;
     let changed = attributes(&world, queue).await;
     let denied = denied_senders(&changed).expect("from now on only the relay's role may send");
-    assert_eq!(denied["Condition"], json!({"ArnNotEquals": {"aws:PrincipalArn": [relay]}}), "{denied}");
-    assert_eq!((&denied["Principal"], &denied["Resource"]), (&json!("*"), &changed["QueueArn"]), "{denied}");
-    assert_eq!((&changed["VisibilityTimeout"], &changed["MessageRetentionPeriod"]), (&json!("400"), &json!("86400")));
+    assert_eq!(
+        denied["Condition"],
+        json!({"ArnNotEquals": {"aws:PrincipalArn": [relay]}}),
+        "{denied}"
+    );
+    assert_eq!(
+        (&denied["Principal"], &denied["Resource"]),
+        (&json!("*"), &changed["QueueArn"]),
+        "{denied}"
+    );
+    assert_eq!(
+        (&changed["VisibilityTimeout"], &changed["MessageRetentionPeriod"]),
+        (&json!("400"), &json!("86400"))
+    );
     appended("Amended").await;
 
     // Nothing breaks any more: the lines since make a 0, and the alarm ends.
@@ -306,10 +455,17 @@ async fn the_stacks_work_on_localstack_a_broken_projector_raises_the_alarm_and_t
 
     worker.terminate().await.exits(0);
     stacks.delete().await;
-    assert!(world.sqs.get_queue_attributes().queue_url(queue).send().await.is_err(), "the queue is gone");
-    let left = aws(&["cloudwatch", "describe-alarms", "--alarm-name-prefix", &stacks.name("")]).await;
+    assert!(
+        world.sqs.get_queue_attributes().queue_url(queue).send().await.is_err(),
+        "the queue is gone"
+    );
+    let left =
+        aws(&["cloudwatch", "describe-alarms", "--alarm-name-prefix", &stacks.name("")]).await;
     assert_eq!(left["MetricAlarms"], json!([]));
     let group = format!("/projectionist/{}", stacks.service);
-    assert_eq!(aws(&["logs", "describe-log-groups", "--log-group-name-prefix", &group]).await["logGroups"], json!([]));
+    assert_eq!(
+        aws(&["logs", "describe-log-groups", "--log-group-name-prefix", &group]).await["logGroups"],
+        json!([])
+    );
     world.sqs.delete_queue().queue_url(told).send().await.expect("deleted");
 }

@@ -1,4 +1,5 @@
-//! Invocations that do not come to a good end: no time, no database, a handler that never ends, a kill, a freeze, SIGTERM.
+//! Invocations that do not come to a good end: no time, no database, a handler that never ends, a
+//! kill, a freeze, SIGTERM.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -8,17 +9,26 @@ use projectionist::Queue;
 use serde_json::Value;
 
 use super::{GATE, close_gate, waiting_handlers};
-use crate::support::{Fate, PATIENCE, Tally, World, commits, eventually, execute, kill, sessions};
+use crate::support::{
+    ProxyAction, TIMEOUT, Tally, World, eventually, execute, is_commit, kill, sessions,
+};
 
-/// In a FIFO queue, and so in this order: what was passed is deleted, what was not and all after it is returned.
+/// In a FIFO queue, and so in this order: what was passed is deleted, what was not and all after it
+/// is returned.
 #[tokio::test]
-async fn an_invocation_that_runs_out_of_time_answers_before_its_end_and_the_next_goes_on() {
+async fn an_invocation_that_runs_out_of_time_responds_and_the_next_continues() {
     let world = World::new().await;
     let (quick, slow, last) = (Tally::new("quick"), Tally::new("slow"), Tally::new("the_last"));
     let folder = world.booted(&[&quick.file(&[]), &slow.file(&[GATE]), &last.file(&[])]).await;
     let mut gate = close_gate(&world, 25).await;
     world.append_and_publish(50).await;
-    let options = ["--projectors", folder.path(), "--batch=10", "--convoy-seconds=60", "--deadline-margin=1500"];
+    let options = [
+        "--projectors",
+        folder.path(),
+        "--batch=10",
+        "--background-after-seconds=60",
+        "--deadline-margin=1500",
+    ];
     let mut function = world.function(&options).await;
 
     let batch = world.capture().await;
@@ -26,9 +36,17 @@ async fn an_invocation_that_runs_out_of_time_answers_before_its_end_and_the_next
     function.begin(&batch.event(&world), Duration::from_secs(8));
     eventually("the slow one waits", async || world.lock_waits().await == 1).await;
     let answer = function.answer().await.expect("an answer");
-    assert_eq!(waiting_handlers(&world).await, 0, "nobody is frozen in the middle of a transaction");
     assert_eq!(
-        (world.position("quick").await, world.position("slow").await, world.position("the_last").await),
+        waiting_handlers(&world).await,
+        0,
+        "nobody is frozen in the middle of a transaction"
+    );
+    assert_eq!(
+        (
+            world.position("quick").await,
+            world.position("slow").await,
+            world.position("the_last").await
+        ),
         (50, 20, 0)
     );
     // Nobody has passed them, for the last one had no turn yet.
@@ -41,7 +59,11 @@ async fn an_invocation_that_runs_out_of_time_answers_before_its_end_and_the_next
     let answer = function.answer().await.expect("an answer");
     assert_eq!(batch.settle(&world, &answer).await, Vec::<usize>::new());
     assert_eq!(
-        (waiting_handlers(&world).await, world.position("slow").await, world.queue.depth().await.expect("a depth")),
+        (
+            waiting_handlers(&world).await,
+            world.position("slow").await,
+            world.queue.depth().await.expect("a depth")
+        ),
         (0, 20, 0)
     );
 
@@ -54,23 +76,37 @@ async fn an_invocation_that_runs_out_of_time_answers_before_its_end_and_the_next
 }
 
 #[tokio::test]
-async fn of_a_batch_that_runs_out_of_time_what_everybody_has_passed_is_not_returned() {
-    for (world, is_fifo) in [(World::new().await, true), (World::with_standard_queue().await, false)] {
+async fn a_timed_out_batch_returns_only_messages_not_applied_by_all() {
+    for (world, is_fifo) in
+        [(World::new().await, true), (World::with_standard_queue().await, false)]
+    {
         let (first, slow) = (Tally::new("first"), Tally::new("slow"));
         let folder = world.booted(&[&first.file(&[]), &slow.file(&[GATE])]).await;
         let mut gate = close_gate(&world, 25).await;
         world.append_and_publish(50).await;
-        let options = ["--projectors", folder.path(), "--batch=10", "--convoy-seconds=60", "--deadline-margin=1500"];
+        let options = [
+            "--projectors",
+            folder.path(),
+            "--batch=10",
+            "--background-after-seconds=60",
+            "--deadline-margin=1500",
+        ];
         let mut function = world.function(&options).await;
         let batch = world.capture().await;
         let event = batch.event(&world);
         let answer = function.invoke(&event, Duration::from_secs(8)).await.expect("an answer");
-        // Those that end with 10 and 20, wherever they are in the batch; of a FIFO queue they are the first.
+        // Those that end with 10 and 20, wherever they are in the batch; of a FIFO queue they are
+        // the first.
         let last = |record: &Value| {
-            let body: Value = serde_json::from_str(record["body"].as_str().expect("a body")).expect("JSON");
-            body["events"].as_array().and_then(|events| events.last()?["position"].as_u64()).expect("a position")
+            let body: Value =
+                serde_json::from_str(record["body"].as_str().expect("a body")).expect("JSON");
+            body["events"]
+                .as_array()
+                .and_then(|events| events.last()?["position"].as_u64())
+                .expect("a position")
         };
-        let positions: Vec<u64> = event["Records"].as_array().expect("records").iter().map(last).collect();
+        let positions: Vec<u64> =
+            event["Records"].as_array().expect("records").iter().map(last).collect();
         let returned = batch.settle(&world, &answer).await;
         let returned_positions: Vec<u64> = returned.iter().map(|&index| positions[index]).collect();
         let mut not_passed = positions.clone();
@@ -89,30 +125,42 @@ async fn of_a_batch_that_runs_out_of_time_what_everybody_has_passed_is_not_retur
 }
 
 #[tokio::test]
-async fn a_database_that_goes_away_in_the_middle_of_a_batch_makes_it_come_again_and_loses_nothing() {
+async fn a_database_outage_in_a_batch_causes_redelivery_and_no_loss() {
     let world = World::new().await;
     let (a, b) = (Tally::new("a"), Tally::new("b"));
     let folder = world.booted(&[&a.file(&[]), &b.file(&[])]).await;
     let (is_down, committed) = (Arc::new(AtomicBool::new(false)), AtomicU64::new(0));
     let down = Arc::clone(&is_down);
     let url = world
-        .database_url_by(move |bytes| {
+        .database_url_through_proxy(move |bytes| {
             // The third commit is the last that the server hears of, until it is there again.
-            if commits(bytes) && committed.fetch_add(1, Ordering::SeqCst) == 2 {
+            if is_commit(bytes) && committed.fetch_add(1, Ordering::SeqCst) == 2 {
                 down.store(true, Ordering::SeqCst);
-                return Fate::CutAfter;
+                return ProxyAction::CutAfter;
             }
-            if down.load(Ordering::SeqCst) { Fate::Reset } else { Fate::Passes }
+            if down.load(Ordering::SeqCst) { ProxyAction::Reset } else { ProxyAction::Forward }
         })
         .await;
     world.append_and_publish(50).await;
-    let options = ["--projectors", folder.path(), "--batch=10", "--connect-timeout=2", "--database-url", &url];
+    let options = [
+        "--projectors",
+        folder.path(),
+        "--batch=10",
+        "--connect-timeout=2",
+        "--database-url",
+        &url,
+    ];
     let mut function = world.function(&options).await;
     let batch = world.capture().await;
-    let answer = function.invoke(&batch.event(&world), Duration::from_secs(8)).await.expect("an answer");
+    let answer =
+        function.invoke(&batch.event(&world), Duration::from_secs(8)).await.expect("an answer");
     assert!(is_down.load(Ordering::SeqCst), "it went away");
     assert_eq!((world.position("a").await, world.position("b").await), (30, 0));
-    assert_eq!(batch.settle(&world, &answer).await, [0, 1, 2, 3, 4], "all after what nobody can vouch for");
+    assert_eq!(
+        batch.settle(&world, &answer).await,
+        [0, 1, 2, 3, 4],
+        "all after what nobody can vouch for"
+    );
 
     is_down.store(false, Ordering::SeqCst);
     assert_eq!(function.drain(&world).await, 5);
@@ -121,33 +169,37 @@ async fn a_database_that_goes_away_in_the_middle_of_a_batch_makes_it_come_again_
 }
 
 #[tokio::test]
-async fn a_handler_that_never_ends_is_found_out_in_one_invocation_and_breaks_only_its_projector() {
+async fn an_endless_handler_in_an_invocation_breaks_only_its_projector() {
     let world = World::new().await;
     let (endless, b) = (Tally::new("an_endless_one"), Tally::new("b"));
     let folder = world.booted(&[&endless.file(&[GATE]), &b.file(&[])]).await;
     let _gate = close_gate(&world, 15).await;
     world.append_and_publish(30).await;
-    let options = ["--projectors", folder.path(), "--handler-timeout=2", "--convoy-seconds=1"];
+    let options =
+        ["--projectors", folder.path(), "--handler-timeout=2", "--background-after-seconds=1"];
     let mut function = world.function(&options).await;
     assert_eq!(function.drain(&world).await, 3);
-    assert_eq!((world.status("an_endless_one").await, world.position("an_endless_one").await), ("broken".into(), 14));
+    assert_eq!(
+        (world.status("an_endless_one").await, world.position("an_endless_one").await),
+        ("broken".into(), 14)
+    );
     world.assert_folded(&endless).await;
     world.assert_complete(&b).await;
 }
 
 #[tokio::test]
-async fn after_an_invocation_that_was_killed_each_event_is_applied_once() {
+async fn after_a_killed_invocation_each_event_is_applied_once() {
     let world = World::new().await;
     let (a, b) = (Tally::new("a"), Tally::new("b"));
     let folder = world.booted(&[&a.file(&[]), &b.file(&[GATE])]).await;
     let mut gate = close_gate(&world, 25).await;
     world.append_and_publish(50).await;
-    let options = ["--projectors", folder.path(), "--batch=10", "--convoy-seconds=60"];
+    let options = ["--projectors", folder.path(), "--batch=10", "--background-after-seconds=60"];
     let function = world.function(&options).await;
     let batch = world.capture().await;
-    function.begin(&batch.event(&world), PATIENCE);
+    function.begin(&batch.event(&world), TIMEOUT);
     eventually("it is in the middle of the batch", async || world.lock_waits().await == 1).await;
-    assert!(function.process.strike_down().await, "it was running");
+    assert!(function.process.kill().await, "it was running");
     assert_eq!((world.position("a").await, world.position("b").await), (50, 20));
     batch.abandon(&world).await;
 
@@ -160,7 +212,7 @@ async fn after_an_invocation_that_was_killed_each_event_is_applied_once() {
 
 /// The process stands still meanwhile, as a function does between two invocations.
 #[tokio::test]
-async fn a_function_whose_connections_were_ended_while_it_was_frozen_passes_the_next_batch() {
+async fn a_function_whose_connections_closed_while_frozen_applies_the_next_batch() {
     let world = World::new().await;
     let (a, b) = (Tally::new("a"), Tally::new("b"));
     let folder = world.booted(&[&a.file(&[]), &b.file(&[])]).await;
@@ -170,17 +222,18 @@ async fn a_function_whose_connections_were_ended_while_it_was_frozen_passes_the_
     execute(&mut admin, &format!("create user '{user}'@'%' identified by 'x'")).await;
     execute(&mut admin, &format!("grant all on {}.* to '{user}'@'%'", world.database_name)).await;
     let url = world.database_url.replace("://root@", &format!("://{user}:x@"));
-    let mut function = world.function(&["--projectors", folder.path(), "--database-url", &url]).await;
+    let mut function =
+        world.function(&["--projectors", folder.path(), "--database-url", &url]).await;
     for round in 1..=3 {
         world.append_and_publish(30).await;
         assert_eq!(function.drain(&world).await, 3);
-        function.is_waiting_for(round * 2).await;
+        function.wait_for_invocations(round * 2).await;
         function.process.signal("STOP").await;
         let its_own = sessions(&mut admin).await.into_iter().filter(|session| session.user == user);
         assert!(kill(&mut admin, its_own).await > 0, "connections are kept between invocations");
         world.append_and_publish(30).await;
         let batch = world.capture().await;
-        function.begin(&batch.event(&world), PATIENCE);
+        function.begin(&batch.event(&world), TIMEOUT);
         function.process.signal("CONT").await;
         let answer = function.answer().await.expect("an answer");
         assert_eq!(batch.settle(&world, &answer).await, Vec::<usize>::new());
@@ -192,26 +245,26 @@ async fn a_function_whose_connections_were_ended_while_it_was_frozen_passes_the_
 
 /// As behind a network that forgets connections on which nothing is sent.
 #[tokio::test]
-async fn a_function_whose_connections_went_silent_while_it_was_not_used_passes_the_next_batch() {
+async fn a_function_whose_connections_went_silent_while_idle_applies_the_next_batch() {
     let world = World::new().await;
     let a = Tally::new("a");
     let folder = world.booted(&[&a.file(&[])]).await;
-    let (proxy, url) = world.database_proxy(|_| Fate::Passes).await;
+    let (proxy, url) = world.database_proxy(|_| ProxyAction::Forward).await;
     let options = ["--projectors", folder.path(), "--idle-timeout=0", "--database-url", &url];
     let mut function = world.function(&options).await;
     for round in 1..=3 {
         proxy.silence();
         world.append_and_publish(30).await;
         let batch = world.capture().await;
-        let answer = function.invoke(&batch.event(&world), PATIENCE / 2).await.expect("an answer");
+        let answer = function.invoke(&batch.event(&world), TIMEOUT / 2).await.expect("an answer");
         assert_eq!(batch.settle(&world, &answer).await, Vec::<usize>::new());
         world.assert_complete(&a).await;
-        function.is_waiting_for(round + 1).await;
+        function.wait_for_invocations(round + 1).await;
     }
 }
 
 #[tokio::test]
-async fn sigterm_ends_a_function_and_an_invocation_in_hand_answers_first() {
+async fn sigterm_ends_a_function_after_the_current_invocation_responds() {
     let world = World::new().await;
     let a = Tally::new("a");
     let folder = world.booted(&[&a.file(&[GATE])]).await;
@@ -220,9 +273,10 @@ async fn sigterm_ends_a_function_and_an_invocation_in_hand_answers_first() {
 
     let _gate = close_gate(&world, 5).await;
     world.append_and_publish(10).await;
-    let mut busy = world.function(&["--projectors", folder.path(), "--convoy-seconds=60"]).await;
+    let mut busy =
+        world.function(&["--projectors", folder.path(), "--background-after-seconds=60"]).await;
     let batch = world.capture().await;
-    busy.begin(&batch.event(&world), PATIENCE * 10);
+    busy.begin(&batch.event(&world), TIMEOUT * 10);
     eventually("it is in the middle of the batch", async || world.lock_waits().await == 1).await;
     busy.process.signal("TERM").await;
     let answer = busy.answer().await.expect("an answer");

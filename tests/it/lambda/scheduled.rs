@@ -8,10 +8,13 @@ use projectionist::Queue;
 use serde_json::{Value, json};
 
 use super::{GATE, close_gate, waiting_handlers};
-use crate::support::{Fate, Folder, Function, PATIENCE, Proxy, Tally, World, eventually, execute, schedule, setting};
+use crate::support::{
+    Folder, Function, Proxy, ProxyAction, TIMEOUT, Tally, World, eventually, execute, schedule,
+    setting,
+};
 
 #[tokio::test]
-async fn a_scheduled_invocation_publishes_and_catches_up_what_the_queue_does_not_feed() {
+async fn a_scheduled_invocation_publishes_and_catches_up_projectors_without_messages() {
     let world = World::new().await;
     let (a, b) = (Tally::new("a"), Tally::new("b"));
     let folder = world.booted(&[&a.file(&[]), &b.file(&[])]).await;
@@ -19,39 +22,45 @@ async fn a_scheduled_invocation_publishes_and_catches_up_what_the_queue_does_not
     let mut function = world.function(&options).await;
 
     world.append(30).await;
-    let summary = function.invoke(&schedule(), PATIENCE).await.expect("an answer");
+    let summary = function.invoke(&schedule(), TIMEOUT).await.expect("an answer");
     // Nobody takes the messages, so it is the store that feeds them.
     assert_eq!(
         summary,
-        json!({"events": 30, "published": 30, "high_water": 30, "behind": [], "outdated": [], "broken": [], "foreign": 0})
+        json!({"events": 30, "published": 30, "high_water": 30, "lagging": [], "outdated": [], "broken": [], "foreign_messages": 0})
     );
     assert_eq!((world.position("a").await, world.queue.depth().await.expect("a depth")), (30, 3));
     assert_eq!(function.drain(&world).await, 3);
-    assert_eq!(world.number("select count(*) from event_log where relay_holder is not null").await, 0);
+    assert_eq!(
+        world.number("select count(*) from event_log where relay_lease_holder is not null").await,
+        0
+    );
 
     world.append_and_publish(30).await;
     world.sqs.purge_queue().queue_url(&world.queue_url).send().await.expect("purged");
-    eventually("the queue is empty", async || world.queue.depth().await.expect("a depth") == 0).await;
-    let summary = function.invoke(&schedule(), PATIENCE).await.expect("an answer");
+    eventually("the queue is empty", async || world.queue.depth().await.expect("a depth") == 0)
+        .await;
+    let summary = function.invoke(&schedule(), TIMEOUT).await.expect("an answer");
     assert_eq!(
         summary,
-        json!({"events": 0, "published": 60, "high_water": 60, "behind": [], "outdated": [], "broken": [], "foreign": 0})
+        json!({"events": 0, "published": 60, "high_water": 60, "lagging": [], "outdated": [], "broken": [], "foreign_messages": 0})
     );
     world.assert_complete(&a).await;
     world.assert_complete(&b).await;
 }
 
 #[tokio::test]
-async fn a_scheduled_invocation_that_publishes_for_longer_brings_what_comes_meanwhile() {
+async fn a_long_publishing_invocation_includes_events_appended_meanwhile() {
     let world = World::new().await;
     let a = Tally::new("a");
     let folder = world.booted(&[&a.file(&[])]).await;
     let function = world.function(&["--projectors", folder.path(), "--relay-seconds=900"]).await;
-    function.begin(&schedule(), PATIENCE * 10);
+    function.begin(&schedule(), TIMEOUT * 10);
     for published in [10, 20, 30] {
         world.append(10).await;
-        eventually("it is published", async || world.number("select published from event_log").await == published)
-            .await;
+        eventually("it is published", async || {
+            world.number("select published from event_log").await == published
+        })
+        .await;
     }
     let mut other = world.function(&["--projectors", folder.path()]).await;
     assert!(other.drain(&world).await > 0);
@@ -59,7 +68,7 @@ async fn a_scheduled_invocation_that_publishes_for_longer_brings_what_comes_mean
     // Whoever ends it, its lease is given up.
     let left = function.process.terminate().await.exits(0);
     assert_eq!(
-        world.number("select count(*) from event_log where relay_holder is not null").await,
+        world.number("select count(*) from event_log where relay_lease_holder is not null").await,
         0,
         "{}",
         left.stderr
@@ -67,20 +76,34 @@ async fn a_scheduled_invocation_that_publishes_for_longer_brings_what_comes_mean
 }
 
 #[tokio::test]
-async fn a_scheduled_invocation_that_can_do_nothing_fails_in_time_and_the_next_makes_up_for_it() {
+async fn a_scheduled_invocation_without_its_servers_fails_in_time_and_the_next_catches_up() {
     let world = World::new().await;
     let a = Tally::new("a");
     let folder = world.booted(&[&a.file(&[])]).await;
-    let (is_queue_away, is_database_away) = (Arc::new(AtomicBool::new(true)), Arc::new(AtomicBool::new(false)));
+    let (is_queue_away, is_database_away) =
+        (Arc::new(AtomicBool::new(true)), Arc::new(AtomicBool::new(false)));
     let away = |is_away: &Arc<AtomicBool>| {
         let is_away = Arc::clone(is_away);
-        move |_: &[u8]| if is_away.load(Ordering::SeqCst) { Fate::Reset } else { Fate::Passes }
+        move |_: &[u8]| {
+            if is_away.load(Ordering::SeqCst) { ProxyAction::Reset } else { ProxyAction::Forward }
+        }
     };
     let endpoint = setting("AWS_ENDPOINT_URL").expect("the parts are up");
-    let queue = Proxy::new(endpoint.trim_start_matches("http://").trim_end_matches('/'), away(&is_queue_away)).await;
-    let url = world.database_url_by(away(&is_database_away)).await;
-    let options =
-        ["lambda", "--projectors", folder.path(), "--connect-timeout=2", "--reconcile-after=0", "--database-url", &url];
+    let queue = Proxy::new(
+        endpoint.trim_start_matches("http://").trim_end_matches('/'),
+        away(&is_queue_away),
+    )
+    .await;
+    let url = world.database_url_through_proxy(away(&is_database_away)).await;
+    let options = [
+        "lambda",
+        "--projectors",
+        folder.path(),
+        "--connect-timeout=2",
+        "--reconcile-after=0",
+        "--database-url",
+        &url,
+    ];
     let mut command = world.command(&options);
     command.env("AWS_ENDPOINT_URL", format!("http://{}", queue.address()));
     let mut function = Function::start(command).await;
@@ -88,7 +111,10 @@ async fn a_scheduled_invocation_that_can_do_nothing_fails_in_time_and_the_next_m
 
     let refused = |answer: Result<Value, Value>, word: &str| {
         let error = answer.expect_err("it can do nothing");
-        assert!(error["errorMessage"].as_str().is_some_and(|message| message.contains(word)), "{error}");
+        assert!(
+            error["errorMessage"].as_str().is_some_and(|message| message.contains(word)),
+            "{error}"
+        );
     };
     refused(function.invoke(&schedule(), Duration::from_secs(8)).await, "queue");
     is_queue_away.store(false, Ordering::SeqCst);
@@ -96,7 +122,7 @@ async fn a_scheduled_invocation_that_can_do_nothing_fails_in_time_and_the_next_m
     refused(function.invoke(&schedule(), Duration::from_secs(8)).await, "database");
     is_database_away.store(false, Ordering::SeqCst);
     // Now it has the queue, and loses it again.
-    function.invoke(&schedule(), PATIENCE).await.expect("an answer");
+    function.invoke(&schedule(), TIMEOUT).await.expect("an answer");
     world.append(20).await;
     is_queue_away.store(true, Ordering::SeqCst);
     refused(
@@ -106,14 +132,14 @@ async fn a_scheduled_invocation_that_can_do_nothing_fails_in_time_and_the_next_m
     // It has caught up from the store meanwhile, and publishes as soon as it can.
     assert_eq!(world.position("a").await, 40);
     is_queue_away.store(false, Ordering::SeqCst);
-    let summary = function.invoke(&schedule(), PATIENCE).await.expect("an answer");
+    let summary = function.invoke(&schedule(), TIMEOUT).await.expect("an answer");
     assert_eq!((&summary["published"], &summary["events"]), (&json!(40), &json!(20)));
     function.drain(&world).await;
     world.assert_complete(&a).await;
 }
 
 #[tokio::test]
-async fn invocations_write_metrics_before_their_answer() {
+async fn invocations_write_metrics_before_they_respond() {
     let world = World::new().await;
     let a = Tally::new("a");
     let folder = world.booted(&[&a.file(&[])]).await;
@@ -130,14 +156,17 @@ async fn invocations_write_metrics_before_their_answer() {
         names.map(|name| total(&written, name))
     };
     // Written before the answer; read by the test a little later.
-    eventually("what was applied", async || totals(["EventsApplied", "Heartbeat"]) == [Some(30.0), None]).await;
-    function.invoke(&schedule(), PATIENCE).await.expect("an answer");
+    eventually("what was applied", async || {
+        totals(["EventsApplied", "Heartbeat"]) == [Some(30.0), None]
+    })
+    .await;
+    function.invoke(&schedule(), TIMEOUT).await.expect("an answer");
     let totals = || ["LagSeconds", "Heartbeat"].map(|name| total(&function.process.logged(), name));
     eventually("the lag, and a heartbeat", async || totals() == [Some(0.0), Some(1.0)]).await;
 }
 
 #[tokio::test]
-async fn a_projector_that_is_far_behind_makes_no_message_fail_and_catches_up_in_invocations() {
+async fn a_projector_far_behind_fails_no_message_and_catches_up_over_invocations() {
     let world = World::new().await;
     let (behind, quick) = (Tally::new("behind"), Tally::new("quick"));
     let folder = world.booted(&[&behind.file(&[GATE]), &quick.file(&[])]).await;
@@ -152,8 +181,8 @@ async fn a_projector_that_is_far_behind_makes_no_message_fail_and_catches_up_in_
         "--projectors",
         folder.path(),
         "--batch=100",
-        "--convoy-events=50",
-        "--convoy-seconds=2",
+        "--background-after-events=50",
+        "--background-after-seconds=2",
         "--reconcile-after=0",
     ];
     let mut function = world.function(&options).await;
@@ -166,28 +195,38 @@ async fn a_projector_that_is_far_behind_makes_no_message_fail_and_catches_up_in_
     assert_eq!((world.position("quick").await, world.position("behind").await), (410, 300));
     assert_eq!(waiting_handlers(&world).await, 0);
     execute(&mut gate, "rollback").await;
-    let summary = function.invoke(&schedule(), PATIENCE).await.expect("an answer");
-    assert_eq!(summary["behind"], json!([]));
+    let summary = function.invoke(&schedule(), TIMEOUT).await.expect("an answer");
+    assert_eq!(summary["lagging"], json!([]));
     world.assert_complete(&behind).await;
     world.assert_complete(&quick).await;
 }
 
 /// Fewer connections than stragglers.
 #[tokio::test]
-async fn many_projectors_that_are_far_behind_all_catch_up_on_few_connections() {
+async fn many_projectors_far_behind_all_catch_up_on_few_connections() {
     let world = World::new().await;
     let tallies: Vec<Tally> = (0..6).map(|number| Tally::new(&format!("tally_{number}"))).collect();
     let files: Vec<String> = tallies.iter().map(|tally| tally.file(&[])).collect();
     let folder = world.booted(&files.iter().map(String::as_str).collect::<Vec<_>>()).await;
     world.append(6_000).await;
-    let options =
-        ["--projectors", folder.path(), "--batch=100", "--convoy-events=50", "--connections=4", "--reconcile-after=0"];
+    let options = [
+        "--projectors",
+        folder.path(),
+        "--batch=100",
+        "--background-after-events=50",
+        "--connections=4",
+        "--reconcile-after=0",
+    ];
     let mut function = world.function(&options).await;
-    let summary = function.invoke(&schedule(), PATIENCE).await.expect("an answer");
-    assert_eq!(summary["behind"], json!([]));
+    let summary = function.invoke(&schedule(), TIMEOUT).await.expect("an answer");
+    assert_eq!(summary["lagging"], json!([]));
     for tally in &tallies {
         world.assert_complete(tally).await;
     }
     let left = function.process.terminate().await.exits(0);
-    assert!(!left.stderr.contains("timed out"), "nobody waits in vain for a connection: {}", left.stderr);
+    assert!(
+        !left.stderr.contains("timed out"),
+        "nobody waits in vain for a connection: {}",
+        left.stderr
+    );
 }

@@ -5,10 +5,10 @@ use std::time::Instant;
 
 use serde_json::json;
 
-use crate::support::{Folder, Function, PATIENCE, Running, Runtime, Tally, World, schedule};
+use crate::support::{Folder, Function, RunningProcess, Runtime, TIMEOUT, Tally, World, schedule};
 
 #[tokio::test]
-async fn what_is_no_event_of_ours_is_refused_with_what_was_expected_and_the_function_goes_on() {
+async fn an_unknown_invocation_is_refused_and_the_function_continues() {
     let world = World::new().await;
     let a = Tally::new("a");
     let folder = world.booted(&[&a.file(&[])]).await;
@@ -21,7 +21,7 @@ async fn what_is_no_event_of_ours_is_refused_with_what_was_expected_and_the_func
         (json!({"key": "value"}), "neither Records nor a detail-type"),
         (schedule(), "QUEUE_URL"),
     ] {
-        let error = function.invoke(&event, PATIENCE).await.expect_err("it is refused");
+        let error = function.invoke(&event, TIMEOUT).await.expect_err("it is refused");
         assert_eq!(error["errorType"], "Projectionist.Input");
         let message = error["errorMessage"].as_str().expect("a message");
         assert!(message.contains(word), "{message}");
@@ -33,7 +33,7 @@ async fn what_is_no_event_of_ours_is_refused_with_what_was_expected_and_the_func
 }
 
 #[tokio::test]
-async fn a_function_that_cannot_be_initialized_says_why_to_lambda_and_exits_as_every_command() {
+async fn a_failed_initialization_is_reported_to_lambda_with_the_usual_exit_code() {
     let world = World::new().await;
     let folder = Folder::new().with("1.toml", &Tally::new("a").file(&[]));
     let with_projectors = ["lambda", "--projectors", folder.path()];
@@ -47,9 +47,21 @@ async fn a_function_that_cannot_be_initialized_says_why_to_lambda_and_exits_as_e
             2,
             &["no projectors", "PROJECTORS"][..],
         ),
-        (&with_projectors, None, "Projectionist.Input", 2, &["no database is named", "DATABASE_URL"]),
-        (&with_projectors, Some("mysql://root@127.0.0.1:1/x"), "Projectionist.OutOfReach", 3, &["127.0.0.1:1/x"]),
-        (&with_projectors, Some(&silent), "Projectionist.OutOfReach", 3, &["did not answer"]),
+        (
+            &with_projectors,
+            None,
+            "Projectionist.Input",
+            2,
+            &["no database is named", "DATABASE_URL"],
+        ),
+        (
+            &with_projectors,
+            Some("mysql://root@127.0.0.1:1/x"),
+            "Projectionist.Unreachable",
+            3,
+            &["127.0.0.1:1/x"],
+        ),
+        (&with_projectors, Some(&silent), "Projectionist.Unreachable", 3, &["did not answer"]),
     ] {
         let mut runtime = Runtime::new().await;
         let mut command = world.command(arguments);
@@ -57,17 +69,20 @@ async fn a_function_that_cannot_be_initialized_says_why_to_lambda_and_exits_as_e
             Some(url) => command.env("DATABASE_URL", url),
             None => command.env_remove("DATABASE_URL"),
         };
-        runtime.set_up(&mut command);
-        let ended = Running::spawn(command).finish().await.exits(code).says(words);
+        runtime.configure(&mut command);
+        let ended = RunningProcess::spawn(command).finish().await.exits(code).prints(words);
         let error = runtime.init_error().await;
-        assert_eq!((&error["errorType"], error["errorMessage"].as_str()), (&json!(kind), Some(ended.error().as_str())));
+        assert_eq!(
+            (&error["errorType"], error["errorMessage"].as_str()),
+            (&json!(kind), Some(ended.error().as_str()))
+        );
     }
     let elsewhere = world.run(&with_projectors).await.exits(2);
-    elsewhere.says(&["AWS_LAMBDA_RUNTIME_API is not set", "use play elsewhere"]);
+    elsewhere.prints(&["AWS_LAMBDA_RUNTIME_API is not set", "use play elsewhere"]);
 }
 
 #[tokio::test]
-async fn the_binary_without_arguments_is_a_function_where_lambda_starts_it() {
+async fn the_binary_without_arguments_is_a_function_inside_lambda() {
     let world = World::new().await;
     let a = Tally::new("a");
     let folder = world.booted(&[&a.file(&[])]).await;
@@ -79,8 +94,9 @@ async fn the_binary_without_arguments_is_a_function_where_lambda_starts_it() {
     world.assert_complete(&a).await;
 }
 
-/// Not a test: prints how long a function takes from its start to its first question, and to its first answer, that is with
-/// its first projection committed. `PROJECTIONIST_BINARY` names another binary than that of the tests.
+/// Not a test: prints how long a function takes from its start to its first question, and to its
+/// first answer, that is with its first projection committed. `PROJECTIONIST_BINARY` names another
+/// binary than that of the tests.
 #[tokio::test]
 #[ignore = "measures, and asserts nothing"]
 async fn cold_start() {
@@ -95,8 +111,14 @@ async fn cold_start() {
         let command = match std::env::var("PROJECTIONIST_BINARY") {
             Ok(binary) => {
                 let mut other = tokio::process::Command::new(binary);
-                other.args(command.as_std().get_args()).stdout(Stdio::piped()).stderr(Stdio::piped());
-                command.as_std().get_envs().for_each(|(name, value)| _ = value.map(|value| other.env(name, value)));
+                other
+                    .args(command.as_std().get_args())
+                    .stdout(Stdio::piped())
+                    .stderr(Stdio::piped());
+                command
+                    .as_std()
+                    .get_envs()
+                    .for_each(|(name, value)| _ = value.map(|value| other.env(name, value)));
                 other
             }
             Err(_) => command,
@@ -104,13 +126,20 @@ async fn cold_start() {
         let began = Instant::now();
         let mut function = Function::start(command).await;
         to_init.push(began.elapsed());
-        let answer = function.invoke(&batch.event(&world), PATIENCE).await.expect("an answer");
+        let answer = function.invoke(&batch.event(&world), TIMEOUT).await.expect("an answer");
         to_commit.push(began.elapsed());
         assert_eq!(batch.settle(&world, &answer).await, Vec::<usize>::new());
     }
     world.assert_complete(&a).await;
-    for (what, mut times) in [("init done", to_init), ("first batch of ten events committed", to_commit)] {
+    for (what, mut times) in
+        [("init done", to_init), ("first batch of ten events committed", to_commit)]
+    {
         times.sort();
-        eprintln!("{what}: median {:?}, from {:?} to {:?}", times[times.len() / 2], times[0], times[times.len() - 1]);
+        eprintln!(
+            "{what}: median {:?}, from {:?} to {:?}",
+            times[times.len() / 2],
+            times[0],
+            times[times.len() - 1]
+        );
     }
 }

@@ -3,7 +3,7 @@
 use std::sync::Mutex;
 use std::time::Duration;
 
-use projectionist::{Queue, QueueError, Receipt, Received, SqsQueue, async_trait};
+use projectionist::{Queue, QueueError, Receipt, ReceivedMessage, SqsQueue, async_trait};
 
 /// How often each fault strikes, in percent of the messages, and whether it does at all.
 #[derive(Debug, Clone, Copy, Default)]
@@ -26,9 +26,10 @@ pub struct Faults {
     pub unhidden: bool,
 }
 
-/// How often each fault struck, in messages, and what came through: a test that asserts nothing of it may prove nothing.
+/// How often each fault struck, in messages, and what came through: a test that asserts nothing of
+/// it may prove nothing.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Struck {
+pub struct FaultCounts {
     pub lost: u64,
     pub repeated: u64,
     pub malformed: u64,
@@ -55,30 +56,31 @@ pub struct FaultyQueue {
 
 struct State {
     dice: fastrand::Rng,
-    struck: Struck,
+    fault_counts: FaultCounts,
 }
 
 impl State {
-    fn strikes(&mut self, percent: u8, count: impl Fn(&mut Struck) -> &mut u64) -> bool {
+    fn should_strike(&mut self, percent: u8, count: impl Fn(&mut FaultCounts) -> &mut u64) -> bool {
         let strikes = self.dice.u8(0..100) < percent;
-        *count(&mut self.struck) += u64::from(strikes);
+        *count(&mut self.fault_counts) += u64::from(strikes);
         strikes
     }
 }
 
 impl FaultyQueue {
     pub fn new(queue: &SqsQueue, faults: Faults, seed: u64) -> Self {
-        let state = State { dice: fastrand::Rng::with_seed(seed), struck: Struck::default() };
+        let state =
+            State { dice: fastrand::Rng::with_seed(seed), fault_counts: FaultCounts::default() };
         FaultyQueue { queue: queue.clone(), faults, state: Mutex::new(state) }
     }
 
     /// Without faults: only to count.
-    pub fn counted(queue: &SqsQueue) -> Self {
+    pub fn without_faults(queue: &SqsQueue) -> Self {
         Self::new(queue, Faults::default(), 0)
     }
 
-    pub fn struck(&self) -> Struck {
-        self.with(|state| state.struck)
+    pub fn fault_counts(&self) -> FaultCounts {
+        self.with(|state| state.fault_counts)
     }
 
     fn with<T>(&self, act: impl FnOnce(&mut State) -> T) -> T {
@@ -89,39 +91,53 @@ impl FaultyQueue {
 #[async_trait]
 impl Queue for FaultyQueue {
     async fn send(&self, body: &str, deduplication_id: &str) -> Result<(), QueueError> {
-        if self.with(|state| state.strikes(self.faults.refused, |struck| &mut struck.refused)) {
+        if self.with(|state| {
+            state.should_strike(self.faults.refused, |fault_counts| &mut fault_counts.refused)
+        }) {
             return Err(QueueError("refused by the test".into()));
         }
         self.queue.send(body, deduplication_id).await?;
-        match self.with(|state| state.strikes(self.faults.unacknowledged, |struck| &mut struck.unacknowledged)) {
+        match self.with(|state| {
+            state.should_strike(self.faults.unacknowledged, |fault_counts| {
+                &mut fault_counts.unacknowledged
+            })
+        }) {
             true => Err(QueueError("not acknowledged by the test".into())),
             false => Ok(()),
         }
     }
 
-    async fn receive(&self, wait: Duration) -> Result<Vec<Received>, QueueError> {
+    async fn receive(&self, wait: Duration) -> Result<Vec<ReceivedMessage>, QueueError> {
         let mut received = Vec::new();
         for message in self.queue.receive(wait).await? {
-            if self.with(|state| state.strikes(self.faults.lost, |struck| &mut struck.lost)) {
+            if self.with(|state| {
+                state.should_strike(self.faults.lost, |fault_counts| &mut fault_counts.lost)
+            }) {
                 self.queue.delete(&[message.receipt]).await?;
                 continue;
             }
-            if self.with(|state| state.strikes(self.faults.repeated, |struck| &mut struck.repeated)) {
+            if self.with(|state| {
+                state.should_strike(self.faults.repeated, |fault_counts| &mut fault_counts.repeated)
+            }) {
                 received.push(message.clone());
             }
-            let body = match self.with(|state| state.strikes(self.faults.malformed, |struck| &mut struck.malformed)) {
+            let body = match self.with(|state| {
+                state.should_strike(self.faults.malformed, |fault_counts| {
+                    &mut fault_counts.malformed
+                })
+            }) {
                 true => message.body[..message.body.len() / 2].to_owned(),
                 false => message.body,
             };
-            received.push(Received { body, ..message });
+            received.push(ReceivedMessage { body, ..message });
         }
         self.with(|state| {
-            state.struck.receives += 1;
-            state.struck.received += received.len() as u64;
+            state.fault_counts.receives += 1;
+            state.fault_counts.received += received.len() as u64;
             if self.faults.shuffled {
                 let before = received.clone();
                 state.dice.shuffle(&mut received);
-                state.struck.shuffled += u64::from(before != received);
+                state.fault_counts.shuffled += u64::from(before != received);
             }
         });
         Ok(received)
@@ -132,19 +148,27 @@ impl Queue for FaultyQueue {
         distinct.sort();
         distinct.dedup();
         let (kept, deleted): (Vec<Receipt>, Vec<Receipt>) = self.with(|state| {
-            state.struck.deleted += distinct.len() as u64;
-            distinct.into_iter().partition(|_| state.strikes(self.faults.undeleted, |struck| &mut struck.undeleted))
+            state.fault_counts.deleted += distinct.len() as u64;
+            distinct.into_iter().partition(|_| {
+                state.should_strike(self.faults.undeleted, |fault_counts| {
+                    &mut fault_counts.undeleted
+                })
+            })
         });
         self.queue.delete(&deleted).await?;
-        self.queue.hide(&kept, Duration::ZERO).await
+        self.queue.change_visibility(&kept, Duration::ZERO).await
     }
 
-    async fn hide(&self, receipts: &[Receipt], duration: Duration) -> Result<(), QueueError> {
+    async fn change_visibility(
+        &self,
+        receipts: &[Receipt],
+        duration: Duration,
+    ) -> Result<(), QueueError> {
         if self.faults.unhidden {
-            self.with(|state| state.struck.unhidden += receipts.len() as u64);
+            self.with(|state| state.fault_counts.unhidden += receipts.len() as u64);
             return Ok(());
         }
-        self.queue.hide(receipts, duration).await
+        self.queue.change_visibility(receipts, duration).await
     }
 
     async fn depth(&self) -> Result<u64, QueueError> {
@@ -155,8 +179,8 @@ impl Queue for FaultyQueue {
         self.queue.identity()
     }
 
-    fn visibility(&self) -> Duration {
-        self.queue.visibility()
+    fn visibility_timeout(&self) -> Duration {
+        self.queue.visibility_timeout()
     }
 
     fn max_message_bytes(&self) -> usize {

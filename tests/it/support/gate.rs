@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tokio::sync::{Semaphore, watch};
 use tokio::time::timeout;
 
-use super::PATIENCE;
+use super::TIMEOUT;
 
 /// Shut until it is opened; then it stays open. Clones are the same gate.
 #[derive(Clone)]
@@ -27,7 +27,7 @@ impl Gate {
 
     /// Waits until somebody stands before it, each time another one.
     pub async fn arrival(&self) {
-        let arrival = timeout(PATIENCE, self.arrivals.acquire()).await;
+        let arrival = timeout(TIMEOUT, self.arrivals.acquire()).await;
         arrival.expect("somebody comes to the gate").expect("the gate stands").forget();
     }
 

@@ -1,5 +1,6 @@
-//! What stands before a database on RDS: TLS with a certificate for a name, and tokens instead of passwords. The real server
-//! is behind it, which here has no such certificate and knows nothing of IAM.
+//! What stands before a database on RDS: TLS with a certificate for a name, and tokens instead of
+//! passwords. The real server is behind it, which here has no such certificate and knows nothing of
+//! IAM.
 
 use std::io::{Error, ErrorKind, Result};
 use std::path::PathBuf;
@@ -21,7 +22,7 @@ const SSL: u8 = 0x08;
 
 /// Whom a gateway lets in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Door {
+pub enum AuthMode {
     /// Whom the server does.
     Passwords,
     /// Who sends a token, which is kept for the test to look at; to the server that is `root`.
@@ -31,11 +32,11 @@ pub enum Door {
 /// A gateway, for `localhost`.
 pub struct Gateway {
     port: u16,
-    seen: Arc<Seen>,
+    seen: Arc<GatewayState>,
 }
 
 #[derive(Default)]
-struct Seen {
+struct GatewayState {
     tokens: Mutex<Vec<String>>,
     is_closed: watch::Sender<bool>,
 }
@@ -48,19 +49,28 @@ pub fn certificate(name: &str) -> String {
 
 impl Gateway {
     /// In front of the world's server.
-    pub async fn new(world: &World, door: Door) -> Self {
-        let server =
-            world.database_url.split('@').nth(1).and_then(|rest| rest.split('/').next()).expect("a server").to_owned();
+    pub async fn new(world: &World, door: AuthMode) -> Self {
+        let server = world
+            .database_url
+            .split('@')
+            .nth(1)
+            .and_then(|rest| rest.split('/').next())
+            .expect("a server")
+            .to_owned();
         let chain = CertificateDer::pem_file_iter(certificate("server.pem")).expect("a file");
         let chain = chain.map(|certificate| certificate.expect("a certificate")).collect();
         let key = PrivateKeyDer::from_pem_file(certificate("server-key.pem")).expect("a key");
-        let config =
-            ServerConfig::builder_with_provider(Arc::new(default_provider())).with_safe_default_protocol_versions();
-        let config = config.expect("versions").with_no_client_auth().with_single_cert(chain, key).expect("a pair");
+        let config = ServerConfig::builder_with_provider(Arc::new(default_provider()))
+            .with_safe_default_protocol_versions();
+        let config = config
+            .expect("versions")
+            .with_no_client_auth()
+            .with_single_cert(chain, key)
+            .expect("a pair");
         let acceptor = TlsAcceptor::from(Arc::new(config));
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
         let port = listener.local_addr().expect("it is bound").port();
-        let seen = Arc::new(Seen::default());
+        let seen = Arc::new(GatewayState::default());
         let all = Arc::clone(&seen);
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
@@ -95,7 +105,13 @@ impl Gateway {
     }
 }
 
-async fn serve(mut client: TcpStream, mut server: TcpStream, tls: TlsAcceptor, door: Door, seen: &Seen) -> Result<()> {
+async fn serve(
+    mut client: TcpStream,
+    mut server: TcpStream,
+    tls: TlsAcceptor,
+    door: AuthMode,
+    seen: &GatewayState,
+) -> Result<()> {
     let (number, mut greeting) = read(&mut server).await?;
     // Protocol, version, connection, the first part of the nonce and a zero stand before the flags.
     let flags = 1 + end_of_text(&greeting, 1)? + 4 + 8 + 1;
@@ -109,7 +125,7 @@ async fn serve(mut client: TcpStream, mut server: TcpStream, tls: TlsAcceptor, d
     let (number, mut answer) = read(&mut client).await?;
     answer[1] &= !SSL;
     match door {
-        Door::Passwords => {
+        AuthMode::Passwords => {
             write(&mut server, number - 1, &answer).await?;
             loop {
                 let (number, packet) = read(&mut server).await?;
@@ -121,15 +137,16 @@ async fn serve(mut client: TcpStream, mut server: TcpStream, tls: TlsAcceptor, d
                 write(&mut server, number - 1, &packet).await?;
             }
         }
-        Door::Tokens => {
+        AuthMode::Tokens => {
             write(&mut client, number + 1, b"\xfemysql_clear_password\0").await?;
             let (number, token) = read(&mut client).await?;
             let token = String::from_utf8_lossy(&token).trim_end_matches('\0').to_owned();
             seen.tokens.lock().expect("no panic while writing").push(token);
             if *seen.is_closed.borrow() {
-                return write(&mut client, number + 1, b"\xff\x15\x04#28000Access denied for user").await;
+                return write(&mut client, number + 1, b"\xff\x15\x04#28000Access denied for user")
+                    .await;
             }
-            write(&mut server, 1, &as_root(&answer)?).await?;
+            write(&mut server, 1, &rewrite_as_root(&answer)?).await?;
             let mut packet = read(&mut server).await?;
             if packet.1[0] == 0xfe {
                 write(&mut server, packet.0 + 1, b"").await?;
@@ -146,7 +163,7 @@ async fn serve(mut client: TcpStream, mut server: TcpStream, tls: TlsAcceptor, d
 }
 
 /// The answer to a greeting, of `root` and without a password.
-fn as_root(answer: &[u8]) -> Result<Vec<u8>> {
+fn rewrite_as_root(answer: &[u8]) -> Result<Vec<u8>> {
     let user = 32;
     let secret = end_of_text(answer, user)? + user;
     let rest = secret + 1 + usize::from(answer[secret]);
@@ -156,7 +173,9 @@ fn as_root(answer: &[u8]) -> Result<Vec<u8>> {
 /// How long a text that a zero ends is from there on, with its zero.
 fn end_of_text(bytes: &[u8], from: usize) -> Result<usize> {
     let length = bytes[from..].iter().position(|byte| *byte == 0);
-    length.map(|length| length + 1).ok_or_else(|| Error::new(ErrorKind::InvalidData, "no zero ends it"))
+    length
+        .map(|length| length + 1)
+        .ok_or_else(|| Error::new(ErrorKind::InvalidData, "no zero ends it"))
 }
 
 async fn read(from: &mut (impl AsyncRead + Unpin)) -> Result<(u8, Vec<u8>)> {

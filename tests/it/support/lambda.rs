@@ -1,5 +1,5 @@
-//! Lambda around the shipped binary: the runtime's interface, and an event source mapping that hands over what is really in the
-//! queue and deletes what the function does not return.
+//! Lambda around the shipped binary: the runtime's interface, and an event source mapping that
+//! hands over what is really in the queue and deletes what the function does not return.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -13,14 +13,14 @@ use tokio::process::Command;
 use tokio::sync::{Mutex, mpsc, watch};
 use tokio::time::timeout;
 
-use super::{PATIENCE, Running, World};
+use super::{RunningProcess, TIMEOUT, World};
 
 /// What a function said to an invocation: an answer, or an error.
-pub type Answer = Result<Value, Value>;
+pub type InvocationResult = Result<Value, Value>;
 
 /// A function: the process, and the runtime that invokes it.
 pub struct Function {
-    pub process: Running,
+    pub process: RunningProcess,
     runtime: Runtime,
 }
 
@@ -28,7 +28,7 @@ pub struct Function {
 pub struct Runtime {
     address: String,
     invocations: mpsc::UnboundedSender<(Value, Duration)>,
-    answers: mpsc::UnboundedReceiver<Answer>,
+    answers: mpsc::UnboundedReceiver<InvocationResult>,
     init_errors: mpsc::UnboundedReceiver<Value>,
     asked: watch::Receiver<u64>,
 }
@@ -36,7 +36,7 @@ pub struct Runtime {
 /// What the interface's connections share.
 struct Shared {
     invocations: Mutex<mpsc::UnboundedReceiver<(Value, Duration)>>,
-    answers: mpsc::UnboundedSender<Answer>,
+    answers: mpsc::UnboundedSender<InvocationResult>,
     init_errors: mpsc::UnboundedSender<Value>,
     asked: watch::Sender<u64>,
 }
@@ -50,7 +50,12 @@ impl Runtime {
         let (failed, init_errors) = mpsc::unbounded_channel();
         let asked = watch::Sender::new(0);
         let asks = asked.subscribe();
-        let shared = Shared { invocations: Mutex::new(invoked), answers: answered, init_errors: failed, asked };
+        let shared = Shared {
+            invocations: Mutex::new(invoked),
+            answers: answered,
+            init_errors: failed,
+            asked,
+        };
         tokio::spawn(async move {
             let shared = Arc::new(shared);
             while let Ok((stream, _)) = listener.accept().await {
@@ -61,13 +66,16 @@ impl Runtime {
     }
 
     /// Sets a command up as Lambda would.
-    pub fn set_up(&self, command: &mut Command) {
+    pub fn configure(&self, command: &mut Command) {
         command.env("AWS_LAMBDA_RUNTIME_API", &self.address);
     }
 
     /// What the process said of its initialization.
     pub async fn init_error(&mut self) -> Value {
-        timeout(PATIENCE, self.init_errors.recv()).await.expect("it says so in time").expect("the runtime stands")
+        timeout(TIMEOUT, self.init_errors.recv())
+            .await
+            .expect("it says so in time")
+            .expect("the runtime stands")
     }
 }
 
@@ -82,16 +90,16 @@ impl Function {
     /// Starts this command as a function, and waits until it asks for its first invocation.
     pub async fn start(mut command: Command) -> Self {
         let runtime = Runtime::new().await;
-        runtime.set_up(&mut command);
-        let mut function = Function { process: Running::spawn(command), runtime };
-        function.is_waiting_for(1).await;
+        runtime.configure(&mut command);
+        let mut function = Function { process: RunningProcess::spawn(command), runtime };
+        function.wait_for_invocations(1).await;
         function
     }
 
     /// Waits until it has asked for so many invocations.
-    pub async fn is_waiting_for(&mut self, invocations: u64) {
+    pub async fn wait_for_invocations(&mut self, invocations: u64) {
         let asked = self.runtime.asked.wait_for(|asked| *asked >= invocations);
-        timeout(PATIENCE, asked).await.expect("it asks in time").expect("the runtime stands");
+        timeout(TIMEOUT, asked).await.expect("it asks in time").expect("the runtime stands");
     }
 
     /// Invokes it, and does not wait for the answer. It has so much time.
@@ -100,17 +108,21 @@ impl Function {
     }
 
     /// The answer to what was begun.
-    pub async fn answer(&mut self) -> Answer {
-        timeout(PATIENCE, self.runtime.answers.recv()).await.expect("it answers in time").expect("the runtime stands")
+    pub async fn answer(&mut self) -> InvocationResult {
+        timeout(TIMEOUT, self.runtime.answers.recv())
+            .await
+            .expect("it answers in time")
+            .expect("the runtime stands")
     }
 
     /// Invokes it.
-    pub async fn invoke(&mut self, event: &Value, time: Duration) -> Answer {
+    pub async fn invoke(&mut self, event: &Value, time: Duration) -> InvocationResult {
         self.begin(event, time);
         self.answer().await
     }
 
-    /// Hands over what is in the queue until nothing is, as an event source mapping does. Asserts that nothing is returned.
+    /// Hands over what is in the queue until nothing is, as an event source mapping does. Asserts
+    /// that nothing is returned.
     pub async fn drain(&mut self, world: &World) -> usize {
         let mut messages = 0;
         loop {
@@ -119,7 +131,7 @@ impl Function {
                 return messages;
             }
             messages += batch.messages.len();
-            let answer = self.invoke(&batch.event(world), PATIENCE).await.expect("an answer");
+            let answer = self.invoke(&batch.event(world), TIMEOUT).await.expect("an answer");
             assert_eq!(batch.settle(world, &answer).await, Vec::<usize>::new(), "{answer}");
         }
     }
@@ -135,21 +147,25 @@ pub fn schedule() -> Value {
 }
 
 /// Messages that were received for a function.
-pub struct Captured {
+pub struct CapturedBatch {
     pub messages: Vec<Message>,
 }
 
 impl World {
     /// Receives what there is, ten messages at most.
-    pub async fn capture(&self) -> Captured {
-        let receive = self.sqs.receive_message().queue_url(&self.queue_url).max_number_of_messages(10);
+    pub async fn capture(&self) -> CapturedBatch {
+        let receive =
+            self.sqs.receive_message().queue_url(&self.queue_url).max_number_of_messages(10);
         let receive = receive.wait_time_seconds(1).visibility_timeout(600);
-        let received = receive.message_system_attribute_names(MessageSystemAttributeName::All).send().await;
-        Captured { messages: received.expect("the queue answers").messages.unwrap_or_default() }
+        let received =
+            receive.message_system_attribute_names(MessageSystemAttributeName::All).send().await;
+        CapturedBatch {
+            messages: received.expect("the queue answers").messages.unwrap_or_default(),
+        }
     }
 }
 
-impl Captured {
+impl CapturedBatch {
     /// As the mapping hands them over.
     pub fn event(&self, world: &World) -> Value {
         let queue = world.queue_url.rsplit('/').next().expect("a name");
@@ -170,25 +186,37 @@ impl Captured {
         json!({ "Records": self.messages.iter().map(record).collect::<Vec<_>>() })
     }
 
-    /// Deletes what the answer does not return, and makes the rest visible at once. Says which, from 0, were returned.
+    /// Deletes what the answer does not return, and makes the rest visible at once. Says which,
+    /// from 0, were returned.
     pub async fn settle(&self, world: &World, answer: &Value) -> Vec<usize> {
         let returned = answer["batchItemFailures"].as_array().expect("a list of failures");
-        let returned: HashSet<&str> =
-            returned.iter().map(|failure| failure["itemIdentifier"].as_str().expect("an id")).collect();
-        let is_returned = |message: &&Message| returned.contains(message.message_id().expect("an id"));
+        let returned: HashSet<&str> = returned
+            .iter()
+            .map(|failure| failure["itemIdentifier"].as_str().expect("an id"))
+            .collect();
+        let is_returned =
+            |message: &&Message| returned.contains(message.message_id().expect("an id"));
         assert_eq!(
             self.messages.iter().filter(is_returned).count(),
             returned.len(),
             "only what it was given: {answer}"
         );
-        let done: Vec<&Message> = self.messages.iter().filter(|message| !is_returned(message)).collect();
+        let done: Vec<&Message> =
+            self.messages.iter().filter(|message| !is_returned(message)).collect();
         if !done.is_empty() {
             let entry = |(id, message): (usize, &&Message)| {
                 let entry = DeleteMessageBatchRequestEntry::builder().id(id.to_string());
-                entry.receipt_handle(message.receipt_handle().expect("a receipt")).build().expect("all that it needs")
+                entry
+                    .receipt_handle(message.receipt_handle().expect("a receipt"))
+                    .build()
+                    .expect("all that it needs")
             };
             let entries = done.iter().enumerate().map(entry).collect();
-            let delete = world.sqs.delete_message_batch().queue_url(&world.queue_url).set_entries(Some(entries));
+            let delete = world
+                .sqs
+                .delete_message_batch()
+                .queue_url(&world.queue_url)
+                .set_entries(Some(entries));
             assert!(delete.send().await.expect("the queue answers").failed().is_empty());
         }
         self.give_back(world, is_returned).await;
@@ -203,8 +231,15 @@ impl Captured {
 
     async fn give_back(&self, world: &World, which: impl Fn(&&Message) -> bool) {
         for message in self.messages.iter().filter(which) {
-            let show = world.sqs.change_message_visibility().queue_url(&world.queue_url).visibility_timeout(0);
-            show.receipt_handle(message.receipt_handle().expect("a receipt")).send().await.expect("given back");
+            let show = world
+                .sqs
+                .change_message_visibility()
+                .queue_url(&world.queue_url)
+                .visibility_timeout(0);
+            show.receipt_handle(message.receipt_handle().expect("a receipt"))
+                .send()
+                .await
+                .expect("given back");
         }
     }
 }
@@ -218,7 +253,10 @@ async fn serve(stream: TcpStream, shared: Arc<Shared>) {
         ("GET", "/2018-06-01/runtime/invocation/next") => {
             shared.asked.send_modify(|asked| *asked += 1);
             let Some((event, time)) = shared.invocations.lock().await.recv().await else { return };
-            let ends = (SystemTime::now() + time).duration_since(UNIX_EPOCH).expect("after 1970").as_millis();
+            let ends = (SystemTime::now() + time)
+                .duration_since(UNIX_EPOCH)
+                .expect("after 1970")
+                .as_millis();
             let event = event.as_str().map_or_else(|| event.to_string(), str::to_owned);
             format!(
                 "HTTP/1.1 200 OK\r\nLambda-Runtime-Aws-Request-Id: {}\r\nLambda-Runtime-Deadline-Ms: {ends}\r\n\
@@ -231,7 +269,9 @@ async fn serve(stream: TcpStream, shared: Arc<Shared>) {
         ("POST", path) => {
             match path.rsplit('/').next() {
                 Some("response") => _ = shared.answers.send(Ok(json())),
-                Some("error") if path.ends_with("/init/error") => _ = shared.init_errors.send(json()),
+                Some("error") if path.ends_with("/init/error") => {
+                    _ = shared.init_errors.send(json())
+                }
                 Some("error") => _ = shared.answers.send(Err(json())),
                 _ => panic!("there is no {path}"),
             }

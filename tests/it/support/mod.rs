@@ -2,17 +2,17 @@
 
 mod faulty_queue;
 mod folder;
-mod foreign;
+mod foreign_writer;
 mod gate;
 mod gateway;
 mod lambda;
 mod own_server;
-mod playing;
+mod play_task;
 mod process;
 mod proxy;
-mod scripted;
+mod scripted_projector;
 mod sessions;
-mod stub;
+mod sqs_stub;
 mod tally;
 
 use std::future::Future;
@@ -22,26 +22,27 @@ use std::time::{Duration, Instant};
 use aws_sdk_sqs::types::QueueAttributeName;
 use projectionist::sqlx::{self, AssertSqlSafe, ConnectOptions, Connection, MySqlConnection, Row};
 use projectionist::{
-    BootReport, ConvoyBudget, Database, Entry, EventStore, Ledger, Limits, NewEvent, PlaySettings, Played, ProjectorId,
-    Queue, Registry, RelaySettings, SqsQueue, Status, boot, play,
+    BackgroundLimits, BootReport, Database, Entry, EventStore, Ledger, Limits, NewEvent,
+    PlayReport, PlaySettings, ProjectorId, Queue, Registry, RelaySettings, SqsQueue, Status, boot,
+    play,
 };
 
 pub use faulty_queue::{Faults, FaultyQueue};
 pub use folder::Folder;
-pub use foreign::{server_error, write};
+pub use foreign_writer::{server_error, write};
 pub use gate::Gate;
-pub use gateway::{Door, Gateway, certificate};
+pub use gateway::{AuthMode, Gateway, certificate};
 pub use lambda::{Function, Runtime, schedule};
 pub use own_server::OwnServer;
-pub use process::{Finished, Piped, Running};
-pub use proxy::{Cuts, Fate, Proxy, commits, holds};
-pub use scripted::{Scripted, gated, run, scripted_at, set};
+pub use process::{FinishedProcess, PipedProcess, RunningProcess};
+pub use proxy::{Proxy, ProxyAction, RandomCuts, contains_text, is_commit};
+pub use scripted_projector::{ScriptedProjector, gated, registry_of, run, scripted_at};
 pub use sessions::{Session, kill, sessions};
-pub use stub::Stub;
+pub use sqs_stub::SqsStub;
 pub use tally::{Tally, registry};
 
 /// Longer than anything here takes on a busy machine; reaching it is a failure.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A database and a queue that no other test has.
 pub struct World {
@@ -73,7 +74,8 @@ impl World {
         let mut server = server_connection().await;
         execute(&mut server, &format!("create database {database_name}")).await;
         let database_url = format!("{}/{database_name}", server_url());
-        let database = Database::connect(&database_url, 16, PATIENCE).await.expect("the server answers");
+        let database =
+            Database::connect(&database_url, 16, TIMEOUT).await.expect("the server answers");
         database.migrate().await.expect("the tables are created");
 
         let sqs = sqs_client().await;
@@ -87,8 +89,9 @@ impl World {
         }
         let created = create.send().await.expect("the queue is created");
         let queue_url = created.queue_url.expect("a queue has a URL");
-        let queue =
-            SqsQueue::with_client(sqs.clone(), &queue_url, Duration::from_secs(30)).await.expect("the queue answers");
+        let queue = SqsQueue::with_client(sqs.clone(), &queue_url, Duration::from_secs(30))
+            .await
+            .expect("the queue answers");
         World {
             store: EventStore::new(&database),
             ledger: Ledger::new(&database),
@@ -121,27 +124,35 @@ impl World {
         boot(&self.database, registry, limits, |_| {}).await.expect("boot comes to an end")
     }
 
-    /// Boots while the mark is held below the end of the log, without waiting: the release is not let go.
-    pub async fn boot_held(&self, registry: &Registry) {
-        let limits = Limits { batch: 100, patience: Some(Duration::ZERO), ..Limits::default() };
-        let report = boot(&self.database, registry, limits, |_| {}).await.expect("boot comes to an end");
+    /// Boots while the mark is held below the end of the log, without waiting: the release is not
+    /// let go.
+    pub async fn boot_while_blocked(&self, registry: &Registry) {
+        let limits =
+            Limits { batch: 100, retry_timeout: Some(Duration::ZERO), ..Limits::default() };
+        let report =
+            boot(&self.database, registry, limits, |_| {}).await.expect("boot comes to an end");
         assert!(!report.is_released(), "more is visible above what holds the mark: {report:?}");
     }
 
     /// Plays in this process until all is quiet, from the real queue.
-    pub async fn play_until_idle(&self, registry: &Registry) -> Played {
+    pub async fn play_until_idle(&self, registry: &Registry) -> PlayReport {
         self.play_from(Arc::clone(&self.queue) as Arc<dyn Queue>, registry).await
     }
 
     /// Plays in this process until all is quiet, from the given queue.
-    pub async fn play_from(&self, queue: Arc<dyn Queue>, registry: &Registry) -> Played {
+    pub async fn play_from(&self, queue: Arc<dyn Queue>, registry: &Registry) -> PlayReport {
         self.play_with(queue, registry, Self::play_settings()).await
     }
 
     /// Plays in this process until all is quiet, from the given queue, with these settings.
-    pub async fn play_with(&self, queue: Arc<dyn Queue>, registry: &Registry, settings: PlaySettings) -> Played {
+    pub async fn play_with(
+        &self,
+        queue: Arc<dyn Queue>,
+        registry: &Registry,
+        settings: PlaySettings,
+    ) -> PlayReport {
         let playing = play(&self.database, queue, registry, settings, std::future::pending());
-        let played = tokio::time::timeout(PATIENCE * 2, playing).await.expect("play becomes idle");
+        let played = tokio::time::timeout(TIMEOUT * 2, playing).await.expect("play becomes idle");
         played.expect("play comes to an end")
     }
 
@@ -152,7 +163,7 @@ impl World {
             relay: Some(RelaySettings { interval: Duration::from_millis(10), max_events: 20 }),
             receive_wait: Duration::from_secs(1),
             reconcile_after: Duration::from_secs(1),
-            convoy: ConvoyBudget::default(),
+            background_after: BackgroundLimits::default(),
             until_idle: true,
             grace: Duration::from_secs(5),
         }
@@ -161,7 +172,12 @@ impl World {
     /// What the ledger has of a projector of version 1.
     pub async fn entry(&self, name: &str) -> Option<Entry> {
         let id = ProjectorId { name: name.into(), version: 1 };
-        self.ledger.entries().await.expect("the ledger is read").into_iter().find(|entry| entry.id == id)
+        self.ledger
+            .entries()
+            .await
+            .expect("the ledger is read")
+            .into_iter()
+            .find(|entry| entry.id == id)
     }
 
     /// The status of a projector of version 1; `new` where the ledger has none.
@@ -181,8 +197,14 @@ impl World {
 
     /// One number from the database.
     pub async fn number(&self, sql: &str) -> u64 {
-        let row = sqlx::query(AssertSqlSafe(sql)).fetch_one(&mut self.connection().await).await.expect(sql);
-        row.try_get::<i64, _>(0).map(|n| n as u64).or_else(|_| row.try_get::<u64, _>(0)).expect("a number")
+        let row = sqlx::query(AssertSqlSafe(sql))
+            .fetch_one(&mut self.connection().await)
+            .await
+            .expect(sql);
+        row.try_get::<i64, _>(0)
+            .map(|n| n as u64)
+            .or_else(|_| row.try_get::<u64, _>(0))
+            .expect("a number")
     }
 
     /// Runs a statement.
@@ -195,25 +217,35 @@ impl World {
         self.number("select high_water from event_log").await
     }
 
-    /// How many transactions in the world's database wait for a lock. (Not by `information_schema.innodb_trx`: that is
-    /// refreshed only after nobody has read it for 0.1 s.)
+    /// How many transactions in the world's database wait for a lock. (Not by
+    /// `information_schema.innodb_trx`: that is refreshed only after nobody has read it for 0.1 s.)
     pub async fn lock_waits(&self) -> usize {
         let mut connection = self.connection().await;
         let sessions: Vec<u64> = self.sessions().await.iter().map(|session| session.id).collect();
-        let status = sqlx::raw_sql("show engine innodb status").fetch_one(&mut connection).await.expect("the status");
+        let status = sqlx::raw_sql("show engine innodb status")
+            .fetch_one(&mut connection)
+            .await
+            .expect("the status");
         let status: String = status.try_get(2).expect("a text");
-        let waiting = status.split("---TRANSACTION").filter(|transaction| transaction.contains("\nLOCK WAIT "));
+        let waiting = status
+            .split("---TRANSACTION")
+            .filter(|transaction| transaction.contains("\nLOCK WAIT "));
         let session = |transaction: &str| -> Option<u64> {
             transaction.split_once(" thread id ")?.1.split(',').next()?.parse().ok()
         };
         waiting.filter_map(session).filter(|session| sessions.contains(session)).count()
     }
 
-    /// Asserts the one oracle: the projector's read model is the fold of the log up to its position, each
-    /// event that it wants once, in order.
+    /// Asserts the one oracle: the projector's read model is the fold of the log up to its
+    /// position, each event that it wants once, in order.
     pub async fn assert_folded(&self, tally: &Tally) {
         let position = self.position(tally.name()).await;
-        assert_eq!(tally.applied(self).await, tally.expected(self, position).await, "{} at {position}", tally.name());
+        assert_eq!(
+            tally.applied(self).await,
+            tally.expected(self, position).await,
+            "{} at {position}",
+            tally.name()
+        );
     }
 
     /// Asserts that a projector broke at this position, and why.
@@ -227,7 +259,12 @@ impl World {
 
     /// Asserts the one oracle, and that it is at the end of the log.
     pub async fn assert_complete(&self, tally: &Tally) {
-        assert_eq!(self.position(tally.name()).await, self.last_position().await, "{} is at the end", tally.name());
+        assert_eq!(
+            self.position(tally.name()).await,
+            self.last_position().await,
+            "{} is at the end",
+            tally.name()
+        );
         self.assert_folded(tally).await;
     }
 }
@@ -241,15 +278,18 @@ impl Drop for World {
         let (name, queue_url) = (self.database_name.clone(), self.queue_url.clone());
         let clean = async move {
             let mut server = server_connection().await;
-            // The test's own connections may hold locks still: its runtime stands while we are here.
+            // The test's own connections may hold locks still: its runtime stands while we are
+            // here.
             let sessions = sessions(&mut server).await;
-            kill(&mut server, sessions.into_iter().filter(|session| session.database == name)).await;
+            kill(&mut server, sessions.into_iter().filter(|session| session.database == name))
+                .await;
             execute(&mut server, &format!("drop database {name}")).await;
             // A client of its own: the test's has its connections in the runtime that stands.
             let _ = sqs_client().await.delete_queue().queue_url(queue_url).send().await;
         };
         let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build();
-        let cleaned = std::thread::spawn(move || runtime().map(|runtime| runtime.block_on(clean))).join();
+        let cleaned =
+            std::thread::spawn(move || runtime().map(|runtime| runtime.block_on(clean))).join();
         assert!(cleaned.is_ok(), "the test's database is dropped");
     }
 }
@@ -271,27 +311,31 @@ pub fn event(number: usize) -> NewEvent {
 pub async fn eventually<F: Future<Output = bool>>(what: &str, mut condition: impl FnMut() -> F) {
     let began = Instant::now();
     while !condition().await {
-        assert!(began.elapsed() < PATIENCE, "waited {PATIENCE:?} in vain: {what}");
+        assert!(began.elapsed() < TIMEOUT, "waited {TIMEOUT:?} in vain: {what}");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 
 /// The seed of a test's dice: TEST_SEED, or a new one. Shown with the output of a test that fails.
 pub fn seed() -> u64 {
-    let seed =
-        std::env::var("TEST_SEED").ok().map_or_else(|| fastrand::u64(..), |seed| seed.parse().expect("a number"));
+    let seed = std::env::var("TEST_SEED")
+        .ok()
+        .map_or_else(|| fastrand::u64(..), |seed| seed.parse().expect("a number"));
     eprintln!("to repeat: TEST_SEED={seed}");
     seed
 }
 
 /// Whether the server is MariaDB: the few tests that differ say why.
 pub async fn is_mariadb() -> bool {
-    let version: String =
-        sqlx::query_scalar("select version()").fetch_one(&mut server_connection().await).await.expect("a version");
+    let version: String = sqlx::query_scalar("select version()")
+        .fetch_one(&mut server_connection().await)
+        .await
+        .expect("a version");
     version.contains("MariaDB")
 }
 
-/// Shows the log of the code under test with the test's own output, where PROJECTIONIST_LOG asks for it.
+/// Shows the log of the code under test with the test's own output, where PROJECTIONIST_LOG asks
+/// for it.
 fn start_logs() {
     if let Ok(filter) = std::env::var("PROJECTIONIST_LOG") {
         let _ = tracing_subscriber::fmt().with_env_filter(filter).with_test_writer().try_init();
@@ -300,7 +344,10 @@ fn start_logs() {
 
 /// Runs a statement.
 pub async fn execute(connection: &mut MySqlConnection, sql: &str) {
-    sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await.unwrap_or_else(|error| panic!("{sql}: {error}"));
+    sqlx::raw_sql(AssertSqlSafe(sql))
+        .execute(connection)
+        .await
+        .unwrap_or_else(|error| panic!("{sql}: {error}"));
 }
 
 async fn server_connection() -> MySqlConnection {
@@ -309,7 +356,9 @@ async fn server_connection() -> MySqlConnection {
 
 /// The server under test, without a database: TEST_DATABASE_URL, or the MariaDB of `localstack/up`.
 pub fn server_url() -> String {
-    setting("TEST_DATABASE_URL").or_else(|| setting("MARIADB_URL")).expect("the parts are up: run localstack/test")
+    setting("TEST_DATABASE_URL")
+        .or_else(|| setting("MARIADB_URL"))
+        .expect("the parts are up: run localstack/test")
 }
 
 pub async fn sqs_client() -> aws_sdk_sqs::Client {
@@ -328,8 +377,11 @@ pub async fn sqs_client() -> aws_sdk_sqs::Client {
 /// A variable of the environment, or of what `localstack/up` wrote last.
 pub fn setting(name: &str) -> Option<String> {
     std::env::var(name).ok().or_else(|| {
-        let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/.local/env")).ok()?;
-        let line = text.lines().find_map(|line| line.strip_prefix("export ")?.strip_prefix(name)?.strip_prefix('='))?;
+        let text =
+            std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/.local/env")).ok()?;
+        let line = text
+            .lines()
+            .find_map(|line| line.strip_prefix("export ")?.strip_prefix(name)?.strip_prefix('='))?;
         Some(line.trim_matches(['\'', '"']).to_owned())
     })
 }

@@ -1,4 +1,5 @@
-//! A database server that belongs to one test: the only place where a test may change a global setting.
+//! A database server that belongs to one test: the only place where a test may change a global
+//! setting.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -6,11 +7,12 @@ use std::process::Command;
 
 use super::is_mariadb;
 
-/// Added to the default ports. Another number than that of `localstack/chaos`, which may run at the same time.
+/// Added to the default ports. Another number than that of `localstack/chaos`, which may run at the
+/// same time.
 const PORT_OFFSET: &str = "-21000";
 
-/// A server of the kind under test, started by `localstack/up` in a folder of its own. Stopped when dropped, also when
-/// the test fails.
+/// A server of the kind under test, started by `localstack/up` in a folder of its own. Stopped when
+/// dropped, also when the test fails.
 pub struct OwnServer {
     state: PathBuf,
     /// `root`'s, without a database.
@@ -31,7 +33,8 @@ impl OwnServer {
         // A run that was killed may have left its server, with its settings.
         localstack("down", &[], &state);
         localstack("up", &[kind], &state);
-        let port = std::fs::read_to_string(state.join(kind).join("port")).expect("the server has a port");
+        let port =
+            std::fs::read_to_string(state.join(kind).join("port")).expect("the server has a port");
         let address = format!("127.0.0.1:{}", port.trim());
         OwnServer { state, url: format!("mysql://root@{address}"), address, _lock: lock }
     }
@@ -47,7 +50,10 @@ impl Drop for OwnServer {
 fn localstack(script: &str, arguments: &[&str], state: &Path) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("localstack").join(script);
     let mut command = Command::new(path);
-    command.args(arguments).env("PROJECTIONIST_STATE", state).env("PROJECTIONIST_PORT_OFFSET", PORT_OFFSET);
+    command
+        .args(arguments)
+        .env("PROJECTIONIST_STATE", state)
+        .env("PROJECTIONIST_PORT_OFFSET", PORT_OFFSET);
     for port in ["MARIADB_PORT", "MYSQL_PORT", "LOCALSTACK_PORT"] {
         command.env_remove(port);
     }

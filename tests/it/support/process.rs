@@ -9,17 +9,17 @@ use tokio::process::{Child, ChildStdin, Command};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
-use super::{PATIENCE, World, eventually, setting};
+use super::{TIMEOUT, World, eventually, setting};
 
 /// What a process left.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Finished {
+pub struct FinishedProcess {
     pub code: Option<i32>,
     pub stdout: String,
     pub stderr: String,
 }
 
-impl Finished {
+impl FinishedProcess {
     /// Asserts that it ended with this exit code.
     #[track_caller]
     pub fn exits(self, code: i32) -> Self {
@@ -29,7 +29,7 @@ impl Finished {
 
     /// Asserts that what it said at its end names each of these.
     #[track_caller]
-    pub fn says(self, words: &[&str]) -> Self {
+    pub fn prints(self, words: &[&str]) -> Self {
         let error = self.error();
         for word in words {
             assert!(error.contains(word), "{word:?} is not in: {error}");
@@ -41,25 +41,29 @@ impl Finished {
     pub fn error(&self) -> String {
         let last = self.stderr.lines().last().unwrap_or_default();
         let message = serde_json::from_str::<serde_json::Value>(last).ok();
-        message.and_then(|line| Some(line["message"].as_str()?.to_owned())).unwrap_or_else(|| self.stderr.clone())
+        message
+            .and_then(|line| Some(line["message"].as_str()?.to_owned()))
+            .unwrap_or_else(|| self.stderr.clone())
     }
 
     /// The log, of which every line must be JSON.
     #[track_caller]
     pub fn log(&self) -> Vec<serde_json::Value> {
-        let read = |line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"));
+        let read =
+            |line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"));
         self.stderr.lines().map(read).collect()
     }
 
     /// Standard output, as JSON.
     #[track_caller]
     pub fn json(&self) -> serde_json::Value {
-        serde_json::from_str(&self.stdout).unwrap_or_else(|error| panic!("{error}: {}", self.stdout))
+        serde_json::from_str(&self.stdout)
+            .unwrap_or_else(|error| panic!("{error}: {}", self.stdout))
     }
 }
 
 /// A process that runs. Killed, with SIGKILL, when dropped.
-pub struct Running {
+pub struct RunningProcess {
     child: Child,
     stdout: Output,
     stderr: Output,
@@ -72,8 +76,8 @@ struct Output {
 }
 
 /// A process that runs, and reads what the test writes.
-pub struct Piped {
-    running: Running,
+pub struct PipedProcess {
+    running: RunningProcess,
     stdin: ChildStdin,
 }
 
@@ -98,29 +102,30 @@ impl World {
     }
 
     /// Runs it to its end.
-    pub async fn run(&self, arguments: &[&str]) -> Finished {
+    pub async fn run(&self, arguments: &[&str]) -> FinishedProcess {
         self.run_with(arguments, b"").await
     }
 
     /// Runs it to its end, with this on its standard input.
-    pub async fn run_with(&self, arguments: &[&str], input: &[u8]) -> Finished {
-        Running::spawn_with(self.command(arguments), input).finish().await
+    pub async fn run_with(&self, arguments: &[&str], input: &[u8]) -> FinishedProcess {
+        RunningProcess::spawn_with(self.command(arguments), input).finish().await
     }
 
     /// Starts it.
-    pub fn start(&self, arguments: &[&str]) -> Running {
-        Running::spawn(self.command(arguments))
+    pub fn start(&self, arguments: &[&str]) -> RunningProcess {
+        RunningProcess::spawn(self.command(arguments))
     }
 
     /// Starts it, with its standard input open.
-    pub fn start_piped(&self, arguments: &[&str]) -> Piped {
-        let mut child = self.command(arguments).stdin(Stdio::piped()).spawn().expect("the binary starts");
+    pub fn start_piped(&self, arguments: &[&str]) -> PipedProcess {
+        let mut child =
+            self.command(arguments).stdin(Stdio::piped()).spawn().expect("the binary starts");
         let stdin = child.stdin.take().expect("piped");
-        Piped { running: Running::of(child), stdin }
+        PipedProcess { running: RunningProcess::of(child), stdin }
     }
 }
 
-impl Piped {
+impl PipedProcess {
     /// Writes lines.
     pub async fn write(&mut self, lines: &[String]) {
         let mut text = lines.join("\n");
@@ -130,33 +135,35 @@ impl Piped {
     }
 
     /// The end of its standard input, and what it left.
-    pub async fn finish(self) -> Finished {
+    pub async fn finish(self) -> FinishedProcess {
         drop(self.stdin);
         self.running.finish().await
     }
 }
 
-impl Running {
+impl RunningProcess {
     /// Starts a command that may be any.
     pub fn spawn(mut command: Command) -> Self {
-        Running::of(command.kill_on_drop(true).spawn().expect("it starts"))
+        RunningProcess::of(command.kill_on_drop(true).spawn().expect("it starts"))
     }
 
     /// Starts a command, with this on its standard input.
     pub fn spawn_with(mut command: Command, input: &[u8]) -> Self {
-        let mut child = command.stdin(Stdio::piped()).kill_on_drop(true).spawn().expect("it starts");
+        let mut child =
+            command.stdin(Stdio::piped()).kill_on_drop(true).spawn().expect("it starts");
         let mut stdin = child.stdin.take().expect("piped");
         let input = input.to_vec();
         // It may well stop reading before the end.
         tokio::spawn(async move {
             let _ = stdin.write_all(&input).await;
         });
-        Running::of(child)
+        RunningProcess::of(child)
     }
 
     fn of(mut child: Child) -> Self {
-        let (stdout, stderr) = (child.stdout.take().expect("piped"), child.stderr.take().expect("piped"));
-        Running { child, stdout: Output::read(stdout), stderr: Output::read(stderr) }
+        let (stdout, stderr) =
+            (child.stdout.take().expect("piped"), child.stderr.take().expect("piped"));
+        RunningProcess { child, stdout: Output::read(stdout), stderr: Output::read(stderr) }
     }
 
     /// Whether it has logged this so far.
@@ -170,7 +177,7 @@ impl Running {
     }
 
     /// Waits until it has logged this.
-    pub async fn logs(&self, words: &str) {
+    pub async fn wait_for_log(&self, words: &str) {
         eventually(&format!("{words:?} in the log"), async || self.has_logged(words)).await;
     }
 
@@ -179,8 +186,9 @@ impl Running {
         matches!(self.child.try_wait(), Ok(None))
     }
 
-    /// SIGKILL: it has no time for anything. Says whether that was its end: it may have come to another just before.
-    pub async fn strike_down(mut self) -> bool {
+    /// SIGKILL: it has no time for anything. Says whether that was its end: it may have come to
+    /// another just before.
+    pub async fn kill(mut self) -> bool {
         let _ = self.child.start_kill();
         self.child.wait().await.expect("it ended").signal() == Some(9)
     }
@@ -192,22 +200,25 @@ impl Running {
 
     /// Sends it a signal, such as TERM.
     pub async fn signal(&self, name: &str) {
-        let sent =
-            Command::new("kill").args(["-s", name, &self.id().to_string()]).status().await.expect("kill is there");
+        let sent = Command::new("kill")
+            .args(["-s", name, &self.id().to_string()])
+            .status()
+            .await
+            .expect("kill is there");
         assert!(sent.success(), "the signal was sent");
     }
 
     /// SIGTERM, and what it left.
-    pub async fn terminate(self) -> Finished {
+    pub async fn terminate(self) -> FinishedProcess {
         self.signal("TERM").await;
         self.finish().await
     }
 
     /// Waits for its end.
-    pub async fn finish(mut self) -> Finished {
+    pub async fn finish(mut self) -> FinishedProcess {
         let end = async { tokio::join!(self.stdout.all(), self.stderr.all(), self.child.wait()) };
-        let (stdout, stderr, status) = timeout(PATIENCE * 2, end).await.expect("the process ends");
-        Finished { code: status.expect("it ended").code(), stdout, stderr }
+        let (stdout, stderr, status) = timeout(TIMEOUT * 2, end).await.expect("the process ends");
+        FinishedProcess { code: status.expect("it ended").code(), stdout, stderr }
     }
 }
 

@@ -14,16 +14,17 @@ use super::{World, setting};
 /// How the driver commits: a packet's length, sequence number, command and text.
 const COMMIT: &[u8] = b"\x07\x00\x00\x00\x03COMMIT";
 
-/// How the engine does, behind the statements that move a position; what follows may begin the next transaction.
+/// How the engine does, behind the statements that move a position; what follows may begin the next
+/// transaction.
 const AND_COMMIT: &str = "; commit";
 
 /// A server that has been silent for so long has answered all statements of a packet.
-const ANSWERED: Duration = Duration::from_millis(100);
+const REPLY_QUIET_TIME: Duration = Duration::from_millis(100);
 
 /// What becomes of something that a client sends, and of its connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Fate {
-    Passes,
+pub enum ProxyAction {
+    Forward,
     /// The server never hears of it, but that the client has gone.
     CutBefore,
     /// The server does it, and the client hears that the server has gone.
@@ -36,10 +37,10 @@ pub enum Fate {
     Withheld,
 }
 
-type Decide = Arc<dyn Fn(&[u8]) -> Fate + Send + Sync>;
+type Decide = Arc<dyn Fn(&[u8]) -> ProxyAction + Send + Sync>;
 
 /// What a server sends, and what its clients get instead; of the same length.
-type Garbled = Option<(&'static [u8], &'static [u8])>;
+type Replacement = Option<(&'static [u8], &'static [u8])>;
 
 /// A TCP proxy in front of a server.
 pub struct Proxy {
@@ -50,27 +51,34 @@ pub struct Proxy {
 
 impl Proxy {
     /// In front of the server at `address`, each piece that a client sends being decided upon.
-    pub async fn new(address: &str, decide: impl Fn(&[u8]) -> Fate + Send + Sync + 'static) -> Self {
-        Self::garbling(address, decide, None).await
+    pub async fn new(
+        address: &str,
+        decide: impl Fn(&[u8]) -> ProxyAction + Send + Sync + 'static,
+    ) -> Self {
+        Self::with_replacement(address, decide, None).await
     }
 
-    async fn garbling(address: &str, decide: impl Fn(&[u8]) -> Fate + Send + Sync + 'static, garbled: Garbled) -> Self {
+    async fn with_replacement(
+        address: &str,
+        decide: impl Fn(&[u8]) -> ProxyAction + Send + Sync + 'static,
+        replacement: Replacement,
+    ) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
         let port = listener.local_addr().expect("it is bound").port();
         let withheld = Arc::new(AtomicU64::new(0));
         let silence = watch::Sender::new(());
-        let carrying = Carrying {
+        let state = ProxyState {
             decide: Arc::new(decide),
-            garbled,
+            replacement,
             withheld: Arc::clone(&withheld),
             silence: silence.subscribe(),
         };
-        tokio::spawn(listen(listener, address.to_owned(), carrying));
+        tokio::spawn(listen(listener, address.to_owned(), state));
         Proxy { port, withheld, silence }
     }
 
     /// In front of the queue's endpoint.
-    pub async fn before_the_queue(decide: impl Fn(&[u8]) -> Fate + Send + Sync + 'static) -> Self {
+    pub async fn for_queue(decide: impl Fn(&[u8]) -> ProxyAction + Send + Sync + 'static) -> Self {
         let endpoint = setting("AWS_ENDPOINT_URL").expect("the parts are up");
         Self::new(endpoint.trim_start_matches("http://").trim_end_matches('/'), decide).await
     }
@@ -80,8 +88,8 @@ impl Proxy {
         format!("127.0.0.1:{}", self.port)
     }
 
-    /// Makes every connection silent that is open now: neither end ever hears of the other again. Those that are opened
-    /// after this work.
+    /// Makes every connection silent that is open now: neither end ever hears of the other again.
+    /// Those that are opened after this work.
     pub fn silence(&self) {
         self.silence.send_replace(());
     }
@@ -93,37 +101,50 @@ impl Proxy {
 }
 
 impl World {
-    /// The URL of the world's database by way of a proxy. Not encrypted, so that the statements can be seen.
-    pub async fn database_url_by(&self, decide: impl Fn(&[u8]) -> Fate + Send + Sync + 'static) -> String {
+    /// The URL of the world's database by way of a proxy. Not encrypted, so that the statements can
+    /// be seen.
+    pub async fn database_url_through_proxy(
+        &self,
+        decide: impl Fn(&[u8]) -> ProxyAction + Send + Sync + 'static,
+    ) -> String {
         self.database_proxy(decide).await.1
     }
 
     /// The same, and the proxy.
-    pub async fn database_proxy(&self, decide: impl Fn(&[u8]) -> Fate + Send + Sync + 'static) -> (Proxy, String) {
-        self.garbling_proxy(decide, None).await
-    }
-
-    /// The URL of the world's database by way of a proxy that gives its clients other bytes than the server has sent.
-    pub async fn database_url_garbled(&self, sent: &'static [u8], given: &'static [u8]) -> String {
-        self.garbling_proxy(|_| Fate::Passes, Some((sent, given))).await.1
-    }
-
-    async fn garbling_proxy(
+    pub async fn database_proxy(
         &self,
-        decide: impl Fn(&[u8]) -> Fate + Send + Sync + 'static,
-        garbled: Garbled,
+        decide: impl Fn(&[u8]) -> ProxyAction + Send + Sync + 'static,
     ) -> (Proxy, String) {
-        let address = self.database_url.strip_prefix("mysql://").and_then(|rest| rest.split_once('@'));
+        self.proxy_with_replacement(decide, None).await
+    }
+
+    /// The URL of the world's database by way of a proxy that gives its clients other bytes than
+    /// the server has sent.
+    pub async fn database_url_with_replaced_text(
+        &self,
+        sent: &'static [u8],
+        given: &'static [u8],
+    ) -> String {
+        self.proxy_with_replacement(|_| ProxyAction::Forward, Some((sent, given))).await.1
+    }
+
+    async fn proxy_with_replacement(
+        &self,
+        decide: impl Fn(&[u8]) -> ProxyAction + Send + Sync + 'static,
+        replacement: Replacement,
+    ) -> (Proxy, String) {
+        let address =
+            self.database_url.strip_prefix("mysql://").and_then(|rest| rest.split_once('@'));
         let (user, rest) = address.expect("a URL with a user");
         let (server, database) = rest.split_once('/').expect("a URL with a database");
-        let proxy = Proxy::garbling(server, decide, garbled).await;
+        let proxy = Proxy::with_replacement(server, decide, replacement).await;
         let url = format!("mysql://{user}@{}/{database}?ssl-mode=DISABLED", proxy.address());
         (proxy, url)
     }
 }
 
 /// Cuts cables around commits.
-pub struct Cuts {
+pub struct RandomCuts {
     percent: u8,
     dice: Mutex<fastrand::Rng>,
     commits: AtomicU64,
@@ -131,10 +152,10 @@ pub struct Cuts {
     after: AtomicU64,
 }
 
-impl Cuts {
+impl RandomCuts {
     /// Of so many percent of the commits, in turn before and after.
     pub fn new(percent: u8, seed: u64) -> Arc<Self> {
-        Arc::new(Cuts {
+        Arc::new(RandomCuts {
             percent,
             dice: Mutex::new(fastrand::Rng::with_seed(seed)),
             commits: AtomicU64::new(0),
@@ -144,62 +165,65 @@ impl Cuts {
     }
 
     /// What becomes of these bytes.
-    pub fn decide(&self, bytes: &[u8]) -> Fate {
-        if !commits(bytes) {
-            return Fate::Passes;
+    pub fn decide(&self, bytes: &[u8]) -> ProxyAction {
+        if !is_commit(bytes) {
+            return ProxyAction::Forward;
         }
         self.commits.fetch_add(1, Ordering::SeqCst);
         if self.dice.lock().expect("no panic while rolling").u8(0..100) >= self.percent {
-            return Fate::Passes;
+            return ProxyAction::Forward;
         }
         let cuts = self.before.load(Ordering::SeqCst) + self.after.load(Ordering::SeqCst);
-        let (fate, count) =
-            if cuts.is_multiple_of(2) { (Fate::CutBefore, &self.before) } else { (Fate::CutAfter, &self.after) };
+        let (fate, count) = if cuts.is_multiple_of(2) {
+            (ProxyAction::CutBefore, &self.before)
+        } else {
+            (ProxyAction::CutAfter, &self.after)
+        };
         count.fetch_add(1, Ordering::SeqCst);
         fate
     }
 
     /// How many commits were cut before the server heard of them, and how many after.
-    pub fn so_far(&self) -> (u64, u64) {
+    pub fn counts(&self) -> (u64, u64) {
         (self.before.load(Ordering::SeqCst), self.after.load(Ordering::SeqCst))
     }
 
     /// How many commits came by.
-    pub fn commits(&self) -> u64 {
+    pub fn commit_count(&self) -> u64 {
         self.commits.load(Ordering::SeqCst)
     }
 }
 
 /// Whether a transaction is committed by what a client sends.
-pub fn commits(bytes: &[u8]) -> bool {
-    bytes.ends_with(COMMIT) || holds(bytes, AND_COMMIT)
+pub fn is_commit(bytes: &[u8]) -> bool {
+    bytes.ends_with(COMMIT) || contains_text(bytes, AND_COMMIT)
 }
 
 /// Whether these bytes hold this text.
-pub fn holds(bytes: &[u8], text: &str) -> bool {
+pub fn contains_text(bytes: &[u8], text: &str) -> bool {
     bytes.windows(text.len()).any(|window| window == text.as_bytes())
 }
 
 /// What all connections share.
 #[derive(Clone)]
-struct Carrying {
+struct ProxyState {
     decide: Decide,
-    garbled: Garbled,
+    replacement: Replacement,
     withheld: Arc<AtomicU64>,
     silence: watch::Receiver<()>,
 }
 
-async fn listen(listener: TcpListener, server: String, mut carrying: Carrying) {
+async fn listen(listener: TcpListener, server: String, mut state: ProxyState) {
     while let Ok((client, _)) = listener.accept().await {
         let Ok(server) = TcpStream::connect(&server).await else { continue };
-        carrying.silence.mark_unchanged();
-        tokio::spawn(forward(client, server, carrying.clone()));
+        state.silence.mark_unchanged();
+        tokio::spawn(forward(client, server, state.clone()));
     }
 }
 
 /// Carries bytes both ways until either side hangs up, or what was decided upon happens.
-async fn forward(mut client: TcpStream, mut server: TcpStream, carrying: Carrying) {
-    let Carrying { decide, garbled, withheld, mut silence } = carrying;
+async fn forward(mut client: TcpStream, mut server: TcpStream, state: ProxyState) {
+    let ProxyState { decide, replacement, withheld, mut silence } = state;
     let _ = (client.set_nodelay(true), server.set_nodelay(true));
     let (mut from_client, mut from_server) = (vec![0; 64 * 1024], vec![0; 64 * 1024]);
     let mut is_withheld = false;
@@ -210,32 +234,33 @@ async fn forward(mut client: TcpStream, mut server: TcpStream, carrying: Carryin
             read = client.read(&mut from_client) => {
                 let Ok(count @ 1..) = read else { break };
                 let bytes = &from_client[..count];
-                let fate = if is_withheld { Fate::Passes } else { decide(bytes) };
+                let fate = if is_withheld { ProxyAction::Forward } else { decide(bytes) };
                 match fate {
-                    Fate::CutBefore => return,
-                    Fate::Reset => {
+                    ProxyAction::CutBefore => return,
+                    ProxyAction::Reset => {
                         let _ = client.set_zero_linger();
                         return;
                     }
                     // Both ends stay open, for as long as the test's runtime stands.
-                    Fate::Silent => std::future::pending().await,
-                    Fate::Withheld => is_withheld = true,
-                    Fate::Passes | Fate::CutAfter => {}
+                    ProxyAction::Silent => std::future::pending().await,
+                    ProxyAction::Withheld => is_withheld = true,
+                    ProxyAction::Forward | ProxyAction::CutAfter => {}
                 }
                 if server.write_all(bytes).await.is_err() {
                     break;
                 }
-                if fate == Fate::CutAfter {
-                    // Its last answer proves that it has committed; each statement before that has one of its own.
+                if fate == ProxyAction::CutAfter {
+                    // Its last answer proves that it has committed; each statement before that has
+                    // one of its own.
                     let _ = server.read(&mut from_server).await;
-                    while let Ok(Ok(1..)) = timeout(ANSWERED, server.read(&mut from_server)).await {}
+                    while let Ok(Ok(1..)) = timeout(REPLY_QUIET_TIME, server.read(&mut from_server)).await {}
                     return;
                 }
             }
             read = server.read(&mut from_server) => {
                 let Ok(count @ 1..) = read else { break };
                 let answer = &mut from_server[..count];
-                if let Some((sent, given)) = garbled
+                if let Some((sent, given)) = replacement
                     && let Some(at) = answer.windows(sent.len()).position(|window| window == sent)
                 {
                     answer[at..at + given.len()].copy_from_slice(given);

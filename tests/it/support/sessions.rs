@@ -15,11 +15,12 @@ pub struct Session {
     pub statement: String,
 }
 
-/// Every session of the server. Not by `information_schema.processlist`: MySQL writes a bound parameter into the statement
-/// as it is, and that table then fails with error 3854 if any session of anybody binds bytes that are no UTF-8, as the
-/// migrator does with its checksum.
+/// Every session of the server. Not by `information_schema.processlist`: MySQL writes a bound
+/// parameter into the statement as it is, and that table then fails with error 3854 if any session
+/// of anybody binds bytes that are no UTF-8, as the migrator does with its checksum.
 pub async fn sessions(connection: &mut MySqlConnection) -> Vec<Session> {
-    let rows = sqlx::raw_sql("show full processlist").fetch_all(connection).await.expect("the sessions");
+    let rows =
+        sqlx::raw_sql("show full processlist").fetch_all(connection).await.expect("the sessions");
     rows.iter()
         .map(|row| {
             // Servers differ in whether that is signed; and it is not always text.
@@ -28,13 +29,22 @@ pub async fn sessions(connection: &mut MySqlConnection) -> Vec<Session> {
                 let bytes: &[u8] = if value.is_null() { b"" } else { row.get_unchecked(index) };
                 String::from_utf8_lossy(bytes).into_owned()
             };
-            Session { id: row.get_unchecked(0), user: text(1), database: text(3), state: text(6), statement: text(7) }
+            Session {
+                id: row.get_unchecked(0),
+                user: text(1),
+                database: text(3),
+                state: text(6),
+                statement: text(7),
+            }
         })
         .collect()
 }
 
 /// Ends these sessions, as far as they have not ended meanwhile.
-pub async fn kill(connection: &mut MySqlConnection, sessions: impl IntoIterator<Item = Session>) -> usize {
+pub async fn kill(
+    connection: &mut MySqlConnection,
+    sessions: impl IntoIterator<Item = Session>,
+) -> usize {
     let mut killed = 0;
     for Session { id, .. } in sessions {
         let kill = sqlx::raw_sql(sqlx::AssertSqlSafe(format!("kill {id}")));
@@ -53,11 +63,15 @@ impl World {
 }
 
 #[tokio::test]
-async fn sessions_are_told_while_somebody_binds_what_is_no_text() {
+async fn sessions_are_listed_while_one_binds_invalid_utf_8() {
     let world = World::new().await;
     let mut other = world.connection().await;
     let binds = tokio::spawn(async move {
-        sqlx::query("do sleep(?), ?").bind(1_000).bind(&[0x86_u8, 0xb9, 0xae][..]).execute(&mut other).await
+        sqlx::query("do sleep(?), ?")
+            .bind(1_000)
+            .bind(&[0x86_u8, 0xb9, 0xae][..])
+            .execute(&mut other)
+            .await
     });
     let sleeps = |session: &Session| session.statement.starts_with("do sleep");
     eventually("it is seen", async || world.sessions().await.iter().any(sleeps)).await;

@@ -1,4 +1,5 @@
-//! A projector that writes down every event that it is shown, so that any loss or repetition can be seen.
+//! A projector that writes down every event that it is shown, so that any loss or repetition can be
+//! seen.
 
 use std::sync::Arc;
 
@@ -10,7 +11,8 @@ use super::World;
 /// Called before each event is written down: where a test puts its fault.
 pub type Hook = Arc<dyn Fn(&Event) -> anyhow::Result<()> + Send + Sync>;
 
-/// Writes each event's position into the table of its name. No key forbids a repetition: it would be seen.
+/// Writes each event's position into the table of its name. No key forbids a repetition: it would
+/// be seen.
 #[derive(Clone)]
 pub struct Tally {
     name: String,
@@ -22,7 +24,13 @@ pub struct Tally {
 
 impl Tally {
     pub fn new(name: &str) -> Self {
-        Tally { name: name.into(), mode: Mode::FromBeginning, types: Vec::new(), side_effects: false, hook: None }
+        Tally {
+            name: name.into(),
+            mode: Mode::FromBeginning,
+            types: Vec::new(),
+            side_effects: false,
+            hook: None,
+        }
     }
 
     pub fn mode(self, mode: Mode) -> Self {
@@ -55,10 +63,12 @@ impl Tally {
         &self.name
     }
 
-    /// The same as a projector file, that runs these statements after it has written an event down. (`:position` is the event's.)
+    /// The same as a projector file, that runs these statements after it has written an event down.
+    /// (`:position` is the event's.)
     pub fn file(&self, then: &[&str]) -> String {
         let name = &self.name;
-        let then: String = then.iter().map(|sql| format!("\n[[on]]\nevents = ['*']\nsql = '{sql}'\n")).collect();
+        let then: String =
+            then.iter().map(|sql| format!("\n[[on]]\nevents = ['*']\nsql = '{sql}'\n")).collect();
         format!(
             "name = '{name}'\nversion = 1\nmode = 'from_beginning'\n\
              setup = ['create table if not exists {name} (seq bigint auto_increment primary key, position bigint unsigned not null)']\n\
@@ -69,7 +79,10 @@ impl Tally {
     /// The positions that it has written down, in the order in which it did.
     pub async fn applied(&self, world: &World) -> Vec<u64> {
         let sql = format!("select position from {} order by seq", self.name);
-        sqlx::query_scalar(AssertSqlSafe(sql)).fetch_all(&mut world.connection().await).await.expect("its table")
+        sqlx::query_scalar(AssertSqlSafe(sql))
+            .fetch_all(&mut world.connection().await)
+            .await
+            .expect("its table")
     }
 
     /// The positions that it should have, when it stands at `position`: a fold of the log.
@@ -82,7 +95,10 @@ impl Tally {
         .await
         .expect("the log");
         let wanted = |event_type: &str| self.types.is_empty() || self.types.contains(&event_type);
-        log.into_iter().filter(|(_, event_type)| wanted(event_type)).map(|(position, _)| position).collect()
+        log.into_iter()
+            .filter(|(_, event_type)| wanted(event_type))
+            .map(|(position, _)| position)
+            .collect()
     }
 }
 
@@ -126,7 +142,9 @@ impl Projector for Tally {
     }
 
     async fn teardown(&self, db: &mut MySqlConnection) -> anyhow::Result<()> {
-        sqlx::query(AssertSqlSafe(format!("drop table if exists {}", self.name))).execute(db).await?;
+        sqlx::query(AssertSqlSafe(format!("drop table if exists {}", self.name)))
+            .execute(db)
+            .await?;
         Ok(())
     }
 

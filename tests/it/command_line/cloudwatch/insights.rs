@@ -1,6 +1,6 @@
-//! As much of the Logs Insights query language as our page uses: `fields`, `filter`, `stats … by`, `sort` and `limit`, with
-//! comparisons, `in`, `like`, `and`, `or`, `not`, `ispresent`, `bin`, and the functions of `stats`. What is not of it is an
-//! error, and so is a field that no line has.
+//! As much of the Logs Insights query language as our page uses: `fields`, `filter`, `stats … by`,
+//! `sort` and `limit`, with comparisons, `in`, `like`, `and`, `or`, `not`, `ispresent`, `bin`, and
+//! the functions of `stats`. What is not of it is an error, and so is a field that no line has.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,7 +8,8 @@ use serde_json::Value;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-/// A line of a result, or one of the log with what CloudWatch adds: fields by name, those in arrays and objects with dots.
+/// A line of a result, or one of the log with what CloudWatch adds: fields by name, those in arrays
+/// and objects with dots.
 pub type Row = BTreeMap<String, Value>;
 
 /// Runs a query.
@@ -49,7 +50,9 @@ pub fn run(query: &str, lines: &[Row]) -> Result<Vec<Row>, String> {
                 });
             }
             "limit" => {
-                let Some(Token::Number(most)) = parser.token() else { return Err("limit wants a number".into()) };
+                let Some(Token::Number(most)) = parser.token() else {
+                    return Err("limit wants a number".into());
+                };
                 rows.truncate(most as usize);
             }
             _ => return Err(format!("no command: {command}")),
@@ -62,10 +65,15 @@ pub fn run(query: &str, lines: &[Row]) -> Result<Vec<Row>, String> {
     }
 }
 
-fn group(rows: &[Row], functions: &[(Expression, String)], by: &[(Expression, String)]) -> Vec<Row> {
+fn group(
+    rows: &[Row],
+    functions: &[(Expression, String)],
+    by: &[(Expression, String)],
+) -> Vec<Row> {
     let mut groups: BTreeMap<String, (Row, Vec<&Row>)> = BTreeMap::new();
     for row in rows {
-        let key: Row = by.iter().filter_map(|(value, name)| Some((name.clone(), value.of(row)?))).collect();
+        let key: Row =
+            by.iter().filter_map(|(value, name)| Some((name.clone(), value.of(row)?))).collect();
         groups.entry(format!("{key:?}")).or_insert_with(|| (key, Vec::new())).1.push(row);
     }
     let results = groups.into_values().map(|(mut result, members)| {
@@ -99,11 +107,15 @@ fn tokens(query: &str) -> Result<Vec<Token>, String> {
             tokens.push(Token::Text(text.into()));
             rest = after;
         } else if is_of_a_name(first) {
-            let (word, after) = rest.split_at(rest.find(|c| !is_of_a_name(c)).unwrap_or(rest.len()));
+            let (word, after) =
+                rest.split_at(rest.find(|c| !is_of_a_name(c)).unwrap_or(rest.len()));
             tokens.push(word.parse().map_or_else(|_| Token::Name(word.into()), Token::Number));
             rest = after;
         } else {
-            let sign = SIGNS.iter().find(|sign| rest.starts_with(**sign)).ok_or(format!("what is {rest:?}?"))?;
+            let sign = SIGNS
+                .iter()
+                .find(|sign| rest.starts_with(**sign))
+                .ok_or(format!("what is {rest:?}?"))?;
             tokens.push(Token::Sign(sign));
             rest = &rest[sign.len()..];
         }
@@ -131,7 +143,9 @@ impl Expression {
             Expression::Field(name) => row.get(name).cloned(),
             Expression::Value(value) => Some(value.clone()),
             Expression::Call(name, arguments) if name == "bin" => {
-                let Some(Expression::Value(Value::String(period))) = arguments.first() else { return None };
+                let Some(Expression::Value(Value::String(period))) = arguments.first() else {
+                    return None;
+                };
                 let minutes: i64 = period.strip_suffix('m')?.parse().ok()?;
                 let at = OffsetDateTime::parse(row.get("@timestamp")?.as_str()?, &Rfc3339).ok()?;
                 Some((at.unix_timestamp() / (minutes * 60) * minutes * 60).into())
@@ -142,7 +156,9 @@ impl Expression {
 
     fn holds(&self, row: &Row) -> bool {
         match self {
-            Expression::Call(name, arguments) if name == "ispresent" => arguments.iter().all(|of| of.of(row).is_some()),
+            Expression::Call(name, arguments) if name == "ispresent" => {
+                arguments.iter().all(|of| of.of(row).is_some())
+            }
             Expression::Compare(sign, one, other) => {
                 let (Some(one), Some(other)) = (one.of(row), other.of(row)) else { return false };
                 let order = compare(&Some(one), &Some(other));
@@ -155,14 +171,18 @@ impl Expression {
                     _ => order.is_ge(),
                 }
             }
-            Expression::In(one, all) => {
-                one.of(row).is_some_and(|one| all.iter().any(|other| other.of(row).as_ref() == Some(&one)))
+            Expression::In(one, all) => one
+                .of(row)
+                .is_some_and(|one| all.iter().any(|other| other.of(row).as_ref() == Some(&one))),
+            Expression::Like(one, part) => {
+                one.of(row).is_some_and(|one| plain(&one).contains(part.as_str()))
             }
-            Expression::Like(one, part) => one.of(row).is_some_and(|one| plain(&one).contains(part.as_str())),
             Expression::Not(one) => !one.holds(row),
             Expression::And(one, other) => one.holds(row) && other.holds(row),
             Expression::Or(one, other) => one.holds(row) || other.holds(row),
-            Expression::Field(_) | Expression::Value(_) | Expression::Call(..) => self.of(row) == Some(true.into()),
+            Expression::Field(_) | Expression::Value(_) | Expression::Call(..) => {
+                self.of(row) == Some(true.into())
+            }
         }
     }
 
@@ -170,7 +190,8 @@ impl Expression {
     fn over(&self, rows: &[&Row]) -> Option<Value> {
         let Expression::Call(name, arguments) = self else { return None };
         let Some(argument) = arguments.first() else { return Some(rows.len().into()) };
-        let mut given: Vec<(&&Row, Value)> = rows.iter().filter_map(|row| Some((row, argument.of(row)?))).collect();
+        let mut given: Vec<(&&Row, Value)> =
+            rows.iter().filter_map(|row| Some((row, argument.of(row)?))).collect();
         let numbers = given.iter().filter_map(|(_, value)| value.as_f64());
         match name.as_str() {
             "count" => Some(given.len().into()),
@@ -179,7 +200,8 @@ impl Expression {
             "min" => numbers.reduce(f64::min).map(Value::from),
             "latest" | "earliest" => {
                 given.sort_by_key(|(row, _)| row.get("@timestamp").map(plain));
-                if name == "latest" { given.pop() } else { given.into_iter().next() }.map(|(_, value)| value)
+                if name == "latest" { given.pop() } else { given.into_iter().next() }
+                    .map(|(_, value)| value)
             }
             _ => None,
         }
@@ -227,7 +249,11 @@ impl Parser {
     }
 
     fn expect(&mut self, what: &str) -> Result<(), String> {
-        if self.take(what) { Ok(()) } else { Err(format!("{what} is wanted before {:?}", self.tokens.get(self.next))) }
+        if self.take(what) {
+            Ok(())
+        } else {
+            Err(format!("{what} is wanted before {:?}", self.tokens.get(self.next)))
+        }
     }
 
     /// `VALUE [as NAME], …`.
@@ -288,7 +314,9 @@ impl Parser {
             return self.expect("]").map(|()| Expression::In(Box::new(one), all));
         }
         if self.take("like") {
-            let Some(Token::Text(part)) = self.token() else { return Err("like wants a text".into()) };
+            let Some(Token::Text(part)) = self.token() else {
+                return Err("like wants a text".into());
+            };
             return Ok(Expression::Like(Box::new(one), part));
         }
         match one {
@@ -302,7 +330,9 @@ impl Parser {
             Some(Token::Text(text)) => Ok(Expression::Value(text.into())),
             Some(Token::Number(number)) => Ok(Expression::Value(number.into())),
             Some(Token::Name(name)) if self.take("(") => {
-                if !["ispresent", "bin", "count", "sum", "max", "min", "latest", "earliest"].contains(&name.as_str()) {
+                if !["ispresent", "bin", "count", "sum", "max", "min", "latest", "earliest"]
+                    .contains(&name.as_str())
+                {
                     return Err(format!("no function: {name}"));
                 }
                 let argument = match name.as_str() {

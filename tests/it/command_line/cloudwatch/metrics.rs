@@ -1,4 +1,5 @@
-//! `--metrics emf`, by the shipped binary: each line as the format wants it, and the right numbers in it.
+//! `--metrics emf`, by the shipped binary: each line as the format wants it, and the right numbers
+//! in it.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -9,15 +10,19 @@ use projectionist::Queue;
 use serde_json::{Value, json};
 
 use crate::command_line::{failing_at, tally};
-use crate::support::{Fate, Finished, Folder, Running, World, eventually};
+use crate::support::{FinishedProcess, Folder, ProxyAction, RunningProcess, World, eventually};
 
 /// CloudWatch's units, as far as they may concern us.
 const UNITS: [&str; 6] = ["Seconds", "Milliseconds", "Microseconds", "Bytes", "Count", "None"];
 
-/// The metrics of a process, each line of which must be as the specification of the format wants it.
-fn emf(finished: &Finished) -> Vec<Value> {
-    let lines: Vec<Value> = finished.log().into_iter().filter(|line| !line["_aws"].is_null()).collect();
-    for (line, text) in lines.iter().zip(finished.stderr.lines().filter(|line| line.contains("\"_aws\""))) {
+/// The metrics of a process, each line of which must be as the specification of the format wants
+/// it.
+fn emf(finished: &FinishedProcess) -> Vec<Value> {
+    let lines: Vec<Value> =
+        finished.log().into_iter().filter(|line| !line["_aws"].is_null()).collect();
+    for (line, text) in
+        lines.iter().zip(finished.stderr.lines().filter(|line| line.contains("\"_aws\"")))
+    {
         check(line, text);
     }
     lines
@@ -36,8 +41,14 @@ fn check(line: &Value, text: &str) {
             let dimensions = dimensions.as_array().expect("a set");
             assert!((1..=30).contains(&dimensions.len()));
             for dimension in dimensions {
-                let value = line[dimension.as_str().expect("a name")].as_str().expect("a dimension's value is a text");
-                assert!((1..=1024).contains(&value.len()) && value.is_ascii() && !value.trim().is_empty());
+                let value = line[dimension.as_str().expect("a name")]
+                    .as_str()
+                    .expect("a dimension's value is a text");
+                assert!(
+                    (1..=1024).contains(&value.len())
+                        && value.is_ascii()
+                        && !value.trim().is_empty()
+                );
             }
         }
         let metrics = directive["Metrics"].as_array().expect("metrics");
@@ -63,7 +74,11 @@ fn check(line: &Value, text: &str) {
 
 /// The sum of a count over all lines of a projector.
 fn sum(lines: &[Value], projector: &str, metric: &str) -> u64 {
-    lines.iter().filter(|line| line["Projector"] == projector).filter_map(|line| line[metric].as_u64()).sum()
+    lines
+        .iter()
+        .filter(|line| line["Projector"] == projector)
+        .filter_map(|line| line[metric].as_u64())
+        .sum()
 }
 
 fn last<'l>(lines: &'l [Value], projector: Option<&str>) -> &'l Value {
@@ -78,24 +93,32 @@ fn values(lines: &[Value], metric: &str) -> Vec<f64> {
 }
 
 #[tokio::test]
-async fn what_was_applied_failed_skipped_and_read_again_is_counted_rightly() {
+async fn applied_failed_skipped_and_reread_events_are_counted_correctly() {
     // No queue takes a repetition away here.
     let world = World::with_standard_queue().await;
-    let folder = Folder::new().with("1.toml", &tally("a")).with("2.toml", &failing_at("poisoned", 15));
+    let folder =
+        Folder::new().with("1.toml", &tally("a")).with("2.toml", &failing_at("poisoned", 15));
     let run = async |arguments: &[&str]| {
-        let options = ["--metrics=emf", "--service=shop", "--release=v7", "--projectors", folder.path()];
+        let options =
+            ["--metrics=emf", "--service=shop", "--release=v7", "--projectors", folder.path()];
         world.run(&[arguments, &options].concat()).await
     };
     world.append(10).await;
     let booted = emf(&run(&["boot"]).await.exits(0));
-    assert_eq!((sum(&booted, "a@1", "EventsApplied"), sum(&booted, "poisoned@1", "EventsApplied")), (10, 10));
+    assert_eq!(
+        (sum(&booted, "a@1", "EventsApplied"), sum(&booted, "poisoned@1", "EventsApplied")),
+        (10, 10)
+    );
     assert_eq!(booted.len(), 2, "a boot tells of its projectors only: {booted:?}");
     for line in &booted {
         assert_eq!(
             (&line["Service"], &line["release"], &line["LagEvents"]),
             (&json!("shop"), &json!("v7"), &Value::Null)
         );
-        assert!(line["ApplyTime"].as_array().is_some_and(|times| times.len() == 1), "one batch: {line}");
+        assert!(
+            line["ApplyTime"].as_array().is_some_and(|times| times.len() == 1),
+            "one batch: {line}"
+        );
     }
 
     // Only what is received moves anybody: silence is waited out for longer than all this takes.
@@ -103,7 +126,10 @@ async fn what_was_applied_failed_skipped_and_read_again_is_counted_rightly() {
     world.append(20).await;
     let played = emf(&run(&play).await.exits(1));
     assert_eq!((sum(&played, "a@1", "EventsApplied"), sum(&played, "a@1", "Failures")), (20, 0));
-    assert_eq!((sum(&played, "poisoned@1", "EventsApplied"), sum(&played, "poisoned@1", "Failures")), (4, 2));
+    assert_eq!(
+        (sum(&played, "poisoned@1", "EventsApplied"), sum(&played, "poisoned@1", "Failures")),
+        (4, 2)
+    );
     assert_eq!(values(&played, "RelayBatchSize"), [10.0, 10.0]);
     assert!(matches!(values(&played, "ReceiveToCommit").len(), 1..=2), "{played:?}");
     assert_eq!(
@@ -114,7 +140,8 @@ async fn what_was_applied_failed_skipped_and_read_again_is_counted_rightly() {
     assert_eq!(poisoned["LagEvents"], 16, "what is broken falls behind");
     assert!(poisoned["LagSeconds"].as_f64().is_some_and(|seconds| seconds > 0.0), "{poisoned}");
     let whole = last(&played, None);
-    let told = ["HighWaterMark", "Published", "LagSeconds", "GapAge", "Heartbeat"].map(|metric| whole[metric].clone());
+    let told = ["HighWaterMark", "Published", "LagSeconds", "GapAge", "Heartbeat"]
+        .map(|metric| whole[metric].clone());
     assert_eq!(
         told,
         [json!(30), json!(30), json!(0.0), json!(0.0), Value::Null],
@@ -124,8 +151,14 @@ async fn what_was_applied_failed_skipped_and_read_again_is_counted_rightly() {
     // The relay sends two messages again.
     world.execute("update event_log set published = 10").await;
     let played = emf(&run(&play).await.exits(0));
-    assert_eq!((sum(&played, "a@1", "DuplicatesSkipped"), sum(&played, "a@1", "EventsApplied")), (20, 0));
-    assert_eq!((sum(&played, "a@1", "FallbackReads"), sum(&played, "poisoned@1", "DuplicatesSkipped")), (0, 0));
+    assert_eq!(
+        (sum(&played, "a@1", "DuplicatesSkipped"), sum(&played, "a@1", "EventsApplied")),
+        (20, 0)
+    );
+    assert_eq!(
+        (sum(&played, "a@1", "FallbackReads"), sum(&played, "poisoned@1", "DuplicatesSkipped")),
+        (0, 0)
+    );
 
     // The queue loses a message: the next one does not continue the projector.
     world.append(10).await;
@@ -133,14 +166,18 @@ async fn what_was_applied_failed_skipped_and_read_again_is_counted_rightly() {
     world.sqs.purge_queue().queue_url(&world.queue_url).send().await.expect("purged");
     world.append(10).await;
     let played = emf(&run(&play).await.exits(0));
-    assert_eq!((sum(&played, "a@1", "FallbackReads"), sum(&played, "a@1", "EventsApplied")), (1, 20));
+    assert_eq!(
+        (sum(&played, "a@1", "FallbackReads"), sum(&played, "a@1", "EventsApplied")),
+        (1, 20)
+    );
     assert_eq!((sum(&played, "a@1", "DuplicatesSkipped"), sum(&played, "a@1", "Failures")), (0, 0));
     assert_eq!(values(&played, "RelayBatchSize"), [10.0]);
 
     world.append(25).await;
     let relayed = emf(&run(&["relay", "--once", "--message-events=10"]).await.exits(0));
     assert_eq!(relayed.len(), 1, "{relayed:?}");
-    let told = ["HighWaterMark", "Published", "GapAge", "Heartbeat"].map(|metric| relayed[0][metric].clone());
+    let told = ["HighWaterMark", "Published", "GapAge", "Heartbeat"]
+        .map(|metric| relayed[0][metric].clone());
     assert_eq!(told, [json!(75), json!(75), json!(0.0), Value::Null]);
     let mut sizes = values(&relayed, "RelayBatchSize");
     sizes.sort_by(f64::total_cmp);
@@ -148,25 +185,38 @@ async fn what_was_applied_failed_skipped_and_read_again_is_counted_rightly() {
 }
 
 #[tokio::test]
-async fn a_database_that_does_not_answer_costs_the_lag_and_no_count() {
+async fn an_unresponsive_database_loses_the_lag_metric_and_no_count() {
     let world = World::new().await;
     let folder = Folder::new().with("1.toml", &tally("a"));
     world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
     let is_silent = Arc::new(AtomicBool::new(false));
     let told = Arc::clone(&is_silent);
-    let decide = move |_: &[u8]| if told.load(Ordering::SeqCst) { Fate::Silent } else { Fate::Passes };
-    let mut play =
-        world.command(&["play", "--metrics=emf", "--receive-wait=1", "--grace=1", "--projectors", folder.path()]);
-    play.env("DATABASE_URL", world.database_url_by(decide).await);
-    let play = Running::spawn(play);
+    let decide = move |_: &[u8]| {
+        if told.load(Ordering::SeqCst) { ProxyAction::Silent } else { ProxyAction::Forward }
+    };
+    let mut play = world.command(&[
+        "play",
+        "--metrics=emf",
+        "--receive-wait=1",
+        "--grace-period=1",
+        "--projectors",
+        folder.path(),
+    ]);
+    play.env("DATABASE_URL", world.database_url_through_proxy(decide).await);
+    let play = RunningProcess::spawn(play);
     // Its first report, so that all that follows is in its last.
-    play.logs("HighWaterMark").await;
+    play.wait_for_log("HighWaterMark").await;
     world.append(5).await;
     eventually("the events are played", async || world.position("a").await == 5).await;
-    eventually("the messages are deleted", async || world.queue.depth().await.is_ok_and(|depth| depth == 0)).await;
+    eventually("the messages are deleted", async || {
+        world.queue.depth().await.is_ok_and(|depth| depth == 0)
+    })
+    .await;
     is_silent.store(true, Ordering::SeqCst);
     let played = play.terminate().await.exits(0);
-    let warns = |line: &Value| line["level"] == "WARN" && line["message"] == "the lag cannot be measured now";
+    let warns = |line: &Value| {
+        line["level"] == "WARN" && line["message"] == "the lag cannot be measured now"
+    };
     assert!(played.log().iter().any(warns), "{}", played.stderr);
     let lines = emf(&played);
     assert_eq!(sum(&lines, "a@1", "EventsApplied"), 5);
@@ -177,7 +227,7 @@ async fn a_database_that_does_not_answer_costs_the_lag_and_no_count() {
 }
 
 #[tokio::test]
-async fn without_the_option_nothing_is_written_and_with_logs_for_people_it_is_all_the_same() {
+async fn metrics_need_their_option_and_are_the_same_with_human_logs() {
     let world = World::new().await;
     world.append(3).await;
     let folder = Folder::new().with("1.toml", &tally("a"));
@@ -185,12 +235,25 @@ async fn without_the_option_nothing_is_written_and_with_logs_for_people_it_is_al
     assert_eq!(emf(&without), Vec::<Value>::new());
 
     world.append(3).await;
-    let human =
-        ["play", "--until-idle", "--metrics=emf", "--log-format=human", "--log=error", "--projectors", folder.path()];
+    let human = [
+        "play",
+        "--until-idle",
+        "--metrics=emf",
+        "--log-format=human",
+        "--log=error",
+        "--projectors",
+        folder.path(),
+    ];
     let human = world.run(&human).await.exits(0);
-    let lines: Vec<Value> = human.stderr.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    let lines: Vec<Value> =
+        human.stderr.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
     lines.iter().zip(human.stderr.lines()).for_each(|(line, text)| check(line, text));
-    assert_eq!(sum(&lines, "a@1", "EventsApplied"), 3, "the log's filter does not hide them: {}", human.stderr);
+    assert_eq!(
+        sum(&lines, "a@1", "EventsApplied"),
+        3,
+        "the log's filter does not hide them: {}",
+        human.stderr
+    );
     assert_eq!(last(&lines, None)["Service"], "projectionist");
 }
 

@@ -1,11 +1,11 @@
-//! What CloudWatch is told, and `infra/cloudwatch.md`, which says what that is: fields, metrics and queries, compared with
-//! lines that the shipped binary wrote.
+//! What CloudWatch is told, and `infra/cloudwatch.md`, which says what that is: fields, metrics and
+//! queries, compared with lines that the shipped binary wrote.
 
 mod insights;
 mod metrics;
 mod page;
+mod scenario;
 mod source;
-mod story;
 
 use std::collections::BTreeSet;
 
@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use insights::Row;
 use page::Page;
-use story::story;
+use scenario::record_scenario;
 
 /// Keeps every member of a JSON object, repeated ones too, which `serde_json::Value` would hide.
 fn members(line: &str) -> Vec<String> {
@@ -28,7 +28,10 @@ fn members(line: &str) -> Vec<String> {
                     f.write_str("an object")
                 }
 
-                fn visit_map<A: serde::de::MapAccess<'de>>(self, mut map: A) -> Result<Names, A::Error> {
+                fn visit_map<A: serde::de::MapAccess<'de>>(
+                    self,
+                    mut map: A,
+                ) -> Result<Names, A::Error> {
                     let mut names = Vec::new();
                     while let Some((name, _)) = map.next_entry::<String, Value>()? {
                         names.push(name);
@@ -42,15 +45,21 @@ fn members(line: &str) -> Vec<String> {
     serde_json::from_str::<Names>(line).unwrap_or_else(|error| panic!("{error}: {line}")).0
 }
 
-/// As CloudWatch has a line: its members, those in arrays and objects by a path, and what it adds itself.
+/// As CloudWatch has a line: its members, those in arrays and objects by a path, and what it adds
+/// itself.
 fn row(stream: &str, line: &str) -> Row {
     fn put(row: &mut Row, name: String, value: Value) {
         match value {
             Value::Array(values) => {
-                values.into_iter().enumerate().for_each(|(index, value)| put(row, format!("{name}.{index}"), value));
+                values
+                    .into_iter()
+                    .enumerate()
+                    .for_each(|(index, value)| put(row, format!("{name}.{index}"), value));
             }
             Value::Object(members) => {
-                members.into_iter().for_each(|(member, value)| put(row, format!("{name}.{member}"), value));
+                members
+                    .into_iter()
+                    .for_each(|(member, value)| put(row, format!("{name}.{member}"), value));
             }
             value => _ = row.insert(name, value),
         }
@@ -66,9 +75,9 @@ fn row(stream: &str, line: &str) -> Row {
 }
 
 #[tokio::test]
-async fn every_line_has_only_documented_fields_and_every_query_of_the_page_finds_its_lines() {
+async fn every_line_has_only_documented_fields_and_every_documented_query_matches() {
     let page = Page::read();
-    let lines = story().await;
+    let lines = record_scenario().await;
 
     let mut seen = BTreeSet::new();
     for (_, line) in &lines {
@@ -78,39 +87,56 @@ async fn every_line_has_only_documented_fields_and_every_query_of_the_page_finds
                 page.fields.contains(member) || page.metrics.contains(member),
                 "{member:?} is not explained: {line}"
             );
-            assert_eq!(members.iter().filter(|other| *other == member).count(), 1, "{member:?} is there twice: {line}");
+            assert_eq!(
+                members.iter().filter(|other| *other == member).count(),
+                1,
+                "{member:?} is there twice: {line}"
+            );
         }
         for everywhere in ["timestamp", "level", "message", "target"] {
             assert!(members.iter().any(|member| member == everywhere), "no {everywhere:?}: {line}");
         }
         seen.extend(members);
     }
-    let unseen: Vec<&String> =
-        page.fields.iter().filter(|field| !page.rare.contains(*field) && !seen.contains(*field)).collect();
-    assert!(unseen.is_empty(), "no line has {unseen:?}: mend the page, or say there that they are rare");
+    let unseen: Vec<&String> = page
+        .fields
+        .iter()
+        .filter(|field| !page.rare.contains(*field) && !seen.contains(*field))
+        .collect();
+    assert!(
+        unseen.is_empty(),
+        "no line has {unseen:?}: mend the page, or say there that they are rare"
+    );
     // Nobody lives for a minute here.
-    let unseen = page.metrics.iter().filter(|metric| !seen.contains(*metric) && *metric != "Heartbeat");
+    let unseen =
+        page.metrics.iter().filter(|metric| !seen.contains(*metric) && *metric != "Heartbeat");
     let unseen: Vec<&String> = unseen.collect();
     assert!(unseen.is_empty(), "no line has the metrics {unseen:?}");
 
     let rows: Vec<Row> = lines.iter().map(|(stream, line)| row(stream, line)).collect();
     for (heading, query) in &page.queries {
-        let found = insights::run(query, &rows).unwrap_or_else(|error| panic!("{heading}: {error}\n{query}"));
+        let found = insights::run(query, &rows)
+            .unwrap_or_else(|error| panic!("{heading}: {error}\n{query}"));
         assert!(!found.is_empty(), "{heading} finds nothing:\n{query}");
-        story::check(heading, query, &found);
+        scenario::check(heading, query, &found);
     }
 }
 
 /// What the story does not bring about is found in the source.
 #[test]
-fn every_field_that_the_source_writes_is_documented_and_every_documented_one_is_written() {
+fn documented_log_fields_are_exactly_those_the_source_writes() {
     let page = Page::read();
     let written = source::fields();
-    assert!(written.contains("oldest_queued") && written.contains("alert") && written.len() > 30, "{written:?}");
-    let unexplained: Vec<&String> = written.iter().filter(|field| !page.fields.contains(*field)).collect();
+    assert!(
+        written.contains("oldest_queued") && written.contains("alert") && written.len() > 30,
+        "{written:?}"
+    );
+    let unexplained: Vec<&String> =
+        written.iter().filter(|field| !page.fields.contains(*field)).collect();
     assert!(unexplained.is_empty(), "infra/cloudwatch.md does not explain {unexplained:?}");
     let of_the_log_itself = ["timestamp", "level", "message", "target"];
-    let twice: Vec<&str> = of_the_log_itself.into_iter().filter(|field| written.contains(*field)).collect();
+    let twice: Vec<&str> =
+        of_the_log_itself.into_iter().filter(|field| written.contains(*field)).collect();
     assert!(twice.is_empty(), "{twice:?} would be in a line twice");
     let of_every_line = [&of_the_log_itself[..], &["Service", "Projector", "_aws"]].concat();
     let unwritten: Vec<&String> = page
@@ -118,14 +144,22 @@ fn every_field_that_the_source_writes_is_documented_and_every_documented_one_is_
         .iter()
         .filter(|field| !written.contains(*field) && !of_every_line.contains(&field.as_str()))
         .collect();
-    assert!(unwritten.is_empty(), "infra/cloudwatch.md explains {unwritten:?}, which nothing writes");
+    assert!(
+        unwritten.is_empty(),
+        "infra/cloudwatch.md explains {unwritten:?}, which nothing writes"
+    );
 }
 
 /// The evaluator itself: were it to find everything, so would every query.
 #[test]
-fn a_query_finds_what_it_says_and_refuses_what_no_line_has() {
+fn the_query_evaluator_matches_lines_and_refuses_unknown_fields() {
     let line = |at: u32, level: &str, n: u32| {
-        row("s", &format!(r#"{{"timestamp":"2026-01-01T00:0{at}:00Z","level":"{level}","n":{n},"v":[{n},1]}}"#))
+        row(
+            "s",
+            &format!(
+                r#"{{"timestamp":"2026-01-01T00:0{at}:00Z","level":"{level}","n":{n},"v":[{n},1]}}"#
+            ),
+        )
     };
     let mut lines = vec![line(1, "INFO", 5), line(2, "WARN", 7), line(8, "WARN", 3)];
     lines.push(row("s", r#"{"timestamp":"2026-01-01T00:09:00Z","level":"ERROR"}"#));
@@ -137,9 +171,18 @@ fn a_query_finds_what_it_says_and_refuses_what_no_line_has() {
     assert_eq!(numbers("filter not level = \"WARN\" and ispresent(n)", "n"), [5.0]);
     assert_eq!(numbers("filter n > 3 and (level like \"IN\" or n < 6) | limit 5", "n"), [5.0]);
     assert_eq!(numbers("filter level in [\"INFO\", \"WARN\"] | sort n desc | limit 1", "n"), [7.0]);
-    assert_eq!(numbers("filter ispresent(v.0) | stats max(v.0) as m by bin(5m) as b | sort b asc", "m"), [7.0, 3.0]);
-    assert_eq!(numbers("stats count(*) as c, latest(n) as l by level | sort level asc", "c"), [1.0, 1.0, 2.0]);
-    assert_eq!(numbers("filter level = \"WARN\" | stats latest(n) as l, sum(n) as s by level", "l"), [3.0]);
+    assert_eq!(
+        numbers("filter ispresent(v.0) | stats max(v.0) as m by bin(5m) as b | sort b asc", "m"),
+        [7.0, 3.0]
+    );
+    assert_eq!(
+        numbers("stats count(*) as c, latest(n) as l by level | sort level asc", "c"),
+        [1.0, 1.0, 2.0]
+    );
+    assert_eq!(
+        numbers("filter level = \"WARN\" | stats latest(n) as l, sum(n) as s by level", "l"),
+        [3.0]
+    );
     for wrong in [
         "filter ispresent(m)",
         "stats max(m) as x",

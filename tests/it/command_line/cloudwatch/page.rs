@@ -16,8 +16,10 @@ impl Page {
     pub fn read() -> Self {
         let text = include_str!("../../../../infra/cloudwatch.md");
         let section = |heading: &str| {
-            let after =
-                text.split_once(&format!("\n## {heading}\n")).unwrap_or_else(|| panic!("no section {heading}")).1;
+            let after = text
+                .split_once(&format!("\n## {heading}\n"))
+                .unwrap_or_else(|| panic!("no section {heading}"))
+                .1;
             after.split_once("\n## ").map_or(after, |(section, _)| section)
         };
         let mut fields = BTreeSet::new();
@@ -30,7 +32,8 @@ impl Page {
             }
             fields.extend(names);
         }
-        let metrics = rows(section("Metrics")).map(|cells| cells[0].trim_matches('`').to_owned()).collect();
+        let metrics =
+            rows(section("Metrics")).map(|cells| cells[0].trim_matches('`').to_owned()).collect();
         let mut queries = Vec::new();
         let mut heading = "";
         let mut query: Option<String> = None;
@@ -47,7 +50,10 @@ impl Page {
                 query.push('\n');
             }
         }
-        assert!(fields.len() > 20 && metrics_are_there(&metrics) && queries.len() > 10, "the page is as it was");
+        assert!(
+            fields.len() > 20 && metrics_are_there(&metrics) && queries.len() > 10,
+            "the page is as it was"
+        );
         Page { fields, rare, metrics, queries }
     }
 }

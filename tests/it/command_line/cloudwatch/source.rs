@@ -1,4 +1,5 @@
-//! The fields of every log line in the source, found by reading it: `info!(projector = %id, position, "…")`.
+//! The fields of every log line in the source, found by reading it: `info!(projector = %id,
+//! position, "…")`.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -57,10 +58,13 @@ fn arguments(text: &str) -> Vec<String> {
     panic!("a macro that does not end: {text:.80}")
 }
 
-/// The name of `name = value`, `%name`, `?name` or `name`; what follows the message are its parameters.
+/// The name of `name = value`, `%name`, `?name` or `name`; what follows the message are its
+/// parameters.
 fn field(argument: &str) -> Option<String> {
     let argument = argument.trim();
-    let is_name = |text: &&str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_');
+    let is_name = |text: &&str| {
+        !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_')
+    };
     let name = match argument.split_once(" = ") {
         Some((name, _)) => name,
         None => argument.trim_start_matches(['%', '?']),

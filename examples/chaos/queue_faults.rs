@@ -1,0 +1,312 @@
+//! Who meddles with the queue, behind the workers' backs and by no cable.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use aws_sdk_sqs::Client;
+use aws_sdk_sqs::config::timeout::TimeoutConfig;
+use aws_sdk_sqs::types::{Message, QueueAttributeName as Attribute};
+use uuid::Uuid;
+
+use crate::figures::Figures;
+
+const QUEUE: &str = "projectionist-chaos";
+
+/// As the relay has it: on a FIFO queue, a message that is received hides all behind it.
+const GROUP: &str = "events";
+
+/// A message that is not ours holds up its group until the queue's own policy takes it away.
+const MAX_RECEIVES: u32 = 10;
+
+/// By then everything that is hidden is visible again.
+const FIND_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// Bodies that came by, to be sent again.
+const KEPT: usize = 50;
+
+/// Before this, a message of the relay has `{"sig":"`, 64 digits, and `",`.
+const SIGNED_FROM: usize = 74;
+
+/// What kind of queue it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum QueueKind {
+    Fifo,
+    Standard,
+}
+
+impl QueueKind {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            QueueKind::Fifo => "fifo",
+            QueueKind::Standard => "standard",
+        }
+    }
+}
+
+pub struct QueueFaults {
+    sqs: Client,
+    kind: QueueKind,
+    pub queue_url: String,
+    dead_letters_url: String,
+    figures: Arc<Figures>,
+    seen: Mutex<Vec<String>>,
+    /// What was sent and is not ours: nobody but the meddler may take it away.
+    planted: Mutex<HashSet<String>>,
+}
+
+impl QueueFaults {
+    /// Makes the queue anew.
+    pub async fn at(port: u16, kind: QueueKind, figures: &Arc<Figures>) -> anyhow::Result<Self> {
+        let config = aws_config::defaults(aws_config::BehaviorVersion::latest())
+            .http_client(aws_smithy_http_client::Builder::new().build_http())
+            .endpoint_url(format!("http://127.0.0.1:{port}"))
+            .timeout_config(
+                TimeoutConfig::builder().operation_timeout(Duration::from_secs(10)).build(),
+            )
+            .load()
+            .await;
+        let sqs = Client::new(&config);
+        let (name, is_fifo) = match kind {
+            QueueKind::Fifo => (format!("{QUEUE}.fifo"), Some("true")),
+            QueueKind::Standard => (QUEUE.to_owned(), None),
+        };
+        if let Ok(left) = sqs.get_queue_url().queue_name(&name).send().await {
+            sqs.delete_queue().set_queue_url(left.queue_url).send().await?;
+        }
+        let dead_name = name.replacen(QUEUE, &format!("{QUEUE}-dead"), 1);
+        if let Ok(left) = sqs.get_queue_url().queue_name(&dead_name).send().await {
+            sqs.delete_queue().set_queue_url(left.queue_url).send().await?;
+        }
+        let attributes =
+            || is_fifo.map(|is_fifo| HashMap::from([(Attribute::FifoQueue, is_fifo.to_owned())]));
+        let dead_letters =
+            sqs.create_queue().queue_name(dead_name).set_attributes(attributes()).send().await;
+        let dead_letters_url =
+            dead_letters.context("LocalStack does not answer")?.queue_url.context("a URL")?;
+        let arn = sqs
+            .get_queue_attributes()
+            .queue_url(&dead_letters_url)
+            .attribute_names(Attribute::QueueArn)
+            .send()
+            .await?;
+        let arn = arn
+            .attributes()
+            .and_then(|all| all.get(&Attribute::QueueArn))
+            .context("a queue has an ARN")?
+            .clone();
+        let policy =
+            serde_json::json!({"deadLetterTargetArn": arn, "maxReceiveCount": MAX_RECEIVES})
+                .to_string();
+        let create = sqs.create_queue().queue_name(name).set_attributes(attributes());
+        let created = create.attributes(Attribute::RedrivePolicy, policy).send().await?;
+        let queue_url = created.queue_url.context("a queue has a URL")?;
+        let (seen, planted) = (Mutex::default(), Mutex::default());
+        Ok(QueueFaults {
+            sqs,
+            kind,
+            queue_url,
+            dead_letters_url,
+            figures: Arc::clone(figures),
+            seen,
+            planted,
+        })
+    }
+
+    /// Takes messages out of the queue: lost.
+    pub async fn lose(&self) -> anyhow::Result<()> {
+        for message in self.receive(30).await? {
+            self.delete(&message).await?;
+            self.figures.add("messages_lost", 1);
+        }
+        Ok(())
+    }
+
+    /// Takes messages and keeps them for so long: they come late, or never.
+    pub async fn hold(&self, duration: Duration, then_lose: bool) -> anyhow::Result<()> {
+        let messages = self.receive(duration.as_secs() as i32).await?;
+        self.figures.add("messages_delayed", messages.len() as u64);
+        if then_lose {
+            tokio::time::sleep(duration / 2).await;
+            for message in &messages {
+                self.delete(message).await?;
+                self.figures.add("messages_lost", 1);
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends messages again that came by, in another order, each up to three times.
+    pub async fn repeat(&self) -> anyhow::Result<()> {
+        for message in self.receive(1).await.unwrap_or_default() {
+            self.delete(&message).await?;
+        }
+        let mut bodies: Vec<String> = self.seen.lock().expect("no panic while meddling").clone();
+        fastrand::shuffle(&mut bodies);
+        for body in bodies.iter().take(10) {
+            for _ in 0..fastrand::u8(1..4) {
+                self.send(body).await?;
+                self.figures.add("messages_repeated", 1);
+            }
+        }
+        Ok(())
+    }
+
+    /// Messages that are none of ours, or beyond the end of our log, or forged.
+    pub async fn send_foreign(&self) -> anyhow::Result<()> {
+        let event = r#"{"position":7,"event_id":"x","stream_id":"s","stream_version":1,"event_type":"Closed","recorded_at":"2026-01-01T00:00:00Z","payload":{"amount":1}}"#;
+        let ours =
+            self.seen.lock().expect("no panic while meddling").last().cloned().unwrap_or_default();
+        let seen = serde_json::from_str::<serde_json::Value>(&ours).unwrap_or_default();
+        let log = seen["log"].as_str().unwrap_or_default();
+        let beyond = event.replace(":7,", ":4000000007,");
+        let id = Uuid::now_v7();
+        for body in [
+            format!(r#"{{"log":"{id}","prev":6,"events":[{event}],"last":7}}"#),
+            format!(
+                r#"{{"log":"{log}","prev":4000000006,"events":[{}],"last":4000000007}}"#,
+                beyond.replace("\"x\"", &format!("\"{id}\""))
+            ),
+            format!(r#"{{"Records":[{{"eventSource":"aws:s3","id":"{id}"}}]}}"#),
+        ] {
+            self.plant(body).await?;
+            self.figures.add("messages_foreign", 1);
+        }
+        self.forge(&ours).await
+    }
+
+    /// As somebody who has seen a message sends others in its place: all of it but the payloads,
+    /// without a signature, with an invented one, and with the one that it had.
+    async fn forge(&self, genuine: &str) -> anyhow::Result<()> {
+        let (Some(rest), true) = (genuine.get(SIGNED_FROM..), genuine.contains("\"payload\":{"))
+        else {
+            return Ok(());
+        };
+        let forged = rest
+            .replace("\"payload\":{", &format!("\"payload\":{{\"forged\":\"{}\",", Uuid::now_v7()));
+        let invented = format!("{:032x}{:032x}", fastrand::u128(..), fastrand::u128(..));
+        for body in [
+            format!("{{{forged}"),
+            format!("{{\"sig\":\"{invented}\",{forged}"),
+            format!("{}{forged}", &genuine[..SIGNED_FROM]),
+        ] {
+            self.plant(body).await?;
+            self.figures.add("messages_forged", 1);
+        }
+        Ok(())
+    }
+
+    /// Messages that cannot be read: cut off, or nonsense.
+    pub async fn send_malformed(&self) -> anyhow::Result<()> {
+        let seen = self.seen.lock().expect("no panic while meddling").last().cloned();
+        let cut_off = seen.map(|body| body.chars().take(body.chars().count() / 2).collect());
+        let id = Uuid::now_v7();
+        let deep = format!("{}{id}", "[".repeat(10_000));
+        for body in
+            [cut_off.unwrap_or(format!("{{\"log\":{id}")), deep, format!("\u{1F4A5} null {id}")]
+        {
+            self.plant(body).await?;
+            self.figures.add("messages_malformed", 1);
+        }
+        Ok(())
+    }
+
+    /// Sends what is not ours, and remembers it.
+    async fn plant(&self, body: String) -> anyhow::Result<()> {
+        self.send(&body).await?;
+        self.planted.lock().expect("no panic while meddling").insert(body);
+        Ok(())
+    }
+
+    /// Empties queue and dead letters, and says how many messages that are not ours somebody else
+    /// has taken away. Nobody plays any more; what is ours among them is read from the store.
+    pub async fn collect(&self) -> anyhow::Result<usize> {
+        let began = Instant::now();
+        let mut quiet = 0;
+        while quiet < 2 || !self.missing().is_empty() && began.elapsed() < FIND_TIMEOUT {
+            quiet += 1;
+            for url in [&self.queue_url, &self.dead_letters_url] {
+                let receive = self
+                    .sqs
+                    .receive_message()
+                    .queue_url(url)
+                    .max_number_of_messages(10)
+                    .visibility_timeout(60);
+                for message in
+                    receive.wait_time_seconds(1).send().await?.messages.unwrap_or_default()
+                {
+                    quiet = 0;
+                    let delete = self.sqs.delete_message().queue_url(url);
+                    delete.set_receipt_handle(message.receipt_handle.clone()).send().await?;
+                    self.forget(&message);
+                }
+            }
+        }
+        Ok(self.missing().len())
+    }
+
+    fn missing(&self) -> Vec<String> {
+        self.planted.lock().expect("no panic while meddling").iter().cloned().collect()
+    }
+
+    fn forget(&self, message: &Message) {
+        if let Some(body) = message.body() {
+            self.planted.lock().expect("no panic while meddling").remove(body);
+        }
+    }
+
+    pub async fn purge(&self) -> anyhow::Result<()> {
+        self.sqs.purge_queue().queue_url(&self.queue_url).send().await?;
+        // Those that are dead letters already may be found or not.
+        self.planted.lock().expect("no panic while meddling").clear();
+        self.figures.add("purges", 1);
+        Ok(())
+    }
+
+    /// Up to ten messages, hidden for so many seconds. Workers hold those of the one group most of
+    /// the time: patience.
+    async fn receive(&self, visibility: i32) -> anyhow::Result<Vec<Message>> {
+        for _ in 0..20 {
+            let receive =
+                self.sqs.receive_message().queue_url(&self.queue_url).max_number_of_messages(10);
+            let received =
+                receive.visibility_timeout(visibility).wait_time_seconds(1).send().await?;
+            let messages = received.messages.unwrap_or_default();
+            if !messages.is_empty() {
+                let mut seen = self.seen.lock().expect("no panic while meddling");
+                let planted = self.planted.lock().expect("no panic while meddling");
+                let bodies = messages.iter().filter_map(|message| message.body.clone());
+                seen.extend(
+                    bodies.filter(|body| body.starts_with("{\"sig\":") && !planted.contains(body)),
+                );
+                drop(planted);
+                let known = seen.len().saturating_sub(KEPT);
+                seen.drain(..known);
+                return Ok(messages);
+            }
+        }
+        Ok(Vec::new())
+    }
+
+    async fn delete(&self, message: &Message) -> anyhow::Result<()> {
+        let delete = self.sqs.delete_message().queue_url(&self.queue_url);
+        delete.set_receipt_handle(message.receipt_handle.clone()).send().await?;
+        self.forget(message);
+        Ok(())
+    }
+
+    /// On a FIFO queue, to the relay's group or, so that it overtakes, to another.
+    async fn send(&self, body: &str) -> anyhow::Result<()> {
+        let send = self.sqs.send_message().queue_url(&self.queue_url).message_body(body);
+        let send = match self.kind {
+            QueueKind::Fifo => {
+                let group = if fastrand::bool() { GROUP } else { "elsewhere" };
+                send.message_group_id(group).message_deduplication_id(Uuid::now_v7().to_string())
+            }
+            QueueKind::Standard => send,
+        };
+        send.send().await?;
+        Ok(())
+    }
+}

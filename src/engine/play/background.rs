@@ -1,0 +1,210 @@
+//! The convoy: the live projectors that are fed in sequence. One that is far behind, or slow,
+//! leaves it, catches up on a connection of its own, and joins again by the chain rule, so that it
+//! holds up nobody.
+
+use std::collections::{HashMap, HashSet};
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{Notify, Semaphore, watch};
+use tokio::task::{AbortHandle, JoinError, JoinSet};
+use tracing::{info, warn};
+
+use crate::database::Database;
+use crate::engine::catch_up::{Cursor, CursorState};
+use crate::engine::retry::Engine;
+use crate::model::backoff;
+use crate::model::event::Position;
+use crate::model::lifecycle::Stage;
+use crate::model::metrics;
+use crate::model::projector::ProjectorId;
+use crate::model::registry::RegisteredProjector;
+
+/// How long one projector may hold up the others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BackgroundLimits {
+    /// The most events that one projector catches up on while the others wait.
+    pub events: u64,
+    /// The longest that one projector may take over the messages of one receive. What it has not
+    /// committed by then is rolled back and done again outside the convoy.
+    pub time: Duration,
+}
+
+impl Default for BackgroundLimits {
+    fn default() -> Self {
+        BackgroundLimits { events: 10_000, time: Duration::from_secs(5) }
+    }
+}
+
+/// The projectors that have left the convoy, each with the task that catches it up. Dropped, they
+/// end; nothing that was not committed is applied then: the next worker takes it up.
+pub(super) struct Stragglers {
+    tasks: JoinSet<CursorState>,
+    in_background: HashMap<ProjectorId, AbortHandle>,
+    /// Whether they are to end with the page in hand.
+    stop: watch::Sender<bool>,
+    /// How many catch up at once.
+    permits: Arc<Semaphore>,
+}
+
+impl Stragglers {
+    /// For a worker with this database. Each straggler reads on one connection and applies on
+    /// another; one of either kind stays with the projectors in the convoy, and one of ours with
+    /// the ledger.
+    pub(super) fn new(database: &Database) -> Self {
+        let readers = database.max_own_connections().saturating_sub(2);
+        let at_once =
+            database.max_handler_connections().saturating_sub(1).min(readers).max(1) as usize;
+        Stragglers {
+            tasks: JoinSet::new(),
+            in_background: HashMap::new(),
+            stop: watch::Sender::new(false),
+            permits: Arc::new(Semaphore::new(at_once)),
+        }
+    }
+
+    /// Whether a projector is outside the convoy still.
+    pub(super) fn is_catching_up(&self, id: &ProjectorId) -> bool {
+        self.in_background.get(id).is_some_and(|task| !task.is_finished())
+    }
+
+    /// Who is outside the convoy still.
+    pub(super) fn in_background(&self) -> HashSet<ProjectorId> {
+        self.in_background.keys().filter(|id| self.is_catching_up(id)).cloned().collect()
+    }
+
+    /// Forgets those whose tasks have ended; they are in the convoy again. Returns how many of them
+    /// broke.
+    pub(super) fn readmit(&mut self) -> u64 {
+        let mut broken = 0;
+        while let Some(ended) = self.tasks.try_join_next_with_id() {
+            broken += self.record(ended);
+        }
+        broken
+    }
+
+    /// The same, once all have ended.
+    async fn join_all(&mut self, broken: &mut u64) {
+        while let Some(ended) = self.tasks.join_next_with_id().await {
+            *broken += self.record(ended);
+        }
+    }
+
+    fn record(&mut self, ended: Result<(tokio::task::Id, CursorState), JoinError>) -> u64 {
+        let task = ended.as_ref().map_or_else(JoinError::id, |(task, _)| *task);
+        let id = self
+            .in_background
+            .iter()
+            .find(|(_, task_handle)| task_handle.id() == task)
+            .map(|(id, _)| id.clone());
+        let Some(id) = id else { return 0 };
+        self.in_background.remove(&id);
+        match ended {
+            Ok((_, CursorState::Broken)) => return 1,
+            Ok(_) => info!(projector = %id, "back in the convoy"),
+            Err(error) => {
+                warn!(projector = %id, %error, "its catch-up ended; it is tried in the convoy again")
+            }
+        }
+        0
+    }
+
+    /// Sends a projector off, to catch up by itself.
+    pub(super) fn move_to_background(
+        &mut self,
+        engine: &Engine,
+        projector: &Arc<RegisteredProjector>,
+        position: Position,
+    ) {
+        metrics::record_fallback_read(&projector.id);
+        let cursor = Cursor::new(projector, position);
+        let (permits, stop) = (Arc::clone(&self.permits), self.stop.subscribe());
+        let task = self.tasks.spawn(catch_up_in_background(engine.clone(), cursor, permits, stop));
+        self.in_background.insert(projector.id.clone(), task);
+    }
+
+    /// Lets them go on until `stop_signal`, then end with the page in hand, and cuts off at
+    /// `abort_signal` who has not: nobody runs on. Returns how many broke.
+    pub(super) async fn shut_down(
+        &mut self,
+        stop_signal: impl Future<Output = ()>,
+        abort_signal: impl Future<Output = ()>,
+    ) -> u64 {
+        let mut broken = self.readmit();
+        let ending = async {
+            tokio::select! {
+                biased;
+                () = self.join_all(&mut broken) => return,
+                () = stop_signal => {}
+            }
+            self.stop.send_replace(true);
+            self.join_all(&mut broken).await;
+        };
+        tokio::select! {
+            biased;
+            () = ending => {}
+            () = abort_signal => {}
+        }
+        for id in self.in_background() {
+            info!(projector = %id, "cut off: what it has not committed is done again later");
+        }
+        self.tasks.shutdown().await;
+        self.in_background.clear();
+        self.stop.send_replace(false);
+        broken
+    }
+}
+
+/// Catches up to the mark as it is at the end, or until the projector breaks, is taken over, or is
+/// to stop.
+async fn catch_up_in_background(
+    engine: Engine,
+    mut cursor: Cursor,
+    permits: Arc<Semaphore>,
+    mut stop: watch::Receiver<bool>,
+) -> CursorState {
+    let _permit = tokio::select! {
+        permit = permits.acquire() => permit,
+        _ = stop.wait_for(|stop| *stop) => return cursor.state,
+    };
+    let mut attempt = 1;
+    while cursor.is_running() && !*stop.borrow() {
+        let page_ended = Notify::new();
+        let round = async {
+            let mark = engine.store.raise_high_water().await?.mark;
+            let start = cursor.position;
+            let notify_if_stopping = |_: &[Cursor]| {
+                if *stop.borrow() {
+                    page_ended.notify_one()
+                }
+            };
+            engine
+                .catch_up(Stage::Play, std::slice::from_mut(&mut cursor), mark, notify_if_stopping)
+                .await?;
+            Ok::<_, sqlx::Error>(mark.since(start))
+        };
+        let ended = tokio::select! {
+            biased;
+            ended = round => ended,
+            // The next page has hardly begun.
+            () = page_ended.notified() => break,
+        };
+        match ended {
+            // The last round was short: the next messages continue it.
+            Ok(events) if events <= engine.limits.batch => break,
+            Ok(_) => attempt = 1,
+            Err(error) => {
+                attempt += 1;
+                if backoff::should_log(attempt) {
+                    warn!(projector = %cursor.projector.id, attempt, %error, "cannot catch up, trying again");
+                }
+                tokio::select! {
+                    () = tokio::time::sleep(backoff::delay(attempt + 4)) => {}
+                    _ = stop.wait_for(|stop| *stop) => {}
+                }
+            }
+        }
+    }
+    cursor.state
+}

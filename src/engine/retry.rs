@@ -1,0 +1,504 @@
+//! One batch, one projector, to a decision: applied, broken at an event, or no longer ours.
+
+use std::fmt::Display;
+use std::future::Future;
+use std::time::{Duration, Instant};
+
+use anyhow::anyhow;
+use time::OffsetDateTime;
+use tracing::{error, warn};
+
+use crate::database::Database;
+use crate::engine::apply::{self, ApplyError, Batch, ClaimCarry};
+use crate::engine::packet_too_large::PacketTooLargeDetector;
+use crate::ledger::{self, Entry, Ledger, LedgerError};
+use crate::model::backoff;
+use crate::model::error::{Transient, format_chain};
+use crate::model::event::{Event, Position};
+use crate::model::lifecycle::{FailedEvent, Failure, Stage, Status, Transition};
+use crate::model::metrics;
+use crate::model::registry::{RegisteredProjector, Registry};
+
+/// How often in a row a transaction may be rolled back under a handler's hands before that counts
+/// as the projector's own failure. Deadlocks are rare, and what a handler does by itself it does
+/// each time.
+const MAX_ROLLBACKS: u32 = 5;
+
+/// What the engine works with, in boot and in play.
+#[derive(Debug, Clone)]
+pub(crate) struct Engine {
+    pub(crate) database: Database,
+    pub(crate) store: crate::store::EventStore,
+    pub(crate) ledger: Ledger,
+    pub(crate) limits: Limits,
+    /// The name of the release, where it has one.
+    pub(crate) release: Option<String>,
+}
+
+/// What bounds the engine.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// The most events in one transaction, at least 1.
+    pub batch: u64,
+    /// How long a handler may take for one call, a batch or an event, before it counts as failed.
+    pub handler_timeout: Duration,
+    /// How long transient failures are tried again; `None`, and always in play: for as long as it
+    /// takes.
+    pub retry_timeout: Option<Duration>,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits { batch: 1_000, handler_timeout: Duration::from_secs(30), retry_timeout: None }
+    }
+}
+
+/// What became of a batch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum ApplyOutcome {
+    /// The projector stands here now: at the end of the batch or, if another worker did it, beyond.
+    Reached(Position),
+    /// It stands where this batch does not begin: somebody else moved it. Go on from here.
+    MovedByOther(Position),
+    /// It broke, and stands just before the event that it failed on.
+    Broken,
+    /// Transient failures outlasted [`Limits::retry_timeout`]; it stands where it stood.
+    GaveUp(String),
+    /// It has left this stage: another worker broke it, another boot handed it over, it was
+    /// retired.
+    TakenOver,
+}
+
+impl Engine {
+    pub(crate) fn new(database: &Database, limits: Limits, registry: &Registry) -> Self {
+        Engine {
+            database: database.clone(),
+            store: crate::store::EventStore::new(database),
+            ledger: Ledger::new(database),
+            // Of none, a batch would pass over what it should hold.
+            limits: Limits { batch: limits.batch.max(1), ..limits },
+            release: registry.release().map(str::to_owned),
+        }
+    }
+
+    /// Tries again what fails only for the moment, for as long as the engine is patient. It must be
+    /// harmless to repeat.
+    pub(crate) async fn retry_transient<T, E, F>(
+        &self,
+        what: &str,
+        attempt: impl FnMut() -> F,
+    ) -> Result<T, E>
+    where
+        E: Transient + Display,
+        F: Future<Output = Result<T, E>>,
+    {
+        backoff::retry_transient(self.limits.retry_timeout, what, attempt).await
+    }
+
+    /// Applies a batch to a projector. What is transient is tried again for as long as it takes:
+    /// the caller ends this by dropping it, and then nothing of the transaction in hand is applied.
+    pub(crate) async fn apply_with_retry(
+        &self,
+        projector: &RegisteredProjector,
+        stage: Stage,
+        batch: Batch<'_>,
+    ) -> ApplyOutcome {
+        self.apply_with_retry_and_carry(projector, stage, batch, &mut ClaimCarry::none()).await
+    }
+
+    /// [`Engine::apply_with_retry`], with the claim that the batch before may have left; and one
+    /// for the next.
+    pub(crate) async fn apply_with_retry_and_carry(
+        &self,
+        projector: &RegisteredProjector,
+        stage: Stage,
+        batch: Batch<'_>,
+        carry: &mut ClaimCarry,
+    ) -> ApplyOutcome {
+        if projector.needs_transaction_per_event() {
+            // Boxed, as what follows: it is large, and in the future of every projector.
+            return Box::pin(self.apply_each_event(projector, stage, batch)).await;
+        }
+        match self.apply_whole_batch(projector, stage, batch, carry).await {
+            Ok(outcome) => outcome,
+            Err(failed) => Box::pin(self.isolate_failure(projector, stage, batch, failed)).await,
+        }
+    }
+
+    /// Applies a batch with a transaction for each event that the projector wants. What it does
+    /// elsewhere cannot be rolled back, so an event that fails must not repeat those before it.
+    async fn apply_each_event(
+        &self,
+        projector: &RegisteredProjector,
+        stage: Stage,
+        batch: Batch<'_>,
+    ) -> ApplyOutcome {
+        let carry = &mut ClaimCarry::none();
+        let mut position = batch.after;
+        let mut wanted = batch.wanted(projector).peekable();
+        loop {
+            let event = wanted.next();
+            // What follows the last event goes with it.
+            let end =
+                event.filter(|_| wanted.peek().is_some()).map_or(batch.through, Event::position);
+            if let Some(step) = batch.between(position, end) {
+                let outcome = match self.apply_whole_batch(projector, stage, step, carry).await {
+                    Ok(outcome) => outcome,
+                    Err(failed) => {
+                        Box::pin(self.isolate_failure(projector, stage, step, failed)).await
+                    }
+                };
+                match outcome {
+                    ApplyOutcome::Reached(reached) => position = reached,
+                    other => return other,
+                }
+            }
+            if end == batch.through {
+                return ApplyOutcome::Reached(position);
+            }
+        }
+    }
+
+    /// Applies a batch whole. `Err` is the projector's own failure, somewhere in it.
+    async fn apply_whole_batch(
+        &self,
+        projector: &RegisteredProjector,
+        stage: Stage,
+        mut batch: Batch<'_>,
+        carry: &mut ClaimCarry,
+    ) -> Result<ApplyOutcome, ProjectorError> {
+        let began = Instant::now();
+        let mut attempt = 1;
+        let mut was_ambiguous = false;
+        let mut rolled_back = 0;
+        let mut packet_too_large = PacketTooLargeDetector::default();
+        loop {
+            let applied = apply::apply(
+                &self.database,
+                projector,
+                stage,
+                batch,
+                self.limits.handler_timeout,
+                carry,
+            )
+            .await;
+            if applied.as_ref().is_err_and(|error| !matches!(error, ApplyError::ClaimLost(_))) {
+                metrics::record_failure(&projector.id);
+            }
+            let is_packet_too_large = packet_too_large.record(&self.database, &applied).await;
+            match applied {
+                Ok(()) => return Ok(ApplyOutcome::Reached(batch.through)),
+                Err(ApplyError::Projector(error)) => {
+                    return Err(ProjectorError::new(error, attempt));
+                }
+                Err(ApplyError::PartiallyApplied(error)) => {
+                    let error = error.context(format!(
+                        "events {} to {}",
+                        batch.after.next(),
+                        batch.through
+                    ));
+                    // The event is not known, and none of the batch may be tried again.
+                    let failed = ProjectorError::for_rebuild(error, attempt);
+                    return Ok(Box::pin(self.mark_broken(projector, stage, None, failed)).await);
+                }
+                Err(ApplyError::RolledBack(error)) if rolled_back == MAX_ROLLBACKS => {
+                    return Err(ProjectorError::new(error, attempt));
+                }
+                Err(ApplyError::RolledBack(error)) => {
+                    rolled_back += 1;
+                    attempt += 1;
+                    warn!(projector = %projector.id, position = batch.after.get(), attempt, error = format_chain(&error), "trying again");
+                    tokio::time::sleep(backoff::delay(attempt)).await;
+                }
+                // The first may be the network's fault: on another connection, the second is not.
+                Err(ApplyError::Ambiguous(error)) if was_ambiguous => {
+                    return Err(ProjectorError::new(error, attempt));
+                }
+                Err(ApplyError::Ambiguous(error)) => {
+                    was_ambiguous = true;
+                    attempt += 1;
+                    warn!(projector = %projector.id, position = batch.after.get(), attempt, error = format_chain(&error), "trying once more");
+                }
+                Err(ApplyError::ClaimLost(Some(entry))) if must_be_rebuilt(&entry, stage) => {
+                    let reason = entry.rebuild_reason.unwrap_or_default();
+                    let failed = ProjectorError::for_rebuild(anyhow!(reason), attempt);
+                    return Ok(Box::pin(self.mark_broken(projector, stage, None, failed)).await);
+                }
+                Err(ApplyError::ClaimLost(entry)) => {
+                    match resolve_lost_claim(entry.as_deref(), projector, stage, batch) {
+                        Ok(rest) => batch = rest,
+                        Err(outcome) => return Ok(outcome),
+                    }
+                }
+                Err(ApplyError::Ledger(error)) if self.limits.retry_timeout.is_some() => {
+                    return Ok(ApplyOutcome::GaveUp(error.to_string()));
+                }
+                Err(ApplyError::Ledger(error)) => {
+                    // A worker that ended would lose nothing by it, but neither would it mend it.
+                    attempt += 1;
+                    if backoff::should_log(attempt) {
+                        error!(projector = %projector.id, position = batch.after.get(), attempt, %error, "the ledger cannot be written");
+                    }
+                    tokio::time::sleep(backoff::delay(attempt + 6)).await;
+                }
+                Err(ApplyError::ConnectionClosed(error)) if is_packet_too_large => {
+                    return Err(ProjectorError::new(packet_too_large.explain(error), attempt));
+                }
+                Err(ApplyError::Transient(error) | ApplyError::ConnectionClosed(error)) => {
+                    attempt += 1;
+                    // What ended this connection may have ended those that are kept.
+                    self.database.release_idle_sessions();
+                    if self
+                        .limits
+                        .retry_timeout
+                        .is_some_and(|retry_timeout| began.elapsed() >= retry_timeout)
+                    {
+                        return Ok(ApplyOutcome::GaveUp(format_chain(&error)));
+                    }
+                    if backoff::should_log(attempt) {
+                        warn!(
+                            projector = %projector.id, position = batch.after.get(), attempt,
+                            error = format_chain(&error), "transient failure, trying again"
+                        );
+                    }
+                    tokio::time::sleep(backoff::delay(attempt)).await;
+                }
+            }
+        }
+    }
+
+    /// Applies a batch that failed event by event, so that the position ends just before the
+    /// failing one.
+    async fn isolate_failure(
+        &self,
+        projector: &RegisteredProjector,
+        stage: Stage,
+        batch: Batch<'_>,
+        failed: ProjectorError,
+    ) -> ApplyOutcome {
+        // Whoever marks it broken needs the row.
+        let carry = &mut ClaimCarry::none();
+        let wanted: Vec<&Event> = batch.wanted(projector).collect();
+        if let [event] = wanted[..] {
+            // The events before it are not wanted, but the position stands just before the one that
+            // failed.
+            return match self
+                .apply_whole_batch(
+                    projector,
+                    stage,
+                    batch.up_to(event.position().previous()),
+                    carry,
+                )
+                .await
+            {
+                Ok(ApplyOutcome::Reached(_)) => {
+                    self.mark_broken(projector, stage, Some(event), failed).await
+                }
+                Ok(outcome) => outcome,
+                Err(failed) => self.mark_broken(projector, stage, Some(event), failed).await,
+            };
+        }
+        let mut position = batch.after;
+        for event in wanted {
+            if event.position() <= position {
+                continue;
+            }
+            for end in [event.position().previous(), event.position()] {
+                let Some(step) = batch.between(position, end) else { continue };
+                match self.apply_whole_batch(projector, stage, step, carry).await {
+                    Ok(ApplyOutcome::Reached(reached)) => position = reached,
+                    Ok(outcome) => return outcome,
+                    Err(alone) => {
+                        let attempts = failed.attempts + alone.attempts;
+                        return self
+                            .mark_broken(
+                                projector,
+                                stage,
+                                Some(event),
+                                ProjectorError { attempts, ..alone },
+                            )
+                            .await;
+                    }
+                }
+            }
+        }
+        // Each passed on its own, so the batch failed for a reason that has gone.
+        warn!(projector = %projector.id, error = format_chain(&failed.error), "a batch failed, but each of its events alone did not");
+        match batch.above(position) {
+            Some(rest) if rest.after < rest.through => self
+                .apply_whole_batch(projector, stage, rest, carry)
+                .await
+                .unwrap_or(ApplyOutcome::MovedByOther(position)),
+            _ => ApplyOutcome::Reached(position),
+        }
+    }
+
+    /// Marks a projector broken at an event that it stands just before; without one, at its setup.
+    pub(crate) async fn mark_broken(
+        &self,
+        projector: &RegisteredProjector,
+        stage: Stage,
+        event: Option<&Event>,
+        failed: ProjectorError,
+    ) -> ApplyOutcome {
+        let before = event.map(|event| event.position().previous());
+        self.mark_broken_if(projector, stage, event, failed, |entry| {
+            may_mark_broken(entry, projector, stage, before)
+        })
+        .await
+    }
+
+    /// Marks a projector broken if `still` holds of its row, under the row's lock.
+    pub(crate) async fn mark_broken_if(
+        &self,
+        projector: &RegisteredProjector,
+        stage: Stage,
+        event: Option<&Event>,
+        failed: ProjectorError,
+        still: impl Fn(&Entry) -> bool,
+    ) -> ApplyOutcome {
+        let failure = Failure {
+            event: event.map(|event| FailedEvent {
+                position: event.position(),
+                event_id: event.event_id().to_owned(),
+                event_type: event.event_type().to_owned(),
+            }),
+            // As the ledger keeps it: by this it is known again.
+            error: ledger::truncate(&format_chain(&failed.error), ledger::MAX_ERROR),
+            at: OffsetDateTime::now_utc(),
+            attempts: failed.attempts,
+            release: self.release.clone(),
+            host: hostname(),
+            rebuild_reason: failed.rebuild_reason,
+        };
+        let mut attempt = 1;
+        loop {
+            match self
+                .ledger
+                .transition(&projector.id, Transition::Break(failure.clone()), &still)
+                .await
+            {
+                Ok(Some(entry)) if matches!(&entry.status, Status::Broken(written) if written.error == failure.error) =>
+                {
+                    error!(
+                        alert = "projector_broken",
+                        projector = %projector.id,
+                        position = event.map(|event| event.position().get()),
+                        status = entry.status.as_str(),
+                        event_type = event.map(Event::event_type),
+                        event_id = event.map(Event::event_id),
+                        error = failure.error,
+                        attempts = failure.attempts,
+                        release = failure.release,
+                        host = failure.host,
+                        rebuild_reason = failure.rebuild_reason,
+                        "projector broken"
+                    );
+                    return ApplyOutcome::Broken;
+                }
+                Ok(Some(entry))
+                    if stage.can_apply(&entry.status)
+                        && entry.matches_digest(&projector.digest) =>
+                {
+                    return ApplyOutcome::MovedByOther(entry.position);
+                }
+                Ok(_) => return ApplyOutcome::TakenOver,
+                Err(LedgerError::Step(..)) => return ApplyOutcome::TakenOver,
+                Err(LedgerError::Database(error)) => {
+                    attempt += 1;
+                    if backoff::should_log(attempt) {
+                        warn!(projector = %projector.id, attempt, %error, "cannot mark the projector broken yet, trying again");
+                    }
+                    tokio::time::sleep(backoff::delay(attempt)).await;
+                }
+            }
+        }
+    }
+}
+
+/// Whether a projector of this stage was found half applied, and nobody has marked it broken yet.
+pub(crate) fn must_be_rebuilt(entry: &Entry, stage: Stage) -> bool {
+    entry.rebuild_reason.is_some() && stage.can_apply(&entry.status)
+}
+
+/// A projector's own failure, and how often what failed was tried.
+pub(crate) struct ProjectorError {
+    pub(crate) error: anyhow::Error,
+    pub(crate) attempts: u32,
+    /// Why the read model must be rebuilt, if it must: see [`Failure::rebuild`].
+    pub(crate) rebuild_reason: Option<String>,
+}
+
+impl ProjectorError {
+    /// A failure after which the projector may go on, once its cause is removed.
+    pub(crate) fn new(error: anyhow::Error, attempts: u32) -> Self {
+        ProjectorError { error, attempts, rebuild_reason: None }
+    }
+
+    /// A failure after which the read model must be rebuilt. The error is the reason, too.
+    pub(crate) fn for_rebuild(error: anyhow::Error, attempts: u32) -> Self {
+        let rebuild_reason = Some(format_chain(&error));
+        ProjectorError { error, attempts, rebuild_reason }
+    }
+}
+
+/// This host's name, as the kernel has it; in a container, the container's.
+pub(crate) fn hostname() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let name = Some(name.trim().to_owned()).filter(|name| !name.is_empty());
+    name.or_else(|| std::env::var("HOSTNAME").ok()).unwrap_or_else(|| "unknown".into())
+}
+
+/// What becomes of a batch whose claim does not hold: another worker was faster, or a commit of
+/// ours was not acknowledged. `Ok`: go on with this, the rest of it.
+pub(crate) fn resolve_lost_claim<'a>(
+    entry: Option<&Entry>,
+    projector: &RegisteredProjector,
+    stage: Stage,
+    batch: Batch<'a>,
+) -> Result<Batch<'a>, ApplyOutcome> {
+    let is_ours =
+        |entry: &&Entry| stage.can_apply(&entry.status) && entry.matches_digest(&projector.digest);
+    let Some(entry) = entry.filter(is_ours) else { return Err(ApplyOutcome::TakenOver) };
+    match batch.above(entry.position) {
+        Some(rest) if rest.after < rest.through => Ok(rest),
+        Some(_) => Err(ApplyOutcome::Reached(entry.position)),
+        None => Err(ApplyOutcome::MovedByOther(entry.position)),
+    }
+}
+
+/// Whether a projector may be marked broken: it is still this stage's, stands just before the event
+/// that failed, and was booted with the definition that failed.
+pub(crate) fn may_mark_broken(
+    entry: &Entry,
+    projector: &RegisteredProjector,
+    stage: Stage,
+    before: Option<Position>,
+) -> bool {
+    stage.can_apply(&entry.status)
+        && before.is_none_or(|before| entry.position == before)
+        && entry.matches_digest(&projector.digest)
+}
+
+impl<'a> Batch<'a> {
+    /// What of it lies between a projector that stands at `position` and `end`, if anything does.
+    pub(crate) fn between(self, position: Position, end: Position) -> Option<Self> {
+        self.above(position).map(|rest| rest.up_to(end)).filter(|part| part.after < part.through)
+    }
+
+    /// What is left of it for a projector that stands at `position`; `None` if that lies before it.
+    pub(crate) fn above(self, position: Position) -> Option<Self> {
+        if position < self.after {
+            return None;
+        }
+        let known = self.events.partition_point(|event| event.position() <= position);
+        Some(Batch { after: position, events: &self.events[known..], ..self })
+    }
+
+    /// Its beginning, through `position`.
+    pub(crate) fn up_to(self, position: Position) -> Self {
+        let through = self.through.min(position).max(self.after);
+        let within = self.events.partition_point(|event| event.position() <= through);
+        Batch { through, events: &self.events[..within], ..self }
+    }
+}

@@ -1,0 +1,215 @@
+//! The convoy: a projector that is slow or far behind holds up nobody, and comes back by itself.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use projectionist::{BackgroundLimits, Database, Limits, PlaySettings, Queue, Registry, play};
+
+use crate::support::{
+    Gate, ScriptedProjector, TIMEOUT, Tally, World, eventually, registry, registry_of, scripted_at,
+};
+
+/// Play with little patience for one projector.
+fn low_background_limits() -> PlaySettings {
+    PlaySettings {
+        background_after: BackgroundLimits { events: 50, time: Duration::from_millis(300) },
+        ..World::continuous_play_settings()
+    }
+}
+
+#[tokio::test]
+async fn a_slow_projector_delays_no_other_and_is_readmitted() {
+    let world = World::new().await;
+    let (slow, quick) = (Tally::new("a_slow_one"), Tally::new("quick"));
+    let gate = Gate::new();
+    let waiting = gate.clone();
+    let mut registry = Registry::new();
+    registry
+        .add(ScriptedProjector::new(&slow, move |_, _| {
+            let gate = waiting.clone();
+            Box::pin(async move {
+                gate.pass().await;
+                Ok(())
+            })
+        }))
+        .and_then(|()| registry.add(quick.clone()))
+        .expect("two names");
+    world.boot(&registry).await;
+
+    let playing = world.start_play_from(
+        Arc::clone(&world.queue) as Arc<dyn Queue>,
+        &registry,
+        low_background_limits(),
+    );
+    world.append(40).await;
+    gate.arrival().await;
+    eventually("the quick one passes the slow one", || async {
+        world.position("quick").await == 40
+    })
+    .await;
+    world.append(40).await;
+    eventually("and goes on", || async { world.position("quick").await == 80 }).await;
+    assert_eq!(
+        (world.position("a_slow_one").await, world.status("a_slow_one").await),
+        (0, "live".into())
+    );
+
+    gate.open();
+    eventually("the slow one is at the end", || async { world.position("a_slow_one").await == 80 })
+        .await;
+    world.append(40).await;
+    eventually("and in the convoy again", || async {
+        (world.position("a_slow_one").await, world.position("quick").await) == (120, 120)
+    })
+    .await;
+    playing.stop().await;
+    world.assert_complete(&slow).await;
+    world.assert_complete(&quick).await;
+}
+
+#[tokio::test]
+async fn a_projector_far_behind_catches_up_in_the_background() {
+    let world = World::new().await;
+    let (behind, quick) = (Tally::new("behind"), Tally::new("quick"));
+    let gate = Gate::new();
+    let waiting = gate.clone();
+    let mut registry = Registry::new();
+    registry
+        .add(ScriptedProjector::new(&behind, move |event, _| {
+            let (gate, far) = (waiting.clone(), event.position().get() > 100);
+            Box::pin(async move {
+                if far {
+                    gate.pass().await;
+                }
+                Ok(())
+            })
+        }))
+        .and_then(|()| registry.add(quick.clone()))
+        .expect("two names");
+    let only_quick = Registry::new().with(quick.clone()).expect("one name");
+    world.boot(&registry).await;
+    // An old release plays the other alone meanwhile.
+    world.append(400).await;
+    world.play_until_idle(&only_quick).await;
+    assert_eq!((world.position("behind").await, world.position("quick").await), (0, 400));
+
+    let playing = world.start_play_from(
+        Arc::clone(&world.queue) as Arc<dyn Queue>,
+        &registry,
+        low_background_limits(),
+    );
+    world.append(10).await;
+    gate.arrival().await;
+    eventually("the other is fed meanwhile", || async { world.position("quick").await == 410 })
+        .await;
+    assert!(world.position("behind").await <= 100, "it stands before the gate");
+    gate.open();
+    eventually("it comes to the end", || async { world.position("behind").await == 410 }).await;
+    assert_eq!(world.position("quick").await, 410);
+    playing.stop().await;
+    world.assert_complete(&behind).await;
+    world.assert_complete(&quick).await;
+}
+
+/// The reader of the log waits until its pages are taken, the handler for nothing, and all other
+/// sessions are kept: who ends the handler's must get a connection all the same.
+#[tokio::test]
+async fn an_endless_handler_far_behind_is_broken_even_with_the_fewest_connections() {
+    let world = World::new().await;
+    let (endless, quick) = (Tally::new("endless"), Tally::new("quick"));
+    let registry = registry_of([
+        scripted_at(&endless, 21, |_| Box::pin(std::future::pending())),
+        scripted_at(&quick, 0, |_| Box::pin(async { Ok(()) })),
+    ]);
+    world.append(20).await;
+    assert!(world.boot(&registry).await.is_released());
+    world.append(5_000).await;
+
+    let database =
+        Database::connect(&world.database_url, 4, TIMEOUT).await.expect("the server answers");
+    let limits = Limits {
+        batch: 100,
+        handler_timeout: Duration::from_secs(1),
+        ..World::continuous_play_settings().limits
+    };
+    let settings = PlaySettings { limits, ..low_background_limits() };
+    let both = async {
+        eventually("the one is found out", async || world.status("endless").await == "broken")
+            .await;
+        eventually("the other is at the end", async || world.position("quick").await == 5_020)
+            .await;
+    };
+    let played =
+        play(&database, Arc::clone(&world.queue) as Arc<dyn Queue>, &registry, settings, both)
+            .await;
+    assert_eq!(played.expect("play comes to an end").broken, 1);
+    world.assert_broken("endless", 21, "took longer than").await;
+    world.assert_complete(&quick).await;
+}
+
+#[tokio::test]
+async fn a_projector_that_breaks_in_the_background_is_counted_and_breaks_alone() {
+    let world = World::new().await;
+    let (behind, quick) = (Tally::new("behind").failing_at(250), Tally::new("quick"));
+    let registry = Registry::new()
+        .with(behind.clone())
+        .and_then(|r| r.with(quick.clone()))
+        .expect("two names");
+    world.boot(&registry).await;
+    world.append(400).await;
+    world.play_until_idle(&Registry::new().with(quick.clone()).expect("one name")).await;
+
+    let settings = PlaySettings { until_idle: true, ..low_background_limits() };
+    let playing =
+        world.start_play_from(Arc::clone(&world.queue) as Arc<dyn Queue>, &registry, settings);
+    eventually("all is quiet", || async { !playing.is_running() }).await;
+    let played = playing.stop().await;
+    assert_eq!((played.broken, world.position("behind").await), (1, 249));
+    world.assert_folded(&behind).await;
+    world.assert_complete(&quick).await;
+}
+
+/// Together, by one statement: and whoever stands elsewhere, or is no longer live, is not moved by
+/// it.
+#[tokio::test]
+async fn projectors_without_matching_events_advance_from_their_own_positions() {
+    let world = World::new().await;
+    let all = Tally::new("everything");
+    let idle =
+        ["ahead", "behind", "beside", "leaving"].map(|name| Tally::new(name).only(&["Never"]));
+    let registry = registry(&[&idle[0], &all, &idle[1], &idle[2], &idle[3]]);
+    world.boot(&registry).await;
+    world.append(40).await;
+    // As if other workers had been there first, and a boot of another release were at work.
+    world.execute("update projectors set position = 7 where name = 'ahead'").await;
+    world.execute("update projectors set position = 3 where name in ('behind', 'beside')").await;
+    world.execute("update projectors set status = 'stalled' where name = 'leaving'").await;
+    assert_eq!(world.play_until_idle(&registry).await.broken, 0);
+    for tally in [&all, &idle[0], &idle[1], &idle[2]] {
+        world.assert_complete(tally).await;
+    }
+    assert_eq!(
+        (world.position("leaving").await, world.status("leaving").await),
+        (0, "stalled".into())
+    );
+}
+
+/// The server is asked for no other events then.
+#[tokio::test]
+async fn projectors_with_few_event_types_skip_the_others_in_boot_and_miss_none() {
+    let world = World::new().await;
+    let (opened, closed) =
+        (Tally::new("opened").only(&["Opened"]), Tally::new("closed").only(&["Closed"]));
+    let never = Tally::new("never").only(&["Never"]);
+    world.append(1_000).await;
+    let first = registry(&[&opened]);
+    world.boot(&first).await;
+    world.append(700).await;
+    // Behind by different amounts, and with different events to come.
+    world.execute("update projectors set status = 'stalled' where name = 'opened'").await;
+    let report = world.boot(&registry(&[&never, &closed, &opened])).await;
+    assert!(report.is_released(), "{report:?}");
+    for tally in [&opened, &closed, &never] {
+        world.assert_complete(tally).await;
+    }
+}

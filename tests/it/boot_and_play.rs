@@ -1,0 +1,65 @@
+//! The main job, from the first event to three complete read models.
+
+use std::sync::Arc;
+
+use projectionist::{Limits, Mode, PlaySettings, Queue, RelaySettings, boot};
+
+use crate::support::{Tally, World, registry};
+
+#[tokio::test]
+async fn read_models_after_boot_and_play_equal_the_fold_of_the_log() {
+    for world in [World::new().await, World::with_standard_queue().await] {
+        let (all, closed) = (Tally::new("all_events"), Tally::new("closed").only(&["Closed"]));
+        let registry = registry(&[&all, &closed]);
+        world.append(250).await;
+        assert!(world.boot(&registry).await.is_released());
+        assert_eq!(world.status("all_events").await, "live");
+        world.assert_complete(&all).await;
+
+        world.append(250).await;
+        let played = world.play_until_idle(&registry).await;
+        assert!(played.messages > 0, "the events came through the queue");
+        world.assert_complete(&all).await;
+        world.assert_complete(&closed).await;
+    }
+}
+
+/// A batch of no events would move the position and apply nothing.
+#[tokio::test]
+async fn a_batch_limit_of_zero_counts_as_one() {
+    let world = World::new().await;
+    let tally = Tally::new("tally");
+    let registry = registry(&[&tally]);
+    let limits = Limits { batch: 0, ..Limits::default() };
+    world.append(10).await;
+    assert!(
+        boot(&world.database, &registry, limits, |_| {}).await.expect("boot ends").is_released()
+    );
+    world.append(10).await;
+    let relay = Some(RelaySettings { max_events: 0, ..RelaySettings::default() });
+    let settings = PlaySettings { limits, relay, ..World::play_settings() };
+    let played =
+        world.play_with(Arc::clone(&world.queue) as Arc<dyn Queue>, &registry, settings).await;
+    assert_eq!(played.messages, 10);
+    world.assert_complete(&tally).await;
+}
+
+#[tokio::test]
+async fn a_projector_from_now_never_sees_an_older_event_and_once_never_runs_twice() {
+    let world = World::new().await;
+    let (now, once) =
+        (Tally::new("from_now").mode(Mode::FromNow), Tally::new("once").mode(Mode::Once));
+    let registry = registry(&[&now, &once]);
+    world.append(30).await;
+    world.boot(&registry).await;
+    assert_eq!(
+        (world.status("from_now").await, world.status("once").await),
+        ("live".into(), "finished".into())
+    );
+
+    world.append(20).await;
+    world.boot(&registry).await;
+    world.play_until_idle(&registry).await;
+    assert_eq!(now.applied(&world).await, (31..=50).collect::<Vec<_>>());
+    assert_eq!(once.applied(&world).await, (1..=30).collect::<Vec<_>>());
+}

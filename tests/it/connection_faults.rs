@@ -1,0 +1,221 @@
+//! Cables that fail: those that reset every connection, and those that go silent, so that nobody is
+//! told.
+
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use projectionist::{Database, Limits, PlaySettings, Queue, boot, play};
+
+use crate::support::{
+    Proxy, ProxyAction, RunningProcess, TIMEOUT, Tally, World, contains_text, eventually, kill,
+    registry, registry_of, run, scripted_at,
+};
+
+/// COM_PING, as the driver sends it.
+const PING: &[u8] = b"\x01\x00\x00\x00\x0e";
+
+/// What may pass must not break a projector, however often in a row it happens: more often than a
+/// server has to hang up on one handler before that counts as the projector's own.
+#[tokio::test]
+async fn repeated_connection_resets_break_no_projector() {
+    let world = World::new().await;
+    // A single event for it, so that a batch that fails is not tried again event by event.
+    let tally = Tally::new("tally").only(&["Closed"]);
+    let resets = Arc::new(AtomicU64::new(0));
+    let (counted, is_down) = (Arc::clone(&resets), AtomicBool::new(false));
+    let url = world
+        .database_url_through_proxy(move |bytes| {
+            if contains_text(bytes, "select 'at the poison'") && counted.load(Ordering::SeqCst) < 11
+            {
+                counted.fetch_add(1, Ordering::SeqCst);
+                is_down.store(true, Ordering::SeqCst);
+                return ProxyAction::Reset;
+            }
+            // Nor does another connection live that is asked whether it does.
+            match bytes == PING && is_down.swap(false, Ordering::SeqCst) {
+                true => ProxyAction::Reset,
+                false => ProxyAction::Forward,
+            }
+        })
+        .await;
+    let database = Database::connect(&url, 8, TIMEOUT).await.expect("the server answers");
+    let registry =
+        registry_of([scripted_at(&tally, 3, |db| Box::pin(run(db, "select 'at the poison'")))]);
+    world.append(5).await;
+    let report =
+        boot(&database, &registry, Limits::default(), |_| {}).await.expect("boot comes to an end");
+    assert!(report.is_released(), "{report:?}");
+    assert_eq!(resets.load(Ordering::SeqCst), 11);
+    world.assert_complete(&tally).await;
+}
+
+/// Once it is armed: makes the first connection silent on which each of these is sent.
+struct SilentConnections {
+    waiting: Mutex<HashSet<(&'static str, ProxyAction)>>,
+    is_armed: AtomicBool,
+}
+
+impl SilentConnections {
+    fn decide(&self, bytes: &[u8]) -> ProxyAction {
+        if !self.is_armed.load(Ordering::SeqCst) {
+            return ProxyAction::Forward;
+        }
+        let mut waiting = self.waiting.lock().expect("no panic while deciding");
+        let sent = waiting.iter().copied().find(|(text, _)| contains_text(bytes, text));
+        sent.filter(|sent| waiting.remove(sent)).map_or(ProxyAction::Forward, |(_, fate)| fate)
+    }
+
+    fn arm(&self) {
+        self.is_armed.store(true, Ordering::SeqCst);
+    }
+
+    /// What has not come yet.
+    fn waiting(&self) -> HashSet<(&'static str, ProxyAction)> {
+        self.waiting.lock().expect("no panic while deciding").clone()
+    }
+}
+
+/// The world's database through a cable on which these go silent, and in which little time is lost
+/// by that.
+async fn connect_with_silences(
+    world: &World,
+    silent: &[(&'static str, ProxyAction)],
+) -> (Database, Arc<SilentConnections>) {
+    let waiting = Mutex::new(silent.iter().copied().collect());
+    let silences = Arc::new(SilentConnections { waiting, is_armed: AtomicBool::new(false) });
+    let deciding = Arc::clone(&silences);
+    let url = world.database_url_through_proxy(move |bytes| deciding.decide(bytes)).await;
+    // Each statement is prepared anew: it could not be told from others otherwise.
+    let url = format!("{url}&statement-cache-capacity=0");
+    let database = Database::connect(&url, 8, TIMEOUT).await.expect("the server answers");
+    (database.with_statement_timeout(Duration::from_secs(2)), silences)
+}
+
+/// Boots and plays one projector through cables on which these go silent, and asserts that it takes
+/// up the work by itself.
+async fn assert_survives_silence(
+    in_boot: &[(&'static str, ProxyAction)],
+    in_play: &[(&'static str, ProxyAction)],
+) {
+    let world = World::new().await;
+    let tally = Tally::new("tally");
+    let limits =
+        Limits { batch: 10, handler_timeout: Duration::from_secs(2), retry_timeout: Some(TIMEOUT) };
+    let handling = |position| {
+        registry_of([scripted_at(&tally, position, |db| {
+            Box::pin(run(db, "select 'in the handler'"))
+        })])
+    };
+
+    world.append(40).await;
+    let (database, silences) = connect_with_silences(&world, in_boot).await;
+    silences.arm();
+    let report =
+        boot(&database, &handling(25), limits, |_| {}).await.expect("boot comes to an end");
+    assert!(report.is_released(), "{report:?}");
+    assert_eq!(silences.waiting(), HashSet::new());
+    world.assert_complete(&tally).await;
+
+    let (database, silences) = connect_with_silences(&world, in_play).await;
+    let driven = async {
+        world.append(1).await;
+        eventually("it is played", async || world.position("tally").await == 41).await;
+        silences.arm();
+        world.append(29).await;
+        eventually("all of these have gone silent", async || silences.waiting().is_empty()).await;
+        eventually("it is at the end", async || world.position("tally").await == 70).await;
+    };
+    let queue = Arc::clone(&world.queue) as Arc<dyn Queue>;
+    let settings = PlaySettings { limits, ..World::continuous_play_settings() };
+    let played = play(&database, queue, &handling(65), settings, driven)
+        .await
+        .expect("play comes to an end");
+    assert_eq!(played.broken, 0);
+    world.assert_complete(&tally).await;
+}
+
+#[tokio::test]
+async fn a_silent_handler_connection_is_closed_and_each_event_applied_once() {
+    let in_the_handler = [("select 'in the handler'", ProxyAction::Silent)];
+    assert_survives_silence(&in_the_handler, &in_the_handler).await;
+}
+
+#[tokio::test]
+async fn a_silent_ledger_connection_is_closed_and_each_event_applied_once() {
+    // Before the row is locked, and when it is free again: in between, the server keeps the lock
+    // until it ends the session.
+    let ledger = [
+        ("start transaction", ProxyAction::Silent),
+        ("; commit", ProxyAction::Withheld),
+        ("from projectors", ProxyAction::Silent),
+    ];
+    assert_survives_silence(&ledger, &ledger).await;
+}
+
+/// A setup may take as long as it likes: it is given up when the server does not know its session
+/// any more.
+#[tokio::test]
+async fn a_setup_on_a_silent_connection_is_aborted_and_run_again() {
+    let world = World::new().await;
+    let tally = Tally::new("tally");
+    world.append(10).await;
+    let (database, silences) =
+        connect_with_silences(&world, &[("create table if not exists", ProxyAction::Withheld)])
+            .await;
+    silences.arm();
+    let ending = async {
+        eventually("the answer is withheld", async || silences.waiting().is_empty()).await;
+        // As the server does by itself, when a session has been silent for a minute.
+        kill(&mut world.connection().await, world.sessions().await).await;
+    };
+    let limits = Limits { retry_timeout: Some(TIMEOUT), ..Limits::default() };
+    let registry = registry_of([tally.clone()]);
+    let (report, ()) = tokio::join!(boot(&database, &registry, limits, |_| {}), ending);
+    assert!(report.expect("boot comes to an end").is_released());
+    world.assert_complete(&tally).await;
+}
+
+#[tokio::test]
+async fn a_connection_silent_during_reading_or_publishing_is_closed() {
+    let log = [("from event_log", ProxyAction::Silent), ("from events", ProxyAction::Silent)];
+    let relay =
+        [("set relay_lease_holder", ProxyAction::Silent), ("set published", ProxyAction::Withheld)];
+    assert_survives_silence(&log, &[log, relay].concat()).await;
+}
+
+/// Really killed, between the queue's taking a message and the note of it.
+#[tokio::test]
+async fn a_relay_killed_between_sending_and_recording_loses_nothing() {
+    for (world, sent_again) in [(World::new().await, 0), (World::with_standard_queue().await, 1)] {
+        let tally = Tally::new("tally");
+        let registry = registry(&[&tally]);
+        world.boot(&registry).await;
+        world.append(60).await;
+        let sends = AtomicU64::new(0);
+        let proxy = Proxy::for_queue(move |bytes| {
+            let is_second = contains_text(bytes, "AmazonSQS.SendMessage")
+                && sends.fetch_add(1, Ordering::SeqCst) == 1;
+            if is_second { ProxyAction::Withheld } else { ProxyAction::Forward }
+        })
+        .await;
+        let mut relay = world.command(&["relay", "--message-events", "20"]);
+        relay.env("AWS_ENDPOINT_URL", format!("http://{}", proxy.address()));
+        let relay = RunningProcess::spawn(relay);
+        eventually("the queue has taken the second message", async || proxy.withheld() > 0).await;
+        assert!(relay.kill().await, "it was running");
+        assert_eq!(world.number("select published from event_log").await, 20);
+        assert_eq!(world.queue.depth().await.expect("the queue answers"), 2);
+
+        let published = world.run(&["relay", "--once", "--message-events", "20"]).await.exits(0);
+        assert!(
+            published.stdout.contains("published 40 events, up to position 60"),
+            "{}",
+            published.stdout
+        );
+        assert_eq!(world.queue.depth().await.expect("the queue answers"), 3 + sent_again);
+        assert_eq!(world.play_until_idle(&registry).await.messages, 3 + sent_again);
+        world.assert_complete(&tally).await;
+    }
+}

@@ -1,0 +1,41 @@
+//! A foreign writer, that knows of the table only; and what a log has come to.
+
+use projectionist::sqlx::{self, AssertSqlSafe, MySqlConnection};
+
+use super::World;
+
+/// Writes one event, as a foreign writer would, in the transaction that the connection is in.
+pub async fn write(
+    writer: &mut MySqlConnection,
+    stream: &str,
+    version: u64,
+) -> Result<(), sqlx::Error> {
+    sqlx::query("insert into events (stream_id, stream_version, event_type, payload) values (?, ?, 'Opened', '{}')")
+        .bind(stream)
+        .bind(version)
+        .execute(writer)
+        .await
+        .map(|_| ())
+}
+
+/// The server's number for an error, and its message.
+pub fn server_error(error: &sqlx::Error) -> (u16, String) {
+    let error = error.as_database_error().expect("of the server");
+    let number = error.downcast_ref::<sqlx::mysql::MySqlDatabaseError>().number();
+    (number, error.message().to_owned())
+}
+
+impl World {
+    /// The positions of the rows that meet a condition, tombstones included.
+    pub async fn positions(&self, condition: &str) -> Vec<u64> {
+        let sql = format!("select position from events where {condition} order by position");
+        sqlx::query_scalar(AssertSqlSafe(sql))
+            .fetch_all(&mut self.connection().await)
+            .await
+            .expect("the log")
+    }
+
+    pub async fn fillers(&self) -> Vec<u64> {
+        self.positions("event_type = '$filler'").await
+    }
+}
