@@ -80,8 +80,8 @@ async fn a_projector_retired_and_added_again_is_rebuilt() {
     world.assert_complete(&tally).await;
 }
 
-/// It cannot be prevented: without its row nothing shows that there ever was one.
-/// docs/guarantees.md says so.
+/// It cannot be prevented: without its row nobody knows that there ever was one. The README says
+/// so.
 #[tokio::test]
 async fn a_retired_projector_with_its_row_deleted_by_hand_is_new_again() {
     let world = World::new().await;
