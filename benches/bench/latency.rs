@@ -24,7 +24,7 @@ use crate::projectors::{ReadModel, UpsertEach};
 use crate::queue_probes::ObservedQueue;
 use crate::sheet::{Comparison, EquivalentLoop, Line, Sheet, Target, Unit};
 use crate::world::World;
-use crate::{Bench, by_hand};
+use crate::{Bench, hand_written};
 
 /// What is not there by then is a failure.
 const TIMEOUT: Duration = Duration::from_secs(120);

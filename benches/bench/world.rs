@@ -71,7 +71,8 @@ impl World {
 
     /// As if nothing had been published, and by nobody.
     pub async fn rewind_relay(&self) -> anyhow::Result<()> {
-        self.execute("update event_log set published = 0, relay_lease_holder = null, relay_lease_expires_at = null").await
+        self.execute("update event_log set published = 0, relay_lease_holder = null, relay_lease_expires_at = null")
+            .await
     }
 }
 

@@ -67,7 +67,8 @@ async fn main() -> anyhow::Result<()> {
             line["projector"], line["position"], line["oldest_queued"]
         ));
     }
-    stage.print_note("The old worker is stopped by SIGTERM, the new one started: from here on the one queue feeds all.");
+    stage
+        .print_note("The old worker is stopped by SIGTERM, the new one started: from here on the one queue feeds all.");
     old_worker.terminate().await?;
     let worker = stage.start_worker("release-2")?;
     stage.wait_until_caught_up("release-2").await?;

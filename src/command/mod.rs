@@ -6,6 +6,7 @@ mod audit;
 mod boot;
 mod config;
 mod doctor;
+mod exit_code;
 mod fill;
 mod health;
 mod lambda;
@@ -86,7 +87,7 @@ pub fn run(registry: Registry) -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => {
             eprintln!("error: cannot start: {error}");
-            return ExitCode::from(2);
+            return ExitCode::from(exit_code::USAGE);
         }
     };
     if cli.config.redact_errors {
@@ -100,7 +101,7 @@ pub fn run(registry: Registry) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             telemetry::log_error(&error, cli.config.log_format);
-            error.exit_code()
+            exit_code::exit_code(&error)
         }
     }
 }

@@ -148,7 +148,7 @@ pub(crate) mod tests {
         }
 
         #[test]
-        fn joined_runs_keep_the_same_positions_and_are_never_adjacent(
+        fn merged_runs_hold_the_same_positions_and_never_touch(
             runs in prop::collection::vec((0u64..60, 1u64..8), 0..12),
         ) {
             let positions = |runs: &[Run]| -> std::collections::BTreeSet<u64> {

@@ -1,58 +1,37 @@
-//! Errors, as far as code branches on them: what a command exits with, and what is worth trying
-//! again.
-
-use std::process::ExitCode;
+//! The error type of the library, and the rules that tell transient errors from permanent ones.
 
 use sqlx::mysql::MySqlDatabaseError;
 
 use crate::model::text;
 
-/// Why a command did not end well. The variant decides the exit code.
+/// Why a command or a call of the library failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A projector failed: exit code 1.
+    /// A projector failed.
     #[error("{0}")]
     Projector(String),
-    /// An audit found a fault in the log: exit code 1.
+    /// An audit found a fault in the log.
     #[error("{0}")]
     LogFault(String),
-    /// The queue has messages that are not of this log: exit code 1.
+    /// The queue has messages that are not from this log.
     #[error("{0}")]
     ForeignMessages(String),
-    /// A worker's loop stands still: exit code 1.
+    /// A worker's loop has stopped turning.
     #[error("{0}")]
     Unhealthy(String),
-    /// Wrong usage, configuration or input: exit code 2.
+    /// Wrong usage, configuration or input.
     #[error("{0}")]
     Input(String),
-    /// The database or the queue is out of reach: exit code 3.
+    /// The database or the queue cannot be reached.
     #[error("{0}")]
     Unreachable(String),
-    /// A signal ended it before its end: exit code 143, as of a process that the signal kills.
+    /// A signal stopped the command before its end.
     #[error("interrupted; run it again, it goes on where it stopped")]
     Interrupted,
-    /// The database refused a statement of ours: exit code 3 if trying again may help, else 2.
+    /// The database refused a statement of this program.
     #[error("{}", explain(.0))]
     Database(#[from] sqlx::Error),
-}
-
-impl Error {
-    /// 1 a projector failed (or an audit found a fault, or a worker is ill), 2 usage, configuration
-    /// or input, 3 database or queue out of reach, 143 interrupted.
-    pub fn exit_code(&self) -> ExitCode {
-        ExitCode::from(match self {
-            Error::Projector(_)
-            | Error::LogFault(_)
-            | Error::ForeignMessages(_)
-            | Error::Unhealthy(_) => 1,
-            Error::Input(_) => 2,
-            Error::Unreachable(_) => 3,
-            Error::Interrupted => 143,
-            Error::Database(error) if is_transient(error) => 3,
-            Error::Database(_) => 2,
-        })
-    }
 }
 
 /// Server errors that say nothing about the statement, only about the moment: it may be tried
@@ -188,7 +167,7 @@ fn explain(error: &sqlx::Error) -> String {
         ),
         Some(1044 | 1142 | 1143 | 1227 | 1370) => {
             format!(
-                "the database user may not do this ({error}); grant it what the README lists for this command"
+                "the database user may not do this ({error}); grant the privileges that docs/command-line.md lists"
             )
         }
         _ => format!("database: {error}"),

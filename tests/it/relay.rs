@@ -16,7 +16,9 @@ async fn a_lease_from_the_future_has_expired() {
     let world = World::new().await;
     world.append(5).await;
     let lease = async |until: &str| {
-        world.execute(&format!("update event_log set relay_lease_holder = 'another', relay_lease_expires_at = {until}")).await;
+        world
+            .execute(&format!("update event_log set relay_lease_holder = 'another', relay_lease_expires_at = {until}"))
+            .await;
     };
     lease("utc_timestamp(6) + interval 1 hour").await;
     let relayed = world.run(&["relay", "--once"]).await.exits(0);
@@ -144,7 +146,9 @@ async fn a_stored_blocker_is_cleared_if_nothing_is_visible_above_the_mark() {
     let world = World::new().await;
     world.append(3).await;
     world.run(&["relay", "--once"]).await.exits(0);
-    world.execute("update event_log set blocked_position = 4, blocked_since = utc_timestamp(6) - interval 1 hour").await;
+    world
+        .execute("update event_log set blocked_position = 4, blocked_since = utc_timestamp(6) - interval 1 hour")
+        .await;
     world.run(&["relay", "--once"]).await.exits(0);
     assert_eq!(world.number("select count(blocked_position) from event_log").await, 0);
 }
