@@ -98,12 +98,12 @@ impl RuntimeApi {
         let id = response
             .header("lambda-runtime-aws-request-id")
             .ok_or_else(|| missing("request id"))?;
-        let deadline = response
+        let deadline_ms = response
             .header("lambda-runtime-deadline-ms")
-            .and_then(|deadline| deadline.parse().ok());
-        let deadline = Duration::from_millis(ends.ok_or_else(|| missing("deadline"))?);
-        let (id, ends) = (id.to_owned(), parse_deadline(ends, SystemTime::now()));
-        Ok(Some(Invocation { id, deadline, event: response.body }))
+            .and_then(|deadline| deadline.parse().ok())
+            .ok_or_else(|| missing("deadline"))?;
+        let deadline = parse_deadline(Duration::from_millis(deadline_ms), SystemTime::now());
+        Ok(Some(Invocation { id: id.to_owned(), deadline, event: response.body }))
     }
 
     /// Posts the answer of an invocation. If that fails, it is logged: Lambda then counts the
