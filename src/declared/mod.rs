@@ -415,7 +415,7 @@ mod tests {
             ("a b", 1, "a.toml:1: projector name \"a b\" must be 1 to 100"),
             ("", 1, "a.toml:1: projector name \"\" must be"),
             (long.as_str(), 1, "a.toml:1: projector name"),
-            ("a", 0, "a.toml:2: projector a: version counts from 1"),
+            ("a", 0, "a.toml:2: projector a: the version must be at least 1"),
         ] {
             let dir = directory(&[("a.toml", &projector(name, version))]);
             let error = refused(dir.path(), &mut Registry::new());
