@@ -386,12 +386,14 @@ pub struct NewEvent {
     /// The id; without one, the append generates a UUID. Give an id if an append may be repeated:
     /// the second append is then refused.
     pub event_id: Option<String>,
-    /// The stream: the aggregate that the event belongs to. 1 to 200 characters, without control characters.
+    /// The stream: the aggregate that the event belongs to. 1 to 200 characters, without control
+    /// characters.
     pub stream_id: String,
     /// The version that the event must get, for optimistic concurrency. Without one, the event gets
     /// the next version of its stream.
     pub stream_version: Option<u64>,
-    /// The type: what happened. 1 to 200 characters, without control characters, not beginning with `$`.
+    /// The type: what happened. 1 to 200 characters, without control characters, not beginning with
+    /// `$`.
     pub event_type: String,
     /// The time of the event; without one, the database's clock at the append.
     pub recorded_at: Option<OffsetDateTime>,

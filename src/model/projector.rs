@@ -12,9 +12,9 @@ use crate::model::event::Event;
 /// A named, versioned consumer of events.
 ///
 /// The handler receives the connection of the transaction that also moves the projector's position.
-/// Its writes on that connection are applied exactly once, also after crashes and repeated messages.
-/// The handler must not commit, and must not run a statement that commits implicitly, such as DDL. A
-/// commit is detected and breaks the projector.
+/// Its writes on that connection are applied exactly once, also after crashes and repeated
+/// messages. The handler must not commit, and must not run a statement that commits implicitly,
+/// such as DDL. A commit is detected and breaks the projector.
 ///
 /// An effect *outside* that connection (an e-mail, an HTTP call) cannot be part of the transaction.
 /// It happens **at least once**: pass [`Event::event_id`] on as the idempotency key, and return
