@@ -1,10 +1,10 @@
-//! Which known word was probably meant.
+//! Suggests the known word that a misspelled word was meant to be.
 
-/// The known word that is at most two slips from this one: letters added, left out, swapped or
-/// mistaken.
+/// The nearest known word, if it is at most two edits away. An edit adds, removes or replaces a
+/// letter, or swaps two.
 pub(super) fn nearest<'k>(word: &str, known: &[&'k str]) -> Option<&'k str> {
     let word: Vec<char> = word.to_lowercase().chars().collect();
-    // No known word is near this long, and the distance costs the product of both lengths.
+    // All known words are shorter, and the cost is the product of both lengths.
     if word.len() > 40 {
         return None;
     }
@@ -16,7 +16,7 @@ pub(super) fn nearest<'k>(word: &str, known: &[&'k str]) -> Option<&'k str> {
         .map(|(_, known)| known)
 }
 
-/// The Damerau-Levenshtein distance, in its common form without a second edit inside a swap.
+/// The Damerau-Levenshtein distance in its restricted form: no edits inside swapped letters.
 fn edit_distance(word: &[char], known: &str) -> usize {
     let known: Vec<char> = known.chars().collect();
     let mut table = vec![vec![0; known.len() + 1]; word.len() + 1];
@@ -25,11 +25,11 @@ fn edit_distance(word: &[char], known: &str) -> usize {
             table[i][j] = if i == 0 || j == 0 {
                 i + j
             } else {
-                let mistaken = table[i - 1][j - 1] + usize::from(word[i - 1] != known[j - 1]);
-                let swapped =
+                let replaced = table[i - 1][j - 1] + usize::from(word[i - 1] != known[j - 1]);
+                let is_swapped =
                     i > 1 && j > 1 && word[i - 1] == known[j - 2] && word[i - 2] == known[j - 1];
-                let swap = if swapped { table[i - 2][j - 2] + 1 } else { usize::MAX };
-                mistaken.min(table[i - 1][j] + 1).min(table[i][j - 1] + 1).min(swap)
+                let swap = if is_swapped { table[i - 2][j - 2] + 1 } else { usize::MAX };
+                replaced.min(table[i - 1][j] + 1).min(table[i][j - 1] + 1).min(swap)
             };
         }
     }

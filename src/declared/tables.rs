@@ -118,8 +118,10 @@ const SESSION_FACTS: &str = "\
         if(1 = 1 /*!80030 and @@show_gipk_in_create_table_and_information_schema = 1 */, \
             'open', 'hidden')) as what \
     union all select 'global', '', privilege_type from information_schema.user_privileges \
-        where privilege_type in ('INSERT', 'TRIGGER') and grantee = concat('''', substring_index(current_user(), '@', 1), \
-            '''@''', substring_index(current_user(), '@', -1), '''') /*!80016 and @@partial_revokes = 0 */ \
+        where privilege_type in ('INSERT', 'TRIGGER') \
+            and grantee = concat('''', substring_index(current_user(), '@', 1), \
+            '''@''', substring_index(current_user(), '@', -1), '''') \
+            /*!80016 and @@partial_revokes = 0 */ \
     union all select 'database', table_schema, privilege_type \
         from information_schema.schema_privileges \
         where cast(database() as binary) like cast(table_schema as binary) \
