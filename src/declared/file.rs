@@ -52,52 +52,6 @@ pub(super) fn parse(file: &str, text: &str) -> Result<Declaration, Vec<Problem>>
     }
 }
 
-/// The SHA-256 of a file's content, except name and version. Comments, blanks and the order of keys
-/// do not count.
-fn revision(table: &DeTable<'_>) -> String {
-    let mut context = Context::new(&SHA256);
-    for key in KEYS.iter().filter(|key| **key != "name" && **key != "version") {
-        // A key with its default value counts as a missing key.
-        let is_default = |value: &DeValue<'_>| match value {
-            DeValue::Boolean(value) => !value,
-            DeValue::Array(entries) => entries.is_empty(),
-            _ => false,
-        };
-        if let Some(value) =
-            table.get(*key).map(Spanned::get_ref).filter(|value| !is_default(value))
-        {
-            hash(key, &mut context);
-            hash_value(value, &mut context);
-        }
-    }
-    context.finish().as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// Adds a part to the hash. Its length precedes it, so that two different definitions cannot have
-/// the same input.
-fn hash(part: &str, context: &mut Context) {
-    context.update(&(part.len() as u64).to_be_bytes());
-    context.update(part.as_bytes());
-}
-
-fn hash_value(value: &DeValue<'_>, context: &mut Context) {
-    hash(value.type_str(), context);
-    match value {
-        DeValue::Array(entries) => {
-            context.update(&(entries.len() as u64).to_be_bytes());
-            entries.iter().for_each(|entry| hash_value(entry.get_ref(), context));
-        }
-        DeValue::Table(table) => {
-            for key in ON_KEYS {
-                hash(key, context);
-                table.get(key).into_iter().for_each(|value| hash_value(value.get_ref(), context));
-            }
-        }
-        DeValue::String(text) => hash(text.replace("\r\n", "\n").trim(), context),
-        other => hash(&format!("{other:?}"), context),
-    }
-}
-
 fn line_ends(text: &str) -> Vec<usize> {
     text.match_indices('\n').map(|(at, _)| at).collect()
 }
@@ -398,6 +352,52 @@ fn check_event_type(event_type: &str, is_alone: bool) -> Result<(), String> {
         ))
     } else {
         Ok(())
+    }
+}
+
+/// The SHA-256 of a file's content, except name and version. Comments, blanks and the order of keys
+/// do not count.
+fn revision(table: &DeTable<'_>) -> String {
+    let mut context = Context::new(&SHA256);
+    for key in KEYS.iter().filter(|key| **key != "name" && **key != "version") {
+        // A key with its default value counts as a missing key.
+        let is_default = |value: &DeValue<'_>| match value {
+            DeValue::Boolean(value) => !value,
+            DeValue::Array(entries) => entries.is_empty(),
+            _ => false,
+        };
+        if let Some(value) =
+            table.get(*key).map(Spanned::get_ref).filter(|value| !is_default(value))
+        {
+            hash(key, &mut context);
+            hash_value(value, &mut context);
+        }
+    }
+    context.finish().as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Adds a part to the hash. Its length precedes it, so that two different definitions cannot have
+/// the same input.
+fn hash(part: &str, context: &mut Context) {
+    context.update(&(part.len() as u64).to_be_bytes());
+    context.update(part.as_bytes());
+}
+
+fn hash_value(value: &DeValue<'_>, context: &mut Context) {
+    hash(value.type_str(), context);
+    match value {
+        DeValue::Array(entries) => {
+            context.update(&(entries.len() as u64).to_be_bytes());
+            entries.iter().for_each(|entry| hash_value(entry.get_ref(), context));
+        }
+        DeValue::Table(table) => {
+            for key in ON_KEYS {
+                hash(key, context);
+                table.get(key).into_iter().for_each(|value| hash_value(value.get_ref(), context));
+            }
+        }
+        DeValue::String(text) => hash(text.replace("\r\n", "\n").trim(), context),
+        other => hash(&format!("{other:?}"), context),
     }
 }
 
@@ -722,9 +722,10 @@ sql = """insert into t values (:stream_id, :payload.a."odd ""key""".0?, ':metada
                 Err(problems) => {
                     prop_assert!(!problems.is_empty() && problems.len() <= text.len() + KEYS.len());
                     let lines = 1..=text.matches('\n').count() + 1;
-                    prop_assert!(problems.iter().all(|problem| {
+                    let has_line = |problem: &Problem| {
                         problem.line.is_some_and(|line| lines.contains(&line))
-                    }));
+                    };
+                    prop_assert!(problems.iter().all(has_line));
                 }
             }
         }

@@ -106,44 +106,6 @@ enum Column {
     Metadata,
 }
 
-/// The fields of an event, by name. Converts into an [`Event`] that is not read from the log, as in
-/// a projector's test.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RecordedEvent {
-    /// The event's place in the global order.
-    pub position: Position,
-    /// The id, unique in the whole log.
-    pub event_id: String,
-    /// The stream: the aggregate that the event belongs to.
-    pub stream_id: String,
-    /// The event's place in its stream, counted from 1.
-    pub stream_version: u64,
-    /// The type: what happened.
-    pub event_type: String,
-    /// The time of the event, in UTC, to the microsecond.
-    pub recorded_at: OffsetDateTime,
-    /// The payload's JSON text.
-    pub payload: String,
-    /// The metadata's JSON text; `None` if the event has no metadata.
-    pub metadata: Option<String>,
-}
-
-/// A time as the database stores it: a `datetime` in UTC.
-///
-/// Bind this value, not the [`OffsetDateTime`]. sqlx binds an `OffsetDateTime` as a `timestamp`,
-/// which MariaDB stores as null before 1970 and from 2038-01-19T03:14:08Z on.
-pub(crate) fn utc_datetime(at: OffsetDateTime) -> PrimitiveDateTime {
-    let at = at.to_offset(UtcOffset::UTC);
-    PrimitiveDateTime::new(at.date(), at.time())
-}
-
-/// The time in a column of type `datetime`. An invalid date becomes 1970-01-01T00:00:00Z: a server
-/// with a lax `sql_mode` can store `0000-00-00`, and one such row must not stop all projectors.
-pub(crate) fn decode_recorded_at(row: &MySqlRow, column: usize) -> OffsetDateTime {
-    let recorded_at = row.try_get::<PrimitiveDateTime, _>(column);
-    recorded_at.map_or(OffsetDateTime::UNIX_EPOCH, PrimitiveDateTime::assume_utc)
-}
-
 impl Event {
     /// The event in a row of the log, whose columns are in the order of the log's table. Decodes
     /// the position, and whether the event is a gap filler. The other fields are decoded when they
@@ -368,6 +330,44 @@ impl fmt::Debug for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.to_recorded().fmt(f)
     }
+}
+
+/// The fields of an event, by name. Converts into an [`Event`] that is not read from the log, as in
+/// a projector's test.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RecordedEvent {
+    /// The event's place in the global order.
+    pub position: Position,
+    /// The id, unique in the whole log.
+    pub event_id: String,
+    /// The stream: the aggregate that the event belongs to.
+    pub stream_id: String,
+    /// The event's place in its stream, counted from 1.
+    pub stream_version: u64,
+    /// The type: what happened.
+    pub event_type: String,
+    /// The time of the event, in UTC, to the microsecond.
+    pub recorded_at: OffsetDateTime,
+    /// The payload's JSON text.
+    pub payload: String,
+    /// The metadata's JSON text; `None` if the event has no metadata.
+    pub metadata: Option<String>,
+}
+
+/// A time as the database stores it: a `datetime` in UTC.
+///
+/// Bind this value, not the [`OffsetDateTime`]. sqlx binds an `OffsetDateTime` as a `timestamp`,
+/// which MariaDB stores as null before 1970 and from 2038-01-19T03:14:08Z on.
+pub(crate) fn utc_datetime(at: OffsetDateTime) -> PrimitiveDateTime {
+    let at = at.to_offset(UtcOffset::UTC);
+    PrimitiveDateTime::new(at.date(), at.time())
+}
+
+/// The time in a column of type `datetime`. An invalid date becomes 1970-01-01T00:00:00Z: a server
+/// with a lax `sql_mode` can store `0000-00-00`, and one such row must not stop all projectors.
+pub(crate) fn decode_recorded_at(row: &MySqlRow, column: usize) -> OffsetDateTime {
+    let recorded_at = row.try_get::<PrimitiveDateTime, _>(column);
+    recorded_at.map_or(OffsetDateTime::UNIX_EPOCH, PrimitiveDateTime::assume_utc)
 }
 
 /// An event to append. The log assigns the position.
