@@ -39,7 +39,7 @@ const MAX_PENDING_BYTES: usize = 8 * MAX_BYTES;
 #[derive(Debug, Default)]
 pub(super) struct Tables {
     names: Vec<String>,
-    /// For each table, whether an `insert ignore` writes to it.
+    /// For each table, whether one of its inserts is an `insert ignore`.
     ignores: Vec<bool>,
     refused: Mutex<Vec<Option<(Instant, Refusal)>>>,
 }

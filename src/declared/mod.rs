@@ -214,7 +214,7 @@ impl StatementError {
         StatementError { at, reason: reason.into() }
     }
 
-    /// The same problem in a text in which the statement begins `bytes` later.
+    /// Moves the problem by `bytes`, for a text that contains the statement at that offset.
     fn offset_by(self, bytes: usize) -> Self {
         StatementError { at: self.at + bytes, ..self }
     }

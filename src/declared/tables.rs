@@ -60,7 +60,7 @@ impl fmt::Display for Refusal {
     }
 }
 
-/// A table, and whether an `insert ignore` writes to it.
+/// A table, and whether one of its inserts is an `insert ignore`.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct InsertTarget<'n> {
     pub(super) name: &'n str,

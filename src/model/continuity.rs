@@ -12,8 +12,8 @@ pub(crate) struct Run {
 }
 
 impl Run {
-    /// A run of the events after `prev`. `None` if there are no events, or if they are not
-    /// consecutive from `prev` on.
+    /// A run of the events after `prev`; `None` if `events` is empty or not consecutive from `prev`
+    /// on.
     pub(crate) fn new(prev: Position, events: Vec<Event>) -> Option<Self> {
         let mut expected = prev;
         let consecutive = events.iter().all(|event| {

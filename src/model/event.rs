@@ -20,7 +20,7 @@ pub const FILLER: &str = "$filler";
 
 /// An event's place in the one global order of the log: `events.position`.
 ///
-/// Positions start at 1. Below the high-water mark there are no gaps. [`Position::START`] (0) is
+/// Positions start at 1 and have no gaps below the high-water mark. [`Position::START`] (0) is
 /// before the first event.
 #[derive(
     Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,

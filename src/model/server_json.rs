@@ -6,7 +6,7 @@
 //! NUL that follows the document. Both refuse leading zeros, `.5`, `+1`, NaN, lone surrogates and
 //! raw control characters.
 
-/// The same document for serde_json; `None` if nothing has to change.
+/// The document for serde_json; `None` if it needs no change.
 ///
 /// A number that ends early has the value of its digits (`1.` is 1). A number without a value
 /// (`1e`, `-`) becomes a string, because the server's `json_value` returns it as text.
