@@ -1,5 +1,5 @@
-//! What is in the way of the high-water mark, and what is wrong with the log: logged when it is
-//! worth somebody's while.
+//! Watches what blocks the high-water mark and what is wrong with the log, and logs it at a limited
+//! rate.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -9,24 +9,24 @@ use tracing::{info, warn};
 use crate::model::event::Position;
 use crate::store::{Blocker, EventStore, HighWater, LogFault};
 
-/// A transaction may take its time. Beyond this, somebody should look: nothing after it is
-/// published or replayed.
+/// How long an open transaction may block the mark before a warning is logged. Nothing after its
+/// position is published or replayed.
 const WARN_AFTER: Duration = Duration::from_secs(10);
 
-/// What has held the mark for this long is written to the log, where the next process finds since
-/// when. Most transactions end sooner, and cost no write.
+/// How long the mark must be blocked before the cause is stored in the log, where the next process
+/// reads since when. Most transactions end sooner and cost no write.
 const STORE_AFTER: Duration = Duration::from_millis(200);
 
-/// A fault of the log stays until somebody acts: it is logged again this often.
+/// How often a fault of the log is logged again until an operator fixes it.
 const REMIND_EVERY: Duration = Duration::from_secs(300);
 
-/// While the mark is held, the pauses between two full attempts to raise it: the first, and the
-/// longest.
+/// While the mark is blocked: the first and the longest pause between two full attempts to raise
+/// it.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
-/// Remembers what holds the mark, and since when, so that it is logged once and not with every
-/// look.
+/// Remembers what blocks the mark and since when, so that it is logged once and not with every
+/// poll.
 #[derive(Debug, Default)]
 pub(crate) struct BlockedWatch {
     current: Option<BlockedSince>,
@@ -41,12 +41,13 @@ struct BlockedSince {
 }
 
 impl BlockedWatch {
-    /// Takes note of what holds the mark now, if anything does.
+    /// Records what blocks the mark now, or `None`.
     pub(crate) fn record(&mut self, held: Option<Blocker>) {
         self.record_with_age(held, Duration::ZERO);
     }
 
-    /// The same, where it has held the mark for `age` already, as the log remembers it.
+    /// Records what blocks the mark now, or `None`. According to the log, it has been blocked for
+    /// `age` already.
     fn record_with_age(&mut self, held: Option<Blocker>, age: Duration) {
         let Some(held) = held else {
             if self.current.take().is_some_and(|before| before.is_logged) {
@@ -103,21 +104,21 @@ impl BlockedWatch {
     }
 }
 
-/// What one process knows of the mark's troubles. A worker's relay and its reconcile share it, so
-/// that each trouble is logged once. Cheap to clone.
+/// What one process knows about the mark. A worker's relay and its reconciliation share it, so that
+/// each problem is logged once. Cheap to clone.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct StallWatch(Arc<Mutex<StallState>>);
 
 #[derive(Debug, Default)]
 struct StallState {
     blocked_watch: BlockedWatch,
-    /// Where the mark was held.
+    /// The position of the mark at the last full attempt to raise it.
     mark: Position,
     pause: Option<Pause>,
     fault: Option<(LogFault, Instant)>,
 }
 
-/// The time between two full attempts to raise a mark that is held.
+/// The pause between two full attempts to raise a blocked mark.
 #[derive(Debug, Clone, Copy)]
 struct Pause {
     until: Instant,
@@ -129,12 +130,12 @@ impl StallWatch {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Since when the mark has been held by the same thing, if anything holds it.
+    /// Since when the same cause has blocked the mark, or `None` if the mark is not blocked.
     pub(crate) fn blocked_since(&self) -> Option<Instant> {
         self.lock().blocked_watch.current.as_ref().map(|held| held.since)
     }
 
-    /// Raises the mark. While it is held, most attempts are one look at one row.
+    /// Raises the mark. While it is blocked, most calls read only one row.
     pub(crate) async fn raise_high_water(
         &self,
         store: &EventStore,
@@ -149,7 +150,7 @@ impl StallWatch {
         Ok(high_water)
     }
 
-    /// Whether the mark stands where it was held, below a hole, and the next full attempt is not
+    /// Whether the mark is still blocked by a gap just above it and the next full attempt is not
     /// due yet.
     pub(crate) async fn is_still_blocked(
         &self,
@@ -163,7 +164,7 @@ impl StallWatch {
         Ok(is_pausing && store.is_below_gap(mark).await?)
     }
 
-    /// Takes note of a full attempt to raise the mark.
+    /// Records a full attempt to raise the mark.
     pub(crate) async fn record(
         &self,
         store: &EventStore,
@@ -184,8 +185,8 @@ impl StallWatch {
         }
     }
 
-    /// Writes down what holds the mark, if that is not written yet: before a process ends, for the
-    /// next one.
+    /// Stores in the log what blocks the mark, unless that is stored already. Before a process
+    /// ends, this passes the cause on to the next process.
     pub(crate) async fn store_blocked(&self, store: &EventStore) -> Result<(), sqlx::Error> {
         let (mark, held) = {
             let watch = self.lock();
@@ -230,7 +231,7 @@ impl StallState {
             }
             return;
         };
-        // Where the log ends may change with each append; that the mark has no row is the fault.
+        // The fault is that the mark has no row. The end of the log may change with each append.
         let is_due = self.fault.is_none_or(|(before, logged_at)| {
             before.mark != fault.mark || now.duration_since(logged_at) >= REMIND_EVERY
         });

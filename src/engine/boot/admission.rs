@@ -1,5 +1,5 @@
-//! What boot looks at before it replays: definitions, tables, setups. All of it under the
-//! [`SetupLock`].
+//! The checks and preparations before the replay: definitions, tables and setups. Boot holds the
+//! [`SetupLock`] during all of them.
 
 use anyhow::anyhow;
 use tracing::{info, warn};
@@ -19,8 +19,8 @@ use crate::model::registry::RegisteredProjector;
 use crate::store::AddedTypes;
 
 impl Boot<'_> {
-    /// Looks at everything, enters the new projectors, runs the setups, and gives a cursor to each
-    /// that is to be replayed.
+    /// Checks every projector, registers the new ones, runs the setups, and returns a cursor for
+    /// each projector that will be replayed.
     pub(super) async fn admit(&mut self, before: &[Entry]) -> Result<Vec<Cursor>, Error> {
         let (database, retry_timeout) =
             (self.engine.database.clone(), self.engine.limits.retry_timeout);
@@ -78,7 +78,7 @@ impl Boot<'_> {
         Ok(cursors)
     }
 
-    /// Gives a cursor to each projector that is to be booted.
+    /// Creates a cursor for each selected projector that boot can apply events to.
     async fn cursors(&self, before: &[Entry]) -> Result<Vec<Cursor>, Error> {
         let mut cursors = Vec::new();
         for entry in self.entries().await? {
@@ -104,7 +104,7 @@ impl Boot<'_> {
         Ok(cursors)
     }
 
-    /// Looks at a projector that the ledger has.
+    /// Checks a projector that the ledger already has.
     async fn check_existing(
         &mut self,
         projector: &RegisteredProjector,
@@ -130,7 +130,7 @@ impl Boot<'_> {
         if entry.status != Status::Live || self.is_accepted(projector) {
             return Ok(());
         }
-        // Before the ledger kept them, the tables that the projector names were its own.
+        // Rows from before the ledger recorded tables: a projector owns the tables that it names.
         let owned = entry.owned_tables.as_deref().unwrap_or(&projector.tables);
         if let Some(table) = owned.iter().find(|table| !tables.contains(table)) {
             let reason = format!(
@@ -153,13 +153,13 @@ impl Boot<'_> {
         Ok(())
     }
 
-    /// Whether an operator has accepted what is found about this projector.
+    /// Whether an operator has accepted this projector despite boot's objections (`--accept`).
     fn is_accepted(&self, projector: &RegisteredProjector) -> bool {
         self.accept.contains(&projector.id)
     }
 
-    /// Compares the definition with the one of the last boot. Refuses one that wants events which
-    /// the projector has passed.
+    /// Compares the definition with that of the last boot. Refuses a definition that subscribes to
+    /// added event types if the projector has passed events of these types.
     async fn compare_definition(
         &mut self,
         projector: &RegisteredProjector,
@@ -197,7 +197,7 @@ impl Boot<'_> {
         Ok(())
     }
 
-    /// Refuses a new projector of which a table holds rows.
+    /// Refuses a new projector if one of its tables has rows.
     async fn refuse_nonempty_tables(
         &mut self,
         projector: &RegisteredProjector,
@@ -211,7 +211,7 @@ impl Boot<'_> {
             let found = match self.engine.retry_transient("look into a table", read).await {
                 Ok(false) => continue,
                 Ok(true) => "exists already and has rows",
-                // It may be empty: who may not look cannot know.
+                // Without the privilege to read the table, boot cannot know whether it is empty.
                 Err(error) if matches!(server_error_number(&error), Some(1142 | 1143)) => {
                     "exists already, and this database user has no grant to select from it, to see whether it is empty"
                 }
@@ -231,8 +231,9 @@ impl Boot<'_> {
         Ok(())
     }
 
-    /// Runs a projector's setup, and records the tables that it owns. Breaks one that is past its
-    /// start and whose table is missing or was just created: what it had applied is not in there.
+    /// Runs a projector's setup and records the tables that the projector owns. Marks the projector
+    /// broken if it is past its start and one of its tables is missing or was just created: such a
+    /// table lacks the events applied so far.
     async fn set_up(
         &mut self,
         cursor: &mut Cursor,
@@ -286,8 +287,8 @@ impl Boot<'_> {
         Ok(())
     }
 
-    /// Marks a projector broken, whether it is live or boot's, so that it is not carried on. The
-    /// row's lock decides whether it still is either.
+    /// Marks a projector broken if it is live or in boot, so that no process continues it. The
+    /// status is checked under the row's lock.
     async fn mark_broken_for_rebuild(
         &self,
         projector: &RegisteredProjector,
@@ -300,7 +301,7 @@ impl Boot<'_> {
         self.engine.mark_broken_if(projector, Stage::Boot, None, failed, may_be_broken).await
     }
 
-    /// Records what a projector is booted with.
+    /// Records the definition with which a projector is booted.
     pub(super) async fn record_definition(
         &self,
         projector: &RegisteredProjector,
@@ -313,8 +314,8 @@ impl Boot<'_> {
         Ok(())
     }
 
-    /// Records which tables are a projector's own: those that it owned, names or has created, as
-    /// far as they exist.
+    /// Records the tables that a projector owns: the existing ones among those that it owned
+    /// before, names or has just created.
     pub(super) async fn record_tables(
         &self,
         projector: &RegisteredProjector,
@@ -333,7 +334,8 @@ impl Boot<'_> {
         Ok(())
     }
 
-    /// The tables of the database, and of those where a projector has some.
+    /// Reads the tables of this database and of every other database in which a projector has a
+    /// table.
     pub(super) async fn read_tables(&self, entries: &[Entry]) -> Result<TableCatalog, sqlx::Error> {
         let read = || {
             let owned = entries.iter().filter_map(|entry| entry.owned_tables.as_ref()).flatten();
@@ -358,7 +360,7 @@ fn own_tables<'a>(
     owned.chain(&projector.tables).map(|table| tables.canonical_name(table))
 }
 
-/// The first table that a projector owns or names and that is not there.
+/// The first missing table among those that a projector owns or names.
 fn missing_table(
     entry: &Entry,
     projector: &RegisteredProjector,
@@ -375,8 +377,8 @@ fn rebuild_hint(projector: &RegisteredProjector) -> String {
     )
 }
 
-/// The event types that a subscription has now and had not before; `None` where there are none, or
-/// it is not known.
+/// The event types that were added to a subscription since the last boot. `None` if there are none,
+/// or if the previous subscription is unknown.
 fn added_types(before: Option<&[String]>, projector: &RegisteredProjector) -> Option<AddedTypes> {
     let (before, now) = (before?, projector.subscription());
     if before.iter().any(|of| of == "*") {

@@ -1,5 +1,5 @@
-//! Where boot has to come: the end of the log that was visible when it began, however long the
-//! high-water mark is held below it.
+//! The target of boot: the last visible position when boot began. Every projector has to reach it,
+//! even if the high-water mark is blocked below it for a long time.
 
 use std::time::{Duration, Instant};
 
@@ -13,24 +13,24 @@ use crate::model::event::Position;
 use crate::model::projector::{Mode, ProjectorId};
 use crate::store::{Blocker, HighWater};
 
-/// How often boot looks whether the mark has risen. Each look at a hole costs some statements.
+/// How often boot checks whether the mark has risen. Each check at a gap costs a few statements.
 const POLL_INTERVAL: Duration = Duration::from_millis(250);
 
-/// How often it logs that it still waits.
+/// How often boot logs that it is still waiting.
 const LOG_INTERVAL: Duration = Duration::from_secs(5);
 
-/// The mark is held below the target.
+/// A wait for a mark that is blocked below the target.
 #[derive(Debug)]
 pub(super) struct MarkWait {
     mark: Position,
-    /// When the mark last rose, or boot began to wait.
+    /// When the mark last rose, or when the wait began.
     since: Instant,
     logged_at: Instant,
 }
 
 impl Boot<'_> {
-    /// Reads where boot has to come. `false`: the log ends below its mark, and nothing can be built
-    /// on it.
+    /// Reads the target. Returns `false` if the log ends below its mark, because then nothing may
+    /// be built on it.
     pub(super) async fn read_target(&mut self) -> Result<bool, Error> {
         let mark = self
             .engine
@@ -50,8 +50,9 @@ impl Boot<'_> {
         Ok(false)
     }
 
-    /// Whether all may be entered: a new projector of mode from_now begins at the mark, so that it
-    /// would see older events if the mark lay below the target. Waits for it.
+    /// Waits until the mark has reached the target if there is a new projector of mode from_now.
+    /// Such a projector starts at the mark, so with a mark below the target it would see older
+    /// events. Returns `false` if the wait timed out.
     pub(super) async fn wait_until_registrable(
         &mut self,
         before: &[Entry],
@@ -76,8 +77,8 @@ impl Boot<'_> {
         }
     }
 
-    /// Waits a moment for the mark to rise to the target, and says why. `false`: for longer than
-    /// boot is patient it has not risen.
+    /// Waits for one poll interval for the mark to rise to the target, and reports why. Returns
+    /// `false` if the mark has not risen for `retry_timeout`.
     pub(super) async fn wait_for_mark(
         &mut self,
         high_water: &HighWater,
@@ -131,7 +132,7 @@ impl Boot<'_> {
     }
 }
 
-/// Why the mark has not reached the target, and what to do.
+/// Explains why the mark has not reached the target and what to do.
 fn wait_reason(HighWater { mark, blocked: held, .. }: &HighWater, target: Position) -> String {
     let cause = match held {
         Some(Blocker::InFlight(position)) => format!(
