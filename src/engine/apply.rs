@@ -45,13 +45,35 @@ impl<'a> Batch<'a> {
     pub(crate) fn wanted(self, projector: &RegisteredProjector) -> impl Iterator<Item = &'a Event> {
         self.events.iter().filter(|event| projector.subscribes_to(event))
     }
+
+    /// The part of the batch between `position` and `end`. `None` if it is empty, or if `position`
+    /// is before the batch.
+    pub(crate) fn between(self, position: Position, end: Position) -> Option<Self> {
+        self.above(position).map(|rest| rest.up_to(end)).filter(|part| part.after < part.through)
+    }
+
+    /// The part of the batch that lies above `position`. `None` if `position` is before the batch.
+    pub(crate) fn above(self, position: Position) -> Option<Self> {
+        if position < self.after {
+            return None;
+        }
+        let known = self.events.partition_point(|event| event.position() <= position);
+        Some(Batch { after: position, events: &self.events[known..], ..self })
+    }
+
+    /// The part of the batch up to and including `position`.
+    pub(crate) fn up_to(self, position: Position) -> Self {
+        let through = self.through.min(position).max(self.after);
+        let within = self.events.partition_point(|event| event.position() <= through);
+        Batch { through, events: &self.events[..within], ..self }
+    }
 }
 
 /// Why a batch was not applied. Except for [`ApplyError::PartiallyApplied`], nothing was committed.
 #[derive(Debug)]
 pub(crate) enum ApplyError {
-    /// The projector's ledger row no longer satisfies the claim, for instance because another worker
-    /// has moved its position. `None`: the row is gone.
+    /// The projector's ledger row no longer satisfies the claim, for instance because another
+    /// worker has moved its position. `None`: the row is gone.
     ClaimLost(Option<Box<Entry>>),
     /// The projector's own error: its handler failed, panicked, or changed its session.
     Projector(anyhow::Error),
@@ -75,12 +97,28 @@ pub(crate) enum ApplyError {
     Ledger(sqlx::Error),
 }
 
+impl ApplyError {
+    /// The handler's error, if it returned one.
+    fn handler_error(&self) -> Option<&anyhow::Error> {
+        match self {
+            ApplyError::Projector(error)
+            | ApplyError::RolledBack(error)
+            | ApplyError::PartiallyApplied(error)
+            | ApplyError::Ambiguous(error)
+            | ApplyError::Transient(error)
+            | ApplyError::ConnectionClosed(error) => Some(error),
+            ApplyError::ClaimLost(_) | ApplyError::Ledger(_) => None,
+        }
+    }
+}
+
 impl From<sqlx::Error> for ApplyError {
     /// Errors of the engine's own statements are never attributed to the projector.
     fn from(error: sqlx::Error) -> Self {
-        match is_transient(&error) {
-            true => ApplyError::Transient(error.into()),
-            false => ApplyError::Ledger(error),
+        if is_transient(&error) {
+            ApplyError::Transient(error.into())
+        } else {
+            ApplyError::Ledger(error)
         }
     }
 }
@@ -159,19 +197,20 @@ pub(crate) async fn apply(
                 Some(CarriedClaim { session, position: batch.through, since: Instant::now() })
         }
         CommitOutcome::Released => database.release_handler_session(session),
-        // Dropping the session closes it, which rolls back the transaction that was begun in it.
+        // Dropping the session closes it and rolls back the transaction begun for the next batch.
         CommitOutcome::ClaimLost => {}
         CommitOutcome::NotMoved => {
             return Err(ApplyError::PartiallyApplied(anyhow!(
-                "the handler's writes are stored without its position: it deleted its projector's row in the ledger, or hid \
-                 the ledger behind a temporary table. The batch cannot be applied again: rebuild the read model"
+                "the handler's writes are committed, but the position is not: the handler deleted \
+                 its projector's row in the ledger, or hid the ledger behind a temporary table. \
+                 The batch cannot be applied again: rebuild the read model"
             )));
         }
     }
     Ok(())
 }
 
-/// Opens a session and locks the projector's row in it.
+/// Opens a session and locks the projector's row.
 async fn claim_row(
     database: &Database,
     projector: &RegisteredProjector,
@@ -221,9 +260,10 @@ async fn run_and_commit(
     let savepoint = session.savepoint.clone();
     let row = Claim { projector, stage, savepoint: &savepoint, unchanged_condition: &unchanged };
     let moving = async {
-        match should_carry && !wanted.is_empty() {
-            true => row.commit_and_begin(&mut session.connection, from, to).await,
-            false => row.commit(&mut session.connection, from, to).await,
+        if should_carry && !wanted.is_empty() {
+            row.commit_and_begin(&mut session.connection, from, to).await
+        } else {
+            row.commit(&mut session.connection, from, to).await
         }
     };
     let moved = match database.with_timeout(moving).await {
@@ -235,8 +275,8 @@ async fn run_and_commit(
     Ok(moved)
 }
 
-/// Runs the handler. After an error its transaction is rolled back, or the error reports what was
-/// committed.
+/// Runs the handler. After an error its transaction is rolled back, or the error reports a partial
+/// commit.
 async fn run_handler(
     database: &Database,
     session: &mut HandlerSession,
@@ -263,10 +303,7 @@ async fn run_handler(
     };
     // An interrupted handler may have left a statement running. The session accepts no other
     // statement until that one ends.
-    let stopped = match was_interrupted {
-        true => database.kill_query(&session.id).await,
-        false => Ok(()),
-    };
+    let stopped = if was_interrupted { database.kill_query(&session.id).await } else { Ok(()) };
     let ended = match stopped {
         Ok(()) => database.roll_back(session).await,
         Err(error) => Err(error),
@@ -280,9 +317,10 @@ async fn run_handler(
         // in its projector's row, and the next claim fails. A session that does not respond may
         // still hold its locks, so it is killed. A lost session holds none.
         Err(error) => {
-            match was_interrupted || is_timeout(&error) {
-                true => guard.kill_session().await,
-                false => guard.is_armed = false,
+            if was_interrupted || is_timeout(&error) {
+                guard.kill_session().await;
+            } else {
+                guard.is_armed = false;
             }
             Err(failed)
         }
@@ -335,8 +373,8 @@ async fn classify_commit_error(
             }
             Ok(TransactionOutcome::StillOpen | TransactionOutcome::RolledBack) => {
                 ApplyError::RolledBack(anyhow!(
-                    "the transaction was rolled back while the handler had it: by a deadlock or a lock wait whose error the handler \
-                 did not pass on, or by the handler itself"
+                    "the transaction was rolled back during the handler: by a deadlock or a lock \
+                     wait timeout whose error the handler did not return, or by the handler itself"
                 ))
             }
             Err(lost) => lost.into(),
@@ -347,8 +385,9 @@ async fn classify_commit_error(
     }
     match database.changed_settings(session).await {
         Ok(Some(changed)) => ApplyError::Projector(anyhow!(
-            "the handler has changed its session and not changed it back: {changed}. What it applies next would mean \
-             something else; set the value back before the handler ends, or do without it"
+            "the handler changed its session and did not restore it: {changed}. Later statements \
+             in this session would behave differently. Restore the value before the handler ends, \
+             or do not change it"
         )),
         Ok(None) if number == 1690 => ApplyError::Projector(anyhow!(
             "the handler changed its projector's own row in the ledger"
@@ -362,31 +401,17 @@ fn partially_applied(by: &str, error: Option<&anyhow::Error>) -> anyhow::Error {
     let error =
         error.map(|error| format!("; then it failed: {}", format_chain(error))).unwrap_or_default();
     anyhow!(
-        "the handler committed the transaction, by itself or by a statement that does so (counted: {by}). A part of this \
-         batch is stored without its position, so that it cannot be applied again: rebuild the read model{error}"
+        "the handler committed the transaction, explicitly or with a statement that commits \
+         implicitly (counted: {by}). A part of this batch is stored without its position, so the \
+         batch cannot be applied again: rebuild the read model{error}"
     )
-}
-
-impl ApplyError {
-    /// The handler's error, if it returned one.
-    fn handler_error(&self) -> Option<&anyhow::Error> {
-        match self {
-            ApplyError::Projector(error)
-            | ApplyError::RolledBack(error)
-            | ApplyError::PartiallyApplied(error)
-            | ApplyError::Ambiguous(error)
-            | ApplyError::Transient(error)
-            | ApplyError::ConnectionClosed(error) => Some(error),
-            ApplyError::ClaimLost(_) | ApplyError::Ledger(_) => None,
-        }
-    }
 }
 
 /// The first event with a field that could not be decoded. The accessor returned a default value
 /// for it, so the handler's result is discarded.
 fn first_decode_error(wanted: &[&Event]) -> Option<anyhow::Error> {
     let (event, error) = wanted.iter().find_map(|event| Some((event, event.decode_error()?)))?;
-    Some(anyhow!("event {} cannot be read: {error}", event.position()))
+    Some(anyhow!("event {} cannot be decoded: {error}", event.position()))
 }
 
 /// Guards a running handler. If the handler is interrupted, a statement may still be running: the
@@ -406,7 +431,10 @@ impl RunningHandler<'_> {
         match self.database.kill_session(&self.session).await {
             Ok(()) => self.is_armed = false,
             Err(error) => {
-                debug!(session = self.session.connection_id(), %error, "a handler's session was not ended at once")
+                debug!(
+                    session = self.session.connection_id(), %error,
+                    "cannot kill a handler's session, trying once more"
+                )
             }
         }
     }
@@ -416,11 +444,17 @@ impl Drop for RunningHandler<'_> {
     /// Kills the session in the background if the handler's future was dropped, for instance by a
     /// shutdown or a timeout.
     fn drop(&mut self) {
-        let (true, Ok(runtime)) = (self.is_armed, Handle::try_current()) else { return };
+        if !self.is_armed {
+            return;
+        }
+        let Ok(runtime) = Handle::try_current() else { return };
         let (database, session) = (self.database.clone(), self.session.clone());
         runtime.spawn(async move {
             if let Err(error) = database.kill_session(&session).await {
-                debug!(session = session.connection_id(), %error, "a handler's session was not ended, and ends with its statement");
+                debug!(
+                    session = session.connection_id(), %error,
+                    "cannot kill a handler's session: it ends when its statement ends"
+                );
             }
         });
     }

@@ -241,7 +241,7 @@ impl Engine {
                 }
                 // Only some were moved. The claim of each remaining one finds out why.
                 Ok(_) => {}
-                Err(error) => debug!(%error, "projectors were not moved together"),
+                Err(error) => debug!(%error, "cannot move projectors together"),
             }
         }
     }
@@ -282,7 +282,7 @@ mod tests {
         let (after, through) = (Position::START, Position::new(hot_path::EVENT_COUNT));
         let page = Page { events: hot_path::events(), after, through };
         let wanted = hot_path::count(|| {
-            let batch = cursor.batch(&page).expect("it stands in the page");
+            let batch = cursor.batch(&page).expect("its position is in the page");
             batch.wanted(&cursor.projector).collect::<Vec<&Event>>()
         });
         assert_eq!((wanted.len(), wanted[0].position()), (45, Position::new(12)));

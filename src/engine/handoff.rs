@@ -34,7 +34,7 @@ pub(crate) fn has_reached(entry: &Entry, position: Position) -> bool {
 
 impl Engine {
     /// Makes a projector live if its position is still at or beyond `oldest_queued`, checked under
-    /// its row's lock. Returns the resulting row, or `None` if there is none.
+    /// its row's lock. Returns the resulting row, if any.
     ///
     /// `oldest_queued` decides only when boot may stop. It is not a safety condition: a worker of
     /// an old release may have deleted messages that this projector has not seen. When play
@@ -56,7 +56,8 @@ impl Engine {
             info!(
                 projector = %id, status = %entry.status, position = entry.position.get(),
                 oldest_queued = oldest_queued.get(), events = entry.position.since(from),
-                seconds = backoff::seconds(began.elapsed()), release = self.release, "handed over: live"
+                seconds = backoff::seconds(began.elapsed()), release = self.release,
+                "handed over: live"
             );
         }
         Ok(entry)

@@ -53,8 +53,9 @@ impl PacketTooLargeDetector {
     /// Adds the diagnosis to the error of the last attempt.
     pub(crate) fn explain(&self, error: anyhow::Error) -> anyhow::Error {
         error.context(format!(
-            "the server hung up on the handler {} times in a row while it kept another connection: most likely a statement \
-             is larger than its max_allowed_packet; write less in one statement, or raise that",
+            "the server closed the handler's connection {} times in a row, but kept another \
+             connection open. Most likely a statement is larger than max_allowed_packet: write \
+             less in one statement, or raise max_allowed_packet",
             self.consecutive_closes
         ))
     }

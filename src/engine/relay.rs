@@ -144,10 +144,7 @@ impl Relay {
             let Err(panic) = ended.map(|never: Infallible| match never {});
             let message = panic.downcast_ref::<&str>().copied();
             let message = message.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
-            error!(
-                error = message.unwrap_or("(no message)"),
-                "the relay panicked; it begins again"
-            );
+            error!(error = message.unwrap_or("(no message)"), "the relay panicked and restarts");
             // The cached state may be inconsistent after a panic, so it is read again.
             (self.leased_at, self.marks) = (None, None);
             tokio::time::sleep(PANIC_PAUSE).await;
@@ -188,14 +185,14 @@ impl Relay {
     /// Releases the lease, best effort: otherwise it expires.
     pub(crate) async fn release_lease(&self) {
         if let Err(error) = self.watch.store_blocked(&self.store).await {
-            debug!(%error, "what holds the high-water mark was not written down");
+            debug!(%error, "cannot store what blocks the high-water mark");
         }
         if let Err(error) = self.store.release_relay_lease(&self.holder).await {
-            debug!(%error, "the relay's lease was not released, and runs out by itself");
+            debug!(%error, "cannot release the relay's lease: it expires");
         }
     }
 
-    /// Raises the mark and publishes everything up to it.
+    /// Raises the mark and publishes all events up to the new mark.
     pub(crate) async fn publish_new(&mut self) -> Result<RelayOutcome, RelayError> {
         let leased_at = match self.leased_at {
             Some(leased_at) if leased_at.elapsed() < LEASE_DURATION / 3 => leased_at,
@@ -234,7 +231,8 @@ impl Relay {
                     alert = "log_fault",
                     first = first.get(),
                     last = last.get(),
-                    "the rows of the log between these positions are gone: nothing can be published of them"
+                    "rows of the log were deleted between these positions: their events cannot be \
+                     published"
                 );
                 if page.events.is_empty() {
                     self.store.set_published(last).await?;
@@ -263,8 +261,8 @@ impl Relay {
         metrics::record_relay_progress(RelayProgress { high_water: mark, published });
         metrics::record_mark_state(self.watch.blocked_since());
         let events = published.since(marks.published);
-        let held = marks.blocked.filter(|_| mark == marks.high_water);
-        self.marks = Some(Marks { high_water: mark, published, blocked: held, ..marks });
+        let blocked = marks.blocked.filter(|_| mark == marks.high_water);
+        self.marks = Some(Marks { high_water: mark, published, blocked, ..marks });
         Ok(RelayOutcome::Published { events, through: published })
     }
 
@@ -293,18 +291,17 @@ impl Relay {
         if risen.has_gap && risen.mark > marks.published {
             return Ok(risen.mark);
         }
-        let high_water = match risen.has_gap {
-            true => self.store.raise_high_water().await?,
-            false => {
-                if marks.blocked.is_some() && risen.mark == marks.high_water {
-                    self.store.clear_blocked(risen.mark).await?;
-                }
-                HighWater {
-                    mark: risen.mark,
-                    blocked: None,
-                    blocked_for: Duration::ZERO,
-                    fault: risen.fault,
-                }
+        let high_water = if risen.has_gap {
+            self.store.raise_high_water().await?
+        } else {
+            if marks.blocked.is_some() && risen.mark == marks.high_water {
+                self.store.clear_blocked(risen.mark).await?;
+            }
+            HighWater {
+                mark: risen.mark,
+                blocked: None,
+                blocked_for: Duration::ZERO,
+                fault: risen.fault,
             }
         };
         self.watch.record(&self.store, &high_water).await?;

@@ -214,7 +214,11 @@ impl Engine {
                 Err(ApplyError::RolledBack(error)) => {
                     rolled_back += 1;
                     attempt += 1;
-                    warn!(projector = %projector.id, position = batch.after.get(), attempt, error = format_chain(&error), "trying again");
+                    warn!(
+                        projector = %projector.id, position = batch.after.get(), attempt,
+                        error = format_chain(&error),
+                        "the transaction was rolled back, trying again"
+                    );
                     tokio::time::sleep(backoff::delay(attempt)).await;
                 }
                 // The first such error may be a network problem. A second one on another connection
@@ -225,7 +229,11 @@ impl Engine {
                 Err(ApplyError::Ambiguous(error)) => {
                     was_ambiguous = true;
                     attempt += 1;
-                    warn!(projector = %projector.id, position = batch.after.get(), attempt, error = format_chain(&error), "trying once more");
+                    warn!(
+                        projector = %projector.id, position = batch.after.get(), attempt,
+                        error = format_chain(&error),
+                        "ambiguous failure, trying once more"
+                    );
                 }
                 Err(ApplyError::ClaimLost(Some(entry))) if must_be_rebuilt(&entry, stage) => {
                     let reason = entry.rebuild_reason.unwrap_or_default();
@@ -245,7 +253,11 @@ impl Engine {
                     // Play retries, because ending the worker would not fix the error.
                     attempt += 1;
                     if backoff::should_log(attempt) {
-                        error!(projector = %projector.id, position = batch.after.get(), attempt, %error, "the ledger cannot be written");
+                        error!(
+                            projector = %projector.id, position = batch.after.get(), attempt,
+                            %error,
+                            "the ledger cannot be written"
+                        );
                     }
                     tokio::time::sleep(backoff::delay(attempt + 6)).await;
                 }
@@ -284,7 +296,7 @@ impl Engine {
         batch: Batch<'_>,
         failed: ProjectorError,
     ) -> ApplyOutcome {
-        // Marking the projector broken locks its row, so no claim may be left on it.
+        // Marking the projector broken locks its row, so no claim may be held here.
         let carry = &mut ClaimCarry::none();
         let wanted: Vec<&Event> = batch.wanted(projector).collect();
         if let [event] = wanted[..] {
@@ -330,7 +342,10 @@ impl Engine {
             }
         }
         // Every event succeeded on its own, so the cause of the failure is gone.
-        warn!(projector = %projector.id, error = format_chain(&failed.error), "a batch failed, but each of its events alone did not");
+        warn!(
+            projector = %projector.id, error = format_chain(&failed.error),
+            "a batch failed, but each of its events succeeded alone"
+        );
         match batch.above(position) {
             Some(rest) if rest.after < rest.through => self
                 .apply_whole_batch(projector, stage, rest, carry)
@@ -386,8 +401,7 @@ impl Engine {
                 .transition(&projector.id, Transition::Break(failure.clone()), &still)
                 .await
             {
-                Ok(Some(entry)) if matches!(&entry.status, Status::Broken(written) if written.error == failure.error) =>
-                {
+                Ok(Some(entry)) if has_failed_with(&entry, &failure.error) => {
                     error!(
                         alert = "projector_broken",
                         projector = %projector.id,
@@ -415,13 +429,21 @@ impl Engine {
                 Err(LedgerError::Database(error)) => {
                     attempt += 1;
                     if backoff::should_log(attempt) {
-                        warn!(projector = %projector.id, attempt, %error, "cannot mark the projector broken yet, trying again");
+                        warn!(
+                            projector = %projector.id, attempt, %error,
+                            "cannot mark the projector broken yet, trying again"
+                        );
                     }
                     tokio::time::sleep(backoff::delay(attempt)).await;
                 }
             }
         }
     }
+}
+
+/// Whether a projector is broken with this error.
+fn has_failed_with(entry: &Entry, error: &str) -> bool {
+    matches!(&entry.status, Status::Broken(failure) if failure.error == error)
 }
 
 /// Whether a projector in this stage must be rebuilt and has not been marked broken yet.
@@ -486,28 +508,4 @@ pub(crate) fn may_mark_broken(
     stage.can_apply(&entry.status)
         && before.is_none_or(|before| entry.position == before)
         && entry.matches_digest(&projector.digest)
-}
-
-impl<'a> Batch<'a> {
-    /// The part of the batch between `position` and `end`; `None` if it is empty or begins above
-    /// `position`.
-    pub(crate) fn between(self, position: Position, end: Position) -> Option<Self> {
-        self.above(position).map(|rest| rest.up_to(end)).filter(|part| part.after < part.through)
-    }
-
-    /// The part of the batch that lies above `position`. `None` if `position` is before the batch.
-    pub(crate) fn above(self, position: Position) -> Option<Self> {
-        if position < self.after {
-            return None;
-        }
-        let known = self.events.partition_point(|event| event.position() <= position);
-        Some(Batch { after: position, events: &self.events[known..], ..self })
-    }
-
-    /// The part of the batch up to and including `position`.
-    pub(crate) fn up_to(self, position: Position) -> Self {
-        let through = self.through.min(position).max(self.after);
-        let within = self.events.partition_point(|event| event.position() <= through);
-        Batch { through, events: &self.events[..within], ..self }
-    }
 }

@@ -1,4 +1,4 @@
-//! Watches what blocks the high-water mark and what is wrong with the log, and logs it at a limited
+//! Watches the high-water mark for blockers and the log for faults, and logs them at a limited
 //! rate.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -42,14 +42,14 @@ struct BlockedSince {
 
 impl BlockedWatch {
     /// Records what blocks the mark now, or `None`.
-    pub(crate) fn record(&mut self, held: Option<Blocker>) {
-        self.record_with_age(held, Duration::ZERO);
+    pub(crate) fn record(&mut self, blocker: Option<Blocker>) {
+        self.record_with_age(blocker, Duration::ZERO);
     }
 
     /// Records what blocks the mark now, or `None`. According to the log, it has been blocked for
     /// `age` already.
-    fn record_with_age(&mut self, held: Option<Blocker>, age: Duration) {
-        let Some(held) = held else {
+    fn record_with_age(&mut self, blocker: Option<Blocker>, age: Duration) {
+        let Some(blocker) = blocker else {
             if self.current.take().is_some_and(|before| before.is_logged) {
                 info!("the high-water mark rises again");
             }
@@ -57,26 +57,26 @@ impl BlockedWatch {
         };
         let now = Instant::now();
         let since = now.checked_sub(age).unwrap_or(now);
-        match self.current.as_mut().filter(|before| before.cause == held) {
+        match self.current.as_mut().filter(|before| before.cause == blocker) {
             Some(before) => {
                 before.since = before.since.min(since);
                 before.is_stored |= !age.is_zero();
             }
             None => {
                 self.current = Some(BlockedSince {
-                    cause: held,
+                    cause: blocker,
                     since,
                     is_logged: false,
                     is_stored: !age.is_zero(),
                 })
             }
         }
-        let Some(BlockedSince { cause: held, since, is_logged, .. }) =
-            self.current.as_mut().filter(|held| !held.is_logged)
+        let Some(BlockedSince { cause: blocker, since, is_logged, .. }) =
+            self.current.as_mut().filter(|blocked| !blocked.is_logged)
         else {
             return;
         };
-        match held {
+        match blocker {
             Blocker::InFlight(position) if since.elapsed() > WARN_AFTER => {
                 *is_logged = true;
                 warn!(
@@ -84,7 +84,8 @@ impl BlockedWatch {
                     position = position.get(),
                     seconds = since.elapsed().as_secs(),
                     "a transaction that holds this position has neither committed nor rolled back: \
-                     nothing after it is published or replayed. Look for it in information_schema.innodb_trx"
+                     nothing after it is published or replayed. Look for it in \
+                     information_schema.innodb_trx"
                 );
             }
             Blocker::InFlight(_) => {}
@@ -94,8 +95,9 @@ impl BlockedWatch {
                     alert = "high_water_blocked",
                     first = gap.start(),
                     last = gap.end(),
-                    "so many positions are missing that no rollback explains it: nothing after them is published or \
-                     replayed. If no writer can still hold them, close the gap: projectionist fill {} {}",
+                    "too many positions are missing to be explained by a rollback: nothing after \
+                     them is published or replayed. If no writer can still hold them, close the \
+                     gap: projectionist fill {} {}",
                     gap.start(),
                     gap.end()
                 );
@@ -132,7 +134,7 @@ impl StallWatch {
 
     /// Since when the same cause has blocked the mark, or `None` if the mark is not blocked.
     pub(crate) fn blocked_since(&self) -> Option<Instant> {
-        self.lock().blocked_watch.current.as_ref().map(|held| held.since)
+        self.lock().blocked_watch.current.as_ref().map(|blocked| blocked.since)
     }
 
     /// Raises the mark. While it is blocked, most calls read only one row.
@@ -142,8 +144,14 @@ impl StallWatch {
     ) -> Result<HighWater, sqlx::Error> {
         let mark = self.lock().mark;
         if self.is_still_blocked(store, mark).await? {
-            let held = self.lock().blocked_watch.current.as_ref().map(|held| held.cause.clone());
-            return Ok(HighWater { mark, blocked: held, blocked_for: Duration::ZERO, fault: None });
+            let blocker =
+                self.lock().blocked_watch.current.as_ref().map(|blocked| blocked.cause.clone());
+            return Ok(HighWater {
+                mark,
+                blocked: blocker,
+                blocked_for: Duration::ZERO,
+                fault: None,
+            });
         }
         let high_water = store.raise_high_water().await?;
         self.record(store, &high_water).await?;
@@ -173,30 +181,24 @@ impl StallWatch {
         let should_store = {
             let mut watch = self.lock();
             watch.record(high_water);
-            watch
-                .blocked_watch
-                .current
-                .as_ref()
-                .is_some_and(|held| !held.is_stored && held.since.elapsed() >= STORE_AFTER)
+            let current = watch.blocked_watch.current.as_ref();
+            current.is_some_and(|now| !now.is_stored && now.since.elapsed() >= STORE_AFTER)
         };
-        match should_store {
-            true => self.store_blocked(store).await,
-            false => Ok(()),
-        }
+        if should_store { self.store_blocked(store).await } else { Ok(()) }
     }
 
     /// Stores in the log what blocks the mark, unless that is stored already. Before a process
     /// ends, this passes the cause on to the next process.
     pub(crate) async fn store_blocked(&self, store: &EventStore) -> Result<(), sqlx::Error> {
-        let (mark, held) = {
+        let (mark, blocker) = {
             let watch = self.lock();
-            let held = watch.blocked_watch.current.as_ref().filter(|held| !held.is_stored);
-            (watch.mark, held.map(|held| held.cause.clone()))
+            let current = watch.blocked_watch.current.as_ref().filter(|now| !now.is_stored);
+            (watch.mark, current.map(|now| now.cause.clone()))
         };
-        let Some(held) = held else { return Ok(()) };
-        store.record_blocked(mark, &held).await?;
+        let Some(blocker) = blocker else { return Ok(()) };
+        store.record_blocked(mark, &blocker).await?;
         if let Some(written) =
-            self.lock().blocked_watch.current.as_mut().filter(|now| now.cause == held)
+            self.lock().blocked_watch.current.as_mut().filter(|now| now.cause == blocker)
         {
             written.is_stored = true;
         }
@@ -207,12 +209,13 @@ impl StallWatch {
 impl StallState {
     fn record(&mut self, high_water: &HighWater) {
         let now = Instant::now();
-        let HighWater { mark, blocked: held, blocked_for: held_for, fault } = high_water;
+        let HighWater { mark, blocked: blocker, blocked_for, fault } = high_water;
         let is_unchanged = self.mark == *mark
-            && self.blocked_watch.current.as_ref().map(|held| &held.cause) == held.as_ref();
+            && self.blocked_watch.current.as_ref().map(|blocked| &blocked.cause)
+                == blocker.as_ref();
         self.mark = *mark;
-        self.blocked_watch.record_with_age(held.clone(), *held_for);
-        self.pause = held.as_ref().map(|_| {
+        self.blocked_watch.record_with_age(blocker.clone(), *blocked_for);
+        self.pause = blocker.as_ref().map(|_| {
             let length = self
                 .pause
                 .filter(|_| is_unchanged)
@@ -226,7 +229,8 @@ impl StallState {
         let Some(fault) = fault else {
             if self.fault.take().is_some() {
                 info!(
-                    "the high-water mark has its row again; an audit tells whether the log is what it was"
+                    "the row of the high-water mark exists again; run an audit to check whether \
+                     the log is intact"
                 );
             }
             return;
@@ -246,10 +250,10 @@ impl StallState {
 mod tests {
     use super::*;
 
-    fn attempt(mark: u64, held: Option<u64>, age: u64) -> HighWater {
+    fn attempt(mark: u64, blocker: Option<u64>, age: u64) -> HighWater {
         HighWater {
             mark: Position::new(mark),
-            blocked: held.map(|position| Blocker::InFlight(Position::new(position))),
+            blocked: blocker.map(|position| Blocker::InFlight(Position::new(position))),
             blocked_for: Duration::from_secs(age),
             fault: None,
         }
@@ -258,10 +262,10 @@ mod tests {
     #[test]
     fn attempts_at_a_blocked_mark_back_off_and_restart_when_the_blocker_changes() {
         let mut watch = StallState::default();
-        let pauses = |watch: &mut StallState, held, count| -> Vec<u128> {
+        let pauses = |watch: &mut StallState, blocker, count| -> Vec<u128> {
             let pause = |watch: &mut StallState| {
-                watch.record(&attempt(held - 1, Some(held), 0));
-                watch.pause.expect("it is held").length.as_millis()
+                watch.record(&attempt(blocker - 1, Some(blocker), 0));
+                watch.pause.expect("it is blocked").length.as_millis()
             };
             (0..count).map(|_| pause(watch)).collect()
         };
@@ -275,9 +279,11 @@ mod tests {
     fn the_blocked_since_stored_in_the_log_counts_and_is_not_rewritten() {
         let mut watch = StallState::default();
         watch.record(&attempt(9, Some(10), 60));
-        let held = watch.blocked_watch.current.as_ref().expect("it is held");
+        let blocked = watch.blocked_watch.current.as_ref().expect("it is blocked");
         assert!(
-            held.since.elapsed() >= Duration::from_secs(60) && held.is_stored && held.is_logged
+            blocked.since.elapsed() >= Duration::from_secs(60)
+                && blocked.is_stored
+                && blocked.is_logged
         );
     }
 }

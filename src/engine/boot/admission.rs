@@ -25,10 +25,11 @@ impl Boot<'_> {
         let (database, retry_timeout) =
             (self.engine.database.clone(), self.engine.limits.retry_timeout);
         let take = || SetupLock::acquire(&database, retry_timeout);
-        let Some(mut lock) = self.engine.retry_transient("take the lock for setups", take).await?
+        let Some(mut lock) = self.engine.retry_transient("acquire the setup lock", take).await?
         else {
             self.findings.reason = Some(
-                "another boot has been running setups for as long as this one is patient; see its log, and run boot again"
+                "another boot is still running setups, and this boot's wait timeout has passed; \
+                 see the log of the other boot, then run boot again"
                     .into(),
             );
             return Ok(Vec::new());
@@ -63,7 +64,7 @@ impl Boot<'_> {
             for projector in &new {
                 let position = start_position(projector.mode, high_water);
                 let register = || self.engine.ledger.register(projector, position);
-                self.engine.retry_transient("enter a projector", register).await?;
+                self.engine.retry_transient("register a projector", register).await?;
             }
         }
         let mut cursors = self.cursors(before).await?;
@@ -91,14 +92,19 @@ impl Boot<'_> {
             }
             if Stage::Boot.can_apply(&entry.status) {
                 info!(
-                    projector = %entry.id, mode = %entry.mode, status = %entry.status, position = entry.position.get(),
-                    release = self.engine.release, "booting"
+                    projector = %entry.id, mode = %entry.mode, status = %entry.status,
+                    position = entry.position.get(), release = self.engine.release,
+                    "booting"
                 );
                 let mut cursor = Cursor::new(projector, entry.position);
                 cursor.was_broken = was_broken(before, &entry);
                 cursors.push(cursor);
             } else if entry.status == Status::Retired {
-                warn!(projector = %entry.id, status = %entry.status, "retired, and never played again: take it out of the set, or give it a new version");
+                warn!(
+                    projector = %entry.id, status = %entry.status,
+                    "retired, and never played again: remove it from the set, or give it a new \
+                     version"
+                );
             }
         }
         Ok(cursors)
@@ -134,7 +140,7 @@ impl Boot<'_> {
         let owned = entry.owned_tables.as_deref().unwrap_or(&projector.tables);
         if let Some(table) = owned.iter().find(|table| !tables.contains(table)) {
             let reason = format!(
-                "its table {table} is gone, and with it what it was built of; {}",
+                "its table {table} is missing, and with it the events applied so far; {}",
                 rebuild_hint(projector)
             );
             self.mark_broken_for_rebuild(projector, &reason).await;
@@ -145,8 +151,8 @@ impl Boot<'_> {
             self.findings.refused.insert(
                 projector.id.clone(),
                 format!(
-                    "it is live, and names the table {table}, which does not exist: the setup of a live projector is not \
-                     run again. Give it a new version, or create the table"
+                    "it is live, but its table {table} does not exist, and the setup of a live \
+                     projector is not run again. Give it a new version, or create the table"
                 ),
             );
         }
@@ -169,7 +175,10 @@ impl Boot<'_> {
         if entry.matches_digest(&projector.digest) {
             return Ok(());
         }
-        info!(projector = %id, status = %entry.status, release = self.engine.release, "changed since it was booted");
+        info!(
+            projector = %id, status = %entry.status, release = self.engine.release,
+            "changed since it was booted"
+        );
         self.findings.changed.insert(id.clone());
         let Some(added) = added_types(entry.event_types.as_deref(), projector)
             .filter(|_| !self.is_accepted(projector))
@@ -187,9 +196,10 @@ impl Boot<'_> {
             self.findings.refused.insert(
                 id.clone(),
                 format!(
-                    "it subscribes to more event types than when it was booted, and has passed {passed} events of \
-                     these types, up to position {}, which it would never see. Give it a new version, or, if it does \
-                     not need them, boot with --accept {id}",
+                    "it subscribes to more event types than at its last boot, and has passed \
+                     {passed} events of these types, up to position {}. It would never receive \
+                     them. Give it a new version, or boot with --accept {id} if it does not need \
+                     them",
                     entry.position
                 ),
             );
@@ -208,12 +218,13 @@ impl Boot<'_> {
         }
         for table in projector.tables.iter().filter(|table| tables.contains(table)) {
             let read = || read_model::has_rows(&self.engine.database, table);
-            let found = match self.engine.retry_transient("look into a table", read).await {
+            let found = match self.engine.retry_transient("check a table for rows", read).await {
                 Ok(false) => continue,
                 Ok(true) => "exists already and has rows",
                 // Without the privilege to read the table, boot cannot know whether it is empty.
                 Err(error) if matches!(server_error_number(&error), Some(1142 | 1143)) => {
-                    "exists already, and this database user has no grant to select from it, to see whether it is empty"
+                    "exists already, and this database user has no SELECT privilege to check \
+                     whether it is empty"
                 }
                 Err(error) => return Err(error.into()),
             };
@@ -222,8 +233,9 @@ impl Boot<'_> {
             self.findings.refused.insert(
                 id.clone(),
                 format!(
-                    "it is new, and its table {table} {found}: it would be replayed on top of them. Drop or empty the \
-                     table, or give the projector another table; if the rows belong there, boot with --accept {id}"
+                    "it is new, but its table {table} {found}: the replay would add to existing \
+                     rows. Drop or empty the table, or give the projector another table. If the \
+                     rows belong there, boot with --accept {id}"
                 ),
             );
             return Ok(());
@@ -250,7 +262,8 @@ impl Boot<'_> {
         self.record_definition(&projector, &entry).await?;
         let must_be_whole = entry.is_past_start() && !self.is_accepted(&projector);
         if let Some(table) = missing_table(&entry, &projector, tables).filter(|_| must_be_whole) {
-            let reason = format!("its table {table} is gone, and with it what it was built of");
+            let reason =
+                format!("its table {table} is missing, and with it the events applied so far");
             let reason = format!("{reason}; {}", rebuild_hint(&projector));
             cursor.record(self.mark_broken_for_rebuild(&projector, &reason).await);
             self.findings.refused.insert(id.clone(), reason);
@@ -259,12 +272,13 @@ impl Boot<'_> {
         let set_up = || apply::set_up(&self.engine.database, &projector);
         let done = self.engine.retry_transient("run a setup", set_up).await;
         let read = || tables.reload(&self.engine.database);
-        let after = self.engine.retry_transient("look at the tables", read).await?;
+        let after = self.engine.retry_transient("read the tables", read).await?;
         let before = std::mem::replace(tables, after);
         let created = tables.created_since(&before);
-        if let (Some(table), true) = (created.first(), must_be_whole) {
+        if let Some(table) = created.first().filter(|_| must_be_whole) {
             let reason = format!(
-                "its setup has just created the table {table}, which lacks what came before"
+                "its setup has just created the table {table}, which lacks the events applied so \
+                 far"
             );
             let reason = format!("{reason}; {}", rebuild_hint(&projector));
             cursor.record(self.mark_broken_for_rebuild(&projector, &reason).await);
@@ -275,14 +289,13 @@ impl Boot<'_> {
         if let Err(error) = done {
             metrics::record_failure(id);
             let error = error.context("setup failed");
-            cursor.record(match has_transient_cause(&error) {
-                true => ApplyOutcome::GaveUp(format_chain(&error)),
-                false => {
-                    self.engine
-                        .mark_broken(&projector, Stage::Boot, None, ProjectorError::new(error, 1))
-                        .await
-                }
-            });
+            let outcome = if has_transient_cause(&error) {
+                ApplyOutcome::GaveUp(format_chain(&error))
+            } else {
+                let failed = ProjectorError::new(error, 1);
+                self.engine.mark_broken(&projector, Stage::Boot, None, failed).await
+            };
+            cursor.record(outcome);
         }
         Ok(())
     }
@@ -342,7 +355,7 @@ impl Boot<'_> {
             let named = self.selected.iter().flat_map(|projector| &projector.tables);
             TableCatalog::read(&self.engine.database, owned.chain(named))
         };
-        self.engine.retry_transient("look at the tables", read).await
+        self.engine.retry_transient("read the tables", read).await
     }
 }
 
@@ -372,13 +385,14 @@ fn missing_table(
 fn rebuild_hint(projector: &RegisteredProjector) -> String {
     let id = &projector.id;
     format!(
-        "it must be rebuilt: retire it (projectionist retire {id} --force) and run boot again, or give it a new version; \
-         if the table has been restored as it was, boot with --accept {id}"
+        "it must be rebuilt: retire it (projectionist retire {id} --force) and run boot again, or \
+         give it a new version; if the table was restored with its contents, boot with --accept \
+         {id}"
     )
 }
 
-/// The event types that were added to a subscription since the last boot. `None` if there are none,
-/// or if the previous subscription is unknown.
+/// The event types that were added to a subscription since the last boot. `None` if no type was
+/// added, or if the previous subscription is unknown.
 fn added_types(before: Option<&[String]>, projector: &RegisteredProjector) -> Option<AddedTypes> {
     let (before, now) = (before?, projector.subscription());
     if before.iter().any(|of| of == "*") {

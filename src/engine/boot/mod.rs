@@ -80,7 +80,10 @@ pub async fn boot(
 /// [`boot`] calls it, once.
 pub(crate) fn log_boot_failure(error: &Error, release: Option<&str>) {
     let released = false;
-    error!(alert = "boot_failed", %error, released, release, "boot failed: this release must not go on");
+    error!(
+        alert = "boot_failed", %error, released, release,
+        "boot failed: this release must not proceed"
+    );
 }
 
 struct Boot<'a> {
@@ -144,7 +147,8 @@ impl<'a> Boot<'a> {
                 _ => None,
             }) {
                 return Err(Error::Unreachable(format!(
-                    "boot gave up on the database; run it again, it goes on where it stopped: {gave_up}"
+                    "boot gave up on the database; run it again, it continues where it stopped: \
+                     {gave_up}"
                 )));
             }
         }
@@ -229,8 +233,8 @@ impl<'a> Boot<'a> {
         }
     }
 
-    /// Hands over or finishes every running cursor that has reached the target and the oldest
-    /// queued event.
+    /// Hands over or finishes every running cursor that has come far enough: at least to the
+    /// target.
     async fn hand_over_or_finish(
         &self,
         cursors: &mut [Cursor],
@@ -257,7 +261,7 @@ impl<'a> Boot<'a> {
     }
 
     /// Finishes a projector of mode once if its position is still at or beyond `target`. Returns
-    /// the resulting row, or `None` if there is none.
+    /// the resulting row, if any.
     async fn finish(
         &self,
         cursor: &Cursor,
@@ -293,8 +297,9 @@ impl<'a> Boot<'a> {
                 || self.engine.ledger.transition(&cursor.projector.id, Transition::Stall, still);
             self.engine.retry_transient("stall a projector", step).await?;
             warn!(
-                projector = %cursor.projector.id, status = "stalled", position = cursor.position.get(),
-                release = self.engine.release, "stalled: another projector of this boot failed"
+                projector = %cursor.projector.id, status = "stalled",
+                position = cursor.position.get(), release = self.engine.release,
+                "stalled: another projector of this boot failed"
             );
             cursor.state = CursorState::TakenOver;
         }
@@ -321,7 +326,7 @@ fn log_boot_result(report: &BootReport, release: Option<&str>, began: Instant) {
             release,
             seconds,
             projectors = report.projectors.len(),
-            "booted: this release may go on"
+            "booted: this release may proceed"
         );
         return;
     }
@@ -331,7 +336,7 @@ fn log_boot_result(report: &BootReport, release: Option<&str>, began: Instant) {
     let broken = (!broken.is_empty()).then(|| broken.join(" "));
     error!(
         alert = "boot_failed",
-        broken, error, released, release, seconds, "boot failed: this release must not go on"
+        broken, error, released, release, seconds, "boot failed: this release must not proceed"
     );
 }
 
@@ -350,7 +355,8 @@ fn check_modes(selected: &[Arc<RegisteredProjector>], ledger: &[Entry]) -> Resul
         let projector = selected.iter().find(|projector| projector.id == entry.id);
         if let Some(projector) = projector.filter(|projector| projector.mode != entry.mode) {
             return Err(Error::Input(format!(
-                "projector {} was booted as {} and is {} now: give it a new version to run it in another mode",
+                "projector {} was booted in mode {}, but its mode is now {}: give it a new version \
+                 to run it in another mode",
                 entry.id, entry.mode, projector.mode
             )));
         }

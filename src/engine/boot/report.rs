@@ -1,4 +1,4 @@
-//! The report of boot: what it did, and why a release may not proceed.
+//! The report of boot: its results, and why a release may not proceed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -10,17 +10,17 @@ use crate::model::lifecycle::{Stage, Status};
 use crate::model::projector::{Mode, ProjectorId};
 use crate::model::registry::RegisteredProjector;
 
-/// The reason for a projector that is still booting, if there is no other reason.
-const NOT_ALL_LIVE: &str = "boot did not come to its end: not every projector is live";
+/// The reason for a projector that is still booting when no other reason is known.
+const NOT_ALL_LIVE: &str = "boot did not finish: not every projector is live";
 
 /// The reason for a projector without a row, although boot has inserted one.
-const ROW_MISSING: &str = "the ledger has no row of it after boot: it was retired meanwhile, or what boot wrote was not stored; \
-                          run doctor";
+const ROW_MISSING: &str = "the ledger has no row for it after boot: it was retired meanwhile, or boot's insert was not \
+     stored; run doctor";
 
 const MUST_BE_REBUILT: &str = "it must be rebuilt: retire it and run boot again";
 
 const ANOTHER_PROJECTOR_FAILED: &str =
-    "another projector of this boot failed first; mend that, and run boot again";
+    "another projector of this boot failed first; fix it and run boot again";
 
 /// The result of a boot.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -78,8 +78,8 @@ impl BootReport {
         self.projectors.iter().filter(move |booted| booted.entry.as_ref().is_some_and(is_broken))
     }
 
-    /// Whether the release may proceed: every projector is live, finished or retired, and there is
-    /// no other reason against it.
+    /// Whether the release may proceed: every projector is live, finished or retired, and nothing
+    /// else prevents it.
     pub fn is_released(&self) -> bool {
         self.reason.is_none() && self.projectors.iter().all(|booted| booted.reason.is_none())
     }
@@ -98,7 +98,7 @@ impl BootReport {
             self.broken().filter(is_cause).map(|booted| booted.id.to_string()).collect();
         let broken = (!broken.is_empty()).then(|| {
             format!(
-                "broken: {}; mend it and run boot again, it goes on where it stopped",
+                "broken: {}; fix it and run boot again, it continues where it stopped",
                 broken.join(", ")
             )
         });

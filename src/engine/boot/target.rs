@@ -29,8 +29,8 @@ pub(super) struct MarkWait {
 }
 
 impl Boot<'_> {
-    /// Reads the target. Returns `false` if the log ends below its mark, because then nothing may
-    /// be built on it.
+    /// Reads the target. Returns `false` if the log ends below its mark, because nothing may be
+    /// built on such a log.
     pub(super) async fn read_target(&mut self) -> Result<bool, Error> {
         let mark = self
             .engine
@@ -43,8 +43,9 @@ impl Boot<'_> {
             return Ok(true);
         }
         self.findings.reason = Some(format!(
-            "the log ends at {}, below the high-water mark {mark}: it was truncated, or the database was restored. What \
-             is appended up to {mark} would never be seen. See `projectionist audit`",
+            "the log ends at {}, below the high-water mark {mark}: it was truncated, or the \
+             database was restored. Events appended up to {mark} would never be applied. See \
+             `projectionist audit`",
             self.target
         ));
         Ok(false)
@@ -105,7 +106,7 @@ impl Boot<'_> {
         if self.engine.limits.retry_timeout.is_some_and(|retry_timeout| elapsed >= retry_timeout) {
             let seconds = elapsed.as_secs();
             self.findings.reason =
-                Some(format!("{reason}. Boot has waited for {seconds} s; then run it again"));
+                Some(format!("{reason}. Boot gave up after {seconds} s; run it again afterwards"));
             return false;
         }
         let logged_at = if now - waiting.logged_at >= LOG_INTERVAL {
@@ -133,20 +134,20 @@ impl Boot<'_> {
 }
 
 /// Explains why the mark has not reached the target and what to do.
-fn wait_reason(HighWater { mark, blocked: held, .. }: &HighWater, target: Position) -> String {
-    let cause = match held {
+fn wait_reason(HighWater { mark, blocked, .. }: &HighWater, target: Position) -> String {
+    let cause = match blocked {
         Some(Blocker::InFlight(position)) => format!(
-            "a transaction that holds position {position} has neither committed nor rolled back. Look for it in \
-             information_schema.innodb_trx, and end it"
+            "a transaction that holds position {position} has neither committed nor rolled back. \
+             Look for it in information_schema.innodb_trx, and end it"
         ),
         Some(Blocker::WideGap(gap)) => {
             let (first, last) = (gap.start(), gap.end());
             format!(
-                "positions {first} to {last} are missing, too many to be filled unasked. If no writer can still hold \
-                 them, close the gap: projectionist fill {first} {last}"
+                "positions {first} to {last} are missing, too many to be filled automatically. If \
+                 no writer can still hold them, close the gap: projectionist fill {first} {last}"
             )
         }
-        None => "nothing is visible above it any more".to_owned(),
+        None => "no event above it is visible any more".to_owned(),
     };
-    format!("the log goes on to {target}, but the high-water mark is held at {mark}: {cause}")
+    format!("the log continues to {target}, but the high-water mark is blocked at {mark}: {cause}")
 }

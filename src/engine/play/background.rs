@@ -103,9 +103,13 @@ impl Stragglers {
         self.in_background.remove(&id);
         match ended {
             Ok((_, CursorState::Broken)) => return 1,
-            Ok(_) => info!(projector = %id, "back in the convoy"),
+            Ok(_) => info!(projector = %id, "readmitted to the fan-out group"),
             Err(error) => {
-                warn!(projector = %id, %error, "its catch-up ended; it is tried in the convoy again")
+                warn!(
+                    projector = %id, %error,
+                    "the background catch-up failed: the projector is readmitted to the fan-out \
+                     group"
+                )
             }
         }
         0
@@ -148,7 +152,10 @@ impl Stragglers {
             () = abort_signal => {}
         }
         for id in self.in_background() {
-            info!(projector = %id, "cut off: what it has not committed is done again later");
+            info!(
+                projector = %id,
+                "background catch-up cancelled: uncommitted work is repeated later"
+            );
         }
         self.tasks.shutdown().await;
         self.in_background.clear();
@@ -198,7 +205,10 @@ async fn catch_up_in_background(
             Err(error) => {
                 attempt += 1;
                 if backoff::should_log(attempt) {
-                    warn!(projector = %cursor.projector.id, attempt, %error, "cannot catch up, trying again");
+                    warn!(
+                        projector = %cursor.projector.id, attempt, %error,
+                        "cannot catch up, trying again"
+                    );
                 }
                 tokio::select! {
                     () = tokio::time::sleep(backoff::delay(attempt + 4)) => {}

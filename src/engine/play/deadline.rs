@@ -90,11 +90,14 @@ impl Worker {
                 .await;
             return verdicts.iter().map(Option::is_none).collect();
         }
-        warn!(messages = bodies.len(), "time is over: what is not committed is rolled back");
+        warn!(messages = bodies.len(), "the deadline was reached: uncommitted work is rolled back");
         match timeout(deadline.query_timeout(), self.find_processed(bodies, &in_background)).await {
             Ok(Ok(processed)) => processed,
             Ok(Err(error)) => {
-                debug!(%error, "cannot tell who has passed which messages: all come again");
+                debug!(
+                    %error,
+                    "cannot determine which messages were processed: all are delivered again"
+                );
                 vec![false; bodies.len()]
             }
             Err(_) => vec![false; bodies.len()],
@@ -107,7 +110,7 @@ impl Worker {
             self.stragglers.shut_down(tokio::time::sleep(grace), deadline.reached()).await;
         // A process that is frozen with an open transaction would keep its projector's row locked.
         if !self.engine.database.wait_until_idle(deadline.margin / 2).await {
-            debug!("not all connections are at rest");
+            debug!("not all connections are idle");
         }
     }
 

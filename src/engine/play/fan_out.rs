@@ -45,9 +45,10 @@ impl Worker {
         if runs.is_empty() && !has_references {
             return Ok(foreign);
         }
-        let target = match has_references {
-            false => None,
-            true => Some(self.engine.store.raise_high_water().await?.mark),
+        let target = if has_references {
+            Some(self.engine.store.raise_high_water().await?.mark)
+        } else {
+            None
         };
 
         let timed_out = self.in_progress.take();
@@ -74,7 +75,7 @@ impl Worker {
                     warn!(
                         projector = %cursor.projector.id, position = cursor.position.get(),
                         seconds = background_after.time.as_secs_f32(),
-                        "takes too long: leaves the convoy and catches up by itself"
+                        "slow: moves to the background and catches up there"
                     );
                     self.stragglers.move_to_background(
                         &self.engine,
@@ -111,7 +112,7 @@ impl Worker {
                 let why = if is_slow { "slow" } else { "far behind" };
                 warn!(
                     projector = %projector.id, position = position.get(),
-                    "{why}: leaves the convoy and catches up by itself"
+                    "{why}: moves to the background and catches up there"
                 );
                 self.stragglers.move_to_background(&self.engine, projector, position);
                 continue;
@@ -151,8 +152,10 @@ impl Worker {
                 ),
                 Need::CatchUp => {
                     debug!(
-                        projector = %cursor.projector.id, position = cursor.position.get(), prev = run.prev().get(),
-                        "the queue does not continue this projector: catching up from the store"
+                        projector = %cursor.projector.id, position = cursor.position.get(),
+                        prev = run.prev().get(),
+                        "the messages do not continue this projector's position: catching up from \
+                         the store"
                     );
                     self.catch_up_from_store(cursor, run.last()).await?;
                 }

@@ -61,8 +61,7 @@ pub(super) struct ForeignWatch {
     messages: u64,
     reasons: BTreeMap<ForeignReason, u64>,
     example: String,
-    /// Wall-clock time, because the monotonic clock may stand still while a Lambda function is
-    /// frozen.
+    /// Wall-clock time: the monotonic clock may not advance while a Lambda function is frozen.
     alerted_at: Option<SystemTime>,
     /// The number of foreign messages not yet added to the count in the log.
     uncounted: u64,
@@ -107,7 +106,7 @@ impl Worker {
         for (at, reason) in
             verdicts.iter().enumerate().filter_map(|(at, reason)| Some((at, (*reason)?)))
         {
-            debug!(%reason, "a message that is not ours");
+            debug!(%reason, "received a foreign message");
             if watch.messages == 0 {
                 watch.example = example(ids.get(at), &bodies[at]);
             }
@@ -125,8 +124,8 @@ impl Worker {
             messages = watch.messages,
             reasons = watch.reasons(),
             example = watch.example,
-            "the queue has messages that are not of this log: they are not applied and not deleted; look who sends them, or \
-             whether QUEUE_URL is the right queue"
+            "the queue has messages that are not of this log: they are neither applied nor \
+             deleted. Find their sender, or correct QUEUE_URL if this is the wrong queue"
         );
         (watch.messages, watch.reasons) = (0, BTreeMap::new());
         self.count_foreign().await;
@@ -139,7 +138,7 @@ impl Worker {
             return;
         }
         if let Err(error) = self.engine.store.count_foreign(uncounted).await {
-            debug!(%error, "messages that are not ours are counted later");
+            debug!(%error, "cannot count foreign messages: they are counted later");
             self.foreign.uncounted = uncounted;
         }
     }
@@ -147,7 +146,7 @@ impl Worker {
     /// Records the log's id, and logs a change: an operator may rotate it while the worker runs.
     pub(super) fn record_log_id(&mut self, log_id: &str) {
         if self.log_id != log_id {
-            info!(log_id, "the log has a new id: messages of the one before are not ours any more");
+            info!(log_id, "the log has a new id: messages with the previous id are now foreign");
             log_id.clone_into(&mut self.log_id);
         }
     }
@@ -160,7 +159,8 @@ pub(crate) async fn check_queue(store: &EventStore, queue: &str) -> Result<(), s
             alert = "queue_changed",
             queue,
             published_to,
-            "this process uses another queue than the log was last published to; if that is not meant, correct QUEUE_URL"
+            "this process uses another queue than the one that the log was last published to. If \
+             this is not intended, correct QUEUE_URL"
         );
     }
     Ok(())

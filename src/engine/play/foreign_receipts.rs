@@ -139,6 +139,9 @@ impl ForeignReceipts {
 
 async fn make_visible(queue: &dyn Queue, receipts: &[Receipt]) {
     if let Err(error) = queue.change_visibility(receipts, Duration::ZERO).await {
-        debug!(%error, "messages that are not ours were not given back, and come back by themselves");
+        debug!(
+            %error,
+            "cannot return foreign messages: they reappear after their visibility timeout"
+        );
     }
 }

@@ -162,7 +162,7 @@ async fn start_worker(
     .await?;
     // Not retried: the log was just read, and this check only logs a warning.
     if let Err(error) = worker.check_queue(queue.identity()).await {
-        debug!(%error, "cannot tell whether the queue has changed");
+        debug!(%error, "cannot check whether the queue has changed");
     }
     Ok(worker)
 }

@@ -62,8 +62,7 @@ impl Player {
         shutdown: impl Future<Output = ()>,
     ) {
         let mut shutdown = pin!(shutdown);
-        // Records the positions, so that a projector that is already stalled below the mark is
-        // noticed early.
+        // Records the positions, so that a projector that is already behind is noticed early.
         tokio::select! {
             biased;
             () = &mut shutdown => return,
@@ -88,7 +87,12 @@ impl Player {
                     tokio::select! {
                         biased;
                         () = &mut shutdown => return,
-                        () = async { tokio::time::sleep(pause).await; self.worker.reconcile().await; } => continue,
+                        () = tokio::time::sleep(pause) => {}
+                    }
+                    tokio::select! {
+                        biased;
+                        () = &mut shutdown => return,
+                        () = self.worker.reconcile() => continue,
                     }
                 }
             };
@@ -102,7 +106,7 @@ impl Player {
                     biased;
                     ended = &mut work => Some(ended),
                     () = &mut shutdown => {
-                        info!("shutting down: finishing the batch in hand");
+                        info!("shutting down: finishing the current batch");
                         is_shutting_down.store(true, Ordering::Relaxed);
                         match timeout(grace, work).await {
                             Ok(_) => return,
@@ -123,12 +127,16 @@ impl Player {
                 Some(Next::End) => return,
                 None => {
                     warn!(
-                        "the batch in hand took too long: it is rolled back, and its messages go back to the queue"
+                        "the current batch took too long: it is rolled back, and its messages are \
+                         returned to the queue"
                     );
                     if let Err(error) =
                         self.queue.change_visibility(&receipts, Duration::ZERO).await
                     {
-                        debug!(%error, "messages were not returned, and come back by themselves");
+                        debug!(
+                            %error,
+                            "cannot return messages: they reappear after their visibility timeout"
+                        );
                     }
                     return;
                 }
@@ -141,9 +149,10 @@ impl Player {
     /// messages with it, so an empty receive must lead to a reconciliation soon.
     fn receive_wait(&self) -> Duration {
         let PlaySettings { receive_wait, reconcile_after, .. } = self.settings;
-        match self.worker.reconciler.has_stationary() {
-            true => receive_wait.min(reconcile_after),
-            false => receive_wait,
+        if self.worker.reconciler.has_stationary() {
+            receive_wait.min(reconcile_after)
+        } else {
+            receive_wait
         }
     }
 
@@ -204,7 +213,11 @@ impl Player {
         match self.queue.delete(&own).await {
             Ok(()) => self.messages += own.len() as u64,
             Err(error) => {
-                warn!(%error, "could not delete messages: they come again, and are known by their positions")
+                warn!(
+                    %error,
+                    "cannot delete messages: they are delivered again and skipped by their \
+                     positions"
+                )
             }
         }
         if self.worker.reconciler.is_due(Instant::now()) {
@@ -252,12 +265,9 @@ impl Player {
         if self.fault.is_some() {
             return Next::End;
         }
-        match self.foreign_receipts.has_only_foreign()
-            || next == Next::Receive && self.queue.depth().await.is_ok_and(|depth| depth == 0)
-        {
-            true => Next::End,
-            false => next,
-        }
+        let is_quiet = self.foreign_receipts.has_only_foreign()
+            || next == Next::Receive && self.queue.depth().await.is_ok_and(|depth| depth == 0);
+        if is_quiet { Next::End } else { next }
     }
 
     /// Whether the log is idle and every live projector is at the high-water mark. Also `true` if
@@ -286,7 +296,7 @@ impl Player {
             }
             Ok((quiet, None)) => quiet,
             Err(error) => {
-                debug!(%error, "cannot tell whether all is quiet");
+                debug!(%error, "cannot check whether play is idle");
                 false
             }
         }
@@ -302,7 +312,11 @@ async fn extend_visibility(
     loop {
         tokio::time::sleep(visibility / 3).await;
         if let Err(error) = queue.change_visibility(receipts, visibility).await {
-            debug!(%error, "could not keep messages hidden: another worker may receive them too, harmlessly");
+            debug!(
+                %error,
+                "cannot extend the visibility timeout: another worker may receive the messages \
+                 too, which is harmless"
+            );
         }
     }
 }

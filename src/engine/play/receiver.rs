@@ -62,7 +62,7 @@ impl QueueReceiver {
             timeout(CLOSE_TIMEOUT, self.queue.change_visibility(&receipts, Duration::ZERO)).await;
         let hidden = hidden.unwrap_or_else(|late| Err(QueueError(late.to_string())));
         if let Err(error) = hidden {
-            debug!(%error, "messages were not returned, and come back by themselves");
+            debug!(%error, "cannot return messages: they reappear after their visibility timeout");
         }
     }
 }

@@ -66,7 +66,7 @@ impl Worker {
     /// unavailable, the next call tries again.
     pub(crate) async fn reconcile(&mut self) {
         if let Err(error) = self.try_reconcile().await {
-            warn!(%error, "could not reconcile now");
+            warn!(%error, "cannot reconcile, trying again later");
         }
     }
 
@@ -82,7 +82,7 @@ impl Worker {
             let Some(projector) = self.registry.get(&id) else { continue };
             info!(
                 projector = %id, position = position.get(), high_water = mark.get(),
-                "the queue does not bring what is missing: catching up from the store"
+                "the queue does not deliver the missing events: catching up from the store"
             );
             // In the background: the catch-up may take long, and messages for the others may arrive
             // at any time.

@@ -1,5 +1,5 @@
-//! The worker: the engine, the fan-out group and the reconciliation. Play and Lambda pass messages
-//! from the queue to it.
+//! The worker: the engine, the fan-out group and the reconciliation. Play and Lambda feed the
+//! worker with messages from the queue.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -101,9 +101,9 @@ impl Worker {
             warn!(
                 projectors,
                 sessions,
-                "more projectors keep a database session of their own than there are connections for handlers: the others \
-                 open a new one for each batch. Raise --connections, or let those that leave nothing in a session share \
-                 (SessionUse::Shared)"
+                "more projectors keep their own database session than there are connections for \
+                 handlers: the rest open a new session for each batch. Raise --connections, or use \
+                 SessionUse::Shared for projectors that leave nothing in a session"
             );
         }
         let entries =
@@ -111,7 +111,10 @@ impl Worker {
         for projector in self.registry.iter() {
             match entries.iter().find(|entry| entry.id == projector.id) {
                 None => {
-                    warn!(projector = %projector.id, status = "new", "not booted, and so not played: run boot")
+                    warn!(
+                        projector = %projector.id, status = "new",
+                        "not booted, and so not played: run boot"
+                    )
                 }
                 // Logged when the live projectors are read.
                 Some(entry)
@@ -119,12 +122,16 @@ impl Worker {
                 }
                 Some(entry) if entry.status == Status::Live => {
                     info!(
-                        projector = %entry.id, status = %entry.status, position = entry.position.get(),
-                        release = self.engine.release, "playing"
+                        projector = %entry.id, status = %entry.status,
+                        position = entry.position.get(), release = self.engine.release,
+                        "playing"
                     );
                 }
                 Some(entry) if Stage::Boot.can_apply(&entry.status) => {
-                    warn!(projector = %entry.id, status = %entry.status, "not live, and so not played: run boot");
+                    warn!(
+                        projector = %entry.id, status = %entry.status,
+                        "not live, and so not played: run boot"
+                    );
                 }
                 Some(entry) => info!(projector = %entry.id, status = %entry.status, "not played"),
             }
@@ -195,8 +202,9 @@ impl Worker {
         for id in outdated.difference(&self.outdated) {
             warn!(
                 projector = %id, release = self.engine.release,
-                "outdated: it was booted with another definition than this worker has, so this worker does not play it. \
-                 Deploy the release that was booted last, or boot this one"
+                "outdated: it was booted with a definition that differs from this worker's, so \
+                 this worker does not play it. Deploy the release that was booted last, or boot \
+                 this one"
             );
         }
         for id in self.outdated.difference(&outdated) {
@@ -206,7 +214,7 @@ impl Worker {
         played.into_iter().map(|live| (live.id, live.position)).collect()
     }
 
-    /// Whether a live projector was booted with this worker's definition of it.
+    /// Whether a live projector was booted with the definition that this worker has.
     fn plays(&self, live: &LiveProjector) -> bool {
         let projector = self.registry.get(&live.id);
         projector.is_some_and(|projector| {
