@@ -220,11 +220,11 @@ async fn claim_row(
 ) -> Result<HandlerSession, ApplyError> {
     let mut session = database.acquire_handler_session(&projector.id, projector.session).await?;
     if handler_timeout >= SERVER_WAIT_TIMEOUT {
-        let silent_for = handler_timeout + SERVER_WAIT_TIMEOUT;
-        let allow = format!("set session wait_timeout = {}", silent_for.as_secs());
+        let wait_timeout = handler_timeout + SERVER_WAIT_TIMEOUT;
+        let sql = format!("set session wait_timeout = {}", wait_timeout.as_secs());
         session.record_set();
         database
-            .with_timeout(sqlx::raw_sql(AssertSqlSafe(allow)).execute(&mut *session.connection))
+            .with_timeout(sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut *session.connection))
             .await?;
     }
     let unchanged = database.session_unchanged_condition();
@@ -340,7 +340,7 @@ fn classify_handler_error(
         // The driver waits for a response that the server will not send.
         Some(sqlx::Error::Protocol(_)) => ApplyError::Ambiguous(error),
         Some(lost) if is_connection_reset(lost) => ApplyError::ConnectionClosed(error),
-        Some(passing) if is_transient(passing) => ApplyError::Transient(error),
+        Some(transient) if is_transient(transient) => ApplyError::Transient(error),
         _ => ApplyError::Projector(first_decode_error(wanted).unwrap_or(error)),
     }
 }
@@ -416,7 +416,7 @@ fn first_decode_error(wanted: &[&Event]) -> Option<anyhow::Error> {
 
 /// Guards a running handler. If the handler is interrupted, a statement may still be running: the
 /// connection is unusable, and the projector's row stays locked until the server finishes that
-/// statement. The guard therefore kills the session when it is dropped.
+/// statement. If the guard is dropped while armed, it kills the session.
 struct RunningHandler<'a> {
     database: &'a Database,
     session: SessionId,

@@ -14,8 +14,8 @@ use crate::model::registry::RegisteredProjector;
 const NOT_ALL_LIVE: &str = "boot did not finish: not every projector is live";
 
 /// The reason for a projector without a row, although boot has inserted one.
-const ROW_MISSING: &str = "the ledger has no row for it after boot: it was retired meanwhile, or boot's insert was not \
-     stored; run doctor";
+const ROW_MISSING: &str = "the ledger has no row for it after boot: it was retired \
+                           meanwhile, or boot's insert was not stored; run doctor";
 
 const MUST_BE_REBUILT: &str = "it must be rebuilt: retire it and run boot again";
 
