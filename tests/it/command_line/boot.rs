@@ -68,7 +68,7 @@ async fn a_failing_handler_breaks_its_projector_stalls_the_others_and_ends_boot_
         .run(&boot)
         .await
         .exits(1)
-        .prints(&["broken: poisoned@1", "mend it and run boot again"]);
+        .prints(&["broken: poisoned@1", "fix it and run boot again"]);
     let booted = failed.json();
     assert_eq!(booted["released"], false);
     assert_eq!(
