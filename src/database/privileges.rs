@@ -1,10 +1,9 @@
-//! What each command needs of the server's grants, and no more. The README's table says the same,
-//! by test.
+//! The privileges that each command needs. A test compares them with the README's table.
 
-/// A table of ours, `*` for all of them, and what a command does with it.
+/// A table of this program, or `*` for all of them, and the required privileges.
 pub(crate) type TablePrivileges = (&'static str, &'static [&'static str]);
 
-/// The commands, in the README's order.
+/// The commands, in the order of the README.
 pub(crate) const COMMAND_PRIVILEGES: &[(&str, &[TablePrivileges])] = &[
     ("migrate", &[("*", &["alter", "create", "insert", "select", "update"])]),
     ("append", &[("events", &["select", "insert"])]),
@@ -57,7 +56,7 @@ pub(crate) const COMMAND_PRIVILEGES: &[(&str, &[TablePrivileges])] = &[
     ("rotate", &[("event_log", &["select", "update"])]),
 ];
 
-/// What `*` stands for.
+/// The tables that `*` means.
 pub(crate) const TABLES: &[&str] =
     &["events", "event_log", "projectors", "log_acceptances", "projectionist_migrations"];
 
@@ -76,10 +75,11 @@ mod tests {
             let row = format!("| `{command}` | {} |", grants.join(" · "));
             assert!(readme.lines().any(|line| line == row), "{row}");
         }
-        // What it is good for is shown in tests/it/coalesce.rs, and that all is done without it in
-        // tests/it/grants.rs.
-        assert!(
-            readme.contains("For speed, not for anything else, `boot`, `play` and `lambda` can use `trigger, insert`")
-        );
+        // tests/it/coalesce.rs shows what this grant is for, and tests/it/grants.rs that everything
+        // works without it.
+        assert!(readme.contains(
+            "For speed, not for anything else, `boot`, `play` and `lambda` can use \
+             `trigger, insert`"
+        ));
     }
 }

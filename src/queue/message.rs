@@ -467,7 +467,8 @@ mod tests {
         #[test]
         fn a_corrupted_message_is_foreign(body in corrupted::text(&three_events())) {
             let message = super::parse(&body, &log());
-            prop_assert!(body == three_events() || matches!(message, Message::Foreign(_)), "{message:?}");
+            let is_foreign = matches!(message, Message::Foreign(_));
+            prop_assert!(is_foreign || body == three_events(), "{message:?}");
         }
 
         /// With the key, a changed message is foreign or consecutive, and no larger than its body.
@@ -479,11 +480,16 @@ mod tests {
             let Message::Events(run) = super::parse(&body, &log()) else { return Ok(()) };
             let events = run.above(run.prev());
             let positions: Vec<u64> = events.iter().map(|event| event.position().get()).collect();
-            prop_assert_eq!(positions, (run.prev().get() + 1..=run.last().get()).collect::<Vec<_>>());
+            let expected: Vec<u64> = (run.prev().get() + 1..=run.last().get()).collect();
+            prop_assert_eq!(positions, expected);
             let text = |event: &Event| {
-                event.event_id().len() + event.stream_id().len() + event.event_type().len() + event.json_bytes()
+                event.event_id().len()
+                    + event.stream_id().len()
+                    + event.event_type().len()
+                    + event.json_bytes()
             };
-            prop_assert!(!events.is_empty() && events.iter().map(text).sum::<usize>() <= body.len());
+            prop_assert!(!events.is_empty());
+            prop_assert!(events.iter().map(text).sum::<usize>() <= body.len());
         }
 
         /// Packing a log message by message preserves every event and respects the size limits.
@@ -494,7 +500,8 @@ mod tests {
             max_events in 1usize..10,
         ) {
             let events: Vec<Event> = sizes.iter().zip(1..).map(|(&size, position)| {
-                RecordedEvent { payload: format!("\"{}\"", "x".repeat(size)), ..recorded_event(position) }.into()
+                let payload = format!("\"{}\"", "x".repeat(size));
+                RecordedEvent { payload, ..recorded_event(position) }.into()
             }).collect();
             let mut prev = Position::START;
             let mut travelled = Vec::new();

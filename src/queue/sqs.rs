@@ -42,7 +42,8 @@ impl SqsQueue {
     pub async fn connect(url: &str, visibility_timeout: Duration) -> Result<Self, Error> {
         if !url.starts_with("http://") && !url.starts_with("https://") {
             return Err(Error::Input(format!(
-                "{url:?} is not a queue URL; it looks like https://sqs.REGION.amazonaws.com/ACCOUNT/NAME"
+                "{url:?} is not a queue URL; it looks like \
+                 https://sqs.REGION.amazonaws.com/ACCOUNT/NAME"
             )));
         }
         let config = aws::load_config().await?;

@@ -1,5 +1,5 @@
-//! Acceptances: the losses in the log that an operator has accepted after an audit. They are never
-//! deleted.
+//! Acceptances: the ranges of the log whose differences an operator has accepted after an audit.
+//! They are never deleted.
 //!
 //! Each missing position of an accepted range gets a filler, so that there are no gaps below the
 //! mark. The current rows become the baseline of later audits.
@@ -23,11 +23,15 @@ const COUNT_FILLERS: &str = "select count(*) from events where stream_id = ?";
 
 const SET_BASELINE: &str = "update event_log set row_count = ?, fingerprint = ?";
 
-const RECORD: &str = "insert into log_acceptances (first_position, last_position, missing_positions, reason, accepted_by) \
-                      values (?, ?, ?, ?, concat(?, ' as ', current_user()))";
+const RECORD: &str = "\
+    insert into log_acceptances \
+        (first_position, last_position, missing_positions, reason, accepted_by) \
+    values (?, ?, ?, ?, concat(?, ' as ', current_user()))";
 
-const ACCEPTANCES: &str = "select accepted_at, first_position, last_position, missing_positions, reason, accepted_by \
-                   from log_acceptances order by id";
+const ACCEPTANCES: &str = "\
+    select accepted_at, first_position, last_position, missing_positions, reason, accepted_by \
+    from log_acceptances \
+    order by id";
 
 /// An accepted range.
 #[derive(Debug, Clone, PartialEq, Eq)]

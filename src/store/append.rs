@@ -14,7 +14,10 @@ use crate::model::error::{is_transient, server_error_number};
 use crate::model::event::{NewEvent, Position, utc_datetime};
 
 /// The statement consists of this text and one [`INSERT_ROW`] per event.
-const INSERT: &str = "insert into events (event_id, stream_id, stream_version, event_type, recorded_at, payload, metadata) values ";
+const INSERT: &str = "\
+    insert into events \
+        (event_id, stream_id, stream_version, event_type, recorded_at, payload, metadata) \
+    values ";
 const INSERT_ROW: &str = "(?, ?, ?, ?, coalesce(?, utc_timestamp(6)), ?, ?)";
 
 const VERSIONS: &str = "select stream_id, max(stream_version) from events where stream_id in (";
@@ -110,11 +113,16 @@ impl EventStore {
                 Ok(()) => break,
                 Err(error) => error,
             };
-            let is_momentary = matches!(&error, AppendError::Database(error)
-                // A filler took the position, or another writer took the version: the next attempt
-                // gets new ones.
-                if is_transient(error) || matches!(collision(error), Some(Collision::Position | Collision::StreamVersion)));
-            if !is_momentary || attempt == MAX_ATTEMPTS {
+            let can_retry = match &error {
+                // After a collision, the next attempt gets a new position or a new version.
+                AppendError::Database(error) => {
+                    let collision = collision(error);
+                    is_transient(error)
+                        || matches!(collision, Some(Collision::Position | Collision::StreamVersion))
+                }
+                _ => false,
+            };
+            if !can_retry || attempt == MAX_ATTEMPTS {
                 if commit_sent && self.position_of(last_id).await?.is_some() {
                     break;
                 }
@@ -173,7 +181,10 @@ impl EventStore {
     /// back.
     async fn roll_back(&self, transaction: sqlx::Transaction<'_, sqlx::MySql>) {
         if let Err(error) = self.database.with_timeout(transaction.rollback()).await {
-            tracing::debug!(%error, "could not roll back a refused append; the server rolls back when its connection ends");
+            tracing::debug!(
+                %error,
+                "could not roll back a refused append; the server does so when its connection ends"
+            );
         }
     }
 
@@ -182,9 +193,12 @@ impl EventStore {
             let find = sqlx::query_scalar(POSITION_OF).bind(event_id);
             self.database.run_pooled(async |connection| find.fetch_optional(connection).await).await
         };
-        let position: Option<u64> =
-            backoff::retry_transient(Some(CONFIRM_TIMEOUT), "find out whether the append was committed", find)
-                .await?;
+        let position: Option<u64> = backoff::retry_transient(
+            Some(CONFIRM_TIMEOUT),
+            "find out whether the append was committed",
+            find,
+        )
+        .await?;
         Ok(position.map(Position::new))
     }
 }
@@ -284,7 +298,10 @@ mod tests {
             event("b", Some(2), 2),
         ];
         let current = HashMap::from([("a".to_owned(), 6)]);
-        assert_eq!(assign_versions(&events, current).expect("the versions follow each other"), [7, 1, 8, 2]);
+        assert_eq!(
+            assign_versions(&events, current).expect("the versions follow each other"),
+            [7, 1, 8, 2]
+        );
     }
 
     #[test]

@@ -11,14 +11,21 @@ use sqlx::mysql::MySqlConnection;
 use super::EventStore;
 use crate::model::event::Position;
 
-const FINGERPRINT: &str = "select count(*), cast(coalesce(bit_xor(cast(conv(left(sha2(concat(position, ':', event_id), 256), 16), \
-                   16, 10) as unsigned)), 0) as unsigned) from events where position > ? and position <= ?";
+const FINGERPRINT: &str = "\
+    select count(*), cast(coalesce(bit_xor(cast(conv(\
+        left(sha2(concat(position, ':', event_id), 256), 16), 16, 10\
+    ) as unsigned)), 0) as unsigned) \
+    from events \
+    where position > ? and position <= ?";
 
 /// Updates mark, count and fingerprint together, only if the mark is still the one that the sum
 /// began at. If two processes raise the mark at once, the second one starts again. Raising the mark
 /// also clears its recorded blocker.
-const RAISE: &str = "update event_log set high_water = ?, row_count = row_count + ?, fingerprint = fingerprint ^ ?, \
-                     blocked_position = null, blocked_last = null, blocked_since = null where high_water = ?";
+const RAISE: &str = "\
+    update event_log \
+    set high_water = ?, row_count = row_count + ?, fingerprint = fingerprint ^ ?, \
+        blocked_position = null, blocked_last = null, blocked_since = null \
+    where high_water = ?";
 
 const BASELINE: &str = "select high_water, row_count, fingerprint from event_log";
 
@@ -224,8 +231,10 @@ mod tests {
                 missing.record_between(Position::new(after), Position::new(through), &here);
                 after = through;
             }
-            let absent: Vec<u64> = (1..=end).filter(|position| !present.contains(position)).collect();
-            let listed: Vec<u64> = missing.ranges.iter().flat_map(|&(first, last)| first..=last).collect();
+            let absent: Vec<u64> =
+                (1..=end).filter(|position| !present.contains(position)).collect();
+            let listed: Vec<u64> =
+                missing.ranges.iter().flat_map(|&(first, last)| first..=last).collect();
             prop_assert_eq!(missing.count, absent.len() as u64);
             prop_assert_eq!(&listed, &absent);
             prop_assert_eq!(missing.range_count, missing.ranges.len() as u64);

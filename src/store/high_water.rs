@@ -32,11 +32,15 @@ const PROBE_MARIADB: &str =
 
 /// Records what blocks the mark, so that short-lived processes know for how long. An unchanged
 /// blocker keeps its time. Nothing is written if the mark has moved on.
-const SET_BLOCKED: &str = "update event_log set blocked_position = ?, blocked_last = ?, blocked_since = utc_timestamp(6) \
-                    where high_water = ? and not (blocked_position <=> ? and blocked_last <=> ?)";
+const SET_BLOCKED: &str = "\
+    update event_log \
+    set blocked_position = ?, blocked_last = ?, blocked_since = utc_timestamp(6) \
+    where high_water = ? and not (blocked_position <=> ? and blocked_last <=> ?)";
 
-const CLEAR_BLOCKED: &str = "update event_log set blocked_position = null, blocked_last = null, blocked_since = null \
-                      where high_water = ? and blocked_position is not null";
+const CLEAR_BLOCKED: &str = "\
+    update event_log \
+    set blocked_position = null, blocked_last = null, blocked_since = null \
+    where high_water = ? and blocked_position is not null";
 
 /// `ignore` skips positions that a writer has taken meanwhile. The other positions are still
 /// filled.
@@ -98,8 +102,9 @@ impl fmt::Display for LogFault {
         if last < mark {
             write!(
                 f,
-                "the log ends at {last}, below the high-water mark {mark}: it was truncated or restored, \
-                 or its end was deleted. Events appended at or below the mark are never applied"
+                "the log ends at {last}, below the high-water mark {mark}: it was truncated or \
+                 restored, or its end was deleted. Events appended at or below the mark are never \
+                 applied"
             )
         } else {
             write!(f, "the high-water mark {mark} has no row: the end of the log was deleted")
@@ -487,8 +492,9 @@ impl EventStore {
         match positions.iter().find(|position| !present.contains(position)) {
             None => Ok(()),
             Some(position) => Err(sqlx::Error::InvalidArgument(format!(
-                "position {position} cannot be filled: the server dropped the row, although no other row \
-                 has this position; look for a trigger or a constraint on the table events"
+                "position {position} cannot be filled: the server dropped the row, although no \
+                 other row has this position; look for a trigger or a constraint on the table \
+                 events"
             ))),
         }
     }
@@ -587,7 +593,8 @@ mod tests {
             let Survey { contiguous, gaps } = survey(Position::new(mark), &visible);
             let missing: Vec<u64> = gaps.iter().cloned().flatten().collect();
             let last = visible.last().copied().unwrap_or(mark);
-            let expected: Vec<u64> = (mark + 1..=last).filter(|position| !visible.contains(position)).collect();
+            let expected: Vec<u64> =
+                (mark + 1..=last).filter(|position| !visible.contains(position)).collect();
             prop_assert_eq!(&missing, &expected);
             // The position after the mark is missing, unless the mark is the last position.
             prop_assert_eq!(contiguous.get(), missing.first().map_or(last, |first| first - 1));

@@ -10,9 +10,11 @@ use crate::model::event::{self, FILLER, Position};
 const OLDEST_ABOVE: &str =
     "select recorded_at from events where position > ? order by position limit 1";
 
-const BLOCKED: &str = "select blocked_position, blocked_last, blocked_since, \
-                    timestampdiff(microsecond, blocked_since, utc_timestamp(6)) \
-                    from event_log where blocked_position is not null";
+const BLOCKED: &str = "\
+    select blocked_position, blocked_last, blocked_since, \
+        timestampdiff(microsecond, blocked_since, utc_timestamp(6)) \
+    from event_log \
+    where blocked_position is not null";
 
 /// What blocks the high-water mark, as last recorded.
 #[derive(Debug, Clone, Copy, PartialEq)]

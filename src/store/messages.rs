@@ -14,8 +14,10 @@ use crate::model::signature::KEY_BYTES;
 
 /// Reads the marks and the event ids at ten positions, by the primary key. Every receive runs this
 /// statement, so its text is always the same and it stays prepared.
-const SNAPSHOT: &str = "select high_water, published, log_id, signing_key, position, event_id from event_log \
-                    left join events force index (primary) on position in (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)";
+const SNAPSHOT: &str = "\
+    select high_water, published, log_id, signing_key, position, event_id \
+    from event_log \
+    left join events force index (primary) on position in (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)";
 
 /// How many positions [`SNAPSHOT`] takes: the most messages that SQS returns from one receive.
 const POSITIONS_PER_SNAPSHOT: usize = 10;

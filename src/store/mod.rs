@@ -23,8 +23,10 @@ pub(crate) use inspect::{AddedTypes, MarkBlocked};
 pub(crate) use messages::{LogSnapshot, QueueRecord};
 pub(crate) use read::{EventFilter, LogEnds, Page, ReadAhead, ReadLimits};
 
-const MARKS: &str = "select high_water, published, log_id, signing_key, blocked_position, blocked_last, \
-                     timestampdiff(microsecond, blocked_since, utc_timestamp(6)) from event_log";
+const MARKS: &str = "\
+    select high_water, published, log_id, signing_key, blocked_position, blocked_last, \
+        timestampdiff(microsecond, blocked_since, utc_timestamp(6)) \
+    from event_log";
 
 /// The event store of one database. Cheap to clone.
 #[derive(Debug, Clone)]

@@ -17,14 +17,18 @@ use crate::model::backoff;
 use crate::model::event::{Event, Position};
 
 /// Reads by range instead of offset, so that a page costs the same anywhere in the log.
-const RANGE: &str = "select position, event_id, stream_id, stream_version, event_type, recorded_at, payload, metadata \
-                     from events where position > ";
+const RANGE: &str = "\
+    select position, event_id, stream_id, stream_version, event_type, recorded_at, payload, \
+        metadata \
+    from events \
+    where position > ";
 
 const FIRST_FROM: &str = "select min(position) from events where position >= ?";
 
-const ENDS: &str = "select (select min(position) from events where position > 0), \
-                    exists (select 1 from events where position = 0), \
-                    exists (select 1 from events where position = 18446744073709551615)";
+const ENDS: &str = "\
+    select (select min(position) from events where position > 0), \
+        exists (select 1 from events where position = 0), \
+        exists (select 1 from events where position = 18446744073709551615)";
 
 const LAST: &str = "select max(position) from events";
 
@@ -367,7 +371,10 @@ mod tests {
         let (sender, pages) = mpsc::channel(PAGES_AHEAD);
         let task = tokio::spawn(async move {
             let (after, through) = (Position::START, Position::new(7));
-            sender.send(Ok(Page { events: Vec::new(), after, through })).await.expect("the receiver is open");
+            sender
+                .send(Ok(Page { events: Vec::new(), after, through }))
+                .await
+                .expect("the receiver is open");
             panic!("the reading fails");
         });
         let mut reading = ReadAhead { pages, next: Position::START, task };

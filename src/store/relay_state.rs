@@ -8,11 +8,17 @@ use crate::model::event::Position;
 /// Takes the lease if it is free, expired or already ours. The database's clock decides, so that
 /// the clocks of the hosts do not have to agree. An expiry time further away than twice the lease
 /// was written before the database's clock was set back; such a lease counts as expired.
-const LEASE: &str = "update event_log set relay_lease_holder = ?, relay_lease_expires_at = utc_timestamp(6) + interval ? second \
-                     where relay_lease_holder is null or relay_lease_holder = ? or relay_lease_expires_at < utc_timestamp(6) \
-                     or relay_lease_expires_at > utc_timestamp(6) + interval 2 * ? second";
+const LEASE: &str = "\
+    update event_log \
+    set relay_lease_holder = ?, relay_lease_expires_at = utc_timestamp(6) + interval ? second \
+    where relay_lease_holder is null or relay_lease_holder = ? \
+        or relay_lease_expires_at < utc_timestamp(6) \
+        or relay_lease_expires_at > utc_timestamp(6) + interval 2 * ? second";
 
-const RELEASE: &str = "update event_log set relay_lease_holder = null, relay_lease_expires_at = null where relay_lease_holder = ?";
+const RELEASE: &str = "\
+    update event_log \
+    set relay_lease_holder = null, relay_lease_expires_at = null \
+    where relay_lease_holder = ?";
 
 /// Never lowers the position. If two relays run at once, neither makes the other publish again.
 const SET_PUBLISHED: &str = "update event_log set published = greatest(published, ?)";
