@@ -3,30 +3,27 @@
 
 mod credentials;
 mod inspect;
+mod migrate;
 pub(crate) mod multi_row;
 mod privileges;
 mod session_cache;
 mod settings;
 mod transaction_outcome;
 
-use std::borrow::Cow;
 use std::future::Future;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use sqlx::migrate::{Migration, MigrationType, Migrator};
 use sqlx::mysql::{MySqlConnectOptions, MySqlPoolOptions};
 use sqlx::pool::PoolConnection;
 use sqlx::{
     AssertSqlSafe, ConnectOptions, Connection, Executor, MySql, MySqlConnection, MySqlPool, Row,
-    SqlSafeStr,
 };
 use tokio::sync::watch;
 use tokio::time::timeout;
 
 use crate::model::error::{Error, is_read_only, server_error_number};
-use crate::model::signature::random_key;
 use credentials::is_authentication_error;
 pub(crate) use credentials::{CredentialSource, Credentials};
 pub(crate) use inspect::{MigrationState, PrivilegeCheck, ServerReport};
@@ -71,12 +68,6 @@ const SESSION_ID: &str = "select connection_id()";
 /// A user sees its own sessions without any grant. `information_schema.processlist` is not used: on
 /// MySQL it fails while any session binds bytes that are not UTF-8.
 const PROCESS_LIST: &str = "show processlist";
-
-/// The migrator derives its lock and its table from this name. The name is our own, so that an
-/// application's own sqlx migrations can live in the same database.
-const MIGRATIONS_TABLE: &str = "projectionist_migrations";
-
-const SET_INITIAL_KEY: &str = "update event_log set signing_key = ? where signing_key is null";
 
 /// A pool of connections to one database. Every connection has the session settings that the
 /// protocol needs. Cheap to clone.
@@ -305,59 +296,6 @@ impl Database {
         operation: impl Future<Output = Result<T, sqlx::Error>>,
     ) -> Result<T, sqlx::Error> {
         timeout_after(SHORT_TIMEOUT, operation).await
-    }
-
-    /// Creates or upgrades the tables. May be repeated, and may run on several hosts at once.
-    ///
-    /// # Errors
-    /// If a statement fails, or if the database was migrated by a newer release than this one.
-    pub async fn migrate(&self) -> Result<(), Error> {
-        let mut connection = self.acquire().await?;
-        self.run_migrations(&mut connection).await?;
-        let key = random_key()?;
-        sqlx::query(SET_INITIAL_KEY).bind(key.as_slice()).execute(&mut *connection).await?;
-        Ok(())
-    }
-
-    async fn run_migrations(&self, connection: &mut MySqlConnection) -> Result<(), Error> {
-        Self::migrator().run(connection).await.map_err(|error| match error {
-            sqlx::migrate::MigrateError::Execute(error)
-            | sqlx::migrate::MigrateError::ExecuteMigration(error, _) => {
-                match server_error_number(&error) {
-                    Some(1709) => Error::Input(format!(
-                        "the tables cannot be migrated: set innodb_default_row_format to dynamic, \
-                         its default; the indexes are too long for other formats: {error}"
-                    )),
-                    _ => Error::Database(error),
-                }
-            }
-            sqlx::migrate::MigrateError::Dirty(version) => Error::Input(format!(
-                "migration {version} was begun and not finished: one of its tables already \
-                 existed, or it was interrupted. Look which parts of events, event_log and \
-                 projectors exist, drop the parts that the migration created, \
-                 `delete from {MIGRATIONS_TABLE} where not success`, and run \
-                 `projectionist migrate` again"
-            )),
-            error => Error::Input(format!("the tables cannot be migrated: {error}")),
-        })
-    }
-
-    fn migrator() -> Migrator {
-        let migration = |version, name: &'static str, sql: &'static str| {
-            Migration::new(
-                version,
-                Cow::Borrowed(name),
-                MigrationType::Simple,
-                sql.into_sql_str(),
-                false,
-            )
-        };
-        let mut migrator = Migrator::with_migrations(vec![
-            migration(1, "tables", include_str!("../../migrations/0001_tables.sql")),
-            migration(2, "guarantees", include_str!("../../migrations/0002_guarantees.sql")),
-        ]);
-        migrator.dangerous_set_table_name(MIGRATIONS_TABLE);
-        migrator
     }
 
     /// Ends the running statement of a handler's session, but not the session. Has no effect if no

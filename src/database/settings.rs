@@ -82,7 +82,7 @@ const SETTINGS: &[Setting] = &[
     ("insert_id", "0", EachCommitNeverSet, "the next row would get this number"),
     ("group_concat_max_len", "1048576", EachCommit, "long lists would be truncated with only a warning"),
     ("div_precision_increment", "4", EachCommit, "quotients would have other digits"),
-    ("div_precision_increment", "4", EachCommit, "quotients would have other digits"),
+    ("default_week_format", "0", EachCommit, "week numbers would differ"),
     ("lc_time_names", "'en_US'", EachCommit, "names of months and days would differ"),
     ("max_sort_length", "1024", EachCommit, "long values would be sorted and grouped by their first bytes"),
     ("block_encryption_mode", "'aes-128-ecb'", EachCommit, "aes_encrypt would give other bytes"),

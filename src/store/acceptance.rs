@@ -7,8 +7,8 @@
 use sqlx::{Connection, Row};
 use time::OffsetDateTime;
 
+use super::fill::FillOutcome;
 use super::fingerprint::LogAudit;
-use super::high_water::FillOutcome;
 use super::{Blocker, EventStore};
 use crate::model::event::{self, FILLER, Position};
 

@@ -2,6 +2,7 @@
 
 mod acceptance;
 mod append;
+mod fill;
 mod fingerprint;
 pub(crate) mod high_water;
 mod inspect;
