@@ -1,7 +1,7 @@
 //! The grants that each command needs, and no more. The table in `docs/command-line.md` has the
 //! same grants, by test.
 
-/// A table of ours, `*` for all of them, and what a command does with it.
+/// A table of this program, or `*` for all of them, and the required privileges.
 pub(crate) type TablePrivileges = (&'static str, &'static [&'static str]);
 
 /// The commands, in the order of the page.
@@ -57,7 +57,7 @@ pub(crate) const COMMAND_PRIVILEGES: &[(&str, &[TablePrivileges])] = &[
     ("rotate", &[("event_log", &["select", "update"])]),
 ];
 
-/// What `*` stands for.
+/// The tables that `*` means.
 pub(crate) const TABLES: &[&str] =
     &["events", "event_log", "projectors", "log_acceptances", "projectionist_migrations"];
 

@@ -713,5 +713,5 @@ async fn the_multi_row_helper_reports_bad_input_before_any_query() {
         .with_tail("on duplicate key update a = ?");
     outside.row().bind(1);
     let error = outside.execute(db).await.expect_err("refused").to_string();
-    assert!(error.contains("a ? stands outside them"), "{error}");
+    assert!(error.contains("a ? is outside of them"), "{error}");
 }

@@ -191,7 +191,7 @@ async fn a_password_rotated_while_a_worker_plays_is_reread_and_breaks_no_project
     let theirs = sessions(&mut admin).await.into_iter().filter(|session| session.user == user);
     assert!(kill(&mut admin, theirs).await > 0);
     world.append(10).await;
-    play.wait_for_log("lets nobody in").await;
+    play.wait_for_log("database authentication failed").await;
     create_secret(&world, &rds_secret(&world, &user, "second")).await;
     eventually("it plays on", async || world.position("counter").await == 20).await;
     let played = play.terminate().await.exits(0);
@@ -301,7 +301,7 @@ async fn a_worker_authenticates_with_tokens_and_renews_an_old_one_per_connection
 
     // Nobody is let in for a while, and nobody breaks by that.
     gateway.close(true);
-    play.wait_for_log("lets nobody in").await;
+    play.wait_for_log("database authentication failed").await;
     gateway.close(false);
     world.append(10).await;
     eventually("it plays on", async || world.position("counter").await == 20).await;
