@@ -1,4 +1,4 @@
-//! Projectors that are declared in files, at work on a real server.
+//! Projectors that are declared in files, on a real server.
 
 use std::fmt::Write as _;
 
@@ -11,7 +11,7 @@ use time::format_description::well_known::Rfc3339;
 use crate::end_to_end::seed;
 use crate::support::{Folder, World};
 
-/// A file: its name is that of the table that its `setup` makes.
+/// A projector file whose `setup` creates a table of the projector's name.
 fn file(name: &str, columns: &str, handlers: &[&str]) -> String {
     let mut text = format!(
         "name = '{name}'\nversion = 1\nmode = 'from_beginning'\n\
@@ -19,14 +19,15 @@ fn file(name: &str, columns: &str, handlers: &[&str]) -> String {
          teardown = ['drop table if exists {name}']\n"
     );
     for sql in handlers {
-        write!(text, "\n[[on]]\nevents = ['*']\nsql = '''{sql}'''\n").expect("a string");
+        write!(text, "\n[[on]]\nevents = ['*']\nsql = '''{sql}'''\n")
+            .expect("writing to a string succeeds");
     }
     text
 }
 
 fn registry(folder: &Folder) -> Registry {
     let mut registry = Registry::new();
-    load(folder.path().as_ref(), &mut registry).expect("the files hold");
+    load(folder.path().as_ref(), &mut registry).expect("the files are valid");
     registry
 }
 
@@ -45,10 +46,10 @@ fn event(payload: &str) -> NewEvent {
 /// Appends an event with each of these payloads, in one transaction.
 async fn append(world: &World, payloads: &[String]) {
     let events: Vec<NewEvent> = payloads.iter().map(|payload| event(payload)).collect();
-    world.store.append(&events).await.expect("appended");
+    world.store.append(&events).await.expect("the events are appended");
 }
 
-/// One column of a table, in the order in which it was written.
+/// One column of a table, in the order of the query.
 async fn column(world: &World, sql: &str) -> Vec<Option<String>> {
     sqlx::query_scalar(AssertSqlSafe(sql))
         .fetch_all(&mut world.connection().await)
@@ -60,8 +61,8 @@ fn some(texts: &[&str]) -> Vec<Option<String>> {
     texts.iter().map(|text| Some((*text).to_owned())).collect()
 }
 
-/// JSON, and what a column of text and a wide decimal column have of it. No decimal for what is no
-/// number.
+/// A JSON value, the text in a text column, and the number in a wide decimal column. `None` if the
+/// value is not a number.
 const VALUES: &[(&str, Option<&str>, Option<&str>)] = &[
     ("null", None, None),
     ("true", Some("1"), Some("1.000000000000")),
@@ -114,7 +115,7 @@ const VALUES: &[(&str, Option<&str>, Option<&str>)] = &[
     ("{}", Some("{}"), None),
 ];
 
-/// Boots over payloads `{"v": …}` of these values, and compares what the columns have.
+/// Boots over payloads `{"v": …}` with these values and compares the columns.
 async fn bind_exactly(values: &[(&str, Option<&str>, Option<&str>)]) {
     let world = World::new().await;
     let payloads: Vec<String> =
@@ -125,7 +126,7 @@ async fn bind_exactly(values: &[(&str, Option<&str>, Option<&str>)]) {
         "v varchar(200) collate utf8mb4_bin null",
         &["insert into texts (v) values (:payload.v)"],
     );
-    // Only what is a number: to the others a decimal column says no.
+    // Only numbers are inserted, because a decimal column rejects other values.
     let decimals = file(
         "decimals",
         "position bigint, v decimal(50, 12) null",
@@ -161,16 +162,17 @@ async fn each_kind_of_json_value_binds_exactly() {
     bind_exactly(VALUES).await;
 }
 
-/// One statement, on one connection, in one transaction: what an event binds does not depend on the
-/// one before.
+/// One statement on one connection in one transaction. The value that an event binds does not
+/// depend on the previous event.
 #[tokio::test]
 async fn a_value_binds_the_same_whatever_was_bound_before() {
     let mut dice = fastrand::Rng::with_seed(seed());
     let mut values: Vec<_> = VALUES.iter().chain(VALUES).chain(VALUES).copied().collect();
     dice.shuffle(&mut values);
-    let ten_and_a_half = VALUES.iter().find(|(value, ..)| *value == "10.5").expect("it is there");
+    let ten_and_a_half =
+        VALUES.iter().find(|(value, ..)| *value == "10.5").expect("the value is in the list");
     let zeros_first =
-        VALUES.iter().find(|(value, ..)| *value == r#""00123""#).expect("it is there");
+        VALUES.iter().find(|(value, ..)| *value == r#""00123""#).expect("the value is in the list");
     values.splice(0..0, [*ten_and_a_half, *zeros_first]);
     bind_exactly(&values).await;
 }
@@ -183,14 +185,15 @@ async fn the_columns_of_an_event_bind_exactly() {
         stream_id: "Fall-Größe 😀".into(),
         event_type: "with \"quotes\", ? and :payload".into(),
         recorded_at: Some(
-            OffsetDateTime::parse("2010-10-02T09:20:39.266001+02:00", &Rfc3339).expect("a time"),
+            OffsetDateTime::parse("2010-10-02T09:20:39.266001+02:00", &Rfc3339)
+                .expect("the time is valid"),
         ),
         payload: r#"{ "b" : 1.0, "a" : "\u0041" }"#.into(),
         metadata: Some("[ 1, {} ]".into()),
         ..event("{}")
     };
     let plain = NewEvent { stream_id: odd.stream_id.clone(), ..event("0") };
-    world.store.append(&[event("1"), odd.clone(), plain]).await.expect("appended");
+    world.store.append(&[event("1"), odd.clone(), plain]).await.expect("the events are appended");
 
     let columns = "position bigint unsigned, event_id varchar(64), stream_id varchar(200), stream_version bigint unsigned, \
                    event_type varchar(200), recorded_at datetime(6), payload text, metadata text null";
@@ -225,7 +228,7 @@ async fn paths_reach_into_objects_and_arrays_in_payload_and_metadata() {
     let payload = json!({"a": {"b": {"c": "deep"}}, "items": ["first", {"sku": "second"}], "odd key": {"say \"x\"": "odd"}});
     let metadata = json!({"user": {"id": 7}});
     let nested = NewEvent { metadata: Some(metadata.to_string()), ..event(&payload.to_string()) };
-    world.store.append(&[nested]).await.expect("appended");
+    world.store.append(&[nested]).await.expect("the event is appended");
     let sql = r#"insert into paths (v) values (concat_ws('|', :payload.a.b.c, :payload.items.0, :payload.items.1.sku,
                  :payload."odd key"."say ""x""", :metadata.user.id, :payload.a.b, coalesce(:payload.items.2?, 'none')))"#;
     let folder = Folder::new().with("1.toml", &file("paths", "v text", &[sql]));
@@ -266,7 +269,7 @@ async fn a_missing_path_breaks_the_projector_at_that_event() {
         (&projector["failure"]["position"], &projector["failure"]["event_type"]),
         (&3.into(), &"Received".into())
     );
-    let error = projector["failure"]["error"].as_str().expect("a text");
+    let error = projector["failure"]["error"].as_str().expect("the error is text");
     for words in [
         &folder.file("1.toml"),
         ":7",
@@ -278,7 +281,7 @@ async fn a_missing_path_breaks_the_projector_at_that_event() {
     assert_eq!(
         world.number("select count(*) from strict").await,
         2,
-        "what came before is applied, each once"
+        "the events before it are applied once"
     );
 }
 
@@ -297,7 +300,7 @@ async fn handlers_run_in_file_order_and_in_one_transaction() {
     let steps = column(&world, "select concat(at, ' ', step) from steps order by seq").await;
     let expected =
         ["1 first", "1 second", "1 after second", "2 first", "2 second", "2 after second"];
-    assert_eq!(steps, some(&expected), "nothing of the event that failed");
+    assert_eq!(steps, some(&expected), "no row of the failing event is stored");
     assert_eq!(world.position("steps").await, 2);
 }
 
@@ -316,13 +319,13 @@ async fn an_event_runs_the_handlers_that_name_its_type() {
             text,
             "\n[[on]]\nevents = [{types}]\nsql = \"insert into typed (at, who) values (:position, '{who}')\"\n"
         )
-        .expect("a string");
+        .expect("writing to a string succeeds");
     }
     let folder = Folder::new().with("1.toml", &text);
     assert!(world.boot(&registry(&folder)).await.is_released());
     let rows =
         column(&world, "select concat(at, ' ', who) from typed where at <= 3 order by seq").await;
-    // Opened, Amended, Closed, in turn.
+    // The types alternate: Opened, Amended, Closed.
     assert_eq!(
         rows,
         some(&["1 all", "1 Opened, Closed", "2 all", "3 all", "3 Opened, Closed", "3 Closed"])
@@ -375,15 +378,15 @@ async fn setup_is_run_again_when_boot_resumes() {
     let folder = Folder::new().with("1.toml", &broken);
     assert!(!world.boot(&registry(&folder)).await.is_released());
 
-    // What is mended may well need another table.
-    let mended = broken
+    // A repaired projector may need another table.
+    let repaired = broken
         .replace("setup = [", "setup = ['create table if not exists resumed_too (v int)', ")
         .replace(
             "insert into resumed (v) values (nullif(:position, 2))",
             "insert into resumed_too (v) values (:position)",
         );
-    folder.write("1.toml", &mended);
-    // But a table that is new lacks what came before: somebody has to say that this is meant.
+    folder.write("1.toml", &repaired);
+    // A new table lacks the earlier events, so boot requires `--accept`.
     let boot = ["boot", "--projectors", folder.path()];
     world.run(&boot).await.exits(1).prints(&["resumed@1", "table resumed_too", "--accept"]);
     world.run(&[&boot[..], &["--accept", "resumed"]].concat()).await.exits(0);
@@ -407,9 +410,9 @@ async fn a_failing_setup_is_reported_with_file_line_and_reason() {
     assert_eq!(
         (&failure["position"], &failure["event_type"]),
         (&json!(null), &json!(null)),
-        "it is no event's fault"
+        "the failure names no event"
     );
-    let error = failure["error"].as_str().expect("a text");
+    let error = failure["error"].as_str().expect("the error is text");
     for words in ["setup failed", &format!("{}:4", folder.file("1.toml")), "no_such_type"] {
         assert!(error.contains(words), "{words} in {error}");
     }

@@ -1,5 +1,5 @@
-//! Files whose statements and procedures do anything to their session: what they store is exact, or
-//! they are broken with a reason, and nobody else can tell that they were there.
+//! Files whose statements and procedures change their session in any way. Either they store exact
+//! values, or they are broken with a reason. They do not affect other projectors.
 
 use std::fmt::Write as _;
 
@@ -8,20 +8,20 @@ use projectionist::{Registry, Status, load};
 
 use crate::support::{Folder, World, eventually, execute, seed};
 
-/// Something odd that a file does for each event, and what it stores if it is done on a clean
+/// Unusual statements that a file runs for each event, and the value that they store in a clean
 /// session.
 #[derive(Debug, Clone, Copy)]
 struct HostileCase {
     name: &'static str,
-    /// Run beforehand by the tables' owner.
+    /// Run first, as the owner of the tables.
     setup: &'static str,
-    /// Statements of [`[[on]]`], in order.
+    /// Statements of `[[on]]`, in order.
     statements: &'static [&'static str],
-    /// The value that a row `(position, name, value)` has for each event; `None`: no row.
+    /// The value of the row `(position, name, value)` for each event; `None` if no row is stored.
     stores: Option<i64>,
 }
 
-/// A procedure that does something before it stores its row.
+/// A procedure that runs statements before and after it stores its row.
 macro_rules! procedure {
     ($name:literal, $before:literal, $after:literal, $stores:expr) => {
         HostileCase {
@@ -180,11 +180,12 @@ const HOSTILE_CASES: &[HostileCase] = &[
     },
 ];
 
-/// A file that does these things, in order, and also notes each event.
+/// A file that runs these cases in order and also records each event.
 fn file(cases: &[HostileCase]) -> String {
     let mut text = "name = 'hostile'\nversion = 1\nmode = 'from_beginning'\n".to_owned();
     let mut on = |sql: &str| {
-        write!(text, "\n[[on]]\nevents = ['*']\nsql = '''{sql}'''\n").expect("a string");
+        write!(text, "\n[[on]]\nevents = ['*']\nsql = '''{sql}'''\n")
+            .expect("writing to a string succeeds");
     };
     on("insert into odd (position, what, value) values (:position, 'plain', 0)");
     for sql in cases.iter().flat_map(|case| case.statements) {
@@ -202,8 +203,8 @@ async fn rows(world: &World) -> Vec<(u64, Option<String>, Option<i64>)> {
     sqlx::query_as(sql).fetch_all(&mut world.connection().await).await.expect("the rows")
 }
 
-/// Plays a file that does these things beside a plain one, and asserts what must hold. Returns how
-/// the file's projector ended.
+/// Plays a file with these cases beside an unaffected one and asserts the rows of both. Returns the
+/// final status of the file's projector.
 async fn play(cases: &[HostileCase]) -> Status {
     let world = World::new().await;
     world
@@ -224,11 +225,11 @@ async fn play(cases: &[HostileCase]) -> Status {
         matches!(world.entry("hostile").await.map(|entry| entry.status), Some(Status::Broken(_)))
     };
     if !booted.is_released() {
-        // The file's projector stopped the deploy. Its release is mended by leaving it out.
+        // The file's projector stopped the deploy. The next release leaves it out.
         assert!(is_broken().await, "{text}{:?}", world.ledger.entries().await);
         let folder = Folder::new().with("b.toml", VICTIM);
         registry = Registry::new();
-        load(folder.path().as_ref(), &mut registry).expect("the file holds");
+        load(folder.path().as_ref(), &mut registry).expect("the file is valid");
         assert!(
             world.boot(&registry).await.is_released(),
             "{text}{:?}",
@@ -238,7 +239,7 @@ async fn play(cases: &[HostileCase]) -> Status {
     world.append(12).await;
     world.play_until_idle(&registry).await;
 
-    let entry = world.entry("hostile").await.expect("it is in the ledger");
+    let entry = world.entry("hostile").await.expect("the projector is in the ledger");
     match &entry.status {
         Status::Broken(failure) => assert!(!failure.error.is_empty(), "{text}"),
         _ => {
@@ -294,8 +295,8 @@ async fn combined_hostile_statements_are_exact_or_broken_and_leave_others_untouc
     }
 }
 
-/// What a file's own variables and `last_insert_id()` have is the same in boot, a thousand events
-/// at a time, and in play.
+/// A file's user variables and `last_insert_id()` have the same values in boot, which applies up to
+/// a thousand events at a time, and in play.
 #[tokio::test]
 async fn user_variables_are_reset_for_each_event() {
     let stateful: Vec<HostileCase> = HOSTILE_CASES
@@ -308,14 +309,14 @@ async fn user_variables_are_reset_for_each_event() {
     assert_eq!(status.to_string(), "live", "{status:?}");
 }
 
-/// The fifth event's statement locks row 1, waits, locks row 2, and says nothing of an error.
+/// For the fifth event, the procedure locks row 1, waits, locks row 2, and ignores errors.
 const BEST_EFFORT: &str = "name = 'hostile'\nversion = 1\nmode = 'from_beginning'\n\
     [[on]]\nevents = ['*']\nsql = 'insert into before_it (position) values (:position)'\n\
     [[on]]\nevents = ['*']\nsql = 'call best_effort(:position)'\n\
     [[on]]\nevents = ['*']\nsql = 'insert into after_it (position) values (:position)'\n";
 
-/// Lets the procedure lose a deadlock: a rival locks row 2 and waits for row 1 before the procedure
-/// asks for row 2.
+/// Makes the procedure lose a deadlock: another transaction locks row 2 and waits for row 1 before
+/// the procedure locks row 2.
 async fn provoke_deadlock(world: &World, mut keeper: MySqlConnection) {
     let mut rival = world.connection().await;
     eventually("the procedure waits", async || {
@@ -323,8 +324,7 @@ async fn provoke_deadlock(world: &World, mut keeper: MySqlConnection) {
     })
     .await;
     execute(&mut rival, "begin").await;
-    // Many rows changed: the server rolls back the transaction of a deadlock that has changed
-    // fewer.
+    // The server rolls back the transaction that has changed fewer rows, so this one changes many.
     let many = "with recursive n as (select 1 as n union all select n + 1 from n where n < 900) select n from n";
     execute(&mut rival, &format!("insert into ballast {many}")).await;
     execute(&mut rival, "update pair set n = n + 100 where id = 2").await;
@@ -334,7 +334,7 @@ async fn provoke_deadlock(world: &World, mut keeper: MySqlConnection) {
     });
     eventually("the rival waits for the procedure", async || world.lock_waits().await == 1).await;
     execute(&mut keeper, "do release_all_locks()").await;
-    rival.await.expect("the rival has both rows, so the procedure lost them");
+    rival.await.expect("the rival commits");
 }
 
 #[tokio::test]
@@ -363,7 +363,7 @@ async fn a_deadlock_swallowed_by_a_procedure_is_retried_and_each_event_applied_o
         execute(&mut keeper, &format!("do get_lock('{lock}', 0)")).await;
         let folder = Folder::new().with("a.toml", BEST_EFFORT);
         let mut registry = Registry::new();
-        load(folder.path().as_ref(), &mut registry).expect("the file holds");
+        load(folder.path().as_ref(), &mut registry).expect("the file is valid");
         if in_boot {
             world.append(10).await;
             let (booted, ()) =
@@ -374,7 +374,10 @@ async fn a_deadlock_swallowed_by_a_procedure_is_retried_and_each_event_applied_o
             world.append(10).await;
             let playing = world.start_play(&registry);
             provoke_deadlock(&world, keeper).await;
-            eventually("it is at the end", async || world.position("hostile").await == 10).await;
+            eventually("the projector is at the end", async || {
+                world.position("hostile").await == 10
+            })
+            .await;
             assert_eq!(playing.stop().await.broken, 0);
         }
         assert_eq!(
