@@ -118,6 +118,7 @@ async fn a_projector_far_behind_catches_up_in_the_background() {
 
 /// The log's reader waits for its pages to be taken, the handler never returns, and all other
 /// sessions are kept open. The task that ends the handler's session must still get a connection.
+#[tokio::test]
 async fn an_endless_handler_far_behind_is_broken_even_with_the_fewest_connections() {
     let world = World::new().await;
     let (endless, quick) = (Tally::new("endless"), Tally::new("quick"));
@@ -178,7 +179,7 @@ async fn a_projector_that_breaks_in_the_background_is_counted_and_breaks_alone()
 }
 
 /// One statement advances all such projectors. It does not move a projector at another position or
-/// one that is no longer live.
+/// one that is not live.
 #[tokio::test]
 async fn projectors_without_matching_events_advance_from_their_own_positions() {
     let world = World::new().await;

@@ -24,7 +24,7 @@ fn tally(name: &str) -> String {
     tally_with(name, "mode = 'from_beginning'", ":position")
 }
 
-/// The same with other keys, and another expression for the recorded position.
+/// Like [`tally`], with other keys and another expression for the recorded position.
 fn tally_with(name: &str, keys: &str, position: &str) -> String {
     format!(
         "name = '{name}'\nversion = 1\n{keys}\n\
@@ -34,12 +34,12 @@ fn tally_with(name: &str, keys: &str, position: &str) -> String {
     )
 }
 
-/// The same, failing at `position`, because the column does not accept null.
+/// Like [`tally`], but it fails at `position`, because the column does not accept null.
 fn failing_at(name: &str, position: u64) -> String {
     tally_with(name, "mode = 'from_beginning'", &format!("nullif(:position, {position})"))
 }
 
-/// The same, waiting at its first event while the row of the table `gate` is locked.
+/// Like [`tally`], but it waits at its first event while the row of the table `gate` is locked.
 fn gated(name: &str) -> String {
     format!("{}\n[[on]]\nevents = ['*']\nsql = 'update gate set n = n + 1'\n", tally(name))
 }

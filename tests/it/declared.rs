@@ -8,8 +8,7 @@ use serde_json::json;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use crate::end_to_end::seed;
-use crate::support::{Folder, World};
+use crate::support::{Folder, World, seed};
 
 /// A projector file whose `setup` creates a table of the projector's name.
 fn file(name: &str, columns: &str, handlers: &[&str]) -> String {

@@ -189,7 +189,7 @@ async fn each_missing_grant_is_named() {
             )
             .await;
         }
-        // A user without any privilege on the database cannot connect to it.
+        // Without any privilege on the database, the user cannot connect.
         execute(&mut admin, &format!("grant show view on {} to '{user}'@'%'", on("*"))).await;
     }
     execute(&mut admin, &format!("drop user '{user}'@'%'")).await;

@@ -8,7 +8,7 @@ use std::time::Duration;
 use projectionist::sqlx::{self, AssertSqlSafe};
 use serde_json::Value;
 
-use crate::support::{Folder, PipedProcess, RunningProcess, World, eventually};
+use crate::support::{Folder, PipedProcess, RunningProcess, World, eventually, seed};
 
 /// No unique key in the three tables could reject or hide a repetition.
 const CASE_STATUS: &str = r#"
@@ -321,16 +321,6 @@ async fn three_models_equal_the_fold_of_the_real_events() {
 async fn three_models_equal_the_fold_of_generated_events() {
     let mut dice = fastrand::Rng::with_seed(seed());
     assert_models_equal_the_fold(generated_events(1_600, &mut dice)).await;
-}
-
-/// The seed of a test's random numbers: TEST_SEED, or a new one. It is printed with a failing
-/// test's output.
-pub fn seed() -> u64 {
-    let seed = std::env::var("TEST_SEED")
-        .ok()
-        .map_or_else(|| fastrand::u64(..), |seed| seed.parse().expect("TEST_SEED is a number"));
-    eprintln!("repeat with TEST_SEED={seed}");
-    seed
 }
 
 /// Options for processes that are killed often: small batches, and a short visibility timeout.

@@ -28,7 +28,7 @@ events = ["*"]
 sql = "insert into counter (n) values (:position)"
 "#;
 
-/// The same projector, taking 20 ms for each event, so that a test can act in the middle.
+/// [`PROJECTOR`] with a delay of 20 ms for each event, so that a test can act in the middle.
 fn slow_projector() -> String {
     PROJECTOR.replace(":position)", ":position + sleep(0.02))")
 }

@@ -470,7 +470,7 @@ fn locking_both(tally: &Tally, gate: &Gate, error_number: &Arc<AtomicU64>) -> Sc
     })
 }
 
-/// The same handler, but it does not return the error.
+/// Like [`locking_both`], but the handler does not return the error.
 fn swallowing_deadlocks(
     tally: &Tally,
     gate: &Gate,

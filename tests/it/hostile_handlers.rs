@@ -130,7 +130,7 @@ impl Projector for SessionProbe {
     }
 }
 
-/// The same projector as a file.
+/// A projector file that records the same state of its session.
 fn declared_victim() -> String {
     let insert = insert_into("declared").replacen('?', ":position", 1).replacen(
         '?',

@@ -1,4 +1,4 @@
-//! `append`: what it stores, what it rejects, and what it reports about both.
+//! `append`: stored events, rejected lines, and the report about both.
 
 use aws_sdk_sqs::types::QueueAttributeName;
 use projectionist::Queue;

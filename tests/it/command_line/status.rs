@@ -147,7 +147,7 @@ async fn the_table_shows_the_same_values_as_the_json() {
             assert!(row.contains(error) && row.contains("at 7, Opened"), "{table}");
         }
     }
-    // Without a set, no projector is reported as missing from it.
+    // Without `--projectors`, no projector is reported as not in the set.
     let without_set = world.run(&["status"]).await.exits(0).stdout;
     assert!(
         without_set.contains("poisoned")

@@ -63,8 +63,8 @@ impl Tally {
         &self.name
     }
 
-    /// The same projector as a projector file. Each event is recorded, then the statements in
-    /// `then` run; they may use `:position`.
+    /// The text of a projector file that records the same events. Then the statements in `then` run
+    /// for each event; they may use `:position`.
     pub fn file(&self, then: &[&str]) -> String {
         let name = &self.name;
         let then: String =
