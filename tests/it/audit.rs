@@ -20,7 +20,12 @@ async fn an_intact_log_passes_with_gap_fillers_and_while_it_grows() {
     let registry = Registry::new().with(tally.clone()).expect("the name is unique");
     world.append(50).await;
     // A rollback leaves a gap, and raising the mark puts a filler into it.
-    world.execute("begin; insert into events (stream_id, stream_version, event_type, payload) values ('x', 1, 'X', '1'); rollback").await;
+    world
+        .execute(
+            "begin; insert into events (stream_id, stream_version, event_type, payload) \
+             values ('x', 1, 'X', '1'); rollback",
+        )
+        .await;
     world.append(50).await;
     world.boot(&registry).await;
     let writing = async {
@@ -87,7 +92,8 @@ async fn deleted_rows_are_reported_as_ranges_with_their_count_and_one_alert() {
     let audit = world.run(&["audit"]).await.exits(1);
     assert_eq!(
         audit.stdout,
-        "positions 12 to 2522 have no row: 2,511 deleted\nposition 2530 has no row: it was deleted\n\
+        "positions 12 to 2522 have no row: 2,511 deleted\nposition 2530 has no row: it was \
+         deleted\n\
          position 2600 has no row: it was deleted\n"
     );
     let log = audit.log();

@@ -84,7 +84,8 @@ impl InsertMode {
         let mut text = format!("name = '{name}'\nversion = 1\nmode = 'from_beginning'\n");
         let status = if is_mariadb().await { "information_schema" } else { "performance_schema" };
         let measure = format!(
-            "insert into measured select '{name}', :position, variable_value from {status}.session_status \
+            "insert into measured select '{name}', :position, variable_value \
+             from {status}.session_status \
              where variable_name = 'Questions'"
         );
         let measure = [("'Measure'", measure)];
@@ -98,7 +99,10 @@ impl InsertMode {
 
     async fn registry(self, world: &World, case: &Case) -> (Folder, Registry) {
         world
-            .execute("create table if not exists measured (way varchar(20), position bigint, statements bigint)")
+            .execute(
+                "create table if not exists measured (way varchar(20), position bigint, \
+                 statements bigint)",
+            )
             .await;
         for sql in &case.setup {
             world.execute(&self.sql(world, sql)).await;
@@ -142,7 +146,8 @@ impl InsertMode {
 async fn contents(world: &World, way: &str, table: &str) -> Vec<String> {
     let mut connection = world.connection().await;
     let columns: Option<String> = sqlx::query_scalar(
-        "select group_concat(concat('quote(`', column_name, '`)') order by column_name) from information_schema.columns \
+        "select group_concat(concat('quote(`', column_name, '`)') order by column_name) \
+         from information_schema.columns \
          where table_schema = database() and table_name = ?",
     )
     .bind(format!("{way}_{table}"))
@@ -162,7 +167,8 @@ async fn contents(world: &World, way: &str, table: &str) -> Vec<String> {
 /// The number of statements that a projector's session ran between its first and its last event.
 async fn statements(world: &World, way: InsertMode) -> u64 {
     let sql = format!(
-        "select cast(max(statements) - min(statements) as unsigned) from measured where way = '{}' having count(*) = 2",
+        "select cast(max(statements) - min(statements) as unsigned) from measured where way = '{}' \
+         having count(*) = 2",
         way.name()
     );
     // The last measurement is itself a statement.
@@ -217,7 +223,8 @@ const COUNT: &str =
 async fn inserts_of_one_handler_are_sent_together() {
     let handlers = [
         COUNT,
-        "insert ignore into <b> (k, n, s) values (concat(:stream_id, '-', :payload.number), :position, :payload.s?)",
+        "insert ignore into <b> (k, n, s) values (concat(:stream_id, '-', :payload.number), \
+         :position, :payload.s?)",
         "replace into <c> values (:stream_id, :payload.number, null)",
     ];
     let (together, alone) = compare_with_row_by_row(&Case::new(&[A, B, C], &handlers)).await;
@@ -272,8 +279,10 @@ async fn a_value_binds_the_same_whatever_rows_surround_it() {
         }
     }
     append(&world, events).await;
-    let table = "create table <a> (k bigint primary key, v varchar(40) collate utf8mb4_bin null, w text collate utf8mb4_bin)";
-    let sql = "insert into <a> values (:position, :payload.v, concat('<', coalesce(:payload.v, :payload), '>'))";
+    let table = "create table <a> (k bigint primary key, v varchar(40) collate utf8mb4_bin null, \
+                 w text collate utf8mb4_bin)";
+    let sql = "insert into <a> values (:position, :payload.v, concat('<', coalesce(:payload.v, \
+               :payload), '>'))";
     let mut case = Case::new(&[table], &[]);
     case.handlers = vec![("'Opened'", sql.to_owned()), ("'Pause'", "do 1".to_owned())];
     let together = InsertMode::Coalesced.boot(&world, &case).await;
@@ -311,7 +320,8 @@ async fn a_table_with_a_foreign_key_is_written_row_by_row() {
 
 #[tokio::test]
 async fn a_table_with_auto_increment_or_a_computed_default_is_written_row_by_row() {
-    let numbered = "create table <a> (seq bigint auto_increment primary key, k varchar(40) unique, n int not null)";
+    let numbered = "create table <a> (seq bigint auto_increment primary key, k varchar(40) unique, \
+                    n int not null)";
     let (together, alone) = compare_with_row_by_row(&Case::new(&[numbered], &[COUNT])).await;
     assert_eq!((together, alone), (120 + TABLE_QUERIES, 120));
 
@@ -333,8 +343,10 @@ async fn a_table_with_auto_increment_or_a_computed_default_is_written_row_by_row
         );
     }
     // Constant defaults do not prevent coalescing.
-    let constant = "create table <a> (k varchar(40) primary key, n int not null default 0, s varchar(9) default 'it''s', \
-                    d decimal(5, 2) default -1.5, b bit(2) default b'11', t datetime default '2020-01-01 00:00:00', \
+    let constant = "create table <a> (k varchar(40) primary key, n int not null default 0, \
+                    s varchar(9) default 'it''s', \
+                    d decimal(5, 2) default -1.5, b bit(2) default b'11', \
+                    t datetime default '2020-01-01 00:00:00', \
                     g int generated always as (n + 1) stored, check (n > 0))";
     let (together, alone) = compare_with_row_by_row(&Case::new(&[constant], &[COUNT])).await;
     assert_eq!((together, alone), (1 + 6 + TABLE_QUERIES, 120));
@@ -353,7 +365,8 @@ async fn an_insert_ignore_with_a_constraint_is_written_row_by_row() {
         append(&world, (0..120).map(event).collect()).await;
         let table = format!("create table <a> (k varchar(40) primary key, {column})");
         let insert = format!(
-            "insert ignore into <a> (k, n) values (concat(:stream_id, '-', :payload.number), {value})"
+            "insert ignore into <a> (k, n) values (concat(:stream_id, '-', :payload.number), \
+             {value})"
         );
         let case = Case::new(&[&table], &[&insert]);
         let alone = InsertMode::RowByRow.boot(&world, &case).await;
@@ -515,12 +528,16 @@ const INSERTS: &[&str] = &[
     "insert into <t> (k, n) values (:stream_id, 1) on duplicate key update n = n + values(n)",
     "insert into <t> (k, n, s) values (:stream_id, :payload.n, :payload.s?) \
      on duplicate key update n = (n * 3 + values(n)) % 100003, s = coalesce(values(s), <t>.s)",
-    "insert ignore into <t> (k, n, s) values (concat(:stream_id, '-', :payload.g), :payload.n, left(:payload.s?, 8))",
+    "insert ignore into <t> (k, n, s) values (concat(:stream_id, '-', :payload.g), :payload.n, \
+     left(:payload.s?, 8))",
     "insert ignore into <t> (k, n, s) values (:payload.g, :position, :payload.s?)",
     "replace into <t> values (:payload.g, :position, :payload.s?)",
-    "insert into <t> (k, n, s) values (concat(right(:event_id, 20), '<i>'), cast(:payload.n as decimal(20, 3)), :payload.g)",
-    "insert into <t> (k, n) values (:position, :payload.n) on duplicate key update k = concat(k, '+'), n = null",
-    "insert into <t> (k, n) values (concat_ws('.', :payload.g, :position % 150, '<i>'), :payload.n)",
+    "insert into <t> (k, n, s) values (concat(right(:event_id, 20), '<i>'), \
+     cast(:payload.n as decimal(20, 3)), :payload.g)",
+    "insert into <t> (k, n) values (:position, :payload.n) on duplicate key update k = concat(k, \
+     '+'), n = null",
+    "insert into <t> (k, n) values (concat_ws('.', :payload.g, :position % 150, '<i>'), \
+     :payload.n)",
 ];
 
 /// Statements that run between the rows of the inserts.
@@ -528,9 +545,11 @@ const OTHERS: &[&str] = &[
     "update <t> set n = n * 2 % 100003 where k = concat(:payload.g)",
     "update <t> set n = n + 1, s = 'x' where k like '%1%'",
     "delete from <t> where k = :stream_id",
-    "insert into <t> (k, n) select concat('sum-', :position), coalesce(sum(n), 0) % 100003 from <u> \
+    "insert into <t> (k, n) select concat('sum-', :position), coalesce(sum(n), 0) % 100003 \
+     from <u> \
      on duplicate key update s = '='",
-    "insert into <t> (k, n) values (:stream_id, (select count(*) from (select k from <u> limit 100000) as other)) \
+    "insert into <t> (k, n) values (:stream_id, (select count(*) from (select k \
+     from <u> limit 100000) as other)) \
      on duplicate key update s = '#'",
 ];
 
@@ -698,7 +717,8 @@ async fn the_multi_row_helper_equals_a_statement_per_row() {
     append(&world, (0..700).map(event).collect()).await;
     let s = "case when :position % 2 = 1 then 'odd' end";
     let count = format!(
-        "insert into <a> (k, n, s) values (:stream_id, 1, {s}) on duplicate key update n = n + values(n), s = values(s)"
+        "insert into <a> (k, n, s) values (:stream_id, 1, {s}) on duplicate key \
+         update n = n + values(n), s = values(s)"
     );
     let Outcome { rows, .. } = InsertMode::RowByRow.boot(&world, &Case::new(&[A], &[&count])).await;
     world.execute("create table alone_b like alone_a").await;

@@ -28,7 +28,8 @@ fn tally(name: &str) -> String {
 fn tally_with(name: &str, keys: &str, position: &str) -> String {
     format!(
         "name = '{name}'\nversion = 1\n{keys}\n\
-         setup = ['create table if not exists {name} (seq bigint auto_increment primary key, position bigint not null)']\n\
+         setup = ['create table if not exists {name} (seq bigint auto_increment primary key, \
+         position bigint not null)']\n\
          teardown = ['drop table if exists {name}']\n\n\
          [[on]]\nevents = ['*']\nsql = 'insert into {name} (position) values ({position})'\n"
     )
@@ -74,7 +75,8 @@ async fn tally_positions(world: &World, name: &str) -> Vec<u64> {
 async fn assert_failed_at(world: &World, name: &str, position: u64) {
     let mut connection = world.connection().await;
     let failed = format!(
-        "select failed_position, failed_event_id, failed_event_type from projectors where name = '{name}' and status = 'broken'"
+        "select failed_position, failed_event_id, failed_event_type from projectors \
+         where name = '{name}' and status = 'broken'"
     );
     let event =
         format!("select position, event_id, event_type from events where position = {position}");

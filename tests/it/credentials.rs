@@ -120,9 +120,11 @@ fn rds_secret(world: &World, user: &str, password: &str) -> String {
     let server = server_url().replace("mysql://root@", "");
     let (host, port) = server.split_once(':').expect("the server has a port");
     let database = &world.database_name;
-    format!(
-        r#"{{"engine":"mysql","host":"{host}","port":{port},"dbname":"{database}","username":"{user}","password":"{password}"}}"#
-    )
+    serde_json::json!({
+        "engine": "mysql", "host": host, "port": port.parse::<u16>().expect("a port number"),
+        "dbname": database, "username": user, "password": password,
+    })
+    .to_string()
 }
 
 #[tokio::test]
@@ -223,12 +225,16 @@ async fn container_agent() -> (String, Arc<AtomicU64>) {
             let number = count.fetch_add(1, Ordering::SeqCst) + 1;
             let expires = OffsetDateTime::now_utc() + Duration::from_secs(2);
             let expires = expires.format(&Rfc3339).expect("the time is valid");
-            let body = format!(
-                r#"{{"RoleArn":"arn:aws:iam::000000000000:role/task","AccessKeyId":"test","SecretAccessKey":"test","Token":"session-{number}","Expiration":"{expires}"}}"#
-            );
+            let body = serde_json::json!({
+                "RoleArn": "arn:aws:iam::000000000000:role/task", "AccessKeyId": "test",
+                "SecretAccessKey": "test", "Token": format!("session-{number}"),
+                "Expiration": expires,
+            })
+            .to_string();
             let status = if is_known { "200 OK" } else { "403 Forbidden" };
             let answer = format!(
-                "HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
+                "HTTP/1.1 {status}\r\ncontent-type: application/json\r\n\
+                 content-length: {}\r\nconnection: close\r\n\r\n{body}",
                 body.len()
             );
             let _ = client.write_all(answer.as_bytes()).await;

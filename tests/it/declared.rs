@@ -14,7 +14,8 @@ use crate::support::{Folder, World, seed};
 fn file(name: &str, columns: &str, handlers: &[&str]) -> String {
     let mut text = format!(
         "name = '{name}'\nversion = 1\nmode = 'from_beginning'\n\
-         setup = ['''create table if not exists {name} (seq bigint auto_increment primary key, {columns})''']\n\
+         setup = ['''create table if not exists {name} (seq bigint auto_increment primary key, \
+         {columns})''']\n\
          teardown = ['drop table if exists {name}']\n"
     );
     for sql in handlers {
@@ -129,9 +130,8 @@ async fn bind_exactly(values: &[(&str, Option<&str>, Option<&str>)]) {
     let decimals = file(
         "decimals",
         "position bigint, v decimal(50, 12) null",
-        &[
-            "insert into decimals (position, v) select :position, :payload.v from numbers where position = :position",
-        ],
+        &["insert into decimals (position, v) select :position, :payload.v from numbers \
+             where position = :position"],
     );
     let folder = Folder::new().with("1.toml", &texts).with("2.toml", &decimals);
     world.execute("create table numbers (position bigint primary key)").await;
@@ -194,25 +194,33 @@ async fn the_columns_of_an_event_bind_exactly() {
     let plain = NewEvent { stream_id: odd.stream_id.clone(), ..event("0") };
     world.store.append(&[event("1"), odd.clone(), plain]).await.expect("the events are appended");
 
-    let columns = "position bigint unsigned, event_id varchar(64), stream_id varchar(200), stream_version bigint unsigned, \
-                   event_type varchar(200), recorded_at datetime(6), payload text, metadata text null";
-    let sql = "insert into all_columns (position, event_id, stream_id, stream_version, event_type, recorded_at, payload, metadata) \
-               values (:position, :event_id, :stream_id, :stream_version, :event_type, :recorded_at, :payload, :metadata?)";
+    let columns = "position bigint unsigned, event_id varchar(64), stream_id varchar(200), \
+                   stream_version bigint unsigned, \
+                   event_type varchar(200), recorded_at datetime(6), payload text, \
+                   metadata text null";
+    let sql = "insert into all_columns (position, event_id, stream_id, stream_version, event_type, \
+               recorded_at, payload, metadata) \
+               values (:position, :event_id, :stream_id, :stream_version, :event_type, \
+               :recorded_at, :payload, :metadata?)";
     let folder = Folder::new().with("1.toml", &file("all_columns", columns, &[sql]));
     assert!(world.boot(&registry(&folder)).await.is_released());
 
-    let differing = "select count(*) from events e left join all_columns a using (position, event_id, stream_id, \
-                     stream_version, event_type, recorded_at, payload) where a.position is null or not (a.metadata <=> e.metadata)";
+    let differing = "select count(*) from events e left join all_columns a using (position, \
+                     event_id, stream_id, \
+                     stream_version, event_type, recorded_at, payload) \
+                     where a.position is null or not (a.metadata <=> e.metadata)";
     assert_eq!(
         (world.number("select count(*) from all_columns").await, world.number(differing).await),
         (3, 0)
     );
     let row = column(
         &world,
-        "select concat_ws('|', position, event_id, stream_id, stream_version, event_type, recorded_at, payload, metadata) \
+        "select concat_ws('|', position, event_id, stream_id, stream_version, event_type, \
+         recorded_at, payload, metadata) \
          from all_columns where position = 2",
     );
-    let expected = "2|it's-\\-an:id|Fall-Größe 😀|1|with \"quotes\", ? and :payload|2010-10-02 07:20:39.266001|\
+    let expected = "2|it's-\\-an:id|Fall-Größe 😀|1|with \"quotes\", ? and :payload|\
+                    2010-10-02 07:20:39.266001|\
                     { \"b\" : 1.0, \"a\" : \"\\u0041\" }|[ 1, {} ]";
     assert_eq!(row.await, some(&[expected]));
     assert_eq!(
@@ -224,12 +232,18 @@ async fn the_columns_of_an_event_bind_exactly() {
 #[tokio::test]
 async fn paths_reach_into_objects_and_arrays_in_payload_and_metadata() {
     let world = World::new().await;
-    let payload = json!({"a": {"b": {"c": "deep"}}, "items": ["first", {"sku": "second"}], "odd key": {"say \"x\"": "odd"}});
+    let payload = json!({
+        "a": {"b": {"c": "deep"}},
+        "items": ["first", {"sku": "second"}],
+        "odd key": {"say \"x\"": "odd"},
+    });
     let metadata = json!({"user": {"id": 7}});
     let nested = NewEvent { metadata: Some(metadata.to_string()), ..event(&payload.to_string()) };
     world.store.append(&[nested]).await.expect("the event is appended");
-    let sql = r#"insert into paths (v) values (concat_ws('|', :payload.a.b.c, :payload.items.0, :payload.items.1.sku,
-                 :payload."odd key"."say ""x""", :metadata.user.id, :payload.a.b, coalesce(:payload.items.2?, 'none')))"#;
+    let sql = r#"insert into paths (v) values (concat_ws('|',
+                 :payload.a.b.c, :payload.items.0, :payload.items.1.sku,
+                 :payload."odd key"."say ""x""", :metadata.user.id, :payload.a.b,
+                 coalesce(:payload.items.2?, 'none')))"#;
     let folder = Folder::new().with("1.toml", &file("paths", "v text", &[sql]));
     assert!(world.boot(&registry(&folder)).await.is_released());
     assert_eq!(
@@ -290,7 +304,8 @@ async fn handlers_run_in_file_order_and_in_one_transaction() {
     append(&world, &["1".into(), "2".into(), "3".into()]).await;
     let poison = "insert into steps (at, step) values (nullif(:position, 3), 'second')";
     let first = "insert into steps (at, step) values (:position, 'first')";
-    let third = "insert into steps (at, step) select at, concat('after ', step) from steps where at = :position order by seq desc limit 1";
+    let third = "insert into steps (at, step) select at, concat('after ', step) from steps \
+                 where at = :position order by seq desc limit 1";
     let folder = Folder::new().with(
         "1.toml",
         &file("steps", "at int not null, step varchar(20)", &[first, poison, third]),
@@ -316,7 +331,8 @@ async fn an_event_runs_the_handlers_that_name_its_type() {
         let who = types.replace('\'', "");
         write!(
             text,
-            "\n[[on]]\nevents = [{types}]\nsql = \"insert into typed (at, who) values (:position, '{who}')\"\n"
+            "\n[[on]]\nevents = [{types}]\nsql = \"insert into typed (at, who) values (:position, \
+             '{who}')\"\n"
         )
         .expect("writing to a string succeeds");
     }
@@ -337,7 +353,8 @@ async fn colons_in_literals_names_and_comments_are_left_alone() {
     let world = World::new().await;
     append(&world, &["1".into(), "2".into()]).await;
     let sql = "insert into colons (at, `odd:position`, v) -- :nothing ; ?\n\
-               values /* :payload.nothing */ (cast('12:30:45' as time), \":position\", concat('it''s \\':payload', ':', :position)) # :x";
+               values /* :payload.nothing */ (cast('12:30:45' as time), \":position\", \
+               concat('it''s \\':payload', ':', :position)) # :x";
     let columns = "at time, `odd:position` varchar(20), v varchar(40)";
     let folder = Folder::new().with("1.toml", &file("colons", columns, &[sql]));
     assert!(

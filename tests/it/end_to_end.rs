@@ -10,27 +10,32 @@ use serde_json::Value;
 
 use crate::support::{Folder, PipedProcess, RunningProcess, World, eventually, seed};
 
-/// No unique key in the three tables could reject or hide a repetition.
+/// A repetition changes a count or adds a row in each of the three tables. No unique key rejects or
+/// hides it.
 const CASE_STATUS: &str = r#"
 name = "case_status"
 version = 1
 mode = "from_beginning"
-setup = ["""create table if not exists case_status (case_id varchar(200) collate utf8mb4_bin primary key,
+setup = ["""create table if not exists case_status (
+            case_id varchar(200) collate utf8mb4_bin primary key,
             last_event varchar(200) not null, at datetime(6) not null, events int not null)"""]
 teardown = ["drop table if exists case_status"]
 
 [[on]]
 events = ["*"]
-sql = """insert into case_status (case_id, last_event, at, events) values (:stream_id, :event_type, :recorded_at, 1)
-         on duplicate key update last_event = values(last_event), at = values(at), events = events + 1"""
+sql = """insert into case_status (case_id, last_event, at, events)
+         values (:stream_id, :event_type, :recorded_at, 1)
+         on duplicate key update
+             last_event = values(last_event), at = values(at), events = events + 1"""
 "#;
 
 const JOURNAL: &str = r#"
 name = "journal"
 version = 1
 mode = "from_beginning"
-setup = ["""create table if not exists journal (seq bigint auto_increment primary key, position bigint not null,
-            case_id varchar(200), version int, event_type varchar(200), channel varchar(100))"""]
+setup = ["""create table if not exists journal (
+            seq bigint auto_increment primary key, position bigint not null, case_id varchar(200),
+            version int, event_type varchar(200), channel varchar(100))"""]
 teardown = ["drop table if exists journal"]
 
 [[on]]
@@ -51,7 +56,8 @@ teardown = ["drop table if exists workload"]
 
 [[on]]
 events = ["*"]
-sql = """insert into workload values (:payload.org_resource, coalesce(:payload.group?, 'none'), 1, 0)
+sql = """insert into workload
+         values (:payload.org_resource, coalesce(:payload.group?, 'none'), 1, 0)
          on duplicate key update events = events + 1"""
 
 [[on]]
@@ -98,7 +104,10 @@ fn generated_events(count: usize, dice: &mut fastrand::Rng) -> Log {
         serde_json::json!({
             "stream_id": format!("case-{}", dice.u16(1..200)),
             "event_type": types[dice.usize(..types.len())],
-            "recorded_at": format!("2010-10-02T07:{minute:02}:{second:02}.{:06}Z", dice.u32(..1_000_000)),
+            "recorded_at": format!(
+                "2010-10-02T07:{minute:02}:{second:02}.{:06}Z",
+                dice.u32(..1_000_000)
+            ),
             "payload": payload,
         })
         .to_string()
@@ -155,12 +164,23 @@ async fn read(world: &World) -> Models {
         .expect("the journal is readable");
     assert!(positions.is_sorted_by(|a, b| a < b), "an event was repeated or out of order");
     let case_status = rows(
-        "select concat_ws('|', case_id, last_event, date_format(at, '%Y-%m-%dT%H:%i:%s.%fZ'), events) from case_status",
+        "select concat_ws('|', case_id, last_event, date_format(at, '%Y-%m-%dT%H:%i:%s.%fZ'), \
+         events) from case_status",
     );
     Models {
         case_status: sorted(case_status.await),
-        journal: rows("select concat_ws('|', case_id, version, event_type, channel) from journal order by seq").await,
-        workload: sorted(rows("select concat_ws('|', resource, team, events, receipts) from workload").await),
+        journal: rows(
+            "select concat_ws('|', case_id, version, event_type, channel) from journal \
+             order by seq",
+        )
+        .await,
+        workload: sorted(
+            rows(
+                "select concat_ws('|', resource, team, events, receipts) \
+                 from workload",
+            )
+            .await,
+        ),
     }
 }
 
@@ -252,7 +272,8 @@ impl System {
 const OLD: [&str; 2] = ["case_status", "journal"];
 const ALL: [&str; 3] = ["case_status", "journal", "workload"];
 
-/// The options of a worker. Messages that an ended receive of the old worker took are missed soon.
+/// The options of a worker. An ended worker may have received messages that it did not delete. With a
+/// short reconcile interval, the next worker reads their events from the store.
 const WORKER: [&str; 4] = ["play", "--receive-wait=1", "--reconcile-after=1", "--projectors"];
 
 /// Runs the whole story without faults.
@@ -427,7 +448,7 @@ impl<'a> KilledProcesses<'a> {
     }
 
     async fn stop(self) {
-        // Until then, SIGTERM ends a process without a clean shutdown.
+        // Before these log lines, SIGTERM ends a process without a clean shutdown.
         self.play.wait_for_log("playing").await;
         self.relay.wait_for_log("publishing").await;
         self.play.terminate().await.exits(0);

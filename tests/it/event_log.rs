@@ -186,7 +186,10 @@ async fn a_row_without_a_date_stops_no_projector() {
         let columns = "stream_id, stream_version, event_type, recorded_at, payload";
         execute(
             &mut lax,
-            &format!("insert into events ({columns}) values ('undated', {version}, 'Happened', '{date}', '{{}}')"),
+            &format!(
+                "insert into events ({columns}) values ('undated', {version}, 'Happened', \
+                 '{date}', '{{}}')"
+            ),
         )
         .await;
     }
@@ -324,7 +327,8 @@ async fn watch_mark(mut watcher: MySqlConnection, stop: Arc<AtomicBool>) -> u64 
     while !stop.load(Ordering::SeqCst) {
         // One statement reads both tables from one snapshot.
         let (mark, visible): (u64, i64) = sqlx::query_as(
-            "select high_water, (select count(*) from events where position <= high_water) from event_log",
+            "select high_water, (select count(*) from events where position <= high_water) \
+             from event_log",
         )
         .fetch_one(&mut watcher)
         .await
@@ -484,7 +488,8 @@ async fn a_refused_append_leaves_no_transaction_open_and_does_not_block_the_mark
         let refused = world.store.append(&[wrong]).await.expect_err("not the next version");
         assert!(matches!(refused, AppendError::WrongVersion { .. }), "{refused}");
     }
-    let open = "select count(*) from information_schema.innodb_trx t join information_schema.processlist p \
+    let open = "select count(*) from information_schema.innodb_trx t \
+                join information_schema.processlist p \
                 on p.id = t.trx_mysql_thread_id where p.db = database()";
     // The server refreshes that table only when it has not been read for 0.1 s.
     eventually("no transaction is open", async || {

@@ -17,7 +17,8 @@ use crate::support::{
 
 /// The projector [`Payloads`] as a file, for the shipped binary.
 const PAYLOADS: &str = "name = 'payloads'\nversion = 1\nmode = 'from_beginning'\n\
-     setup = ['create table if not exists payloads (position bigint unsigned primary key, payload mediumtext not null)']\n\
+     setup = ['create table if not exists payloads (position bigint unsigned primary key, \
+     payload mediumtext not null)']\n\
      [[on]]\nevents = ['*']\nsql = 'insert into payloads values (:position, :payload)'\n";
 
 /// The message group of the relay's messages.
@@ -62,7 +63,8 @@ impl World {
 
     /// Asserts that `payloads` holds exactly the payloads of the log's events.
     async fn assert_payloads_are_those_of_the_log(&self) {
-        let others = "select count(*) from payloads p left join events e using (position) where not (p.payload <=> e.payload)";
+        let others = "select count(*) from payloads p left join events e using (position) \
+                      where not (p.payload <=> e.payload)";
         let missing = "select count(*) from events e left join payloads p using (position) \
                        where p.position is null and e.event_type not like '$%'";
         assert_eq!(self.number(others).await, 0, "payloads that are not in the log");
@@ -80,7 +82,8 @@ fn unsigned(log: &str, prev: u64, events: &[Value]) -> String {
 fn with_signature(signature: &str, log: &str, prev: u64, events: &[Value], last: u64) -> String {
     let events = json!(events);
     format!(
-        "{{\"sig\":\"{signature}\",\"log\":\"{log}\",\"prev\":{prev},\"events\":{events},\"last\":{last}}}"
+        "{{\"sig\":\"{signature}\",\"log\":\"{log}\",\"prev\":{prev},\
+         \"events\":{events},\"last\":{last}}}"
     )
 }
 
@@ -97,8 +100,9 @@ fn signed(key: &[u8], log: &str, prev: u64, events: &[Value], last: u64) -> Stri
 
 fn wire_event(position: u64, event_id: &str, payload: Value) -> Value {
     json!({
-        "position": position, "event_id": event_id, "stream_id": "forged", "stream_version": position,
-        "event_type": "Opened", "recorded_at": "2026-01-01T00:00:00Z", "payload": payload,
+        "position": position, "event_id": event_id, "stream_id": "forged",
+        "stream_version": position, "event_type": "Opened",
+        "recorded_at": "2026-01-01T00:00:00Z", "payload": payload,
     })
 }
 
@@ -321,7 +325,7 @@ async fn a_foreign_message_is_dead_lettered_by_the_queue_and_its_group_continues
     world.assert_payloads_are_those_of_the_log().await;
 }
 
-/// Messages that an attacker can make who has seen every published message: the attacker knows the
+/// Messages that an attacker can make after seeing every published message. The attacker knows the
 /// log's id, its positions and its event ids.
 async fn forgeries(world: &World, genuine: &[String]) -> Vec<String> {
     let (log, _) = world.identity().await;
@@ -335,7 +339,7 @@ async fn forgeries(world: &World, genuine: &[String]) -> Vec<String> {
         for event in &mut events {
             event["payload"] = json!("forged");
         }
-        // Shorter than the genuine message, so that the two differ in order when sorted.
+        // Shorter than the genuine message, so that sorting would put it first.
         let shorter = &events[..1];
         forged.extend([
             unsigned(&log, prev, &events),
@@ -469,7 +473,8 @@ impl World {
     /// everything that the projectors stored for them.
     async fn restore_to(&self, position: u64) {
         self.execute(&format!(
-            "delete from events where position > {position}; delete from payloads where position > {position}; \
+            "delete from events where position > {position}; delete from payloads \
+             where position > {position}; \
              update projectors set position = {position}; \
              update event_log set published = {position}, high_water = {position}; \
              alter table events auto_increment = {}",
@@ -491,8 +496,8 @@ impl World {
     }
 }
 
-/// After a restore to 10, a worker continues that has played up to 20 and knows the log's id. The
-/// messages of 11 to 20 are sent again.
+/// A worker that has played up to 20 continues after a restore to 10. Then the messages of 11 to 20
+/// are sent again.
 async fn check_worker_after_restore(rotates: bool) {
     for world in both_queues().await {
         let registry = payloads();
@@ -561,7 +566,7 @@ async fn after_a_restore_without_a_rotation_no_old_message_is_applied() {
     check_worker_after_restore(false).await;
 }
 
-/// After a restore to 10, a function that has applied up to 20 is invoked with messages from before
+/// A function that has applied up to 20 is invoked after a restore to 10, with messages from before
 /// and after the restore.
 async fn check_function_after_restore(rotates: bool) {
     for world in both_queues().await {

@@ -208,7 +208,7 @@ async fn an_append_after_the_fill_retries_by_itself() {
     world
         .execute(
             "insert into events (position, stream_id, stream_version, event_type, payload) \
-                   values (11, 'ahead', 1, 'Opened', '{}')",
+             values (11, 'ahead', 1, 'Opened', '{}')",
         )
         .await;
     world.boot(&registry).await;
@@ -217,7 +217,8 @@ async fn an_append_after_the_fill_retries_by_itself() {
     world
         .execute(
             "create trigger late before insert on events for each row begin \
-             if new.stream_id = 'late' and @came_late is null then set @came_late = 1, new.position = 10; end if; end",
+             if new.stream_id = 'late' and @came_late is null then set @came_late = 1, \
+             new.position = 10; end if; end",
         )
         .await;
 

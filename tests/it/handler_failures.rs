@@ -124,7 +124,7 @@ async fn an_endless_statement_breaks_only_its_projector_and_is_killed() {
 async fn an_endless_statement_moved_to_the_background_breaks_only_its_projector() {
     let fault =
         |tally: &Tally| scripted_at(tally, POISON, |db| Box::pin(run(db, "select sleep(1000)")));
-    // The projector is moved to the background before the handler's own timeout.
+    // The projector is moved to the background before the handler's own timeout expires.
     let background_after =
         BackgroundLimits { time: Duration::from_millis(100), ..BackgroundLimits::default() };
     let (world, faulty) =
@@ -499,7 +499,8 @@ async fn provoke_deadlock(world: &World, gate: &Gate) {
     execute(&mut other, "create table ballast (n int not null)").await;
     execute(&mut other, "begin").await;
     // The server rolls back the transaction that has changed fewer rows, so this one changes many.
-    let many = "with recursive n as (select 1 as n union all select n + 1 from n where n < 900) select n from n";
+    let many = "with recursive n as (select 1 as n union all select n + 1 from n where n < 900) \
+                select n from n";
     execute(&mut other, &format!("insert into ballast {many}")).await;
     execute(&mut other, "update pair set n = n + 100 where id = 2").await;
     let other = tokio::spawn(async move {

@@ -46,7 +46,8 @@ macro_rules! procedure {
 const HOSTILE_CASES: &[HostileCase] = &[
     procedure!(
         "swallows",
-        "declare continue handler for sqlexception begin end; insert into no_such_table values (1);",
+        "declare continue handler for sqlexception begin end; insert into no_such_table \
+         values (1);",
         "insert into odd (position, what, value) values (at, null, 'x');",
         Some(1)
     ),
@@ -139,7 +140,8 @@ const HOSTILE_CASES: &[HostileCase] = &[
         name: "sees",
         setup: "",
         statements: &[
-            "insert into odd (position, what, value) values (:position, 'sees', coalesce(@seen, 3))",
+            "insert into odd (position, what, value) values (:position, 'sees', coalesce(@seen, \
+             3))",
             "set @seen = :position",
         ],
         stores: Some(3),
@@ -155,15 +157,18 @@ const HOSTILE_CASES: &[HostileCase] = &[
     },
     HostileCase {
         name: "temporary",
-        setup: "create procedure p_temporary(in at bigint) begin create temporary table if not exists temporary_ones (a int); \
+        setup: "create procedure p_temporary(in at bigint) begin create temporary table if not \
+                exists temporary_ones (a int); \
                 insert into temporary_ones values (1); \
-                insert into odd (position, what, value) select at, 'temporary', count(*) from temporary_ones; end",
+                insert into odd (position, what, value) select at, 'temporary', count(*) \
+                from temporary_ones; end",
         statements: &["call p_temporary(:position)"],
         stores: Some(1),
     },
     HostileCase {
         name: "function",
-        setup: "create function f_hostile() returns bigint not deterministic no sql begin set @f = coalesce(@f, 0) + 1; return @f; end",
+        setup: "create function f_hostile() returns bigint not deterministic no sql begin set @f = \
+                coalesce(@f, 0) + 1; return @f; end",
         statements: &[
             "insert into odd (position, what, value) values (:position, 'function', f_hostile())",
         ],
@@ -172,7 +177,8 @@ const HOSTILE_CASES: &[HostileCase] = &[
     HostileCase {
         name: "prepares",
         setup: "create procedure p_prepares(in at bigint) begin declare found bigint default 1; \
-                begin declare continue handler for sqlexception set found = 2; execute hostile; end; \
+                begin declare continue handler for sqlexception set found = 2; execute hostile; \
+                end; \
                 prepare hostile from 'do 1'; \
                 insert into odd (position, what, value) values (at, 'prepares', found); end",
         statements: &["call p_prepares(:position)"],
@@ -208,9 +214,17 @@ async fn rows(world: &World) -> Vec<(u64, Option<String>, Option<i64>)> {
 async fn play(cases: &[HostileCase]) -> Status {
     let world = World::new().await;
     world
-        .execute("create table odd (position bigint unsigned not null, what varchar(30), value bigint) engine = InnoDB")
+        .execute(
+            "create table odd (position bigint unsigned not null, what varchar(30), \
+             value bigint) engine = InnoDB",
+        )
         .await;
-    world.execute("create table victim (position bigint unsigned not null, at timestamp(6) null, text varchar(40) collate utf8mb4_bin, number bigint) engine = InnoDB").await;
+    world
+        .execute(
+            "create table victim (position bigint unsigned not null, at timestamp(6) null, \
+             text varchar(40) collate utf8mb4_bin, number bigint) engine = InnoDB",
+        )
+        .await;
     for case in cases.iter().filter(|case| !case.setup.is_empty()) {
         world.execute(case.setup).await;
     }
@@ -256,8 +270,10 @@ async fn play(cases: &[HostileCase]) -> Status {
         }
     }
     let victim: Vec<(u64, i64)> = sqlx::query_as(AssertSqlSafe(
-        "select v.position, cast(v.at is not null and abs(timestampdiff(second, '1970-01-01', e.recorded_at) - floor(unix_timestamp(v.at))) <= 1 \
-         and v.text <=> convert(concat(e.stream_id, ' größe') using utf8mb4) collate utf8mb4_bin and v.number is null as signed) \
+        "select v.position, cast(v.at is not null and abs(timestampdiff(second, '1970-01-01', \
+         e.recorded_at) - floor(unix_timestamp(v.at))) <= 1 \
+         and v.text <=> convert(concat(e.stream_id, ' größe') using utf8mb4) collate utf8mb4_bin \
+         and v.number is null as signed) \
          from victim v join events e using (position) order by v.position",
     ))
     .fetch_all(&mut world.connection().await)
@@ -325,7 +341,8 @@ async fn provoke_deadlock(world: &World, mut keeper: MySqlConnection) {
     .await;
     execute(&mut rival, "begin").await;
     // The server rolls back the transaction that has changed fewer rows, so this one changes many.
-    let many = "with recursive n as (select 1 as n union all select n + 1 from n where n < 900) select n from n";
+    let many = "with recursive n as (select 1 as n union all select n + 1 from n where n < 900) \
+                select n from n";
     execute(&mut rival, &format!("insert into ballast {many}")).await;
     execute(&mut rival, "update pair set n = n + 100 where id = 2").await;
     let rival = tokio::spawn(async move {
@@ -351,7 +368,8 @@ async fn a_deadlock_swallowed_by_a_procedure_is_retried_and_each_event_applied_o
         world.execute("insert into pair values (1, 0), (2, 0)").await;
         let lock = &world.database_name;
         let procedure = format!(
-            "create procedure best_effort(in at bigint) begin declare continue handler for sqlexception begin end; \
+            "create procedure best_effort(in at bigint) begin declare continue handler for \
+             sqlexception begin end; \
              if at = 5 then \
              update pair set n = n + 1 where id = 1; \
              do get_lock('{lock}', 60); do release_lock('{lock}'); \

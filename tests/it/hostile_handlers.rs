@@ -16,17 +16,22 @@ use crate::support::{Folder, Tally, World, eventually, execute, seed};
 fn insert_into(table: &str) -> String {
     format!(
         "insert into {table} \
-         select ?, from_unixtime(86400), 1 / 3, (select group_concat(n order by n) from numbers), 'é日本', \
-                (select count(*) from dirty), database(), concat(@left_behind, ''), date_format('2001-03-01', '%M'), \
-                now() > '2020-01-01', ?"
+         select ?, from_unixtime(86400), 1 / 3, (select group_concat(n order by n) \
+         from numbers), 'é日本', \
+         (select count(*) from dirty), database(), concat(@left_behind, ''), \
+         date_format('2001-03-01', '%M'), \
+         now() > '2020-01-01', ?"
     )
 }
 
 fn create(table: &str) -> String {
     format!(
-        "create table if not exists {table} (position bigint unsigned not null, at datetime(6) not null, \
-         third decimal(20, 12) not null, list text not null, word varchar(20) character set utf8mb4 not null, \
-         uncommitted bigint not null, shop varchar(64) not null, left_behind varchar(20) null, month varchar(20) not null, \
+        "create table if not exists {table} (position bigint unsigned not null, \
+         at datetime(6) not null, \
+         third decimal(20, 12) not null, list text not null, word varchar(20) character set \
+         utf8mb4 not null, \
+         uncommitted bigint not null, shop varchar(64) not null, left_behind varchar(20) null, \
+         month varchar(20) not null, \
          clock_goes tinyint not null, numbers bigint not null) engine = innodb"
     )
 }
@@ -35,8 +40,10 @@ fn create(table: &str) -> String {
 /// world.
 async fn rows(world: &World, table: &str) -> Vec<String> {
     let select = format!(
-        "select concat_ws('|', position, at, third, list, hex(convert(word using utf8mb4)), uncommitted, \
-         if(shop = database(), 'here', shop), ifnull(left_behind, 'nothing'), month, clock_goes, numbers) \
+        "select concat_ws('|', position, at, third, list, hex(convert(word using utf8mb4)), \
+         uncommitted, \
+         if(shop = database(), 'here', shop), ifnull(left_behind, 'nothing'), month, clock_goes, \
+         numbers) \
          from {table} order by position"
     );
     sqlx::query_scalar(AssertSqlSafe(select))
@@ -140,7 +147,8 @@ fn declared_victim() -> String {
     let insert =
         insert.replace("concat(@left_behind, '')", "null").replace('\'', "''").replace("''", "'");
     format!(
-        "name = \"declared\"\nversion = 1\nmode = \"from_beginning\"\nsetup = [\"\"\"{}\"\"\"]\n\n[[on]]\nevents = [\"*\"]\nsql = \"\"\"{insert}\"\"\"\n",
+        "name = \"declared\"\nversion = 1\nmode = \"from_beginning\"\nsetup = \
+         [\"\"\"{}\"\"\"]\n\n[[on]]\nevents = [\"*\"]\nsql = \"\"\"{insert}\"\"\"\n",
         create("declared")
     )
 }
@@ -218,14 +226,17 @@ const STATEMENTS: &[&str] = &[
 /// Creates tables that the projectors read, and opens a transaction that never commits.
 async fn prepare(world: &World) -> MySqlConnection {
     world.execute("create table numbers (n int primary key)").await;
-    let numbers = "insert into numbers with recursive n as (select 1 as n union all select n + 1 from n where n < 12) select n from n";
+    let numbers = "insert into numbers with recursive n as (select 1 as n union all select n + 1 \
+                   from n where n < 12) select n from n";
     world.execute(numbers).await;
     world.execute("create table junk (id int)").await;
     world.execute("create table dirty (id int)").await;
     world
         .execute(
-            "create procedure their_procedure() begin declare continue handler for sqlexception begin end; \
-             set time_zone = '+07:00'; insert into no_such_table values (1); set time_zone = '+00:00'; end",
+            "create procedure their_procedure() begin declare continue handler for sqlexception \
+             begin end; \
+             set time_zone = '+07:00'; insert into no_such_table \
+             values (1); set time_zone = '+00:00'; end",
         )
         .await;
     let mut uncommitted = world.connection().await;
@@ -462,7 +473,8 @@ async fn the_mark_ignores_a_handlers_isolation_level() {
     execute(&mut writer, "begin").await;
     execute(
         &mut writer,
-        "insert into events (stream_id, stream_version, event_type, payload) values ('x', 1, 'Late', '{}')",
+        "insert into events (stream_id, stream_version, event_type, payload) \
+         values ('x', 1, 'Late', '{}')",
     )
     .await;
     world.append(5).await;

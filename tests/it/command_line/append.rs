@@ -69,14 +69,20 @@ async fn append_prints_the_count_and_last_position_for_every_input() {
 async fn every_field_on_a_line_is_stored_exactly() {
     let world = World::new().await;
     let given = concat!(
-        r#"{"stream_id":"Fall-Größe 😀 \"1\"","event_type":"Ünïcode, \\ and 'quotes'","event_id":"it's-\\-an:id","stream_version":1,"#,
-        r#""recorded_at":"2010-10-02T09:20:39.266001+02:00","metadata":[ 1.0, {"b":2, "a":"\u00e9"} ],"#,
+        r#"{"stream_id":"Fall-Größe 😀 \"1\"","event_type":"Ünïcode, \\ and 'quotes'","#,
+        r#""event_id":"it's-\\-an:id","stream_version":1,"#,
+        r#""recorded_at":"2010-10-02T09:20:39.266001+02:00","#,
+        r#""metadata":[ 1.0, {"b":2, "a":"\u00e9"} ],"#,
         r#""payload":{ "z" : 1.50, "a" : "\u0041", "big": 123456789012345678901234567890 }}"#
     );
-    let next = r#"{"stream_id":"Fall-Größe 😀 \"1\"","event_type":"Opened","stream_version":2,"payload":null}"#;
+    let next = concat!(
+        r#"{"stream_id":"Fall-Größe 😀 \"1\"","event_type":"Opened","#,
+        r#""stream_version":2,"payload":null}"#
+    );
     world.run_with(&["append"], format!("{given}\n{next}").as_bytes()).await.exits(0);
     let row: (String, String, String, u64, String, String, String) = sqlx::query_as(
-        "select stream_id, event_type, event_id, stream_version, cast(recorded_at as char), payload, metadata \
+        "select stream_id, event_type, event_id, stream_version, cast(recorded_at as char), \
+         payload, metadata \
          from events where position = 1",
     )
     .fetch_one(&mut world.connection().await)
@@ -94,8 +100,10 @@ async fn every_field_on_a_line_is_stored_exactly() {
     let row = (&*row.0, &*row.1, &*row.2, row.3, &*row.4, &*row.5, &*row.6);
     assert_eq!(row, expected);
 
-    let made = "select count(*) from events where position = 2 and stream_version = 2 and payload = 'null' and metadata is null \
-                and char_length(event_id) = 36 and abs(timestampdiff(second, recorded_at, utc_timestamp())) < 60";
+    let made = "select count(*) from events where position = 2 and stream_version = 2 \
+                and payload = 'null' and metadata is null \
+                and char_length(event_id) = 36 and abs(timestampdiff(second, recorded_at, \
+                utc_timestamp())) < 60";
     assert_eq!(world.number(made).await, 1, "missing fields get defaults");
 }
 
@@ -113,22 +121,41 @@ async fn lines_from_an_open_pipe_are_stored_as_they_arrive() {
 
 /// A rejected line, and a part of the reason.
 const BAD_LINES: &[(&[u8], &str)] = &[
-    (b"{\"stream_id\":\"caf\xe9\",\"event_type\":\"a\",\"payload\":1}", "not UTF-8, from byte 18 on"),
+    (
+        b"{\"stream_id\":\"caf\xe9\",\"event_type\":\"a\",\"payload\":1}",
+        "not UTF-8, from byte 18 on",
+    ),
     (b"stream_id,event_type,payload", "expected value"),
     (b"{\"stream_id\":\"a\",\"event_type\":\"a\",\"payload\":{\"a\":1}", "EOF while parsing"),
     (b"{\"stream_id\":\"a\",\"event_type\":\"a\"}", "missing field `payload`"),
-    (b"{\"stream_id\":\"a\",\"event_type\":\"a\",\"payload\":1,\"recordedAt\":\"x\"}", "unknown field `recordedAt`"),
-    (b"{\"stream_id\":\"a\",\"event_type\":\"a\",\"payload\":1,\"recorded_at\":\"yesterday\"}", "at column"),
+    (
+        b"{\"stream_id\":\"a\",\"event_type\":\"a\",\"payload\":1,\"recordedAt\":\"x\"}",
+        "unknown field `recordedAt`",
+    ),
+    (
+        b"{\"stream_id\":\"a\",\"event_type\":\"a\",\"payload\":1,\"recorded_at\":\"yesterday\"}",
+        "at column",
+    ),
     // This line once made the reader's thread panic, which looked like the end of the input.
     (
-        b"{\"stream_id\":\"a\",\"event_type\":\"a\",\"payload\":1,\"recorded_at\":\"9999-12-31T23:59:59-01:00\"}",
+        b"{\"stream_id\":\"a\",\"event_type\":\"a\",\"payload\":1,\
+          \"recorded_at\":\"9999-12-31T23:59:59-01:00\"}",
         "recorded_at must lie between",
     ),
-    (b"{\"stream_id\":\"a\",\"event_type\":\"a\\u001b[2J\",\"payload\":1}", "has a control character"),
+    (
+        b"{\"stream_id\":\"a\",\"event_type\":\"a\\u001b[2J\",\"payload\":1}",
+        "has a control character",
+    ),
     (b"{\"stream_id\":7,\"event_type\":\"a\",\"payload\":1}", "invalid type: integer"),
-    (b"{\"stream_id\":\"\",\"event_type\":\"a\",\"payload\":1}", "stream_id must be 1 to 200 characters"),
+    (
+        b"{\"stream_id\":\"\",\"event_type\":\"a\",\"payload\":1}",
+        "stream_id must be 1 to 200 characters",
+    ),
     (b"{\"stream_id\":\"a\",\"event_type\":\"$filler\",\"payload\":1}", "begins with `$`"),
-    (b"{\"stream_id\":\"a\",\"event_type\":\"a\",\"payload\":1,\"stream_version\":9}", "is at version 1"),
+    (
+        b"{\"stream_id\":\"a\",\"event_type\":\"a\",\"payload\":1,\"stream_version\":9}",
+        "is at version 1",
+    ),
     (
         b"{\"stream_id\":\"a\",\"event_type\":\"a\",\"payload\":1,\"event_id\":\"taken\"}",
         "the id \"taken\" is in the log already",
@@ -142,7 +169,10 @@ const BAD_LINES: &[(&[u8], &str)] = &[
         b"{\"stream_id\":\"a\",\"event_type\":\"a\",\"payload\":\"\\ud800\"}",
         "does not take its payload or metadata as JSON",
     ),
-    (b"{\"stream_id\":\"a\",\"event_type\":\"a\",\"payload\":1,\"metadata\":\"\\ud800\"}", "events_metadata_is_json"),
+    (
+        b"{\"stream_id\":\"a\",\"event_type\":\"a\",\"payload\":1,\"metadata\":\"\\ud800\"}",
+        "events_metadata_is_json",
+    ),
 ];
 
 #[tokio::test]

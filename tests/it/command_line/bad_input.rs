@@ -214,7 +214,16 @@ async fn a_bad_projector_file_is_reported_with_line_and_reason_before_anything_r
         }
     }
     assert!(world.ledger.entries().await.expect("the ledger is readable").is_empty());
-    assert_eq!(world.number("select count(*) from information_schema.tables where table_name in ('a', 'b') and table_schema = database()").await, 0);
+    assert_eq!(
+        world
+            .number(
+                "select count(*) from information_schema.tables \
+                 where table_name in ('a', 'b') \
+                 and table_schema = database()"
+            )
+            .await,
+        0
+    );
 }
 
 #[tokio::test]

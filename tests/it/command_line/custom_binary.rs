@@ -37,9 +37,11 @@ async fn a_custom_binary_boots_and_plays_its_own_projectors() {
         RunningProcess::spawn(theirs).finish().await
     };
     let events = |department: &str, count: usize| {
-        let line = format!(
-            r#"{{"stream_id":"case-{department}","event_type":"Confirmation of receipt","payload":{{"department":"{department}"}}}}"#
-        );
+        let line = serde_json::json!({
+            "stream_id": format!("case-{department}"), "event_type": "Confirmation of receipt",
+            "payload": {"department": department},
+        })
+        .to_string();
         vec![line; count].join("\n")
     };
     world.run_with(&["append"], events("General", 3).as_bytes()).await.exits(0);

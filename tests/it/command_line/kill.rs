@@ -1,5 +1,5 @@
 //! SIGKILL, and how much work is repeated. A statement on a table without transactions cannot be
-//! rolled back, like a mail, so it records each event that was handled.
+//! rolled back, like a sent mail, so it records each event that was handled.
 
 use super::{tally, tally_positions};
 use crate::support::{Folder, World, eventually};
@@ -23,7 +23,8 @@ impl World {
 /// A projector that records each event that it handles, slowly enough for a kill within a batch.
 async fn traced_projector_folder(world: &World) -> Folder {
     world.execute("create table handled (position bigint not null) engine = myisam").await;
-    let traces = "[[on]]\nevents = ['*']\nsql = 'insert into handled (position) values (:position + sleep(0.02))'\n";
+    let traces = "[[on]]\nevents = ['*']\nsql = 'insert into handled (position) \
+                  values (:position + sleep(0.02))'\n";
     Folder::new().with("1.toml", &format!("{}\n{traces}", tally("a")))
 }
 

@@ -239,10 +239,18 @@ async fn messages_that_sqs_fails_to_delete_are_not_applied_again() {
 
     let stub = SqsStub::new().await;
     let handed_out = |which: &[usize]| {
-        let message = |n: &usize| json!({"MessageId": format!("m{n}"), "ReceiptHandle": format!("r{n}"), "Body": sent[*n]});
+        let message = |n: &usize| {
+            json!({
+                "MessageId": format!("m{n}"), "ReceiptHandle": format!("r{n}"), "Body": sent[*n],
+            })
+        };
         json!({"Messages": which.iter().map(message).collect::<Vec<_>>()}).to_string()
     };
-    let failed = |id: &str| json!({"Id": id, "SenderFault": false, "Code": "InternalError", "Message": "as SQS says"});
+    let failed = |id: &str| {
+        json!({
+            "Id": id, "SenderFault": false, "Code": "InternalError", "Message": "as SQS says",
+        })
+    };
     let deleted = |id: &str| json!({ "Id": id });
     // In the first batch, the deletion of the second message fails. Its next deletion fails, too.
     stub.set_responses_once("ReceiveMessage", [&[0, 1][..], &[1], &[1], &[2]].map(handed_out));

@@ -8,7 +8,8 @@ use super::{tally, tally_positions, tally_with};
 use crate::support::{Folder, RunningProcess, World};
 
 async fn has_table(world: &World, name: &str) -> bool {
-    let sql = "select count(*) from information_schema.tables where table_schema = database() and table_name";
+    let sql = "select count(*) from information_schema.tables where table_schema = database() \
+               and table_name";
     world.number(&format!("{sql} = '{name}'")).await == 1
 }
 

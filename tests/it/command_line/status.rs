@@ -34,7 +34,12 @@ async fn in_every_state() -> (World, Folder) {
     world.run(&["retire", "gone", "--yes"]).await.exits(0);
     world.append(5).await;
     // The oldest event that `living` has not applied was recorded a minute ago.
-    world.execute("update events set recorded_at = utc_timestamp(6) - interval 60 second where position = 11").await;
+    world
+        .execute(
+            "update events set recorded_at = utc_timestamp(6) - interval 60 second \
+             where position = 11",
+        )
+        .await;
     let second = Folder::new()
         .with("1.toml", &tally("living"))
         .with("2.toml", &tally_with("done", "mode = 'once'", ":position"))

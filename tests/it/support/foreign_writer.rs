@@ -10,12 +10,15 @@ pub async fn write(
     stream: &str,
     version: u64,
 ) -> Result<(), sqlx::Error> {
-    sqlx::query("insert into events (stream_id, stream_version, event_type, payload) values (?, ?, 'Opened', '{}')")
-        .bind(stream)
-        .bind(version)
-        .execute(writer)
-        .await
-        .map(|_| ())
+    sqlx::query(
+        "insert into events (stream_id, stream_version, event_type, payload) \
+         values (?, ?, 'Opened', '{}')",
+    )
+    .bind(stream)
+    .bind(version)
+    .execute(writer)
+    .await
+    .map(|_| ())
 }
 
 /// The server's error number and message.

@@ -145,8 +145,9 @@ impl Function {
 /// A scheduled event as EventBridge sends it.
 pub fn schedule() -> Value {
     json!({
-        "version": "0", "id": "53dc4d37-cffa-4f76-80c9-8b7d4a4d2eaa", "detail-type": "Scheduled Event", "source": "aws.events",
-        "account": "000000000000", "time": "2026-11-22T20:00:00Z", "region": "us-east-1",
+        "version": "0", "id": "53dc4d37-cffa-4f76-80c9-8b7d4a4d2eaa",
+        "detail-type": "Scheduled Event", "source": "aws.events", "account": "000000000000",
+        "time": "2026-11-22T20:00:00Z", "region": "us-east-1",
         "resources": ["arn:aws:events:us-east-1:000000000000:rule/every-minute"], "detail": {}
     })
 }
@@ -175,12 +176,17 @@ impl CapturedBatch {
     pub fn event(&self, world: &World) -> Value {
         let queue = world.queue_url.rsplit('/').next().expect("a name");
         let record = |message: &Message| {
-            let attributes = message.attributes().into_iter().flatten();
+            let attributes: serde_json::Map<_, _> = message
+                .attributes()
+                .into_iter()
+                .flatten()
+                .map(|(name, value)| (name.as_str().to_owned(), json!(value)))
+                .collect();
             json!({
                 "messageId": message.message_id(),
                 "receiptHandle": message.receipt_handle(),
                 "body": message.body(),
-                "attributes": attributes.map(|(name, value)| (name.as_str().to_owned(), json!(value))).collect::<serde_json::Map<_, _>>(),
+                "attributes": attributes,
                 "messageAttributes": {},
                 "md5OfBody": message.md5_of_body(),
                 "eventSource": "aws:sqs",
@@ -264,9 +270,13 @@ async fn serve(stream: TcpStream, shared: Arc<Shared>) {
                 .as_millis();
             let event = event.as_str().map_or_else(|| event.to_string(), str::to_owned);
             format!(
-                "HTTP/1.1 200 OK\r\nLambda-Runtime-Aws-Request-Id: {}\r\nLambda-Runtime-Deadline-Ms: {ends}\r\n\
-                 Lambda-Runtime-Invoked-Function-Arn: arn:aws:lambda:us-east-1:000000000000:function:projectionist\r\n\
-                 Content-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{event}",
+                "HTTP/1.1 200 OK\r\n\
+                 Lambda-Runtime-Aws-Request-Id: {}\r\n\
+                 Lambda-Runtime-Deadline-Ms: {ends}\r\n\
+                 Lambda-Runtime-Invoked-Function-Arn: \
+                 arn:aws:lambda:us-east-1:000000000000:function:projectionist\r\n\
+                 Content-Type: application/json\r\nContent-Length: {}\r\n\
+                 Connection: close\r\n\r\n{event}",
                 uuid::Uuid::now_v7(),
                 event.len()
             )

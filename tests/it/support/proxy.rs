@@ -258,8 +258,10 @@ async fn forward(mut client: TcpStream, mut server: TcpStream, state: ProxyState
                     // The last answer proves that the server has committed. Each earlier statement
                     // has its own answer.
                     let _ = server.read(&mut from_server).await;
-                    while let Ok(Ok(1..)) = timeout(REPLY_QUIET_TIME, server.read(&mut from_server)).await {}
-                    return;
+                    loop {
+                        let answer = server.read(&mut from_server);
+                        let Ok(Ok(1..)) = timeout(REPLY_QUIET_TIME, answer).await else { return };
+                    }
                 }
             }
             read = server.read(&mut from_server) => {

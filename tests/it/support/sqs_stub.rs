@@ -37,8 +37,10 @@ impl SqsStub {
         stub.set_response(
             "GetQueueAttributes",
             200,
-            r#"{"Attributes":{"QueueArn":"arn:aws:sqs:us-east-1:000000000000:q.fifo","FifoQueue":"true","VisibilityTimeout":"30",
-               "MessageRetentionPeriod":"345600","MaximumMessageSize":"1048576","SqsManagedSseEnabled":"true"}}"#,
+            r#"{"Attributes":{
+                "QueueArn":"arn:aws:sqs:us-east-1:000000000000:q.fifo","FifoQueue":"true",
+                "VisibilityTimeout":"30","MessageRetentionPeriod":"345600",
+                "MaximumMessageSize":"1048576","SqsManagedSseEnabled":"true"}}"#,
         );
         for (action, code) in [
             ("SendMessageBatch", "com.amazonaws.sqs#EmptyBatchRequest"),
@@ -132,7 +134,8 @@ impl SqsStub {
             };
             tokio::time::sleep(takes).await;
             let answer = format!(
-                "HTTP/1.1 {status} X\r\ncontent-type: application/x-amz-json-1.0\r\ndate: {date}\r\ncontent-length: {}\r\n\r\n{body}",
+                "HTTP/1.1 {status} X\r\ncontent-type: application/x-amz-json-1.0\r\n\
+                 date: {date}\r\ncontent-length: {}\r\n\r\n{body}",
                 body.len()
             );
             if client.write_all(answer.as_bytes()).await.is_err() {

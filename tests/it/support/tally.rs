@@ -71,8 +71,10 @@ impl Tally {
             then.iter().map(|sql| format!("\n[[on]]\nevents = ['*']\nsql = '{sql}'\n")).collect();
         format!(
             "name = '{name}'\nversion = 1\nmode = 'from_beginning'\n\
-             setup = ['create table if not exists {name} (seq bigint auto_increment primary key, position bigint unsigned not null)']\n\
-             [[on]]\nevents = ['*']\nsql = 'insert into {name} (position) values (:position)'\n{then}"
+             setup = ['create table if not exists {name} (seq bigint auto_increment primary key, \
+             position bigint unsigned not null)']\n\
+             [[on]]\nevents = ['*']\nsql = 'insert into {name} (position) \
+             values (:position)'\n{then}"
         )
     }
 
@@ -88,7 +90,8 @@ impl Tally {
     /// The positions that a projector at `position` should have recorded, read from the log.
     pub async fn expected(&self, world: &World, position: u64) -> Vec<u64> {
         let log: Vec<(u64, String)> = sqlx::query_as(
-            "select position, event_type from events where position <= ? and event_type not like '$%' order by position",
+            "select position, event_type from events where position <= ? \
+             and event_type not like '$%' order by position",
         )
         .bind(position)
         .fetch_all(&mut world.connection().await)
@@ -135,7 +138,8 @@ impl Projector for Tally {
 
     async fn setup(&self, db: &mut MySqlConnection) -> anyhow::Result<()> {
         let sql = format!(
-            "create table if not exists {} (seq bigint auto_increment primary key, position bigint unsigned not null)",
+            "create table if not exists {} (seq bigint auto_increment primary key, \
+             position bigint unsigned not null)",
             self.name
         );
         sqlx::query(AssertSqlSafe(sql)).execute(db).await?;
