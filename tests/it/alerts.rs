@@ -29,12 +29,12 @@ async fn webhook(codes: &'static [u16]) -> (String, Arc<Mutex<Vec<Value>>>) {
             let Ok((mut stream, _)) = listener.accept().await else { return };
             let Some(code) = codes.get(turn).or(codes.last()) else {
                 silent.push(stream);
-                kept.lock().expect("no panic").push(Value::Null);
+                kept.lock().expect("the lock is not poisoned").push(Value::Null);
                 continue;
             };
             let body = read_body(&mut stream).await;
             kept.lock()
-                .expect("no panic")
+                .expect("the lock is not poisoned")
                 .push(serde_json::from_str(&body).unwrap_or(json!("no JSON")));
             // A redirect leads to this webhook again, so a client that follows it is noticed.
             let to = if (300..400).contains(code) { "location: /elsewhere\r\n" } else { "" };
@@ -78,13 +78,13 @@ async fn a_broken_projector_is_posted_with_event_and_error() {
     world.append(3).await;
     let projectors = failing_projector();
     let (url, posted) = webhook(&[500, 200]).await;
-    let folder = projectors.path().to_str().expect("UTF-8");
+    let folder = projectors.path().to_str().expect("the path is UTF-8");
     let boot = world
         .run(&["boot", "--projectors", folder, "--alert-url", &url, "--release", "v7"])
         .await
         .exits(1);
 
-    let posted = posted.lock().expect("no panic").clone();
+    let posted = posted.lock().expect("the lock is not poisoned").clone();
     let kinds: Vec<&str> = posted.iter().filter_map(|alert| alert["alert"].as_str()).collect();
     assert_eq!(
         kinds,
@@ -121,7 +121,7 @@ async fn an_unresponsive_webhook_delays_the_end_of_boot_but_does_not_prevent_it(
     let projectors = failing_projector();
     let (url, _) = webhook(&[]).await;
     let began = Instant::now();
-    let folder = projectors.path().to_str().expect("UTF-8");
+    let folder = projectors.path().to_str().expect("the path is UTF-8");
     let boot = world.run(&["boot", "--projectors", folder, "--alert-url", &url]).await.exits(1);
     assert!(began.elapsed() < Duration::from_secs(30), "the timeout of the alert was exceeded");
     assert!(
@@ -133,7 +133,7 @@ async fn an_unresponsive_webhook_delays_the_end_of_boot_but_does_not_prevent_it(
 
 /// The kinds of the alerts that a webhook received.
 fn kinds(posted: &Mutex<Vec<Value>>) -> Vec<String> {
-    let posted = posted.lock().expect("no panic");
+    let posted = posted.lock().expect("the lock is not poisoned");
     posted.iter().map(|alert| alert["alert"].as_str().unwrap_or_default().to_owned()).collect()
 }
 
@@ -141,7 +141,7 @@ fn kinds(posted: &Mutex<Vec<Value>>) -> Vec<String> {
 #[track_caller]
 fn only(posted: &Mutex<Vec<Value>>, kind: &str) -> Value {
     assert_eq!(kinds(posted), [kind]);
-    posted.lock().expect("no panic")[0].clone()
+    posted.lock().expect("the lock is not poisoned")[0].clone()
 }
 
 #[tokio::test]
@@ -191,7 +191,7 @@ async fn a_stopped_deploy_alerts_once_with_its_reason_and_a_successful_one_does_
     let (url, posted) = webhook(&[200]).await;
     let alert = || {
         let alert = only(&posted, "boot_failed");
-        posted.lock().expect("no panic").clear();
+        posted.lock().expect("the lock is not poisoned").clear();
         assert_eq!((&alert["broken"], &alert["release"]), (&json!(null), &json!("v7")), "{alert}");
         alert["error"].as_str().expect("a reason").to_owned()
     };
@@ -256,7 +256,7 @@ async fn a_transaction_that_blocks_the_mark_for_long_is_posted_once_and_always_l
     world.run(&["boot", "--projectors", projectors.path()]).await.exits(0);
     let mut open = world.connection().await;
     execute(&mut open, "begin").await;
-    write(&mut open, "open", 1).await.expect("written");
+    write(&mut open, "open", 1).await.expect("the event is written");
     world.append(5).await;
 
     let (url, posted) = webhook(&[200]).await;
@@ -435,7 +435,8 @@ async fn errors_are_cut_to_their_numbers_in_ledger_log_and_alerts_on_request() {
         error.contains("mails.toml:6") && error.ends_with("MySQL error 1062 (23000)"),
         "{error}"
     );
-    let alerts = serde_json::to_string(&*posted.lock().expect("no panic")).expect("JSON");
+    let alerts = serde_json::to_string(&*posted.lock().expect("the lock is not poisoned"))
+        .expect("the text is JSON");
     for text in [&failed.stderr, &failed.stdout, &alerts, &error] {
         assert!(!text.contains(SECRET), "{text}");
     }
@@ -466,7 +467,7 @@ async fn control_characters_in_events_reach_no_terminal() {
         )
         .await;
     let folder = failing_projector();
-    let folder = folder.path().to_str().expect("UTF-8");
+    let folder = folder.path().to_str().expect("the path is UTF-8");
     let boot = world.run(&["boot", "--log-format=human", "--projectors", folder]).await.exits(1);
     let status = world.run(&["status", "--projectors", folder]).await.exits(0);
     let doctor = world.run(&["doctor", "--projectors", folder]).await;

@@ -158,8 +158,10 @@ async fn contents(world: &World, way: &str, table: &str) -> Vec<String> {
     let sql = format!(
         "select convert(concat_ws(',', '{table}', {columns}) using utf8mb4) from {way}_{table}"
     );
-    let mut rows: Vec<String> =
-        sqlx::query_scalar(AssertSqlSafe(sql)).fetch_all(&mut connection).await.expect("the rows");
+    let mut rows: Vec<String> = sqlx::query_scalar(AssertSqlSafe(sql))
+        .fetch_all(&mut connection)
+        .await
+        .expect("the rows are readable");
     rows.sort();
     rows
 }
@@ -188,7 +190,7 @@ async fn append(world: &World, events: Vec<NewEvent>) {
     let mut all = vec![measure.clone()];
     all.extend(events);
     all.push(measure);
-    world.store.append(&all).await.expect("appended");
+    world.store.append(&all).await.expect("the events are appended");
 }
 
 /// Boots a projector over 120 events in both modes and asserts that the results are equal. Returns
@@ -738,12 +740,12 @@ async fn the_multi_row_helper_reports_bad_input_before_any_query() {
 
     let mut ragged = MultiRowInsert::new("insert into nowhere values");
     ragged.row().bind(1).bind(2).row().bind(3);
-    let error = ragged.execute(db).await.expect_err("refused").to_string();
+    let error = ragged.execute(db).await.expect_err("the insert is rejected").to_string();
     assert!(error.contains("different numbers of values") && error.contains("nowhere"), "{error}");
 
     let mut outside = MultiRowInsert::new("insert into nowhere values")
         .with_tail("on duplicate key update a = ?");
     outside.row().bind(1);
-    let error = outside.execute(db).await.expect_err("refused").to_string();
+    let error = outside.execute(db).await.expect_err("the insert is rejected").to_string();
     assert!(error.contains("a ? stands outside them"), "{error}");
 }

@@ -52,8 +52,8 @@ async fn repeated_connection_resets_break_no_projector() {
     world.assert_complete(&tally).await;
 }
 
-/// Silences connections once armed: each entry's action applies to the first connection on which its
-/// text is sent.
+/// Silences connections once armed: each entry's action applies to the first connection on which
+/// its text is sent.
 struct SilentConnections {
     waiting: Mutex<HashSet<(&'static str, ProxyAction)>>,
     is_armed: AtomicBool,

@@ -25,7 +25,7 @@ async fn keep_writable(world: &World) -> MySqlConnection {
 fn lines(report: &FinishedProcess) -> BTreeMap<String, (String, String)> {
     let report = report.json();
     let text = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
-    let checks = report["checks"].as_array().expect("checks").iter();
+    let checks = report["checks"].as_array().expect("the report has checks").iter();
     checks
         .map(|check| {
             (

@@ -272,8 +272,8 @@ impl System {
 const OLD: [&str; 2] = ["case_status", "journal"];
 const ALL: [&str; 3] = ["case_status", "journal", "workload"];
 
-/// The options of a worker. An ended worker may have received messages that it did not delete. With a
-/// short reconcile interval, the next worker reads their events from the store.
+/// The options of a worker. An ended worker may have received messages that it did not delete. With
+/// a short reconcile interval, the next worker reads their events from the store.
 const WORKER: [&str; 4] = ["play", "--receive-wait=1", "--reconcile-after=1", "--projectors"];
 
 /// Runs the whole story without faults.

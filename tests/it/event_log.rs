@@ -221,7 +221,7 @@ async fn a_large_open_transaction_is_not_mistaken_for_a_gap() {
          select concat('large-', m), n, if(n = 1, 'Closed', 'Opened'), '{}' from m join n",
     )
     .await;
-    write(&mut world.connection().await, "small", 1).await.expect("written");
+    write(&mut world.connection().await, "small", 1).await.expect("the event is written");
     let published = world.run(&["relay", "--once"]).await.exits(0);
     assert!(published.stdout.contains("up to position 9"), "{}", published.stdout);
     assert!(!published.stderr.contains("high_water_blocked"), "{}", published.stderr);
@@ -413,7 +413,7 @@ async fn boot_hands_over_below_an_open_transaction_and_play_applies_it_later() {
         gate.arrival().await;
         let mut slow = world.connection().await;
         execute(&mut slow, "begin").await;
-        write(&mut slow, "slow", 1).await.expect("written");
+        write(&mut slow, "slow", 1).await.expect("the event is written");
         world.append(100).await;
         gate.open();
         slow

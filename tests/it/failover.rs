@@ -64,7 +64,7 @@ async fn a_read_only_server_breaks_no_projector_and_its_connections_are_closed()
     let (user, url) = restricted_user(&world, &mut admin).await;
     let folder = tempfile::tempdir().expect("the folder is created");
     std::fs::write(folder.path().join("counter.toml"), PROJECTOR).expect("the file is written");
-    let folder = folder.path().to_str().expect("UTF-8");
+    let folder = folder.path().to_str().expect("the path is UTF-8");
     world.run(&["boot", "--projectors", folder]).await.exits(0);
 
     let playing = world.start(&["play", "--projectors", folder, "--database-url", &url]);

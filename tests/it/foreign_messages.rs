@@ -37,7 +37,7 @@ impl World {
         } else {
             send
         };
-        send.send().await.expect("sent");
+        send.send().await.expect("the message is sent");
     }
 
     async fn identity(&self) -> (String, Vec<u8>) {
@@ -57,7 +57,7 @@ impl World {
             let receipts: Vec<String> =
                 received.iter().map(|message| message.receipt.clone()).collect();
             bodies.extend(received.into_iter().map(|message| message.body));
-            self.queue.delete(&receipts).await.expect("deleted");
+            self.queue.delete(&receipts).await.expect("the messages are deleted");
         }
     }
 
@@ -202,7 +202,7 @@ async fn a_queue_with_only_foreign_messages_is_left_alone_with_an_alert() {
             (&json!("ERROR"), Some("10 not readable")),
             "{alert}"
         );
-        let name = world.queue_url.rsplit('/').next().expect("a name");
+        let name = world.queue_url.rsplit('/').next().expect("the URL ends with a name");
         assert!(
             alert["queue"]
                 .as_str()
@@ -223,7 +223,7 @@ async fn a_queue_with_only_foreign_messages_is_left_alone_with_an_alert() {
         let doctor = world.run(&["doctor", "--json"]).await.exits(0).json();
         let check = doctor["checks"]
             .as_array()
-            .expect("checks")
+            .expect("the report has checks")
             .iter()
             .find(|c| c["name"] == "foreign messages");
         let check = check.expect("doctor has this check");
@@ -292,7 +292,7 @@ async fn a_foreign_message_that_blocks_the_message_group_blocks_no_projector() {
     world.assert_complete(&tally).await;
 
     // At its end, the worker made the foreign message visible again.
-    let received = world.queue.receive(Duration::from_secs(1)).await.expect("received");
+    let received = world.queue.receive(Duration::from_secs(1)).await.expect("the queue answers");
     assert_eq!(received.first().map(|message| message.body.as_str()), Some("theirs"));
 }
 
@@ -300,10 +300,13 @@ async fn a_foreign_message_that_blocks_the_message_group_blocks_no_projector() {
 async fn a_foreign_message_is_dead_lettered_by_the_queue_and_its_group_continues() {
     let world = World::new().await;
     let dead = World::new().await;
-    let arn = dead.queue.identity().expect("an ARN");
+    let arn = dead.queue.identity().expect("the queue has an ARN");
     let policy = json!({"deadLetterTargetArn": arn, "maxReceiveCount": "2"}).to_string();
     let set = world.sqs.set_queue_attributes().queue_url(&world.queue_url);
-    set.attributes(QueueAttributeName::RedrivePolicy, policy).send().await.expect("set");
+    set.attributes(QueueAttributeName::RedrivePolicy, policy)
+        .send()
+        .await
+        .expect("the attribute is set");
     let registry = payloads();
     world.boot(&registry).await;
     world.send_to(EVENTS, "theirs").await;
@@ -331,9 +334,11 @@ async fn forgeries(world: &World, genuine: &[String]) -> Vec<String> {
     let (log, _) = world.identity().await;
     let mut forged = Vec::new();
     for body in genuine {
-        let message: Value = serde_json::from_str(body).expect("JSON");
-        let (prev, last) =
-            (message["prev"].as_u64().expect("prev"), message["last"].as_u64().expect("last"));
+        let message: Value = serde_json::from_str(body).expect("the text is JSON");
+        let (prev, last) = (
+            message["prev"].as_u64().expect("the message has `prev`"),
+            message["last"].as_u64().expect("last"),
+        );
         let signature = message["sig"].as_str().expect("a signature");
         let mut events = message["events"].as_array().expect("events").clone();
         for event in &mut events {
@@ -429,7 +434,10 @@ async fn forged_messages_are_never_applied_by_a_function_and_always_returned() {
             if batch.messages.is_empty() {
                 break;
             }
-            let answer = function.invoke(&batch.event(&world), TIMEOUT).await.expect("an answer");
+            let answer = function
+                .invoke(&batch.event(&world), TIMEOUT)
+                .await
+                .expect("the invocation succeeds");
             let failed = answer["batchItemFailures"].as_array().expect("failures").len();
             returned += failed;
             batches.push((batch.messages.len(), failed));
@@ -445,12 +453,12 @@ async fn forged_messages_are_never_applied_by_a_function_and_always_returned() {
             // The five genuine messages of the batch.
             assert_eq!(world.position("payloads").await, 2 + 5 * 4);
         }
-        let answer = function.invoke(&schedule(), TIMEOUT).await.expect("an answer");
+        let answer = function.invoke(&schedule(), TIMEOUT).await.expect("the invocation succeeds");
         assert!(answer["foreign_messages"].as_u64().is_some_and(|seen| seen > 0), "{answer}");
         let began = Instant::now();
         while world.position("payloads").await < 42 {
             assert!(began.elapsed() < TIMEOUT, "the function must read the rest from the store");
-            function.invoke(&schedule(), TIMEOUT).await.expect("an answer");
+            function.invoke(&schedule(), TIMEOUT).await.expect("the invocation succeeds");
         }
         world.assert_payloads_are_those_of_the_log().await;
         world.run(&["audit"]).await.exits(0);
@@ -492,7 +500,7 @@ impl World {
                 ..crate::support::event(number)
             })
             .collect();
-        self.store.append(&events).await.expect("appended");
+        self.store.append(&events).await.expect("the events are appended");
     }
 }
 
@@ -523,12 +531,12 @@ async fn check_worker_after_restore(rotates: bool) {
         )
         .fetch_all(&mut world.connection().await)
         .await
-        .expect("the log");
+        .expect("the log is readable");
         world.restore_to(10).await;
         let was: Vec<Value> = events
             .iter()
             .map(|(position, id, payload)| {
-                wire_event(*position, id, serde_json::from_str(payload).expect("JSON"))
+                wire_event(*position, id, serde_json::from_str(payload).expect("the text is JSON"))
             })
             .collect();
         if rotates {
@@ -539,10 +547,15 @@ async fn check_worker_after_restore(rotates: bool) {
         // The old messages arrive only now, together with the messages of the restored log.
         for chunk in was.chunks(3) {
             let (prev, last) = (
-                chunk[0]["position"].as_u64().expect("one") - 1,
+                chunk[0]["position"].as_u64().expect("the chunk has positions") - 1,
                 chunk[chunk.len() - 1]["position"].as_u64(),
             );
-            world.send_to("before", &signed(&key, &log, prev, chunk, last.expect("one"))).await;
+            world
+                .send_to(
+                    "before",
+                    &signed(&key, &log, prev, chunk, last.expect("the chunk has positions")),
+                )
+                .await;
         }
         eventually("the restored log is played", async || world.position("payloads").await == 20)
             .await;
@@ -582,7 +595,8 @@ async fn check_function_after_restore(rotates: bool) {
         let old: Vec<String> =
             before.messages.iter().map(|message| message.body().expect("a body").into()).collect();
         assert_eq!(old.len(), 4);
-        let answer = function.invoke(&before.event(&world), TIMEOUT).await.expect("an answer");
+        let answer =
+            function.invoke(&before.event(&world), TIMEOUT).await.expect("the invocation succeeds");
         assert_eq!(before.settle(&world, &answer).await, Vec::<usize>::new());
         assert_eq!(world.position("payloads").await, 20);
 
@@ -606,8 +620,10 @@ async fn check_function_after_restore(rotates: bool) {
                     "the function must apply the messages of the log"
                 );
                 let batch = world.capture().await;
-                let answer =
-                    function.invoke(&batch.event(&world), TIMEOUT).await.expect("an answer");
+                let answer = function
+                    .invoke(&batch.event(&world), TIMEOUT)
+                    .await
+                    .expect("the invocation succeeds");
                 let kept = batch.settle(&world, &answer).await;
                 let is_old =
                     |at: &usize| old.iter().any(|old| batch.messages[*at].body() == Some(old));
@@ -654,8 +670,10 @@ async fn the_key_can_be_rotated_while_workers_and_functions_run() {
             world.append(30).await;
             let batch = world.capture().await;
             if round > 1 && !batch.messages.is_empty() {
-                let answer =
-                    function.invoke(&batch.event(&world), TIMEOUT).await.expect("an answer");
+                let answer = function
+                    .invoke(&batch.event(&world), TIMEOUT)
+                    .await
+                    .expect("the invocation succeeds");
                 batch.settle(&world, &answer).await;
             } else {
                 batch.abandon(&world).await;
@@ -695,7 +713,7 @@ async fn a_rotation_asks_and_explains_the_effect_on_sent_messages() {
 
 /// The two queues that each `queue_changed` alert of a process names.
 fn changes(log: &[Value]) -> Vec<(String, String)> {
-    let text = |value: &Value| value.as_str().expect("text").to_owned();
+    let text = |value: &Value| value.as_str().expect("the value is text").to_owned();
     let changed = log.iter().filter(|line| line["alert"] == "queue_changed");
     changed.map(|line| (text(&line["queue"]), text(&line["published_to"]))).collect()
 }
@@ -706,7 +724,8 @@ async fn a_process_on_the_wrong_queue_warns_until_the_log_is_published_there() {
     let tally = Tally::new("tally");
     let projectors = Folder::new().with("tally.toml", &tally.file(&[]));
     world.run(&["boot", "--projectors", projectors.path()]).await.exits(0);
-    let [here, there] = [&world, &other].map(|world| world.queue.identity().expect("an ARN"));
+    let [here, there] =
+        [&world, &other].map(|world| world.queue.identity().expect("the queue has an ARN"));
     let play = ["play", "--until-idle", "--projectors", projectors.path()];
     world.append(1).await;
     assert_eq!(changes(&world.run(&play).await.exits(0).log()), [], "nothing was published before");
@@ -725,7 +744,7 @@ async fn a_process_on_the_wrong_queue_warns_until_the_log_is_published_there() {
     );
     let doctor =
         world.run(&["doctor", "--json", "--queue-url", &other.queue_url]).await.exits(0).json();
-    let checks = doctor["checks"].as_array().expect("checks").iter();
+    let checks = doctor["checks"].as_array().expect("the report has checks").iter();
     let check = checks
         .clone()
         .find(|check| check["name"] == "published to")
@@ -766,7 +785,7 @@ async fn play_until_idle_ends_despite_foreign_messages_and_reports_them() {
             .wait_time_seconds(1)
             .send()
             .await
-            .expect("received")
+            .expect("the queue answers")
             .messages
             .unwrap_or_default();
         assert!(

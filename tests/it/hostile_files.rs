@@ -206,7 +206,10 @@ const VICTIM: &str = "name = 'victim'\nversion = 1\nmode = 'from_beginning'\n\
 
 async fn rows(world: &World) -> Vec<(u64, Option<String>, Option<i64>)> {
     let sql = "select position, what, value from odd order by position, what, value";
-    sqlx::query_as(sql).fetch_all(&mut world.connection().await).await.expect("the rows")
+    sqlx::query_as(sql)
+        .fetch_all(&mut world.connection().await)
+        .await
+        .expect("the rows are readable")
 }
 
 /// Plays a file with these cases beside an unaffected one and asserts the rows of both. Returns the
@@ -278,7 +281,7 @@ async fn play(cases: &[HostileCase]) -> Status {
     ))
     .fetch_all(&mut world.connection().await)
     .await
-    .expect("the rows");
+    .expect("the rows are readable");
     assert_eq!(victim, (1..=57).map(|position| (position, 1)).collect::<Vec<_>>(), "{text}");
     assert_eq!(
         (world.status("victim").await, world.position("victim").await),
@@ -412,7 +415,7 @@ async fn a_deadlock_swallowed_by_a_procedure_is_retried_and_each_event_applied_o
         let rows: Vec<(i32, i32)> = sqlx::query_as("select id, n from pair order by id")
             .fetch_all(&mut world.connection().await)
             .await
-            .expect("the rows");
+            .expect("the rows are readable");
         assert_eq!(rows, [(1, 101), (2, 101)], "in boot: {in_boot}");
     }
 }
@@ -423,6 +426,6 @@ impl World {
         sqlx::query_scalar(AssertSqlSafe(sql))
             .fetch_all(&mut self.connection().await)
             .await
-            .expect("the positions")
+            .expect("the table is readable")
     }
 }

@@ -266,8 +266,10 @@ async fn a_2_mb_payload_is_stored_and_sent_as_a_reference() {
 
     let received =
         world.queue.receive(std::time::Duration::from_secs(5)).await.expect("the queue answers");
-    let bodies: Vec<Value> =
-        received.iter().map(|message| serde_json::from_str(&message.body).expect("JSON")).collect();
+    let bodies: Vec<Value> = received
+        .iter()
+        .map(|message| serde_json::from_str(&message.body).expect("the text is JSON"))
+        .collect();
     let reference = bodies.iter().find(|body| body["prev"] == 1).expect("the second event");
     assert_eq!((&reference["last"], reference.get("events")), (&2.into(), None));
     let receipts: Vec<String> = received.into_iter().map(|message| message.receipt).collect();

@@ -35,7 +35,7 @@ impl World {
         sqlx::query_scalar(AssertSqlSafe(sql))
             .fetch_all(&mut self.connection().await)
             .await
-            .expect("the log")
+            .expect("the log is readable")
     }
 
     pub async fn fillers(&self) -> Vec<u64> {

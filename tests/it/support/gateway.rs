@@ -44,7 +44,7 @@ struct GatewayState {
 /// The path of a file in the tests' folder of certificates.
 pub fn certificate(name: &str) -> String {
     let folder = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/certificates"));
-    folder.join(name).to_str().expect("UTF-8").to_owned()
+    folder.join(name).to_str().expect("the path is UTF-8").to_owned()
 }
 
 impl Gateway {
@@ -69,7 +69,7 @@ impl Gateway {
             .expect("a pair");
         let acceptor = TlsAcceptor::from(Arc::new(config));
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
-        let port = listener.local_addr().expect("it is bound").port();
+        let port = listener.local_addr().expect("the listener is bound").port();
         let seen = Arc::new(GatewayState::default());
         let all = Arc::clone(&seen);
         tokio::spawn(async move {

@@ -44,7 +44,7 @@ struct Shared {
 impl Runtime {
     pub async fn new() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
-        let address = listener.local_addr().expect("it is bound").to_string();
+        let address = listener.local_addr().expect("the listener is bound").to_string();
         let (invocations, invoked) = mpsc::unbounded_channel();
         let (answered, answers) = mpsc::unbounded_channel();
         let (failed, init_errors) = mpsc::unbounded_channel();
@@ -174,7 +174,7 @@ impl World {
 impl CapturedBatch {
     /// The event with which the mapping passes these messages to the function.
     pub fn event(&self, world: &World) -> Value {
-        let queue = world.queue_url.rsplit('/').next().expect("a name");
+        let queue = world.queue_url.rsplit('/').next().expect("the URL ends with a name");
         let record = |message: &Message| {
             let attributes: serde_json::Map<_, _> = message
                 .attributes()
@@ -203,10 +203,11 @@ impl CapturedBatch {
         let returned = answer["batchItemFailures"].as_array().expect("a list of failures");
         let returned: HashSet<&str> = returned
             .iter()
-            .map(|failure| failure["itemIdentifier"].as_str().expect("an id"))
+            .map(|failure| failure["itemIdentifier"].as_str().expect("the message has an id"))
             .collect();
-        let is_returned =
-            |message: &&Message| returned.contains(message.message_id().expect("an id"));
+        let is_returned = |message: &&Message| {
+            returned.contains(message.message_id().expect("the message has an id"))
+        };
         assert_eq!(
             self.messages.iter().filter(is_returned).count(),
             returned.len(),
@@ -218,7 +219,7 @@ impl CapturedBatch {
             let entry = |(id, message): (usize, &&Message)| {
                 let entry = DeleteMessageBatchRequestEntry::builder().id(id.to_string());
                 entry
-                    .receipt_handle(message.receipt_handle().expect("a receipt"))
+                    .receipt_handle(message.receipt_handle().expect("the message has a receipt"))
                     .build()
                     .expect("all that it needs")
             };
@@ -247,7 +248,7 @@ impl CapturedBatch {
                 .change_message_visibility()
                 .queue_url(&world.queue_url)
                 .visibility_timeout(0);
-            show.receipt_handle(message.receipt_handle().expect("a receipt"))
+            show.receipt_handle(message.receipt_handle().expect("the message has a receipt"))
                 .send()
                 .await
                 .expect("the message is visible again");

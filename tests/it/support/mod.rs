@@ -114,14 +114,14 @@ impl World {
     pub async fn append(&self, count: usize) {
         let events: Vec<NewEvent> = (0..count).map(event).collect();
         for chunk in events.chunks(500) {
-            self.store.append(chunk).await.expect("appended");
+            self.store.append(chunk).await.expect("the events are appended");
         }
     }
 
     /// Boots in this process.
     pub async fn boot(&self, registry: &Registry) -> BootReport {
         let limits = Limits { batch: 100, ..Limits::default() };
-        boot(&self.database, registry, limits, |_| {}).await.expect("boot comes to an end")
+        boot(&self.database, registry, limits, |_| {}).await.expect("boot succeeds")
     }
 
     /// Boots without waiting while the high-water mark is blocked below the end of the log. Asserts
@@ -129,8 +129,7 @@ impl World {
     pub async fn boot_while_blocked(&self, registry: &Registry) {
         let limits =
             Limits { batch: 100, retry_timeout: Some(Duration::ZERO), ..Limits::default() };
-        let report =
-            boot(&self.database, registry, limits, |_| {}).await.expect("boot comes to an end");
+        let report = boot(&self.database, registry, limits, |_| {}).await.expect("boot succeeds");
         assert!(!report.is_released(), "events above the blocked mark are visible: {report:?}");
     }
 
@@ -187,7 +186,7 @@ impl World {
 
     /// The position of a projector of version 1.
     pub async fn position(&self, name: &str) -> u64 {
-        self.entry(name).await.expect("it is in the ledger").position.get()
+        self.entry(name).await.expect("the projector is in the ledger").position.get()
     }
 
     /// The last position of the log.
@@ -251,7 +250,7 @@ impl World {
 
     /// Asserts that a projector broke at this position with this reason.
     pub async fn assert_broken(&self, name: &str, at: u64, because: &str) {
-        let entry = self.entry(name).await.expect("it is in the ledger");
+        let entry = self.entry(name).await.expect("the projector is in the ledger");
         let Status::Broken(failure) = &entry.status else { panic!("{name} is {}", entry.status) };
         let event = failure.event.as_ref().expect("the projector failed at an event");
         assert_eq!((event.position.get(), entry.position.get()), (at, at - 1), "{failure:?}");
@@ -273,7 +272,10 @@ impl World {
 impl Drop for World {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!("kept for a look: database {}, queue {}", self.database_url, self.queue_url);
+            eprintln!(
+                "kept for inspection: database {}, queue {}",
+                self.database_url, self.queue_url
+            );
             return;
         }
         let (name, queue_url) = (self.database_name.clone(), self.queue_url.clone());

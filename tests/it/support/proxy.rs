@@ -67,7 +67,7 @@ impl Proxy {
         replacement: Replacement,
     ) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
-        let port = listener.local_addr().expect("it is bound").port();
+        let port = listener.local_addr().expect("the listener is bound").port();
         let withheld = Arc::new(AtomicU64::new(0));
         let silence = watch::Sender::new(());
         let state = ProxyState {

@@ -96,7 +96,7 @@ pub fn gated(tally: &Tally, position: u64, gate: &Gate) -> ScriptedProjector {
 pub fn registry_of(projectors: impl IntoIterator<Item = impl Projector>) -> Registry {
     let mut registry = Registry::new();
     for projector in projectors {
-        registry.add(projector).expect("a name of its own");
+        registry.add(projector).expect("the name is unique");
     }
     registry
 }

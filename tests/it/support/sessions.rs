@@ -79,5 +79,5 @@ async fn sessions_are_listed_while_one_binds_invalid_utf_8() {
     eventually("the session is listed", async || world.sessions().await.iter().any(sleeps)).await;
     let mut server = server_connection().await;
     kill(&mut server, world.sessions().await.into_iter().filter(sleeps)).await;
-    assert!(binds.await.expect("no panic").is_err(), "the session was killed");
+    assert!(binds.await.expect("the task does not panic").is_err(), "the session was killed");
 }

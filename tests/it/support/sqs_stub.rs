@@ -32,7 +32,7 @@ impl SqsStub {
     /// SQS does.
     pub async fn new() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
-        let port = listener.local_addr().expect("it is bound").port();
+        let port = listener.local_addr().expect("the listener is bound").port();
         let stub = SqsStub { port, state: Arc::default() };
         stub.set_response(
             "GetQueueAttributes",

@@ -96,7 +96,7 @@ impl Tally {
         .bind(position)
         .fetch_all(&mut world.connection().await)
         .await
-        .expect("the log");
+        .expect("the log is readable");
         let wanted = |event_type: &str| self.types.is_empty() || self.types.contains(&event_type);
         log.into_iter()
             .filter(|(_, event_type)| wanted(event_type))
@@ -109,7 +109,7 @@ impl Tally {
 pub fn registry(tallies: &[&Tally]) -> Registry {
     let mut registry = Registry::new();
     for tally in tallies {
-        registry.add((*tally).clone()).expect("a name of its own");
+        registry.add((*tally).clone()).expect("the name is unique");
     }
     registry
 }

@@ -66,7 +66,7 @@ fn row(stream: &str, line: &str) -> Row {
         }
     }
     let mut row = Row::new();
-    let value: Value = serde_json::from_str(line).expect("JSON");
+    let value: Value = serde_json::from_str(line).expect("the text is JSON");
     let Value::Object(all) = value else { panic!("not an object: {line}") };
     row.insert("@timestamp".into(), all["timestamp"].clone());
     row.insert("@message".into(), line.into());
