@@ -1,6 +1,7 @@
 //! What every call of AWS has in common, and the two of them that the way into the database needs.
 //! The queue's are beside it.
 
+pub(crate) mod http;
 mod secret;
 mod token;
 
@@ -14,6 +15,9 @@ use crate::model::error::Error;
 pub(crate) use secret::Secret;
 pub(crate) use token::AuthTokenGenerator;
 
+/// ring on every side (AWS, alerts, MySQL), so that one TLS provider is built.
+const TLS: tls::Provider = tls::Provider::Rustls(tls::rustls_provider::CryptoMode::Ring);
+
 /// Above the 20 s of the longest poll: an answer that takes longer will not come. A try has this,
 /// and the retries of `AWS_MAX_ATTEMPTS` have it each; 3.1 s of it, the SDK's own bound, are for
 /// the connection.
@@ -24,9 +28,7 @@ const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(30);
 /// # Errors
 /// [`Error::Input`] where no region is known, or where a setting is none.
 pub(crate) async fn load_config() -> Result<SdkConfig, Error> {
-    let http = aws_smithy_http_client::Builder::new()
-        .tls_provider(tls::Provider::Rustls(tls::rustls_provider::CryptoMode::Ring))
-        .build_https();
+    let http = aws_smithy_http_client::Builder::new().tls_provider(TLS).build_https();
     let load = aws_config::defaults(BehaviorVersion::latest())
         .http_client(http)
         .timeout_config(TimeoutConfig::builder().operation_attempt_timeout(ATTEMPT_TIMEOUT).build())

@@ -1,4 +1,7 @@
 //! Tokens by which RDS lets a user in, instead of a password.
+//!
+//! Why ours: the SDK's token generator is in `aws-sdk-rds`, the whole API of RDS. The signing
+//! itself is done by `aws-sigv4`.
 
 use std::fmt;
 use std::time::{Duration, SystemTime};

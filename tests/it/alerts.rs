@@ -7,11 +7,12 @@ use std::time::{Duration, Instant};
 
 use projectionist::sqlx::{Connection, MySqlConnection};
 use serde_json::{Value, json};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
 
 use crate::support::{
-    Folder, ProxyAction, Tally, World, contains_text, eventually, execute, write,
+    Folder, ProxyAction, RunningProcess, Tally, World, certificate, contains_text, eventually,
+    execute, tls_acceptor, write,
 };
 
 /// Starts a webhook that answers with these status codes in turn, repeating the last. Returns its
@@ -46,7 +47,7 @@ async fn webhook(codes: &'static [u16]) -> (String, Arc<Mutex<Vec<Value>>>) {
     (url, posted)
 }
 
-async fn read_body(stream: &mut TcpStream) -> String {
+async fn read_body(stream: &mut (impl AsyncRead + Unpin)) -> String {
     let mut bytes = Vec::new();
     let mut chunk = [0; 4096];
     loop {
@@ -400,6 +401,40 @@ async fn a_webhook_redirect_is_not_followed_and_counts_as_a_failure() {
         assert!(relayed.stderr.contains("redirects are not followed"), "{}", relayed.stderr);
         assert!(!relayed.stderr.contains("secret-token"), "{}", relayed.stderr);
     }
+}
+
+#[tokio::test]
+async fn an_alert_is_posted_by_tls_only_to_a_server_with_a_trusted_certificate() {
+    let world = World::new().await;
+    world.append(9).await;
+    world.execute("alter table events auto_increment = 70020").await;
+    world.append(2).await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
+    let port = listener.local_addr().expect("the listener is bound").port();
+    let (bodies, mut posted) = tokio::sync::mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        let acceptor = tls_acceptor();
+        while let Ok((stream, _)) = listener.accept().await {
+            let Ok(mut stream) = acceptor.accept(stream).await else { continue };
+            let body = read_body(&mut stream).await;
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await;
+            bodies.send(body).expect("the test receives");
+        }
+    });
+    let url = format!("https://ann:secret-token@localhost:{port}/");
+    let relay = async |roots: &str| {
+        let mut command = world.command(&["relay", "--once", "--alert-url", &url]);
+        command.env("SSL_CERT_FILE", certificate(roots));
+        let relayed = RunningProcess::spawn(command).finish().await.exits(0);
+        assert!(!relayed.stderr.contains("secret-token"), "{}", relayed.stderr);
+        relayed.stderr.contains("an alert could not be posted")
+    };
+    assert!(relay("other.pem").await, "the certificate is unknown");
+    assert!(posted.try_recv().is_err());
+    assert!(!relay("bundle.pem").await);
+    let alert: Value = serde_json::from_str(&posted.recv().await.expect("a body is posted"))
+        .expect("the text is JSON");
+    assert_eq!(alert["alert"], "high_water_blocked");
 }
 
 /// A value of a row that the server includes in its errors.

@@ -312,7 +312,7 @@ async fn a_handler_that_commits_in_boot_breaks_its_projector_and_nothing_is_appl
 #[tokio::test]
 async fn a_statement_over_max_allowed_packet_breaks_only_its_projector() {
     for (beyond, because) in
-        [(1, "max_allowed_packet"), (32 << 20, "hung up on the handler 10 times in a row")]
+        [(1, "max_allowed_packet"), (32 << 20, "closed the handler's connection 10 times in a row")]
     {
         let world = World::new().await;
         // The failing projector subscribes to a single event, so its batch cannot be split.
@@ -649,7 +649,7 @@ async fn an_undecodable_payload_breaks_only_projectors_that_read_it() {
     });
     let booted = boot(&database, &registry(&[&reader]), boot_limits(), |_| {}).await;
     assert!(!booted.expect("boot succeeds").is_released());
-    world.assert_broken("reader", 11, "event 11 cannot be read").await;
+    world.assert_broken("reader", 11, "event 11 cannot be decoded").await;
     world.assert_broken("reader", 11, "payload").await;
     world.assert_folded(&reader).await;
 }

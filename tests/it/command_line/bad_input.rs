@@ -104,7 +104,7 @@ async fn a_database_without_tables_is_reported_with_the_migrate_command() {
             .run(arguments)
             .await
             .exits(2)
-            .prints(&["lacks our tables", "projectionist migrate"]);
+            .prints(&["the tables of projectionist are missing", "projectionist migrate"]);
         assert_eq!(finished.stdout, "");
     }
 }

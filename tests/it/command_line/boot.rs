@@ -68,7 +68,7 @@ async fn a_failing_handler_breaks_its_projector_stalls_the_others_and_ends_boot_
         .run(&boot)
         .await
         .exits(1)
-        .prints(&["broken: poisoned@1", "mend it and run boot again"]);
+        .prints(&["broken: poisoned@1", "fix it and run boot again"]);
     let booted = failed.json();
     assert_eq!(booted["released"], false);
     assert_eq!(
@@ -189,7 +189,7 @@ async fn a_boot_stopped_by_a_signal_says_so_and_later_resumes() {
         world.entry("slow").await.is_some_and(|slow| slow.position.get() > 20)
     })
     .await;
-    booting.terminate().await.exits(143).prints(&["interrupted", "goes on where it stopped"]);
+    booting.terminate().await.exits(143).prints(&["interrupted", "continues where it stopped"]);
     let stopped_at = world.position("slow").await;
     assert!((21..200).contains(&stopped_at), "{stopped_at}");
     assert_eq!(tally_positions(&world, "slow").await, (1..=stopped_at).collect::<Vec<_>>());

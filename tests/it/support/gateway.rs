@@ -47,6 +47,22 @@ pub fn certificate(name: &str) -> String {
     folder.join(name).to_str().expect("the path is UTF-8").to_owned()
 }
 
+/// A TLS acceptor for `localhost`. Its certificate is signed by a root in `bundle.pem`.
+pub fn tls_acceptor() -> TlsAcceptor {
+    let chain =
+        CertificateDer::pem_file_iter(certificate("server.pem")).expect("the file is readable");
+    let chain = chain.map(|certificate| certificate.expect("the certificate is valid")).collect();
+    let key =
+        PrivateKeyDer::from_pem_file(certificate("server-key.pem")).expect("the key is valid");
+    let config = ServerConfig::builder_with_provider(Arc::new(default_provider()));
+    let config = config.with_safe_default_protocol_versions().expect("the versions are supported");
+    let config = config
+        .with_no_client_auth()
+        .with_single_cert(chain, key)
+        .expect("certificate and key match");
+    TlsAcceptor::from(Arc::new(config))
+}
+
 impl Gateway {
     /// Starts a gateway for the world's server.
     pub async fn new(world: &World, auth_mode: AuthMode) -> Self {
@@ -57,17 +73,7 @@ impl Gateway {
             .and_then(|rest| rest.split('/').next())
             .expect("the URL has a host")
             .to_owned();
-        let chain = CertificateDer::pem_file_iter(certificate("server.pem")).expect("a file");
-        let chain = chain.map(|certificate| certificate.expect("a certificate")).collect();
-        let key = PrivateKeyDer::from_pem_file(certificate("server-key.pem")).expect("a key");
-        let config = ServerConfig::builder_with_provider(Arc::new(default_provider()))
-            .with_safe_default_protocol_versions();
-        let config = config
-            .expect("versions")
-            .with_no_client_auth()
-            .with_single_cert(chain, key)
-            .expect("a pair");
-        let acceptor = TlsAcceptor::from(Arc::new(config));
+        let acceptor = tls_acceptor();
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
         let port = listener.local_addr().expect("the listener is bound").port();
         let seen = Arc::new(GatewayState::default());

@@ -31,7 +31,7 @@ pub use faulty_queue::{Faults, FaultyQueue};
 pub use folder::Folder;
 pub use foreign_writer::{server_error, write};
 pub use gate::Gate;
-pub use gateway::{AuthMode, Gateway, certificate};
+pub use gateway::{AuthMode, Gateway, certificate, tls_acceptor};
 pub use lambda::{Function, Runtime, schedule};
 pub use own_server::OwnServer;
 pub use process::{FinishedProcess, PipedProcess, RunningProcess};
@@ -152,7 +152,7 @@ impl World {
     ) -> PlayReport {
         let playing = play(&self.database, queue, registry, settings, std::future::pending());
         let played = tokio::time::timeout(TIMEOUT * 2, playing).await.expect("play becomes idle");
-        played.expect("play comes to an end")
+        played.expect("play succeeds")
     }
 
     /// Settings that stop when idle and find lost messages quickly.

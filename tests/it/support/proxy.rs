@@ -82,7 +82,8 @@ impl Proxy {
 
     /// Starts a proxy for the queue's endpoint.
     pub async fn for_queue(decide: impl Fn(&[u8]) -> ProxyAction + Send + Sync + 'static) -> Self {
-        let endpoint = setting("AWS_ENDPOINT_URL").expect("the parts are up");
+        let endpoint =
+            setting("AWS_ENDPOINT_URL").expect("AWS_ENDPOINT_URL is set: run localstack/test");
         Self::new(endpoint.trim_start_matches("http://").trim_end_matches('/'), decide).await
     }
 

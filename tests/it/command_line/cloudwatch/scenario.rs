@@ -95,7 +95,7 @@ pub async fn record_scenario() -> Lines {
         playing.has_logged("\"attempt\":2")
     })
     .await;
-    playing.wait_for_log("leaves the convoy").await;
+    playing.wait_for_log("moves to the background").await;
     playing.wait_for_log("a slow receive").await;
     execute(&mut gate, "rollback").await;
     let last = world.last_position().await;
