@@ -167,7 +167,7 @@ fn explain(error: &sqlx::Error) -> String {
         ),
         Some(1044 | 1142 | 1143 | 1227 | 1370) => {
             format!(
-                "the database user may not do this ({error}); grant it what the README lists for this command"
+                "the database user may not do this ({error}); grant the privileges that docs/command-line.md lists"
             )
         }
         _ => format!("database: {error}"),
