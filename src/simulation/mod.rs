@@ -38,7 +38,7 @@
 //! [`process`] mirrors the control flow around these decisions, statement by statement. A change of
 //! that control flow in the engine must be repeated there.
 //!
-//! # What is modelled
+//! # Modelled
 //!
 //! - The database: positions are handed out before commit and may stay reserved without a row;
 //!   commits out of order, rollbacks and spare reservations; unique positions and event ids; row
@@ -58,7 +58,7 @@
 //! - A handler that commits in the middle of a batch and then fails, or loses its connection or its
 //!   process. Its read model must be rebuilt, and an operator retires the projector.
 //!
-//! # What is not modelled
+//! # Not modelled
 //!
 //! The log:
 //!
@@ -314,7 +314,8 @@ fn every_deliberate_bug_is_found() {
             continue;
         };
         let releases = projectors::releases();
-        let violation = run(Plan { seed, ..plan }, &releases).violation.expect("this seed failed above");
+        let violation =
+            run(Plan { seed, ..plan }, &releases).violation.expect("this seed failed above");
         println!("{bug:?}: found by schedule {seed}: {violation}");
         if !invariants.contains(&violation.invariant) {
             missed.push(format!("{bug:?} violates {violation}\n{}", report(Plan { seed, ..plan })));
