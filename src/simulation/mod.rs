@@ -28,8 +28,8 @@
 //!   ([`crate::engine::play::fan_out`]);
 //! - packing and reading messages;
 //! - the lifecycle and its stages, and the fence's checks of status and definition;
-//! - the rest of a batch whose claim is lost, how a batch splits, and when a projector may be marked
-//!   broken;
+//! - the rest of a batch whose claim is lost, how a batch splits, and when a projector may be
+//!   marked broken;
 //! - the cursors of a catch-up;
 //! - where a new projector starts, the oldest queued event, and when boot is done;
 //! - how gaps are surveyed and closed;
@@ -46,9 +46,9 @@
 //!   notices; lost connections; commits that are not acknowledged; restarts after which the counter
 //!   falls back.
 //! - The queue: FIFO with one group and deduplication, or standard; lost, repeated and reordered
-//!   messages; purges, expired visibility, stale receipts and a dead-letter queue; foreign messages,
-//!   and messages forged by a sender who knows the log's id, positions and event ids, but not its
-//!   key.
+//!   messages; purges, expired visibility, stale receipts and a dead-letter queue; foreign
+//!   messages, and messages forged by a sender who knows the log's id, positions and event ids, but
+//!   not its key.
 //! - Processes: two of each kind, killed, terminated and paused at any step.
 //! - Projectors: all three modes; definitions that differ between releases; a projector with side
 //!   effects, which applies each event in a transaction of its own.

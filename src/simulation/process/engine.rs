@@ -9,7 +9,7 @@ use crate::engine::catch_up::{Cursor, lowest_behind};
 use crate::engine::retry::{ApplyOutcome, may_mark_broken, must_be_rebuilt, resolve_lost_claim};
 use crate::ledger::Entry;
 use crate::model::event::{Event, Position};
-use crate::model::lifecycle::{FailedEvent, Failure, Stage, Status, Transition};
+use crate::model::lifecycle::{FailedEvent, Failure, Stage, Transition};
 use crate::model::registry::{RegisteredProjector, Registry};
 use crate::simulation::bug::Bug;
 use crate::simulation::invariants::Claim;
