@@ -50,8 +50,8 @@ pub(super) struct Claim {
     pub(super) after: Position,
 }
 
-/// Checks 2 and 3 after a step: no position lies above the mark, and each position at or below the
-/// mark holds a committed event or filler.
+/// Checks 2 and 3 after a step. No projector and no published position is above the mark. Each
+/// position at or below the mark holds a committed event or filler.
 pub(super) fn after_step(world: &mut World) {
     let mark = world.database.high_water;
     if mark > world.proved {
@@ -91,8 +91,7 @@ pub(super) fn before_commit(world: &mut World, transaction: &OpenTransaction) {
     check_failure(world, after);
 }
 
-/// Checks that the claim is still held, before a handler commits a part of its batch and thereby
-/// marks the row.
+/// Checks that the claim is still held when a handler commits a part of its batch.
 pub(super) fn before_partial_commit(world: &mut World, transaction: &OpenTransaction) {
     let Some((projector_index, row)) = transaction.locked.and_then(|projector_index| {
         Some((projector_index, world.database.ledger_row(projector_index)?))

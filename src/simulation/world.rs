@@ -147,7 +147,7 @@ pub(super) struct World {
     /// The readmitted projectors: number of the worker, projector, tick of the readmission, and the
     /// mark when the catch-up began.
     pub(super) readmitted: Vec<(u64, ProjectorId, Tick, Position)>,
-    /// Whether each projector was retired and forgotten.
+    /// Whether each projector was retired and removed from the ledger.
     pub(super) forgotten: [bool; super::projectors::PROJECTORS.len()],
     /// Tick 0 as an `Instant`. Its value is arbitrary: the engine uses only differences.
     origin: Instant,

@@ -410,7 +410,7 @@ impl Boot {
         Ok(row)
     }
 
-    /// Hands over in one of the ways that are wrong. Only deliberate bugs call this.
+    /// Hands over incorrectly. Only deliberate bugs call this.
     async fn hand_over_wrongly(
         &self,
         projector: &RegisteredProjector,

@@ -335,7 +335,7 @@ async fn catch_up_in_background(engine: Engine, worker: u64, mut cursor: Cursor)
     Ended::Done
 }
 
-/// The message with a valid signature, whatever its signature is.
+/// Signs a message again, so that its signature is valid. Only a deliberate bug calls this.
 fn sign_again(body: &str) -> String {
     let Some((head, text)) =
         body.split_once("\",").filter(|(head, _)| head.starts_with("{\"sig\":\""))
