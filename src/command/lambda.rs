@@ -31,8 +31,8 @@ const DEFAULT_CONNECTIONS: u32 = 4;
 #[derive(Debug, Args)]
 #[command(after_help = "\
 AWS Lambda starts this: also without the word `lambda`, where AWS_LAMBDA_RUNTIME_API is set and there are no arguments. It is \
-invoked with batches of messages by an SQS event source mapping with ReportBatchItemFailures, and by a schedule. README, \
-\"As a Lambda\", has the settings.")]
+invoked with batches of messages by an SQS event source mapping with ReportBatchItemFailures, and by a schedule. docs/lambda.md has \
+the settings.")]
 pub(super) struct LambdaCommand {
     /// How long before the function's time-out an invocation stops, rolls back what is not
     /// committed, and answers, in milliseconds

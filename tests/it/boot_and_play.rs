@@ -1,4 +1,4 @@
-//! The main job, from the first event to three complete read models.
+//! The main path: boot and play until the read models are complete.
 
 use std::sync::Arc;
 
@@ -18,13 +18,13 @@ async fn read_models_after_boot_and_play_equal_the_fold_of_the_log() {
 
         world.append(250).await;
         let played = world.play_until_idle(&registry).await;
-        assert!(played.messages > 0, "the events came through the queue");
+        assert!(played.messages > 0, "the events must come through the queue");
         world.assert_complete(&all).await;
         world.assert_complete(&closed).await;
     }
 }
 
-/// A batch of no events would move the position and apply nothing.
+/// A batch of no events would move the position without applying an event.
 #[tokio::test]
 async fn a_batch_limit_of_zero_counts_as_one() {
     let world = World::new().await;
@@ -33,7 +33,10 @@ async fn a_batch_limit_of_zero_counts_as_one() {
     let limits = Limits { batch: 0, ..Limits::default() };
     world.append(10).await;
     assert!(
-        boot(&world.database, &registry, limits, |_| {}).await.expect("boot ends").is_released()
+        boot(&world.database, &registry, limits, |_| {})
+            .await
+            .expect("boot succeeds")
+            .is_released()
     );
     world.append(10).await;
     let relay = Some(RelaySettings { max_events: 0, ..RelaySettings::default() });

@@ -1,4 +1,4 @@
-//! Play: receive, fan out, delete, until shutdown.
+//! Play: receives messages, fans them out and deletes them, until shutdown.
 
 mod background;
 mod deadline;
@@ -37,21 +37,21 @@ pub(crate) use worker::Worker;
 /// How play works.
 #[derive(Debug, Clone)]
 pub struct PlaySettings {
-    /// The bounds of the engine.
+    /// The limits of the engine.
     pub limits: Limits,
-    /// How the relay works in this process; `None`: it runs elsewhere.
+    /// How the relay in this process works. `None`: the relay runs elsewhere.
     pub relay: Option<RelaySettings>,
     /// How long one receive waits for a message (at most 20 s).
     pub receive_wait: Duration,
-    /// A projector that stands still below the high-water mark for so long, while the queue is
-    /// silent, is caught up from the store: the queue has lost what it waits for.
+    /// How long a projector may stay at the same position below the high-water mark while the queue
+    /// is silent. After that its messages count as lost, and it is caught up from the store.
     pub reconcile_after: Duration,
-    /// How long one projector may hold up the others.
+    /// How long one projector may delay the others.
     pub background_after: BackgroundLimits,
-    /// Whether to end once queue and log are quiet and every live projector is at the high-water
-    /// mark. A queue that holds only messages of others counts as quiet.
+    /// Whether to end once the queue and the log are idle and every live projector is at the
+    /// high-water mark. A queue with only foreign messages counts as idle.
     pub until_idle: bool,
-    /// How long the batch in hand may take to end after the shutdown; then it is rolled back.
+    /// How long the current batch may run after the shutdown. After that it is rolled back.
     pub grace: Duration,
 }
 
@@ -69,29 +69,29 @@ impl Default for PlaySettings {
     }
 }
 
-/// What play did.
+/// The result of play.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct PlayReport {
-    /// Messages that were taken from the queue and deleted.
+    /// Messages that were received and deleted.
     pub messages: u64,
-    /// Projectors that broke meanwhile.
+    /// Projectors that broke.
     pub broken: u64,
-    /// Live projectors that were not played at the end: they were booted with another definition
-    /// than this worker has.
+    /// Live projectors that were not played at the end, because they were booted with a definition
+    /// that differs from this worker's.
     pub outdated: u64,
-    /// Messages that are not of this log. They were neither applied nor deleted.
+    /// Foreign messages: they do not belong to this log, and were neither applied nor deleted.
     pub foreign: u64,
 }
 
-/// Plays every live projector of a set, until `shutdown`. Projectors that are booted, broken or
-/// retired meanwhile join or leave without a restart; one that was not booted is never played.
+/// Plays every live projector of a set until `shutdown`. Projectors that are booted, broken or
+/// retired while it runs join or leave without a restart. A projector that was not booted is never
+/// played.
 ///
-/// While database or queue are away it waits, and goes on by itself.
+/// While the database or the queue is unavailable, play waits and retries.
 ///
 /// # Errors
-/// If the log cannot be read at the start; or, where it is to end when all is quiet, if the log has
-/// lost its end.
+/// If the log cannot be read at the start. With `until_idle`, also if the end of the log was lost.
 pub async fn play(
     database: &Database,
     queue: Arc<dyn Queue>,
@@ -102,7 +102,7 @@ pub async fn play(
     let mut shutdown = pin!(shutdown);
     let worker = tokio::select! {
         biased;
-        // The database may be away, and is waited for.
+        // Checked first, because the start waits while the database is unavailable.
         () = &mut shutdown => return Ok(PlayReport::default()),
         worker = start_worker(database, registry, &settings, queue.as_ref()) => worker?,
     };
@@ -122,7 +122,7 @@ pub async fn play(
     });
     let mut receiver = QueueReceiver::new(&player.queue);
     player.run(&mut receiver, shutdown).await;
-    // Stopped first, so that another relay need not wait for what is given back.
+    // The relay is stopped before messages are returned, so that another relay can take over early.
     let relay = relay.map(|(stop, task)| {
         let _ = stop.send(());
         task
@@ -160,9 +160,9 @@ async fn start_worker(
         settings.reconcile_after,
     )
     .await?;
-    // Not waited for: the log was just read, and this only tells of something.
+    // Not retried: the log was just read, and this check only logs a warning.
     if let Err(error) = worker.check_queue(queue.identity()).await {
-        debug!(%error, "cannot tell whether the queue has changed");
+        debug!(%error, "cannot check whether the queue has changed");
     }
     Ok(worker)
 }

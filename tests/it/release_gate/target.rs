@@ -31,7 +31,12 @@ async fn boot_does_not_release_while_an_open_transaction_blocks_the_mark() {
         .with("2.toml", &counter("one_time", "['*']").replace("from_beginning", "once"));
     let boot = ["boot", "--json", "--wait-timeout=1", "--projectors", folder.path()];
     let failed = world.run(&boot).await.exits(1);
-    failed.clone().prints(&["the log goes on to 8", "held at 5", "holds position 6", "innodb_trx"]);
+    failed.clone().prints(&[
+        "the log continues to 8",
+        "blocked at 5",
+        "holds position 6",
+        "innodb_trx",
+    ]);
     let booted = failed.json();
     assert_eq!((&booted["released"], &booted["target"]), (&json!(false), &json!(8)));
     assert!(
@@ -65,7 +70,7 @@ async fn boot_waits_for_a_transaction_that_ends_within_the_wait_timeout() {
     let mut writer = block_mark(&world).await;
     let folder = Folder::new().with("1.toml", &counter("a", "['*']"));
     let booting = world.start(&["boot", "--wait-timeout=60", "--projectors", folder.path()]);
-    booting.wait_for_log("waiting: the log goes on to 8").await;
+    booting.wait_for_log("waiting: the log continues to 8").await;
     assert_eq!(world.status("a").await, "booting");
     execute(&mut writer, "commit").await;
     booting.finish().await.exits(0);
