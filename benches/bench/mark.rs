@@ -124,8 +124,8 @@ async fn measure_by_mark(
     rollbacks: f64,
 ) -> anyhow::Result<MarkDelays> {
     let recorder = SentRecorder::new();
-    let relay = RelaySettings { interval: POLL_INTERVAL, ..RelaySettings::default() };
-    let settings = PlaySettings { relay: Some(relay), ..PlaySettings::default() };
+    let relay = RelaySettings::default().with_interval(POLL_INTERVAL);
+    let settings = PlaySettings::default().with_relay(Some(relay));
     let (stop, stopped) = oneshot::channel::<()>();
     let (database, queue) = (world.database.clone(), Arc::clone(&recorder) as Arc<dyn Queue>);
     let playing = tokio::spawn(async move {

@@ -176,10 +176,8 @@ async fn record_messages(world: &World, events: u64, max_events: usize) -> anyho
     world.rewind_relay().await?;
     let recorder = SentRecorder::new();
     let queue = Arc::clone(&recorder) as Arc<dyn Queue>;
-    let settings = PlaySettings {
-        relay: Some(RelaySettings { max_events, ..RelaySettings::default() }),
-        ..PlaySettings::default()
-    };
+    let settings = PlaySettings::default()
+        .with_relay(Some(RelaySettings::default().with_max_events(max_events)));
     let no_projectors = Registry::new();
     let recording =
         play(&world.database, queue, &no_projectors, settings, recorder.sent_through(events));
@@ -221,7 +219,7 @@ async fn measure_relayed_play(
     world.rewind_relay().await?;
     let queue = endpoint.make_queue(Kind::Fifo).await?;
     let observed = ObservedQueue::new(Arc::clone(&queue.sqs) as Arc<dyn Queue>);
-    let relay = RelaySettings { max_events, ..RelaySettings::default() };
+    let relay = RelaySettings::default().with_max_events(max_events);
     let took = play_through(world, observed, registry, Some(relay), events).await?;
     queue.remove().await?;
     Ok(per_second(events, took))
@@ -236,7 +234,7 @@ async fn play_through(
     position: u64,
 ) -> anyhow::Result<Duration> {
     let queue = Arc::clone(&observed) as Arc<dyn Queue>;
-    let settings = PlaySettings { relay, ..PlaySettings::default() };
+    let settings = PlaySettings::default().with_relay(relay);
     let (mut ended, began) = (None, Instant::now());
     let until = async { ended = Some(observed.deleted_through(position).await) };
     let playing = play(&world.database, queue, registry, settings, until);

@@ -29,6 +29,7 @@ const BUSY_PERIOD: Duration = Duration::from_secs(1);
 
 /// How the relay works.
 #[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
 pub struct RelaySettings {
     /// The longest pause between two polls of an idle log. During and shortly after activity, the
     /// pause is a twentieth of this.
@@ -38,9 +39,28 @@ pub struct RelaySettings {
     pub max_events: usize,
 }
 
+impl RelaySettings {
+    /// The defaults.
+    pub const fn new() -> Self {
+        RelaySettings { interval: Duration::from_millis(50), max_events: 1_000 }
+    }
+
+    /// Sets [`RelaySettings::interval`].
+    pub const fn with_interval(mut self, interval: Duration) -> Self {
+        self.interval = interval;
+        self
+    }
+
+    /// Sets [`RelaySettings::max_events`].
+    pub const fn with_max_events(mut self, max_events: usize) -> Self {
+        self.max_events = max_events;
+        self
+    }
+}
+
 impl Default for RelaySettings {
     fn default() -> Self {
-        RelaySettings { interval: Duration::from_millis(50), max_events: 1_000 }
+        Self::new()
     }
 }
 

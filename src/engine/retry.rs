@@ -38,6 +38,7 @@ pub(crate) struct Engine {
 
 /// The limits of the engine.
 #[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
 pub struct Limits {
     /// The maximum number of events in one transaction, at least 1.
     pub batch: u64,
@@ -49,9 +50,34 @@ pub struct Limits {
     pub retry_timeout: Option<Duration>,
 }
 
+impl Limits {
+    /// The defaults.
+    pub const fn new() -> Self {
+        Limits { batch: 1_000, handler_timeout: Duration::from_secs(30), retry_timeout: None }
+    }
+
+    /// Sets [`Limits::batch`].
+    pub const fn with_batch(mut self, batch: u64) -> Self {
+        self.batch = batch;
+        self
+    }
+
+    /// Sets [`Limits::handler_timeout`].
+    pub const fn with_handler_timeout(mut self, handler_timeout: Duration) -> Self {
+        self.handler_timeout = handler_timeout;
+        self
+    }
+
+    /// Sets [`Limits::retry_timeout`].
+    pub const fn with_retry_timeout(mut self, retry_timeout: Option<Duration>) -> Self {
+        self.retry_timeout = retry_timeout;
+        self
+    }
+}
+
 impl Default for Limits {
     fn default() -> Self {
-        Limits { batch: 1_000, handler_timeout: Duration::from_secs(30), retry_timeout: None }
+        Self::new()
     }
 }
 

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use projectionist::{BackgroundLimits, Database, Limits, PlaySettings, Queue, Registry, play};
+use projectionist::{BackgroundLimits, Database, PlaySettings, Queue, Registry, play};
 
 use crate::support::{
     Gate, ScriptedProjector, TIMEOUT, Tally, World, eventually, registry, registry_of, scripted_at,
@@ -12,10 +12,9 @@ use crate::support::{
 
 /// Settings that move a projector to the background soon.
 fn low_background_limits() -> PlaySettings {
-    PlaySettings {
-        background_after: BackgroundLimits { events: 50, time: Duration::from_millis(300) },
-        ..World::continuous_play_settings()
-    }
+    World::continuous_play_settings().with_background_after(
+        BackgroundLimits::default().with_events(50).with_time(Duration::from_millis(300)),
+    )
 }
 
 #[tokio::test]
@@ -132,12 +131,11 @@ async fn an_endless_handler_far_behind_is_broken_even_with_the_fewest_connection
 
     let database =
         Database::connect(&world.database_url, 4, TIMEOUT).await.expect("the server answers");
-    let limits = Limits {
-        batch: 100,
-        handler_timeout: Duration::from_secs(1),
-        ..World::continuous_play_settings().limits
-    };
-    let settings = PlaySettings { limits, ..low_background_limits() };
+    let limits = World::continuous_play_settings()
+        .limits
+        .with_batch(100)
+        .with_handler_timeout(Duration::from_secs(1));
+    let settings = low_background_limits().with_limits(limits);
     let both = async {
         eventually("the endless projector is broken", async || {
             world.status("endless").await == "broken"
@@ -168,7 +166,7 @@ async fn a_projector_that_breaks_in_the_background_is_counted_and_breaks_alone()
     world.append(400).await;
     world.play_until_idle(&Registry::new().with(quick.clone()).expect("the name is unique")).await;
 
-    let settings = PlaySettings { until_idle: true, ..low_background_limits() };
+    let settings = low_background_limits().with_until_idle(true);
     let playing =
         world.start_play_from(Arc::clone(&world.queue) as Arc<dyn Queue>, &registry, settings);
     eventually("play is idle", || async { !playing.is_running() }).await;

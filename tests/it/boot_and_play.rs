@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use projectionist::{Limits, Mode, PlaySettings, Queue, RelaySettings, boot};
+use projectionist::{Limits, Mode, Queue, RelaySettings, boot};
 
 use crate::support::{Tally, World, registry};
 
@@ -30,7 +30,7 @@ async fn a_batch_limit_of_zero_counts_as_one() {
     let world = World::new().await;
     let tally = Tally::new("tally");
     let registry = registry(&[&tally]);
-    let limits = Limits { batch: 0, ..Limits::default() };
+    let limits = Limits::default().with_batch(0);
     world.append(10).await;
     assert!(
         boot(&world.database, &registry, limits, |_| {})
@@ -39,8 +39,8 @@ async fn a_batch_limit_of_zero_counts_as_one() {
             .is_released()
     );
     world.append(10).await;
-    let relay = Some(RelaySettings { max_events: 0, ..RelaySettings::default() });
-    let settings = PlaySettings { limits, relay, ..World::play_settings() };
+    let relay = Some(RelaySettings::default().with_max_events(0));
+    let settings = World::play_settings().with_limits(limits).with_relay(relay);
     let played =
         world.play_with(Arc::clone(&world.queue) as Arc<dyn Queue>, &registry, settings).await;
     assert_eq!(played.messages, 10);

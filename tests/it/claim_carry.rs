@@ -10,7 +10,8 @@ use crate::support::{
     Gate, ProxyAction, TIMEOUT, Tally, World, contains_text, eventually, gated, registry,
 };
 
-const LIMITS: Limits = Limits { batch: 10, handler_timeout: TIMEOUT, retry_timeout: Some(TIMEOUT) };
+const LIMITS: Limits =
+    Limits::new().with_batch(10).with_handler_timeout(TIMEOUT).with_retry_timeout(Some(TIMEOUT));
 
 /// Counts how often a boot with batches of ten claims a row: in its own packet, and in the packet
 /// of a commit.

@@ -115,7 +115,7 @@ impl InsertMode {
 
     async fn boot(self, world: &World, case: &Case) -> Outcome {
         let (folder, registry) = self.registry(world, case).await;
-        let limits = Limits { batch: 1000, ..Limits::default() };
+        let limits = Limits::default().with_batch(1000);
         boot(&world.database, &registry, limits, |_| {}).await.expect("boot succeeds");
         self.outcome(world, &folder).await
     }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use projectionist::{Database, Limits, PlaySettings, Queue, boot, play};
+use projectionist::{Database, Limits, Queue, boot, play};
 
 use crate::support::{
     Proxy, ProxyAction, RunningProcess, TIMEOUT, Tally, World, contains_text, eventually, kill,
@@ -102,8 +102,10 @@ async fn assert_survives_silence(
 ) {
     let world = World::new().await;
     let tally = Tally::new("tally");
-    let limits =
-        Limits { batch: 10, handler_timeout: Duration::from_secs(2), retry_timeout: Some(TIMEOUT) };
+    let limits = Limits::default()
+        .with_batch(10)
+        .with_handler_timeout(Duration::from_secs(2))
+        .with_retry_timeout(Some(TIMEOUT));
     let handling = |position| {
         registry_of([scripted_at(&tally, position, |db| {
             Box::pin(run(db, "select 'in the handler'"))
@@ -129,7 +131,7 @@ async fn assert_survives_silence(
             .await;
     };
     let queue = Arc::clone(&world.queue) as Arc<dyn Queue>;
-    let settings = PlaySettings { limits, ..World::continuous_play_settings() };
+    let settings = World::continuous_play_settings().with_limits(limits);
     let played =
         play(&database, queue, &handling(65), settings, steps).await.expect("play succeeds");
     assert_eq!(played.broken, 0);
@@ -169,7 +171,7 @@ async fn a_setup_on_a_silent_connection_is_aborted_and_run_again() {
         // The server ends a session by itself when it has been silent for a minute.
         kill(&mut world.connection().await, world.sessions().await).await;
     };
-    let limits = Limits { retry_timeout: Some(TIMEOUT), ..Limits::default() };
+    let limits = Limits::default().with_retry_timeout(Some(TIMEOUT));
     let registry = registry_of([tally.clone()]);
     let (report, ()) = tokio::join!(boot(&database, &registry, limits, |_| {}), ending);
     assert!(report.expect("boot succeeds").is_released());

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use projectionist::sqlx::{self, Connection, MySqlConnection};
-use projectionist::{Database, Error, Limits, Mode, PlaySettings, Queue, Registry, boot};
+use projectionist::{Database, Error, Limits, Mode, Queue, Registry, boot};
 
 use crate::support::{
     Faults, FaultyQueue, Gate, RandomCuts, ScriptedProjector, TIMEOUT, Tally, World, eventually,
@@ -26,10 +26,8 @@ async fn two_concurrent_workers_apply_each_event_once() {
     let faults = Faults { undeleted: 50, shuffled: true, ..Faults::default() };
     let queues =
         [seed, seed + 1].map(|seed| Arc::new(FaultyQueue::new(&world.queue, faults, seed)));
-    let settings = PlaySettings {
-        reconcile_after: Duration::from_millis(50),
-        ..World::continuous_play_settings()
-    };
+    let settings =
+        World::continuous_play_settings().with_reconcile_after(Duration::from_millis(50));
     let workers =
         queues.clone().map(|queue| world.start_play_from(queue, &registry, settings.clone()));
     for _ in 0..40 {
@@ -345,7 +343,7 @@ async fn sessions_killed_at_random_break_no_projector() {
     let tallies = tallies.map(counted);
     let registry = registry(&[&tallies[0], &tallies[1], &tallies[2]]);
     world.append(1_500).await;
-    let limits = Limits { batch: 20, retry_timeout: Some(TIMEOUT), ..Limits::default() };
+    let limits = Limits::default().with_batch(20).with_retry_timeout(Some(TIMEOUT));
 
     let stop = AtomicBool::new(false);
     let booting = async {
@@ -363,7 +361,7 @@ async fn sessions_killed_at_random_break_no_projector() {
     world.append(500).await;
     stop.store(false, Ordering::SeqCst);
     let playing = async {
-        let settings = PlaySettings { limits, ..World::play_settings() };
+        let settings = World::play_settings().with_limits(limits);
         let played =
             world.play_with(Arc::clone(&world.queue) as Arc<dyn Queue>, &registry, settings).await;
         stop.store(true, Ordering::SeqCst);
@@ -390,7 +388,7 @@ async fn a_commit_with_a_lost_acknowledgement_is_neither_missed_nor_repeated() {
     ];
     let registry = registry(&[&tallies[0], &tallies[1], &tallies[2]]);
     world.append(300).await;
-    let limits = Limits { batch: 10, retry_timeout: Some(TIMEOUT), ..Limits::default() };
+    let limits = Limits::default().with_batch(10).with_retry_timeout(Some(TIMEOUT));
     let report = boot(&database, &registry, limits, |_| {}).await.expect("boot succeeds");
     assert!(report.is_released(), "{report:?}");
     let (before, after) = cuts.counts();
@@ -400,7 +398,7 @@ async fn a_commit_with_a_lost_acknowledgement_is_neither_missed_nor_repeated() {
     }
 
     world.append(300).await;
-    let settings = PlaySettings { limits, ..World::play_settings() };
+    let settings = World::play_settings().with_limits(limits);
     let playing = projectionist::play(
         &database,
         Arc::clone(&world.queue) as Arc<dyn Queue>,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use aws_sdk_sqs::types::{MessageSystemAttributeName, QueueAttributeName};
-use projectionist::{PlaySettings, Queue, Registry, sqlx};
+use projectionist::{Queue, Registry, sqlx};
 use ring::hmac;
 use serde_json::{Value, json};
 
@@ -251,7 +251,7 @@ async fn log_messages_get_through_beside_foreign_ones() {
         world.append(60).await;
         world.publish(2).await;
         // The projector gets its events only from the queue.
-        let settings = PlaySettings { receive_wait: Duration::from_secs(1), ..without_relay() };
+        let settings = without_relay().with_receive_wait(Duration::from_secs(1));
         let queue = Arc::new(world.queue_hiding(Duration::from_secs(2)).await);
         let playing = world.start_play_from(queue, &registry, settings);
         eventually("all events are played", async || world.position("tally").await == 60).await;
@@ -313,7 +313,7 @@ async fn a_foreign_message_is_dead_lettered_by_the_queue_and_its_group_continues
     world.append(10).await;
     world.publish(1).await;
     let queue = Arc::new(world.queue_hiding(Duration::from_secs(1)).await);
-    let settings = PlaySettings { receive_wait: Duration::from_secs(1), ..without_relay() };
+    let settings = without_relay().with_receive_wait(Duration::from_secs(1));
     let playing = world.start_play_from(queue, &registry, settings);
     eventually(
         "the log's messages are deleted, and the foreign message is in the dead-letter queue",
@@ -513,7 +513,7 @@ async fn check_worker_after_restore(rotates: bool) {
         world.append(10).await;
         world.publish(5).await;
         let queue = Arc::new(world.queue_hiding(Duration::from_secs(2)).await);
-        let settings = PlaySettings { relay: None, ..World::continuous_play_settings() };
+        let settings = World::continuous_play_settings().with_relay(None);
         let playing = world.start_play_from(queue, &registry, settings);
         eventually("ten events are played", async || world.position("payloads").await == 10).await;
 

@@ -249,7 +249,7 @@ async fn an_unexplained_gap_blocks_the_mark_until_it_is_filled_on_demand() {
     assert!(published.stdout.contains("up to position 9"), "{}", published.stdout);
     assert!(published.stderr.contains("high_water_blocked"), "{}", published.stderr);
     assert!(published.stderr.contains("projectionist fill 10 70019"), "{}", published.stderr);
-    let limits = Limits { retry_timeout: Some(Duration::ZERO), ..Limits::default() };
+    let limits = Limits::default().with_retry_timeout(Some(Duration::ZERO));
     let booted = boot(&world.database, &registry, limits, |_| {}).await.expect("boot succeeds");
     assert!(
         !booted.is_released() && booted.explain().contains("projectionist fill 10 70019"),
@@ -317,8 +317,7 @@ async fn a_replay_over_deleted_events_does_not_read_past_the_mark() {
     world.append(50).await;
 
     let tally = Tally::new("after");
-    let limits =
-        Limits { batch: 10, retry_timeout: Some(Duration::from_secs(1)), ..Limits::default() };
+    let limits = Limits::default().with_batch(10).with_retry_timeout(Some(Duration::from_secs(1)));
     let booted =
         boot(&world.database, &registry(&[&tally]), limits, |_| {}).await.expect("boot succeeds");
     assert!(!booted.is_released(), "events above the open transaction are visible");

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use projectionist::sqlx::{self, MySqlConnection};
 use projectionist::{
-    BackgroundLimits, Database, Event, Limits, NewEvent, PlaySettings, Projector, Queue, Registry,
-    async_trait, boot,
+    BackgroundLimits, Database, Event, Limits, NewEvent, Projector, Queue, Registry, async_trait,
+    boot,
 };
 
 use crate::support::{
@@ -56,9 +56,9 @@ async fn assert_fails_alone_with(
     world.append(30).await;
     assert!(world.boot(&registry).await.is_released());
     world.append(30).await;
-    let limits =
-        Limits { handler_timeout: Duration::from_millis(500), ..World::play_settings().limits };
-    let settings = PlaySettings { limits, background_after, ..World::play_settings() };
+    let limits = World::play_settings().limits.with_handler_timeout(Duration::from_millis(500));
+    let settings =
+        World::play_settings().with_limits(limits).with_background_after(background_after);
     let played =
         world.play_with(Arc::clone(&world.queue) as Arc<dyn Queue>, &registry, settings).await;
 
@@ -125,8 +125,7 @@ async fn an_endless_statement_moved_to_the_background_breaks_only_its_projector(
     let fault =
         |tally: &Tally| scripted_at(tally, POISON, |db| Box::pin(run(db, "select sleep(1000)")));
     // The projector is moved to the background before the handler's own timeout expires.
-    let background_after =
-        BackgroundLimits { time: Duration::from_millis(100), ..BackgroundLimits::default() };
+    let background_after = BackgroundLimits::default().with_time(Duration::from_millis(100));
     let (world, faulty) =
         assert_fails_alone_with(background_after, fault, "took longer than").await;
     world.assert_folded(&faulty).await;
@@ -239,8 +238,7 @@ async fn assert_fails_in_boot(
     let registry = Registry::new().with(before.clone()).and_then(|set| set.with(fault(&faulty)));
     let registry = registry.and_then(|set| set.with(after.clone())).expect("the names are unique");
     world.append(60).await;
-    let limits =
-        Limits { handler_timeout: Duration::from_millis(500), batch: 100, ..Limits::default() };
+    let limits = Limits::default().with_handler_timeout(Duration::from_millis(500)).with_batch(100);
     let report = boot(&world.database, &registry, limits, |_| {}).await.expect("boot succeeds");
 
     let broken: Vec<&str> = report.broken().map(|booted| booted.id.name.as_str()).collect();
@@ -445,7 +443,7 @@ async fn a_boot_after_a_failure_resumes_and_applies_no_event_twice() {
 
 /// The limits of the boot command, which retries transient errors for a limited time.
 fn boot_limits() -> Limits {
-    Limits { batch: 100, retry_timeout: Some(TIMEOUT), ..Limits::default() }
+    Limits::default().with_batch(100).with_retry_timeout(Some(TIMEOUT))
 }
 
 /// Creates two rows that two transactions can lock.

@@ -172,7 +172,7 @@ async fn boot_afresh(world: &World, name: &str, text: &str) -> Status {
     load(folder.path().as_ref(), &mut registry).unwrap_or_else(|error| panic!("{error}: {text}"));
     let database =
         Database::connect(&world.database_url, 4, TIMEOUT).await.expect("the server answers");
-    let limits = Limits { batch: 1000, ..Limits::default() };
+    let limits = Limits::default().with_batch(1000);
     boot(&database, &registry, limits, |_| {}).await.expect("boot ends");
     world.entry(name).await.expect("the projector is in the ledger").status
 }

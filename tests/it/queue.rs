@@ -18,14 +18,15 @@ use crate::support::{
 
 /// Settings with small messages, so that there are many messages for the faults.
 fn small_messages() -> PlaySettings {
-    let relay = Some(RelaySettings { interval: Duration::from_millis(10), max_events: 3 });
-    PlaySettings { relay, ..World::play_settings() }
+    let relay =
+        Some(RelaySettings::default().with_interval(Duration::from_millis(10)).with_max_events(3));
+    World::play_settings().with_relay(relay)
 }
 
 /// Settings without a relay and, within a test, without reconciliation: events come only through
 /// the queue.
 pub fn without_relay() -> PlaySettings {
-    PlaySettings { relay: None, reconcile_after: TIMEOUT, ..World::continuous_play_settings() }
+    World::continuous_play_settings().with_relay(None).with_reconcile_after(TIMEOUT)
 }
 
 impl World {
@@ -145,7 +146,7 @@ async fn a_purge_while_live_loses_no_event() {
     world.boot(&registry).await;
     world.append(100).await;
     world.publish(2).await;
-    let settings = PlaySettings { relay: None, ..World::continuous_play_settings() };
+    let settings = World::continuous_play_settings().with_relay(None);
     let playing =
         world.start_play_from(Arc::clone(&world.queue) as Arc<dyn Queue>, &registry, settings);
     gate.arrival().await;

@@ -4,9 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use projectionist::{
-    PlaySettings, Queue, QueueError, Receipt, ReceivedMessage, SqsQueue, async_trait,
-};
+use projectionist::{Queue, QueueError, Receipt, ReceivedMessage, SqsQueue, async_trait};
 use tokio::sync::{Notify, watch};
 
 use crate::queue::without_relay;
@@ -97,7 +95,7 @@ async fn fifo_messages_received_during_a_delete_are_released_at_shutdown() {
     world.publish(1).await;
 
     let queue = DelayingQueue::new(&world, false);
-    let settings = PlaySettings { receive_wait: Duration::from_secs(1), ..without_relay() };
+    let settings = without_relay().with_receive_wait(Duration::from_secs(1));
     let playing = world.start_play_from(Arc::clone(&queue) as Arc<dyn Queue>, &registry, settings);
     queue
         .responses
@@ -123,7 +121,7 @@ async fn messages_from_a_long_poll_during_shutdown_are_released() {
         let registry = registry(&[&tally]);
         world.boot(&registry).await;
         let queue = DelayingQueue::new(&world, true);
-        let settings = PlaySettings { receive_wait: Duration::from_secs(20), ..without_relay() };
+        let settings = without_relay().with_receive_wait(Duration::from_secs(20));
         let playing =
             world.start_play_from(Arc::clone(&queue) as Arc<dyn Queue>, &registry, settings);
         queue.requests.subscribe().wait_for(|requests| *requests == 1).await.expect("it polls");

@@ -123,7 +123,7 @@ async fn applied(world: &World, name: &str) -> Vec<(u64, String)> {
 /// Boots as the command does, with `--accept` for the named projectors.
 async fn boot_accepting(world: &World, registry: &Registry, accept: &[&str]) -> BootReport {
     let limits =
-        Limits { batch: 100, retry_timeout: Some(Duration::from_secs(20)), ..Limits::default() };
+        Limits::default().with_batch(100).with_retry_timeout(Some(Duration::from_secs(20)));
     let mut settings = BootSettings::from(limits);
     settings.accept =
         accept.iter().map(|&name| ProjectorId { name: name.into(), version: 1 }).collect();

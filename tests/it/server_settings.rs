@@ -349,7 +349,7 @@ impl<'s> SettingsBench<'s> {
         let registry = self.registry(is_slow);
         append(&store, 0..BOOT_EVENTS).await?;
         let limits =
-            Limits { batch: 100, retry_timeout: Some(Duration::from_secs(5)), ..Limits::default() };
+            Limits::default().with_batch(100).with_retry_timeout(Some(Duration::from_secs(5)));
         let booted =
             boot(&database, &registry, limits, |_| {}).await.map_err(|error| text(&error))?;
         if !booted.is_released() {
@@ -373,13 +373,15 @@ impl<'s> SettingsBench<'s> {
         let queue =
             SqsQueue::with_client(self.sqs.clone(), &queue_url, Duration::from_secs(30)).await;
         let queue = Arc::new(queue.expect("the queue answers"));
-        let settings = PlaySettings {
-            limits,
-            relay: Some(RelaySettings { interval: Duration::from_millis(5), max_events: 20 }),
-            receive_wait: Duration::ZERO,
-            until_idle: true,
-            ..PlaySettings::default()
-        };
+        let settings = PlaySettings::default()
+            .with_limits(limits)
+            .with_relay(Some(
+                RelaySettings::default()
+                    .with_interval(Duration::from_millis(5))
+                    .with_max_events(20),
+            ))
+            .with_receive_wait(Duration::ZERO)
+            .with_until_idle(true);
         let played = play(&database, queue, &registry, settings, std::future::pending()).await;
         let _ = self.sqs.delete_queue().queue_url(queue_url).send().await;
         match played.map_err(|error| text(&error))? {

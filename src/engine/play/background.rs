@@ -24,6 +24,7 @@ use crate::model::registry::RegisteredProjector;
 
 /// How long one projector may delay the others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct BackgroundLimits {
     /// The maximum number of events that one projector catches up on while the others wait.
     pub events: u64,
@@ -32,9 +33,28 @@ pub struct BackgroundLimits {
     pub time: Duration,
 }
 
+impl BackgroundLimits {
+    /// The defaults.
+    pub const fn new() -> Self {
+        BackgroundLimits { events: 10_000, time: Duration::from_secs(5) }
+    }
+
+    /// Sets [`BackgroundLimits::events`].
+    pub const fn with_events(mut self, events: u64) -> Self {
+        self.events = events;
+        self
+    }
+
+    /// Sets [`BackgroundLimits::time`].
+    pub const fn with_time(mut self, time: Duration) -> Self {
+        self.time = time;
+        self
+    }
+}
+
 impl Default for BackgroundLimits {
     fn default() -> Self {
-        BackgroundLimits { events: 10_000, time: Duration::from_secs(5) }
+        Self::new()
     }
 }
 

@@ -36,6 +36,7 @@ pub(crate) use worker::Worker;
 
 /// How play works.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct PlaySettings {
     /// The limits of the engine.
     pub limits: Limits,
@@ -52,20 +53,69 @@ pub struct PlaySettings {
     /// high-water mark. A queue with only foreign messages counts as idle.
     pub until_idle: bool,
     /// How long the current batch may run after the shutdown. After that it is rolled back.
-    pub grace: Duration,
+    pub grace_period: Duration,
+}
+
+impl PlaySettings {
+    /// The defaults.
+    pub fn new() -> Self {
+        PlaySettings {
+            limits: Limits::new(),
+            relay: Some(RelaySettings::new()),
+            receive_wait: Duration::from_secs(5),
+            reconcile_after: Duration::from_secs(2),
+            background_after: BackgroundLimits::new(),
+            until_idle: false,
+            grace_period: Duration::from_secs(10),
+        }
+    }
+
+    /// Sets [`PlaySettings::limits`].
+    pub fn with_limits(mut self, limits: Limits) -> Self {
+        self.limits = limits;
+        self
+    }
+
+    /// Sets [`PlaySettings::relay`].
+    pub fn with_relay(mut self, relay: Option<RelaySettings>) -> Self {
+        self.relay = relay;
+        self
+    }
+
+    /// Sets [`PlaySettings::receive_wait`].
+    pub fn with_receive_wait(mut self, receive_wait: Duration) -> Self {
+        self.receive_wait = receive_wait;
+        self
+    }
+
+    /// Sets [`PlaySettings::reconcile_after`].
+    pub fn with_reconcile_after(mut self, reconcile_after: Duration) -> Self {
+        self.reconcile_after = reconcile_after;
+        self
+    }
+
+    /// Sets [`PlaySettings::background_after`].
+    pub fn with_background_after(mut self, background_after: BackgroundLimits) -> Self {
+        self.background_after = background_after;
+        self
+    }
+
+    /// Sets [`PlaySettings::until_idle`].
+    pub fn with_until_idle(mut self, until_idle: bool) -> Self {
+        self.until_idle = until_idle;
+        self
+    }
+
+    /// Sets [`PlaySettings::grace_period`].
+    pub fn with_grace_period(mut self, grace_period: Duration) -> Self {
+        self.grace_period = grace_period;
+        self
+    }
 }
 
 impl Default for PlaySettings {
     fn default() -> Self {
-        PlaySettings {
-            limits: Limits::default(),
-            relay: Some(RelaySettings::default()),
-            receive_wait: Duration::from_secs(5),
-            reconcile_after: Duration::from_secs(2),
-            background_after: BackgroundLimits::default(),
-            until_idle: false,
-            grace: Duration::from_secs(10),
-        }
+        Self::new()
     }
 }
 
@@ -132,7 +182,7 @@ pub async fn play(
     let broken = player.worker.broken_count();
     let outdated = player.worker.outdated().len() as u64;
     if let Some(task) = relay {
-        let _ = timeout(player.settings.grace, task).await;
+        let _ = timeout(player.settings.grace_period, task).await;
     }
     match player.fault {
         Some(fault) => Err(Error::LogFault(fault.to_string())),

@@ -98,7 +98,7 @@ impl Player {
             };
             let receipts: Vec<Receipt> =
                 received.iter().map(|message| message.receipt.clone()).collect();
-            let grace = self.settings.grace;
+            let grace = self.settings.grace_period;
             let is_shutting_down = AtomicBool::new(false);
             let ended = {
                 let mut work = pin!(self.process_received(received, receiver, &is_shutting_down));
@@ -239,7 +239,7 @@ impl Player {
             self.foreign_receipts.return_all(self.queue.as_ref()).await;
             self.worker.count_foreign().await;
         };
-        let _ = timeout(self.settings.grace, return_all).await;
+        let _ = timeout(self.settings.grace_period, return_all).await;
     }
 
     /// Receives nothing for a while, so that the owner of the foreign messages can receive them.

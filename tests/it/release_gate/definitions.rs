@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use projectionist::{PlaySettings, Queue, Registry};
+use projectionist::{Queue, Registry};
 
 use super::{Owner, applied, assert_refused, boot_accepting, count_rows, counter};
 use crate::support::{Folder, World, eventually, execute};
@@ -182,8 +182,7 @@ async fn a_worker_in_a_batch_is_fenced_when_another_definition_is_booted() {
     };
     execute(&mut lock_holder, &format!("update projectors set digest = '{digest}'")).await;
     execute(&mut lock_holder, "commit").await;
-    let settings =
-        PlaySettings { reconcile_after: Duration::ZERO, ..World::continuous_play_settings() };
+    let settings = World::continuous_play_settings().with_reconcile_after(Duration::ZERO);
     let fresh = world.start_play_from(Arc::clone(&world.queue) as Arc<dyn Queue>, &new, settings);
     eventually("the new definition plays", async || world.position("owner").await == 6).await;
     let revisions: Vec<String> =

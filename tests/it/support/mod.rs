@@ -120,15 +120,14 @@ impl World {
 
     /// Boots in this process.
     pub async fn boot(&self, registry: &Registry) -> BootReport {
-        let limits = Limits { batch: 100, ..Limits::default() };
+        let limits = Limits::default().with_batch(100);
         boot(&self.database, registry, limits, |_| {}).await.expect("boot succeeds")
     }
 
     /// Boots without waiting while the high-water mark is blocked below the end of the log. Asserts
     /// that the projectors are not released.
     pub async fn boot_while_blocked(&self, registry: &Registry) {
-        let limits =
-            Limits { batch: 100, retry_timeout: Some(Duration::ZERO), ..Limits::default() };
+        let limits = Limits::default().with_batch(100).with_retry_timeout(Some(Duration::ZERO));
         let report = boot(&self.database, registry, limits, |_| {}).await.expect("boot succeeds");
         assert!(!report.is_released(), "events above the blocked mark are visible: {report:?}");
     }
@@ -157,15 +156,18 @@ impl World {
 
     /// Settings that stop when idle and find lost messages quickly.
     pub fn play_settings() -> PlaySettings {
-        PlaySettings {
-            limits: Limits { batch: 100, ..Limits::default() },
-            relay: Some(RelaySettings { interval: Duration::from_millis(10), max_events: 20 }),
-            receive_wait: Duration::from_secs(1),
-            reconcile_after: Duration::from_secs(1),
-            background_after: BackgroundLimits::default(),
-            until_idle: true,
-            grace: Duration::from_secs(5),
-        }
+        PlaySettings::default()
+            .with_limits(Limits::default().with_batch(100))
+            .with_relay(Some(
+                RelaySettings::default()
+                    .with_interval(Duration::from_millis(10))
+                    .with_max_events(20),
+            ))
+            .with_receive_wait(Duration::from_secs(1))
+            .with_reconcile_after(Duration::from_secs(1))
+            .with_background_after(BackgroundLimits::default())
+            .with_until_idle(true)
+            .with_grace_period(Duration::from_secs(5))
     }
 
     /// The ledger's entry of a projector of version 1.

@@ -44,12 +44,10 @@ impl World {
 
     /// Settings for a worker that polls often and never stops when idle.
     pub fn continuous_play_settings() -> PlaySettings {
-        PlaySettings {
-            until_idle: false,
-            receive_wait: Duration::ZERO,
-            reconcile_after: Duration::from_millis(500),
-            ..Self::play_settings()
-        }
+        Self::play_settings()
+            .with_until_idle(false)
+            .with_receive_wait(Duration::ZERO)
+            .with_reconcile_after(Duration::from_millis(500))
     }
 }
 
