@@ -1,6 +1,7 @@
-//! A team's own worker: projectors in Rust, and every command of the shipped binary.
+//! A team's own worker: projectors in Rust, with all commands of the shipped binary.
 //!
-//! `cargo run --example worker -- boot`, then `… -- play`. Copy it, and start from here.
+//! Run it with `cargo run --example worker -- boot`, then `… -- play`. Copy it as a starting
+//! point.
 
 use std::process::ExitCode;
 
@@ -53,8 +54,8 @@ impl Projector for CasesPerDepartment {
     }
 }
 
-/// A reactor: its effect is outside the database, so it happens at least once, and the event id is
-/// what tells a repetition to whoever receives it.
+/// A reactor. Its effect is outside the database, so it happens at least once. A receiver
+/// recognises a repetition by the event id.
 struct AnnounceReceipt;
 
 #[async_trait]

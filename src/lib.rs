@@ -1,4 +1,74 @@
-#![doc = include_str!("../README.md")]
+//! Projectionist runs the projectors of an event-sourced system: it replays a new projector from a
+//! MySQL or MariaDB table during the deploy, then hands it over to one SQS queue that keeps all
+//! projectors up to date.
+//!
+//! The crate is a library and a binary. The binary runs projectors that are TOML files. With the
+//! library, a team adds projectors in Rust and keeps every command of the binary:
+//!
+//! ```no_run
+//! use projectionist::{Event, EventTypes, Projector, Registry, async_trait, sqlx};
+//!
+//! struct CasesPerDepartment;
+//!
+//! #[derive(serde::Deserialize)]
+//! struct Confirmation {
+//!     department: String,
+//! }
+//!
+//! #[async_trait]
+//! impl Projector for CasesPerDepartment {
+//!     fn name(&self) -> &str {
+//!         "cases_per_department"
+//!     }
+//!
+//!     fn event_types(&self) -> EventTypes {
+//!         EventTypes::only(["Confirmation of receipt"])
+//!     }
+//!
+//!     async fn setup(&self, db: &mut sqlx::MySqlConnection) -> anyhow::Result<()> {
+//!         let table = "create table if not exists cases_per_department \
+//!                      (department varchar(100) primary key, cases bigint not null)";
+//!         sqlx::query(table).execute(db).await?;
+//!         Ok(())
+//!     }
+//!
+//!     /// The connection belongs to the transaction that also moves the projector's position.
+//!     async fn handle(&self, event: &Event, db: &mut sqlx::MySqlConnection) -> anyhow::Result<()> {
+//!         let confirmation: Confirmation = event.payload()?;
+//!         let count = "insert into cases_per_department (department, cases) values (?, 1) \
+//!                      on duplicate key update cases = cases + 1";
+//!         sqlx::query(count).bind(confirmation.department).execute(db).await?;
+//!         Ok(())
+//!     }
+//! }
+//!
+//! fn main() -> std::process::ExitCode {
+//!     let registry = Registry::new().with(CasesPerDepartment).expect("a name that is not taken");
+//!     projectionist::run(registry)
+//! }
+//! ```
+//!
+//! # Where to start
+//!
+//! - Implement [`Projector`], add it to a [`Registry`], and hand the registry to [`run`]: that is a
+//!   whole worker. [`load`] adds the projectors of a folder of files.
+//! - Append with [`EventStore::append`], or with a plain `insert` from any language: the table
+//!   `events` is the interface.
+//! - Send many rows in one statement with [`MultiRowInsert`].
+//! - To embed the engine in a program of your own, connect a [`Database`], and call [`boot()`]
+//!   during the deploy and [`play()`] in the worker. [`Ledger`] reads the position and [`Status`]
+//!   of each projector. [`Queue`] is the seam to the queue, and [`SqsQueue`] its implementation for
+//!   SQS.
+//!
+//! # The guarantee
+//!
+//! The projector's position row is the only authority. A queue message is the event's fast path,
+//! never the only path: the queue may lose, repeat or reorder messages, and each read model still
+//! is the fold of the log up to its projector's position, with each event applied once. An effect
+//! outside the database happens at least once.
+//!
+//! The folder `docs/` of the repository has the concepts, the protocol, the guarantees with their
+//! tests, and the pages about deploying and operating.
 #![warn(missing_docs)]
 // Layers, from the top. Imports point downward only; `tests/it/layers.rs` checks it.
 mod command;
@@ -45,3 +115,15 @@ pub use model::projector::{EventTypes, Mode, Projector, ProjectorId, SessionUse}
 pub use model::registry::{Registry, RegistryError};
 pub use queue::{Queue, QueueError, Receipt, ReceivedMessage, SqsQueue};
 pub use store::{AppendError, AppendOutcome, EventStore};
+
+/// Compiles the Rust in the pages. `tests/it/documentation.rs` checks that each page with Rust is
+/// here.
+#[cfg(doctest)]
+mod pages {
+    #[doc = include_str!("../README.md")]
+    mod readme {}
+    #[doc = include_str!("../docs/appending.md")]
+    mod appending {}
+    #[doc = include_str!("../docs/projectors-in-rust.md")]
+    mod projectors_in_rust {}
+}

@@ -1,4 +1,4 @@
-//! The bare loops: what a team would write by hand with sqlx, and nothing around it.
+//! The bare loops: plain sqlx code without any of the guarantees.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -19,7 +19,8 @@ use crate::world::World;
 macro_rules! events {
     ($which:literal) => {
         concat!(
-            "select position, event_id, stream_id, stream_version, event_type, recorded_at, payload, metadata from events ",
+            "select position, event_id, stream_id, stream_version, event_type, recorded_at, \
+             payload, metadata from events ",
             $which,
             " order by position"
         )
@@ -32,18 +33,18 @@ const RARE_PAGE: &str = events!("where position > ? and position <= ? and event_
 
 const ALL: &str = events!("");
 
-/// As many positions as boot reads by one statement.
+/// The number of positions that boot reads in one statement.
 const RANGE: u64 = 65_536;
 
-/// Pages that are read ahead, as boot has them.
+/// The number of pages that are read ahead, as in boot.
 const PAGES_AHEAD: usize = 2;
 
-/// Reads a log of so many events in pages, and does nothing.
+/// Reads a log of `events` events in pages, and does nothing with them.
 pub async fn read_pages(world: &World, events: u64, page: u64) -> anyhow::Result<Duration> {
     read_ranges(world, events, page, None).await
 }
 
-/// Reads what is rare in a log of so many events, and does nothing.
+/// Reads the rare events in a log of `events` events, and does nothing with them.
 pub async fn read_rare(world: &World, events: u64) -> anyhow::Result<Duration> {
     read_ranges(world, events, RANGE, Some(RARE)).await
 }
@@ -68,11 +69,11 @@ async fn read_ranges(
             count += 1;
         }
     }
-    finished(began, count, expected)
+    check_count(began, count, expected)
 }
 
-/// Reads a log of so many events in one statement and ahead, and moves so many positions past each
-/// page, side by side.
+/// Reads a log of `events` events in one statement, pages ahead. For each page, advances
+/// `positions` fences concurrently.
 pub async fn read_and_commit(
     world: &World,
     events: u64,
@@ -100,10 +101,10 @@ pub async fn read_and_commit(
         count += length;
     }
     reading.await??;
-    finished(began, count, events)
+    check_count(began, count, events)
 }
 
-/// Reads a log of so many events in one statement, and does nothing.
+/// Reads a log of `events` events in one statement, and does nothing with them.
 pub async fn read_stream(world: &World, events: u64) -> anyhow::Result<Duration> {
     let mut connection = world.connection().await?;
     let began = Instant::now();
@@ -113,10 +114,10 @@ pub async fn read_stream(world: &World, events: u64) -> anyhow::Result<Duration>
         touch(&row)?;
         count += 1;
     }
-    finished(began, count, events)
+    check_count(began, count, events)
 }
 
-/// A page, a transaction; in it, one upsert an event.
+/// Applies each page in a transaction, with one upsert for each event.
 pub async fn upsert_each(
     world: &World,
     events: u64,
@@ -124,21 +125,21 @@ pub async fn upsert_each(
 ) -> anyhow::Result<Duration> {
     upsert(world, events, async |rows, db| {
         for row in rows {
-            model.write(written(row)?, db).await?;
+            model.write(decode(row)?, db).await?;
         }
         Ok(())
     })
     .await
 }
 
-/// A page, a transaction; in it, one upsert.
+/// Applies each page in a transaction, with one upsert for the whole page.
 pub async fn upsert_rows(
     world: &World,
     events: u64,
     model: &ReadModel,
 ) -> anyhow::Result<Duration> {
     upsert(world, events, async |rows, db| {
-        let rows = rows.iter().map(written).collect::<Result<Vec<_>, _>>()?;
+        let rows = rows.iter().map(decode).collect::<Result<Vec<_>, _>>()?;
         model.write_rows(rows.into_iter(), db).await
     })
     .await
@@ -163,16 +164,16 @@ async fn upsert(
         transaction.commit().await?;
         count += page.len() as u64;
     }
-    finished(began, count, events)
+    check_count(began, count, events)
 }
 
-fn finished(began: Instant, count: u64, events: u64) -> anyhow::Result<Duration> {
+fn check_count(began: Instant, count: u64, events: u64) -> anyhow::Result<Duration> {
     let took = began.elapsed();
-    ensure!(count == events, "{count} of {events} events were read");
+    ensure!(count == events, "{count} events were read instead of {events}");
     Ok(took)
 }
 
-/// All eight columns, decoded but not copied: no loop can do with less.
+/// Decodes all eight columns without copying them. Every loop must do this much.
 fn touch(row: &MySqlRow) -> Result<(), sqlx::Error> {
     black_box::<(u64, &str, &str, u64)>((
         row.try_get(0)?,
@@ -189,7 +190,7 @@ fn touch(row: &MySqlRow) -> Result<(), sqlx::Error> {
     Ok(())
 }
 
-fn written(row: &MySqlRow) -> Result<WriteEvent<'_>, sqlx::Error> {
+fn decode(row: &MySqlRow) -> Result<WriteEvent<'_>, sqlx::Error> {
     Ok(WriteEvent {
         stream_id: row.try_get(2)?,
         event_type: row.try_get(4)?,

@@ -9,10 +9,10 @@ use crate::sheet::{EquivalentLoop, Line, Sheet, Target, Unit};
 use crate::world::World;
 use crate::{Bench, bare};
 
-/// Projectors that are booted at once.
+/// The number of projectors that boot together in row 4.
 const MANY: usize = 8;
 
-/// Boot of a projector that does nothing, and the fastest way to read the same rows.
+/// Row 1: boot of a projector that does nothing, against the fastest way to read the same rows.
 pub async fn nothing(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
     let events = bench.options.events;
     let world = booted_once(bench, events).await?;
@@ -22,13 +22,13 @@ pub async fn nothing(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
     let [ours, bare, bounds @ ..] = in_turn(
         bench.options.rounds,
         [
-            lane("boot", || boot(world, registry, &[], events)),
+            lane("boot", || boot_rate(world, registry, &[], events)),
             lane("one stream, with a fenced commit every 1,000 events", || async {
                 Ok(per_second(events, bare::read_and_commit(world, events, 1).await?))
             }),
             lane("read in pages of 1,000", move || pages(1_000)),
-            lane("in pages of 5,000", move || pages(5_000)),
-            lane("as one stream", || async {
+            lane("read in pages of 5,000", move || pages(5_000)),
+            lane("read as one stream", || async {
                 Ok(per_second(events, bare::read_stream(world, events).await?))
             }),
         ],
@@ -47,9 +47,9 @@ pub async fn nothing(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Boot of a projector with one upsert an event, in Rust and declared, and the same statements by
-/// hand; and, for the declared one, whose statements are sent together, a thousand at once by hand:
-/// how much there is to be had by that.
+/// Row 2: boot of a projector with one upsert for each event, in Rust and declared in a file,
+/// against the same statements by hand. The statements of the declared one are sent together, so
+/// multi-row upserts by hand show how much that can gain.
 pub async fn upsert_each(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
     let events = bench.options.fewer_events();
     let world = &booted_once(bench, events).await?;
@@ -60,8 +60,8 @@ pub async fn upsert_each(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()>
     let [each, file, bound, together] = in_turn(
         bench.options.rounds,
         [
-            lane("boot, Rust", || boot(world, each, models, events)),
-            lane("boot, declared", || boot(world, file, models, events)),
+            lane("boot, Rust", || boot_rate(world, each, models, events)),
+            lane("boot, declared", || boot_rate(world, file, models, events)),
             lane("upserts by hand", || async {
                 empty(world, models).await?;
                 Ok(per_second(events, bare::upsert_each(world, events, model).await?))
@@ -95,7 +95,8 @@ pub async fn upsert_each(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()>
     Ok(())
 }
 
-/// Boot of a projector with one upsert a thousand events, and the same statements by hand.
+/// Row 3: boot of a projector with one upsert for a thousand events, against the same statements by
+/// hand.
 pub async fn upsert_rows(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
     let events = bench.options.events;
     let world = &booted_once(bench, events).await?;
@@ -106,7 +107,7 @@ pub async fn upsert_rows(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()>
     let [ours, bound] = in_turn(
         bench.options.rounds,
         [
-            lane("boot", || boot(world, registry, models, events)),
+            lane("boot", || boot_rate(world, registry, models, events)),
             lane("multi-row upserts by hand", || async {
                 empty(world, models).await?;
                 Ok(per_second(events, bare::upsert_rows(world, events, model).await?))
@@ -125,7 +126,8 @@ pub async fn upsert_rows(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()>
     Ok(())
 }
 
-/// Boot of eight at once, and of one; and the commits that eight cannot do without.
+/// Row 4: boot of eight projectors, against boot of one. The loop by hand makes the commits that
+/// eight projectors need.
 pub async fn eight_at_once(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
     let events = bench.options.events;
     let world = &booted_once(bench, events).await?;
@@ -140,12 +142,12 @@ pub async fn eight_at_once(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<(
     let [ours, bound, eight_commits, one_commit] = in_turn(
         bench.options.rounds,
         [
-            lane("boot of eight", || seconds(world, eight, &[])),
-            lane("of one", || seconds(world, one, &[])),
-            lane("one read, and eight fenced commits side by side per 1,000 events", || {
+            lane("boot of eight projectors", || boot_seconds(world, eight, &[])),
+            lane("boot of one", || boot_seconds(world, one, &[])),
+            lane("one read, and eight concurrent fenced commits per 1,000 events", || {
                 commits(MANY as u32)
             }),
-            lane("one read, and one such commit", || commits(1)),
+            lane("one read, and one fenced commit per 1,000 events", || commits(1)),
         ],
     )
     .await?;
@@ -156,11 +158,11 @@ pub async fn eight_at_once(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<(
         target: Target::AtMost(1.25),
     };
     sheet.add_with_equivalent(
-        times("boot, do-nothing", ours, bound, Some(Target::AtMost(1.5))),
+        compare_times("boot, do-nothing", ours, bound, Some(Target::AtMost(1.5))),
         least,
     );
 
-    // Each of them is written eight times.
+    // Fewer events, because each one is written eight times.
     let world = &booted_once(bench, bench.options.fewer_events() / 4).await?;
     let models: Vec<ReadModel> =
         (0..MANY).map(|number| ReadModel::new(&format!("upserted_{number}"))).collect();
@@ -169,21 +171,27 @@ pub async fn eight_at_once(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<(
     }
     let (eight, one) = (&declared(&models, "*")?, &declared(&models[..1], "*")?);
     let lanes = [
-        lane("boot of eight", || seconds(world, eight, &models)),
-        lane("of one", || seconds(world, one, &models[..1])),
+        lane("boot of eight projectors", || boot_seconds(world, eight, &models)),
+        lane("boot of one", || boot_seconds(world, one, &models[..1])),
     ];
     let [ours, bound] = in_turn(bench.options.rounds, lanes).await?;
-    sheet.add(times("boot, declared upsert", ours, bound, None));
+    sheet.add(compare_times("boot, declared upsert", ours, bound, None));
     Ok(())
 }
 
-/// Eight and one, by the time that they take.
-fn times(what: &str, ours: Series<f64>, bound: Series<f64>, target: Option<Target>) -> Line {
+/// A line that compares the times of eight projectors and of one.
+fn compare_times(
+    what: &str,
+    ours: Series<f64>,
+    bound: Series<f64>,
+    target: Option<Target>,
+) -> Line {
     Line::ratio(4, format!("{what}, 8 projectors ÷ 1"), Unit::Seconds, ours, vec![bound], target)
 }
 
-/// Boot of a projector that wants one event in a hundred, and of the same that wants all, by the
-/// events of the log; and the read in which the server passes over the others.
+/// Row 5: boot of a projector that subscribes to one event in a hundred, against one that
+/// subscribes to all. Both rates count the events of the log. The loop by hand is a read in which
+/// the server skips the other events.
 pub async fn one_in_a_hundred(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
     let events = bench.options.events;
     let world = &booted_once(bench, events).await?;
@@ -192,8 +200,8 @@ pub async fn one_in_a_hundred(bench: &Bench, sheet: &mut Sheet) -> anyhow::Resul
     let [ours, bound, bare, bare_bound] = in_turn(
         bench.options.rounds,
         [
-            lane(WANTS_RARE, || boot(world, rare, &[], events)),
-            lane(WANTS_ALL, || boot(world, all, &[], events)),
+            lane(WANTS_RARE, || boot_rate(world, rare, &[], events)),
+            lane(WANTS_ALL, || boot_rate(world, all, &[], events)),
             lane("read of 1% by type", || async {
                 Ok(per_second(events, bare::read_rare(world, events).await?))
             }),
@@ -209,7 +217,7 @@ pub async fn one_in_a_hundred(bench: &Bench, sheet: &mut Sheet) -> anyhow::Resul
         bare_bound,
         target: Target::AtLeast(0.8),
     };
-    sheet.add_with_equivalent(wanted("do-nothing", ours, bound), least);
+    sheet.add_with_equivalent(compare_subscriptions("do-nothing", ours, bound), least);
 
     let events = bench.options.fewer_events();
     let world = &booted_once(bench, events).await?;
@@ -217,18 +225,18 @@ pub async fn one_in_a_hundred(bench: &Bench, sheet: &mut Sheet) -> anyhow::Resul
     models[0].make(world).await?;
     let (rare, all) = (&declared(models, RARE)?, &declared(models, "*")?);
     let lanes = [
-        lane(WANTS_RARE, || boot(world, rare, models, events)),
-        lane(WANTS_ALL, || boot(world, all, models, events)),
+        lane(WANTS_RARE, || boot_rate(world, rare, models, events)),
+        lane(WANTS_ALL, || boot_rate(world, all, models, events)),
     ];
     let [ours, bound] = in_turn(bench.options.rounds, lanes).await?;
-    sheet.add(wanted("declared upsert", ours, bound));
+    sheet.add(compare_subscriptions("declared upsert", ours, bound));
     Ok(())
 }
 
-const WANTS_RARE: &str = "boot of who wants 1%";
-const WANTS_ALL: &str = "of who wants all";
+const WANTS_RARE: &str = "boot, subscribes to 1%";
+const WANTS_ALL: &str = "subscribes to all";
 
-fn wanted(what: &str, ours: Series<f64>, bound: Series<f64>) -> Line {
+fn compare_subscriptions(what: &str, ours: Series<f64>, bound: Series<f64>) -> Line {
     Line::ratio(
         5,
         format!("boot, {what}, 1% of the events ÷ all"),
@@ -239,8 +247,8 @@ fn wanted(what: &str, ours: Series<f64>, bound: Series<f64>) -> Line {
     )
 }
 
-/// A world with so many events, in which the first boot has raised the mark: that is measured in
-/// row 9.
+/// Makes a world with `events` events and boots it once. That boot raises the mark, which row 9
+/// measures.
 async fn booted_once(bench: &Bench, events: u64) -> anyhow::Result<World> {
     let world = World::new(&bench.parts).await?;
     world.fill(&bench.sample, events).await?;
@@ -248,17 +256,21 @@ async fn booted_once(bench: &Bench, events: u64) -> anyhow::Result<World> {
     Ok(world)
 }
 
-/// Events of the log a second.
-async fn boot(
+/// Boots the registry. Returns the events of the log per second.
+async fn boot_rate(
     world: &World,
     registry: &Registry,
     models: &[ReadModel],
     events: u64,
 ) -> anyhow::Result<f64> {
-    Ok(events as f64 / seconds(world, registry, models).await?)
+    Ok(events as f64 / boot_seconds(world, registry, models).await?)
 }
 
-async fn seconds(world: &World, registry: &Registry, models: &[ReadModel]) -> anyhow::Result<f64> {
+async fn boot_seconds(
+    world: &World,
+    registry: &Registry,
+    models: &[ReadModel],
+) -> anyhow::Result<f64> {
     empty(world, models).await?;
     Ok(world.boot(registry).await?.as_secs_f64())
 }

@@ -1,4 +1,4 @@
-//! The queues that are measured: of LocalStack, and of the stub.
+//! The measured queues, of LocalStack and of the stub.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,17 +10,17 @@ use aws_sdk_sqs::Client;
 use aws_sdk_sqs::types::{QueueAttributeName, SendMessageBatchRequestEntry};
 use projectionist::SqsQueue;
 
-/// As the commands have it by default.
+/// The default of the commands.
 const VISIBILITY: Duration = Duration::from_secs(30);
 
-/// What one batch may hold.
+/// The limits of one batch.
 const MAX_BATCH_MESSAGES: usize = 10;
 const MAX_BATCH_BYTES: usize = 1_000_000;
 
-/// Makes queues' names unique.
-static MADE: AtomicU64 = AtomicU64::new(0);
+/// Numbers queues and messages, so that their names and deduplication ids are unique.
+static NEXT_NUMBER: AtomicU64 = AtomicU64::new(0);
 
-/// Somebody who speaks the protocol of SQS.
+/// A server that speaks the protocol of SQS.
 pub struct Endpoint {
     pub name: &'static str,
     client: Client,
@@ -42,7 +42,7 @@ impl Kind {
 }
 
 impl Endpoint {
-    pub async fn at(name: &'static str, url: &str) -> Self {
+    pub async fn new(name: &'static str, url: &str) -> Self {
         let config = aws_config::defaults(BehaviorVersion::latest())
             .http_client(aws_smithy_http_client::Builder::new().build_http())
             .region("us-east-1")
@@ -53,9 +53,9 @@ impl Endpoint {
         Endpoint { name, client: Client::new(&config) }
     }
 
-    /// A queue that was never used: no deduplication remembers what an earlier round has sent.
+    /// Makes a new queue, which remembers no deduplication id of an earlier round.
     pub async fn make_queue(&self, kind: Kind) -> anyhow::Result<LiveQueue> {
-        let number = MADE.fetch_add(1, Ordering::Relaxed);
+        let number = NEXT_NUMBER.fetch_add(1, Ordering::Relaxed);
         let name = format!("{}{number}", prefix());
         let create = match kind {
             Kind::Fifo => self
@@ -67,12 +67,12 @@ impl Endpoint {
         };
         let created =
             create.send().await.with_context(|| format!("{} does not answer", self.name))?;
-        let url = created.queue_url.context("a queue has a URL")?;
+        let url = created.queue_url.context("the created queue has no URL")?;
         let sqs = SqsQueue::with_client(self.client.clone(), &url, VISIBILITY).await?;
         Ok(LiveQueue { kind, client: self.client.clone(), url, sqs: Arc::new(sqs) })
     }
 
-    /// Takes away the queues of a bench that was cut short.
+    /// Deletes the queues that an interrupted bench has left.
     pub async fn clear(&self) -> anyhow::Result<()> {
         let left = self.client.list_queues().queue_name_prefix(prefix()).send().await?;
         for url in left.queue_urls.unwrap_or_default() {
@@ -82,12 +82,12 @@ impl Endpoint {
     }
 }
 
-/// What the names of our queues begin with.
+/// The prefix of the queues of this process.
 fn prefix() -> String {
     format!("bench-{}-", std::process::id())
 }
 
-/// One queue, by the same client for who plays and for the bare loop.
+/// One queue. Play and the bare loop use it through the same client.
 pub struct LiveQueue {
     kind: Kind,
     client: Client,
@@ -96,7 +96,7 @@ pub struct LiveQueue {
 }
 
 impl LiveQueue {
-    /// Sends messages in order, as fast as it goes.
+    /// Sends messages in order, as fast as possible.
     pub async fn fill(&self, bodies: &[String]) -> anyhow::Result<()> {
         for batch in batches(bodies) {
             let mut send = self.client.send_message_batch().queue_url(&self.url);
@@ -106,7 +106,7 @@ impl LiveQueue {
                     .message_body(body);
                 let entry = match self.kind {
                     Kind::Fifo => {
-                        let number = MADE.fetch_add(1, Ordering::Relaxed);
+                        let number = NEXT_NUMBER.fetch_add(1, Ordering::Relaxed);
                         entry
                             .message_group_id("events")
                             .message_deduplication_id(number.to_string())

@@ -1,4 +1,5 @@
-//! Row 9: what a longer log costs. Real processes, for only they have a peak of memory.
+//! Row 9: what a longer log costs. It runs real processes, because peak memory is a property of a
+//! process.
 
 use std::path::Path;
 use std::process::Stdio;
@@ -13,19 +14,18 @@ use crate::sheet::{Comparison, EquivalentLoop, Line, Sheet, Target, Unit, groupe
 use crate::world::World;
 use crate::{Bench, WORKER, bare};
 
-/// How often the peak is looked at. It only grows: what is missed is what the last moment added.
+/// How often the peak memory is read. The peak only grows, so only the growth of the last interval
+/// can be missed.
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
-/// From how many events on a log is booted only once with a statement for every event: it takes
-/// minutes.
+/// At this length and above, the declared upsert is measured once only, because it takes minutes.
 const LONG: u64 = 2_000_000;
 
-/// A process and what it needs to know.
+/// The process that boots.
 enum Worker<'a> {
-    /// This program with a projector in Rust that does nothing: the same `boot`, from the same
-    /// crate.
+    /// This program with a projector in Rust that does nothing. It runs the same `boot`.
     Nothing,
-    /// The shipped binary with a projector in a file, and the table that it writes.
+    /// The released binary with a projector file, and the read model that it writes.
     Declared(&'a Path, &'a ReadModel),
 }
 
@@ -38,13 +38,13 @@ struct BootRun {
 struct Size {
     events: u64,
     rates: Vec<f64>,
-    /// Of the bare loop over the same rows: what the log's length does to that.
+    /// The rates of the bare loop over the same rows: the log's length slows it down, too.
     bare_rates: Vec<f64>,
     peaks: Vec<f64>,
 }
 
-/// Boots at each length of the log: of a projector that does nothing, and of a declared one with an
-/// upsert an event.
+/// Boots at each length of the log: a projector that does nothing, and a declared one with an
+/// upsert for each event.
 pub async fn growth(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
     let world = World::new(&bench.parts).await?;
     let model = ReadModel::new("upserted");
@@ -79,15 +79,16 @@ pub async fn growth(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
         upserts.push(world.measure(&Worker::Declared(files.path(), &model), events, rounds).await?);
     }
     add_lines(sheet, "do-nothing", &nothing, "read and commit", 0.8);
-    // By hand they are a thousand a statement; a file's are sent together only as far as that is
-    // the same in effect.
+    // By hand, a statement has a thousand rows. The statements of a file are combined only if the
+    // effect stays the same.
     add_lines(sheet, "declared upsert", &upserts, "multi-row upserts", 0.75);
     Ok(())
 }
 
 impl World {
-    /// The mark has been raised already. What a boot takes that has nothing to do is not counted:
-    /// it is the start of a process and of its connections, and no matter of the log.
+    /// Measures boots after the mark was raised. The time of a boot with nothing to do is
+    /// subtracted: it is the start of a process and its connections, and does not depend on the
+    /// log.
     async fn measure(
         &self,
         worker: &Worker<'_>,
@@ -137,7 +138,7 @@ impl World {
             .kill_on_drop(true);
         let began = Instant::now();
         let mut process = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn()?;
-        let pid = process.id().context("it runs")?;
+        let pid = process.id().context("the process has ended already")?;
         let mut peak_mib = 0.0;
         let ended = loop {
             tokio::select! {
@@ -150,21 +151,22 @@ impl World {
     }
 }
 
-/// The most memory that a process has ever had resident, in MiB. `None`: it has just ended.
+/// Returns the peak resident memory of a process in MiB; `None` if the process has ended.
 fn peak(pid: u32) -> Option<f64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
     Some(peak.split_whitespace().next()?.parse::<f64>().ok()? / 1024.0)
 }
 
-/// Each size beside the first; and beside the bare loop over as many events, to which it must come
-/// so near.
+/// Compares each size with the smallest, and with the bare loop over as many events. `near` is the
+/// least ratio to that loop.
 fn add_lines(sheet: &mut Sheet, what: &str, sizes: &[Size], bare: &str, near: f64) {
     let Some(smallest) = sizes.first() else { return };
     let name = |size: &Size| format!("at {} events", grouped(size.events as f64));
     for size in sizes {
         let is_longer = size.events > smallest.events;
-        // Measured at another time, so that the rounds are no pairs.
+        // The smallest size was measured at another time, so its rounds are not pairs. Its median
+        // is used for each round.
         let first = |rates: &[f64]| Series {
             name: name(smallest),
             rounds: vec![median(rates); size.rates.len()],
@@ -179,20 +181,19 @@ fn add_lines(sheet: &mut Sheet, what: &str, sizes: &[Size], bare: &str, near: f6
             target: is_longer.then_some(Target::Within(0.85, 1.15)),
             note: None,
         };
-        match is_longer {
-            true => {
-                let least = EquivalentLoop {
-                    what: format!("boot process, {what} {} ÷ bare {bare} of as many", name(size)),
-                    bare: Series {
-                        name: format!("bare {bare} {}", name(size)),
-                        rounds: size.bare_rates.clone(),
-                    },
-                    bare_bound: first(&smallest.bare_rates),
-                    target: Target::AtLeast(near),
-                };
-                sheet.add_with_equivalent(line, least);
-            }
-            false => sheet.add(line),
+        if is_longer {
+            let least = EquivalentLoop {
+                what: format!("boot process, {what} {} ÷ bare {bare} of as many", name(size)),
+                bare: Series {
+                    name: format!("bare {bare} {}", name(size)),
+                    rounds: size.bare_rates.clone(),
+                },
+                bare_bound: first(&smallest.bare_rates),
+                target: Target::AtLeast(near),
+            };
+            sheet.add_with_equivalent(line, least);
+        } else {
+            sheet.add(line);
         }
         sheet.add(Line {
             row: 9,

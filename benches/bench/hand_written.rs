@@ -1,7 +1,9 @@
-//! From commit to commit by hand: what the guarantees need on the way, and nothing else. A log is
-//! looked at again and again, for nothing in MySQL tells of a commit; only what follows without a
-//! hole is sent, when it is written down how far that goes; and the projection commits with its
-//! fence before its message is deleted.
+//! A loop by hand from the commit of an append to the commit of the projection. It does the minimum
+//! that the guarantees need:
+//!
+//! - It polls the log, because MySQL does not announce commits.
+//! - It sends only events without a gap before them, and records how far it has sent.
+//! - It commits the projection with its fence before it deletes the message.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -19,16 +21,17 @@ use crate::fence::Fence;
 use crate::projectors::{ReadModel, WriteEvent};
 use crate::world::World;
 
-/// As often as the relay looks while events come.
+/// The poll interval of the relay while events arrive.
 const POLL_INTERVAL: Duration = Duration::from_micros(2_500);
 
-const ABOVE: &str = "select position, stream_id, event_type, recorded_at, payload from events where position > ? \
-                     order by position limit 1000";
+const ABOVE: &str = "select position, stream_id, event_type, recorded_at, payload from events \
+                     where position > ? order by position limit 1000";
 
 const LAST: &str = "select max(position) from events";
 
-/// Where it is written down how far the log is proved, and sent.
-const MARKS: &str = "create table if not exists marks (name varchar(20) primary key, position bigint unsigned not null)";
+/// Records how far the log is proved, and how far it is sent.
+const MARKS: &str = "create table if not exists marks \
+    (name varchar(20) primary key, position bigint unsigned not null)";
 
 const SET_MARK: &str = "replace into marks values (?, ?)";
 
@@ -54,7 +57,7 @@ impl Row {
     }
 }
 
-/// Sends what is appended from now on.
+/// Returns a loop that sends all events appended from now on.
 pub async fn publish(
     world: &World,
     sqs: Arc<SqsQueue>,
@@ -90,7 +93,8 @@ async fn set_mark(
     sqlx::query(SET_MARK).bind(name).bind(position).execute(connection).await.map(|_| ())
 }
 
-/// Applies messages until `count` events are applied: when each position was.
+/// Applies messages until `count` events are applied. Returns the time at which each position was
+/// applied.
 pub async fn apply(
     world: &World,
     sqs: &SqsQueue,
@@ -101,8 +105,8 @@ pub async fn apply(
     let mut applied = HashMap::new();
     while applied.len() < count {
         for message in sqs.receive(PlaySettings::default().receive_wait).await? {
-            let rows: Vec<Row> =
-                serde_json::from_str(&message.body).context("a message of ours")?;
+            let rows: Vec<Row> = serde_json::from_str(&message.body)
+                .context("a message was not sent by this loop")?;
             let write = async |db: &mut MySqlConnection| {
                 for Row { stream_id, event_type, recorded_at, .. } in &rows {
                     model

@@ -1,24 +1,25 @@
-//! Measuring in turn: ours, the bare loop, ours, the bare loop. What changes on the machine
-//! meanwhile then hits both.
+//! Measures several lanes in turn, round by round. A change of the machine during the run then
+//! affects all lanes.
 
 use std::future::Future;
 use std::time::{Duration, Instant};
 
 use futures_util::future::LocalBoxFuture;
 
-/// One thing that is measured, again and again; `T` is what one round of it comes to.
+/// One measured variant. `T` is the result of one round.
 pub struct Lane<'a, T> {
     name: String,
     run: Box<dyn FnMut() -> LocalBoxFuture<'a, anyhow::Result<T>> + 'a>,
 }
 
-/// What a lane came to, round by round.
+/// The results of a lane, one for each round.
 #[derive(Clone)]
 pub struct Series<T> {
     pub name: String,
     pub rounds: Vec<T>,
 }
 
+/// A lane with this name; `run` measures one round.
 pub fn lane<'a, T, F>(name: impl Into<String>, mut run: impl FnMut() -> F + 'a) -> Lane<'a, T>
 where
     F: Future<Output = anyhow::Result<T>> + 'a,
@@ -26,7 +27,7 @@ where
     Lane { name: name.into(), run: Box::new(move || Box::pin(run())) }
 }
 
-/// Runs the lanes one after the other, as many rounds as are asked for.
+/// Runs the lanes one after the other, for `rounds` rounds.
 pub async fn in_turn<const N: usize, T>(
     rounds: usize,
     mut lanes: [Lane<'_, T>; N],
@@ -50,7 +51,7 @@ pub async fn in_turn<const N: usize, T>(
 }
 
 impl<T> Series<T> {
-    /// One figure of each round.
+    /// The series of one figure of each round.
     pub fn of(&self, figure: impl Fn(&T) -> f64) -> Series<f64> {
         Series { name: self.name.clone(), rounds: self.rounds.iter().map(figure).collect() }
     }
@@ -75,7 +76,7 @@ pub fn median(values: &[f64]) -> f64 {
     }
 }
 
-/// Delays of one round, in milliseconds.
+/// Quantiles of the delays of one round, in milliseconds.
 pub struct Quantiles {
     pub p50: f64,
     pub p95: f64,
@@ -83,7 +84,7 @@ pub struct Quantiles {
 }
 
 impl Quantiles {
-    /// By the nearest rank: of ten values the 99th percentile is the largest.
+    /// Uses the nearest rank: of ten values, the 99th percentile is the largest.
     pub fn of(delays: &[Duration]) -> Self {
         let values: Vec<f64> = delays.iter().map(|delay| delay.as_secs_f64() * 1e3).collect();
         let sorted = sorted(&values);

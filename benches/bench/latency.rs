@@ -1,10 +1,11 @@
-//! Row 8: from the commit of the append to the commit of the projection.
+//! Row 8: the time from the commit of an append to the commit of the projection.
 //!
-//! Ours begins when the writer's commit has returned, and ends when play asks the queue to delete
-//! the message: the projection's transaction has committed then, in the same process, a few
-//! instructions ago. Should the engine come to put its deletions off, this would be too long and
-//! never too short. The bare way begins when a message is due to be sent, and ends when it is
-//! received. Both on a schedule, whatever is late: a delay is not hidden by the delay before it.
+//! Ours starts when the writer's commit has returned. It ends when play asks the queue to delete
+//! the message: the projection was committed just before, in the same process. If the engine ever
+//! defers its deletions, the measured time is too long, never too short.
+//!
+//! The bare loop starts when a message is due to be sent, and ends when it is received. Both run on
+//! a fixed schedule, so that a delay does not hide the delays after it.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -26,19 +27,20 @@ use crate::sheet::{Comparison, EquivalentLoop, Line, Sheet, Target, Unit};
 use crate::world::World;
 use crate::{Bench, hand_written};
 
-/// What is not there by then is a failure.
+/// An event or message that takes longer than this fails the bench.
 const TIMEOUT: Duration = Duration::from_secs(120);
 
-/// A median delay of so many milliseconds, sending to an idle receiver, is that of a line that
-/// grows.
+/// The queue is overloaded if the median delay of the bare loop exceeds this many milliseconds: its
+/// backlog grows then.
 const MAX_DELAY_MS: f64 = 500.0;
 
-/// Each on a connection of its own, taking every eighth event.
+/// The number of writers, each with a connection of its own. Each appends every eighth event.
 const WRITERS: u64 = 8;
 
-const APPEND: &str = "insert into events (stream_id, stream_version, event_type, payload) values (uuid(), 1, 'Happened', ?)";
+const APPEND: &str = "insert into events (stream_id, stream_version, event_type, payload) \
+                      values (uuid(), 1, 'Happened', ?)";
 
-/// When so many events a second are due, for so long.
+/// `count` events, `per_second` of them due each second.
 #[derive(Clone, Copy)]
 struct Schedule {
     per_second: u64,
@@ -58,16 +60,18 @@ pub async fn delays(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
                 Schedule { per_second, count: per_second * bench.sizes().latency_seconds };
             let endpoint = &endpoint;
             let lanes = [
-                lane("append to projection", || projected(world, endpoint, registry, schedule)),
-                lane("send to receive", || received(endpoint, schedule)),
+                lane("append to projection", || {
+                    measure_projection(world, endpoint, registry, schedule)
+                }),
+                lane("send to receive", || measure_queue(endpoint, schedule)),
                 lane("append to projection by hand", || {
-                    projected_by_hand(world, endpoint, model, schedule)
+                    measure_projection_by_hand(world, endpoint, model, schedule)
                 }),
             ];
             let [ours, bound, by_hand] = in_turn(bench.options.rounds.min(3), lanes).await?;
             let is_overloaded = bound.of(|delays| delays.p50).median() > MAX_DELAY_MS;
             let note = format!(
-                "{per_second}/s, {}: the queue does not take so many one by one",
+                "{per_second}/s, {}: more single messages than the queue accepts",
                 endpoint.name
             );
             let note = is_overloaded.then_some(note);
@@ -102,34 +106,34 @@ pub async fn delays(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Appends on schedule while a worker plays, with the settings that it has by default.
-async fn projected(
+/// Appends on schedule while a worker with default settings plays.
+async fn measure_projection(
     world: &World,
     endpoint: &Endpoint,
     registry: &Registry,
     schedule: Schedule,
 ) -> anyhow::Result<Quantiles> {
     let queue = endpoint.make_queue(Kind::Fifo).await?;
-    let witness = ObservedQueue::of(Arc::clone(&queue.sqs) as Arc<dyn Queue>);
+    let observed = ObservedQueue::new(Arc::clone(&queue.sqs) as Arc<dyn Queue>);
     let (stop, stopped) = oneshot::channel::<()>();
     let (database, registry, watched) =
-        (world.database.clone(), registry.clone(), Arc::clone(&witness));
+        (world.database.clone(), registry.clone(), Arc::clone(&observed));
     let playing = tokio::spawn(async move {
         let until = async { _ = stopped.await };
         play(&database, watched as Arc<dyn Queue>, &registry, PlaySettings::default(), until).await
     });
-    // The first events find connections to be opened and statements to be prepared: they are not
-    // measured.
-    Schedule { per_second: 100, count: WRITERS }.append_and_wait(world, &witness).await?;
-    let committed = schedule.append_and_wait(world, &witness).await?;
+    // The first events are not measured: they wait for connections to open and statements to be
+    // prepared.
+    Schedule { per_second: 100, count: WRITERS }.append_and_wait(world, &observed).await?;
+    let committed = schedule.append_and_wait(world, &observed).await?;
     let _ = stop.send(());
     playing.await??;
     queue.remove().await?;
-    delays_of(&committed, &witness.applied())
+    match_delays(&committed, &observed.applied())
 }
 
-/// Appends on the same schedule to what publishes and applies by hand.
-async fn projected_by_hand(
+/// Appends on the same schedule, while the loop by hand publishes and applies.
+async fn measure_projection_by_hand(
     world: &World,
     endpoint: &Endpoint,
     model: &ReadModel,
@@ -148,18 +152,18 @@ async fn projected_by_hand(
         .context("an event is not projected")??;
     publishing.abort();
     queue.remove().await?;
-    delays_of(&committed, &applied)
+    match_delays(&committed, &applied)
 }
 
-fn delays_of(
+fn match_delays(
     committed: &HashMap<u64, Instant>,
     applied: &HashMap<u64, Instant>,
 ) -> anyhow::Result<Quantiles> {
     let delay = |(position, at): (&u64, &Instant)| {
         let applied = applied
             .get(position)
-            .with_context(|| format!("position {position} came by no message"))?;
-        // The relay may be faster than the answer to the commit.
+            .with_context(|| format!("position {position} was in no message"))?;
+        // The event may be applied before the writer has the answer to its commit.
         Ok(applied.saturating_duration_since(*at))
     };
     let delays = committed.iter().map(delay).collect::<anyhow::Result<Vec<_>>>()?;
@@ -174,17 +178,18 @@ impl Schedule {
     async fn append_and_wait(
         self,
         world: &World,
-        witness: &ObservedQueue,
+        observed: &ObservedQueue,
     ) -> anyhow::Result<HashMap<u64, Instant>> {
         let committed = self.append(world).await?;
         let last = committed.keys().copied().max().unwrap_or_default();
-        timeout(TIMEOUT, witness.deleted_through(last))
+        timeout(TIMEOUT, observed.deleted_through(last))
             .await
             .context("an event is not projected")?;
         Ok(committed)
     }
 
-    /// One event a transaction, when it is due. When each position was committed.
+    /// Appends each event when it is due, in a transaction of its own. Returns the commit time of
+    /// each position.
     async fn append(self, world: &World) -> anyhow::Result<HashMap<u64, Instant>> {
         let payload = format!(r#"{{"note":"{}"}}"#, "x".repeat(288));
         let mut connections = Vec::new();
@@ -213,21 +218,22 @@ impl Schedule {
     }
 }
 
-/// Sends on schedule, one after the other as the relay does, and receives beside it.
-async fn received(endpoint: &Endpoint, schedule: Schedule) -> anyhow::Result<Quantiles> {
+/// Sends messages on schedule, one after the other as the relay does, and receives them
+/// concurrently.
+async fn measure_queue(endpoint: &Endpoint, schedule: Schedule) -> anyhow::Result<Quantiles> {
     let queue = endpoint.make_queue(Kind::Fifo).await?;
-    let (tell, mut told) = mpsc::unbounded_channel();
+    let (due_sender, mut due_receiver) = mpsc::unbounded_channel();
     let began = Instant::now();
     let clock = tokio::spawn(async move {
         for number in 0..schedule.count {
             sleep_until(schedule.due(began, number)).await;
-            let _ = tell.send((number, Instant::now()));
+            let _ = due_sender.send((number, Instant::now()));
         }
     });
     let sqs = Arc::clone(&queue.sqs);
     let sender = tokio::spawn(async move {
         let mut due = HashMap::new();
-        while let Some((number, at)) = told.recv().await {
+        while let Some((number, at)) = due_receiver.recv().await {
             sqs.send(&format!("{number} {}", "x".repeat(500)), &number.to_string()).await?;
             due.insert(number, at);
         }
@@ -252,5 +258,5 @@ async fn received(endpoint: &Endpoint, schedule: Schedule) -> anyhow::Result<Qua
     clock.await?;
     let due: HashMap<u64, Instant> = sender.await??;
     queue.remove().await?;
-    delays_of(&due, &arrived)
+    match_delays(&due, &arrived)
 }

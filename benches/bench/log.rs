@@ -1,4 +1,4 @@
-//! Filling a log: inside the server, from a sample of events.
+//! Fills a log inside the server, from a sample of events.
 
 use std::path::Path;
 
@@ -13,20 +13,22 @@ use crate::world::{World, execute};
 pub const RARE: &str = "Case archived";
 pub const ONE_IN: u64 = 100;
 
-/// Events in one statement.
+/// The number of events that one statement inserts.
 const CHUNK: u64 = 50_000;
 
-/// Positions are given and not left to the server, which would leave holes between bulk inserts. So
-/// many streams grow side by side, each to eight events; what a batch of a thousand events brings
-/// of one stream is four of them.
-const FILL: &str = "insert into events (position, event_id, stream_id, stream_version, event_type, recorded_at, payload) \
+/// Inserts events with explicit positions, because the server would leave gaps between bulk
+/// inserts. 250 streams grow at a time, each to eight events. A batch of a thousand events has four
+/// events of each of them.
+const FILL: &str = "insert into events (position, event_id, stream_id, stream_version, event_type, \
+    recorded_at, payload) \
     select p, concat('00000000-0000-7000-8000-', lpad(hex(p), 12, '0')), \
     concat('case-', lpad(p div 2000 * 250 + p mod 250, 10, '0')), p mod 2000 div 250 + 1, \
     if(p mod 100 = 0, ?, event_type), timestamp('2020-01-01') + interval p second, payload \
-    from (select thousands.n * 1000 + ones.n + ? as p from numbers thousands, numbers ones where thousands.n < ?) positions \
+    from (select thousands.n * 1000 + ones.n + ? as p \
+    from numbers thousands, numbers ones where thousands.n < ?) positions \
     join sample on sample.n = p mod ? where p <= ? order by p";
 
-/// What events are made of.
+/// The event types and payloads from which events are made.
 pub struct Sample(Vec<(String, String)>);
 
 #[derive(Deserialize)]
@@ -37,7 +39,7 @@ struct AppendLine<'a> {
 }
 
 impl Sample {
-    /// Of a file with one event a line, as `projectionist append` takes them.
+    /// Reads a file with one event a line, in the format of `projectionist append`.
     pub fn read(file: &Path) -> anyhow::Result<Self> {
         let text = std::fs::read_to_string(file).with_context(|| file.display().to_string())?;
         let lines = text.lines().map(|line| {
@@ -51,9 +53,9 @@ impl Sample {
         Ok(Sample(sample))
     }
 
-    /// Of events of about 300 bytes, the same in every run.
+    /// Generates events of about 300 bytes, the same in every run.
     pub fn generated() -> Self {
-        let mut dice = fastrand::Rng::with_seed(4);
+        let mut rng = fastrand::Rng::with_seed(4);
         let types = [
             "Confirmation of receipt",
             "Check confirmation",
@@ -61,18 +63,23 @@ impl Sample {
             "Draft decision",
         ];
         let event = |_| {
-            let event_type = dice.choice(types).unwrap_or_default().to_owned();
+            let event_type = rng.choice(types).unwrap_or_default().to_owned();
             let payload = format!(
-                r#"{{"channel":"{}","deadline":"2026-{:02}-{:02}T00:00:00Z","department":"General","responsible":"Resource {}","amount":{}.{:02},"concept_instance":"task-{}","lifecycle_transition":"complete","org_group":"Group {}","note":"{}"}}"#,
-                ["Internet", "Desk", "Post", "E-mail"][dice.usize(..4)],
-                dice.u8(1..=12),
-                dice.u8(1..=28),
-                dice.u8(1..60),
-                dice.u16(..),
-                dice.u8(..100),
-                dice.u32(1000..99_999),
-                dice.u8(1..9),
-                "Sent on to the responsible department for assessment. ".repeat(dice.usize(1..=2)),
+                concat!(
+                    r#"{{"channel":"{}","deadline":"2026-{:02}-{:02}T00:00:00Z","#,
+                    r#""department":"General","responsible":"Resource {}","amount":{}.{:02},"#,
+                    r#""concept_instance":"task-{}","lifecycle_transition":"complete","#,
+                    r#""org_group":"Group {}","note":"{}"}}"#,
+                ),
+                ["Internet", "Desk", "Post", "E-mail"][rng.usize(..4)],
+                rng.u8(1..=12),
+                rng.u8(1..=28),
+                rng.u8(1..60),
+                rng.u16(..),
+                rng.u8(..100),
+                rng.u32(1000..99_999),
+                rng.u8(1..9),
+                "Sent on to the responsible department for assessment. ".repeat(rng.usize(1..=2)),
             );
             (event_type, payload)
         };
@@ -81,7 +88,7 @@ impl Sample {
 }
 
 impl World {
-    /// Makes the log longer, until it has so many events.
+    /// Appends to the log until it has `events` events.
     pub async fn fill(&self, sample: &Sample, events: u64) -> anyhow::Result<()> {
         let mut connection = self.connection().await?;
         prepare(&mut connection, sample).await?;
@@ -99,12 +106,13 @@ impl World {
     }
 }
 
-/// The tables from which the server makes events.
+/// Makes the tables from which `FILL` selects.
 async fn prepare(connection: &mut MySqlConnection, sample: &Sample) -> anyhow::Result<()> {
     for table in [
         "drop table if exists numbers, sample",
         "create table numbers (n bigint unsigned primary key)",
-        "create table sample (n bigint unsigned primary key, event_type varchar(200) not null, payload mediumtext not null)",
+        "create table sample (n bigint unsigned primary key, \
+         event_type varchar(200) not null, payload mediumtext not null)",
     ] {
         execute(connection, table).await?;
     }

@@ -1,24 +1,23 @@
-//! What it is measured on: the parts of `localstack/`, started where they are not up, and this
-//! machine.
+//! The machine and the servers of a run. Servers that are not up are started by `localstack/up`.
 
 use std::process::Command;
 
 use anyhow::{Context, ensure};
 use serde_json::{Value, json};
 
-/// Above this, other processes take part in the figures.
+/// At a load above this, other processes influence the figures.
 const MAX_LOAD: f64 = 0.7;
 
 /// The addresses of a database server and of LocalStack.
 pub struct Parts {
-    /// `mysql://USER@HOST:PORT`, of somebody who may create databases.
+    /// `mysql://USER@HOST:PORT`, with a user who may create databases.
     pub server_url: String,
     pub sqs_endpoint: String,
 }
 
 impl Parts {
-    /// From the environment, or from what `localstack/up` starts.
-    pub fn of(server: &str) -> anyhow::Result<Self> {
+    /// Takes the addresses from the environment, or starts the servers with `localstack/up`.
+    pub fn locate(server: &str) -> anyhow::Result<Self> {
         let url = format!("{}_URL", server.to_uppercase());
         let from_environment = |name: &str| std::env::var(name).ok();
         if let (Some(server_url), Some(sqs_endpoint)) =
@@ -29,12 +28,12 @@ impl Parts {
         let up = concat!(env!("CARGO_MANIFEST_DIR"), "/localstack/up");
         let ended = Command::new(up).args([server, "sqs"]).output().context(up)?;
         ensure!(ended.status.success(), "{up} failed: {}", String::from_utf8_lossy(&ended.stderr));
-        Ok(Parts { server_url: written(&url)?, sqs_endpoint: written("AWS_ENDPOINT_URL")? })
+        Ok(Parts { server_url: read_state(&url)?, sqs_endpoint: read_state("AWS_ENDPOINT_URL")? })
     }
 }
 
-/// What `localstack/up` has written.
-fn written(name: &str) -> anyhow::Result<String> {
+/// Reads a variable from the file that `localstack/up` writes.
+fn read_state(name: &str) -> anyhow::Result<String> {
     let state = std::env::var("PROJECTIONIST_STATE")
         .unwrap_or(concat!(env!("CARGO_MANIFEST_DIR"), "/.local").into());
     let text =
@@ -54,15 +53,16 @@ pub fn load() -> f64 {
     text.split_whitespace().next().and_then(|load| load.parse().ok()).unwrap_or_default()
 }
 
-/// What a reader of the figures asks first. Says so if the machine is busy.
+/// Collects the facts that a reader of the figures needs, and prints them. Warns if the build is
+/// not optimised or the machine is busy.
 pub fn facts(server: &str, version: &str, settings: &[(String, String)]) -> Value {
     let (cpus, load) = (std::thread::available_parallelism().map_or(0, usize::from), load());
     let profile = if cfg!(debug_assertions) { "not optimised" } else { "bench" };
     if cfg!(debug_assertions) {
-        eprintln!("WARNING: not optimised: this shows that the bench works, and no more");
+        eprintln!("WARNING: not an optimised build: the figures mean nothing");
     }
     if load > MAX_LOAD {
-        eprintln!("WARNING: load {load}: others take part in these figures");
+        eprintln!("WARNING: load {load}: other processes influence these figures");
     }
     let settings: serde_json::Map<String, Value> =
         settings.iter().map(|(name, value)| (name.clone(), json!(value))).collect();
@@ -79,20 +79,20 @@ pub fn facts(server: &str, version: &str, settings: &[(String, String)]) -> Valu
     facts
 }
 
-/// The same for people.
+/// The facts as a line of text.
 pub fn describe(facts: &Value) -> String {
     let settings = facts["settings"].as_object().into_iter().flatten();
     let settings: Vec<String> = settings
         .map(|(name, value)| format!("{name}={}", value.as_str().unwrap_or_default()))
         .collect();
-    let of = |name: &str| facts[name].as_str().unwrap_or_default().to_owned();
+    let text = |name: &str| facts[name].as_str().unwrap_or_default().to_owned();
     format!(
         "{} {}, {} CPUs, load {}, profile {}; {}",
-        of("server"),
-        of("version"),
+        text("server"),
+        text("version"),
         facts["cpus"],
         facts["load_at_start"],
-        of("profile"),
+        text("profile"),
         settings.join(", ")
     )
 }

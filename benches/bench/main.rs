@@ -1,9 +1,9 @@
-//! `cargo bench`: each row measures ours and the bare loop that bounds it, in turn, on the local
-//! parts.
+//! `cargo bench`: each row measures ours and the bare loop that bounds it, in turn, on local
+//! servers.
 //!
-//! Starts what is missing by `localstack/up`, makes a database and queues of its own, and takes
-//! them away again. It asserts no speed: the table says which targets are met. `cargo test --bench
-//! bench -- --quick` shows that it works, in minutes.
+//! The bench starts missing servers with `localstack/up`, makes a database and queues of its own,
+//! and removes them at the end. It does not fail on a missed target; the table shows which targets
+//! are met. `cargo test --bench bench -- --quick` checks in minutes that every row works.
 
 mod bare;
 mod boot;
@@ -44,29 +44,34 @@ use sheet::Sheet;
 struct Options {
     #[arg(long, value_enum, default_value = "mariadb")]
     server: Server,
-    /// Events in the log of rows 1 to 5; where every event is a statement of its own, a third of it
+    /// Events in the log of rows 1 to 5; a third of them in rows with a statement for every event
     #[arg(long, default_value_t = 300_000, value_parser = clap::value_parser!(u64).range(1_000..))]
     events: u64,
-    /// How often each lane is measured
+    /// Rounds of each measurement
     #[arg(long, default_value_t = 5)]
     rounds: usize,
-    /// Which rows; all, unless told
-    #[arg(long, value_delimiter = ',', default_values_t = 1..=10, value_parser = clap::value_parser!(u32).range(1..=10))]
+    /// Measure only these rows; all by default
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_values_t = 1..=10,
+        value_parser = clap::value_parser!(u32).range(1..=10)
+    )]
     rows: Vec<u32>,
     /// The lengths of the log in row 9, ascending
     #[arg(long, value_delimiter = ',', default_values_t = [100_000, 1_000_000, 5_000_000])]
     sizes: Vec<u64>,
-    /// A file of events, as `projectionist append` takes them, that the log is made of; generated,
-    /// unless told
+    /// A file of events, one a line as for `projectionist append`, from which the log is made;
+    /// generated events by default
     #[arg(long)]
     sample: Option<PathBuf>,
     /// Write every round to this file
     #[arg(long)]
     json: Option<PathBuf>,
-    /// Only shows that every row works: few events, one round
+    /// Only check that every row works: few events, one round
     #[arg(long)]
     quick: bool,
-    /// What Cargo says to every bench
+    /// Cargo passes this flag to every bench
     #[arg(long, hide = true)]
     bench: bool,
 }
@@ -77,10 +82,10 @@ enum Server {
     Mysql,
 }
 
-/// Where this is set, the program is a worker of row 9.
+/// If this variable is set, the program is a worker of row 9.
 const WORKER: &str = "PROJECTIONIST_BENCH_WORKER";
 
-/// What every row works with.
+/// What every row uses.
 struct Bench {
     options: Options,
     parts: Parts,
@@ -88,14 +93,14 @@ struct Bench {
     stub: SocketAddr,
 }
 
-/// How much is measured of what takes as long as a queue takes.
+/// How much is measured in the rows with a queue or a fixed duration.
 struct Sizes {
-    /// Messages of one event.
+    /// Messages with one event each, by endpoint.
     localstack_messages: u64,
     stub_messages: u64,
-    /// The same where the relay sends them, one after the other.
+    /// Messages with one event each, in the rows in which the relay sends them one after the other.
     relayed_messages: u64,
-    /// Events in messages that the relay has packed.
+    /// Events in packed messages.
     packed_events: u64,
     latency_seconds: u64,
     mark_duration: Duration,
@@ -131,13 +136,14 @@ impl Server {
 impl Options {
     fn read() -> Self {
         let options = Options::parse();
-        match options.quick {
-            true => Options { events: 6_000, rounds: 1, sizes: vec![2_000, 4_000], ..options },
-            false => options,
+        if options.quick {
+            Options { events: 6_000, rounds: 1, sizes: vec![2_000, 4_000], ..options }
+        } else {
+            options
         }
     }
 
-    /// For rows in which every event is a statement of its own.
+    /// The number of events in rows with a statement for every event.
     fn fewer_events(&self) -> u64 {
         self.events / 3
     }
@@ -149,11 +155,11 @@ impl Bench {
     }
 
     async fn localstack(&self) -> Endpoint {
-        Endpoint::at("LocalStack", &self.parts.sqs_endpoint).await
+        Endpoint::new("LocalStack", &self.parts.sqs_endpoint).await
     }
 
     async fn stub(&self) -> anyhow::Result<Endpoint> {
-        Ok(Endpoint::at("stub", &format!("http://{}", self.stub)).await)
+        Ok(Endpoint::new("stub", &format!("http://{}", self.stub)).await)
     }
 }
 
@@ -161,16 +167,16 @@ fn main() -> anyhow::Result<ExitCode> {
     if std::env::var_os(WORKER).is_some() {
         return Ok(projectionist::run(Registry::new().with(Nothing::with_all())?));
     }
-    // As the shipped binary has it.
+    // The runtime of the released binary.
     tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(bench())
 }
 
 async fn bench() -> anyhow::Result<ExitCode> {
     let options = Options::read();
     let server = options.server.as_str();
-    let parts = Parts::of(server)?;
+    let parts = Parts::locate(server)?;
     let sample = options.sample.as_deref().map_or_else(|| Ok(Sample::generated()), Sample::read)?;
-    let (version, settings) = world::server(&parts).await?;
+    let (version, settings) = world::describe_server(&parts).await?;
     let mut sheet = Sheet::new(machine::facts(server, &version, &settings));
     let bench = Bench { options, parts, sample, stub: stub::start()? };
 
@@ -181,7 +187,7 @@ async fn bench() -> anyhow::Result<ExitCode> {
         _ = terminate.recv() => Ok(ExitCode::from(143)),
         _ = interrupt.recv() => Ok(ExitCode::from(130)),
     };
-    // What was measured until then is worth telling, too.
+    // After an error or a signal, the finished lines are printed, too.
     println!("\n{sheet}");
     if let Some(file) = &bench.options.json {
         std::fs::write(file, format!("{:#}\n", sheet.json()))

@@ -1,9 +1,9 @@
 //! Row 10: what the high-water mark and the table's keys cost.
 //!
-//! Eight writers overlap. Ours is the relay: it raises the mark, reads up to it and hands the
-//! events to a queue that does nothing but note the time. The bare loop reads what is visible above
-//! the last position that it has seen, which is what the mark is there to prevent: it loses events,
-//! and the line says how many. Both look every five milliseconds while nothing is new.
+//! Eight writers have overlapping transactions. Ours is the relay: it raises the mark, reads up to
+//! it and sends the events to a queue that only records the time. The bare loop reads the visible
+//! events above the last position that it has seen. It loses events, which the mark prevents, and
+//! the line shows how many. Both poll every five milliseconds while the log has no new events.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -28,9 +28,11 @@ const WRITERS: usize = 8;
 
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
-/// A transaction is open for up to so long, so that they become visible out of order; and a writer
-/// rests for up to so long.
+/// The longest time that a transaction stays open. It is random, so that events become visible out
+/// of order.
 const OPEN_MICROS: u64 = 4_000;
+
+/// The longest pause of a writer between two transactions.
 const REST_MICROS: u64 = 20_000;
 
 const VISIBLE: &str = "select position from events where position > ? order by position";
@@ -39,11 +41,12 @@ const LAST: &str = "select cast(coalesce(max(position), 0) as unsigned) from eve
 
 const PUBLISHED: &str = "select published from event_log";
 
-/// The same columns without our keys and checks.
+/// The columns of `events` without its other keys and its checks.
 const BARE_TABLE: &str = "create table bare_events ( \
     position bigint unsigned not null auto_increment primary key, \
     event_id varchar(64) character set ascii collate ascii_bin not null default (uuid()), \
-    stream_id varchar(200) character set utf8mb4 collate utf8mb4_bin not null, stream_version bigint unsigned not null, \
+    stream_id varchar(200) character set utf8mb4 collate utf8mb4_bin not null, \
+    stream_version bigint unsigned not null, \
     event_type varchar(200) character set utf8mb4 collate utf8mb4_bin not null, \
     recorded_at datetime(6) not null default (utc_timestamp(6)), \
     payload mediumtext character set utf8mb4 collate utf8mb4_bin not null, \
@@ -52,7 +55,7 @@ const BARE_TABLE: &str = "create table bare_events ( \
 /// When each position was committed.
 type Committed = HashMap<u64, Instant>;
 
-/// How late a position was seen, and how many were never seen.
+/// The delays until positions were seen, and the number of positions that were never seen.
 struct MarkDelays {
     delays: Quantiles,
     lost: usize,
@@ -82,23 +85,23 @@ pub async fn high_water(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> 
                 bounds: vec![bound.of(figure)],
                 compared_by: Comparison::Difference,
                 target: target.filter(|_| rollbacks == 0.0),
-                note: Some(format!("{what}: the latter lost {lost} events")),
+                note: Some(format!("{what}: reading by the last position lost {lost} events")),
             });
         }
     }
-    append(bench, sheet, world).await
+    measure_appends(bench, sheet, world).await
 }
 
-/// Appends with all keys and checks, and without; and by `EventStore::append`, which also reads the
-/// stream's version.
-async fn append(bench: &Bench, sheet: &mut Sheet, world: &World) -> anyhow::Result<()> {
+/// Measures appends with all keys and checks, without them, and by `EventStore::append`, which also
+/// reads the stream's version.
+async fn measure_appends(bench: &Bench, sheet: &mut Sheet, world: &World) -> anyhow::Result<()> {
     world.execute(BARE_TABLE).await?;
     let duration = bench.sizes().mark_duration;
     let lanes = [
-        lane("insert into events", || inserted(world, "events", duration)),
-        lane("EventStore::append", || appended(world, duration)),
+        lane("insert into events", || measure_inserts(world, "events", duration)),
+        lane("EventStore::append", || measure_store_appends(world, duration)),
         lane("insert into a table without our keys and checks", || {
-            inserted(world, "bare_events", duration)
+            measure_inserts(world, "bare_events", duration)
         }),
     ];
     let [insert, append, bound] = in_turn(bench.options.rounds, lanes).await?;
@@ -121,15 +124,15 @@ async fn measure_by_mark(
     rollbacks: f64,
 ) -> anyhow::Result<MarkDelays> {
     let recorder = SentRecorder::new();
-    let relay = RelaySettings { interval: POLL_INTERVAL, ..RelaySettings::default() };
-    let settings = PlaySettings { relay: Some(relay), ..PlaySettings::default() };
+    let relay = RelaySettings::default().with_interval(POLL_INTERVAL);
+    let settings = PlaySettings::default().with_relay(Some(relay));
     let (stop, stopped) = oneshot::channel::<()>();
     let (database, queue) = (world.database.clone(), Arc::clone(&recorder) as Arc<dyn Queue>);
     let playing = tokio::spawn(async move {
         let until = async { _ = stopped.await };
         play(&database, queue, &Registry::new(), settings, until).await
     });
-    // What other lanes have left comes first.
+    // The relay first sends what the other lanes have appended.
     let last = world.number(LAST).await?;
     timeout(TIMEOUT, async {
         while world.number(PUBLISHED).await? < last {
@@ -138,18 +141,18 @@ async fn measure_by_mark(
         Ok::<_, anyhow::Error>(())
     })
     .await
-    .context("the relay does not come to the end")??;
+    .context("the relay does not reach the end of the log")??;
 
     let committed = write(world, duration, rollbacks).await?;
     let last = committed.keys().copied().max().unwrap_or_default();
     timeout(TIMEOUT, recorder.sent_through(last))
         .await
-        .context("the relay does not come to the end")?;
+        .context("the relay does not reach the end of the log")?;
     let _ = stop.send(());
     playing.await??;
     let mut sent = HashMap::new();
     for (body, at) in recorder.take() {
-        let (first, last) = positions(&body).context("a message of the relay's")?;
+        let (first, last) = positions(&body).context("a message has no positions")?;
         sent.extend((first..=last).map(|position| (position, at)));
     }
     Ok(mark_delays(&committed, &sent))
@@ -163,9 +166,9 @@ async fn measure_by_last_position(
     let mut connection = world.connection().await?;
     let mut after: u64 = world.number(LAST).await?;
     let (stop, mut stopped) = oneshot::channel::<()>();
-    let looking = tokio::spawn(async move {
+    let reading = tokio::spawn(async move {
         let mut visible = HashMap::new();
-        // A last look when all is written.
+        // Reads once more after the writers have ended.
         let mut is_last = false;
         loop {
             let found: Vec<u64> =
@@ -184,7 +187,7 @@ async fn measure_by_last_position(
     });
     let committed = write(world, duration, rollbacks).await?;
     drop(stop);
-    Ok(mark_delays(&committed, &looking.await??))
+    Ok(mark_delays(&committed, &reading.await??))
 }
 
 fn mark_delays(committed: &Committed, seen: &HashMap<u64, Instant>) -> MarkDelays {
@@ -195,7 +198,8 @@ fn mark_delays(committed: &Committed, seen: &HashMap<u64, Instant>) -> MarkDelay
     MarkDelays { lost: committed.len() - delays.len(), delays: Quantiles::of(&delays) }
 }
 
-/// Eight writers, one event a transaction, for so long.
+/// Appends with eight writers for `duration`, one event in each transaction. Returns the commit
+/// times.
 async fn write(world: &World, duration: Duration, rollbacks: f64) -> anyhow::Result<Committed> {
     let statement = insert_into("events");
     let mut writers = JoinSet::new();
@@ -209,12 +213,11 @@ async fn write(world: &World, duration: Duration, rollbacks: f64) -> anyhow::Res
                     .execute(&mut *transaction)
                     .await?;
                 sleep(Duration::from_micros(fastrand::u64(..OPEN_MICROS))).await;
-                match fastrand::f64() < rollbacks {
-                    true => transaction.rollback().await?,
-                    false => {
-                        transaction.commit().await?;
-                        committed.push((insert.last_insert_id(), Instant::now()));
-                    }
+                if fastrand::f64() < rollbacks {
+                    transaction.rollback().await?;
+                } else {
+                    transaction.commit().await?;
+                    committed.push((insert.last_insert_id(), Instant::now()));
                 }
                 sleep(Duration::from_micros(fastrand::u64(..REST_MICROS))).await;
             }
@@ -228,8 +231,8 @@ async fn write(world: &World, duration: Duration, rollbacks: f64) -> anyhow::Res
     Ok(committed)
 }
 
-/// Events a second of eight writers that do not rest.
-async fn inserted(world: &World, table: &str, duration: Duration) -> anyhow::Result<f64> {
+/// The rate of eight writers that insert without pauses, in events per second.
+async fn measure_inserts(world: &World, table: &str, duration: Duration) -> anyhow::Result<f64> {
     let (mut writers, began) = (JoinSet::new(), Instant::now());
     for _ in 0..WRITERS {
         let (mut connection, statement) = (world.connection().await?, insert_into(table));
@@ -242,10 +245,10 @@ async fn inserted(world: &World, table: &str, duration: Duration) -> anyhow::Res
             Ok::<u64, anyhow::Error>(count)
         });
     }
-    total(writers, began).await
+    total_rate(writers, began).await
 }
 
-async fn appended(world: &World, duration: Duration) -> anyhow::Result<f64> {
+async fn measure_store_appends(world: &World, duration: Duration) -> anyhow::Result<f64> {
     let (mut writers, began) = (JoinSet::new(), Instant::now());
     for writer in 0..WRITERS {
         let (store, stream) = (world.store.clone(), format!("{writer}-{}", fastrand::u64(..)));
@@ -267,10 +270,13 @@ async fn appended(world: &World, duration: Duration) -> anyhow::Result<f64> {
             Ok::<u64, anyhow::Error>(count)
         });
     }
-    total(writers, began).await
+    total_rate(writers, began).await
 }
 
-async fn total(mut writers: JoinSet<anyhow::Result<u64>>, began: Instant) -> anyhow::Result<f64> {
+async fn total_rate(
+    mut writers: JoinSet<anyhow::Result<u64>>,
+    began: Instant,
+) -> anyhow::Result<f64> {
     let mut count = 0;
     while let Some(of_one) = writers.join_next().await {
         count += of_one??;
@@ -280,12 +286,13 @@ async fn total(mut writers: JoinSet<anyhow::Result<u64>>, began: Instant) -> any
 
 fn insert_into(table: &str) -> String {
     format!(
-        "insert into {table} (stream_id, stream_version, event_type, payload) values (uuid(), 1, 'Happened', '{}')",
+        "insert into {table} (stream_id, stream_version, event_type, payload) \
+         values (uuid(), 1, 'Happened', '{}')",
         payload()
     )
 }
 
-/// About 300 bytes.
+/// A payload of about 300 bytes.
 fn payload() -> String {
     format!(r#"{{"note":"{}"}}"#, "x".repeat(288))
 }

@@ -1,4 +1,4 @@
-//! Rows 6 and 7: play, from a queue that is full already.
+//! Rows 6 and 7: play from a queue that is already full.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,24 +15,24 @@ use crate::queue_probes::{ObservedQueue, SentRecorder, positions};
 use crate::sheet::{Comparison, EquivalentLoop, Line, Sheet, Target, Unit};
 use crate::world::World;
 
-/// Nothing here takes longer, not even one message at a time through LocalStack.
+/// A measurement that takes longer fails. Even single messages through LocalStack take less.
 const TIMEOUT: Duration = Duration::from_secs(600);
 
 const ONE_AT_A_TIME: usize = 1;
 
-/// Messages as the relay makes them, of the first events of the log.
+/// The messages that the relay makes of the first events of the log.
 struct Backlog {
     bodies: Vec<String>,
     events: u64,
 }
 
-/// One event a message: play with one projector and with ten, and who only receives and deletes the
-/// same messages; and who asks in between for whom they are, and commits a position, without which
-/// nothing may be deleted.
+/// Row 6: play of messages with one event each, with one projector and with ten. The bare loop only
+/// receives and deletes the same messages. The loop by hand also reads which projectors are live
+/// and commits a position before it deletes, as the guarantees need.
 pub async fn one_event_per_message(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
-    let (world, registries) = live(bench, bench.sizes().stub_messages).await?;
+    let (world, registries) = set_up(bench, bench.sizes().stub_messages).await?;
     let (world, [one, ten]) = (&world, &registries);
-    let all = record(world, bench.sizes().stub_messages, ONE_AT_A_TIME).await?;
+    let all = record_messages(world, bench.sizes().stub_messages, ONE_AT_A_TIME).await?;
     let few = all.first(bench.sizes().localstack_messages as usize);
     for (endpoint, kind, backlog) in [
         (bench.localstack().await, Kind::Fifo, &few),
@@ -41,18 +41,18 @@ pub async fn one_event_per_message(bench: &Bench, sheet: &mut Sheet) -> anyhow::
     ] {
         let endpoint = &endpoint;
         let committing = match kind {
-            Kind::Fifo => "receive, ask who is live, commit, delete, one after the other",
+            Kind::Fifo => "receive, read positions, commit, delete, one after the other",
             Kind::Standard => {
-                "receive, ask who is live, commit, delete, with the next receive meanwhile"
+                "receive, read positions, commit, delete, with the next receive meanwhile"
             }
         };
         let [one, ten, bound, bare] = in_turn(
             bench.options.rounds,
             [
-                lane("play, 1 projector", || played(world, endpoint, kind, one, backlog)),
-                lane("play, 10 projectors", || played(world, endpoint, kind, ten, backlog)),
-                lane("receive and delete", || received(endpoint, kind, backlog)),
-                lane(committing, || committed(world, endpoint, kind, backlog)),
+                lane("play, 1 projector", || measure_play(world, endpoint, kind, one, backlog)),
+                lane("play, 10 projectors", || measure_play(world, endpoint, kind, ten, backlog)),
+                lane("receive and delete", || measure_drain(endpoint, kind, backlog)),
+                lane(committing, || measure_drain_with_commits(world, endpoint, kind, backlog)),
             ],
         )
         .await?;
@@ -80,28 +80,31 @@ pub async fn one_event_per_message(bench: &Bench, sheet: &mut Sheet) -> anyhow::
     Ok(())
 }
 
-/// A backlog packed as the relay does, and one event a message: of what is in the queue, and of
-/// what the relay in the worker has yet to send.
+/// Row 7: play of a backlog with packed messages, against one event in each message. The backlog is
+/// either in the queue, or the relay in the worker sends it.
 pub async fn packed(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
-    let (world, registries) = live(bench, bench.sizes().packed_events).await?;
+    let (world, registries) = set_up(bench, bench.sizes().packed_events).await?;
     let (world, [one, _]) = (&world, &registries);
     let packed =
-        record(world, bench.sizes().packed_events, RelaySettings::default().max_events).await?;
-    let asked = Some(Target::AtLeast(20.0));
+        record_messages(world, bench.sizes().packed_events, RelaySettings::default().max_events)
+            .await?;
+    let required = Some(Target::AtLeast(20.0));
     for (endpoint, messages, from_queue) in [
-        (bench.localstack().await, bench.sizes().localstack_messages, asked),
-        // Where a message costs next to nothing: the faster one is played, the less there is to be
-        // had by packing.
+        (bench.localstack().await, bench.sizes().localstack_messages, required),
+        // The stub makes single messages cheap, so packing gains less there.
         (bench.stub().await?, bench.sizes().stub_messages, None),
     ] {
         let (endpoint, packed) = (&endpoint, &packed);
-        let single = &record(world, messages, ONE_AT_A_TIME).await?;
-        let relayed = |max_events, events| relayed(world, endpoint, one, max_events, events);
+        let single = &record_messages(world, messages, ONE_AT_A_TIME).await?;
+        let relayed =
+            |max_events, events| measure_relayed_play(world, endpoint, one, max_events, events);
         let [ours, bound, ours_relayed, bound_relayed] = in_turn(
             bench.options.rounds,
             [
-                lane("packed", || played(world, endpoint, Kind::Fifo, one, packed)),
-                lane("one event a message", || played(world, endpoint, Kind::Fifo, one, single)),
+                lane("packed", || measure_play(world, endpoint, Kind::Fifo, one, packed)),
+                lane("one event a message", || {
+                    measure_play(world, endpoint, Kind::Fifo, one, single)
+                }),
                 lane("packed, with relay", || {
                     relayed(RelaySettings::default().max_events, packed.events)
                 }),
@@ -124,7 +127,7 @@ pub async fn packed(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
                 ours_relayed,
                 bound_relayed,
                 bench.sizes().relayed_messages,
-                asked,
+                required,
             ),
         ] {
             sheet.add(Line {
@@ -145,8 +148,9 @@ pub async fn packed(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A log of so many events, and two sets of live projectors: of one that does nothing, and of ten.
-async fn live(bench: &Bench, events: u64) -> anyhow::Result<(World, [Registry; 2])> {
+/// Makes a log of `events` events and two sets of live projectors that do nothing: one projector,
+/// and ten.
+async fn set_up(bench: &Bench, events: u64) -> anyhow::Result<(World, [Registry; 2])> {
     let world = World::new(&bench.parts).await?;
     world.fill(&bench.sample, events).await?;
     let nothing = |number| Nothing { name: format!("nothing_{number}"), wanted: EventTypes::All };
@@ -160,35 +164,34 @@ async fn live(bench: &Bench, events: u64) -> anyhow::Result<(World, [Registry; 2
 }
 
 impl Backlog {
-    /// The first messages of it, of one event each.
+    /// The first messages of this backlog, which has one event in each message.
     fn first(&self, messages: usize) -> Self {
         let bodies: Vec<String> = self.bodies.iter().take(messages).cloned().collect();
         Backlog { events: bodies.len() as u64, bodies }
     }
 }
 
-/// What the relay makes of the first events of the log.
-async fn record(world: &World, events: u64, max_events: usize) -> anyhow::Result<Backlog> {
+/// Records the messages that the relay makes of the first events of the log.
+async fn record_messages(world: &World, events: u64, max_events: usize) -> anyhow::Result<Backlog> {
     world.rewind_relay().await?;
     let recorder = SentRecorder::new();
     let queue = Arc::clone(&recorder) as Arc<dyn Queue>;
-    let settings = PlaySettings {
-        relay: Some(RelaySettings { max_events, ..RelaySettings::default() }),
-        ..PlaySettings::default()
-    };
-    let nobody = Registry::new();
-    let recording = play(&world.database, queue, &nobody, settings, recorder.sent_through(events));
+    let settings = PlaySettings::default()
+        .with_relay(Some(RelaySettings::default().with_max_events(max_events)));
+    let no_projectors = Registry::new();
+    let recording =
+        play(&world.database, queue, &no_projectors, settings, recorder.sent_through(events));
     tokio::time::timeout(TIMEOUT, recording)
         .await
-        .context("the relay does not come to the end")??;
+        .context("the relay does not reach the end of the log")??;
     let of_these = |body: &String| positions(body).is_some_and(|(_, last)| last <= events);
     let bodies: Vec<String> =
         recorder.take().into_iter().map(|(body, _)| body).filter(of_these).collect();
     Ok(Backlog { bodies, events })
 }
 
-/// Events a second from a queue that is full, until the last message is deleted.
-async fn played(
+/// Plays from a full queue until the last message is deleted. Returns events per second.
+async fn measure_play(
     world: &World,
     endpoint: &Endpoint,
     kind: Kind,
@@ -198,14 +201,14 @@ async fn played(
     world.rewind().await?;
     let queue = endpoint.make_queue(kind).await?;
     queue.fill(&backlog.bodies).await?;
-    let witness = ObservedQueue::of(Arc::clone(&queue.sqs) as Arc<dyn Queue>);
-    let took = play_through(world, witness, registry, None, backlog.events).await?;
+    let observed = ObservedQueue::new(Arc::clone(&queue.sqs) as Arc<dyn Queue>);
+    let took = play_through(world, observed, registry, None, backlog.events).await?;
     queue.remove().await?;
     Ok(per_second(backlog.events, took))
 }
 
-/// Events a second from a log of which nothing was published yet.
-async fn relayed(
+/// Plays a log of which nothing is published yet, with a relay. Returns events per second.
+async fn measure_relayed_play(
     world: &World,
     endpoint: &Endpoint,
     registry: &Registry,
@@ -215,41 +218,46 @@ async fn relayed(
     world.rewind().await?;
     world.rewind_relay().await?;
     let queue = endpoint.make_queue(Kind::Fifo).await?;
-    let witness = ObservedQueue::of(Arc::clone(&queue.sqs) as Arc<dyn Queue>);
-    let relay = RelaySettings { max_events, ..RelaySettings::default() };
-    let took = play_through(world, witness, registry, Some(relay), events).await?;
+    let observed = ObservedQueue::new(Arc::clone(&queue.sqs) as Arc<dyn Queue>);
+    let relay = RelaySettings::default().with_max_events(max_events);
+    let took = play_through(world, observed, registry, Some(relay), events).await?;
     queue.remove().await?;
     Ok(per_second(events, took))
 }
 
-/// Plays until a position has been applied by all, and deleted.
+/// Plays until every projector has applied a position and its message is deleted.
 async fn play_through(
     world: &World,
-    witness: Arc<ObservedQueue>,
+    observed: Arc<ObservedQueue>,
     registry: &Registry,
     relay: Option<RelaySettings>,
     position: u64,
 ) -> anyhow::Result<Duration> {
-    let queue = Arc::clone(&witness) as Arc<dyn Queue>;
-    let settings = PlaySettings { relay, ..PlaySettings::default() };
+    let queue = Arc::clone(&observed) as Arc<dyn Queue>;
+    let settings = PlaySettings::default().with_relay(relay);
     let (mut ended, began) = (None, Instant::now());
-    let until = async { ended = Some(witness.deleted_through(position).await) };
+    let until = async { ended = Some(observed.deleted_through(position).await) };
     let playing = play(&world.database, queue, registry, settings, until);
-    tokio::time::timeout(TIMEOUT, playing).await.context("play does not come to the end")??;
+    tokio::time::timeout(TIMEOUT, playing)
+        .await
+        .context("play does not reach the end of the log")??;
     let took = ended.context("play ended by itself")?.duration_since(began);
     let reached = world.number("select position from projectors where name = 'nothing_0'").await?;
-    ensure!(reached >= position, "play has deleted what it did not apply: {reached} of {position}");
+    ensure!(
+        reached >= position,
+        "play deleted messages through {position}, but applied only through {reached}"
+    );
     Ok(took)
 }
 
-/// Messages a second for who looks into none of them.
-async fn received(endpoint: &Endpoint, kind: Kind, backlog: &Backlog) -> anyhow::Result<f64> {
+/// Receives and deletes the messages without reading them. Returns events per second.
+async fn measure_drain(endpoint: &Endpoint, kind: Kind, backlog: &Backlog) -> anyhow::Result<f64> {
     drain(endpoint, kind, backlog, None).await
 }
 
-/// The same for who asks for whom it is, and moves a position past what was received, before it is
-/// deleted.
-async fn committed(
+/// Receives the messages, reads the positions, commits a position past them and deletes them.
+/// Returns events per second.
+async fn measure_drain_with_commits(
     world: &World,
     endpoint: &Endpoint,
     kind: Kind,
@@ -266,8 +274,9 @@ async fn drain(
 ) -> anyhow::Result<f64> {
     let queue = endpoint.make_queue(kind).await?;
     queue.fill(&backlog.bodies).await?;
-    // A FIFO queue gives out nothing before the last messages are deleted, and who commits nothing
-    // has nothing to do meanwhile.
+    // Only the loop on a standard queue that commits receives ahead. A FIFO queue returns no
+    // message before the last ones are deleted, and a loop that commits nothing has no work to
+    // overlap with a receive.
     let is_ahead = kind == Kind::Standard && fence.is_some();
     let (began, mut left) = (Instant::now(), backlog.bodies.len());
     let wait = PlaySettings::default().receive_wait;
@@ -275,10 +284,10 @@ async fn drain(
     while left > 0 {
         let receipts: Vec<_> = received.into_iter().map(|message| message.receipt).collect();
         left -= receipts.len();
-        ensure!(began.elapsed() < TIMEOUT, "{left} messages do not come");
+        ensure!(began.elapsed() < TIMEOUT, "{left} messages do not arrive");
         let work = async {
             if let Some(fence) = &mut fence {
-                fence.lock_row().await?;
+                fence.read_all().await?;
                 fence.advance(receipts.len() as u64).await?;
             }
             anyhow::Ok(queue.sqs.delete(&receipts).await?)

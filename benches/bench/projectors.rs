@@ -1,4 +1,4 @@
-//! The projectors that are measured, and the one statement that those that write have in common.
+//! The measured projectors, and the upsert that the writing ones share.
 
 use std::sync::Arc;
 
@@ -9,17 +9,18 @@ use time::OffsetDateTime;
 
 use crate::world::{World, execute};
 
-const COLUMNS: &str = "(stream_id varchar(200) character set utf8mb4 collate utf8mb4_bin primary key, \
-                       last_event varchar(200) character set utf8mb4 collate utf8mb4_bin not null, \
-                       at datetime(6) not null, events bigint not null)";
+const COLUMNS: &str = "(\
+    stream_id varchar(200) character set utf8mb4 collate utf8mb4_bin primary key, \
+    last_event varchar(200) character set utf8mb4 collate utf8mb4_bin not null, \
+    at datetime(6) not null, events bigint not null)";
 
 const ON_DUPLICATE: &str =
     "on duplicate key update last_event = values(last_event), at = values(at), events = events + 1";
 
-/// Rows in one statement of the batched upsert.
+/// The number of rows in one statement of the batched upsert.
 pub const ROWS: usize = 1_000;
 
-/// A read model with one row a stream.
+/// A read model with one row for each stream.
 #[derive(Clone)]
 pub struct ReadModel {
     pub table: String,
@@ -27,7 +28,7 @@ pub struct ReadModel {
     upsert_rows: Arc<str>,
 }
 
-/// What a row of the read model is made of.
+/// The values of an event that the read model uses.
 pub struct WriteEvent<'e> {
     pub stream_id: &'e str,
     pub event_type: &'e str,
@@ -43,13 +44,13 @@ impl ReadModel {
         }
     }
 
-    /// Empty, and there.
+    /// Makes the table, empty.
     pub async fn make(&self, world: &World) -> anyhow::Result<()> {
         world.execute(&format!("drop table if exists {}", self.table)).await?;
         world.execute(&format!("create table {} {COLUMNS}", self.table)).await
     }
 
-    /// One event, one statement.
+    /// Writes one event with one statement.
     pub async fn write(
         &self,
         event: WriteEvent<'_>,
@@ -65,7 +66,7 @@ impl ReadModel {
             .map(|_| ())
     }
 
-    /// A thousand events, one statement.
+    /// Writes up to a thousand events with one statement.
     pub async fn write_rows<'e>(
         &self,
         events: impl ExactSizeIterator<Item = WriteEvent<'e>>,
@@ -83,14 +84,15 @@ impl ReadModel {
         query.execute(db).await.map(|_| ())
     }
 
-    /// The same projector as a file of `projectionist boot --projectors` has it.
+    /// The projector as a projector file. `events` is the event type, or `*`.
     pub fn declaration(&self, events: &str) -> String {
         let ReadModel { table, .. } = self;
         format!(
             "name = \"{table}\"\nversion = 1\nmode = \"from_beginning\"\n\
              setup = [\"create table if not exists {table} {COLUMNS}\"]\n\n\
              [[on]]\nevents = [\"{events}\"]\n\
-             sql = \"insert into {table} values (:stream_id, :event_type, :recorded_at, 1) {ON_DUPLICATE}\"\n"
+             sql = \"insert into {table} values (:stream_id, :event_type, :recorded_at, 1) \
+             {ON_DUPLICATE}\"\n"
         )
     }
 }
@@ -109,7 +111,7 @@ impl<'e> From<&'e Event> for WriteEvent<'e> {
     }
 }
 
-/// Does nothing with every event, or with those of one type.
+/// Does nothing with the events that it subscribes to.
 pub struct Nothing {
     pub name: String,
     pub wanted: EventTypes,
@@ -141,7 +143,7 @@ impl Projector for Nothing {
     }
 }
 
-/// One upsert an event.
+/// Writes each event with an upsert.
 pub struct UpsertEach(pub ReadModel);
 
 #[async_trait]
@@ -155,7 +157,7 @@ impl Projector for UpsertEach {
     }
 }
 
-/// One upsert a thousand events.
+/// Writes a thousand events with one upsert.
 pub struct UpsertRows(pub ReadModel);
 
 #[async_trait]
@@ -180,7 +182,7 @@ impl Projector for UpsertRows {
     }
 }
 
-/// A folder of projector files.
+/// Makes a temporary folder of projector files, as pairs of name and content.
 pub fn folder(declarations: &[(&str, String)]) -> anyhow::Result<tempfile::TempDir> {
     let folder = tempfile::tempdir()?;
     for (name, text) in declarations {
@@ -189,16 +191,16 @@ pub fn folder(declarations: &[(&str, String)]) -> anyhow::Result<tempfile::TempD
     Ok(folder)
 }
 
-/// The projectors of these read models, declared in files.
+/// The projectors of these read models, loaded from projector files.
 pub fn declared(models: &[ReadModel], events: &str) -> anyhow::Result<Registry> {
     let files: Vec<_> =
         models.iter().map(|model| (model.table.as_str(), model.declaration(events))).collect();
     let mut registry = Registry::new();
-    load(folder(&files)?.path(), &mut registry).context("the projector files")?;
+    load(folder(&files)?.path(), &mut registry).context("loading the projector files")?;
     Ok(registry)
 }
 
-/// Empties what a round has written, so that the next one begins as this one did.
+/// Empties the read models, so that each round starts the same.
 pub async fn empty(world: &World, models: &[ReadModel]) -> anyhow::Result<()> {
     let mut connection = world.connection().await?;
     for model in models {

@@ -1,5 +1,5 @@
-//! Queues that take note: of when play was through with what it received, and of what the relay
-//! sends.
+//! Queues that record what happens: the time at which play has processed a message, and the
+//! messages that the relay sends.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -9,7 +9,7 @@ use projectionist::{Queue, QueueError, Receipt, ReceivedMessage, async_trait};
 use serde::Deserialize;
 use tokio::sync::watch;
 
-/// What of a message's text is of interest here.
+/// The parts of a message that the probes need.
 #[derive(Deserialize)]
 struct Envelope {
     prev: u64,
@@ -23,26 +23,26 @@ struct Wire {
     position: u64,
 }
 
-/// The first and the last position in a message of the relay's.
+/// The first and the last position of a message that the relay made.
 pub fn positions(body: &str) -> Option<(u64, u64)> {
     let Envelope { prev, events, last } = serde_json::from_str(body).ok()?;
     Some((prev + 1, events.last().map(|event| event.position).or(last)?))
 }
 
-/// Passes everything on to a queue, and notes which positions play asks to delete: by then every
+/// Forwards every call to a queue, and records which positions play asks to delete. By then every
 /// live projector has committed past them.
 pub struct ObservedQueue {
     queue: Arc<dyn Queue>,
-    /// What is received and not yet deleted.
+    /// The positions of messages that are received and not yet deleted.
     open: Mutex<HashMap<Receipt, (u64, u64)>>,
-    /// Each deletion, as it was asked for.
+    /// The positions of each deletion, and the time at which play asked for it.
     applied: Mutex<Vec<(u64, u64, Instant)>>,
-    /// The last position that was deleted, and when the queue had answered.
+    /// The last deleted position, and the time at which the queue confirmed the deletion.
     deleted: watch::Sender<(u64, Instant)>,
 }
 
 impl ObservedQueue {
-    pub fn of(queue: Arc<dyn Queue>) -> Arc<Self> {
+    pub fn new(queue: Arc<dyn Queue>) -> Arc<Self> {
         let deleted = watch::Sender::new((0, Instant::now()));
         Arc::new(ObservedQueue {
             queue,
@@ -52,15 +52,14 @@ impl ObservedQueue {
         })
     }
 
-    /// Waits until everything up to a position has been deleted from the queue, and says since when
-    /// it is.
+    /// Waits until everything through a position is deleted. Returns the time of that deletion.
     pub async fn deleted_through(&self, position: u64) -> Instant {
         let mut deleted = self.deleted.subscribe();
         let reached = deleted.wait_for(|(last, _)| *last >= position).await;
         reached.map_or_else(|_| Instant::now(), |reached| reached.1)
     }
 
-    /// When the events at these positions had been applied.
+    /// The time at which each position was applied.
     pub fn applied(&self) -> HashMap<u64, Instant> {
         let mut at = HashMap::new();
         for &(first, last, when) in lock(&self.applied).iter() {
@@ -130,7 +129,7 @@ impl Queue for ObservedQueue {
     }
 }
 
-/// Takes what the relay sends, with the moment, and gives nothing out.
+/// Records the messages that the relay sends, with the time. Its receives return nothing.
 pub struct SentRecorder {
     sent: Mutex<Vec<(String, Instant)>>,
     last: watch::Sender<u64>,
@@ -141,12 +140,12 @@ impl SentRecorder {
         Arc::new(SentRecorder { sent: Mutex::default(), last: watch::Sender::new(0) })
     }
 
-    /// Waits until a position was sent.
+    /// Waits until a message through this position was sent.
     pub async fn sent_through(&self, position: u64) {
         let _ = self.last.subscribe().wait_for(|last| *last >= position).await;
     }
 
-    /// Every message, and when it was sent.
+    /// Takes all recorded messages, with the time at which each was sent.
     pub fn take(&self) -> Vec<(String, Instant)> {
         std::mem::take(&mut *lock(&self.sent))
     }
@@ -183,7 +182,7 @@ impl Queue for SentRecorder {
         Duration::from_secs(30)
     }
 
-    /// As much as SQS takes.
+    /// The limit of SQS.
     fn max_message_bytes(&self) -> usize {
         1_048_576
     }

@@ -1,4 +1,4 @@
-//! What was measured, as a table for people and as JSON with every round.
+//! The results, as a table and as JSON with every round.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::lanes::{Series, median};
 use crate::machine::{self, load};
 
-/// One line of the table: ours, and the loops of which the best is the bound.
+/// One line of the table: our figure, and the bare loops of which the fastest is the bound.
 #[derive(Clone)]
 pub struct Line {
     pub row: u32,
@@ -23,33 +23,20 @@ pub struct Line {
     pub note: Option<String>,
 }
 
-impl Line {
-    /// A line that is judged by its ratio, and speaks for itself.
-    pub fn ratio(
-        row: u32,
-        what: String,
-        unit: Unit,
-        ours: Series<f64>,
-        bounds: Vec<Series<f64>>,
-        target: Option<Target>,
-    ) -> Self {
-        Line { row, what, unit, ours, bounds, compared_by: Comparison::Ratio, target, note: None }
-    }
-}
-
-/// Beside a line whose target compares with something that does less than is asked of ours: the
-/// least that does it all.
+/// A loop by hand that gives the same guarantees as ours. It is added to a line whose bare loop
+/// does less than ours must do.
 pub struct EquivalentLoop {
     pub what: String,
     pub bare: Series<f64>,
-    /// What the target compares with, as bare loops have it. If the least misses the target by
-    /// that, so must ours.
+    /// What the target of the line compares with, measured beside `bare`. If `bare` misses the
+    /// target against this, ours cannot meet it either.
     pub bare_bound: Series<f64>,
-    /// How close ours must come to the least then.
+    /// The ratio of ours to `bare` that is required then.
     pub target: Target,
 }
 
-/// What the target is about: of each round, and then the median.
+/// How ours is compared with the bound in each round. The target applies to the median of the
+/// rounds.
 #[derive(Clone, Copy)]
 pub enum Comparison {
     /// Ours ÷ the bound.
@@ -68,7 +55,7 @@ pub enum Unit {
     Mebibytes,
 }
 
-/// What is asked for.
+/// The required figure.
 #[derive(Clone, Copy)]
 pub enum Target {
     AtLeast(f64),
@@ -80,12 +67,12 @@ pub enum Target {
 enum Verdict {
     Met,
     Missed,
-    /// Missed, as the least that does it all would miss it; and ours is as close to that as it must
-    /// be.
+    /// The line misses its target, but so does the loop by hand, and ours is close enough to that
+    /// loop.
     BoundShown,
 }
 
-/// A figure that was taken every round.
+/// The median, least and most of a figure over the rounds.
 struct Spread {
     median: f64,
     least: f64,
@@ -93,14 +80,14 @@ struct Spread {
 }
 
 pub struct Sheet {
-    /// On what it was measured.
+    /// The machine and the servers.
     facts: Value,
     lines: Vec<ReportedLine>,
 }
 
 struct ReportedLine {
     line: Line,
-    /// `None` where nothing is asked for.
+    /// `None` if the line has no target.
     verdict: Option<Verdict>,
     load_afterwards: f64,
 }
@@ -145,12 +132,24 @@ impl fmt::Display for Target {
 }
 
 impl Line {
+    /// A line that is compared by its ratio and has no note.
+    pub fn ratio(
+        row: u32,
+        what: String,
+        unit: Unit,
+        ours: Series<f64>,
+        bounds: Vec<Series<f64>>,
+        target: Option<Target>,
+    ) -> Self {
+        Line { row, what, unit, ours, bounds, compared_by: Comparison::Ratio, target, note: None }
+    }
+
     fn bound(&self) -> Option<&Series<f64>> {
         self.unit.best(&self.bounds)
     }
 
-    /// `None` where there is nothing to be compared with.
-    fn judged(&self) -> Option<Spread> {
+    /// Compares ours with the bound; `None` without a bound.
+    fn compare(&self) -> Option<Spread> {
         let pairs = || Some(self.ours.rounds.iter().zip(&self.bound()?.rounds));
         let figures: Vec<f64> = match self.compared_by {
             Comparison::Ratio => pairs()?.map(|(ours, bound)| ours / bound).collect(),
@@ -162,9 +161,9 @@ impl Line {
         Some(Spread { median: median(&figures), least, most })
     }
 
-    /// By its own target alone.
+    /// The verdict by the line's own target.
     fn verdict(&self) -> Option<Verdict> {
-        let figure = self.judged()?.median;
+        let figure = self.compare()?.median;
         let is_met = match self.target? {
             Target::AtLeast(least) => figure >= least,
             Target::AtMost(most) => figure <= most,
@@ -173,8 +172,8 @@ impl Line {
         Some(if is_met { Verdict::Met } else { Verdict::Missed })
     }
 
-    /// What is judged, as it stands in the table.
-    fn figure(&self, figure: f64) -> String {
+    /// Formats a compared figure for the table.
+    fn format_figure(&self, figure: f64) -> String {
         match self.compared_by {
             Comparison::Difference => format!("{figure:+.1}"),
             _ if figure.abs() < 10.0 => format!("{figure:.2}"),
@@ -182,17 +181,19 @@ impl Line {
         }
     }
 
-    /// Ours ÷ the least, and the verdict on this line by that.
-    fn beside(&self, least: EquivalentLoop) -> (Line, Option<Verdict>) {
+    /// The line that compares ours with the loop by hand, and the verdict on this line that follows
+    /// from both.
+    fn judge_with(&self, least: EquivalentLoop) -> (Line, Option<Verdict>) {
         let bare =
             Line { ours: least.bare.clone(), bounds: vec![least.bare_bound], ..self.clone() };
-        let figure = bare.judged().map(|judged| self.figure(judged.median)).unwrap_or_default();
+        let figure =
+            bare.compare().map(|judged| self.format_figure(judged.median)).unwrap_or_default();
         let other = bare.bound().map_or("", |bound| &bound.name);
         let second = Line {
             what: least.what,
-            note: Some(format!("which itself comes to {figure} ÷ {other}")),
+            note: Some(format!("that loop is at {figure} ÷ {other}")),
             bounds: vec![least.bare],
-            // Who meets the one target need not come close to anything.
+            // A line that meets its own target needs no second one.
             target: Some(least.target).filter(|_| self.verdict() == Some(Verdict::Missed)),
             ..self.clone()
         };
@@ -205,7 +206,7 @@ impl Line {
         (second, verdict)
     }
 
-    /// What the lanes are, and what all the bounds came to where there were several.
+    /// Names the lanes. Lists the figures of the bounds if there are several.
     fn legend(&self) -> Option<String> {
         let bounds: Vec<String> = match self.bounds.as_slice() {
             [] => return self.note.clone(),
@@ -223,8 +224,11 @@ impl Line {
     }
 
     fn json(&self) -> Value {
-        let series = |series: &Series<f64>| json!({"name": series.name, "median": series.median(), "rounds": series.rounds});
-        let judged = self.judged().map(
+        let series = |series: &Series<f64>| {
+            let Series { name, rounds } = series;
+            json!({"name": name, "median": series.median(), "rounds": rounds})
+        };
+        let judged = self.compare().map(
             |spread| json!({"median": spread.median, "least": spread.least, "most": spread.most}),
         );
         json!({
@@ -253,17 +257,21 @@ impl Verdict {
 impl ReportedLine {
     fn cells(&self) -> [String; 8] {
         let line = &self.line;
-        let judged = line.judged();
+        let judged = line.compare();
         [
             line.row.to_string(),
             line.what.clone(),
             line.unit.show(line.ours.median()),
             line.bound().map(|bound| line.unit.show(bound.median())).unwrap_or_default(),
-            judged.as_ref().map(|judged| line.figure(judged.median)).unwrap_or_default(),
+            judged.as_ref().map(|judged| line.format_figure(judged.median)).unwrap_or_default(),
             judged
                 .as_ref()
                 .map(|judged| {
-                    format!("{} to {}", line.figure(judged.least), line.figure(judged.most))
+                    format!(
+                        "{} to {}",
+                        line.format_figure(judged.least),
+                        line.format_figure(judged.most)
+                    )
                 })
                 .unwrap_or_default(),
             line.target.map(|target| target.to_string()).unwrap_or_default(),
@@ -284,20 +292,20 @@ impl Sheet {
         Sheet { facts, lines: Vec::new() }
     }
 
-    /// Takes a line.
+    /// Adds a line.
     pub fn add(&mut self, line: Line) {
         let verdict = line.verdict();
         self.report(line, verdict);
     }
 
-    /// Takes a line, and one below it that compares with the least that does it all.
+    /// Adds a line, and below it the comparison with the loop by hand.
     pub fn add_with_equivalent(&mut self, line: Line, least: EquivalentLoop) {
-        let (second, verdict) = line.beside(least);
+        let (second, verdict) = line.judge_with(least);
         self.report(line, verdict);
         self.add(second);
     }
 
-    /// Tells a line at once: the whole takes long.
+    /// Adds a line and prints it at once, because the whole run takes long.
     fn report(&mut self, line: Line, verdict: Option<Verdict>) {
         let reported = ReportedLine { line, verdict, load_afterwards: load() };
         let [row, what, ours, bound, judged, spread, target, verdict] = reported.cells();
@@ -319,9 +327,10 @@ impl fmt::Display for Sheet {
         for reported in &self.lines {
             let is_figure = |column: usize| (2..=6).contains(&column);
             table.add_row(reported.cells().into_iter().enumerate().map(|(column, text)| {
-                match is_figure(column) {
-                    true => Cell::new(text).set_alignment(CellAlignment::Right),
-                    false => Cell::new(text),
+                if is_figure(column) {
+                    Cell::new(text).set_alignment(CellAlignment::Right)
+                } else {
+                    Cell::new(text)
                 }
             }));
         }
@@ -337,7 +346,7 @@ impl fmt::Display for Sheet {
     }
 }
 
-/// 1234567 as 1,234,567.
+/// Formats a number with thousands separators: 1,234,567.
 pub fn grouped(value: f64) -> String {
     let digits = format!("{value:.0}");
     let mut grouped = String::new();

@@ -1,4 +1,4 @@
-//! A database that nobody else has, with a log in it.
+//! A database with a log, for this bench alone.
 
 use std::time::{Duration, Instant};
 
@@ -9,15 +9,15 @@ use projectionist::{Database, EventStore, Limits, Registry, boot};
 
 use crate::machine::Parts;
 
-/// One at a time: a bench that was killed leaves it, and the next one takes it away.
+/// The name is fixed: a killed bench leaves its database, and the next run drops it.
 const DATABASE: &str = "projectionist_bench";
 
-/// As many connections as the commands take by default.
+/// The default of the commands.
 const CONNECTIONS: u32 = 16;
 
 const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// As the sessions of the engine are.
+/// The isolation level of the engine's sessions.
 const SESSION: &str = "set session transaction isolation level read committed";
 
 pub struct World {
@@ -27,7 +27,7 @@ pub struct World {
 }
 
 impl World {
-    /// With an empty log.
+    /// Makes the database, with an empty log.
     pub async fn new(parts: &Parts) -> anyhow::Result<Self> {
         let mut server = connect(&parts.server_url).await?;
         execute(&mut server, &format!("drop database if exists {DATABASE}")).await?;
@@ -38,7 +38,7 @@ impl World {
         Ok(World { url, store: EventStore::new(&database), database })
     }
 
-    /// A connection of its own, in the session that the engine has.
+    /// Opens a connection with the engine's isolation level.
     pub async fn connection(&self) -> anyhow::Result<MySqlConnection> {
         let mut connection = connect(&self.url).await?;
         execute(&mut connection, SESSION).await?;
@@ -49,12 +49,12 @@ impl World {
         execute(&mut self.connection().await?, sql).await
     }
 
-    /// A number from the database.
+    /// Runs a query that returns one number.
     pub async fn number(&self, sql: &str) -> anyhow::Result<u64> {
         Ok(sqlx::query_scalar(AssertSqlSafe(sql)).fetch_one(&mut self.connection().await?).await?)
     }
 
-    /// Boots a set that was never booted, and says how long that took.
+    /// Boots a registry as if for the first time, and returns the time that the boot took.
     pub async fn boot(&self, registry: &Registry) -> anyhow::Result<Duration> {
         self.execute("delete from projectors").await?;
         let began = Instant::now();
@@ -64,26 +64,29 @@ impl World {
         Ok(took)
     }
 
-    /// Takes every live projector back to the first event, as if none had been applied.
+    /// Resets every projector to position 0, as if no event had been applied.
     pub async fn rewind(&self) -> anyhow::Result<()> {
         self.execute("update projectors set position = 0").await
     }
 
-    /// As if nothing had been published, and by nobody.
+    /// Resets the relay's state, as if nothing had been published and no relay had a lease.
     pub async fn rewind_relay(&self) -> anyhow::Result<()> {
-        self.execute("update event_log set published = 0, relay_lease_holder = null, relay_lease_expires_at = null")
-            .await
+        self.execute(
+            "update event_log set published = 0, relay_lease_holder = null, \
+             relay_lease_expires_at = null",
+        )
+        .await
     }
 }
 
-/// Takes away what a bench has made.
+/// Drops the database of the bench.
 pub async fn clear(parts: &Parts) -> anyhow::Result<()> {
     execute(&mut connect(&parts.server_url).await?, &format!("drop database if exists {DATABASE}"))
         .await
 }
 
-/// The server's version, and those of its settings that decide how fast it can be.
-pub async fn server(parts: &Parts) -> anyhow::Result<(String, Vec<(String, String)>)> {
+/// The server's version, and the settings that decide how fast it can be.
+pub async fn describe_server(parts: &Parts) -> anyhow::Result<(String, Vec<(String, String)>)> {
     let mut server = connect(&parts.server_url).await?;
     let version = sqlx::query_scalar("select version()").fetch_one(&mut server).await?;
     let settings = sqlx::query_as(
@@ -94,7 +97,7 @@ pub async fn server(parts: &Parts) -> anyhow::Result<(String, Vec<(String, Strin
 }
 
 async fn connect(url: &str) -> anyhow::Result<MySqlConnection> {
-    let options: MySqlConnectOptions = url.parse().context("the URL of the server")?;
+    let options: MySqlConnectOptions = url.parse().context("parsing the URL of the server")?;
     Ok(options.disable_statement_logging().connect().await?)
 }
 

@@ -1,5 +1,5 @@
-//! A server that is told to step over positions: nobody works on it, and everybody says why. Only
-//! here, at the end of it all: the setting is the whole server's, and this one is our own.
+//! A server with `auto_increment_increment = 2`: every command must refuse it and name the setting.
+//! This runs last, because the setting is global. The server belongs to this run.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,9 +10,10 @@ use crate::faults::Targets;
 use crate::process::{Kind, ProcessTable};
 use crate::release::Release;
 
+/// The limit for a command to end.
 const END_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Shows that each command refuses the server while it is set up so, and works when it is set back.
+/// Checks that each command refuses such a server, and works after the setting has been reset.
 pub async fn check_refused(targets: &Targets, release: &Release) -> anyhow::Result<()> {
     let connection = &mut targets.parts.connect().await?;
     let set = ["--projectors", release.path(), "--release", &release.name];
@@ -21,11 +22,12 @@ pub async fn check_refused(targets: &Targets, release: &Release) -> anyhow::Resu
         [("boot", &set[..]), ("play", &set), ("relay", &[]), ("append", &[]), ("status", &set)]
     {
         let (code, log) = run(&targets.processes, command, options).await?;
-        match code == Some(2) && log.contains("auto_increment_increment = 2") {
-            true => targets.figures.add("refused_by_increment", 1),
-            false => targets.figures.add_finding(format!(
+        if code == Some(2) && log.contains("auto_increment_increment = 2") {
+            targets.figures.add("refused_by_increment", 1);
+        } else {
+            targets.figures.add_finding(format!(
                 "{command} does not refuse auto_increment_increment = 2: {code:?} {log}"
-            )),
+            ));
         }
     }
     set_increment(1, connection).await?;
@@ -33,7 +35,7 @@ pub async fn check_refused(targets: &Targets, release: &Release) -> anyhow::Resu
     if code != Some(0) {
         targets
             .figures
-            .add_finding(format!("status ends with {code:?} where the setting is 1 again: {log}"));
+            .add_finding(format!("status ends with {code:?} after the setting is 1 again: {log}"));
     }
     Ok(())
 }
@@ -44,7 +46,7 @@ async fn set_increment(increment: u8, connection: &mut MySqlConnection) -> anyho
     Ok(())
 }
 
-/// Runs a command to its end. `None`: it was killed, for it came to none.
+/// Runs a command. Returns its exit code and its log; `None` if it had to be killed.
 async fn run(
     processes: &Arc<ProcessTable>,
     command: &str,

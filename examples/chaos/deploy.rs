@@ -1,5 +1,5 @@
-//! Deploys as a team would carry them out: boot with the new set, then new workers; and the old set
-//! again. What no release has any more is retired.
+//! Deploys, as a team would carry them out: a boot with the new release and then new workers, or
+//! the old release again. Projectors that no release has any more are retired.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -15,20 +15,20 @@ use crate::process::{Kind, ProcessTable};
 use crate::release::Release;
 use crate::supervisor::Supervisor;
 
-/// A deploy that fails is tried again, and given up at some time: it may well be killed every time.
+/// A failed deploy is repeated this often. Faults may kill each attempt.
 const ATTEMPTS: u32 = 6;
 
-/// Which releases are out.
+/// The releases that are deployed.
 pub struct Deploys {
     pub processes: Arc<ProcessTable>,
     pub parts: Arc<Parts>,
     pub figures: Arc<Figures>,
     pub releases: PathBuf,
-    /// The newest that was ever made.
+    /// The newest release that was ever created.
     newest: Release,
     current: Release,
     previous: Release,
-    /// Gone, and never to come back.
+    /// Projectors that were retired, and do not return.
     pub retired: Vec<Retired>,
 }
 
@@ -52,16 +52,17 @@ impl Deploys {
         }
     }
 
-    /// A new release with a new projector, booted by so many hosts at once. One worker gets it, the
-    /// other that before.
+    /// Deploys a new release with a new projector, booted by `hosts` processes at once. One worker
+    /// gets the new release, the other one the previous release.
     pub async fn deploy(&mut self, supervisor: &Supervisor, hosts: usize) -> anyhow::Result<()> {
-        // Mended only when it has to be, so that the next bad event finds one that breaks on it.
+        // The fragile projector is fixed only if it is broken. Otherwise the next bad event could
+        // not break it.
         let mut release = self.newest.next(&self.releases, self.is_fragile_broken().await)?;
         self.newest = release.clone();
         for _ in 0..ATTEMPTS {
             let boots = (0..hosts).map(|_| self.boot(&release));
             let mut codes = Vec::new();
-            // Side by side: each begins before the first is waited for.
+            // All boots have started before the first one is waited for.
             for boot in boots.collect::<anyhow::Result<Vec<_>>>()? {
                 codes.push(boot.wait().await.code);
             }
@@ -77,7 +78,7 @@ impl Deploys {
             }
             self.figures.add("boots_failed", 1);
             if codes.contains(&Some(1)) {
-                release = release.mended(&self.releases)?;
+                release = release.fixed(&self.releases)?;
                 self.rebuild(&release).await?;
             }
             tokio::time::sleep(Duration::from_secs(1)).await;
@@ -86,8 +87,8 @@ impl Deploys {
         Ok(())
     }
 
-    /// The old release again, as it was, booted as every release is. What it does not know stays
-    /// where it is.
+    /// Boots and deploys the previous release again, unchanged. Projectors that it does not have
+    /// stay at their positions.
     pub async fn roll_back(&mut self, supervisor: &Supervisor) -> anyhow::Result<()> {
         if !self.current.is_newer_than(&self.previous) {
             self.deploy(supervisor, 1).await?;
@@ -102,8 +103,8 @@ impl Deploys {
         Ok(())
     }
 
-    /// Retires a projector that neither release has any more between which workers go back and
-    /// forth. The worker that is never killed has it still, if it is of the first release.
+    /// Retires a projector that neither of the two deployed releases has any more. The worker that
+    /// is never killed may still have it, because that worker stays on the first release.
     pub async fn retire(&mut self, supervisor: &Supervisor) -> anyhow::Result<()> {
         let mut found = self.retirable().await.ok().flatten();
         for _ in 0..ATTEMPTS {
@@ -113,13 +114,13 @@ impl Deploys {
             self.deploy(supervisor, 1).await?;
             found = self.retirable().await.ok().flatten();
         }
-        let (name, mode) = found.context("no projector is old enough")?;
+        let (name, mode) = found.context("no projector can be retired")?;
         for _ in 0..ATTEMPTS {
             let arguments = ["retire", &name, "--yes", "--projectors", self.current.path()];
             let (process, _) = self.processes.start(Kind::Retire, "retire", &arguments)?;
             process.wait().await;
-            // It may have been killed just after, or have lost its connection: the ledger says what
-            // it did.
+            // The process may have been killed, or have lost its connection, after it had
+            // committed. Only the ledger shows the result.
             if let Ok(Some(rows)) = self.rows_if_gone(&name).await {
                 self.figures.add("retired", 1);
                 self.retired.push(Retired { name, mode, rows });
@@ -130,7 +131,7 @@ impl Deploys {
         bail!("{name} could not be retired")
     }
 
-    /// Retires what must be rebuilt, so that the next boot builds it from the beginning.
+    /// Retires the projectors that must be rebuilt, so that the next boot builds them again.
     async fn rebuild(&self, release: &Release) -> anyhow::Result<()> {
         for _ in 0..ATTEMPTS {
             let names = match self.projectors_to_rebuild().await {
@@ -142,8 +143,8 @@ impl Deploys {
                     ["retire", &name, "--yes", "--force", "--projectors", release.path()];
                 let (process, _) = self.processes.start(Kind::Retire, "rebuild", &arguments)?;
                 process.wait().await;
-                // It may have been killed just after, or have lost its connection: the ledger says
-                // what it did.
+                // The process may have been killed, or have lost its connection, after it had
+                // committed. Only the ledger shows the result.
                 if let Ok(Some(_)) = self.rows_if_gone(&name).await {
                     self.figures.add("rebuilt", 1);
                 }
@@ -158,7 +159,7 @@ impl Deploys {
         Ok(sqlx::query_scalar(sql).fetch_all(&mut self.parts.connect().await?).await?)
     }
 
-    /// A set in which a projector subscribes to more than it was booted with: boot must refuse it.
+    /// Boots a release in which a projector subscribes to more event types. Boot must refuse it.
     pub async fn widen(&self) -> anyhow::Result<()> {
         let release = self.current.widened(&self.releases)?;
         for _ in 0..ATTEMPTS {
@@ -183,27 +184,27 @@ impl Deploys {
             }
             tokio::time::sleep(Duration::from_secs(1)).await;
         }
-        bail!("no boot came so far as to refuse a wider subscription")
+        bail!("no boot got as far as refusing a wider subscription")
     }
 
-    /// The name and the mode of one that nobody needs.
+    /// The name and the mode of a projector that neither release has.
     async fn retirable(&self) -> anyhow::Result<Option<(String, String)>> {
         let older =
             if self.current.is_newer_than(&self.previous) { &self.previous } else { &self.current };
         let sql = "select name, mode from projectors";
         let mut known: Vec<(String, String)> =
             sqlx::query_as(sql).fetch_all(&mut self.parts.connect().await?).await?;
-        known.retain(|(name, _)| older.removed_projectors().any(|left| left == *name));
+        known.retain(|(name, _)| older.removed_projectors().any(|removed| removed == *name));
         Ok(fastrand::choice(known))
     }
 
-    /// How many rows a projector has written that is not in the ledger any more.
+    /// The number of rows of a projector, or `None` if the projector is still in the ledger.
     async fn rows_if_gone(&self, name: &str) -> anyhow::Result<Option<usize>> {
         let mut connection = self.parts.connect().await?;
-        match fold::is_in_ledger(&mut connection, name).await? {
-            true => Ok(None),
-            false => Ok(Some(fold::rows(&mut connection, name).await?.len())),
+        if fold::is_in_ledger(&mut connection, name).await? {
+            return Ok(None);
         }
+        Ok(Some(fold::rows(&mut connection, name).await?.len()))
     }
 
     fn boot(&self, release: &Release) -> anyhow::Result<Arc<crate::process::Process>> {
@@ -215,21 +216,22 @@ impl Deploys {
     }
 
     async fn is_fragile_broken(&self) -> bool {
-        let look = async {
+        let query = async {
             let mut connection = self.parts.connect().await?;
             let sql =
                 "select count(*) from projectors where name = 'fragile' and status = 'broken'";
             let broken: i64 = sqlx::query_scalar(sql).fetch_one(&mut connection).await?;
             anyhow::Ok(broken > 0)
         };
-        look.await.unwrap_or(true)
+        query.await.unwrap_or(true)
     }
 
-    /// After all faults: the newest release, mended, must boot at once, or as soon as what lost its
-    /// past is retired. Returns the release.
-    pub async fn mend(&mut self) -> anyhow::Result<Release> {
-        let release = self.newest.mended(&self.releases)?;
-        // What must be rebuilt is told by the first boot, and built by the second.
+    /// Boots the newest release after all faults, with its projectors fixed. The first boot may
+    /// report projectors that must be rebuilt; then the second boot must succeed. Returns the
+    /// release.
+    pub async fn boot_fixed(&mut self) -> anyhow::Result<Release> {
+        let release = self.newest.fixed(&self.releases)?;
+        // The first boot reports what must be rebuilt, and the second one builds it.
         for _ in 0..2 {
             let boot = self.boot(&release)?;
             let ended = tokio::time::timeout(Duration::from_secs(300), boot.wait()).await;
@@ -250,12 +252,12 @@ impl Deploys {
                     self.rebuild(&release).await?;
                 }
                 code => bail!(
-                    "the last boot, of {}, without any fault, ended with {code:?}: {}",
+                    "the last boot, of {}, ended with {code:?} although faults had ended: {}",
                     release.name,
                     boot.log.display()
                 ),
             }
         }
-        bail!("the last boot, of {}, without any fault, was refused twice", release.name)
+        bail!("the last boot, of {}, was refused twice although faults had ended", release.name)
     }
 }

@@ -1,5 +1,5 @@
-//! The faults: a deck that is shuffled, dealt to its end, and shuffled again, so that none waits
-//! for luck.
+//! The faults. They are drawn from a shuffled deck, which is shuffled again when it is empty. Every
+//! fault therefore strikes in every run that is long enough.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -52,7 +52,7 @@ enum Fault {
     Audit,
 }
 
-/// How often each is in the deck.
+/// The number of times that each fault is in the deck.
 const DECK: &[(Fault, usize)] = &[
     (Fault::Kill(Kind::Play), 3),
     (Fault::Kill(Kind::Relay), 1),
@@ -90,14 +90,14 @@ const DECK: &[(Fault, usize)] = &[
     (Fault::Audit, 1),
 ];
 
-/// A deck in so many milliseconds, about; a run of a minute sees all of it.
+/// The pause between two faults, in milliseconds. One run of a minute draws the whole deck.
 const BETWEEN: std::ops::Range<u64> = 300..1_300;
 
-/// What the faults strike.
+/// The processes and servers that the faults strike.
 pub struct Targets {
     pub parts: Arc<Parts>,
     pub database: Proxy,
-    /// The applications' way to the database.
+    /// The proxy of the applications to the database.
     pub writers: Proxy,
     pub queue: Proxy,
     pub processes: Arc<ProcessTable>,
@@ -105,12 +105,13 @@ pub struct Targets {
     pub figures: Arc<Figures>,
     pub supervisor: Mutex<Supervisor>,
     pub deploys: Mutex<Deploys>,
+    /// Limits the deploys that run or wait.
     pub deploying: Semaphore,
-    /// One restart at a time.
+    /// Held during a restart of the server, so that restarts do not overlap.
     pub server: Mutex<()>,
 }
 
-/// Deals faults for so long; then waits until each is over.
+/// Strikes for `duration`, and then waits until each fault is over.
 pub async fn strike(targets: &Arc<Targets>, duration: Duration, dice: &mut fastrand::Rng) {
     let began = Instant::now();
     let mut deck: Vec<Fault> = Vec::new();
@@ -129,11 +130,8 @@ pub async fn strike(targets: &Arc<Targets>, duration: Duration, dice: &mut fastr
         strikes.spawn(async move {
             eprintln!("[{:>5.1} s] {fault:?}", began.elapsed().as_secs_f32());
             if let Err(error) = targets.strike(fault).await {
-                // A queue or a server that is away is not there to be meddled with.
-                eprintln!(
-                    "[{:>5.1} s] {fault:?} came to nothing: {error:#}",
-                    began.elapsed().as_secs_f32()
-                );
+                // Some faults need a queue or a server that does not answer at the moment.
+                eprintln!("[{:>5.1} s] {fault:?} failed: {error:#}", began.elapsed().as_secs_f32());
             }
         });
     }
@@ -150,7 +148,7 @@ impl Targets {
         let seconds = |range| Duration::from_millis(fastrand::u64(range));
         match fault {
             Fault::Kill(Kind::Boot) => {
-                // It brings its own: there may be none for a while.
+                // Starts a deploy, because at most times no boot is running.
                 let is_boot = |process: &Process| process.kind == Kind::Boot;
                 join(self.change(Fault::Deploy), self.signal("KILL", is_boot)).await.0?;
             }
@@ -162,13 +160,14 @@ impl Targets {
             Fault::RestartServer => self.restart("TERM", "server_restarts").await?,
             Fault::CutAll => self.cut(|| true),
             Fault::CutSome => self.cut(|| fastrand::u8(..4) == 0),
-            Fault::CutBeforeCommit => self.pick_database().cut_at_commit(Cut::BeforeCommit),
-            Fault::CutAfterCommit => self.pick_database().cut_at_commit(Cut::AfterCommit),
-            // Not those of writers: what they hold then is held until the server ends it.
+            Fault::CutBeforeCommit => self.pick_database_proxy().cut_at_commit(Cut::BeforeCommit),
+            Fault::CutAfterCommit => self.pick_database_proxy().cut_at_commit(Cut::AfterCommit),
+            // Writers are left out: their locks would remain until the server ends their
+            // connections.
             Fault::Silence => self
                 .figures
                 .add("connections_silenced", self.database.silence(|| fastrand::u8(..3) == 0)),
-            Fault::Stall => self.stall(&self.databases(), seconds(500..6_000)).await,
+            Fault::Stall => self.stall(&self.database_proxies(), seconds(500..6_000)).await,
             Fault::CutQueue => self.figures.add("connections_cut", self.queue.cut(|| true)),
             Fault::StallQueue => self.stall(&[&self.queue], seconds(2_000..8_000)).await,
             Fault::StopLocalStack => {
@@ -190,7 +189,7 @@ impl Targets {
                 self.figures.add("harmful_events", 1);
             }
             Fault::DropTable => {
-                // Not for long behind a handler that has the table in hand.
+                // Limits the wait for a handler that uses the table.
                 let sql = "set session lock_wait_timeout = 10; drop table dropped";
                 sqlx::raw_sql(sql).execute(&mut self.parts.connect().await?).await?;
                 self.figures.add("tables_dropped", 1);
@@ -204,11 +203,11 @@ impl Targets {
         Ok(())
     }
 
-    /// Other projectors, or others of them.
+    /// Deploys another release, rolls back, or retires a projector.
     async fn change(&self, fault: Fault) -> anyhow::Result<()> {
-        // One is under way and five wait at the most, as many as a deck has: boots take their time
-        // when the log is long.
-        let Ok(_place) = self.deploying.try_acquire() else { return Ok(()) };
+        // At most one change is running and five are waiting, as many as the deck has. Boots are
+        // slow when the log is long.
+        let Ok(_permit) = self.deploying.try_acquire() else { return Ok(()) };
         let (mut deploys, supervisor) = (self.deploys.lock().await, self.supervisor.lock().await);
         match fault {
             Fault::RollBack => deploys.roll_back(&supervisor).await,
@@ -218,7 +217,7 @@ impl Targets {
         }
     }
 
-    /// In the middle of it all. A server that is away is tried again.
+    /// Audits the log during the faults. Retries if the server is unreachable.
     async fn audit(&self) -> anyhow::Result<()> {
         for _ in 0..5 {
             let (audit, _) = self.processes.start(Kind::Audit, "audit", &["audit"])?;
@@ -231,12 +230,12 @@ impl Targets {
         Ok(())
     }
 
-    /// Signals one of those that run and are wanted; waits a while for one, and for another where
-    /// that has ended meanwhile.
+    /// Signals one running process for which `wanted` is true. Waits up to 10 s for such a process.
+    /// Picks another one if it has ended before the signal.
     async fn signal(&self, signal: &'static str, wanted: impl Fn(&Process) -> bool) {
         for _ in 0..100 {
             if let Some(process) = self.pick_process(&wanted) {
-                // Not always in the middle of its start.
+                // A random delay, so that processes are not only struck during their start.
                 tokio::time::sleep(Duration::from_millis(fastrand::u64(0..1_000))).await;
                 if process.signal(signal).await.is_ok() {
                     return;
@@ -252,8 +251,8 @@ impl Targets {
         fastrand::choice(running)
     }
 
-    /// A process that stands still for longer than messages stay hidden, and then believes that it
-    /// holds them.
+    /// Stops a process for longer than the visibility timeout. When it continues, it still assumes
+    /// that its messages are hidden from others.
     async fn pause(&self, duration: Duration) {
         let Some(process) = self
             .pick_process(|process| matches!(process.kind, Kind::Play | Kind::Relay | Kind::Boot))
@@ -265,33 +264,33 @@ impl Targets {
         process.signal("CONT");
     }
 
-    /// The ways to the database.
-    pub fn databases(&self) -> [&Proxy; 2] {
+    /// The proxies to the database.
+    pub fn database_proxies(&self) -> [&Proxy; 2] {
         [&self.database, &self.writers]
     }
 
-    fn pick_database(&self) -> &Proxy {
-        self.databases()[fastrand::usize(..2)]
+    fn pick_database_proxy(&self) -> &Proxy {
+        self.database_proxies()[fastrand::usize(..2)]
     }
 
     fn cut(&self, mut chosen: impl FnMut() -> bool) {
-        for cable in self.databases() {
-            self.figures.add("connections_cut", cable.cut(&mut chosen));
+        for proxy in self.database_proxies() {
+            self.figures.add("connections_cut", proxy.cut(&mut chosen));
         }
     }
 
-    async fn stall(&self, cables: &[&Proxy], duration: Duration) {
+    async fn stall(&self, proxies: &[&Proxy], duration: Duration) {
         self.figures.add("stalls", 1);
-        join_all(cables.iter().map(|cable| cable.stall(duration))).await;
+        join_all(proxies.iter().map(|proxy| proxy.stall(duration))).await;
     }
 
     async fn restart(&self, signal: &str, figure: &'static str) -> anyhow::Result<()> {
-        let _one_at_a_time = self.server.lock().await;
+        let _restart = self.server.lock().await;
         if let Err(error) = self.parts.restart_server(signal).await {
             self.figures.add_finding(format!("the server: {error:#}"));
         }
-        for cable in self.databases() {
-            cable.set_target(self.parts.server_port()?);
+        for proxy in self.database_proxies() {
+            proxy.set_target(self.parts.server_port()?);
         }
         self.figures.add(figure, 1);
         Ok(())

@@ -1,11 +1,12 @@
-//! What happened: counted as it happens, and told at the end.
+//! The figures of a run: counted during the run, and printed at the end.
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 
-/// Every figure, in the order in which it is told, and whether a run in which it stays zero proves
-/// nothing. What may stay zero is no fault, but what may come of one; but for retire, which few
-/// faults find at work.
+/// Every figure, in the order of the report, and whether it must be above zero. A run in which such
+/// a figure is zero proves nothing about that kind of event. Figures that may be zero count
+/// possible consequences of faults. An exception is `sigkills_of_retire`: few faults strike while a
+/// retire runs.
 const FIGURES: &[(&str, bool)] = &[
     ("events", true),
     ("appends_acknowledged", true),
@@ -58,7 +59,7 @@ const FIGURES: &[(&str, bool)] = &[
     ("survivor_recovered_in_seconds", false),
 ];
 
-/// The counters of a run, and what was found that should not be.
+/// The counters of a run, and its findings: violations, each of which fails the run.
 #[derive(Default)]
 pub struct Figures {
     counts: Mutex<BTreeMap<&'static str, u64>>,
@@ -67,36 +68,36 @@ pub struct Figures {
 
 impl Figures {
     pub fn add(&self, name: &'static str, count: u64) {
-        debug_assert!(FIGURES.iter().any(|(known, _)| *known == name), "{name} is told");
-        *self.counts.lock().expect("no panic while counting").entry(name).or_default() += count;
+        debug_assert!(FIGURES.iter().any(|(known, _)| *known == name), "{name} is not in FIGURES");
+        *self.counts.lock().expect("the lock is not poisoned").entry(name).or_default() += count;
     }
 
-    /// Raises a figure to this, if it is lower.
+    /// Raises a figure to `count`, if it is lower.
     pub fn raise_to(&self, name: &'static str, count: u64) {
         self.add(name, count.saturating_sub(self.get(name)));
     }
 
     pub fn get(&self, name: &str) -> u64 {
-        self.counts.lock().expect("no panic while counting").get(name).copied().unwrap_or_default()
+        self.counts.lock().expect("the lock is not poisoned").get(name).copied().unwrap_or_default()
     }
 
-    /// Notes what must not be: each fails the run.
+    /// Adds a violation, which fails the run.
     pub fn add_finding(&self, finding: impl Into<String>) {
         let finding = finding.into();
         eprintln!("FOUND: {finding}");
-        self.findings.lock().expect("no panic while noting").push(finding);
+        self.findings.lock().expect("the lock is not poisoned").push(finding);
     }
 
     pub fn findings(&self) -> Vec<String> {
-        self.findings.lock().expect("no panic while noting").clone()
+        self.findings.lock().expect("the lock is not poisoned").clone()
     }
 
-    /// All, in order.
+    /// All figures, in the order of the report.
     pub fn all(&self) -> impl Iterator<Item = (&'static str, u64)> {
         FIGURES.iter().map(|(name, _)| (*name, self.get(name)))
     }
 
-    /// What had to happen and did not.
+    /// The figures that must be above zero and are zero.
     pub fn missing(&self) -> Vec<&'static str> {
         FIGURES
             .iter()

@@ -1,5 +1,4 @@
-//! The oracle: every read model, folded from the log in plain Rust, against the table that its
-//! projector made.
+//! The oracle: compares the table of each projector with a fold of the log in Rust.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
@@ -11,7 +10,7 @@ use serde_json::Value;
 
 use crate::figures::Figures;
 
-/// What one projector's read model is, beside what it should be.
+/// The comparison of one projector's read model with the log.
 #[derive(Debug, Default)]
 pub struct Verdict {
     pub projector: String,
@@ -19,20 +18,20 @@ pub struct Verdict {
     pub applications: u64,
     pub lost: u64,
     pub repeated: u64,
-    /// Applied, but before an event of a lower position, or with what another event said.
+    /// Applied out of order, or with the values of another event.
     pub wrong: u64,
-    /// Not at the end of the log, though it is live.
+    /// Whether a projector of the last release is neither finished nor live at the high-water mark.
     pub is_behind: bool,
 }
 
-/// A projector that was retired without being torn down, and how many rows it had written by then.
+/// A projector that was retired without a teardown, and its number of rows at that time.
 pub struct Retired {
     pub name: String,
     pub mode: String,
     pub rows: usize,
 }
 
-struct Recorded {
+struct LoggedEvent {
     position: u64,
     event_id: String,
     stream_id: String,
@@ -40,10 +39,10 @@ struct Recorded {
     amount: Option<i64>,
 }
 
-/// A projector in the ledger.
+/// A projector in the ledger: name, mode, status, position.
 type Row = (String, String, String, u64);
 
-/// A row of an append-only read model: position, event id, amount where it has one.
+/// A row of an append-only read model: position, event id, and the amount if the table has one.
 pub type Applied = (u64, String, Option<i64>);
 
 impl Verdict {
@@ -52,8 +51,8 @@ impl Verdict {
     }
 }
 
-/// Compares all read models with the log. `starts` has where those began that are from now on;
-/// `last` the projectors of the last release: if they are live, they are at the end.
+/// Compares all read models with the log. `starts` has the first positions of the projectors with
+/// mode `from_now`. `last` names the projectors of the last release, which must be at the end.
 pub async fn compare(
     connection: &mut MySqlConnection,
     starts: &HashMap<String, u64>,
@@ -76,7 +75,7 @@ pub async fn compare(
                 compare_rows(&wanted(&log, &name, start, position), &rows(connection, &name).await?)
             }
         };
-        // What an older release had stays where it was; of the last, all are as far as they can be.
+        // Projectors that only older releases have stay at their positions.
         verdict.is_behind = last.contains(&name)
             && match mode.as_str() {
                 "once" => status != "finished",
@@ -87,8 +86,8 @@ pub async fn compare(
     Ok(verdicts)
 }
 
-/// The same of what was retired: up to its last row each is a fold of the log, and has not been
-/// touched since.
+/// Compares the read models of retired projectors. Each must be a fold of the log up to its last
+/// row, and must not have changed since it was retired.
 pub async fn compare_retired(
     connection: &mut MySqlConnection,
     starts: &HashMap<String, u64>,
@@ -101,7 +100,7 @@ pub async fn compare_retired(
         let found = rows(connection, name).await?;
         if is_in_ledger(connection, name).await? || found.len() != *had {
             figures.add_finding(format!(
-                "{name} was retired with {had} rows, and came back: it has {}",
+                "{name} was retired with {had} rows, and has changed since: {} rows",
                 found.len()
             ));
         }
@@ -119,55 +118,55 @@ pub async fn is_in_ledger(connection: &mut MySqlConnection, name: &str) -> anyho
 
 /// The position after which a projector began.
 fn start(name: &str, mode: &str, starts: &HashMap<String, u64>) -> anyhow::Result<u64> {
-    match mode {
-        "from_now" => {
-            starts.get(name).copied().with_context(|| format!("nobody told where {name} began"))
-        }
-        _ => Ok(0),
+    if mode != "from_now" {
+        return Ok(0);
     }
+    starts.get(name).copied().with_context(|| format!("no log shows the first position of {name}"))
 }
 
-async fn read_log(connection: &mut MySqlConnection) -> anyhow::Result<Vec<Recorded>> {
+async fn read_log(connection: &mut MySqlConnection) -> anyhow::Result<Vec<LoggedEvent>> {
     let rows: Vec<(u64, String, String, String, String)> = sqlx::query_as(
-        "select position, event_id, stream_id, event_type, payload from events where event_type not like '$%' order by position",
+        "select position, event_id, stream_id, event_type, payload from events \
+         where event_type not like '$%' order by position",
     )
     .fetch_all(connection)
     .await?;
     rows.into_iter()
         .map(|(position, event_id, stream_id, event_type, payload)| {
             let amount = serde_json::from_str::<Value>(&payload)?["amount"].as_i64();
-            Ok(Recorded { position, event_id, stream_id, event_type, amount })
+            Ok(LoggedEvent { position, event_id, stream_id, event_type, amount })
         })
         .collect()
 }
 
 /// The rows that an append-only projector should have.
-fn wanted(log: &[Recorded], projector: &str, start: u64, position: u64) -> Vec<Applied> {
-    let wants = |event: &&Recorded| match projector {
+fn wanted(log: &[LoggedEvent], projector: &str, start: u64, position: u64) -> Vec<Applied> {
+    let wants = |event: &&LoggedEvent| match projector {
         "tally" | "dropped" => true,
         "hostile" => event.event_type == "Provoked",
         "fragile" => event.event_type == "Amended",
         _ => event.event_type == "Closed",
     };
     let within = log.iter().filter(|event| event.position > start && event.position <= position);
-    let amount = |event: &Recorded| if projector == "fragile" { event.amount } else { None };
+    let amount = |event: &LoggedEvent| if projector == "fragile" { event.amount } else { None };
     within
         .filter(wants)
         .map(|event| (event.position, event.event_id.clone(), amount(event)))
         .collect()
 }
 
-/// In the order in which they were written.
+/// The rows of an append-only read model, in the order in which they were written.
 pub async fn rows(connection: &mut MySqlConnection, table: &str) -> anyhow::Result<Vec<Applied>> {
     let amount = if table == "fragile" { "amount" } else { "cast(null as signed)" };
     let exists: i64 = sqlx::query_scalar(
-        "select count(*) from information_schema.tables where table_schema = database() and table_name = ?",
+        "select count(*) from information_schema.tables \
+         where table_schema = database() and table_name = ?",
     )
     .bind(table)
     .fetch_one(&mut *connection)
     .await?;
     if exists == 0 {
-        // Its boot was killed before its setup, and never came back.
+        // Its boot was killed before the setup, and no later boot included it.
         return Ok(Vec::new());
     }
     let sql = format!("select position, event_id, {amount} from {table} order by seq");
@@ -198,7 +197,7 @@ fn compare_rows(expected: &[Applied], found: &[Applied]) -> Verdict {
     }
 }
 
-/// By name: events, and the sum of their amounts.
+/// The number of events, and the sum of their amounts, by name.
 type Counters = BTreeMap<String, (i64, i64)>;
 
 async fn counters(connection: &mut MySqlConnection) -> anyhow::Result<Counters> {
@@ -207,7 +206,7 @@ async fn counters(connection: &mut MySqlConnection) -> anyhow::Result<Counters> 
     Ok(rows.into_iter().map(|(name, events, amount)| (name, (events, amount))).collect())
 }
 
-fn compare_counters(log: &[Recorded], position: u64, found: Counters) -> Verdict {
+fn compare_counters(log: &[LoggedEvent], position: u64, found: Counters) -> Verdict {
     let mut expected = Counters::new();
     for event in log.iter().filter(|event| event.position <= position) {
         for name in [&event.stream_id, &event.event_type] {
@@ -231,7 +230,8 @@ fn compare_counters(log: &[Recorded], position: u64, found: Counters) -> Verdict
     verdict
 }
 
-/// Whether the log has what its writers were told is stored, and nothing that they rolled back.
+/// Checks that the log has every event whose commit was acknowledged, and no event that was rolled
+/// back.
 pub async fn check_records(
     connection: &mut MySqlConnection,
     records: &Path,
@@ -243,7 +243,7 @@ pub async fn check_records(
         .into_iter()
         .collect();
     for record in fs::read_dir(records)? {
-        // A killed writer may leave half a line at the end: an id that is not whole says nothing.
+        // A killed writer may leave an incomplete last line, which is ignored.
         let text = fs::read_to_string(record?.path())?;
         for (sign, id) in text.lines().filter(|line| line.len() == 37).map(|line| line.split_at(1))
         {
@@ -252,12 +252,12 @@ pub async fn check_records(
                 _ => figures.add("rollbacks", 1),
             }
             if (sign == "+") != stored.contains(id) {
-                let told = if sign == "+" {
-                    "acknowledged, and is not there"
+                let problem = if sign == "+" {
+                    "acknowledged, but is not in the log"
                 } else {
-                    "rolled back, and is there"
+                    "rolled back, but is in the log"
                 };
-                figures.add_finding(format!("event {id} was {told}"));
+                figures.add_finding(format!("event {id} was {problem}"));
             }
         }
     }

@@ -1,9 +1,10 @@
-//! Chaos on real parts: run it by `localstack/chaos`.
+//! Chaos on real servers. Run it with `localstack/chaos`.
 //!
-//! Writers, workers of two releases, a relay and boots run as processes of their own, by way of
-//! cables, while the faults of the design's catalogue strike: the seed says which, in what order.
-//! Then all comes to rest, and each read model must be a fold of the log: lost and repeated
-//! applications, zero. So must every moment in between be, as far as it can be seen.
+//! Writers, workers of two releases, a relay and boots run as separate processes and connect
+//! through proxies. Meanwhile, the faults of [`faults`] strike. The seed decides which faults
+//! strike, and in which order. After the faults, everything becomes idle, and each read model must
+//! equal a fold of the log: no event lost, none applied twice. [`watch`] checks the same during the
+//! run, as far as it can be observed.
 
 mod auto_increment;
 mod deploy;
@@ -47,16 +48,16 @@ use report::Report;
 use supervisor::Supervisor;
 use watch::Watch;
 
-/// All must be quiet by then: a straggler, a held message, a queue that LocalStack takes its time
-/// to count.
+/// The limit for the last play to become idle. It has to wait for projectors far behind, for hidden
+/// messages, and for LocalStack, which counts its messages with a delay.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(300);
 
 #[derive(Parser)]
 struct Options {
-    /// How long faults strike, in seconds; each must have struck at the end
+    /// How long faults strike, in seconds; every kind must have happened by then
     #[arg(long, default_value_t = 120, value_parser = clap::value_parser!(u64).range(60..=86_400))]
     seconds: u64,
-    /// Chooses the faults; the moments are the machine's
+    /// Seed of the choice of faults; their exact moments depend on the machine
     #[arg(long)]
     seed: Option<u64>,
     /// The kind of queue
@@ -71,12 +72,12 @@ struct Options {
 
 #[derive(clap::Subcommand)]
 enum Command {
-    /// One writer by plain SQL: started by a run of chaos
+    /// One writer in plain SQL, started by a chaos run
     #[command(hide = true)]
     Write { name: String, record: PathBuf },
 }
 
-/// On one thread, so that the dice of all tasks are of one seed.
+/// One thread, so that all tasks take their random numbers from one seed.
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> anyhow::Result<ExitCode> {
     let options = Options::parse();
@@ -88,36 +89,42 @@ async fn main() -> anyhow::Result<ExitCode> {
     fastrand::seed(seed);
     let parts = Arc::new(Parts::from_environment()?);
     let folder = parts.state.join("run");
-    let again = format!("--seed {seed} --queue {}", options.queue.as_str());
-    eprintln!("{again}, {} s on {}; logs in {}", options.seconds, parts.server, folder.display());
+    let options_to_repeat = format!("--seed {seed} --queue {}", options.queue.as_str());
+    eprintln!(
+        "{options_to_repeat}, {} s on {}; logs in {}",
+        options.seconds,
+        parts.server,
+        folder.display()
+    );
 
     let (mut terminate, mut interrupt) =
         (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let duration = Duration::from_secs(options.seconds);
     let report = tokio::select! {
-        report = run(parts, &folder, Duration::from_secs(options.seconds), options.queue, seed) => report,
-        // The processes end with us.
+        report = run(parts, &folder, duration, options.queue, seed) => report,
+        // The other processes end with this one.
         _ = terminate.recv() => return Ok(ExitCode::from(143)),
         _ = interrupt.recv() => return Ok(ExitCode::from(130)),
     };
     let report = report.with_context(|| {
         format!(
-            "chaos came to no end: repeat it with {again}, and see the logs in {}",
+            "chaos did not finish: repeat it with {options_to_repeat}, and see the logs in {}",
             folder.display()
         )
     })?;
-    match options.json {
-        true => println!("{}", report.json()),
-        false => println!("{report}"),
+    if options.json {
+        println!("{}", report.json());
+    } else {
+        println!("{report}");
     }
-    match report.is_ok() {
-        true => Ok(ExitCode::SUCCESS),
-        false => {
-            eprintln!(
-                "FAILED: repeat it with {again}; the logs of all processes are in {}",
-                folder.display()
-            );
-            Ok(ExitCode::FAILURE)
-        }
+    if report.is_ok() {
+        Ok(ExitCode::SUCCESS)
+    } else {
+        eprintln!(
+            "FAILED: repeat it with {options_to_repeat}; the logs of all processes are in {}",
+            folder.display()
+        );
+        Ok(ExitCode::FAILURE)
     }
 }
 
@@ -134,9 +141,9 @@ async fn run(
     for folder in [&logs, &records, &releases] {
         fs::create_dir_all(folder)?;
     }
-    let targets = set(parts, folder, queue, &records, releases).await?;
+    let targets = set_up(parts, folder, queue, &records, releases).await?;
     let (parts, processes, figures) = (&targets.parts, &targets.processes, &targets.figures);
-    let watching = tokio::spawn(Watch::default().keep(
+    let watching = tokio::spawn(Watch::default().run(
         Arc::clone(parts),
         Arc::clone(processes),
         Arc::clone(figures),
@@ -148,28 +155,28 @@ async fn run(
     supervisor.stop_all_but_survivor().await;
     survivor::silence_connections(&targets, &mut supervisor).await?;
 
-    for cable in [&targets.database, &targets.writers, &targets.queue] {
-        cable.mend();
+    for proxy in [&targets.database, &targets.writers, &targets.queue] {
+        proxy.end_faults();
     }
     supervisor.stop().await;
-    let last = targets.deploys.lock().await.mend().await?;
+    let last = targets.deploys.lock().await.boot_fixed().await?;
     let taken = targets.queue_faults.collect().await?;
     if taken > 0 {
         figures.add_finding(format!(
-            "{taken} messages that are not of the log were taken out of the queue by somebody"
+            "another process deleted {taken} messages that are not of the log"
         ));
     }
     play_until_idle(processes, &last).await?;
     let (audit, _) = processes.start(Kind::Audit, "audit-last", &["audit"])?;
     if audit.wait().await.code != Some(0) {
-        figures.add_finding(format!("the last audit is not well: {}", audit.log.display()));
+        figures.add_finding(format!("the last audit failed: {}", audit.log.display()));
     }
     watching.abort();
-    processes.judge_memory();
+    processes.check_memory();
     auto_increment::check_refused(&targets, &last).await?;
 
-    for cable in targets.databases() {
-        let (before, after) = cable.commits_cut();
+    for proxy in targets.database_proxies() {
+        let (before, after) = proxy.commits_cut();
         figures.add("commits_cut_before", before);
         figures.add("commits_cut_after", after);
     }
@@ -204,8 +211,8 @@ async fn run(
     })
 }
 
-/// A fresh database and queue, the first release booted, and everybody at work.
-async fn set(
+/// Creates the database and the queue, boots the first release, and starts all processes.
+async fn set_up(
     parts: Arc<Parts>,
     folder: &Path,
     kind: QueueKind,
@@ -221,17 +228,17 @@ async fn set(
     let (database, writers) =
         (Proxy::to(parts.server_port()?).await?, Proxy::to(parts.server_port()?).await?);
     let queue = Proxy::to(parts.queue_port()?).await?;
-    // Not encrypted, so that the cable sees commits.
-    let url = |cable: &Proxy| {
-        format!("mysql://root@127.0.0.1:{}/{DATABASE}?ssl-mode=DISABLED", cable.port)
+    // Not encrypted, so that the proxy can recognise commits.
+    let url = |proxy: &Proxy| {
+        format!("mysql://root@127.0.0.1:{}/{DATABASE}?ssl-mode=DISABLED", proxy.port)
     };
     let environment = vec![
-        // By this `localstack/chaos` knows what it may kill.
+        // Marks the processes that `localstack/chaos` may kill.
         ("PROJECTIONIST_CHAOS", parts.state.display().to_string()),
         ("DATABASE_URL", url(&database)),
         ("QUEUE_URL", queue_faults.queue_url.clone()),
         ("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", queue.port)),
-        // The shortest that there is: a pause, or a stall, and it has expired.
+        // The shortest allowed timeout: it expires during a pause or a stall.
         ("PROJECTIONIST_VISIBILITY_TIMEOUT", "3".into()),
         ("PROJECTIONIST_CONNECT_TIMEOUT", "5".into()),
         ("PROJECTIONIST_BATCH", "200".into()),
@@ -277,7 +284,7 @@ async fn set(
 async fn play_until_idle(processes: &Arc<ProcessTable>, release: &Release) -> anyhow::Result<()> {
     let arguments =
         ["play", "--until-idle", "--projectors", release.path(), "--release", &release.name];
-    // Judged here: it may end by itself.
+    // Its end is checked here, because it may end by itself.
     let (process, _) = processes.start(Kind::Boot, "play-until-idle", &arguments)?;
     let ended = tokio::time::timeout(IDLE_TIMEOUT, process.wait()).await;
     let ended =
@@ -291,8 +298,9 @@ async fn play_until_idle(processes: &Arc<ProcessTable>, release: &Release) -> an
     Ok(())
 }
 
-/// Counts what broke, and finds what no log may have. Returns where each projector stood when a
-/// boot first took it up: a start that the ledger has forgotten.
+/// Counts the log lines that have a figure, and adds a finding for each panic and each log fault.
+/// Returns the position of each projector when a boot first booted it. The ledger does not store
+/// this start.
 fn read_logs(logs: &Path, figures: &Figures) -> anyhow::Result<HashMap<String, u64>> {
     let mut starts: HashMap<String, u64> = HashMap::new();
     for log in fs::read_dir(logs)? {

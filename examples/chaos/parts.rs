@@ -1,5 +1,5 @@
-//! The parts of this run: a database server and a LocalStack that it may kill, by the scripts of
-//! `localstack/`.
+//! The servers of this run: a database server and a LocalStack. The run may kill them, and restarts
+//! them with the scripts of `localstack/`.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -11,7 +11,7 @@ use tokio::process::Command;
 
 pub const DATABASE: &str = "projectionist_chaos";
 
-/// How long a server may take to end or to come up.
+/// The limit for a server to end or to start.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 pub struct Parts {
@@ -24,7 +24,7 @@ impl Parts {
     pub fn from_environment() -> anyhow::Result<Self> {
         let setting = |name| {
             std::env::var(name)
-                .with_context(|| format!("{name} is not set: run this by localstack/chaos"))
+                .with_context(|| format!("{name} is not set: run chaos with localstack/chaos"))
         };
         Ok(Parts {
             server: setting("CHAOS_SERVER")?,
@@ -43,10 +43,10 @@ impl Parts {
     fn number<T: std::str::FromStr>(&self, part: &str, thing: &str) -> anyhow::Result<T> {
         let file = self.state.join(part).join(thing);
         let text = std::fs::read_to_string(&file).with_context(|| file.display().to_string())?;
-        text.trim().parse().ok().with_context(|| format!("{} is no number", file.display()))
+        text.trim().parse().ok().with_context(|| format!("{} is not a number", file.display()))
     }
 
-    /// A connection straight to the server, by no cable.
+    /// A connection directly to the server, not through a proxy.
     pub async fn connect(&self) -> anyhow::Result<MySqlConnection> {
         let options = self.options()?.database(DATABASE);
         Ok(tokio::time::timeout(Duration::from_secs(10), options.connect()).await??)
@@ -62,7 +62,7 @@ impl Parts {
         Ok(sqlx::query_scalar("select version()").fetch_one(&mut self.connect().await?).await?)
     }
 
-    /// Makes the database anew.
+    /// Creates the database again.
     pub async fn make_database(&self) -> anyhow::Result<()> {
         let mut server = self.options()?.connect().await?;
         for sql in
@@ -73,10 +73,10 @@ impl Parts {
         Ok(())
     }
 
-    /// `kill -9`, or a clean stop; and up again.
+    /// Ends the server with `signal` (`KILL`, or `TERM` for a clean stop), and starts it again.
     pub async fn restart_server(&self, signal: &str) -> anyhow::Result<()> {
         let pid: u32 = self.number(&self.server, "pid")?;
-        ensure!(self.is_ours(pid), "process {pid} is not our {}", self.server);
+        ensure!(self.is_ours(pid), "process {pid} is not the {} of this run", self.server);
         self::signal(pid, signal).await?;
         let began = Instant::now();
         while self.is_ours(pid) {
@@ -88,7 +88,7 @@ impl Parts {
 
     async fn start_server(&self) -> anyhow::Result<()> {
         let up = concat!(env!("CARGO_MANIFEST_DIR"), "/localstack/up");
-        let mut told = String::new();
+        let mut error = String::new();
         for _ in 0..3 {
             let ended = Command::new(up).arg(&self.server).kill_on_drop(true).output();
             let ended = tokio::time::timeout(TIMEOUT * 2, ended)
@@ -97,12 +97,12 @@ impl Parts {
             if ended.status.success() {
                 return Ok(());
             }
-            told = String::from_utf8_lossy(&ended.stderr).into_owned();
+            error = String::from_utf8_lossy(&ended.stderr).into_owned();
         }
-        bail!("{} does not come up: {told}", self.server)
+        bail!("{} does not start: {error}", self.server)
     }
 
-    /// LocalStack stands still for so long: it takes connections and says nothing.
+    /// Stops LocalStack with SIGSTOP for `duration`. It accepts connections, but does not answer.
     pub async fn stop_queue(&self, duration: Duration) -> anyhow::Result<()> {
         let pid: u32 = self.number("sqs", "pid")?;
         signal(pid, "STOP").await?;
@@ -110,8 +110,8 @@ impl Parts {
         signal(pid, "CONT").await
     }
 
-    /// Whether a process runs and is the server that `localstack/up` launched. A dead one has no
-    /// environment.
+    /// Whether the process runs and is the server that `localstack/up` started. A process that has
+    /// ended has no environment.
     fn is_ours(&self, pid: u32) -> bool {
         let part = format!("PROJECTIONIST_PART={}", self.state.join(&self.server).display());
         let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
@@ -119,7 +119,7 @@ impl Parts {
     }
 }
 
-/// Sends a signal to a process that must be ours and not yet reaped.
+/// Sends a signal to a process of this run that has not been reaped yet.
 pub async fn signal(pid: u32, signal: &str) -> anyhow::Result<()> {
     let sent =
         Command::new("kill").args([&format!("-{signal}"), &pid.to_string()]).output().await?;

@@ -1,4 +1,4 @@
-//! Real processes, each with a log of its own, and the signals that they get.
+//! Real processes, each with a log file of its own, and the signals that they receive.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -15,29 +15,30 @@ use tokio::sync::{mpsc, oneshot, watch};
 use crate::figures::Figures;
 use crate::parts;
 
-/// What workers get as `--grace-period`.
+/// The `--grace-period` of workers, in seconds.
 pub const GRACE: &str = "5";
 
-/// From SIGTERM to the end: the grace of the batch in hand, that of the relay, and a busy machine.
+/// The limit from SIGTERM to the end: the grace periods of the batch and the relay, and a margin
+/// for a busy machine.
 const END_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// The most memory that a process may ever have resident, of whatever kind and however long the log
-/// is, in MiB.
+/// The most resident memory, in MiB, that a process of any kind may ever have, however long the log
+/// is.
 const MAX_MEMORY_MIB: u64 = 64;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
     Play,
-    /// A worker that is never killed, and must live through all that happens around it.
+    /// A worker that is never killed. It must recover from everything that happens around it.
     Survivor,
     Relay,
     Boot,
     Append,
-    /// Ours: it appends by plain SQL.
+    /// A process of this program, which appends in plain SQL.
     Writer,
     Audit,
     Retire,
-    /// Any that is to be refused: who starts it judges it.
+    /// A command that must be refused. The caller checks its end.
     Refused,
 }
 
@@ -57,7 +58,7 @@ impl Kind {
     }
 
     /// The figure that counts its SIGKILLs.
-    fn kills(self) -> Option<&'static str> {
+    fn kill_figure(self) -> Option<&'static str> {
         Some(match self {
             Kind::Play => "sigkills_of_play",
             Kind::Relay => "sigkills_of_relay",
@@ -69,29 +70,29 @@ impl Kind {
         })
     }
 
-    /// Whether it may end so, not having been killed.
+    /// Whether a process that was not killed may end with this code.
     fn may_end(self, code: Option<i32>, was_terminated: bool) -> bool {
         match (self, code) {
             (Kind::Play | Kind::Survivor | Kind::Relay | Kind::Writer, Some(0)) => was_terminated,
             (Kind::Boot, Some(0 | 1)) | (Kind::Append | Kind::Audit, Some(0)) => true,
-            // What one that was killed, or lost its connection, had done already is an error to the
-            // next.
+            // An earlier retire may have committed before it was killed or lost its connection. The
+            // next one then fails.
             (Kind::Retire, Some(0 | 2)) | (Kind::Refused, _) => true,
-            // The database or the queue was away when it started.
+            // The database or the queue was unreachable when the process started.
             (
                 Kind::Play | Kind::Relay | Kind::Boot | Kind::Append | Kind::Audit | Kind::Retire,
                 Some(3),
             ) => true,
-            // It says that it was interrupted, by the code of a process that the signal ended.
+            // Boot exits with 143 if SIGTERM interrupted it.
             (Kind::Boot, Some(143)) => was_terminated,
-            // SIGTERM itself: these have nothing to bring to an end.
+            // SIGTERM itself ended the process. These commands do not handle it.
             (Kind::Boot | Kind::Append | Kind::Audit | Kind::Retire, None) => was_terminated,
             _ => false,
         }
     }
 }
 
-/// A process that runs, or has run.
+/// A process that is running or has ended.
 pub struct Process {
     pub kind: Kind,
     pub pid: u32,
@@ -100,18 +101,19 @@ pub struct Process {
     ended: watch::Receiver<Option<Ended>>,
 }
 
-/// A signal, and who wants to know that it was sent.
+/// The name of a signal, and a channel that is notified when the signal has been sent.
 type SignalRequest = (&'static str, oneshot::Sender<()>);
 
-/// `None`: a signal ended it.
+/// The end of a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ended {
+    /// The exit code, or `None` if a signal ended the process.
     pub code: Option<i32>,
 }
 
 impl Process {
-    /// To `kill`, by the name of the signal. One that has ended gets none: what this returns says
-    /// so, and need not be awaited.
+    /// Sends a signal, by its name for `kill`. The returned channel is closed without a value if
+    /// the process has already ended. It does not have to be awaited.
     pub fn signal(&self, signal: &'static str) -> oneshot::Receiver<()> {
         let (sends, sent) = oneshot::channel();
         let _ = self.signal_requests.send((signal, sends));
@@ -125,12 +127,12 @@ impl Process {
     }
 }
 
-/// Where processes are started, and all that run.
+/// Starts processes, and knows all that are running.
 pub struct ProcessTable {
     binary: PathBuf,
-    ourselves: PathBuf,
+    chaos_binary: PathBuf,
     environment: Vec<(&'static str, String)>,
-    /// Applications have a cable of their own.
+    /// The database URL of the applications, which have a proxy of their own.
     writers_url: String,
     folder: PathBuf,
     figures: Arc<Figures>,
@@ -148,7 +150,7 @@ impl ProcessTable {
     ) -> anyhow::Result<Self> {
         let binary =
             std::env::var_os("PROJECTIONIST_BIN").context("PROJECTIONIST_BIN is not set")?;
-        // Copies, so that a build in the middle of a long run changes nothing.
+        // The run uses copies, so that a build during a long run does not change it.
         let copy = |program: PathBuf, name| {
             let copy = folder.join(name);
             std::fs::copy(&program, &copy).with_context(|| program.display().to_string())?;
@@ -156,7 +158,7 @@ impl ProcessTable {
         };
         Ok(ProcessTable {
             binary: copy(binary.into(), "projectionist")?,
-            ourselves: copy(std::env::current_exe()?, "chaos")?,
+            chaos_binary: copy(std::env::current_exe()?, "chaos")?,
             environment,
             writers_url,
             folder,
@@ -167,8 +169,8 @@ impl ProcessTable {
         })
     }
 
-    /// Starts a process, with its standard output and error in a log of its own. An `append` has a
-    /// pipe for its input.
+    /// Starts a process. Its standard output and standard error go to a log file of its own. The
+    /// standard input of an `append` is a pipe.
     pub fn start(
         self: &Arc<Self>,
         kind: Kind,
@@ -180,10 +182,7 @@ impl ProcessTable {
             .join("logs")
             .join(format!("{:04}-{name}.log", self.started.fetch_add(1, Ordering::SeqCst)));
         let file = File::create(&log).with_context(|| log.display().to_string())?;
-        let program = match kind {
-            Kind::Writer => &self.ourselves,
-            _ => &self.binary,
-        };
+        let program = if kind == Kind::Writer { &self.chaos_binary } else { &self.binary };
         let mut command = Command::new(program);
         command.args(arguments).envs(self.environment.iter().cloned()).kill_on_drop(true);
         if matches!(kind, Kind::Writer | Kind::Append) {
@@ -191,26 +190,26 @@ impl ProcessTable {
         }
         command.stdin(if kind == Kind::Append { Stdio::piped() } else { Stdio::null() });
         command.stdout(file.try_clone()?).stderr(file);
-        // A signal from the terminal is for us alone: we end them in order.
+        // A signal from the terminal must reach only this program, which ends the others in order.
         command.process_group(0);
-        let mut child = command.spawn().context("it cannot be started")?;
+        let mut child = command.spawn().context("the process cannot be started")?;
         let stdin = child.stdin.take();
-        let (signal_requests, ordered) = mpsc::unbounded_channel();
+        let (signal_requests, requested) = mpsc::unbounded_channel();
         let (ends, ended) = watch::channel(None);
-        let pid = child.id().context("it has a number")?;
+        let pid = child.id().context("the process has no id")?;
         let process = Arc::new(Process { kind, pid, log, signal_requests, ended });
-        self.running.lock().expect("no panic in the yard").push(Arc::clone(&process));
-        tokio::spawn(Arc::clone(self).attend(Arc::clone(&process), child, ordered, ends));
+        self.running.lock().expect("the lock is not poisoned").push(Arc::clone(&process));
+        tokio::spawn(Arc::clone(self).attend(Arc::clone(&process), child, requested, ends));
         self.figures.add("starts", 1);
         Ok((process, stdin))
     }
 
-    /// All that run.
+    /// All running processes.
     pub fn running(&self) -> Vec<Arc<Process>> {
-        self.running.lock().expect("no panic in the yard").clone()
+        self.running.lock().expect("the lock is not poisoned").clone()
     }
 
-    /// Signals a process until it has ended, and judges how it did.
+    /// Sends the requested signals to a process until it has ended, and then checks its end.
     async fn attend(
         self: Arc<Self>,
         process: Arc<Process>,
@@ -222,17 +221,21 @@ impl ProcessTable {
         let status = loop {
             tokio::select! {
                 status = child.wait() => break status,
-                Some((order, sent)) = signal_requests.recv() => {
-                    // Not reaped before `wait` says so: until then the number is its own.
-                    if parts::signal(process.pid, order).await.is_err() {
+                Some((signal, sent)) = signal_requests.recv() => {
+                    // The process is not reaped before `wait` returns, so its id is still its own.
+                    if parts::signal(process.pid, signal).await.is_err() {
                         continue;
                     }
                     let _ = sent.send(());
-                    match order {
+                    match signal {
                         "KILL" => {
                             was_killed = true;
                             self.figures.add("sigkills", 1);
-                            process.kind.kills().into_iter().for_each(|kills| self.figures.add(kills, 1));
+                            process
+                                .kind
+                                .kill_figure()
+                                .into_iter()
+                                .for_each(|figure| self.figures.add(figure, 1));
                         }
                         "TERM" => {
                             terminated.get_or_insert_with(Instant::now);
@@ -244,26 +247,29 @@ impl ProcessTable {
                 }
             }
         };
-        self.running.lock().expect("no panic in the yard").retain(|other| other.pid != process.pid);
+        self.running
+            .lock()
+            .expect("the lock is not poisoned")
+            .retain(|other| other.pid != process.pid);
         let ended = Ended { code: status.as_ref().ok().and_then(ExitStatus::code) };
         if !was_killed {
-            self.judge(&process, ended, terminated);
+            self.check_end(&process, ended, terminated);
         }
         ends.send_replace(Some(ended));
     }
 
-    fn judge(&self, process: &Process, ended: Ended, terminated: Option<Instant>) {
+    fn check_end(&self, process: &Process, ended: Ended, terminated: Option<Instant>) {
         if ended.code == Some(3) {
             self.figures.add("starts_failed_unreachable", 1);
         }
         let (kind, log) = (process.kind.as_str(), process.log.display());
-        // Asked before it listened for signals, in its first milliseconds.
+        // SIGTERM arrived in the first milliseconds, before the process handled signals.
         let had_not_begun = ended.code.is_none()
             && terminated.is_some()
             && std::fs::metadata(&process.log).is_ok_and(|log| log.len() == 0);
         if !had_not_begun && !process.kind.may_end(ended.code, terminated.is_some()) {
             self.figures.add_finding(format!(
-                "{kind} ended with {:?}, which it must not: {log}",
+                "{kind} ended with {:?}, which is not allowed: {log}",
                 ended.code
             ));
         }
@@ -275,7 +281,7 @@ impl ProcessTable {
         }
     }
 
-    /// Notes the most memory that each has ever had resident.
+    /// Stores the memory peak of each kind of process.
     pub fn sample_memory(&self) {
         for process in self.running() {
             let status = std::fs::read_to_string(format!("/proc/{}/status", process.pid))
@@ -284,26 +290,26 @@ impl ProcessTable {
                 .lines()
                 .find_map(|line| line.strip_prefix("VmHWM:")?.split_whitespace().next());
             let Some(kilobytes) = peak.and_then(|peak| peak.parse::<u64>().ok()) else { continue };
-            let mut peaks = self.peaks.lock().expect("no panic in the yard");
+            let mut peaks = self.peaks.lock().expect("the lock is not poisoned");
             let before = peaks.entry(process.kind).or_default();
             *before = kilobytes.max(*before);
         }
     }
 
-    /// Finds who had more memory than it may.
-    pub fn judge_memory(&self) {
+    /// Adds a finding for each kind of process that had more memory than allowed.
+    pub fn check_memory(&self) {
         for (kind, peak) in
             self.memory_peaks().into_iter().filter(|(_, peak)| *peak > MAX_MEMORY_MIB)
         {
             self.figures.add_finding(format!(
-                "{kind} had {peak} MiB of memory resident, and may have {MAX_MEMORY_MIB}"
+                "{kind} had {peak} MiB of resident memory; {MAX_MEMORY_MIB} MiB are allowed"
             ));
         }
     }
 
-    /// The peaks of each kind, in MiB.
+    /// The memory peak of each kind of process, in MiB.
     pub fn memory_peaks(&self) -> Vec<(&'static str, u64)> {
-        let peaks = self.peaks.lock().expect("no panic in the yard");
+        let peaks = self.peaks.lock().expect("the lock is not poisoned");
         peaks.iter().map(|(kind, kilobytes)| (kind.as_str(), kilobytes.div_ceil(1024))).collect()
     }
 }

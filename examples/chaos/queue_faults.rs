@@ -1,4 +1,5 @@
-//! Who meddles with the queue, behind the workers' backs and by no cable.
+//! Faults of the queue: this module receives, deletes and sends messages beside the workers,
+//! without a proxy.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex};
@@ -14,22 +15,24 @@ use crate::figures::Figures;
 
 const QUEUE: &str = "projectionist-chaos";
 
-/// As the relay has it: on a FIFO queue, a message that is received hides all behind it.
+/// The relay's message group. In a FIFO queue, a received message hides all later ones of its
+/// group.
 const GROUP: &str = "events";
 
-/// A message that is not ours holds up its group until the queue's own policy takes it away.
+/// After this many receives, the queue moves a message to the dead-letter queue. Until then, a
+/// foreign message blocks its group.
 const MAX_RECEIVES: u32 = 10;
 
-/// By then everything that is hidden is visible again.
+/// After this time, every hidden message is visible again.
 const FIND_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// Bodies that came by, to be sent again.
-const KEPT: usize = 50;
+/// The number of message bodies that are remembered, to be sent again.
+const MAX_BODIES: usize = 50;
 
-/// Before this, a message of the relay has `{"sig":"`, 64 digits, and `",`.
+/// The offset in a signed message after `{"sig":"`, 64 digits, and `",`.
 const SIGNED_FROM: usize = 74;
 
-/// What kind of queue it is.
+/// The kind of queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum QueueKind {
     Fifo,
@@ -51,13 +54,14 @@ pub struct QueueFaults {
     pub queue_url: String,
     dead_letters_url: String,
     figures: Arc<Figures>,
+    /// Genuine bodies that this module has received.
     seen: Mutex<Vec<String>>,
-    /// What was sent and is not ours: nobody but the meddler may take it away.
+    /// The bodies that were sent here and are not of the log. Only this module may delete them.
     planted: Mutex<HashSet<String>>,
 }
 
 impl QueueFaults {
-    /// Makes the queue anew.
+    /// Creates the queue again.
     pub async fn at(port: u16, kind: QueueKind, figures: &Arc<Figures>) -> anyhow::Result<Self> {
         let config = aws_config::defaults(aws_config::BehaviorVersion::latest())
             .http_client(aws_smithy_http_client::Builder::new().build_http())
@@ -114,7 +118,7 @@ impl QueueFaults {
         })
     }
 
-    /// Takes messages out of the queue: lost.
+    /// Deletes messages from the queue, so that they are lost.
     pub async fn lose(&self) -> anyhow::Result<()> {
         for message in self.receive(30).await? {
             self.delete(&message).await?;
@@ -123,7 +127,8 @@ impl QueueFaults {
         Ok(())
     }
 
-    /// Takes messages and keeps them for so long: they come late, or never.
+    /// Receives messages, and hides them for `duration`. With `then_lose`, deletes them after half
+    /// of that time.
     pub async fn hold(&self, duration: Duration, then_lose: bool) -> anyhow::Result<()> {
         let messages = self.receive(duration.as_secs() as i32).await?;
         self.figures.add("messages_delayed", messages.len() as u64);
@@ -137,12 +142,12 @@ impl QueueFaults {
         Ok(())
     }
 
-    /// Sends messages again that came by, in another order, each up to three times.
+    /// Sends earlier messages again, in random order, each up to three times.
     pub async fn repeat(&self) -> anyhow::Result<()> {
         for message in self.receive(1).await.unwrap_or_default() {
             self.delete(&message).await?;
         }
-        let mut bodies: Vec<String> = self.seen.lock().expect("no panic while meddling").clone();
+        let mut bodies: Vec<String> = self.seen.lock().expect("the lock is not poisoned").clone();
         fastrand::shuffle(&mut bodies);
         for body in bodies.iter().take(10) {
             for _ in 0..fastrand::u8(1..4) {
@@ -153,12 +158,16 @@ impl QueueFaults {
         Ok(())
     }
 
-    /// Messages that are none of ours, or beyond the end of our log, or forged.
+    /// Sends messages of another log, messages beyond the end of this log, and forged messages.
     pub async fn send_foreign(&self) -> anyhow::Result<()> {
-        let event = r#"{"position":7,"event_id":"x","stream_id":"s","stream_version":1,"event_type":"Closed","recorded_at":"2026-01-01T00:00:00Z","payload":{"amount":1}}"#;
-        let ours =
-            self.seen.lock().expect("no panic while meddling").last().cloned().unwrap_or_default();
-        let seen = serde_json::from_str::<serde_json::Value>(&ours).unwrap_or_default();
+        let event = concat!(
+            r#"{"position":7,"event_id":"x","stream_id":"s","stream_version":1,"#,
+            r#""event_type":"Closed","recorded_at":"2026-01-01T00:00:00Z","#,
+            r#""payload":{"amount":1}}"#,
+        );
+        let genuine =
+            self.seen.lock().expect("the lock is not poisoned").last().cloned().unwrap_or_default();
+        let seen = serde_json::from_str::<serde_json::Value>(&genuine).unwrap_or_default();
         let log = seen["log"].as_str().unwrap_or_default();
         let beyond = event.replace(":7,", ":4000000007,");
         let id = Uuid::now_v7();
@@ -173,11 +182,11 @@ impl QueueFaults {
             self.plant(body).await?;
             self.figures.add("messages_foreign", 1);
         }
-        self.forge(&ours).await
+        self.forge(&genuine).await
     }
 
-    /// As somebody who has seen a message sends others in its place: all of it but the payloads,
-    /// without a signature, with an invented one, and with the one that it had.
+    /// Sends forged copies of a genuine message, with other payloads: one without a signature, one
+    /// with an invented signature, and one with the original signature.
     async fn forge(&self, genuine: &str) -> anyhow::Result<()> {
         let (Some(rest), true) = (genuine.get(SIGNED_FROM..), genuine.contains("\"payload\":{"))
         else {
@@ -197,14 +206,14 @@ impl QueueFaults {
         Ok(())
     }
 
-    /// Messages that cannot be read: cut off, or nonsense.
+    /// Sends messages that cannot be parsed: a truncated one, and nonsense.
     pub async fn send_malformed(&self) -> anyhow::Result<()> {
-        let seen = self.seen.lock().expect("no panic while meddling").last().cloned();
-        let cut_off = seen.map(|body| body.chars().take(body.chars().count() / 2).collect());
+        let seen = self.seen.lock().expect("the lock is not poisoned").last().cloned();
+        let truncated = seen.map(|body| body.chars().take(body.chars().count() / 2).collect());
         let id = Uuid::now_v7();
         let deep = format!("{}{id}", "[".repeat(10_000));
         for body in
-            [cut_off.unwrap_or(format!("{{\"log\":{id}")), deep, format!("\u{1F4A5} null {id}")]
+            [truncated.unwrap_or(format!("{{\"log\":{id}")), deep, format!("\u{1F4A5} null {id}")]
         {
             self.plant(body).await?;
             self.figures.add("messages_malformed", 1);
@@ -212,15 +221,16 @@ impl QueueFaults {
         Ok(())
     }
 
-    /// Sends what is not ours, and remembers it.
+    /// Sends a body that is not of the log, and remembers it.
     async fn plant(&self, body: String) -> anyhow::Result<()> {
         self.send(&body).await?;
-        self.planted.lock().expect("no panic while meddling").insert(body);
+        self.planted.lock().expect("the lock is not poisoned").insert(body);
         Ok(())
     }
 
-    /// Empties queue and dead letters, and says how many messages that are not ours somebody else
-    /// has taken away. Nobody plays any more; what is ours among them is read from the store.
+    /// Empties the queue and the dead-letter queue. Returns the number of planted messages that
+    /// another process has deleted. No worker runs any more: genuine messages among the deleted
+    /// ones are read from the store.
     pub async fn collect(&self) -> anyhow::Result<usize> {
         let began = Instant::now();
         let mut quiet = 0;
@@ -247,25 +257,25 @@ impl QueueFaults {
     }
 
     fn missing(&self) -> Vec<String> {
-        self.planted.lock().expect("no panic while meddling").iter().cloned().collect()
+        self.planted.lock().expect("the lock is not poisoned").iter().cloned().collect()
     }
 
     fn forget(&self, message: &Message) {
         if let Some(body) = message.body() {
-            self.planted.lock().expect("no panic while meddling").remove(body);
+            self.planted.lock().expect("the lock is not poisoned").remove(body);
         }
     }
 
     pub async fn purge(&self) -> anyhow::Result<()> {
         self.sqs.purge_queue().queue_url(&self.queue_url).send().await?;
-        // Those that are dead letters already may be found or not.
-        self.planted.lock().expect("no panic while meddling").clear();
+        // Messages that are in the dead-letter queue already are also forgotten here.
+        self.planted.lock().expect("the lock is not poisoned").clear();
         self.figures.add("purges", 1);
         Ok(())
     }
 
-    /// Up to ten messages, hidden for so many seconds. Workers hold those of the one group most of
-    /// the time: patience.
+    /// Receives up to ten messages and hides them for `visibility` seconds. Retries, because
+    /// workers hold the messages of the group most of the time.
     async fn receive(&self, visibility: i32) -> anyhow::Result<Vec<Message>> {
         for _ in 0..20 {
             let receive =
@@ -274,15 +284,15 @@ impl QueueFaults {
                 receive.visibility_timeout(visibility).wait_time_seconds(1).send().await?;
             let messages = received.messages.unwrap_or_default();
             if !messages.is_empty() {
-                let mut seen = self.seen.lock().expect("no panic while meddling");
-                let planted = self.planted.lock().expect("no panic while meddling");
+                let mut seen = self.seen.lock().expect("the lock is not poisoned");
+                let planted = self.planted.lock().expect("the lock is not poisoned");
                 let bodies = messages.iter().filter_map(|message| message.body.clone());
                 seen.extend(
                     bodies.filter(|body| body.starts_with("{\"sig\":") && !planted.contains(body)),
                 );
                 drop(planted);
-                let known = seen.len().saturating_sub(KEPT);
-                seen.drain(..known);
+                let surplus = seen.len().saturating_sub(MAX_BODIES);
+                seen.drain(..surplus);
                 return Ok(messages);
             }
         }
@@ -296,7 +306,8 @@ impl QueueFaults {
         Ok(())
     }
 
-    /// On a FIFO queue, to the relay's group or, so that it overtakes, to another.
+    /// Sends a body. In a FIFO queue, the group is the relay's or, so that the message overtakes
+    /// others, another one.
     async fn send(&self, body: &str) -> anyhow::Result<()> {
         let send = self.sqs.send_message().queue_url(&self.queue_url).message_body(body);
         let send = match self.kind {

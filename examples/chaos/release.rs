@@ -1,5 +1,5 @@
-//! Releases: sets of projector files. Each deploy brings a new projector, and mends the fragile one
-//! or does not.
+//! Releases: sets of projector files. Each deploy brings a new projector. It fixes the fragile
+//! projector, or leaves it as it is.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,10 +13,11 @@ const HOSTILE: &str = include_str!("projectors/hostile.toml");
 const DROPPED: &str = include_str!("projectors/dropped.toml");
 const NEWCOMER: &str = include_str!("projectors/newcomer.toml");
 
-/// A release has this many of the newest, so that its work does not grow with the deploys.
+/// A release has this many of the newest projectors, so that its work does not grow with the
+/// deploys.
 const NEWCOMERS: u32 = 3;
 
-/// In turn, so that the very first release has one of each.
+/// The modes of new projectors, in turn. The first release has one projector of each mode.
 const MODES: [&str; 3] = ["from_now", "once", "from_beginning"];
 
 /// A folder of projector files.
@@ -28,18 +29,18 @@ pub struct Release {
 }
 
 impl Release {
-    /// Writes down a release. The one that is numbered 3 is the first, and has newcomers 1 to 3.
-    pub fn write(releases: &Path, newest: u32, is_mended: bool) -> anyhow::Result<Self> {
-        let name = format!("release-{newest}{}", if is_mended { "-mended" } else { "" });
+    /// Writes the files of a release. The first release has the number 3, and the newcomers 1 to 3.
+    pub fn write(releases: &Path, newest: u32, is_fixed: bool) -> anyhow::Result<Self> {
+        let name = format!("release-{newest}{}", if is_fixed { "-fixed" } else { "" });
         let folder = releases.join(&name);
         fs::create_dir_all(&folder)?;
-        let fragile = if is_mended {
+        let fragile = if is_fixed {
             FRAGILE.replace(":payload.amount)", ":payload.amount?)")
         } else {
             FRAGILE.into()
         };
         let hostile =
-            if is_mended { HOSTILE.replace(":payload.harm?)", "null)") } else { HOSTILE.into() };
+            if is_fixed { HOSTILE.replace(":payload.harm?)", "null)") } else { HOSTILE.into() };
         let mut files = vec![
             ("tally".to_owned(), TALLY.to_owned()),
             ("counters".into(), COUNTERS.into()),
@@ -63,22 +64,22 @@ impl Release {
         Ok(Release { name, folder, newest })
     }
 
-    /// The first one: with a newcomer of each mode.
+    /// Writes the first release, with a newcomer of each mode.
     pub fn first(releases: &Path) -> anyhow::Result<Self> {
         Self::write(releases, NEWCOMERS, false)
     }
 
-    /// The next one.
-    pub fn next(&self, releases: &Path, is_mended: bool) -> anyhow::Result<Self> {
-        Self::write(releases, self.newest + 1, is_mended)
+    /// Writes the next release, with one more newcomer.
+    pub fn next(&self, releases: &Path, is_fixed: bool) -> anyhow::Result<Self> {
+        Self::write(releases, self.newest + 1, is_fixed)
     }
 
-    /// The same one, mended.
-    pub fn mended(&self, releases: &Path) -> anyhow::Result<Self> {
+    /// Writes the same release, with the fragile and the hostile projector fixed.
+    pub fn fixed(&self, releases: &Path) -> anyhow::Result<Self> {
         Self::write(releases, self.newest, true)
     }
 
-    /// The same one, but that the fragile projector wants more than it was booted with.
+    /// Writes the same release, in which the fragile projector subscribes to more event types.
     pub fn widened(&self, releases: &Path) -> anyhow::Result<Self> {
         let name = format!("{}-widened", self.name);
         let folder = releases.join(&name);
@@ -92,7 +93,7 @@ impl Release {
         Ok(Release { name, folder, newest: self.newest })
     }
 
-    /// The names of its projectors: those of its files.
+    /// The names of its projectors, which are the names of its files.
     pub fn projectors(&self) -> anyhow::Result<Vec<String>> {
         let name = |entry: fs::DirEntry| {
             entry.path().file_stem().map(|stem| stem.to_string_lossy().into_owned())
@@ -100,7 +101,7 @@ impl Release {
         Ok(fs::read_dir(&self.folder)?.filter_map(|entry| name(entry.ok()?)).collect())
     }
 
-    /// The newcomers of older releases that it does not have any more.
+    /// The newcomers of older releases that this release does not have.
     pub fn removed_projectors(&self) -> impl Iterator<Item = String> {
         (1..=self.newest.saturating_sub(NEWCOMERS)).map(newcomer)
     }
@@ -109,9 +110,9 @@ impl Release {
         self.newest > other.newest
     }
 
-    /// As an argument.
+    /// The folder, as an argument of a command.
     pub fn path(&self) -> &str {
-        self.folder.to_str().expect("we named it")
+        self.folder.to_str().expect("the path is UTF-8")
     }
 }
 

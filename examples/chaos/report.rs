@@ -1,4 +1,4 @@
-//! The report: a table for people, one JSON object for programs.
+//! The report of a run: a table for people, or one JSON object for programs.
 
 use std::fmt;
 use std::sync::Arc;
@@ -16,7 +16,7 @@ pub struct Report {
     pub queue: &'static str,
     pub seconds: u64,
     pub took: Duration,
-    /// In MiB, of each kind of process.
+    /// The memory peak of each kind of process, in MiB.
     pub memory_peaks: Vec<(&'static str, u64)>,
     pub verdicts: Vec<Verdict>,
     pub figures: Arc<Figures>,
@@ -73,7 +73,8 @@ impl fmt::Display for Report {
         let Report { seed, server, version, queue, seconds, .. } = self;
         writeln!(
             f,
-            "\nchaos on {server} {version} and a {queue} queue: seed {seed}, {seconds} s of faults, {} s in all\n",
+            "\nchaos on {server} {version} and a {queue} queue: seed {seed}, \
+             {seconds} s of faults, {} s in all\n",
             self.took.as_secs()
         )?;
         for (name, count) in self.figures.all() {
@@ -93,18 +94,20 @@ impl fmt::Display for Report {
             let behind = if *is_behind { "  NOT AT THE END" } else { "" };
             writeln!(
                 f,
-                "  {projector:<16}{status:<10}{applications:>12}{lost:>8}{repeated:>10}{wrong:>8}{behind}"
+                "  {projector:<16}{status:<10}{applications:>12}{lost:>8}{repeated:>10}{wrong:>8}\
+                 {behind}"
             )?;
         }
         for finding in self.findings() {
             writeln!(f, "\nFOUND: {finding}")?;
         }
         for missing in self.figures.missing() {
-            writeln!(f, "\nDID NOT HAPPEN: {missing}: this run proves nothing of it")?;
+            writeln!(f, "\nDID NOT HAPPEN: {missing}, so this run proves nothing about it")?;
         }
-        match self.is_ok() {
-            true => write!(f, "\nNothing lost, nothing twice."),
-            false => write!(f, "\nNOT WELL."),
+        if self.is_ok() {
+            write!(f, "\nNo event was lost, and none was applied twice.")
+        } else {
+            write!(f, "\nFAILED.")
         }
     }
 }

@@ -1,5 +1,5 @@
-//! The posts that must be manned: a process that ends is followed by another, as a container
-//! platform would.
+//! The services of a run. A process that ends is replaced by a new one, as a container platform
+//! would do.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,7 +13,7 @@ use crate::process::{GRACE, Kind, Process, ProcessTable};
 use crate::release::Release;
 use crate::writer::{self, Record};
 
-/// One post, manned until it is closed.
+/// One service, which always has a process until it is closed.
 pub struct Service {
     name: &'static str,
     kind: Kind,
@@ -23,7 +23,7 @@ pub struct Service {
     closed: AtomicBool,
 }
 
-/// All posts of a run.
+/// All services of a run.
 pub struct Supervisor {
     services: Vec<(Arc<Service>, JoinHandle<()>)>,
     appending: Arc<AtomicBool>,
@@ -31,8 +31,8 @@ pub struct Supervisor {
 }
 
 impl Supervisor {
-    /// Three workers, of which one is never killed and one has no relay in it, and a relay besides;
-    /// two writers by plain SQL and two by `append`.
+    /// Starts three workers, a relay, and four applications. One worker is never killed, and one
+    /// has no relay of its own. Two applications append in plain SQL, and two with `append`.
     pub fn start(
         processes: &Arc<ProcessTable>,
         records: &Path,
@@ -83,17 +83,17 @@ impl Supervisor {
         Ok(Supervisor { services: supervised.into(), appending, appenders })
     }
 
-    /// Gives a worker another release: the one that runs is asked to end.
+    /// Gives a worker another release: its process is stopped, and the next one uses the release.
     pub fn deploy(&self, worker: &str, release: &Release) {
         for (service, _) in self.services.iter().filter(|(service, _)| service.name == worker) {
-            *service.release.lock().expect("no panic at a post") = release.clone();
-            if let Some(process) = &*service.current.lock().expect("no panic at a post") {
+            *service.release.lock().expect("the lock is not poisoned") = release.clone();
+            if let Some(process) = &*service.current.lock().expect("the lock is not poisoned") {
                 process.signal("TERM");
             }
         }
     }
 
-    /// No more events.
+    /// Stops all applications.
     pub async fn stop_writing(&mut self) {
         self.appending.store(false, Ordering::SeqCst);
         self.close(|kind| kind == Kind::Writer).await;
@@ -102,23 +102,23 @@ impl Supervisor {
         }
     }
 
-    /// Only the survivor plays and publishes.
+    /// Stops all workers but the survivor, and the relay.
     pub async fn stop_all_but_survivor(&mut self) {
         self.close(|kind| matches!(kind, Kind::Play | Kind::Relay)).await;
     }
 
-    /// Nobody plays, nobody publishes.
+    /// Stops all services that are left.
     pub async fn stop(&mut self) {
         self.close(|_| true).await;
     }
 
-    async fn close(&mut self, which: impl Fn(Kind) -> bool) {
+    async fn close(&mut self, is_chosen: impl Fn(Kind) -> bool) {
         let (closing, open): (Vec<_>, Vec<_>) =
-            self.services.drain(..).partition(|(service, _)| which(service.kind));
+            self.services.drain(..).partition(|(service, _)| is_chosen(service.kind));
         self.services = open;
         for (service, _) in &closing {
             service.closed.store(true, Ordering::SeqCst);
-            if let Some(process) = &*service.current.lock().expect("no panic at a post") {
+            if let Some(process) = &*service.current.lock().expect("the lock is not poisoned") {
                 process.signal("TERM");
             }
         }
@@ -128,6 +128,7 @@ impl Supervisor {
     }
 }
 
+/// Keeps a process of the service running until the service is closed.
 async fn supervise(
     service: Arc<Service>,
     processes: Arc<ProcessTable>,
@@ -136,7 +137,7 @@ async fn supervise(
 ) {
     while !service.closed.load(Ordering::SeqCst) {
         let started = {
-            let release = service.release.lock().expect("no panic at a post");
+            let release = service.release.lock().expect("the lock is not poisoned");
             let record = record.to_string_lossy();
             let mut arguments = match service.kind {
                 Kind::Writer => vec!["write", service.name, &record],
@@ -148,7 +149,8 @@ async fn supervise(
             arguments.extend(service.options);
             let started = processes.start(service.kind, service.name, &arguments);
             started.inspect(|(process, _)| {
-                *service.current.lock().expect("no panic at a post") = Some(Arc::clone(process))
+                let mut current = service.current.lock().expect("the lock is not poisoned");
+                *current = Some(Arc::clone(process));
             })
         };
         match started {

@@ -1,5 +1,5 @@
-//! The worker that is never killed: at the end it is alone, all its connections go deaf in the
-//! middle of its work, and nobody restarts anything. It must find its way by itself.
+//! The worker that is never killed. At the end it is the only worker. All its connections become
+//! silent during its work, and no process is restarted: it must recover by itself.
 
 use std::time::{Duration, Instant};
 
@@ -8,18 +8,19 @@ use projectionist::sqlx;
 use crate::faults::Targets;
 use crate::supervisor::Supervisor;
 
-/// A transaction that nobody ends any more holds its row until the server ends it, and an answer is
-/// awaited for 60 s.
+/// The limit for the recovery. An abandoned transaction locks its row until the server ends it, and
+/// the worker waits 60 s for a response.
 const RECOVERY_TIMEOUT: Duration = Duration::from_secs(180);
 
-/// Between them, writers write and the survivor plays.
+/// The pause before each silence. Meanwhile, applications append and the survivor plays.
 const BETWEEN: Duration = Duration::from_secs(2);
 
+/// Counts projectors that never break and are not at the end of the log.
 const BEHIND: &str = "select count(*) from projectors where name in ('tally', 'counters') \
                       and position < (select max(position) from events)";
 
-/// Deafens it thrice, ends the writing, and waits until those that are never broken are at the end
-/// of the log.
+/// Silences all connections of the survivor three times, stops the applications, and waits until
+/// the projectors that never break are at the end of the log.
 pub async fn silence_connections(
     targets: &Targets,
     supervisor: &mut Supervisor,
@@ -34,7 +35,7 @@ pub async fn silence_connections(
     while sqlx::query_scalar::<_, i64>(BEHIND).fetch_one(&mut *connection).await? > 0 {
         if began.elapsed() > RECOVERY_TIMEOUT {
             targets.figures.add_finding(
-                "the worker that was never killed did not recover from connections that went deaf",
+                "the worker that is never killed did not recover from silent connections",
             );
             break;
         }

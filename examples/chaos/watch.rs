@@ -1,4 +1,4 @@
-//! What must hold at every moment, looked at while everything goes on, straight at the server.
+//! Checks of the database during the run: conditions that hold at every moment.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -10,41 +10,43 @@ use crate::figures::Figures;
 use crate::parts::Parts;
 use crate::process::ProcessTable;
 
+/// The pause between two checks of the ledger.
 const EVERY: Duration = Duration::from_millis(250);
 
-/// The read model of `tally` is counted this often: it grows.
+/// The pause between two counts of the table `tally`, which grows.
 const COUNT_EVERY: Duration = Duration::from_secs(5);
 
-/// A projector of every release may stand still below the mark for so long: the 60 s for which an
-/// answer of the database is awaited, twice, and a server that is killed meanwhile.
+/// The longest time that `tally` may stay below the mark without moving: twice the 60 s for which a
+/// response of the database is awaited, and a kill of the server in between.
 const MAX_STANDSTILL: Duration = Duration::from_secs(180);
 
-/// One statement, and so of one moment.
+/// The ledger and the mark, in one statement and therefore at one moment.
 const LEDGER: &str = "select name, position, high_water, published from projectors, event_log";
 
-/// These may be retired and booted anew, and then begin at 0.
+/// Projectors that may be retired and booted again, and then start again at 0.
 const REBUILT: [&str; 2] = ["hostile", "dropped"];
 
-/// In a transaction with one snapshot for all three.
+/// The applied and the expected number of rows of `tally`. Both are read in one snapshot.
 const APPLIED: &str = "select count(*) from tally";
 const WANTED: &str = "select count(*) from events where event_type not like '$%' and position <= \
                       (select position from projectors where name = 'tally')";
 
-/// One projector's name and position, the mark, and what is published.
+/// The name and the position of a projector, the high-water mark, and the published position.
 type Row = (String, u64, u64, u64);
 
 #[derive(Default)]
 pub struct Watch {
-    /// By projector, its position and the mark.
+    /// The position of each projector and the mark, at the last check.
     seen: HashMap<String, (u64, u64)>,
+    /// The time of the last count.
     counted: Option<Instant>,
-    /// Since when `tally` has not moved; it is never broken.
+    /// The last time when `tally`, which never breaks, moved or was at the mark.
     moved: Option<Instant>,
 }
 
 impl Watch {
-    /// Looks until it is dropped. A server that is away is looked at later.
-    pub async fn keep(
+    /// Checks until it is dropped. Retries while the server is unreachable.
+    pub async fn run(
         mut self,
         parts: Arc<Parts>,
         processes: Arc<ProcessTable>,
@@ -73,10 +75,11 @@ impl Watch {
         {
             if position > high_water || published > high_water {
                 figures.add_finding(format!(
-                    "{name} at {position}, published {published}, beyond the mark {high_water}"
+                    "{name} is at {position} and {published} is published, \
+                     beyond the mark {high_water}"
                 ));
             }
-            // A boot may move a broken one, too; but nobody moves anyone back.
+            // A boot may also move a broken projector. Only a rebuild moves a projector back.
             let (before, mark_before) =
                 self.seen.insert(name.clone(), (position, high_water)).unwrap_or_default();
             if name == "tally" {
@@ -85,7 +88,8 @@ impl Watch {
             let goes_back = position < before && !REBUILT.contains(&name.as_str());
             if goes_back || high_water < mark_before {
                 figures.add_finding(format!(
-                    "{name} went from {before} to {position}, the mark from {mark_before} to {high_water}"
+                    "{name} went from {before} to {position}, \
+                     the mark from {mark_before} to {high_water}"
                 ));
             }
         }
@@ -94,23 +98,23 @@ impl Watch {
             let (applied, wanted) = count(connection).await?;
             if applied != wanted {
                 figures.add_finding(format!(
-                    "tally has {applied} rows, where its position says {wanted}"
+                    "tally has {applied} rows, but its position requires {wanted}"
                 ));
             }
         }
         Ok(())
     }
 
-    fn record_standstill(&mut self, still: bool, figures: &Figures) {
+    fn record_standstill(&mut self, is_standing_still: bool, figures: &Figures) {
         let moved = *self.moved.get_or_insert_with(Instant::now);
-        if !still {
+        if !is_standing_still {
             self.moved = Some(Instant::now());
             return;
         }
         figures.raise_to("longest_standstill_seconds", moved.elapsed().as_secs());
         if moved.elapsed() > MAX_STANDSTILL {
             figures.add_finding(format!(
-                "tally has stood still for {} s, below the mark",
+                "tally has not moved for {} s, below the mark",
                 moved.elapsed().as_secs()
             ));
             self.moved = None;

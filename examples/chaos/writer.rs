@@ -1,5 +1,5 @@
-//! Applications that append: by plain SQL, as any language may, in processes of their own; and by
-//! `projectionist append`.
+//! Applications that append: processes of this program, which use plain SQL as any language could,
+//! and `projectionist append`.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -18,13 +18,14 @@ use crate::process::{Kind, ProcessTable};
 
 const TYPES: [&str; 3] = ["Opened", "Amended", "Closed"];
 
+/// The number of events that are in the log before the first release.
 const HISTORY: usize = 10_000;
 
-/// How many of a hundred transactions roll back.
+/// The percentage of transactions that roll back.
 const ROLLBACKS: u8 = 15;
 
-/// What became of a writer's transactions, a line for each event: `+` committed, `-` rolled back.
-/// One whose commit nobody acknowledged is in neither.
+/// The outcomes of a writer's transactions, one line per event: `+` committed, `-` rolled back. A
+/// transaction whose commit was not acknowledged has no line.
 pub struct Record(File);
 
 impl Record {
@@ -44,10 +45,9 @@ impl Record {
     }
 }
 
-// — by plain SQL —
+// — plain SQL —
 
-/// The process: appends until SIGTERM, and begins again on a new connection and a new stream after
-/// every error.
+/// Appends until SIGTERM. After each error, continues on a new connection with a new stream.
 pub async fn write(name: &str, record: &Path) -> anyhow::Result<()> {
     let url = std::env::var("DATABASE_URL").context("DATABASE_URL")?;
     let mut record = Record::open(record)?;
@@ -73,7 +73,7 @@ async fn session(
 ) -> anyhow::Result<std::convert::Infallible> {
     let mut connection = MySqlConnection::connect(url).await?;
     sqlx::raw_sql("set session innodb_lock_wait_timeout = 3").execute(&mut connection).await?;
-    // A stream of its own: nobody knows which of the last one's events were stored.
+    // A new stream, because the last transaction of the previous stream may have been stored.
     let stream = format!("{name}-{}", Uuid::now_v7().simple());
     let mut version = 0;
     loop {
@@ -82,7 +82,8 @@ async fn session(
     }
 }
 
-/// One transaction: a few rows in one statement or several, a pause, and a commit or not.
+/// One transaction: one or two statements with a few rows each, a pause, and a commit or a
+/// rollback. Returns the last version of the stream.
 async fn transaction(
     connection: &mut MySqlConnection,
     stream: &str,
@@ -116,8 +117,8 @@ async fn transaction(
     Ok(last)
 }
 
-/// As rows, or as a selection: of that the server does not know beforehand how many positions it
-/// takes.
+/// An insert of rows, or an insert of a selection, for which the server does not know the number of
+/// positions in advance.
 fn insert(stream: &str, version: u64, ids: &[String]) -> String {
     let rows = ids.iter().enumerate().map(|(index, id)| {
         let event_type = TYPES[fastrand::usize(..TYPES.len())];
@@ -139,20 +140,20 @@ fn insert(stream: &str, version: u64, ids: &[String]) -> String {
     }
 }
 
-// — by `projectionist append` —
+// — `projectionist append` —
 
-/// Runs one `append`, fed a few lines at a time, on streams that others write to as well.
+/// Runs one `append`, which receives a few lines at a time, on streams that others also append to.
 pub async fn append(
     processes: &Arc<ProcessTable>,
     name: &str,
     record: &mut Record,
 ) -> anyhow::Result<()> {
     let (process, stdin) = processes.start(Kind::Append, name, &["append"])?;
-    let mut stdin = stdin.context("it has a pipe")?;
+    let mut stdin = stdin.context("append has no standard input")?;
     let mut ids = Vec::new();
     for _ in 0..fastrand::u8(1..10) {
         let lines: String = (0..fastrand::u8(1..6)).map(|_| line(&mut ids)).collect();
-        // It may have been killed: then nobody knows how much it stored.
+        // The process may have been killed. Then the number of stored events is unknown.
         if stdin.write_all(lines.as_bytes()).await.is_err() {
             break;
         }
@@ -165,8 +166,8 @@ pub async fn append(
     Ok(())
 }
 
-/// What happened before the first release: enough that the boot of a newcomer can be struck in the
-/// middle.
+/// The events before the first release. There are enough of them for a fault to strike during the
+/// boot of a new projector.
 pub fn history() -> String {
     let mut ids = Vec::new();
     (0..HISTORY).map(|_| line(&mut ids)).collect()
@@ -184,7 +185,7 @@ fn line(ids: &mut Vec<String>) -> String {
     format!("{event}\n")
 }
 
-/// What makes the hostile projector do harm to its session, or end its transaction.
+/// Appends an event with which the hostile projector damages its session or ends its transaction.
 pub async fn append_harmful_event(connection: &mut MySqlConnection) -> anyhow::Result<()> {
     const HARMS: [&str; 9] = [
         "time_zone",
@@ -199,20 +200,26 @@ pub async fn append_harmful_event(connection: &mut MySqlConnection) -> anyhow::R
     ];
     let stream = format!("harm-{}", Uuid::now_v7().simple());
     let payload = json!({ "harm": HARMS[fastrand::usize(..HARMS.len())] }).to_string();
-    sqlx::query("insert into events (stream_id, stream_version, event_type, payload) values (?, 1, 'Provoked', ?)")
-        .bind(stream)
-        .bind(payload)
-        .execute(connection)
-        .await?;
+    sqlx::query(
+        "insert into events (stream_id, stream_version, event_type, payload) \
+         values (?, 1, 'Provoked', ?)",
+    )
+    .bind(stream)
+    .bind(payload)
+    .execute(connection)
+    .await?;
     Ok(())
 }
 
-/// What the fragile projector has not thought of.
+/// Appends an event without an amount, on which the fragile projector breaks.
 pub async fn append_bad_event(connection: &mut MySqlConnection) -> anyhow::Result<()> {
     let stream = format!("bad-{}", Uuid::now_v7().simple());
-    sqlx::query("insert into events (stream_id, stream_version, event_type, payload) values (?, 1, 'Amended', '{}')")
-        .bind(stream)
-        .execute(connection)
-        .await?;
+    sqlx::query(
+        "insert into events (stream_id, stream_version, event_type, payload) \
+         values (?, 1, 'Amended', '{}')",
+    )
+    .bind(stream)
+    .execute(connection)
+    .await?;
     Ok(())
 }

@@ -1,5 +1,4 @@
-//! The oracle: each read model, folded from the log in plain Rust, against the table that the
-//! projector made.
+//! The oracle: compares the table of each projector with a fold of the log in Rust.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -7,20 +6,22 @@ use std::fmt;
 use projectionist::sqlx::{self, AssertSqlSafe};
 use serde_json::Value;
 
-use crate::stage::Stage;
+use crate::demo::Demo;
 
-/// A read model as text: a row's key, and the rest of the row.
+/// A read model as text: the key of each row, and the rest of the row.
 type Model = BTreeMap<String, String>;
 
+/// The results of all comparisons.
 pub struct Verdicts(Vec<Verdict>);
 
+/// The comparison of one table with the log.
 struct Verdict {
     table: &'static str,
     rows: usize,
     differences: Vec<String>,
 }
 
-struct Recorded {
+struct LoggedEvent {
     position: u64,
     stream_id: String,
     event_type: String,
@@ -28,14 +29,13 @@ struct Recorded {
     payload: Value,
 }
 
-/// Compares all read models with the log. `before` is the high-water mark before the second
-/// release.
-pub async fn check(stage: &Stage, before: u64) -> anyhow::Result<Verdicts> {
-    let log = read_log(stage).await?;
-    let finished_at = stage.position("release-3", "first_orders").await?;
-    let placed = |event: &&Recorded| event.event_type == "OrderPlaced";
+/// Compares all read models with the log. `before` is the high-water mark before release 2.
+pub async fn check(demo: &Demo, before: u64) -> anyhow::Result<Verdicts> {
+    let log = read_log(demo).await?;
+    let finished_at = demo.position("release-3", "first_orders").await?;
+    let placed = |event: &&LoggedEvent| event.event_type == "OrderPlaced";
     let text =
-        |event: &Recorded, key: &str| event.payload[key].as_str().unwrap_or_default().to_owned();
+        |event: &LoggedEvent, key: &str| event.payload[key].as_str().unwrap_or_default().to_owned();
 
     let mut order_status = Model::new();
     let mut revenue: BTreeMap<String, (u64, u64)> = BTreeMap::new();
@@ -56,8 +56,8 @@ pub async fn check(stage: &Stage, before: u64) -> anyhow::Result<Verdicts> {
                 .or_insert_with(|| event.position.to_string());
         }
     }
-    // From now: all since its first boot, and none from before it.
-    let outbox = stage.model("select cast(position as char), customer from outbox").await?;
+    // The outbox is "from now": it has all events since its first boot, and no earlier event.
+    let outbox = demo.model("select cast(position as char), customer from outbox").await?;
     let start =
         outbox.keys().filter_map(|position| position.parse::<u64>().ok()).min().unwrap_or(u64::MAX);
     let welcomed =
@@ -73,36 +73,36 @@ pub async fn check(stage: &Stage, before: u64) -> anyhow::Result<Verdicts> {
         customers.into_iter().map(|(customer, orders)| (customer, orders.to_string())).collect();
     let status = "select order_id, concat(status, ' ', changed_at) from order_status";
     Ok(Verdicts(vec![
-        Verdict::of("order_status", &order_status, &stage.model(status).await?),
+        Verdict::of("order_status", &order_status, &demo.model(status).await?),
         Verdict::of(
             "revenue",
             &revenue,
-            &stage.model("select country, concat(orders, ' ', cents) from revenue").await?,
+            &demo.model("select country, concat(orders, ' ', cents) from revenue").await?,
         ),
         Verdict::of(
             "customers",
             &customers,
-            &stage.model("select customer, cast(orders as char) from customers").await?,
+            &demo.model("select customer, cast(orders as char) from customers").await?,
         ),
         Verdict::of(
             "first_orders",
             &first_orders,
-            &stage.model("select customer, cast(position as char) from first_orders").await?,
+            &demo.model("select customer, cast(position as char) from first_orders").await?,
         ),
         Verdict::of("outbox", &welcomed, &outbox),
     ]))
 }
 
-async fn read_log(stage: &Stage) -> anyhow::Result<Vec<Recorded>> {
+async fn read_log(demo: &Demo) -> anyhow::Result<Vec<LoggedEvent>> {
     let rows: Vec<(u64, String, String, String, String)> = sqlx::query_as(
         "select position, stream_id, event_type, cast(recorded_at as char), payload from events \
          where event_type not like '$%' order by position",
     )
-    .fetch_all(&stage.pool)
+    .fetch_all(&demo.pool)
     .await?;
     rows.into_iter()
         .map(|(position, stream_id, event_type, recorded_at, payload)| {
-            Ok(Recorded {
+            Ok(LoggedEvent {
                 position,
                 stream_id,
                 event_type,
@@ -113,8 +113,8 @@ async fn read_log(stage: &Stage) -> anyhow::Result<Vec<Recorded>> {
         .collect()
 }
 
-impl Stage {
-    /// A read model: two columns of text.
+impl Demo {
+    /// Reads a read model as two columns of text.
     async fn model(&self, sql: &str) -> anyhow::Result<Model> {
         let rows: Vec<(String, String)> =
             sqlx::query_as(AssertSqlSafe(sql)).fetch_all(&self.pool).await?;

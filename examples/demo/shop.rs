@@ -1,20 +1,20 @@
-//! The application: a shop whose customers order, pay and get their goods.
+//! The application: a shop whose customers place orders, pay, and receive their goods.
 
 use serde_json::{Value, json};
 
 const COUNTRIES: [&str; 5] = ["BE", "DE", "FR", "IE", "NL"];
 
-/// Gives the same events in every run.
+/// Generates the same events in every run.
 #[derive(Debug, Default)]
 pub struct Shop {
-    given: usize,
+    generated: usize,
 }
 
 impl Shop {
     /// The next event: every order is placed, later paid, later shipped.
     pub fn next(&mut self) -> Value {
-        let number = self.given;
-        self.given += 1;
+        let number = self.generated;
+        self.generated += 1;
         let order = |number: usize| format!("order-{}", number / 3);
         match number % 3 {
             0 => json!({
@@ -27,19 +27,21 @@ impl Shop {
                 },
             }),
             1 => json!({ "stream_id": order(number), "event_type": "OrderPaid", "payload": {} }),
-            _ => {
-                json!({ "stream_id": order(number), "event_type": "OrderShipped", "payload": { "carrier": "post" } })
-            }
+            _ => json!({
+                "stream_id": order(number),
+                "event_type": "OrderShipped",
+                "payload": { "carrier": "post" },
+            }),
         }
     }
 
-    /// So many events, one a line.
+    /// The next `count` events, one per line.
     pub fn lines(&mut self, count: usize) -> Vec<u8> {
         (0..count).flat_map(|_| format!("{}\n", self.next()).into_bytes()).collect()
     }
 }
 
-/// An order that no projector of release 1 has thought of.
+/// An order without an amount, on which the revenue projector of release 1 breaks.
 pub fn without_amount() -> Value {
     json!({
         "stream_id": "order-by-phone",

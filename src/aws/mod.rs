@@ -1,6 +1,7 @@
-//! What every call of AWS has in common, and the two of them that the way into the database needs.
-//! The queue's are beside it.
+//! The settings that all AWS calls share, and the two kinds of calls that database credentials
+//! need. `queue` has the calls to SQS.
 
+pub(crate) mod http;
 mod secret;
 mod token;
 
@@ -14,28 +15,28 @@ use crate::model::error::Error;
 pub(crate) use secret::Secret;
 pub(crate) use token::AuthTokenGenerator;
 
-/// Above the 20 s of the longest poll: an answer that takes longer will not come. A try has this,
-/// and the retries of `AWS_MAX_ATTEMPTS` have it each; 3.1 s of it, the SDK's own bound, are for
-/// the connection.
+/// ring on every side (AWS, alerts, MySQL), so that one TLS provider is built.
+const TLS: tls::Provider = tls::Provider::Rustls(tls::rustls_provider::CryptoMode::Ring);
+
+/// The limit of one attempt of a call, more than the 20 s of the longest poll. Each retry of
+/// `AWS_MAX_ATTEMPTS` has the same limit. The SDK limits the connection to 3.1 s of that.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Credentials, region, endpoint, profile and retries as every AWS tool takes them.
+/// Loads credentials, region, endpoint, profile and retries from the usual AWS settings.
 ///
 /// # Errors
-/// [`Error::Input`] where no region is known, or where a setting is none.
+/// [`Error::Input`] if no region is configured or a setting is invalid.
 pub(crate) async fn load_config() -> Result<SdkConfig, Error> {
-    let http = aws_smithy_http_client::Builder::new()
-        .tls_provider(tls::Provider::Rustls(tls::rustls_provider::CryptoMode::Ring))
-        .build_https();
+    let http = aws_smithy_http_client::Builder::new().tls_provider(TLS).build_https();
     let load = aws_config::defaults(BehaviorVersion::latest())
         .http_client(http)
         .timeout_config(TimeoutConfig::builder().operation_attempt_timeout(ATTEMPT_TIMEOUT).build())
         .load();
-    // The SDK panics at a setting that it cannot read.
+    // The SDK panics at an invalid setting. The task turns the panic into an error.
     let config = tokio::spawn(load).await.map_err(|_| {
         Error::Input(
-            "an AWS setting cannot be read; look at AWS_MAX_ATTEMPTS (1 or more), AWS_RETRY_MODE (standard or \
-                      adaptive) and your profile"
+            "an AWS setting is invalid; check AWS_MAX_ATTEMPTS (1 or more), AWS_RETRY_MODE \
+             (standard or adaptive) and your profile"
                 .into(),
         )
     })?;
@@ -47,7 +48,7 @@ pub(crate) async fn load_config() -> Result<SdkConfig, Error> {
     }
 }
 
-/// An error and its causes, for people: the SDK's own way prints the whole structure after them.
+/// Formats an error and its causes. The SDK's own formatting would append the whole structure.
 pub(crate) fn format_error_chain(error: &dyn std::error::Error) -> String {
     std::iter::successors(Some(error), |error| error.source())
         .map(ToString::to_string)

@@ -1,4 +1,4 @@
-//! A secret of Secrets Manager.
+//! Reads secrets of Secrets Manager.
 
 use aws_config::{Region, SdkConfig};
 use aws_sdk_secretsmanager::Client;
@@ -7,16 +7,16 @@ use aws_sdk_secretsmanager::error::{ProvideErrorMetadata, SdkError};
 
 use super::format_error_chain;
 
-/// Where a secret is. Cheap to clone; its text is not kept.
+/// A secret's location. Cheap to clone. The text of the secret is not stored.
 #[derive(Debug, Clone)]
 pub(crate) struct Secret {
     client: Client,
-    /// Its ARN or name.
+    /// The ARN or name of the secret.
     pub(crate) id: String,
 }
 
 impl Secret {
-    /// The secret of this ARN, or of this name in the region of `config`.
+    /// `id` is the ARN of the secret, or its name in the region of `config`.
     pub(crate) fn new(config: &SdkConfig, id: &str) -> Self {
         let mut builder = Builder::from(config);
         if let Some(region) = arn_region(id) {
@@ -25,10 +25,10 @@ impl Secret {
         Secret { client: Client::from_conf(builder.build()), id: id.to_owned() }
     }
 
-    /// Its text, as it is now.
+    /// Reads the current text of the secret.
     ///
     /// # Errors
-    /// What went wrong and what to do, for people. Never the text.
+    /// A message with the cause and what to do. It never contains the text.
     pub(crate) async fn read(&self) -> Result<String, String> {
         let read = self.client.get_secret_value().secret_id(&self.id).send().await;
         let read = read.map_err(|error| {
@@ -39,7 +39,7 @@ impl Secret {
     }
 }
 
-/// The region that an ARN names.
+/// Returns the region in an ARN.
 fn arn_region(id: &str) -> Option<&str> {
     let mut parts = id.split(':');
     (parts.next() == Some("arn"))
@@ -57,7 +57,8 @@ where
     match error {
         SdkError::ServiceError(_) if code.contains("AccessDenied") => {
             format!(
-                "{message}; allow secretsmanager:GetSecretValue on it, and kms:Decrypt where its key is your own"
+                "{message}; allow secretsmanager:GetSecretValue on it, and kms:Decrypt if its \
+                 key is your own"
             )
         }
         SdkError::ServiceError(_) if code.contains("ResourceNotFound") => {

@@ -1,4 +1,7 @@
-//! Tokens by which RDS lets a user in, instead of a password.
+//! IAM tokens, with which RDS authenticates a user instead of a password.
+//!
+//! Why ours: the SDK's token generator is in `aws-sdk-rds`, the whole API of RDS. The signing
+//! itself is done by `aws-sigv4`.
 
 use std::fmt;
 use std::time::{Duration, SystemTime};
@@ -15,24 +18,24 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use super::format_error_chain;
 use crate::model::error::Error;
 
-/// RDS takes a token for so long after it was made. Only who connects needs one: a connection
-/// outlives it.
+/// How long RDS accepts a token. A token is only needed to connect; connections outlive it.
 const VALID_FOR: Duration = Duration::from_secs(15 * 60);
 
-/// From this age on another is made, so that clocks may differ and a connection may be slow.
+/// Tokens are renewed from this age on. The margin allows for clock differences and slow
+/// connections.
 const RENEW_AFTER: Duration = Duration::from_secs(10 * 60);
 
-/// All but what RFC 3986 leaves unreserved.
+/// Every character that RFC 3986 does not define as unreserved.
 const RESERVED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
 
-/// Makes tokens with the credentials that AWS tools take, as they are at the time.
+/// Generates tokens with the current AWS credentials.
 #[derive(Clone)]
 pub(crate) struct AuthTokenGenerator {
     credentials: SharedCredentialsProvider,
     region: Region,
 }
 
-/// A token, and until when it may be used.
+/// A token, and when to generate the next one.
 pub(crate) struct AuthToken {
     pub(crate) text: String,
     pub(crate) renew_at: SystemTime,
@@ -45,12 +48,14 @@ impl fmt::Debug for AuthTokenGenerator {
 }
 
 impl AuthTokenGenerator {
+    /// Creates a generator with the credentials and the region of `config`.
+    ///
     /// # Errors
-    /// [`Error::Input`] where no credentials or no region are set up.
+    /// [`Error::Input`] if no credentials or no region are configured.
     pub(crate) fn new(config: &SdkConfig) -> Result<Self, Error> {
         let missing = || {
             Error::Input(
-                "IAM authentication needs AWS credentials and a region, and there are none".into(),
+                "IAM authentication needs AWS credentials and a region; configure both".into(),
             )
         };
         Ok(AuthTokenGenerator {
@@ -59,11 +64,11 @@ impl AuthTokenGenerator {
         })
     }
 
-    /// A new token for a user at a server. The host must be the instance's or cluster's own name:
-    /// it is part of what is signed.
+    /// Generates a token for a user of a server. The host must be the instance's or cluster's own
+    /// name, because the signature covers it.
     ///
     /// # Errors
-    /// What went wrong and what to do, for people.
+    /// A message with the cause and what to do.
     pub(crate) async fn generate(
         &self,
         host: &str,
@@ -73,7 +78,8 @@ impl AuthTokenGenerator {
         let credentials = self.credentials.provide_credentials().await;
         let credentials = credentials.map_err(|error| {
             format!(
-                "there are no AWS credentials to sign with: {}; set a task role, a profile or AWS_ACCESS_KEY_ID",
+                "there are no AWS credentials to sign with: {}; \
+                 set a task role, a profile or AWS_ACCESS_KEY_ID",
                 format_error_chain(&error)
             )
         })?;
@@ -88,7 +94,7 @@ impl AuthTokenGenerator {
     }
 }
 
-/// A presigned call of `rds-db:connect`, without its scheme.
+/// Builds a presigned URL for the action `rds-db:connect`, without the scheme.
 fn presign(
     credentials: Credentials,
     region: &str,
@@ -120,7 +126,7 @@ fn presign(
 mod tests {
     use super::*;
 
-    /// Seconds since 1970 of 2026-11-22T19:58:35Z.
+    /// 2026-11-22T19:58:35Z in seconds since 1970.
     const AT: u64 = 1_795_377_515;
     const KEY: &str = "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY";
 
@@ -131,7 +137,7 @@ mod tests {
         (place, query)
     }
 
-    /// By `generate_db_auth_token` of botocore 1.42.34.
+    /// The expected tokens come from `generate_db_auth_token` of botocore 1.42.34.
     #[test]
     fn a_token_is_signed_as_botocore_signs_it() {
         let known = [

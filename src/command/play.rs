@@ -117,7 +117,7 @@ impl PlayCommand {
             reconcile_after: self.catch_up.reconcile_after(),
             background_after: self.catch_up.background_limits(),
             until_idle: self.until_idle,
-            grace: Duration::from_secs(self.grace_period),
+            grace_period: Duration::from_secs(self.grace_period),
         };
         let playing = play(&database, Arc::new(queue), &registry, settings, shutdown);
         let lag_source = LagSource::new(&database, &registry);

@@ -1,5 +1,5 @@
-//! The way in: where the server is, as whom, and by what password, which may be another one
-//! tomorrow.
+//! Where the database is, and with which user and password to connect. The password may change
+//! while the program runs.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -16,47 +16,49 @@ use tracing::{info, warn};
 use crate::aws::{AuthTokenGenerator, Secret};
 use crate::model::error::{Error, server_error_number};
 
-/// Prepared statements that a connection keeps, unless the URL says otherwise. One more closes
-/// another, and with sqlx 0.9.0, which leaves Nagle's algorithm on (transact-rs/sqlx#4335), the
-/// statement after that waits for 40 ms. A server allows 16,382 in all, by default.
+/// How many prepared statements a connection keeps, unless the URL sets another number. Every
+/// further statement closes an older one. sqlx 0.9.0 leaves Nagle's algorithm on
+/// (transact-rs/sqlx#4335), so the statement after that waits for 40 ms. By default, a server
+/// allows 16,382 prepared statements in total.
 const STATEMENT_CACHE_CAPACITY: usize = 256;
 
-/// While tokens cannot be made, the next attempt comes after this: the old one may be good still.
+/// The pause after a token could not be generated. The old token may still be valid.
 const RETRY_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Where the password comes from.
+/// The source of the password.
 #[derive(Debug)]
 pub(crate) enum CredentialSource {
-    /// The URL.
+    /// The database URL.
     Url,
-    /// Secrets Manager: the whole URL, or RDS's JSON.
+    /// Secrets Manager. The secret is a whole URL or RDS's JSON.
     Secret(Secret),
-    /// IAM, for a while each. A secret may say where the database is, and as whom.
+    /// IAM tokens, each valid for a limited time. A secret may name the database and the user.
     Iam(AuthTokenGenerator, Option<Secret>),
 }
 
-/// How to get in. New connections of a pool take what this gave it last.
+/// The source of connection options. The pools use the options that were fetched last.
 pub(crate) struct Credentials {
-    /// What the URL says, where there is one.
+    /// The options from the URL, if there is a URL.
     base: Option<MySqlConnectOptions>,
     ca: Option<PathBuf>,
     source: CredentialSource,
-    /// When the password was last read or made, and how long it is good.
+    /// When the password was last fetched, and when to fetch it again.
     password_age: Mutex<PasswordAge>,
 }
 
 #[derive(Clone, Copy)]
 struct PasswordAge {
     read_at: SystemTime,
-    /// `None`: until the server refuses it.
+    /// `None`: when the server refuses it.
     renew_at: Option<SystemTime>,
 }
 
-/// What RDS keeps in a secret. Those that it manages by itself have the first two only.
+/// The JSON that RDS writes to a secret. The secrets that RDS manages itself have only `username`
+/// and `password`.
 #[derive(Deserialize)]
 struct RdsSecret {
     username: String,
-    /// With IAM, there need be none.
+    /// Not needed with IAM.
     password: Option<String>,
     host: Option<String>,
     port: Option<Port>,
@@ -72,43 +74,47 @@ enum Port {
 }
 
 impl fmt::Debug for Credentials {
-    /// Without the options: they print the password.
+    /// Omits the options, because they would print the password.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Credentials").field("source", &self.source).finish_non_exhaustive()
     }
 }
 
 impl Credentials {
+    /// Checks that URL, source and CA can be used together.
+    ///
     /// # Errors
-    /// [`Error::Input`] where the URL is not one, or what is asked for together cannot be had
-    /// together.
+    /// [`Error::Input`] if the URL is invalid or if the parameters contradict each other.
     pub(crate) fn new(
         url: Option<&str>,
         source: CredentialSource,
         ca: Option<PathBuf>,
     ) -> Result<Self, Error> {
         let base = url.map(parse_url).transpose()?;
-        let names = |url: &str| {
+        let has_credentials = |url: &str| {
             url_has_user_and_password(url).is_some_and(|(user, password)| user || password)
         };
         match (&source, url) {
             (CredentialSource::Url | CredentialSource::Iam(_, None), None) => {
                 return Err(Error::Input(
-                    "no database is named: give --database-url or set DATABASE_URL, or give --database-secret".into(),
-                ));
-            }
-            (CredentialSource::Secret(_) | CredentialSource::Iam(_, Some(_)), Some(url))
-                if names(url) =>
-            {
-                return Err(Error::Input(
-                    "the database URL and the secret both name a user: leave one of them out, or user and password out of \
-                     the URL (mysql://HOST:PORT/DATABASE)"
+                    "no database is named: give --database-url or set DATABASE_URL, or give \
+                     --database-secret"
                         .into(),
                 ));
             }
-            (CredentialSource::Iam(_, None), Some(url)) if !names(url) => {
+            (CredentialSource::Secret(_) | CredentialSource::Iam(_, Some(_)), Some(url))
+                if has_credentials(url) =>
+            {
                 return Err(Error::Input(
-                    "the database URL names no user, and IAM authentication needs one: mysql://USER@HOST:PORT/DATABASE"
+                    "the database URL and the secret both name a user: leave one of them out, \
+                     or remove user and password from the URL (mysql://HOST:PORT/DATABASE)"
+                        .into(),
+                ));
+            }
+            (CredentialSource::Iam(_, None), Some(url)) if !has_credentials(url) => {
+                return Err(Error::Input(
+                    "the database URL names no user, which IAM authentication needs: \
+                     mysql://USER@HOST:PORT/DATABASE"
                         .into(),
                 ));
             }
@@ -116,7 +122,8 @@ impl Credentials {
                 if url_has_user_and_password(url).is_some_and(|(_, password)| password) =>
             {
                 return Err(Error::Input(
-                    "the database URL has a password, and with IAM authentication there is none: leave it out".into(),
+                    "the database URL has a password, but IAM authentication uses none: remove it"
+                        .into(),
                 ));
             }
             _ => {}
@@ -130,11 +137,11 @@ impl Credentials {
         Ok(credentials)
     }
 
-    /// Reads or makes the password, and says what to connect with.
+    /// Fetches the password, and returns the options with which to connect.
     ///
     /// # Errors
-    /// [`Error::Unreachable`] where AWS does not give it, [`Error::Input`] where the secret is not
-    /// one of a database.
+    /// [`Error::Unreachable`] if AWS does not return the secret or the token, [`Error::Input`] if
+    /// the secret is not a database secret.
     pub(crate) async fn options(&self) -> Result<MySqlConnectOptions, Error> {
         let mut password_age = self.password_age.lock().await;
         let (options, renew_at) = self.fetch().await?;
@@ -142,8 +149,8 @@ impl Credentials {
         Ok(options)
     }
 
-    /// Gives the pool a new password if the one that it has will not do for long. Where there is
-    /// none to be had the pool keeps what it has, so that nothing stops while that is good still.
+    /// Gives the pools a new password if the current one expires soon. If none can be fetched, the
+    /// pools keep the current one, so that they work as long as it is valid.
     pub(super) async fn renew_if_due(&self, pools: &[&MySqlPool]) {
         if !matches!(self.source, CredentialSource::Iam(..)) {
             return;
@@ -159,14 +166,14 @@ impl Credentials {
                 *password_age = PasswordAge { read_at: now, renew_at };
             }
             Err(error) => {
-                warn!(%error, "no new password for the database, going on with the last one");
+                warn!(%error, "could not get a new database password; the last one stays in use");
                 password_age.renew_at = Some(now + RETRY_INTERVAL);
             }
         }
     }
 
-    /// After the server refused the password: looks for another, unless somebody has since `began`.
-    /// Whether there may be one.
+    /// Fetches the password again after the server refused it, unless that was done since `began`.
+    /// Returns whether a retry may succeed.
     pub(super) async fn renew_after_refusal(
         &self,
         pools: &[&MySqlPool],
@@ -183,17 +190,17 @@ impl Credentials {
             Ok((options, renew_at)) => {
                 pools.iter().for_each(|pool| pool.set_connect_options(options.clone()));
                 *password_age = PasswordAge { read_at: SystemTime::now(), renew_at };
-                info!("the database refused the password, and it was read again");
+                info!("the database refused the password; it was read again");
                 true
             }
             Err(error) => {
-                warn!(%error, "the database refused the password, and there is no new one");
+                warn!(%error, "the database refused the password, and no new one could be read");
                 false
             }
         }
     }
 
-    /// Boxed: it is rare, large, and in the future of every statement.
+    /// Boxed, because this future is large, rarely needed, and part of every statement's future.
     fn fetch(&self) -> BoxFuture<'_, Result<(MySqlConnectOptions, Option<SystemTime>), Error>> {
         Box::pin(self.fetch_options())
     }
@@ -206,10 +213,10 @@ impl Credentials {
             }
             CredentialSource::Secret(secret) => {
                 let (options, has_password) = self.options_from_secret(secret).await?;
-                match has_password {
-                    true => Ok((options, None)),
-                    false => Err(Error::Input(format!("the secret {} has no password", secret.id))),
+                if !has_password {
+                    return Err(Error::Input(format!("the secret {} has no password", secret.id)));
                 }
+                Ok((options, None))
             }
             CredentialSource::Iam(tokens, secret) => {
                 let options = match secret {
@@ -227,7 +234,7 @@ impl Credentials {
         }
     }
 
-    /// What a secret says, and whether there is a password in it.
+    /// Reads a secret. Returns its options, and whether it has a password.
     async fn options_from_secret(
         &self,
         secret: &Secret,
@@ -239,20 +246,21 @@ impl Credentials {
         Ok((self.with_ca(options), has_password))
     }
 
-    /// What to do where the server does not let us in.
+    /// The advice for a refused authentication.
     pub(super) fn advice(&self) -> &'static str {
         match self.source {
             CredentialSource::Url => "check the user and the password in the database URL",
             CredentialSource::Secret(_) => "check the user and the password in the secret",
             CredentialSource::Iam(..) => {
-                "check that the user was created for IAM (identified with AWSAuthenticationPlugin as 'RDS'), that \
-                 rds-db:connect is allowed for it, that the URL has the server's own name, and AWS_REGION"
+                "check that the user was created for IAM (identified with AWSAuthenticationPlugin \
+                 as 'RDS'), that rds-db:connect is allowed for it, that the URL has the server's \
+                 own host name, and AWS_REGION"
             }
         }
     }
 
-    /// With a file of certificates the server's is checked, and its name unless the URL asks for
-    /// the certificate alone.
+    /// Adds the CA file. The server's certificate is then verified, and its host name, too, unless
+    /// the URL asks for [`MySqlSslMode::VerifyCa`].
     fn with_ca(&self, options: MySqlConnectOptions) -> MySqlConnectOptions {
         match &self.ca {
             None => options,
@@ -263,45 +271,47 @@ impl Credentials {
         }
     }
 
-    /// A token is sent as it is: whoever reads it may be us for a quarter of an hour.
+    /// IAM tokens are sent in clear text. Anyone who reads a token can use it for 15 minutes.
     fn check_tls(options: &MySqlConnectOptions) -> Result<(), Error> {
-        match verifies_certificate(options) {
-            true => Ok(()),
-            false => Err(Error::Input(
-                "IAM authentication sends the token in clear text, and so only to a server whose certificate was checked: \
-                 give --database-ca FILE (the bundle of RDS), or ?ssl-mode=VERIFY_IDENTITY in the database URL"
-                    .into(),
-            )),
+        if verifies_certificate(options) {
+            return Ok(());
         }
+        Err(Error::Input(
+            "IAM authentication sends the token in clear text, and therefore needs a server whose \
+             certificate is verified: give --database-ca FILE (the bundle of RDS), or \
+             ?ssl-mode=VERIFY_IDENTITY in the database URL"
+                .into(),
+        ))
     }
 }
 
-/// Whether the server must prove itself.
+/// Whether the options verify the server's certificate.
 pub(super) fn verifies_certificate(options: &MySqlConnectOptions) -> bool {
     matches!(options.get_ssl_mode(), MySqlSslMode::VerifyCa | MySqlSslMode::VerifyIdentity)
 }
 
-/// Whether the server refused user or password.
+/// Whether the server refused the user or the password.
 pub(super) fn is_authentication_error(error: &sqlx::Error) -> bool {
     matches!(server_error_number(error), Some(1045 | 1698))
 }
 
-/// Whether a URL has a user, and a password.
+/// Whether a URL has a user, and whether it has a password. `None` if the
+/// URL has no `@`.
 fn url_has_user_and_password(url: &str) -> Option<(bool, bool)> {
     let authority = url.strip_prefix("mysql://")?.split(['/', '?', '#']).next()?;
     let (credentials, _) = authority.rsplit_once('@')?;
     Some((!credentials.is_empty(), credentials.contains(':')))
 }
 
-/// What follows the host, without the options. With a raw `/` in the password, that is a part of
-/// the password.
+/// Returns the part of a URL between the host and the options. If the password contains a raw `/`,
+/// the result includes a part of the password.
 fn url_path(url: &str) -> Option<&str> {
     let (_, path) = url.strip_prefix("mysql://")?.split_once('/')?;
     path.split(['?', '#']).next()
 }
 
-/// What a secret says, in the place that the URL names if there is one, and whether there is a
-/// password in it. An error never quotes the text.
+/// Parses a secret. `base` are the options of the URL, if there is one. Also returns whether the
+/// secret has a password. An error never quotes the text.
 fn parse_secret(
     text: &str,
     base: Option<MySqlConnectOptions>,
@@ -310,7 +320,7 @@ fn parse_secret(
     if text.starts_with("mysql://") {
         return match base {
             None => {
-                // A user without one is let in, or not, as anywhere else.
+                // The URL may have no password. The server decides whether it accepts that.
                 parse_url(text)
                     .map(|options| (options, true))
                     .map_err(|error| format!("is a URL, but {error}"))
@@ -319,28 +329,29 @@ fn parse_secret(
         };
     }
     let secret: RdsSecret = serde_json::from_str(text).map_err(|_| {
-        "is neither a URL (mysql://USER:PASSWORD@HOST:PORT/DATABASE) nor JSON with username and password, as RDS writes it"
+        "is neither a URL (mysql://USER:PASSWORD@HOST:PORT/DATABASE) nor JSON with username and \
+         password, as RDS writes it"
             .to_owned()
     })?;
     if let Some(engine) = secret
         .engine
         .filter(|engine| !["mysql", "mariadb", "aurora", "aurora-mysql"].contains(&engine.as_str()))
     {
-        return Err(format!("is of a database of another kind: {engine}"));
+        return Err(format!("is for another kind of database: {engine}"));
     }
     let mut options = match base {
         Some(base) => base,
         None => {
             let (Some(host), Some(dbname)) = (&secret.host, &secret.dbname) else {
-                return Err("names no host or no dbname: say where the database is by \
-                            --database-url mysql://HOST:PORT/DATABASE beside the secret"
+                return Err("names no host or no dbname: name them with \
+                            --database-url mysql://HOST:PORT/DATABASE in addition to the secret"
                     .into());
             };
             let port = match &secret.port {
                 None => 3306,
                 Some(Port::Number(port)) => *port,
                 Some(Port::Text(port)) => {
-                    port.parse().map_err(|_| "has a port that is none".to_owned())?
+                    port.parse().map_err(|_| "has an invalid port".to_owned())?
                 }
             };
             with_defaults(MySqlConnectOptions::new().host(host).port(port).database(dbname), false)
@@ -354,23 +365,25 @@ fn parse_secret(
 }
 
 fn parse_url(url: &str) -> Result<MySqlConnectOptions, Error> {
-    // The parser's own error may quote the URL, and with it the password: it is not passed on.
+    // The parser's error is dropped, because it may quote the URL with the password.
     let read =
         |url: &str| MySqlConnectOptions::from_str(url).ok().filter(|_| url.starts_with("mysql://"));
     if url_path(url).is_some_and(|path| path.contains(['@', '/'])) {
         return Err(Error::Input(
-            "the database URL has a / or an @ where the database's name should be: percent-encode the \
-             password's special characters (/ as %2F, @ as %40, : as %3A, ? as %3F, # as %23, % as %25)"
+            "the database URL has a / or an @ where the database's name should be: percent-encode \
+             the password's special characters (/ as %2F, @ as %40, : as %3A, ? as %3F, # as %23, \
+             % as %25)"
                 .into(),
         ));
     }
     let options = read(url).ok_or_else(|| {
         Error::Input(match url.split_once('?').and_then(|(before, _)| read(before)) {
-            Some(_) => "the options after the ? of the database URL cannot be read; ssl-mode is DISABLED, PREFERRED, \
-                        REQUIRED, VERIFY_CA or VERIFY_IDENTITY"
+            Some(_) => "the options after the ? of the database URL are invalid; ssl-mode is \
+                        DISABLED, PREFERRED, REQUIRED, VERIFY_CA or VERIFY_IDENTITY"
                 .into(),
             None => "the database URL is not of the form mysql://USER:PASSWORD@HOST:PORT/DATABASE \
-                     (percent-encode special characters in the password: / as %2F, @ as %40, ? as %3F, # as %23)"
+                     (percent-encode special characters in the password: / as %2F, @ as %40, \
+                     ? as %3F, # as %23)"
                 .into(),
         })
     })?;
@@ -383,11 +396,12 @@ fn parse_url(url: &str) -> Result<MySqlConnectOptions, Error> {
 }
 
 fn with_defaults(options: MySqlConnectOptions, has_cache_capacity: bool) -> MySqlConnectOptions {
-    // A projector's SQL means what it means everywhere else on MySQL: `||` is or.
+    // Projectors' SQL keeps the meaning of MySQL's default, where `||` is `or`.
     let options = options.disable_statement_logging().pipes_as_concat(false);
-    match has_cache_capacity {
-        true => options,
-        false => options.statement_cache_capacity(STATEMENT_CACHE_CAPACITY),
+    if has_cache_capacity {
+        options
+    } else {
+        options.statement_cache_capacity(STATEMENT_CACHE_CAPACITY)
     }
 }
 
@@ -424,7 +438,7 @@ mod tests {
                 None,
                 3306,
             ),
-            // As RDS manages it, beside a URL without a user.
+            // A secret that RDS manages, together with a URL without a user.
             (
                 r#"{"username":"app","password":"p@ss"}"#,
                 Some("mysql://db.example.com:3309/shop"),

@@ -1,4 +1,4 @@
-//! What `doctor` asks a server, without changing anything.
+//! The read-only queries with which `doctor` examines a database server.
 
 use std::collections::HashMap;
 use std::time::{Duration, SystemTime};
@@ -9,64 +9,70 @@ use super::credentials::verifies_certificate;
 use super::{Database, SqlMode};
 use crate::model::error::server_error_number;
 
-/// Each is absent where a server does not have it.
-const SETTINGS: &str = "show global variables where variable_name in ('version', 'version_comment', 'read_only', \
-    'innodb_read_only', 'log_bin', 'binlog_format', 'sync_binlog', 'innodb_flush_log_at_trx_commit', 'max_connections', \
-    'max_user_connections', 'innodb_lock_wait_timeout', 'max_allowed_packet')";
+/// A variable that the server does not have is missing from the result.
+const SETTINGS: &str = "\
+    show global variables \
+    where variable_name in ('version', 'version_comment', 'read_only', 'innodb_read_only', \
+        'log_bin', 'binlog_format', 'sync_binlog', 'innodb_flush_log_at_trx_commit', \
+        'max_connections', 'max_user_connections', 'innodb_lock_wait_timeout', \
+        'max_allowed_packet')";
 
 const THREADS_CONNECTED: &str = "show global status like 'Threads_connected'";
 
 const TLS: &str = "show session status like 'Ssl_version'";
 
-/// The server's own modes, the user, and the server's clock, in microseconds since 1970.
+/// The server's SQL mode, the user, and the server's clock in microseconds since 1970.
 const SESSION: &str =
     "select @@global.sql_mode, current_user(), cast(unix_timestamp(now(6)) * 1000000 as unsigned)";
 
 const APPLIED_MIGRATIONS: &str =
     "select version from projectionist_migrations where success order by version";
 
-/// Whether triggers are shown to the user: only by a grant of its own, not by one of a role.
+/// Whether triggers are visible to the user: only a direct grant shows them, not one of a role.
 const CAN_SEE_TRIGGERS: &str = "\
     select count(*) from (\
         select grantee, privilege_type from information_schema.user_privileges \
         union all select grantee, privilege_type from information_schema.schema_privileges \
             where cast(database() as binary) like cast(table_schema as binary) \
-        union all select grantee, privilege_type from information_schema.table_privileges where table_schema = database()\
-    ) as granted where privilege_type = 'TRIGGER' and grantee = concat('''', substring_index(current_user(), '@', 1), \
+        union all select grantee, privilege_type from information_schema.table_privileges \
+            where table_schema = database()\
+    ) as granted \
+    where privilege_type = 'TRIGGER' and grantee = concat(\
+        '''', substring_index(current_user(), '@', 1), \
         '''@''', substring_index(current_user(), '@', -1), '''')";
 
-/// What a server says of itself.
+/// The settings and the state of a server.
 #[derive(Debug)]
 pub(crate) struct ServerReport {
     pub(crate) settings: HashMap<String, String>,
     pub(crate) user: String,
-    /// The server's own. Those in which projectors run depend on `projector_sql_mode`, too.
+    /// The server's global SQL mode. The mode of projectors also depends on `projector_sql_mode`.
     pub(crate) sql_mode: String,
     pub(crate) projector_sql_mode: SqlMode,
-    /// Such as `TLSv1.3`; empty where the connection is not encrypted.
+    /// The TLS version, such as `TLSv1.3`. Empty if the connection is not encrypted.
     pub(crate) tls: String,
     /// Whether the server's certificate is checked.
     pub(crate) is_certificate_verified: bool,
     pub(crate) threads_connected: Option<u64>,
-    /// By how many seconds the server's clock is ahead of this host's.
+    /// How many seconds the server's clock is ahead of this host's clock.
     pub(crate) clock_ahead_seconds: f64,
     pub(crate) can_see_triggers: bool,
 }
 
-/// How far the tables are.
+/// Whether the tables match this release.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum MigrationState {
-    /// As this release needs them.
+    /// Every migration of this release was applied.
     UpToDate,
-    /// Some are missing, or of an older release.
+    /// Tables or migrations are missing.
     Behind,
-    /// Of a newer release.
+    /// A newer release has migrated the tables.
     Ahead,
-    /// The user may not look; the tables are there.
+    /// The tables exist, but the user may not read which migrations were applied.
     Unknown,
 }
 
-/// Whether the user may do something.
+/// Whether the user has a privilege.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum PrivilegeCheck {
     Granted,
@@ -74,7 +80,7 @@ pub(crate) enum PrivilegeCheck {
 }
 
 impl Database {
-    /// Asks the server about itself.
+    /// Reads the settings and the state of the server.
     pub(crate) async fn inspect(&self) -> Result<ServerReport, sqlx::Error> {
         let is_certificate_verified = verifies_certificate(&self.pool.connect_options());
         let query = async |connection: &mut sqlx::MySqlConnection| {
@@ -116,7 +122,7 @@ impl Database {
         self.run_pooled(query).await
     }
 
-    /// How far the tables are.
+    /// Compares the applied migrations with those of this release.
     pub(crate) async fn migration_state(&self) -> Result<MigrationState, sqlx::Error> {
         let ours: Vec<i64> = Self::migrator().iter().map(|migration| migration.version).collect();
         let query = async |connection: &mut sqlx::MySqlConnection| {
@@ -131,16 +137,17 @@ impl Database {
             }
             Ok(_) => Ok(MigrationState::Behind),
             Err(error) if server_error_number(&error) == Some(1146) => Ok(MigrationState::Behind),
-            Err(error) if is_denied(&error) => match self.has_tables().await? {
-                true => Ok(MigrationState::Unknown),
-                false => Ok(MigrationState::Behind),
-            },
+            Err(error) if is_denied(&error) => Ok(if self.has_tables().await? {
+                MigrationState::Unknown
+            } else {
+                MigrationState::Behind
+            }),
             Err(error) => Err(error),
         }
     }
 
-    /// Whether no table of ours is known to be missing: who may do nothing with a table is not
-    /// told.
+    /// Whether no table is known to be missing. A table that the user may not access counts as
+    /// present, because the server does not reveal whether it exists.
     async fn has_tables(&self) -> Result<bool, sqlx::Error> {
         for table in ["events", "event_log", "projectors"] {
             let explain = format!("explain select 1 from {table}");
@@ -156,9 +163,10 @@ impl Database {
         Ok(true)
     }
 
-    /// Whether the user may do this with a table of ours; `create` is asked of the whole database.
-    /// The server checks grants before it plans or prepares a statement, and none is executed: so
-    /// those of roles count, and nothing changes.
+    /// Checks whether the user has this privilege on a table; `create` is checked for the database.
+    ///
+    /// The server checks privileges, including those of roles, before it plans or prepares a
+    /// statement. No statement is executed, so nothing changes.
     pub(crate) async fn check_privilege(
         &self,
         privilege: &str,
@@ -171,8 +179,8 @@ impl Database {
             _ => "version",
         };
         let query = match privilege {
-            // Preparing an `alter` checks no grant. Running this one does, and then fails for want
-            // of the column.
+            // Preparing an `alter` checks no privilege. Executing this one does, and then fails
+            // because the column does not exist.
             "alter" => format!("alter table {table} drop column projectionist_doctor"),
             "select" => format!("explain select 1 from {table}"),
             "insert" => format!("explain insert into {table} ({column}) values (0)"),
@@ -183,21 +191,21 @@ impl Database {
         };
         let query = async |connection: &mut sqlx::MySqlConnection| {
             sqlx::raw_sql(AssertSqlSafe(query)).execute(&mut *connection).await?;
-            // It was there only if that was a `prepare`.
+            // Fails unless the query was a `prepare`, which is harmless.
             let _ =
                 sqlx::raw_sql("deallocate prepare projectionist_doctor").execute(connection).await;
             Ok(())
         };
         match self.run_pooled(query).await {
             Err(error) if is_denied(&error) => Ok(PrivilegeCheck::Denied),
-            // It got past the grants, and found something else: no such table, a value that will
-            // not do, a read-only server.
+            // Any other server error comes after the privilege check: a missing table, an invalid
+            // value, a read-only server.
             Err(error) if server_error_number(&error).is_none() => Err(error),
             _ => Ok(PrivilegeCheck::Granted),
         }
     }
 
-    /// Where it is, without a password.
+    /// The user, host, port and database, without the password.
     pub(crate) fn address(&self) -> String {
         address(&self.pool.connect_options())
     }
@@ -217,7 +225,8 @@ fn unix_seconds(time: SystemTime) -> f64 {
     time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs_f64()
 }
 
-/// Access denied to the database, to a table, to a column, or for want of a right of the server's.
+/// Whether the server denied access to the database, a table or a column, or a global privilege is
+/// missing.
 fn is_denied(error: &sqlx::Error) -> bool {
     matches!(server_error_number(error), Some(1044 | 1142 | 1143 | 1227))
 }

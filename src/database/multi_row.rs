@@ -1,4 +1,7 @@
 //! Many rows in one `insert … values`.
+//!
+//! Why ours: `sqlx::QueryBuilder` puts all rows into one statement. This splits them by number,
+//! bytes and text length, into few different statements that the server prepares once.
 
 use std::ops::Range;
 
@@ -8,34 +11,33 @@ use sqlx::mysql::{MySqlArguments, MySqlTypeInfo};
 use sqlx::{Arguments as _, AssertSqlSafe, MySql, MySqlConnection, Type};
 use time::{OffsetDateTime, PrimitiveDateTime};
 
-/// The most rows of a statement: twice as many are hardly faster.
+/// The most rows in a statement. Twice as many would hardly be faster.
 pub(crate) const MAX_ROWS: usize = 512;
 
-/// The most that a statement binds, in bytes: half of the smallest `max_allowed_packet` that is in
-/// use, 1 MiB.
+/// The most bytes that a statement binds: half of the smallest `max_allowed_packet` in use, 1 MiB.
 pub(crate) const MAX_BYTES: usize = 512 * 1024;
 
-/// The most placeholders of a statement, for the server's memory, where each connection may keep a
-/// hundred of them. The protocol's own limit is 65,535.
+/// The most placeholders in a statement. The limit bounds the server's memory, because each
+/// connection may keep a hundred statements. The protocol allows 65,535.
 const MAX_PLACEHOLDERS: usize = 8 * 1024;
 
-/// The longest text of a statement, in bytes, for our memory likewise.
+/// The longest text of a statement, in bytes. The limit bounds this program's memory.
 const MAX_TEXT_BYTES: usize = 64 * 1024;
 
-/// What a value costs beside its own bytes: its type, and its bit among the nulls.
+/// The bytes of a value in addition to its data: its type and its null bit.
 const VALUE_OVERHEAD: usize = 3;
 
-/// Collects rows, and sends them in as few statements as is good: `insert … values (…), (…), …`.
+/// Collects rows and sends them in few statements: `insert … values (…), (…), …`.
 ///
-/// It is for [`Projector::handle_batch`](crate::Projector::handle_batch), where a statement for
-/// each event would cost a round trip for each. The number of rows in a statement is a power of
-/// two, up to 512, so that the server prepares few texts, and one statement binds at most about 512
-/// KiB, or one row. It can be used again after [`MultiRowInsert::execute`].
+/// Use it in [`Projector::handle_batch`](crate::Projector::handle_batch), where one statement
+/// per event would cost one round trip per event. The number of rows in a statement is a power of
+/// two, up to 512, so that the server prepares few different statements. One statement binds at
+/// most about 512 KiB, or one row. The value can be reused after [`MultiRowInsert::execute`].
 ///
-/// The rows arrive in the order in which they were added, so that `on duplicate key update` sees
-/// those before it. What is not the same as with a statement for each row is yours to judge: what a
-/// trigger sees by then, what `last_insert_id()` returns, which numbers an `auto_increment` column
-/// leaves out, `now()`. Bind the same types in each row.
+/// The rows are inserted in the order in which they were added, so `on duplicate key update` sees
+/// the earlier rows. Some results differ from those of one statement per row: what a trigger sees,
+/// the value of `last_insert_id()`, the numbers that an `auto_increment` column skips, and `now()`.
+/// Bind the same types in each row.
 ///
 /// ```
 /// use projectionist::{Event, EventTypes, MultiRowInsert, Projector, async_trait, sqlx};
@@ -51,8 +53,13 @@ const VALUE_OVERHEAD: usize = 3;
 ///
 ///     fn event_types(&self) -> EventTypes { EventTypes::only(["Confirmation of receipt"]) }
 ///
-///     async fn handle_batch(&self, events: &[&Event], db: &mut sqlx::MySqlConnection) -> anyhow::Result<()> {
-///         let mut rows = MultiRowInsert::new("insert into cases_per_department (department, cases) values")
+///     async fn handle_batch(
+///         &self,
+///         events: &[&Event],
+///         db: &mut sqlx::MySqlConnection,
+///     ) -> anyhow::Result<()> {
+///         let insert = "insert into cases_per_department (department, cases) values";
+///         let mut rows = MultiRowInsert::new(insert)
 ///             .with_tail("on duplicate key update cases = cases + values(cases)");
 ///         for event in events {
 ///             let received: Received = event.payload()?;
@@ -62,7 +69,11 @@ const VALUE_OVERHEAD: usize = 3;
 ///         Ok(())
 ///     }
 ///
-///     async fn handle(&self, event: &Event, db: &mut sqlx::MySqlConnection) -> anyhow::Result<()> {
+///     async fn handle(
+///         &self,
+///         event: &Event,
+///         db: &mut sqlx::MySqlConnection,
+///     ) -> anyhow::Result<()> {
 ///         self.handle_batch(&[event], db).await
 ///     }
 /// }
@@ -72,30 +83,29 @@ pub struct MultiRowInsert {
     head: &'static str,
     tail: &'static str,
     rows: Rows,
-    /// The first that went wrong with a value; told by `execute`.
+    /// The first error from encoding a value; `execute` returns it.
     encode_error: Option<BoxDynError>,
 }
 
 impl MultiRowInsert {
-    /// The statement up to its rows: `insert into t (a, b) values`.
+    /// Creates a statement from the text before the rows: `insert into t (a, b) values`.
     pub fn new(head: &'static str) -> Self {
         MultiRowInsert { head, tail: "", rows: Rows::default(), encode_error: None }
     }
 
-    /// What follows the rows: `on duplicate key update …`. It binds nothing.
+    /// Sets the text after the rows: `on duplicate key update …`. It cannot bind values.
     #[must_use]
     pub fn with_tail(self, tail: &'static str) -> Self {
         MultiRowInsert { tail, ..self }
     }
 
-    /// Begins the next row.
+    /// Begins a row.
     pub fn row(&mut self) -> &mut Self {
         self.rows.begin_row();
         self
     }
 
-    /// Adds a value to the row that was begun last. A time with an offset is bound as a `datetime`
-    /// in UTC.
+    /// Adds a value to the current row. A time with an offset is bound as a `datetime` in UTC.
     pub fn bind<'v, T: Encode<'v, MySql> + Type<MySql>>(&mut self, value: T) -> &mut Self {
         let bound = self.rows.bind(value);
         if let (Err(error), None) = (bound, &self.encode_error) {
@@ -104,24 +114,24 @@ impl MultiRowInsert {
         self
     }
 
-    /// How many rows wait to be sent.
+    /// How many rows have not been sent yet.
     pub fn len(&self) -> usize {
         self.rows.len()
     }
 
-    /// Whether no row waits to be sent.
+    /// Whether all rows have been sent.
     pub fn is_empty(&self) -> bool {
         self.rows.len() == 0
     }
 
-    /// Sends the rows, none of which waits any more then, and returns how many rows of the table
-    /// were affected, as the server counts.
+    /// Sends all rows and removes them. Returns the number of affected rows of the table, as the
+    /// server counts them.
     ///
     /// # Errors
-    /// That of the first statement that fails; those before it have been executed, so the
-    /// transaction is to be rolled back, as it is after a handler's error. Without the server: if
-    /// rows have different numbers of values, if a value cannot be encoded, or if a `?` stands
-    /// outside the rows.
+    /// The error of the first statement that fails. The earlier statements have been executed, so
+    /// roll back the transaction; returning the error from a handler does that. Before anything is
+    /// sent: if rows have different numbers of values, if a value cannot be encoded, or if there is
+    /// a `?` outside the rows.
     pub async fn execute(&mut self, db: &mut MySqlConnection) -> sqlx::Result<u64> {
         let rows = std::mem::take(&mut self.rows);
         if let Some(error) = self.encode_error.take() {
@@ -134,7 +144,7 @@ impl MultiRowInsert {
             return refuse("the rows have different numbers of values");
         }
         if self.head.contains('?') || self.tail.contains('?') {
-            return refuse("values are bound in the rows only, and a ? stands outside them");
+            return refuse("values can only be bound in the rows, but a ? is outside of them");
         }
         let row = format!("({})", vec!["?"; values].join(", "));
         rows.execute(
@@ -149,7 +159,7 @@ impl MultiRowInsert {
     }
 }
 
-/// One statement for any number of rows, in the parts of its text.
+/// The parts of a statement's text. `row` is repeated for each row.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Statement<'s> {
     pub(crate) head: &'s str,
@@ -171,18 +181,18 @@ impl Statement<'_> {
     }
 }
 
-/// Rows of values, as they are sent.
+/// Rows of encoded values.
 #[derive(Debug, Default)]
 pub(crate) struct Rows {
     bytes: Vec<u8>,
     values: Vec<Value>,
-    /// The first value of each row.
+    /// The index of the first value of each row.
     row_starts: Vec<usize>,
 }
 
 #[derive(Debug)]
 struct Value {
-    /// Where its bytes end.
+    /// The offset at which the value's bytes end.
     end: usize,
     is_null: bool,
     type_info: MySqlTypeInfo,
@@ -193,17 +203,17 @@ impl Rows {
         self.row_starts.push(self.values.len());
     }
 
-    /// Adds a value to the row that was begun last.
+    /// Adds a value to the current row.
     ///
     /// # Errors
-    /// If it cannot be encoded.
+    /// If the value cannot be encoded.
     pub(crate) fn bind<'v, T: Encode<'v, MySql> + Type<MySql>>(
         &mut self,
         value: T,
     ) -> Result<(), BoxDynError> {
         let mut type_info = value.produces().unwrap_or_else(T::type_info);
         if type_info == <OffsetDateTime as Type<MySql>>::type_info() {
-            // A `timestamp` of the same bytes, which MariaDB turns into null outside of 1970 to
+            // A `timestamp` has the same bytes, but MariaDB turns it into null outside of 1970 to
             // 2038.
             type_info = <PrimitiveDateTime as Type<MySql>>::type_info();
         }
@@ -216,12 +226,12 @@ impl Rows {
         self.row_starts.len()
     }
 
-    /// What they bind, in bytes.
+    /// How many bytes the rows bind.
     pub(crate) fn size(&self) -> usize {
         self.bytes.len() + VALUE_OVERHEAD * self.values.len()
     }
 
-    /// The values of a row.
+    /// The indices of a row's values.
     fn row_values(&self, row: usize) -> Range<usize> {
         let begin = |row: usize| self.row_starts.get(row).copied().unwrap_or(self.values.len());
         begin(row)..begin(row + 1)
@@ -233,12 +243,11 @@ impl Rows {
     }
 
     fn bytes_of(&self, values: Range<usize>) -> Range<usize> {
-        let end_of_those_before =
-            |value: usize| if value == 0 { 0 } else { self.values[value - 1].end };
-        end_of_those_before(values.start)..end_of_those_before(values.end)
+        let end_before = |value: usize| if value == 0 { 0 } else { self.values[value - 1].end };
+        end_before(values.start)..end_before(values.end)
     }
 
-    /// Sends them, in order, and returns how many rows were affected.
+    /// Sends all rows in order, and returns the number of affected rows.
     pub(crate) async fn execute(
         &self,
         statement: Statement<'_>,
@@ -257,7 +266,7 @@ impl Rows {
         Ok(affected)
     }
 
-    /// What one statement binds that sends these rows.
+    /// The arguments of a statement that sends these rows.
     pub(crate) fn arguments(&self, rows: Range<usize>) -> Result<MySqlArguments, BoxDynError> {
         let values = self.row_values(rows.start).start..self.row_values(rows.end - 1).end;
         let mut arguments = MySqlArguments::default();
@@ -270,14 +279,14 @@ impl Rows {
     }
 }
 
-/// A value that is encoded already.
+/// A value that is already encoded.
 struct EncodedValue<'r> {
     bytes: &'r [u8],
     value: &'r Value,
 }
 
 impl Type<MySql> for EncodedValue<'_> {
-    /// Never asked for: each value [`produces`](Encode::produces) its own.
+    /// Never called, because each value has its own type ([`produces`](Encode::produces)).
     fn type_info() -> MySqlTypeInfo {
         <str as Type<MySql>>::type_info()
     }
@@ -294,13 +303,13 @@ impl Encode<'_, MySql> for EncodedValue<'_> {
     }
 }
 
-/// How many rows of this text and so many values a statement may have.
+/// The most rows in a statement with this text length and number of values per row.
 fn max_rows(text: usize, values: usize) -> usize {
     MAX_ROWS.min(MAX_TEXT_BYTES / (text + 1)).min(MAX_PLACEHOLDERS / values.max(1))
 }
 
-/// How many of the rows go next: a power of two, so that few texts are prepared for any number of
-/// rows.
+/// How many rows the next statement sends. A power of two, so that few different statements are
+/// prepared.
 fn next_chunk(sizes: &[usize], max: usize) -> usize {
     let mut count = 1;
     let mut size: usize = sizes.first().copied().unwrap_or(0);

@@ -1,10 +1,10 @@
-//! What each command needs of the server's grants, and no more. The README's table says the same,
-//! by test.
+//! The grants that each command needs, and no more. The table in `docs/command-line.md` has the
+//! same grants, by test.
 
-/// A table of ours, `*` for all of them, and what a command does with it.
+/// A table of this program, or `*` for all of them, and the required privileges.
 pub(crate) type TablePrivileges = (&'static str, &'static [&'static str]);
 
-/// The commands, in the README's order.
+/// The commands, in the order of the page.
 pub(crate) const COMMAND_PRIVILEGES: &[(&str, &[TablePrivileges])] = &[
     ("migrate", &[("*", &["alter", "create", "insert", "select", "update"])]),
     ("append", &[("events", &["select", "insert"])]),
@@ -57,7 +57,7 @@ pub(crate) const COMMAND_PRIVILEGES: &[(&str, &[TablePrivileges])] = &[
     ("rotate", &[("event_log", &["select", "update"])]),
 ];
 
-/// What `*` stands for.
+/// The tables that `*` means.
 pub(crate) const TABLES: &[&str] =
     &["events", "event_log", "projectors", "log_acceptances", "projectionist_migrations"];
 
@@ -66,20 +66,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_readme_lists_these_grants() {
-        let readme = include_str!("../../README.md");
+    fn the_page_on_the_command_line_lists_these_grants() {
+        let page = include_str!("../../docs/command-line.md");
         for (command, privileges) in COMMAND_PRIVILEGES {
             let grants: Vec<String> = privileges
                 .iter()
                 .map(|(table, privileges)| format!("`{} on {table}`", privileges.join(", ")))
                 .collect();
             let row = format!("| `{command}` | {} |", grants.join(" · "));
-            assert!(readme.lines().any(|line| line == row), "{row}");
+            assert!(page.lines().any(|line| line == row), "{row}");
         }
-        // What it is good for is shown in tests/it/coalesce.rs, and that all is done without it in
-        // tests/it/grants.rs.
-        assert!(
-            readme.contains("For speed, not for anything else, `boot`, `play` and `lambda` can use `trigger, insert`")
-        );
+        // tests/it/coalesce.rs shows what the grant is for, and tests/it/grants.rs that everything
+        // works without it.
+        assert!(page.contains("are faster with `trigger, insert` on the projectors' own tables"));
     }
 }

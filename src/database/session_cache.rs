@@ -1,8 +1,8 @@
-//! Sessions that are kept between two statements of ours, or between two batches of a projector.
+//! Sessions that are cached between statements of this program, or between batches of a projector.
 //!
-//! There are two kinds, and they never mix. Our own statements (the mark, the relay, the ledger,
-//! reading the log) run on sessions that no handler and no setup has ever had. A handler's session
-//! is kept for its own projector, or for every projector that leaves nothing behind in a session
+//! There are two kinds, which never mix. This program's own statements (the mark, the relay, the
+//! ledger, reading the log) run on sessions that no handler and no setup has used. A handler's
+//! session is cached for its own projector, or for all projectors that leave no state in a session
 //! ([`SessionUse::Shared`]).
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -21,14 +21,14 @@ use super::{Database, IDLE_TIMEOUT};
 use crate::model::error::is_transient;
 use crate::model::projector::{ProjectorId, SessionUse};
 
-/// How often it is looked whether all connections are at rest.
+/// How often [`Database::wait_until_idle`] checks the connections.
 const IDLE_POLL_INTERVAL: Duration = Duration::from_millis(5);
 
-/// A session of ours.
+/// A session for this program's own statements.
 #[derive(Debug)]
 pub(crate) struct Session {
     pub(crate) connection: PoolConnection<MySql>,
-    /// Since when it has been out of the pool.
+    /// When the connection was taken from the pool.
     opened_at: Instant,
     last_used: Instant,
 }
@@ -37,21 +37,22 @@ pub(crate) struct Session {
 #[derive(Debug)]
 pub(crate) struct HandlerSession {
     pub(crate) connection: PoolConnection<MySql>,
-    /// What `kill` takes.
+    /// Identifies the session for `kill`.
     pub(crate) id: SessionId,
-    /// The savepoint that begins each batch. The name is random, so that no handler sets it anew by
+    /// The savepoint that begins each batch. Its name is random, so that no handler replaces it by
     /// accident.
     pub(crate) savepoint: String,
-    /// What was sent on it by us, so that what a handler sent can be told from it.
+    /// The commands that this program sent on the session. The server's counts minus these are the
+    /// handler's commands.
     pub(super) commands: CommandCounts,
     owner: Owner,
     opened_at: Instant,
     last_used: Instant,
 }
 
-/// Which session of which server: the number alone may belong to somebody else after a failover or
-/// a restart. So each handler's session holds a user lock with a name of its own, and the server
-/// says which of its sessions holds it.
+/// Identifies a session of a server. After a failover or a restart, the connection id may belong to
+/// another session. Each handler's session therefore holds a user lock with a unique name, and the
+/// server reports which session holds it.
 #[derive(Debug, Clone)]
 pub(crate) struct SessionId {
     pub(super) connection_id: u64,
@@ -64,13 +65,13 @@ impl SessionId {
     }
 }
 
-/// Whose handlers may use a session.
+/// Which projectors may use a session.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Owner {
-    /// Every projector that leaves nothing behind.
+    /// Every projector that leaves no state in a session.
     Shared,
     Projector(ProjectorId),
-    /// Nobody after this batch.
+    /// No other batch.
     SingleUse,
 }
 
@@ -84,7 +85,7 @@ impl Owner {
     }
 }
 
-/// What can be kept.
+/// A session that can be cached.
 pub(super) trait CachedSession {
     fn last_used(&mut self) -> &mut Instant;
     fn into_connection(self) -> PoolConnection<MySql>;
@@ -110,8 +111,8 @@ impl CachedSession for HandlerSession {
     }
 }
 
-/// Sessions that are not in use. The pool would ask each of them whether it still answers, three
-/// times, before it gave it out again: as many round trips as a batch has.
+/// Sessions that are not in use. The pool would ping each connection three times before reuse, as
+/// many round trips as a batch has.
 #[derive(Debug)]
 pub(super) struct SessionCache<S: CachedSession>(Arc<Mutex<CacheState<S>>>);
 
@@ -125,8 +126,8 @@ impl<S: CachedSession> Clone for SessionCache<S> {
 struct CacheState<S: CachedSession> {
     idle: Vec<S>,
     capacity: usize,
-    /// How many callers wait for a connection: what is kept goes to them first, or they might wait
-    /// in vain.
+    /// How many callers wait for a connection. While there are any, a session is only cached if the
+    /// pool has connections left.
     waiters: usize,
 }
 
@@ -135,19 +136,18 @@ impl<S: CachedSession> SessionCache<S> {
         SessionCache(Arc::new(Mutex::new(CacheState { idle: Vec::new(), capacity, waiters: 0 })))
     }
 
-    /// Registers a caller that waits for a connection, until the answer is dropped. If there is
-    /// none left, the session that was used longest ago is given back.
+    /// Registers a waiter until the returned guard is dropped. If the pool is exhausted, the least
+    /// recently used session is returned to the pool.
     fn register_waiter(&self, is_exhausted: bool) -> WaiterGuard<S> {
         let mut sessions = self.lock();
         sessions.waiters += 1;
-        let given_back =
-            (is_exhausted && !sessions.idle.is_empty()).then(|| sessions.idle.remove(0));
+        let returned = (is_exhausted && !sessions.idle.is_empty()).then(|| sessions.idle.remove(0));
         drop(sessions);
-        drop(given_back);
+        drop(returned);
         WaiterGuard(self.clone())
     }
 
-    /// The session that was used last, of those that are `fit`.
+    /// Takes the most recently used session for which `fit` is true.
     fn take(&self, fit: impl Fn(&S) -> bool) -> Option<S> {
         let mut sessions = self.lock();
         let last = sessions.idle.iter().rposition(fit)?;
@@ -162,7 +162,7 @@ impl<S: CachedSession> SessionCache<S> {
         }
     }
 
-    /// Gives back what is kept.
+    /// Returns all cached sessions to the pool.
     pub(super) fn clear(&self) {
         let idle = std::mem::take(&mut self.lock().idle);
         drop(idle);
@@ -172,19 +172,19 @@ impl<S: CachedSession> SessionCache<S> {
         self.lock().idle.len()
     }
 
-    /// Hangs up what is kept, without a word.
+    /// Closes all cached connections without notifying the server.
     fn detach_all(&self) {
         let idle = std::mem::take(&mut self.lock().idle);
         idle.into_iter().for_each(|session| drop(session.into_connection().detach()));
     }
 
     fn lock(&self) -> MutexGuard<'_, CacheState<S>> {
-        // What is in it is in order after a panic, too.
+        // The state stays consistent after a panic.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// A caller that waits for a connection.
+/// Registers a waiter until it is dropped.
 struct WaiterGuard<S: CachedSession>(SessionCache<S>);
 
 impl<S: CachedSession> Drop for WaiterGuard<S> {
@@ -194,8 +194,8 @@ impl<S: CachedSession> Drop for WaiterGuard<S> {
 }
 
 impl<S: CachedSession> Drop for CacheState<S> {
-    /// A connection goes back to its pool by a task. Without a runtime there is none, and it is
-    /// closed.
+    /// A task returns a connection to its pool. Without a runtime there can be no task, so the
+    /// connection is closed.
     fn drop(&mut self) {
         if Handle::try_current().is_err() {
             self.idle.drain(..).for_each(|session| drop(session.into_connection().detach()));
@@ -204,7 +204,7 @@ impl<S: CachedSession> Drop for CacheState<S> {
 }
 
 impl Database {
-    /// A session of ours: one that was kept, or another of the pool.
+    /// Takes a cached session for this program's own statements, or a connection from the pool.
     pub(crate) async fn acquire_session(&self) -> Result<Session, sqlx::Error> {
         if let Some(session) = self
             .own_sessions
@@ -218,14 +218,14 @@ impl Database {
         Ok(Session { connection, opened_at, last_used: opened_at })
     }
 
-    /// Keeps a session of ours for the next statement. It must be in order, and in no transaction.
+    /// Caches a session for the next statement. It must be usable, and not in a transaction.
     pub(crate) fn release_session(&self, session: Session) {
         if !self.is_stale(session.opened_at) {
             self.own_sessions.put(session, || has_capacity(&self.pool));
         }
     }
 
-    /// A session for a batch of this projector: one that was kept, or a new one.
+    /// Takes a cached session for a batch of this projector, or opens a new one.
     pub(crate) async fn acquire_handler_session(
         &self,
         id: &ProjectorId,
@@ -240,10 +240,10 @@ impl Database {
         }
         let opened_at = Instant::now();
         let mut connection = self.acquire_for_handler().await?;
-        // To sqlx a session is in a transaction for as long as it lives, so that one that a handler
-        // begins is a savepoint in ours, and so that we can commit ours in one packet with the
-        // position: sqlx would send its commit in a packet of its own. To the server it is in one
-        // only from the claim to the commit.
+        // In sqlx's view, the session is in a transaction for its whole life. A transaction that a
+        // handler begins is therefore a savepoint in ours. And we can send our commit in one packet
+        // with the position, whereas sqlx would send its commit in a separate packet. In the
+        // server's view, the session is in a transaction only from the claim to the commit.
         let nest = format!("{}; start transaction", self.settings.handler);
         let random = Uuid::now_v7().simple().to_string();
         let (lock_name, savepoint) = (format!("projectionist-{random}"), format!("p_{random}"));
@@ -269,10 +269,10 @@ impl Database {
         })
     }
 
-    /// Keeps a handler's session for the next batch. It must be in order, unchanged, and in no
+    /// Caches a handler's session for the next batch. It must be usable, unchanged, and not in a
     /// transaction.
     pub(crate) fn release_handler_session(&self, session: HandlerSession) {
-        // A handler may have forgotten to end what it began.
+        // A handler may have left a transaction open that it began.
         let is_nested_once =
             MySqlTransactionManager::get_transaction_depth(&session.connection) == 1;
         if session.owner != Owner::SingleUse && !self.is_stale(session.opened_at) && is_nested_once
@@ -281,9 +281,8 @@ impl Database {
         }
     }
 
-    /// Runs statements of ours on a session that is kept for the next. Nobody has asked such a
-    /// session whether it still answers: if it was ended meanwhile, that is the statement's error,
-    /// and the caller tries again.
+    /// Runs statements on a cached session. A cached session is not pinged before use. If it was
+    /// closed meanwhile, the statement fails with a transient error, and the caller retries.
     pub(crate) async fn run_cached<T>(
         &self,
         operation: impl AsyncFnOnce(&mut MySqlConnection) -> Result<T, sqlx::Error>,
@@ -292,7 +291,7 @@ impl Database {
         let answer = self.with_timeout(operation(&mut session.connection)).await;
         match &answer {
             Ok(_) => self.release_session(session),
-            // What ended this connection may have ended those that are kept.
+            // The cause of this failure may have closed the cached sessions, too.
             Err(error) if is_transient(error) => self.release_idle_sessions(),
             Err(_) => {}
         }
@@ -307,17 +306,17 @@ impl Database {
         self.handler_sessions.register_waiter(!has_capacity(&self.handler_pool))
     }
 
-    /// Gives what is kept back to the pools: ours, where every connection is asked whether it still
-    /// answers, and the handlers', where it is closed.
+    /// Returns all cached sessions to their pools. The pool pings our own ones before reuse, and
+    /// closes the handlers' ones.
     pub(crate) fn release_idle_sessions(&self) {
         self.own_sessions.clear();
         self.handler_sessions.clear();
     }
 
-    /// Waits until no connection is in use, but not longer than this: what was cut off has been
-    /// rolled back then, or its session was ended.
+    /// Waits until no connection is in use, for at most `within`. Returns whether all are idle. The
+    /// transactions of cancelled operations have then been rolled back, or their sessions ended.
     pub(crate) async fn wait_until_idle(&self, within: Duration) -> bool {
-        let resting = async {
+        let idle = async {
             while self.pool.num_idle() + self.own_sessions.idle_count() < self.pool.size() as usize
                 || self.handler_pool.num_idle() + self.handler_sessions.idle_count()
                     < self.handler_pool.size() as usize
@@ -325,12 +324,11 @@ impl Database {
                 tokio::time::sleep(IDLE_POLL_INTERVAL).await;
             }
         };
-        timeout(within, resting).await.is_ok()
+        timeout(within, idle).await.is_ok()
     }
 
-    /// Hangs up all connections that are not in use, without asking whether they still answer. For
-    /// a process that was frozen: the other end may be gone without a word, and the clock may have
-    /// stood still.
+    /// Closes all idle connections without pinging them. Used after the process was frozen: the
+    /// other end may have vanished, and the clock may have stopped meanwhile.
     pub(crate) fn close_idle(&self) {
         self.own_sessions.detach_all();
         self.handler_sessions.detach_all();
@@ -342,7 +340,7 @@ impl Database {
     }
 }
 
-/// Whether a pool has a connection to give, or may open another.
+/// Whether a pool has an idle connection or may open another one.
 pub(super) fn has_capacity(pool: &MySqlPool) -> bool {
     pool.num_idle() > 0 || pool.size() < pool.options().get_max_connections()
 }

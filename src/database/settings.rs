@@ -1,9 +1,10 @@
-//! Every session variable that the protocol or a handler's meaning depends on, in one place.
+//! Every session variable on which the protocol or the meaning of a handler depends.
 //!
-//! A server, an `init_connect` or a handler may set any of these. So each session of ours sets all
-//! of them when it opens, and [`Database::open`](super::Database::open) reads them back once: a
-//! server that does not take a value is refused, with the variable's name. A handler's session is
-//! checked again with every commit (see [`SessionSettings::unchanged_condition`]).
+//! A server, an `init_connect` or a handler may set any of these variables. Each session therefore
+//! sets all of them when it opens. [`Database::open`](super::Database::open) also reads them back
+//! once, and refuses a server that does not accept a value; the error names the variable. A
+//! handler's session is checked again with every commit (see
+//! [`SessionSettings::unchanged_condition`]).
 
 use std::sync::Arc;
 
@@ -12,86 +13,89 @@ use sqlx::{AssertSqlSafe, MySqlConnection, Row};
 use super::Flavor;
 use crate::model::error::{Error, server_error_number};
 
-/// Which modes a projector's statements run in.
+/// The SQL mode of projectors' statements.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) enum SqlMode {
-    /// The default of the server's release, which is strict: a value that does not fit is an error.
+    /// The default of the server's release. It is strict: a value that does not fit is an error.
     #[default]
     Strict,
-    /// What the server is configured with.
+    /// The mode that is configured on the server.
     Server,
 }
 
 /// When a variable is compared with its value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Check {
-    /// When the server is first seen.
+    /// At the first connection to the server.
     Once,
-    /// And with every commit of a handler: another value would change what its next batch does.
+    /// Also with every commit of a handler, because another value would change its next batch.
     EachCommit,
-    /// Like [`Check::EachCommit`], and the variable is never set: even setting it to this value has
-    /// an effect.
+    /// Like [`Check::EachCommit`], but the variable is never set, because setting it has an effect
+    /// even with this value.
     EachCommitNeverSet,
 }
 use Check::{EachCommit, EachCommitNeverSet, Once};
 
-/// A variable, its value as SQL, when it is compared, and why it is here. One that a server does
-/// not have is left out. In `a or b`, the first is set, and both are accepted. What is no literal
-/// is not compared when the server is first seen.
+/// The name of a variable, its value as SQL, when it is compared, and the consequence of
+/// another value. A variable that the server does not have is skipped. With `a or b`, `a` is set
+/// and both are accepted. A value that is not a literal is not compared at the first connection.
 type Setting = (&'static str, &'static str, Check, &'static str);
 
-/// In this order: `max_join_size` resets `sql_big_selects`.
+/// The order matters: `max_join_size` resets `sql_big_selects`.
 #[rustfmt::skip]
 const SETTINGS: &[Setting] = &[
-    ("completion_type", "'NO_CHAIN'", EachCommit, "CHAIN begins a transaction behind every commit, RELEASE hangs up"),
-    // Under repeatable read the probe of a hole takes gap locks, and a long transaction does not
+    ("completion_type", "'NO_CHAIN'", EachCommit, "CHAIN begins another transaction, RELEASE closes the connection"),
+    // Under repeatable read, the probe of a gap takes gap locks, and a long transaction does not
     // see new commits.
     ("transaction_isolation", "'READ-COMMITTED'", EachCommit, "read uncommitted shows rows that are rolled back later"),
-    ("tx_isolation", "'READ-COMMITTED'", EachCommit, "the same, by its name on MariaDB before 11.1"),
-    ("transaction_read_only", "0", EachCommit, "nothing can be written"),
-    ("tx_read_only", "0", EachCommit, "the same, by its name on MariaDB before 11.1"),
+    // The name on MariaDB before 11.1.
+    ("tx_isolation", "'READ-COMMITTED'", EachCommit, "read uncommitted shows rows that are rolled back later"),
+    ("transaction_read_only", "0", EachCommit, "statements could not write"),
+    // The name on MariaDB before 11.1.
+    ("tx_read_only", "0", EachCommit, "statements could not write"),
     ("innodb_lock_wait_timeout", "50", Once, "a longer wait would count as a lost connection"),
     ("lock_wait_timeout", "60", Once, "a change of a table would wait for a year"),
-    // A session whose client is gone without a word would hold its projector's row, by default for
-    // eight hours.
-    ("wait_timeout", "60", Once, "a silent session would keep its locks"),
+    // By default, a session whose client has vanished would hold its projector's row for eight
+    // hours.
+    ("wait_timeout", "60", Once, "the session of a client that has vanished would keep its locks"),
     ("net_read_timeout", "60", Once, "a slow network would end a statement"),
-    ("net_write_timeout", "60", Once, "a reader that pauses would be cut off"),
-    ("idle_transaction_timeout", "0", Once, "a handler that waits for something else would be cut off"),
-    ("idle_readonly_transaction_timeout", "0", Once, "the same"),
-    ("idle_write_transaction_timeout", "0", Once, "the same"),
+    ("net_write_timeout", "60", Once, "the connection of a pausing reader would be closed"),
+    ("idle_transaction_timeout", "0", Once, "a waiting handler's transaction would be ended"),
+    ("idle_readonly_transaction_timeout", "0", Once, "a waiting handler's transaction would be ended"),
+    ("idle_write_transaction_timeout", "0", Once, "a waiting handler's transaction would be ended"),
     ("max_statement_time", "0", EachCommit, "a long statement would be ended; the handler has its own time limit"),
-    ("max_execution_time", "0", EachCommit, "the same, by its name on MySQL"),
-    ("sql_select_limit", "18446744073709551615", EachCommit, "results would be cut off without an error"),
+    // The name on MySQL.
+    ("max_execution_time", "0", EachCommit, "a long statement would be ended; the handler has its own time limit"),
+    ("sql_select_limit", "18446744073709551615", EachCommit, "results would be truncated without an error"),
     ("max_join_size", "18446744073709551615", Once, "large reads would be refused"),
     ("sql_big_selects", "1", Once, "large reads would be refused"),
     ("sql_safe_updates", "0", Once, "updates without a key would be refused"),
     ("foreign_key_checks", "1", EachCommit, "broken references would be stored"),
     ("unique_checks", "1", EachCommit, "duplicates could be stored"),
-    ("check_constraint_checks", "1", EachCommit, "what a CHECK forbids would be stored"),
+    ("check_constraint_checks", "1", EachCommit, "rows that violate a CHECK would be stored"),
     ("sql_auto_is_null", "0", EachCommit, "`is null` would find the last inserted row"),
     ("sql_notes", "1", Once, "warnings would not be counted"),
-    ("sql_warnings", "0", Once, "single-row inserts would answer in another form"),
-    ("auto_increment_increment", "1", EachCommit, "numbers that tables give out would differ"),
-    ("auto_increment_offset", "1", EachCommit, "numbers that tables give out would differ"),
+    ("sql_warnings", "0", Once, "single-row inserts would return another kind of result"),
+    ("auto_increment_increment", "1", EachCommit, "auto-increment numbers would differ"),
+    ("auto_increment_offset", "1", EachCommit, "auto-increment numbers would differ"),
     // On MySQL, the row after `set insert_id = 0` gets the number 0.
     ("insert_id", "0", EachCommitNeverSet, "the next row would get this number"),
-    ("group_concat_max_len", "1048576", EachCommit, "long lists would be cut off with a warning only"),
+    ("group_concat_max_len", "1048576", EachCommit, "long lists would be truncated with only a warning"),
     ("div_precision_increment", "4", EachCommit, "quotients would have other digits"),
     ("default_week_format", "0", EachCommit, "week numbers would differ"),
     ("lc_time_names", "'en_US'", EachCommit, "names of months and days would differ"),
-    ("max_sort_length", "1024", EachCommit, "long values would be sorted and grouped by their beginning"),
+    ("max_sort_length", "1024", EachCommit, "long values would be sorted and grouped by their first bytes"),
     ("block_encryption_mode", "'aes-128-ecb'", EachCommit, "aes_encrypt would give other bytes"),
-    ("cte_max_recursion_depth", "1000", EachCommit, "recursive queries would end elsewhere"),
-    ("max_recursive_iterations", "4294967295", EachCommit, "recursive queries would be cut off with a warning only"),
+    ("cte_max_recursion_depth", "1000", EachCommit, "recursive queries would stop at another depth"),
+    ("max_recursive_iterations", "4294967295", EachCommit, "recursive queries would be truncated with only a warning"),
     ("windowing_use_high_precision", "1", EachCommit, "sums over windows would have other digits"),
-    ("default_regex_flags", "''", EachCommit, "patterns would match something else"),
-    ("standard_compliant_cte", "1", EachCommit, "recursive queries would give other rows"),
+    ("default_regex_flags", "''", EachCommit, "patterns would match other text"),
+    ("standard_compliant_cte", "1", EachCommit, "recursive queries would return other rows"),
     ("old_mode", OLD_MODE, EachCommit, "dates and duplicate keys would be treated as by an older release"),
-    ("sql_if_exists", "0", EachCommit, "a change of a table that is not there would not be an error"),
+    ("sql_if_exists", "0", EachCommit, "changing a table that does not exist would not be an error"),
     ("system_versioning_asof", "default", EachCommit, "tables with a history would be read as of another time"),
-    ("default_storage_engine", "'InnoDB'", Once, "a setup would make tables without transactions"),
-    ("enforce_storage_engine", "null or 'InnoDB'", Once, "a setup would make tables without transactions"),
+    ("default_storage_engine", "'InnoDB'", Once, "a setup would create tables without transactions"),
+    ("enforce_storage_engine", "null or 'InnoDB'", Once, "a setup would create tables without transactions"),
     ("explicit_defaults_for_timestamp", "1", Once, "a setup's timestamp columns would change by themselves"),
     ("default_tmp_storage_engine", "'InnoDB'", Once, "temporary tables would have no transactions"),
     ("sql_buffer_result", "0", Once, "every result would be copied to a table first"),
@@ -105,29 +109,29 @@ const SETTINGS: &[Setting] = &[
     ("character_set_connection", "'utf8mb4'", EachCommit, "literals would be converted to other characters"),
 ];
 
-/// What the character set `utf8` is stays the server's choice.
+/// The session keeps the server's choice of what the character set `utf8` means.
 const OLD_MODE: &str =
     "if(find_in_set('UTF8_IS_UTF8MB3', @@global.old_mode), 'UTF8_IS_UTF8MB3', '')";
 
-/// The server's, unless it is tiny.
+/// The server's value, but at least 1 MiB.
 const TMP_TABLE_SIZE: &str = "cast(greatest(@@global.tmp_table_size, 1048576) as unsigned)";
 
-/// An `init_connect` may have begun a transaction, in which some variables cannot be set. In words
-/// that do not depend on `completion_type`.
+/// An `init_connect` may have begun a transaction, in which some variables cannot be set. This
+/// rollback does not depend on `completion_type`.
 const PLAIN_ROLLBACK: &str = "rollback and no chain no release";
 
-/// The limits of time of a statement, which may be too short even for the first look at a server.
-/// Each is of one kind of server.
+/// Disables the statement time limits, which may be too short even for the first statements.
+/// MariaDB has the first variable, MySQL the second one.
 pub(super) const DISABLE_TIME_LIMITS: [&str; 2] =
     ["set session max_statement_time = 0", "set session max_execution_time = 0"];
 
-/// The modes that a new server of this kind has.
+/// The default mode of a new server of this kind.
 const STRICT_MYSQL: &str = "ONLY_FULL_GROUP_BY,STRICT_TRANS_TABLES,NO_ZERO_IN_DATE,NO_ZERO_DATE,\
                             ERROR_FOR_DIVISION_BY_ZERO,NO_ENGINE_SUBSTITUTION";
 const STRICT_MARIADB: &str =
     "STRICT_TRANS_TABLES,ERROR_FOR_DIVISION_BY_ZERO,NO_AUTO_CREATE_USER,NO_ENGINE_SUBSTITUTION";
 
-/// Modes in which a projector file's text would mean something else than what was read.
+/// Modes that would change the meaning of a projector file's SQL.
 const INCOMPATIBLE_MODES: &[&str] = &[
     "ANSI_QUOTES",
     "NO_BACKSLASH_ESCAPES",
@@ -139,31 +143,31 @@ const INCOMPATIBLE_MODES: &[&str] = &[
     "POSTGRESQL",
 ];
 
-/// The statements that make a session what the protocol needs, for one server.
+/// The statements that set up a session on one server.
 #[derive(Debug, Clone)]
 pub(super) struct SessionSettings {
-    /// For our own statements.
+    /// Sets up a session for this program's own statements.
     pub(super) own: Arc<str>,
-    /// For a handler: no statement commits by itself, so that what follows a rollback can be rolled
-    /// back, too.
+    /// Sets up a session for a handler. Autocommit is off, so that statements after a rollback can
+    /// be rolled back, too.
     pub(super) handler: Arc<str>,
-    /// For setups: as for a handler, but each statement commits.
+    /// Sets up a session for setups: like a handler's, but with autocommit.
     pub(super) setup: Arc<str>,
-    /// A condition that holds in a handler's session as long as nothing has changed it.
+    /// Whether a handler's session is unchanged, as an SQL condition.
     unchanged_condition: Arc<str>,
-    /// The variables in that condition, and their values as text.
+    /// The variables in that condition, with their values as text.
     expected: Arc<[(String, String)]>,
     /// The default database.
     database: Arc<str>,
-    /// Which modes the handlers' are.
+    /// The SQL mode of handlers.
     pub(super) sql_mode: SqlMode,
 }
 
 impl SessionSettings {
-    /// Sets everything in this session, reads it back, and makes the statements of it.
+    /// Sets every variable in this session, reads them back, and builds the statements.
     ///
     /// # Errors
-    /// [`Error::Input`] with the variable's name where the server does not take a value.
+    /// [`Error::Input`] with the variable's name if the server does not accept a value.
     pub(super) async fn probe(
         connection: &mut MySqlConnection,
         flavor: Flavor,
@@ -189,8 +193,9 @@ impl SessionSettings {
                 let server: String = sqlx::query_scalar("select @@global.sql_mode")
                     .fetch_one(&mut *connection)
                     .await?;
-                let is_fine = |mode: &&str| !INCOMPATIBLE_MODES.contains(mode) && !mode.is_empty();
-                server.split(',').filter(is_fine).collect::<Vec<_>>().join(",")
+                let is_compatible =
+                    |mode: &&str| !INCOMPATIBLE_MODES.contains(mode) && !mode.is_empty();
+                server.split(',').filter(is_compatible).collect::<Vec<_>>().join(",")
             }
         };
         let Unsettable { restricted, fixed } = find_unsettable(connection, &settings).await?;
@@ -204,7 +209,8 @@ impl SessionSettings {
         let text = format!("{common}collation_connection = '{collation}', timestamp = default");
         let set = |autocommit: u8, mode: &str| {
             format!(
-                "{PLAIN_ROLLBACK}; set session {text}, sql_mode = '{mode}', autocommit = {autocommit}"
+                "{PLAIN_ROLLBACK}; set session {text}, sql_mode = '{mode}', \
+                 autocommit = {autocommit}"
             )
         };
 
@@ -216,15 +222,14 @@ impl SessionSettings {
         for ((name, value, _, why), found) in settings.iter().zip(&values) {
             if !is_accepted(value, found) {
                 return Err(Error::Input(format!(
-                    "sessions on this server have {name} = {found:?}, and must have {value}, for otherwise {why}; let the \
-                     database user set it, or change it on the server"
+                    "sessions on this server have {name} = {found:?}, but must have {value}; \
+                     otherwise {why}. Let the database user set it, or change it on the server"
                 )));
             }
         }
-        let each_commit = |name: &&str| match settings.iter().find(|(setting, ..)| setting == name)
-        {
-            Some((.., check, _)) => *check != Once,
-            None => true,
+        let each_commit = |name: &&str| {
+            let setting = settings.iter().find(|(setting, ..)| setting == name);
+            setting.is_none_or(|(.., check, _)| *check != Once)
         };
         let expected: Vec<(String, String)> = names
             .iter()
@@ -247,13 +252,14 @@ impl SessionSettings {
         })
     }
 
-    /// A condition that holds as long as nothing has changed a handler's session: the values that
-    /// were read back, the default database, and a clock that goes.
+    /// An SQL condition that is true while a handler's session is unchanged. It compares the values
+    /// that were read back and the default database, and checks that the clock is running.
     pub(super) fn unchanged_condition(&self) -> Arc<str> {
         Arc::clone(&self.unchanged_condition)
     }
 
-    /// What has been changed in a session, as `variable is A and was B`; `None` if nothing was.
+    /// Returns the changes of a session as `variable is A and was B`; `None` if nothing has
+    /// changed.
     pub(super) async fn find_changes(
         &self,
         connection: &mut MySqlConnection,
@@ -275,16 +281,16 @@ impl SessionSettings {
         }
         let clock: bool = sqlx::query_scalar(CLOCK_IS_RUNNING).fetch_one(&mut *connection).await?;
         if !clock {
-            changed.push("timestamp is set, so that now() stands still".into());
+            changed.push("timestamp is set, so that now() does not advance".into());
         }
         Ok((!changed.is_empty()).then(|| changed.join(", ")))
     }
 }
 
-/// `sysdate` goes on where `set timestamp` has stopped `now`.
+/// `set timestamp` stops `now()`, but not `sysdate()`.
 const CLOCK_IS_RUNNING: &str = "select abs(@@timestamp - unix_timestamp(sysdate())) < 5 limit 1";
 
-/// The session variables that this server has, of those that are of interest.
+/// Reads which variables of [`SETTINGS`] this server has.
 async fn list_supported(connection: &mut MySqlConnection) -> Result<Vec<String>, Error> {
     let names: Vec<String> = SETTINGS.iter().map(|(name, ..)| format!("'{name}'")).collect();
     let show = format!("show session variables where variable_name in ({})", names.join(", "));
@@ -292,23 +298,23 @@ async fn list_supported(connection: &mut MySqlConnection) -> Result<Vec<String>,
     rows.iter().map(|row| row.try_get(0).map_err(Error::Database)).collect()
 }
 
-/// Variables as text, in this order.
+/// Reads variables as text, in this order.
 async fn read_variables(
     connection: &mut MySqlConnection,
     names: &[&str],
 ) -> Result<Vec<String>, sqlx::Error> {
-    // Converted here, for `character_set_results` may be wrong.
+    // The server converts the values, because `character_set_results` may be wrong.
     let columns: Vec<String> = names
         .iter()
         .map(|name| format!("convert(coalesce(@@session.{name}, '') using ascii)"))
         .collect();
-    // `sql_select_limit` may be 0, and a `limit` stands above it.
+    // An explicit `limit` overrides `sql_select_limit`, which may be 0.
     let select = format!("select {} limit 1", columns.join(", "));
     let row = sqlx::raw_sql(AssertSqlSafe(select)).fetch_one(connection).await?;
     (0..names.len()).map(|column| row.try_get(column).map(as_number)).collect()
 }
 
-/// A switch as SQL compares it, whichever way the server prints it.
+/// Converts a switch to the number with which SQL compares it.
 fn as_number(value: String) -> String {
     match value.as_str() {
         "ON" | "YES" => "1".into(),
@@ -317,7 +323,8 @@ fn as_number(value: String) -> String {
     }
 }
 
-/// Compared without a conversion: a number with a number, text with text.
+/// Builds a condition that needs no type conversion: numbers are compared with numbers, text with
+/// text.
 fn build_condition(expected: &[(String, String)], database: &str) -> String {
     let mut condition = String::new();
     for (name, value) in expected {
@@ -336,7 +343,7 @@ fn build_condition(expected: &[(String, String)], database: &str) -> String {
     condition
 }
 
-/// Whether a value that was read back is one of those that are wanted.
+/// Whether a value that was read back is an allowed one.
 fn is_accepted(wanted: &str, found: &str) -> bool {
     wanted.split(" or ").any(|wanted| {
         let literal = wanted.trim_matches('\'');
@@ -357,20 +364,21 @@ fn assignment((name, value, ..): &Setting) -> String {
     format!("{name} = {}", value.split(" or ").next().unwrap_or(value))
 }
 
-/// Variables that a session of ours does not set.
+/// Variables that a session cannot set.
 #[derive(Debug, Default)]
 struct Unsettable<'s> {
-    /// The server lets only an administrator set them. They must have their values already: that is
-    /// checked when they are read back.
+    /// Only an administrator may set these. They must already have their values, which is checked
+    /// when they are read back.
     restricted: Vec<&'s str>,
-    /// In this release of the server, no session can set them: what they do is the server's choice.
+    /// No session can set these in this release of the server. Their values are the server's
+    /// choice.
     fixed: Vec<&'s str>,
 }
 
 /// Sets each variable, to find those that cannot be set.
 ///
 /// # Errors
-/// [`Error::Input`] with the variable's name where the server refuses a value for another reason.
+/// [`Error::Input`] with the variable's name if the server refuses a value for another reason.
 async fn find_unsettable<'s>(
     connection: &mut MySqlConnection,
     settings: &[&'s Setting],
@@ -396,7 +404,8 @@ async fn find_unsettable<'s>(
             }
             Err(error) => {
                 return Err(Error::Input(format!(
-                    "the server does not let a session set {name} to {value}, and with another value {why}: {error}"
+                    "the server refuses to set {name} to {value} in a session, and with another \
+                     value {why}: {error}"
                 )));
             }
         }
@@ -451,7 +460,8 @@ mod tests {
         ];
         let expected = expected.map(|(name, value)| (name.to_owned(), value.to_owned()));
         assert!(build_condition(&expected, "app").starts_with(
-            "not @@autocommit and @@unique_checks and @@div = 4 and @@zone = '+00:00' and @@flags = '' and database() = 'app'"
+            "not @@autocommit and @@unique_checks and @@div = 4 and @@zone = '+00:00' \
+             and @@flags = '' and database() = 'app'"
         ));
     }
 }

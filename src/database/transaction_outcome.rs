@@ -1,10 +1,10 @@
-//! What became of a transaction that ended while a handler had it.
+//! The outcome of a transaction that ended while a handler was running.
 //!
 //! A deadlock rolls back the whole transaction, and so does a handler's own `rollback`: nothing is
-//! stored, and the batch may be applied again. A commit, by the handler or by a statement that does
-//! so on its own (DDL), stores a part of the batch without its position: the batch must never be
-//! applied again. The server counts the commands of each session, and by that the two are told
-//! apart.
+//! stored, and the batch may be applied again. A commit by the handler, or by a statement that
+//! commits implicitly (DDL), stores a part of the batch without its position: the batch must never
+//! be applied again. The server counts the commands of each session, and these counts tell the two
+//! cases apart.
 
 use std::collections::HashMap;
 
@@ -14,17 +14,18 @@ use super::Database;
 use super::session_cache::HandlerSession;
 use crate::model::error::server_error_number;
 
-/// And makes sure that all commands are shown, and can be read. That is one more `set`.
+/// Rolls back, and makes sure that all counters are returned and readable. The server counts this
+/// as one more `set`.
 const ROLLBACK: &str =
     "rollback; set session sql_select_limit = 18446744073709551615, names utf8mb4";
 
 const SHOW_COMMAND_COUNTS: &str = "show session status like 'Com\\_%'";
 
-/// What opens a session: the driver's statement and ours.
+/// The commands that open a session: one statement of the driver and one of this program.
 const SETS_ON_OPEN: u64 = 2;
 const BEGINS_ON_OPEN: u64 = 1;
 
-/// Commands that never end a transaction. Whatever is not named here may have committed.
+/// Commands that never end a transaction. Every other command may have committed.
 const NON_COMMITTING: &[&str] = &[
     "admin_commands",
     "call_procedure",
@@ -71,42 +72,42 @@ const NON_COMMITTING: &[&str] = &[
     "update_multi",
 ];
 
-/// What we sent on a handler's session, as the server counts it.
+/// The commands that this program sent on a handler's session, as the server counts them.
 #[derive(Debug, Default, Clone, Copy)]
 pub(super) struct CommandCounts {
     commits: u64,
     sets: u64,
 }
 
-/// How a transaction ended under a handler's hands.
+/// How a transaction ended that was open when the handler started.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum TransactionOutcome {
-    /// It has not ended: it was rolled back just now.
+    /// The transaction was still open, and has now been rolled back.
     StillOpen,
-    /// It was rolled back as a whole, by the server or by the handler. Nothing is stored.
+    /// The whole transaction was rolled back, by the server or by the handler. Nothing is stored.
     RolledBack,
-    /// Something of it was committed, or may have been: by these commands.
+    /// A part of the transaction was, or may have been, committed by these commands.
     Committed(String),
 }
 
 impl HandlerSession {
-    /// Notes that a commit of ours was carried out on it.
+    /// Records that this program committed on the session.
     pub(crate) fn record_commit(&mut self) {
         self.commands.commits += 1;
     }
 
-    /// Notes that we set a variable on it.
+    /// Records that this program set a variable on the session.
     pub(crate) fn record_set(&mut self) {
         self.commands.sets += 1;
     }
 }
 
 impl Database {
-    /// Rolls back what a handler's session has in hand, and tells what became of the transaction
-    /// that a batch began.
+    /// Rolls back the transaction of a handler's session, and returns how the transaction of the
+    /// batch ended.
     ///
     /// # Errors
-    /// If the connection is lost: then nobody can tell.
+    /// If the connection is lost. The outcome is then unknown.
     pub(crate) async fn roll_back(
         &self,
         session: &mut HandlerSession,
@@ -120,17 +121,17 @@ impl Database {
         }
     }
 
-    /// What became of a transaction whose savepoint is gone.
+    /// Determines how a transaction ended whose savepoint is gone.
     ///
     /// # Errors
-    /// If the connection is lost: then nobody can tell.
+    /// If the connection is lost. The outcome is then unknown.
     pub(crate) async fn determine_outcome(
         &self,
         session: &mut HandlerSession,
     ) -> Result<TransactionOutcome, sqlx::Error> {
         let counts = async {
             sqlx::raw_sql(ROLLBACK).execute(&mut *session.connection).await?;
-            counts(&mut session.connection).await
+            read_counts(&mut session.connection).await
         };
         let counts = self.with_short_timeout(counts).await?;
         session.record_set();
@@ -138,7 +139,9 @@ impl Database {
     }
 }
 
-async fn counts(connection: &mut MySqlConnection) -> Result<HashMap<String, u64>, sqlx::Error> {
+async fn read_counts(
+    connection: &mut MySqlConnection,
+) -> Result<HashMap<String, u64>, sqlx::Error> {
     let rows = sqlx::raw_sql(SHOW_COMMAND_COUNTS).fetch_all(connection).await?;
     let mut counts = HashMap::new();
     for row in rows {
@@ -158,12 +161,12 @@ fn classify(counts: HashMap<String, u64>, ours: CommandCounts) -> TransactionOut
         "set_option" => SETS_ON_OPEN + ours.sets,
         _ => 0,
     };
-    // A handler can make a server show less than it knows.
+    // A handler can make the server return fewer counters.
     if !["commit", "begin", "set_option"]
         .iter()
         .all(|name| counts.get(*name).is_some_and(|count| *count >= expected(name)))
     {
-        return TransactionOutcome::Committed("nothing that can be read".into());
+        return TransactionOutcome::Committed("the counters are unreadable".into());
     }
     let is_harmless = |name: &str| NON_COMMITTING.contains(&name) || name.starts_with("show_");
     let mut committed: Vec<String> = counts
@@ -172,9 +175,10 @@ fn classify(counts: HashMap<String, u64>, ours: CommandCounts) -> TransactionOut
         .map(|(name, _)| name.replace('_', " "))
         .collect();
     committed.sort();
-    match committed.is_empty() {
-        true => TransactionOutcome::RolledBack,
-        false => TransactionOutcome::Committed(committed.join(", ")),
+    if committed.is_empty() {
+        TransactionOutcome::RolledBack
+    } else {
+        TransactionOutcome::Committed(committed.join(", "))
     }
 }
 

@@ -1,11 +1,12 @@
-//! Several executions of one insert as one statement, where that is the same in effect.
+//! Sends several executions of one insert as one statement with many rows, if the effect is the
+//! same.
 //!
-//! Rows wait, by table, until something else is to happen: an execution that is no such insert, one
-//! on the same table by another handler or with other types, too many rows, the end of the batch.
-//! So the statements on each table keep their order, and only inserts into *different* tables
-//! change places, and they do not know of each other: [`insert`](super::insert) has seen to it that
-//! they read nothing but their parameters and their own table, and [`tables`](super::tables) that
-//! nothing else hangs on it.
+//! Rows wait in a buffer per table. A buffer is sent before any other statement, before another
+//! handler inserts into the same table, before a row with other types, when it is full, and at the
+//! end of the batch. The statements on one table therefore keep their order. Only inserts into
+//! *different* tables change places, and these do not depend on each other:
+//! [`insert`](super::insert) has checked that they read only their parameters and their own table,
+//! and [`tables`](super::tables) that nothing else depends on the table.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -23,33 +24,33 @@ use crate::database::multi_row::{MAX_BYTES, MAX_ROWS, Rows, Statement};
 use crate::model::event::Event;
 use crate::model::projector::ProjectorId;
 
-/// The fewest executions in a batch for which a table is looked at: that costs about as much as
-/// twenty of them.
+/// The minimum number of executions in a batch for which a table is checked. A check costs about as
+/// much as twenty executions.
 const MIN_EXECUTIONS: usize = 32;
 
-/// How long a table that was refused is not looked at again. That it was accepted is never
-/// remembered: the next transaction has no lock on it yet, and somebody may have made a trigger.
+/// How long a refusal of a table is remembered. An acceptance is not remembered: the next
+/// transaction has no lock on the table yet, so another session may have created a trigger.
 const REFUSAL_TTL: Duration = Duration::from_secs(60);
 
-/// The most that waits in all tables together, in bytes.
+/// The maximum size of the buffers of all tables together, in bytes.
 const MAX_PENDING_BYTES: usize = 8 * MAX_BYTES;
 
-/// The tables that a projector's coalescable inserts go to, and which of them were refused lately.
+/// The tables of a projector's coalescable inserts, and their recent refusals.
 #[derive(Debug, Default)]
 pub(super) struct Tables {
     names: Vec<String>,
-    /// Of each, whether an `insert ignore` goes to it.
+    /// For each table, whether one of its inserts is an `insert ignore`.
     ignores: Vec<bool>,
     refused: Mutex<Vec<Option<(Instant, Refusal)>>>,
 }
 
-/// One of [`Tables`].
+/// The index of a table in [`Tables`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct TableIndex(usize);
 
 impl Tables {
-    /// The table of that name, in whatever case: where the server tells two apart, they only wait
-    /// for each other needlessly.
+    /// The index of the insert's table. Names are compared without their case. If the server
+    /// distinguishes two such names, their inserts only wait for each other needlessly.
     pub(super) fn add(&mut self, insert: &Insert) -> TableIndex {
         let known = self.names.iter().position(|other| other.eq_ignore_ascii_case(&insert.table));
         let table = known.unwrap_or_else(|| {
@@ -63,11 +64,14 @@ impl Tables {
 
     fn refused_flags(&self) -> Vec<bool> {
         let refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_refused = |table: usize| matches!(refused.get(table), Some(Some((at, _))) if at.elapsed() < REFUSAL_TTL);
+        let is_refused = |table: usize| {
+            let last = refused.get(table).and_then(Option::as_ref);
+            last.is_some_and(|(at, _)| at.elapsed() < REFUSAL_TTL)
+        };
         (0..self.names.len()).map(is_refused).collect()
     }
 
-    /// Whether it is for another reason than the last time.
+    /// Remembers a refusal. Returns whether its reason differs from that of the last refusal.
     fn refuse(&self, table: usize, refusal: Refusal) -> bool {
         let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
         refused.resize(self.names.len(), None);
@@ -76,20 +80,22 @@ impl Tables {
     }
 }
 
-/// What is known of a table in this transaction.
+/// What this transaction knows about a table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum TableState {
-    /// Not to be coalesced.
+    /// Its inserts are sent one by one.
     OneByOne,
-    /// Worth a look, and not touched yet: its definition may change still.
+    /// Worth a check. This transaction has not used the table yet, so its definition may still
+    /// change.
     Unlocked,
-    /// This transaction has written to it, so that its definition stands until the end.
+    /// Worth a check. This transaction has written to the table, so its definition cannot change
+    /// before the transaction ends.
     Locked,
-    /// Looked at, and nothing stands against it.
+    /// Checked: its inserts may be coalesced.
     Coalescable,
 }
 
-/// Applies events, as [`Handlers::apply`] does it one by one.
+/// Applies a batch of events, with the same effect as [`Handlers::apply`] for each.
 pub(super) async fn apply(
     projector: &ProjectorId,
     handlers: &Handlers,
@@ -113,28 +119,28 @@ pub(super) async fn apply(
     coalescer.flush(db).await
 }
 
-/// What waits to be sent, and what is known of the tables.
+/// The buffered rows of a batch, and the state of each table.
 struct Coalescer<'h> {
     projector: &'h ProjectorId,
     handlers: &'h Handlers,
     tables: Vec<TableState>,
     pending: Vec<Option<PendingRows<'h>>>,
-    /// In bytes.
+    /// The size of all buffers, in bytes.
     size: usize,
 }
 
-/// Rows of one handler.
+/// Buffered rows of one handler.
 struct PendingRows<'h> {
     handler: &'h Handler,
     insert: &'h Insert,
     rows: RowBuffer,
 }
 
-/// Rows as they will be sent.
+/// Buffered rows in the form in which they will be sent.
 enum RowBuffer {
-    /// Of the same types, with the statement for one row.
+    /// Rows to bind, all of the same types, with the statement for one row.
     Bound(Arc<TypedSql>, Rows),
-    /// Of any types.
+    /// Rows as literals, of any types.
     Literal(Literals),
 }
 
@@ -146,7 +152,7 @@ impl RowBuffer {
         }
     }
 
-    /// Whether a row of this form can be one of these.
+    /// Whether a row of this form can be added.
     fn accepts(&self, mode: &ExecutionMode) -> bool {
         match (self, mode) {
             (RowBuffer::Bound(text, _), ExecutionMode::Prepared(other)) => Arc::ptr_eq(text, other),
@@ -162,7 +168,7 @@ impl RowBuffer {
         }
     }
 
-    /// In bytes.
+    /// The size of the rows, in bytes.
     fn encoded_bytes(&self) -> usize {
         match self {
             RowBuffer::Bound(_, rows) => rows.size(),
@@ -172,7 +178,7 @@ impl RowBuffer {
 }
 
 impl<'h> Coalescer<'h> {
-    /// `None` where no table is worth a look.
+    /// `None` if no table is worth a check.
     fn new(projector: &'h ProjectorId, handlers: &'h Handlers, events: &[&Event]) -> Option<Self> {
         let tables = handlers.tables()?;
         let mut executions = vec![0; tables.names.len()];
@@ -183,11 +189,13 @@ impl<'h> Coalescer<'h> {
                 executions[table] += 1;
             }
         }
-        let state =
-            |(count, is_refused): (usize, bool)| match count >= MIN_EXECUTIONS && !is_refused {
-                true => TableState::Unlocked,
-                false => TableState::OneByOne,
-            };
+        let state = |(count, is_refused): (usize, bool)| {
+            if count >= MIN_EXECUTIONS && !is_refused {
+                TableState::Unlocked
+            } else {
+                TableState::OneByOne
+            }
+        };
         let tables: Vec<TableState> =
             executions.into_iter().zip(tables.refused_flags()).map(state).collect();
         let pending = tables.iter().map(|_| None).collect();
@@ -221,7 +229,7 @@ impl<'h> Coalescer<'h> {
         handler.execute(arguments, db).await
     }
 
-    /// Looks at every table that is worth it and has been touched since the last time.
+    /// Checks every table that this transaction has locked since the last check.
     async fn check_locked_tables(&mut self, db: &mut MySqlConnection) -> anyhow::Result<()> {
         let tables = self.handlers.tables().context("a table was locked")?;
         let locked: Vec<usize> = (0..self.tables.len())
@@ -232,15 +240,17 @@ impl<'h> Coalescer<'h> {
             ignores: tables.ignores[*table],
         };
         let targets: Vec<InsertTarget<'_>> = locked.iter().map(target).collect();
-        let found =
-            check_tables(&targets, db).await.context("the tables' definitions cannot be read")?;
+        let found = check_tables(&targets, db)
+            .await
+            .context("the definitions of the tables cannot be read")?;
         for (table, found) in locked.into_iter().zip(found) {
             self.tables[table] = match found {
                 Ok(()) => TableState::Coalescable,
                 Err(refusal) => {
                     if tables.refuse(table, refusal) {
                         info!(
-                            projector = %self.projector, table = tables.names[table], reason = %refusal,
+                            projector = %self.projector, table = tables.names[table],
+                            reason = %refusal,
                             "the table's inserts are sent one by one"
                         );
                     }
@@ -289,7 +299,7 @@ impl<'h> Coalescer<'h> {
         Ok(())
     }
 
-    /// Sends all that waits.
+    /// Sends all buffered rows.
     async fn flush(&mut self, db: &mut MySqlConnection) -> anyhow::Result<()> {
         for table in 0..self.pending.len() {
             self.send(table, db).await?;

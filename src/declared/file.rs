@@ -1,4 +1,4 @@
-//! One file: TOML to a projector, with the line of everything that does not hold.
+//! Parses one projector file. Each problem is reported with its line.
 
 use std::ops::Range;
 
@@ -17,10 +17,11 @@ const ON_KEYS: [&str; 2] = ["events", "sql"];
 const MODES: [&str; 3] =
     [Mode::FromBeginning.as_str(), Mode::FromNow.as_str(), Mode::Once.as_str()];
 
-/// The most `[[on]]` tables of a file: each is a prepared statement on every connection.
+/// The maximum number of `[[on]]` tables in a file. Each is a prepared statement on every
+/// connection.
 const MAX_HANDLERS: usize = 1000;
 
-/// A projector, and where its file says who it is.
+/// A projector, and the lines of its name and version, for errors.
 #[derive(Debug)]
 pub(super) struct Declaration {
     pub(super) projector: DeclaredProjector,
@@ -28,10 +29,10 @@ pub(super) struct Declaration {
     pub(super) version_line: usize,
 }
 
-/// Reads a file whose name is `file`, which is only for errors.
+/// Parses the text of a file. `file` is its name, for errors.
 ///
 /// # Errors
-/// Everything that does not hold, in the order of the lines.
+/// All problems, in the order of their lines.
 pub(super) fn parse(file: &str, text: &str) -> Result<Declaration, Vec<Problem>> {
     let mut parser = Parser { file, text, line_ends: line_ends(text), problems: Vec::new() };
     let declaration = match DeTable::parse(text) {
@@ -48,51 +49,6 @@ pub(super) fn parse(file: &str, text: &str) -> Result<Declaration, Vec<Problem>>
             parser.problems.sort_by_key(|problem| problem.line);
             Err(parser.problems)
         }
-    }
-}
-
-/// A hash of everything that a file says: not of its comments and blanks, nor of the order of its
-/// keys.
-fn revision(table: &DeTable<'_>) -> String {
-    let mut context = Context::new(&SHA256);
-    for key in KEYS.iter().filter(|key| **key != "name" && **key != "version") {
-        // What is left out is what it is by default.
-        let is_default = |value: &DeValue<'_>| match value {
-            DeValue::Boolean(value) => !value,
-            DeValue::Array(entries) => entries.is_empty(),
-            _ => false,
-        };
-        if let Some(value) =
-            table.get(*key).map(Spanned::get_ref).filter(|value| !is_default(value))
-        {
-            hash(key, &mut context);
-            hash_value(value, &mut context);
-        }
-    }
-    context.finish().as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// Each part is preceded by its length, so that no two definitions give the same bytes.
-fn hash(part: &str, context: &mut Context) {
-    context.update(&(part.len() as u64).to_be_bytes());
-    context.update(part.as_bytes());
-}
-
-fn hash_value(value: &DeValue<'_>, context: &mut Context) {
-    hash(value.type_str(), context);
-    match value {
-        DeValue::Array(entries) => {
-            context.update(&(entries.len() as u64).to_be_bytes());
-            entries.iter().for_each(|entry| hash_value(entry.get_ref(), context));
-        }
-        DeValue::Table(table) => {
-            for key in ON_KEYS {
-                hash(key, context);
-                table.get(key).into_iter().for_each(|value| hash_value(value.get_ref(), context));
-            }
-        }
-        DeValue::String(text) => hash(text.replace("\r\n", "\n").trim(), context),
-        other => hash(&format!("{other:?}"), context),
     }
 }
 
@@ -122,8 +78,8 @@ impl Parser<'_> {
         self.problems.push(Problem::new(self.file, Some(self.line(at)), reason));
     }
 
-    /// `None` only with a problem. It goes on after one, so that a file's problems come all at
-    /// once.
+    /// Reads the whole file, also after a problem, so that all problems are reported at once.
+    /// `None` means that at least one was reported.
     fn read_declaration(&mut self, table: &DeTable<'_>) -> Option<Declaration> {
         self.check_keys(table, &KEYS);
         let name =
@@ -166,7 +122,7 @@ impl Parser<'_> {
             let hint = if KEYS.contains(&name) {
                 format!("`{name}` belongs above the first [[on]]")
             } else if ON_KEYS.contains(&name) {
-                format!("`{name}` belongs into an [[on]] table")
+                format!("`{name}` belongs in an [[on]] table")
             } else {
                 let near = nearest(name, known)
                     .map(|near| format!("did you mean `{near}`? "))
@@ -368,8 +324,8 @@ impl Parser<'_> {
 
     fn report_statement_error(&mut self, entry: &Entry<'_>, text: &str, error: StatementError) {
         let span = entry.span();
-        // Where the string is written without escapes, its text is found again in the file, so that
-        // the line can be that of the fault; else it is that of the string's beginning.
+        // If the string is written without escapes, its text occurs in the file, and the line is
+        // that of the fault. Otherwise the line is that of the string's start.
         let written = self.text.get(span.clone()).and_then(|written| written.find(text));
         self.report(
             written.map_or(span.start, |begin| span.start + begin + error.at),
@@ -378,22 +334,70 @@ impl Parser<'_> {
     }
 }
 
-/// Refuses what no event can be: the handler would silently never run.
-fn check_event_type(event_type: &str, alone: bool) -> Result<(), String> {
+/// Refuses a type that no event can have, because the handler would never run.
+fn check_event_type(event_type: &str, is_alone: bool) -> Result<(), String> {
     let characters = event_type.chars().count();
-    if event_type == "*" && !alone {
+    if event_type == "*" && !is_alone {
         Err("\"*\" means every event: write it alone, or leave it out".into())
     } else if event_type.starts_with('$') {
         Err(format!(
-            "no event has the type {event_type:?}: types that begin with `$` are the log's own, which no projector sees"
+            "no event has the type {event_type:?}: types that begin with `$` are the log's own, \
+             and no projector receives them"
         ))
     } else if characters == 0 || characters > NewEvent::MAX_NAME || event_type.ends_with(' ') {
         Err(format!(
-            "no event has the type {event_type:?}: it has 1 to {} characters and no blank at its end",
+            "no event has the type {event_type:?}: a type has 1 to {} characters and does not \
+             end with a space",
             NewEvent::MAX_NAME
         ))
     } else {
         Ok(())
+    }
+}
+
+/// The SHA-256 of a file's content, except name and version. Comments, blanks and the order of keys
+/// do not count.
+fn revision(table: &DeTable<'_>) -> String {
+    let mut context = Context::new(&SHA256);
+    for key in KEYS.iter().filter(|key| **key != "name" && **key != "version") {
+        // A key with its default value counts as a missing key.
+        let is_default = |value: &DeValue<'_>| match value {
+            DeValue::Boolean(value) => !value,
+            DeValue::Array(entries) => entries.is_empty(),
+            _ => false,
+        };
+        if let Some(value) =
+            table.get(*key).map(Spanned::get_ref).filter(|value| !is_default(value))
+        {
+            hash(key, &mut context);
+            hash_value(value, &mut context);
+        }
+    }
+    context.finish().as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Adds a part to the hash. Its length precedes it, so that two different definitions cannot have
+/// the same input.
+fn hash(part: &str, context: &mut Context) {
+    context.update(&(part.len() as u64).to_be_bytes());
+    context.update(part.as_bytes());
+}
+
+fn hash_value(value: &DeValue<'_>, context: &mut Context) {
+    hash(value.type_str(), context);
+    match value {
+        DeValue::Array(entries) => {
+            context.update(&(entries.len() as u64).to_be_bytes());
+            entries.iter().for_each(|entry| hash_value(entry.get_ref(), context));
+        }
+        DeValue::Table(table) => {
+            for key in ON_KEYS {
+                hash(key, context);
+                table.get(key).into_iter().for_each(|value| hash_value(value.get_ref(), context));
+            }
+        }
+        DeValue::String(text) => hash(text.replace("\r\n", "\n").trim(), context),
+        other => hash(&format!("{other:?}"), context),
     }
 }
 
@@ -431,8 +435,7 @@ sql = "update totals set events = events + 1"
             .collect()
     }
 
-    /// Replaces one thing in a file that is good, so that the line of the problem is the only one
-    /// there is.
+    /// Replaces one part of a valid file. The file then has exactly one problem.
     fn problem_with(part: &str, replacement: &str) -> (usize, String) {
         assert!(GOOD.contains(part), "{part}");
         let mut problems = problems(&GOOD.replacen(part, replacement, 1));
@@ -443,7 +446,7 @@ sql = "update totals set events = events + 1"
     #[test]
     fn a_file_declares_a_projector() {
         let Declaration { projector, name_line, version_line } =
-            parse("a.toml", GOOD).expect("it is good");
+            parse("a.toml", GOOD).expect("it is valid");
         assert_eq!(
             (projector.name(), projector.version(), projector.mode()),
             ("case_status", 1, Mode::FromBeginning)
@@ -492,20 +495,20 @@ sql = "update totals set events = events + 1"
 
     #[test]
     fn the_owned_tables_and_the_session_use_are_read_from_a_file() {
-        let projector = parse("a.toml", GOOD).expect("it is good").projector;
+        let projector = parse("a.toml", GOOD).expect("it is valid").projector;
         assert_eq!(
             (projector.tables(), projector.session()),
             (vec!["case_status".to_owned()], SessionUse::Shared)
         );
         let calling = GOOD.replace("update totals set events = events + 1", "call count_events()");
         assert_eq!(
-            parse("a.toml", &calling).expect("it is good").projector.session(),
+            parse("a.toml", &calling).expect("it is valid").projector.session(),
             SessionUse::PerEvent
         );
         let counting =
             GOOD.replace("update totals set events = events + 1", "set @n = last_insert_id()");
         assert_eq!(
-            parse("a.toml", &counting).expect("it is good").projector.session(),
+            parse("a.toml", &counting).expect("it is valid").projector.session(),
             SessionUse::Shared
         );
     }
@@ -513,7 +516,7 @@ sql = "update totals set events = events + 1"
     #[test]
     fn setup_teardown_and_side_effects_are_optional() {
         let text = "name = 'a'\nversion = 2\nmode = 'once'\non = [{events = ['A'], sql = 'do 1'}]";
-        let projector = parse("a.toml", text).expect("it is good").projector;
+        let projector = parse("a.toml", text).expect("it is valid").projector;
         assert!(
             projector.setup.is_empty()
                 && projector.teardown.is_empty()
@@ -589,7 +592,7 @@ sql = "update totals set events = events + 1"
             ("\"Received\", \"Sent\"", "\"Sent\",\n\"*\"", 11, "write it alone"),
             ("\"Received\"", "\"$filler\"", 10, "the log's own"),
             ("\"Received\"", "\"\"", 10, "1 to 200 characters"),
-            ("\"Received\"", "\"Received \"", 10, "no blank at its end"),
+            ("\"Received\"", "\"Received \"", 10, "does not end with a space"),
             (
                 "events = [\"*\"]",
                 "events = [\"*\"]\nmode = 'once'",
@@ -601,7 +604,7 @@ sql = "update totals set events = events + 1"
                 "name = \"case_status\"",
                 "events = []\nname = \"a\"",
                 2,
-                "belongs into an [[on]] table",
+                "belongs in an [[on]] table",
             ),
             ("sql = \"update totals set events = events + 1\"", "", 14, "`sql` is missing: add"),
             ("\"update totals set events = events + 1\"", "1", 16, "`sql` must be a string"),
@@ -620,7 +623,7 @@ sql = "update totals set events = events + 1"
                 14,
                 "use several [[on]] tables",
             ),
-            // With an escape in it, the text cannot be found again: the line is that of the string.
+            // An escape: the text does not occur in the file, so the line is that of the string.
             ("values(case_id)", ":case_id + '\\t'", 11, "unknown parameter `:case_id`"),
             ("version = 1", "version = ", 3, "this is not TOML: "),
             ("version = 1", "version = 1\nversion = 2", 4, "this is not TOML: duplicate key"),
@@ -675,7 +678,7 @@ sql = "update totals set events = events + 1"
     #[test]
     fn windows_line_ends_count_as_one() {
         let text = GOOD.replace('\n', "\r\n");
-        parse("a.toml", &text).expect("it is good");
+        parse("a.toml", &text).expect("it is valid");
         assert_eq!(problems(&text.replace(":stream_id", ":stream"))[0].0, 11);
     }
 
@@ -702,8 +705,8 @@ sql = """insert into t values (:stream_id, :payload.a."odd ""key""".0?, ':metada
 "#;
 
     proptest! {
-        /// Whatever is made of a file, it declares a projector that is no larger than itself, or
-        /// each problem has its line.
+        /// A corrupted file either declares a projector that is no larger than the file, or each
+        /// problem has its line.
         #[test]
         fn a_corrupted_file_is_refused_by_line_or_a_projector_no_larger_than_itself(
             text in prop_oneof![corrupted::text(GOOD), corrupted::text(BETTER)],
@@ -711,14 +714,18 @@ sql = """insert into t values (:stream_id, :payload.a."odd ""key""".0?, ':metada
             match parse("a.toml", &text) {
                 Ok(Declaration { projector, name_line, version_line }) => {
                     let statements = projector.setup.iter().chain(&projector.teardown);
-                    prop_assert!(statements.map(|statement| statement.sql.len()).sum::<usize>() <= text.len());
+                    let length: usize = statements.map(|statement| statement.sql.len()).sum();
+                    prop_assert!(length <= text.len());
                     prop_assert!(projector.name().len() <= text.len());
                     prop_assert!((1..=text.lines().count()).contains(&name_line.max(version_line)));
                 }
                 Err(problems) => {
                     prop_assert!(!problems.is_empty() && problems.len() <= text.len() + KEYS.len());
                     let lines = 1..=text.matches('\n').count() + 1;
-                    prop_assert!(problems.iter().all(|problem| problem.line.is_some_and(|line| lines.contains(&line))));
+                    let has_line = |problem: &Problem| {
+                        problem.line.is_some_and(|line| lines.contains(&line))
+                    };
+                    prop_assert!(problems.iter().all(has_line));
                 }
             }
         }

@@ -1,4 +1,4 @@
-//! A declared projector at work: for each event, the statements whose events it is one of.
+//! Runs a declared projector: for each event, the statements of the handlers that match it.
 
 use std::borrow::Cow;
 use std::collections::HashSet;
@@ -34,10 +34,69 @@ pub(super) struct DeclaredProjector {
     pub(super) setup: Vec<SetupStatement>,
     pub(super) teardown: Vec<SetupStatement>,
     pub(super) handlers: Handlers,
-    /// A hash of all that the file says.
+    /// The SHA-256 of the file's content.
     pub(super) revision: String,
     /// The tables that `setup` creates.
     pub(super) tables: Vec<String>,
+}
+
+#[async_trait]
+impl Projector for DeclaredProjector {
+    fn name(&self) -> &str {
+        &self.id.name
+    }
+
+    fn version(&self) -> u32 {
+        self.id.version
+    }
+
+    fn mode(&self) -> Mode {
+        self.mode
+    }
+
+    fn event_types(&self) -> EventTypes {
+        self.handlers.event_types()
+    }
+
+    fn has_side_effects(&self) -> bool {
+        self.side_effects
+    }
+
+    fn revision(&self) -> String {
+        self.revision.clone()
+    }
+
+    fn tables(&self) -> Vec<String> {
+        self.tables.clone()
+    }
+
+    fn session(&self) -> SessionUse {
+        if self.handlers.session_effects.is_opaque {
+            SessionUse::PerEvent
+        } else {
+            SessionUse::Shared
+        }
+    }
+
+    async fn setup(&self, db: &mut MySqlConnection) -> anyhow::Result<()> {
+        run_statements(&self.setup, db).await
+    }
+
+    async fn teardown(&self, db: &mut MySqlConnection) -> anyhow::Result<()> {
+        run_statements(&self.teardown, db).await
+    }
+
+    async fn handle(&self, event: &Event, db: &mut MySqlConnection) -> anyhow::Result<()> {
+        self.handlers.apply(event, db).await
+    }
+
+    async fn handle_batch(
+        &self,
+        events: &[&Event],
+        db: &mut MySqlConnection,
+    ) -> anyhow::Result<()> {
+        coalesce::apply(&self.id, &self.handlers, events, db).await
+    }
 }
 
 /// A statement of setup or teardown.
@@ -48,41 +107,32 @@ pub(super) struct SetupStatement {
     pub(super) origin: String,
 }
 
-/// The `[[on]]` tables of a file, in its order, and all the paths that they follow.
+/// Sends each statement as text, because some DDL cannot be prepared.
+async fn run_statements(
+    statements: &[SetupStatement],
+    db: &mut MySqlConnection,
+) -> anyhow::Result<()> {
+    for statement in statements {
+        let query = sqlx::raw_sql(AssertSqlSafe(Arc::clone(&statement.sql)));
+        query.execute(&mut *db).await.with_context(|| statement.origin.clone())?;
+    }
+    Ok(())
+}
+
+/// The `[[on]]` tables of a file, in its order, and the paths in their parameters.
 #[derive(Debug)]
 pub(super) struct Handlers {
     all: Vec<Handler>,
     payload: Paths,
     metadata: Paths,
-    /// Those of the inserts that may be coalesced.
+    /// The tables of the inserts that may be coalesced.
     tables: Tables,
-    /// Whether a statement may see how those before it were sent, so that none is coalesced.
+    /// Whether a statement may read how earlier statements were sent. Then none is coalesced.
     prevents_coalescing: bool,
-    /// What the statements leave in their session.
+    /// What the statements leave behind in their session.
     session_effects: SessionEffects,
-    /// What makes each event begin with the same state of the session, where the statements can
-    /// tell.
+    /// The SQL that resets the session state before each event; `None` if the statements read none.
     reset_sql: Option<Arc<str>>,
-}
-
-#[derive(Debug)]
-pub(super) struct Handler {
-    /// `None`: every event.
-    event_types: Option<HashSet<String>>,
-    statement: PreparedStatement,
-    bindings: Vec<Binding>,
-    /// Where the statement is an insert that can be sent for many events at once, as far as its
-    /// text tells.
-    insert: Option<(Insert, TableIndex)>,
-    /// `FILE:LINE`, for errors.
-    pub(super) origin: String,
-}
-
-/// A parameter, with where its value is found.
-#[derive(Debug)]
-enum Binding {
-    Column(fn(&Event) -> Argument<'_>),
-    Json(JsonParameter, PathId),
 }
 
 impl Handlers {
@@ -99,7 +149,7 @@ impl Handlers {
         }
     }
 
-    /// Adds the next one.
+    /// Adds a handler after the others.
     pub(super) fn add(&mut self, events: EventTypes, statement: CompiledStatement, origin: String) {
         let event_types = match events {
             EventTypes::All => None,
@@ -120,25 +170,25 @@ impl Handlers {
         self.all.push(Handler { event_types, statement: prepared, bindings, insert, origin });
     }
 
-    /// Those whose events this is one of.
+    /// The handlers that match an event.
     pub(super) fn matching(&self, event: &Event) -> impl Iterator<Item = &Handler> {
         self.all.iter().filter(|handler| handler.matches(event))
     }
 
-    /// The tables whose inserts may be coalesced, if any are.
+    /// The tables whose inserts may be coalesced; `None` if coalescing is prevented.
     pub(super) fn tables(&self) -> Option<&Tables> {
         Some(&self.tables).filter(|_| !self.prevents_coalescing)
     }
 
-    /// Applies one event, each statement by itself.
+    /// Applies one event. Each statement is sent by itself.
     pub(super) async fn apply(
         &self,
         event: &Event,
         db: &mut MySqlConnection,
     ) -> anyhow::Result<()> {
         if let Some(reset) = &self.reset_sql {
-            // Without it, a variable has what the event before it left in boot, and nothing where
-            // events come alone.
+            // Without the reset, a variable would hold the value of the previous event in a batch,
+            // and null for an event that is applied alone.
             sqlx::raw_sql(AssertSqlSafe(Arc::clone(reset))).execute(&mut *db).await?;
         }
         let mut lookup = Lookup::new(event, self);
@@ -183,6 +233,25 @@ impl Handlers {
     }
 }
 
+#[derive(Debug)]
+pub(super) struct Handler {
+    /// `None` means every event.
+    event_types: Option<HashSet<String>>,
+    statement: PreparedStatement,
+    bindings: Vec<Binding>,
+    /// The statement as an insert that may be coalesced, as far as its text shows.
+    insert: Option<(Insert, TableIndex)>,
+    /// `FILE:LINE`, for errors.
+    pub(super) origin: String,
+}
+
+/// A parameter and the source of its value.
+#[derive(Debug)]
+enum Binding {
+    Column(fn(&Event) -> Argument<'_>),
+    Json(JsonParameter, PathId),
+}
+
 impl Handler {
     fn matches(&self, event: &Event) -> bool {
         self.event_types.as_ref().is_none_or(|types| types.contains(event.event_type()))
@@ -205,18 +274,19 @@ impl Handler {
             .collect()
     }
 
-    /// How to send arguments of these types, alone or as one of `many` rows.
+    /// How to send arguments of these types: alone, or as one of many rows.
     pub(super) fn execution_mode(&self, arguments: &[Argument<'_>], many: bool) -> ExecutionMode {
         self.statement.execution_mode(arguments.iter().map(Argument::class), many)
     }
 
-    /// The text of the statement around a row in it.
+    /// The statement's text before and after a row.
     pub(super) fn split_at_row(&self, row: &Range<usize>) -> (&str, &str) {
         let sql = self.statement.sql();
         (&sql[..row.start], &sql[row.end..])
     }
 
-    /// A part of the statement, in which all its parameters stand, with literals for them.
+    /// A part of the statement with literals in place of its parameters. The part contains all
+    /// parameters.
     pub(super) fn with_literals(&self, arguments: &[Argument<'_>], part: Range<usize>) -> String {
         self.statement.with_literals(part, |index, place, text| {
             let argument = &arguments[index];
@@ -224,7 +294,7 @@ impl Handler {
         })
     }
 
-    /// The arguments that are bound: a null in an expression is part of the text.
+    /// The arguments to bind. A null in an expression is not bound: it is part of the text.
     fn bound_arguments<'e>(
         &self,
         arguments: Vec<Argument<'e>>,
@@ -239,7 +309,7 @@ impl Handler {
             .map(|(argument, _)| argument)
     }
 
-    /// Adds them to the rows that one statement sends.
+    /// Adds the arguments as a row of a statement with many rows.
     pub(super) fn bind_to_row(
         &self,
         arguments: Vec<Argument<'_>>,
@@ -277,7 +347,8 @@ impl Handler {
     }
 }
 
-/// An event whose documents are read once, and only when a statement asks for a path in them.
+/// An event whose JSON documents are parsed at most once, and only if a statement needs a path in
+/// them.
 pub(super) struct Lookup<'e, 'h> {
     event: &'e Event,
     handlers: &'h Handlers,
@@ -311,11 +382,13 @@ impl<'e, 'h> Lookup<'e, 'h> {
             None if parameter.is_optional => Ok(Argument::Json(Value::Null)),
             None if self.document_text(parameter.document).is_none() => {
                 bail!(
-                    "`{written}`: the event has no {name}; write `{written}?` to bind null where there is none"
+                    "`{written}`: the event has no {name}; write `{written}?` to bind null for \
+                     such events"
                 )
             }
             None => bail!(
-                "`{written}` is missing in the event's {name}; write `{written}?` to bind null where it is missing"
+                "`{written}` is missing in the event's {name}; write `{written}?` to bind null if \
+                 it is missing"
             ),
         }
     }
@@ -351,7 +424,7 @@ impl<'e, 'h> Lookup<'e, 'h> {
     }
 }
 
-/// What is bound to one `?`.
+/// A value to bind to one `?`.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Argument<'e> {
     Json(Value<'e>),
@@ -374,7 +447,7 @@ impl<'e> Argument<'e> {
         }
     }
 
-    /// As a literal of SQL, of the same type and value.
+    /// The value as an SQL literal of the same type.
     fn literal(&self) -> String {
         match self {
             Argument::Time(time) => literal::datetime(*time),
@@ -394,7 +467,8 @@ impl<'e> Argument<'e> {
         match self {
             Argument::Time(time) => query.bind(time),
             Argument::Json(Value::Null) => query.bind(None::<&str>),
-            // A `bool` would be sent as an unsigned number, of which nothing can be subtracted.
+            // A `bool` would be sent as an unsigned number. MySQL fails if a subtraction with an
+            // unsigned number has a negative result.
             Argument::Json(Value::Boolean(value)) => query.bind(i64::from(value)),
             Argument::Json(Value::Signed(number)) => query.bind(number),
             Argument::Json(Value::Unsigned(number)) => query.bind(number),
@@ -403,7 +477,7 @@ impl<'e> Argument<'e> {
         }
     }
 
-    /// The same, as one of many rows.
+    /// Binds the value in a row of a statement with many rows.
     fn bind_to_row(self, rows: &mut Rows) -> Result<(), BoxDynError> {
         match self {
             Argument::Time(time) => rows.bind(time),
@@ -415,76 +489,6 @@ impl<'e> Argument<'e> {
             Argument::Json(Value::Text(text)) => rows.bind(text),
         }
     }
-}
-
-#[async_trait]
-impl Projector for DeclaredProjector {
-    fn name(&self) -> &str {
-        &self.id.name
-    }
-
-    fn version(&self) -> u32 {
-        self.id.version
-    }
-
-    fn mode(&self) -> Mode {
-        self.mode
-    }
-
-    fn event_types(&self) -> EventTypes {
-        self.handlers.event_types()
-    }
-
-    fn has_side_effects(&self) -> bool {
-        self.side_effects
-    }
-
-    fn revision(&self) -> String {
-        self.revision.clone()
-    }
-
-    fn tables(&self) -> Vec<String> {
-        self.tables.clone()
-    }
-
-    fn session(&self) -> SessionUse {
-        match self.handlers.session_effects.is_opaque {
-            true => SessionUse::PerEvent,
-            false => SessionUse::Shared,
-        }
-    }
-
-    async fn setup(&self, db: &mut MySqlConnection) -> anyhow::Result<()> {
-        run_statements(&self.setup, db).await
-    }
-
-    async fn teardown(&self, db: &mut MySqlConnection) -> anyhow::Result<()> {
-        run_statements(&self.teardown, db).await
-    }
-
-    async fn handle(&self, event: &Event, db: &mut MySqlConnection) -> anyhow::Result<()> {
-        self.handlers.apply(event, db).await
-    }
-
-    async fn handle_batch(
-        &self,
-        events: &[&Event],
-        db: &mut MySqlConnection,
-    ) -> anyhow::Result<()> {
-        coalesce::apply(&self.id, &self.handlers, events, db).await
-    }
-}
-
-/// As text, since some DDL cannot be prepared.
-async fn run_statements(
-    statements: &[SetupStatement],
-    db: &mut MySqlConnection,
-) -> anyhow::Result<()> {
-    for statement in statements {
-        let query = sqlx::raw_sql(AssertSqlSafe(Arc::clone(&statement.sql)));
-        query.execute(&mut *db).await.with_context(|| statement.origin.clone())?;
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -610,12 +614,13 @@ mod tests {
 
     #[test]
     fn hot_path_bind() {
-        let insert = "insert into cases (id, version, at, amount, org_group, user) values (:stream_id, :stream_version,
-                      :recorded_at, :payload.amount, :payload.org.group, :metadata.user?)";
+        let insert = "insert into cases (id, version, at, amount, org_group, user) values \
+                      (:stream_id, :stream_version, :recorded_at, :payload.amount, \
+                      :payload.org.group, :metadata.user?)";
         let mut handlers = Handlers::new();
         handlers.add(
             EventTypes::All,
-            statement::compile_handler(insert).expect("fine"),
+            statement::compile_handler(insert).expect("it compiles"),
             "a.toml:1".into(),
         );
         let events = hot_path::events();
@@ -624,23 +629,27 @@ mod tests {
             for event in &events {
                 let mut lookup = Lookup::new(event, &handlers);
                 for handler in handlers.matching(event) {
-                    let arguments = handler.arguments(&mut lookup).expect("all are there");
+                    let arguments = handler.arguments(&mut lookup).expect("all paths exist");
                     handler.execution_mode(&arguments, true);
-                    handler.bind_to_row(arguments, &mut rows).expect("they can be encoded");
+                    handler
+                        .bind_to_row(arguments, &mut rows)
+                        .expect("the arguments can be encoded");
                 }
             }
-            rows.arguments(0..events.len()).expect("they are encoded")
+            rows.arguments(0..events.len()).expect("the rows were encoded")
         });
         assert_eq!(sqlx::Arguments::len(&bound), events.len() * 6);
     }
 
     #[test]
     fn each_statement_gets_its_event_types_and_the_projector_their_union() {
-        let statement = || statement::compile_handler("select 1").expect("fine");
+        let statement = || statement::compile_handler("select 1").expect("it compiles");
         let mut handlers = Handlers::new();
         handlers.add(EventTypes::only(["Received", "Sent"]), statement(), "a.toml:1".into());
         handlers.add(EventTypes::only(["Sent"]), statement(), "a.toml:4".into());
-        let EventTypes::Only(mut types) = handlers.event_types() else { panic!("no `*` is there") };
+        let EventTypes::Only(mut types) = handlers.event_types() else {
+            panic!("no handler has `*`")
+        };
         types.sort();
         assert_eq!(types, ["Received", "Sent"]);
 

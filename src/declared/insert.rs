@@ -1,5 +1,6 @@
-//! Which statements can be sent for many events at once: inserts whose rows do not depend on when,
-//! or in how many statements, they are sent. What is not known here is not one of them.
+//! Recognises the inserts that may be sent for many events at once: their rows do not depend on
+//! when, or in how many statements, they are sent. A statement with anything unknown in it is not
+//! one of them.
 
 use std::ops::Range;
 
@@ -10,13 +11,13 @@ use super::lexer::{Lexer, Token, TokenKind};
 pub(super) struct Insert {
     /// The table's name, without quotes.
     pub(super) table: String,
-    /// Where the row stands in the text, with its parentheses. All parameters stand in it.
+    /// The range of the row in the text, with its parentheses. It contains all parameters.
     pub(super) row: Range<usize>,
-    /// Whether it is an `insert ignore`.
+    /// Whether the statement is an `insert ignore`.
     pub(super) ignores: bool,
 }
 
-/// Functions of both servers whose result is that of their arguments, and none other.
+/// Functions of both servers whose result depends on their arguments alone.
 const DETERMINISTIC_FUNCTIONS: &[&str] = &[
     "abs",
     "bit_count",
@@ -112,20 +113,20 @@ const DETERMINISTIC_FUNCTIONS: &[&str] = &[
     "truncate",
 ];
 
-/// Functions that only `on duplicate key update` can have.
+/// Functions that are only for `on duplicate key update`.
 const UPDATE_FUNCTIONS: &[&str] = &["default", "value", "values"];
 
-/// Types of a `cast` that can have a length.
+/// Types of a `cast` that may have a length.
 const TYPES: &[&str] = &["binary", "char", "datetime", "decimal", "nchar", "time"];
 
-/// Operators and other words after which a parenthesis may open and nothing is called.
+/// Words that may precede a parenthesis without being a function.
 const BEFORE_PARENTHESIS: &[&str] = &[
     "and", "between", "case", "div", "else", "in", "interval", "is", "like", "mod", "not", "or",
     "then", "when", "xor",
 ];
 
-/// What else can stand among the values of a row: no column, which would be that of the row before
-/// it, or its default.
+/// Other words that may occur in the values of a row. A column is not among them: its value would
+/// depend on the previous row, or be a default.
 const ROW_WORDS: &[&str] = &[
     "as",
     "ascii",
@@ -172,7 +173,7 @@ const ROW_WORDS: &[&str] = &[
     "year",
 ];
 
-/// Reserved words that stand for more than a column in `on duplicate key update`.
+/// Reserved words that read more than a column in `on duplicate key update`.
 const UPDATE_REFUSED: &[&str] = &[
     "current_date",
     "current_role",
@@ -198,8 +199,8 @@ const UPDATE_REFUSED: &[&str] = &[
     "with",
 ];
 
-/// What can be told from a statement about the one before it, by which it would be seen that
-/// several were one.
+/// Words that read the result of the previous statement, which differs if several statements are
+/// sent as one.
 const PREVIOUS_RESULT_WORDS: &[&str] = &[
     "call",
     "diagnostics",
@@ -211,10 +212,10 @@ const PREVIOUS_RESULT_WORDS: &[&str] = &[
     "warning_count",
 ];
 
-/// Reads a statement with `?` for its parameters.
+/// Parses a statement that has `?` for its parameters.
 ///
 /// # Errors
-/// Why it is no insert that can be sent for many events at once.
+/// The reason why the statement is not an insert that may be sent for many events at once.
 pub(super) fn parse(sql: &str) -> Result<Insert, &'static str> {
     let tokens = tokenize(sql)?;
     let mut cursor = Cursor { tokens: &tokens };
@@ -222,10 +223,10 @@ pub(super) fn parse(sql: &str) -> Result<Insert, &'static str> {
     if cursor.take_word("insert") {
         ignores = cursor.take_word("ignore");
     } else if !cursor.take_word("replace") {
-        return Err("it is no insert");
+        return Err("it is not an insert");
     }
     cursor.take_word("into");
-    let table = cursor.take_name().ok_or("the table's name is none of plain letters and digits")?;
+    let table = cursor.take_name().ok_or("the table's name is not of plain letters and digits")?;
     cursor.skip_columns()?;
     if !cursor.take_word("values") && !cursor.take_word("value") {
         return Err("it has no `values`");
@@ -233,7 +234,7 @@ pub(super) fn parse(sql: &str) -> Result<Insert, &'static str> {
     let row = cursor.take_parenthesized().ok_or("its values cannot be read")?;
     check(row, Clause::Values)?;
     if cursor.take_word("as") {
-        cursor.take_name().ok_or("the row's alias is none of plain letters and digits")?;
+        cursor.take_name().ok_or("the row's alias is not of plain letters and digits")?;
         cursor.skip_columns()?;
     }
     let tail = cursor.tokens;
@@ -252,22 +253,22 @@ pub(super) fn parse(sql: &str) -> Result<Insert, &'static str> {
     Ok(Insert { table, row: begin..row.last().map_or(0, end), ignores })
 }
 
-/// Whether a statement may look at what the one before it did, but for the rows that it wrote.
+/// Whether a statement may read the result of the previous one, other than its rows.
 pub(super) fn reads_previous_result(sql: &str) -> bool {
     let Ok(tokens) = tokenize(sql) else { return true };
     let reads_result =
         |piece: &SyntaxToken<'_>| PREVIOUS_RESULT_WORDS.iter().any(|word| piece.is(word));
     let is_at = |piece: &SyntaxToken<'_>| piece.token.text == "@";
-    // `@@name` is a variable of the server's, of which some are such.
+    // `@@name` is a system variable, and some of these hold such a result.
     tokens.iter().any(reads_result)
         || tokens.windows(2).any(|pair| is_at(&pair[0]) && is_at(&pair[1]))
 }
 
-/// A token that says something.
+/// A token that is not a blank or a comment.
 #[derive(Debug, Clone, Copy)]
 struct SyntaxToken<'s> {
     token: Token<'s>,
-    /// Whether it follows the one before it without a gap.
+    /// Whether nothing separates the token from the previous one.
     adjacent: bool,
 }
 
@@ -291,7 +292,7 @@ fn tokenize(sql: &str) -> Result<Vec<SyntaxToken<'_>>, &'static str> {
     Ok(pieces)
 }
 
-/// What of the statement has not been read.
+/// The tokens of a statement that are not parsed yet.
 struct Cursor<'t, 's> {
     tokens: &'t [SyntaxToken<'s>],
 }
@@ -309,8 +310,8 @@ impl<'t, 's> Cursor<'t, 's> {
         takes
     }
 
-    /// A name that is nobody else's by any reading: not qualified, and of letters that have one
-    /// spelling.
+    /// A name that every server reads in the same way: not qualified, and of ASCII letters, digits,
+    /// `_` and `$`.
     fn take_name(&mut self) -> Option<String> {
         let (first, rest) = self.tokens.split_first()?;
         let text = first.token.text;
@@ -328,7 +329,7 @@ impl<'t, 's> Cursor<'t, 's> {
         Some(name.to_owned())
     }
 
-    /// A list of names in parentheses, if there is one.
+    /// Skips a list of names in parentheses, if there is one.
     fn skip_columns(&mut self) -> Result<(), &'static str> {
         const REASON: &str = "its columns cannot be read";
         if !self.take_symbol("(") || self.take_symbol(")") {
@@ -350,7 +351,7 @@ impl<'t, 's> Cursor<'t, 's> {
         }
     }
 
-    /// What is in parentheses, with them.
+    /// The tokens of an expression in parentheses, including these.
     fn take_parenthesized(&mut self) -> Option<&'t [SyntaxToken<'s>]> {
         let mut depth = 0_usize;
         for (index, piece) in self.tokens.iter().enumerate() {
@@ -372,8 +373,8 @@ impl<'t, 's> Cursor<'t, 's> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Clause {
     Values,
-    /// After the row, where columns can be named, and nothing can be bound: it would be each row's
-    /// own.
+    /// The clause after the row. It may name columns but not bind parameters, which would differ
+    /// for each row.
     Update,
 }
 
@@ -384,8 +385,8 @@ fn check(pieces: &[SyntaxToken<'_>], clause: Clause) -> Result<(), &'static str>
         let called = next.filter(|next| next.token.text == "(");
         match piece.token.kind {
             TokenKind::Quoted if piece.token.text.starts_with('`') => match (clause, called) {
-                (_, Some(_)) => return Err("it calls a function of yours"),
-                (Clause::Values, None) => return Err("a value is that of a column"),
+                (_, Some(_)) => return Err("it calls a stored function"),
+                (Clause::Values, None) => return Err("a value reads a column"),
                 (Clause::Update, None) => {}
             },
             TokenKind::Quoted | TokenKind::Trivia => {}
@@ -401,11 +402,11 @@ fn check(pieces: &[SyntaxToken<'_>], clause: Clause) -> Result<(), &'static str>
 
 fn check_symbol(symbol: &str, clause: Clause) -> Result<(), &'static str> {
     match symbol {
-        "?" if clause == Clause::Update => Err("a parameter stands after its values"),
+        "?" if clause == Clause::Update => Err("it has a parameter after its values"),
         "@" => Err("it has a variable"),
         "(" | ")" | "," | "." | "+" | "-" | "*" | "/" | "%" | "=" | "<" | ">" | "!" | "&" | "|"
         | "^" | "~" | "?" => Ok(()),
-        _ => Err("it has a symbol that is not known"),
+        _ => Err("it has an unknown symbol"),
     }
 }
 
@@ -419,14 +420,13 @@ fn check_call(
     let is_known = is_of(DETERMINISTIC_FUNCTIONS)
         || (clause == Clause::Update && is_of(UPDATE_FUNCTIONS))
         || (is_of(TYPES) && before.is_some_and(|before| before.is("as")));
-    // A blank before the parenthesis, or a dot before the name, can make a function of yours out of
-    // one of theirs.
-    let is_theirs = parenthesis.adjacent && before.is_none_or(|before| before.token.text != ".");
-    match is_of(BEFORE_PARENTHESIS) || (is_known && is_theirs) {
-        true => Ok(()),
-        false => {
-            Err("it calls a function that is not known to return the same whenever it is called")
-        }
+    // A blank before the parenthesis or a dot before the name can make it a stored function of the
+    // same name.
+    let is_builtin = parenthesis.adjacent && before.is_none_or(|before| before.token.text != ".");
+    if is_of(BEFORE_PARENTHESIS) || (is_known && is_builtin) {
+        Ok(())
+    } else {
+        Err("it calls a function whose result may depend on more than its arguments")
     }
 }
 
@@ -438,13 +438,13 @@ fn check_word(piece: &SyntaxToken<'_>, clause: Clause) -> Result<(), &'static st
         {
             Ok(())
         }
-        Clause::Values => Err("a value is that of a column, or has a word that is not known"),
+        Clause::Values => Err("a value reads a column, or has an unknown word"),
         Clause::Update if is_of(UPDATE_REFUSED) => Err("its update reads more than the row"),
         Clause::Update => Ok(()),
     }
 }
 
-/// As far as it is one word: of `1.5` and `1e-3` the parts are.
+/// Whether a word is a number or a part of one: the lexer splits `1.5` and `1e-3`.
 fn is_number(text: &str) -> bool {
     let digits = |text: &str| text.bytes().all(|b| b.is_ascii_digit());
     match text.strip_prefix("0x") {
@@ -481,33 +481,39 @@ mod tests {
                 "(coalesce(?, concat('a', ?)), ? -- )\n)",
             ),
             (
-                "insert into t values (cast(? as decimal(12, 2)), convert(? using utf8mb4), if(? > 1, 'a', 'b'))",
+                "insert into t values (cast(? as decimal(12, 2)), convert(? using utf8mb4), if(? \
+                 > 1, 'a', 'b'))",
                 "t",
                 "",
             ),
             (
-                "insert into t values (case when ? in (1, 2) then ? else not (?) end, ? div 2, ? mod 2)",
+                "insert into t values (case when ? in (1, 2) then ? else not (?) end, ? div 2, ? \
+                 mod 2)",
                 "t",
                 "",
             ),
             (
-                "insert into t values (date_add(?, interval 1 day), extract(year from ?), trim(both 'x' from ?))",
+                "insert into t values (date_add(?, interval 1 day), extract(year from ?), \
+                 trim(both 'x' from ?))",
                 "t",
                 "",
             ),
             ("insert into t values (?, 1) on duplicate key update n = n + 1", "t", "(?, 1)"),
             (
-                "insert into t values (?) on duplicate key update a = values(a), `b` = if(values(a) > t.b, 1, `t`.`b`)",
+                "insert into t values (?) on duplicate key update a = values(a), `b` = \
+                 if(values(a) > t.b, 1, `t`.`b`)",
                 "t",
                 "(?)",
             ),
             (
-                "insert into t (a) values (?) as new on duplicate key update a = greatest(t.a, new.a)",
+                "insert into t (a) values (?) as new on duplicate key update a = greatest(t.a, \
+                 new.a)",
                 "t",
                 "(?)",
             ),
             (
-                "insert into t (a) values (?) as new (x) on duplicate key update a = x, b = json_set(b, '$.a', x)",
+                "insert into t (a) values (?) as new (x) on duplicate key update a = x, b = \
+                 json_set(b, '$.a', x)",
                 "t",
                 "(?)",
             ),
@@ -525,9 +531,9 @@ mod tests {
     #[test]
     fn an_insert_that_may_differ_for_many_rows_is_not_coalesced() {
         for (sql, why) in [
-            ("update t set a = ?", "no insert"),
-            ("with a as (select 1) select * from a", "no insert"),
-            ("set @a = ?", "no insert"),
+            ("update t set a = ?", "not an insert"),
+            ("with a as (select 1) select * from a", "not an insert"),
+            ("set @a = ?", "not an insert"),
             ("insert into t set a = ?", "no `values`"),
             ("insert into t select ?", "no `values`"),
             ("insert into t (select ?)", "its columns"),
@@ -542,7 +548,7 @@ mod tests {
             ("insert into t values (?), (?)", "several rows"),
             ("insert into t values row(?)", "values cannot be read"),
             ("insert into t values (?", "values cannot be read"),
-            ("insert into t values ((select max(a) from t))", "word that is not known"),
+            ("insert into t values ((select max(a) from t))", "unknown word"),
             ("insert into t values (a + 1)", "column"),
             ("insert into t values (`a`)", "column"),
             ("insert into t values (@a)", "variable"),
@@ -550,7 +556,7 @@ mod tests {
             ("insert into t values (@@identity)", "variable"),
             ("insert into t values (now())", "function"),
             ("insert into t values (now(6), sysdate())", "function"),
-            ("insert into t values (current_timestamp)", "not known"),
+            ("insert into t values (current_timestamp)", "unknown"),
             ("insert into t values (current_timestamp())", "function"),
             ("insert into t values (unix_timestamp())", "function"),
             ("insert into t values (uuid())", "function"),
@@ -562,13 +568,13 @@ mod tests {
             ("insert into t values (sleep(1))", "function"),
             ("insert into t values (get_lock(?, 1))", "function"),
             ("insert into t values (next_number(?))", "function"),
-            ("insert into t values (other.concat(?))", "not known"),
-            ("insert into t values (`concat`(?))", "function of yours"),
+            ("insert into t values (other.concat(?))", "more than its arguments"),
+            ("insert into t values (`concat`(?))", "stored function"),
             ("insert into t values (concat (?))", "function"),
             ("insert into t values (values(a))", "function"),
             ("insert into t values (nextval(s))", "function"),
-            ("insert into t values (next value for s)", "not known"),
-            ("insert into t values (1a)", "not known"),
+            ("insert into t values (next value for s)", "unknown"),
+            ("insert into t values (1a)", "unknown"),
             ("insert into t values (char(10))", "function"),
             ("insert into t values (?) on duplicate key update a = ?", "parameter"),
             (
@@ -586,7 +592,7 @@ mod tests {
                 "insert into t values (?) on duplicate key update a = next value for s",
                 "more than the row",
             ),
-            ("insert into t values (?) on duplicate key update a = `f`(1)", "function of yours"),
+            ("insert into t values (?) on duplicate key update a = `f`(1)", "stored function"),
             ("insert into t values (?) on duplicate key update a = other.left(1)", "function"),
             (
                 "insert into t values (?) on duplicate key update a = 1 returning a",
@@ -627,7 +633,9 @@ mod tests {
     proptest! {
         #[test]
         fn no_text_makes_the_parser_panic_and_every_parameter_is_in_the_row(
-            sql in "insert into t( \\(a\\))? values ?\\(?([(),?'`@a. ]|now\\(\\)|coalesce\\(|null|1){0,12}\\)?( on duplicate key update a = ([(),?@a1]|values\\(){0,5})?"
+            sql in "insert into t( \\(a\\))? values ?\\(?\
+                ([(),?'`@a. ]|now\\(\\)|coalesce\\(|null|1){0,12}\\)?\
+                ( on duplicate key update a = ([(),?@a1]|values\\(){0,5})?"
         ) {
             let _ = reads_previous_result(&sql);
             if let Ok(insert) = parse(&sql) {

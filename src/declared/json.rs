@@ -1,4 +1,8 @@
-//! What paths lead to in an event's JSON text, and the values that are bound for it.
+//! Finds the values at paths in an event's JSON text, and converts them to values to bind.
+//!
+//! Why ours: JSONPath crates search a parsed `serde_json::Value`, which holds the whole document
+//! and rounds numbers. This reads the text once, with serde_json's own parser, and keeps every
+//! digit.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -8,23 +12,23 @@ use serde::Deserializer as _;
 use serde::de::{DeserializeSeed, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
-/// All the paths that a projector follows in one document, so that one pass over the text finds
-/// them all and memory holds nothing else of it.
+/// All paths that a projector follows in one document. They are found together, and nothing else of
+/// the document is kept in memory.
 #[derive(Debug)]
 pub(super) struct Paths {
-    /// The first is the document; each other stands after the one that it is in.
+    /// The first node is the document. Each other node comes after its parent.
     nodes: Vec<Node>,
 }
 
-/// A place in [`Paths`], and in what [`Paths::find`] returns.
+/// The index of a node in [`Paths`], and of its text in [`PathValues`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct PathId(usize);
 
-/// What is wanted of one object or array.
+/// The children to find in one object or array.
 #[derive(Debug, Default)]
 struct Node {
     keys: HashMap<Vec<u8>, PathId>,
-    /// Those of the keys that are also an index.
+    /// The children whose key is also an array index.
     elements: HashMap<usize, PathId>,
 }
 
@@ -33,7 +37,7 @@ impl Paths {
         Paths { nodes: vec![Node::default()] }
     }
 
-    /// Adds a path and returns its place. A key that is a number is an index where there is an
+    /// Adds a path and returns its node. A key that is a number is an index if the value is an
     /// array.
     pub(super) fn add(&mut self, path: &[String]) -> PathId {
         let mut at = PathId(0);
@@ -51,18 +55,18 @@ impl Paths {
         self.nodes.push(Node::default());
         let parent = &mut self.nodes[parent.0];
         parent.keys.insert(key.as_bytes().to_vec(), place);
-        // `01` is a key and no index, so that one element has one name.
+        // `01` is a key and not an index, so that each element has only one name.
         if let Some(index) = key.parse().ok().filter(|index: &usize| index.to_string() == key) {
             parent.elements.insert(index, place);
         }
         place
     }
 
-    /// The text that each path leads to. Of a key that is there twice the last is taken, as MySQL
-    /// does.
+    /// Finds the text at each path. If a key occurs twice in an object, the last one counts, as in
+    /// MySQL.
     ///
     /// # Errors
-    /// If the text is not JSON, as far as it is read.
+    /// If a part of the text that is read is not JSON.
     pub(super) fn find<'e>(&self, text: &'e str) -> Result<PathValues<'e>, serde_json::Error> {
         let mut found = vec![None; self.nodes.len()];
         found[0] = Some(text);
@@ -75,7 +79,7 @@ impl Paths {
     }
 }
 
-/// The text at each place of some [`Paths`], where there is one.
+/// The text found at each node of a [`Paths`]; `None` if it is missing.
 #[derive(Debug)]
 pub(super) struct PathValues<'e>(Vec<Option<&'e str>>);
 
@@ -85,7 +89,8 @@ impl<'e> PathValues<'e> {
     }
 }
 
-/// Scalars have nothing in them, so that a path through one is missing.
+/// Visits the children of an object or array. A scalar has no children, so a path through it is
+/// missing.
 fn visit_children<'e>(
     text: &'e str,
     children: ChildVisitor<'_, 'e>,
@@ -99,7 +104,7 @@ fn visit_children<'e>(
     deserializer.end()
 }
 
-/// Notes the text of what is wanted, and passes over all else.
+/// Records the text of each child to find, and skips all others.
 struct ChildVisitor<'p, 'e> {
     node: &'p Node,
     found: &'p mut [Option<&'e str>],
@@ -140,8 +145,8 @@ impl<'e> Visitor<'e> for ChildVisitor<'_, 'e> {
     }
 }
 
-/// Looks a key up without a copy. It is read as bytes, since a key that nobody wants may not be
-/// Unicode.
+/// Looks up a key without a copy. Reads the key as bytes, because a key that is not looked for may
+/// be invalid Unicode.
 struct KeyLookup<'p>(&'p Node);
 
 impl<'e> DeserializeSeed<'e> for KeyLookup<'_> {
@@ -167,7 +172,7 @@ impl Visitor<'_> for KeyLookup<'_> {
     }
 }
 
-/// A JSON value as it is bound.
+/// A JSON value to bind.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Value<'e> {
     Null,
@@ -175,16 +180,16 @@ pub(super) enum Value<'e> {
     Signed(i64),
     Unsigned(u64),
     Double(f64),
-    /// A string; a number that fits no type, as its literal, for the column to convert; the JSON
-    /// text of an object or array, byte for byte.
+    /// A string; the literal of a number that no other variant holds exactly, which the column
+    /// converts; or the JSON text of an object or array, byte for byte.
     Text(Cow<'e, str>),
 }
 
 impl<'e> Value<'e> {
-    /// The value of this JSON text.
+    /// Parses one JSON value.
     ///
     /// # Errors
-    /// If it is a string that is not Unicode, or not JSON.
+    /// If the text is a string that is not valid Unicode or not JSON.
     pub(super) fn parse(text: &'e str) -> Result<Self, serde_json::Error> {
         Ok(match text.as_bytes().first() {
             Some(b'n') => Value::Null,
@@ -212,7 +217,7 @@ fn parse_number(literal: &str) -> Value<'_> {
     }
     let double = literal.parse().ok().filter(|number: &f64| number.is_finite());
     match double {
-        // MySQL, too, writes a double with the fewest digits that tell it from its neighbours.
+        // Like this formatting, MySQL writes a double with the fewest digits that identify it.
         Some(number) if Decimal::parse(literal) == Decimal::parse(&format!("{number:e}")) => {
             Value::Double(number)
         }
@@ -220,7 +225,8 @@ fn parse_number(literal: &str) -> Value<'_> {
     }
 }
 
-/// The digits of a number, without zeros at either end, and where the point stands before them.
+/// A number as `0.digits` times ten to the power of `exponent`, without a sign. The digits have no
+/// zeros at either end.
 #[derive(Debug, PartialEq, Eq)]
 struct Decimal {
     digits: String,
@@ -228,7 +234,7 @@ struct Decimal {
 }
 
 impl Decimal {
-    /// `None` where the exponent is beyond all doubles anyway.
+    /// `None` if the exponent does not fit 64 bits, far beyond any double.
     fn parse(literal: &str) -> Option<Decimal> {
         let (mantissa, exponent) = literal.split_once(['e', 'E']).unwrap_or((literal, "0"));
         let mantissa = mantissa.trim_start_matches('-');
@@ -256,7 +262,7 @@ mod tests {
         let keys: Vec<String> =
             path.split('.').filter(|key| !key.is_empty()).map(Into::into).collect();
         let mut paths = Paths::new();
-        // Others beside it and on its way must not matter.
+        // Other paths beside it and below it must not change the result.
         paths.add(&["z".into()]);
         let place = paths.add(&keys);
         paths.add(&[keys, vec!["below".into()]].concat());
@@ -338,7 +344,7 @@ mod tests {
         ] {
             assert_eq!(Value::parse(json).expect(json), value, "{json}");
         }
-        assert!(Value::parse(r#""\ud800""#).is_err(), "half a character cannot be bound");
+        assert!(Value::parse(r#""\ud800""#).is_err(), "a lone surrogate cannot be bound");
     }
 
     const NUMBER: &str = "-?(0|[1-9][0-9]{0,24})(\\.[0-9]{1,20})?([eE][-+]?[0-9]{1,3})?";
@@ -362,10 +368,12 @@ mod tests {
             prop_assert_eq!(Value::parse(&literal).expect("a number"), Value::Double(number));
         }
 
-        /// Whatever is made of a payload, what is found in it is a part of it.
+        /// A value that is found in a corrupted payload is a slice of that payload.
         #[test]
         fn a_value_found_in_corrupted_json_is_a_slice_of_it(
-            text in corrupted::text(r#"{"a":{"0":[1,{"b":"\u00e9"}],"c":-2.50},"a":[[null,true]]}"#),
+            text in corrupted::text(
+                r#"{"a":{"0":[1,{"b":"\u00e9"}],"c":-2.50},"a":[[null,true]]}"#,
+            ),
         ) {
             let mut paths = Paths::new();
             let places = [&["a"][..], &["a", "0"], &["a", "0", "1", "b"]]

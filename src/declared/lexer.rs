@@ -1,20 +1,23 @@
-//! Where MySQL's literals and comments begin and end, so that nothing inside them is taken for
-//! syntax.
+//! Splits SQL into tokens. The lexer finds where literals and comments begin and end, so that their
+//! content is not read as syntax.
+//!
+//! Why ours: `sqlparser` builds a syntax tree and refuses statements that it does not know but the
+//! server does. Here only the ends of literals, comments and names matter.
 
 use super::StatementError;
 
-/// One piece of SQL text. The pieces of a text, put together, are the text.
+/// A token. All tokens of a text, joined, are the text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Token<'s> {
     pub(super) kind: TokenKind,
-    /// Where it begins, in bytes.
+    /// The offset in the text, in bytes.
     pub(super) at: usize,
     pub(super) text: &'s str,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum TokenKind {
-    /// Blanks or a comment.
+    /// Blanks, or a comment.
     Trivia,
     /// A string literal or a quoted name, with its quotes.
     Quoted,
@@ -24,8 +27,7 @@ pub(super) enum TokenKind {
     Symbol,
 }
 
-/// Reads SQL as MySQL and MariaDB do with `ANSI_QUOTES` and `NO_BACKSLASH_ESCAPES` off, which is
-/// their default.
+/// Reads SQL as MySQL and MariaDB do by default, with `ANSI_QUOTES` and `NO_BACKSLASH_ESCAPES` off.
 pub(super) struct Lexer<'s> {
     sql: &'s str,
     at: usize,
@@ -36,12 +38,12 @@ impl<'s> Lexer<'s> {
         Lexer { sql, at: 0 }
     }
 
-    /// What comes after the tokens so far.
+    /// The text after the tokens so far.
     pub(super) fn rest(&self) -> &'s str {
         &self.sql[self.at..]
     }
 
-    /// Passes over `length` bytes that the caller has read from [`Lexer::rest`].
+    /// Skips `length` bytes that the caller has read from [`Lexer::rest`].
     pub(super) fn skip(&mut self, length: usize) {
         self.at += length;
     }
@@ -49,7 +51,7 @@ impl<'s> Lexer<'s> {
     /// The next token; `None` at the end.
     ///
     /// # Errors
-    /// If a literal or a comment is never closed, or a comment is one that some servers execute.
+    /// If a literal or a comment is never closed, or if some servers execute a comment.
     pub(super) fn next(&mut self) -> Result<Option<Token<'s>>, StatementError> {
         let (at, rest) = (self.at, self.rest());
         let Some(first) = rest.chars().next() else { return Ok(None) };
@@ -69,12 +71,12 @@ impl<'s> Lexer<'s> {
     }
 }
 
-/// Whether the character can stand in a name without quotes. All beyond ASCII can.
+/// Whether a character may occur in an unquoted name. All characters beyond ASCII may.
 pub(super) fn is_word(c: char) -> bool {
     c.is_ascii_alphanumeric() || matches!(c, '_' | '$') || !c.is_ascii()
 }
 
-/// How many bytes at the beginning of the text hold.
+/// The length in bytes of the longest prefix whose characters all satisfy `holds`.
 pub(super) fn span_while(text: &str, holds: impl Fn(char) -> bool) -> usize {
     text.find(|c| !holds(c)).unwrap_or(text.len())
 }
@@ -83,7 +85,8 @@ fn is_blank(c: char) -> bool {
     c.is_ascii_whitespace() || c == '\x0b'
 }
 
-/// Two dashes alone are two minus signs: `5--1`.
+/// Whether a line comment begins. Two dashes without a blank after them are two minus signs:
+/// `5--1`.
 fn begins_line_comment(rest: &str) -> bool {
     rest.strip_prefix("--").is_some_and(|after| {
         after.chars().next().is_none_or(|c| is_blank(c) || c.is_ascii_control())
@@ -96,22 +99,20 @@ fn line_len(rest: &str) -> usize {
 }
 
 fn block_comment_len(rest: &str, at: usize) -> Result<usize, StatementError> {
-    // What these hold is SQL to some servers and a comment to others, so neither reading of it is
-    // right.
+    // Some servers read the content as SQL and others as a comment, so neither reading is right.
     if rest.starts_with("/*!") || rest.starts_with("/*M!") {
         return Err(StatementError::new(
             at,
-            "a comment that some servers execute (`/*! … */`) is not read: write its SQL out, or leave it out",
+            "some servers execute this comment (`/*! … */`): write its SQL outside of a comment, \
+             or remove it",
         ));
     }
     let length = rest[2..].find("*/").map(|end| end + 4);
-    length.ok_or_else(|| {
-        StatementError::new(at, "the comment that `/*` opens is never closed: add `*/`")
-    })
+    length.ok_or_else(|| StatementError::new(at, "a comment is never closed: add `*/`"))
 }
 
-/// The length of a literal or quoted name: a doubled quote is part of it, and, but in backticks, so
-/// is what a backslash precedes. `None` if it is never closed.
+/// The length of a string literal or quoted name; `None` if it is never closed. A doubled quote
+/// belongs to the content. Outside backticks, so does a character after a backslash.
 fn quoted_len(rest: &str) -> Option<usize> {
     let bytes = rest.as_bytes();
     let quote = bytes[0];
@@ -130,8 +131,8 @@ fn unclosed_error(at: usize, quote: char) -> StatementError {
     StatementError::new(
         at,
         format!(
-            "what `{quote}` opens is never closed: add the closing `{quote}`, or double it \
-             (`{quote}{quote}`) where it is meant as text"
+            "a `{quote}` is never closed: add the closing `{quote}`, or double it \
+             (`{quote}{quote}`) if it is meant as text"
         ),
     )
 }
@@ -212,7 +213,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_tokens_of_any_text_join_to_that_text(sql in "([-'\"`\\\\#*/:;?a\n é]|[a-z]{2}|.){0,40}") {
+        fn the_tokens_of_any_text_join_to_that_text(
+            sql in "([-'\"`\\\\#*/:;?a\n é]|[a-z]{2}|.){0,40}"
+        ) {
             if let Ok(tokens) = tokens(&sql) {
                 prop_assert_eq!(tokens.into_iter().map(|(_, text)| text).collect::<String>(), sql);
             }

@@ -1,7 +1,10 @@
-//! Values as literals of SQL, for statements that are sent as text.
+//! Values as SQL literals, for statements that are sent as text.
 //!
-//! Each reads back as exactly what would have been bound. The session's `sql_mode` is ours: without
-//! `NO_BACKSLASH_ESCAPES`; and its client character set is utf8mb4.
+//! The server reads each literal as exactly the value that would have been bound. This holds
+//! because this program sets the session's `sql_mode`, which has no `NO_BACKSLASH_ESCAPES`, and its
+//! client character set, which is utf8mb4.
+//!
+//! Why ours: sqlx binds values; it does not write them as SQL text.
 
 use std::fmt::Write as _;
 
@@ -26,12 +29,12 @@ pub(super) fn text(value: &str) -> String {
     literal
 }
 
-/// A double: `1.5e0`, since `1.5` would be a decimal.
+/// A double. It has an exponent, because `1.5` would be a decimal.
 pub(super) fn double(value: f64) -> String {
     format!("{value:e}")
 }
 
-/// A datetime, with fractions of a second where it has some, as the protocol sends it.
+/// A datetime. The fraction of a second is left out if it is zero, as in the binary protocol.
 pub(super) fn datetime(value: PrimitiveDateTime) -> String {
     let (date, time) = (value.date(), value.time());
     let mut literal = format!(
@@ -44,13 +47,13 @@ pub(super) fn datetime(value: PrimitiveDateTime) -> String {
         time.second()
     );
     if time.microsecond() > 0 {
-        write!(literal, ".{:06}", time.microsecond()).expect("a string takes everything");
+        write!(literal, ".{:06}", time.microsecond()).expect("writing to a string never fails");
     }
     literal.push('\'');
     literal
 }
 
-/// Rows as text: `(1, 'a')`.
+/// Rows as literals: `(1, 'a')`.
 #[derive(Debug, Default)]
 pub(super) struct Literals {
     rows: Vec<String>,
@@ -67,12 +70,12 @@ impl Literals {
         self.rows.len()
     }
 
-    /// In bytes.
+    /// The size of the rows, in bytes.
     pub(super) fn encoded_bytes(&self) -> usize {
         self.size
     }
 
-    /// Sends all of them in one statement, which begins and ends with these texts.
+    /// Sends all rows in one statement, between the texts `head` and `tail`.
     pub(super) async fn execute(
         &self,
         (head, tail): (&str, &str),

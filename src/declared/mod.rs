@@ -1,4 +1,4 @@
-//! Projectors without Rust: each is a TOML file that says what to run for which events.
+//! Projectors without Rust. Each is a TOML file with the SQL statements to run for its events.
 
 mod coalesce;
 mod file;
@@ -28,20 +28,21 @@ use crate::model::registry::{Registry, RegistryError};
 
 const MAX_FILE_BYTES: u64 = 1024 * 1024;
 const MAX_FILES: usize = 1000;
-/// The problems that are told of one file; whoever mends twenty will run it again anyway.
+/// The maximum number of problems listed for one file. Further problems are only counted.
 const MAX_PROBLEMS: usize = 20;
 
 /// Adds the projectors that the `*.toml` files of a directory declare, in the order of the files'
 /// names.
 ///
-/// Files of other names, hidden files and subdirectories are passed over. A file:
+/// Files with other names, hidden files and subdirectories are ignored. A file looks like this:
 ///
 /// ```toml
 /// name = "case_status"
 /// version = 1
 /// mode = "from_beginning"            # from_beginning | from_now | once
 /// side_effects = false               # the default
-/// setup = ["create table if not exists case_status (case_id varchar(64) primary key, amount decimal(12, 2))"]
+/// setup = ["""create table if not exists case_status
+///             (case_id varchar(64) primary key, amount decimal(12, 2))"""]
 /// teardown = ["drop table if exists case_status"]
 ///
 /// [[on]]
@@ -50,77 +51,97 @@ const MAX_PROBLEMS: usize = 20;
 ///          on duplicate key update amount = values(amount)"""
 /// ```
 ///
-/// Every `[[on]]` that names an event's type runs for it, in the order of the file, in the
-/// transaction that also moves the projector's position. Each is one statement.
+/// Each `[[on]]` holds one statement. Every `[[on]]` that lists an event's type runs for that
+/// event, in the order of the file. The statements run in the transaction that also moves the
+/// projector's position.
 ///
 /// # Parameters
 ///
 /// | parameter | binds |
 /// | --- | --- |
-/// | `:position`, `:stream_version` | unsigned integers |
+/// | `:position`, `:stream_version` | an unsigned integer |
 /// | `:event_id`, `:stream_id`, `:event_type` | text |
-/// | `:recorded_at` | a UTC `datetime(6)` |
+/// | `:recorded_at` | a `datetime(6)` in UTC |
 /// | `:payload`, `:metadata` | the whole JSON text, byte for byte |
-/// | `:payload.order.amount`, `:metadata.user` | the value that a path of keys leads to |
-/// | `:payload.items.0` | a number is an index where there is an array, else a key |
-/// | `:payload."odd key"` | a key other than `[A-Za-z_][A-Za-z0-9_]*` stands in double quotes; `""` in it is one `"` |
+/// | `:payload.order.amount`, `:metadata.user` | the value at a path of keys |
+/// | `:payload.items.0` | a number is an index in an array, and a key elsewhere |
+/// | `:payload."odd key"` | a quoted key; needed for keys other than `[A-Za-z_][A-Za-z0-9_]*` |
+/// | `:payload.order.amount?` | the value at the path, or null if the path is missing |
 ///
-/// A path that leads nowhere, and any of the metadata where there is none, is the projector's
-/// failure. With a `?` at its end (`:payload.order.amount?`) it is null. JSON strings bind as text,
-/// integers as 64-bit integers, other numbers as doubles, booleans as 1 and 0, null as null, and an
-/// object or array as its JSON text, as it was written. A number that neither type holds exactly
-/// binds as its literal, so that a `decimal` or `varchar` column loses no digit. Of a key that is
-/// there twice, the last counts. JSON that only the database accepts (MariaDB's `\'` and `1.`,
-/// MySQL's NUL after the document) is read as the database reads it; an object or array of such a
-/// document binds as JSON that is valid everywhere. To MySQL's `json` columns a bound number or
-/// boolean is no JSON: write `json_extract(:payload, '$.amount')` there.
+/// In a quoted key, `""` stands for one `"`. If a key occurs twice in an object, the last one
+/// counts. A path without `?` that is missing breaks the projector. So does a parameter
+/// `:metadata…` without `?` for an event without metadata.
 ///
-/// What a value does never depends on the values before it. In an expression, text behaves as
-/// `'text'` does, a whole number as `cast(1 as signed)` (`unsigned` for `:position`,
-/// `:stream_version` and numbers above 2^63 - 1), any other number as `1.5e0`, a time as `cast('…'
-/// as datetime(6))`.
+/// | JSON value | binds as |
+/// | --- | --- |
+/// | string | text |
+/// | integer | a 64-bit integer |
+/// | other number | a double |
+/// | number that neither type holds exactly | its literal text |
+/// | `true`, `false` | 1, 0 |
+/// | `null` | null |
+/// | object, array | its JSON text, as it was written |
 ///
-/// Values are bound, and no value is read as SQL. A statement whose values have had more than 16
-/// combinations of types sends the others as quoted literals. Colons in literals, quoted names and
-/// comments are left alone, and so are `:=` and a colon that no name follows; `::` and `?` are
-/// refused. Text is read as MySQL reads it by default: `ANSI_QUOTES` and `NO_BACKSLASH_ESCAPES`
-/// off. A comment that servers execute (`/*! … */`) is refused.
+/// A `decimal` or `varchar` column stores a literal text without losing a digit. JSON that only the
+/// database accepts (MariaDB's `\'` and `1.`, MySQL's NUL after the document) is read as the
+/// database reads it. An object or array of such a document binds as JSON that is valid everywhere.
+/// MySQL's `json` columns do not accept a bound number or boolean as JSON: write
+/// `json_extract(:payload, '$.amount')` there.
+///
+/// A value's effect never depends on the values of earlier events. In an expression, text behaves
+/// as `'text'`, a whole number as `cast(1 as signed)` (`unsigned` for `:position`,
+/// `:stream_version` and numbers above 2^63 - 1), any other number as `1.5e0`, and a time as
+/// `cast('…' as datetime(6))`.
+///
+/// Values are bound; no value is read as SQL. A statement whose values have had more than 16
+/// combinations of types sends further combinations as quoted literals.
+///
+/// Colons in literals, quoted names and comments are left alone, and so are `:=` and a colon that
+/// no name follows. `::` and `?` are refused. The text is read as MySQL reads it by default, with
+/// `ANSI_QUOTES` and `NO_BACKSLASH_ESCAPES` off. A comment that servers execute (`/*! … */`) is
+/// refused.
 ///
 /// # Many rows in one statement
 ///
-/// The executions of one `insert … values (…)` for consecutive events of a large batch are sent as
-/// rows of one statement, where that is the same in effect. The statement is `insert [ignore]` or
-/// `replace`, into a table that is not qualified with its database, of one row, perhaps with `on
-/// duplicate key update`; all its parameters stand in the row; it has no variable, no subquery, and
-/// no function but those that depend on their arguments alone. The table is InnoDB's, without a
-/// trigger, a foreign key, an `auto_increment`, or a default or `on update` that is computed; nor,
-/// for `insert ignore`, a check constraint (which a `json` column is on MariaDB); `sql_mode` is
-/// strict. Rows wait for no other statement: all of them are sent before one that is no such
-/// insert, and those of a table before another insert into it. In a file with `row_count()`,
-/// `last_insert_id()`, `call` and their like, nothing is sent together; but what a function or a
-/// trigger of yours is told by `row_count()` of the statement *before* it is not looked into.
-/// Without the `trigger` privilege, granted to the user itself, triggers cannot be seen, and
-/// nothing is sent together either.
+/// In a large batch, consecutive executions of one `insert … values (…)` are sent as one statement
+/// with many rows, if the effect is the same. These are the conditions:
+///
+/// - The statement is `insert`, `insert ignore` or `replace`, with one row and perhaps with
+///   `on duplicate key update`. The table is not qualified with its database.
+/// - All parameters are in the row. The statement has no variable and no subquery. The result of
+///   each function depends on its arguments alone.
+/// - The table is an InnoDB table. It has no trigger, no foreign key, no `auto_increment` column,
+///   and no computed default or `on update`.
+/// - For `insert ignore`, the table has no check constraint. On MariaDB, a `json` column has one.
+/// - `sql_mode` is strict.
+/// - The file uses no `row_count()`, `last_insert_id()`, `call` or similar.
+///
+/// Rows are sent before any other statement runs, and before another `[[on]]` inserts into the same
+/// table. One case is not checked: a function or a trigger of yours that reads `row_count()` of the
+/// statement *before* it.
+///
+/// Triggers are visible only to a user with the `trigger` privilege, granted to the user itself.
+/// Without it, inserts are sent one by one.
 ///
 /// # The session
 ///
-/// Each event finds the session as if it were the first: the user variables that the file names
-/// (`@total`) are null, and `last_insert_id()` and `row_count()` are 0. They live from one `[[on]]`
-/// to the next of the same event. A file that names any is applied one event after the other.
+/// Each event finds the session as if it were the first event. The user variables that the file
+/// names (`@total`) are null, and `last_insert_id()` and `row_count()` are 0. They keep their
+/// values from one `[[on]]` to the next for the same event. A file that names any of them is
+/// applied one event after the other.
 ///
-/// A file that calls what cannot be seen through gets a transaction and a new session for each
-/// event, which costs a connection each: `call`, a function that is not one of the server's,
-/// `get_lock`, a sequence. A name counts as the server's if it is written without a database before
-/// it and without a blank before its parenthesis.
+/// `call`, a function that is not the server's own, `get_lock` and a sequence can leave anything
+/// behind in a session. A file that uses one of them gets a transaction and a new session for each
+/// event, which costs one connection an event. A name counts as the server's own if no database is
+/// written before it and its parenthesis follows without a blank.
 ///
-/// Refused are `set` of anything but user variables, in handlers, `setup` and `teardown`; and in
-/// handlers also what begins or ends a transaction, locks tables, prepares statements, or acts on
-/// the server.
+/// Handlers, `setup` and `teardown` may set only user variables. Handlers also refuse statements
+/// that begin or end a transaction, lock tables, prepare statements, or act on the server.
 ///
 /// # Errors
-/// If the directory or a file cannot be read, or a file does not hold: `FILE:LINE: reason`, of all
-/// the files at once. The registry is then as it was. So it is if a name and version are taken, by
-/// another file or in the registry.
+/// If the directory or a file cannot be read, or a file is invalid. The error lists the problems of
+/// all files as `FILE:LINE: reason`. A name and version that another file or the registry already
+/// has is such a problem. After an error the registry is unchanged.
 pub fn load(dir: &Path, registry: &mut Registry) -> Result<(), LoadError> {
     let mut problems = Vec::new();
     let mut loader = Loader { registry: registry.clone(), origins: HashMap::new() };
@@ -138,7 +159,7 @@ pub fn load(dir: &Path, registry: &mut Registry) -> Result<(), LoadError> {
     Ok(())
 }
 
-/// Why a directory's projectors were not loaded: a line for each problem, `FILE:LINE: reason`.
+/// The problems because of which a directory was not loaded, one a line: `FILE:LINE: reason`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LoadError {
     problems: Vec<Problem>,
@@ -156,11 +177,11 @@ impl fmt::Display for LoadError {
 
 impl Error for LoadError {}
 
-/// What does not hold in a file, or with the directory.
+/// A problem in a file or with the directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Problem {
     file: String,
-    /// `None` where the file could not be read.
+    /// `None` if the problem concerns the whole file or directory.
     line: Option<usize>,
     reason: String,
 }
@@ -180,9 +201,10 @@ impl fmt::Display for Problem {
     }
 }
 
-/// What does not hold in a statement, and where in its text, in bytes.
+/// A problem in a statement.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct StatementError {
+    /// The offset in the statement's text, in bytes.
     at: usize,
     reason: String,
 }
@@ -192,7 +214,7 @@ impl StatementError {
         StatementError { at, reason: reason.into() }
     }
 
-    /// The same in a text that begins so many bytes earlier.
+    /// Moves the problem by `bytes`, for a text that contains the statement at that offset.
     fn offset_by(self, bytes: usize) -> Self {
         StatementError { at: self.at + bytes, ..self }
     }
@@ -207,7 +229,7 @@ fn truncate_problems(limit: usize, mut problems: Vec<Problem>) -> Vec<Problem> {
     problems
 }
 
-/// The files that declare projectors, by name.
+/// The projector files of a directory, sorted by name.
 fn find_projector_files(dir: &Path) -> Result<Vec<PathBuf>, LoadError> {
     let refuse = |reason: String| LoadError {
         problems: vec![Problem::new(&dir.display().to_string(), None, reason)],
@@ -215,28 +237,33 @@ fn find_projector_files(dir: &Path) -> Result<Vec<PathBuf>, LoadError> {
     let unreadable = |error: io::Error| {
         refuse(match error.kind() {
             io::ErrorKind::NotFound => {
-                "there is no such directory: create it, or name the one with the projectors' TOML files".into()
+                "there is no such directory: create it, or name the directory of the projectors' \
+                 TOML files"
+                    .into()
             }
             io::ErrorKind::NotADirectory => {
-                "this is not a directory: name the one that the projectors' TOML files are in".into()
+                "this is not a directory: name the directory of the projectors' TOML files".into()
             }
             io::ErrorKind::PermissionDenied => {
-                "the directory cannot be read: give the user of this process the permission to".into()
+                "the directory cannot be read: give the user of this process read permission".into()
             }
-            _ => format!("the directory cannot be read ({error}): check it, and try again"),
+            _ => {
+                format!("the directory cannot be read ({error}): correct the cause, and try again")
+            }
         })
     };
     let mut files = Vec::new();
     for entry in fs::read_dir(dir).map_err(unreadable)? {
         let path = entry.map_err(unreadable)?.path();
-        // A directory is passed over; a link to nothing is not, since somebody misses what it
-        // should declare.
+        // A directory is ignored. A dangling link is kept: reading it then fails, so that a missing
+        // projector is noticed.
         if is_projector_file(&path) && !path.is_dir() {
             files.push(path);
         }
         if files.len() > MAX_FILES {
             return Err(refuse(format!(
-                "there are more than {MAX_FILES} TOML files here: spread them over several directories"
+                "there are more than {MAX_FILES} TOML files here: spread them over several \
+                 directories"
             )));
         }
     }
@@ -250,11 +277,11 @@ fn find_projector_files(dir: &Path) -> Result<Vec<PathBuf>, LoadError> {
     Ok(files)
 }
 
-/// Hidden files are no projectors, as for a shell's `*.toml`: editors and Kubernetes leave some
-/// about.
+/// Whether the name is that of a projector file. Hidden files are ignored, as by a shell's
+/// `*.toml`: editors and Kubernetes create some.
 fn is_projector_file(path: &Path) -> bool {
-    let hidden = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
-    path.extension() == Some(OsStr::new("toml")) && !hidden
+    let is_hidden = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
+    path.extension() == Some(OsStr::new("toml")) && !is_hidden
 }
 
 fn read_file(path: &Path, file: &str) -> Result<Declaration, Vec<Problem>> {
@@ -264,7 +291,7 @@ fn read_file(path: &Path, file: &str) -> Result<Declaration, Vec<Problem>> {
         Err(error) => {
             return refuse(
                 None,
-                format!("the file cannot be read ({error}): mend that, or remove it"),
+                format!("the file cannot be read ({error}): correct the cause, or remove the file"),
             );
         }
     };
@@ -281,19 +308,20 @@ fn read_file(path: &Path, file: &str) -> Result<Declaration, Vec<Problem>> {
         Err(error) => {
             let line =
                 1 + bytes[..error.valid_up_to()].iter().filter(|byte| **byte == b'\n').count();
-            refuse(Some(line), "this line is not UTF-8: save the file in that encoding".into())
+            refuse(Some(line), "this line is not UTF-8: save the file as UTF-8".into())
         }
     }
 }
 
-/// One byte more than is allowed at most, since a length that is asked for beforehand may be wrong.
+/// Reads a file, but at most one byte more than is allowed. The size is not taken from the file's
+/// metadata, which may be wrong.
 fn read_bytes(path: &Path) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     File::open(path)?.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes)?;
     Ok(bytes)
 }
 
-/// The registry as it will be if every file holds, and which file and line declared whom.
+/// The registry with the projectors of the files so far, and the `FILE:LINE` that declared each.
 struct Loader {
     registry: Registry,
     origins: HashMap<ProjectorId, String>,
@@ -315,7 +343,8 @@ impl Loader {
                 (
                     name_line,
                     format!(
-                        "projector {id} is also declared by {other}: give one of them another name or version"
+                        "projector {id} is also declared by {other}: give one of them another \
+                         name or version"
                     ),
                 )
             }
@@ -332,7 +361,8 @@ mod tests {
 
     fn projector(name: &str, version: u32) -> String {
         format!(
-            "name = '{name}'\nversion = {version}\nmode = 'once'\n[[on]]\nevents = ['*']\nsql = 'do 1'\n"
+            "name = '{name}'\nversion = {version}\nmode = 'once'\n\
+             [[on]]\nevents = ['*']\nsql = 'do 1'\n"
         )
     }
 
@@ -344,8 +374,8 @@ mod tests {
         dir
     }
 
-    /// The error, without the directory in the files' names.
-    fn refused(dir: &Path, registry: &mut Registry) -> String {
+    /// The error, with paths relative to the directory.
+    fn load_error(dir: &Path, registry: &mut Registry) -> String {
         let error = load(dir, registry).expect_err("it is refused").to_string();
         error.replace(&format!("{}/", dir.display()), "").replace(&dir.display().to_string(), "DIR")
     }
@@ -362,7 +392,7 @@ mod tests {
         ]);
         fs::create_dir(dir.path().join("more.toml")).expect("a directory");
         let mut registry = Registry::new();
-        load(dir.path(), &mut registry).expect("all hold");
+        load(dir.path(), &mut registry).expect("all are valid");
         let names: Vec<&str> =
             registry.iter().map(|registered| registered.id.name.as_str()).collect();
         assert_eq!(names, ["zeroth", "first", "second"]);
@@ -376,7 +406,7 @@ mod tests {
             ("c.toml", "nonsense"),
         ]);
         let mut registry = Registry::new();
-        let error = refused(dir.path(), &mut registry);
+        let error = load_error(dir.path(), &mut registry);
         let places: Vec<&str> = error.lines().filter_map(|line| line.split(": ").next()).collect();
         assert_eq!(places, ["b.toml:1", "b.toml:5", "c.toml:1"], "{error}");
         assert!(registry.is_empty());
@@ -394,13 +424,14 @@ mod tests {
         assert_eq!(
             load(dir.path(), &mut registry).expect_err("it is refused").to_string(),
             format!(
-                "{}/c.toml:2: projector same@2 is also declared by {place}: give one of them another name or version",
+                "{}/c.toml:2: projector same@2 is also declared by {place}: \
+                 give one of them another name or version",
                 dir.path().display()
             )
         );
         let other = directory(&[("a.toml", &projector("same", 2))]);
-        load(other.path(), &mut registry).expect("it holds");
-        let error = refused(other.path(), &mut registry);
+        load(other.path(), &mut registry).expect("it is valid");
+        let error = load_error(other.path(), &mut registry);
         assert!(
             error.starts_with("a.toml:1: projector same@2 is also declared by the program itself"),
             "{error}"
@@ -415,10 +446,10 @@ mod tests {
             ("a b", 1, "a.toml:1: projector name \"a b\" must be 1 to 100"),
             ("", 1, "a.toml:1: projector name \"\" must be"),
             (long.as_str(), 1, "a.toml:1: projector name"),
-            ("a", 0, "a.toml:2: projector a: version counts from 1"),
+            ("a", 0, "a.toml:2: projector a: the version must be at least 1"),
         ] {
             let dir = directory(&[("a.toml", &projector(name, version))]);
-            let error = refused(dir.path(), &mut Registry::new());
+            let error = load_error(dir.path(), &mut Registry::new());
             assert!(error.starts_with(expected), "{error}");
         }
     }
@@ -429,21 +460,24 @@ mod tests {
         let file = empty.path().join("notes.txt");
         let registry = &mut Registry::new();
         assert!(
-            refused(empty.path(), registry)
+            load_error(empty.path(), registry)
                 .starts_with("DIR: there is no *.toml file here: add one")
         );
         assert!(
-            refused(&empty.path().join("none"), registry)
+            load_error(&empty.path().join("none"), registry)
                 .starts_with("DIR: there is no such directory: create it")
         );
-        assert!(refused(&file, registry).starts_with("DIR: this is not a directory: name the one"));
+        assert!(
+            load_error(&file, registry)
+                .starts_with("DIR: this is not a directory: name the directory")
+        );
     }
 
     #[test]
     fn a_file_that_is_not_utf_8_is_refused_with_its_line() {
         let dir = directory(&[]);
         fs::write(dir.path().join("a.toml"), b"name = 'a'\nmode = 'caf\xe9'\n").expect("a file");
-        let error = refused(dir.path(), &mut Registry::new());
+        let error = load_error(dir.path(), &mut Registry::new());
         assert!(error.starts_with("a.toml:2: this line is not UTF-8"), "{error}");
     }
 
@@ -451,7 +485,7 @@ mod tests {
     fn a_file_that_is_too_large_or_a_dangling_link_is_refused() {
         let dir = directory(&[("a.toml", &"#".repeat(MAX_FILE_BYTES as usize + 1))]);
         std::os::unix::fs::symlink("nowhere", dir.path().join("b.toml")).expect("a link");
-        let error = refused(dir.path(), &mut Registry::new());
+        let error = load_error(dir.path(), &mut Registry::new());
         let lines: Vec<&str> = error.lines().collect();
         assert!(lines[0].starts_with("a.toml: the file is larger than 1048576 bytes"), "{error}");
         assert!(lines[1].starts_with("b.toml: the file cannot be read (No such file"), "{error}");
@@ -461,7 +495,7 @@ mod tests {
     fn the_first_problems_in_a_file_are_listed_and_the_rest_counted() {
         let events = "''\n,".repeat(50);
         let dir = directory(&[("a.toml", &projector("a", 1).replace("'*'", &events))]);
-        let error = refused(dir.path(), &mut Registry::new());
+        let error = load_error(dir.path(), &mut Registry::new());
         assert_eq!(error.lines().count(), MAX_PROBLEMS);
         assert!(error.ends_with("(and 30 more problems in this file)"), "{error}");
     }

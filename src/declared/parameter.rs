@@ -1,10 +1,10 @@
-//! The parameters that a declared statement can name: `:position`, `:payload.a.b?`.
+//! Parses the parameters of declared statements: `:position`, `:payload.a.b?`.
 
 use super::StatementError;
 use super::lexer::{is_word, span_while};
 use super::spelling::nearest;
 
-/// What is bound at one place of a statement.
+/// The value to bind to one parameter of a statement.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Parameter {
     Position,
@@ -16,15 +16,15 @@ pub(super) enum Parameter {
     Json(JsonParameter),
 }
 
-/// The payload or the metadata, or what a path leads to in it.
+/// The payload, the metadata, or a value at a path in one of them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct JsonParameter {
     pub(super) document: Document,
-    /// Empty: the whole text.
+    /// The keys of the path. An empty path means the whole text.
     pub(super) path: Vec<String>,
-    /// Null is bound where there is nothing; else that is the projector's failure.
+    /// Whether a missing value binds as null. Otherwise it breaks the projector.
     pub(super) is_optional: bool,
-    /// As it stands in the statement, without a `?`.
+    /// The parameter as the statement has it, without a `?` at its end.
     pub(super) written: String,
 }
 
@@ -54,15 +54,17 @@ const NAMES: [&str; 8] = [
     "metadata",
 ];
 
-/// The longest path, in keys. JSON that is nested deeper is read by no decoder of ours either.
+/// The maximum number of keys in a path. The JSON decoders of this program refuse deeper nesting,
+/// too.
 const MAX_KEYS: usize = 100;
 
 impl Parameter {
-    /// Reads the parameter that this text begins with, from its colon on, and how long it is.
-    /// `None` if what follows the colon is no name, so that the colon is the SQL's own.
+    /// Parses the parameter at the start of `text`, which begins with a colon. Returns the
+    /// parameter and its length in bytes. `None` if no name follows the colon, which then is part
+    /// of the SQL.
     ///
     /// # Errors
-    /// With its place in this text: an unknown name, or a path that cannot be read as it is meant.
+    /// An unknown name or an ambiguous path, with its offset in `text`.
     pub(super) fn parse(text: &str) -> Result<Option<(Parameter, usize)>, StatementError> {
         let name = &text[1..1 + span_while(&text[1..], is_word)];
         if name.starts_with(|c: char| c.is_ascii_digit() || c == '$') || name.is_empty() {
@@ -89,7 +91,8 @@ fn unknown_parameter(name: &str) -> String {
     let hint =
         nearest(name, &NAMES).map(|near| format!("did you mean `:{near}`? ")).unwrap_or_default();
     format!(
-        "unknown parameter `:{name}`: {hint}the parameters are {known}, and paths like `:payload.amount`"
+        "unknown parameter `:{name}`: {hint}the parameters are {known}, and paths like \
+         `:payload.amount`"
     )
 }
 
@@ -98,10 +101,10 @@ fn check_column_end(text: &str, name: &str) -> Result<usize, StatementError> {
     match text[length..].chars().next() {
         Some('.') => Err(StatementError::new(
             0,
-            format!("`:{name}` has no path: only `:payload` and `:metadata` are JSON"),
+            format!("`:{name}` cannot have a path: only `:payload` and `:metadata` are JSON"),
         )),
         Some('?') => {
-            Err(StatementError::new(0, format!("`:{name}` is never missing: leave out the `?`")))
+            Err(StatementError::new(0, format!("`:{name}` is never missing: remove the `?`")))
         }
         _ => Ok(length),
     }
@@ -124,7 +127,7 @@ fn parse_json_parameter(
     if path.len() > MAX_KEYS {
         return Err(StatementError::new(
             0,
-            format!("this path has {} keys: at most {MAX_KEYS} are followed", path.len()),
+            format!("this path has {} keys: at most {MAX_KEYS} are allowed", path.len()),
         ));
     }
     let is_optional = text[length..].starts_with('?');
@@ -133,7 +136,7 @@ fn parse_json_parameter(
     Ok((Parameter::Json(JsonParameter { document, path, is_optional, written }), end))
 }
 
-/// Reads one key of a path, and how long it is.
+/// Parses one key of a path, and returns it with its length in bytes.
 fn parse_key(text: &str) -> Result<(String, usize), String> {
     if text.starts_with('"') {
         return parse_quoted_key(text)
@@ -143,16 +146,17 @@ fn parse_key(text: &str) -> Result<(String, usize), String> {
     if word.is_empty() {
         return Err("ends in a dot: add a key, an array index, or a key in double quotes".into());
     }
-    // A key in other letters, or that begins with a digit, could not be told from what follows it.
+    // Other keys must be quoted, because their end would be ambiguous: keys with letters beyond
+    // ASCII, and keys that begin with a digit but are not numbers.
     let plain = word.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
     let number = word.bytes().all(|b| b.is_ascii_digit());
     if !plain || (word.starts_with(|c: char| c.is_ascii_digit()) && !number) {
-        return Err(format!("goes on with the key {word}, which must be quoted: `\"{word}\"`"));
+        return Err(format!("has the key {word}, which must be quoted: `\"{word}\"`"));
     }
     Ok((word.to_owned(), word.len()))
 }
 
-/// A doubled quote stands for one; nothing else is special.
+/// Parses a quoted key. A doubled quote stands for one quote; no other character is special.
 fn parse_quoted_key(text: &str) -> Option<(String, usize)> {
     let mut key = String::new();
     let mut at = 1;
@@ -167,7 +171,7 @@ fn parse_quoted_key(text: &str) -> Option<(String, usize)> {
     }
 }
 
-/// Refuses what would be read differently than it looks.
+/// Refuses a parameter that would be read differently than it looks.
 fn check_end(
     written: &str,
     after: &str,
@@ -178,10 +182,10 @@ fn check_end(
     let (next, second) = (following.next(), following.next());
     let reason = match next {
         Some('.' | '?') => {
-            format!("`{written}` must end with its `?`: nothing can follow it there")
+            format!("`{written}` must end with its `?`: nothing can follow the `?`")
         }
         Some(c) if is_word(c) => format!("`{written}` runs into `{c}`: put a space between them"),
-        // `:payload.odd-key` would silently subtract a column from a value.
+        // `:payload.odd-key` would subtract a column from a value.
         Some('-')
             if has_path
                 && !is_optional
@@ -190,8 +194,8 @@ fn check_end(
             let (front, last) = written.rsplit_once('.').unwrap_or((written, ""));
             let word = &after[..span_while(after, |c| is_word(c) || c == '-')];
             format!(
-                "`{written}{word}` can be read in two ways: quote the key (`{front}.\"{}{word}\"`), or put a \
-                 space before the minus",
+                "`{written}{word}` can be read in two ways: quote the key \
+                 (`{front}.\"{}{word}\"`), or put a space before the minus",
                 last.trim_matches('"')
             )
         }
@@ -229,7 +233,7 @@ mod tests {
         ] {
             let Some((Parameter::Json(read), read_length)) = Parameter::parse(text).expect(text)
             else {
-                panic!("{text} is read as something else")
+                panic!("{text} is not a JSON parameter")
             };
             assert_eq!((read.document, read.path, read.is_optional), expected, "{text}");
             assert_eq!(read_length, length, "{text}");
@@ -259,14 +263,14 @@ mod tests {
             (":Payload.x", "did you mean `:payload`?"),
             (":amount", "the parameters are `:position`, `:event_id`"),
             (":größe", "unknown parameter `:größe`"),
-            (":position?", "never missing: leave out the `?`"),
+            (":position?", "never missing: remove the `?`"),
             (":stream_id.a", "only `:payload` and `:metadata` are JSON"),
             (":payload.", "ends in a dot"),
             (":payload.a.", "ends in a dot"),
             (":payload..a", "ends in a dot"),
             (":payload.-a", "ends in a dot"),
-            (":payload.a?.b", "nothing can follow it"),
-            (":payload.a??", "nothing can follow it"),
+            (":payload.a?.b", "nothing can follow the `?`"),
+            (":payload.a??", "nothing can follow the `?`"),
             (":payload.a?b", "put a space between"),
             (":payload.1a", "must be quoted: `\"1a\"`"),
             (":payload.straße", "must be quoted: `\"straße\"`"),
@@ -283,8 +287,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever is made of a parameter, what is read of it is a part of the text, and no larger
-        /// than that.
+        /// A corrupted parameter is refused, or everything read from it is a slice of its text.
         #[test]
         fn a_corrupted_parameter_is_refused_or_a_slice_of_its_text(
             rest in corrupted::text("payload.items.0.\"odd \"\"key\"\"\".price? + 1"),
@@ -292,14 +295,19 @@ mod tests {
             let text = format!(":{rest}");
             match Parameter::parse(&text) {
                 Ok(Some((parameter, length))) => {
-                    prop_assert!(length > 1 && text.is_char_boundary(length), "{length} in {text:?}");
+                    prop_assert!(
+                        length > 1 && text.is_char_boundary(length),
+                        "{length} in {text:?}"
+                    );
                     if let Parameter::Json(read) = parameter {
                         prop_assert!(read.path.iter().map(String::len).sum::<usize>() < length);
                         prop_assert!(text[..length].starts_with(&read.written));
                     }
                 }
                 Ok(None) => {}
-                Err(error) => prop_assert!(text.is_char_boundary(error.at), "{} in {text:?}", error.at),
+                Err(error) => {
+                    prop_assert!(text.is_char_boundary(error.at), "{} in {text:?}", error.at)
+                }
             }
         }
     }

@@ -1,35 +1,38 @@
-//! How a statement is sent, so that what it does depends on its arguments and on nothing that was
-//! sent before.
+//! Chooses the text in which a statement is sent. The effect of a statement depends only on its
+//! arguments, never on earlier executions.
 //!
 //! MySQL (since 8.0.22) derives the type of a parameter from its place in the statement and from
 //! the value of its first execution, and converts later values to that type. In `ifnull(?, 0)`, the
 //! first value decides whether `00123` is stored as `00123` or as `123`. MariaDB does not convert.
-//! So here:
+//! This module therefore follows three rules:
 //!
-//! - A parameter in an expression stands inside a function that gives it one type: `concat(?)`,
-//!   `cast(? as signed)`. These keep what a plain literal has: `concat(?)` is as easily coerced to
-//!   a column's collation as `'text'` is, while `convert(? using utf8mb4)` is not and fails with
-//!   error 1267 beside a column of another collation.
+//! - A parameter in an expression is wrapped in a function that gives it one type: `concat(?)`,
+//!   `cast(? as signed)`. The wrapped parameter behaves like a plain literal. `concat(?)` is as
+//!   easily coerced to a column's collation as `'text'` is. `convert(? using utf8mb4)` is not, and
+//!   fails with error 1267 beside a column of another collation.
 //! - A parameter that is alone as a value of an inserted row takes its type from the column. It
-//!   needs no function, and a null does not need a statement of its own.
-//! - Each combination of types has a text, and so a prepared statement, of its own. A connection
+//!   needs no function, and a null needs no statement of its own.
+//! - Each combination of types has its own text, and so its own prepared statement. A connection
 //!   keeps a hundred of them, and closing one costs a delay of 40 ms (Nagle's algorithm and a
-//!   delayed acknowledgement). So the combinations of one statement are bounded: the others are
-//!   sent as text, with literals for the parameters.
+//!   delayed acknowledgement). The combinations of one statement are therefore bounded. Further
+//!   combinations are sent as text, with literals for the parameters.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::lexer::{Token, TokenKind};
 use super::statement::tokenize;
 
-/// The most texts of one statement that are prepared.
+/// The maximum number of prepared texts of one statement.
 const MAX_TEXTS: usize = 16;
 
-/// The most of them that are also prepared for many rows: there each has about ten sizes.
+/// The maximum number of texts with which a statement is still prepared for many rows: each text
+/// then has about ten sizes.
 const MAX_ROW_TEXTS: usize = 4;
 
-/// What MySQL tells apart. Within a class, no argument changes what another one does.
+/// The types that MySQL distinguishes. Values of one class do not affect how MySQL reads each
+/// other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Class {
     Null,
@@ -52,13 +55,13 @@ impl Class {
         }
     }
 
-    /// What stands before and after a value of this class in an expression.
+    /// The texts around a value of this class in an expression.
     pub(super) fn wrapping(self) -> (&'static str, &'static str) {
         match self {
             Class::Null => ("", ""),
             Class::Signed => (" cast(", " as signed)"),
             Class::Unsigned => (" cast(", " as unsigned)"),
-            // Exact for every double, and it keeps the sign of a zero.
+            // The product is exact for every double, and keeps the sign of a zero.
             Class::Double => ("(", " * 1e0)"),
             Class::Text => (" concat(", ")"),
             Class::Time => (" cast(", " as datetime(6))"),
@@ -66,44 +69,52 @@ impl Class {
     }
 }
 
-/// Where a parameter stands.
+/// The kind of place of a parameter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum ParameterPlace {
-    /// Alone, as a value of a row: `values (?, 1)`.
+    /// Alone as a value of a row: `values (?, 1)`.
     Row,
     /// In an expression.
     Expression,
-    /// Where the grammar has a number or a parameter and no expression: `limit ?`.
+    /// Where the grammar allows a number or a parameter, but no expression: `limit ?`.
     Number,
 }
 
-/// A statement and its texts.
+/// A statement and its texts for each combination of types.
 #[derive(Debug)]
 pub(super) struct PreparedStatement {
     sql: Box<str>,
-    /// Where each `?` stands in the text, and what kind of place that is.
+    /// The offset of each `?` in the text, in bytes, and its kind of place.
     places: Box<[(usize, ParameterPlace)]>,
     cache: Mutex<TypeCache>,
 }
 
 #[derive(Debug)]
 struct TypeCache {
-    /// The class of each parameter when it last was not null.
+    /// The class of each parameter's latest value that was not null.
     latest: Vec<Class>,
-    /// The classes of this execution. Kept to save an allocation.
+    /// The classes of the current execution. The vector is kept to save an allocation.
     current: Vec<Class>,
     texts: HashMap<Vec<Class>, Arc<TypedSql>>,
 }
 
-/// A text that is prepared.
+/// The text for one combination of types.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct TypedSql {
     pub(super) sql: Arc<str>,
-    /// By how many bytes the statement has grown.
+    /// How many bytes longer the statement is, without the comment at its end.
     growth: usize,
 }
 
-/// How an execution is sent.
+impl TypedSql {
+    /// The text before the row, the row, and the text after it. The row contains all parameters.
+    pub(super) fn split_at_row(&self, row: &Range<usize>) -> (&str, &str, &str) {
+        let end = row.end + self.growth;
+        (&self.sql[..row.start], &self.sql[row.start..end], &self.sql[end..])
+    }
+}
+
+/// How to send an execution.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum ExecutionMode {
     /// As a prepared statement.
@@ -112,17 +123,8 @@ pub(super) enum ExecutionMode {
     Literal,
 }
 
-impl TypedSql {
-    /// The statement in three parts: before its row, the row, after it. All parameters stand in the
-    /// row.
-    pub(super) fn split_at_row(&self, row: &std::ops::Range<usize>) -> (&str, &str, &str) {
-        let end = row.end + self.growth;
-        (&self.sql[..row.start], &self.sql[row.start..end], &self.sql[end..])
-    }
-}
-
 impl PreparedStatement {
-    /// Of a statement with `?` for its parameters.
+    /// A statement that has `?` for its parameters. No text is built yet.
     pub(super) fn new(sql: String) -> Self {
         let places = find_parameters(&sql);
         let latest = vec![Class::Text; places.len()];
@@ -135,24 +137,24 @@ impl PreparedStatement {
         &self.sql
     }
 
-    /// The places of the parameters, in order.
+    /// The kinds of place of the parameters, in order.
     pub(super) fn places(&self) -> impl Iterator<Item = ParameterPlace> {
         self.places.iter().map(|(_, place)| *place)
     }
 
-    /// How to send arguments of these classes, alone or as one of `many` rows.
+    /// How to send arguments of these classes: alone, or as one of many rows.
     pub(super) fn execution_mode(
         &self,
         classes: impl Iterator<Item = Class>,
         many: bool,
     ) -> ExecutionMode {
-        // What is remembered is true after a panic, too.
+        // The cache stays valid if a holder of the lock panics.
         let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
         let TypeCache { latest, current, texts } = &mut *cache;
         current.clear();
         for ((latest, (_, place)), class) in latest.iter_mut().zip(&self.places).zip(classes) {
             current.push(match (place, class) {
-                // A null has the column's type, whatever else the column gets.
+                // A null takes the column's type in any text.
                 (ParameterPlace::Row, Class::Null) => *latest,
                 (ParameterPlace::Row, Class::Unsigned) => Class::Signed,
                 _ => class,
@@ -160,9 +162,10 @@ impl PreparedStatement {
             *latest = current[current.len() - 1];
         }
         if let Some(text) = texts.get(current) {
-            return match many && texts.len() > MAX_ROW_TEXTS {
-                true => ExecutionMode::Literal,
-                false => ExecutionMode::Prepared(Arc::clone(text)),
+            return if many && texts.len() > MAX_ROW_TEXTS {
+                ExecutionMode::Literal
+            } else {
+                ExecutionMode::Prepared(Arc::clone(text))
             };
         }
         if texts.len() >= MAX_TEXTS {
@@ -176,10 +179,11 @@ impl PreparedStatement {
         ExecutionMode::Prepared(text)
     }
 
-    /// The statement with this for each of its parameters, in the part of its text that is given.
+    /// A part of the statement, with the output of `write` in place of each parameter. The part
+    /// contains all parameters.
     pub(super) fn with_literals(
         &self,
-        part: std::ops::Range<usize>,
+        part: Range<usize>,
         mut write: impl FnMut(usize, ParameterPlace, &mut String),
     ) -> String {
         let mut text = String::with_capacity(part.len() * 2);
@@ -194,9 +198,9 @@ impl PreparedStatement {
     }
 }
 
-/// Writes a value where a parameter stands, with what gives it its type there.
+/// Writes a value in place of a parameter, wrapped as its class and place require.
 pub(super) fn write_typed(class: Class, place: ParameterPlace, value: &str, text: &mut String) {
-    // MySQL drops the fraction of a time that a text column gets, unless it has a type of its own.
+    // MySQL drops the fraction of a time in a text column, unless the time has an explicit type.
     let is_typed =
         place == ParameterPlace::Expression || (place, class) == (ParameterPlace::Row, Class::Time);
     let (before, after) = if is_typed { class.wrapping() } else { ("", "") };
@@ -205,8 +209,9 @@ pub(super) fn write_typed(class: Class, place: ParameterPlace, value: &str, text
     text.push_str(after);
 }
 
-/// With a comment of the types at the end, where a line comment of the statement's own may take it
-/// in without harm.
+/// Builds the text for one combination of types. It ends in a comment with the types, which keeps
+/// the texts distinct. A line comment at the end of the statement may swallow that comment without
+/// harm.
 fn build_typed_sql(sql: &str, places: &[(usize, ParameterPlace)], classes: &[Class]) -> TypedSql {
     if classes.is_empty() {
         return TypedSql { sql: sql.into(), growth: 0 };
@@ -228,7 +233,7 @@ fn build_typed_sql(sql: &str, places: &[(usize, ParameterPlace)], classes: &[Cla
 /// Functions that take a number or a parameter, and no expression.
 const NUMBER_FUNCTIONS: &[&str] = &["lag", "lead", "nth_value", "ntile"];
 
-/// Where each `?` stands, and what kind of place that is.
+/// The offset of each `?`, in bytes, and its kind of place.
 fn find_parameters(sql: &str) -> Vec<(usize, ParameterPlace)> {
     let tokens = tokenize(sql);
     let is = |at: usize, word: &str| {
@@ -267,7 +272,7 @@ fn find_parameters(sql: &str) -> Vec<(usize, ParameterPlace)> {
     places
 }
 
-/// The tokens that are `?` alone as a value in a row of an `insert … values (…), (…)`.
+/// The indexes of the `?` tokens that are alone as a value in a row of `insert … values (…), (…)`.
 fn find_row_parameters(tokens: &[Token<'_>]) -> Vec<usize> {
     let mut found = Vec::new();
     let is_word = |at: usize, words: &[&str]| {
@@ -284,7 +289,7 @@ fn find_row_parameters(tokens: &[Token<'_>]) -> Vec<usize> {
     for index in 0..tokens.len() {
         match text(index) {
             "(" => {
-                // Each row follows the word, or the row before it.
+                // A row follows `values` or a comma after the previous row.
                 let begins = depth == 0
                     && index > 0
                     && (is_word(index - 1, &["values", "value"])
@@ -336,9 +341,9 @@ mod tests {
         let (ExecutionMode::Prepared(first), ExecutionMode::Prepared(again)) =
             (first, prepared.execution_mode([Signed, Time].into_iter(), false))
         else {
-            panic!("they are bound")
+            panic!("both are prepared")
         };
-        assert!(Arc::ptr_eq(&first, &again), "it is not made again");
+        assert!(Arc::ptr_eq(&first, &again), "the text is not built again");
     }
 
     #[test]
@@ -396,7 +401,7 @@ mod tests {
         let prepared = PreparedStatement::new(sql.into());
         let ExecutionMode::Prepared(text) = prepared.execution_mode([Text, Text].into_iter(), true)
         else {
-            panic!("it is bound")
+            panic!("it is prepared")
         };
         let row = sql.find("(?").expect("a row")..sql.find(" on").expect("an end");
         let expected = (
@@ -420,7 +425,7 @@ mod tests {
                 .count()
         };
         assert_eq!(literals(false), 256 - MAX_TEXTS);
-        assert_eq!(literals(true), 256, "there are too many for rows already");
+        assert_eq!(literals(true), 256, "the cache already has too many texts for rows");
         assert_eq!(prepared.cache.lock().expect("no panic").texts.len(), MAX_TEXTS);
         let limited =
             PreparedStatement::new("select a from t where f(?, ?, ?, ?, ?, ?, ?) limit ?".into());
@@ -428,7 +433,7 @@ mod tests {
             (0..256).all(
                 |shape| limited.execution_mode(classes(shape), false) != ExecutionMode::Literal
             ),
-            "no literal can be there"
+            "`limit` does not accept a literal of every type"
         );
     }
 }

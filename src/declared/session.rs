@@ -1,4 +1,4 @@
-//! What a statement may leave behind in its database session.
+//! Finds out what a statement may leave behind in its database session.
 
 use super::lexer::{Lexer, Token, TokenKind};
 
@@ -42,26 +42,27 @@ const SAFE_FUNCTIONS: &str = "\
     values var_pop var_samp variance version week weekday weekofyear weight_string year \
     yearweek";
 
-/// Functions of one of the servers, or of some of its versions (MySQL 9.7 has no `md5` any more).
-/// Elsewhere, a function of this name is a stored one that stands in for it.
+/// Functions of one server, or of some versions: MySQL 9.7 no longer has `md5`. On the other
+/// servers, a function of such a name is a stored function that replaces it.
 const VENDOR_FUNCTIONS: &str = "\
     any_value bin_to_uuid crc32c from_vector grouping is_uuid json_detailed json_exists \
-    json_query json_storage_size md5 median nvl nvl2 regexp_like sha sha1 string_to_vector to_vector \
+    json_query json_storage_size md5 median nvl nvl2 regexp_like sha sha1 string_to_vector \
+    to_vector \
     uuid_to_bin uuid_v4 uuid_v7 vec_distance vec_fromtext vec_totext vector_to_string";
 
-/// Functions whose state is reset before each event, as are the user variables.
+/// Functions whose result is reset before each event, like the user variables.
 const RESET_FUNCTIONS: &[&str] = &["found_rows", "last_insert_id", "row_count"];
 
-/// Words that are no function, and can stand before a parenthesis.
+/// Words other than functions that may precede a parenthesis.
 const KEYWORDS: &str = "\
-    against all and any as between binary bit by case character columns decimal dec distinct distinctrow div double else \
-    end escape except exists explain float for from group having ignore in index int integer into intersect is join key \
-    keys lateral like match member nchar not numeric of offset on or order over partition read real regexp rlike row \
-    select separator set signed some sounds straight_join table then union unsigned update using varbinary varchar when \
-    where with within xor limit";
+    against all and any as between binary bit by case character columns decimal dec distinct \
+    distinctrow div double else end escape except exists explain float for from group having \
+    ignore in index int integer into intersect is join key keys lateral like match member \
+    nchar not numeric of offset on or order over partition read real regexp rlike row select \
+    separator set signed some sounds straight_join table then union unsigned update using \
+    varbinary varchar when where with within xor limit";
 
-/// Words after which a name and a parenthesis are a table with its columns, or a name with its
-/// columns.
+/// Words after which a name before a parenthesis is not a function: the parenthesis lists columns.
 const BEFORE_NAME: &[&str] = &[
     "as",
     "delayed",
@@ -76,20 +77,20 @@ const BEFORE_NAME: &[&str] = &[
     "with",
 ];
 
-/// What a statement does to its session.
+/// The effects of a statement on its session.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct SessionEffects {
-    /// The user variables that it names, as they are written: `@total`.
+    /// The user variables that the statement names, as it writes them: `@total`.
     pub(super) variables: Vec<String>,
-    /// Whether it asks what the statement before it did: `last_insert_id()`, `row_count()`,
-    /// `found_rows()`.
+    /// Whether the statement reads the result of the previous one: `last_insert_id()`,
+    /// `row_count()`, `found_rows()`.
     pub(super) reads_previous_result: bool,
-    /// Whether it runs something whose text is not in the file, or that is not known.
+    /// Whether the statement runs code that is unknown or not in the file.
     pub(super) is_opaque: bool,
 }
 
 impl SessionEffects {
-    /// Also what another statement leaves.
+    /// Adds the effects of another statement.
     pub(super) fn add(&mut self, other: SessionEffects) {
         let is_new = |name: &String, known: &[String]| {
             !known.iter().any(|known| known.eq_ignore_ascii_case(name))
@@ -103,7 +104,7 @@ impl SessionEffects {
         self.is_opaque |= other.is_opaque;
     }
 
-    /// What makes each event begin with the same state; `None` where the statements have none.
+    /// The SQL that resets the session state before each event; `None` if the statements read none.
     pub(super) fn reset_sql(&self) -> Option<String> {
         if self.variables.is_empty() && !self.reads_previous_result {
             return None;
@@ -115,7 +116,8 @@ impl SessionEffects {
             sql = format!("set {}; ", variables.join(", "));
         }
         if self.reads_previous_result {
-            // The first is what `found_rows()` tells about, the second what the other two do.
+            // `select null limit 0` resets `found_rows()`, and the next statement resets the other
+            // two.
             sql.push_str("select null limit 0; ");
         }
         sql.push_str("do last_insert_id(0)");
@@ -123,7 +125,7 @@ impl SessionEffects {
     }
 }
 
-/// Reads a statement.
+/// Analyzes a statement.
 pub(super) fn analyze(sql: &str) -> SessionEffects {
     let mut effects = SessionEffects::default();
     let mut lexer = Lexer::new(sql);
@@ -141,7 +143,7 @@ pub(super) fn analyze(sql: &str) -> SessionEffects {
                 || before.is_some_and(|before| before.text == "@");
             match parse_variable(sql, &tokens[index..]) {
                 Some(name) if !is_system => effects.variables.push(name),
-                // `@@warning_count` and its like.
+                // `@@warning_count` and similar.
                 _ => effects.reads_previous_result = true,
             }
             continue;
@@ -168,7 +170,7 @@ pub(super) fn analyze(sql: &str) -> SessionEffects {
     effects
 }
 
-/// A name before a parenthesis.
+/// Adds the effects of a name before a parenthesis.
 fn check_call(before: &[Token<'_>], name: Token<'_>, adjacent: bool, effects: &mut SessionEffects) {
     let last = |back: usize| before.len().checked_sub(back).map(|at| before[at]);
     let is_qualified = last(1).is_some_and(|last| last.text == ".");
@@ -183,7 +185,7 @@ fn check_call(before: &[Token<'_>], name: Token<'_>, adjacent: bool, effects: &m
             effects.reads_previous_result = true;
             return;
         }
-        // A blank before the parenthesis can make a stored function out of one of the server's.
+        // After a blank, the name of a function of the server can be that of a stored function.
         if is_in(KEYWORDS)
             || (adjacent && (is_in(SAFE_FUNCTIONS) || is_in(VENDOR_FUNCTIONS)))
             || is_keyword_function(&word)
@@ -194,7 +196,8 @@ fn check_call(before: &[Token<'_>], name: Token<'_>, adjacent: bool, effects: &m
     effects.is_opaque = true;
 }
 
-/// Reserved words that are functions with or without a blank before the parenthesis.
+/// Whether the word is a reserved word that is a function with or without a blank before the
+/// parenthesis.
 fn is_keyword_function(word: &str) -> bool {
     matches!(
         word,
@@ -222,7 +225,7 @@ fn is_any(token: Token<'_>, words: &[&str]) -> bool {
     token.kind == TokenKind::Word && words.iter().any(|word| token.text.eq_ignore_ascii_case(word))
 }
 
-/// The user variable that an `@` begins, as it is written.
+/// The user variable that starts with the first token, an `@`, as the statement writes it.
 pub(super) fn parse_variable(sql: &str, tokens: &[Token<'_>]) -> Option<String> {
     let (at, mut end) = (tokens.first()?.at, tokens.first()?.at + 1);
     for token in &tokens[1..] {
@@ -252,7 +255,8 @@ mod tests {
         for sql in [
             "insert into t (a, b) values (?, concat(?, lower('x')))",
             "insert into db.t (a) values (1) on duplicate key update a = values(a) + (1)",
-            "insert ignore into `my t` (a) select max(a) from u where a in (1, 2) and exists (select 1)",
+            "insert ignore into `my t` (a) \
+             select max(a) from u where a in (1, 2) and exists (select 1)",
             "replace t (a) values (json_extract(?, '$.a'))",
             "update t set a = if(b > 1, cast(? as decimal(10, 2)), 0) where c in (?)",
             "with a (x) as (select 1), b as (select 2) select * from a join b using (x)",

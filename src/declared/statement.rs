@@ -1,14 +1,15 @@
-//! One statement of a file: its parameters become `?`, and what would break the protocol is
-//! refused.
+//! Compiles one statement of a file: replaces its parameters by `?`, and refuses statements that
+//! would break the projector's transaction or session.
 
 use super::lexer::{Lexer, Token, TokenKind};
 use super::parameter::Parameter;
 use super::{StatementError, session};
 
-/// MySQL's protocol counts the arguments of a statement in 16 bits.
+/// The maximum number of parameters: MySQL's protocol counts the arguments of a statement in 16
+/// bits.
 const MAX_PARAMETERS: usize = 60_000;
 
-/// Statements that commit on their own.
+/// Statements that commit implicitly.
 const IMPLICIT_COMMIT: &[&str] = &[
     "alter",
     "analyze",
@@ -30,8 +31,7 @@ const IMPLICIT_COMMIT: &[&str] = &[
     "uninstall",
 ];
 
-/// Statements that begin, end or divide a transaction, or change the connection for whoever gets it
-/// next.
+/// Statements that begin, end or divide a transaction, or change the connection for its next user.
 const TRANSACTION_CONTROL: &[&str] = &[
     "begin",
     "commit",
@@ -62,18 +62,18 @@ const SERVER_STATEMENTS: &[&str] = &[
     "shutdown",
 ];
 
-/// One statement as it is prepared, and what is bound to its `?`, in order.
+/// A statement with `?` for its parameters, and the parameters in order.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct CompiledStatement {
     pub(super) sql: String,
     pub(super) parameters: Vec<Parameter>,
 }
 
-/// The statement of an `[[on]]`.
+/// Compiles the statement of an `[[on]]`.
 ///
 /// # Errors
-/// With its place in the text, if it is none, or several, or cannot run inside the projector's
-/// transaction.
+/// If the text is empty, has several statements, or cannot run inside the projector's transaction.
+/// The error has the offset in the text.
 pub(super) fn compile_handler(text: &str) -> Result<CompiledStatement, StatementError> {
     let compiled = compile(text, "use several [[on]] tables with the same events", None)?;
     if compiled.sql.is_empty() {
@@ -84,18 +84,18 @@ pub(super) fn compile_handler(text: &str) -> Result<CompiledStatement, Statement
     let refused = if IMPLICIT_COMMIT.contains(&first) {
         format!(
             "`{first}` commits on its own and would break the projector's transaction: \
-             put it into `setup`, or leave it out"
+             put it into `setup`, or remove it"
         )
     } else if TRANSACTION_CONTROL.contains(&first) {
         format!(
-            "`{first}` is not for a handler: it runs in the projector's own transaction, which is begun and \
-             committed for it"
+            "`{first}` is not for a handler: the projector's transaction is begun and committed \
+             for it"
         )
     } else if SERVER_STATEMENTS.contains(&first) {
         format!("`{first}` is not for a handler: it acts on more than the rows of a read model")
     } else if first == "set" && !sets_only_variables(&compiled.sql) {
-        "`set` can only set user variables here (`set @name = …`): the rest belongs to the session, and would change \
-         what later statements do"
+        "`set` can only set user variables here (`set @name = …`): other variables belong to \
+         the session and would change what later statements do"
             .into()
     } else if words.windows(3).any(|words| words[0] == "into" && words[1] == "@" && words[2] == "@")
     {
@@ -106,17 +106,18 @@ pub(super) fn compile_handler(text: &str) -> Result<CompiledStatement, Statement
     Err(StatementError::new(at, refused))
 }
 
-/// A statement of `setup`.
+/// Compiles a statement of `setup`.
 ///
 /// # Errors
-/// With its place in the text, also if it would not be harmless to repeat.
+/// If the text is empty, has several statements or parameters, controls a transaction, sets other
+/// than user variables, or is harmful to repeat. The error has the offset in the text.
 pub(super) fn compile_setup(text: &str) -> Result<String, StatementError> {
     let sql = compile_standalone(text, "setup")?;
     let (at, words) = leading_words(&sql);
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let destructive = match words[..] {
         [first @ ("drop" | "truncate" | "delete"), ..] => first,
-        // A view holds nothing, and older servers have no `create view if not exists`.
+        // A view has no rows, and older servers have no `create view if not exists`.
         ["create", "or", "replace", "view" | "algorithm" | "definer" | "sql", ..] => {
             return Ok(sql);
         }
@@ -126,24 +127,27 @@ pub(super) fn compile_setup(text: &str) -> Result<String, StatementError> {
     Err(StatementError::new(
         at,
         format!(
-            "`{destructive}` is not for `setup`: boot runs setup again whenever it resumes the projector, so it \
-             would lose what was projected; write `create table if not exists`, and clean up in `teardown`"
+            "`{destructive}` is not for `setup`: boot runs setup again whenever it resumes the \
+             projector, and the projected rows would be lost; write `create table if not \
+             exists`, and clean up in `teardown`"
         ),
     ))
 }
 
-/// A statement of `teardown`.
+/// Compiles a statement of `teardown`.
 ///
 /// # Errors
-/// With its place in the text.
+/// If the text is empty, has several statements or parameters, controls a transaction, or sets
+/// other than user variables. The error has the offset in the text.
 pub(super) fn compile_teardown(text: &str) -> Result<String, StatementError> {
     compile_standalone(text, "teardown")
 }
 
-/// A statement that is run by itself, outside any event.
+/// Compiles a statement of `setup` or `teardown`, which runs without an event.
 fn compile_standalone(text: &str, list: &str) -> Result<String, StatementError> {
     let no_event = format!(
-        "`{list}` runs without an event, so it has no parameters: put a colon that is meant as text into quotes"
+        "`{list}` runs without an event, so it has no parameters: put a colon that is meant as \
+         text into quotes"
     );
     let sql =
         compile(text, &format!("make each of them an entry of `{list}`"), Some(&no_event))?.sql;
@@ -154,22 +158,23 @@ fn compile_standalone(text: &str, list: &str) -> Result<String, StatementError> 
     match words.first().map(String::as_str) {
         Some(first) if TRANSACTION_CONTROL.contains(&first) => Err(StatementError::new(
             at,
-            format!("`{first}` is not for `{list}`: each of its statements stands alone"),
+            format!("`{first}` is not for `{list}`: each statement there has its own transaction"),
         )),
         Some("set") if !sets_only_variables(&sql) => Err(StatementError::new(
             at,
             format!(
-                "`set` can only set user variables in `{list}`: it runs in a session of its own, which is thrown away \
-                 afterwards, so that a setting would not reach the handlers"
+                "`set` can only set user variables in `{list}`: `{list}` has a session of its \
+                 own, so other settings would not reach the handlers"
             ),
         )),
         _ => Ok(sql),
     }
 }
 
-/// Replaces every parameter by `?` and cuts off what a semicolon ends. All else stays as it is; a
-/// statement of nothing but blanks and comments comes out empty. `advice` is for who wrote several
-/// statements, `no_parameters` says why there can be none.
+/// Replaces every parameter by `?`, and removes the semicolon at the end and the text after it. The
+/// other text is unchanged. A statement of only blanks and comments becomes empty. `advice` is part
+/// of the error for several statements. `no_parameters` is the error for a parameter, if none is
+/// allowed.
 fn compile(
     text: &str,
     advice: &str,
@@ -228,23 +233,23 @@ fn compile(
     Ok(compiled)
 }
 
-/// What a colon outside literals and comments begins, and how long it is: a parameter, or nothing
-/// of ours.
+/// Parses what begins with a colon outside literals and comments. Returns its length, and the
+/// parameter if it is one.
 fn parse_colon(text: &str) -> Result<(Option<Parameter>, usize), StatementError> {
     match text[1..].chars().next() {
-        // An assignment, `@name := …`.
+        // An assignment: `@name := …`.
         Some('=') => Ok((None, 2)),
         Some(':') => Err(StatementError::new(
             0,
-            "`::` is not MySQL's: write `cast(… as …)` to convert a value",
+            "`::` is not MySQL syntax: write `cast(… as …)` to convert a value",
         )),
         _ => Ok(Parameter::parse(text)?
             .map_or((None, 1), |(parameter, length)| (Some(parameter), length))),
     }
 }
 
-/// Where the statement's first word stands, and its words and symbols from there on, in lower case.
-/// Parentheses before it are no matter: `(select …)`.
+/// The offset of the statement's first word, and its words and symbols from there on, in lower
+/// case. Parentheses before the first word are skipped: `(select …)`.
 fn leading_words(sql: &str) -> (usize, Vec<String>) {
     let tokens: Vec<Token<'_>> =
         tokenize(sql).into_iter().skip_while(|token| token.text == "(").collect();
@@ -265,8 +270,8 @@ pub(super) fn tokenize(sql: &str) -> Vec<Token<'_>> {
     tokens
 }
 
-/// Whether each assignment of a `set` is to a user variable. Assignments are divided by commas
-/// outside of parentheses.
+/// Whether each assignment of a `set` is to a user variable. Commas outside of parentheses separate
+/// the assignments.
 fn sets_only_variables(sql: &str) -> bool {
     let tokens = tokenize(sql);
     let mut depth = 0_usize;
@@ -284,7 +289,7 @@ fn sets_only_variables(sql: &str) -> bool {
     })
 }
 
-/// The table that a statement of `setup` creates for good, as `table` or `database.table`.
+/// The permanent table that a statement of `setup` creates, as `table` or `database.table`.
 pub(super) fn created_table(sql: &str) -> Option<String> {
     let tokens = tokenize(sql);
     let mut rest = tokens.as_slice();
@@ -325,7 +330,7 @@ mod tests {
     fn placeholders(sql: &str) -> usize {
         let mut lexer = Lexer::new(sql);
         let mut count = 0;
-        while let Some(token) = lexer.next().expect("it was read before") {
+        while let Some(token) = lexer.next().expect("it was tokenized before") {
             count += usize::from(token.text == "?");
         }
         count
@@ -335,7 +340,7 @@ mod tests {
     fn parameters_are_bound_in_textual_order() {
         let compiled =
             compile_handler("insert into t values (:stream_id,:payload.a?, -:position) ;\n-- done")
-                .expect("fine");
+                .expect("it compiles");
         assert_eq!(compiled.sql, "insert into t values (?,?, -?) ");
         let [Parameter::StreamId, Parameter::Json(a), Parameter::Position] =
             &compiled.parameters[..]
@@ -375,7 +380,7 @@ mod tests {
             ("select ?", 7, "`?` cannot be bound"),
             ("select '?', :position, ?", 23, "`?` cannot be bound"),
             ("select :nothing", 7, "unknown parameter `:nothing`"),
-            ("select a::int", 8, "`::` is not MySQL's"),
+            ("select a::int", 8, "`::` is not MySQL syntax"),
             ("select 'a", 7, "never closed"),
             ("/*!50000 drop table t */", 0, "some servers execute"),
         ] {
@@ -489,7 +494,7 @@ mod tests {
         for sql in ["set @a = 1", "prepare s from @a", "execute s"] {
             compile_setup(sql).expect(sql);
         }
-        compile_teardown("set foreign_key_checks = 0").expect_err("it is refused there, too");
+        compile_teardown("set foreign_key_checks = 0").expect_err("teardown refuses it, too");
         assert_eq!(
             compile_teardown("drop table if exists t;").as_deref(),
             Ok("drop table if exists t")
@@ -527,14 +532,15 @@ mod tests {
         }
     }
 
-    /// Fragments that matter, in any order.
+    /// Fragments of SQL syntax in any order.
     const SQL: &str =
         "([-'\"`\\\\#*/:;?.=a\n é0]|:payload|:position|\\.a|/\\*|\\*/|-- |select |.){0,30}";
 
     proptest! {
         #[test]
         fn no_text_makes_the_compiler_panic(sql in SQL) {
-            for result in [compile_handler(&sql).map(|compiled| compiled.sql), compile_setup(&sql), compile_teardown(&sql)] {
+            let handler = compile_handler(&sql).map(|compiled| compiled.sql);
+            for result in [handler, compile_setup(&sql), compile_teardown(&sql)] {
                 if let Err(error) = result {
                     prop_assert!(sql.is_char_boundary(error.at), "{} in {:?}", error.at, sql);
                 }
@@ -544,13 +550,16 @@ mod tests {
         #[test]
         fn there_are_as_many_placeholders_as_parameters(sql in SQL) {
             if let Ok(compiled) = compile_handler(&sql) {
-                prop_assert_eq!(placeholders(&compiled.sql), compiled.parameters.len(), "{:?}", compiled);
+                let count = placeholders(&compiled.sql);
+                prop_assert_eq!(count, compiled.parameters.len(), "{:?}", compiled);
                 prop_assert!(compiled.sql.len() <= sql.len());
             }
         }
 
         #[test]
-        fn a_statement_without_parameters_is_unchanged(sql in SQL.prop_map(|sql| sql.replace([':', ';'], ""))) {
+        fn a_statement_without_parameters_is_unchanged(
+            sql in SQL.prop_map(|sql| sql.replace([':', ';'], ""))
+        ) {
             if let Ok(compiled) = compile_handler(&sql) {
                 prop_assert_eq!(compiled.sql, sql);
             }
@@ -566,7 +575,8 @@ mod tests {
                 format!("select 1 -- :position {inner}"),
                 format!("select 1 # :position {inner}"),
             ] {
-                prop_assert_eq!(compile_handler(&sql), Ok(CompiledStatement { sql, parameters: vec![] }));
+                let compiled = compile_handler(&sql);
+                prop_assert_eq!(compiled, Ok(CompiledStatement { sql, parameters: vec![] }));
             }
         }
     }

@@ -1,5 +1,5 @@
-//! What the server says of the tables that inserts go to: whether many rows in one statement do the
-//! same as many statements.
+//! Checks on the server whether many rows in one insert have the same effect on a table as many
+//! inserts of one row.
 
 use std::fmt;
 
@@ -13,26 +13,26 @@ use crate::model::error::is_transient;
 /// Why a table's inserts are sent one by one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Refusal {
-    /// Without these grants the server keeps silent about triggers, or about columns.
+    /// Without these grants the server does not show triggers, or columns.
     Privileges,
-    /// Only in the strict mode is a null for a `not null` column an error in both cases; and the
-    /// text was read as it is by default.
+    /// Only in strict mode is a null for a `not null` column an error in both cases. Modes such as
+    /// `ANSI_QUOTES` change the meaning of the text that this module has already read.
     SqlMode,
-    /// A view, another engine, a table with a history; or it is not there.
+    /// A view, a table of another engine or with system versioning, or no table.
     TableKind,
-    /// It may read and write what other statements wait to write, and sees how many rows its
+    /// A trigger may read or write rows that are still buffered, and can see how many rows its
     /// statement has.
     Trigger,
-    /// What it refers to may still wait to be written. (What refers to *it* is not refused here:
-    /// that table has a foreign key, so none of its rows wait, and all others are written before
-    /// them.)
+    /// The referenced row may still be buffered. Tables that refer to *this* table need no refusal:
+    /// they have a foreign key themselves, so their rows are never buffered, and all buffered rows
+    /// are sent before them.
     ForeignKey,
-    /// MariaDB: an `insert ignore` of one row that a constraint refuses is an error; of many rows,
-    /// it leaves that row out.
+    /// On MariaDB, an `insert ignore` of one row that violates a constraint is an error. With many
+    /// rows, the row is left out.
     CheckConstraint,
-    /// An `auto_increment`, or a default that is the time or another function.
+    /// A column with `auto_increment`, or with a default that is the time or another function.
     ComputedColumn,
-    /// The server does not tell, for whatever reason.
+    /// The server did not answer the query.
     Unknown,
 }
 
@@ -40,39 +40,41 @@ impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Refusal::Privileges => {
-                "the database user cannot see whether it has triggers: grant trigger and insert on the table"
+                "the database user cannot see the table's triggers: grant trigger and insert on \
+                 the table to the user itself"
             }
             Refusal::SqlMode => {
-                "the session's sql_mode is not strict or reads quotes in another way, or its limits are unusual"
+                "the session's sql_mode is not strict or changes the meaning of quotes, or its \
+                 limits are unusual"
             }
-            Refusal::TableKind => "it is no InnoDB base table",
+            Refusal::TableKind => "it is not an InnoDB base table",
             Refusal::Trigger => "it has a trigger",
             Refusal::ForeignKey => "it has a foreign key",
             Refusal::CheckConstraint => {
-                "it has a check constraint (a json column is one on MariaDB) and an insert ignores errors"
+                "it has a check constraint (on MariaDB, a json column has one) and an insert \
+                 ignores errors"
             }
-            Refusal::ComputedColumn => "a column of it has auto_increment, or a default that is computed",
-            Refusal::Unknown => "the server does not answer what is targets about it",
+            Refusal::ComputedColumn => "a column has auto_increment or a computed default",
+            Refusal::Unknown => "the server did not answer the query for its definition",
         })
     }
 }
 
-/// A table, and whether an `insert ignore` goes to it.
+/// A table, and whether one of its inserts is an `insert ignore`.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct InsertTarget<'n> {
     pub(super) name: &'n str,
     pub(super) ignores: bool,
 }
 
-/// Asks for the facts of some tables. They stay true for as long as the transaction has a lock on
-/// the tables' definitions, which every statement takes that reads or writes them: so ask *after*
-/// such a statement.
+/// Checks some tables. A result holds while the transaction has a metadata lock on the table. Every
+/// statement that reads or writes the table takes that lock, so call this *after* such a statement.
 ///
-/// Only names of letters, digits, `_` and `$`, as [`super::insert::parse`] finds them, may come
-/// here.
+/// The names must consist of letters, digits, `_` and `$`, as [`super::insert::parse`] ensures.
 ///
 /// # Errors
-/// What is transient. Any other error is none of the projector's: the tables are refused then.
+/// Transient errors. After any other error, all tables are refused: it is not a failure of the
+/// projector.
 pub(super) async fn check_tables(
     targets: &[InsertTarget<'_>],
     db: &mut MySqlConnection,
@@ -85,7 +87,7 @@ pub(super) async fn check_tables(
         Ok(facts) => Ok(targets.iter().map(|target| check_table(&facts, *target)).collect()),
         Err(error) if is_transient(&error) => Err(error),
         Err(error) => {
-            debug!(%error, "the tables' definitions cannot be read");
+            debug!(%error, "the definitions of the tables cannot be read");
             Ok(vec![Err(Refusal::Unknown); targets.len()])
         }
     }
@@ -99,8 +101,7 @@ async fn read_facts(sql: String, db: &mut MySqlConnection) -> Result<Vec<Fact>, 
     rows.iter().map(fact).collect()
 }
 
-/// One row of the answer: what it is about, the table (or pattern of databases), and what is said
-/// of it.
+/// One row of the answer: its kind, the table (or pattern of databases), and the detail.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Fact {
     kind: String,
@@ -108,17 +109,21 @@ struct Fact {
     detail: String,
 }
 
-/// The user's grants, without those of roles; and whether the session is as it must be. `/*!8… */`
-/// is read by MySQL only: `partial_revokes` can take a database out of a global grant, and the last
-/// variable can hide a key that MySQL made itself.
+/// The user's grants, without those of roles, and the relevant settings of the session. Only MySQL
+/// reads `/*!8… */`. `partial_revokes` can exclude a database from a global grant. The last
+/// variable can hide a primary key that MySQL generated.
 const SESSION_FACTS: &str = "\
     select 'session' as kind, '' as about, concat_ws(',', @@sql_mode, \
         if(@@max_allowed_packet >= {bytes}, 'wide', 'narrow'), \
-        if(1 = 1 /*!80030 and @@show_gipk_in_create_table_and_information_schema = 1 */, 'open', 'hidden')) as what \
+        if(1 = 1 /*!80030 and @@show_gipk_in_create_table_and_information_schema = 1 */, \
+            'open', 'hidden')) as what \
     union all select 'global', '', privilege_type from information_schema.user_privileges \
-        where privilege_type in ('INSERT', 'TRIGGER') and grantee = concat('''', substring_index(current_user(), '@', 1), \
-            '''@''', substring_index(current_user(), '@', -1), '''') /*!80016 and @@partial_revokes = 0 */ \
-    union all select 'database', table_schema, privilege_type from information_schema.schema_privileges \
+        where privilege_type in ('INSERT', 'TRIGGER') \
+            and grantee = concat('''', substring_index(current_user(), '@', 1), \
+            '''@''', substring_index(current_user(), '@', -1), '''') \
+            /*!80016 and @@partial_revokes = 0 */ \
+    union all select 'database', table_schema, privilege_type \
+        from information_schema.schema_privileges \
         where cast(database() as binary) like cast(table_schema as binary) \
             and grantee = concat('''', substring_index(current_user(), '@', 1), \
             '''@''', substring_index(current_user(), '@', -1), '''') \
@@ -127,30 +132,35 @@ const SESSION_FACTS: &str = "\
             and grantee = concat('''', substring_index(current_user(), '@', 1), \
             '''@''', substring_index(current_user(), '@', -1), '''')";
 
-/// Each part names its one table, by which MariaDB looks at no other. A default is computed where
-/// MySQL says so, and on MariaDB, where it is neither a literal nor null. A null for a `timestamp`
-/// that cannot be null was the time in old days.
+/// The facts of one table. Each part names the table, so that MariaDB opens no other table. MySQL
+/// marks a computed default in `extra`. On MariaDB, a default is computed if it is neither a
+/// literal nor null. Without `explicit_defaults_for_timestamp`, a null for a `timestamp not null`
+/// column becomes the current time.
 const TABLE_FACTS: &str = "\
-    union all select 'is', table_name, concat(table_type, ' ', coalesce(engine, '')) from information_schema.tables \
+    union all select 'is', table_name, concat(table_type, ' ', coalesce(engine, '')) \
+        from information_schema.tables \
         where table_schema = database() and table_name = '{table}' \
     union all select 'trigger', event_object_table, '' from information_schema.triggers \
         where event_object_schema = database() and event_object_table = '{table}' \
     union all select 'foreign key', table_name, '' from information_schema.table_constraints \
-        where table_schema = database() and table_name = '{table}' and constraint_type = 'FOREIGN KEY' \
+        where table_schema = database() and table_name = '{table}' \
+            and constraint_type = 'FOREIGN KEY' \
     union all select 'check', table_name, '' from information_schema.table_constraints \
         where table_schema = database() and table_name = '{table}' and constraint_type = 'CHECK' \
     /*M!100300 union all select 'check', table_name, '' from information_schema.check_constraints \
         where constraint_schema = database() and table_name = '{table}' */ \
     union all select 'column', table_name, column_name from information_schema.columns \
         where table_schema = database() and table_name = '{table}' \
-            and (extra like '%auto_increment%' or extra like '%default_generated%' or extra like '%on update%' \
+            and (extra like '%auto_increment%' or extra like '%default_generated%' \
+                or extra like '%on update%' \
                 or column_default like 'current_timestamp%' \
                 or (version() like '%mariadb%' and column_default <> 'NULL' \
                     and column_default not regexp '^([bx]?''([^'']|'''')*''|[-+0-9.e]+)$') \
-                or (data_type = 'timestamp' and is_nullable = 'NO' and @@explicit_defaults_for_timestamp = 0))";
+                or (data_type = 'timestamp' and is_nullable = 'NO' \
+                    and @@explicit_defaults_for_timestamp = 0))";
 
-/// Names are compared without their case, whatever the server does: two tables of one name are then
-/// taken for one, by what is worse of either.
+/// Decides by the facts. Names are compared without their case, whatever the server does. If two
+/// tables have the same name in this sense, the facts of both count for each.
 fn check_table(
     facts: &[Fact],
     InsertTarget { name: table, ignores }: InsertTarget<'_>,
@@ -161,7 +171,8 @@ fn check_table(
     let modes: Vec<String> =
         common("session").flat_map(|fact| fact.detail.split(',')).map(str::to_uppercase).collect();
     let has_mode = |mode: &str| modes.iter().any(|other| other == mode);
-    // Of several patterns that a database's name matches only one counts, and it is not said which.
+    // If several patterns match the database's name, the server applies only one of them, and does
+    // not show which.
     let mut patterns: Vec<&str> = common("database").map(|fact| fact.table.as_str()).collect();
     patterns.sort_unstable();
     patterns.dedup();
@@ -282,7 +293,7 @@ mod tests {
             vec![fact("database", "app", "INSERT")],
             vec![fact("database", "app", "TRIGGER")],
             vec![fact("global", "", "TRIGGER"), fact("table", "other", "INSERT")],
-            // `app` and `ap_` both match, and the server takes one of them.
+            // `app` and `ap_` both match, and the server applies one of them.
             vec![
                 fact("database", "app", "INSERT"),
                 fact("database", "ap_", "INSERT"),

@@ -1,4 +1,4 @@
-//! One batch, one projector, one transaction.
+//! Applies one batch to one projector in one transaction.
 
 use std::any::Any;
 use std::panic::AssertUnwindSafe;
@@ -25,75 +25,115 @@ use crate::model::metrics;
 use crate::model::projector::SessionUse;
 use crate::model::registry::RegisteredProjector;
 
-/// How long a projector's row is claimed while its next batch is awaited.
+/// How long a projector's row stays claimed while its next batch is being read.
 pub(crate) const CLAIM_CARRY_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Events that move a projector from one position to another.
+/// The events that move a projector from one position to another.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Batch<'a> {
-    /// Where the projector stands.
+    /// The projector's position before the batch.
     pub(crate) after: Position,
-    /// Where it will stand.
+    /// The projector's position after the batch.
     pub(crate) through: Position,
-    /// All events in between; those that it does not want are passed over.
+    /// All events between the two positions, including those that the projector does not subscribe
+    /// to.
     pub(crate) events: &'a [Event],
 }
 
 impl<'a> Batch<'a> {
-    /// The events that a projector is to see.
+    /// The events of the batch that the projector subscribes to.
     pub(crate) fn wanted(self, projector: &RegisteredProjector) -> impl Iterator<Item = &'a Event> {
         self.events.iter().filter(|event| projector.subscribes_to(event))
     }
+
+    /// The part of the batch between `position` and `end`. `None` if it is empty, or if `position`
+    /// is before the batch.
+    pub(crate) fn between(self, position: Position, end: Position) -> Option<Self> {
+        self.above(position).map(|rest| rest.up_to(end)).filter(|part| part.after < part.through)
+    }
+
+    /// The part of the batch that lies above `position`. `None` if `position` is before the batch.
+    pub(crate) fn above(self, position: Position) -> Option<Self> {
+        if position < self.after {
+            return None;
+        }
+        let known = self.events.partition_point(|event| event.position() <= position);
+        Some(Batch { after: position, events: &self.events[known..], ..self })
+    }
+
+    /// The part of the batch up to and including `position`.
+    pub(crate) fn up_to(self, position: Position) -> Self {
+        let through = self.through.min(position).max(self.after);
+        let within = self.events.partition_point(|event| event.position() <= through);
+        Batch { through, events: &self.events[..within], ..self }
+    }
 }
 
-/// Why a batch was not applied. Nothing of it is stored, but for [`ApplyError::PartiallyApplied`].
+/// Why a batch was not applied. Except for [`ApplyError::PartiallyApplied`], nothing was committed.
 #[derive(Debug)]
 pub(crate) enum ApplyError {
-    /// The ledger no longer has the projector where this worker thought it was; `None`: not at all.
+    /// The projector's ledger row no longer satisfies the claim, for instance because another
+    /// worker has moved its position. `None`: the row is gone.
     ClaimLost(Option<Box<Entry>>),
-    /// The projector's own: an error, a panic, a session that it has changed.
+    /// The projector's own error: its handler failed, panicked, or changed its session.
     Projector(anyhow::Error),
-    /// The transaction was rolled back while the handler had it, and the handler went on: it does
-    /// not pass on errors, or it rolls back by itself. The moment's fault, unless it happens again
-    /// and again.
+    /// The transaction was rolled back while the handler ran, and the handler continued. Either the
+    /// handler ignored a database error, or it rolled back itself. The error is treated as
+    /// transient unless it recurs.
     RolledBack(anyhow::Error),
-    /// The handler committed a part of the batch, by itself or by a statement that does so. The
-    /// batch must not be applied again, not even in part.
+    /// The handler committed a part of the batch, explicitly or with a statement that commits
+    /// implicitly. The batch must not be applied again, not even partly.
     PartiallyApplied(anyhow::Error),
-    /// The handler's own fault, or that of its connection: it did not end in time, perhaps because
-    /// the connection was cut off without a word; or the two do not understand each other, perhaps
-    /// because it binds more than its statement has room for.
+    /// Either the handler or its connection is at fault. The handler may have timed out because the
+    /// connection was cut silently. Or driver and server are out of step, for instance because the
+    /// handler binds more parameters than its statement has placeholders.
     Ambiguous(anyhow::Error),
-    /// The moment's: a deadlock, a lock wait, a lost connection.
+    /// A transient error: a deadlock, a lock wait timeout, a lost connection.
     Transient(anyhow::Error),
-    /// The connection was lost while the handler sent something: the moment's fault too, unless it
-    /// happens again and again.
+    /// The connection was lost during one of the handler's statements. The error is treated as
+    /// transient unless it recurs.
     ConnectionClosed(anyhow::Error),
-    /// Ours: a statement on the ledger that cannot succeed, for want of a grant perhaps.
+    /// A statement on the ledger failed permanently, for instance because a privilege is missing.
     Ledger(sqlx::Error),
 }
 
-impl From<sqlx::Error> for ApplyError {
-    /// Whatever our own statements run into is no fault of the projector's.
-    fn from(error: sqlx::Error) -> Self {
-        match is_transient(&error) {
-            true => ApplyError::Transient(error.into()),
-            false => ApplyError::Ledger(error),
+impl ApplyError {
+    /// The handler's error, if it returned one.
+    fn handler_error(&self) -> Option<&anyhow::Error> {
+        match self {
+            ApplyError::Projector(error)
+            | ApplyError::RolledBack(error)
+            | ApplyError::PartiallyApplied(error)
+            | ApplyError::Ambiguous(error)
+            | ApplyError::Transient(error)
+            | ApplyError::ConnectionClosed(error) => Some(error),
+            ApplyError::ClaimLost(_) | ApplyError::Ledger(_) => None,
         }
     }
 }
 
-/// Whether a projector's row stays claimed from batch to batch, and the claim in between: the
-/// commit of the one and the claim for the next are one round trip then.
+impl From<sqlx::Error> for ApplyError {
+    /// Errors of the engine's own statements are never attributed to the projector.
+    fn from(error: sqlx::Error) -> Self {
+        if is_transient(&error) {
+            ApplyError::Transient(error.into())
+        } else {
+            ApplyError::Ledger(error)
+        }
+    }
+}
+
+/// Carries the claim on a projector's row from one batch to the next. The commit of a batch and the
+/// claim for the next one then take a single round trip.
 #[derive(Debug, Default)]
 pub(crate) struct ClaimCarry {
-    /// Whether the next batch follows at once, so that it is worth while.
+    /// Whether the next batch follows immediately. Otherwise carrying the claim does not pay off.
     pub(crate) should_carry: bool,
     claim: Option<CarriedClaim>,
 }
 
-/// A session whose transaction has locked a projector's row, and nothing else. Dropped, the pool
-/// rolls it back.
+/// A session whose transaction has locked a projector's row and has done nothing else. When it is
+/// dropped, the pool rolls the transaction back.
 #[derive(Debug)]
 struct CarriedClaim {
     session: HandlerSession,
@@ -102,7 +142,7 @@ struct CarriedClaim {
 }
 
 impl ClaimCarry {
-    /// No claim before, and none after.
+    /// Starts without a claim and leaves none.
     pub(crate) fn none() -> Self {
         ClaimCarry::default()
     }
@@ -111,13 +151,13 @@ impl ClaimCarry {
         self.claim.is_some()
     }
 
-    /// Gives the row back to whoever waits for it.
+    /// Releases the claim, so that waiting sessions can lock the row.
     pub(crate) fn release(&mut self) {
         self.claim = None;
     }
 
-    /// The session of a claim at this position. A claim that is old is given back: its session may
-    /// have ended.
+    /// Returns the session of a claim at this position. An old claim is released instead: its
+    /// session may have ended.
     fn take(&mut self, at: Position) -> Option<HandlerSession> {
         let claim = self.claim.take()?;
         (claim.position == at && claim.since.elapsed() < CLAIM_CARRY_TIMEOUT)
@@ -125,9 +165,9 @@ impl ClaimCarry {
     }
 }
 
-/// Applies a batch: lock the ledger row, check the claim, run the handler, move the position,
-/// commit. That is two round trips, and those of the handler; from a batch to the one that follows
-/// at once, one.
+/// Applies a batch: locks the ledger row, checks the claim, runs the handler, moves the position
+/// and commits. Besides the handler's own round trips this takes two, or one if the claim was
+/// carried over from the batch before.
 pub(crate) async fn apply(
     database: &Database,
     projector: &RegisteredProjector,
@@ -157,20 +197,20 @@ pub(crate) async fn apply(
                 Some(CarriedClaim { session, position: batch.through, since: Instant::now() })
         }
         CommitOutcome::Released => database.release_handler_session(session),
-        // Dropped, the session is closed, and what was begun in it is rolled back, as after an
-        // error.
+        // Dropping the session closes it and rolls back the transaction begun for the next batch.
         CommitOutcome::ClaimLost => {}
         CommitOutcome::NotMoved => {
             return Err(ApplyError::PartiallyApplied(anyhow!(
-                "the handler's writes are stored without its position: it deleted its projector's row in the ledger, or hid \
-                 the ledger behind a temporary table. The batch cannot be applied again: rebuild the read model"
+                "the handler's writes are committed, but the position is not: the handler deleted \
+                 its projector's row in the ledger, or hid the ledger behind a temporary table. \
+                 The batch cannot be applied again: rebuild the read model"
             )));
         }
     }
     Ok(())
 }
 
-/// Opens a session with the row locked.
+/// Opens a session and locks the projector's row.
 async fn claim_row(
     database: &Database,
     projector: &RegisteredProjector,
@@ -180,11 +220,11 @@ async fn claim_row(
 ) -> Result<HandlerSession, ApplyError> {
     let mut session = database.acquire_handler_session(&projector.id, projector.session).await?;
     if handler_timeout >= SERVER_WAIT_TIMEOUT {
-        let silent_for = handler_timeout + SERVER_WAIT_TIMEOUT;
-        let allow = format!("set session wait_timeout = {}", silent_for.as_secs());
+        let wait_timeout = handler_timeout + SERVER_WAIT_TIMEOUT;
+        let sql = format!("set session wait_timeout = {}", wait_timeout.as_secs());
         session.record_set();
         database
-            .with_timeout(sqlx::raw_sql(AssertSqlSafe(allow)).execute(&mut *session.connection))
+            .with_timeout(sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut *session.connection))
             .await?;
     }
     let unchanged = database.session_unchanged_condition();
@@ -199,8 +239,8 @@ async fn claim_row(
     Ok(session)
 }
 
-/// Runs the handler in a session that has the claim, and commits; and, if `should_carry`, claims
-/// the row for what comes next, unless the batch had nothing for the projector.
+/// Runs the handler in a session that has the claim, and commits. If `should_carry` is set and the
+/// batch had events for the projector, the row is claimed again for the next batch.
 async fn run_and_commit(
     database: &Database,
     session: &mut HandlerSession,
@@ -220,9 +260,10 @@ async fn run_and_commit(
     let savepoint = session.savepoint.clone();
     let row = Claim { projector, stage, savepoint: &savepoint, unchanged_condition: &unchanged };
     let moving = async {
-        match should_carry && !wanted.is_empty() {
-            true => row.commit_and_begin(&mut session.connection, from, to).await,
-            false => row.commit(&mut session.connection, from, to).await,
+        if should_carry && !wanted.is_empty() {
+            row.commit_and_begin(&mut session.connection, from, to).await
+        } else {
+            row.commit(&mut session.connection, from, to).await
         }
     };
     let moved = match database.with_timeout(moving).await {
@@ -234,8 +275,8 @@ async fn run_and_commit(
     Ok(moved)
 }
 
-/// Runs the handler. After an error its transaction is rolled back, or the error says what is
-/// stored of it.
+/// Runs the handler. After an error its transaction is rolled back, or the error reports a partial
+/// commit.
 async fn run_handler(
     database: &Database,
     session: &mut HandlerSession,
@@ -260,11 +301,9 @@ async fn run_handler(
         guard.is_armed = false;
         return Ok(());
     };
-    // It may be in the middle of a statement, which must end before the session can say anything.
-    let stopped = match was_interrupted {
-        true => database.kill_query(&session.id).await,
-        false => Ok(()),
-    };
+    // An interrupted handler may have left a statement running. The session accepts no other
+    // statement until that one ends.
+    let stopped = if was_interrupted { database.kill_query(&session.id).await } else { Ok(()) };
     let ended = match stopped {
         Ok(()) => database.roll_back(session).await,
         Err(error) => Err(error),
@@ -274,20 +313,21 @@ async fn run_handler(
             guard.is_armed = false;
             Err(with_transaction_outcome(ended, failed))
         }
-        // Its connection is of no use any more. What it committed before, the mark in its row
-        // tells. A session that does not answer may hold its locks still; one that is lost does
-        // not.
+        // The connection is unusable. If the handler committed anything, `partially_applied` is set
+        // in its projector's row, and the next claim fails. A session that does not respond may
+        // still hold its locks, so it is killed. A lost session holds none.
         Err(error) => {
-            match was_interrupted || is_timeout(&error) {
-                true => guard.kill_session().await,
-                false => guard.is_armed = false,
+            if was_interrupted || is_timeout(&error) {
+                guard.kill_session().await;
+            } else {
+                guard.is_armed = false;
             }
             Err(failed)
         }
     }
 }
 
-/// What a handler's error says: whose fault it is.
+/// Classifies an error that the handler returned.
 fn classify_handler_error(
     database: &Database,
     wanted: &[&Event],
@@ -297,15 +337,15 @@ fn classify_handler_error(
         database.discard_if_read_only(error);
     }
     match database_error(&error) {
-        // The driver waits for an answer that nobody owes it.
+        // The driver waits for a response that the server will not send.
         Some(sqlx::Error::Protocol(_)) => ApplyError::Ambiguous(error),
         Some(lost) if is_connection_reset(lost) => ApplyError::ConnectionClosed(error),
-        Some(passing) if is_transient(passing) => ApplyError::Transient(error),
+        Some(transient) if is_transient(transient) => ApplyError::Transient(error),
         _ => ApplyError::Projector(first_decode_error(wanted).unwrap_or(error)),
     }
 }
 
-/// An error of a handler, with what became of its transaction.
+/// Combines a handler's error with the outcome of its transaction.
 fn with_transaction_outcome(ended: TransactionOutcome, error: ApplyError) -> ApplyError {
     match (ended, error) {
         (TransactionOutcome::Committed(by), error) => {
@@ -318,7 +358,8 @@ fn with_transaction_outcome(ended: TransactionOutcome, error: ApplyError) -> App
     }
 }
 
-/// Why a commit of ours failed. Nothing of the batch is stored, or it says so.
+/// Classifies a failed commit. Nothing of the batch was committed, except in the case of
+/// [`ApplyError::PartiallyApplied`].
 async fn classify_commit_error(
     database: &Database,
     session: &mut HandlerSession,
@@ -332,8 +373,8 @@ async fn classify_commit_error(
             }
             Ok(TransactionOutcome::StillOpen | TransactionOutcome::RolledBack) => {
                 ApplyError::RolledBack(anyhow!(
-                    "the transaction was rolled back while the handler had it: by a deadlock or a lock wait whose error the handler \
-                 did not pass on, or by the handler itself"
+                    "the transaction was rolled back during the handler: by a deadlock or a lock \
+                     wait timeout whose error the handler did not return, or by the handler itself"
                 ))
             }
             Err(lost) => lost.into(),
@@ -344,8 +385,9 @@ async fn classify_commit_error(
     }
     match database.changed_settings(session).await {
         Ok(Some(changed)) => ApplyError::Projector(anyhow!(
-            "the handler has changed its session and not changed it back: {changed}. What it applies next would mean \
-             something else; set the value back before the handler ends, or do without it"
+            "the handler changed its session and did not restore it: {changed}. Later statements \
+             in this session would behave differently. Restore the value before the handler ends, \
+             or do not change it"
         )),
         Ok(None) if number == 1690 => ApplyError::Projector(anyhow!(
             "the handler changed its projector's own row in the ledger"
@@ -359,36 +401,22 @@ fn partially_applied(by: &str, error: Option<&anyhow::Error>) -> anyhow::Error {
     let error =
         error.map(|error| format!("; then it failed: {}", format_chain(error))).unwrap_or_default();
     anyhow!(
-        "the handler committed the transaction, by itself or by a statement that does so (counted: {by}). A part of this \
-         batch is stored without its position, so that it cannot be applied again: rebuild the read model{error}"
+        "the handler committed the transaction, explicitly or with a statement that commits \
+         implicitly (counted: {by}). A part of this batch is stored without its position, so the \
+         batch cannot be applied again: rebuild the read model{error}"
     )
 }
 
-impl ApplyError {
-    /// What the handler returned, if it did.
-    fn handler_error(&self) -> Option<&anyhow::Error> {
-        match self {
-            ApplyError::Projector(error)
-            | ApplyError::RolledBack(error)
-            | ApplyError::PartiallyApplied(error)
-            | ApplyError::Ambiguous(error)
-            | ApplyError::Transient(error)
-            | ApplyError::ConnectionClosed(error) => Some(error),
-            ApplyError::ClaimLost(_) | ApplyError::Ledger(_) => None,
-        }
-    }
-}
-
-/// Of a handler that was given nothing for a field that cannot be read: what it did with that does
-/// not count.
+/// The first event with a field that could not be decoded. The accessor returned a default value
+/// for it, so the handler's result is discarded.
 fn first_decode_error(wanted: &[&Event]) -> Option<anyhow::Error> {
     let (event, error) = wanted.iter().find_map(|event| Some((event, event.decode_error()?)))?;
-    Some(anyhow!("event {} cannot be read: {error}", event.position()))
+    Some(anyhow!("event {} cannot be decoded: {error}", event.position()))
 }
 
-/// While a handler runs. One that is cut off may be in the middle of a statement: its connection is
-/// of no more use then, and its projector's row would stay locked until the server has finished
-/// with the statement.
+/// Guards a running handler. If the handler is interrupted, a statement may still be running: the
+/// connection is unusable, and the projector's row stays locked until the server finishes that
+/// statement. If the guard is dropped while armed, it kills the session.
 struct RunningHandler<'a> {
     database: &'a Database,
     session: SessionId,
@@ -396,34 +424,43 @@ struct RunningHandler<'a> {
 }
 
 impl RunningHandler<'_> {
-    /// Ends the session in which a handler was cut off, and with it the lock. Where that cannot be
-    /// done now, it is tried once more, as where nobody waits for it: what became of the handler is
-    /// known all the same.
+    /// Kills the session of an interrupted handler, which releases its locks. If that fails,
+    /// dropping the guard tries again in the background. The caller does not need the result: it
+    /// already knows the handler's error.
     async fn kill_session(mut self) {
         match self.database.kill_session(&self.session).await {
             Ok(()) => self.is_armed = false,
             Err(error) => {
-                debug!(session = self.session.connection_id(), %error, "a handler's session was not ended at once")
+                debug!(
+                    session = self.session.connection_id(), %error,
+                    "cannot kill a handler's session, trying once more"
+                )
             }
         }
     }
 }
 
 impl Drop for RunningHandler<'_> {
-    /// The same, where nobody waits for it: the whole work was dropped, by a shutdown or for want
-    /// of time.
+    /// Kills the session in the background if the handler's future was dropped, for instance by a
+    /// shutdown or a timeout.
     fn drop(&mut self) {
-        let (true, Ok(runtime)) = (self.is_armed, Handle::try_current()) else { return };
+        if !self.is_armed {
+            return;
+        }
+        let Ok(runtime) = Handle::try_current() else { return };
         let (database, session) = (self.database.clone(), self.session.clone());
         runtime.spawn(async move {
             if let Err(error) = database.kill_session(&session).await {
-                debug!(session = session.connection_id(), %error, "a handler's session was not ended, and ends with its statement");
+                debug!(
+                    session = session.connection_id(), %error,
+                    "cannot kill a handler's session: it ends when its statement ends"
+                );
             }
         });
     }
 }
 
-/// Runs a projector's setup, outside any transaction: it creates tables.
+/// Runs a projector's setup, outside any transaction because it creates tables.
 pub(crate) async fn set_up(
     database: &Database,
     projector: &RegisteredProjector,
@@ -437,7 +474,7 @@ pub(crate) async fn set_up(
         .unwrap_or_else(|panic| Err(panic_error("setup", panic.as_ref())))
 }
 
-/// Runs a projector's teardown, likewise.
+/// Runs a projector's teardown, also outside any transaction.
 pub(crate) async fn tear_down(
     database: &Database,
     projector: &RegisteredProjector,

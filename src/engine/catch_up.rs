@@ -1,4 +1,5 @@
-//! The one loop that reads MySQL and applies: boot's replay, and the repair of every hole.
+//! The loop that reads events from the store and applies them. Boot uses it to replay the log, and
+//! play uses it to fill in events that the queue did not deliver.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -16,31 +17,31 @@ use crate::model::lifecycle::Stage;
 use crate::model::registry::RegisteredProjector;
 use crate::store::{EventFilter, Page, ReadAhead, ReadLimits};
 
-/// Projectors that apply one page at the same time, each on a connection of its own.
+/// How many projectors apply the same page at the same time, each on its own connection.
 pub(crate) const MAX_CONCURRENT_PROJECTORS: usize = 8;
 
-/// A projector on its way through the log.
+/// A projector's progress through the log.
 pub(crate) struct Cursor {
     pub(crate) projector: Arc<RegisteredProjector>,
     pub(crate) position: Position,
     pub(crate) state: CursorState,
-    /// Where it began, and when.
+    /// The position and the time at which this cursor started.
     pub(crate) start: (Position, Instant),
-    /// Whether it was broken when boot began: then it neither stops the others nor is stopped by
-    /// them.
+    /// Whether the projector was already broken when boot began. Such a projector neither stops the
+    /// others nor is stopped by them.
     pub(crate) was_broken: bool,
 }
 
-/// Whether a cursor goes on.
+/// Whether a cursor continues.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum CursorState {
-    /// It does.
+    /// The cursor continues.
     Running,
-    /// Its projector broke; it stands just before the event.
+    /// The projector broke. Its position is just before the failing event.
     Broken,
-    /// Another worker, another boot or retire took it over.
+    /// Another worker, another boot or retire took the projector over.
     TakenOver,
-    /// The database failed for too long.
+    /// Transient errors outlasted the retry timeout, or the ledger cannot be written.
     GaveUp(String),
 }
 
@@ -56,8 +57,8 @@ impl Cursor {
         }
     }
 
-    /// Whether boot must not go on with the others as it did: this one broke and did not before, or
-    /// gave up.
+    /// Whether boot must stop the other projectors: this one gave up, or it broke and was not
+    /// broken before.
     pub(crate) fn should_stop_boot(&self) -> bool {
         match self.state {
             CursorState::Broken => !self.was_broken,
@@ -70,7 +71,7 @@ impl Cursor {
         self.state == CursorState::Running
     }
 
-    /// Takes note of what became of a batch.
+    /// Records the outcome of a batch.
     pub(crate) fn record(&mut self, outcome: ApplyOutcome) {
         match outcome {
             ApplyOutcome::Reached(position) | ApplyOutcome::MovedByOther(position) => {
@@ -82,9 +83,10 @@ impl Cursor {
         }
     }
 
-    /// Takes note of its row after an attempt to release it from boot: boot goes on with what is
-    /// still its own, from where that stands, and lets go of what went live, was retired, is no
-    /// more, was booted by another release, or must be rebuilt.
+    /// Records the projector's ledger row after an attempt to hand it over or to finish it. If boot
+    /// still owns the projector, the cursor continues from the row's position. It is taken over if
+    /// the row shows that the projector went live, was retired or removed, was booted by another
+    /// release, or must be rebuilt.
     pub(crate) fn record_entry(&mut self, entry: Option<&Entry>) {
         let is_ours = |entry: &&Entry| {
             let is_playable =
@@ -101,7 +103,8 @@ impl Cursor {
         self.is_running() && self.position < through
     }
 
-    /// What it applies of a page, if it stands in it.
+    /// The part of a page that this cursor has to apply. `None` if the cursor is not running, or
+    /// its position is outside the page.
     pub(crate) fn batch<'a>(&self, page: &'a Page) -> Option<Batch<'a>> {
         if !self.is_running() || !(page.after..page.through).contains(&self.position) {
             return None;
@@ -111,19 +114,19 @@ impl Cursor {
     }
 }
 
-/// Where the next page begins: at the position of the cursor that is furthest behind `through`.
+/// Where the next page begins: the lowest position of the running cursors below `through`.
 pub(crate) fn lowest_behind(cursors: &[Cursor], through: Position) -> Option<Position> {
     cursors.iter().filter(|cursor| cursor.is_behind(through)).map(|cursor| cursor.position).min()
 }
 
 impl Engine {
     /// Brings every running cursor to `through`, which must not lie above the high-water mark. The
-    /// log is read once for all of them, from the lowest on, and ahead of what is applied. In boot,
-    /// the first failure of a projector that was not broken before ends it; in play, each cursor
-    /// goes on without the others.
+    /// log is read once for all cursors, from the lowest position on, ahead of the handlers. In
+    /// boot, the first failure of a projector that was not broken before ends the catch-up. In
+    /// play, the other cursors continue without the failed one.
     ///
     /// # Errors
-    /// If the log cannot be read, for longer than the engine's patience where it is transient.
+    /// If the log cannot be read. Transient errors are retried for the engine's `retry_timeout`.
     pub(crate) async fn catch_up(
         &self,
         stage: Stage,
@@ -166,11 +169,13 @@ impl Engine {
         }
     }
 
-    /// Whether a row may stay claimed from page to page. Only in boot, for in play other workers
-    /// are at it; only where a projector is alone, for among several it would be claimed while the
-    /// others are waited for, and they may wait for a boot that waits for it; and not where its
-    /// handler acts elsewhere, which cannot be rolled back: such a one looks at its row just
-    /// before.
+    /// Whether a row may stay claimed from page to page. All of these must hold:
+    ///
+    /// - The stage is boot. In play, other workers claim the same rows.
+    /// - Only one projector is running. With several, the row would stay locked while the others
+    ///   are awaited, and they may wait for another boot that waits for this row.
+    /// - The handler has no side effects outside its transaction. They cannot be rolled back, so
+    ///   such a handler must check its row just before it runs.
     fn may_carry(&self, stage: Stage, cursors: &[Cursor]) -> bool {
         let mut running = cursors.iter().filter(|cursor| cursor.is_running());
         match (running.next(), running.next()) {
@@ -181,7 +186,7 @@ impl Engine {
         }
     }
 
-    /// Passes a page to every cursor that stands in it.
+    /// Applies a page to every cursor whose position is in the page.
     async fn apply_page(
         &self,
         stage: Stage,
@@ -210,9 +215,9 @@ impl Engine {
             .await;
     }
 
-    /// Moves those cursors together whose batch up to `through` has nothing for them: it costs one
-    /// statement, and not a transaction each. Whoever is not moved by that, for whatever reason, is
-    /// left to be delivered to.
+    /// Moves all cursors whose batch up to `through` has no events for them, with one statement
+    /// instead of one transaction each. Cursors that this does not move, for whatever reason, go
+    /// through the normal path.
     pub(crate) async fn skip_ahead<'a>(
         &self,
         stage: Stage,
@@ -234,9 +239,9 @@ impl Engine {
                 Ok(moved) if moved == projectors.len() as u64 => {
                     together.iter_mut().for_each(|cursor| cursor.position = through);
                 }
-                // Some were moved and some were not: each will find out by its own claim.
+                // Only some were moved. The claim of each remaining one finds out why.
                 Ok(_) => {}
-                Err(error) => debug!(%error, "projectors were not moved together"),
+                Err(error) => debug!(%error, "cannot move projectors together"),
             }
         }
     }
@@ -277,7 +282,7 @@ mod tests {
         let (after, through) = (Position::START, Position::new(hot_path::EVENT_COUNT));
         let page = Page { events: hot_path::events(), after, through };
         let wanted = hot_path::count(|| {
-            let batch = cursor.batch(&page).expect("it stands in the page");
+            let batch = cursor.batch(&page).expect("its position is in the page");
             batch.wanted(&cursor.projector).collect::<Vec<&Event>>()
         });
         assert_eq!((wanted.len(), wanted[0].position()), (45, Position::new(12)));

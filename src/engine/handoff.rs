@@ -1,4 +1,4 @@
-//! From booting to live: the switch from the event store to the live queue.
+//! The handoff of a projector from booting to live, that is, from the event store to the queue.
 
 use tracing::info;
 
@@ -10,9 +10,9 @@ use crate::model::event::Position;
 use crate::model::lifecycle::{Stage, Status, Transition};
 use crate::model::registry::Registry;
 
-/// The oldest event that may still be in the queue: the lowest position that a live projector of
-/// this release still awaits. With none live, nobody has taken anything out of the queue, and the
-/// high-water mark stands for it.
+/// A lower bound for the events that are still in the queue: the lowest position of this release's
+/// live projectors. If none is live, no worker has deleted messages, and the bound is the
+/// high-water mark.
 pub(crate) fn oldest_queued(
     registry: &Registry,
     ledger: &[Entry],
@@ -24,8 +24,8 @@ pub(crate) fn oldest_queued(
     live.map(|entry| entry.position).min().unwrap_or(high_water)
 }
 
-/// Whether boot is done with a projector that had to come to `position`: it is still boot's, need
-/// not be rebuilt, and has come there.
+/// Whether boot is done with a projector: it is still in boot, does not need a rebuild, and has
+/// reached `position`.
 pub(crate) fn has_reached(entry: &Entry, position: Position) -> bool {
     Stage::Boot.can_apply(&entry.status)
         && entry.rebuild_reason.is_none()
@@ -33,12 +33,13 @@ pub(crate) fn has_reached(entry: &Entry, position: Position) -> bool {
 }
 
 impl Engine {
-    /// Makes a projector live, under its row's lock, if it still stands at or beyond
-    /// `oldest_queued`. Returns its row as it is afterwards, if there is one.
+    /// Makes a projector live if its position is still at or beyond `oldest_queued`, checked under
+    /// its row's lock. Returns the resulting row, if any.
     ///
-    /// This is where boot may stop, not what makes it safe: a worker of an old release may have
-    /// deleted messages that this projector never saw. The first message that does not continue its
-    /// position makes play read the difference from the store.
+    /// `oldest_queued` decides only when boot may stop. It is not a safety condition: a worker of
+    /// an old release may have deleted messages that this projector has not seen. When play
+    /// receives a message that does not continue the projector's position, it reads the missing
+    /// events from the store.
     pub(crate) async fn hand_over(
         &self,
         cursor: &Cursor,
@@ -55,7 +56,8 @@ impl Engine {
             info!(
                 projector = %id, status = %entry.status, position = entry.position.get(),
                 oldest_queued = oldest_queued.get(), events = entry.position.since(from),
-                seconds = backoff::seconds(began.elapsed()), release = self.release, "handed over: live"
+                seconds = backoff::seconds(began.elapsed()), release = self.release,
+                "handed over: live"
             );
         }
         Ok(entry)
@@ -100,7 +102,8 @@ mod tests {
         }
     }
 
-    /// Another boot was at it, and its handler committed a part of the next batch.
+    /// The case: another boot ran this projector, and its handler committed a part of the next
+    /// batch.
     #[test]
     fn a_projector_that_must_be_rebuilt_never_counts_as_caught_up() {
         let whole = entry("a", Status::Booting, 70);

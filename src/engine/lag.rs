@@ -1,4 +1,4 @@
-//! How far behind each projector is.
+//! Measures how far each projector is behind the log.
 
 use time::OffsetDateTime;
 
@@ -7,44 +7,48 @@ use crate::model::event::Position;
 use crate::model::lifecycle::Status;
 use crate::store::{EventStore, MarkBlocked};
 
-/// A hole is a matter of milliseconds in a healthy log. In seconds.
+/// How long the mark must have been blocked before a report mentions it, in seconds. In a healthy
+/// log, a gap lasts for milliseconds.
 const REPORT_BLOCKED_AFTER_SECONDS: f64 = 3.0;
 
-/// Where the log and every projector of the ledger stand.
+/// The positions of the log and of every projector in the ledger.
 #[derive(Debug)]
 pub(crate) struct LagReport {
-    /// The mark, proved anew and not as last stored: with no relay running, the stored one would
-    /// hide the lag.
+    /// The high-water mark, computed anew. Without a running relay the stored mark is outdated and
+    /// would hide the lag.
     pub(crate) high_water: Position,
-    /// The end of the log, whether or not the mark has reached it: lag counts to it.
+    /// The last visible position of the log, which may be above the mark. Lag is measured up to
+    /// here.
     pub(crate) visible: Position,
-    /// What has held the mark, for long enough to be worth a word.
+    /// What blocks the mark, if it has been blocked for at least [`REPORT_BLOCKED_AFTER_SECONDS`].
     pub(crate) blocked: Option<MarkBlocked>,
-    /// Everything up to it has been sent to the queue.
+    /// Everything up to this position has been sent to the queue.
     pub(crate) published: Position,
-    /// Every projector of the ledger, the oldest first.
+    /// Every projector in the ledger, the oldest first.
     pub(crate) projectors: Vec<(Entry, Lag)>,
     now: OffsetDateTime,
 }
 
-/// How far behind a projector is.
+/// How far a projector is behind the log.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub(crate) struct Lag {
-    /// Positions between its own and the end of the log, whether or not it wants them; 0 if it is
-    /// finished or retired.
+    /// The number of positions between the projector and the end of the log, whether or not it
+    /// subscribes to their events. 0 if the projector is finished or retired.
     pub(crate) events: u64,
-    /// The age of the oldest event that is visible there, to the millisecond.
+    /// The age of the oldest visible event after the projector's position, in seconds, rounded to
+    /// milliseconds.
     pub(crate) seconds: f64,
 }
 
 impl LagReport {
-    /// Waits for no lock. Takes a few statements, and one for each projector that is behind.
+    /// Reads the report without waiting for locks. Takes a few statements, and one more for each
+    /// projector that is behind.
     pub(crate) async fn read(ledger: &Ledger, store: &EventStore) -> Result<Self, sqlx::Error> {
         let entries = ledger.entries().await?;
         let marks = store.marks().await?;
         let high_water = store.provable_high_water(marks.high_water).await?;
         let visible = store.last_visible().await?;
-        // Most holes are transactions that are just about to commit.
+        // Most gaps belong to transactions that are about to commit.
         let blocked = store.blocked_mark().await?.filter(|blocked| {
             blocked.seconds >= REPORT_BLOCKED_AFTER_SECONDS && visible > high_water
         });
@@ -66,7 +70,7 @@ impl LagReport {
         Ok(lag_report)
     }
 
-    /// The lag of a projector at this position.
+    /// The lag of a projector at `position`.
     pub(crate) async fn lag(
         &self,
         store: &EventStore,

@@ -1,4 +1,5 @@
-//! What moves events from the log to the projectors: boot and play, and the steps they share.
+//! The engine moves events from the log to the projectors. It contains boot, play and the steps
+//! that they share.
 
 pub(crate) mod apply;
 pub(crate) mod boot;

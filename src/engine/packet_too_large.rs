@@ -1,27 +1,25 @@
-//! A server that hangs up on one handler and on nobody else: a lost connection that would be lost
-//! for ever.
+//! Detects a server that closes the connection because a handler's statement is larger than
+//! `max_allowed_packet`.
 //!
-//! It does so when a statement is larger than its `max_allowed_packet`. By a little: it says so
-//! (error 1153). By much more than the network's buffers hold: it closes the connection while the
-//! statement is still being sent, and then all that is seen is a connection reset or a broken pipe,
-//! as of any network that fails.
+//! If the statement is slightly too large, the server reports error 1153. If it is larger than the
+//! network buffers, the server closes the connection while the statement is still being sent. The
+//! client then sees only a connection reset or a broken pipe, as after any network failure, and
+//! would retry forever.
 
 use sqlx::MySqlConnection;
 
 use crate::database::Database;
 use crate::engine::apply::ApplyError;
 
-/// How often in a row before it counts as the projector's own failure.
+/// How many consecutive closed connections count as the projector's own failure.
 ///
-/// Between the first attempt and the last lie at least five seconds, for the pauses grow
-/// (`backoff::delay`), and in each a witness was there: a connection of our own that was opened
-/// after the attempt before, and that answers still after this one. So no restart, no failover and
-/// no cut of the network explains any of them, and a session that somebody kills ends in another
-/// way. What remains to chance is a fault that strikes this one connection, in the middle of its
-/// handler, ten times in a row, and spares its neighbour each time.
+/// The backoff (`backoff::delay`) spreads the attempts over at least five seconds. In each attempt
+/// a control connection, opened after the attempt before, still answers after this attempt. This
+/// rules out a restart, a failover and a network failure. A killed session ends with a different
+/// error. What remains is a fault that hits only the handler's connection, ten times in a row.
 const MAX_CONSECUTIVE_CLOSES: u32 = 10;
 
-/// What is known of the attempts at one batch.
+/// The recorded attempts at one batch.
 #[derive(Default)]
 pub(crate) struct PacketTooLargeDetector {
     consecutive_closes: u32,
@@ -29,7 +27,7 @@ pub(crate) struct PacketTooLargeDetector {
 }
 
 impl PacketTooLargeDetector {
-    /// Takes note of how an attempt ended, and says whether it was the handler's doing.
+    /// Records how an attempt ended. Returns `true` if the failure is attributed to the handler.
     pub(crate) async fn record(
         &mut self,
         database: &Database,
@@ -52,11 +50,12 @@ impl PacketTooLargeDetector {
         false
     }
 
-    /// The error of the last attempt, with what is known of all.
+    /// Adds the diagnosis to the error of the last attempt.
     pub(crate) fn explain(&self, error: anyhow::Error) -> anyhow::Error {
         error.context(format!(
-            "the server hung up on the handler {} times in a row while it kept another connection: most likely a statement \
-             is larger than its max_allowed_packet; write less in one statement, or raise that",
+            "the server closed the handler's connection {} times in a row, but kept another \
+             connection open. Most likely a statement is larger than max_allowed_packet: write \
+             less in one statement, or raise max_allowed_packet",
             self.consecutive_closes
         ))
     }

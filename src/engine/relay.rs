@@ -1,4 +1,4 @@
-//! From the log to the queue: every event up to the high-water mark, in order.
+//! The relay publishes the log to the queue: every event up to the high-water mark, in order.
 
 use std::convert::Infallible;
 use std::panic::AssertUnwindSafe;
@@ -17,59 +17,84 @@ use crate::model::metrics::{self, RelayProgress};
 use crate::queue::{self, Queue, QueueError};
 use crate::store::{EventStore, HighWater, Marks, Page};
 
-/// A relay that stops without releasing its lease is missed for this long, and no longer.
+/// How long the relay's lease lasts. If a relay stops without releasing it, no other relay can
+/// publish for this long.
 const LEASE_DURATION: Duration = Duration::from_secs(5);
 
-/// How long a relay that panicked waits before it begins again.
+/// How long a relay waits after a panic before it restarts.
 const PANIC_PAUSE: Duration = Duration::from_secs(1);
 
-/// For so long after an event, the next is expected soon: it is looked for more often.
+/// How long after an event the relay polls the log more often, because another event is likely.
 const BUSY_PERIOD: Duration = Duration::from_secs(1);
 
 /// How the relay works.
 #[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
 pub struct RelaySettings {
-    /// The longest pause between two looks at a log in which nothing is new. While events come, it
-    /// is a twentieth of that.
+    /// The longest pause between two polls of an idle log. During and shortly after activity, the
+    /// pause is a twentieth of this.
     pub interval: Duration,
-    /// The most events in one message, at least 1; the queue's largest message bounds it, too.
+    /// The maximum number of events in one message, at least 1. The queue's message size is a
+    /// second limit.
     pub max_events: usize,
+}
+
+impl RelaySettings {
+    /// The defaults.
+    pub const fn new() -> Self {
+        RelaySettings { interval: Duration::from_millis(50), max_events: 1_000 }
+    }
+
+    /// Sets [`RelaySettings::interval`].
+    pub const fn with_interval(mut self, interval: Duration) -> Self {
+        self.interval = interval;
+        self
+    }
+
+    /// Sets [`RelaySettings::max_events`].
+    pub const fn with_max_events(mut self, max_events: usize) -> Self {
+        self.max_events = max_events;
+        self
+    }
 }
 
 impl Default for RelaySettings {
     fn default() -> Self {
-        RelaySettings { interval: Duration::from_millis(50), max_events: 1_000 }
+        Self::new()
     }
 }
 
-/// Publishes the log.
+/// Publishes the log to the queue.
 pub(crate) struct Relay {
     store: EventStore,
     queue: Arc<dyn Queue>,
     settings: RelaySettings,
     holder: String,
-    /// When the lease was last taken: an idle log costs reads, but hardly any writes.
+    /// When the lease was last acquired or renewed. It is renewed rarely, so that an idle log costs
+    /// almost no writes.
     leased_at: Option<Instant>,
-    /// As this relay left them: while it has the lease, hardly anybody else moves them, and who
-    /// does only makes work.
+    /// The marks as this relay last stored them. While this relay holds the lease, other processes
+    /// rarely move them. If one does, the only effect is extra work.
     marks: Option<Marks>,
     watch: StallWatch,
-    /// Whether the log has it that this is the queue.
+    /// Whether the log has recorded this queue as the one that it is published to.
     is_queue_recorded: bool,
-    /// How many messages were sent: a failure after progress is a first failure.
+    /// The number of messages sent. The backoff starts again after a failure that followed
+    /// progress.
     messages_sent: u64,
 }
 
-/// What one look at the log came to.
+/// The outcome of one poll of the log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum RelayOutcome {
-    /// So many events were published, up to there; zero if nothing was new.
+    /// The number of events published, 0 if there were none, and the position up to which the log
+    /// is published.
     Published { events: u64, through: Position },
     /// Another relay holds the lease.
     LeasedElsewhere,
 }
 
-/// Why a look failed. What was sent stays sent; what was not will be.
+/// Why a poll failed. Messages that were already sent stay sent; the rest is sent by a later poll.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum RelayError {
     #[error("database: {0}")]
@@ -89,13 +114,14 @@ impl From<RelayError> for Error {
     }
 }
 
-/// The log and both ends: a message of other ends is another message, and repeats harmlessly.
+/// The deduplication id of a message: the log's id and both ends of the range. A message with other
+/// ends counts as a different message, and a duplicate is harmless.
 pub(crate) fn deduplication_id(log_id: &str, published: Position, last: Position) -> String {
     format!("{log_id}-{published}-{last}")
 }
 
-/// The first position of a page after `published` that has no row, if any has none. Those behind
-/// its last event begin the next page.
+/// The first position after `published` that has no row, if there is one in the page. Positions
+/// after the last event belong to the next page, unless this page is empty.
 fn first_gap(published: Position, page: &Page) -> Option<Position> {
     let mut next = published.next();
     for event in &page.events {
@@ -108,7 +134,7 @@ fn first_gap(published: Position, page: &Page) -> Option<Position> {
 }
 
 impl Relay {
-    /// A relay of a process that knows of the log what `watch` knows.
+    /// Creates a relay that shares `watch` with the rest of its process.
     pub(crate) fn new(
         store: EventStore,
         queue: Arc<dyn Queue>,
@@ -130,20 +156,16 @@ impl Relay {
         }
     }
 
-    /// Publishes until it is dropped; the lease it then holds runs out. Failures, and panics, are
-    /// logged and tried again: a relay that ended by itself would look like a log in which nothing
-    /// happens.
+    /// Publishes until the future is dropped; the lease then expires. Failures and panics are
+    /// logged and retried: a relay that ended would look the same as an idle log.
     pub(crate) async fn run(&mut self) {
         loop {
             let ended = AssertUnwindSafe(self.run_until_panic()).catch_unwind().await;
             let Err(panic) = ended.map(|never: Infallible| match never {});
             let message = panic.downcast_ref::<&str>().copied();
             let message = message.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
-            error!(
-                error = message.unwrap_or("(no message)"),
-                "the relay panicked; it begins again"
-            );
-            // What it was about to note is read again.
+            error!(error = message.unwrap_or("(no message)"), "the relay panicked and restarts");
+            // The cached state may be inconsistent after a panic, so it is read again.
             (self.leased_at, self.marks) = (None, None);
             tokio::time::sleep(PANIC_PAUSE).await;
         }
@@ -180,17 +202,17 @@ impl Relay {
         }
     }
 
-    /// Gives the lease up. Best effort: it runs out by itself.
+    /// Releases the lease, best effort: otherwise it expires.
     pub(crate) async fn release_lease(&self) {
         if let Err(error) = self.watch.store_blocked(&self.store).await {
-            debug!(%error, "what holds the high-water mark was not written down");
+            debug!(%error, "cannot store what blocks the high-water mark");
         }
         if let Err(error) = self.store.release_relay_lease(&self.holder).await {
-            debug!(%error, "the relay's lease was not released, and runs out by itself");
+            debug!(%error, "cannot release the relay's lease: it expires");
         }
     }
 
-    /// Raises the mark and publishes everything up to it.
+    /// Raises the mark and publishes all events up to the new mark.
     pub(crate) async fn publish_new(&mut self) -> Result<RelayOutcome, RelayError> {
         let leased_at = match self.leased_at {
             Some(leased_at) if leased_at.elapsed() < LEASE_DURATION / 3 => leased_at,
@@ -204,9 +226,10 @@ impl Relay {
                 let Some(leased_at) = self.leased_at else {
                     return Ok(RelayOutcome::LeasedElsewhere);
                 };
-                // Others may have moved them meanwhile, or have given the log another id and key:
-                // until now, messages were signed with the ones before. They are not ours then, and
-                // nobody applies them; their events come from the store.
+                // While this relay did not hold the lease, another process may have moved the
+                // marks, or an operator may have changed the log's id and key. Messages signed with
+                // the old key are foreign: projectors never apply them, and read those events from
+                // the store.
                 self.marks = None;
                 leased_at
             }
@@ -221,14 +244,15 @@ impl Relay {
             let page =
                 self.store.read_after(published, mark, self.settings.max_events as u64).await?;
             if let Some(first) = first_gap(published, &page) {
-                // Below the mark every position had a row: these were deleted since. The audit
-                // names all of them.
+                // Every position below the mark once had a row, so these rows were deleted. The
+                // audit lists all of them.
                 let last = self.store.end_of_gap(first, mark).await?;
                 error!(
                     alert = "log_fault",
                     first = first.get(),
                     last = last.get(),
-                    "the rows of the log between these positions are gone: nothing can be published of them"
+                    "rows of the log were deleted between these positions: their events cannot be \
+                     published"
                 );
                 if page.events.is_empty() {
                     self.store.set_published(last).await?;
@@ -249,7 +273,7 @@ impl Relay {
                 published = packed.last;
                 rest = &rest[packed.event_count..];
             }
-            // The next look renews the lease before it goes on.
+            // The next poll renews the lease before it continues.
             if leased_at.elapsed() > LEASE_DURATION / 2 {
                 break;
             }
@@ -257,12 +281,13 @@ impl Relay {
         metrics::record_relay_progress(RelayProgress { high_water: mark, published });
         metrics::record_mark_state(self.watch.blocked_since());
         let events = published.since(marks.published);
-        let held = marks.blocked.filter(|_| mark == marks.high_water);
-        self.marks = Some(Marks { high_water: mark, published, blocked: held, ..marks });
+        let blocked = marks.blocked.filter(|_| mark == marks.high_water);
+        self.marks = Some(Marks { high_water: mark, published, blocked, ..marks });
         Ok(RelayOutcome::Published { events, through: published })
     }
 
-    /// Has it kept with the log which queue this is, so that a worker on another one is noticed.
+    /// Records in the log which queue it is published to, so that a worker on another queue is
+    /// detected.
     async fn record_queue(&mut self) -> Result<(), sqlx::Error> {
         if self.is_queue_recorded {
             return Ok(());
@@ -276,7 +301,8 @@ impl Relay {
         Ok(())
     }
 
-    /// Raises the mark. What is proved is published before a hole above it is waited for.
+    /// Raises the mark. A position that is already proved is published before waiting for a gap
+    /// above it.
     async fn raise_high_water(&mut self, marks: &Marks) -> Result<Position, sqlx::Error> {
         if self.watch.is_still_blocked(&self.store, marks.high_water).await? {
             return Ok(marks.high_water);
@@ -285,18 +311,17 @@ impl Relay {
         if risen.has_gap && risen.mark > marks.published {
             return Ok(risen.mark);
         }
-        let high_water = match risen.has_gap {
-            true => self.store.raise_high_water().await?,
-            false => {
-                if marks.blocked.is_some() && risen.mark == marks.high_water {
-                    self.store.clear_blocked(risen.mark).await?;
-                }
-                HighWater {
-                    mark: risen.mark,
-                    blocked: None,
-                    blocked_for: Duration::ZERO,
-                    fault: risen.fault,
-                }
+        let high_water = if risen.has_gap {
+            self.store.raise_high_water().await?
+        } else {
+            if marks.blocked.is_some() && risen.mark == marks.high_water {
+                self.store.clear_blocked(risen.mark).await?;
+            }
+            HighWater {
+                mark: risen.mark,
+                blocked: None,
+                blocked_for: Duration::ZERO,
+                fault: risen.fault,
             }
         };
         self.watch.record(&self.store, &high_water).await?;

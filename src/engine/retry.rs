@@ -1,4 +1,5 @@
-//! One batch, one projector, to a decision: applied, broken at an event, or no longer ours.
+//! Applies one batch to one projector until there is a final outcome: it was applied, the projector
+//! broke at an event, or the projector was taken over.
 
 use std::fmt::Display;
 use std::future::Future;
@@ -19,53 +20,83 @@ use crate::model::lifecycle::{FailedEvent, Failure, Stage, Status, Transition};
 use crate::model::metrics;
 use crate::model::registry::{RegisteredProjector, Registry};
 
-/// How often in a row a transaction may be rolled back under a handler's hands before that counts
-/// as the projector's own failure. Deadlocks are rare, and what a handler does by itself it does
-/// each time.
+/// How many times in a row a transaction may be rolled back during a handler before that counts as
+/// the projector's own failure. Deadlocks are rare. A handler that rolls back itself does so every
+/// time.
 const MAX_ROLLBACKS: u32 = 5;
 
-/// What the engine works with, in boot and in play.
+/// The parts that boot and play share: database, store, ledger and limits.
 #[derive(Debug, Clone)]
 pub(crate) struct Engine {
     pub(crate) database: Database,
     pub(crate) store: crate::store::EventStore,
     pub(crate) ledger: Ledger,
     pub(crate) limits: Limits,
-    /// The name of the release, where it has one.
+    /// The name of the release, if it has one.
     pub(crate) release: Option<String>,
 }
 
-/// What bounds the engine.
+/// The limits of the engine.
 #[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
 pub struct Limits {
-    /// The most events in one transaction, at least 1.
+    /// The maximum number of events in one transaction, at least 1.
     pub batch: u64,
-    /// How long a handler may take for one call, a batch or an event, before it counts as failed.
+    /// The maximum duration of one handler call, for a batch or an event. After that the call
+    /// counts as failed.
     pub handler_timeout: Duration,
-    /// How long transient failures are tried again; `None`, and always in play: for as long as it
-    /// takes.
+    /// How long transient errors are retried. `None`: without limit. Play always retries without
+    /// limit.
     pub retry_timeout: Option<Duration>,
+}
+
+impl Limits {
+    /// The defaults.
+    pub const fn new() -> Self {
+        Limits { batch: 1_000, handler_timeout: Duration::from_secs(30), retry_timeout: None }
+    }
+
+    /// Sets [`Limits::batch`].
+    pub const fn with_batch(mut self, batch: u64) -> Self {
+        self.batch = batch;
+        self
+    }
+
+    /// Sets [`Limits::handler_timeout`].
+    pub const fn with_handler_timeout(mut self, handler_timeout: Duration) -> Self {
+        self.handler_timeout = handler_timeout;
+        self
+    }
+
+    /// Sets [`Limits::retry_timeout`].
+    pub const fn with_retry_timeout(mut self, retry_timeout: Option<Duration>) -> Self {
+        self.retry_timeout = retry_timeout;
+        self
+    }
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Limits { batch: 1_000, handler_timeout: Duration::from_secs(30), retry_timeout: None }
+        Self::new()
     }
 }
 
-/// What became of a batch.
+/// The outcome of a batch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum ApplyOutcome {
-    /// The projector stands here now: at the end of the batch or, if another worker did it, beyond.
+    /// The projector is at this position: the end of the batch, or beyond if another worker moved
+    /// it.
     Reached(Position),
-    /// It stands where this batch does not begin: somebody else moved it. Go on from here.
+    /// Another worker moved the projector to this position, where the batch does not begin. The
+    /// caller continues from here.
     MovedByOther(Position),
-    /// It broke, and stands just before the event that it failed on.
+    /// The projector broke. Its position is just before the failing event.
     Broken,
-    /// Transient failures outlasted [`Limits::retry_timeout`]; it stands where it stood.
+    /// Transient errors outlasted [`Limits::retry_timeout`], or the ledger cannot be written. The
+    /// position is unchanged.
     GaveUp(String),
-    /// It has left this stage: another worker broke it, another boot handed it over, it was
-    /// retired.
+    /// The projector has left this stage: another worker broke it, another boot handed it over, or
+    /// it was retired.
     TakenOver,
 }
 
@@ -75,14 +106,14 @@ impl Engine {
             database: database.clone(),
             store: crate::store::EventStore::new(database),
             ledger: Ledger::new(database),
-            // Of none, a batch would pass over what it should hold.
+            // With a batch size of 0, a batch would move the position without applying events.
             limits: Limits { batch: limits.batch.max(1), ..limits },
             release: registry.release().map(str::to_owned),
         }
     }
 
-    /// Tries again what fails only for the moment, for as long as the engine is patient. It must be
-    /// harmless to repeat.
+    /// Retries an operation after transient errors, for up to `retry_timeout`. The operation must
+    /// be idempotent.
     pub(crate) async fn retry_transient<T, E, F>(
         &self,
         what: &str,
@@ -95,8 +126,8 @@ impl Engine {
         backoff::retry_transient(self.limits.retry_timeout, what, attempt).await
     }
 
-    /// Applies a batch to a projector. What is transient is tried again for as long as it takes:
-    /// the caller ends this by dropping it, and then nothing of the transaction in hand is applied.
+    /// Applies a batch to a projector. Transient errors are retried until `retry_timeout`. Dropping
+    /// the future cancels this, and rolls back the open transaction.
     pub(crate) async fn apply_with_retry(
         &self,
         projector: &RegisteredProjector,
@@ -106,8 +137,8 @@ impl Engine {
         self.apply_with_retry_and_carry(projector, stage, batch, &mut ClaimCarry::none()).await
     }
 
-    /// [`Engine::apply_with_retry`], with the claim that the batch before may have left; and one
-    /// for the next.
+    /// [`Engine::apply_with_retry`] that uses the claim of the batch before, if there is one, and
+    /// may keep a claim for the next batch.
     pub(crate) async fn apply_with_retry_and_carry(
         &self,
         projector: &RegisteredProjector,
@@ -116,7 +147,8 @@ impl Engine {
         carry: &mut ClaimCarry,
     ) -> ApplyOutcome {
         if projector.needs_transaction_per_event() {
-            // Boxed, as what follows: it is large, and in the future of every projector.
+            // This future and the next one are boxed: they are large, and would be part of the
+            // future of every projector.
             return Box::pin(self.apply_each_event(projector, stage, batch)).await;
         }
         match self.apply_whole_batch(projector, stage, batch, carry).await {
@@ -125,8 +157,8 @@ impl Engine {
         }
     }
 
-    /// Applies a batch with a transaction for each event that the projector wants. What it does
-    /// elsewhere cannot be rolled back, so an event that fails must not repeat those before it.
+    /// Applies a batch with one transaction for each event that the projector subscribes to. Side
+    /// effects cannot be rolled back, so a failing event must not repeat the events before it.
     async fn apply_each_event(
         &self,
         projector: &RegisteredProjector,
@@ -138,7 +170,7 @@ impl Engine {
         let mut wanted = batch.wanted(projector).peekable();
         loop {
             let event = wanted.next();
-            // What follows the last event goes with it.
+            // The last step also covers the unsubscribed events at the end of the batch.
             let end =
                 event.filter(|_| wanted.peek().is_some()).map_or(batch.through, Event::position);
             if let Some(step) = batch.between(position, end) {
@@ -159,7 +191,8 @@ impl Engine {
         }
     }
 
-    /// Applies a batch whole. `Err` is the projector's own failure, somewhere in it.
+    /// Applies a batch as a whole. `Err` is the projector's own failure, at an unknown event of the
+    /// batch.
     async fn apply_whole_batch(
         &self,
         projector: &RegisteredProjector,
@@ -197,7 +230,7 @@ impl Engine {
                         batch.after.next(),
                         batch.through
                     ));
-                    // The event is not known, and none of the batch may be tried again.
+                    // The failing event is unknown, and no part of the batch may be applied again.
                     let failed = ProjectorError::for_rebuild(error, attempt);
                     return Ok(Box::pin(self.mark_broken(projector, stage, None, failed)).await);
                 }
@@ -207,17 +240,26 @@ impl Engine {
                 Err(ApplyError::RolledBack(error)) => {
                     rolled_back += 1;
                     attempt += 1;
-                    warn!(projector = %projector.id, position = batch.after.get(), attempt, error = format_chain(&error), "trying again");
+                    warn!(
+                        projector = %projector.id, position = batch.after.get(), attempt,
+                        error = format_chain(&error),
+                        "the transaction was rolled back, trying again"
+                    );
                     tokio::time::sleep(backoff::delay(attempt)).await;
                 }
-                // The first may be the network's fault: on another connection, the second is not.
+                // The first such error may be a network problem. A second one on another connection
+                // is the projector's own failure.
                 Err(ApplyError::Ambiguous(error)) if was_ambiguous => {
                     return Err(ProjectorError::new(error, attempt));
                 }
                 Err(ApplyError::Ambiguous(error)) => {
                     was_ambiguous = true;
                     attempt += 1;
-                    warn!(projector = %projector.id, position = batch.after.get(), attempt, error = format_chain(&error), "trying once more");
+                    warn!(
+                        projector = %projector.id, position = batch.after.get(), attempt,
+                        error = format_chain(&error),
+                        "ambiguous failure, trying once more"
+                    );
                 }
                 Err(ApplyError::ClaimLost(Some(entry))) if must_be_rebuilt(&entry, stage) => {
                     let reason = entry.rebuild_reason.unwrap_or_default();
@@ -234,10 +276,14 @@ impl Engine {
                     return Ok(ApplyOutcome::GaveUp(error.to_string()));
                 }
                 Err(ApplyError::Ledger(error)) => {
-                    // A worker that ended would lose nothing by it, but neither would it mend it.
+                    // Play retries, because ending the worker would not fix the error.
                     attempt += 1;
                     if backoff::should_log(attempt) {
-                        error!(projector = %projector.id, position = batch.after.get(), attempt, %error, "the ledger cannot be written");
+                        error!(
+                            projector = %projector.id, position = batch.after.get(), attempt,
+                            %error,
+                            "the ledger cannot be written"
+                        );
                     }
                     tokio::time::sleep(backoff::delay(attempt + 6)).await;
                 }
@@ -246,7 +292,7 @@ impl Engine {
                 }
                 Err(ApplyError::Transient(error) | ApplyError::ConnectionClosed(error)) => {
                     attempt += 1;
-                    // What ended this connection may have ended those that are kept.
+                    // The idle connections may have been closed by the same cause.
                     self.database.release_idle_sessions();
                     if self
                         .limits
@@ -267,8 +313,8 @@ impl Engine {
         }
     }
 
-    /// Applies a batch that failed event by event, so that the position ends just before the
-    /// failing one.
+    /// Applies a failed batch event by event, so that the position ends just before the failing
+    /// event.
     async fn isolate_failure(
         &self,
         projector: &RegisteredProjector,
@@ -276,12 +322,11 @@ impl Engine {
         batch: Batch<'_>,
         failed: ProjectorError,
     ) -> ApplyOutcome {
-        // Whoever marks it broken needs the row.
+        // Marking the projector broken locks its row, so no claim may be held here.
         let carry = &mut ClaimCarry::none();
         let wanted: Vec<&Event> = batch.wanted(projector).collect();
         if let [event] = wanted[..] {
-            // The events before it are not wanted, but the position stands just before the one that
-            // failed.
+            // Moves the position over the unsubscribed events, to just before the failing one.
             return match self
                 .apply_whole_batch(
                     projector,
@@ -322,8 +367,11 @@ impl Engine {
                 }
             }
         }
-        // Each passed on its own, so the batch failed for a reason that has gone.
-        warn!(projector = %projector.id, error = format_chain(&failed.error), "a batch failed, but each of its events alone did not");
+        // Every event succeeded on its own, so the cause of the failure is gone.
+        warn!(
+            projector = %projector.id, error = format_chain(&failed.error),
+            "a batch failed, but each of its events succeeded alone"
+        );
         match batch.above(position) {
             Some(rest) if rest.after < rest.through => self
                 .apply_whole_batch(projector, stage, rest, carry)
@@ -333,7 +381,8 @@ impl Engine {
         }
     }
 
-    /// Marks a projector broken at an event that it stands just before; without one, at its setup.
+    /// Marks a projector broken at an event. Its position must be just before that event. Without
+    /// an event, the projector is marked broken at its setup.
     pub(crate) async fn mark_broken(
         &self,
         projector: &RegisteredProjector,
@@ -348,7 +397,7 @@ impl Engine {
         .await
     }
 
-    /// Marks a projector broken if `still` holds of its row, under the row's lock.
+    /// Marks a projector broken if its row, read under lock, satisfies `still`.
     pub(crate) async fn mark_broken_if(
         &self,
         projector: &RegisteredProjector,
@@ -363,7 +412,7 @@ impl Engine {
                 event_id: event.event_id().to_owned(),
                 event_type: event.event_type().to_owned(),
             }),
-            // As the ledger keeps it: by this it is known again.
+            // Truncated as in the ledger, because the stored error is compared with this one below.
             error: ledger::truncate(&format_chain(&failed.error), ledger::MAX_ERROR),
             at: OffsetDateTime::now_utc(),
             attempts: failed.attempts,
@@ -378,8 +427,7 @@ impl Engine {
                 .transition(&projector.id, Transition::Break(failure.clone()), &still)
                 .await
             {
-                Ok(Some(entry)) if matches!(&entry.status, Status::Broken(written) if written.error == failure.error) =>
-                {
+                Ok(Some(entry)) if has_failed_with(&entry, &failure.error) => {
                     error!(
                         alert = "projector_broken",
                         projector = %projector.id,
@@ -407,7 +455,10 @@ impl Engine {
                 Err(LedgerError::Database(error)) => {
                     attempt += 1;
                     if backoff::should_log(attempt) {
-                        warn!(projector = %projector.id, attempt, %error, "cannot mark the projector broken yet, trying again");
+                        warn!(
+                            projector = %projector.id, attempt, %error,
+                            "cannot mark the projector broken yet, trying again"
+                        );
                     }
                     tokio::time::sleep(backoff::delay(attempt)).await;
                 }
@@ -416,41 +467,46 @@ impl Engine {
     }
 }
 
-/// Whether a projector of this stage was found half applied, and nobody has marked it broken yet.
+/// Whether a projector is broken with this error.
+fn has_failed_with(entry: &Entry, error: &str) -> bool {
+    matches!(&entry.status, Status::Broken(failure) if failure.error == error)
+}
+
+/// Whether a projector in this stage must be rebuilt and has not been marked broken yet.
 pub(crate) fn must_be_rebuilt(entry: &Entry, stage: Stage) -> bool {
     entry.rebuild_reason.is_some() && stage.can_apply(&entry.status)
 }
 
-/// A projector's own failure, and how often what failed was tried.
+/// A projector's own failure.
 pub(crate) struct ProjectorError {
     pub(crate) error: anyhow::Error,
     pub(crate) attempts: u32,
-    /// Why the read model must be rebuilt, if it must: see [`Failure::rebuild`].
+    /// Why the read model must be rebuilt, or `None`. See [`Failure::rebuild_reason`].
     pub(crate) rebuild_reason: Option<String>,
 }
 
 impl ProjectorError {
-    /// A failure after which the projector may go on, once its cause is removed.
+    /// A failure after which the projector can continue, once the cause is fixed.
     pub(crate) fn new(error: anyhow::Error, attempts: u32) -> Self {
         ProjectorError { error, attempts, rebuild_reason: None }
     }
 
-    /// A failure after which the read model must be rebuilt. The error is the reason, too.
+    /// A failure after which the read model must be rebuilt. The error is also the rebuild reason.
     pub(crate) fn for_rebuild(error: anyhow::Error, attempts: u32) -> Self {
         let rebuild_reason = Some(format_chain(&error));
         ProjectorError { error, attempts, rebuild_reason }
     }
 }
 
-/// This host's name, as the kernel has it; in a container, the container's.
+/// The host's name according to the kernel. In a container, this is the container's name.
 pub(crate) fn hostname() -> String {
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let name = Some(name.trim().to_owned()).filter(|name| !name.is_empty());
     name.or_else(|| std::env::var("HOSTNAME").ok()).unwrap_or_else(|| "unknown".into())
 }
 
-/// What becomes of a batch whose claim does not hold: another worker was faster, or a commit of
-/// ours was not acknowledged. `Ok`: go on with this, the rest of it.
+/// Decides what to do after a lost claim: another worker was faster, or a commit was not
+/// acknowledged. `Ok` is the rest of the batch, which is still to be applied.
 pub(crate) fn resolve_lost_claim<'a>(
     entry: Option<&Entry>,
     projector: &RegisteredProjector,
@@ -467,8 +523,8 @@ pub(crate) fn resolve_lost_claim<'a>(
     }
 }
 
-/// Whether a projector may be marked broken: it is still this stage's, stands just before the event
-/// that failed, and was booted with the definition that failed.
+/// Whether a projector may be marked broken. It must still be in this stage, be just before the
+/// failing event, and have been booted with the definition that failed.
 pub(crate) fn may_mark_broken(
     entry: &Entry,
     projector: &RegisteredProjector,
@@ -478,27 +534,4 @@ pub(crate) fn may_mark_broken(
     stage.can_apply(&entry.status)
         && before.is_none_or(|before| entry.position == before)
         && entry.matches_digest(&projector.digest)
-}
-
-impl<'a> Batch<'a> {
-    /// What of it lies between a projector that stands at `position` and `end`, if anything does.
-    pub(crate) fn between(self, position: Position, end: Position) -> Option<Self> {
-        self.above(position).map(|rest| rest.up_to(end)).filter(|part| part.after < part.through)
-    }
-
-    /// What is left of it for a projector that stands at `position`; `None` if that lies before it.
-    pub(crate) fn above(self, position: Position) -> Option<Self> {
-        if position < self.after {
-            return None;
-        }
-        let known = self.events.partition_point(|event| event.position() <= position);
-        Some(Batch { after: position, events: &self.events[known..], ..self })
-    }
-
-    /// Its beginning, through `position`.
-    pub(crate) fn up_to(self, position: Position) -> Self {
-        let through = self.through.min(position).max(self.after);
-        let within = self.events.partition_point(|event| event.position() <= through);
-        Batch { through, events: &self.events[..within], ..self }
-    }
 }

@@ -1,5 +1,5 @@
-//! What is in the way of the high-water mark, and what is wrong with the log: logged when it is
-//! worth somebody's while.
+//! Watches the high-water mark for blockers and the log for faults, and logs them at a limited
+//! rate.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -9,24 +9,24 @@ use tracing::{info, warn};
 use crate::model::event::Position;
 use crate::store::{Blocker, EventStore, HighWater, LogFault};
 
-/// A transaction may take its time. Beyond this, somebody should look: nothing after it is
-/// published or replayed.
+/// How long an open transaction may block the mark before a warning is logged. Nothing after its
+/// position is published or replayed.
 const WARN_AFTER: Duration = Duration::from_secs(10);
 
-/// What has held the mark for this long is written to the log, where the next process finds since
-/// when. Most transactions end sooner, and cost no write.
+/// How long the mark must be blocked before the cause is stored in the log, where the next process
+/// reads since when. Most transactions end sooner and cost no write.
 const STORE_AFTER: Duration = Duration::from_millis(200);
 
-/// A fault of the log stays until somebody acts: it is logged again this often.
+/// How often a fault of the log is logged again until an operator fixes it.
 const REMIND_EVERY: Duration = Duration::from_secs(300);
 
-/// While the mark is held, the pauses between two full attempts to raise it: the first, and the
-/// longest.
+/// While the mark is blocked: the first and the longest pause between two full attempts to raise
+/// it.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
-/// Remembers what holds the mark, and since when, so that it is logged once and not with every
-/// look.
+/// Remembers what blocks the mark and since when, so that it is logged once and not with every
+/// poll.
 #[derive(Debug, Default)]
 pub(crate) struct BlockedWatch {
     current: Option<BlockedSince>,
@@ -41,14 +41,15 @@ struct BlockedSince {
 }
 
 impl BlockedWatch {
-    /// Takes note of what holds the mark now, if anything does.
-    pub(crate) fn record(&mut self, held: Option<Blocker>) {
-        self.record_with_age(held, Duration::ZERO);
+    /// Records what blocks the mark now, or `None`.
+    pub(crate) fn record(&mut self, blocker: Option<Blocker>) {
+        self.record_with_age(blocker, Duration::ZERO);
     }
 
-    /// The same, where it has held the mark for `age` already, as the log remembers it.
-    fn record_with_age(&mut self, held: Option<Blocker>, age: Duration) {
-        let Some(held) = held else {
+    /// Records what blocks the mark now, or `None`. According to the log, it has been blocked for
+    /// `age` already.
+    fn record_with_age(&mut self, blocker: Option<Blocker>, age: Duration) {
+        let Some(blocker) = blocker else {
             if self.current.take().is_some_and(|before| before.is_logged) {
                 info!("the high-water mark rises again");
             }
@@ -56,26 +57,26 @@ impl BlockedWatch {
         };
         let now = Instant::now();
         let since = now.checked_sub(age).unwrap_or(now);
-        match self.current.as_mut().filter(|before| before.cause == held) {
+        match self.current.as_mut().filter(|before| before.cause == blocker) {
             Some(before) => {
                 before.since = before.since.min(since);
                 before.is_stored |= !age.is_zero();
             }
             None => {
                 self.current = Some(BlockedSince {
-                    cause: held,
+                    cause: blocker,
                     since,
                     is_logged: false,
                     is_stored: !age.is_zero(),
                 })
             }
         }
-        let Some(BlockedSince { cause: held, since, is_logged, .. }) =
-            self.current.as_mut().filter(|held| !held.is_logged)
+        let Some(BlockedSince { cause: blocker, since, is_logged, .. }) =
+            self.current.as_mut().filter(|blocked| !blocked.is_logged)
         else {
             return;
         };
-        match held {
+        match blocker {
             Blocker::InFlight(position) if since.elapsed() > WARN_AFTER => {
                 *is_logged = true;
                 warn!(
@@ -83,7 +84,8 @@ impl BlockedWatch {
                     position = position.get(),
                     seconds = since.elapsed().as_secs(),
                     "a transaction that holds this position has neither committed nor rolled back: \
-                     nothing after it is published or replayed. Look for it in information_schema.innodb_trx"
+                     nothing after it is published or replayed. Look for it in \
+                     information_schema.innodb_trx"
                 );
             }
             Blocker::InFlight(_) => {}
@@ -93,8 +95,9 @@ impl BlockedWatch {
                     alert = "high_water_blocked",
                     first = gap.start(),
                     last = gap.end(),
-                    "so many positions are missing that no rollback explains it: nothing after them is published or \
-                     replayed. If no writer can still hold them, close the gap: projectionist fill {} {}",
+                    "too many positions are missing to be explained by a rollback: nothing after \
+                     them is published or replayed. If no writer can still hold them, close the \
+                     gap: projectionist fill {} {}",
                     gap.start(),
                     gap.end()
                 );
@@ -103,21 +106,21 @@ impl BlockedWatch {
     }
 }
 
-/// What one process knows of the mark's troubles. A worker's relay and its reconcile share it, so
-/// that each trouble is logged once. Cheap to clone.
+/// What one process knows about the mark. A worker's relay and its reconciliation share it, so that
+/// each problem is logged once. Cheap to clone.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct StallWatch(Arc<Mutex<StallState>>);
 
 #[derive(Debug, Default)]
 struct StallState {
     blocked_watch: BlockedWatch,
-    /// Where the mark was held.
+    /// The position of the mark at the last full attempt to raise it.
     mark: Position,
     pause: Option<Pause>,
     fault: Option<(LogFault, Instant)>,
 }
 
-/// The time between two full attempts to raise a mark that is held.
+/// The pause between two full attempts to raise a blocked mark.
 #[derive(Debug, Clone, Copy)]
 struct Pause {
     until: Instant,
@@ -129,27 +132,33 @@ impl StallWatch {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Since when the mark has been held by the same thing, if anything holds it.
+    /// Since when the same cause has blocked the mark, or `None` if the mark is not blocked.
     pub(crate) fn blocked_since(&self) -> Option<Instant> {
-        self.lock().blocked_watch.current.as_ref().map(|held| held.since)
+        self.lock().blocked_watch.current.as_ref().map(|blocked| blocked.since)
     }
 
-    /// Raises the mark. While it is held, most attempts are one look at one row.
+    /// Raises the mark. While it is blocked, most calls read only one row.
     pub(crate) async fn raise_high_water(
         &self,
         store: &EventStore,
     ) -> Result<HighWater, sqlx::Error> {
         let mark = self.lock().mark;
         if self.is_still_blocked(store, mark).await? {
-            let held = self.lock().blocked_watch.current.as_ref().map(|held| held.cause.clone());
-            return Ok(HighWater { mark, blocked: held, blocked_for: Duration::ZERO, fault: None });
+            let blocker =
+                self.lock().blocked_watch.current.as_ref().map(|blocked| blocked.cause.clone());
+            return Ok(HighWater {
+                mark,
+                blocked: blocker,
+                blocked_for: Duration::ZERO,
+                fault: None,
+            });
         }
         let high_water = store.raise_high_water().await?;
         self.record(store, &high_water).await?;
         Ok(high_water)
     }
 
-    /// Whether the mark stands where it was held, below a hole, and the next full attempt is not
+    /// Whether the mark is still blocked by a gap just above it and the next full attempt is not
     /// due yet.
     pub(crate) async fn is_still_blocked(
         &self,
@@ -163,7 +172,7 @@ impl StallWatch {
         Ok(is_pausing && store.is_below_gap(mark).await?)
     }
 
-    /// Takes note of a full attempt to raise the mark.
+    /// Records a full attempt to raise the mark.
     pub(crate) async fn record(
         &self,
         store: &EventStore,
@@ -172,30 +181,24 @@ impl StallWatch {
         let should_store = {
             let mut watch = self.lock();
             watch.record(high_water);
-            watch
-                .blocked_watch
-                .current
-                .as_ref()
-                .is_some_and(|held| !held.is_stored && held.since.elapsed() >= STORE_AFTER)
+            let current = watch.blocked_watch.current.as_ref();
+            current.is_some_and(|now| !now.is_stored && now.since.elapsed() >= STORE_AFTER)
         };
-        match should_store {
-            true => self.store_blocked(store).await,
-            false => Ok(()),
-        }
+        if should_store { self.store_blocked(store).await } else { Ok(()) }
     }
 
-    /// Writes down what holds the mark, if that is not written yet: before a process ends, for the
-    /// next one.
+    /// Stores in the log what blocks the mark, unless that is stored already. Before a process
+    /// ends, this passes the cause on to the next process.
     pub(crate) async fn store_blocked(&self, store: &EventStore) -> Result<(), sqlx::Error> {
-        let (mark, held) = {
+        let (mark, blocker) = {
             let watch = self.lock();
-            let held = watch.blocked_watch.current.as_ref().filter(|held| !held.is_stored);
-            (watch.mark, held.map(|held| held.cause.clone()))
+            let current = watch.blocked_watch.current.as_ref().filter(|now| !now.is_stored);
+            (watch.mark, current.map(|now| now.cause.clone()))
         };
-        let Some(held) = held else { return Ok(()) };
-        store.record_blocked(mark, &held).await?;
+        let Some(blocker) = blocker else { return Ok(()) };
+        store.record_blocked(mark, &blocker).await?;
         if let Some(written) =
-            self.lock().blocked_watch.current.as_mut().filter(|now| now.cause == held)
+            self.lock().blocked_watch.current.as_mut().filter(|now| now.cause == blocker)
         {
             written.is_stored = true;
         }
@@ -206,12 +209,13 @@ impl StallWatch {
 impl StallState {
     fn record(&mut self, high_water: &HighWater) {
         let now = Instant::now();
-        let HighWater { mark, blocked: held, blocked_for: held_for, fault } = high_water;
+        let HighWater { mark, blocked: blocker, blocked_for, fault } = high_water;
         let is_unchanged = self.mark == *mark
-            && self.blocked_watch.current.as_ref().map(|held| &held.cause) == held.as_ref();
+            && self.blocked_watch.current.as_ref().map(|blocked| &blocked.cause)
+                == blocker.as_ref();
         self.mark = *mark;
-        self.blocked_watch.record_with_age(held.clone(), *held_for);
-        self.pause = held.as_ref().map(|_| {
+        self.blocked_watch.record_with_age(blocker.clone(), *blocked_for);
+        self.pause = blocker.as_ref().map(|_| {
             let length = self
                 .pause
                 .filter(|_| is_unchanged)
@@ -225,12 +229,13 @@ impl StallState {
         let Some(fault) = fault else {
             if self.fault.take().is_some() {
                 info!(
-                    "the high-water mark has its row again; an audit tells whether the log is what it was"
+                    "the row of the high-water mark exists again; run an audit to check whether \
+                     the log is intact"
                 );
             }
             return;
         };
-        // Where the log ends may change with each append; that the mark has no row is the fault.
+        // The fault is that the mark has no row. The end of the log may change with each append.
         let is_due = self.fault.is_none_or(|(before, logged_at)| {
             before.mark != fault.mark || now.duration_since(logged_at) >= REMIND_EVERY
         });
@@ -245,10 +250,10 @@ impl StallState {
 mod tests {
     use super::*;
 
-    fn attempt(mark: u64, held: Option<u64>, age: u64) -> HighWater {
+    fn attempt(mark: u64, blocker: Option<u64>, age: u64) -> HighWater {
         HighWater {
             mark: Position::new(mark),
-            blocked: held.map(|position| Blocker::InFlight(Position::new(position))),
+            blocked: blocker.map(|position| Blocker::InFlight(Position::new(position))),
             blocked_for: Duration::from_secs(age),
             fault: None,
         }
@@ -257,10 +262,10 @@ mod tests {
     #[test]
     fn attempts_at_a_blocked_mark_back_off_and_restart_when_the_blocker_changes() {
         let mut watch = StallState::default();
-        let pauses = |watch: &mut StallState, held, count| -> Vec<u128> {
+        let pauses = |watch: &mut StallState, blocker, count| -> Vec<u128> {
             let pause = |watch: &mut StallState| {
-                watch.record(&attempt(held - 1, Some(held), 0));
-                watch.pause.expect("it is held").length.as_millis()
+                watch.record(&attempt(blocker - 1, Some(blocker), 0));
+                watch.pause.expect("it is blocked").length.as_millis()
             };
             (0..count).map(|_| pause(watch)).collect()
         };
@@ -274,9 +279,11 @@ mod tests {
     fn the_blocked_since_stored_in_the_log_counts_and_is_not_rewritten() {
         let mut watch = StallState::default();
         watch.record(&attempt(9, Some(10), 60));
-        let held = watch.blocked_watch.current.as_ref().expect("it is held");
+        let blocked = watch.blocked_watch.current.as_ref().expect("it is blocked");
         assert!(
-            held.since.elapsed() >= Duration::from_secs(60) && held.is_stored && held.is_logged
+            blocked.since.elapsed() >= Duration::from_secs(60)
+                && blocked.is_stored
+                && blocked.is_logged
         );
     }
 }

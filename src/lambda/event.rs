@@ -1,5 +1,8 @@
 //! What a function is invoked with: messages of an event source mapping, or a schedule. Only the
 //! fields that are needed.
+//!
+//! Why ours: the function reads five fields. `aws_lambda_events` would add 9 crates for them,
+//! `chrono` among these.
 
 use serde::Deserialize;
 use serde_json::{Value, json};

@@ -1,112 +1,113 @@
-//! The interface of the Lambda runtime: invocations come by it, and answers go.
-//! <https://docs.aws.amazon.com/lambda/latest/dg/runtimes-api.html>
+//! The client of the [Lambda Runtime API]: takes invocations and posts their answers.
+//!
+//! Why ours: `lambda_runtime` cannot report an error of the initialization, which is where most
+//! misconfigurations show. It panics where a header or an environment variable is missing, and it
+//! adds 12 crates. `docs/decisions.md` has the figures.
+//!
+//! [Lambda Runtime API]: https://docs.aws.amazon.com/lambda/latest/dg/runtimes-api.html
 
-use std::io;
-use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
-use tokio::sync::oneshot;
 use tracing::error;
 
+use crate::aws::http::{HttpClient, HttpError};
 use crate::model::error::Error;
 
-/// Where Lambda says that it is.
+/// The environment variable that names the API's address.
 pub(crate) const RUNTIME_API: &str = "AWS_LAMBDA_RUNTIME_API";
 
-/// The longest time-out that a function may have.
+/// The longest timeout that Lambda allows a function.
 const MAX_FUNCTION_TIMEOUT: Duration = Duration::from_secs(15 * 60);
 
-/// Above the 6 MB that Lambda invokes a function with.
-const MAX_EVENT_BYTES: u64 = 16 * 1024 * 1024;
+/// Above the 6 MB that Lambda allows an event.
+const MAX_EVENT_BYTES: usize = 16 * 1024 * 1024;
 
-/// An answer is taken by a process on the same host.
+/// For posting an answer: the API is a process on the same host.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// One invocation.
 #[derive(Debug)]
 pub(crate) struct Invocation {
     id: String,
-    /// What it was invoked with.
+    /// The event, as JSON.
     pub(crate) event: String,
-    /// When Lambda ends it, by the clock of the host.
+    /// The deadline, by the host's clock.
     deadline: SystemTime,
 }
 
 impl Invocation {
-    /// How much time is left.
+    /// The time that is left until the deadline.
     pub(crate) fn remaining(&self) -> Duration {
         self.deadline.duration_since(SystemTime::now()).unwrap_or_default()
     }
 }
 
-/// The runtime's interface. Cheap to clone.
-#[derive(Debug, Clone)]
+/// The Runtime API of one function.
+#[derive(Debug)]
 pub(crate) struct RuntimeApi {
-    agent: ureq::Agent,
-    base_url: Arc<str>,
+    client: HttpClient,
+    base_url: String,
 }
 
 impl RuntimeApi {
-    /// Where the environment says that it is.
+    /// The API at the address that the environment names.
     ///
     /// # Errors
-    /// [`Error::Input`] where it does not.
+    /// [`Error::Input`] if it names none.
     pub(crate) fn from_environment() -> Result<Self, Error> {
         let address = std::env::var(RUNTIME_API).map_err(|_| {
-            Error::Input(format!("{RUNTIME_API} is not set: this command is what AWS Lambda starts, and sets that for; use play elsewhere"))
+            Error::Input(format!(
+                "{RUNTIME_API} is not set: this command is what AWS Lambda starts, and sets that for; \
+                 use play elsewhere"
+            ))
         })?;
-        // No proxy stands between us and it; and what was open before the process was frozen is not
-        // used after.
-        let config = ureq::Agent::config_builder().proxy(None).max_idle_connections(0);
-        Ok(RuntimeApi { agent: config.build().into(), base_url: base_url(&address).into() })
+        Ok(RuntimeApi { client: HttpClient::local(), base_url: base_url(&address) })
     }
 
-    /// Waits for the next invocation, for as long as it takes; frozen, most of the time.
+    /// Waits for the next invocation, without a time limit. Lambda freezes the process meanwhile.
     ///
     /// # Errors
-    /// [`Error::Unreachable`] where the runtime's interface does not answer as it should.
+    /// [`Error::Unreachable`] if the API gives no valid answer.
     pub(crate) async fn next(&self) -> Result<Invocation, Error> {
-        let api = self.clone();
-        run_on_thread(move || {
-            loop {
-                match api.fetch_next() {
-                    // Emulators say now and then that there is nothing yet.
-                    Ok(None) => {}
-                    Ok(Some(invocation)) => return Ok(invocation),
-                    Err(why) => {
-                        return Err(Error::Unreachable(format!(
-                            "no invocation comes from the Lambda runtime at {}: {why}",
-                            api.base_url
-                        )));
-                    }
+        loop {
+            match self.take().await {
+                Ok(Some(invocation)) => return Ok(invocation),
+                // An emulator has no invocation yet.
+                Ok(None) => {}
+                Err(why) => {
+                    return Err(Error::Unreachable(format!(
+                        "no invocation comes from the Lambda runtime at {}: {why}",
+                        self.base_url
+                    )));
                 }
             }
-        })
-        .await
-        .map_err(|error| Error::Unreachable(format!("no thread can be started: {error}")))?
-    }
-
-    fn fetch_next(&self) -> Result<Option<Invocation>, String> {
-        let url = format!("{}/invocation/next", self.base_url);
-        let mut response = self.agent.get(url).call().map_err(|error| error.to_string())?;
-        if response.status() == 204 {
-            return Ok(None);
         }
-        let header = |name: &str| {
-            response.headers().get(name).and_then(|value| value.to_str().ok()).map(str::to_owned)
-        };
-        let id = header("lambda-runtime-aws-request-id").ok_or("it has no request id")?;
-        let deadline = header("lambda-runtime-deadline-ms")
-            .and_then(|deadline| deadline.parse().ok())
-            .ok_or("it has no deadline")?;
-        let deadline = parse_deadline(Duration::from_millis(deadline), SystemTime::now());
-        let body = response.body_mut().with_config().limit(MAX_EVENT_BYTES).read_to_string();
-        Ok(Some(Invocation { id, deadline, event: body.map_err(|error| error.to_string())? }))
     }
 
-    /// Ends an invocation. An answer that is not taken is told: Lambda takes the invocation for
-    /// failed then, and messages come again.
+    /// Takes an invocation; `None` if the answer is 204.
+    async fn take(&self) -> Result<Option<Invocation>, HttpError> {
+        let response =
+            self.client.get(&format!("{}/invocation/next", self.base_url), MAX_EVENT_BYTES).await?;
+        match response.status {
+            204 => return Ok(None),
+            200..300 => {}
+            status => return Err(HttpError::Other(format!("status {status}"))),
+        }
+        let missing = |what: &str| HttpError::Other(format!("it has no {what}"));
+        let id = response
+            .header("lambda-runtime-aws-request-id")
+            .ok_or_else(|| missing("request id"))?;
+        let deadline_ms = response
+            .header("lambda-runtime-deadline-ms")
+            .and_then(|deadline| deadline.parse().ok())
+            .ok_or_else(|| missing("deadline"))?;
+        let deadline = parse_deadline(Duration::from_millis(deadline_ms), SystemTime::now());
+        Ok(Some(Invocation { id: id.to_owned(), deadline, event: response.body }))
+    }
+
+    /// Posts the answer of an invocation. If that fails, it is logged: Lambda then counts the
+    /// invocation as failed, and the messages come again.
     pub(crate) async fn respond(&self, invocation: Invocation, response: Result<Value, Error>) {
         match response {
             Ok(response) => {
@@ -119,42 +120,39 @@ impl RuntimeApi {
         }
     }
 
-    /// Says that the function cannot be invoked at all.
+    /// Reports that the initialization failed.
     pub(crate) async fn report_init_error(&self, error: &Error) {
         self.post("init/error".into(), error_body(error)).await;
     }
 
     async fn post(&self, path: String, body: Value) {
-        let (agent, url) = (self.agent.clone(), format!("{}/{path}", self.base_url));
-        let posted = run_on_thread(move || {
-            let post = agent.post(url).header("content-type", "application/json");
-            let post = match body["errorType"].as_str() {
-                Some(kind) => post.header("lambda-runtime-function-error-type", kind),
-                None => post,
-            };
-            let post = post.config().timeout_global(Some(RESPONSE_TIMEOUT)).build();
-            post.send(body.to_string()).map(|_| ()).map_err(|error| error.to_string())
-        });
-        let posted = posted.await.unwrap_or_else(|error| Err(error.to_string()));
-        if let Err(why) = posted {
-            error!("the Lambda runtime did not take {path}: {why}");
-        }
+        let url = format!("{}/{path}", self.base_url);
+        let kind =
+            body["errorType"].as_str().map(|kind| ("lambda-runtime-function-error-type", kind));
+        let posted =
+            self.client.post_json(&url, kind.as_slice(), body.to_string(), RESPONSE_TIMEOUT).await;
+        let why = match posted {
+            Ok(200..300) => return,
+            Ok(status) => format!("status {status}"),
+            Err(error) => error.to_string(),
+        };
+        error!("the Lambda runtime did not take {path}: {why}");
     }
 }
 
-/// Lambda names host and port; emulators name a URL.
+/// The base URL. Lambda names host and port; emulators name a URL.
 fn base_url(address: &str) -> String {
     let scheme = if address.contains("://") { "" } else { "http://" };
     format!("{scheme}{}/2018-06-01/runtime", address.trim_end_matches('/'))
 }
 
-/// Lambda says when it ends an invocation; emulators say after how long, and no function has longer
-/// than this.
+/// The deadline. Lambda gives a moment; emulators give a duration, which is at most
+/// [`MAX_FUNCTION_TIMEOUT`].
 fn parse_deadline(deadline: Duration, now: SystemTime) -> SystemTime {
     if deadline <= MAX_FUNCTION_TIMEOUT { now + deadline } else { UNIX_EPOCH + deadline }
 }
 
-/// As Lambda shows it to who invoked the function.
+/// The error as Lambda returns it to the caller.
 fn error_body(error: &Error) -> Value {
     let kind = match error {
         Error::Projector(_)
@@ -167,19 +165,6 @@ fn error_body(error: &Error) -> Value {
         Error::Database(_) => "Projectionist.Database",
     };
     json!({ "errorType": kind, "errorMessage": error.to_string() })
-}
-
-/// On a thread of its own and not of the runtime's: that would wait at its end for one that waits
-/// for an invocation.
-async fn run_on_thread<T: Send + 'static>(
-    work: impl FnOnce() -> T + Send + 'static,
-) -> io::Result<T> {
-    let (done, result) = oneshot::channel();
-    let run = move || {
-        let _ = done.send(work());
-    };
-    std::thread::Builder::new().name("runtime-api".into()).spawn(run)?;
-    result.await.map_err(io::Error::other)
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
-//! The ledger: table `projectors`. The only authority on what has been applied.
+//! The ledger: the table `projectors`. It is the only authority on which events have been applied.
 
+mod claim;
 pub(crate) mod read_model;
 
 use sqlx::mysql::MySqlRow;
@@ -12,55 +13,68 @@ use crate::model::event::{Position, utc_datetime};
 use crate::model::lifecycle::{self, FailedEvent, Failure, Stage, Status, Transition};
 use crate::model::projector::{Mode, ProjectorId};
 use crate::model::registry::RegisteredProjector;
+pub(crate) use claim::{Claim, CommitOutcome};
 
-/// The columns of an [`Entry`], of those rows that the rest of the statement names.
+/// The query for the columns of an [`Entry`], followed by the rest of the statement.
 macro_rules! select_entry {
     ($rest:literal) => {
         concat!(
-            "select name, version, mode, status, position, has_side_effects, failed_position, failed_event_id, \
-             failed_event_type, failed_error, failed_at, failed_attempts, failed_release, failed_host, \
-             partially_applied, rebuild_reason, \
-             start_position, digest, event_types, owned_tables from projectors ",
+            "select name, version, mode, status, position, has_side_effects, failed_position, \
+                failed_event_id, failed_event_type, failed_error, failed_at, failed_attempts, \
+                failed_release, failed_host, partially_applied, rebuild_reason, start_position, \
+                digest, event_types, owned_tables \
+             from projectors ",
             $rest
         )
     };
 }
 
 const ENTRIES: &str = select_entry!("order by created_at, name, version");
-/// No more columns than a worker needs, which asks with every receive.
+/// Only the columns that a worker needs, because it runs this query with every receive.
 const LIVE_PROJECTORS: &str =
     "select name, version, position, digest from projectors where status = 'live'";
 const ENTRY: &str = select_entry!("where name = ? and version = ?");
 const LOCK: &str = select_entry!("where name = ? and version = ? for update");
 
-/// Two boots may see a new projector at once: the row of the first stands.
-const REGISTER: &str = "insert into projectors \
-                         (name, version, mode, status, position, has_side_effects, start_position, digest, event_types) \
-                     values (?, ?, ?, 'booting', ?, ?, ?, ?, ?) on duplicate key update name = name";
+/// If two boots register a new projector at once, the first row stays.
+const REGISTER: &str = "\
+    insert into projectors \
+        (name, version, mode, status, position, has_side_effects, start_position, digest, \
+        event_types) \
+    values (?, ?, ?, 'booting', ?, ?, ?, ?, ?) \
+    on duplicate key update name = name";
 
-/// Only over the digest that was compared with: two boots of different releases must not take turns
-/// unseen.
-const SET_DEFINITION: &str = "update projectors set digest = ?, event_types = ? \
-                              where name = ? and version = ? and digest <=> ?";
+/// Only replaces the digest that the boot has compared with, so that two boots of different
+/// releases notice each other.
+const SET_DEFINITION: &str = "\
+    update projectors \
+    set digest = ?, event_types = ? \
+    where name = ? and version = ? and digest <=> ?";
 
 const SET_OWNED_TABLES: &str =
     "update projectors set owned_tables = ? where name = ? and version = ?";
 
-const CLEAR_REBUILD_REASON: &str = "update projectors set rebuild_reason = null, partially_applied = 0 where name = ? and version = ?";
+const CLEAR_REBUILD_REASON: &str = "\
+    update projectors \
+    set rebuild_reason = null, partially_applied = 0 \
+    where name = ? and version = ?";
 
-const SET_STATUS: &str = "update projectors set status = ?, failed_position = ?, failed_event_id = ?, \
-                          failed_event_type = ?, failed_error = ?, failed_at = ?, failed_attempts = ?, \
-                          failed_release = ?, failed_host = ?, rebuild_reason = coalesce(?, rebuild_reason), \
-                          status_changed_at = utc_timestamp(6) where name = ? and version = ?";
+const SET_STATUS: &str = "\
+    update projectors \
+    set status = ?, failed_position = ?, failed_event_id = ?, failed_event_type = ?, \
+        failed_error = ?, failed_at = ?, failed_attempts = ?, failed_release = ?, failed_host = ?, \
+        rebuild_reason = coalesce(?, rebuild_reason), status_changed_at = utc_timestamp(6) \
+    where name = ? and version = ?";
 
-/// Only what retire has marked: a projector that was booted anew meanwhile is somebody else's.
+/// Only deletes a retired row: a projector that was booted again meanwhile stays.
 const REMOVE: &str = "delete from projectors where name = ? and version = ? and status = 'retired'";
 
-/// Why a projector must be rebuilt whose row was seen with the mark of a claim.
-const PARTIALLY_APPLIED: &str = "a handler committed a part of a batch, by itself or by a statement that does so, and the batch \
-                            did not come to its end: that part is stored without its position, so rebuild the read model";
+/// The rebuild reason of a projector whose row has `partially_applied` set.
+const PARTIALLY_APPLIED: &str = "a handler committed a part of a batch, by itself or by a \
+    statement that commits implicitly, and the batch was not finished: that part is stored \
+    without its position, so rebuild the read model";
 
-/// What is kept of an error, in characters; `failed_error` is a `text` of 65,535 bytes.
+/// The most characters of an error that are stored. `failed_error` is a `text` of 65,535 bytes.
 pub(crate) const MAX_ERROR: usize = 8_000;
 const MAX_RELEASE: usize = 200;
 const MAX_HOST: usize = 255;
@@ -71,64 +85,65 @@ pub struct Ledger {
     database: Database,
 }
 
-/// What the ledger has of one projector.
+/// The ledger's row of one projector.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Entry {
-    /// Which projector.
+    /// The name and version of the projector.
     pub id: ProjectorId,
-    /// The mode in which it was booted.
+    /// The mode in which the projector was booted.
     pub mode: Mode,
-    /// Where it stands in its life.
+    /// The status of the projector's lifecycle.
     pub status: Status,
-    /// Every event up to here that it subscribes to has been applied, once.
+    /// Every event up to this position that the projector subscribes to has been applied, once.
     pub position: Position,
-    /// Whether it acts outside the database.
+    /// Whether the projector has effects outside the database.
     pub has_side_effects: bool,
-    /// Where it began. `None`: it was booted before the ledger kept this.
+    /// The position at which the projector started. `None` if an older release booted it.
     pub start_position: Option<Position>,
-    /// The digest of the definition with which it was last booted. `None`: it was booted before the
-    /// ledger kept this.
+    /// The digest of the definition with which the projector was last booted. `None` if an older
+    /// release booted it.
     pub digest: Option<String>,
-    /// The event types with which it was last booted; `["*"]` is all of them. `None`: not known.
+    /// The event types with which the projector was last booted; `["*"]` means all. `None` if
+    /// they are unknown.
     pub event_types: Option<Vec<String>>,
-    /// The tables that its setup has made or that it names as its own, as `table` or
-    /// `database.table`. `None`: not known.
+    /// The tables that the projector's setup created or that it declares as its own, as `table` or
+    /// `database.table`. `None` if they are unknown.
     pub owned_tables: Option<Vec<String>>,
-    /// Why its read model must be rebuilt. Boot neither resumes such a projector nor hands it over.
+    /// Why the read model must be rebuilt. Boot neither resumes such a projector nor hands it over.
     pub rebuild_reason: Option<String>,
 }
 
 impl Entry {
-    /// Whether a definition with this digest is the one that it was last booted with; a row without
-    /// a digest takes any.
+    /// Whether a definition has the digest of the last boot. Without a stored digest, every
+    /// definition matches.
     pub(crate) fn matches_digest(&self, digest: &str) -> bool {
         self.digest.as_deref().is_none_or(|booted| booted == digest)
     }
 
-    /// Whether it has moved since it began, so that its read model holds something. Without a
-    /// start, any position counts.
+    /// Whether the projector has advanced since its start, so that its read model may have content.
+    /// If the start is unknown, any position above 0 counts.
     pub(crate) fn is_past_start(&self) -> bool {
         self.position > self.start_position.unwrap_or(Position::START)
     }
 }
 
-/// A live projector, as far as a worker has to know.
+/// The part of a live projector's row that a worker needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct LiveProjector {
     pub(crate) id: ProjectorId,
     pub(crate) position: Position,
-    /// The digest of the definition with which it was last booted, if the ledger has one.
+    /// The digest of the definition with which the projector was last booted, if it is known.
     pub(crate) digest: Option<String>,
 }
 
 impl Ledger {
-    /// The ledger in this database.
+    /// Returns the ledger of `database`.
     pub fn new(database: &Database) -> Self {
         Ledger { database: database.clone() }
     }
 
-    /// Every projector that was ever booted and not removed, the oldest first. Waits for no lock.
+    /// Reads the rows of all projectors, the oldest first. Waits for no lock.
     ///
     /// # Errors
     /// If the database fails.
@@ -140,7 +155,7 @@ impl Ledger {
         rows.iter().map(decode_entry).collect()
     }
 
-    /// The projectors that are live, of any release. Waits for no lock.
+    /// Reads the live projectors of all releases. Waits for no lock.
     pub(crate) async fn live_projectors(&self) -> Result<Vec<LiveProjector>, sqlx::Error> {
         let live = self
             .database
@@ -156,7 +171,7 @@ impl Ledger {
         Ok(live.into_iter().map(decode).collect())
     }
 
-    /// Enters a new projector as booting; one that is there already is left as it is.
+    /// Inserts a new projector with the status booting. An existing row stays as it is.
     pub(crate) async fn register(
         &self,
         projector: &RegisteredProjector,
@@ -177,7 +192,7 @@ impl Ledger {
             .map(|_| ())
     }
 
-    /// Records the definition with which a projector is booted, in place of the one with the digest
+    /// Records the definition with which a projector is booted, if the stored digest is still
     /// `before`.
     pub(crate) async fn set_definition(
         &self,
@@ -204,18 +219,18 @@ impl Ledger {
         self.database.run_pooled(async |connection| set.execute(connection).await).await.map(|_| ())
     }
 
-    /// Forgets why a read model must be rebuilt: an operator has repaired it.
+    /// Clears the rebuild reason, after an operator has repaired the read model.
     pub(crate) async fn clear_rebuild_reason(&self, id: &ProjectorId) -> Result<(), sqlx::Error> {
-        let accept = sqlx::query(CLEAR_REBUILD_REASON).bind(&id.name).bind(id.version);
+        let clear = sqlx::query(CLEAR_REBUILD_REASON).bind(&id.name).bind(id.version);
         self.database
-            .run_pooled(async |connection| accept.execute(connection).await)
+            .run_pooled(async |connection| clear.execute(connection).await)
             .await
             .map(|_| ())
     }
 
-    /// Takes a step of the lifecycle under the row's lock, if `still` holds of the row; returns the
-    /// row as it is afterwards, or `None` if there is none. A row of which it does not hold is left
-    /// as it is.
+    /// Applies a lifecycle transition under the row's lock, if `condition` holds for the row;
+    /// otherwise the row stays as it is. Returns the resulting row, or `None` if there is no such
+    /// row.
     pub(crate) async fn transition(
         &self,
         id: &ProjectorId,
@@ -243,7 +258,7 @@ impl Ledger {
         Ok(Some(entry))
     }
 
-    /// What the ledger has of one projector now. Waits for no lock.
+    /// Reads the current row of one projector. Waits for no lock.
     pub(crate) async fn entry(&self, id: &ProjectorId) -> Result<Option<Entry>, sqlx::Error> {
         let entry = sqlx::query(ENTRY).bind(&id.name).bind(id.version);
         let row = self
@@ -253,9 +268,11 @@ impl Ledger {
         row.map(|row| decode_entry(&row)).transpose()
     }
 
-    /// Moves projectors together over events that none of them wants: the fence and the commit of
-    /// each, in one statement. Returns how many were moved. A projector is not moved that is not
-    /// this stage's, does not stand at `from`, or was booted with another definition.
+    /// Moves several projectors over events that none of them subscribes to: the fence and the
+    /// commit of each, in one statement. Returns how many were moved.
+    ///
+    /// A projector is not moved if it does not belong to this stage, its position is not `from`, or
+    /// it was booted with another definition.
     pub(crate) async fn skip_ahead(
         &self,
         projectors: &[&RegisteredProjector],
@@ -263,16 +280,20 @@ impl Ledger {
         from: Position,
         to: Position,
     ) -> Result<u64, sqlx::Error> {
-        let identity = |of: &&RegisteredProjector| format!("('{}', {})", of.id.name, of.id.version);
+        let identity = |projector: &&RegisteredProjector| {
+            let ProjectorId { name, version } = &projector.id;
+            format!("('{name}', {version})")
+        };
         let identities = projectors.iter().map(identity).collect::<Vec<_>>().join(", ");
-        // A digest contains the identity, so that one list of digests serves all of them.
-        let digest = |of: &&RegisteredProjector| format!("'{}'", of.digest);
+        // A digest covers name and version, so one list of digests is enough for all projectors.
+        let digest = |projector: &&RegisteredProjector| format!("'{}'", projector.digest);
         let digests = projectors.iter().map(digest).collect::<Vec<_>>().join(", ");
         let statuses = stage.statuses_sql();
         let skip_ahead = format!(
             "update projectors set position = {to} \
-             where (name, version) in ({identities}) and position = {from} and status in ({statuses}) \
-             and not partially_applied and rebuild_reason is null and (digest is null or digest in ({digests}))"
+             where (name, version) in ({identities}) and position = {from} \
+             and status in ({statuses}) and not partially_applied and rebuild_reason is null \
+             and (digest is null or digest in ({digests}))"
         );
         let skip_ahead = sqlx::raw_sql(AssertSqlSafe(skip_ahead));
         let moved = self
@@ -282,7 +303,7 @@ impl Ledger {
         Ok(moved.rows_affected())
     }
 
-    /// Forgets a projector: the next boot of it would start from the beginning.
+    /// Deletes a retired projector's row. The next boot of the projector starts from the beginning.
     pub(crate) async fn remove(&self, id: &ProjectorId) -> Result<(), sqlx::Error> {
         let remove = sqlx::query(REMOVE).bind(&id.name).bind(id.version);
         self.database
@@ -292,7 +313,7 @@ impl Ledger {
     }
 }
 
-/// Why a step was not taken.
+/// Why a transition failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum LedgerError {
     #[error("{0}: {1}")]
@@ -317,122 +338,6 @@ async fn lock(
 ) -> Result<Option<Entry>, sqlx::Error> {
     let row = sqlx::query(LOCK).bind(&id.name).bind(id.version).fetch_optional(connection).await?;
     row.map(|row| decode_entry(&row)).transpose()
-}
-
-/// A projector's row, as the transaction that applies a batch to it claims and moves it.
-#[derive(Clone, Copy)]
-pub(crate) struct Claim<'a> {
-    pub(crate) projector: &'a RegisteredProjector,
-    pub(crate) stage: Stage,
-    /// The savepoint that stands at the beginning of the transaction. A handler that commits, or
-    /// runs a statement that does (DDL), takes it away: releasing it then fails with error 1305. So
-    /// does a deadlock, which rolls back the whole transaction.
-    pub(crate) savepoint: &'a str,
-    /// A condition that holds as long as the handler has not changed its session.
-    pub(crate) unchanged_condition: &'a str,
-}
-
-/// What has become of a projector's row with a commit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum CommitOutcome {
-    /// It was moved, and nobody has it.
-    Released,
-    /// It was moved, and is locked for the next batch.
-    Claimed,
-    /// It was moved, and another session had it before it could be locked again. A transaction has
-    /// begun all the same.
-    ClaimLost,
-    /// The handler's writes are committed, and no row was moved: the handler deleted it, or hid the
-    /// ledger behind a temporary table.
-    NotMoved,
-}
-
-impl Claim<'_> {
-    /// The fence: begins the transaction that applies events, and locks the projector's row if it
-    /// is still this stage's, its position is `from`, and it was booted with this definition.
-    /// `false`, with nothing locked, if it is not.
-    ///
-    /// In one packet, which cannot be prepared: an identity has no character that SQL knows
-    /// (`Registry::add`), and the rest is numbers and words of ours. The session's `autocommit` is
-    /// off, so that the first statement begins the transaction.
-    pub(crate) async fn begin(
-        self,
-        session: &mut MySqlConnection,
-        from: Position,
-    ) -> Result<bool, sqlx::Error> {
-        Ok(sqlx::raw_sql(AssertSqlSafe(self.claim_sql(from)))
-            .execute(session)
-            .await?
-            .rows_affected()
-            == 1)
-    }
-
-    /// Moves a projector whose claim is held, and commits, in one packet: it ends before the commit
-    /// where the transaction is another one, the row is not as it was locked, or the session has
-    /// been changed.
-    ///
-    /// # Errors
-    /// With the server's number 1305 if the transaction is no longer the one that was begun; 1690
-    /// if the row or the session has changed. After an error nothing is committed, unless it is the
-    /// answer that was lost.
-    pub(crate) async fn commit(
-        self,
-        session: &mut MySqlConnection,
-        from: Position,
-        to: Position,
-    ) -> Result<CommitOutcome, sqlx::Error> {
-        let commit = format!("{}; commit", self.advance_sql(from, to));
-        let rows = sqlx::raw_sql(AssertSqlSafe(commit)).execute(session).await?.rows_affected();
-        Ok(if rows == 1 { CommitOutcome::Released } else { CommitOutcome::NotMoved })
-    }
-
-    /// [`Claim::commit`], and [`Claim::begin`] for the next batch behind it in the same packet.
-    /// Another session that waits for the row has it first.
-    ///
-    /// # Errors
-    /// As [`Claim::commit`]. After any other error it may be committed all the same.
-    pub(crate) async fn commit_and_begin(
-        self,
-        session: &mut MySqlConnection,
-        from: Position,
-        to: Position,
-    ) -> Result<CommitOutcome, sqlx::Error> {
-        let commit = format!("{}; commit; {}", self.advance_sql(from, to), self.claim_sql(to));
-        let rows = sqlx::raw_sql(AssertSqlSafe(commit)).execute(session).await?.rows_affected();
-        Ok(match rows {
-            2 => CommitOutcome::Claimed,
-            1 => CommitOutcome::ClaimLost,
-            _ => CommitOutcome::NotMoved,
-        })
-    }
-
-    /// The row is marked as half applied, and unmarked with the position. Nobody ever sees the
-    /// mark, unless a handler commits in between: then a part of the batch is stored, and no claim
-    /// succeeds any more.
-    fn claim_sql(self, at: Position) -> String {
-        let Claim { projector, stage, savepoint, .. } = self;
-        let (ProjectorId { name, version }, digest) = (&projector.id, &projector.digest);
-        let statuses = stage.statuses_sql();
-        format!(
-            "update projectors set partially_applied = 1 \
-             where name = '{name}' and version = {version} and position = {at} and status in ({statuses}) \
-             and not partially_applied and rebuild_reason is null and (digest is null or digest = '{digest}'); \
-             savepoint {savepoint}"
-        )
-    }
-
-    /// No number is larger than that one, so that the update fails where the condition does not
-    /// hold. (It depends on the row, or it would be computed, and fail, in any case.)
-    fn advance_sql(self, from: Position, to: Position) -> String {
-        let Claim { projector, savepoint, unchanged_condition: unchanged, .. } = self;
-        let ProjectorId { name, version } = &projector.id;
-        format!(
-            "release savepoint {savepoint}; \
-             update projectors set partially_applied = 0, \
-             position = if(position = {from} and {unchanged}, {to}, 18446744073709551615 + (position >= 0)) \
-             where name = '{name}' and version = {version}"
-        )
-    }
 }
 
 async fn set_status(
@@ -475,13 +380,14 @@ pub(crate) fn truncate(text: &str, characters: usize) -> String {
 fn decode_entry(row: &MySqlRow) -> Result<Entry, sqlx::Error> {
     let unreadable = |column: &str, text: &str| {
         sqlx::Error::Decode(
-            format!("projectors.{column} has {text:?}, which this release does not know").into(),
+            format!("projectors.{column} has {text:?}, which this release does not support").into(),
         )
     };
     let rebuild_reason: Option<String> = row.try_get("rebuild_reason")?;
-    let rebuild_reason = match row.try_get("partially_applied")? {
-        true => rebuild_reason.or_else(|| Some(PARTIALLY_APPLIED.into())),
-        false => rebuild_reason,
+    let rebuild_reason = if row.try_get("partially_applied")? {
+        rebuild_reason.or_else(|| Some(PARTIALLY_APPLIED.into()))
+    } else {
+        rebuild_reason
     };
     let mode: String = row.try_get("mode")?;
     let status: String = row.try_get("status")?;

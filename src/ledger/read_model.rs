@@ -1,5 +1,5 @@
-//! The tables that projectors write: which there are, whether they hold rows, and the lock under
-//! which boot looks.
+//! The tables that projectors write: which ones exist, whether they have rows, and the lock under
+//! which boot examines them.
 
 use std::collections::BTreeSet;
 use std::future::Future;
@@ -13,31 +13,34 @@ use tracing::{info, warn};
 
 use crate::database::Database;
 
-/// 0: names are compared with their case.
+/// With `lower_case_table_names` = 0, table names are case-sensitive.
 const OWN_DATABASE: &str = "select database(), cast(@@lower_case_table_names as signed)";
 
-const TABLES: &str = "select convert(table_schema using utf8mb4), convert(table_name using utf8mb4) \
-                      from information_schema.tables where table_type = 'BASE TABLE' and table_schema in (";
+const TABLES: &str = "\
+    select convert(table_schema using utf8mb4), convert(table_name using utf8mb4) \
+    from information_schema.tables \
+    where table_type = 'BASE TABLE' and table_schema in (";
 
 const TAKE_LOCK: &str = "select get_lock(?, 1)";
 const RELEASE_LOCK: &str = "select release_lock(?)";
 
-/// Far below the time after which the server ends a session that is silent, and with it the lock.
+/// How often the lock's session is pinged. Far below the time after which the server ends an idle
+/// session and releases its lock.
 const PING_INTERVAL: Duration = Duration::from_secs(20);
 
-/// The base tables of some databases, by the names under which the ledger keeps them: `table` in
-/// our own database, `database.table` elsewhere.
+/// The base tables of some databases, by their names in the ledger: `table` in our own database,
+/// `database.table` in others.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct TableCatalog {
     own_database: String,
-    /// The other databases that were looked at.
+    /// The other databases whose tables were read.
     other_databases: BTreeSet<String>,
     ignores_case: bool,
     names: BTreeSet<String>,
 }
 
 impl TableCatalog {
-    /// Reads the tables of our own database, and of those that these names of tables are in.
+    /// Reads the tables of our own database and of the databases in these table names.
     pub(crate) async fn read<'a>(
         database: &Database,
         named: impl Iterator<Item = &'a String>,
@@ -82,7 +85,7 @@ impl TableCatalog {
         database.run_pooled(read).await
     }
 
-    /// The name under which a table is kept.
+    /// The name of a table in the ledger.
     pub(crate) fn canonical_name(&self, table: &str) -> String {
         let name = match table.split_once('.') {
             Some((schema, name)) if schema == self.own_database => name,
@@ -91,18 +94,18 @@ impl TableCatalog {
         if self.ignores_case { name.to_lowercase() } else { name.to_owned() }
     }
 
-    /// Whether there is such a table.
+    /// Whether the table exists.
     pub(crate) fn contains(&self, table: &str) -> bool {
         self.names.contains(&self.canonical_name(table))
     }
 
-    /// The tables that were not there `before`.
+    /// The tables that did not exist in `before`.
     pub(crate) fn created_since(&self, before: &TableCatalog) -> Vec<String> {
         self.names.difference(&before.names).cloned().collect()
     }
 }
 
-/// Whether a table holds a row.
+/// Whether a table has at least one row.
 pub(crate) async fn has_rows(database: &Database, table: &str) -> Result<bool, sqlx::Error> {
     let quoted: Vec<String> =
         table.splitn(2, '.').map(|name| format!("`{}`", name.replace('`', "``"))).collect();
@@ -114,17 +117,20 @@ pub(crate) async fn has_rows(database: &Database, table: &str) -> Result<bool, s
         .map(|has_rows| has_rows != 0)
 }
 
-/// Held by the boot that looks at tables, runs setups and records what they made: another boot
-/// would take the tables that this one has just created for tables that were always there. One for
-/// the whole database, because a table does not tell which projector's setup created it. Dropped,
-/// it is released when the server notices.
+/// The lock of a boot that examines tables, runs setups and records which tables they created.
+/// Without it, another boot would take the newly created tables for existing ones.
+///
+/// There is one lock per database, because a table does not show which projector's setup created
+/// it. If the value is dropped, the lock is released when the server notices that the session has
+/// ended.
 pub(crate) struct SetupLock {
     session: MySqlConnection,
     name: String,
 }
 
 impl SetupLock {
-    /// Waits for the lock for as long as `patience` says; `None`: it was not released in that time.
+    /// Waits for the lock, at most for `wait_timeout`. Returns `None` if the lock was not released
+    /// in that time.
     pub(crate) async fn acquire(
         database: &Database,
         wait_timeout: Option<Duration>,
@@ -134,7 +140,7 @@ impl SetupLock {
             &sqlx::query_scalar::<_, String>("select database()").fetch_one(&mut session).await?,
         );
         let began = Instant::now();
-        let mut has_logged = false;
+        let mut is_logged = false;
         loop {
             let taken: Option<i64> = database
                 .with_timeout(sqlx::query_scalar(TAKE_LOCK).bind(&name).fetch_one(&mut session))
@@ -145,13 +151,13 @@ impl SetupLock {
             if wait_timeout.is_some_and(|wait_timeout| began.elapsed() >= wait_timeout) {
                 return Ok(None);
             }
-            if !std::mem::replace(&mut has_logged, true) {
-                info!("waiting for another boot, which looks at tables and runs setups");
+            if !std::mem::replace(&mut is_logged, true) {
+                info!("waiting for another boot that is examining tables and running setups");
             }
         }
     }
 
-    /// Does some work, and keeps the lock's session alive meanwhile.
+    /// Runs `work` and keeps the lock's session alive meanwhile.
     pub(crate) async fn run_while_held<T>(&mut self, work: impl Future<Output = T>) -> T {
         let mut work = pin!(work);
         loop {
@@ -159,16 +165,16 @@ impl SetupLock {
                 Ok(done) => return done,
                 Err(_) => {
                     if let Ok(Err(error)) = timeout(PING_INTERVAL, self.session.ping()).await {
-                        warn!(%error, "the lock under which setups run was lost");
+                        warn!(%error, "lost the lock under which setups run");
                     }
                 }
             }
         }
     }
 
-    /// Gives the lock to the next boot.
+    /// Releases the lock for the next boot.
     pub(crate) async fn release(mut self, database: &Database) {
-        // Where that fails, the end of the session releases it.
+        // If this fails, the lock is released with the end of the session.
         let _ = database
             .with_timeout(sqlx::query(RELEASE_LOCK).bind(&self.name).execute(&mut self.session))
             .await;
@@ -176,7 +182,8 @@ impl SetupLock {
     }
 }
 
-/// A lock's name has at most 64 characters, and the server compares it without its case.
+/// Hashes the database's name, because a lock's name has at most 64 characters and the server
+/// ignores its case.
 fn lock_name(database: &str) -> String {
     let hash = digest(&SHA256, database.as_bytes());
     let hash: String = hash.as_ref()[..16].iter().map(|byte| format!("{byte:02x}")).collect();

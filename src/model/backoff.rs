@@ -1,4 +1,7 @@
-//! How long to wait before trying again: bounded, growing, jittered.
+//! The wait between attempts: bounded, growing and jittered.
+//!
+//! Why ours: a retry also asks the error whether it is transient, and logs at intervals. The
+//! backoff crates would replace the five lines of [`delay`].
 
 use std::fmt::Display;
 use std::future::Future;
@@ -11,25 +14,27 @@ use crate::model::error::Transient;
 const FIRST_DELAY: Duration = Duration::from_millis(5);
 const MAX_DELAY: Duration = Duration::from_secs(5);
 
-/// The pause before attempt number `attempt` (the first retry is attempt 2). Full jitter: workers
-/// that failed together do not come back together.
+/// The pause before attempt `attempt`. The first retry is attempt 2. The jitter keeps workers that
+/// failed together from retrying together.
 pub(crate) fn delay(attempt: u32) -> Duration {
     let ceiling = FIRST_DELAY.saturating_mul(1 << attempt.min(16)).min(MAX_DELAY);
     ceiling.mul_f64(0.5 + fastrand::f64() / 2.0)
 }
 
-/// Whether a retry is worth a line in the log: the first few, and then about once in five minutes.
+/// Whether to log this attempt: the first three, then every 60th, which is about once in five
+/// minutes.
 pub(crate) fn should_log(attempt: u32) -> bool {
     attempt <= 3 || attempt.is_multiple_of(60)
 }
 
-/// A duration as the log has it: in seconds, to the millisecond.
+/// A duration for the log: in seconds, rounded down to the millisecond.
 pub(crate) fn seconds(duration: Duration) -> f64 {
     duration.as_millis() as f64 / 1000.0
 }
 
-/// Tries again what fails only for the moment, until `retry_timeout` is over; `None`: for as long
-/// as it takes. It must be harmless to repeat, even where it succeeded and nobody was told.
+/// Runs `attempt` until it succeeds, fails with a permanent error, or fails after `retry_timeout`
+/// is over. `None` means no limit. `attempt` must be harmless to repeat, also when an earlier run
+/// succeeded and its answer was lost.
 pub(crate) async fn retry_transient<T, E, F>(
     retry_timeout: Option<Duration>,
     what: &str,

@@ -1,10 +1,10 @@
-//! The chain rule: what a projector does with a run of events, decided by its position alone.
+//! Continuity: what a projector does with a run of events, decided by its position alone.
 
 use std::collections::VecDeque;
 
 use crate::model::event::{Event, Position};
 
-/// Consecutive events of the log: all positions after `prev`, up to and with the last event's.
+/// Consecutive events of the log: every position after `prev`, up to and including the last event.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Run {
     prev: Position,
@@ -12,7 +12,8 @@ pub(crate) struct Run {
 }
 
 impl Run {
-    /// The events after `prev`, if they really are consecutive and begin just after it.
+    /// A run of the events after `prev`; `None` if `events` is empty or not consecutive from `prev`
+    /// on.
     pub(crate) fn new(prev: Position, events: Vec<Event>) -> Option<Self> {
         let mut expected = prev;
         let consecutive = events.iter().all(|event| {
@@ -26,7 +27,7 @@ impl Run {
         self.prev
     }
 
-    /// The last position in it.
+    /// The position of the last event.
     pub(crate) fn last(&self) -> Position {
         self.events.last().map_or(self.prev, Event::position)
     }
@@ -36,7 +37,7 @@ impl Run {
         &self.events[self.count_through(position) as usize..]
     }
 
-    /// How many of its events do not lie above a position.
+    /// How many events of the run are at or below a position.
     pub(crate) fn count_through(&self, position: Position) -> u64 {
         position.since(self.prev).min(self.events.len() as u64)
     }
@@ -45,15 +46,16 @@ impl Run {
 /// What to do with a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Action {
-    /// All of it is applied already.
+    /// Every event of the run is applied already.
     Skip,
-    /// It continues what is applied: apply the events above the position.
+    /// The run reaches the position without a gap: apply the events above the position.
     Apply,
-    /// Something before it is missing: catch up from the store through its last position.
+    /// Events between the position and the run are missing: catch up from the store, through the
+    /// last event of the run.
     CatchUp,
 }
 
-/// The chain rule (design, section 3, step 6).
+/// Decides what a projector at `position` does with `run`.
 pub(crate) fn choose_action(position: Position, run: &Run) -> Action {
     if run.last() <= position {
         Action::Skip
@@ -64,8 +66,8 @@ pub(crate) fn choose_action(position: Position, run: &Run) -> Action {
     }
 }
 
-/// Orders runs and joins those that touch or overlap, so that repetition and disorder within one
-/// receive cost nothing.
+/// Sorts runs and joins those that touch or overlap. Repeated and reordered messages of one receive
+/// then cost nothing.
 pub(crate) fn merge(mut runs: Vec<Run>) -> Vec<Run> {
     runs.sort_by_key(|run| (run.prev(), run.last()));
     let mut runs = VecDeque::from(runs);
@@ -84,6 +86,8 @@ pub(crate) fn merge(mut runs: Vec<Run>) -> Vec<Run> {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use std::collections::BTreeSet;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -120,41 +124,50 @@ pub(crate) mod tests {
     }
 
     proptest! {
-        /// Whatever arrives, in whatever order and however often: following the chain rule, a
-        /// projector applies every position from where it stood to the highest one that it saw,
-        /// each once, ascending.
+        /// Runs may arrive in any order and any number of times. A projector that follows
+        /// [`choose_action`] applies every position from its start to the highest one received,
+        /// each once, in ascending order.
         #[test]
         fn lost_repeated_or_reordered_runs_apply_each_position_once(
             start in 0u64..30,
-            deliveries in prop::collection::vec(prop::collection::vec((0u64..60, 1u64..8), 1..6), 1..12),
+            deliveries in prop::collection::vec(
+                prop::collection::vec((0u64..60, 1u64..8), 1..6),
+                1..12,
+            ),
         ) {
             let mut position = start;
             let mut applied = Vec::new();
-            let mut seen = start;
+            let mut highest = start;
             for delivery in deliveries {
-                let runs = merge(delivery.iter().map(|&(prev, length)| run(prev, prev + length)).collect());
+                let received = delivery.iter().map(|&(prev, length)| run(prev, prev + length));
+                let runs = merge(received.collect());
                 for run in &runs {
-                    seen = seen.max(run.last().get());
-                    match choose_action(Position::new(position), run) {
+                    highest = highest.max(run.last().get());
+                    let at = Position::new(position);
+                    match choose_action(at, run) {
                         Action::Skip => {}
-                        Action::Apply => applied.extend(run.above(Position::new(position)).iter().map(|e| e.position().get())),
+                        Action::Apply => {
+                            applied.extend(run.above(at).iter().map(|event| event.position().get()))
+                        }
                         // The store holds every position, so catching up applies exactly these.
                         Action::CatchUp => applied.extend(position + 1..=run.last().get()),
                     }
                     position = position.max(run.last().get());
                 }
             }
-            prop_assert_eq!(applied, (start + 1..=seen).collect::<Vec<_>>());
+            prop_assert_eq!(applied, (start + 1..=highest).collect::<Vec<_>>());
         }
 
         #[test]
         fn merged_runs_hold_the_same_positions_and_never_touch(
             runs in prop::collection::vec((0u64..60, 1u64..8), 0..12),
         ) {
-            let positions = |runs: &[Run]| -> std::collections::BTreeSet<u64> {
-                runs.iter().flat_map(|run| run.events.iter().map(|event| event.position().get())).collect()
+            let positions = |runs: &[Run]| -> BTreeSet<u64> {
+                let events = runs.iter().flat_map(|run| &run.events);
+                events.map(|event| event.position().get()).collect()
             };
-            let runs: Vec<Run> = runs.into_iter().map(|(prev, length)| run(prev, prev + length)).collect();
+            let runs: Vec<Run> =
+                runs.into_iter().map(|(prev, length)| run(prev, prev + length)).collect();
             let merged = merge(runs.clone());
             prop_assert_eq!(positions(&merged), positions(&runs));
             for pair in merged.windows(2) {

@@ -1,10 +1,10 @@
-//! The error type of the library, and the rules that tell transient errors from permanent ones.
+//! The error type of the library, and which database errors are transient.
 
 use sqlx::mysql::MySqlDatabaseError;
 
 use crate::model::text;
 
-/// Why a command or a call of the library failed.
+/// The reason for which a command or a call of the library failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -17,28 +17,28 @@ pub enum Error {
     /// The queue has messages that are not from this log.
     #[error("{0}")]
     ForeignMessages(String),
-    /// A worker's loop has stopped turning.
+    /// The loop of a worker makes no progress any more.
     #[error("{0}")]
     Unhealthy(String),
-    /// Wrong usage, configuration or input.
+    /// The usage, the configuration or the input is wrong.
     #[error("{0}")]
     Input(String),
     /// The database or the queue cannot be reached.
     #[error("{0}")]
     Unreachable(String),
     /// A signal stopped the command before its end.
-    #[error("interrupted; run it again, it goes on where it stopped")]
+    #[error("interrupted; run it again: it continues where it stopped")]
     Interrupted,
-    /// The database refused a statement of this program.
+    /// The database rejected a statement of this program.
     #[error("{}", explain(.0))]
     Database(#[from] sqlx::Error),
 }
 
-/// Server errors that say nothing about the statement, only about the moment: it may be tried
-/// again.
+/// Server errors that a retry can cure: they depend on the moment and not on the statement.
 ///
-/// Deadlock and lock wait time-out; a server that starts, stops, is full or has become read-only
-/// (a failover leaves old connections on the former primary); an interrupted or killed session.
+/// They are a deadlock, a lock wait timeout, an interrupted or killed session, and a server that is
+/// starting, stopping, full or read-only. After a failover, old connections still lead to the
+/// former primary, which is read-only.
 const TRANSIENT: &[u16] = &[
     1040, // too many connections
     1053, // server shutdown in progress
@@ -54,16 +54,16 @@ const TRANSIENT: &[u16] = &[
     4031, // disconnected for inactivity
 ];
 
-/// Table or column is not there: the tables were not made, or are of an older release.
+/// A table or a column is missing: the tables were not created, or are of an older release.
 const NOT_MIGRATED: &[u16] = &[1054, 1146];
 
-/// The server's number for an error, if the server raised it.
+/// The server's error number; `None` if the error is not from the server.
 pub(crate) fn server_error_number(error: &sqlx::Error) -> Option<u16> {
     let sqlx::Error::Database(error) = error else { return None };
     Some(error.try_downcast_ref::<MySqlDatabaseError>()?.number())
 }
 
-/// Whether the same thing may well succeed a moment later.
+/// Whether a retry of the same statement may succeed.
 pub(crate) fn is_transient(error: &sqlx::Error) -> bool {
     match error {
         sqlx::Error::Io(_)
@@ -77,20 +77,23 @@ pub(crate) fn is_transient(error: &sqlx::Error) -> bool {
     }
 }
 
-/// Whether the other end was gone while we were sending. (A session that is killed while it waits
-/// for an answer ends in another way: with an error of the server's, or the end of the stream.)
+/// Whether the connection was closed while this process was sending. A session that is killed while
+/// it waits for an answer fails in another way: with an error of the server, or with the end of the
+/// stream.
 pub(crate) fn is_connection_reset(error: &sqlx::Error) -> bool {
     use std::io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset};
-    matches!(error, sqlx::Error::Io(error) if matches!(error.kind(), BrokenPipe | ConnectionAborted | ConnectionReset))
+    let sqlx::Error::Io(error) = error else { return false };
+    matches!(error.kind(), BrokenPipe | ConnectionAborted | ConnectionReset)
 }
 
-/// Whether no answer came in time, so that nobody knows what the other end does.
+/// Whether no answer arrived in time. The statement may still be running, or may have been
+/// executed.
 pub(crate) fn is_timeout(error: &sqlx::Error) -> bool {
     matches!(error, sqlx::Error::Io(error) if error.kind() == std::io::ErrorKind::TimedOut)
 }
 
-/// Whether the server does not write, as a former primary after a failover. (1290 says of other
-/// options, too, that they are in the way: `--secure-file-priv`.)
+/// Whether the server is read-only, like a former primary after a failover. Error 1290 also reports
+/// other options, such as `--secure-file-priv`, so its text is checked.
 pub(crate) fn is_read_only(error: &sqlx::Error) -> bool {
     match server_error_number(error) {
         Some(1836) => true,
@@ -99,14 +102,14 @@ pub(crate) fn is_read_only(error: &sqlx::Error) -> bool {
     }
 }
 
-/// The database's error in what a handler returned, somewhere in its chain of causes.
+/// The first database error in the chain of causes of a handler's error.
 pub(crate) fn database_error(error: &anyhow::Error) -> Option<&sqlx::Error> {
     error.chain().find_map(|cause| cause.downcast_ref::<sqlx::Error>())
 }
 
-/// An error that may pass by itself.
+/// An error that may be transient.
 pub(crate) trait Transient {
-    /// Whether the same thing may well succeed a moment later.
+    /// Whether a retry of the same operation may succeed.
     fn is_transient(&self) -> bool;
 }
 
@@ -122,25 +125,25 @@ impl Transient for anyhow::Error {
     }
 }
 
-/// [`is_transient`], for what a handler returned: somewhere in its chain of causes.
+/// Whether the database error in the chain of causes, if there is one, is transient.
 pub(crate) fn has_transient_cause(error: &anyhow::Error) -> bool {
     database_error(error).is_some_and(is_transient)
 }
 
-/// An error with its causes, each once: some repeat their cause in their own words. Where errors
-/// are kept to their numbers, without what a server said.
+/// The error and its causes as one line. A cause whose text is already part of the line is left
+/// out. If errors are redacted, the server's messages are replaced by their numbers.
 pub(crate) fn format_chain(error: &anyhow::Error) -> String {
-    let message =
-        error.chain().map(ToString::to_string).fold(String::new(), |message, cause| match message
-            .as_str()
-        {
-            "" => cause,
-            message if message.contains(&cause) => message.to_owned(),
-            message => format!("{message}: {cause}"),
-        });
+    let mut message = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if message.is_empty() {
+            message = cause;
+        } else if !message.contains(&cause) {
+            message = format!("{message}: {cause}");
+        }
+    }
     let server = database_error(error).and_then(sqlx::Error::as_database_error);
     match server.filter(|server| text::redacts_errors() && !server.message().is_empty()) {
-        // A handler may have put the message into words of its own.
+        // A handler may have quoted the server's message in a text of its own.
         Some(server) => {
             let number = server
                 .try_downcast_ref::<MySqlDatabaseError>()
@@ -159,15 +162,18 @@ fn explain(error: &sqlx::Error) -> String {
     match number {
         Some(number) if NOT_MIGRATED.contains(&number) => {
             format!(
-                "the database lacks our tables, or has those of another release ({error}); run `projectionist migrate`"
+                "the tables of projectionist are missing or belong to another release ({error}); \
+                 run `projectionist migrate`"
             )
         }
         Some(1050) => format!(
-            "a table of that name is there already, and not of our making ({error}); rename it, or take another database"
+            "a table of that name exists and projectionist did not create it ({error}); \
+             rename it, or use another database"
         ),
         Some(1044 | 1142 | 1143 | 1227 | 1370) => {
             format!(
-                "the database user may not do this ({error}); grant it what the README lists for this command"
+                "the database user lacks a privilege ({error}); grant the privileges that \
+                 docs/command-line.md lists for this command"
             )
         }
         _ => format!("database: {error}"),

@@ -1,4 +1,4 @@
-//! A recorded fact and its place in the one global order.
+//! Events and their positions in the one global order.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -13,15 +13,15 @@ use time::{OffsetDateTime, PrimitiveDateTime, UtcOffset};
 
 use crate::model::server_json;
 
-/// The event type of a row that only fills a position whose transaction rolled back.
+/// The event type of a gap filler: a row in a position whose transaction was rolled back.
 ///
 /// Types that begin with `$` belong to the log itself: [`NewEvent::check`] refuses them.
 pub const FILLER: &str = "$filler";
 
 /// An event's place in the one global order of the log: `events.position`.
 ///
-/// Positions start at 1, and below the high-water mark they have no holes.
-/// [`Position::START`] (0) stands before the first event.
+/// Positions start at 1 and have no gaps below the high-water mark. [`Position::START`] (0) is
+/// before the first event.
 #[derive(
     Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
 )]
@@ -29,7 +29,7 @@ pub const FILLER: &str = "$filler";
 pub struct Position(u64);
 
 impl Position {
-    /// Before the first event.
+    /// The position before the first event.
     pub const START: Position = Position(0);
 
     /// The position with this number.
@@ -37,7 +37,7 @@ impl Position {
         Position(number)
     }
 
-    /// The number, as it stands in the database.
+    /// The number, as the database stores it.
     pub const fn get(self) -> u64 {
         self.0
     }
@@ -47,12 +47,12 @@ impl Position {
         Position(self.0.saturating_add(1))
     }
 
-    /// The position before this one; [`Position::START`] has none before it and returns itself.
+    /// The position before this one. [`Position::START`] returns itself.
     pub const fn previous(self) -> Self {
         Position(self.0.saturating_sub(1))
     }
 
-    /// How many positions lie above `earlier`, up to and with this one. Zero if there are none.
+    /// How many positions are above `earlier` and at or below this one.
     pub const fn since(self, earlier: Position) -> u64 {
         self.0.saturating_sub(earlier.0)
     }
@@ -66,17 +66,17 @@ impl fmt::Display for Position {
 
 /// One row of the log.
 ///
-/// Its fields stay where the server or the queue put them until a projector asks: most projectors
-/// look at few of the events that they pass, and at little of those.
+/// Its fields are decoded when a projector reads them, because most projectors use few events and
+/// few fields of each.
 pub struct Event {
     position: Position,
-    /// Asked of every event, by every projector.
+    /// Decoded at once, because every projector asks for it.
     is_filler: bool,
-    /// Whether a field was asked for that the row does not have as it should.
+    /// Set when a projector reads a field that cannot be decoded.
     has_decode_error: AtomicBool,
     fields: Fields,
-    /// Payload and metadata, where they are JSON to the server and not to serde_json. Made when
-    /// they are first read.
+    /// Payload and metadata rewritten for serde_json, if the server accepts them as JSON and
+    /// serde_json does not. Created when they are first needed.
     strict_json: OnceLock<Box<StrictJson>>,
 }
 
@@ -87,14 +87,14 @@ struct StrictJson {
     metadata: Option<String>,
 }
 
-/// Where an event's fields are.
+/// The source of an event's fields.
 enum Fields {
-    /// In the row that the server sent.
+    /// The row that the server sent.
     Row(MySqlRow),
     Owned(Box<RecordedEvent>),
 }
 
-/// The columns of such a row: those of the log's table, in its order.
+/// The columns of the log's table, in its order.
 enum Column {
     Position,
     EventId,
@@ -106,52 +106,13 @@ enum Column {
     Metadata,
 }
 
-/// The fields of an event, by name: what an [`Event`] is made of where it does not come from the
-/// log, as in a test of a projector.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RecordedEvent {
-    /// Its place in the global order.
-    pub position: Position,
-    /// Unique over the whole log.
-    pub event_id: String,
-    /// The aggregate it belongs to.
-    pub stream_id: String,
-    /// Its place in the stream, from 1.
-    pub stream_version: u64,
-    /// What happened.
-    pub event_type: String,
-    /// When, in UTC, to the microsecond.
-    pub recorded_at: OffsetDateTime,
-    /// The payload's JSON text.
-    pub payload: String,
-    /// The metadata's JSON text, where there is one.
-    pub metadata: Option<String>,
-}
-
-/// A time as the database stores it: a `datetime` in UTC.
-///
-/// Bind this and not the [`OffsetDateTime`]: sqlx binds that as a `timestamp`, which MariaDB turns
-/// into null before 1970 and from 2038-01-19T03:14:08Z on.
-pub(crate) fn utc_datetime(at: OffsetDateTime) -> PrimitiveDateTime {
-    let at = at.to_offset(UtcOffset::UTC);
-    PrimitiveDateTime::new(at.date(), at.time())
-}
-
-/// When an event was recorded. What is no date (`0000-00-00`, which a server stores whose
-/// `sql_mode` is lax) is read as 1970-01-01, 00:00 in UTC: one row that says no time must not stop
-/// everybody behind it.
-pub(crate) fn decode_recorded_at(row: &MySqlRow, column: usize) -> OffsetDateTime {
-    let recorded_at = row.try_get::<PrimitiveDateTime, _>(column);
-    recorded_at.map_or(OffsetDateTime::UNIX_EPOCH, PrimitiveDateTime::assume_utc)
-}
-
 impl Event {
-    /// The event in a row of the log, with its columns in the order of the log's table. Its
-    /// position is decoded, and it is seen whether it is a tombstone; the rest is decoded when it
-    /// is asked for, unless [`Event::check`] looks.
+    /// The event in a row of the log, whose columns are in the order of the log's table. Decodes
+    /// the position, and whether the event is a gap filler. The other fields are decoded when they
+    /// are read, or all together by [`Event::check`].
     ///
     /// # Errors
-    /// If these are not what the log's table has there.
+    /// If the position or the event type is missing or has another type.
     pub(crate) fn from_row(row: MySqlRow) -> Result<Self, sqlx::Error> {
         Ok(Event {
             position: Position::new(row.try_get(Column::Position as usize)?),
@@ -163,13 +124,13 @@ impl Event {
         })
     }
 
-    /// Looks at every field.
+    /// Decodes every field.
     ///
     /// # Errors
-    /// If one is not what the log's table has there.
+    /// If a field is missing or has another type.
     pub(crate) fn check(&self) -> Result<(), sqlx::Error> {
         let Fields::Row(row) = &self.fields else { return Ok(()) };
-        // By name, for the error to have it.
+        // By name, so that the error names the column.
         for column in ["event_id", "stream_id", "event_type", "payload"] {
             row.try_get::<&str, _>(column)?;
         }
@@ -177,14 +138,14 @@ impl Event {
         row.try_get::<u64, _>("stream_version").map(|_| ())
     }
 
-    /// Why a field could not be read that was asked for; `None`: all could. Whoever asked was given
-    /// nothing in its place, and must not be believed.
+    /// The error of a field that was read and could not be decoded; `None` if every read succeeded.
+    /// The accessor returned a default value, so the handler's result must be discarded.
     pub(crate) fn decode_error(&self) -> Option<sqlx::Error> {
         self.has_decode_error.load(Ordering::Relaxed).then(|| self.check().err()).flatten()
     }
 
-    /// Whether its type is one of these. One whose type cannot be read may be: it must not be
-    /// passed over, and is spoiled.
+    /// Whether the event's type is one of these. Returns `true` if the type cannot be decoded: the
+    /// event must not be skipped, and [`Event::decode_error`] reports it.
     pub(crate) fn may_match(&self, types: &HashSet<String>) -> bool {
         match self.event_type() {
             "" => self.has_decode_error.load(Ordering::Relaxed),
@@ -192,32 +153,33 @@ impl Event {
         }
     }
 
-    /// Its place in the global order.
+    /// The event's place in the global order.
     pub fn position(&self) -> Position {
         self.position
     }
 
-    /// Unique over the whole log; the idempotency key for effects outside the database.
+    /// The id, unique in the whole log. Use it as the idempotency key for effects outside the
+    /// database.
     pub fn event_id(&self) -> &str {
-        self.field(Column::EventId, |given| given.event_id.as_str())
+        self.field(Column::EventId, |recorded| recorded.event_id.as_str())
     }
 
-    /// The aggregate it belongs to.
+    /// The stream: the aggregate that the event belongs to.
     pub fn stream_id(&self) -> &str {
-        self.field(Column::StreamId, |given| given.stream_id.as_str())
+        self.field(Column::StreamId, |recorded| recorded.stream_id.as_str())
     }
 
-    /// Its place in the stream, from 1.
+    /// The event's place in its stream, counted from 1.
     pub fn stream_version(&self) -> u64 {
-        self.field(Column::StreamVersion, |given| given.stream_version)
+        self.field(Column::StreamVersion, |recorded| recorded.stream_version)
     }
 
-    /// What happened; projectors subscribe by it.
+    /// The type: what happened. Projectors subscribe to types.
     pub fn event_type(&self) -> &str {
-        self.field(Column::EventType, |given| given.event_type.as_str())
+        self.field(Column::EventType, |recorded| recorded.event_type.as_str())
     }
 
-    /// When, in UTC, to the microsecond.
+    /// The time of the event, in UTC, to the microsecond.
     ///
     /// To bind it to a statement, use [`Event::recorded_at_utc`]. An [`OffsetDateTime`] is bound as
     /// a `timestamp`, which MariaDB stores as null before 1970 and from 2038-01-19T03:14:08Z on.
@@ -228,34 +190,34 @@ impl Event {
         }
     }
 
-    /// When, in UTC, to the microsecond, as a `datetime` column stores it. This is the one to bind
-    /// to a statement.
+    /// The time of the event, in UTC, to the microsecond, as a `datetime` column stores it. Bind
+    /// this value to statements.
     pub fn recorded_at_utc(&self) -> PrimitiveDateTime {
         utc_datetime(self.recorded_at())
     }
 
     /// The payload's JSON text, byte for byte as it was appended.
     pub fn payload_text(&self) -> &str {
-        self.field(Column::Payload, |given| given.payload.as_str())
+        self.field(Column::Payload, |recorded| recorded.payload.as_str())
     }
 
-    /// The metadata's JSON text, where there is one.
+    /// The metadata's JSON text; `None` if the event has no metadata.
     pub fn metadata_text(&self) -> Option<&str> {
-        self.field(Column::Metadata, |given| given.metadata.as_deref())
+        self.field(Column::Metadata, |recorded| recorded.metadata.as_deref())
     }
 
-    /// Decodes the payload. What the database accepts as JSON and serde_json does not (MariaDB's
+    /// Decodes the payload. JSON that the database accepts and serde_json does not (MariaDB's
     /// `\\'`, `1.`; MySQL's NUL after the document) is read as the database reads it.
     ///
     /// # Errors
-    /// If the JSON does not have the shape of `T`. Returned from a handler, it breaks the projector
-    /// at this event.
+    /// If the JSON does not have the shape of `T`. If a handler returns this error, the projector
+    /// breaks at this event.
     pub fn payload<T: DeserializeOwned>(&self) -> Result<T, serde_json::Error> {
         let read = serde_json::from_str(self.payload_text());
         read.or_else(|error| self.strict_payload().map_or(Err(error), serde_json::from_str))
     }
 
-    /// Decodes the metadata; `null` stands in where there is none, so `T` may be an `Option`.
+    /// Decodes the metadata. Missing metadata is decoded as `null`, so `T` may be an `Option`.
     ///
     /// # Errors
     /// If the JSON does not have the shape of `T`.
@@ -264,13 +226,14 @@ impl Event {
         read.or_else(|error| self.strict_metadata().map_or(Err(error), serde_json::from_str))
     }
 
-    /// The payload for serde_json, where that has refused the payload as it was written; `None`
-    /// where that cannot help.
+    /// The payload, rewritten after serde_json has refused it; `None` if there is nothing to
+    /// rewrite.
     pub(crate) fn strict_payload(&self) -> Option<&str> {
         self.strict_json().payload.as_deref()
     }
 
-    /// The metadata, likewise.
+    /// The metadata, rewritten after serde_json has refused it; `None` if there is nothing to
+    /// rewrite.
     pub(crate) fn strict_metadata(&self) -> Option<&str> {
         self.strict_json().metadata.as_deref()
     }
@@ -285,12 +248,12 @@ impl Event {
         })
     }
 
-    /// Whether this row only fills a position. Tombstones move projectors on and are shown to none.
+    /// Whether this row is a gap filler. Fillers advance projectors, but no handler receives them.
     pub fn is_filler(&self) -> bool {
         self.is_filler
     }
 
-    /// Payload and metadata, in bytes. Decodes neither.
+    /// The size of payload and metadata together, in bytes. Decodes neither.
     pub(crate) fn json_bytes(&self) -> usize {
         match &self.fields {
             Fields::Row(row) => {
@@ -306,8 +269,9 @@ impl Event {
         }
     }
 
-    /// A field, wherever it is.
-    fn field<'e, T>(&'e self, column: Column, given: impl FnOnce(&'e RecordedEvent) -> T) -> T
+    /// A field of the row or of the owned event. Returns the default value and sets
+    /// `has_decode_error` if the row's field cannot be decoded.
+    fn field<'e, T>(&'e self, column: Column, get: impl FnOnce(&'e RecordedEvent) -> T) -> T
     where
         T: Decode<'e, MySql> + Type<MySql> + Default,
     {
@@ -316,11 +280,11 @@ impl Event {
                 self.has_decode_error.store(true, Ordering::Relaxed);
                 T::default()
             }),
-            Fields::Owned(recorded) => given(recorded),
+            Fields::Owned(recorded) => get(recorded),
         }
     }
 
-    /// Its fields, by name.
+    /// All fields, by name.
     fn to_recorded(&self) -> RecordedEvent {
         RecordedEvent {
             position: self.position,
@@ -348,7 +312,7 @@ impl From<RecordedEvent> for Event {
 }
 
 impl Clone for Event {
-    /// A copy of its fields, which keeps nothing of what else was read with it.
+    /// Copies the fields. The copy does not keep alive the memory that the row was read into.
     fn clone(&self) -> Self {
         self.to_recorded().into()
     }
@@ -368,30 +332,74 @@ impl fmt::Debug for Event {
     }
 }
 
-/// An event that is to be appended. The log gives it its position.
+/// The fields of an event, by name. Converts into an [`Event`] that is not read from the log, as in
+/// a projector's test.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RecordedEvent {
+    /// The event's place in the global order.
+    pub position: Position,
+    /// The id, unique in the whole log.
+    pub event_id: String,
+    /// The stream: the aggregate that the event belongs to.
+    pub stream_id: String,
+    /// The event's place in its stream, counted from 1.
+    pub stream_version: u64,
+    /// The type: what happened.
+    pub event_type: String,
+    /// The time of the event, in UTC, to the microsecond.
+    pub recorded_at: OffsetDateTime,
+    /// The payload's JSON text.
+    pub payload: String,
+    /// The metadata's JSON text; `None` if the event has no metadata.
+    pub metadata: Option<String>,
+}
+
+/// A time as the database stores it: a `datetime` in UTC.
+///
+/// Bind this value, not the [`OffsetDateTime`]. sqlx binds an `OffsetDateTime` as a `timestamp`,
+/// which MariaDB stores as null before 1970 and from 2038-01-19T03:14:08Z on.
+pub(crate) fn utc_datetime(at: OffsetDateTime) -> PrimitiveDateTime {
+    let at = at.to_offset(UtcOffset::UTC);
+    PrimitiveDateTime::new(at.date(), at.time())
+}
+
+/// The time in a column of type `datetime`. An invalid date becomes 1970-01-01T00:00:00Z: a server
+/// with a lax `sql_mode` can store `0000-00-00`, and one such row must not stop all projectors.
+pub(crate) fn decode_recorded_at(row: &MySqlRow, column: usize) -> OffsetDateTime {
+    let recorded_at = row.try_get::<PrimitiveDateTime, _>(column);
+    recorded_at.map_or(OffsetDateTime::UNIX_EPOCH, PrimitiveDateTime::assume_utc)
+}
+
+/// An event to append. The log assigns the position.
 ///
 /// ```
 /// use projectionist::NewEvent;
 ///
-/// let event = NewEvent { stream_version: Some(7), ..NewEvent::new("case-891", "Check confirmation", r#"{"by":"ann"}"#) };
+/// let event = NewEvent {
+///     stream_version: Some(7),
+///     ..NewEvent::new("case-891", "Check confirmation", r#"{"by":"ann"}"#)
+/// };
 /// assert_eq!(event.check(), Ok(()));
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NewEvent {
-    /// A UUID is made where none is given. Give one where an append may be repeated: the second is
-    /// refused.
+    /// The id; without one, the append generates a UUID. Give an id if an append may be repeated:
+    /// the second append is then refused.
     pub event_id: Option<String>,
-    /// The aggregate it belongs to: 1 to 200 characters, without control characters.
+    /// The stream: the aggregate that the event belongs to. 1 to 200 characters, without control
+    /// characters.
     pub stream_id: String,
-    /// The version it must get, for optimistic concurrency; without one, it gets the stream's next.
+    /// The version that the event must get, for optimistic concurrency. Without one, the event gets
+    /// the next version of its stream.
     pub stream_version: Option<u64>,
-    /// What happened: 1 to 200 characters, without control characters, not beginning with `$`.
+    /// The type: what happened. 1 to 200 characters, without control characters, not beginning with
+    /// `$`.
     pub event_type: String,
-    /// When; without one, the database's clock at the append.
+    /// The time of the event; without one, the database's clock at the append.
     pub recorded_at: Option<OffsetDateTime>,
     /// The payload's JSON text, at most [`NewEvent::MAX_JSON`] bytes.
     pub payload: String,
-    /// The metadata's JSON text, likewise.
+    /// The metadata's JSON text, at most [`NewEvent::MAX_JSON`] bytes.
     pub metadata: Option<String>,
 }
 
@@ -403,7 +411,7 @@ impl NewEvent {
     /// The longest event id, in ASCII characters.
     pub const MAX_EVENT_ID: usize = 64;
 
-    /// An event of a stream, with its payload's JSON text; everything else as the log gives it.
+    /// An event with the given stream, type and payload. The log assigns the other fields.
     pub fn new(
         stream_id: impl Into<String>,
         event_type: impl Into<String>,
@@ -423,7 +431,7 @@ impl NewEvent {
     /// Checks everything that can be checked without the database.
     ///
     /// # Errors
-    /// The first field that does not hold, and why, in a sentence.
+    /// The first invalid field and the reason, in a sentence.
     pub fn check(&self) -> Result<(), String> {
         check_name("stream_id", &self.stream_id)?;
         check_name("event_type", &self.event_type)?;
@@ -437,9 +445,9 @@ impl NewEvent {
             ));
         }
         if self.stream_version == Some(0) {
-            return Err("stream_version counts from 1".into());
+            return Err("stream_version must be at least 1".into());
         }
-        // In UTC it may lie in the year before or after, which need not be one that `time` knows.
+        // In UTC the year may be another one, which `time` may be unable to represent.
         let in_utc = |at: OffsetDateTime| at.checked_to_offset(time::UtcOffset::UTC);
         let is_storable =
             |at: OffsetDateTime| in_utc(at).is_some_and(|at| (1000..=9999).contains(&at.year()));
@@ -455,7 +463,7 @@ fn check_name(field: &str, value: &str) -> Result<(), String> {
     let characters = value.chars().count();
     if characters == 0 || characters > NewEvent::MAX_NAME {
         return Err(format!(
-            "{field} must be 1 to {} characters, and has {characters}",
+            "{field} must be 1 to {} characters, and this one has {characters}",
             NewEvent::MAX_NAME
         ));
     }
@@ -466,13 +474,13 @@ fn check_name(field: &str, value: &str) -> Result<(), String> {
     }
     if value.starts_with('$') {
         return Err(format!(
-            "{field} {value:?} begins with `$`, which is kept for the log's own rows"
+            "{field} {value:?} begins with `$`, which is reserved for the log's own rows"
         ));
     }
-    // MySQL compares text padded with spaces: "a" and "a " would be one stream, and one type.
+    // MySQL compares text padded with spaces: `a` and `a ` would be one stream, or one type.
     if value.ends_with(' ') {
         return Err(format!(
-            "{field} {value:?} ends with a space, which the database would not tell apart"
+            "{field} {value:?} ends with a space, which the database ignores in comparisons"
         ));
     }
     Ok(())

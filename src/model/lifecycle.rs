@@ -1,4 +1,4 @@
-//! The states of a projector's life and the steps between them: pure, and all in this one place.
+//! The states of a projector and the transitions between them, as pure functions.
 
 use std::fmt;
 
@@ -7,59 +7,60 @@ use time::OffsetDateTime;
 use crate::model::event::Position;
 use crate::model::projector::Mode;
 
-/// Where a projector stands in its life. A projector without a ledger row is new.
+/// The status of a projector in the ledger. A new projector has no ledger row yet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Status {
-    /// Set by boot at first sight. Events come from the store until the handoff.
+    /// Set by boot when it first sees the projector. Events come from the store until the handoff.
     Booting,
-    /// Set by the handoff. The live queue, repaired from the store, owns every event after the
-    /// position.
+    /// Set by the handoff. Events after the position come from the queue; missing ones are read
+    /// from the store.
     Live,
-    /// Set by boot or play at the first failing event. The position stays just before it.
+    /// Set by boot or play when an event fails. The position stays just before that event.
     Broken(Failure),
     /// Set by boot when another projector of the same boot broke.
     Stalled,
-    /// Set by boot for mode `once`, at the high-water mark. It never runs again.
+    /// Set by boot for mode `once`, when the position reaches the high-water mark. The projector
+    /// never runs again.
     Finished,
-    /// Set by retire. It never runs again.
+    /// Set by retire. The projector never runs again.
     Retired,
 }
 
-/// The event that a projector could not apply.
+/// Why a projector is broken.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Failure {
-    /// What it failed on; `None` where setup failed, before any event.
+    /// The event that failed; `None` if setup failed, before any event.
     pub event: Option<FailedEvent>,
     /// The error and its causes.
     pub error: String,
-    /// When, in UTC.
+    /// The time of the failure, in UTC.
     pub at: OffsetDateTime,
-    /// How often it was tried.
+    /// How often the event was tried.
     pub attempts: u32,
-    /// The release that failed on it, where it has a name.
+    /// The release that ran the projector; `None` if the release has no name.
     pub release: Option<String>,
-    /// The host that did.
+    /// The host that ran the projector.
     pub host: String,
-    /// Why the read model must be rebuilt, where the failure says so: a table that is gone, a batch
-    /// of which only a part is stored. Neither boot nor play applies anything to such a projector.
+    /// Why the read model must be rebuilt, if the failure requires that: a table is missing, or
+    /// only a part of a batch is stored. Neither boot nor play applies events to such a projector.
     pub rebuild_reason: Option<String>,
 }
 
-/// Which event a projector failed on.
+/// The event that a projector failed on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct FailedEvent {
-    /// Its position; the projector's own position stays just before it.
+    /// The event's position. The projector's own position stays just before it.
     pub position: Position,
-    /// Its id.
+    /// The event's id.
     pub event_id: String,
-    /// Its type.
+    /// The event's type.
     pub event_type: String,
 }
 
 impl Status {
-    /// As it is written in the ledger.
+    /// The status as the ledger stores it.
     pub const fn as_str(&self) -> &'static str {
         match self {
             Status::Booting => "booting",
@@ -71,7 +72,7 @@ impl Status {
         }
     }
 
-    /// The failure, where it is broken.
+    /// The failure; `None` if the projector is not broken.
     pub const fn failure(&self) -> Option<&Failure> {
         match self {
             Status::Broken(failure) => Some(failure),
@@ -86,10 +87,10 @@ impl fmt::Display for Status {
     }
 }
 
-/// A step in a projector's life.
+/// A change of a projector's status.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Transition {
-    /// Boot: the position has reached the oldest queued event.
+    /// Boot: the position has reached the oldest event in the queue.
     HandOver,
     /// Boot, mode once: the position has reached the high-water mark.
     Finish,
@@ -101,7 +102,7 @@ pub(crate) enum Transition {
     Retire,
 }
 
-/// A step that the lifecycle does not have.
+/// A transition that the lifecycle does not have.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("a projector that is {from} and runs {mode} cannot {transition}")]
 pub(crate) struct IllegalTransition {
@@ -110,7 +111,10 @@ pub(crate) struct IllegalTransition {
     transition: &'static str,
 }
 
-/// Takes a step, or says that there is no such step.
+/// The status after a transition.
+///
+/// # Errors
+/// If the transition is illegal for that status and mode.
 pub(crate) fn apply_transition(
     from: &Status,
     mode: Mode,
@@ -133,12 +137,12 @@ pub(crate) fn apply_transition(
     Err(IllegalTransition { from: from.as_str(), mode, transition: name })
 }
 
-/// Who is applying events: the fence lets each touch only its own projectors.
+/// The command that applies events. The fence restricts each command to its own projectors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Stage {
-    /// Boot plays what is booting, stalled or broken.
+    /// Boot: projectors that are booting, stalled or broken.
     Boot,
-    /// Play plays what is live, and nothing that was not booted.
+    /// Play: projectors that are live.
     Play,
 }
 
@@ -148,7 +152,8 @@ impl Stage {
         match self {
             Stage::Boot => match status {
                 Status::Booting | Status::Stalled => true,
-                // Its read model is not whole: what is applied to it only hides that.
+                // A read model that must be rebuilt is incomplete. More events would only hide
+                // that.
                 Status::Broken(failure) => failure.rebuild_reason.is_none(),
                 Status::Live | Status::Finished | Status::Retired => false,
             },
@@ -156,8 +161,8 @@ impl Stage {
         }
     }
 
-    /// The same statuses as a list in SQL. A statement that uses it asks for `rebuild_reason is
-    /// null`, too.
+    /// The statuses of [`Stage::can_apply`], as a list for SQL. A statement that uses it must also
+    /// check `rebuild_reason is null`.
     pub(crate) const fn statuses_sql(self) -> &'static str {
         match self {
             Stage::Boot => "'booting', 'stalled', 'broken'",
@@ -182,6 +187,27 @@ mod tests {
         }
     }
 
+    fn every_status() -> [Status; 6] {
+        [
+            Status::Booting,
+            Status::Live,
+            Status::Broken(failure()),
+            Status::Stalled,
+            Status::Finished,
+            Status::Retired,
+        ]
+    }
+
+    fn every_transition() -> [Transition; 5] {
+        [
+            Transition::HandOver,
+            Transition::Finish,
+            Transition::Break(failure()),
+            Transition::Stall,
+            Transition::Retire,
+        ]
+    }
+
     #[test]
     fn a_projector_that_must_be_rebuilt_is_never_played_and_can_only_be_retired() {
         let must_be_rebuilt = Status::Broken(Failure {
@@ -192,12 +218,9 @@ mod tests {
             !Stage::Boot.can_apply(&must_be_rebuilt) && !Stage::Play.can_apply(&must_be_rebuilt)
         );
         for mode in [Mode::FromBeginning, Mode::FromNow, Mode::Once] {
-            for transition in [
-                Transition::HandOver,
-                Transition::Finish,
-                Transition::Break(failure()),
-                Transition::Stall,
-            ] {
+            let other_than_retire =
+                every_transition().into_iter().filter(|other| *other != Transition::Retire);
+            for transition in other_than_retire {
                 assert!(
                     apply_transition(&must_be_rebuilt, mode, transition.clone()).is_err(),
                     "{mode} {transition:?}"
@@ -210,18 +233,7 @@ mod tests {
         }
     }
 
-    fn every_status() -> [Status; 6] {
-        [
-            Status::Booting,
-            Status::Live,
-            Status::Broken(failure()),
-            Status::Stalled,
-            Status::Finished,
-            Status::Retired,
-        ]
-    }
-
-    /// The design's table, written out: every pair that is not in it is an error.
+    /// Every pair that is not in this table is an error.
     #[test]
     fn only_the_documented_transitions_exist() {
         let legal = |from: &str, transition: &Transition, mode: Mode| match transition {
@@ -237,13 +249,7 @@ mod tests {
         };
         for mode in [Mode::FromBeginning, Mode::FromNow, Mode::Once] {
             for from in every_status() {
-                for transition in [
-                    Transition::HandOver,
-                    Transition::Finish,
-                    Transition::Break(failure()),
-                    Transition::Stall,
-                    Transition::Retire,
-                ] {
+                for transition in every_transition() {
                     let expected = legal(from.as_str(), &transition, mode);
                     assert_eq!(
                         apply_transition(&from, mode, transition.clone()).is_ok(),
@@ -256,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn a_status_is_played_by_at_most_one_stage_and_a_dead_one_by_neither() {
+    fn a_status_is_played_by_at_most_one_stage_and_a_final_one_by_none() {
         for status in every_status() {
             let stages =
                 [Stage::Boot, Stage::Play].iter().filter(|stage| stage.can_apply(&status)).count();

@@ -1,6 +1,6 @@
-//! What the engine counts while it works, until a command writes it down. No I/O, and one count a
-//! batch, never one an event. As with the log, there is one recorder in a process; where none was
-//! started, nothing is counted.
+//! Counters of the engine, kept in memory until a command writes them as metrics. No I/O. The
+//! counters change once a batch, never once an event. A process has one recorder, as it has one
+//! log. Nothing is counted before [`start`].
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
@@ -12,21 +12,21 @@ use crate::model::projector::ProjectorId;
 /// The CloudWatch namespace of all metrics.
 pub(crate) const NAMESPACE: &str = "Projectionist";
 
-/// A metric as CloudWatch knows it. Dashboards and alarms go by these names.
+/// A metric as CloudWatch knows it. Dashboards and alarms use these names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Metric {
     pub(crate) name: &'static str,
-    /// One of CloudWatch's own.
+    /// A unit that CloudWatch defines.
     pub(crate) unit: &'static str,
     pub(crate) scope: MetricScope,
 }
 
-/// What a metric tells of; so much are its dimensions.
+/// What a metric describes. The scope decides its dimensions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum MetricScope {
     /// One projector: dimensions `Service` and `Projector`, which is `name@version`.
     Projector,
-    /// The whole: dimension `Service`.
+    /// The whole service: dimension `Service`.
     Service,
 }
 
@@ -63,7 +63,7 @@ pub(crate) const MAX_LAG_SECONDS: Metric = service_metric("LagSeconds", "Seconds
 pub(crate) const HEARTBEAT: Metric = service_metric("Heartbeat", "Count");
 pub(crate) const FOREIGN_MESSAGES: Metric = service_metric("ForeignMessages", "Count");
 
-/// Every metric there is: what a template may name, and what `infra/cloudwatch.md` explains.
+/// Every metric: a template may name these, and `infra/cloudwatch.md` explains them.
 #[cfg(test)]
 pub(crate) const ALL: [Metric; 15] = [
     LAG_EVENTS,
@@ -83,55 +83,54 @@ pub(crate) const ALL: [Metric; 15] = [
     FOREIGN_MESSAGES,
 ];
 
-/// What was counted since it was last taken.
+/// The counters since they were last taken.
 #[derive(Debug, Default, Clone, PartialEq)]
 pub(crate) struct Counters {
     pub(crate) projectors: BTreeMap<ProjectorId, ProjectorCounters>,
-    /// Events in each message that was sent.
+    /// The number of events in each sent message.
     pub(crate) message_events: Samples,
-    /// Milliseconds from a receive until every live projector had committed it.
+    /// Milliseconds from a receive until every live projector had committed its events.
     pub(crate) receive_to_commit: Samples,
-    /// Messages that were received and are not of our log.
+    /// Received messages that are not from this log.
     pub(crate) foreign_messages: u64,
-    /// What the relay saw when it last looked; `None` where this process has no relay at work.
+    /// The marks at the relay's last look; `None` if no relay runs in this process.
     pub(crate) relay: Option<RelayProgress>,
-    /// Whether the mark is held, and since when; `None` where this process has not tried to raise
-    /// it.
+    /// Whether the high-water mark is blocked; `None` if this process has not tried to raise it.
     pub(crate) mark: Option<MarkState>,
 }
 
-/// What an attempt to raise the mark saw.
+/// The result of an attempt to raise the high-water mark.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum MarkState {
-    /// Nothing keeps it from rising.
+    /// The mark can rise.
     Unblocked,
-    /// The same thing has kept it from rising since then.
+    /// The same cause has blocked the mark since then.
     BlockedSince(Instant),
 }
 
-/// What was counted of one projector.
+/// The counters of one projector.
 #[derive(Debug, Default, Clone, PartialEq)]
 pub(crate) struct ProjectorCounters {
     pub(crate) events_applied: u64,
     pub(crate) failures: u64,
     pub(crate) fallback_reads: u64,
     pub(crate) duplicates_skipped: u64,
-    /// Milliseconds of each transaction with events in it, from its begin to its commit.
+    /// Milliseconds from begin to commit, for each transaction that applied events.
     pub(crate) apply_time: Samples,
 }
 
-/// What the relay saw.
+/// The marks that the relay read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct RelayProgress {
     pub(crate) high_water: Position,
     pub(crate) published: Position,
 }
 
-/// The most values that one metric may have in one document.
+/// The maximum number of values of one metric in one document.
 pub(crate) const MAX_SAMPLES: usize = 100;
 
-/// Values of one kind: all of them while they are few; then the largest, and as many others as fit,
-/// taken at random with equal chances, so that percentiles hold.
+/// The values of one metric. All values are kept up to [`MAX_SAMPLES`]. Beyond that, the largest is
+/// kept, and a random sample of the others with equal chances, so that percentiles hold.
 #[derive(Debug, Default, Clone, PartialEq)]
 pub(crate) struct Samples {
     count: u64,
@@ -141,7 +140,8 @@ pub(crate) struct Samples {
 impl Samples {
     pub(crate) fn add(&mut self, value: f64) {
         self.count += 1;
-        // The largest stands first; the one that it was takes its chance with the others.
+        // The largest value is always first. The value that it replaces becomes a candidate for the
+        // sample.
         let value = match self.values.first_mut() {
             Some(largest) if value > *largest => std::mem::replace(largest, value),
             _ => value,
@@ -161,82 +161,82 @@ impl Samples {
     }
 }
 
-/// Counts, for one process.
+/// The counters of one process.
 #[derive(Debug, Default)]
 struct Recorder(Mutex<Counters>);
-
-static RECORDER: OnceLock<Recorder> = OnceLock::new();
-
-/// Starts counting, for good.
-pub(crate) fn start() {
-    RECORDER.get_or_init(Recorder::default);
-}
-
-/// What was counted since the last time.
-pub(crate) fn take() -> Counters {
-    RECORDER.get().map(|recorder| std::mem::take(&mut *recorder.counters())).unwrap_or_default()
-}
-
-/// So many events were applied to a projector, in a transaction that took so long. None: it was
-/// only moved over events that it does not want.
-pub(crate) fn record_applied(id: &ProjectorId, events: usize, took: Duration) {
-    if events > 0 {
-        record_for(id, |of| {
-            of.events_applied += events as u64;
-            of.apply_time.add(millis(took));
-        });
-    }
-}
-
-/// An attempt to apply something to a projector, or to set it up, has failed.
-pub(crate) fn record_failure(id: &ProjectorId) {
-    record_for(id, |of| of.failures += 1);
-}
-
-/// Play reads from the store what the queue did not bring to this projector.
-pub(crate) fn record_fallback_read(id: &ProjectorId) {
-    record_for(id, |of| of.fallback_reads += 1);
-}
-
-/// So many events of messages had been applied or passed over by this projector before.
-pub(crate) fn record_duplicates(id: &ProjectorId, events: u64) {
-    if events > 0 {
-        record_for(id, |of| of.duplicates_skipped += events);
-    }
-}
-
-/// All live projectors have committed what was received.
-pub(crate) fn record_receive_to_commit(took: Duration) {
-    record(|counters| counters.receive_to_commit.add(millis(took)));
-}
-
-/// So many messages were received that are not of our log.
-pub(crate) fn record_foreign_messages(messages: u64) {
-    record(|counters| counters.foreign_messages += messages);
-}
-
-/// The relay sent a message with so many events.
-pub(crate) fn record_sent_message(events: usize) {
-    record(|counters| counters.message_events.add(events as f64));
-}
-
-/// The relay has looked at the log, and sent what is new.
-pub(crate) fn record_relay_progress(progress: RelayProgress) {
-    record(|counters| counters.relay = Some(progress));
-}
-
-/// Somebody has tried to raise the mark, which the same thing has held since then, if anything
-/// does.
-pub(crate) fn record_mark_state(since: Option<Instant>) {
-    record(|counters| {
-        counters.mark = Some(since.map_or(MarkState::Unblocked, MarkState::BlockedSince))
-    });
-}
 
 impl Recorder {
     fn counters(&self) -> MutexGuard<'_, Counters> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+static RECORDER: OnceLock<Recorder> = OnceLock::new();
+
+/// Starts counting, until the process ends.
+pub(crate) fn start() {
+    RECORDER.get_or_init(Recorder::default);
+}
+
+/// Returns the counters since the last call, and resets them.
+pub(crate) fn take() -> Counters {
+    RECORDER.get().map(|recorder| std::mem::take(&mut *recorder.counters())).unwrap_or_default()
+}
+
+/// Records a transaction that applied `events` events to a projector and lasted `took`. With 0
+/// events, the transaction only moved the position, and nothing is recorded.
+pub(crate) fn record_applied(id: &ProjectorId, events: usize, took: Duration) {
+    if events > 0 {
+        record_for(id, |counters| {
+            counters.events_applied += events as u64;
+            counters.apply_time.add(millis(took));
+        });
+    }
+}
+
+/// Records a failed attempt to apply events to a projector or to run its setup.
+pub(crate) fn record_failure(id: &ProjectorId) {
+    record_for(id, |counters| counters.failures += 1);
+}
+
+/// Records that play reads events from the store that the queue did not deliver to this projector.
+pub(crate) fn record_fallback_read(id: &ProjectorId) {
+    record_for(id, |counters| counters.fallback_reads += 1);
+}
+
+/// Records received events that this projector had applied or skipped before.
+pub(crate) fn record_duplicates(id: &ProjectorId, events: u64) {
+    if events > 0 {
+        record_for(id, |counters| counters.duplicates_skipped += events);
+    }
+}
+
+/// Records the time from a receive until every live projector had committed its events.
+pub(crate) fn record_receive_to_commit(took: Duration) {
+    record(|counters| counters.receive_to_commit.add(millis(took)));
+}
+
+/// Records received messages that are not from this log.
+pub(crate) fn record_foreign_messages(messages: u64) {
+    record(|counters| counters.foreign_messages += messages);
+}
+
+/// Records a message that the relay sent, by its number of events.
+pub(crate) fn record_sent_message(events: usize) {
+    record(|counters| counters.message_events.add(events as f64));
+}
+
+/// Records the marks after the relay has read the log and sent the new events.
+pub(crate) fn record_relay_progress(progress: RelayProgress) {
+    record(|counters| counters.relay = Some(progress));
+}
+
+/// Records an attempt to raise the high-water mark. `since` is the time from which on the same
+/// cause has blocked it; `None` if the mark can rise.
+pub(crate) fn record_mark_state(since: Option<Instant>) {
+    record(|counters| {
+        counters.mark = Some(since.map_or(MarkState::Unblocked, MarkState::BlockedSince))
+    });
 }
 
 fn record(update: impl FnOnce(&mut Counters)) {
@@ -247,12 +247,13 @@ fn record(update: impl FnOnce(&mut Counters)) {
 
 fn record_for(id: &ProjectorId, update: impl FnOnce(&mut ProjectorCounters)) {
     record(|counters| match counters.projectors.get_mut(id) {
-        Some(of) => update(of),
+        Some(projector) => update(projector),
         None => update(counters.projectors.entry(id.clone()).or_default()),
     });
 }
 
-/// To the microsecond: more digits would only be paid for.
+/// Milliseconds with the precision of a microsecond. More digits would only make the metrics
+/// larger.
 fn millis(duration: Duration) -> f64 {
     duration.as_micros() as f64 / 1000.0
 }
@@ -276,8 +277,8 @@ mod tests {
             assert_eq!((many.values().len(), many.values()[0]), (MAX_SAMPLES, 10_000.0));
             mean += many.values()[1..].iter().sum::<f64>() / 99.0 / 200.0;
         }
-        // Of 19,800 values out of a uniform distribution the mean is within 20.5 of 5,000, by one
-        // deviation; this is ten.
+        // The mean of 19,800 values of a uniform distribution has a standard deviation of 20.5. The
+        // bound is ten standard deviations.
         assert!((mean - 5_000.0).abs() < 205.0, "{mean}");
     }
 

@@ -1,4 +1,4 @@
-//! Values and rules. Nothing here reads or writes anything.
+//! Values and rules, without I/O.
 
 pub(crate) mod backoff;
 pub(crate) mod continuity;

@@ -1,4 +1,4 @@
-//! What a team writes: a named, versioned consumer of events.
+//! The trait that a team implements: a named, versioned consumer of events.
 
 use std::fmt;
 use std::str::FromStr;
@@ -11,14 +11,14 @@ use crate::model::event::Event;
 
 /// A named, versioned consumer of events.
 ///
-/// The handler gets the connection of the transaction that also moves the projector's position:
-/// what it writes there is applied exactly once, whatever happens around it. It must not commit,
-/// and no statement in it may commit on its own (DDL does): that is found out and breaks the
-/// projector.
+/// The handler receives the connection of the transaction that also moves the projector's position.
+/// Its writes on that connection are applied exactly once, also after crashes and repeated
+/// messages. The handler must not commit, and must not run a statement that commits implicitly,
+/// such as DDL. A commit is detected and breaks the projector.
 ///
-/// An effect *outside* that connection (an e-mail, an HTTP call) cannot be part of the transaction
-/// and happens **at least once**: pass [`Event::event_id`] on as the idempotency key, and say so
-/// with [`Projector::has_side_effects`].
+/// An effect *outside* that connection (an e-mail, an HTTP call) cannot be part of the transaction.
+/// It happens **at least once**: pass [`Event::event_id`] on as the idempotency key, and return
+/// `true` from [`Projector::has_side_effects`].
 ///
 /// ```
 /// use projectionist::{Event, EventTypes, Projector, async_trait, sqlx};
@@ -36,11 +36,16 @@ use crate::model::event::Event;
 ///
 ///     async fn setup(&self, db: &mut sqlx::MySqlConnection) -> anyhow::Result<()> {
 ///         sqlx::query("create table if not exists cases_per_department
-///                      (department varchar(100) primary key, cases bigint not null)").execute(db).await?;
+///                      (department varchar(100) primary key, cases bigint not null)")
+///             .execute(db).await?;
 ///         Ok(())
 ///     }
 ///
-///     async fn handle(&self, event: &Event, db: &mut sqlx::MySqlConnection) -> anyhow::Result<()> {
+///     async fn handle(
+///         &self,
+///         event: &Event,
+///         db: &mut sqlx::MySqlConnection,
+///     ) -> anyhow::Result<()> {
 ///         let received: Received = event.payload()?;
 ///         sqlx::query("insert into cases_per_department values (?, 1)
 ///                      on duplicate key update cases = cases + 1")
@@ -51,43 +56,45 @@ use crate::model::event::Event;
 /// ```
 #[async_trait]
 pub trait Projector: Send + Sync + 'static {
-    /// Its name: 1 to 100 of `A-Z a-z 0-9 _ . -`. Name and version together are its identity.
+    /// The name: 1 to 100 characters of `A-Z a-z 0-9 _ . -`. Name and version together identify the
+    /// projector.
     fn name(&self) -> &str;
 
-    /// Its version. A new version is a new projector, and boots from the start.
+    /// The version, from 1. A new version is a new projector: boot replays it from the start.
     fn version(&self) -> u32 {
         1
     }
 
-    /// Where it starts and whether it goes on.
+    /// Where the projector starts, and whether it continues after boot.
     fn mode(&self) -> Mode {
         Mode::FromBeginning
     }
 
-    /// The events that it subscribes to.
+    /// The events that the projector subscribes to.
     fn event_types(&self) -> EventTypes {
         EventTypes::All
     }
 
-    /// Whether it acts outside the database. Its ledger row then outlives it, so that it can never
-    /// be played again by mistake.
+    /// Whether the handler has effects outside the database. Retire then keeps the ledger row, so
+    /// that the projector cannot be replayed by mistake.
     fn has_side_effects(&self) -> bool {
         false
     }
 
-    /// A word for the state of the handler's code: a version, a hash. It is part of the
-    /// definition's digest, so that a worker of another release, whose handler means something else
-    /// by the same name and version, is known.
+    /// The revision of the handler's code: a version or a hash. It is part of the definition's
+    /// digest. The digest detects a worker of another release whose handler differs under the same
+    /// name and version.
     ///
-    /// Change it with every change to what the handler stores. Without one, the digest is made of
-    /// name, mode, event types and side effects alone.
+    /// Change the revision whenever the handler stores something else. Without a revision, the
+    /// digest covers only name, version, mode, event types and side effects.
     fn revision(&self) -> String {
         String::new()
     }
 
-    /// The tables that this projector writes and no other does, as `table` or `database.table`.
-    /// Boot refuses to build a new projector on one that already has rows, and to carry on where
-    /// one is missing. Tables that [`Projector::setup`] creates need not be named: boot sees them.
+    /// The tables that only this projector writes, as `table` or `database.table`. Boot refuses to
+    /// build a new projector on a table that already has rows. It refuses to resume a projector if
+    /// one of its tables is missing. Tables that [`Projector::setup`] creates need not be listed:
+    /// boot detects them.
     fn tables(&self) -> Vec<String> {
         Vec::new()
     }
@@ -97,26 +104,30 @@ pub trait Projector: Send + Sync + 'static {
         SessionUse::Dedicated
     }
 
-    /// Creates what the handler writes to. Boot runs it at first sight, and again whenever it
-    /// resumes the projector, so it must be harmless to repeat: `create table if not exists`. It
-    /// may take as long as it likes, but not be silent on its connection for a minute: then the
-    /// server ends that, and it is run again.
+    /// Creates the tables that the handler writes to. Boot runs setup when it first sees the
+    /// projector, and whenever it resumes the projector. Setup must therefore be harmless to
+    /// repeat: `create table if not exists`.
+    ///
+    /// Setup may take any time, but its connection must not be idle for a minute: the server then
+    /// closes the connection, and boot runs setup again.
     async fn setup(&self, _db: &mut MySqlConnection) -> anyhow::Result<()> {
         Ok(())
     }
 
-    /// Removes what setup created. Run by `retire`; must be harmless to repeat.
+    /// Removes what setup created. `retire` runs it. It must be harmless to repeat.
     async fn teardown(&self, _db: &mut MySqlConnection) -> anyhow::Result<()> {
         Ok(())
     }
 
-    /// Applies one event. An error breaks the projector at this event, unless it is transient
-    /// (a deadlock, a lock wait, a lost connection): then the batch is rolled back and tried again.
+    /// Applies one event. A transient error (a deadlock, a lock wait timeout, a lost connection)
+    /// rolls the batch back, and the batch is tried again. Any other error breaks the projector at
+    /// this event.
     async fn handle(&self, event: &Event, db: &mut MySqlConnection) -> anyhow::Result<()>;
 
-    /// Applies some events in order, all of them subscribed to. Override it where one statement can
-    /// serve many events, perhaps with a [`MultiRowInsert`](crate::MultiRowInsert). After an error
-    /// the same events come again one by one, so that the failing one is found.
+    /// Applies several events in order; the projector subscribes to all of them. Override it if one
+    /// statement can apply many events, for instance with a
+    /// [`MultiRowInsert`](crate::MultiRowInsert). After an error, the same events are applied one
+    /// by one, to find the one that fails.
     async fn handle_batch(
         &self,
         events: &[&Event],
@@ -135,29 +146,30 @@ pub trait Projector: Send + Sync + 'static {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum SessionUse {
-    /// Nothing. The session may serve other projectors afterwards, which saves connections.
+    /// Nothing. Other projectors may use the session afterwards, which saves connections.
     Shared,
-    /// Something, which only this projector may see: a session is kept for it alone. The default.
+    /// State that only this projector may see. The session is used for this projector alone. This
+    /// is the default.
     Dedicated,
-    /// Something that must not reach even the next event: each event has a transaction and a new
-    /// session of its own.
+    /// State that must not reach even the next event. Each event gets its own transaction and a new
+    /// session.
     PerEvent,
 }
 
-/// Where a projector starts, and whether it goes on.
+/// Where a projector starts, and whether it continues after boot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Mode {
-    /// Replays the whole log, then lives.
+    /// Replays the whole log, then goes live.
     FromBeginning,
-    /// Starts at the high-water mark of its first boot: it never sees an older event.
+    /// Starts at the high-water mark of its first boot. It never sees older events.
     FromNow,
-    /// Replays the log up to the high-water mark, during the deploy, and never runs again.
+    /// Replays the log up to the high-water mark, during the deploy. It never runs again.
     Once,
 }
 
 impl Mode {
-    /// As it is written in files and in the ledger.
+    /// The mode as projector files and the ledger have it.
     pub const fn as_str(self) -> &'static str {
         match self {
             Mode::FromBeginning => "from_beginning",
@@ -187,7 +199,7 @@ impl FromStr for Mode {
 /// The event types that a projector subscribes to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum EventTypes {
-    /// Every event; never a tombstone.
+    /// Every event. Gap fillers are not included.
     All,
     /// Events of these types.
     Only(Vec<String>),
@@ -200,7 +212,7 @@ impl EventTypes {
     }
 }
 
-/// What identifies a projector: its name and version.
+/// The identity of a projector: its name and version.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ProjectorId {
     /// The name.

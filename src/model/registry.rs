@@ -1,4 +1,4 @@
-//! The projectors of one release, in the order in which they are played.
+//! The projectors of one release.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -9,7 +9,7 @@ use ring::digest::{Context, SHA256};
 use crate::model::event::Event;
 use crate::model::projector::{EventTypes, Mode, Projector, ProjectorId, SessionUse};
 
-/// The projectors of one release, in the order in which events are fanned out to them.
+/// The projectors of one release, in the order in which they receive each event.
 #[derive(Clone, Default)]
 pub struct Registry {
     projectors: Vec<Arc<RegisteredProjector>>,
@@ -32,11 +32,11 @@ impl Registry {
         Self::default()
     }
 
-    /// Adds a projector, after those that are there.
+    /// Adds a projector at the end.
     ///
     /// # Errors
-    /// If its name is not 1 to 100 of `A-Z a-z 0-9 _ . -`, its version is 0, or its name and
-    /// version are taken.
+    /// If the name is not 1 to 100 characters of `A-Z a-z 0-9 _ . -`, if the version is 0, or if
+    /// the registry already has a projector with that name and version.
     pub fn add(&mut self, projector: impl Projector) -> Result<(), RegistryError> {
         let registered = RegisteredProjector::new(Arc::new(projector))?;
         if self.get(&registered.id).is_some() {
@@ -46,71 +46,72 @@ impl Registry {
         Ok(())
     }
 
-    /// [`Registry::add`], for a chain of them in a `main`.
+    /// [`Registry::add`] for a chain of calls in `main`.
     ///
     /// # Errors
-    /// As [`Registry::add`].
+    /// Those of [`Registry::add`].
     pub fn with(mut self, projector: impl Projector) -> Result<Self, RegistryError> {
         self.add(projector)?;
         Ok(self)
     }
 
-    /// Names the release, for whoever reads of a failure: a version, a commit, an image's tag.
+    /// Sets the name of the release: a version, a commit or the tag of an image. Failures in the
+    /// ledger and the log show it.
     pub fn set_release(&mut self, release: impl Into<String>) {
         self.release = Some(release.into());
     }
 
-    /// The name of the release, where it has one.
+    /// The name of the release; `None` if it was not set.
     pub fn release(&self) -> Option<&str> {
         self.release.as_deref()
     }
 
-    /// The projector of that identity.
+    /// The projector with that name and version.
     pub(crate) fn get(&self, id: &ProjectorId) -> Option<&Arc<RegisteredProjector>> {
         self.projectors.iter().find(|registered| registered.id == *id)
     }
 
-    /// All of them, in order.
+    /// All projectors, in order.
     pub(crate) fn iter(&self) -> impl Iterator<Item = &Arc<RegisteredProjector>> {
         self.projectors.iter()
     }
 
-    /// How many of them keep a database session for themselves.
+    /// How many projectors need a database session of their own.
     pub(crate) fn dedicated_session_count(&self) -> u32 {
         self.iter().filter(|projector| projector.session == SessionUse::Dedicated).count() as u32
     }
 
-    /// Whether it holds no projector.
+    /// Whether the registry is empty.
     pub fn is_empty(&self) -> bool {
         self.projectors.is_empty()
     }
 
-    /// How many projectors it holds.
+    /// The number of projectors.
     pub fn len(&self) -> usize {
         self.projectors.len()
     }
 }
 
-/// A projector with what it said of itself, asked once.
+/// A projector and its settings, which are read once.
 pub(crate) struct RegisteredProjector {
     pub(crate) id: ProjectorId,
     pub(crate) mode: Mode,
     pub(crate) has_side_effects: bool,
     pub(crate) session: SessionUse,
-    /// The tables that it says are its own.
+    /// The tables that the projector declares as its own.
     pub(crate) tables: Vec<String>,
     /// SHA-256 of its definition, in hexadecimal.
     pub(crate) digest: String,
     pub(crate) projector: Arc<dyn Projector>,
-    /// `None`: every event.
+    /// The subscribed event types; `None` means every event.
     event_types: Option<HashSet<String>>,
 }
 
 impl RegisteredProjector {
     fn new(projector: Arc<dyn Projector>) -> Result<Self, RegistryError> {
         let id = ProjectorId { name: projector.name().to_owned(), version: projector.version() };
-        let legal = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'_' | b'.' | b'-');
-        if id.name.is_empty() || id.name.len() > 100 || !id.name.bytes().all(legal) {
+        let is_allowed = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'_' | b'.' | b'-');
+        if id.name.is_empty() || id.name.len() > 100 || !id.name.bytes().all(is_allowed) {
             return Err(RegistryError::InvalidName(id.name));
         }
         if id.version == 0 {
@@ -136,18 +137,19 @@ impl RegisteredProjector {
         })
     }
 
-    /// The event types that it subscribes to; `None`: all.
+    /// The subscribed event types; `None` means every event.
     pub(crate) fn event_types(&self) -> Option<&HashSet<String>> {
         self.event_types.as_ref()
     }
 
-    /// Whether each event needs a transaction of its own: one that failed would repeat effects of
-    /// those before it outside the database, or find what they left in the session.
+    /// Whether each event needs its own transaction. With several events in one transaction, a
+    /// failure would repeat the outside effects of the earlier events. It would also expose an
+    /// event to the session state that earlier events left.
     pub(crate) fn needs_transaction_per_event(&self) -> bool {
         self.has_side_effects || self.session == SessionUse::PerEvent
     }
 
-    /// The event types as the ledger keeps them: in order, and `["*"]` for all.
+    /// The event types as the ledger stores them: sorted, and `["*"]` for all.
     pub(crate) fn subscription(&self) -> Vec<String> {
         let Some(event_types) = &self.event_types else { return vec!["*".to_owned()] };
         let mut types: Vec<String> = event_types.iter().cloned().collect();
@@ -155,14 +157,14 @@ impl RegisteredProjector {
         types
     }
 
-    /// Whether the projector is to see this event. It never sees a tombstone.
+    /// Whether the projector receives this event. No projector receives gap fillers.
     pub(crate) fn subscribes_to(&self, event: &Event) -> bool {
         !event.is_filler() && self.event_types.as_ref().is_none_or(|types| event.may_match(types))
     }
 }
 
-/// The digest of a definition. Each part is preceded by its length, so that no two definitions give
-/// the same text.
+/// The SHA-256 of a definition, in hexadecimal. The length of each part precedes it, so that two
+/// different definitions cannot have the same input.
 fn digest(
     id: &ProjectorId,
     mode: Mode,
@@ -186,17 +188,17 @@ fn digest(
     context.finish().as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Why a projector cannot be registered.
+/// The reason for which a projector cannot be registered.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum RegistryError {
-    /// The name has a character that is not allowed, or too many or none.
-    #[error("projector name {0:?} must be 1 to 100 of A-Z a-z 0-9 _ . -")]
+    /// The name is empty, too long, or has a character that is not allowed.
+    #[error("projector name {0:?} must be 1 to 100 characters of A-Z a-z 0-9 _ . -")]
     InvalidName(String),
-    /// Versions count from 1.
-    #[error("projector {0}: version counts from 1")]
+    /// The version is 0.
+    #[error("projector {0}: the version must be at least 1")]
     InvalidVersion(String),
-    /// Name and version are the identity, so no two projectors may share them.
+    /// Another projector of the registry has that name and version.
     #[error("projector {0} is registered twice; give one of them another name or version")]
     Duplicate(ProjectorId),
 }
@@ -208,8 +210,9 @@ mod tests {
     #[test]
     fn a_digest_changes_with_every_part_of_the_definition() {
         let id = |name: &str| ProjectorId { name: name.into(), version: 1 };
-        let types =
-            |types: &[&str]| Some(types.iter().map(|&of| of.to_owned()).collect::<HashSet<_>>());
+        let types = |types: &[&str]| {
+            Some(types.iter().map(|&name| name.to_owned()).collect::<HashSet<_>>())
+        };
         let of =
             |name: &str, mode, effects, event_types: Option<HashSet<String>>, revision: &str| {
                 digest(&id(name), mode, effects, event_types.as_ref(), revision)

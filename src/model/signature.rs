@@ -1,5 +1,4 @@
-//! The signature of a message: HMAC-SHA256, with a key that is kept in the database beside the
-//! log's id.
+//! The signature of a message: HMAC-SHA256. The key is stored in the database, beside the log's id.
 
 use std::fmt;
 
@@ -8,22 +7,22 @@ use ring::rand::{SecureRandom, SystemRandom};
 
 use crate::model::error::Error;
 
-/// The length of a key: that of the hash, as RFC 2104 advises.
+/// The length of a key: that of the hash, as RFC 2104 recommends.
 pub(crate) const KEY_BYTES: usize = 32;
 
-/// A signature in hexadecimal digits.
+/// The length of a signature, in hexadecimal digits.
 pub(crate) const SIGNATURE_DIGITS: usize = 64;
 
-/// Which log it is, and the key that proves a message to be of it.
+/// The id of a log, and the key that signs the log's messages.
 #[derive(Debug, Clone)]
 pub(crate) struct LogIdentity {
-    /// Travels in every message.
+    /// Part of every message.
     pub(crate) id: String,
     /// Never leaves the process.
     pub(crate) key: SigningKey,
 }
 
-/// A key that signs messages. Whoever has it can forge them, so that nothing prints it.
+/// A key that signs messages. Its holder can forge messages, so `Debug` does not print it.
 #[derive(Clone)]
 pub(crate) struct SigningKey(hmac::Key);
 
@@ -32,7 +31,7 @@ impl SigningKey {
         SigningKey(hmac::Key::new(hmac::HMAC_SHA256, key))
     }
 
-    /// Signs a text.
+    /// The signature of a text, in lower-case hexadecimal digits.
     pub(crate) fn sign(&self, text: &str) -> String {
         const DIGITS: &[u8; 16] = b"0123456789abcdef";
         let tag = hmac::sign(&self.0, text.as_bytes());
@@ -43,7 +42,7 @@ impl SigningKey {
             .collect()
     }
 
-    /// Whether this is the text's signature. Takes as long whatever the difference is.
+    /// Whether `signature` is the text's signature. The comparison takes constant time.
     pub(crate) fn verifies(&self, text: &str, signature: &str) -> bool {
         from_hex(signature).is_some_and(|tag| hmac::verify(&self.0, text.as_bytes(), &tag).is_ok())
     }
@@ -55,18 +54,16 @@ impl fmt::Debug for SigningKey {
     }
 }
 
-/// The bytes of a new key.
+/// Generates a new key.
 ///
 /// # Errors
-/// [`Error::Input`] if the operating system gives no random numbers.
+/// [`Error::Input`] if the operating system provides no random numbers.
 pub(crate) fn random_key() -> Result<[u8; KEY_BYTES], Error> {
     let mut key = [0; KEY_BYTES];
-    match SystemRandom::new().fill(&mut key) {
-        Ok(()) => Ok(key),
-        Err(_) => Err(Error::Input(
-            "the operating system gives no random numbers to make a key of".into(),
-        )),
-    }
+    SystemRandom::new().fill(&mut key).map_err(|_| {
+        Error::Input("the operating system provides no random numbers for a new key".into())
+    })?;
+    Ok(key)
 }
 
 fn from_hex(digits: &str) -> Option<[u8; SIGNATURE_DIGITS / 2]> {
@@ -76,7 +73,7 @@ fn from_hex(digits: &str) -> Option<[u8; SIGNATURE_DIGITS / 2]> {
     }
     let (pairs, _) = digits.as_bytes().as_chunks::<2>();
     for (byte, &[high, low]) in bytes.iter_mut().zip(pairs) {
-        // No upper case: one signature has one form.
+        // Upper case is refused, so that a signature has only one form.
         let value = |digit: u8| match digit {
             b'0'..=b'9' => Some(digit - b'0'),
             b'a'..=b'f' => Some(digit - b'a' + 10),

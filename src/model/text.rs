@@ -1,25 +1,25 @@
-//! Text that leaves the process: for a terminal, a log, an alert, the ledger.
+//! Text that leaves the process: for a terminal, a log, an alert or the ledger.
 
 use std::borrow::Cow;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// How sqlx introduces what the server said.
+/// The text that sqlx puts before a message of the server.
 const SQLX_PREFIX: &str = "error returned from database: ";
 
 static REDACTS_ERRORS: AtomicBool = AtomicBool::new(false);
 
-/// From now on errors of the server are shown by their numbers only: what the server says of a row
-/// may name its values.
+/// Reduces errors of the server to their numbers, for the rest of the process. A server's message
+/// may quote values of a row.
 pub(crate) fn redact_errors() {
     REDACTS_ERRORS.store(true, Ordering::Relaxed);
 }
 
-/// Whether errors of the server are shown by their numbers only.
+/// Whether errors of the server are reduced to their numbers.
 pub(crate) fn redacts_errors() -> bool {
     REDACTS_ERRORS.load(Ordering::Relaxed)
 }
 
-/// An error of the server by its numbers.
+/// An error of the server, reduced to its numbers.
 pub(crate) fn format_error_number(number: &str, state: Option<&str>) -> String {
     match state {
         Some(state) => format!("MySQL error {number} ({state})"),
@@ -27,51 +27,46 @@ pub(crate) fn format_error_number(number: &str, state: Option<&str>) -> String {
     }
 }
 
-/// Text as it may be shown: where errors are kept to their numbers, without what a server said
-/// after one.
+/// The text, with the server's messages removed if errors are redacted.
 pub(crate) fn redact(text: &str) -> Cow<'_, str> {
-    match redacts_errors() {
-        true => redact_until(text, None),
-        false => Cow::Borrowed(text),
-    }
+    if redacts_errors() { redact_until(text, None) } else { Cow::Borrowed(text) }
 }
 
-/// [`redact`], for a line of JSON: what a server said ends with the string that it is in.
+/// [`redact`] for a line of JSON: a message of the server ends with the string that contains it.
 pub(crate) fn redact_json(line: &str) -> Cow<'_, str> {
-    match redacts_errors() {
-        true => redact_until(line, Some('"')),
-        false => Cow::Borrowed(line),
-    }
+    if redacts_errors() { redact_until(line, Some('"')) } else { Cow::Borrowed(line) }
 }
 
-/// Without what follows the number of a server's error, up to `end` where it is not escaped, or to
-/// the end of the text.
+/// Removes each message that follows the number of a server's error. The message ends at an
+/// unescaped `end`, or at the end of the text.
 fn redact_until(text: &str, end: Option<char>) -> Cow<'_, str> {
     let mut rest = text;
     let mut shown = String::new();
     while let Some(ServerError { start, message, number, state }) = find_server_error(rest) {
         shown.push_str(&rest[..start]);
         shown.push_str(&format_error_number(number, state));
-        let said = &rest[message..];
-        rest = &said[end.map_or(said.len(), |end| find_string_end(said, end))..];
+        let message = &rest[message..];
+        rest = &message[end.map_or(message.len(), |end| find_string_end(message, end))..];
     }
-    match shown.is_empty() && rest.len() == text.len() {
-        true => Cow::Borrowed(text),
-        false => Cow::Owned(shown + rest),
+    if shown.is_empty() && rest.len() == text.len() {
+        Cow::Borrowed(text)
+    } else {
+        Cow::Owned(shown + rest)
     }
 }
 
-/// Where an error of the server stands in a text.
+/// An error of the server in a text. The offsets are in bytes.
 struct ServerError<'a> {
-    /// Of its introduction, or of its number.
+    /// The start of the prefix, or of a number without a prefix.
     start: usize,
-    /// Of what the server said.
+    /// The start of the server's message.
     message: usize,
     number: &'a str,
     state: Option<&'a str>,
 }
 
-/// The first error of the server: `1062 (23000): …`, or, introduced by sqlx, without a state.
+/// The first error of the server in a text: `1062 (23000): …`, or a number without a state after
+/// the prefix of sqlx.
 fn find_server_error(text: &str) -> Option<ServerError<'_>> {
     let bytes = text.as_bytes();
     let mut index = 0;
@@ -82,8 +77,8 @@ fn find_server_error(text: &str) -> Option<ServerError<'_>> {
         }
         let digits = bytes[index..].iter().take_while(|byte| byte.is_ascii_digit()).count();
         let (number, rest) = text[index..].split_at(digits);
-        let is_introduced = text[..index].ends_with(SQLX_PREFIX);
-        let start = if is_introduced { index - SQLX_PREFIX.len() } else { index };
+        let has_prefix = text[..index].ends_with(SQLX_PREFIX);
+        let start = if has_prefix { index - SQLX_PREFIX.len() } else { index };
         let state = rest.strip_prefix(" (").and_then(|rest| rest.get(..5)).filter(|state| {
             state.bytes().all(|byte| byte.is_ascii_digit() || byte.is_ascii_uppercase())
                 && rest[7..].starts_with("): ")
@@ -92,7 +87,7 @@ fn find_server_error(text: &str) -> Option<ServerError<'_>> {
             if state.is_some() {
                 return Some(ServerError { start, message: index + digits + 10, number, state });
             }
-            if is_introduced && rest.starts_with(": ") {
+            if has_prefix && rest.starts_with(": ") {
                 return Some(ServerError {
                     start,
                     message: index + digits + 2,
@@ -106,7 +101,7 @@ fn find_server_error(text: &str) -> Option<ServerError<'_>> {
     None
 }
 
-/// Where a string of JSON ends that goes on here.
+/// The offset of the quote that ends a JSON string, for a text that starts inside the string.
 fn find_string_end(text: &str, quote: char) -> usize {
     let mut is_escaped = false;
     for (index, character) in text.char_indices() {
@@ -120,24 +115,26 @@ fn find_string_end(text: &str, quote: char) -> usize {
     text.len()
 }
 
-/// Text for a terminal: control characters, which could move the cursor, change colours or begin a
-/// line of their own, are shown by their numbers.
+/// Text for a terminal. Control characters could move the cursor, change colours or start a new
+/// line, so they are escaped.
 pub(crate) fn escape_control(text: &str) -> Cow<'_, str> {
-    match text.contains(char::is_control) {
-        false => Cow::Borrowed(text),
-        true => text.chars().fold(String::with_capacity(text.len()), push_escaped).into(),
+    if text.contains(char::is_control) {
+        text.chars().fold(String::with_capacity(text.len()), push_escaped).into()
+    } else {
+        Cow::Borrowed(text)
     }
 }
 
-/// [`escape_control`], for text of ours that may have several lines.
+/// [`escape_control`] for a text of this program, which may have several lines.
 pub(crate) fn escape_control_lines(text: &str) -> String {
     text.split('\n').map(escape_control).collect::<Vec<_>>().join("\n")
 }
 
 fn push_escaped(mut text: String, character: char) -> String {
-    match character.is_control() {
-        true => text.extend(character.escape_default()),
-        false => text.push(character),
+    if character.is_control() {
+        text.extend(character.escape_default());
+    } else {
+        text.push(character);
     }
     text
 }
@@ -152,7 +149,8 @@ mod tests {
     fn a_server_error_is_cut_after_its_number() {
         for (text, shown) in [
             (
-                "a.toml:7: error returned from database: 1062 (23000): Duplicate entry 'ann@example.com' for key 'x'",
+                "a.toml:7: error returned from database: 1062 (23000): \
+                 Duplicate entry 'ann@example.com' for key 'x'",
                 "a.toml:7: MySQL error 1062 (23000)",
             ),
             (
@@ -170,11 +168,15 @@ mod tests {
 
     #[test]
     fn json_fields_after_a_cut_error_are_kept() {
-        let line = r#"{"error":"x: error returned from database: 1062 (23000): entry \"ann\" it\\","projector":"a@1","last":"1048 (23000): y"}"#;
-        assert_eq!(
-            redact_until(line, Some('"')),
-            r#"{"error":"x: MySQL error 1062 (23000)","projector":"a@1","last":"MySQL error 1048 (23000)"}"#
-        );
+        let line = [
+            r#"{"error":"x: error returned from database: 1062 (23000): entry \"ann\" it\\","#,
+            r#""projector":"a@1","last":"1048 (23000): y"}"#,
+        ];
+        let shown = [
+            r#"{"error":"x: MySQL error 1062 (23000)","#,
+            r#""projector":"a@1","last":"MySQL error 1048 (23000)"}"#,
+        ];
+        assert_eq!(redact_until(&line.concat(), Some('"')), shown.concat());
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! What `doctor` asks SQS, without changing anything.
+//! The read-only queries with which `doctor` examines SQS.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,31 +13,31 @@ use aws_sdk_sqs::types::QueueAttributeName as Attribute;
 use super::sqs::{SqsQueue, explain};
 use super::{QueueError, sqs};
 
-/// What a queue says of itself.
+/// The attributes of a queue, and the difference of the clocks.
 #[derive(Debug)]
 pub(crate) struct QueueReport {
-    /// By the names that SQS gives them.
+    /// The attributes, by their SQS names.
     pub(crate) attributes: HashMap<String, String>,
-    /// By how many seconds the clock of SQS is ahead of this host's: AWS refuses what is signed
-    /// five minutes off.
+    /// How many seconds the clock of SQS is ahead of this host's clock. AWS refuses a request whose
+    /// signature is more than five minutes off.
     pub(crate) clock_ahead_seconds: Option<f64>,
 }
 
-/// What became of a call that cannot do anything.
+/// Whether an action is allowed, as found out by a call without effect.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Permission {
     Granted,
-    /// With SQS's own words.
+    /// SQS denied access. The text is its message.
     Denied(String),
-    /// Neither refused for want of permission nor for what is wrong with the call itself.
+    /// The call failed for a reason that says nothing about the permission.
     Unknown(String),
 }
 
-/// A receipt that no queue ever gave out.
+/// A receipt that no queue has issued.
 const INVALID_RECEIPT: &str = "projectionist-doctor";
 
-/// What SQS says of our calls if it may be asked: they are wrong in a way that it looks at after
-/// the permission.
+/// The errors with which SQS refuses our invalid calls after it has granted access: it checks
+/// permissions before parameters.
 const VALIDATION_ERRORS: &[&str] = &[
     "EmptyBatchRequest",
     "ReceiptHandleIsInvalid",
@@ -47,7 +47,7 @@ const VALIDATION_ERRORS: &[&str] = &[
 ];
 
 impl SqsQueue {
-    /// All attributes, and the clock.
+    /// Reads all attributes, and compares the clocks.
     pub(crate) async fn inspect(&self) -> Result<QueueReport, QueueError> {
         let clock = Clock::default();
         let asked = SystemTime::now();
@@ -57,13 +57,12 @@ impl SqsQueue {
         let answer = answer.map_err(|error| QueueError(explain(&error)))?;
         let here = DateTime::from(asked).as_secs_f64()
             + asked.elapsed().unwrap_or_default().as_secs_f64() / 2.0;
-        // The header has no fractions.
+        // The date header has whole seconds: half a second is the expected remainder.
         let clock_ahead_seconds = clock.time().map(|time| time.as_secs_f64() + 0.5 - here);
         Ok(QueueReport { attributes: by_name(answer.attributes), clock_ahead_seconds })
     }
 
-    /// The attributes of another queue of the same account and region; `None` where we may not
-    /// look.
+    /// Reads the attributes of a queue in the same account and region. `None` if access is denied.
     pub(crate) async fn dead_letter_queue_attributes(
         &self,
         name: &str,
@@ -87,8 +86,8 @@ impl SqsQueue {
         }
     }
 
-    /// Whether each action is allowed, by calls that could not do anything if they were: a batch of
-    /// no messages, receipts that are none, a receive of more messages than there can be.
+    /// Checks each permission with a call that has no effect even if it is allowed: an empty batch,
+    /// invalid receipts, and a receive of more messages than SQS allows.
     pub(crate) async fn permissions(&self) -> [(&'static str, Permission); 4] {
         let (client, url) = (&self.client, &self.url);
         let send = client.send_message_batch().queue_url(url).set_entries(Some(Vec::new())).send();
@@ -115,7 +114,7 @@ impl SqsQueue {
     }
 }
 
-/// By the names that SQS gives them.
+/// Keys the attributes by their SQS names.
 fn by_name(attributes: Option<HashMap<Attribute, String>>) -> HashMap<String, String> {
     attributes
         .unwrap_or_default()
@@ -129,7 +128,7 @@ where
     E: std::error::Error + ProvideErrorMetadata + 'static,
 {
     match answer {
-        // Some deletions of nothing are forgiven.
+        // SQS may accept the deletion of an unknown receipt.
         Ok(_) => Permission::Granted,
         Err(error) if sqs::is_denied(&error) => {
             Permission::Denied(error.message().unwrap_or("access denied").to_owned())
@@ -145,7 +144,7 @@ where
     }
 }
 
-/// Notes the time that an answer was sent at.
+/// Records the date header of a response.
 #[derive(Debug, Clone, Default)]
 struct Clock(Arc<Mutex<Option<DateTime>>>);
 

@@ -1,4 +1,4 @@
-//! The wire format: consecutive events, with the position just before the first, signed.
+//! The wire format: a signed list of consecutive events and the position just before the first.
 
 use std::fmt::{self, Write};
 
@@ -11,36 +11,36 @@ use crate::model::continuity::Run;
 use crate::model::event::{Event, Position, RecordedEvent};
 use crate::model::signature::{LogIdentity, SIGNATURE_DIGITS};
 
-/// What a message says.
+/// The content of a received message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Message {
-    /// Consecutive events of our log.
+    /// Consecutive events of this log.
     Events(Run),
-    /// The event at this position of our log, which is read from the store.
+    /// The position of one event of this log. The event itself is read from the store.
     Reference(Position),
-    /// Somebody else's. It is never applied and never deleted.
+    /// A message that does not belong to this log. It is never applied and never deleted.
     Foreign(ForeignReason),
 }
 
-/// Why a message is not ours.
+/// Why a message is foreign.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum ForeignReason {
-    /// Not of our form.
+    /// The text does not begin like a message of this program.
     Unreadable,
-    /// Of our form, but without a signature.
+    /// The text looks like a message of this program, but has no signature.
     Unsigned,
-    /// It names another log.
+    /// The message names another log.
     OtherLog,
-    /// It names our log, and its signature is not made with our key, or not of this text.
+    /// The message names this log, but the signature does not match this log's key and the text.
     InvalidSignature,
-    /// Signed with our key, but not what this release writes.
+    /// The signature is valid, but this release cannot parse the content.
     UnknownFormat,
-    /// Its positions are not consecutive.
+    /// The positions are not consecutive.
     NotConsecutive,
-    /// It ends beyond the high-water mark: of a log that was, before the database was restored.
+    /// The last position is above the high-water mark. The message was sent before the database was
+    /// restored.
     BeyondHighWater,
-    /// It ends with another event than the log has there: the database was restored, or it is a
-    /// clone.
+    /// The log has a different event at the last position. The database was restored or is a clone.
     DifferentEvent,
 }
 
@@ -51,10 +51,10 @@ impl fmt::Display for ForeignReason {
             ForeignReason::Unsigned => "not signed",
             ForeignReason::OtherLog => "of another log",
             ForeignReason::InvalidSignature => "wrong signature",
-            ForeignReason::UnknownFormat => "of an unknown shape",
+            ForeignReason::UnknownFormat => "unknown format",
             ForeignReason::NotConsecutive => "not consecutive",
             ForeignReason::BeyondHighWater => "beyond the high-water mark",
-            ForeignReason::DifferentEvent => "another event than in the log",
+            ForeignReason::DifferentEvent => "a different event than in the log",
         })
     }
 }
@@ -63,28 +63,29 @@ impl fmt::Display for ForeignReason {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct PackedMessage {
     pub(crate) body: String,
-    /// Everything up to here has been sent once this message is.
+    /// Every event up to this position has been sent once this message is sent.
     pub(crate) last: Position,
     pub(crate) event_count: usize,
 }
 
-/// A body begins with this, and then has the signature of all that comes after
-/// [`SIGNATURE_SUFFIX`], byte for byte: it is found by its place, so that nothing is parsed that is
-/// not verified.
+/// A body begins with this prefix and the signature. The signature covers every byte after
+/// [`SIGNATURE_SUFFIX`]. Because its offset is fixed,
+/// nothing has to be parsed before it is verified.
 const SIGNATURE_PREFIX: &str = "{\"sig\":\"";
 const SIGNATURE_SUFFIX: &str = "\",";
 
-/// What is signed begins here.
+/// The offset of the signed text.
 const SIGNED_OFFSET: usize = SIGNATURE_PREFIX.len() + SIGNATURE_DIGITS + SIGNATURE_SUFFIX.len();
 
-/// A body ends with this, the last position, and a brace.
+/// A body ends with this key, the last position, and a closing brace.
 const LAST_KEY: &str = "\"last\":";
 
-/// `{"sig":"…","log":"…","prev":41,"events":[{"position":42,…},…],"last":43}`; a reference is
-/// without `events`: its event is too large to travel, and is read from the store.
+/// `{"sig":"…","log":"…","prev":41,"events":[{"position":42,…},…],"last":43}`.
+///
+/// A reference has no `events`: its event does not fit into a message and is read from the store.
 #[derive(Deserialize)]
 struct Envelope<'a> {
-    /// Which log: positions of another one would mean other events.
+    /// The id of the log. The same positions in another log mean other events.
     log: &'a str,
     prev: u64,
     #[serde(default, borrow)]
@@ -110,7 +111,7 @@ struct WireEvent<'a> {
     metadata: Option<&'a RawValue>,
 }
 
-/// Reads a message. Nothing of it is parsed before its signature is verified.
+/// Parses a message. Verifies the signature before it parses anything else.
 pub(crate) fn parse(body: &str, log: &LogIdentity) -> Message {
     try_parse(body, log).unwrap_or_else(Message::Foreign)
 }
@@ -144,23 +145,24 @@ fn try_parse(body: &str, log: &LogIdentity) -> Result<Message, ForeignReason> {
     run.map(Message::Events).ok_or(ForeignReason::NotConsecutive)
 }
 
-/// The signature, and the text that it is of.
+/// Splits a body into the signature and the signed text.
 fn split_signature(body: &str) -> Option<(&str, &str)> {
     let (signature, rest) =
         body.strip_prefix(SIGNATURE_PREFIX)?.split_at_checked(SIGNATURE_DIGITS)?;
     Some((signature, rest.strip_prefix(SIGNATURE_SUFFIX)?))
 }
 
-/// Where a message claims to end, before anything is verified: which row of the log it is to be
-/// compared with.
+/// The last position that a message claims to have, before its signature is verified. The caller
+/// uses it to look up the row with which the message is compared.
 pub(crate) fn unverified_last(body: &str) -> Option<Position> {
     let body = body.strip_suffix('}')?;
     let before = body.trim_end_matches(|digit: char| digit.is_ascii_digit());
     before.ends_with(LAST_KEY).then(|| body[before.len()..].parse().ok().map(Position::new))?
 }
 
-/// Packs as many of these consecutive events as fit into one message, at most `max_events`; a first
-/// event that does not fit alone travels as a reference. `events` must not be empty.
+/// Packs the first of these consecutive events into one message: as many as fit, at most
+/// `max_events`. If the first event alone is too large, the message is a reference.
+/// `events` must not be empty.
 pub(crate) fn pack(
     log: &LogIdentity,
     prev: Position,
@@ -178,7 +180,7 @@ pub(crate) fn pack(
     let mut count = 0;
     for event in events.iter().take(max_events) {
         let Some(text) = WireEvent::to_json(event) else { break };
-        // With the comma before it, and all that comes after the last.
+        // Includes the comma before the event and the text that follows the last event.
         let end = 1 + "],".len() + LAST_KEY.len() + digits(event.position()) + "}".len();
         if body.len() + text.len() + end > max_bytes {
             break;
@@ -197,7 +199,7 @@ pub(crate) fn pack(
         last = prev.next();
         count = 1;
     }
-    // Writing to a string does not fail.
+    // Writing to a String cannot fail.
     let _ = write!(body, "{LAST_KEY}{last}}}");
     let signature = log.key.sign(&body[SIGNED_OFFSET..]);
     body.replace_range(
@@ -212,9 +214,11 @@ fn digits(position: Position) -> usize {
 }
 
 impl<'a> WireEvent<'a> {
-    /// `None`: it cannot travel in SQS, which takes neither U+FFFE and U+FFFF nor what is not JSON
-    /// to us; or it would not come out byte for byte, for white space around it, or as it says
-    /// `null` where there could be nothing.
+    /// Serializes an event. `None` if the event must be sent as a reference instead.
+    ///
+    /// SQS does not accept U+FFFE and U+FFFF. The message must also reproduce payload and metadata
+    /// byte for byte. That fails for invalid JSON, surrounding white space, and metadata that is
+    /// the text `null`.
     fn to_json(event: &'a Event) -> Option<String> {
         let recorded_at = event.recorded_at();
         recorded_at.format(&Rfc3339).ok()?;
@@ -232,8 +236,7 @@ impl<'a> WireEvent<'a> {
             },
         };
         let text = serde_json::to_string(&wire).ok()?;
-        // One by one: a search for a single character goes by memchr, one for either of two does
-        // not.
+        // Two searches, because memchr makes the search for a single character fast.
         (!text.contains('\u{fffe}') && !text.contains('\u{ffff}')).then_some(text)
     }
 
@@ -251,7 +254,7 @@ impl<'a> WireEvent<'a> {
     }
 }
 
-/// A JSON text as it is, if it has nothing around it that would be lost.
+/// Returns `text` as raw JSON if it is valid and has no surrounding white space.
 fn raw_json(text: &str) -> Option<&RawValue> {
     serde_json::from_str::<&RawValue>(text).ok().filter(|raw| raw.get().len() == text.len())
 }
@@ -271,12 +274,12 @@ mod tests {
         LogIdentity { id: LOG.into(), key: SigningKey::new(&[7; 32]) }
     }
 
-    /// As whoever has the key would sign it.
+    /// Signs a text with the key of [`log`].
     fn signed(text: &str) -> String {
         format!("{SIGNATURE_PREFIX}{}{SIGNATURE_SUFFIX}{text}", log().key.sign(text))
     }
 
-    /// Parses a message that must say where it ends to whoever has not verified it.
+    /// Parses a message. Also checks that the unverified last position of a valid message is right.
     fn parse(body: &str) -> Message {
         let message = super::parse(body, &log());
         let last = match &message {
@@ -320,7 +323,7 @@ mod tests {
         let body = pack(&log(), Position::START, &hot_path::events(), 100_000, 100).body;
         let log = log();
         let Message::Events(run) = hot_path::count(|| super::parse(&body, &log)) else {
-            panic!("not ours")
+            panic!("the message is foreign")
         };
         assert_eq!(run.last(), Position::new(hot_path::EVENT_COUNT));
     }
@@ -349,7 +352,7 @@ mod tests {
             assert_eq!(packed.last, Position::new(8), "{payload:?} {metadata:?}");
             assert_eq!(parse(&packed.body), Message::Reference(Position::new(8)));
         }
-        // As a payload, null is as good as anything.
+        // As a payload, null is a value like any other.
         let null =
             RecordedEvent { payload: "null".into(), metadata: None, ..recorded_event(8) }.into();
         assert_eq!(
@@ -386,7 +389,7 @@ mod tests {
         }
     }
 
-    /// Of a bug of ours, or of a release to come.
+    /// Such a message comes from a bug or from a later release.
     #[test]
     fn a_signed_message_that_is_not_a_run_is_foreign() {
         let good = pack(&log(), Position::new(7), &[event(8), event(9)], 100_000, 100).body;
@@ -430,7 +433,7 @@ mod tests {
         assert_eq!(unverified_last(&packed.body), Some(Position::new(8)));
     }
 
-    /// A message with everything in it that a message may have.
+    /// A message that uses every optional part of the format.
     fn three_events() -> String {
         let mut events = [recorded_event(8), recorded_event(9), recorded_event(10)];
         events[0].event_type = "with \"quotes\" and \\".into();
@@ -460,16 +463,15 @@ mod tests {
             unverified_last(&body);
         }
 
-        /// Whatever is made of a message by somebody without the key, it is what it was or not
-        /// ours.
+        /// Without the key, every change makes a message foreign.
         #[test]
         fn a_corrupted_message_is_foreign(body in corrupted::text(&three_events())) {
             let message = super::parse(&body, &log());
-            prop_assert!(body == three_events() || matches!(message, Message::Foreign(_)), "{message:?}");
+            let is_foreign = matches!(message, Message::Foreign(_));
+            prop_assert!(is_foreign || body == three_events(), "{message:?}");
         }
 
-        /// And by somebody with the key: what is read is consecutive, and no larger than what was
-        /// received.
+        /// With the key, a changed message is foreign or consecutive, and no larger than its body.
         #[test]
         fn a_corrupted_text_that_is_signed_is_foreign_or_a_run_no_larger_than_itself(
             text in corrupted::text(&three_events()[SIGNED_OFFSET..]),
@@ -478,15 +480,19 @@ mod tests {
             let Message::Events(run) = super::parse(&body, &log()) else { return Ok(()) };
             let events = run.above(run.prev());
             let positions: Vec<u64> = events.iter().map(|event| event.position().get()).collect();
-            prop_assert_eq!(positions, (run.prev().get() + 1..=run.last().get()).collect::<Vec<_>>());
+            let expected: Vec<u64> = (run.prev().get() + 1..=run.last().get()).collect();
+            prop_assert_eq!(positions, expected);
             let text = |event: &Event| {
-                event.event_id().len() + event.stream_id().len() + event.event_type().len() + event.json_bytes()
+                event.event_id().len()
+                    + event.stream_id().len()
+                    + event.event_type().len()
+                    + event.json_bytes()
             };
-            prop_assert!(!events.is_empty() && events.iter().map(text).sum::<usize>() <= body.len());
+            prop_assert!(!events.is_empty());
+            prop_assert!(events.iter().map(text).sum::<usize>() <= body.len());
         }
 
-        /// Packing a log message by message gives back every event, in messages that the queue
-        /// takes.
+        /// Packing a log message by message preserves every event and respects the size limits.
         #[test]
         fn packing_loses_nothing_and_respects_the_limits(
             sizes in prop::collection::vec(0usize..400, 1..30),
@@ -494,7 +500,8 @@ mod tests {
             max_events in 1usize..10,
         ) {
             let events: Vec<Event> = sizes.iter().zip(1..).map(|(&size, position)| {
-                RecordedEvent { payload: format!("\"{}\"", "x".repeat(size)), ..recorded_event(position) }.into()
+                let payload = format!("\"{}\"", "x".repeat(size));
+                RecordedEvent { payload, ..recorded_event(position) }.into()
             }).collect();
             let mut prev = Position::START;
             let mut travelled = Vec::new();

@@ -1,4 +1,4 @@
-//! SQS, FIFO or standard.
+//! The implementation of [`Queue`] for SQS, FIFO or standard.
 
 use std::time::Duration;
 
@@ -14,10 +14,10 @@ use super::{Queue, QueueError, Receipt, ReceivedMessage};
 use crate::aws::{self, format_error_chain};
 use crate::model::error::Error;
 
-/// All events are one ordered sequence, so on a FIFO queue they are one group.
+/// All events are one ordered sequence. On a FIFO queue they are therefore one message group.
 const MESSAGE_GROUP: &str = "events";
 
-/// What one receive, and one batch of deletions, may hold.
+/// The most messages in one receive and the most entries in one batch request.
 const MAX_BATCH: usize = 10;
 
 /// One SQS queue. Cheap to clone.
@@ -25,7 +25,7 @@ const MAX_BATCH: usize = 10;
 pub struct SqsQueue {
     pub(super) client: Client,
     pub(super) url: String,
-    /// The ARN, or the URL where the queue does not say.
+    /// The ARN of the queue, or its URL if SQS does not return the ARN.
     identity: String,
     is_fifo: bool,
     visibility_timeout: Duration,
@@ -33,16 +33,17 @@ pub struct SqsQueue {
 }
 
 impl SqsQueue {
-    /// Connects to the queue of this URL, with credentials, region and endpoint as every AWS tool
-    /// takes them, and reads its attributes. Received messages are hidden for `visibility`.
+    /// Connects to the queue at `url` and reads its attributes. Credentials, region and endpoint
+    /// come from the usual AWS settings. Received messages are hidden for `visibility_timeout`.
     ///
     /// # Errors
-    /// [`Error::Input`] where no region is known, [`Error::Unreachable`] where the queue does not
-    /// exist, does not answer, or may not be used.
+    /// [`Error::Input`] if no region is configured. [`Error::Unreachable`] if the queue does not
+    /// exist, does not answer, or access is denied.
     pub async fn connect(url: &str, visibility_timeout: Duration) -> Result<Self, Error> {
         if !url.starts_with("http://") && !url.starts_with("https://") {
             return Err(Error::Input(format!(
-                "the queue URL {url:?} is not one; it looks like https://sqs.REGION.amazonaws.com/ACCOUNT/NAME"
+                "{url:?} is not a queue URL; it looks like \
+                 https://sqs.REGION.amazonaws.com/ACCOUNT/NAME"
             )));
         }
         let config = aws::load_config().await?;
@@ -56,11 +57,10 @@ impl SqsQueue {
         })
     }
 
-    /// As [`SqsQueue::connect`], with a client that is set up already, for whoever has set up AWS
-    /// in their own way.
+    /// [`SqsQueue::connect`] with an existing client, for programs that configure AWS themselves.
     ///
     /// # Errors
-    /// [`Error::Unreachable`] where the queue does not exist, does not answer, or may not be used.
+    /// [`Error::Unreachable`] if the queue does not exist, does not answer, or access is denied.
     pub async fn with_client(
         client: Client,
         url: &str,
@@ -83,7 +83,7 @@ impl SqsQueue {
             url: url.to_owned(),
             identity: attribute(Attribute::QueueArn).unwrap_or(url).to_owned(),
             is_fifo: attribute(Attribute::FifoQueue) == Some("true"),
-            // What every queue takes, should it not say.
+            // If the queue does not return its limit, use 256 KiB, which every queue accepts.
             max_message_bytes: attribute(Attribute::MaximumMessageSize)
                 .and_then(|size| size.parse().ok())
                 .unwrap_or(256 * 1024),
@@ -97,9 +97,10 @@ impl SqsQueue {
 impl Queue for SqsQueue {
     async fn send(&self, body: &str, deduplication_id: &str) -> Result<(), QueueError> {
         let send = self.client.send_message().queue_url(&self.url).message_body(body);
-        let send = match self.is_fifo {
-            true => send.message_group_id(MESSAGE_GROUP).message_deduplication_id(deduplication_id),
-            false => send,
+        let send = if self.is_fifo {
+            send.message_group_id(MESSAGE_GROUP).message_deduplication_id(deduplication_id)
+        } else {
+            send
         };
         send.send().await.map(|_| ()).map_err(|error| QueueError(explain(&error)))
     }
@@ -196,14 +197,15 @@ impl Queue for SqsQueue {
     }
 }
 
-/// An entry that is the sender's fault has a receipt that expired: AWS forgives it, LocalStack does
-/// not, and either way the message comes again and is known by its positions.
+/// Returns an error if an entry of a batch failed, unless its receipt has expired (a sender fault).
+/// AWS ignores expired receipts and LocalStack does not. Such a message is delivered again and
+/// recognized by its positions.
 fn check_batch(doing: &str, failed: &[BatchResultErrorEntry]) -> Result<(), QueueError> {
     for entry in failed {
         tracing::debug!(
             code = entry.code(),
             reason = entry.message(),
-            "could not {doing} a message: it comes again"
+            "could not {doing} a message; SQS delivers it again"
         );
     }
     match failed.iter().find(|entry| !entry.sender_fault()) {
@@ -215,12 +217,12 @@ fn check_batch(doing: &str, failed: &[BatchResultErrorEntry]) -> Result<(), Queu
     }
 }
 
-/// Whether AWS does not allow it.
+/// Whether AWS denied access.
 pub(super) fn is_denied<E: ProvideErrorMetadata>(error: &SdkError<E>) -> bool {
     error.code().is_some_and(|code| code.contains("AccessDenied"))
 }
 
-/// What went wrong and, where that can be told, what to do.
+/// Formats an error, with advice if its cause is known.
 pub(super) fn explain<E>(error: &SdkError<E>) -> String
 where
     E: std::error::Error + ProvideErrorMetadata + 'static,
@@ -231,7 +233,8 @@ where
     }
     if is_denied(error) {
         return format!(
-            "{}; allow sqs:GetQueueAttributes, SendMessage, ReceiveMessage, DeleteMessage and ChangeMessageVisibility on it",
+            "{}; allow sqs:GetQueueAttributes, SendMessage, ReceiveMessage, DeleteMessage and \
+             ChangeMessageVisibility on it",
             error.message().unwrap_or(code)
         );
     }
@@ -253,7 +256,7 @@ where
 mod tests {
     use super::*;
 
-    /// AWS sends these; LocalStack refuses only what is the sender's fault.
+    /// AWS reports other failures in a batch, too; LocalStack reports only sender faults.
     #[test]
     fn a_partly_failed_batch_is_an_error_unless_only_receipts_expired() {
         let entry = |sender_fault, code| {
@@ -261,8 +264,8 @@ mod tests {
                 .id("0")
                 .sender_fault(sender_fault)
                 .code(code)
-                .message("as told");
-            entry.build().expect("all that it needs")
+                .message("the reason");
+            entry.build().expect("the entry is complete")
         };
         let expired = entry(true, "ReceiptHandleIsInvalid");
         assert!(
@@ -270,7 +273,7 @@ mod tests {
                 && check_batch("delete", std::slice::from_ref(&expired)).is_ok()
         );
         let refused = check_batch("delete", &[expired, entry(false, "InternalError")])
-            .expect_err("it is SQS's own");
-        assert_eq!(refused.0, "could not delete a message: as told");
+            .expect_err("the failure is not a sender fault");
+        assert_eq!(refused.0, "could not delete a message: the reason");
     }
 }

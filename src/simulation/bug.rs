@@ -1,81 +1,81 @@
-//! The deliberate bugs: each is one line somewhere in the processes, and each must be caught.
+//! The deliberate bugs. Each one changes a line of the simulated processes, and the invariants must
+//! detect each one.
 
-/// A bug that a run is made with.
+/// A deliberate bug, switched on for a whole run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Bug {
-    /// Play deletes what it has received, and only then applies it.
+    /// Play deletes messages before it applies them.
     DeletesBeforeCommit,
-    /// Play takes a fan-out that could not read the log for one that succeeded.
+    /// Play deletes messages after a fan-out that could not read the log.
     DeletesDespiteError,
-    /// Play catches up where `prev` > position + 1, and not where `prev` > position.
+    /// Play catches up only if `prev` > position + 1, not if `prev` > position.
     CatchesUpOneTooLate,
-    /// Play applies whatever it gets, as if the queue lost nothing.
+    /// Play applies every run, even if the run does not continue from the position.
     TrustsTheQueue,
-    /// Play takes a message for ours whatever its signature is.
+    /// Play accepts a message with any signature.
     AppliesUnsigned,
-    /// Play deletes what it has received, whether it is ours or not.
+    /// Play deletes foreign messages.
     DeletesForeign,
-    /// Play passes events to whatever has a ledger row, and its fence lets them through.
+    /// Play processes projectors of any status, and its fence does not check the status.
     PlaysNonLive,
-    /// Play waits for a broken projector as if it were to come back by itself.
+    /// While a projector is broken, play waits and processes no other projector.
     WaitsForBroken,
-    /// Who leaves the convoy catches up with nothing.
+    /// A projector that moves to the background does not catch up.
     ForgetsBackgroundCatchUp,
-    /// Who has left the convoy is in it again after one event, and what it missed is deleted.
+    /// A projector is readmitted after one event, and messages that it still needs are deleted.
     ReadmitsTooEarly,
-    /// Nobody compares positions with the high-water mark.
+    /// Play never compares positions with the high-water mark.
     NeverReconciles,
-    /// The relay notes as published what it is about to send, and nobody reconciles.
+    /// The relay records events as published before it sends them, and play does not reconcile.
     PublishedBeforeSent,
-    /// The relay publishes what is visible, and not what is proved.
+    /// The relay publishes visible events above the high-water mark.
     PublishesPastTheMark,
-    /// A hole that is still there after the grace is taken for a rollback.
+    /// A gap that is still open after the grace period counts as a rollback.
     SkipsGapsByTime,
-    /// A position without a row, and without a lock on it, is taken for a rollback.
+    /// A position without a row and without a lock counts as a rollback.
     TreatsAbsentAsRolledBack,
-    /// A fill that a writer's lock has stopped is taken for one that succeeded.
+    /// A fill that a writer's lock blocked counts as successful.
     IgnoresBlockedFill,
-    /// The fence does not look at the status.
+    /// The fence does not check the status.
     NoStatusFence,
-    /// The fence does not look at the position.
+    /// The fence does not check the position.
     NoPositionFence,
-    /// Boot claims a row for its next batch, and does not look what it has locked.
+    /// Boot locks the row for its next batch without checking the fence.
     CarriesUncheckedClaim,
-    /// Projection and position are committed one after the other.
+    /// Projection and position are committed in two transactions.
     TwoTransactions,
-    /// A projector is taken past the event that it fails on.
+    /// A projector moves past an event on which its handler failed.
     SkipsFailingEvent,
-    /// The handoff moves the position to the mark.
+    /// The handoff moves the position to the high-water mark.
     MovesPositionAtHandoff,
-    /// The handoff reads the row, thinks, and writes it back.
+    /// The handoff writes back a row that it read without a lock.
     HandsOffWithoutLock,
-    /// A new from_now projector is entered at 0.
+    /// A new `from_now` projector starts at position 0.
     FromNowAtZero,
-    /// A new from_now projector is entered at the last visible position.
+    /// A new `from_now` projector starts at the last visible position.
     FromNowAtLastVisible,
-    /// A projector of mode once is handed over like any other.
+    /// A projector of mode `once` is handed over instead of finished.
     HandsOffModeOnce,
-    /// Boot takes a retired projector for a new one.
+    /// Boot treats a retired projector as a new one.
     BootsRetired,
-    /// Boot goes on for ever with a projector that was retired under its hands.
+    /// Boot never ends after a projector is retired while it boots.
     BootIgnoresRetirement,
-    /// Boot has to come to the mark, and not to the end of the log that is visible.
+    /// Boot's target is the high-water mark instead of the last visible position.
     TargetsTheMark,
-    /// A projector of mode once is finished at the mark, though more is visible.
+    /// A projector of mode `once` is finished at the high-water mark, below the target.
     FinishesBelowTarget,
-    /// A worker plays a projector that was booted with another definition than its own.
+    /// A worker plays a projector that was booted with a different definition.
     PlaysAnotherDefinition,
     /// A batch is applied again after its handler committed a part of it.
     ReappliesPartialBatch,
     /// Boot resumes a projector that must be rebuilt.
     BootIgnoresRebuildReason,
-    /// The operator leaves the tables of a projector that retire forgot without being able to tear
-    /// them down.
+    /// The operator keeps the tables of a projector that retire could not tear down.
     RetiresWithoutTeardown,
 }
 
-/// A bug with the invariants of which it violates the one or the other, by their numbers in the
-/// design.
+/// Each bug with the invariants that it can violate, by their numbers in docs/architecture.md. A
+/// run must violate one of them.
 pub(super) const BUGS: &[(Bug, &[u8])] = &[
     (Bug::DeletesBeforeCommit, &[7]),
     (Bug::DeletesDespiteError, &[7]),

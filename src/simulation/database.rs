@@ -1,7 +1,10 @@
-//! The database, as far as the protocol leans on InnoDB: positions are handed out at insert and
-//! before commit, rows are locked until their transaction ends, what is read is committed, a
-//! transaction whose client is gone holds its locks until the server notices, and a restart takes
-//! every open transaction with it.
+//! The simulated database. It models the behaviour of InnoDB on which the protocol depends:
+//!
+//! - A position is handed out at insert, before commit.
+//! - A row lock lasts until its transaction ends.
+//! - Reads see committed rows only.
+//! - A transaction whose client is gone keeps its locks until the server notices.
+//! - A restart rolls back every open transaction.
 
 use std::collections::BTreeMap;
 
@@ -18,7 +21,7 @@ pub(super) type TransactionId = u64;
 pub(super) struct Database {
     /// Table `events`, by position - 1.
     pub(super) events: Vec<Option<Row>>,
-    /// The auto-increment counter: the next position is one more.
+    /// The auto-increment counter: the last position that was handed out.
     pub(super) counter: u64,
     /// Table `event_log`.
     pub(super) high_water: Position,
@@ -26,23 +29,23 @@ pub(super) struct Database {
     pub(super) lease: Option<(u64, Tick)>,
     /// Table `projectors`, the oldest first.
     pub(super) ledger: Vec<LedgerRow>,
-    /// The read models, by number in the cast: the positions of the events that were applied, in
-    /// order.
+    /// The read models, by index in `PROJECTORS`. Each holds the positions of the events that were
+    /// applied, in that order.
     pub(super) read_models: [Vec<u64>; super::projectors::PROJECTORS.len()],
     pub(super) open: BTreeMap<TransactionId, OpenTransaction>,
     pub(super) last_transaction: TransactionId,
-    /// When the server notices next that a client is gone.
+    /// The earliest `orphaned_until` of the open transactions.
     pub(super) next_orphan: Option<Tick>,
-    /// Until then it does not answer.
+    /// The database answers no statement before this tick.
     pub(super) down_until: Tick,
-    /// Those that were retired with side effects: never to be played again.
+    /// The projectors that were retired and have side effects. They must never be played again.
     pub(super) permanently_retired: [bool; super::projectors::PROJECTORS.len()],
 }
 
 /// A row of `events`.
 pub(super) struct Row {
     pub(super) event: Event,
-    /// Who has inserted it and is still undecided; `None`: committed.
+    /// The open transaction that inserted the row; `None` once it is committed.
     pub(super) owner: Option<TransactionId>,
 }
 
@@ -51,16 +54,16 @@ pub(super) struct LedgerRow {
     pub(super) projector_index: usize,
     pub(super) entry: Entry,
     pub(super) lock: Option<TransactionId>,
-    /// Where it began: what lies at or below is not its matter.
+    /// Where the projector started. Events at or below it are not applied.
     pub(super) start: Position,
-    /// The tick at which it went live last.
+    /// The tick of the last transition to live.
     pub(super) live_since: Tick,
-    /// The tick at which its definition was recorded last.
+    /// The tick at which its definition was last recorded.
     pub(super) defined_at: Tick,
-    /// How many events its read model holds, if all is well.
+    /// The number of applied events of all committed batches. The read model must hold as many.
     pub(super) applied_count: usize,
-    /// Set by a claim and taken back with the position: others see it only where a handler has
-    /// committed in between.
+    /// Set by a claim, and reset together with the move of the position. Other transactions see it
+    /// only if a handler commits in between.
     pub(super) partially_applied: bool,
 }
 
@@ -79,7 +82,7 @@ impl LedgerRow {
         entry
     }
 
-    /// Whether its read model is not whole, and the ledger says so.
+    /// Whether the ledger records that the read model is incomplete.
     pub(super) fn must_be_rebuilt(&self) -> bool {
         self.partially_applied || self.entry.rebuild_reason.is_some()
     }
@@ -88,16 +91,17 @@ impl LedgerRow {
 /// A transaction that has neither committed nor rolled back.
 #[derive(Default)]
 pub(super) struct OpenTransaction {
-    /// Rows of `events`.
+    /// The positions of inserted rows of `events`.
     pub(super) inserted: Vec<u64>,
-    /// The row of the ledger that it has locked, and as what it will write it back, if at all.
+    /// The locked ledger row, by projector index.
     pub(super) locked: Option<usize>,
+    /// The new content of the locked row, if the transaction changes it.
     pub(super) written: Option<Entry>,
-    /// What it has put into a read model.
+    /// The positions of the events that it applied to the read model.
     pub(super) applied: Vec<u64>,
-    /// By what right it applies events.
+    /// The claim under which it applies events.
     pub(super) claim: Option<Claim>,
-    /// Its client is gone, and then the server notices.
+    /// Set when its client is gone: the tick at which the server notices.
     pub(super) orphaned_until: Option<Tick>,
 }
 
@@ -135,7 +139,7 @@ impl Database {
 }
 
 impl World {
-    /// Makes what a transaction has written visible, all at once.
+    /// Commits a transaction: all its changes become visible at once.
     pub(super) fn commit(&mut self, id: TransactionId) {
         let Some(transaction) = self.database.open.remove(&id) else { return };
         invariants::before_commit(self, &transaction);
@@ -164,8 +168,8 @@ impl World {
         self.releases += 1;
     }
 
-    /// A handler commits the transaction of its claim: what it has applied is stored, with the mark
-    /// of the claim and without the position, and the row is free.
+    /// Commits a transaction in which a handler ran a commit of its own. The applied events and the
+    /// mark of the claim are stored, the position is not, and the row lock is released.
     pub(super) fn commit_partially(&mut self, id: TransactionId) {
         let Some(transaction) = self.database.open.remove(&id) else { return };
         invariants::before_partial_commit(self, &transaction);
@@ -179,7 +183,7 @@ impl World {
         self.releases += 1;
     }
 
-    /// Undoes what a transaction has written, and releases its locks.
+    /// Undoes the changes of a transaction and releases its locks.
     pub(super) fn roll_back(&mut self, id: TransactionId) {
         let Some(transaction) = self.database.open.remove(&id) else { return };
         for &position in &transaction.inserted {
@@ -194,7 +198,7 @@ impl World {
         self.releases += 1;
     }
 
-    /// The client of a transaction is gone; the server notices sooner or later.
+    /// Marks a transaction whose client is gone. The server notices after a random delay.
     pub(super) fn orphan(&mut self, id: TransactionId) {
         let noticed_in = if self.is_killing { self.rng.u64(1..50) } else { self.rng.u64(1..4) };
         let until = self.clock + noticed_in;
@@ -205,7 +209,7 @@ impl World {
         }
     }
 
-    /// The server notices which clients are gone.
+    /// Rolls back the transactions whose client has been gone long enough for the server to notice.
     pub(super) fn reap_orphans(&mut self) {
         let clock = self.clock;
         if self.database.next_orphan.is_none_or(|next| next > clock) {
@@ -214,15 +218,16 @@ impl World {
         let is_due =
             |open: &OpenTransaction| open.orphaned_until.is_some_and(|until| until <= clock);
         while let Some((&id, _)) = self.database.open.iter().find(|(_, open)| is_due(open)) {
-            self.trace(|| format!("the server rolls transaction {id} back, whose client is gone"));
+            self.trace(|| format!("the server rolls back transaction {id}: its client is gone"));
             self.roll_back(id);
         }
         self.database.next_orphan =
             self.database.open.values().filter_map(|open| open.orphaned_until).min();
     }
 
-    /// Every transaction is gone. The counter may fall back to what the table holds, as it did
-    /// before it was made durable, and as it still can where the redo log was not flushed.
+    /// Restarts the database, which rolls back every open transaction. The auto-increment counter
+    /// may fall back to the last row of the table: older servers do not store it, and an unflushed
+    /// redo log can lose it.
     pub(super) fn restart_database(&mut self) {
         let down_for = self.rng.u64(0..10);
         self.database.down_until = self.clock + down_for;

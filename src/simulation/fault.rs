@@ -1,4 +1,4 @@
-//! What breaks, and who comes and goes.
+//! Faults between the steps of a schedule: crashes, queue faults, and processes that start.
 
 use super::occurrence::Occurrence;
 use super::queue::VISIBILITY_TIMEOUT;
@@ -32,7 +32,7 @@ pub(super) enum Fault {
     SkipTime,
 }
 
-/// How often each of them, as against the others.
+/// The faults with their relative frequencies.
 pub(super) const FAULTS: &[(Fault, u32)] = &[
     (Fault::Crash, 20),
     (Fault::Terminate, 4),
@@ -85,7 +85,7 @@ impl Scheduler<'_> {
                 let release = self.random_release();
                 self.start_boot(release);
             }
-            // Two at once may tear down what was booted anew in between: see the module's doc.
+            // One at a time: two retire commands of one projector are not modelled.
             Fault::StartRetire
                 if count(self, |process_id| matches!(process_id, ProcessId::Retire(..))) < 1 =>
             {
@@ -101,7 +101,7 @@ impl Scheduler<'_> {
         }
     }
 
-    /// SIGKILL, at whatever it was about to do.
+    /// Kills a process at the point where it last yielded.
     fn crash(&mut self) {
         let Some(at) =
             self.random_slot(|process_id| !matches!(process_id, ProcessId::Straggler(..)))
@@ -124,7 +124,8 @@ impl Scheduler<'_> {
         self.kill(|other| *other == process_id);
     }
 
-    /// SIGTERM, with a batch in hand that takes too long: rolled back, its messages returned.
+    /// Ends a worker whose batch in work exceeds the shutdown time: the batch is rolled back, and
+    /// its messages return to the queue.
     fn terminate(&mut self) {
         let Some(at) = self.random_slot(|process_id| matches!(process_id, ProcessId::Play(..)))
         else {
@@ -159,7 +160,7 @@ impl Scheduler<'_> {
         {
             slot.paused_until = world.clock + ticks;
         }
-        world.trace(|| format!("{process_id} gets no time for {ticks}"));
+        world.trace(|| format!("{process_id} is paused for {ticks} ticks"));
     }
 
     fn random_slot(&mut self, is: fn(&ProcessId) -> bool) -> Option<usize> {
@@ -180,8 +181,8 @@ impl Scheduler<'_> {
             Fault::FixProjector if !world.poison.is_empty() => {
                 world.record(Occurrence::ProjectorFixed);
                 let one = world.poison[world.rng.usize(0..world.poison.len())].projector_index;
-                let mends_all = world.rng.bool();
-                world.poison.retain(|poison| !mends_all && poison.projector_index != one);
+                let fixes_all = world.rng.bool();
+                world.poison.retain(|poison| !fixes_all && poison.projector_index != one);
             }
             Fault::RestartDatabase => {
                 world.record(Occurrence::DatabaseRestart);
@@ -245,8 +246,8 @@ impl Scheduler<'_> {
     }
 }
 
-/// A message by somebody who has seen all that was sent, and wants other events to be applied: the
-/// log's id, its positions and event ids, and payloads of his own.
+/// Builds a message as an attacker would who has seen every message but not the key: the log's id,
+/// its positions and event ids, with forged payloads.
 fn forge_message(world: &mut World) -> String {
     let last = world.rng.u64(1..=world.database.high_water.get());
     let prev = world.rng.u64(last.saturating_sub(4)..last);

@@ -1,10 +1,18 @@
-//! The invariants of the design, section 4, as an onlooker checks them: by what is committed, sent
-//! and deleted, and by nothing that the processes say of themselves, but for the claim under which
-//! they apply events.
+//! Checks the invariants of docs/architecture.md, by their numbers there.
 //!
-//! 1, 4, 5, 6, 10 and 11 with every commit, 2 and 3 after every step, 7 with every deletion, 8 and
-//! 9 at rest, 13 with every projector that a boot releases, 15 with every call of a handler. 14 is
-//! not modelled.
+//! The checks use committed rows, sent messages and deleted messages. They do not use the state of
+//! the processes, with one exception: the claim under which a process applies events.
+//!
+//! | invariants | checked |
+//! | --- | --- |
+//! | 1, 4, 5, 6, 10, 11 | at every commit |
+//! | 2, 3 | after every step |
+//! | 7 | at every deletion of a message |
+//! | 8, 9 | when everything has settled |
+//! | 13 | for every projector that a boot releases |
+//! | 15 | at every call of a handler |
+//!
+//! Invariants 12 and 14 are not modelled.
 
 use std::fmt;
 
@@ -18,49 +26,56 @@ use crate::model::event::{Event, Position};
 use crate::model::lifecycle::{Stage, Status};
 use crate::model::projector::{Mode, ProjectorId};
 
-/// What must never be, and was.
+/// A violated invariant.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Violation {
-    /// Its number in the design.
+    /// Its number in docs/architecture.md.
     pub(super) invariant: u8,
     pub(super) description: String,
 }
 
-/// What a worker believes when it applies events.
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "invariant {}: {}", self.invariant, self.description)
+    }
+}
+
+/// A claim: what a process assumes about a projector while it applies events.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Claim {
     pub(super) stage: Stage,
-    /// Which release it is of, and so which definition it has.
+    /// The release of the process. It determines the definition of the projector.
     pub(super) release: projectors::Release,
-    /// Where it believes the projector to stand.
+    /// The position from which it applies events.
     pub(super) after: Position,
 }
 
-/// After every step: nothing lies above the mark, and whatever lies below it is decided: an event
-/// or a tombstone.
+/// Checks 2 and 3 after a step. No projector and no published position is above the mark. Each
+/// position at or below the mark holds a committed event or filler.
 pub(super) fn after_step(world: &mut World) {
     let mark = world.database.high_water;
     if mark > world.proved {
         let mut passed = world.proved.get() + 1..=mark.get();
         if let Some(open) = passed.find(|&position| world.database.committed(position).is_none()) {
             world.record_violation(3, || {
-                format!("the mark is {mark}, and {open} is neither an event nor a tombstone yet")
+                format!("the mark is {mark}, and {open} is neither an event nor a filler")
             });
         }
         world.proved = mark;
     }
     if world.database.published > mark {
         let published = world.database.published;
-        world.record_violation(2, || format!("published {published} lies above the mark {mark}"));
+        world.record_violation(2, || {
+            format!("the published position {published} is above the mark {mark}")
+        });
     }
     if let Some(row) = world.database.ledger.iter().find(|row| row.entry.position > mark) {
-        let what =
-            format!("{} stands at {}, above the mark {mark}", row.entry.id, row.entry.position);
+        let what = format!("{} is at {}, above the mark {mark}", row.entry.id, row.entry.position);
         world.record_violation(2, || what);
     }
 }
 
-/// Before a transaction becomes visible.
+/// Checks a transaction just before it commits.
 pub(super) fn before_commit(world: &mut World, transaction: &OpenTransaction) {
     check_events(world, transaction);
     let Some((projector_index, row)) = transaction.locked.and_then(|projector_index| {
@@ -76,8 +91,7 @@ pub(super) fn before_commit(world: &mut World, transaction: &OpenTransaction) {
     check_failure(world, after);
 }
 
-/// Before a handler commits a part of its batch: the claim that it does so under is held, and marks
-/// the row.
+/// Checks that the claim is still held when a handler commits a part of its batch.
 pub(super) fn before_partial_commit(world: &mut World, transaction: &OpenTransaction) {
     let Some((projector_index, row)) = transaction.locked.and_then(|projector_index| {
         Some((projector_index, world.database.ledger_row(projector_index)?))
@@ -88,7 +102,7 @@ pub(super) fn before_partial_commit(world: &mut World, transaction: &OpenTransac
     check_owner(world, projector_index, transaction, &before);
 }
 
-/// 3: what becomes visible lies above the mark.
+/// Checks 3: each event becomes visible above the mark.
 fn check_events(world: &mut World, transaction: &OpenTransaction) {
     let (mark, last) = (world.database.high_water, world.database.last_visible());
     for &position in &transaction.inserted {
@@ -104,7 +118,7 @@ fn check_events(world: &mut World, transaction: &OpenTransaction) {
     }
 }
 
-/// 5, 6, 10, 11: only who holds the claim moves a projector, and only forward.
+/// Checks 5, 6, 10 and 11: only the holder of the claim moves a projector, and only forward.
 fn check_claim(
     world: &mut World,
     projector_index: usize,
@@ -122,7 +136,7 @@ fn check_claim(
     check_owner(world, projector_index, transaction, before);
 }
 
-/// 6, 10, 11: who applies events to a projector holds the claim.
+/// Checks 6, 10 and 11: the process that applies events to a projector holds the claim.
 fn check_owner(
     world: &mut World,
     projector_index: usize,
@@ -132,13 +146,11 @@ fn check_owner(
     let (id, from) = (&before.id, before.position);
     if world.database.permanently_retired[projector_index] {
         world.record_violation(11, || {
-            format!("{id} was retired with side effects, and is played again")
+            format!("{id} has side effects, was retired, and is played again")
         });
     }
     let Some(claim) = transaction.claim else {
-        world.record_violation(4, || {
-            format!("{id}, which stands at {from}, is moved, and nothing is applied")
-        });
+        world.record_violation(4, || format!("{id} is moved from {from} without a claim"));
         return;
     };
     let is_owner = match claim.stage {
@@ -177,7 +189,8 @@ fn check_owner(
     }
 }
 
-/// 1, 4: what is applied is what the position passes, each once, ascending, and nothing else.
+/// Checks 1 and 4: the applied events are exactly the subscribed events that the position passes,
+/// each once, ascending.
 fn check_projection(
     world: &mut World,
     projector_index: usize,
@@ -188,14 +201,14 @@ fn check_projection(
     let (id, from, to) = (&before.id, before.position, after.position);
     if from == to && !transaction.applied.is_empty() {
         world.record_violation(4, || {
-            format!("{:?} are applied to {id}, which stays at {from}", transaction.applied)
+            format!("{:?} are applied to {id}, but it stays at {from}", transaction.applied)
         });
     }
     let expected = fold(world, projector_index, from, to);
     if from < to && transaction.applied != expected {
         world.record_violation(1, || {
             format!(
-                "from {from} to {to}, {id} applies {:?} and not {expected:?}",
+                "from {from} to {to}, {id} applies {:?} instead of {expected:?}",
                 transaction.applied
             )
         });
@@ -205,12 +218,12 @@ fn check_projection(
         world.database.ledger_row(projector_index).map_or(0, |row| row.applied_count);
     if held != applied_count && from < to {
         world.record_violation(1, || {
-            format!("the read model of {id} holds {held} events, and {applied_count} were applied")
+            format!("the read model of {id} holds {held} events, but {applied_count} were applied")
         });
     }
 }
 
-/// 11, and the design's table of transitions.
+/// Checks 11 and the transitions of the lifecycle.
 fn check_transition(world: &mut World, before: &Entry, after: &Entry) {
     let (from, to, id) = (before.status.as_str(), after.status.as_str(), &before.id);
     let is_legal = match (from, to) {
@@ -227,52 +240,49 @@ fn check_transition(world: &mut World, before: &Entry, after: &Entry) {
         } else {
             6
         };
-        world.record_violation(invariant, || format!("{id}, which was {from}, is {to}"));
+        world.record_violation(invariant, || format!("{id} goes from {from} to {to}"));
     }
 }
 
-/// The design's promise, and a CHECK of the ledger: who is broken does not stand before the event
-/// it failed on; and just before it, where it has just broken.
+/// Checks 10: the event on which a projector failed is at most one above its position. A CHECK of
+/// the ledger guarantees the same.
 fn check_failure(world: &mut World, after: &Entry) {
     let Some(event) = after.status.failure().and_then(|failure| failure.event.as_ref()) else {
         return;
     };
     if event.position > after.position.next() {
         world.record_violation(10, || {
-            format!("{} stands at {}, and failed at {}", after.id, after.position, event.position)
+            format!("{} is at {}, but failed at {}", after.id, after.position, event.position)
         });
     }
 }
 
-/// A projector that was new: where it has to begin. `mark` is where the mark stood when its boot
-/// began.
+/// Checks where a new projector starts. `mark` is the high-water mark when its boot began.
 pub(super) fn after_register(world: &mut World, projector_index: usize, mark: Position) {
     let Some(row) = world.database.ledger_row(projector_index) else { return };
     let (id, position) = (row.entry.id.clone(), row.entry.position);
     match row.entry.mode {
         Mode::FromNow if position < mark => {
             world.record_violation(11, || {
-                format!("{id} begins at {position}, and not at the mark, {mark}")
+                format!("{id} starts at {position}, below the mark {mark}")
             });
         }
         Mode::FromBeginning | Mode::Once if position != Position::START => {
-            world.record_violation(1, || {
-                format!("{id} begins at {position}, and not at the beginning")
-            });
+            world.record_violation(1, || format!("{id} starts at {position} instead of 0"));
         }
         _ => {}
     }
 }
 
-/// 13: what a boot has made live or finished has applied all that was visible when that boot began,
-/// and its read model is the fold of the log.
+/// Checks 13: a projector that a boot released has applied everything that was visible when the
+/// boot began, and its read model is the fold of the log.
 pub(super) fn after_release(world: &mut World, projector_index: usize, visible: Position) {
     let Some(row) = world.database.ledger_row(projector_index) else { return };
     let (id, status, position) =
         (row.entry.id.clone(), row.entry.status.as_str(), row.entry.position);
     if position < visible {
         world.record_violation(13, || {
-            format!("{id} is {status} at {position}, and {visible} was visible when boot began")
+            format!("{id} is {status} at {position}, but {visible} was visible when boot began")
         });
     }
     let Some(row) = world.database.ledger_row(projector_index) else { return };
@@ -282,34 +292,35 @@ pub(super) fn after_release(world: &mut World, projector_index: usize, visible: 
     );
     if row.must_be_rebuilt() || *held != expected {
         let what =
-            format!("{id} is {status} at {position}, and holds {held:?} and not {expected:?}");
+            format!("{id} is {status} at {position}, but holds {held:?} instead of {expected:?}");
         world.record_violation(13, || what);
     }
 }
 
-/// 2: only what is proved is published.
+/// Checks 2: the relay sends only events at or below the mark.
 pub(super) fn before_send(world: &mut World, last: Position) {
     let mark = world.database.high_water;
     if last > mark {
         world.record_violation(2, || {
-            format!("a message through {last} is sent, and the mark is {mark}")
+            format!("a message through {last} is sent, but the mark is {mark}")
         });
     }
 }
 
-/// 15: what a handler gets is a row of the log.
+/// Checks 15: an event that a handler gets is a row of the log.
 pub(super) fn before_handle(world: &mut World, event: &Event) {
     let position = event.position().get();
     if world.database.committed(position) != Some(event) {
         world.record_violation(15, || {
-            format!("a handler gets an event at {position} that is not the log's")
+            format!("a handler gets an event at {position} that is not in the log")
         });
     }
 }
 
-/// 7: nothing is deleted that is not ours; and each projector of this release that was live before
-/// the message was received, and still is, stands beyond it; but for those that have left the
-/// convoy of the worker that deletes it, and read the store instead.
+/// Checks 7. A foreign message is never deleted. A message is deleted only if each live projector
+/// of this release has committed past it. Projectors that became live or were redefined after the
+/// message was received are exempt. So are projectors in the background of the deleting worker,
+/// because they read the store.
 pub(super) fn before_delete(
     world: &mut World,
     message: &Message,
@@ -317,9 +328,9 @@ pub(super) fn before_delete(
     release: projectors::Release,
 ) {
     let Some(last) = message.last else {
-        return world.record_violation(7, || "a message that is not ours is deleted".into());
+        return world.record_violation(7, || "a foreign message is deleted".into());
     };
-    let waits = |row: &&super::database::LedgerRow| {
+    let needs_message = |row: &&super::database::LedgerRow| {
         let since = row.live_since.max(row.defined_at);
         row.entry.status == Status::Live
             && since < delivery.received_at
@@ -331,7 +342,8 @@ pub(super) fn before_delete(
         let is_in_background = |(of, id): &(u64, ProjectorId)| {
             worker == ProcessId::Play(*of, release) && *id == row.entry.id
         };
-        // It was outside when the message was passed to the others, and has read the store.
+        // The projector was in the background while the others processed the message, and has read
+        // its events from the store.
         let was_readmitted = |(of, id, since, start_mark): &(u64, ProjectorId, Tick, Position)| {
             worker == ProcessId::Play(*of, release)
                 && *id == row.entry.id
@@ -341,40 +353,42 @@ pub(super) fn before_delete(
         !world.in_background.iter().any(is_in_background)
             && !world.readmitted.iter().any(was_readmitted)
     };
-    if let Some(row) = world.database.ledger.iter().filter(of_release).filter(in_group).find(waits)
+    if let Some(row) =
+        world.database.ledger.iter().filter(of_release).filter(in_group).find(needs_message)
     {
         let what = format!(
-            "a message through {last} is deleted, and {} stands at {}",
+            "a message through {last} is deleted, but {} is at {}",
             row.entry.id, row.entry.position
         );
         world.record_violation(7, || what);
     }
 }
 
-/// 8 and 9, when everything has come to rest: each read model is the fold of the log, or the ledger
-/// has it that it must be rebuilt; and each live projector of the release stands at the mark, which
-/// is the log's end.
+/// Checks 8 and 9 after everything has settled. Each read model is the fold of the log, or the
+/// ledger records that it must be rebuilt. Each live projector of the release is at the mark, and
+/// the mark is at the end of the log.
 pub(super) fn at_rest(world: &mut World, release: projectors::Release) {
     let (last, mark) = (world.database.last_visible(), world.database.high_water);
     if mark.get() != last {
         world.record_violation(9, || {
-            format!("the log ends at {last}, and the mark stays at {mark}")
+            format!("the log ends at {last}, but the mark stays at {mark}")
         });
     }
-    let mut complaints = Vec::new();
+    let mut violations = Vec::new();
     for row in world.database.ledger.iter().filter(|row| row.entry.status != Status::Retired) {
         let (id, position) = (&row.entry.id, row.entry.position);
         let expected = fold(world, row.projector_index, row.start, position);
         let held = &world.database.read_models[row.projector_index];
         if *held != expected && !row.must_be_rebuilt() {
-            complaints.push((8, format!("{id} at {position} holds {held:?} and not {expected:?}")));
+            violations
+                .push((8, format!("{id} at {position} holds {held:?} instead of {expected:?}")));
         }
         if row.entry.status == Status::Live && is_played_by(row, release) && position < mark {
-            complaints.push((9, format!("{id} stays at {position}, and the mark is {mark}")));
+            violations.push((9, format!("{id} stays at {position}, but the mark is {mark}")));
         }
     }
-    for (invariant, complaint) in complaints {
-        world.record_violation(invariant, || complaint);
+    for (invariant, description) in violations {
+        world.record_violation(invariant, || description);
     }
     let rows = || {
         world
@@ -395,13 +409,13 @@ pub(super) fn at_rest(world: &mut World, release: projectors::Release) {
     check_appends(world);
 }
 
-/// Whether a release has a projector, with the definition with which it was booted.
+/// Whether a release plays a projector: it has the projector, with the definition that was booted.
 pub(super) fn is_played_by(row: &super::database::LedgerRow, release: projectors::Release) -> bool {
     projectors::is_in_release(release, row.projector_index)
         && row.entry.matches_digest(projectors::digest(release, row.projector_index))
 }
 
-/// What a writer was told is stored is there, once.
+/// Checks that each acknowledged event is in the log, and no event twice.
 fn check_appends(world: &mut World) {
     let mut ids: Vec<&str> =
         world.database.events.iter().flatten().map(|row| row.event.event_id()).collect();
@@ -413,11 +427,12 @@ fn check_appends(world: &mut World) {
         world.record_violation(1, || format!("event {id} is in the log twice"));
     }
     if let Some(id) = lost {
-        world.record_violation(1, || format!("event {id} was acknowledged, and is not in the log"));
+        world.record_violation(1, || format!("event {id} was acknowledged, but is not in the log"));
     }
 }
 
-/// What a projector's read model holds that began after `start` and stands at `position`.
+/// The expected read model of a projector at `position` that started at `start`: the positions of
+/// the events that it subscribes to.
 fn fold(world: &World, projector_index: usize, start: Position, position: Position) -> Vec<u64> {
     let range = start.get() + 1..=position.get();
     range
@@ -428,10 +443,4 @@ fn fold(world: &World, projector_index: usize, start: Position, position: Positi
                 .is_some_and(|event| projectors::wants(projector_index, event))
         })
         .collect()
-}
-
-impl fmt::Display for Violation {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "invariant {}: {}", self.invariant, self.description)
-    }
 }

@@ -1,138 +1,172 @@
-//! The model: the engine's decisions, driven through interleavings and faults, and what must never
-//! come of it.
+//! A simulation of the protocol. It runs the engine's decisions through random interleavings and
+//! faults, and checks the invariants.
 //!
-//! A schedule is one seed. Processes — writers, relays, boots, workers, retirements, of three
-//! releases that know different projectors — are futures that yield before every statement, send
-//! and receive; the scheduler decides who goes on, what breaks in between and who is killed. After
-//! some steps nothing breaks any more, and everything has to come to rest. After every step the
-//! invariants of the design are checked by an onlooker ([`invariants`]).
+//! One seed determines one schedule. The processes are writers, relays, boots, workers and retire
+//! commands, of three releases with different projectors. Each process is a future that yields
+//! before every statement, send and receive. The scheduler chooses which process continues, which
+//! fault happens in between and which process is killed. After a number of steps the faults stop,
+//! and the system must settle. [`invariants`] checks the invariants of docs/architecture.md from
+//! the outside, most of them after every step.
 //!
 //! ```text
-//! cargo nextest run --lib simulation                                                   100,000 schedules
-//! SIMULATION_SCHEDULES=5_000_000 cargo nextest run --lib simulation::every_invariant    a long run
-//! SIMULATION_SEED=7 cargo nextest run --lib simulation::every_invariant --no-capture    one schedule, with its trace
+//! # 100,000 schedules
+//! cargo nextest run --lib simulation
+//! # a long run
+//! SIMULATION_SCHEDULES=5_000_000 cargo nextest run --lib simulation::every_invariant
+//! # one schedule, with its trace
+//! SIMULATION_SEED=7 cargo nextest run --lib simulation::every_invariant --no-capture
 //! ```
 //!
-//! `SIMULATION_SEED` with `SIMULATION_SCHEDULES` begins there; `SIMULATION_STEPS` fixes how many
-//! steps go by until everything comes to rest.
+//! `SIMULATION_SEED` together with `SIMULATION_SCHEDULES` sets the first seed. `SIMULATION_STEPS`
+//! sets the number of steps before the faults stop.
 //!
-//! # What is the engine's own, and what is its mirror
+//! # Engine code and mirrored code
 //!
-//! The engine's own: the chain rule ([`crate::model::continuity`]) and what a run still needs
-//! ([`crate::engine::play::fan_out`]), reading and packing messages, the lifecycle and the stages,
-//! the fence, the rest of a batch whose claim is lost, how a batch splits, when a projector may
-//! break, the cursors of a catch-up, the oldest queued event and when boot is done, where a new
-//! projector begins, how holes are surveyed and closed, who is overdue in reconcile. Mirrored in
-//! [`process`] is the control flow around them, statement by statement: who changes it there has to
-//! change it here.
+//! The simulation calls the engine's own code for these decisions:
 //!
-//! # What is modelled
+//! - continuity ([`crate::model::continuity`]), and what a projector needs of a run
+//!   ([`crate::engine::play::fan_out`]);
+//! - packing and reading messages;
+//! - the lifecycle and its stages, and the fence's checks of status and definition;
+//! - the rest of a batch whose claim is lost, how a batch splits, and when a projector may be
+//!   marked broken;
+//! - the cursors of a catch-up;
+//! - where a new projector starts, the oldest queued event, and when boot is done;
+//! - how gaps are surveyed and closed;
+//! - which projectors are overdue in reconcile.
 //!
-//! The database: positions that are handed out before commit and may stay reserved without a row,
-//! commits out of order, rollbacks, spare reservations, unique positions and event ids, row locks
-//! with time-outs, transactions that outlive their client until the server notices, lost
-//! connections, commits that are not acknowledged, restarts after which the counter falls back. The
-//! queue: FIFO with its group and its deduplication, or standard; loss, repetition, disorder,
-//! purge, expired visibility, stale receipts, a dead-letter queue, messages that are foreign, and
-//! forged ones by somebody who knows the log's id, its positions and its event ids, and not its
-//! key. Processes: killed, terminated and paused anywhere; two of each. Projectors: errors and
-//! panics until they are mended, in all releases or in one, at events and in setup; failures that
-//! do not repeat; deadlocks; all three modes; who takes too long, leaves the convoy and catches up
-//! by itself; a handler that commits in the middle of a batch, after which it fails, or its
-//! connection or its process is lost: the read model must be rebuilt, and an operator retires it.
-//! Definitions that differ between releases. A projector with side effects, which takes each event
-//! in a transaction of its own.
+//! [`process`] mirrors the control flow around these decisions, statement by statement. A change of
+//! that control flow in the engine must be repeated there.
 //!
-//! # What is not modelled
+//! # Modelled
 //!
-//! Of the log: streams and their versions, gaps wider than the engine fills by itself and `fill`,
-//! rows that are deleted below the mark, the mark that is proved for `status` and not stored. A
-//! hole is looked at once in its grace, and not five times; each hole is probed, where the engine
-//! finds the lowest locked one with few probes.
+//! - The database: positions are handed out before commit and may stay reserved without a row;
+//!   commits out of order, rollbacks and spare reservations; unique positions and event ids; row
+//!   locks with timeouts; transactions that stay open after their client is gone, until the server
+//!   notices; lost connections; commits that are not acknowledged; restarts after which the counter
+//!   falls back.
+//! - The queue: FIFO with one group and deduplication, or standard; lost, repeated and reordered
+//!   messages; purges, expired visibility, stale receipts and a dead-letter queue; foreign
+//!   messages, and messages forged by a sender who knows the log's id, positions and event ids, but
+//!   not its key.
+//! - Processes: two of each kind, killed, terminated and paused at any step.
+//! - Projectors: all three modes; definitions that differ between releases; a projector with side
+//!   effects, which applies each event in a transaction of its own.
+//! - Handlers: errors and panics until they are fixed, in one release or in all, at an event or in
+//!   setup; failures that do not repeat; deadlocks.
+//! - Slow projectors, which move to the background, catch up and are readmitted.
+//! - A handler that commits in the middle of a batch and then fails, or loses its connection or its
+//!   process. Its read model must be rebuilt, and an operator retires the projector.
 //!
-//! Of the relay: that it keeps the marks in memory for as long as it has the lease (here they are
-//! read with every look), that it publishes what is proved before it waits for a hole above, that
-//! it does not probe a hole again whose holder is known to be there still, that it has the log keep
-//! which queue it sends to, and that it gives its lease up when it is stopped.
+//! # Not modelled
 //!
-//! Of play:
+//! The log:
 //!
-//! - the convoy's budgets: who is far behind, and for how long who is slow is waited for. Here
-//!   anybody leaves at any step, and as many catch up beside it as have left;
-//! - passing over: that projectors for which a batch or a page has nothing are moved together by
-//!   one statement;
-//! - receiving ahead, while messages are in work or are deleted, and giving back what was received
-//!   so;
-//! - setting messages aside that are not ours, to see what stands behind them;
-//! - the poll that is cut short while somebody stands still, and the comparison before the first
-//!   receive;
-//! - the grace of a shutdown, in which the batch in hand may be finished: here it is rolled back;
-//!   and `--until-idle`;
-//! - the relay in the same process, which ends with it;
-//! - functions: a deadline in the middle of a batch, and which of its messages were passed by then.
+//! - streams and their versions;
+//! - gaps that are too wide for the engine to fill, and the command `fill`;
+//! - rows below the mark that are deleted;
+//! - the mark that `status` computes and does not store;
+//! - repeated looks at a gap: here one look ends the grace period, in the engine five;
+//! - the search for the lowest locked gap with few probes: here each gap is probed.
 //!
-//! Of applying, in boot and in play: projectors that take a page side by side, and reading ahead of
-//! them; handlers that go on after they have committed, and commit once more; that roll back by
-//! themselves, or do not pass a deadlock on; that take too long (and are tried once more), or on
-//! which the server hangs up; a ledger that refuses our statements; sessions that are kept between
-//! batches, and given up when a server turns out to be read-only; and that fence, position and
-//! commit share statements and packets, each of which is a step of its own here.
+//! The relay:
 //!
-//! Of boot and retire: that what the database fails at is tried again (here such a boot ends, and
-//! another is run), modes that contradict the ledger, two retirements of one projector at once;
-//! tables, and so the lock under which boot looks at them, read models that must be rebuilt because
-//! a table is gone, widened subscriptions, what an operator accepts, and boots of named projectors.
+//! - it caches the marks while it holds the lease (here each round reads them);
+//! - it publishes proved events before it waits for a gap above them;
+//! - it does not probe a gap again while the transaction that holds it is known to be open;
+//! - it stores in the log which queue it sends to;
+//! - it releases its lease when it stops.
 //!
-//! Of everything: time as such (patience and leases are short, in steps), backups that are
-//! restored, passwords that change, the bounds of memory (invariant 12), what is logged and
-//! measured, and what SQL and SQS really do. All that is for the tests on real parts.
+//! Play:
+//!
+//! - the limits after which a projector moves to the background. Here any projector may move at any
+//!   step, and any number catch up at once;
+//! - one statement that moves all projectors to which a batch or a page is irrelevant;
+//! - receiving ahead while messages are processed or deleted, and the return of such messages;
+//! - foreign messages that are set aside, so that the messages behind them become visible;
+//! - the shorter poll while a projector is behind, and the comparison before the first receive;
+//! - the time that a shutdown leaves to finish a batch (here the batch is rolled back), and
+//!   `--until-idle`;
+//! - a relay in the same process, which ends with it;
+//! - functions: a deadline in the middle of a batch, and which messages were processed by then.
+//!
+//! Applying, in boot and in play:
+//!
+//! - projectors that apply a page concurrently, and reading ahead of them;
+//! - handlers that continue after they commit and commit again, that roll back, that ignore a
+//!   deadlock, that take too long (and are retried once), or whose statement makes the server close
+//!   the connection;
+//! - a ledger that refuses the engine's statements;
+//! - sessions that are reused between batches, and dropped when the server is read-only;
+//! - fence, position and commit that share statements and packets. Here each is a step of its own.
+//!
+//! Boot and retire:
+//!
+//! - retries after database errors (here such a boot ends, and another one starts);
+//! - modes that contradict the ledger;
+//! - two retire commands for one projector at once;
+//! - tables, the lock under which boot checks them, and read models that must be rebuilt because a
+//!   table is missing;
+//! - wider subscriptions, what an operator accepts, and boots of named projectors.
+//!
+//! General:
+//!
+//! - real time (timeouts and leases are short, counted in steps);
+//! - restored backups and changed passwords;
+//! - limits of memory (invariant 12);
+//! - logs and metrics;
+//! - real SQL and real SQS.
+//!
+//! Tests on real servers cover these.
 //!
 //! # The deliberate bugs
 //!
-//! Each is switched on by itself, and has to be found within 5,000 schedules, by the invariant that
-//! it violates; the schedule that finds it passes without it ([`bug::BUGS`]):
+//! Each bug is switched on alone. A violation of one of its invariants must be found within 5,000
+//! schedules, and the same schedule must pass without the bug ([`bug::BUGS`]):
 //!
 //! | bug | violates |
 //! | --- | --- |
-//! | Play deletes what it has received, and only then applies it | 7 |
-//! | Play takes a fan-out that could not read the log for one that succeeded | 7 |
-//! | Play catches up where `prev` > position + 1, and not where `prev` > position | 1 |
-//! | Play applies whatever it gets, as if the queue lost nothing | 1 |
-//! | Play takes a message for ours whatever its signature is | 15 |
-//! | Play deletes what it has received, whether it is ours or not | 7 |
-//! | Play passes events to whatever has a ledger row, and its fence lets them through | 6 or 10 or 11 |
-//! | Play waits for a broken projector as if it were to come back by itself | 9 or 10 |
-//! | Who leaves the convoy catches up with nothing | 9 |
-//! | Who has left the convoy is in it again after one event, and what it missed is deleted | 7 |
-//! | Nobody compares positions with the high-water mark | 9 |
-//! | The relay notes as published what it is about to send, and nobody reconciles | 9 |
-//! | The relay publishes what is visible, and not what is proved | 2 |
-//! | A hole that is still there after the grace is taken for a rollback | 3 |
-//! | A position without a row, and without a lock on it, is taken for a rollback | 3 |
-//! | A fill that a writer's lock has stopped is taken for one that succeeded | 3 |
-//! | The fence does not look at the status | 6 or 10 or 11 |
-//! | The fence does not look at the position | 5 or 6 |
-//! | Boot claims a row for its next batch, and does not look what it has locked | 5 or 6 or 10 or 11 |
-//! | Projection and position are committed one after the other | 4 or 5 |
-//! | A projector is taken past the event that it fails on | 1 |
-//! | The handoff moves the position to the mark | 4 |
-//! | The handoff reads the row, thinks, and writes it back | 5 or 11 |
-//! | A new from_now projector is entered at 0 | 11 |
-//! | A new from_now projector is entered at the last visible position | 2 |
-//! | A projector of mode once is handed over like any other | 11 |
-//! | Boot takes a retired projector for a new one | 11 |
-//! | Boot goes on for ever with a projector that was retired under its hands | 9 |
-//! | Boot has to come to the mark, and not to the end of the log that is visible | 13 |
-//! | A projector of mode once is finished at the mark, though more is visible | 13 |
-//! | A worker plays a projector that was booted with another definition than its own | 6 |
+//! | Play deletes messages before it applies them | 7 |
+//! | Play deletes messages after a fan-out that could not read the log | 7 |
+//! | Play catches up only if `prev` > position + 1, not if `prev` > position | 1 |
+//! | Play applies every run, even if the run does not continue from the position | 1 |
+//! | Play accepts a message with any signature | 15 |
+//! | Play deletes foreign messages | 7 |
+//! | Play processes projectors of any status, and its fence does not check the status | 6 or 10 or 11 |
+//! | While a projector is broken, play waits and processes no other projector | 9 or 10 |
+//! | A projector that moves to the background does not catch up | 9 |
+//! | A projector is readmitted after one event, and messages that it still needs are deleted | 7 |
+//! | Play never compares positions with the high-water mark | 9 |
+//! | The relay records events as published before it sends them, and play does not reconcile | 9 |
+//! | The relay publishes visible events above the high-water mark | 2 |
+//! | A gap that is still open after the grace period counts as a rollback | 3 |
+//! | A position without a row and without a lock counts as a rollback | 3 |
+//! | A fill that a writer's lock blocked counts as successful | 3 |
+//! | The fence does not check the status | 6 or 10 or 11 |
+//! | The fence does not check the position | 5 or 6 |
+//! | Boot locks the row for its next batch without checking the fence | 5 or 6 or 10 or 11 |
+//! | Projection and position are committed in two transactions | 4 or 5 |
+//! | A projector moves past an event on which its handler failed | 1 |
+//! | The handoff moves the position to the high-water mark | 4 |
+//! | The handoff writes back a row that it read without a lock | 5 or 11 |
+//! | A new `from_now` projector starts at position 0 | 11 |
+//! | A new `from_now` projector starts at the last visible position | 2 |
+//! | A projector of mode `once` is handed over instead of finished | 11 |
+//! | Boot treats a retired projector as a new one | 11 |
+//! | Boot never ends after a projector is retired while it boots | 9 |
+//! | Boot's target is the high-water mark instead of the last visible position | 13 |
+//! | A projector of mode `once` is finished at the high-water mark, below the target | 13 |
+//! | A worker plays a projector that was booted with a different definition | 6 |
 //! | A batch is applied again after its handler committed a part of it | 1 |
 //! | Boot resumes a projector that must be rebuilt | 1 or 8 or 13 |
-//! | The operator leaves the tables of a projector that retire forgot without being able to tear them down | 1 or 8 or 13 |
+//! | The operator keeps the tables of a projector that retire could not tear down | 1 or 8 or 13 |
 //!
-//! The last one, and the boot that goes on for ever, were the engine's own, and found here. So was
-//! a boot that released a projector whose handler had just committed a part of a batch.
+//! The simulation found two of these in the engine itself: the boot that never ends, and the tables
+//! of a projector that retire could not tear down. It also found a boot that released a projector
+//! whose handler had just committed a part of a batch.
 //!
-//! `SIMULATION_SEED` says where the 5,000 schedules begin, `SIMULATION_BUG` names one of the bugs.
+//! `SIMULATION_SEED` sets the first of the 5,000 schedules. `SIMULATION_BUG` selects one bug by its
+//! name.
 
 mod bug;
 mod database;
@@ -155,13 +189,13 @@ use bug::{BUGS, Bug};
 use occurrence::OccurrenceCounts;
 use schedule::{Outcome, Plan, run};
 
-/// How many schedules are run where nobody says otherwise.
+/// The number of schedules, unless `SIMULATION_SCHEDULES` sets another.
 const SCHEDULES: u64 = 100_000;
 
-/// Within so many schedules each deliberate bug is caught.
+/// Each deliberate bug must be found within this number of schedules.
 const SCHEDULES_PER_BUG: u64 = 5_000;
 
-/// Lines of the trace that a failure shows.
+/// How many lines of the trace a failure prints, counted from its end.
 const MAX_TRACE_LINES: usize = 120;
 
 fn env_number(name: &str) -> Option<u64> {
@@ -169,11 +203,12 @@ fn env_number(name: &str) -> Option<u64> {
     Some(
         text.replace('_', "")
             .parse()
-            .unwrap_or_else(|_| panic!("{name} must be a number, and is {text:?}")),
+            .unwrap_or_else(|_| panic!("{name} must be a number, not {text:?}")),
     )
 }
 
-/// Runs so many seeds from `first` on, on all cores; the lowest that fails, and what was seen.
+/// Runs `schedules` seeds from `first` on, on all cores. Returns the lowest seed that violates an
+/// invariant, and the counts of all occurrences.
 fn run_seeds(first: u64, schedules: u64, plan: Plan) -> (Option<u64>, OccurrenceCounts) {
     let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get() as u64);
     let (failed, occurrences) = (AtomicU64::new(u64::MAX), Mutex::new(OccurrenceCounts::new()));
@@ -193,18 +228,19 @@ fn run_seeds(first: u64, schedules: u64, plan: Plan) -> (Option<u64>, Occurrence
                         failed.fetch_min(seed, Ordering::Relaxed);
                     }
                 }
-                occurrences.lock().expect("nobody panics with it").add(&counts);
+                occurrences.lock().expect("no thread panics while it holds the lock").add(&counts);
             });
         }
     });
     let failed = failed.into_inner();
     (
         (failed != u64::MAX).then_some(failed),
-        occurrences.into_inner().expect("nobody panics with it"),
+        occurrences.into_inner().expect("no thread panics while it holds the lock"),
     )
 }
 
-/// What a person needs who has to find the cause.
+/// Describes a failed schedule, shortened: its trace, its violation and the command that repeats
+/// it.
 fn report(plan: Plan) -> String {
     let releases = projectors::releases();
     let plan = shrink(plan, &releases);
@@ -215,15 +251,16 @@ fn report(plan: Plan) -> String {
     }
     let what = violation.map_or_else(|| "no violation".into(), |violation| violation.to_string());
     let seed = plan.seed;
-    let _ = writeln!(text, "\nseed {seed}, {steps} steps and then rest: {what}");
+    let _ = writeln!(text, "\nseed {seed}, faults for {steps} steps: {what}");
     let _ = writeln!(
         text,
-        "SIMULATION_SEED={seed} SIMULATION_STEPS={steps} cargo nextest run --lib simulation::every_invariant --no-capture"
+        "SIMULATION_SEED={seed} SIMULATION_STEPS={steps} \
+         cargo nextest run --lib simulation::every_invariant --no-capture"
     );
     text
 }
 
-/// The same seed, disturbed for fewer steps, if that violates the same invariant.
+/// Searches for the fewest steps with faults in which this seed violates the same invariant.
 fn shrink(plan: Plan, releases: &[crate::Registry]) -> Plan {
     let first = run(plan, releases);
     let Some(wanted) = first.violation.map(|violation| violation.invariant) else { return plan };
@@ -231,9 +268,10 @@ fn shrink(plan: Plan, releases: &[crate::Registry]) -> Plan {
     while low < high {
         let middle = (low + high) / 2;
         let outcome = run(Plan { steps: Some(middle), ..plan }, releases);
-        match outcome.violation.is_some_and(|violation| violation.invariant == wanted) {
-            true => high = middle,
-            false => low = middle + 1,
+        if outcome.violation.is_some_and(|violation| violation.invariant == wanted) {
+            high = middle;
+        } else {
+            low = middle + 1;
         }
     }
     Plan { steps: Some(high), ..plan }
@@ -259,12 +297,12 @@ fn every_invariant_holds_in_every_schedule() {
     }
     if schedules >= SCHEDULES {
         let rare: Vec<_> = occurrences.iter().filter(|(_, count)| *count < 100).collect();
-        assert!(rare.is_empty(), "hardly ever happened: {rare:?}");
+        assert!(rare.is_empty(), "fewer than 100 times: {rare:?}");
     }
 }
 
 #[test]
-fn every_deliberate_bug_is_caught() {
+fn every_deliberate_bug_is_found() {
     let mut missed = Vec::new();
     let first = env_number("SIMULATION_SEED").unwrap_or(0);
     let only = std::env::var("SIMULATION_BUG").ok();
@@ -272,17 +310,18 @@ fn every_deliberate_bug_is_caught() {
     for &(bug, invariants) in BUGS.iter().filter(|(bug, _)| chosen(bug)) {
         let plan = Plan { seed: 0, bug: Some(bug), steps: None, trace: false };
         let (Some(seed), _) = run_seeds(first, SCHEDULES_PER_BUG, plan) else {
-            missed.push(format!("{bug:?} is not caught"));
+            missed.push(format!("{bug:?} is not found"));
             continue;
         };
         let releases = projectors::releases();
-        let violation = run(Plan { seed, ..plan }, &releases).violation.expect("it failed before");
-        println!("{bug:?}: caught by schedule {seed}: {violation}");
+        let violation =
+            run(Plan { seed, ..plan }, &releases).violation.expect("this seed failed above");
+        println!("{bug:?}: found by schedule {seed}: {violation}");
         if !invariants.contains(&violation.invariant) {
             missed.push(format!("{bug:?} violates {violation}\n{}", report(Plan { seed, ..plan })));
         }
-        let sound = run(Plan { seed, bug: None, ..plan }, &releases);
-        if let Some(violation) = sound.violation {
+        let without_bug = run(Plan { seed, bug: None, ..plan }, &releases);
+        if let Some(violation) = without_bug.violation {
             missed.push(format!("without {bug:?}, schedule {seed} violates {violation}"));
         }
     }
@@ -294,11 +333,11 @@ fn the_documentation_lists_and_counts_the_deliberate_bugs() {
     let rows =
         include_str!("mod.rs").lines().skip_while(|line| *line != "//! | bug | violates |").skip(2);
     assert_eq!(rows.take_while(|line| line.starts_with("//! | ")).count(), BUGS.len());
-    let readme = include_str!("../../README.md");
+    let guarantees = include_str!("../../docs/guarantees.md");
+    let count = BUGS.len();
     assert!(
-        readme.contains(&format!("and {} deliberate bugs", BUGS.len())),
-        "{} in README.md",
-        BUGS.len()
+        guarantees.contains(&format!("{count} deliberate bugs")),
+        "docs/guarantees.md does not count {count}"
     );
 }
 

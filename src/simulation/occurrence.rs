@@ -1,8 +1,9 @@
-//! What happened in a run: counted, so that the simulation cannot silently become trivial.
+//! Counts what happens in a run. A test requires that each occurrence is frequent, so that the
+//! simulation cannot become trivial without notice.
 
 macro_rules! occurrences {
     ($($name:ident),* $(,)?) => {
-        /// Something worth counting.
+        /// A counted occurrence.
         #[derive(Debug, Clone, Copy, PartialEq, Eq)]
         pub(super) enum Occurrence { $($name),* }
 
@@ -14,31 +15,37 @@ macro_rules! occurrences {
 
 occurrences! {
     // the log
-    Appended, RolledBack, VisibleOutOfOrder, ReservedNotInserted, FillerInserted, WriterMetFiller,
-    FillMetWriter, FillMetCommitted, MarkBlockedByWriter, AppendRepeatedAfterLostAck,
+    Appended, RolledBack, VisibleOutOfOrder, ReservedNotInserted, FillerInserted,
+    WriterMetFiller, FillMetWriter, FillMetCommitted, MarkBlockedByWriter,
+    AppendRepeatedAfterLostAck,
     // the database
-    LockWait, LockWaitTimeout, OrphanHeldLock, CommitLost, AckLost, ConnectionCut, DatabaseRestart, CounterFellBack,
+    LockWait, LockWaitTimeout, OrphanHeldLock, CommitLost, AckLost, ConnectionCut,
+    DatabaseRestart, CounterFellBack,
     // the queue
-    MessageSent, MessageLost, MessageRepeated, MessageDeduplicated, MessagesReordered, VisibilityExpired, TwoWorkersOneMessage,
-    QueuePurged, DeadLettered, StaleReceipt, ForeignMessage, ForgedMessage, ReferenceSent, QueueUnavailable,
+    MessageSent, MessageLost, MessageRepeated, MessageDeduplicated, MessagesReordered,
+    VisibilityExpired, TwoWorkersOneMessage, QueuePurged, DeadLettered, StaleReceipt,
+    ForeignMessage, ForgedMessage, ReferenceSent, QueueUnavailable,
     // play
-    AppliedFromQueue, RunSkipped, CaughtUp, ReadReference, OnlyForeign, Reconciled, JoinedWithoutRestart, OutdatedDefinition, MovedToBackground, Readmitted,
+    AppliedFromQueue, RunSkipped, CaughtUp, ReadReference, OnlyForeign, Reconciled,
+    JoinedWithoutRestart, OutdatedDefinition, MovedToBackground, Readmitted,
     // the engine
-    StalePosition, StaleStatus, StaleDefinition, RowGone, Deadlock, HandlerCommitted, MustBeRebuilt, Isolated, FlakyPassedAlone, Panicked, BrokeInPlay, BrokeInBoot,
-    BrokeAtSetup, BrokeForRebuild, ProjectorFixed, ClaimCarried, EventByEvent,
+    StalePosition, StaleStatus, StaleDefinition, RowGone, Deadlock, HandlerCommitted,
+    MustBeRebuilt, Isolated, FlakyPassedAlone, Panicked, BrokeInPlay, BrokeInBoot, BrokeAtSetup,
+    BrokeForRebuild, ProjectorFixed, ClaimCarried, EventByEvent,
     // boot
-    TwoBoots, HandedOver, HandedOverBesideOldRelease, HandedOverFromBroken, TargetNotReached, Stalled, Finished, GaveUp,
-    BootRepeated, RetiredDuringBoot, WaitedForMark, GaveUpWaiting, Redefined, RepairedBesideFailure, RefusedToBoot,
+    TwoBoots, HandedOver, HandedOverBesideOldRelease, HandedOverFromBroken, TargetNotReached,
+    Stalled, Finished, GaveUp, BootRepeated, RetiredDuringBoot, WaitedForMark, GaveUpWaiting,
+    Redefined, RepairedBesideFailure, RefusedToBoot,
     // retire
     Retired, Forgotten, BootedAgain, RetiredMetBoot, Rebuilt,
     // the relay
     LeaseTaken, LeaseHeldElsewhere, TwoRelays,
     // the scheduler
-    CrashedPlay, CrashedBoot, CrashedRelay, CrashedWriter, CrashedRetire, ProcessTerminated, ProcessPaused, RolledBackRelease,
-    LeftBroken, BrokenStayedOthersMoved,
+    CrashedPlay, CrashedBoot, CrashedRelay, CrashedWriter, CrashedRetire, ProcessTerminated,
+    ProcessPaused, RolledBackRelease, LeftBroken, BrokenStayedOthersMoved,
 }
 
-/// How often each of them was seen.
+/// How often each occurrence was recorded.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct OccurrenceCounts([u64; Occurrence::ALL.len()]);
 

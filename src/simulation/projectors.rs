@@ -1,4 +1,4 @@
-//! Who plays: the projectors, and the releases that know some of them.
+//! The simulated projectors, and the releases with some of them each.
 
 use std::sync::OnceLock;
 
@@ -6,10 +6,10 @@ use crate::model::event::Event;
 use crate::model::projector::{EventTypes, Mode, Projector, ProjectorId};
 use crate::model::registry::Registry;
 
-/// The two event types; half of the projectors want only the second.
+/// The event types. Half of the projectors subscribe only to the second.
 pub(super) const TYPES: [&str; 2] = ["Opened", "Closed"];
 
-/// A projector, as far as the engine asks. What it does with an event is the simulation's matter.
+/// A projector as the engine sees it. The simulation applies its events.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct SimProjector {
     pub(super) name: &'static str,
@@ -17,7 +17,7 @@ pub(super) struct SimProjector {
     pub(super) mode: Mode,
     pub(super) only_closed: bool,
     pub(super) side_effects: bool,
-    /// Differs between releases whose definitions differ.
+    /// Differs between releases that define the projector differently.
     revision: &'static str,
 }
 
@@ -40,13 +40,13 @@ pub(super) const PROJECTORS: [SimProjector; 6] = [
     sim_projector("recent", 1, Mode::FromNow, true, false),
 ];
 
-/// Who is in which release, in the order of its registry.
+/// The projectors of each release, as indexes into `PROJECTORS`, in the order of its registry.
 const RELEASES: [&[usize]; 3] = [&[0, 1, 2], &[0, 3, 2, 4], &[5, 3, 0, 4]];
 
-/// The projectors that a release defines in another way than those before it.
+/// Projectors that a release defines differently than the releases before it.
 const REDEFINED: &[(Release, usize)] = &[(2, 0)];
 
-/// Which release; rolling back means to a lower one.
+/// A release by its index. Rolling back means deploying a lower one.
 pub(super) type Release = usize;
 
 pub(super) const RELEASE_COUNT: usize = RELEASES.len();
@@ -66,10 +66,7 @@ impl Projector for SimProjector {
     }
 
     fn event_types(&self) -> EventTypes {
-        match self.only_closed {
-            true => EventTypes::only([TYPES[1]]),
-            false => EventTypes::All,
-        }
+        if self.only_closed { EventTypes::only([TYPES[1]]) } else { EventTypes::All }
     }
 
     fn has_side_effects(&self) -> bool {
@@ -81,7 +78,7 @@ impl Projector for SimProjector {
     }
 
     async fn handle(&self, _: &Event, _: &mut sqlx::MySqlConnection) -> anyhow::Result<()> {
-        unreachable!("there is no database here")
+        unreachable!("the simulation does not call `handle`")
     }
 }
 
@@ -92,7 +89,7 @@ pub(super) fn releases() -> Vec<Registry> {
         for &projector_index in RELEASES[release] {
             registry
                 .add(define(release, projector_index))
-                .expect("names and versions of their own");
+                .expect("names and versions are distinct");
         }
         registry
     };
@@ -108,24 +105,26 @@ fn define(release: Release, projector_index: usize) -> SimProjector {
 pub(super) fn digest(release: Release, projector_index: usize) -> &'static str {
     static DIGESTS: OnceLock<Vec<Vec<String>>> = OnceLock::new();
     let digest = |release, projector_index| {
-        let registry = Registry::new().with(define(release, projector_index)).expect("a name");
-        registry.iter().next().expect("one").digest.clone()
+        let registry = Registry::new()
+            .with(define(release, projector_index))
+            .expect("the definition is valid");
+        registry.iter().next().expect("the registry has one projector").digest.clone()
     };
     let all = || {
-        let of = |release| {
+        let of_release = |release| {
             (0..PROJECTORS.len()).map(|projector_index| digest(release, projector_index)).collect()
         };
-        (0..RELEASE_COUNT).map(of).collect()
+        (0..RELEASE_COUNT).map(of_release).collect()
     };
     &DIGESTS.get_or_init(all)[release][projector_index]
 }
 
-/// The number of a projector in the cast.
+/// The index of a projector in `PROJECTORS`.
 pub(super) fn index_of(id: &ProjectorId) -> usize {
     let found = PROJECTORS
         .iter()
         .position(|projector| projector.name == id.name && projector.version == id.version);
-    found.expect("every projector is of the cast")
+    found.expect("every projector is in `PROJECTORS`")
 }
 
 /// Whether a release has this projector.
@@ -133,11 +132,12 @@ pub(super) fn is_in_release(release: Release, projector_index: usize) -> bool {
     RELEASES[release].contains(&projector_index)
 }
 
-/// Whether a projector's read model holds this event: told apart from the engine's own notion of
-/// it.
+/// Whether a projector subscribes to an event. The invariants use this instead of the engine's own
+/// code.
 pub(super) fn wants(projector_index: usize, event: &Event) -> bool {
-    match PROJECTORS[projector_index].only_closed {
-        true => event.event_type() == TYPES[1],
-        false => TYPES.contains(&event.event_type()),
+    if PROJECTORS[projector_index].only_closed {
+        event.event_type() == TYPES[1]
+    } else {
+        TYPES.contains(&event.event_type())
     }
 }

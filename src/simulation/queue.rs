@@ -1,6 +1,6 @@
-//! The queue: FIFO with one group, or standard. It loses, repeats and reorders; what is received is
-//! hidden for a while; one that is received too often goes to a dead-letter queue, which is to say
-//! that it is gone.
+//! The simulated queue: FIFO with one message group, or standard. It loses, repeats and reorders
+//! messages. A received message is hidden until its visibility timeout ends. A message that is
+//! received too often goes to the dead-letter queue, so the simulation drops it.
 
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -11,19 +11,19 @@ use super::projectors::Release;
 use super::world::{ProcessId, Sim, Tick, World};
 use crate::model::event::Position;
 
-/// For how long what is received stays hidden.
+/// How long a received message stays hidden.
 pub(super) const VISIBILITY_TIMEOUT: Tick = 40;
 
-/// Within this, a FIFO queue takes two messages of one id for one.
+/// How long a FIFO queue drops further messages with the same deduplication id.
 const DEDUPLICATION_WINDOW: Tick = 300;
 
-/// What one receive may hold.
+/// The most messages in one receive.
 const MAX_BATCH: usize = 10;
 
-/// Received more often than that, a message goes to the dead-letter queue.
+/// A message that is received more often than this goes to the dead-letter queue.
 const MAX_RECEIVES: u32 = 3;
 
-/// What a received message is deleted by.
+/// Identifies one delivery of a message, for its deletion.
 pub(super) type Receipt = u64;
 
 #[derive(Default)]
@@ -37,15 +37,15 @@ pub(super) struct Queue {
 #[derive(Debug, Clone)]
 pub(super) struct Message {
     pub(super) body: Rc<str>,
-    /// Through where it carries our log; `None`: it is not of it.
+    /// The position of its last event; `None` for a foreign message.
     pub(super) last: Option<Position>,
     pub(super) hidden_until: Tick,
     receives: u32,
-    /// All that have received it and may still try to delete it.
+    /// All deliveries of this message. Each receiver may still try to delete it.
     deliveries: Vec<Delivery>,
 }
 
-/// A receive of a message.
+/// One delivery of a message to a process.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Delivery {
     receipt: Receipt,
@@ -53,7 +53,7 @@ pub(super) struct Delivery {
     pub(super) received_at: Tick,
 }
 
-/// A message as it came from the queue.
+/// A message as a receive returns it.
 pub(super) struct ReceivedMessage {
     pub(super) receipt: Receipt,
     pub(super) body: Rc<str>,
@@ -68,9 +68,9 @@ impl Queue {
         message.hidden_until > clock
     }
 
-    /// Which messages a receive would get now, in order.
+    /// The indexes of the messages that a receive would return now, in order.
     fn visible(&self, clock: Tick) -> Vec<usize> {
-        // While a message of a group is out, the rest of the group waits.
+        // A FIFO queue returns no message while another one of the group is hidden.
         if self.is_fifo && self.messages.iter().any(|message| Queue::is_hidden(message, clock)) {
             return Vec::new();
         }
@@ -81,7 +81,7 @@ impl Queue {
 }
 
 impl World {
-    /// Puts a message into the queue, unless the queue knows it.
+    /// Adds a message, unless a FIFO queue drops it as a duplicate.
     pub(super) fn enqueue(
         &mut self,
         body: &str,
@@ -92,7 +92,7 @@ impl World {
         if let Some(id) = deduplication_id.filter(|_| self.queue.is_fifo) {
             if self.queue.sent.get(id).is_some_and(|&sent| clock - sent < DEDUPLICATION_WINDOW) {
                 self.record(Occurrence::MessageDeduplicated);
-                self.trace(|| "the queue has it already".into());
+                self.trace(|| "the queue drops a duplicate".into());
                 return;
             }
             self.queue.sent.insert(id.to_owned(), clock);
@@ -108,7 +108,7 @@ impl World {
         self.arrivals += 1;
     }
 
-    /// Hands out what is visible.
+    /// Receives visible messages: up to ten, a random number.
     fn take_visible(&mut self) -> Vec<ReceivedMessage> {
         let clock = self.clock;
         let mut visible = self.queue.visible(clock);
@@ -145,7 +145,7 @@ impl World {
         received
     }
 
-    /// A worker that ends returns what it has in hand.
+    /// Makes the messages visible again that a worker received last.
     pub(super) fn return_messages(&mut self, process_id: ProcessId) {
         for message in &mut self.queue.messages {
             if message.deliveries.last().is_some_and(|delivery| delivery.by == process_id) {
@@ -165,7 +165,7 @@ impl World {
             || !Queue::is_hidden(message, self.clock);
         if is_stale {
             self.record(Occurrence::StaleReceipt);
-            // A standard queue may take it or not; a FIFO queue does not.
+            // A FIFO queue rejects a stale receipt. A standard queue may accept it.
             if self.queue.is_fifo || self.rng.bool() {
                 self.trace(|| "a stale receipt deletes nothing".into());
                 return;
@@ -197,7 +197,7 @@ impl Sim {
         Ok(())
     }
 
-    /// Sends what the relay has packed.
+    /// Sends a message that the relay has packed.
     pub(super) async fn send(
         &self,
         body: &str,
@@ -212,7 +212,7 @@ impl Sim {
         world.record(Occurrence::MessageSent);
         if world.roll(loses) {
             world.record(Occurrence::MessageLost);
-            world.trace(|| "the queue loses it".into());
+            world.trace(|| "the queue loses the message".into());
             return Ok(());
         }
         world.enqueue(body, Some(last), Some(deduplication_id));
@@ -220,9 +220,9 @@ impl Sim {
             world.record(Occurrence::MessageRepeated);
             world.enqueue(body, Some(last), None);
         }
-        // Sent, and the answer lost: it is sent again.
-        let away = world.chances.queue_unavailable;
-        if world.roll(away) { Err(QueueError) } else { Ok(()) }
+        // The answer may be lost although the message was sent. The relay then sends it again.
+        let chance = world.chances.queue_unavailable;
+        if world.roll(chance) { Err(QueueError) } else { Ok(()) }
     }
 
     /// Receives up to ten messages, waiting up to `wait` for the first.
@@ -252,7 +252,7 @@ impl Sim {
         Ok(())
     }
 
-    /// Hides messages for so long from now on.
+    /// Hides messages for `ticks` from now on, if they are still hidden.
     pub(super) fn hide(&self, receipts: &[Receipt], ticks: Tick) {
         let mut world = self.world();
         let clock = world.clock;

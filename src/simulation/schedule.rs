@@ -1,5 +1,5 @@
-//! One schedule: which process goes on next, what breaks in between, and how all comes to rest.
-//! Everything follows from the seed.
+//! Runs one schedule: which process continues, which faults happen and how everything settles. The
+//! seed determines the whole schedule.
 
 use std::task::{Context, Poll, Waker};
 
@@ -14,31 +14,32 @@ use crate::model::lifecycle::Status;
 use crate::model::projector::ProjectorId;
 use crate::model::registry::Registry;
 
-/// Writers stop at so many positions: what can go wrong goes wrong in a short log.
+/// Writers stop at this number of positions. A short log is enough: faults do not need a long one.
 pub(super) const MAX_LOG_EVENTS: usize = 40;
 
-/// The largest message. What a message holds is bounded by the number of events here.
+/// The largest message in bytes. It is large enough that `max_events` of the relay limits a
+/// message.
 pub(super) const MESSAGE_BYTES: usize = 1_100;
 
-/// Within so many steps everything has to come to rest, once nothing breaks any more.
+/// The most steps after the faults stop until everything must have settled.
 const MAX_SETTLE_STEPS: u64 = 6_000;
 
-/// What is to be run.
+/// The parameters of a run.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Plan {
     pub(super) seed: u64,
     pub(super) bug: Option<Bug>,
-    /// How many steps until everything comes to rest, where the seed is not to decide it.
+    /// How many steps run with faults. `None`: the seed determines it.
     pub(super) steps: Option<u64>,
     pub(super) trace: bool,
 }
 
-/// What came of it.
+/// The result of a run.
 #[derive(Debug)]
 pub(super) struct Outcome {
     pub(super) violation: Option<Violation>,
     pub(super) occurrences: OccurrenceCounts,
-    /// The steps until everything came to rest.
+    /// How many steps ran with faults.
     pub(super) steps: u64,
     pub(super) trace: Vec<String>,
 }
@@ -47,22 +48,22 @@ pub(super) struct Scheduler<'a> {
     pub(super) sim: Sim,
     releases: &'a [Registry],
     pub(super) slots: Vec<Slot>,
-    /// What breaks in this schedule, each as often as its weight says.
+    /// The faults of this schedule, with their weights.
     faults: Vec<(Fault, u32)>,
-    /// How often something does, in thousandths of the steps.
+    /// The chance of a fault per step, in thousandths.
     fault_rate: u32,
     last_number: u64,
-    /// The last boot that came to its end, as it ended.
+    /// How the boot that ended last has ended.
     pub(super) last_boot: Option<Ended>,
     highest_release: Release,
 }
 
-/// A process that runs.
+/// A running process.
 pub(super) struct Slot {
     pub(super) process_id: ProcessId,
     process: Process,
     wait: Wait,
-    /// It gets no time until then: a stopped machine, a long collection of garbage.
+    /// The process does not run before this tick, as after a long pause of its machine.
     pub(super) paused_until: Tick,
 }
 
@@ -83,7 +84,7 @@ pub(super) fn run(plan: Plan, releases: &[Registry]) -> Outcome {
     let steps = plan.steps.unwrap_or(steps);
     scheduler.run_with_faults(steps);
     scheduler.settle();
-    // A killed process gives back what it holds of the world.
+    // Dropping a process may still change the world, so all end before the results are read.
     scheduler.slots.clear();
     let mut world = scheduler.sim.world();
     let (violation, trace) = (world.violation.take(), world.take_trace());
@@ -91,13 +92,14 @@ pub(super) fn run(plan: Plan, releases: &[Registry]) -> Outcome {
 }
 
 impl Scheduler<'_> {
-    /// Draws what kind of schedule it is, and says how many steps it has until everything comes to
-    /// rest.
+    /// Draws the chances and faults of the schedule, starts its first processes, and returns the
+    /// number of steps with faults.
     fn prepare(&mut self) -> u64 {
         let sim = self.sim.clone();
         let writers = {
             let mut world = sim.world();
-            // Each kind of trouble is there or not, so that some schedules have much of one.
+            // Each fault is switched off in half of the schedules, so that some schedules have many
+            // of one kind.
             let mut chance = |most: u32| if world.rng.bool() { world.rng.u32(1..=most) } else { 0 };
             let chances = Chances {
                 connection_cut: chance(20),
@@ -144,7 +146,7 @@ impl Scheduler<'_> {
         world.rng.u64(20..most)
     }
 
-    /// Steps and faults, in any order.
+    /// Runs the steps of the schedule in which faults happen.
     fn run_with_faults(&mut self, steps: u64) {
         for _ in 0..steps {
             if self.sim.world().violation.is_some() {
@@ -175,28 +177,29 @@ impl Scheduler<'_> {
         }
     }
 
-    /// Nothing breaks any more: what runs comes to its end, one release is deployed, and all is
-    /// quiet.
+    /// Stops the faults. The running processes end, one release is deployed, and the run continues
+    /// until nothing is left to do.
     fn settle(&mut self) {
         let release = self.random_release();
-        let mends = {
+        let fixes_all = {
             let mut world = self.sim.world();
             world.process_id = ProcessId::Scheduler;
-            world.trace(|| format!("— nothing breaks any more; release {release} comes to rest —"));
+            world.trace(|| format!("— the faults stop; release {release} is deployed —"));
             world.chances = Chances::default();
             world.is_closing = true;
             world.database.down_until = 0;
-            let mends = world.rng.u32(0..4) > 0;
-            if mends {
+            let fixes_all = world.rng.u32(0..4) > 0;
+            if fixes_all {
                 world.poison.clear();
             }
-            mends
+            fixes_all
         };
-        // Everything starts anew, or what runs comes to its end.
+        // Either every process is killed, or the running ones continue to their end.
         let restarts = self.sim.world().rng.bool();
-        match restarts {
-            true => self.kill(|_| true),
-            false => self.slots.iter_mut().for_each(|slot| slot.paused_until = 0),
+        if restarts {
+            self.kill(|_| true);
+        } else {
+            self.slots.iter_mut().for_each(|slot| slot.paused_until = 0);
         }
         let is_transient = |slot: &Slot| {
             matches!(
@@ -210,14 +213,14 @@ impl Scheduler<'_> {
             return;
         }
         self.kill(|process_id| matches!(process_id, ProcessId::Play(_, of) if *of != release));
-        if mends && !self.rebuild(release) {
+        if fixes_all && !self.rebuild(release) {
             return;
         }
         if !self.slots.iter().any(|slot| matches!(slot.process_id, ProcessId::Relay(_))) {
             self.start_relay();
         }
-        // Twice, if need be: a worker may have met its poison before it was mended, and break its
-        // projector only when the first boot has passed that by.
+        // A second boot may be needed. A worker may have met a failing event before it was fixed,
+        // and may mark its projector broken only after the first boot has passed that projector.
         for _ in 0..2 {
             self.last_boot = None;
             self.start_boot(release);
@@ -228,7 +231,7 @@ impl Scheduler<'_> {
                 break;
             }
         }
-        self.check_boot(release, mends);
+        self.check_boot(release, fixes_all);
         while self
             .slots
             .iter()
@@ -247,8 +250,8 @@ impl Scheduler<'_> {
         }
     }
 
-    /// An operator retires what must be rebuilt, so that it is booted anew. `false`: it came to no
-    /// end.
+    /// Retires each projector that must be rebuilt, as an operator would, so that boot builds it
+    /// anew. Returns `false` if that did not end.
     fn rebuild(&mut self, release: Release) -> bool {
         let is_incomplete = |row: &&super::database::LedgerRow| {
             super::projectors::is_in_release(release, row.projector_index)
@@ -279,11 +282,13 @@ impl Scheduler<'_> {
         let retires = |scheduler: &Self| {
             scheduler.slots.iter().any(|slot| matches!(slot.process_id, ProcessId::Retire(..)))
         };
-        self.run_until("what must be rebuilt is retired", |scheduler| !retires(scheduler))
+        self.run_until("projectors that must be rebuilt are retired", |scheduler| {
+            !retires(scheduler)
+        })
     }
 
-    /// 9: with nothing in its way, a boot releases.
-    fn check_boot(&mut self, release: Release, mends: bool) {
+    /// Checks 9: a boot releases if nothing prevents it.
+    fn check_boot(&mut self, release: Release, fixes_all: bool) {
         let mut world = self.sim.world();
         let is_broken = |row: &super::database::LedgerRow| {
             let is_incomplete = row.must_be_rebuilt() && row.entry.status != Status::Retired;
@@ -297,12 +302,12 @@ impl Scheduler<'_> {
         let ended = self.last_boot;
         let is_right = match ended {
             Some(Ended::Booted { released: true }) => true,
-            Some(Ended::Booted { released: false }) => !mends && some_broken,
+            Some(Ended::Booted { released: false }) => !fixes_all && some_broken,
             _ => false,
         };
         if !is_right {
             world.record_violation(9, || {
-                format!("nothing was in its way, and the last boot ended with {ended:?}")
+                format!("nothing prevented a release, but the last boot ended with {ended:?}")
             });
         }
     }
@@ -319,11 +324,11 @@ impl Scheduler<'_> {
         }
         self.sim
             .world()
-            .record_violation(9, || format!("after {MAX_SETTLE_STEPS} steps still not: {what}"));
+            .record_violation(9, || format!("not reached in {MAX_SETTLE_STEPS} steps: {what}"));
         false
     }
 
-    /// One process goes on for one step.
+    /// Runs one step of one random process that is ready.
     fn step(&mut self) {
         let (chosen, clock) = {
             let mut world = self.sim.world();
@@ -343,7 +348,8 @@ impl Scheduler<'_> {
             (chosen, world.clock)
         };
         let Some(at) = chosen else {
-            // All of them wait: so does the clock, for the first of them.
+            // Every process waits, so the clock moves to the tick before the first of them
+            // continues.
             let next = self.slots.iter().map(Slot::ready_at).min();
             let orphans = self.sim.world().database.next_orphan;
             let next = next.into_iter().chain(orphans).min().unwrap_or(clock);
@@ -369,7 +375,7 @@ impl Scheduler<'_> {
         invariants::after_step(&mut self.sim.world());
     }
 
-    /// Kills all of these processes, and what they have sent off.
+    /// Kills the matching processes, and the background catch-ups of their workers.
     pub(super) fn kill(&mut self, is: impl Fn(&ProcessId) -> bool) {
         self.sim.world().is_killing = true;
         let dead: Vec<ProcessId> = self
@@ -385,7 +391,7 @@ impl Scheduler<'_> {
         self.refresh_running();
     }
 
-    /// What the world knows of who runs.
+    /// Updates what the world knows about the running processes.
     pub(super) fn refresh_running(&mut self) {
         let mut world = self.sim.world();
         let plays = |number: u64| {
@@ -475,7 +481,7 @@ impl Slot {
             }
     }
 
-    /// When it goes on if nothing else happens.
+    /// The tick at which the process continues if no lock is released and no message arrives.
     fn ready_at(&self) -> Tick {
         let wait = match self.wait {
             Wait::Ready => 0,
@@ -485,7 +491,8 @@ impl Slot {
     }
 }
 
-/// Whether all is done that there is to do: what is committed is published, played and deleted.
+/// Whether nothing is left to do: all events are published and played, all messages are deleted,
+/// and no transaction is open.
 fn is_quiet(world: &World, release: Release) -> bool {
     let database = &world.database;
     let mark = database.high_water;

@@ -1,5 +1,5 @@
-//! The statements of the engine, each atomic, each a step. They mirror the SQL of `store/` and
-//! `ledger.rs`.
+//! The statements of the engine. Each one is atomic and takes one step. They mirror the SQL of
+//! `store/` and `ledger/`.
 
 use std::ops::RangeInclusive;
 
@@ -19,30 +19,34 @@ use crate::store::{Blocker, LogSnapshot, Marks, Page};
 
 pub(super) const LOG_ID: &str = "log-1";
 
-/// Which log it is, and its key.
+/// The identity of the simulated log, with its signing key.
 pub(super) fn log() -> LogIdentity {
     LogIdentity { id: LOG_ID.into(), key: SigningKey::new(b"the log's own key") }
 }
 
-/// How long a statement waits for a lock (`innodb_lock_wait_timeout`); the fill waits for a second.
-const LOCK_WAIT_TIMEOUT: Tick = 50;
+/// How long a statement waits for a lock (`innodb_lock_wait_timeout`).
+pub(super) const LOCK_WAIT_TIMEOUT: Tick = 50;
+
+/// How long a fill waits for a lock.
 pub(super) const FILL_LOCK_WAIT_TIMEOUT: Tick = 1;
 
 /// Why a statement failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum DatabaseError {
-    /// The connection is gone, and the transaction with it, unless it was just committing.
+    /// The connection is gone, and its transaction with it. If it was committing, the commit may
+    /// have happened.
     ConnectionLost,
     /// Error 1205.
     LockWaitTimeout,
-    /// Error 1062, on the primary key.
+    /// Error 1062 on the primary key.
     PositionTaken,
-    /// Error 1062, on `event_id`.
+    /// Error 1062 on `event_id`.
     EventIdTaken,
 }
 
 impl Sim {
-    /// A statement is about to be carried out, in a transaction or by itself.
+    /// Takes the step before a statement, in a transaction or in autocommit mode. Fails if the
+    /// database is down or the connection is lost.
     pub(super) async fn statement(
         &self,
         transaction: Option<TransactionId>,
@@ -65,7 +69,8 @@ impl Sim {
         Ok(())
     }
 
-    /// Waits until a row is not locked by others.
+    /// Waits until no other transaction holds the lock of a row. `holder` returns the transaction
+    /// that holds it.
     pub(super) async fn wait_until_unlocked(
         &self,
         timeout: Tick,
@@ -87,7 +92,7 @@ impl Sim {
                 }
                 if world.clock >= until {
                     world.record(Occurrence::LockWaitTimeout);
-                    world.trace(|| "waits for a lock for too long: 1205".into());
+                    world.trace(|| "times out waiting for a lock: 1205".into());
                     return Err(DatabaseError::LockWaitTimeout);
                 }
                 world.trace(|| format!("waits for a lock of transaction {holder}"));
@@ -108,7 +113,7 @@ impl Sim {
         })
     }
 
-    /// The marks, and which events stand at these positions.
+    /// The marks, and the event ids at these positions.
     pub(super) async fn view(&self, positions: &[Position]) -> Result<LogSnapshot, DatabaseError> {
         let marks = self.marks().await?;
         let world = self.world();
@@ -154,7 +159,7 @@ impl Sim {
         Ok(is_locked)
     }
 
-    /// `insert ignore` of tombstones, row by row, as the server does it.
+    /// `insert ignore` of fillers, row by row as the server executes it.
     pub(super) async fn fill(&self, positions: &[u64]) -> Result<Option<Blocker>, DatabaseError> {
         let Some(&first) = positions.first() else { return Ok(None) };
         let mut transaction = self.begin();
@@ -174,7 +179,7 @@ impl Sim {
         Ok(None)
     }
 
-    /// The events of a page; `through` must not lie above the mark.
+    /// Reads a page of events. `through` must be at or below the mark.
     pub(super) async fn read_after(
         &self,
         after: Position,
@@ -219,7 +224,8 @@ impl Sim {
     }
 
     /// `insert … on duplicate key update name = name`.
-    /// `mark`: where the mark stood when this boot began; for the invariants.
+    ///
+    /// `mark` is the high-water mark when this boot began, for the invariants.
     pub(super) async fn register(
         &self,
         projector: &RegisteredProjector,
@@ -235,15 +241,13 @@ impl Sim {
         if world.forgotten[projector_index] {
             world.record(Occurrence::BootedAgain);
         }
-        world.trace(|| format!("enters {} at {position}", projector.id));
-        let (id, mode, side_effects) =
-            (projector.id.clone(), projector.mode, projector.has_side_effects);
+        world.trace(|| format!("registers {} at {position}", projector.id));
         let entry = Entry {
-            id,
-            mode,
+            id: projector.id.clone(),
+            mode: projector.mode,
             status: Status::Booting,
             position,
-            has_side_effects: side_effects,
+            has_side_effects: projector.has_side_effects,
             start_position: Some(position),
             digest: Some(projector.digest.clone()),
             event_types: None,
@@ -264,8 +268,8 @@ impl Sim {
         Ok(())
     }
 
-    /// Records the definition with which a projector is booted, over the one that was compared
-    /// with.
+    /// Records the definition with which a projector is booted, if the recorded digest is still
+    /// `before`.
     pub(super) async fn set_definition(
         &self,
         projector: &RegisteredProjector,
@@ -290,7 +294,8 @@ impl Sim {
         Ok(())
     }
 
-    /// A step of the lifecycle under the row's lock. `Err(None)`: there is no such step.
+    /// Applies a transition of the lifecycle under the row's lock, if `still` accepts the locked
+    /// row. Returns `Err(None)` if the lifecycle has no such transition.
     pub(super) async fn ledger_transition(
         &self,
         id: &ProjectorId,
@@ -313,8 +318,8 @@ impl Sim {
         Ok(Some(entry))
     }
 
-    /// Forgets why a read model must be rebuilt, as an operator may who has repaired it. Only a
-    /// deliberate bug does this.
+    /// Clears the reason for a rebuild, as an operator may do after repairing the read model. Only
+    /// a deliberate bug calls this.
     pub(super) async fn accept(&self, id: &ProjectorId) -> Result<(), DatabaseError> {
         self.statement(None).await?;
         let projector_index = projectors::index_of(id);
@@ -328,7 +333,8 @@ impl Sim {
         Ok(())
     }
 
-    /// Forgets a projector that is retired; one that was booted anew meanwhile is left as it is.
+    /// Removes the ledger row of a retired projector. A projector that was booted anew meanwhile
+    /// stays.
     pub(super) async fn remove(&self, id: &ProjectorId) -> Result<(), DatabaseError> {
         self.statement(None).await?;
         let projector_index = projectors::index_of(id);
@@ -337,7 +343,7 @@ impl Sim {
         })
         .await?;
         let mut world = self.world();
-        world.trace(|| format!("forgets {id}"));
+        world.trace(|| format!("removes {id} from the ledger"));
         world.database.ledger.retain(|row| {
             row.projector_index != projector_index || row.entry.status != Status::Retired
         });
@@ -348,7 +354,7 @@ impl Sim {
     pub(super) async fn tear_down(&self, id: &ProjectorId) -> Result<(), DatabaseError> {
         self.statement(None).await?;
         let mut world = self.world();
-        world.trace(|| format!("tears down {id}"));
+        world.trace(|| format!("drops the tables of {id}"));
         world.database.read_models[projectors::index_of(id)].clear();
         Ok(())
     }
@@ -357,8 +363,6 @@ impl Sim {
         Transaction::begin(self)
     }
 }
-
-pub(super) const DEFAULT_LOCK_WAIT_TIMEOUT: Tick = LOCK_WAIT_TIMEOUT;
 
 fn filler(position: u64) -> Event {
     Event::from(RecordedEvent {

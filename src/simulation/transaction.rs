@@ -1,4 +1,4 @@
-//! A transaction, as its client sees it. Dropped, it is rolled back by the server when that
+//! A transaction as its client sees it. If it is dropped, the server rolls it back as soon as it
 //! notices.
 
 use super::database::{OpenTransaction, Row, TransactionId};
@@ -6,7 +6,7 @@ use super::invariants::{self, Claim};
 use super::occurrence::Occurrence;
 use super::projectors;
 use super::projectors::Release;
-use super::statements::{DEFAULT_LOCK_WAIT_TIMEOUT, DatabaseError};
+use super::statements::{DatabaseError, LOCK_WAIT_TIMEOUT};
 use super::world::{FailureKind, Sim, Tick};
 use crate::ledger::Entry;
 use crate::model::event::{Event, Position};
@@ -23,7 +23,7 @@ pub(super) enum HandlerError {
     Own(String),
     Panic,
     Transient,
-    /// It has committed a part of the batch by itself.
+    /// The handler has committed a part of the batch.
     PartiallyCommitted,
 }
 
@@ -43,7 +43,8 @@ impl Transaction {
         Transaction { sim: sim.clone(), id }
     }
 
-    /// Hands out so many positions in a row. They are this writer's from now on, row or no row.
+    /// Reserves consecutive positions and returns the first. The positions stay reserved even if no
+    /// row is inserted.
     pub(super) async fn reserve(&self, positions: u64) -> Result<u64, DatabaseError> {
         self.sim.statement(Some(self.id)).await?;
         let mut world = self.sim.world();
@@ -53,7 +54,8 @@ impl Transaction {
         Ok(first)
     }
 
-    /// Inserts a row. One that is locked by others is waited for; a committed one is a collision.
+    /// Inserts a row. Waits if another transaction holds a row at this position, and fails if a
+    /// committed row is there.
     pub(super) async fn insert(
         &mut self,
         event: Event,
@@ -77,26 +79,26 @@ impl Transaction {
         };
         open.inserted.push(position);
         world.trace(|| format!("inserts {position} ({})", event.event_type()));
-        // A server that starts reads the counter from the table.
+        // After a restart, a server sets the counter to the last position in the table.
         world.database.counter = world.database.counter.max(position);
         world.database.insert_row(position, Row { event, owner: Some(own) });
         Ok(())
     }
 
-    /// Refuses an event id that the log has. A writer that is still undecided about it is waited
-    /// for.
+    /// Fails if the log has this event id already. Waits for a transaction that has inserted it and
+    /// is still open.
     pub(super) async fn check_event_id(&self, event_id: &str) -> Result<(), DatabaseError> {
         let own = self.id;
-        let of = |world: &super::world::World| {
+        let find_owner = |world: &super::world::World| {
             let rows = world.database.events.iter().flatten();
             rows.filter(|row| row.owner != Some(own))
                 .find(|row| row.event.event_id() == event_id)
                 .map(|row| row.owner)
         };
         self.sim
-            .wait_until_unlocked(DEFAULT_LOCK_WAIT_TIMEOUT, |world| of(world).flatten())
+            .wait_until_unlocked(LOCK_WAIT_TIMEOUT, |world| find_owner(world).flatten())
             .await?;
-        match of(&self.sim.world()) {
+        match find_owner(&self.sim.world()) {
             Some(_) => Err(DatabaseError::EventIdTaken),
             None => Ok(()),
         }
@@ -109,7 +111,7 @@ impl Transaction {
         let holder = |world: &super::world::World| {
             world.database.ledger_row(projector_index)?.lock.filter(|&by| by != own)
         };
-        self.sim.wait_until_unlocked(DEFAULT_LOCK_WAIT_TIMEOUT, holder).await?;
+        self.sim.wait_until_unlocked(LOCK_WAIT_TIMEOUT, holder).await?;
         let mut world = self.sim.world();
         if world.database.open.get(&own).is_none_or(|open| open.orphaned_until.is_some()) {
             return Err(DatabaseError::ConnectionLost);
@@ -117,17 +119,17 @@ impl Transaction {
         let Some(row) = world.database.ledger_row_mut(projector_index) else { return Ok(None) };
         row.lock = Some(own);
         let entry = row.read();
-        let mark = if entry.rebuild_reason.is_some() { ", to be rebuilt" } else { "" };
-        world.trace(|| format!("locks {id}: {} at {}{mark}", entry.status, entry.position));
+        let suffix = if entry.rebuild_reason.is_some() { ", must be rebuilt" } else { "" };
+        world.trace(|| format!("locks {id}: {} at {}{suffix}", entry.status, entry.position));
         if let Some(open) = world.database.open.get_mut(&own) {
             open.locked = Some(projector_index);
         }
         Ok(Some(entry))
     }
 
-    /// Runs the handler of a projector, as a release has it, on what it wants. All of it is one
-    /// step, unless it commits by itself: then others go first before that is noticed, if it ever
-    /// is.
+    /// Runs the handler of a projector, as this release defines it, on the events that the
+    /// projector subscribes to. This takes one step. If the handler commits, other processes run a
+    /// step before the engine can notice the commit.
     pub(super) async fn handle(
         &mut self,
         id: &ProjectorId,
@@ -140,8 +142,8 @@ impl Transaction {
         }
         self.sim.step().await;
         let mut world = self.sim.world();
-        // The rest is in another transaction. It fails, or the savepoint is missed; or the
-        // connection is lost before that.
+        // After its commit, the rest of the handler runs in another transaction. Either the handler
+        // fails or its savepoint is missing, or the connection is lost before that.
         if world.rng.bool() {
             world.record(Occurrence::ConnectionCut);
             world.trace(|| "loses its connection".into());
@@ -150,7 +152,7 @@ impl Transaction {
         Err(HandlerError::PartiallyCommitted)
     }
 
-    /// Whether the handler has committed a part of the batch.
+    /// Applies the events. Returns `true` if the handler committed a part of the batch.
     fn run_handler(
         &mut self,
         id: &ProjectorId,
@@ -175,7 +177,7 @@ impl Transaction {
                 world.trace(|| format!("the handler of {id} fails at {position}: {kind:?}"));
                 return Err(match kind {
                     FailureKind::Panic => HandlerError::Panic,
-                    _ => HandlerError::Own(format!("cannot take {position}")),
+                    _ => HandlerError::Own(format!("cannot apply {position}")),
                 });
             }
         }
@@ -197,7 +199,7 @@ impl Transaction {
         Ok(true)
     }
 
-    /// Writes the locked row back; where events were applied, by which right.
+    /// Writes back the locked row.
     pub(super) async fn write(&mut self, entry: Entry) -> Result<(), DatabaseError> {
         self.sim.statement(Some(self.id)).await?;
         if let Some(open) = self.sim.world().database.open.get_mut(&self.id) {
@@ -206,7 +208,7 @@ impl Transaction {
         Ok(())
     }
 
-    /// Moves the locked row on.
+    /// Moves the position of the locked row to `to`.
     pub(super) async fn advance(
         &mut self,
         entry: Entry,
@@ -218,14 +220,15 @@ impl Transaction {
         Ok(())
     }
 
-    /// By what right events are applied; for the invariants, which look for themselves.
+    /// Records under which claim events are applied. Only the invariants use this, and they check
+    /// it themselves.
     pub(super) fn claim(&self, claim: Claim) {
         if let Some(open) = self.sim.world().database.open.get_mut(&self.id) {
             open.claim = Some(claim);
         }
     }
 
-    /// Commits. The answer may be lost on its way, after the commit or instead of it.
+    /// Commits. The acknowledgement may be lost, with or without the commit.
     pub(super) async fn commit(self) -> Result<(), DatabaseError> {
         self.sim.statement(Some(self.id)).await?;
         let mut world = self.sim.world();
@@ -237,23 +240,24 @@ impl Transaction {
         }
         if world.rng.bool() {
             world.record(Occurrence::AckLost);
-            world.trace(|| "commits, and does not learn of it".into());
+            world.trace(|| "commits, but the acknowledgement is lost".into());
             world.commit(self.id);
         } else {
             world.record(Occurrence::CommitLost);
-            world.trace(|| "asks for a commit, and is not heard".into());
+            world.trace(|| "sends a commit that is lost".into());
             world.orphan(self.id);
         }
         Err(DatabaseError::ConnectionLost)
     }
 
-    /// Rolls back at once. Dropping it does so a moment later.
+    /// Rolls back at once. A dropped transaction is rolled back later.
     pub(super) fn roll_back(self) {
         self.sim.world().roll_back(self.id);
     }
 }
 
-/// Whether the handler of a projector fails at an event (position 0: at its setup), and how.
+/// Returns how the handler of a projector fails at an event, if it fails there. Position 0 means
+/// its setup. A failure that does not repeat is removed.
 pub(super) fn take_poison(
     world: &mut super::world::World,
     projector_index: usize,

@@ -1,9 +1,8 @@
-//! What all processes share: time, chance, the database, the queue, and the record of what
-//! happened.
+//! The state that all processes share: the clock, the random numbers, the database, the queue and
+//! the record of the run.
 //!
-//! A process is a future. Each of its statements, sends and receives first yields; the scheduler
-//! decides who goes on, so that everything else can happen in between. To drop the future is to
-//! kill the process at that point.
+//! A process is a future. Before each statement, send and receive it yields, and the scheduler
+//! chooses the process that continues. Dropping the future kills the process at that point.
 
 use std::cell::{RefCell, RefMut};
 use std::fmt;
@@ -25,37 +24,53 @@ use super::queue::Queue;
 use crate::model::event::Position;
 use crate::model::projector::ProjectorId;
 
-/// Time, in ticks of about a second. Each step of a process takes one.
+/// Time in ticks of about a second. Each step of a process takes one tick.
 pub(super) type Tick = u64;
 
-/// A process, as the trace names it.
+/// Identifies a process, and names it in the trace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum ProcessId {
     Scheduler,
     Writer(u64),
     Relay(u64),
     Play(u64, Release),
-    /// What a worker of that number has sent off, to catch up by itself: it lives and dies with the
-    /// worker.
+    /// A background catch-up of the worker with this number. It ends when the worker ends.
     Straggler(u64, Release),
     Boot(u64, Release),
     Retire(u64, Release),
 }
 
 impl ProcessId {
-    /// Whether it ends when the worker of that number does.
+    /// Whether this process is a background catch-up of `worker`, and so ends with it.
     pub(super) fn belongs_to(self, worker: ProcessId) -> bool {
-        matches!((self, worker), (ProcessId::Straggler(of, _), ProcessId::Play(number, _)) if of == number)
+        match (self, worker) {
+            (ProcessId::Straggler(of, _), ProcessId::Play(number, _)) => of == number,
+            _ => false,
+        }
     }
 }
 
-/// A process that runs, or is to.
+impl fmt::Display for ProcessId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ProcessId::Scheduler => write!(f, "-"),
+            ProcessId::Writer(number) => write!(f, "writer#{number}"),
+            ProcessId::Relay(number) => write!(f, "relay#{number}"),
+            ProcessId::Play(number, release) => write!(f, "play#{number} r{release}"),
+            ProcessId::Straggler(number, release) => write!(f, "straggler#{number} r{release}"),
+            ProcessId::Boot(number, release) => write!(f, "boot#{number} r{release}"),
+            ProcessId::Retire(number, release) => write!(f, "retire#{number} r{release}"),
+        }
+    }
+}
+
+/// The future of a process.
 pub(super) type Process = Pin<Box<dyn Future<Output = Ended>>>;
 
 /// What a process that has yielded waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Wait {
-    /// Nothing: it may go on at once.
+    /// The process can continue at once.
     Ready,
     /// A point in time.
     Until(Tick),
@@ -65,48 +80,48 @@ pub(super) enum Wait {
     Message { arrivals: u64, until: Tick },
 }
 
-/// How often what goes wrong, in thousandths of the occasions.
+/// The chances of random faults, in thousandths.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Chances {
-    /// A connection is cut, by statement.
+    /// Per statement: the connection is cut.
     pub(super) connection_cut: u32,
-    /// A commit is not acknowledged, carried out or not.
+    /// Per commit: the commit is not acknowledged, whether it happened or not.
     pub(super) lost_ack: u32,
-    /// A handler runs into a deadlock, by batch.
+    /// Per batch: the handler runs into a deadlock.
     pub(super) deadlock: u32,
-    /// A handler commits by itself, in the middle of a batch, by batch.
+    /// Per batch: the handler commits in the middle of the batch.
     pub(super) handler_commits: u32,
-    /// The queue does not answer, by call.
+    /// Per call: the queue does not answer.
     pub(super) queue_unavailable: u32,
-    /// A message is lost, or sent twice, by send.
+    /// Per send: the message is lost, or stored twice.
     pub(super) message_loss: u32,
     pub(super) message_repeat: u32,
-    /// A projector takes too long, by step: it leaves the convoy.
+    /// Per step: the projector is too slow and moves to the background.
     pub(super) slow: u32,
-    /// A writer rolls back.
+    /// Per append: the writer rolls back.
     pub(super) rollback: u32,
-    /// A projector cannot take an event, by event.
+    /// Per event: the handler of some projector will fail.
     pub(super) poison: u32,
 }
 
-/// An event that a projector cannot take. Position 0 stands for its setup.
+/// An event on which a projector fails. Position 0 means its setup.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Poison {
     pub(super) projector_index: usize,
     pub(super) position: u64,
     pub(super) kind: FailureKind,
-    /// Only in this release; the others have mended it.
+    /// If set, the projector fails only in this release; it is fixed in the others.
     pub(super) release: Option<Release>,
 }
 
 /// How a handler fails.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum FailureKind {
-    /// With an error of its own, until it is mended.
+    /// With its own error, until it is fixed.
     Error,
-    /// With a panic, until it is mended.
+    /// With a panic, until it is fixed.
     Panic,
-    /// Once.
+    /// With its own error, once.
     Flaky,
 }
 
@@ -118,31 +133,32 @@ pub(super) struct World {
     pub(super) database: Database,
     pub(super) queue: Queue,
     pub(super) poison: Vec<Poison>,
-    /// How far the mark has been looked after.
+    /// The highest mark whose positions were checked against invariant 3.
     pub(super) proved: Position,
-    /// The ids of the events that a writer was told are stored.
+    /// The ids of the events whose append was acknowledged.
     pub(super) acknowledged: Vec<String>,
-    /// The releases of the workers that run, and how many boots do.
+    /// The releases of the running workers, and the number of running boots.
     pub(super) playing: Vec<Release>,
     pub(super) booting: usize,
-    /// Who has left the convoy of which worker, and what is to be started for them.
+    /// The projectors in the background, each with the number of its worker.
     pub(super) in_background: Vec<(u64, ProjectorId)>,
+    /// The processes that the scheduler starts after this step.
     pub(super) spawned: Vec<(ProcessId, Process)>,
-    /// Who is in the convoy of which worker again, since when, and where the mark stood when it
-    /// began to catch up.
+    /// The readmitted projectors: number of the worker, projector, tick of the readmission, and the
+    /// mark when the catch-up began.
     pub(super) readmitted: Vec<(u64, ProjectorId, Tick, Position)>,
-    /// Who was retired and forgotten.
+    /// Whether each projector was retired and removed from the ledger.
     pub(super) forgotten: [bool; super::projectors::PROJECTORS.len()],
-    /// Only differences matter.
+    /// Tick 0 as an `Instant`. Its value is arbitrary: the engine uses only differences.
     origin: Instant,
-    /// Writers append no more.
+    /// The run is settling: writers append no more events.
     pub(super) is_closing: bool,
     pub(super) occurrences: OccurrenceCounts,
     pub(super) violation: Option<Violation>,
-    /// Who is at it now, and what it waits for when it yields.
+    /// The process that runs now, and the reason for which it yields.
     pub(super) process_id: ProcessId,
     pub(super) wait: Wait,
-    /// The process at hand is being killed: the server learns of it late.
+    /// A process is being killed, so the server may notice its open transactions much later.
     pub(super) is_killing: bool,
     /// How often a lock was released, and how often a message became visible.
     pub(super) releases: u64,
@@ -181,7 +197,7 @@ impl World {
         }
     }
 
-    /// The time, as the engine's own code takes it.
+    /// The time in the form that the engine takes.
     pub(super) fn instant(&self) -> Instant {
         self.origin + Duration::from_secs(self.clock)
     }
@@ -191,7 +207,7 @@ impl World {
         self.playing.iter().any(|&playing| playing != release)
     }
 
-    /// True in so many of a thousand cases.
+    /// Returns `true` with a probability of `per_mille` thousandths.
     pub(super) fn roll(&mut self, per_mille: u32) -> bool {
         per_mille > 0 && self.rng.u32(0..1000) < per_mille
     }
@@ -200,7 +216,7 @@ impl World {
         self.occurrences.record(occurrence);
     }
 
-    /// Writes a line of the trace, if there is one.
+    /// Adds a line to the trace if the run is traced.
     pub(super) fn trace(&mut self, what: impl FnOnce() -> String) {
         if let Some(trace) = &mut self.trace {
             trace.push(format!(
@@ -216,7 +232,7 @@ impl World {
         self.trace.take().unwrap_or_default()
     }
 
-    /// Only the first violation counts: what follows from it says nothing.
+    /// Records a violation. Later violations may follow from the first one, so they are ignored.
     pub(super) fn record_violation(&mut self, invariant: u8, what: impl FnOnce() -> String) {
         if self.violation.is_none() {
             let what = what();
@@ -226,7 +242,7 @@ impl World {
     }
 }
 
-/// A process's hand on the world.
+/// A handle of a process to the shared world.
 #[derive(Clone)]
 pub(super) struct Sim(Rc<RefCell<World>>);
 
@@ -235,7 +251,7 @@ impl Sim {
         Sim(Rc::new(RefCell::new(world)))
     }
 
-    /// The world, for as long as nothing is awaited.
+    /// Borrows the world. The borrow must end before the next await.
     pub(super) fn world(&self) -> RefMut<'_, World> {
         self.0.borrow_mut()
     }
@@ -256,7 +272,7 @@ impl Sim {
         self.world().clock
     }
 
-    /// Lets others go first.
+    /// Yields, so that other processes can run first.
     pub(super) async fn step(&self) {
         self.wait(Wait::Ready).await;
     }
@@ -298,23 +314,6 @@ impl Future for Yield {
     type Output = ();
 
     fn poll(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<()> {
-        match std::mem::replace(&mut self.has_yielded, true) {
-            true => Poll::Ready(()),
-            false => Poll::Pending,
-        }
-    }
-}
-
-impl fmt::Display for ProcessId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            ProcessId::Scheduler => write!(f, "-"),
-            ProcessId::Writer(number) => write!(f, "writer#{number}"),
-            ProcessId::Relay(number) => write!(f, "relay#{number}"),
-            ProcessId::Play(number, release) => write!(f, "play#{number} r{release}"),
-            ProcessId::Straggler(number, release) => write!(f, "apart#{number} r{release}"),
-            ProcessId::Boot(number, release) => write!(f, "boot#{number} r{release}"),
-            ProcessId::Retire(number, release) => write!(f, "retire#{number} r{release}"),
-        }
+        if std::mem::replace(&mut self.has_yielded, true) { Poll::Ready(()) } else { Poll::Pending }
     }
 }

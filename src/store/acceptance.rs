@@ -1,57 +1,63 @@
-//! Acceptances: what an operator has accepted of an audit, recorded for ever.
+//! Acceptances: the ranges of the log whose differences an operator has accepted after an audit.
+//! They are never deleted.
 //!
-//! An accepted position gets a filler, so that below the mark there are no holes again; then the
-//! rows as they are now become those that later audits compare with.
+//! Each missing position of an accepted range gets a filler, so that there are no gaps below the
+//! mark. The current rows become the baseline of later audits.
 
 use sqlx::{Connection, Row};
 use time::OffsetDateTime;
 
+use super::fill::FillOutcome;
 use super::fingerprint::LogAudit;
-use super::high_water::FillOutcome;
 use super::{Blocker, EventStore};
 use crate::model::event::{self, FILLER, Position};
 
-/// Positions that are looked at in one step.
+/// Positions that one step examines.
 const STEP: u64 = 10_000;
 
-/// First of all in its transaction: the mark does not rise before the new baseline is stored.
+/// The first statement of its transaction. The lock keeps the mark from rising before the new
+/// baseline is stored.
 const LOCK: &str = "select high_water from event_log for update";
 
 const COUNT_FILLERS: &str = "select count(*) from events where stream_id = ?";
 
 const SET_BASELINE: &str = "update event_log set row_count = ?, fingerprint = ?";
 
-const RECORD: &str = "insert into log_acceptances (first_position, last_position, missing_positions, reason, accepted_by) \
-                      values (?, ?, ?, ?, concat(?, ' as ', current_user()))";
+const RECORD: &str = "\
+    insert into log_acceptances \
+        (first_position, last_position, missing_positions, reason, accepted_by) \
+    values (?, ?, ?, ?, concat(?, ' as ', current_user()))";
 
-const ACCEPTANCES: &str = "select accepted_at, first_position, last_position, missing_positions, reason, accepted_by \
-                   from log_acceptances order by id";
+const ACCEPTANCES: &str = "\
+    select accepted_at, first_position, last_position, missing_positions, reason, accepted_by \
+    from log_acceptances \
+    order by id";
 
-/// A range that was accepted.
+/// An accepted range.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Acceptance {
     pub(crate) first: u64,
     pub(crate) last: u64,
-    /// How many of its positions had no row.
+    /// How many positions of the range had no row.
     pub(crate) missing_positions: u64,
     pub(crate) reason: String,
     pub(crate) accepted_by: String,
     pub(crate) accepted_at: OffsetDateTime,
 }
 
-/// What came of an attempt to accept.
+/// The result of an attempt to accept a range.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum AcceptOutcome {
-    /// It is recorded. So many positions had no row.
+    /// The acceptance is recorded. `missing` positions of the range had no row.
     Accepted { missing: u64 },
-    /// A transaction that has not ended holds a position of the range.
+    /// An open transaction holds a position of the range.
     Blocked(Blocker),
-    /// Rows are missing outside the range: so many up to the mark, although the range is full.
+    /// This many rows are missing up to the mark, outside the range. Nothing is recorded.
     MissingElsewhere(u64),
 }
 
 impl EventStore {
-    /// All acceptances, the oldest first.
+    /// Reads all acceptances, the oldest first.
     pub(crate) async fn acceptances(&self) -> Result<Vec<Acceptance>, sqlx::Error> {
         let rows = self
             .database
@@ -71,7 +77,7 @@ impl EventStore {
             .collect()
     }
 
-    /// How many positions of a range have no row.
+    /// Counts the positions from `first` to `last` that have no row.
     pub(crate) async fn missing_between(
         &self,
         first: Position,
@@ -82,8 +88,9 @@ impl EventStore {
         Ok(last.since(first.previous()).saturating_sub(rows))
     }
 
-    /// Accepts a range of the log as it is now. Interrupted, it can be run again: what was filled
-    /// is counted still.
+    /// Accepts the current rows of a range. If this is interrupted, it can be run again: the count
+    /// includes the fillers of earlier attempts. `progress` gets the position that was reached and
+    /// the last one.
     pub(crate) async fn accept(
         &self,
         first: Position,
@@ -92,7 +99,7 @@ impl EventStore {
         by: &str,
         mut progress: impl FnMut(Position, Position),
     ) -> Result<AcceptOutcome, sqlx::Error> {
-        // Not a new name with each attempt, so that the fillers of all attempts can be counted.
+        // Each attempt uses the same stream, so that the fillers of all attempts can be counted.
         let stream_id = format!("{FILLER}-accepted-{first}-{last}");
         let mut connection = self.database.acquire().await?;
         let mut after = first.previous();
@@ -120,7 +127,7 @@ impl EventStore {
         let record = async {
             let mut transaction = connection.begin().await?;
             let now: u64 = sqlx::query_scalar(LOCK).fetch_one(&mut *transaction).await?;
-            // The mark may have risen since: these rows are those that it has just passed.
+            // The mark may have risen since the audit. Add the rows that it has passed.
             let risen =
                 self.fingerprint_between(&mut transaction, high_water, Position::new(now)).await?;
             fingerprint.rows += risen.rows;

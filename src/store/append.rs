@@ -1,4 +1,5 @@
-//! Appending: one transaction, a plain insert, and the answer to who else wrote meanwhile.
+//! Appends events: one transaction with a plain insert, retried after collisions with other
+//! writers.
 
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
@@ -12,28 +13,31 @@ use crate::model::backoff;
 use crate::model::error::{is_transient, server_error_number};
 use crate::model::event::{NewEvent, Position, utc_datetime};
 
-/// One text for any number of rows, with [`INSERT_ROW`] for each.
-const INSERT: &str = "insert into events (event_id, stream_id, stream_version, event_type, recorded_at, payload, metadata) values ";
+/// The statement consists of this text and one [`INSERT_ROW`] per event.
+const INSERT: &str = "\
+    insert into events \
+        (event_id, stream_id, stream_version, event_type, recorded_at, payload, metadata) \
+    values ";
 const INSERT_ROW: &str = "(?, ?, ?, ?, coalesce(?, utc_timestamp(6)), ?, ?)";
 
 const VERSIONS: &str = "select stream_id, max(stream_version) from events where stream_id in (";
 
 const POSITION_OF: &str = "select position from events where event_id = ?";
 
-/// Deadlocks, lock waits, tombstones and other writers of the same stream: all rare, none worth
-/// more than this.
+/// Deadlocks, lock waits, fillers and other writers of the same stream are rare, so more attempts
+/// would not help.
 const MAX_ATTEMPTS: u32 = 20;
 
-/// How long to go on asking whether an append has happened.
+/// How long to retry the query that finds out whether an append was committed.
 const CONFIRM_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What an append did.
+/// The result of an append.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct AppendOutcome {
-    /// How many events.
+    /// How many events were appended.
     pub events: usize,
-    /// The position of the last of them.
+    /// The position of the last appended event.
     pub last: Position,
 }
 
@@ -41,56 +45,59 @@ pub struct AppendOutcome {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum AppendError {
-    /// An event cannot be stored at all: which one, from 0, and why.
+    /// An event is invalid and cannot be stored.
     #[error("event {index}: {reason}")]
     InvalidEvent {
-        /// Its place among those that were to be appended, from 0.
+        /// The index of the event in the append, from 0.
         index: usize,
-        /// What does not hold.
+        /// Why the event is invalid.
         reason: String,
     },
-    /// Another writer was there first: read the stream again and decide anew.
+    /// Another writer appended to the stream first. Read the stream again and decide anew.
     #[error(
-        "stream {stream_id:?} is at version {actual}, so its next event cannot have version {expected}"
+        "stream {stream_id:?} is at version {actual}, \
+         so its next event cannot have version {expected}"
     )]
     WrongVersion {
-        /// Its place among those that were to be appended, from 0.
+        /// The index of the event in the append, from 0.
         index: usize,
         /// The stream.
         stream_id: String,
-        /// The version that was asked for.
+        /// The version that the event names.
         expected: u64,
-        /// The version that the stream has.
+        /// The version of the stream.
         actual: u64,
     },
-    /// The log has an event of this id: this append was carried out before, or the id is not
-    /// unique.
+    /// The log already has an event with this id: this append was carried out before, or the id is
+    /// not unique.
     #[error("an event with the id {event_id:?} is in the log already")]
     DuplicateEventId {
-        /// The id.
+        /// The id of the event.
         event_id: String,
     },
-    /// The database failed, or stayed contended.
+    /// The database failed, or the append kept colliding with other writers.
     #[error(transparent)]
     Database(#[from] sqlx::Error),
 }
 
 impl EventStore {
-    /// Appends events, of one stream or several, in one transaction: all of them or none.
+    /// Appends events of one or several streams in one transaction: all of them or none.
     ///
-    /// Where an event names its `stream_version`, that must be the stream's next. The events of a
-    /// transaction become visible together, in order, but other writers' may lie between them.
+    /// If an event names its `stream_version`, it must be the stream's next version. The events of
+    /// one append become visible together and in order. Events of other writers may lie between
+    /// them.
     ///
     /// # Errors
-    /// [`AppendError`]; nothing is stored then. Only where the connection was lost over the commit,
-    /// and the database stayed away, nobody knows: append again with the same event ids, and what
-    /// is stored is refused as a duplicate.
+    /// [`AppendError`]. Nothing is stored then, with one exception: if the connection was lost
+    /// during the commit and the database stayed unreachable, the outcome is unknown. In that case
+    /// append again with the same event ids: events that are already stored are refused as
+    /// duplicates.
     pub async fn append(&self, events: &[NewEvent]) -> Result<AppendOutcome, AppendError> {
         for (index, event) in events.iter().enumerate() {
             event.check().map_err(|reason| AppendError::InvalidEvent { index, reason })?;
         }
-        // Made once, before the first attempt: an attempt whose commit was not acknowledged is
-        // found by them.
+        // The ids are generated once. If a commit is not acknowledged, they are used to find out
+        // whether it happened.
         let ids: Vec<String> = events
             .iter()
             .map(|event| event.event_id.clone().unwrap_or_else(|| Uuid::now_v7().to_string()))
@@ -98,23 +105,28 @@ impl EventStore {
         let Some(last_id) = ids.last() else {
             return Ok(AppendOutcome { events: 0, last: self.last_visible().await? });
         };
-        // Once a commit was asked for, only a look at the log tells whether it happened: the next
-        // attempt may find its own events in the way.
+        // After a commit was sent, only a query can find out whether it happened: a retry may
+        // collide with the events of its own first attempt.
         let mut commit_sent = false;
         for attempt in 1.. {
             let error = match self.append_once(events, &ids, &mut commit_sent).await {
                 Ok(()) => break,
                 Err(error) => error,
             };
-            let is_momentary = matches!(&error, AppendError::Database(error)
-                // A tombstone took our position, or another writer our version: both are decided
-                // anew.
-                if is_transient(error) || matches!(collision(error), Some(Collision::Position | Collision::StreamVersion)));
-            if !is_momentary || attempt == MAX_ATTEMPTS {
-                match commit_sent && self.position_of(last_id).await?.is_some() {
-                    true => break,
-                    false => return Err(error),
+            let can_retry = match &error {
+                // After a collision, the next attempt gets a new position or a new version.
+                AppendError::Database(error) => {
+                    let collision = collision(error);
+                    is_transient(error)
+                        || matches!(collision, Some(Collision::Position | Collision::StreamVersion))
                 }
+                _ => false,
+            };
+            if !can_retry || attempt == MAX_ATTEMPTS {
+                if commit_sent && self.position_of(last_id).await?.is_some() {
+                    break;
+                }
+                return Err(error);
             }
             tokio::time::sleep(backoff::delay(attempt)).await;
         }
@@ -164,11 +176,15 @@ impl EventStore {
         Ok(self.database.with_timeout(transaction.commit()).await?)
     }
 
-    /// Rolls back, before the caller hears of anything: what a refused insert has locked would make
-    /// others wait. Where that fails, the connection is not used again, and the server rolls back.
+    /// Rolls back before the caller gets the error, so that other writers do not wait for the locks
+    /// of a refused insert. If the rollback fails, the connection is closed and the server rolls
+    /// back.
     async fn roll_back(&self, transaction: sqlx::Transaction<'_, sqlx::MySql>) {
         if let Err(error) = self.database.with_timeout(transaction.rollback()).await {
-            tracing::debug!(%error, "a refused append was not rolled back at once, and is when its connection ends");
+            tracing::debug!(
+                %error,
+                "could not roll back a refused append; the server does so when its connection ends"
+            );
         }
     }
 
@@ -177,9 +193,12 @@ impl EventStore {
             let find = sqlx::query_scalar(POSITION_OF).bind(event_id);
             self.database.run_pooled(async |connection| find.fetch_optional(connection).await).await
         };
-        let position: Option<u64> =
-            backoff::retry_transient(Some(CONFIRM_TIMEOUT), "find out what was appended", find)
-                .await?;
+        let position: Option<u64> = backoff::retry_transient(
+            Some(CONFIRM_TIMEOUT),
+            "find out whether the append was committed",
+            find,
+        )
+        .await?;
         Ok(position.map(Position::new))
     }
 }
@@ -190,8 +209,8 @@ async fn current_versions(
 ) -> Result<HashMap<String, u64>, sqlx::Error> {
     let streams: HashSet<&str> = events.iter().map(|event| event.stream_id.as_str()).collect();
     let mut streams: Vec<&str> = streams.into_iter().collect();
-    // A prepared statement for each power of two, not for each number. To name a stream twice does
-    // no harm.
+    // The list is padded to a power of two, so that few statements are prepared. The padding
+    // repeats a stream, which does not change the result.
     let last = streams.last().copied().unwrap_or_default();
     streams.resize(streams.len().next_power_of_two(), last);
     let mut query = QueryBuilder::new(VERSIONS);
@@ -204,7 +223,7 @@ async fn current_versions(
     Ok(rows.into_iter().collect())
 }
 
-/// The version of each event, from those that their streams have now.
+/// Assigns a version to each event, given the current versions of the streams.
 fn assign_versions(
     events: &[NewEvent],
     mut current: HashMap<String, u64>,
@@ -222,7 +241,7 @@ fn assign_versions(
     Ok(versions)
 }
 
-/// Which unique key a row ran into.
+/// The unique key that an insert violated.
 #[derive(Debug, PartialEq, Eq)]
 enum Collision {
     Position,
@@ -230,7 +249,7 @@ enum Collision {
     StreamVersion,
 }
 
-/// What an insert ran into, as the caller should know it.
+/// Converts an insert's error into the error for the caller.
 fn into_append_error(error: sqlx::Error) -> AppendError {
     match collision(&error) {
         Some(Collision::EventId(event_id)) => AppendError::DuplicateEventId { event_id },
@@ -238,7 +257,7 @@ fn into_append_error(error: sqlx::Error) -> AppendError {
     }
 }
 
-/// Reads error 1062: `Duplicate entry 'E' for key 'events.KEY'` on MySQL, `'KEY'` on MariaDB.
+/// Parses error 1062: `Duplicate entry 'E' for key 'events.KEY'` on MySQL, `'KEY'` on MariaDB.
 fn collision(error: &sqlx::Error) -> Option<Collision> {
     if server_error_number(error) != Some(1062) {
         return None;
@@ -279,7 +298,10 @@ mod tests {
             event("b", Some(2), 2),
         ];
         let current = HashMap::from([("a".to_owned(), 6)]);
-        assert_eq!(assign_versions(&events, current).expect("as expected"), [7, 1, 8, 2]);
+        assert_eq!(
+            assign_versions(&events, current).expect("the versions follow each other"),
+            [7, 1, 8, 2]
+        );
     }
 
     #[test]

@@ -1,39 +1,48 @@
-//! The fingerprint of the log: what stood at or below the high-water mark when it passed, so that
-//! an audit can tell later whether it still does.
+//! The fingerprint of the log: a summary of the rows that the high-water mark has passed. An audit
+//! compares it with the current rows.
 //!
-//! It is a count and the exclusive or of 64 bits of SHA-256 over each row's position and event id:
-//! it does not depend on who raised the mark how far, and the server computes it without sending a
-//! row. It finds accidents; it is no proof against somebody who means to deceive.
+//! The fingerprint is the number of rows and an exclusive or over them. Each row contributes the
+//! first 64 bits of SHA-256 over its position and event id. The result does not depend on the steps
+//! in which the mark was raised, and the server computes it without sending rows. It detects
+//! accidents, not deliberate manipulation.
 
 use sqlx::mysql::MySqlConnection;
 
 use super::EventStore;
 use crate::model::event::Position;
 
-const FINGERPRINT: &str = "select count(*), cast(coalesce(bit_xor(cast(conv(left(sha2(concat(position, ':', event_id), 256), 16), \
-                   16, 10) as unsigned)), 0) as unsigned) from events where position > ? and position <= ?";
+const FINGERPRINT: &str = "\
+    select count(*), cast(coalesce(bit_xor(cast(conv(\
+        left(sha2(concat(position, ':', event_id), 256), 16), 16, 10\
+    ) as unsigned)), 0) as unsigned) \
+    from events \
+    where position > ? and position <= ?";
 
-/// Mark, count and fingerprint move together, from the mark that the sum began at: of two who raise
-/// it at once, the second begins again. A mark that rises is not held by what held it.
-const RAISE: &str = "update event_log set high_water = ?, row_count = row_count + ?, fingerprint = fingerprint ^ ?, \
-                     blocked_position = null, blocked_last = null, blocked_since = null where high_water = ?";
+/// Updates mark, count and fingerprint together, only if the mark is still the one that the sum
+/// began at. If two processes raise the mark at once, the second one starts again. Raising the mark
+/// also clears its recorded blocker.
+const RAISE: &str = "\
+    update event_log \
+    set high_water = ?, row_count = row_count + ?, fingerprint = fingerprint ^ ?, \
+        blocked_position = null, blocked_last = null, blocked_since = null \
+    where high_water = ?";
 
 const BASELINE: &str = "select high_water, row_count, fingerprint from event_log";
 
 const POSITIONS: &str =
     "select position from events where position > ? and position <= ? order by position";
 
-/// A row at position 0 is below every projector's start, and none can come after the last.
+/// Projectors start after position 0, and no position follows the highest one.
 const OUT_OF_BOUNDS: &str =
     "select position from events where position in (0, 18446744073709551615)";
 
 /// Positions that an audit sums up in one statement.
 const AUDIT_STEP: u64 = 50_000;
 
-/// Ranges without rows that an audit names at the most.
+/// The most missing ranges that an audit lists.
 pub(crate) const MAX_RANGES: usize = 100;
 
-/// Rows, and what they come to.
+/// The number of some rows and the exclusive or of their hashes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Fingerprint {
     pub(super) rows: u64,
@@ -43,35 +52,35 @@ pub(super) struct Fingerprint {
 /// What an audit of the log found.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct LogAudit {
-    /// The mark at which it was taken.
+    /// The high-water mark at the time of the audit.
     pub(crate) high_water: Position,
-    /// Rows that stand at or below it.
+    /// How many rows there are at or below the mark.
     pub(crate) rows: u64,
-    /// Positions at or below it that have no row.
+    /// The positions at or below the mark that have no row.
     pub(crate) missing: MissingPositions,
-    /// Whether the rows are, by position and event id, those over which the mark passed.
+    /// Whether the rows match those that the mark has passed, by position and event id.
     pub(crate) is_unchanged: bool,
-    /// Rows at positions that no event may have: 0, and the highest there is.
+    /// Rows at positions that no event may have: 0 and the highest possible one.
     pub(crate) out_of_bounds: Vec<u64>,
-    /// What the rows come to.
+    /// The fingerprint of the rows that the audit read.
     pub(super) fingerprint: Fingerprint,
 }
 
 /// Positions without a row, in order.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct MissingPositions {
-    /// How many there are.
+    /// How many positions are missing.
     pub(crate) count: u64,
     /// How many ranges they form.
     pub(crate) range_count: u64,
     /// The first [`MAX_RANGES`] of these ranges, each with its first and its last position.
     pub(crate) ranges: Vec<(u64, u64)>,
-    /// The last position that was noted.
+    /// The last position that was recorded.
     last: Option<u64>,
 }
 
 impl MissingPositions {
-    /// Notes a range that lies above all before it.
+    /// Records a range that lies above all recorded ones.
     fn record(&mut self, first: u64, last: u64) {
         self.count += (last - first).saturating_add(1);
         if self.last.is_some_and(|before| before.saturating_add(1) == first) {
@@ -89,8 +98,8 @@ impl MissingPositions {
         self.last = Some(last);
     }
 
-    /// Notes what is missing in (`after`, `through`], where `present` are the positions in it that
-    /// have rows, in order.
+    /// Records the missing positions in (`after`, `through`]. `present` are the positions in that
+    /// range that have rows, in order.
     fn record_between(&mut self, after: Position, through: Position, present: &[u64]) {
         let mut expected = after.next().get();
         for &position in present {
@@ -106,8 +115,8 @@ impl MissingPositions {
 }
 
 impl EventStore {
-    /// Raises the mark from `from` to `to`, up to which everything is proved. Returns the mark as
-    /// it stands: another process may have raised it meanwhile.
+    /// Raises the mark from `from` to `to`; the caller has proved every position between them.
+    /// Returns the resulting mark, which may differ because another process raised it meanwhile.
     pub(super) async fn raise(
         &self,
         from: Position,
@@ -118,13 +127,14 @@ impl EventStore {
             .run_cached(async |connection| self.fingerprint_between(connection, from, to).await)
             .await?;
         if sum.rows != to.since(from) {
-            // Proved a moment ago, and gone: nobody may pass over this.
+            // The rows existed a moment ago and were deleted since. The mark must not pass them.
             tracing::error!(
                 alert = "log_fault",
                 first = from.next().get(),
                 last = to.get(),
                 rows = sum.rows,
-                "a row of the log was deleted before the high-water mark passed it; the mark stays below"
+                "a row of the log was deleted before the high-water mark passed it; \
+                 the mark stays below it"
             );
             return Ok(from);
         }
@@ -138,8 +148,8 @@ impl EventStore {
         }
     }
 
-    /// Compares the log, up to the mark as it is now, with what stood there when the mark passed.
-    /// `progress` is told how far it is.
+    /// Compares the log up to the current mark with the rows that the mark has passed. `progress`
+    /// gets the position that was reached and the mark.
     pub(crate) async fn audit(
         &self,
         mut progress: impl FnMut(Position, Position),
@@ -177,7 +187,7 @@ impl EventStore {
         })
     }
 
-    /// The positions in (`after`, `through`] that have rows, in order.
+    /// Reads the positions in (`after`, `through`] that have rows, in order.
     pub(super) async fn positions_between(
         &self,
         connection: &mut MySqlConnection,
@@ -208,8 +218,7 @@ mod tests {
     use super::*;
 
     proptest! {
-        /// However the log is cut into steps, what is missing is told in the same ranges, with the
-        /// true count.
+        /// The step size changes neither the missing ranges nor their count.
         #[test]
         fn missing_positions_are_joined_into_ranges_across_steps(
             present in prop::collection::btree_set(1u64..200, 0..200),
@@ -222,10 +231,12 @@ mod tests {
                 missing.record_between(Position::new(after), Position::new(through), &here);
                 after = through;
             }
-            let absent: Vec<u64> = (1..=end).filter(|position| !present.contains(position)).collect();
-            let told: Vec<u64> = missing.ranges.iter().flat_map(|&(first, last)| first..=last).collect();
+            let absent: Vec<u64> =
+                (1..=end).filter(|position| !present.contains(position)).collect();
+            let listed: Vec<u64> =
+                missing.ranges.iter().flat_map(|&(first, last)| first..=last).collect();
             prop_assert_eq!(missing.count, absent.len() as u64);
-            prop_assert_eq!(&told, &absent);
+            prop_assert_eq!(&listed, &absent);
             prop_assert_eq!(missing.range_count, missing.ranges.len() as u64);
             prop_assert!(missing.ranges.windows(2).all(|pair| pair[0].1 + 1 < pair[1].0));
         }
@@ -241,7 +252,7 @@ mod tests {
             (missing.count, missing.range_count, missing.ranges.len()),
             (500, 500, MAX_RANGES)
         );
-        // A range that goes on beyond those that are named does not lengthen the last of them.
+        // A range beyond the listed ones does not lengthen the last listed range.
         missing.record_between(Position::new(1_000), Position::new(1_001), &[]);
         assert_eq!(
             (missing.count, missing.range_count, missing.ranges.last()),

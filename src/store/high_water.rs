@@ -1,87 +1,68 @@
-//! The high-water mark: the highest position at or below which nothing can still become visible.
+//! The high-water mark: the highest position at or below which no event can still become visible.
 //!
-//! InnoDB hands out positions before commit, so rows become visible out of order and rollbacks
-//! leave holes. The mark moves over a hole only on proof: a tombstone of ours stands in it (design,
-//! section 3, step 2).
+//! InnoDB assigns positions before commit. Rows therefore become visible out of order, and
+//! rollbacks leave gaps. The mark passes a gap only after a filler was inserted at each of its
+//! positions. The filler proves that no event can appear there.
 
 use std::fmt;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use sqlx::{AssertSqlSafe, MySqlConnection, Row};
-use uuid::Uuid;
-
 use super::{EventStore, Marks};
-use crate::database::Flavor;
-use crate::model::error::server_error_number;
-use crate::model::event::{FILLER, Position};
+use crate::model::event::Position;
 
-/// Visible positions from the mark on. The isolation level of our sessions is read committed: what
-/// this returns is committed. The mark's own row is read with them: where it is missing, the log
-/// has lost its end.
+/// Visible positions from the mark on. The sessions use read committed, so every position that this
+/// returns is committed. The mark's own row is included: if it is missing, the end of the log was
+/// lost.
 const VISIBLE: &str = "select position from events where position >= ? order by position limit ?";
 
 const IS_VISIBLE: &str = "select exists (select 1 from events where position = ?)";
 
-/// Locked by a writer: its row is inserted and not yet committed or rolled back. An error says so
-/// at once.
-const PROBE_MYSQL: &str =
-    "select count(*) from events where position between ? and ? for share nowait";
-const PROBE_MARIADB: &str =
-    "select count(*) from events where position between ? and ? lock in share mode nowait";
+/// Records what blocks the mark, so that short-lived processes know for how long. An unchanged
+/// blocker keeps its time. Nothing is written if the mark has moved on.
+const SET_BLOCKED: &str = "\
+    update event_log \
+    set blocked_position = ?, blocked_last = ?, blocked_since = utc_timestamp(6) \
+    where high_water = ? and not (blocked_position <=> ? and blocked_last <=> ?)";
 
-/// What holds the mark, for processes that do not live long enough to know since when. Unchanged,
-/// it keeps its date; and it is not written where the mark has moved on.
-const SET_BLOCKED: &str = "update event_log set blocked_position = ?, blocked_last = ?, blocked_since = utc_timestamp(6) \
-                    where high_water = ? and not (blocked_position <=> ? and blocked_last <=> ?)";
+const CLEAR_BLOCKED: &str = "\
+    update event_log \
+    set blocked_position = null, blocked_last = null, blocked_since = null \
+    where high_water = ? and blocked_position is not null";
 
-const CLEAR_BLOCKED: &str = "update event_log set blocked_position = null, blocked_last = null, blocked_since = null \
-                      where high_water = ? and blocked_position is not null";
-
-/// `ignore` skips the positions that a writer has taken meanwhile; the rest of the run is still
-/// filled.
-const FILL: &str =
-    "insert ignore into events (position, stream_id, stream_version, event_type, payload) values ";
-
-/// For the fill only: a position whose writer is still undecided is not worth 50 seconds of
-/// waiting.
-const SHORT_LOCK_WAIT: &str = "set session innodb_lock_wait_timeout = 1";
-const DEFAULT_LOCK_WAIT: &str = "set session innodb_lock_wait_timeout = default";
-
-/// Positions looked at in one step.
+/// Positions that one step examines.
 const PAGE: u64 = 10_000;
 
-/// The longest run of missing positions that is filled without being asked, and the most that are
-/// filled at once. A bulk insert reserves positions in steps that double up to 65,535, so that one
-/// `insert … select` may leave nearly so many without anybody's fault. A longer run is: somebody
-/// inserted an explicit position, or set auto_increment.
+/// The widest gap that is filled automatically, and the most positions that are filled in one step.
+///
+/// A bulk insert reserves positions in steps that double up to 65,535. One rolled back `insert …
+/// select` can therefore leave a gap of nearly that width. A wider gap means that an explicit
+/// position was inserted, or that auto_increment was changed.
 pub(crate) const MAX_FILLED: u64 = 65_536;
 
-/// Fillers in one statement.
-const FILL_CHUNK: usize = 1_000;
-
-/// How often the holes of one page are filled without the mark having moved.
+/// How often the gaps of one page are filled before the fill is given up, if the mark does not
+/// move.
 pub(crate) const MAX_PASSES: u32 = 3;
 
-/// How long a hole is given to close by itself before it is probed: the pauses between looks, in
-/// milliseconds. Most are transactions that are just about to commit.
+/// The pauses before a gap is probed, in milliseconds. Most gaps are transactions that are about to
+/// commit, so they close by themselves.
 const GRACE_MILLIS: [u64; 5] = [1, 2, 3, 5, 9];
 
-/// Where the mark stands after an attempt to raise it.
+/// The result of an attempt to raise the mark.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct HighWater {
     /// The mark.
     pub(crate) mark: Position,
-    /// What keeps it from rising further now, if anything is visible above it.
+    /// What keeps the mark from rising further. `None` if there is no gap above it.
     pub(crate) blocked: Option<Blocker>,
-    /// How long the same thing has held it, as the log remembers; zero where it does not.
+    /// For how long the same blocker has been recorded in `event_log`; zero if it is new.
     pub(crate) blocked_for: Duration,
-    /// What is wrong with the log.
+    /// The fault at the end of the log, if one was found.
     pub(crate) fault: Option<LogFault>,
 }
 
-/// The mark has no row of its own: the log was truncated or restored, or its end was deleted. What
-/// is appended at or below the mark is never published and never applied.
+/// The mark's own position has no row: the log was truncated or restored, or its end was deleted.
+/// Events appended at or below the mark are never published and never applied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct LogFault {
     /// The high-water mark.
@@ -90,63 +71,69 @@ pub(crate) struct LogFault {
     pub(crate) last: Position,
 }
 
+impl LogFault {
+    /// Logs the fault as an alert.
+    pub(crate) fn log_alert(&self) {
+        tracing::error!(
+            alert = "log_fault",
+            first = self.last.min(self.mark.previous()).next().get(),
+            last = self.mark.get(),
+            high_water = self.mark.get(),
+            "{self}. Restore the rows, or accept their loss: \
+             projectionist audit --accept FIRST LAST --reason TEXT"
+        );
+    }
+}
+
 impl fmt::Display for LogFault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let LogFault { mark, last } = self;
-        match last < mark {
-            true => write!(
+        if last < mark {
+            write!(
                 f,
-                "the log ends at {last}, below the high-water mark {mark}: it was truncated or restored, or its end was \
-                 deleted. What is appended at or below the mark is never applied"
-            ),
-            false => {
-                write!(f, "the high-water mark {mark} has no row: the end of the log was deleted")
-            }
+                "the log ends at {last}, below the high-water mark {mark}: it was truncated or \
+                 restored, or its end was deleted. Events appended at or below the mark are never \
+                 applied"
+            )
+        } else {
+            write!(f, "the high-water mark {mark} has no row: the end of the log was deleted")
         }
     }
 }
 
-/// Where the mark stands after it was raised over what is visible.
+/// The result of raising the mark over the visible positions, without filling gaps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct RaiseOutcome {
     /// The mark.
     pub(crate) mark: Position,
-    /// Whether something is visible above it, beyond a hole.
+    /// Whether there is a gap just above the mark and a visible event beyond the gap.
     pub(crate) has_gap: bool,
-    /// What is wrong with the log.
+    /// The fault at the end of the log, if one was found.
     pub(crate) fault: Option<LogFault>,
 }
 
-/// What is visible from the mark on.
+/// The visible positions from the mark on.
 struct VisiblePositions {
-    /// The positions above the mark, in order.
+    /// The visible positions above the mark, in order.
     above: Vec<u64>,
-    /// Whether there may be more of them.
+    /// Whether the page is full, so that more positions may follow.
     is_full: bool,
-    /// Whether the mark has its row; mark 0 needs none.
+    /// Whether the mark's own position has a row. Always true for mark 0.
     has_mark_row: bool,
 }
 
-/// What became of positions that were to be filled.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub(crate) struct FillOutcome {
-    /// How many got a filler; the others had a row.
-    pub(crate) count: u64,
-    /// Where it ended early, because a transaction that has not ended holds a position.
-    pub(crate) blocked: Option<Blocker>,
-}
-
-/// What the mark waits for.
+/// What keeps the mark from rising.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Blocker {
     /// A transaction that holds this position has neither committed nor rolled back.
     InFlight(Position),
-    /// So many positions are missing that an operator has to look: see [`MAX_FILLED`].
+    /// A gap wider than [`MAX_FILLED`]. An operator has to examine it.
     WideGap(RangeInclusive<u64>),
 }
 
 impl Blocker {
-    /// As event_log has it: its first position, and the last of a gap.
+    /// The values of `blocked_position` and `blocked_last`: the first position, and the last
+    /// position of a gap.
     fn columns(&self) -> (u64, Option<u64>) {
         match self {
             Blocker::InFlight(position) => (position.get(), None),
@@ -163,8 +150,8 @@ impl Blocker {
 }
 
 impl EventStore {
-    /// Raises the mark as far as can be proved, and stores it. Safe from any number of processes at
-    /// once.
+    /// Raises the mark as far as can be proved, and stores it. Any number of processes may call
+    /// this at the same time.
     pub(crate) async fn raise_high_water(&self) -> Result<HighWater, sqlx::Error> {
         let Marks { high_water: start, blocked: before, .. } = self.marks().await?;
         let mut mark = start;
@@ -187,14 +174,15 @@ impl EventStore {
                 });
             }
             passes += 1;
-            // Filled, and still a hole: whatever takes our tombstones away, it is not ours to fight
-            // here.
-            let stubborn = (passes > MAX_PASSES).then(|| Blocker::InFlight(mark.next()));
-            if let Some(blocked) = self.close_gaps(mark).await?.or(stubborn) {
-                // Below the first position that is held, holes may have been closed.
-                let risen = match blocked.columns().0 > mark.next().get() {
-                    true => self.raise_over_visible(mark).await?,
-                    false => risen,
+            // The gap was filled several times and is still there: something deletes the fillers.
+            // Report the gap as blocked instead of filling it forever.
+            let unclosable = (passes > MAX_PASSES).then(|| Blocker::InFlight(mark.next()));
+            if let Some(blocked) = self.close_gaps(mark).await?.or(unclosable) {
+                // Gaps below the blocked position may have been closed.
+                let risen = if blocked.columns().0 > mark.next().get() {
+                    self.raise_over_visible(mark).await?
+                } else {
+                    risen
                 };
                 let blocked_for = before
                     .filter(|(before, _)| *before == blocked)
@@ -209,8 +197,8 @@ impl EventStore {
         }
     }
 
-    /// Raises the mark over what is visible just above it, and does not wait: a hole is left to
-    /// [`EventStore::raise_high_water`].
+    /// Raises the mark over the contiguous positions just above it. Does not wait, and leaves gaps
+    /// to [`EventStore::raise_high_water`].
     pub(crate) async fn raise_over_visible(
         &self,
         mut mark: Position,
@@ -225,12 +213,13 @@ impl EventStore {
                     return Ok(RaiseOutcome { mark, has_gap: false, fault });
                 }
                 if let Some(fault) = fault {
-                    // The mark has a row again, and with that nobody can see the fault any more.
+                    // The new mark has a row, so later looks can no longer detect the fault. Log it
+                    // now.
                     fault.log_alert();
                 }
                 mark = raised;
                 if raised != contiguous {
-                    // Another process raised it meanwhile: on from there.
+                    // Another process raised the mark meanwhile: go on from its mark.
                     continue;
                 }
             }
@@ -242,8 +231,8 @@ impl EventStore {
         }
     }
 
-    /// The mark as far above this as reading proves it, stored by nobody: a run without holes is
-    /// its own proof.
+    /// Computes the highest contiguous committed position at or above `mark`, without storing it. A
+    /// gap-free range needs no filler as proof.
     pub(crate) async fn provable_high_water(
         &self,
         mut mark: Position,
@@ -258,8 +247,9 @@ impl EventStore {
         }
     }
 
-    /// Treats all holes of a page together: one grace, few probes, one fill. `None`: all that were
-    /// taken are closed, or the first has closed by itself.
+    /// Closes the gaps of one page together: one grace period, few probes, one fill.
+    ///
+    /// Returns `None` if the examined gaps are closed, or if the first one closed by itself.
     async fn close_gaps(&self, mark: Position) -> Result<Option<Blocker>, sqlx::Error> {
         for pause in GRACE_MILLIS {
             tokio::time::sleep(Duration::from_millis(pause)).await;
@@ -279,29 +269,6 @@ impl EventStore {
         }
         let filled = self.fill(&plan.to_fill).await?;
         Ok(plan.blocked.or(filled.blocked))
-    }
-
-    /// The lowest hole that a writer holds who is still undecided. One probe where there is none, a
-    /// few more where there is: whether anything is locked from the first hole up to another only
-    /// ever turns from no to yes.
-    async fn find_first_locked(
-        &self,
-        gaps: &[RangeInclusive<u64>],
-    ) -> Result<Option<usize>, sqlx::Error> {
-        let (Some(first), Some(last)) = (gaps.first(), gaps.last()) else { return Ok(None) };
-        if !self.is_locked(&(*first.start()..=*last.end())).await? {
-            return Ok(None);
-        }
-        // Free below `free`, locked at or below `locked`.
-        let (mut free, mut locked) = (0, gaps.len() - 1);
-        while free < locked {
-            let middle = free + (locked - free) / 2;
-            match self.is_locked(&(*gaps[free].start()..=*gaps[middle].end())).await? {
-                true => locked = middle,
-                false => free = middle + 1,
-            }
-        }
-        Ok(Some(locked))
     }
 
     async fn visible_from(
@@ -333,41 +300,42 @@ impl EventStore {
         }
     }
 
-    /// What is wrong with the log, as far as one look at its end tells.
+    /// Checks the end of the log with one query.
     pub(crate) async fn log_fault(&self) -> Result<Option<LogFault>, sqlx::Error> {
-        // Under a mark that rises meanwhile, the row is there still.
+        // If another process raises the mark meanwhile, this mark's row still exists.
         let mark = self.marks().await?.high_water;
         self.find_fault(mark, &self.visible_from(mark, 1).await?).await
     }
 
-    /// Whether the mark stands just below a hole still: one look, at one row above it.
+    /// Whether there is still a gap just above the mark. Reads at most one row above the mark.
     pub(crate) async fn is_below_gap(&self, mark: Position) -> Result<bool, sqlx::Error> {
         let visible = self.visible_from(mark, 1).await?;
         Ok(visible.has_mark_row
             && visible.above.first().is_some_and(|&first| first > mark.next().get()))
     }
 
-    /// Writes down what holds the mark, and since when, unless the log has it already or the mark
-    /// has moved.
+    /// Records what blocks the mark, and since when, unless the log has recorded it already or the
+    /// mark has moved.
     pub(crate) async fn record_blocked(
         &self,
         mark: Position,
         blocked: &Blocker,
     ) -> Result<(), sqlx::Error> {
         let (position, last) = blocked.columns();
-        let hold = sqlx::query(SET_BLOCKED)
+        let record = sqlx::query(SET_BLOCKED)
             .bind(position)
             .bind(last)
             .bind(mark.get())
             .bind(position)
             .bind(last);
         self.database
-            .run_cached(async |connection| hold.execute(connection).await)
+            .run_cached(async |connection| record.execute(connection).await)
             .await
             .map(|_| ())
     }
 
-    /// Writes down that nothing holds the mark. (Where it rises, the rise says so.)
+    /// Records that nothing blocks the mark. Not needed after a rise: raising the mark clears the
+    /// record.
     pub(crate) async fn clear_blocked(&self, mark: Position) -> Result<(), sqlx::Error> {
         let clear = sqlx::query(CLEAR_BLOCKED).bind(mark.get());
         self.database
@@ -380,148 +348,31 @@ impl EventStore {
         let is_visible = sqlx::query_scalar(IS_VISIBLE).bind(position.get());
         self.database.run_cached(async |connection| is_visible.fetch_one(connection).await).await
     }
-
-    /// Whether a writer that is still undecided holds a position in this range.
-    async fn is_locked(&self, range: &RangeInclusive<u64>) -> Result<bool, sqlx::Error> {
-        let (probe, locked) = match self.database.flavor {
-            Flavor::MySql => (PROBE_MYSQL, 3572),
-            Flavor::MariaDb => (PROBE_MARIADB, 1205),
-        };
-        let probe = sqlx::query(probe).bind(range.start()).bind(range.end());
-        match self.database.run_pooled(async |connection| probe.fetch_one(connection).await).await {
-            Ok(_) => Ok(false),
-            Err(error) if server_error_number(&error) == Some(locked) => Ok(true),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// Puts fillers into these positions. This is the proof: a position that is ours can no longer
-    /// become anybody's event; its writer, if there still is one, gets error 1062 and tries again.
-    pub(crate) async fn fill(&self, positions: &[u64]) -> Result<FillOutcome, sqlx::Error> {
-        // A stream of its own, so that no row of anybody else's can be in the way but one at the
-        // position itself.
-        self.fill_in_stream(&format!("{FILLER}-{}", Uuid::now_v7()), positions).await
-    }
-
-    /// [`EventStore::fill`], with this stream id. No other fillers may have it at these positions.
-    pub(super) async fn fill_in_stream(
-        &self,
-        stream_id: &str,
-        positions: &[u64],
-    ) -> Result<FillOutcome, sqlx::Error> {
-        let mut filled = FillOutcome::default();
-        if positions.is_empty() {
-            return Ok(filled);
-        }
-        let mut connection = self.database.acquire().await?;
-        self.database
-            .with_timeout(sqlx::raw_sql(SHORT_LOCK_WAIT).execute(&mut *connection))
-            .await?;
-        for chunk in positions.chunks(FILL_CHUNK) {
-            // Not prepared, for every fill has other numbers: what is prepared once and closed
-            // makes the next statement wait for 40 ms, since sqlx 0.9.0 leaves Nagle's algorithm on
-            // (transact-rs/sqlx#4335).
-            let row = |position: &u64| {
-                format!("({position}, '{stream_id}', {position}, '{FILLER}', '{{}}')")
-            };
-            let fill = format!("{FILL}{}", chunk.iter().map(row).collect::<Vec<_>>().join(", "));
-            match self
-                .database
-                .with_timeout(sqlx::raw_sql(AssertSqlSafe(fill)).execute(&mut *connection))
-                .await
-            {
-                Ok(done) => {
-                    tracing::debug!(
-                        first = chunk[0],
-                        positions = done.rows_affected(),
-                        "filled holes left by rollbacks"
-                    );
-                    filled.count += done.rows_affected();
-                    if done.rows_affected() < chunk.len() as u64 {
-                        self.check_all_taken(&mut connection, chunk).await?;
-                    }
-                }
-                // In flight after all: it was inserted between the probe and the fill.
-                Err(error) if matches!(server_error_number(&error), Some(1205 | 1213)) => {
-                    filled.blocked = Some(Blocker::InFlight(Position::new(chunk[0])));
-                    break;
-                }
-                Err(error) => {
-                    connection.close_on_drop();
-                    return Err(error);
-                }
-            }
-        }
-        self.database
-            .with_timeout(sqlx::raw_sql(DEFAULT_LOCK_WAIT).execute(&mut *connection))
-            .await?;
-        Ok(filled)
-    }
-
-    /// `insert ignore` also drops a row for other reasons than that its position is taken: then the
-    /// hole is still there.
-    async fn check_all_taken(
-        &self,
-        connection: &mut MySqlConnection,
-        positions: &[u64],
-    ) -> Result<(), sqlx::Error> {
-        let list = positions.iter().map(u64::to_string).collect::<Vec<_>>().join(", ");
-        let present = format!("select position from events where position in ({list})");
-        let present = sqlx::raw_sql(AssertSqlSafe(present)).fetch_all(connection);
-        let present: Vec<u64> = self
-            .database
-            .with_timeout(present)
-            .await?
-            .iter()
-            .map(|row| row.try_get_unchecked(0))
-            .collect::<Result<_, _>>()?;
-        match positions.iter().find(|position| !present.contains(position)) {
-            None => Ok(()),
-            Some(position) => Err(sqlx::Error::InvalidArgument(format!(
-                "position {position} cannot be filled: the server dropped the row, although no other has this position; \
-                 look for a trigger or a constraint on the table events"
-            ))),
-        }
-    }
 }
 
-impl LogFault {
-    /// Logs the alert.
-    pub(crate) fn log_alert(&self) {
-        tracing::error!(
-            alert = "log_fault",
-            first = self.last.min(self.mark.previous()).next().get(),
-            last = self.mark.get(),
-            high_water = self.mark.get(),
-            "{self}. Restore the rows, or accept their loss: projectionist audit --accept FIRST LAST --reason TEXT"
-        );
-    }
-}
-
-/// What is to be done about the holes of a page, from below upwards.
+/// What to do with the gaps of a page. Gaps are added in ascending order.
 #[derive(Debug, Default)]
 pub(crate) struct GapPlan {
-    /// Positions that a filler has to prove empty.
+    /// Positions that need a filler.
     pub(crate) to_fill: Vec<u64>,
-    /// The lowest hole that cannot be closed now. The mark stays below it.
+    /// The lowest gap that cannot be closed now. The mark stays below it.
     pub(crate) blocked: Option<Blocker>,
-    /// What lies above is not looked at now.
+    /// Whether the plan has no room for the next gap. Higher gaps wait for the next pass.
     is_full: bool,
 }
 
 impl GapPlan {
-    /// Whether the next hole is one to be looked at.
+    /// Whether the next gap can be added.
     pub(crate) fn takes_more(&self) -> bool {
         !self.is_full && self.blocked.is_none()
     }
 
-    /// Takes note of a probe.
+    /// Adds the next gap. `is_locked` says that a probe found a lock there.
     ///
-    /// A hole that a writer has locked is left to it, and with it all above: the mark cannot pass
-    /// it, so nothing is gained by filling what lies beyond, and something may be lost: an `insert
-    /// … select` that still runs has reserved positions there, and would have to start again. Of
-    /// any length, too: one transaction may well insert more rows than an operator should be called
-    /// for.
+    /// A locked gap is left to its writer, whatever its width: one transaction may insert more rows
+    /// than [`MAX_FILLED`]. The gaps above it are left, too. The mark cannot pass the locked gap,
+    /// so filling them gains nothing. It could also make a running `insert … select` fail, which
+    /// has reserved positions there.
     pub(crate) fn add(&mut self, gap: RangeInclusive<u64>, is_locked: bool) {
         let length = (gap.end() - gap.start()).saturating_add(1);
         if is_locked {
@@ -529,8 +380,8 @@ impl GapPlan {
         } else if length > MAX_FILLED {
             self.blocked = Some(Blocker::WideGap(gap));
         } else if self.to_fill.len() as u64 + length > MAX_FILLED {
-            // Many short holes are rollbacks still: the rest of the page has its turn when these
-            // are closed.
+            // Many short gaps are rollbacks, too. The rest of the page follows when these are
+            // closed.
             self.is_full = true;
         } else {
             self.to_fill.extend(gap);
@@ -538,12 +389,12 @@ impl GapPlan {
     }
 }
 
-/// What stands above a mark, by the positions that are visible there.
+/// The visible positions above a mark, split into contiguous positions and gaps.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Survey {
-    /// The end of the run that begins just above the mark.
+    /// The last of the contiguous positions that begin just above the mark.
     pub(crate) contiguous: Position,
-    /// The runs of missing positions between it and the last visible one.
+    /// The ranges of missing positions below the last visible one.
     pub(crate) gaps: Vec<RangeInclusive<u64>>,
 }
 
@@ -578,10 +429,10 @@ mod tests {
             let Survey { contiguous, gaps } = survey(Position::new(mark), &visible);
             let missing: Vec<u64> = gaps.iter().cloned().flatten().collect();
             let last = visible.last().copied().unwrap_or(mark);
-            let expected: Vec<u64> = (mark + 1..=last).filter(|position| !visible.contains(position)).collect();
+            let expected: Vec<u64> =
+                (mark + 1..=last).filter(|position| !visible.contains(position)).collect();
             prop_assert_eq!(&missing, &expected);
-            // Nothing is missing at or below the mark, and the position after it is missing or the
-            // last.
+            // The position after the mark is missing, unless the mark is the last position.
             prop_assert_eq!(contiguous.get(), missing.first().map_or(last, |first| first - 1));
         }
     }

@@ -1,4 +1,4 @@
-//! What boot, status and the metrics ask of the log beside reading it.
+//! Queries about the log for boot, status and the metrics.
 
 use sqlx::{MySql, QueryBuilder};
 use time::OffsetDateTime;
@@ -6,38 +6,42 @@ use time::OffsetDateTime;
 use super::EventStore;
 use crate::model::event::{self, FILLER, Position};
 
-/// The next position may be a hole.
+/// Not `position = ? + 1`, because there may be a gap above the position.
 const OLDEST_ABOVE: &str =
     "select recorded_at from events where position > ? order by position limit 1";
 
-const BLOCKED: &str = "select blocked_position, blocked_last, blocked_since, \
-                    timestampdiff(microsecond, blocked_since, utc_timestamp(6)) \
-                    from event_log where blocked_position is not null";
+const BLOCKED: &str = "\
+    select blocked_position, blocked_last, blocked_since, \
+        timestampdiff(microsecond, blocked_since, utc_timestamp(6)) \
+    from event_log \
+    where blocked_position is not null";
 
-/// What has held the high-water mark, as it was last recorded.
+/// What blocks the high-water mark, as last recorded.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct MarkBlocked {
-    /// The first position that holds it.
+    /// The first position that blocks the mark.
     pub(crate) position: Position,
-    /// The last missing position of a gap that is too wide to be filled unasked.
+    /// The last missing position, if the blocker is a gap that is too wide to be filled
+    /// automatically.
     pub(crate) last: Option<Position>,
-    /// Since when, in UTC.
+    /// When the mark was first blocked by this, in UTC.
     pub(crate) since: OffsetDateTime,
-    /// For how long, by the database's clock.
+    /// For how many seconds the mark has been blocked, by the database's clock.
     pub(crate) seconds: f64,
 }
 
-/// Event types that a subscription gained.
+/// Event types that were added to a subscription.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum AddedTypes {
-    /// These.
+    /// Only these types.
     Only(Vec<String>),
-    /// All but these.
+    /// All types except these.
     AllExcept(Vec<String>),
 }
 
 impl EventStore {
-    /// When the oldest visible event above a position was recorded; `None` if there is none.
+    /// When the oldest visible event above a position was recorded. `None` if there is no such
+    /// event.
     pub(crate) async fn oldest_recorded_at_above(
         &self,
         position: Position,
@@ -50,7 +54,7 @@ impl EventStore {
         Ok(row.map(|row| event::decode_recorded_at(&row, 0)))
     }
 
-    /// What holds the mark, if the relay, a worker or a boot has recorded that something does.
+    /// What blocks the mark, if the relay, a worker or a boot has recorded a blocker.
     pub(crate) async fn blocked_mark(&self) -> Result<Option<MarkBlocked>, sqlx::Error> {
         let blocked: Option<(u64, Option<u64>, OffsetDateTime, i64)> = self
             .database
@@ -64,7 +68,7 @@ impl EventStore {
         }))
     }
 
-    /// How many events of the added types lie in (`after`, `through`].
+    /// Counts the events of the added types in (`after`, `through`].
     pub(crate) async fn count_added(
         &self,
         added: &AddedTypes,
@@ -78,7 +82,7 @@ impl EventStore {
             AddedTypes::Only(types) => (" in (", types),
             AddedTypes::AllExcept(types) => (" not in (", types),
         };
-        // No event type is empty; but a list has to have an element.
+        // An empty list is invalid SQL. No event type is empty, so '' matches no event.
         query.push(" and event_type").push(operator).push("''");
         for event_type in types {
             query.push(", ").push_bind(event_type.clone());

@@ -1,5 +1,5 @@
-//! What is kept with the log for its messages: who it is, where they are sent, and how many were
-//! somebody else's.
+//! The part of `event_log` that concerns messages: the id of the log, its signing key, its queue,
+//! and the number of foreign messages.
 
 use std::collections::HashMap;
 
@@ -12,15 +12,17 @@ use super::{EventStore, Marks, MarksRow};
 use crate::model::event::Position;
 use crate::model::signature::KEY_BYTES;
 
-/// The marks, and the ids of the events at ten positions, by the primary key: read with every
-/// receive, and so in one statement, whose text is always the same.
-const SNAPSHOT: &str = "select high_water, published, log_id, signing_key, position, event_id from event_log \
-                    left join events force index (primary) on position in (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)";
+/// Reads the marks and the event ids at ten positions, by the primary key. Every receive runs this
+/// statement, so its text is always the same and it stays prepared.
+const SNAPSHOT: &str = "\
+    select high_water, published, log_id, signing_key, position, event_id \
+    from event_log \
+    left join events force index (primary) on position in (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)";
 
-/// How many positions [`SNAPSHOT`] takes: what one receive brings at most.
+/// How many positions [`SNAPSHOT`] takes: the most messages that SQS returns from one receive.
 const POSITIONS_PER_SNAPSHOT: usize = 10;
 
-/// One statement, so that no message is ever signed with the key of one log and the id of another.
+/// One statement, so that no message is signed with the key of one log and the id of another.
 const ROTATE: &str = "update event_log set log_id = ?, signing_key = ?";
 
 const QUEUE: &str = "select queue from event_log";
@@ -32,32 +34,32 @@ const QUEUE_RECORD: &str = "select queue, foreign_messages, foreign_at from even
 const COUNT_FOREIGN: &str =
     "update event_log set foreign_messages = foreign_messages + ?, foreign_at = utc_timestamp(6)";
 
-/// The log at one moment, as far as messages are compared with it.
+/// The state of the log at one moment, for the validation of received messages.
 #[derive(Debug, Clone)]
 pub(crate) struct LogSnapshot {
     pub(crate) marks: Marks,
-    /// Which event stands at each of the positions that were asked for.
+    /// The event id at each requested position that has a row.
     pub(crate) event_ids: HashMap<Position, String>,
 }
 
-/// What is known of the queue.
+/// What `event_log` records about the queue.
 #[derive(Debug, Clone)]
 pub(crate) struct QueueRecord {
-    /// The queue that the log was last published to.
+    /// The queue to which the log was last published.
     pub(crate) queue: Option<String>,
-    /// How often a message was received that is not of this log.
+    /// How many messages of other logs were received.
     pub(crate) foreign_messages: u64,
-    /// When such messages were last counted.
+    /// When a foreign message was last counted, in UTC.
     pub(crate) foreign_at: Option<OffsetDateTime>,
 }
 
 impl EventStore {
-    /// The marks, and which events stand at these positions.
+    /// Reads the marks and the event ids at these positions.
     pub(crate) async fn snapshot(
         &self,
         positions: &[Position],
     ) -> Result<LogSnapshot, sqlx::Error> {
-        // Ten at a time: more come only from a mapping of Lambda that was set up so.
+        // A Lambda event source mapping may be configured to pass more than ten messages.
         let mut chunks = positions.chunks(POSITIONS_PER_SNAPSHOT);
         let Some(first) = chunks.next() else {
             return Ok(LogSnapshot { marks: self.marks().await?, event_ids: HashMap::new() });
@@ -66,8 +68,8 @@ impl EventStore {
         for chunk in chunks {
             let next = self.snapshot_chunk(chunk).await?;
             view.event_ids.extend(next.event_ids);
-            // As they were last read; a row that was read before a rotation differs from what is
-            // signed after it.
+            // Keep the marks of the last read. If the key was rotated between two reads, the
+            // messages must match the new key.
             view.marks = next.marks;
         }
         Ok(view)
@@ -75,7 +77,7 @@ impl EventStore {
 
     async fn snapshot_chunk(&self, positions: &[Position]) -> Result<LogSnapshot, sqlx::Error> {
         let mut query = sqlx::query(SNAPSHOT);
-        // The last is repeated, which costs nothing.
+        // Unused parameters repeat the last position.
         for at in 0..POSITIONS_PER_SNAPSHOT {
             query = query.bind(positions[at.min(positions.len() - 1)].get());
         }
@@ -95,23 +97,25 @@ impl EventStore {
         Ok(LogSnapshot { marks, event_ids })
     }
 
-    /// Gives the log a new id and this key. What was sent before is not ours any more.
+    /// Gives the log a new id and `key`, and returns the id. Messages sent before the rotation are
+    /// foreign from now on.
     pub(crate) async fn rotate(&self, key: &[u8; KEY_BYTES]) -> Result<String, sqlx::Error> {
-        // Not by the server's uuid(), which a replica that repeats the statement would not repeat.
+        // The id is not generated by the server's uuid(): with statement-based replication, a
+        // replica would generate another one.
         let id = Uuid::now_v7().to_string();
         let rotate = sqlx::query(ROTATE).bind(&id).bind(key.as_slice());
         self.database.run_cached(async |connection| rotate.execute(connection).await).await?;
         Ok(id)
     }
 
-    /// The queue that the log was last published to.
+    /// The queue to which the log was last published.
     pub(crate) async fn recorded_queue(&self) -> Result<Option<String>, sqlx::Error> {
         self.database
             .run_cached(async |connection| sqlx::query_scalar(QUEUE).fetch_one(connection).await)
             .await
     }
 
-    /// Notes the queue that the log is published to.
+    /// Records the queue to which the log is published.
     pub(crate) async fn record_queue(&self, queue: &str) -> Result<(), sqlx::Error> {
         let record = sqlx::query(SET_QUEUE).bind(queue);
         self.database
@@ -120,7 +124,7 @@ impl EventStore {
             .map(|_| ())
     }
 
-    /// What is known of the queue.
+    /// Reads what `event_log` records about the queue.
     pub(crate) async fn queue_record(&self) -> Result<QueueRecord, sqlx::Error> {
         let (queue, foreign_messages, foreign_at) = self
             .database
@@ -129,7 +133,7 @@ impl EventStore {
         Ok(QueueRecord { queue, foreign_messages, foreign_at })
     }
 
-    /// Adds to the number of messages that were not of this log.
+    /// Adds to the number of foreign messages.
     pub(crate) async fn count_foreign(&self, messages: u64) -> Result<(), sqlx::Error> {
         let count = sqlx::query(COUNT_FOREIGN).bind(messages);
         self.database

@@ -2,6 +2,7 @@
 
 mod acceptance;
 mod append;
+mod fill;
 mod fingerprint;
 pub(crate) mod high_water;
 mod inspect;
@@ -23,8 +24,10 @@ pub(crate) use inspect::{AddedTypes, MarkBlocked};
 pub(crate) use messages::{LogSnapshot, QueueRecord};
 pub(crate) use read::{EventFilter, LogEnds, Page, ReadAhead, ReadLimits};
 
-const MARKS: &str = "select high_water, published, log_id, signing_key, blocked_position, blocked_last, \
-                     timestampdiff(microsecond, blocked_since, utc_timestamp(6)) from event_log";
+const MARKS: &str = "\
+    select high_water, published, log_id, signing_key, blocked_position, blocked_last, \
+        timestampdiff(microsecond, blocked_since, utc_timestamp(6)) \
+    from event_log";
 
 /// The event store of one database. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -32,25 +35,27 @@ pub struct EventStore {
     database: Database,
 }
 
-/// What is known of the log as a whole.
+/// The state of the log as a whole: the row of `event_log`.
 #[derive(Debug, Clone)]
 pub(crate) struct Marks {
-    /// Nothing can still become visible at or below it.
+    /// No event at or below this position can still become visible.
     pub(crate) high_water: Position,
-    /// Everything up to it has been sent to the queue.
+    /// Every event up to this position has been sent to the queue.
     pub(crate) published: Position,
-    /// Which log this is, and the key of its messages. An operator may change both at any time.
+    /// The id of the log and the key that signs its messages. An operator may rotate both at any
+    /// time.
     pub(crate) log: LogIdentity,
-    /// What holds the mark, as somebody wrote down who could not raise it, and for how long it has.
+    /// What blocks the mark, as last recorded by a process that could not raise it, and for how
+    /// long.
     pub(crate) blocked: Option<(Blocker, Duration)>,
 }
 
-/// The marks as a row has them.
+/// The columns of `event_log` that make [`Marks`].
 type MarksRow = (u64, u64, String, Option<Vec<u8>>);
 
 impl Marks {
     fn from_row((high_water, published, id, key): MarksRow) -> Result<Self, sqlx::Error> {
-        // Only where `migrate` was ended after its last table and before its end.
+        // The key is missing only if `migrate` was interrupted after it created the tables.
         let key = key.ok_or_else(|| {
             sqlx::Error::Configuration(
                 "the log has no key to sign messages with; run `projectionist migrate`".into(),
@@ -63,19 +68,19 @@ impl Marks {
 }
 
 impl EventStore {
-    /// The store in this database.
+    /// Returns the event store of `database`.
     pub fn new(database: &Database) -> Self {
         EventStore { database: database.clone() }
     }
 
-    /// The marks as they are stored.
+    /// Reads the marks.
     pub(crate) async fn marks(&self) -> Result<Marks, sqlx::Error> {
         type Row = (u64, u64, String, Option<Vec<u8>>, Option<u64>, Option<u64>, Option<i64>);
         let (high_water, published, id, key, blocked, last, age): Row = self
             .database
             .run_cached(async |connection| sqlx::query_as(MARKS).fetch_one(connection).await)
             .await?;
-        // A clock that was set back makes it young, not old.
+        // After the database's clock was set back, the age is negative: use zero.
         let age = Duration::from_micros(age.unwrap_or_default().max(0).unsigned_abs());
         let blocked = blocked.map(|position| (Blocker::from_columns(position, last), age));
         Ok(Marks { blocked, ..Marks::from_row((high_water, published, id, key))? })

@@ -1,4 +1,4 @@
-//! Reading the log, in order, below the high-water mark.
+//! Reads the log in order, up to the high-water mark.
 
 use std::collections::{BTreeSet, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,45 +16,49 @@ use super::EventStore;
 use crate::model::backoff;
 use crate::model::event::{Event, Position};
 
-/// By range and not by offset, so that a page costs the same wherever it lies.
-const RANGE: &str = "select position, event_id, stream_id, stream_version, event_type, recorded_at, payload, metadata \
-                     from events where position > ";
+/// Reads by range instead of offset, so that a page costs the same anywhere in the log.
+const RANGE: &str = "\
+    select position, event_id, stream_id, stream_version, event_type, recorded_at, payload, \
+        metadata \
+    from events \
+    where position > ";
 
 const FIRST_FROM: &str = "select min(position) from events where position >= ?";
 
-const ENDS: &str = "select (select min(position) from events where position > 0), \
-                    exists (select 1 from events where position = 0), \
-                    exists (select 1 from events where position = 18446744073709551615)";
+const ENDS: &str = "\
+    select (select min(position) from events where position > 0), \
+        exists (select 1 from events where position = 0), \
+        exists (select 1 from events where position = 18446744073709551615)";
 
 const LAST: &str = "select max(position) from events";
 
-/// Payloads and metadata that a page may hold before it is cut, in bytes: memory is bounded by this
-/// and by the largest event, not by the log.
+/// The most bytes of payload and metadata in a page before it is ended early. A page can exceed
+/// this limit by one event, so memory is bounded by this limit and the largest event.
 const PAGE_BYTES: usize = 8 * 1024 * 1024;
 
-/// Pages that are read and not yet taken.
+/// Pages that are read but not yet taken.
 const PAGES_AHEAD: usize = 2;
 
-/// The most positions that one statement reads. Each statement costs a round trip, and what the
-/// server does to begin it.
+/// The most positions that one statement reads. Each statement costs a round trip and its set-up on
+/// the server.
 const MAX_RANGE: u64 = 65_536;
 
-/// How long a statement may be open: while it is, the server keeps old versions of every row that
-/// is changed. Far below `net_write_timeout`, too, after which the server hangs up on a reader that
-/// does not read.
+/// How long a statement may stay open. An open statement makes the server keep old versions of
+/// every changed row. The value is also far below `net_write_timeout`, after which the server
+/// closes the connection of a client that does not read.
 const MAX_STATEMENT_TIME: Duration = Duration::from_secs(2);
 
-/// Event types that the server is asked to filter by; more of them would make it a slow question.
+/// The most event types that the server filters by. A longer list would make the query slow.
 const MAX_TYPES: usize = 200;
 
 /// A page of the log.
 #[derive(Debug)]
 pub(crate) struct Page {
-    /// The events, in order: all that were asked for.
+    /// The matching events, in order.
     pub(crate) events: Vec<Event>,
-    /// The page begins just after this position.
+    /// The page covers the positions after this one.
     pub(crate) after: Position,
-    /// And it ends with this one.
+    /// The last position that the page covers.
     pub(crate) through: Position,
 }
 
@@ -65,19 +69,20 @@ pub(crate) struct LogEnds {
     pub(crate) first: Option<u64>,
     /// Whether there is a row at position 0.
     pub(crate) has_position_zero: bool,
-    /// Whether there is a row at the highest position there is.
+    /// Whether there is a row at the highest possible position.
     pub(crate) has_max_position: bool,
 }
 
-/// Which events are read; the others are passed over by the server.
+/// Which events are read. The server filters out the others.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct EventFilter {
-    /// `None`: every event, and tombstones.
+    /// `None`: every event, and the fillers.
     types: Option<BTreeSet<String>>,
 }
 
 impl EventFilter {
-    /// Those that at least one of several projectors wants, each given by its event types.
+    /// The events that at least one of several projectors subscribes to. Each item is one
+    /// projector's event types; `None` means all.
     pub(crate) fn any_of<'a>(all: impl Iterator<Item = Option<&'a HashSet<String>>>) -> Self {
         let types =
             all.map(|types| types.map(|types| types.iter().cloned())).collect::<Option<Vec<_>>>();
@@ -87,16 +92,16 @@ impl EventFilter {
     }
 }
 
-/// The bounds of a reading.
+/// The limits of [`EventStore::read_ahead`].
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct ReadLimits {
     /// The most events in a page.
     pub(crate) page_events: u64,
-    /// How long transient failures are tried again; `None`: for as long as it takes.
+    /// How long transient errors are retried. `None`: without limit.
     pub(crate) retry_timeout: Option<Duration>,
 }
 
-/// A reading of the log that goes on by itself, a few pages ahead of who takes them.
+/// A background task that reads the log, a few pages ahead of its consumer.
 pub(crate) struct ReadAhead {
     pages: mpsc::Receiver<Result<Page, sqlx::Error>>,
     next: Position,
@@ -104,16 +109,16 @@ pub(crate) struct ReadAhead {
 }
 
 impl ReadAhead {
-    /// The next page begins just after this.
+    /// The next page covers the positions after this one.
     pub(crate) fn position(&self) -> Position {
         self.next
     }
 
-    /// The next page.
+    /// Returns the next page.
     ///
     /// # Errors
-    /// If the log cannot be read, for longer than the reading's patience where it is transient; or
-    /// if it has ended.
+    /// If the log cannot be read. A transient error is returned after `ReadLimits::retry_timeout`.
+    /// Also if the reading has ended.
     pub(crate) async fn next(&mut self) -> Result<Page, sqlx::Error> {
         let page = self.pages.recv().await.unwrap_or(Err(sqlx::Error::WorkerCrashed))?;
         self.next = page.through;
@@ -128,8 +133,9 @@ impl Drop for ReadAhead {
 }
 
 impl EventStore {
-    /// Reads the events in (`after`, `through`], at most `limit` of them and fewer where they are
-    /// large; each field of each can be read. `through` must not lie above the high-water mark.
+    /// Reads the events in (`after`, `through`]: at most `limit` positions, and fewer if the events
+    /// are large. Every field of every event is checked. `through` must not lie above the
+    /// high-water mark.
     pub(crate) async fn read_after(
         &self,
         after: Position,
@@ -148,7 +154,8 @@ impl EventStore {
         .await
     }
 
-    /// Reads rows on a session that is kept for the next, if they were read to their end.
+    /// Runs `read` on a cached session. The session is kept for the next caller if `read` reports
+    /// that all rows were read.
     async fn run_read<T>(
         &self,
         read: impl AsyncFnOnce(&mut MySqlConnection) -> Result<(T, bool), sqlx::Error>,
@@ -158,7 +165,7 @@ impl EventStore {
         let (value, is_drained) = match read(reading.connection).await {
             Ok(read) => read,
             Err(error) => {
-                // What ended this connection may have ended those that are kept.
+                // The cause of this failure may have closed the cached sessions, too.
                 self.database.release_idle_sessions();
                 return Err(error);
             }
@@ -171,8 +178,8 @@ impl EventStore {
         Ok(value)
     }
 
-    /// Begins to read all pages of the wanted events in (`after`, `through`], which must not lie
-    /// above the high-water mark.
+    /// Starts to read the events in (`after`, `through`] that match `filter`. `through` must not
+    /// lie above the high-water mark.
     pub(crate) fn read_ahead(
         &self,
         after: Position,
@@ -184,7 +191,7 @@ impl EventStore {
         let store = self.clone();
         let task = tokio::spawn(async move {
             if let Err(error) = store.read_all(after, through, &filter, limits, &sender).await {
-                // Who does not listen any more need not know.
+                // A failed send means that the consumer has gone; it does not need the error.
                 let _ = sender.send(Err(error)).await;
             }
         });
@@ -199,7 +206,7 @@ impl EventStore {
         limits: ReadLimits,
         pages: &mpsc::Sender<Result<Page, sqlx::Error>>,
     ) -> Result<(), sqlx::Error> {
-        // What was sent need not be read again after a failure.
+        // A retry continues after the last page that was sent.
         let reached = AtomicU64::new(after.get());
         let mut length = limits.page_events;
         while reached.load(Ordering::Relaxed) < through.get() && !pages.is_closed() {
@@ -216,7 +223,8 @@ impl EventStore {
                 }
                 reached.store(through, Ordering::Relaxed);
             }
-            // Longer while those who take the pages keep up: then the next range is one stream.
+            // Double the range while the consumer keeps up, halve it if a statement stays open too
+            // long.
             length = match opened.elapsed() {
                 open if open * 2 < MAX_STATEMENT_TIME => {
                     (length * 2).min(MAX_RANGE.max(limits.page_events))
@@ -228,8 +236,8 @@ impl EventStore {
         Ok(())
     }
 
-    /// Reads one range by one statement, and sends it page by page. Returns a page that could not
-    /// be sent soon.
+    /// Reads one range with one statement and sends it page by page. Returns the page that the
+    /// consumer did not take within [`MAX_STATEMENT_TIME`].
     async fn read_range(
         &self,
         reached: &AtomicU64,
@@ -246,8 +254,8 @@ impl EventStore {
                 let page =
                     self.database.with_timeout(read_page(&mut rows, after, end, limit)).await?;
                 after = page.through;
-                // A slow taker must not keep the connection from others: the rest is read by
-                // another statement.
+                // A slow consumer must not keep the connection busy. Another statement reads the
+                // rest.
                 match timeout(MAX_STATEMENT_TIME, pages.reserve()).await {
                     Ok(Ok(place)) => place.send(Ok(page)),
                     Ok(Err(_)) => return Ok((None, false)),
@@ -260,8 +268,8 @@ impl EventStore {
         .await
     }
 
-    /// The last position of the gap that begins at `first`, or `mark` where no row follows up to
-    /// it.
+    /// The last position of the gap that begins at `first`, or `mark` if no row follows up to
+    /// `mark`.
     pub(crate) async fn end_of_gap(
         &self,
         first: Position,
@@ -273,7 +281,7 @@ impl EventStore {
         Ok(next.map_or(mark, |next| Position::new(next).previous()).min(mark))
     }
 
-    /// Where the log begins and ends.
+    /// Reads the ends of the log.
     pub(crate) async fn log_ends(&self) -> Result<LogEnds, sqlx::Error> {
         let ends = sqlx::query_as(ENDS);
         let (first, has_position_zero, has_max_position): (Option<u64>, bool, bool) =
@@ -281,7 +289,7 @@ impl EventStore {
         Ok(LogEnds { first, has_position_zero, has_max_position })
     }
 
-    /// The highest position that is visible, whether or not those below it are.
+    /// The highest visible position. There may be gaps below it.
     pub(crate) async fn last_visible(&self) -> Result<Position, sqlx::Error> {
         let last = sqlx::query_scalar(LAST);
         let last: Option<u64> =
@@ -290,8 +298,8 @@ impl EventStore {
     }
 }
 
-/// While rows are read. The rest of those that nobody wants any more are still on the wire: it is
-/// cheaper to hang up than to read them.
+/// Closes the connection on drop, unless all rows were read: closing is cheaper than reading the
+/// rows that are still in transit.
 struct ReadGuard<'c> {
     connection: &'c mut PoolConnection<MySql>,
     is_drained: bool,
@@ -310,21 +318,21 @@ fn range_query(after: Position, end: Position, filter: &EventFilter) -> QueryBui
     query.push_bind(after.get());
     if let Some(types) = &filter.types {
         query.push(" and position <= ").push_bind(end.get());
-        // Who wants nothing has a list, too: no type is empty.
+        // An empty list is invalid SQL. No event type is empty, so '' matches no event.
         query.push(" and event_type in (''");
         for event_type in types {
             query.push(", ").push_bind(event_type.clone());
         }
         query.push(") order by position");
     } else {
-        // Without holes, that is the same; and it costs the server a tenth less than to compare
-        // each position.
+        // Up to the mark there are no gaps, so a row limit ends at the same position. It costs the
+        // server 10% less than a comparison per row.
         query.push(" order by position limit ").push_bind(end.since(after));
     }
     query
 }
 
-/// Reads a page from the rows of a range: fewer events than `limit` where they are large.
+/// Reads a page from the rows of a range. It has fewer than `limit` events if they are large.
 async fn read_page(
     rows: &mut (impl Stream<Item = Result<MySqlRow, sqlx::Error>> + Unpin),
     after: Position,
@@ -336,12 +344,13 @@ async fn read_page(
     while let Some(row) = rows.try_next().await? {
         let event = Event::from_row(row)?;
         if events.is_empty() {
-            // What types its columns have, it has in common with those that follow.
+            // The rows of one statement have the same column types, so checking the first is
+            // enough.
             event.check()?;
         }
         let position = event.position();
         if position > end {
-            // There are fewer events than positions: somebody has deleted some.
+            // Rows were deleted, so the row limit reached beyond `end`.
             continue;
         }
         bytes += event.json_bytes();
@@ -362,8 +371,11 @@ mod tests {
         let (sender, pages) = mpsc::channel(PAGES_AHEAD);
         let task = tokio::spawn(async move {
             let (after, through) = (Position::START, Position::new(7));
-            sender.send(Ok(Page { events: Vec::new(), after, through })).await.expect("it listens");
-            panic!("as the test asks");
+            sender
+                .send(Ok(Page { events: Vec::new(), after, through }))
+                .await
+                .expect("the receiver is open");
+            panic!("the reading fails");
         });
         let mut reading = ReadAhead { pages, next: Position::START, task };
         assert_eq!(reading.next().await.expect("a page").through, Position::new(7));

@@ -1,24 +1,31 @@
-//! What the relay keeps: its lease, and how far the log has been published.
+//! The relay's state in `event_log`: its lease, and the position up to which the log is published.
 
 use std::time::Duration;
 
 use super::EventStore;
 use crate::model::event::Position;
 
-/// Taken where it is free, expired, or ours. By the database's clock, so that the hosts' need not
-/// agree. A lease that ends later than any can was written before that clock was set back: it has
-/// expired, too.
-const LEASE: &str = "update event_log set relay_lease_holder = ?, relay_lease_expires_at = utc_timestamp(6) + interval ? second \
-                     where relay_lease_holder is null or relay_lease_holder = ? or relay_lease_expires_at < utc_timestamp(6) \
-                     or relay_lease_expires_at > utc_timestamp(6) + interval 2 * ? second";
+/// Takes the lease if it is free, expired or already ours. The database's clock decides, so that
+/// the clocks of the hosts do not have to agree. An expiry time further away than twice the lease
+/// was written before the database's clock was set back; such a lease counts as expired.
+const LEASE: &str = "\
+    update event_log \
+    set relay_lease_holder = ?, relay_lease_expires_at = utc_timestamp(6) + interval ? second \
+    where relay_lease_holder is null or relay_lease_holder = ? \
+        or relay_lease_expires_at < utc_timestamp(6) \
+        or relay_lease_expires_at > utc_timestamp(6) + interval 2 * ? second";
 
-const RELEASE: &str = "update event_log set relay_lease_holder = null, relay_lease_expires_at = null where relay_lease_holder = ?";
+const RELEASE: &str = "\
+    update event_log \
+    set relay_lease_holder = null, relay_lease_expires_at = null \
+    where relay_lease_holder = ?";
 
-/// Never lowered, so that of two relays at once none makes the other publish again.
+/// Never lowers the position. If two relays run at once, neither makes the other publish again.
 const SET_PUBLISHED: &str = "update event_log set published = greatest(published, ?)";
 
 impl EventStore {
-    /// Takes or keeps the relay's lease for so long. `false`: another relay holds it.
+    /// Takes or extends the relay's lease for the duration `lease`. Returns `false` if another
+    /// relay holds it.
     pub(crate) async fn acquire_relay_lease(
         &self,
         holder: &str,
@@ -31,7 +38,7 @@ impl EventStore {
         Ok(taken.rows_affected() == 1)
     }
 
-    /// Gives the lease up, so that another relay need not wait for it to expire.
+    /// Releases the lease, so that another relay does not have to wait until it expires.
     pub(crate) async fn release_relay_lease(&self, holder: &str) -> Result<(), sqlx::Error> {
         let release = sqlx::query(RELEASE).bind(holder);
         self.database
@@ -40,7 +47,7 @@ impl EventStore {
             .map(|_| ())
     }
 
-    /// Notes that everything up to here has been sent.
+    /// Records that every event up to `position` has been sent.
     pub(crate) async fn set_published(&self, position: Position) -> Result<(), sqlx::Error> {
         let set = sqlx::query(SET_PUBLISHED).bind(position.get());
         self.database.run_cached(async |connection| set.execute(connection).await).await.map(|_| ())

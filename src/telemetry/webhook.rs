@@ -2,6 +2,7 @@
 //! work.
 
 use std::fmt;
+use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
@@ -15,6 +16,7 @@ use tracing::{Event, Subscriber};
 use tracing_subscriber::Layer;
 use tracing_subscriber::layer::Context;
 
+use crate::aws::http::{HttpClient, HttpError};
 use crate::model::error::Error;
 use crate::model::text;
 
@@ -49,12 +51,21 @@ pub(super) fn start(url: &str) -> Result<(WebhookLayer, Poster), Error> {
         return Err(Error::Input("the alert URL is not an http or https URL".into()));
     }
     let (alerts, waiting) = sync_channel(MAX_QUEUED_ALERTS);
-    let post = post_to(url);
-    let thread =
-        std::thread::Builder::new().name("alerts".into()).spawn(move || post_all(post, &waiting));
-    let thread = thread.map_err(|error| {
+    let cannot_start = |error: io::Error| {
         Error::Input(format!("cannot start the thread that posts alerts: {error}"))
-    })?;
+    };
+    // The process's own runtime may have ended when the last alerts are posted.
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(cannot_start)?;
+    let url = url.to_owned();
+    let run = move || {
+        let client = HttpClient::new();
+        post_all(|body| runtime.block_on(post(&client, &url, body)), &waiting);
+        // Does not wait for the resolver: a lookup has no time limit.
+        runtime.shutdown_background();
+    };
+    let thread =
+        std::thread::Builder::new().name("alerts".into()).spawn(run).map_err(cannot_start)?;
     Ok((WebhookLayer { alerts: alerts.clone() }, Poster { end: alerts, thread: Some(thread) }))
 }
 
@@ -89,31 +100,21 @@ fn post_all(post: impl Fn(&str) -> Result<(), PostError>, waiting: &Receiver<Val
     }
 }
 
-/// Posts one alert. A redirect is not followed: whoever answers by one would choose where alerts
+/// Posts one alert. A redirect is not followed: the server that sends it would choose where alerts
 /// go.
-fn post_to(url: &str) -> impl Fn(&str) -> Result<(), PostError> + use<> {
-    let config =
-        ureq::Agent::config_builder().timeout_global(Some(REQUEST_TIMEOUT)).max_redirects(0);
-    let (agent, url): (ureq::Agent, String) = (config.build().into(), url.to_owned());
-    move |body| {
-        let posted = agent.post(&url).header("content-type", "application/json").send(body);
-        match posted.map_err(|error| describe_error(&error))?.status() {
-            status if status.is_success() => Ok(()),
-            status if status.is_redirection() => {
-                Err(format!("status {}: redirects are not followed", status.as_u16()))
-            }
-            status => Err(format!("status {}", status.as_u16())),
-        }
+async fn post(client: &HttpClient, url: &str, body: &str) -> Result<(), PostError> {
+    let posted = client.post_json(url, &[], body.to_owned(), REQUEST_TIMEOUT).await;
+    match posted.map_err(|error| reason(&error))? {
+        200..300 => Ok(()),
+        status @ 300..400 => Err(format!("status {status}: redirects are not followed")),
+        status => Err(format!("status {status}")),
     }
 }
 
-fn describe_error(error: &ureq::Error) -> String {
+fn reason(error: &HttpError) -> PostError {
     match error {
-        ureq::Error::StatusCode(code) => format!("status {code}"),
-        ureq::Error::Timeout(_) => "no answer in time".into(),
-        ureq::Error::HostNotFound => "host not found".into(),
-        ureq::Error::Io(error) => error.kind().to_string(),
-        _ => "it cannot be reached".into(),
+        HttpError::Other(_) => "it cannot be reached".into(),
+        error => error.to_string(),
     }
 }
 

@@ -1,10 +1,10 @@
-//! Valid input, spoiled in a few places. Random text never gets past a parser's first token; this
-//! does.
+//! Valid input with a few random edits. Random text fails at a parser's first token; these inputs
+//! reach the rest of the parser.
 
 use proptest::prelude::*;
 use proptest::sample::{Index, select};
 
-/// What a parser may trip over, of every syntax that is read here.
+/// Pieces that parsers may mishandle, from every syntax that the program reads.
 const PIECES: &[&[u8]] = &[
     b"\"",
     b"'",
@@ -60,7 +60,7 @@ enum Edit {
     Truncate,
 }
 
-/// Any bytes that come of a few edits to `valid`, and now and then `valid` itself.
+/// `valid` with up to four random edits.
 pub(crate) fn bytes(valid: &str) -> impl Strategy<Value = Vec<u8>> + use<> {
     let valid = valid.as_bytes().to_vec();
     let edit = prop_oneof![
@@ -87,7 +87,7 @@ pub(crate) fn bytes(valid: &str) -> impl Strategy<Value = Vec<u8>> + use<> {
     })
 }
 
-/// The same, as text.
+/// [`bytes`] as text; invalid UTF-8 is replaced.
 pub(crate) fn text(valid: &str) -> impl Strategy<Value = String> + use<> {
     bytes(valid).prop_map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
 }

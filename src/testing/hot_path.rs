@@ -1,30 +1,30 @@
-//! The paths that every event takes, as `.ci/guard` counts their instructions: the tests whose
-//! names begin with `hot_path_` run one each. In the suite they only show that it works.
+//! The code that runs for every event. `.ci/guard` counts its instructions: each test whose name
+//! begins with `hot_path_` runs one such path. In the test suite, these tests only check that the
+//! code works.
 //!
-//! Counted is the test binary's code, which is not optimised: CI builds no other, and all
-//! dependencies once more would take it minutes. So the counts are no measure of speed, which is
-//! for `cargo bench` to tell. But they are the same from run to run, and they show what makes a
-//! path slower for good: what is done twice, copied, allocated, or searched from the start each
-//! time.
+//! The counted code is that of the test binary, without optimisation. CI builds no other binary,
+//! and an optimised build of all dependencies would take minutes. The counts therefore do not
+//! measure speed; `cargo bench` does. They are the same in every run. They show work that is done
+//! twice, and needless copies, allocations and searches.
 
 use crate::model::event::{Event, Position, RecordedEvent};
 
-/// The events of one message.
+/// The number of events in one message.
 pub(crate) const EVENT_COUNT: u64 = 100;
 
-/// Runs what is counted once to warm up, and once by itself.
+/// Runs `path` once to warm up, and once to be counted.
 pub(crate) fn count<T>(path: impl Fn() -> T) -> T {
     drop(path());
     hot_path_counted(path)
 }
 
-/// The function that `valgrind` begins and ends to count at: `.ci/guard` has its name.
+/// The function in which `valgrind` counts. `.ci/guard` has its name.
 #[inline(never)]
 fn hot_path_counted<T>(path: impl Fn() -> T) -> T {
     path()
 }
 
-/// Events of about 300 bytes, of four types in turn.
+/// The events of one message: about 300 bytes each, of four types in turn.
 pub(crate) fn events() -> Vec<Event> {
     let types = [
         "Confirmation of receipt",
@@ -40,7 +40,11 @@ pub(crate) fn events() -> Vec<Event> {
         event_type: (*event_type).to_owned(),
         recorded_at: time::OffsetDateTime::UNIX_EPOCH + time::Duration::seconds(number as i64),
         payload: format!(
-            r#"{{"channel":"Internet","deadline":"2026-03-11T00:00:00Z","department":"General","responsible":"Resource {number}","amount":{number}.25,"concept_instance":"task-{number}","org":{{"group":"Group 4","size":12}},"note":"Sent on to the responsible department for assessment. "}}"#
+            "{{\"channel\":\"Internet\",\"deadline\":\"2026-03-11T00:00:00Z\",\
+             \"department\":\"General\",\"responsible\":\"Resource {number}\",\
+             \"amount\":{number}.25,\"concept_instance\":\"task-{number}\",\
+             \"org\":{{\"group\":\"Group 4\",\"size\":12}},\
+             \"note\":\"Sent on to the responsible department for assessment. \"}}"
         ),
         metadata: Some(r#"{"user":"anna"}"#.into()),
     };

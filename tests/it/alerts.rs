@@ -1,4 +1,5 @@
-//! Alerts: a log line always, an HTTP POST where one is named, and never in the way of the work.
+//! Alerts: each is logged, and posted to a webhook if one is configured. Posting never blocks the
+//! work.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -6,18 +7,21 @@ use std::time::{Duration, Instant};
 
 use projectionist::sqlx::{Connection, MySqlConnection};
 use serde_json::{Value, json};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
 
 use crate::support::{
-    Folder, ProxyAction, Tally, World, contains_text, eventually, execute, write,
+    Folder, ProxyAction, RunningProcess, Tally, World, certificate, contains_text, eventually,
+    execute, tls_acceptor, write,
 };
 
-/// A web hook that answers with these status codes in turn, the last one for ever, and keeps what
-/// it gets. Without any, it never answers, and keeps a null for each attempt.
+/// Starts a webhook that answers with these status codes in turn, repeating the last. Returns its
+/// URL and the alerts that it receives. Without codes, it never answers and records a null for each
+/// attempt.
 async fn webhook(codes: &'static [u16]) -> (String, Arc<Mutex<Vec<Value>>>) {
-    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
-    let url = format!("http://{}/secret-token", listener.local_addr().expect("bound"));
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
+    let url =
+        format!("http://{}/secret-token", listener.local_addr().expect("the listener is bound"));
     let posted = Arc::new(Mutex::new(Vec::new()));
     let kept = Arc::clone(&posted);
     tokio::spawn(async move {
@@ -26,14 +30,14 @@ async fn webhook(codes: &'static [u16]) -> (String, Arc<Mutex<Vec<Value>>>) {
             let Ok((mut stream, _)) = listener.accept().await else { return };
             let Some(code) = codes.get(turn).or(codes.last()) else {
                 silent.push(stream);
-                kept.lock().expect("no panic").push(Value::Null);
+                kept.lock().expect("the lock is not poisoned").push(Value::Null);
                 continue;
             };
             let body = read_body(&mut stream).await;
             kept.lock()
-                .expect("no panic")
+                .expect("the lock is not poisoned")
                 .push(serde_json::from_str(&body).unwrap_or(json!("no JSON")));
-            // A redirect leads to this hook itself: whoever followed it would be seen.
+            // A redirect leads to this webhook again, so a client that follows it is noticed.
             let to = if (300..400).contains(code) { "location: /elsewhere\r\n" } else { "" };
             let answer =
                 format!("HTTP/1.1 {code} X\r\n{to}content-length: 0\r\nconnection: close\r\n\r\n");
@@ -43,11 +47,11 @@ async fn webhook(codes: &'static [u16]) -> (String, Arc<Mutex<Vec<Value>>>) {
     (url, posted)
 }
 
-async fn read_body(stream: &mut TcpStream) -> String {
+async fn read_body(stream: &mut (impl AsyncRead + Unpin)) -> String {
     let mut bytes = Vec::new();
     let mut chunk = [0; 4096];
     loop {
-        let read = stream.read(&mut chunk).await.expect("a request");
+        let read = stream.read(&mut chunk).await.expect("the request is readable");
         bytes.extend_from_slice(&chunk[..read]);
         let text = String::from_utf8_lossy(&bytes);
         let Some((head, body)) = text.split_once("\r\n\r\n") else { continue };
@@ -62,10 +66,10 @@ async fn read_body(stream: &mut TcpStream) -> String {
 
 /// A folder with one projector that fails at its first event.
 fn failing_projector() -> tempfile::TempDir {
-    let dir = tempfile::tempdir().expect("a folder");
+    let dir = tempfile::tempdir().expect("the folder is created");
     let file = "name = \"failing\"\nversion = 1\nmode = \"from_beginning\"\n\n\
                 [[on]]\nevents = [\"*\"]\nsql = \"insert into nowhere values (:position)\"\n";
-    std::fs::write(dir.path().join("failing.toml"), file).expect("a file");
+    std::fs::write(dir.path().join("failing.toml"), file).expect("the file is written");
     dir
 }
 
@@ -75,18 +79,18 @@ async fn a_broken_projector_is_posted_with_event_and_error() {
     world.append(3).await;
     let projectors = failing_projector();
     let (url, posted) = webhook(&[500, 200]).await;
-    let folder = projectors.path().to_str().expect("UTF-8");
+    let folder = projectors.path().to_str().expect("the path is UTF-8");
     let boot = world
         .run(&["boot", "--projectors", folder, "--alert-url", &url, "--release", "v7"])
         .await
         .exits(1);
 
-    let posted = posted.lock().expect("no panic").clone();
+    let posted = posted.lock().expect("the lock is not poisoned").clone();
     let kinds: Vec<&str> = posted.iter().filter_map(|alert| alert["alert"].as_str()).collect();
     assert_eq!(
         kinds,
         ["projector_broken", "projector_broken", "boot_failed"],
-        "refused once, and posted again"
+        "the rejected alert is posted again"
     );
     let broken = &posted[1];
     assert_eq!(
@@ -99,10 +103,14 @@ async fn a_broken_projector_is_posted_with_event_and_error() {
     );
     assert!(broken["error"].as_str().is_some_and(|error| error.contains("nowhere")), "{broken}");
     assert!(broken["text"].as_str().is_some_and(|text| text.contains("failing@1")), "{broken}");
-    assert!(!boot.stderr.contains("secret-token"), "the URL may hold a secret: {}", boot.stderr);
+    assert!(
+        !boot.stderr.contains("secret-token"),
+        "the log contains the secret of the URL: {}",
+        boot.stderr
+    );
 
-    let entry = world.entry("failing").await.expect("it is in the ledger");
-    let failure = entry.status.failure().expect("it is broken");
+    let entry = world.entry("failing").await.expect("the projector is in the ledger");
+    let failure = entry.status.failure().expect("the projector is broken");
     assert_eq!((failure.release.as_deref(), failure.attempts), (Some("v7"), 2));
     assert!(!failure.host.is_empty());
 }
@@ -114,27 +122,27 @@ async fn an_unresponsive_webhook_delays_the_end_of_boot_but_does_not_prevent_it(
     let projectors = failing_projector();
     let (url, _) = webhook(&[]).await;
     let began = Instant::now();
-    let folder = projectors.path().to_str().expect("UTF-8");
+    let folder = projectors.path().to_str().expect("the path is UTF-8");
     let boot = world.run(&["boot", "--projectors", folder, "--alert-url", &url]).await.exits(1);
-    assert!(began.elapsed() < Duration::from_secs(30), "its time-out bounds it");
+    assert!(began.elapsed() < Duration::from_secs(30), "the timeout of the alert was exceeded");
     assert!(
         boot.stderr.contains("\"alert\":\"projector_broken\""),
-        "the log has it: {}",
+        "the alert is not in the log: {}",
         boot.stderr
     );
 }
 
-/// Of a web hook's alerts: what each is.
+/// The kinds of the alerts that a webhook received.
 fn kinds(posted: &Mutex<Vec<Value>>) -> Vec<String> {
-    let posted = posted.lock().expect("no panic");
+    let posted = posted.lock().expect("the lock is not poisoned");
     posted.iter().map(|alert| alert["alert"].as_str().unwrap_or_default().to_owned()).collect()
 }
 
-/// The only alert that was posted.
+/// Asserts that one alert of this kind was posted, and returns it.
 #[track_caller]
 fn only(posted: &Mutex<Vec<Value>>, kind: &str) -> Value {
     assert_eq!(kinds(posted), [kind]);
-    posted.lock().expect("no panic")[0].clone()
+    posted.lock().expect("the lock is not poisoned")[0].clone()
 }
 
 #[tokio::test]
@@ -146,7 +154,7 @@ async fn a_boot_whose_database_is_lost_alerts_once_and_exits_with_3() {
     let (batches, is_away) = (AtomicU64::new(0), AtomicBool::new(false));
     let database = world
         .database_url_through_proxy(move |bytes| {
-            // In the third batch, and for good.
+            // The connection is reset from the third batch on.
             if contains_text(bytes, "; commit") && batches.fetch_add(1, Ordering::SeqCst) == 2 {
                 is_away.store(true, Ordering::SeqCst);
             }
@@ -156,16 +164,12 @@ async fn a_boot_whose_database_is_lost_alerts_once_and_exits_with_3() {
     let (url, posted) = webhook(&[200]).await;
     let boot = ["boot", "--batch=10", "--connect-timeout=1", "--projectors", projectors.path()];
     let on = ["--database-url", &database, "--alert-url", &url, "--release", "v7"];
-    // For as long as boot is patient: a minute.
-    let gave_up = world.run(&[&boot[..], &on].concat()).await.exits(3);
+    // Boot retries for a minute.
+    let failed = world.run(&[&boot[..], &on].concat()).await.exits(3);
 
     let alert = only(&posted, "boot_failed");
-    assert_eq!(alert["error"].as_str(), Some(gave_up.error().as_str()), "the reason");
-    assert!(
-        gave_up.error().contains("gave up on the database; run it again"),
-        "{}",
-        gave_up.error()
-    );
+    assert_eq!(alert["error"].as_str(), Some(failed.error().as_str()), "the reason");
+    assert!(failed.error().contains("gave up on the database; run it again"), "{}", failed.error());
     assert_eq!(
         (&alert["broken"], &alert["release"], &alert["released"]),
         (&json!(null), &json!("v7"), &json!(false))
@@ -182,22 +186,22 @@ async fn a_boot_whose_database_is_lost_alerts_once_and_exits_with_3() {
 async fn a_stopped_deploy_alerts_once_with_its_reason_and_a_successful_one_does_not() {
     let world = World::new().await;
     world.append(20).await;
-    // Slow enough to be met in the middle.
+    // Slow enough to be interrupted during its work.
     let slow = Tally::new("slow").file(&["do sleep(0.1)"]);
     let projectors = Folder::new().with("slow.toml", &slow);
     let (url, posted) = webhook(&[200]).await;
     let alert = || {
         let alert = only(&posted, "boot_failed");
-        posted.lock().expect("no panic").clear();
+        posted.lock().expect("the lock is not poisoned").clear();
         assert_eq!((&alert["broken"], &alert["release"]), (&json!(null), &json!("v7")), "{alert}");
         alert["error"].as_str().expect("a reason").to_owned()
     };
-    // Not even a filter that hides everything hides this.
+    // `--log=off` does not hide this alert.
     let boot =
         ["boot", "--batch=1", "--log=off", "--alert-url", &url, "--release", "v7", "--projectors"];
 
     let booting = world.start(&[&boot[..], &[projectors.path()]].concat());
-    eventually("it is on its way", || async {
+    eventually("boot has applied events", || async {
         world.entry("slow").await.is_some_and(|slow| slow.position.get() > 1)
     })
     .await;
@@ -253,7 +257,7 @@ async fn a_transaction_that_blocks_the_mark_for_long_is_posted_once_and_always_l
     world.run(&["boot", "--projectors", projectors.path()]).await.exits(0);
     let mut open = world.connection().await;
     execute(&mut open, "begin").await;
-    write(&mut open, "open", 1).await.expect("written");
+    write(&mut open, "open", 1).await.expect("the event is written");
     world.append(5).await;
 
     let (url, posted) = webhook(&[200]).await;
@@ -265,16 +269,16 @@ async fn a_transaction_that_blocks_the_mark_for_long_is_posted_once_and_always_l
         "--projectors",
         projectors.path(),
     ]);
-    eventually("somebody is told", async || !kinds(&posted).is_empty()).await;
+    eventually("an alert is posted", async || !kinds(&posted).is_empty()).await;
     let alert = only(&posted, "high_water_blocked");
     assert_eq!((alert["position"].as_u64(), &alert["first"]), (Some(1), &json!(null)), "{alert}");
     assert_eq!(alert["level"], "WARN");
     play.wait_for_log("\"alert\":\"high_water_blocked\"").await;
 
     execute(&mut open, "commit").await;
-    eventually("it is played", async || world.position("tally").await == 6).await;
+    eventually("the events are played", async || world.position("tally").await == 6).await;
     play.terminate().await.exits(0);
-    assert_eq!(kinds(&posted).len(), 1, "and not with every look");
+    assert_eq!(kinds(&posted).len(), 1, "the alert must be posted once");
     world.assert_complete(&tally).await;
 }
 
@@ -286,7 +290,7 @@ async fn rows_missing_at_publication_are_posted() {
     world.append(10).await;
     world.run(&["boot", "--projectors", projectors.path()]).await.exits(0);
     world.append(10).await;
-    // One is live already, so that a boot raises the mark and leaves it to the relay to publish.
+    // The first projector is live already, so this boot raises the mark but publishes nothing.
     projectors.write("2.toml", &other);
     world.run(&["boot", "--projectors", projectors.path()]).await.exits(0);
     assert_eq!(
@@ -308,7 +312,7 @@ async fn rows_missing_at_publication_are_posted() {
             "{alert}"
         );
         assert_eq!(alert["level"], "ERROR");
-        // It does not stand still there, and does not tell it again.
+        // The relay continues after the missing rows, and does not post the alert again.
         assert_eq!(world.number("select published from event_log").await, 20);
         world.run(&["relay", "--once", "--alert-url", &url]).await.exits(0);
         assert_eq!(kinds(&posted).len(), 1);
@@ -322,7 +326,7 @@ async fn a_row_that_vanishes_just_above_the_mark_is_posted_and_the_mark_stays() 
     let (direct, is_deleted) = (world.database_url.clone(), AtomicBool::new(false));
     let database = world
         .database_url_through_proxy(move |bytes| {
-            // They have been seen, and are summed up next.
+            // The rows have been counted. The next statement computes their checksum.
             if contains_text(bytes, "bit_xor") && !is_deleted.swap(true, Ordering::SeqCst) {
                 delete_second_row(&direct);
             }
@@ -340,36 +344,40 @@ async fn a_row_that_vanishes_just_above_the_mark_is_posted_and_the_mark_stays() 
     assert_eq!(world.high_water().await, 0);
 }
 
-/// On a thread of its own, while everything else waits.
+/// Runs on a separate thread, because the proxy's callback is synchronous.
 fn delete_second_row(database_url: &str) {
     let url = database_url.to_owned();
     let delete = async move {
         let mut connection = MySqlConnection::connect(&url).await.expect("the server answers");
         execute(&mut connection, "delete from events where position = 2").await;
     };
-    let runtime =
-        || tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-    std::thread::spawn(move || runtime().block_on(delete)).join().expect("it is deleted");
+    let runtime = || {
+        tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .expect("the runtime starts")
+    };
+    std::thread::spawn(move || runtime().block_on(delete)).join().expect("the row is deleted");
 }
 
 #[tokio::test]
 async fn an_unresponsive_webhook_does_not_delay_play() {
     let world = World::new().await;
     let tally = Tally::new("tally");
-    // The one that fails is played first.
+    // The failing projector is played first.
     let failing = Tally::new("failing").file(&["insert into nowhere values (:position)"]);
     let projectors = Folder::new().with("1.toml", &failing).with("2.toml", &tally.file(&[]));
     world.run(&["boot", "--projectors", projectors.path()]).await.exits(0);
     let (url, posted) = webhook(&[]).await;
     let play = world.start(&["play", "--alert-url", &url, "--projectors", projectors.path()]);
     world.append(20).await;
-    eventually("the hook is asked", async || !kinds(&posted).is_empty()).await;
+    eventually("the webhook is called", async || !kinds(&posted).is_empty()).await;
     assert_eq!(world.status("failing").await, "broken");
     world.append(20).await;
-    eventually("the other is played", async || world.position("tally").await == 40).await;
+    eventually("the other projector is played", async || world.position("tally").await == 40).await;
     assert!(
         !play.has_logged("an alert could not be posted"),
-        "it waits for the hook still: {}",
+        "the alert must still wait for the webhook: {}",
         play.logged()
     );
     play.terminate().await.exits(0);
@@ -388,14 +396,48 @@ async fn a_webhook_redirect_is_not_followed_and_counts_as_a_failure() {
         assert_eq!(
             kinds(&posted),
             ["high_water_blocked"; 4],
-            "each attempt posts to the hook, and none elsewhere"
+            "each attempt posts to the webhook only"
         );
         assert!(relayed.stderr.contains("redirects are not followed"), "{}", relayed.stderr);
         assert!(!relayed.stderr.contains("secret-token"), "{}", relayed.stderr);
     }
 }
 
-/// A value of a row, as a server names it in its errors.
+#[tokio::test]
+async fn an_alert_is_posted_by_tls_only_to_a_server_with_a_trusted_certificate() {
+    let world = World::new().await;
+    world.append(9).await;
+    world.execute("alter table events auto_increment = 70020").await;
+    world.append(2).await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
+    let port = listener.local_addr().expect("the listener is bound").port();
+    let (bodies, mut posted) = tokio::sync::mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        let acceptor = tls_acceptor();
+        while let Ok((stream, _)) = listener.accept().await {
+            let Ok(mut stream) = acceptor.accept(stream).await else { continue };
+            let body = read_body(&mut stream).await;
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await;
+            bodies.send(body).expect("the test receives");
+        }
+    });
+    let url = format!("https://ann:secret-token@localhost:{port}/");
+    let relay = async |roots: &str| {
+        let mut command = world.command(&["relay", "--once", "--alert-url", &url]);
+        command.env("SSL_CERT_FILE", certificate(roots));
+        let relayed = RunningProcess::spawn(command).finish().await.exits(0);
+        assert!(!relayed.stderr.contains("secret-token"), "{}", relayed.stderr);
+        relayed.stderr.contains("an alert could not be posted")
+    };
+    assert!(relay("other.pem").await, "the certificate is unknown");
+    assert!(posted.try_recv().is_err());
+    assert!(!relay("bundle.pem").await);
+    let alert: Value = serde_json::from_str(&posted.recv().await.expect("a body is posted"))
+        .expect("the text is JSON");
+    assert_eq!(alert["alert"], "high_water_blocked");
+}
+
+/// A value of a row that the server includes in its errors.
 const SECRET: &str = "ann@example.com";
 
 #[tokio::test]
@@ -410,7 +452,7 @@ async fn errors_are_cut_to_their_numbers_in_ledger_log_and_alerts_on_request() {
                 format!("{{\"mail\":\"{SECRET}\"}}"),
             )])
             .await
-            .expect("appended");
+            .expect("the event is appended");
     }
     let file = "name = 'mails'\nversion = 1\nmode = 'from_beginning'\n\
                 setup = ['create table if not exists mails (mail varchar(100) primary key)']\n\n\
@@ -420,15 +462,16 @@ async fn errors_are_cut_to_their_numbers_in_ledger_log_and_alerts_on_request() {
     let boot = ["boot", "--json", "--alert-url", &url, "--projectors", folder.path()];
     let failed = world.run(&[&boot[..], &["--redact-errors"]].concat()).await.exits(1);
     let ledger = async || {
-        let entry = world.entry("mails").await.expect("it is in the ledger");
-        entry.status.failure().expect("it is broken").error.clone()
+        let entry = world.entry("mails").await.expect("the projector is in the ledger");
+        entry.status.failure().expect("the projector is broken").error.clone()
     };
     let error = ledger().await;
     assert!(
         error.contains("mails.toml:6") && error.ends_with("MySQL error 1062 (23000)"),
         "{error}"
     );
-    let alerts = serde_json::to_string(&*posted.lock().expect("no panic")).expect("JSON");
+    let alerts = serde_json::to_string(&*posted.lock().expect("the lock is not poisoned"))
+        .expect("the text is JSON");
     for text in [&failed.stderr, &failed.stdout, &alerts, &error] {
         assert!(!text.contains(SECRET), "{text}");
     }
@@ -444,7 +487,7 @@ async fn errors_are_cut_to_their_numbers_in_ledger_log_and_alerts_on_request() {
         human.stderr
     );
 
-    // Unasked, the server's text is there.
+    // Without the option, the server's text is kept.
     world.run(&boot).await.exits(1);
     assert!(ledger().await.contains(SECRET));
 }
@@ -459,7 +502,7 @@ async fn control_characters_in_events_reach_no_terminal() {
         )
         .await;
     let folder = failing_projector();
-    let folder = folder.path().to_str().expect("UTF-8");
+    let folder = folder.path().to_str().expect("the path is UTF-8");
     let boot = world.run(&["boot", "--log-format=human", "--projectors", folder]).await.exits(1);
     let status = world.run(&["status", "--projectors", folder]).await.exits(0);
     let doctor = world.run(&["doctor", "--projectors", folder]).await;

@@ -1,11 +1,11 @@
-//! The audit: what it proves while everything runs, and what it refutes.
+//! The audit: it passes on an intact log while everything runs, and it reports each fault.
 
 use projectionist::Registry;
 use serde_json::json;
 
 use crate::support::{Tally, World, execute};
 
-/// A world whose mark has passed so many events.
+/// A world with `events` events, all below the high-water mark.
 async fn world_with_mark_at(events: usize) -> World {
     let world = World::new().await;
     world.append(events).await;
@@ -17,10 +17,15 @@ async fn world_with_mark_at(events: usize) -> World {
 async fn an_intact_log_passes_with_gap_fillers_and_while_it_grows() {
     let world = World::new().await;
     let tally = Tally::new("tally");
-    let registry = Registry::new().with(tally.clone()).expect("one name");
+    let registry = Registry::new().with(tally.clone()).expect("the name is unique");
     world.append(50).await;
-    // A rollback between them leaves a hole, and the mark a tombstone in it.
-    world.execute("begin; insert into events (stream_id, stream_version, event_type, payload) values ('x', 1, 'X', '1'); rollback").await;
+    // A rollback leaves a gap, and raising the mark puts a filler into it.
+    world
+        .execute(
+            "begin; insert into events (stream_id, stream_version, event_type, payload) \
+             values ('x', 1, 'X', '1'); rollback",
+        )
+        .await;
     world.append(50).await;
     world.boot(&registry).await;
     let writing = async {
@@ -66,7 +71,7 @@ async fn a_replaced_row_is_found() {
 #[tokio::test]
 async fn a_projector_beyond_the_mark_is_named() {
     let world = world_with_mark_at(30).await;
-    world.boot(&Registry::new().with(Tally::new("tally")).expect("one name")).await;
+    world.boot(&Registry::new().with(Tally::new("tally")).expect("the name is unique")).await;
     world.execute("update projectors set position = 31").await;
     let audit = world.run(&["audit"]).await.exits(1);
     assert_eq!(audit.stdout, "projector tally@1 stands at 31, beyond the high-water mark 30\n");
@@ -83,7 +88,8 @@ async fn deleted_rows_are_reported_as_ranges_with_their_count_and_one_alert() {
     let audit = world.run(&["audit"]).await.exits(1);
     assert_eq!(
         audit.stdout,
-        "positions 12 to 2522 have no row: 2,511 deleted\nposition 2530 has no row: it was deleted\n\
+        "positions 12 to 2522 have no row: 2,511 deleted\nposition 2530 has no row: it was \
+         deleted\n\
          position 2600 has no row: it was deleted\n"
     );
     let log = audit.log();

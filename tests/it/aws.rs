@@ -1,4 +1,4 @@
-//! Calls of AWS are made as the environment says, and a poll may take its time.
+//! The environment's settings for AWS calls are used, and a long poll does not time out.
 
 use std::time::Duration;
 
@@ -22,7 +22,7 @@ async fn the_environment_sets_how_often_a_call_is_attempted() {
         RunningProcess::spawn(relay).finish().await.exits(3);
         assert_eq!(
             stub.call_count("GetQueueAttributes") - before,
-            attempts.parse::<usize>().expect("a number")
+            attempts.parse::<usize>().expect("the value is a number")
         );
     }
 }

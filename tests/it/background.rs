@@ -1,20 +1,20 @@
-//! The convoy: a projector that is slow or far behind holds up nobody, and comes back by itself.
+//! The background: a projector that is slow or far behind leaves the fan-out group, delays no
+//! other, and is readmitted automatically.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use projectionist::{BackgroundLimits, Database, Limits, PlaySettings, Queue, Registry, play};
+use projectionist::{BackgroundLimits, Database, PlaySettings, Queue, Registry, play};
 
 use crate::support::{
     Gate, ScriptedProjector, TIMEOUT, Tally, World, eventually, registry, registry_of, scripted_at,
 };
 
-/// Play with little patience for one projector.
+/// Settings that move a projector to the background soon.
 fn low_background_limits() -> PlaySettings {
-    PlaySettings {
-        background_after: BackgroundLimits { events: 50, time: Duration::from_millis(300) },
-        ..World::continuous_play_settings()
-    }
+    World::continuous_play_settings().with_background_after(
+        BackgroundLimits::default().with_events(50).with_time(Duration::from_millis(300)),
+    )
 }
 
 #[tokio::test]
@@ -33,7 +33,7 @@ async fn a_slow_projector_delays_no_other_and_is_readmitted() {
             })
         }))
         .and_then(|()| registry.add(quick.clone()))
-        .expect("two names");
+        .expect("the names are unique");
     world.boot(&registry).await;
 
     let playing = world.start_play_from(
@@ -43,22 +43,23 @@ async fn a_slow_projector_delays_no_other_and_is_readmitted() {
     );
     world.append(40).await;
     gate.arrival().await;
-    eventually("the quick one passes the slow one", || async {
-        world.position("quick").await == 40
-    })
-    .await;
+    eventually("the quick projector is at 40", || async { world.position("quick").await == 40 })
+        .await;
     world.append(40).await;
-    eventually("and goes on", || async { world.position("quick").await == 80 }).await;
+    eventually("the quick projector continues", || async { world.position("quick").await == 80 })
+        .await;
     assert_eq!(
         (world.position("a_slow_one").await, world.status("a_slow_one").await),
         (0, "live".into())
     );
 
     gate.open();
-    eventually("the slow one is at the end", || async { world.position("a_slow_one").await == 80 })
-        .await;
+    eventually("the slow projector is at the end", || async {
+        world.position("a_slow_one").await == 80
+    })
+    .await;
     world.append(40).await;
-    eventually("and in the convoy again", || async {
+    eventually("both projectors are played in the group", || async {
         (world.position("a_slow_one").await, world.position("quick").await) == (120, 120)
     })
     .await;
@@ -85,10 +86,10 @@ async fn a_projector_far_behind_catches_up_in_the_background() {
             })
         }))
         .and_then(|()| registry.add(quick.clone()))
-        .expect("two names");
-    let only_quick = Registry::new().with(quick.clone()).expect("one name");
+        .expect("the names are unique");
+    let only_quick = Registry::new().with(quick.clone()).expect("the name is unique");
     world.boot(&registry).await;
-    // An old release plays the other alone meanwhile.
+    // Meanwhile, an old release plays only the other projector.
     world.append(400).await;
     world.play_until_idle(&only_quick).await;
     assert_eq!((world.position("behind").await, world.position("quick").await), (0, 400));
@@ -100,19 +101,22 @@ async fn a_projector_far_behind_catches_up_in_the_background() {
     );
     world.append(10).await;
     gate.arrival().await;
-    eventually("the other is fed meanwhile", || async { world.position("quick").await == 410 })
-        .await;
-    assert!(world.position("behind").await <= 100, "it stands before the gate");
+    eventually("the other projector is played meanwhile", || async {
+        world.position("quick").await == 410
+    })
+    .await;
+    assert!(world.position("behind").await <= 100, "the projector waits at the gate");
     gate.open();
-    eventually("it comes to the end", || async { world.position("behind").await == 410 }).await;
+    eventually("the projector is at the end", || async { world.position("behind").await == 410 })
+        .await;
     assert_eq!(world.position("quick").await, 410);
     playing.stop().await;
     world.assert_complete(&behind).await;
     world.assert_complete(&quick).await;
 }
 
-/// The reader of the log waits until its pages are taken, the handler for nothing, and all other
-/// sessions are kept: who ends the handler's must get a connection all the same.
+/// The log's reader waits for its pages to be taken, the handler never returns, and all other
+/// sessions are kept open. The task that ends the handler's session must still get a connection.
 #[tokio::test]
 async fn an_endless_handler_far_behind_is_broken_even_with_the_fewest_connections() {
     let world = World::new().await;
@@ -127,22 +131,25 @@ async fn an_endless_handler_far_behind_is_broken_even_with_the_fewest_connection
 
     let database =
         Database::connect(&world.database_url, 4, TIMEOUT).await.expect("the server answers");
-    let limits = Limits {
-        batch: 100,
-        handler_timeout: Duration::from_secs(1),
-        ..World::continuous_play_settings().limits
-    };
-    let settings = PlaySettings { limits, ..low_background_limits() };
+    let limits = World::continuous_play_settings()
+        .limits
+        .with_batch(100)
+        .with_handler_timeout(Duration::from_secs(1));
+    let settings = low_background_limits().with_limits(limits);
     let both = async {
-        eventually("the one is found out", async || world.status("endless").await == "broken")
-            .await;
-        eventually("the other is at the end", async || world.position("quick").await == 5_020)
-            .await;
+        eventually("the endless projector is broken", async || {
+            world.status("endless").await == "broken"
+        })
+        .await;
+        eventually("the other projector is at the end", async || {
+            world.position("quick").await == 5_020
+        })
+        .await;
     };
     let played =
         play(&database, Arc::clone(&world.queue) as Arc<dyn Queue>, &registry, settings, both)
             .await;
-    assert_eq!(played.expect("play comes to an end").broken, 1);
+    assert_eq!(played.expect("play succeeds").broken, 1);
     world.assert_broken("endless", 21, "took longer than").await;
     world.assert_complete(&quick).await;
 }
@@ -154,23 +161,23 @@ async fn a_projector_that_breaks_in_the_background_is_counted_and_breaks_alone()
     let registry = Registry::new()
         .with(behind.clone())
         .and_then(|r| r.with(quick.clone()))
-        .expect("two names");
+        .expect("the names are unique");
     world.boot(&registry).await;
     world.append(400).await;
-    world.play_until_idle(&Registry::new().with(quick.clone()).expect("one name")).await;
+    world.play_until_idle(&Registry::new().with(quick.clone()).expect("the name is unique")).await;
 
-    let settings = PlaySettings { until_idle: true, ..low_background_limits() };
+    let settings = low_background_limits().with_until_idle(true);
     let playing =
         world.start_play_from(Arc::clone(&world.queue) as Arc<dyn Queue>, &registry, settings);
-    eventually("all is quiet", || async { !playing.is_running() }).await;
+    eventually("play is idle", || async { !playing.is_running() }).await;
     let played = playing.stop().await;
     assert_eq!((played.broken, world.position("behind").await), (1, 249));
     world.assert_folded(&behind).await;
     world.assert_complete(&quick).await;
 }
 
-/// Together, by one statement: and whoever stands elsewhere, or is no longer live, is not moved by
-/// it.
+/// One statement advances all such projectors. It does not move a projector at another position or
+/// one that is not live.
 #[tokio::test]
 async fn projectors_without_matching_events_advance_from_their_own_positions() {
     let world = World::new().await;
@@ -180,7 +187,7 @@ async fn projectors_without_matching_events_advance_from_their_own_positions() {
     let registry = registry(&[&idle[0], &all, &idle[1], &idle[2], &idle[3]]);
     world.boot(&registry).await;
     world.append(40).await;
-    // As if other workers had been there first, and a boot of another release were at work.
+    // As if other workers had advanced some of them, and a boot of another release were running.
     world.execute("update projectors set position = 7 where name = 'ahead'").await;
     world.execute("update projectors set position = 3 where name in ('behind', 'beside')").await;
     world.execute("update projectors set status = 'stalled' where name = 'leaving'").await;
@@ -194,7 +201,7 @@ async fn projectors_without_matching_events_advance_from_their_own_positions() {
     );
 }
 
-/// The server is asked for no other events then.
+/// The server is asked only for the subscribed events.
 #[tokio::test]
 async fn projectors_with_few_event_types_skip_the_others_in_boot_and_miss_none() {
     let world = World::new().await;
@@ -205,7 +212,7 @@ async fn projectors_with_few_event_types_skip_the_others_in_boot_and_miss_none()
     let first = registry(&[&opened]);
     world.boot(&first).await;
     world.append(700).await;
-    // Behind by different amounts, and with different events to come.
+    // The projectors are behind by different amounts and subscribe to different events.
     world.execute("update projectors set status = 'stalled' where name = 'opened'").await;
     let report = world.boot(&registry(&[&never, &closed, &opened])).await;
     assert!(report.is_released(), "{report:?}");

@@ -1,8 +1,8 @@
-//! The main job, from the first event to three complete read models.
+//! The main path: boot and play until the read models are complete.
 
 use std::sync::Arc;
 
-use projectionist::{Limits, Mode, PlaySettings, Queue, RelaySettings, boot};
+use projectionist::{Limits, Mode, Queue, RelaySettings, boot};
 
 use crate::support::{Tally, World, registry};
 
@@ -18,26 +18,29 @@ async fn read_models_after_boot_and_play_equal_the_fold_of_the_log() {
 
         world.append(250).await;
         let played = world.play_until_idle(&registry).await;
-        assert!(played.messages > 0, "the events came through the queue");
+        assert!(played.messages > 0, "the events must come through the queue");
         world.assert_complete(&all).await;
         world.assert_complete(&closed).await;
     }
 }
 
-/// A batch of no events would move the position and apply nothing.
+/// A batch of no events would move the position without applying an event.
 #[tokio::test]
 async fn a_batch_limit_of_zero_counts_as_one() {
     let world = World::new().await;
     let tally = Tally::new("tally");
     let registry = registry(&[&tally]);
-    let limits = Limits { batch: 0, ..Limits::default() };
+    let limits = Limits::default().with_batch(0);
     world.append(10).await;
     assert!(
-        boot(&world.database, &registry, limits, |_| {}).await.expect("boot ends").is_released()
+        boot(&world.database, &registry, limits, |_| {})
+            .await
+            .expect("boot succeeds")
+            .is_released()
     );
     world.append(10).await;
-    let relay = Some(RelaySettings { max_events: 0, ..RelaySettings::default() });
-    let settings = PlaySettings { limits, relay, ..World::play_settings() };
+    let relay = Some(RelaySettings::default().with_max_events(0));
+    let settings = World::play_settings().with_limits(limits).with_relay(relay);
     let played =
         world.play_with(Arc::clone(&world.queue) as Arc<dyn Queue>, &registry, settings).await;
     assert_eq!(played.messages, 10);

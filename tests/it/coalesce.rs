@@ -1,5 +1,5 @@
-//! Inserts of declared projectors that are sent as one statement: where they are, where not, and
-//! that nobody can tell.
+//! Coalesced inserts: many rows that a declared projector writes with one statement. The tests
+//! state when inserts are coalesced and when not, and that the result is the same as row by row.
 
 use std::fmt::Write as _;
 
@@ -14,12 +14,12 @@ use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, Test
 
 use crate::support::{Folder, Session, World, event, eventually, execute, is_mariadb, seed};
 
-/// Handlers over tables that are written `<a>`, and what stands around them.
+/// Handlers over tables that are written `<a>`, and the statements that prepare the tables.
 #[derive(Default)]
 struct Case {
-    /// Run first, as the tables' owner.
+    /// Run first, as the owner of the tables.
     setup: Vec<String>,
-    /// Event types, as in a file, and a statement.
+    /// The event types, as in a file, and a statement.
     handlers: Vec<(&'static str, String)>,
 }
 
@@ -35,7 +35,7 @@ impl Case {
     }
 }
 
-/// What became of a projector.
+/// The final state of a projector.
 #[derive(Debug, PartialEq)]
 struct Outcome {
     status: String,
@@ -45,12 +45,13 @@ struct Outcome {
     rows: Vec<String>,
 }
 
-/// How a projector's inserts are sent.
+/// How a projector sends its inserts.
 #[derive(Debug, Clone, Copy)]
 enum InsertMode {
-    /// As one, where that is the same.
+    /// Coalesced where possible.
     Coalesced,
-    /// Each by itself: no insert is coalesced into a table that is written with its database.
+    /// One statement per row. The file writes its tables with the database's name, which turns
+    /// coalescing off.
     RowByRow,
 }
 
@@ -62,7 +63,7 @@ impl InsertMode {
         }
     }
 
-    /// The tables' names are of one length, as they are in the errors.
+    /// The table's name. Names have the same length in both modes, because errors contain them.
     fn table(self, world: &World, table: &str) -> String {
         match self {
             InsertMode::Coalesced => format!("together_{table}"),
@@ -76,46 +77,51 @@ impl InsertMode {
         })
     }
 
-    /// The projector's file. Each event of the type `Measure` notes how many statements the session
-    /// has run so far.
+    /// The projector's file. Each event of the type `Measure` records how many statements the
+    /// session has run so far.
     async fn file(self, world: &World, case: &Case) -> Folder {
         let name = self.name();
         let mut text = format!("name = '{name}'\nversion = 1\nmode = 'from_beginning'\n");
         let status = if is_mariadb().await { "information_schema" } else { "performance_schema" };
         let measure = format!(
-            "insert into measured select '{name}', :position, variable_value from {status}.session_status \
+            "insert into measured select '{name}', :position, variable_value \
+             from {status}.session_status \
              where variable_name = 'Questions'"
         );
         let measure = [("'Measure'", measure)];
         for (events, sql) in case.handlers.iter().chain(&measure) {
             let sql = self.sql(world, sql);
-            write!(text, "\n[[on]]\nevents = [{events}]\nsql = '''{sql}'''\n").expect("a string");
+            write!(text, "\n[[on]]\nevents = [{events}]\nsql = '''{sql}'''\n")
+                .expect("writing to a string succeeds");
         }
         Folder::new().with("projector.toml", &text)
     }
 
     async fn registry(self, world: &World, case: &Case) -> (Folder, Registry) {
         world
-            .execute("create table if not exists measured (way varchar(20), position bigint, statements bigint)")
+            .execute(
+                "create table if not exists measured (way varchar(20), position bigint, \
+                 statements bigint)",
+            )
             .await;
         for sql in &case.setup {
             world.execute(&self.sql(world, sql)).await;
         }
         let folder = self.file(world, case).await;
         let mut registry = Registry::new();
-        load(folder.path().as_ref(), &mut registry).expect("the file holds");
+        load(folder.path().as_ref(), &mut registry).expect("the file is valid");
         (folder, registry)
     }
 
     async fn boot(self, world: &World, case: &Case) -> Outcome {
         let (folder, registry) = self.registry(world, case).await;
-        let limits = Limits { batch: 1000, ..Limits::default() };
-        boot(&world.database, &registry, limits, |_| {}).await.expect("boot comes to an end");
+        let limits = Limits::default().with_batch(1000);
+        boot(&world.database, &registry, limits, |_| {}).await.expect("boot succeeds");
         self.outcome(world, &folder).await
     }
 
     async fn outcome(self, world: &World, folder: &Folder) -> Outcome {
-        let entry = world.entry(self.name()).await.expect("it is in the ledger");
+        let entry = world.entry(self.name()).await.expect("the projector is in the ledger");
         let failure = match &entry.status {
             projectionist::Status::Broken(failure) => Some(
                 failure
@@ -135,11 +141,13 @@ impl InsertMode {
     }
 }
 
-/// The rows of a table, with its letter, each as one text, sorted; none where there is no table.
+/// The rows of a table, each as one text with the table's letter, sorted. Empty if the table does
+/// not exist.
 async fn contents(world: &World, way: &str, table: &str) -> Vec<String> {
     let mut connection = world.connection().await;
     let columns: Option<String> = sqlx::query_scalar(
-        "select group_concat(concat('quote(`', column_name, '`)') order by column_name) from information_schema.columns \
+        "select group_concat(concat('quote(`', column_name, '`)') order by column_name) \
+         from information_schema.columns \
          where table_schema = database() and table_name = ?",
     )
     .bind(format!("{way}_{table}"))
@@ -150,19 +158,22 @@ async fn contents(world: &World, way: &str, table: &str) -> Vec<String> {
     let sql = format!(
         "select convert(concat_ws(',', '{table}', {columns}) using utf8mb4) from {way}_{table}"
     );
-    let mut rows: Vec<String> =
-        sqlx::query_scalar(AssertSqlSafe(sql)).fetch_all(&mut connection).await.expect("the rows");
+    let mut rows: Vec<String> = sqlx::query_scalar(AssertSqlSafe(sql))
+        .fetch_all(&mut connection)
+        .await
+        .expect("the rows are readable");
     rows.sort();
     rows
 }
 
-/// How many statements a projector's session ran between its first and its last event.
+/// The number of statements that a projector's session ran between its first and its last event.
 async fn statements(world: &World, way: InsertMode) -> u64 {
     let sql = format!(
-        "select cast(max(statements) - min(statements) as unsigned) from measured where way = '{}' having count(*) = 2",
+        "select cast(max(statements) - min(statements) as unsigned) from measured where way = '{}' \
+         having count(*) = 2",
         way.name()
     );
-    // The last to measure is one itself.
+    // The last measurement is itself a statement.
     world.number(&sql).await - 1
 }
 
@@ -170,7 +181,7 @@ fn of_type(event_type: &str, number: usize) -> NewEvent {
     NewEvent { event_type: event_type.into(), ..event(number) }
 }
 
-/// Appends events between two that measure.
+/// Appends these events between two `Measure` events.
 async fn append(world: &World, events: Vec<NewEvent>) {
     let measure = NewEvent {
         payload: r#"{"number":0,"n":0,"s":null,"g":0}"#.into(),
@@ -179,17 +190,17 @@ async fn append(world: &World, events: Vec<NewEvent>) {
     let mut all = vec![measure.clone()];
     all.extend(events);
     all.push(measure);
-    world.store.append(&all).await.expect("appended");
+    world.store.append(&all).await.expect("the events are appended");
 }
 
-/// Boots a projector over 120 events both ways, asserts that nobody can tell, and returns how many
-/// statements each took.
+/// Boots a projector over 120 events in both modes and asserts that the results are equal. Returns
+/// how many statements each mode took.
 async fn compare_with_row_by_row(case: &Case) -> (u64, u64) {
     let world = World::new().await;
     append(&world, (0..120).map(event).collect()).await;
     let alone = InsertMode::RowByRow.boot(&world, case).await;
     assert_eq!((alone.status.as_str(), alone.position), ("live", 122), "{alone:?}");
-    assert!(!alone.rows.is_empty(), "it has written something");
+    assert!(!alone.rows.is_empty(), "the projector has written no row");
     assert_eq!(InsertMode::Coalesced.boot(&world, case).await, alone);
     (
         statements(&world, InsertMode::Coalesced).await,
@@ -204,7 +215,7 @@ const B: &str =
 const C: &str =
     "create table <c> (k varchar(40) primary key, n bigint not null, s varchar(8) null)";
 
-/// The statement that asks about tables, if only to find that they are no such ones.
+/// The statement that reads the properties of the tables.
 const TABLE_QUERIES: u64 = 1;
 
 const COUNT: &str =
@@ -214,11 +225,13 @@ const COUNT: &str =
 async fn inserts_of_one_handler_are_sent_together() {
     let handlers = [
         COUNT,
-        "insert ignore into <b> (k, n, s) values (concat(:stream_id, '-', :payload.number), :position, :payload.s?)",
+        "insert ignore into <b> (k, n, s) values (concat(:stream_id, '-', :payload.number), \
+         :position, :payload.s?)",
         "replace into <c> values (:stream_id, :payload.number, null)",
     ];
     let (together, alone) = compare_with_row_by_row(&Case::new(&[A, B, C], &handlers)).await;
-    // The first of each table, a look at all three, then 119: 64, 32, 16, 4, 2, 1.
+    // The first row of each table, then 119 rows as 64, 32, 16, 4, 2 and 1. One statement inspects
+    // all three tables.
     assert_eq!((together, alone), (3 * (1 + 6) + TABLE_QUERIES, 3 * 120));
 }
 
@@ -227,19 +240,19 @@ async fn a_statement_between_inserts_on_the_same_table_keeps_its_place() {
     let update = "update <a> set n = n * 3 % 1009 where k = :stream_id";
     let (together, alone) = compare_with_row_by_row(&Case::new(&[A], &[COUNT, update])).await;
     assert_eq!((together, alone), (240 + TABLE_QUERIES, 240));
-    // Also another insert.
+    // Another insert into the same table also keeps its place.
     let other =
         "insert into <a> (k, n) values (:stream_id, 2) on duplicate key update n = n * 3 % 1009";
     let (together, alone) = compare_with_row_by_row(&Case::new(&[A], &[COUNT, other])).await;
     assert_eq!((together, alone), (240 + TABLE_QUERIES, 240));
-    // And one on another table that reads this one.
+    // An insert into another table that reads this one also keeps its place.
     let reading = "insert into <b> select concat('at ', :position), sum(n), null from <a>";
     let (together, alone) = compare_with_row_by_row(&Case::new(&[A, B], &[COUNT, reading])).await;
     assert_eq!((together, alone), (240 + TABLE_QUERIES, 240));
 }
 
-/// Statements of the same numbers of rows come again and again, with values of other types at the
-/// same places.
+/// Statements with the same number of rows are repeated, with values of other types in the same
+/// places.
 #[tokio::test]
 async fn a_value_binds_the_same_whatever_rows_surround_it() {
     const VALUES: &[&str] = &[
@@ -268,8 +281,10 @@ async fn a_value_binds_the_same_whatever_rows_surround_it() {
         }
     }
     append(&world, events).await;
-    let table = "create table <a> (k bigint primary key, v varchar(40) collate utf8mb4_bin null, w text collate utf8mb4_bin)";
-    let sql = "insert into <a> values (:position, :payload.v, concat('<', coalesce(:payload.v, :payload), '>'))";
+    let table = "create table <a> (k bigint primary key, v varchar(40) collate utf8mb4_bin null, \
+                 w text collate utf8mb4_bin)";
+    let sql = "insert into <a> values (:position, :payload.v, concat('<', coalesce(:payload.v, \
+               :payload), '>'))";
     let mut case = Case::new(&[table], &[]);
     case.handlers = vec![("'Opened'", sql.to_owned()), ("'Pause'", "do 1".to_owned())];
     let together = InsertMode::Coalesced.boot(&world, &case).await;
@@ -307,11 +322,12 @@ async fn a_table_with_a_foreign_key_is_written_row_by_row() {
 
 #[tokio::test]
 async fn a_table_with_auto_increment_or_a_computed_default_is_written_row_by_row() {
-    let numbered = "create table <a> (seq bigint auto_increment primary key, k varchar(40) unique, n int not null)";
+    let numbered = "create table <a> (seq bigint auto_increment primary key, k varchar(40) unique, \
+                    n int not null)";
     let (together, alone) = compare_with_row_by_row(&Case::new(&[numbered], &[COUNT])).await;
     assert_eq!((together, alone), (120 + TABLE_QUERIES, 120));
 
-    // Only that it is not coalesced: what the columns get is another thing each time.
+    // The columns get different values each time, so only the number of statements is compared.
     for column in [
         "at datetime(6) default now(6)",
         "at timestamp(6) null on update now(6)",
@@ -328,16 +344,18 @@ async fn a_table_with_auto_increment_or_a_computed_default_is_written_row_by_row
             "{column}"
         );
     }
-    // Defaults that are constant change nothing.
-    let constant = "create table <a> (k varchar(40) primary key, n int not null default 0, s varchar(9) default 'it''s', \
-                    d decimal(5, 2) default -1.5, b bit(2) default b'11', t datetime default '2020-01-01 00:00:00', \
+    // Constant defaults do not prevent coalescing.
+    let constant = "create table <a> (k varchar(40) primary key, n int not null default 0, \
+                    s varchar(9) default 'it''s', \
+                    d decimal(5, 2) default -1.5, b bit(2) default b'11', \
+                    t datetime default '2020-01-01 00:00:00', \
                     g int generated always as (n + 1) stored, check (n > 0))";
     let (together, alone) = compare_with_row_by_row(&Case::new(&[constant], &[COUNT])).await;
     assert_eq!((together, alone), (1 + 6 + TABLE_QUERIES, 120));
 }
 
-/// MariaDB: the insert of one row that a constraint refuses is an error, even with `ignore`; of
-/// many, it leaves that row out.
+/// On MariaDB, `insert ignore` of one row that violates a constraint is an error. `insert ignore`
+/// of many rows skips that row.
 #[tokio::test]
 async fn an_insert_ignore_with_a_constraint_is_written_row_by_row() {
     for (column, value) in [
@@ -349,16 +367,17 @@ async fn an_insert_ignore_with_a_constraint_is_written_row_by_row() {
         append(&world, (0..120).map(event).collect()).await;
         let table = format!("create table <a> (k varchar(40) primary key, {column})");
         let insert = format!(
-            "insert ignore into <a> (k, n) values (concat(:stream_id, '-', :payload.number), {value})"
+            "insert ignore into <a> (k, n) values (concat(:stream_id, '-', :payload.number), \
+             {value})"
         );
         let case = Case::new(&[&table], &[&insert]);
         let alone = InsertMode::RowByRow.boot(&world, &case).await;
-        // On MySQL, `ignore` does not cover JSON.
+        // On MySQL, `ignore` does not apply to JSON.
         let breaks = is_mariadb().await || column == "n json";
         assert_eq!(alone.status, if breaks { "broken" } else { "live" }, "{column}: {alone:?}");
         assert_eq!(InsertMode::Coalesced.boot(&world, &case).await, alone, "{column}");
     }
-    // Without one, it is sent together: see above.
+    // Other tests show that such inserts are coalesced if the table has no constraint.
 }
 
 #[tokio::test]
@@ -378,7 +397,8 @@ async fn a_projector_that_reads_the_previous_result_is_written_row_by_row() {
     let rows = format!("{B} select 'rows' as k, 0 as n, null as s");
     let (together, alone) =
         compare_with_row_by_row(&Case::new(&[A, &rows], &[COUNT, looking])).await;
-    // Each of 121 events begins with two statements that reset what is looked back at.
+    // Each of 121 events begins with two statements that reset `row_count()` and
+    // `last_insert_id()`.
     assert_eq!((together, alone), (240 + 242, 240 + 242));
 
     let numbered = "create table <b> (seq bigint auto_increment primary key, k varchar(40))";
@@ -417,7 +437,7 @@ async fn a_user_without_the_trigger_grant_writes_row_by_row_and_is_warned_once()
         ran.stderr
     );
 
-    // With the grant, on that table alone, it is another matter.
+    // With the grant on that table alone, the inserts are coalesced.
     execute(
         &mut admin,
         &format!("grant trigger, insert on {}.together_a to '{user}'@'%'", world.database_name),
@@ -475,19 +495,21 @@ async fn no_trigger_can_be_created_while_rows_are_pending() {
     execute(&mut other, "begin; update gate set n = 2").await;
 
     let booting = InsertMode::Coalesced.boot(&world, &case);
-    let meddling = async {
+    let creating_trigger = async {
         let waits = |session: &Session| session.statement.starts_with("update gate");
         eventually("the handler waits", async || world.sessions().await.iter().any(waits)).await;
-        let mut meddler = world.connection().await;
-        execute(&mut meddler, "set session lock_wait_timeout = 1").await;
+        let mut other_session = world.connection().await;
+        execute(&mut other_session, "set session lock_wait_timeout = 1").await;
         let trigger =
             "create trigger late before insert on together_a for each row set new.n = 1000";
-        let refused =
-            sqlx::raw_sql(trigger).execute(&mut meddler).await.expect_err("the table is in use");
+        let refused = sqlx::raw_sql(trigger)
+            .execute(&mut other_session)
+            .await
+            .expect_err("the table is in use");
         assert!(refused.to_string().contains("Lock wait timeout"), "{refused}");
         execute(&mut other, "rollback").await;
     };
-    let (booted, ()) = tokio::join!(booting, meddling);
+    let (booted, ()) = tokio::join!(booting, creating_trigger);
     assert_eq!(
         (booted.status.as_str(), statements(&world, InsertMode::Coalesced).await),
         ("live", 1 + TABLE_QUERIES + 3 + 1 + 3)
@@ -502,34 +524,41 @@ struct RandomHandler {
     types: &'static str,
 }
 
-/// `<t>` and `<u>` are any of the tables, `<i>` is the handler's own. What is first comes out when
-/// a failure is made smaller.
+/// `<t>` and `<u>` stand for any of the tables, `<i>` for the handler's number. Shrinking prefers
+/// the first entries.
 const INSERTS: &[&str] = &[
     "insert into <t> (k, n) values (:stream_id, 1) on duplicate key update n = n + values(n)",
     "insert into <t> (k, n, s) values (:stream_id, :payload.n, :payload.s?) \
      on duplicate key update n = (n * 3 + values(n)) % 100003, s = coalesce(values(s), <t>.s)",
-    "insert ignore into <t> (k, n, s) values (concat(:stream_id, '-', :payload.g), :payload.n, left(:payload.s?, 8))",
+    "insert ignore into <t> (k, n, s) values (concat(:stream_id, '-', :payload.g), :payload.n, \
+     left(:payload.s?, 8))",
     "insert ignore into <t> (k, n, s) values (:payload.g, :position, :payload.s?)",
     "replace into <t> values (:payload.g, :position, :payload.s?)",
-    "insert into <t> (k, n, s) values (concat(right(:event_id, 20), '<i>'), cast(:payload.n as decimal(20, 3)), :payload.g)",
-    "insert into <t> (k, n) values (:position, :payload.n) on duplicate key update k = concat(k, '+'), n = null",
-    "insert into <t> (k, n) values (concat_ws('.', :payload.g, :position % 150, '<i>'), :payload.n)",
+    "insert into <t> (k, n, s) values (concat(right(:event_id, 20), '<i>'), \
+     cast(:payload.n as decimal(20, 3)), :payload.g)",
+    "insert into <t> (k, n) values (:position, :payload.n) on duplicate key update k = concat(k, \
+     '+'), n = null",
+    "insert into <t> (k, n) values (concat_ws('.', :payload.g, :position % 150, '<i>'), \
+     :payload.n)",
 ];
 
-/// They all come between the rows of those.
+/// Statements that run between the rows of the inserts.
 const OTHERS: &[&str] = &[
     "update <t> set n = n * 2 % 100003 where k = concat(:payload.g)",
     "update <t> set n = n + 1, s = 'x' where k like '%1%'",
     "delete from <t> where k = :stream_id",
-    "insert into <t> (k, n) select concat('sum-', :position), coalesce(sum(n), 0) % 100003 from <u> \
+    "insert into <t> (k, n) select concat('sum-', :position), coalesce(sum(n), 0) % 100003 \
+     from <u> \
      on duplicate key update s = '='",
-    "insert into <t> (k, n) values (:stream_id, (select count(*) from (select k from <u> limit 100000) as other)) \
+    "insert into <t> (k, n) values (:stream_id, (select count(*) from (select k \
+     from <u> limit 100000) as other)) \
      on duplicate key update s = '#'",
 ];
 
 const TYPES: &[&str] = &["'*'", "'Opened'", "'Opened', 'Closed'", "'Amended', 'Closed'"];
 
-/// JSON of one class, of every class, and what breaks most statements.
+/// JSON values: the first list has one type, the second several types, the third values that break
+/// most statements.
 const NUMBERS: [&[&str]; 3] = [
     &["1", "0", "-7", "12345678901", "4"],
     &["2.5", "\"12\"", "\"3.25\"", "true", "1e2", "5"],
@@ -555,7 +584,8 @@ fn random_handler() -> impl Strategy<Value = RandomHandler> {
         .prop_map(|((statement, types), tables)| RandomHandler { statement, tables, types })
 }
 
-/// Mostly of the first kind, so that rows can wait; of the last, one time in so many.
+/// Mostly picks from the first list, so that rows can be coalesced. `seldom` is the weight of the
+/// first list against one of the last.
 fn one_of(
     values: [&'static [&'static str]; 3],
     seldom: u32,
@@ -605,7 +635,7 @@ async fn compare(
     Ok(())
 }
 
-/// What the random cases were, so that they are known to be worth something.
+/// Counts over the random cases. They prove that the cases were not trivial.
 #[derive(Debug, Default)]
 struct CaseCounts {
     cases: u32,
@@ -626,7 +656,7 @@ fn random_files_and_logs_give_the_same_tables_with_coalesced_inserts() {
         .worker_threads(2)
         .enable_all()
         .build()
-        .expect("a runtime");
+        .expect("the runtime starts");
     let tally = std::cell::RefCell::new(CaseCounts::default());
     let strategy = (vec(random_handler(), 1..5), vec(random_event(), 35..160));
     let result = runner.run(&strategy, |(handlers, events)| {
@@ -640,10 +670,10 @@ fn random_files_and_logs_give_the_same_tables_with_coalesced_inserts() {
     let tally = tally.into_inner();
     eprintln!("{tally:?}");
     assert!(tally.broken < tally.cases, "{tally:?}");
-    assert!(tally.together * 10 < tally.alone * 9, "many of them were coalesced: {tally:?}");
+    assert!(tally.together * 10 < tally.alone * 9, "too few inserts were coalesced: {tally:?}");
 }
 
-/// The same as [`COUNT`], by hand.
+/// A projector in Rust that does the same as [`COUNT`].
 struct MultiRowCounter;
 
 #[async_trait]
@@ -671,7 +701,10 @@ impl Projector for MultiRowCounter {
         }
         assert_eq!(rows.len(), events.len());
         let affected = rows.execute(db).await?;
-        assert!(rows.is_empty() && affected >= events.len() as u64, "it counts as the server does");
+        assert!(
+            rows.is_empty() && affected >= events.len() as u64,
+            "the affected rows are counted as the server counts them"
+        );
         Ok(())
     }
 
@@ -686,12 +719,13 @@ async fn the_multi_row_helper_equals_a_statement_per_row() {
     append(&world, (0..700).map(event).collect()).await;
     let s = "case when :position % 2 = 1 then 'odd' end";
     let count = format!(
-        "insert into <a> (k, n, s) values (:stream_id, 1, {s}) on duplicate key update n = n + values(n), s = values(s)"
+        "insert into <a> (k, n, s) values (:stream_id, 1, {s}) on duplicate key \
+         update n = n + values(n), s = values(s)"
     );
     let Outcome { rows, .. } = InsertMode::RowByRow.boot(&world, &Case::new(&[A], &[&count])).await;
     world.execute("create table alone_b like alone_a").await;
     let mut registry = Registry::new();
-    registry.add(MultiRowCounter).expect("a name of its own");
+    registry.add(MultiRowCounter).expect("the name is unique");
     assert!(world.boot(&registry).await.is_released());
     let by_hand = contents(&world, "alone", "b").await;
     assert_eq!(by_hand.iter().map(|row| row.replacen('b', "a", 1)).collect::<Vec<_>>(), rows);
@@ -702,16 +736,16 @@ async fn the_multi_row_helper_reports_bad_input_before_any_query() {
     let world = World::new().await;
     let db = &mut world.connection().await;
     let mut none = MultiRowInsert::new("insert into nowhere values");
-    assert_eq!(none.execute(db).await.expect("nothing to do"), 0);
+    assert_eq!(none.execute(db).await.expect("an empty insert succeeds"), 0);
 
     let mut ragged = MultiRowInsert::new("insert into nowhere values");
     ragged.row().bind(1).bind(2).row().bind(3);
-    let error = ragged.execute(db).await.expect_err("refused").to_string();
+    let error = ragged.execute(db).await.expect_err("the insert is rejected").to_string();
     assert!(error.contains("different numbers of values") && error.contains("nowhere"), "{error}");
 
     let mut outside = MultiRowInsert::new("insert into nowhere values")
         .with_tail("on duplicate key update a = ?");
     outside.row().bind(1);
-    let error = outside.execute(db).await.expect_err("refused").to_string();
-    assert!(error.contains("a ? stands outside them"), "{error}");
+    let error = outside.execute(db).await.expect_err("the insert is rejected").to_string();
+    assert!(error.contains("a ? is outside of them"), "{error}");
 }

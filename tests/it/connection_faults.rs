@@ -1,12 +1,11 @@
-//! Cables that fail: those that reset every connection, and those that go silent, so that nobody is
-//! told.
+//! Broken connections: some are reset, others stop forwarding without closing.
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use projectionist::{Database, Limits, PlaySettings, Queue, boot, play};
+use projectionist::{Database, Limits, Queue, boot, play};
 
 use crate::support::{
     Proxy, ProxyAction, RunningProcess, TIMEOUT, Tally, World, contains_text, eventually, kill,
@@ -16,12 +15,13 @@ use crate::support::{
 /// COM_PING, as the driver sends it.
 const PING: &[u8] = b"\x01\x00\x00\x00\x0e";
 
-/// What may pass must not break a projector, however often in a row it happens: more often than a
-/// server has to hang up on one handler before that counts as the projector's own.
+/// A transient error must not break a projector, however often in a row it occurs. The test resets
+/// eleven connections, one more than the limit after which a handler is blamed for an oversized
+/// packet.
 #[tokio::test]
 async fn repeated_connection_resets_break_no_projector() {
     let world = World::new().await;
-    // A single event for it, so that a batch that fails is not tried again event by event.
+    // Subscribes to a single event, so that a failing batch is not retried event by event.
     let tally = Tally::new("tally").only(&["Closed"]);
     let resets = Arc::new(AtomicU64::new(0));
     let (counted, is_down) = (Arc::clone(&resets), AtomicBool::new(false));
@@ -33,10 +33,11 @@ async fn repeated_connection_resets_break_no_projector() {
                 is_down.store(true, Ordering::SeqCst);
                 return ProxyAction::Reset;
             }
-            // Nor does another connection live that is asked whether it does.
-            match bytes == PING && is_down.swap(false, Ordering::SeqCst) {
-                true => ProxyAction::Reset,
-                false => ProxyAction::Forward,
+            // The ping after a reset fails, too, so the server looks unreachable.
+            if bytes == PING && is_down.swap(false, Ordering::SeqCst) {
+                ProxyAction::Reset
+            } else {
+                ProxyAction::Forward
             }
         })
         .await;
@@ -45,13 +46,14 @@ async fn repeated_connection_resets_break_no_projector() {
         registry_of([scripted_at(&tally, 3, |db| Box::pin(run(db, "select 'at the poison'")))]);
     world.append(5).await;
     let report =
-        boot(&database, &registry, Limits::default(), |_| {}).await.expect("boot comes to an end");
+        boot(&database, &registry, Limits::default(), |_| {}).await.expect("boot succeeds");
     assert!(report.is_released(), "{report:?}");
     assert_eq!(resets.load(Ordering::SeqCst), 11);
     world.assert_complete(&tally).await;
 }
 
-/// Once it is armed: makes the first connection silent on which each of these is sent.
+/// Silences connections once armed: each entry's action applies to the first connection on which
+/// its text is sent.
 struct SilentConnections {
     waiting: Mutex<HashSet<(&'static str, ProxyAction)>>,
     is_armed: AtomicBool,
@@ -62,23 +64,22 @@ impl SilentConnections {
         if !self.is_armed.load(Ordering::SeqCst) {
             return ProxyAction::Forward;
         }
-        let mut waiting = self.waiting.lock().expect("no panic while deciding");
+        let mut waiting = self.waiting.lock().expect("the lock is not poisoned");
         let sent = waiting.iter().copied().find(|(text, _)| contains_text(bytes, text));
-        sent.filter(|sent| waiting.remove(sent)).map_or(ProxyAction::Forward, |(_, fate)| fate)
+        sent.filter(|sent| waiting.remove(sent)).map_or(ProxyAction::Forward, |(_, action)| action)
     }
 
     fn arm(&self) {
         self.is_armed.store(true, Ordering::SeqCst);
     }
 
-    /// What has not come yet.
+    /// The entries that have not occurred yet.
     fn waiting(&self) -> HashSet<(&'static str, ProxyAction)> {
-        self.waiting.lock().expect("no panic while deciding").clone()
+        self.waiting.lock().expect("the lock is not poisoned").clone()
     }
 }
 
-/// The world's database through a cable on which these go silent, and in which little time is lost
-/// by that.
+/// Connects to the world's database through such a proxy, with a short statement timeout.
 async fn connect_with_silences(
     world: &World,
     silent: &[(&'static str, ProxyAction)],
@@ -87,22 +88,24 @@ async fn connect_with_silences(
     let silences = Arc::new(SilentConnections { waiting, is_armed: AtomicBool::new(false) });
     let deciding = Arc::clone(&silences);
     let url = world.database_url_through_proxy(move |bytes| deciding.decide(bytes)).await;
-    // Each statement is prepared anew: it could not be told from others otherwise.
+    // The cache is off, so that each statement's text is sent again and can be recognized.
     let url = format!("{url}&statement-cache-capacity=0");
     let database = Database::connect(&url, 8, TIMEOUT).await.expect("the server answers");
     (database.with_statement_timeout(Duration::from_secs(2)), silences)
 }
 
-/// Boots and plays one projector through cables on which these go silent, and asserts that it takes
-/// up the work by itself.
+/// Boots and plays one projector through connections that fall silent, and asserts that it
+/// recovers.
 async fn assert_survives_silence(
     in_boot: &[(&'static str, ProxyAction)],
     in_play: &[(&'static str, ProxyAction)],
 ) {
     let world = World::new().await;
     let tally = Tally::new("tally");
-    let limits =
-        Limits { batch: 10, handler_timeout: Duration::from_secs(2), retry_timeout: Some(TIMEOUT) };
+    let limits = Limits::default()
+        .with_batch(10)
+        .with_handler_timeout(Duration::from_secs(2))
+        .with_retry_timeout(Some(TIMEOUT));
     let handling = |position| {
         registry_of([scripted_at(&tally, position, |db| {
             Box::pin(run(db, "select 'in the handler'"))
@@ -112,26 +115,25 @@ async fn assert_survives_silence(
     world.append(40).await;
     let (database, silences) = connect_with_silences(&world, in_boot).await;
     silences.arm();
-    let report =
-        boot(&database, &handling(25), limits, |_| {}).await.expect("boot comes to an end");
+    let report = boot(&database, &handling(25), limits, |_| {}).await.expect("boot succeeds");
     assert!(report.is_released(), "{report:?}");
     assert_eq!(silences.waiting(), HashSet::new());
     world.assert_complete(&tally).await;
 
     let (database, silences) = connect_with_silences(&world, in_play).await;
-    let driven = async {
+    let steps = async {
         world.append(1).await;
-        eventually("it is played", async || world.position("tally").await == 41).await;
+        eventually("the first event is played", async || world.position("tally").await == 41).await;
         silences.arm();
         world.append(29).await;
-        eventually("all of these have gone silent", async || silences.waiting().is_empty()).await;
-        eventually("it is at the end", async || world.position("tally").await == 70).await;
+        eventually("all entries have occurred", async || silences.waiting().is_empty()).await;
+        eventually("the projector is at the end", async || world.position("tally").await == 70)
+            .await;
     };
     let queue = Arc::clone(&world.queue) as Arc<dyn Queue>;
-    let settings = PlaySettings { limits, ..World::continuous_play_settings() };
-    let played = play(&database, queue, &handling(65), settings, driven)
-        .await
-        .expect("play comes to an end");
+    let settings = World::continuous_play_settings().with_limits(limits);
+    let played =
+        play(&database, queue, &handling(65), settings, steps).await.expect("play succeeds");
     assert_eq!(played.broken, 0);
     world.assert_complete(&tally).await;
 }
@@ -144,7 +146,7 @@ async fn a_silent_handler_connection_is_closed_and_each_event_applied_once() {
 
 #[tokio::test]
 async fn a_silent_ledger_connection_is_closed_and_each_event_applied_once() {
-    // Before the row is locked, and when it is free again: in between, the server keeps the lock
+    // Before the row is locked, and after it is released. In between, the server holds the lock
     // until it ends the session.
     let ledger = [
         ("start transaction", ProxyAction::Silent),
@@ -154,8 +156,7 @@ async fn a_silent_ledger_connection_is_closed_and_each_event_applied_once() {
     assert_survives_silence(&ledger, &ledger).await;
 }
 
-/// A setup may take as long as it likes: it is given up when the server does not know its session
-/// any more.
+/// A setup has no time limit. It is aborted when the server no longer has its session.
 #[tokio::test]
 async fn a_setup_on_a_silent_connection_is_aborted_and_run_again() {
     let world = World::new().await;
@@ -167,13 +168,13 @@ async fn a_setup_on_a_silent_connection_is_aborted_and_run_again() {
     silences.arm();
     let ending = async {
         eventually("the answer is withheld", async || silences.waiting().is_empty()).await;
-        // As the server does by itself, when a session has been silent for a minute.
+        // The server ends a session by itself when it has been silent for a minute.
         kill(&mut world.connection().await, world.sessions().await).await;
     };
-    let limits = Limits { retry_timeout: Some(TIMEOUT), ..Limits::default() };
+    let limits = Limits::default().with_retry_timeout(Some(TIMEOUT));
     let registry = registry_of([tally.clone()]);
     let (report, ()) = tokio::join!(boot(&database, &registry, limits, |_| {}), ending);
-    assert!(report.expect("boot comes to an end").is_released());
+    assert!(report.expect("boot succeeds").is_released());
     world.assert_complete(&tally).await;
 }
 
@@ -185,7 +186,7 @@ async fn a_connection_silent_during_reading_or_publishing_is_closed() {
     assert_survives_silence(&log, &[log, relay].concat()).await;
 }
 
-/// Really killed, between the queue's taking a message and the note of it.
+/// The relay is killed after the queue has accepted a message and before the relay records it.
 #[tokio::test]
 async fn a_relay_killed_between_sending_and_recording_loses_nothing() {
     for (world, sent_again) in [(World::new().await, 0), (World::with_standard_queue().await, 1)] {
@@ -203,8 +204,9 @@ async fn a_relay_killed_between_sending_and_recording_loses_nothing() {
         let mut relay = world.command(&["relay", "--message-events", "20"]);
         relay.env("AWS_ENDPOINT_URL", format!("http://{}", proxy.address()));
         let relay = RunningProcess::spawn(relay);
-        eventually("the queue has taken the second message", async || proxy.withheld() > 0).await;
-        assert!(relay.kill().await, "it was running");
+        eventually("the queue has accepted the second message", async || proxy.withheld() > 0)
+            .await;
+        assert!(relay.kill().await, "the relay was running");
         assert_eq!(world.number("select published from event_log").await, 20);
         assert_eq!(world.queue.depth().await.expect("the queue answers"), 2);
 

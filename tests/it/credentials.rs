@@ -1,5 +1,5 @@
-//! The way into the database: TLS by a bundle of certificates, secrets that are rotated, tokens of
-//! IAM; and the credentials of a container.
+//! Authentication at the database: TLS with a CA bundle, rotated secrets and IAM tokens. Also the
+//! AWS credentials of a container.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -21,7 +21,7 @@ const COUNTER: &str = "name = 'counter'\nversion = 1\nmode = 'from_beginning'\n\
     setup = ['create table if not exists counter (n bigint)']\n\n\
     [[on]]\nevents = ['*']\nsql = 'insert into counter (n) values (:position)'\n";
 
-/// Starts a command without the database's URL.
+/// Starts a command without DATABASE_URL, with other variables set.
 fn start(world: &World, arguments: &[&str], set: &[(&str, &str)]) -> RunningProcess {
     let mut command = world.command(arguments);
     command.env_remove("DATABASE_URL").envs(set.iter().copied());
@@ -39,12 +39,12 @@ async fn a_ca_bundle_verifies_the_server_and_its_name() {
     };
     status("localhost", &format!("?ssl-mode=VERIFY_IDENTITY&ssl-ca={bundle}"), &[], 0).await;
     status("localhost", "", &["--database-ca", &bundle], 0).await;
-    // Another root, no root, or another name.
+    // Another root certificate, none, or another host name.
     status("localhost", &format!("?ssl-mode=VERIFY_IDENTITY&ssl-ca={other}"), &[], 3).await;
     status("localhost", "", &["--database-ca", &other], 3).await;
     status("localhost", "?ssl-mode=VERIFY_IDENTITY", &[], 3).await;
     status("127.0.0.1", "", &["--database-ca", &bundle], 3).await;
-    // The URL may ask for the certificate alone.
+    // The URL may require only the certificate's verification.
     status("127.0.0.1", "?ssl-mode=VERIFY_CA", &["--database-ca", &bundle], 0).await;
     status("localhost", "", &["--database-ca", "/no/such/file"], 2)
         .await
@@ -73,16 +73,16 @@ async fn too_few_connections_are_refused_with_the_minimum() {
     let world = World::new().await;
     for connections in [0, 1] {
         let refused = Database::connect(&world.database_url, connections, TIMEOUT).await;
-        let reason = refused.expect_err("too few").to_string();
+        let reason = refused.expect_err("too few connections are rejected").to_string();
         assert!(
             reason.contains(&format!("{connections} connections are too few: at least 2")),
             "{reason}"
         );
     }
-    Database::connect(&world.database_url, 2, TIMEOUT).await.expect("enough");
+    Database::connect(&world.database_url, 2, TIMEOUT).await.expect("two connections are enough");
 }
 
-/// A secret of the world's own.
+/// Creates or changes the world's secret. Returns its ARN.
 async fn create_secret(world: &World, text: &str) -> String {
     let secrets = secrets().await;
     let name = format!("projectionist/{}", world.database_name);
@@ -99,14 +99,16 @@ async fn secrets() -> aws_sdk_secretsmanager::Client {
     let config = aws_config::defaults(aws_config::BehaviorVersion::latest())
         .http_client(aws_smithy_http_client::Builder::new().build_http())
         .region("us-east-1")
-        .endpoint_url(setting("AWS_ENDPOINT_URL").expect("the parts are up"))
+        .endpoint_url(
+            setting("AWS_ENDPOINT_URL").expect("AWS_ENDPOINT_URL is set: run localstack/test"),
+        )
         .test_credentials()
         .load()
         .await;
     aws_sdk_secretsmanager::Client::new(&config)
 }
 
-/// A user of the world's own who may do anything in its database.
+/// Creates a user with all privileges on the world's database.
 async fn user(world: &World, password: &str) -> String {
     let user = format!("u{:x}", fastrand::u64(..));
     world.execute(&format!("create user '{user}'@'%' identified by '{password}'")).await;
@@ -116,11 +118,13 @@ async fn user(world: &World, password: &str) -> String {
 
 fn rds_secret(world: &World, user: &str, password: &str) -> String {
     let server = server_url().replace("mysql://root@", "");
-    let (host, port) = server.split_once(':').expect("a port");
+    let (host, port) = server.split_once(':').expect("the server has a port");
     let database = &world.database_name;
-    format!(
-        r#"{{"engine":"mysql","host":"{host}","port":{port},"dbname":"{database}","username":"{user}","password":"{password}"}}"#
-    )
+    serde_json::json!({
+        "engine": "mysql", "host": host, "port": port.parse::<u16>().expect("a port number"),
+        "dbname": database, "username": user, "password": password,
+    })
+    .to_string()
 }
 
 #[tokio::test]
@@ -131,7 +135,7 @@ async fn the_database_is_found_through_its_secret() {
         let arn = create_secret(&world, &text).await;
         start(&world, &["status", "--database-secret", &arn], &[]).finish().await.exits(0);
     }
-    // As RDS manages it: no place, which the URL says.
+    // RDS manages secrets without a host; the URL gives it.
     let arn =
         create_secret(&world, &format!(r#"{{"username":"{user}","password":"s3cr3t-one"}}"#)).await;
     let place = world.database_url.replace("root@", "");
@@ -183,17 +187,17 @@ async fn a_password_rotated_while_a_worker_plays_is_reread_and_breaks_no_project
     ];
     let play = start(&world, &play, &[]);
     world.append(10).await;
-    eventually("it plays", async || world.position("counter").await == 10).await;
+    eventually("the worker plays", async || world.position("counter").await == 10).await;
 
-    // Rotation: first the database, then the secret.
+    // A rotation changes the password in the database first, then the secret.
     let mut admin = world.connection().await;
     execute(&mut admin, &format!("alter user '{user}'@'%' identified by 'second'")).await;
     let theirs = sessions(&mut admin).await.into_iter().filter(|session| session.user == user);
     assert!(kill(&mut admin, theirs).await > 0);
     world.append(10).await;
-    play.wait_for_log("lets nobody in").await;
+    play.wait_for_log("database authentication failed").await;
     create_secret(&world, &rds_secret(&world, &user, "second")).await;
-    eventually("it plays on", async || world.position("counter").await == 20).await;
+    eventually("the worker continues", async || world.position("counter").await == 20).await;
     let played = play.terminate().await.exits(0);
     assert!(played.stderr.contains("it was read again"), "{}", played.stderr);
     assert_eq!(
@@ -203,10 +207,12 @@ async fn a_password_rotated_while_a_worker_plays_is_reread_and_breaks_no_project
     world.execute(&format!("drop user '{user}'@'%'")).await;
 }
 
-/// What the agent of ECS gives to a container: other credentials each time, for a short time.
+/// A stub of the ECS agent. Each request gets new credentials that expire after two seconds.
+/// Returns its URL and the number of requests.
 async fn container_agent() -> (String, Arc<AtomicU64>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
-    let url = format!("http://{}/credentials", listener.local_addr().expect("it is bound"));
+    let url =
+        format!("http://{}/credentials", listener.local_addr().expect("the listener is bound"));
     let asked = Arc::new(AtomicU64::new(0));
     let count = Arc::clone(&asked);
     tokio::spawn(async move {
@@ -218,13 +224,17 @@ async fn container_agent() -> (String, Arc<AtomicU64>) {
                 .contains("authorization: let-me-in");
             let number = count.fetch_add(1, Ordering::SeqCst) + 1;
             let expires = OffsetDateTime::now_utc() + Duration::from_secs(2);
-            let expires = expires.format(&Rfc3339).expect("a time");
-            let body = format!(
-                r#"{{"RoleArn":"arn:aws:iam::000000000000:role/task","AccessKeyId":"test","SecretAccessKey":"test","Token":"session-{number}","Expiration":"{expires}"}}"#
-            );
+            let expires = expires.format(&Rfc3339).expect("the time is valid");
+            let body = serde_json::json!({
+                "RoleArn": "arn:aws:iam::000000000000:role/task", "AccessKeyId": "test",
+                "SecretAccessKey": "test", "Token": format!("session-{number}"),
+                "Expiration": expires,
+            })
+            .to_string();
             let status = if is_known { "200 OK" } else { "403 Forbidden" };
             let answer = format!(
-                "HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
+                "HTTP/1.1 {status}\r\ncontent-type: application/json\r\n\
+                 content-length: {}\r\nconnection: close\r\n\r\n{body}",
                 body.len()
             );
             let _ = client.write_all(answer.as_bytes()).await;
@@ -233,7 +243,7 @@ async fn container_agent() -> (String, Arc<AtomicU64>) {
     (url, asked)
 }
 
-/// Starts a command with no other credentials than a container's.
+/// Starts a command that has only a container's credentials.
 fn start_in_container(world: &World, arguments: &[&str], agent: &str) -> RunningProcess {
     let mut command = world.command(arguments);
     command
@@ -255,7 +265,7 @@ async fn container_credentials_give_access_to_the_queue() {
     let relayed = start_in_container(&world, &["relay", "--once"], &agent).finish().await.exits(0);
     assert_eq!(relayed.stdout, "published 5 events, up to position 5\n");
     assert!(asked.load(Ordering::SeqCst) > 0);
-    // Without them it says what is missing.
+    // Without credentials, the error names them.
     start_in_container(&world, &["relay", "--once"], "http://127.0.0.1:1/")
         .finish()
         .await
@@ -284,7 +294,7 @@ async fn a_worker_authenticates_with_tokens_and_renews_an_old_one_per_connection
     let play = [&["play", "--receive-wait=1", "--reconcile-after=1"][..], &by_iam].concat();
     let play = start_in_container(&world, &play, &agent);
     world.append(10).await;
-    eventually("it plays", async || world.position("counter").await == 10).await;
+    eventually("the worker plays", async || world.position("counter").await == 10).await;
     let before = gateway.tokens();
     for token in &before {
         let start = format!("localhost:{}/?Action=connect&DBUser=app&", gateway.port());
@@ -299,21 +309,21 @@ async fn a_worker_authenticates_with_tokens_and_renews_an_old_one_per_connection
         }
     }
 
-    // Nobody is let in for a while, and nobody breaks by that.
+    // All connections are refused for a while. No projector breaks.
     gateway.close(true);
-    play.wait_for_log("lets nobody in").await;
+    play.wait_for_log("database authentication failed").await;
     gateway.close(false);
     world.append(10).await;
-    eventually("it plays on", async || world.position("counter").await == 20).await;
-    assert!(gateway.tokens().iter().any(|token| !before.contains(token)), "another token");
+    eventually("the worker continues", async || world.position("counter").await == 20).await;
+    assert!(gateway.tokens().iter().any(|token| !before.contains(token)), "no new token was used");
     let played = play.terminate().await.exits(0);
-    assert!(!played.stderr.contains("X-Amz-Signature"), "no token in the log");
+    assert!(!played.stderr.contains("X-Amz-Signature"), "a token is in the log");
     assert_eq!(
         (world.status("counter").await, world.number("select count(*) from counter").await),
         ("live".into(), 20)
     );
 
-    // Where it is, and as whom, may be in a secret as well.
+    // A secret may also give the host and the user.
     let text = format!(
         r#"{{"host":"localhost","port":{},"dbname":"{}","username":"app"}}"#,
         gateway.port(),

@@ -1,4 +1,4 @@
-//! Projectors that are declared in files, at work on a real server.
+//! Projectors that are declared in files, on a real server.
 
 use std::fmt::Write as _;
 
@@ -8,25 +8,26 @@ use serde_json::json;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use crate::end_to_end::seed;
-use crate::support::{Folder, World};
+use crate::support::{Folder, World, seed};
 
-/// A file: its name is that of the table that its `setup` makes.
+/// A projector file whose `setup` creates a table of the projector's name.
 fn file(name: &str, columns: &str, handlers: &[&str]) -> String {
     let mut text = format!(
         "name = '{name}'\nversion = 1\nmode = 'from_beginning'\n\
-         setup = ['''create table if not exists {name} (seq bigint auto_increment primary key, {columns})''']\n\
+         setup = ['''create table if not exists {name} (seq bigint auto_increment primary key, \
+         {columns})''']\n\
          teardown = ['drop table if exists {name}']\n"
     );
     for sql in handlers {
-        write!(text, "\n[[on]]\nevents = ['*']\nsql = '''{sql}'''\n").expect("a string");
+        write!(text, "\n[[on]]\nevents = ['*']\nsql = '''{sql}'''\n")
+            .expect("writing to a string succeeds");
     }
     text
 }
 
 fn registry(folder: &Folder) -> Registry {
     let mut registry = Registry::new();
-    load(folder.path().as_ref(), &mut registry).expect("the files hold");
+    load(folder.path().as_ref(), &mut registry).expect("the files are valid");
     registry
 }
 
@@ -45,10 +46,10 @@ fn event(payload: &str) -> NewEvent {
 /// Appends an event with each of these payloads, in one transaction.
 async fn append(world: &World, payloads: &[String]) {
     let events: Vec<NewEvent> = payloads.iter().map(|payload| event(payload)).collect();
-    world.store.append(&events).await.expect("appended");
+    world.store.append(&events).await.expect("the events are appended");
 }
 
-/// One column of a table, in the order in which it was written.
+/// One column of a table, in the order of the query.
 async fn column(world: &World, sql: &str) -> Vec<Option<String>> {
     sqlx::query_scalar(AssertSqlSafe(sql))
         .fetch_all(&mut world.connection().await)
@@ -60,8 +61,8 @@ fn some(texts: &[&str]) -> Vec<Option<String>> {
     texts.iter().map(|text| Some((*text).to_owned())).collect()
 }
 
-/// JSON, and what a column of text and a wide decimal column have of it. No decimal for what is no
-/// number.
+/// A JSON value, the text in a text column, and the number in a wide decimal column. `None` if the
+/// value is not a number.
 const VALUES: &[(&str, Option<&str>, Option<&str>)] = &[
     ("null", None, None),
     ("true", Some("1"), Some("1.000000000000")),
@@ -114,7 +115,7 @@ const VALUES: &[(&str, Option<&str>, Option<&str>)] = &[
     ("{}", Some("{}"), None),
 ];
 
-/// Boots over payloads `{"v": …}` of these values, and compares what the columns have.
+/// Boots over payloads `{"v": …}` with these values and compares the columns.
 async fn bind_exactly(values: &[(&str, Option<&str>, Option<&str>)]) {
     let world = World::new().await;
     let payloads: Vec<String> =
@@ -125,13 +126,12 @@ async fn bind_exactly(values: &[(&str, Option<&str>, Option<&str>)]) {
         "v varchar(200) collate utf8mb4_bin null",
         &["insert into texts (v) values (:payload.v)"],
     );
-    // Only what is a number: to the others a decimal column says no.
+    // Only numbers are inserted, because a decimal column rejects other values.
     let decimals = file(
         "decimals",
         "position bigint, v decimal(50, 12) null",
-        &[
-            "insert into decimals (position, v) select :position, :payload.v from numbers where position = :position",
-        ],
+        &["insert into decimals (position, v) select :position, :payload.v from numbers \
+             where position = :position"],
     );
     let folder = Folder::new().with("1.toml", &texts).with("2.toml", &decimals);
     world.execute("create table numbers (position bigint primary key)").await;
@@ -161,16 +161,17 @@ async fn each_kind_of_json_value_binds_exactly() {
     bind_exactly(VALUES).await;
 }
 
-/// One statement, on one connection, in one transaction: what an event binds does not depend on the
-/// one before.
+/// One statement on one connection in one transaction. The value that an event binds does not
+/// depend on the previous event.
 #[tokio::test]
 async fn a_value_binds_the_same_whatever_was_bound_before() {
     let mut dice = fastrand::Rng::with_seed(seed());
     let mut values: Vec<_> = VALUES.iter().chain(VALUES).chain(VALUES).copied().collect();
     dice.shuffle(&mut values);
-    let ten_and_a_half = VALUES.iter().find(|(value, ..)| *value == "10.5").expect("it is there");
+    let ten_and_a_half =
+        VALUES.iter().find(|(value, ..)| *value == "10.5").expect("the value is in the list");
     let zeros_first =
-        VALUES.iter().find(|(value, ..)| *value == r#""00123""#).expect("it is there");
+        VALUES.iter().find(|(value, ..)| *value == r#""00123""#).expect("the value is in the list");
     values.splice(0..0, [*ten_and_a_half, *zeros_first]);
     bind_exactly(&values).await;
 }
@@ -183,34 +184,43 @@ async fn the_columns_of_an_event_bind_exactly() {
         stream_id: "Fall-Größe 😀".into(),
         event_type: "with \"quotes\", ? and :payload".into(),
         recorded_at: Some(
-            OffsetDateTime::parse("2010-10-02T09:20:39.266001+02:00", &Rfc3339).expect("a time"),
+            OffsetDateTime::parse("2010-10-02T09:20:39.266001+02:00", &Rfc3339)
+                .expect("the time is valid"),
         ),
         payload: r#"{ "b" : 1.0, "a" : "\u0041" }"#.into(),
         metadata: Some("[ 1, {} ]".into()),
         ..event("{}")
     };
     let plain = NewEvent { stream_id: odd.stream_id.clone(), ..event("0") };
-    world.store.append(&[event("1"), odd.clone(), plain]).await.expect("appended");
+    world.store.append(&[event("1"), odd.clone(), plain]).await.expect("the events are appended");
 
-    let columns = "position bigint unsigned, event_id varchar(64), stream_id varchar(200), stream_version bigint unsigned, \
-                   event_type varchar(200), recorded_at datetime(6), payload text, metadata text null";
-    let sql = "insert into all_columns (position, event_id, stream_id, stream_version, event_type, recorded_at, payload, metadata) \
-               values (:position, :event_id, :stream_id, :stream_version, :event_type, :recorded_at, :payload, :metadata?)";
+    let columns = "position bigint unsigned, event_id varchar(64), stream_id varchar(200), \
+                   stream_version bigint unsigned, \
+                   event_type varchar(200), recorded_at datetime(6), payload text, \
+                   metadata text null";
+    let sql = "insert into all_columns (position, event_id, stream_id, stream_version, event_type, \
+               recorded_at, payload, metadata) \
+               values (:position, :event_id, :stream_id, :stream_version, :event_type, \
+               :recorded_at, :payload, :metadata?)";
     let folder = Folder::new().with("1.toml", &file("all_columns", columns, &[sql]));
     assert!(world.boot(&registry(&folder)).await.is_released());
 
-    let differing = "select count(*) from events e left join all_columns a using (position, event_id, stream_id, \
-                     stream_version, event_type, recorded_at, payload) where a.position is null or not (a.metadata <=> e.metadata)";
+    let differing = "select count(*) from events e left join all_columns a using (position, \
+                     event_id, stream_id, \
+                     stream_version, event_type, recorded_at, payload) \
+                     where a.position is null or not (a.metadata <=> e.metadata)";
     assert_eq!(
         (world.number("select count(*) from all_columns").await, world.number(differing).await),
         (3, 0)
     );
     let row = column(
         &world,
-        "select concat_ws('|', position, event_id, stream_id, stream_version, event_type, recorded_at, payload, metadata) \
+        "select concat_ws('|', position, event_id, stream_id, stream_version, event_type, \
+         recorded_at, payload, metadata) \
          from all_columns where position = 2",
     );
-    let expected = "2|it's-\\-an:id|Fall-Größe 😀|1|with \"quotes\", ? and :payload|2010-10-02 07:20:39.266001|\
+    let expected = "2|it's-\\-an:id|Fall-Größe 😀|1|with \"quotes\", ? and :payload|\
+                    2010-10-02 07:20:39.266001|\
                     { \"b\" : 1.0, \"a\" : \"\\u0041\" }|[ 1, {} ]";
     assert_eq!(row.await, some(&[expected]));
     assert_eq!(
@@ -222,12 +232,18 @@ async fn the_columns_of_an_event_bind_exactly() {
 #[tokio::test]
 async fn paths_reach_into_objects_and_arrays_in_payload_and_metadata() {
     let world = World::new().await;
-    let payload = json!({"a": {"b": {"c": "deep"}}, "items": ["first", {"sku": "second"}], "odd key": {"say \"x\"": "odd"}});
+    let payload = json!({
+        "a": {"b": {"c": "deep"}},
+        "items": ["first", {"sku": "second"}],
+        "odd key": {"say \"x\"": "odd"},
+    });
     let metadata = json!({"user": {"id": 7}});
     let nested = NewEvent { metadata: Some(metadata.to_string()), ..event(&payload.to_string()) };
-    world.store.append(&[nested]).await.expect("appended");
-    let sql = r#"insert into paths (v) values (concat_ws('|', :payload.a.b.c, :payload.items.0, :payload.items.1.sku,
-                 :payload."odd key"."say ""x""", :metadata.user.id, :payload.a.b, coalesce(:payload.items.2?, 'none')))"#;
+    world.store.append(&[nested]).await.expect("the event is appended");
+    let sql = r#"insert into paths (v) values (concat_ws('|',
+                 :payload.a.b.c, :payload.items.0, :payload.items.1.sku,
+                 :payload."odd key"."say ""x""", :metadata.user.id, :payload.a.b,
+                 coalesce(:payload.items.2?, 'none')))"#;
     let folder = Folder::new().with("1.toml", &file("paths", "v text", &[sql]));
     assert!(world.boot(&registry(&folder)).await.is_released());
     assert_eq!(
@@ -266,7 +282,7 @@ async fn a_missing_path_breaks_the_projector_at_that_event() {
         (&projector["failure"]["position"], &projector["failure"]["event_type"]),
         (&3.into(), &"Received".into())
     );
-    let error = projector["failure"]["error"].as_str().expect("a text");
+    let error = projector["failure"]["error"].as_str().expect("the error is text");
     for words in [
         &folder.file("1.toml"),
         ":7",
@@ -278,7 +294,7 @@ async fn a_missing_path_breaks_the_projector_at_that_event() {
     assert_eq!(
         world.number("select count(*) from strict").await,
         2,
-        "what came before is applied, each once"
+        "the events before it are applied once"
     );
 }
 
@@ -288,7 +304,8 @@ async fn handlers_run_in_file_order_and_in_one_transaction() {
     append(&world, &["1".into(), "2".into(), "3".into()]).await;
     let poison = "insert into steps (at, step) values (nullif(:position, 3), 'second')";
     let first = "insert into steps (at, step) values (:position, 'first')";
-    let third = "insert into steps (at, step) select at, concat('after ', step) from steps where at = :position order by seq desc limit 1";
+    let third = "insert into steps (at, step) select at, concat('after ', step) from steps \
+                 where at = :position order by seq desc limit 1";
     let folder = Folder::new().with(
         "1.toml",
         &file("steps", "at int not null, step varchar(20)", &[first, poison, third]),
@@ -297,7 +314,7 @@ async fn handlers_run_in_file_order_and_in_one_transaction() {
     let steps = column(&world, "select concat(at, ' ', step) from steps order by seq").await;
     let expected =
         ["1 first", "1 second", "1 after second", "2 first", "2 second", "2 after second"];
-    assert_eq!(steps, some(&expected), "nothing of the event that failed");
+    assert_eq!(steps, some(&expected), "no row of the failing event is stored");
     assert_eq!(world.position("steps").await, 2);
 }
 
@@ -314,15 +331,16 @@ async fn an_event_runs_the_handlers_that_name_its_type() {
         let who = types.replace('\'', "");
         write!(
             text,
-            "\n[[on]]\nevents = [{types}]\nsql = \"insert into typed (at, who) values (:position, '{who}')\"\n"
+            "\n[[on]]\nevents = [{types}]\nsql = \"insert into typed (at, who) values (:position, \
+             '{who}')\"\n"
         )
-        .expect("a string");
+        .expect("writing to a string succeeds");
     }
     let folder = Folder::new().with("1.toml", &text);
     assert!(world.boot(&registry(&folder)).await.is_released());
     let rows =
         column(&world, "select concat(at, ' ', who) from typed where at <= 3 order by seq").await;
-    // Opened, Amended, Closed, in turn.
+    // The types alternate: Opened, Amended, Closed.
     assert_eq!(
         rows,
         some(&["1 all", "1 Opened, Closed", "2 all", "3 all", "3 Opened, Closed", "3 Closed"])
@@ -335,7 +353,8 @@ async fn colons_in_literals_names_and_comments_are_left_alone() {
     let world = World::new().await;
     append(&world, &["1".into(), "2".into()]).await;
     let sql = "insert into colons (at, `odd:position`, v) -- :nothing ; ?\n\
-               values /* :payload.nothing */ (cast('12:30:45' as time), \":position\", concat('it''s \\':payload', ':', :position)) # :x";
+               values /* :payload.nothing */ (cast('12:30:45' as time), \":position\", \
+               concat('it''s \\':payload', ':', :position)) # :x";
     let columns = "at time, `odd:position` varchar(20), v varchar(40)";
     let folder = Folder::new().with("1.toml", &file("colons", columns, &[sql]));
     assert!(
@@ -375,15 +394,15 @@ async fn setup_is_run_again_when_boot_resumes() {
     let folder = Folder::new().with("1.toml", &broken);
     assert!(!world.boot(&registry(&folder)).await.is_released());
 
-    // What is mended may well need another table.
-    let mended = broken
+    // A repaired projector may need another table.
+    let repaired = broken
         .replace("setup = [", "setup = ['create table if not exists resumed_too (v int)', ")
         .replace(
             "insert into resumed (v) values (nullif(:position, 2))",
             "insert into resumed_too (v) values (:position)",
         );
-    folder.write("1.toml", &mended);
-    // But a table that is new lacks what came before: somebody has to say that this is meant.
+    folder.write("1.toml", &repaired);
+    // A new table lacks the earlier events, so boot requires `--accept`.
     let boot = ["boot", "--projectors", folder.path()];
     world.run(&boot).await.exits(1).prints(&["resumed@1", "table resumed_too", "--accept"]);
     world.run(&[&boot[..], &["--accept", "resumed"]].concat()).await.exits(0);
@@ -407,9 +426,9 @@ async fn a_failing_setup_is_reported_with_file_line_and_reason() {
     assert_eq!(
         (&failure["position"], &failure["event_type"]),
         (&json!(null), &json!(null)),
-        "it is no event's fault"
+        "the failure names no event"
     );
-    let error = failure["error"].as_str().expect("a text");
+    let error = failure["error"].as_str().expect("the error is text");
     for words in ["setup failed", &format!("{}:4", folder.file("1.toml")), "no_such_type"] {
         assert!(error.contains(words), "{words} in {error}");
     }

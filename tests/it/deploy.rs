@@ -1,5 +1,4 @@
-//! Deploys: releases that go back and forth on one database, and what happens to the queue
-//! meanwhile.
+//! Deploys: releases that alternate on one database, and their effect on the queue.
 
 use aws_sdk_sqs::types::QueueAttributeName;
 use projectionist::Registry;
@@ -18,7 +17,8 @@ async fn a_release_rolled_back_and_deployed_again_misses_no_event() {
     assert!(world.boot(&second).await.is_released());
     world.play_until_idle(&second).await;
 
-    // Back: the first release does not know the new one, and consumes the queue without it.
+    // Roll back: the first release does not know the new projector, and consumes the queue without
+    // it.
     world.append(50).await;
     assert!(world.boot(&first).await.is_released());
     world.play_until_idle(&first).await;
@@ -27,7 +27,7 @@ async fn a_release_rolled_back_and_deployed_again_misses_no_event() {
         (100, "live".into())
     );
 
-    // And forward again.
+    // Deploy the second release again.
     world.append(50).await;
     assert!(world.boot(&second).await.is_released());
     world.play_until_idle(&second).await;
@@ -48,10 +48,16 @@ async fn a_queue_purged_during_a_boot_loses_no_event() {
     let registry = Registry::new()
         .with(live.clone())
         .and_then(|r| r.with(gated(&booted, 75, &gate)))
-        .expect("two names");
+        .expect("the names are unique");
     let purging = async {
         gate.arrival().await;
-        world.sqs.purge_queue().queue_url(&world.queue_url).send().await.expect("purged");
+        world
+            .sqs
+            .purge_queue()
+            .queue_url(&world.queue_url)
+            .send()
+            .await
+            .expect("the queue is purged");
         gate.open();
     };
     let (report, ()) = tokio::join!(world.boot(&registry), purging);
@@ -68,7 +74,7 @@ async fn a_projector_retired_and_added_again_is_rebuilt() {
     let registry = registry(&[&tally]);
     world.append(50).await;
     world.boot(&registry).await;
-    // Its table is dropped by hand: the shipped binary does not have a projector that is written in
+    // The table is dropped by hand, because the shipped binary does not contain this projector in
     // Rust.
     world.run(&["retire", "tally", "--yes"]).await.exits(0);
     world.execute("drop table tally").await;
@@ -80,8 +86,8 @@ async fn a_projector_retired_and_added_again_is_rebuilt() {
     world.assert_complete(&tally).await;
 }
 
-/// It cannot be prevented: without its row nobody knows that there ever was one. The README says
-/// so.
+/// This cannot be prevented: without its row, nothing records that the projector was retired. The
+/// README says so.
 #[tokio::test]
 async fn a_retired_projector_with_its_row_deleted_by_hand_is_new_again() {
     let world = World::new().await;
@@ -91,7 +97,7 @@ async fn a_retired_projector_with_its_row_deleted_by_hand_is_new_again() {
     world.boot(&registry).await;
     world.run(&["retire", "mails", "--yes"]).await.exits(0);
     world.append(20).await;
-    // With its row it stays where it was, however often a release has it again.
+    // With its row, the projector stays retired, however often a release contains it.
     assert!(world.boot(&registry).await.is_released());
     world.play_until_idle(&registry).await;
     assert_eq!(
@@ -102,7 +108,7 @@ async fn a_retired_projector_with_its_row_deleted_by_hand_is_new_again() {
 
     world.execute("delete from projectors where name = 'mails'").await;
     assert_eq!(world.status("mails").await, "new");
-    // Still not without a boot.
+    // Play does not start it without a boot.
     world.play_until_idle(&registry).await;
     assert_eq!(mails.applied(&world).await, (1..=20).collect::<Vec<_>>());
     assert!(world.boot(&registry).await.is_released());
@@ -120,11 +126,11 @@ async fn events_moved_to_a_dead_letter_queue_are_read_from_the_store() {
         .attribute_names(QueueAttributeName::QueueArn)
         .send()
         .await
-        .expect("its attributes");
+        .expect("the queue has attributes");
     let arn = arn
         .attributes
         .and_then(|all| all.get(&QueueAttributeName::QueueArn).cloned())
-        .expect("its ARN");
+        .expect("the queue has an ARN");
     let redrive = format!("{{\"deadLetterTargetArn\":\"{arn}\",\"maxReceiveCount\":\"1\"}}");
     let world = World::with_queue(true, &[(QueueAttributeName::RedrivePolicy, &redrive)]).await;
     let tally = Tally::new("tally");
@@ -133,7 +139,8 @@ async fn events_moved_to_a_dead_letter_queue_are_read_from_the_store() {
     world.append(60).await;
     world.run(&["relay", "--once", "--message-events", "20"]).await.exits(0);
 
-    // Somebody takes the head and does nothing with it: one receive is all that it had.
+    // Another consumer receives the first message and does not delete it. The queue allows one
+    // receive.
     let head = world
         .sqs
         .receive_message()
@@ -141,8 +148,8 @@ async fn events_moved_to_a_dead_letter_queue_are_read_from_the_store() {
         .visibility_timeout(0)
         .send()
         .await
-        .expect("received");
-    assert_eq!(head.messages().len(), 1, "the head of the queue");
+        .expect("the queue answers");
+    assert_eq!(head.messages().len(), 1, "one message is received");
     world.play_until_idle(&registry).await;
     world.assert_complete(&tally).await;
     let dead = dead_letters
@@ -152,5 +159,9 @@ async fn events_moved_to_a_dead_letter_queue_are_read_from_the_store() {
         .wait_time_seconds(5)
         .send()
         .await;
-    assert_eq!(dead.expect("received").messages().len(), 1, "the dead-letter queue has it");
+    assert_eq!(
+        dead.expect("the queue answers").messages().len(),
+        1,
+        "the message is in the dead-letter queue"
+    );
 }

@@ -1,5 +1,5 @@
-//! `doctor`: everything well, and each thing that is not, by its line. What a server's own settings
-//! come to is tested beside the code: those of the servers under test are everybody's.
+//! `doctor`: all checks of a healthy system are ok, and each problem is reported by its check.
+//! Server settings are tested beside the code, because the test servers are shared.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -14,19 +14,18 @@ use crate::support::{
     FinishedProcess, Folder, RunningProcess, SqsStub, World, execute, is_mariadb,
 };
 
-/// Keeps the server from being made read-only, by another test, for as long as what this returns is
-/// there.
-async fn kept_writable(world: &World) -> MySqlConnection {
+/// Prevents other tests from making the server read-only until the returned connection is dropped.
+async fn keep_writable(world: &World) -> MySqlConnection {
     let mut keeper = world.connection().await;
     lock_out_restricted_users(&mut keeper).await;
     keeper
 }
 
-/// The lines of a report: what is checked, how it is, and what is said of it and to be done.
+/// The checks of a report by name, each with its level and its text (detail and remedy).
 fn lines(report: &FinishedProcess) -> BTreeMap<String, (String, String)> {
     let report = report.json();
     let text = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
-    let checks = report["checks"].as_array().expect("checks").iter();
+    let checks = report["checks"].as_array().expect("the report has checks").iter();
     checks
         .map(|check| {
             (
@@ -40,7 +39,7 @@ fn lines(report: &FinishedProcess) -> BTreeMap<String, (String, String)> {
         .collect()
 }
 
-/// Those that are not well, without what is so because of the parts that tests run on.
+/// The checks that are not ok, except those that cannot be ok on the test servers.
 fn bad(report: &FinishedProcess) -> BTreeMap<String, (String, String)> {
     let mut lines = lines(report);
     lines.retain(|check, (level, _)| level != "ok" && check != "TLS" && check != "durability");
@@ -55,13 +54,13 @@ const COUNTER: &str = "name = 'counter'\nversion = 1\nmode = 'from_beginning'\n\
     setup = ['create table if not exists counter (n bigint)']\n\n\
     [[on]]\nevents = ['*']\nsql = 'insert into counter (n) values (:position)'\n";
 
-/// A queue with one for dead letters, which must outlive it.
+/// A queue with a dead-letter queue. The second world must outlive the first.
 async fn with_dead_letters(receives: u32, dead_is_fifo: bool) -> (World, World) {
     let dead_letters =
         World::with_queue(dead_is_fifo, &[(Attribute::MessageRetentionPeriod, "1209600")]).await;
     let arn = format!(
         "arn:aws:sqs:us-east-1:000000000000:{}",
-        dead_letters.queue_url.rsplit('/').next().expect("a name")
+        dead_letters.queue_url.rsplit('/').next().expect("the URL ends with a name")
     );
     let policy = format!(r#"{{"deadLetterTargetArn":"{arn}","maxReceiveCount":"{receives}"}}"#);
     (World::with_queue(true, &[(Attribute::RedrivePolicy, &policy)]).await, dead_letters)
@@ -70,7 +69,7 @@ async fn with_dead_letters(receives: u32, dead_is_fifo: bool) -> (World, World) 
 #[tokio::test]
 async fn a_healthy_system_has_only_ok_lines_and_is_not_changed() {
     let (world, _dead_letters) = with_dead_letters(5, true).await;
-    let _writable = kept_writable(&world).await;
+    let _writable = keep_writable(&world).await;
     let folder = Folder::new().with("1.toml", COUNTER);
     world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
     world.append(5).await;
@@ -84,7 +83,7 @@ async fn a_healthy_system_has_only_ok_lines_and_is_not_changed() {
         assert_eq!(bad(&report), BTreeMap::new());
         assert_eq!(report.json()["healthy"], true);
         let lines = lines(&report);
-        assert_eq!(lines["durability"].0, "warning", "the parts do without");
+        assert_eq!(lines["durability"].0, "warning", "the test servers do not flush each commit");
         assert_eq!(lines["TLS"].0, if is_mariadb().await { "warning" } else { "note" });
         for check in [
             "database",
@@ -105,20 +104,20 @@ async fn a_healthy_system_has_only_ok_lines_and_is_not_changed() {
         assert_eq!(lines["projector counter@1"].0, "ok");
     }
     assert_eq!(
-        world.queue.depth().await.expect("a depth"),
+        world.queue.depth().await.expect("the depth is readable"),
         1,
-        "nothing was sent, and nothing taken"
+        "a message was sent or deleted"
     );
     let received = world.sqs.receive_message().queue_url(&world.queue_url);
     let received = received
         .message_system_attribute_names(MessageSystemAttributeName::All)
         .send()
         .await
-        .expect("received");
+        .expect("the queue answers");
     let count = received.messages()[0]
         .attributes()
         .and_then(|all| all.get(&MessageSystemAttributeName::ApproximateReceiveCount));
-    assert_eq!(count.map(String::as_str), Some("1"), "nobody has received it before");
+    assert_eq!(count.map(String::as_str), Some("1"), "the message was received before");
     assert_eq!(world.number("select count(*) from events").await, 5);
     assert_eq!(
         world
@@ -129,11 +128,11 @@ async fn a_healthy_system_has_only_ok_lines_and_is_not_changed() {
         6
     );
 
-    // For people, a line each.
-    let told = world.run(&["doctor", "--projectors", folder.path()]).await.exits(0).stdout;
+    // The human-readable report has one line per check.
+    let text = world.run(&["doctor", "--projectors", folder.path()]).await.exits(0).stdout;
     assert!(
-        told.lines().any(|line| line.starts_with("ok ") && line.contains("projector counter@1")),
-        "{told}"
+        text.lines().any(|line| line.starts_with("ok ") && line.contains("projector counter@1")),
+        "{text}"
     );
     let standard = World::with_standard_queue().await;
     let report = standard.run(&["doctor", "--json"]).await.exits(0);
@@ -144,7 +143,7 @@ async fn a_healthy_system_has_only_ok_lines_and_is_not_changed() {
 #[tokio::test]
 async fn each_missing_grant_is_named() {
     let world = World::new().await;
-    let mut admin = kept_writable(&world).await;
+    let mut admin = keep_writable(&world).await;
     let user = format!("u{:x}", fastrand::u64(..));
     execute(&mut admin, &format!("create user '{user}'@'%' identified by 'x'")).await;
     let url = world.database_url.replace("://root@", &format!("://{user}:x@"));
@@ -172,12 +171,12 @@ async fn each_missing_grant_is_named() {
                 )
                 .await;
                 let report = world.run(&doctor).await.exits(2);
-                let (level, told) = &lines(&report)[&check];
+                let (level, text) = &lines(&report)[&check];
                 assert_eq!(level, "error", "{command} without {privilege} on {table}");
                 let named = if table == "*" && privilege != "create" { "events" } else { table };
                 assert!(
-                    told.starts_with(&format!("missing: {privilege} on {named}")),
-                    "{command}, {privilege} on {table}: {told}"
+                    text.starts_with(&format!("missing: {privilege} on {named}")),
+                    "{command}, {privilege} on {table}: {text}"
                 );
                 execute(&mut admin, &format!("grant {privilege} on {} to '{user}'@'%'", on(table)))
                     .await;
@@ -190,7 +189,7 @@ async fn each_missing_grant_is_named() {
             )
             .await;
         }
-        // Who may do nothing at all may not even come in.
+        // Without any privilege on the database, the user cannot connect.
         execute(&mut admin, &format!("grant show view on {} to '{user}'@'%'", on("*"))).await;
     }
     execute(&mut admin, &format!("drop user '{user}'@'%'")).await;
@@ -199,7 +198,7 @@ async fn each_missing_grant_is_named() {
 #[tokio::test]
 async fn an_unmigrated_or_newer_database_is_reported() {
     let world = World::new().await;
-    let _writable = kept_writable(&world).await;
+    let _writable = keep_writable(&world).await;
     world
         .execute("insert into projectionist_migrations values (9999, 'later', now(), 1, 'x', 1)")
         .await;
@@ -224,35 +223,35 @@ async fn an_unmigrated_or_newer_database_is_reported() {
 #[tokio::test]
 async fn a_log_with_a_missing_beginning_or_end_is_reported() {
     let world = World::new().await;
-    let _writable = kept_writable(&world).await;
+    let _writable = keep_writable(&world).await;
     world.append(3).await;
     world.run(&["relay", "--once"]).await.exits(0);
     let log = async || lines(&world.run(&["doctor", "--json"]).await)["log"].clone();
     assert_eq!(log().await.0, "ok");
     world.execute("delete from events where position = 3").await;
-    let (level, told) = log().await;
+    let (level, text) = log().await;
     assert!(
-        level == "error" && told.contains("the log ends at 2, below the high-water mark 3"),
-        "{told}"
+        level == "error" && text.contains("the log ends at 2, below the high-water mark 3"),
+        "{text}"
     );
 
     let behind = World::new().await;
     behind.execute("alter table events auto_increment = 5000").await;
     behind.append(1).await;
     let lines = lines(&behind.run(&["doctor", "--json"]).await.exits(0));
-    let (level, told) = &lines["log"];
+    let (level, text) = &lines["log"];
     assert!(
         level == "warning"
-            && told.contains("it begins at position 5000")
-            && told.contains("history"),
-        "{told}"
+            && text.contains("it begins at position 5000")
+            && text.contains("history"),
+        "{text}"
     );
 }
 
 #[tokio::test]
 async fn a_read_only_server_is_reported() {
     let world = World::new().await;
-    let mut admin = kept_writable(&world).await;
+    let mut admin = keep_writable(&world).await;
     execute(&mut admin, "set global read_only = 1").await;
     let (doctor, for_status) = (
         world.run(&["doctor", "--json"]).await,
@@ -277,7 +276,7 @@ async fn each_wrong_attribute_of_the_queue_is_reported() {
         ],
     )
     .await;
-    let _writable = kept_writable(&world).await;
+    let _writable = keep_writable(&world).await;
     let report = world.run(&["doctor", "--json", "--visibility-timeout=20"]).await.exits(0);
     let expected = [
         ("dead letters", "note"),
@@ -292,7 +291,7 @@ async fn each_wrong_attribute_of_the_queue_is_reported() {
     assert_eq!(checks(&bad(&report)), expected);
 
     let (world, dead_letters) = with_dead_letters(1, true).await;
-    dead_letters.queue.send("x", "x").await.expect("sent");
+    dead_letters.queue.send("x", "x").await.expect("the message is sent");
     let report = world.run(&["doctor", "--json"]).await.exits(0);
     let bad = bad(&report);
     assert_eq!(
@@ -308,22 +307,22 @@ async fn each_wrong_attribute_of_the_queue_is_reported() {
 #[tokio::test]
 async fn projectors_that_do_not_load_or_are_not_live_are_reported() {
     let world = World::new().await;
-    let _writable = kept_writable(&world).await;
+    let _writable = keep_writable(&world).await;
     let folder = Folder::new().with("1.toml", COUNTER);
     let report = world.run(&["doctor", "--json", "--projectors", folder.path()]).await.exits(0);
     assert_eq!(
         bad(&report)["projector counter@1"],
         ("warning".into(), "not booted, and so not played; run boot".into())
     );
-    let spoiled = Folder::new().with("1.toml", "name = 'counter'\nversion = 0\n");
-    let report = world.run(&["doctor", "--json", "--projectors", spoiled.path()]).await.exits(2);
+    let invalid = Folder::new().with("1.toml", "name = 'counter'\nversion = 0\n");
+    let report = world.run(&["doctor", "--json", "--projectors", invalid.path()]).await.exits(2);
     assert!(bad(&report)["projectors"].1.contains("1.toml"), "{}", report.stdout);
 }
 
 #[tokio::test]
 async fn an_unreachable_database_or_queue_is_reported_and_the_rest_still_checked() {
     let world = World::new().await;
-    let _writable = kept_writable(&world).await;
+    let _writable = keep_writable(&world).await;
     let report = world
         .run(&["doctor", "--json", "--database-url=mysql://root@127.0.0.1:1/x"])
         .await
@@ -356,10 +355,10 @@ async fn doctor_at(world: &World, stub: &SqsStub) -> FinishedProcess {
 #[tokio::test]
 async fn each_missing_sqs_permission_is_named() {
     let world = World::new().await;
-    let _writable = kept_writable(&world).await;
+    let _writable = keep_writable(&world).await;
     let stub = SqsStub::new().await;
-    let well = [("dead letters", "note"), ("projectors", "note")];
-    assert_eq!(checks(&bad(&doctor_at(&world, &stub).await.exits(0))), well);
+    let expected = [("dead letters", "note"), ("projectors", "note")];
+    assert_eq!(checks(&bad(&doctor_at(&world, &stub).await.exits(0))), expected);
     for (action, call) in [
         ("SendMessage", "SendMessageBatch"),
         ("ReceiveMessage", "ReceiveMessage"),
@@ -370,7 +369,7 @@ async fn each_missing_sqs_permission_is_named() {
         stub.deny(call);
         let report = doctor_at(&world, &stub).await.exits(2);
         let check = format!("sqs:{action}");
-        assert_eq!(checks(&bad(&report)), [&well[..], &[(check.as_str(), "error")]].concat());
+        assert_eq!(checks(&bad(&report)), [&expected[..], &[(check.as_str(), "error")]].concat());
         assert!(lines(&report)[&check].1.contains(&format!("allow sqs:{action} on the queue")));
     }
     stub.deny("GetQueueAttributes");
@@ -385,11 +384,11 @@ async fn each_missing_sqs_permission_is_named() {
 #[tokio::test]
 async fn a_clock_far_from_the_sqs_clock_is_reported() {
     let world = World::new().await;
-    let _writable = kept_writable(&world).await;
+    let _writable = keep_writable(&world).await;
     let stub = SqsStub::new().await;
     stub.set_clock_ahead(Duration::from_secs(200));
     let report = doctor_at(&world, &stub).await.exits(0);
-    let (level, told) = &lines(&report)["SQS clock"];
+    let (level, text) = &lines(&report)["SQS clock"];
     assert_eq!(level, "warning");
-    assert!(told.contains("s ahead of this host's") && told.contains("NTP"), "{told}");
+    assert!(text.contains("s ahead of this host's") && text.contains("NTP"), "{text}");
 }

@@ -1,6 +1,5 @@
-//! The acceptance story, by the shipped binary: a log that grows all the while, a release that is
-//! replaced by one with another projector, and three read models that are the fold of the log in
-//! the end.
+//! The life of a system, with the shipped binary: events are appended all the time, and a second
+//! release brings a third projector. At the end, each read model equals a fold of the log.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -9,29 +8,34 @@ use std::time::Duration;
 use projectionist::sqlx::{self, AssertSqlSafe};
 use serde_json::Value;
 
-use crate::support::{Folder, PipedProcess, RunningProcess, World, eventually};
+use crate::support::{Folder, PipedProcess, RunningProcess, World, eventually, seed};
 
-/// No key forbids a repetition in any of the three, and none would hide it.
+/// A repetition changes a count or adds a row in each of the three tables. No unique key rejects or
+/// hides it.
 const CASE_STATUS: &str = r#"
 name = "case_status"
 version = 1
 mode = "from_beginning"
-setup = ["""create table if not exists case_status (case_id varchar(200) collate utf8mb4_bin primary key,
+setup = ["""create table if not exists case_status (
+            case_id varchar(200) collate utf8mb4_bin primary key,
             last_event varchar(200) not null, at datetime(6) not null, events int not null)"""]
 teardown = ["drop table if exists case_status"]
 
 [[on]]
 events = ["*"]
-sql = """insert into case_status (case_id, last_event, at, events) values (:stream_id, :event_type, :recorded_at, 1)
-         on duplicate key update last_event = values(last_event), at = values(at), events = events + 1"""
+sql = """insert into case_status (case_id, last_event, at, events)
+         values (:stream_id, :event_type, :recorded_at, 1)
+         on duplicate key update
+             last_event = values(last_event), at = values(at), events = events + 1"""
 "#;
 
 const JOURNAL: &str = r#"
 name = "journal"
 version = 1
 mode = "from_beginning"
-setup = ["""create table if not exists journal (seq bigint auto_increment primary key, position bigint not null,
-            case_id varchar(200), version int, event_type varchar(200), channel varchar(100))"""]
+setup = ["""create table if not exists journal (
+            seq bigint auto_increment primary key, position bigint not null, case_id varchar(200),
+            version int, event_type varchar(200), channel varchar(100))"""]
 teardown = ["drop table if exists journal"]
 
 [[on]]
@@ -40,7 +44,7 @@ sql = """insert into journal (position, case_id, version, event_type, channel)
          values (:position, :stream_id, :stream_version, :event_type, :payload.channel)"""
 "#;
 
-/// Deployed later. The second statement needs the row of the first.
+/// Deployed later. Its second statement needs the row of its first.
 const WORKLOAD: &str = r#"
 name = "workload"
 version = 1
@@ -52,7 +56,8 @@ teardown = ["drop table if exists workload"]
 
 [[on]]
 events = ["*"]
-sql = """insert into workload values (:payload.org_resource, coalesce(:payload.group?, 'none'), 1, 0)
+sql = """insert into workload
+         values (:payload.org_resource, coalesce(:payload.group?, 'none'), 1, 0)
          on duplicate key update events = events + 1"""
 
 [[on]]
@@ -61,22 +66,22 @@ sql = """update workload set receipts = receipts + 1
          where resource = :payload.org_resource and team = coalesce(:payload.group?, 'none')"""
 "#;
 
-/// Lines that `append` takes.
+/// Lines for `append`.
 type Log = Vec<String>;
 
-/// The real events, where they are: they are no part of the project.
+/// The real events, if the file exists. They are not part of the repository.
 fn real_events() -> Option<Log> {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../shared/data/receipt.jsonl");
     match std::fs::read_to_string(path) {
         Ok(text) => Some(text.lines().map(str::to_owned).collect()),
         Err(error) => {
-            eprintln!("passed without a test: {path}: {error}");
+            eprintln!("skipped: {path}: {error}");
             None
         }
     }
 }
 
-/// Events of the same shape: cases that interleave, fields that are missing, text that is not
+/// Generated events of the same shape: interleaved cases, missing fields, and text that is not
 /// ASCII.
 fn generated_events(count: usize, dice: &mut fastrand::Rng) -> Log {
     let types = [
@@ -99,7 +104,10 @@ fn generated_events(count: usize, dice: &mut fastrand::Rng) -> Log {
         serde_json::json!({
             "stream_id": format!("case-{}", dice.u16(1..200)),
             "event_type": types[dice.usize(..types.len())],
-            "recorded_at": format!("2010-10-02T07:{minute:02}:{second:02}.{:06}Z", dice.u32(..1_000_000)),
+            "recorded_at": format!(
+                "2010-10-02T07:{minute:02}:{second:02}.{:06}Z",
+                dice.u32(..1_000_000)
+            ),
             "payload": payload,
         })
         .to_string()
@@ -115,12 +123,12 @@ struct Models {
     workload: Vec<String>,
 }
 
-/// What they must be: the same, computed from the lines alone.
+/// The expected read models, computed from the lines alone.
 fn fold(log: &[String]) -> Models {
     let (mut cases, mut journal) = (BTreeMap::<String, (u64, String)>::new(), Vec::new());
     let mut work = BTreeMap::<String, (u64, u64)>::new();
     for line in log {
-        let event: Value = serde_json::from_str(line).expect("a line of the log");
+        let event: Value = serde_json::from_str(line).expect("the line is JSON");
         let text = |path: &str| event.pointer(path).and_then(Value::as_str).map(str::to_owned);
         let required = |path: &str| text(path).unwrap_or_else(|| panic!("{path} in {line}"));
         let (case, event_type) = (required("/stream_id"), required("/event_type"));
@@ -153,15 +161,26 @@ async fn read(world: &World) -> Models {
     let positions: Vec<i64> = sqlx::query_scalar("select position from journal order by seq")
         .fetch_all(&mut world.connection().await)
         .await
-        .expect("the journal");
-    assert!(positions.is_sorted_by(|a, b| a < b), "each event once, in the order of the log");
+        .expect("the journal is readable");
+    assert!(positions.is_sorted_by(|a, b| a < b), "an event was repeated or out of order");
     let case_status = rows(
-        "select concat_ws('|', case_id, last_event, date_format(at, '%Y-%m-%dT%H:%i:%s.%fZ'), events) from case_status",
+        "select concat_ws('|', case_id, last_event, date_format(at, '%Y-%m-%dT%H:%i:%s.%fZ'), \
+         events) from case_status",
     );
     Models {
         case_status: sorted(case_status.await),
-        journal: rows("select concat_ws('|', case_id, version, event_type, channel) from journal order by seq").await,
-        workload: sorted(rows("select concat_ws('|', resource, team, events, receipts) from workload").await),
+        journal: rows(
+            "select concat_ws('|', case_id, version, event_type, channel) from journal \
+             order by seq",
+        )
+        .await,
+        workload: sorted(
+            rows(
+                "select concat_ws('|', resource, team, events, receipts) \
+                 from workload",
+            )
+            .await,
+        ),
     }
 }
 
@@ -171,7 +190,7 @@ fn sorted(rows: impl IntoIterator<Item = String>) -> Vec<String> {
     rows
 }
 
-/// Compared one by one: a log is long, and the first difference says more than both sides.
+/// Compares table by table and reports only the first difference, because a log is long.
 fn assert_same(read: &Models, folded: &Models) {
     for (name, read, folded) in [
         ("case_status", &read.case_status, &folded.case_status),
@@ -179,23 +198,23 @@ fn assert_same(read: &Models, folded: &Models) {
         ("workload", &read.workload, &folded.workload),
     ] {
         let differs = read.iter().zip(folded).find(|(read, folded)| read != folded);
-        assert_eq!(differs, None, "{name}: what was read, and what it should be");
-        assert_eq!(read.len(), folded.len(), "the rows of {name}");
+        assert_eq!(differs, None, "{name}: the row read and the row expected");
+        assert_eq!(read.len(), folded.len(), "the number of rows of {name}");
     }
 }
 
-/// A system with a release of two projectors, booted over the first half of a log.
+/// A system with a release of two projectors and the first half of a log.
 struct System {
     world: World,
     old: Folder,
-    /// What is appended later.
+    /// The lines that are appended later.
     second_half: Log,
     folded: Models,
     events: u64,
 }
 
 impl System {
-    /// With the first half of the log appended from a file, and nothing booted.
+    /// Creates the system and appends the first half of the log from a file. Boots nothing.
     async fn with_half_of(log: Log) -> Self {
         let world = World::new().await;
         let (first, second) = log.split_at(log.len() / 2);
@@ -217,7 +236,7 @@ impl System {
         Folder::new().with("1.toml", CASE_STATUS).with("2.toml", JOURNAL).with("3.toml", WORKLOAD)
     }
 
-    /// The sum of the positions of these projectors: it rises with every batch of any of them.
+    /// The sum of the positions of these projectors. It grows with every batch.
     async fn progress(&self, projectors: &[&str]) -> u64 {
         let mut sum = 0;
         for name in projectors {
@@ -253,11 +272,11 @@ impl System {
 const OLD: [&str; 2] = ["case_status", "journal"];
 const ALL: [&str; 3] = ["case_status", "journal", "workload"];
 
-/// A receive that the old worker still waited in may take the next messages with it: the new one
-/// misses them soon.
+/// The options of a worker. An ended worker may have received messages that it did not delete. With
+/// a short reconcile interval, the next worker reads their events from the store.
 const WORKER: [&str; 4] = ["play", "--receive-wait=1", "--reconcile-after=1", "--projectors"];
 
-/// The story without mishaps.
+/// Runs the whole story without faults.
 async fn assert_models_equal_the_fold(log: Log) {
     let system = System::with_half_of(log).await;
     let world = &system.world;
@@ -270,11 +289,11 @@ async fn assert_models_equal_the_fold(log: Log) {
     let mut old_worker = start(world, &WORKER, &system.old);
     let mut writer = world.start_piped(&["append"]);
     let mut quarters = system.second_half.chunks(system.second_half.len().div_ceil(4));
-    let mut next = || quarters.next().expect("a quarter");
+    let mut next = || quarters.next().expect("four quarters");
     writer.write(next()).await;
     system.eventually_at(first_half + 1, &OLD).await;
 
-    // While the old worker plays on, and events come.
+    // The old worker plays on while events are appended.
     let new_release = system.new_release();
     writer.write(next()).await;
     let booted =
@@ -284,8 +303,8 @@ async fn assert_models_equal_the_fold(log: Log) {
         (&true.into(), &"live".into())
     );
 
-    // What the old worker takes out of the queue now, the third projector never sees there.
-    let third_stood_at = world.position("workload").await;
+    // The third projector never receives the messages that the old worker takes from the queue now.
+    let third_position = world.position("workload").await;
     let quarter = next();
     writer.write(quarter).await;
     let written = system.events - (system.second_half.len() - 3 * quarter.len()) as u64;
@@ -293,10 +312,10 @@ async fn assert_models_equal_the_fold(log: Log) {
     assert!(old_worker.is_running());
     assert_eq!(
         world.position("workload").await,
-        third_stood_at,
-        "an old worker leaves alone what it does not know"
+        third_position,
+        "an old worker must not play a projector that it does not know"
     );
-    assert!(third_stood_at < written, "it has something to miss");
+    assert!(third_position < written, "the third projector misses some messages");
 
     old_worker.terminate().await.exits(0);
     let new_worker = start(world, &WORKER, &new_release);
@@ -325,16 +344,7 @@ async fn three_models_equal_the_fold_of_generated_events() {
     assert_models_equal_the_fold(generated_events(1_600, &mut dice)).await;
 }
 
-/// The seed of a test's dice: TEST_SEED, or a new one. Shown with the output of a test that fails.
-pub fn seed() -> u64 {
-    let seed = std::env::var("TEST_SEED")
-        .ok()
-        .map_or_else(|| fastrand::u64(..), |seed| seed.parse().expect("a number"));
-    eprintln!("to repeat: TEST_SEED={seed}");
-    seed
-}
-
-/// Small batches, and quick to be received again by the next worker: it is killed often.
+/// Options for processes that are killed often: small batches, and a short visibility timeout.
 const BOOT: [&str; 4] = ["boot", "--batch", "20", "--projectors"];
 const PLAY: [&str; 8] = [
     "play",
@@ -352,12 +362,13 @@ fn start(world: &World, command: &[&str], folder: &Folder) -> RunningProcess {
     world.start(&[command, &[folder.path()]].concat())
 }
 
-/// Not a wait for anything: the moment of a fault.
+/// Waits a random time before a fault. The test does not wait for a condition here.
 async fn random_pause(dice: &mut fastrand::Rng, most: u64) {
     tokio::time::sleep(Duration::from_millis(dice.u64(..most))).await;
 }
 
-/// Boots until it was killed so often between two batches of its replay, and then to its end.
+/// Boots and kills the boot until it was killed `kills` times between two batches, then boots to
+/// the end.
 async fn boot_with_kills(
     system: &System,
     folder: &Folder,
@@ -369,7 +380,7 @@ async fn boot_with_kills(
     while in_the_middle < kills {
         let before = system.progress(projectors).await;
         let boot = RefCell::new(start(&system.world, &BOOT, folder));
-        // One in four is killed at any time from its first instruction on.
+        // One boot in four is killed at any time, also before its first batch.
         if dice.u8(..4) > 0 {
             eventually("boot moves a projector", async || {
                 !boot.borrow_mut().is_running() || system.progress(projectors).await > before
@@ -379,7 +390,7 @@ async fn boot_with_kills(
         random_pause(dice, 60).await;
         assert!(
             boot.into_inner().kill().await,
-            "boot ended before it was killed {kills} times: it needs more work"
+            "boot ended before it was killed {kills} times: append more events"
         );
         let mut is_booting = true;
         for name in projectors {
@@ -394,7 +405,7 @@ async fn boot_with_kills(
     start(&system.world, &BOOT, folder).finish().await.exits(0);
 }
 
-/// A worker and a relay that are killed and started again while events are appended.
+/// A worker and a relay that are killed and restarted while events are appended.
 struct KilledProcesses<'a> {
     system: &'a System,
     folder: &'a Folder,
@@ -408,8 +419,8 @@ impl<'a> KilledProcesses<'a> {
         KilledProcesses { system, folder, play, relay }
     }
 
-    /// Appends piece by piece, and kills the worker in the middle of each, and now and then the
-    /// relay with it.
+    /// Appends the pieces one by one. Kills the worker during each piece, and the relay during
+    /// every third.
     async fn kill_repeatedly(
         &mut self,
         pieces: &[&[String]],
@@ -437,7 +448,7 @@ impl<'a> KilledProcesses<'a> {
     }
 
     async fn stop(self) {
-        // Before that, SIGTERM would be the death of them.
+        // Before these log lines, SIGTERM ends a process without a clean shutdown.
         self.play.wait_for_log("playing").await;
         self.relay.wait_for_log("publishing").await;
         self.play.terminate().await.exits(0);
@@ -445,7 +456,7 @@ impl<'a> KilledProcesses<'a> {
     }
 }
 
-/// The story with `kill -9` of boot, play and relay.
+/// Runs the whole story with SIGKILL of boot, play and relay.
 async fn assert_models_survive_kills(log: Log, mut dice: fastrand::Rng) {
     let system = System::with_half_of(log).await;
     boot_with_kills(&system, &system.old, &OLD, 4, &mut dice).await;

@@ -1,5 +1,5 @@
-//! The high-water mark: nothing is applied before everything below it is decided, however long a
-//! writer takes, and nothing is lost.
+//! The high-water mark: no event is applied before every lower position is decided, however long a
+//! writer takes. No event is lost.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -20,8 +20,8 @@ async fn a_late_commit_is_never_skipped() {
     world.boot(&registry(&[&played])).await;
     let mut slow = world.connection().await;
     execute(&mut slow, "begin").await;
-    write(&mut slow, "slow", 1).await.expect("written");
-    write(&mut world.connection().await, "fast", 1).await.expect("written");
+    write(&mut slow, "slow", 1).await.expect("the event is written");
+    write(&mut world.connection().await, "fast", 1).await.expect("the event is written");
     assert_eq!(world.positions("position > 9").await, [11], "the later position is visible first");
 
     let published = world.run(&["relay", "--once"]).await.exits(0);
@@ -36,9 +36,12 @@ async fn a_late_commit_is_never_skipped() {
         &both,
         World::continuous_play_settings(),
     );
-    // Each empty receive is followed by a reconcile: it has looked for what is missing again and
-    // again.
-    eventually("the worker has looked", async || queue.fault_counts().receives >= 20).await;
+    // Each empty receive is followed by a reconcile, so the worker has looked for missing events
+    // many times.
+    eventually("the worker has reconciled repeatedly", async || {
+        queue.fault_counts().receives >= 20
+    })
+    .await;
     for tally in [&replayed, &played] {
         assert_eq!((world.position(tally.name()).await, world.high_water().await), (9, 9));
         assert_eq!(tally.applied(&world).await, (1..=9).collect::<Vec<_>>());
@@ -48,7 +51,7 @@ async fn a_late_commit_is_never_skipped() {
 
     execute(&mut slow, "commit").await;
     assert!(world.boot(&registry(&[&replayed])).await.is_released());
-    eventually("both are at the end", async || {
+    eventually("both projectors are at the end", async || {
         world.position("replayed").await == 11 && world.position("played").await == 11
     })
     .await;
@@ -78,12 +81,13 @@ async fn a_position_reserved_before_its_insert_is_not_lost() {
         .collect();
     let rows = format!("{insert} {}", rows.join(", "));
     let blocked = tokio::spawn(async move { execute(&mut blocked, &rows).await });
-    eventually("the writer of many rows is blocked at the second", async || {
+    eventually("the multi-row insert is blocked at its second row", async || {
         world.lock_waits().await == 1
     })
     .await;
-    // 10 is the holder's; 11 is inserted, 12 blocked, 13 and 14 only reserved.
-    write(&mut world.connection().await, "fast", 1).await.expect("written");
+    // Position 10 belongs to the holder. 11 is inserted, 12 is blocked, 13 and 14 are only
+    // reserved.
+    write(&mut world.connection().await, "fast", 1).await.expect("the event is written");
     assert_eq!(world.positions("position > 9").await, [15]);
 
     world.boot_while_blocked(&registry).await;
@@ -91,7 +95,7 @@ async fn a_position_reserved_before_its_insert_is_not_lost() {
     assert!(!blocked.is_finished() && world.fillers().await.is_empty());
 
     execute(&mut holder, "rollback").await;
-    blocked.await.expect("the writer did not fail");
+    blocked.await.expect("the writer does not fail");
     assert!(world.boot(&registry).await.is_released());
     world.play_until_idle(&registry).await;
     assert_eq!(world.positions("stream_id = 'blocked'").await, [11, 12, 13, 14]);
@@ -99,9 +103,9 @@ async fn a_position_reserved_before_its_insert_is_not_lost() {
     world.assert_complete(&tally).await;
 }
 
-/// `insert … select` reserves positions in blocks that grow, and on MySQL others take theirs in
-/// between. MariaDB's default (`innodb_autoinc_lock_mode` 1) makes others wait until the statement
-/// ends: there only the waiting is left to see.
+/// `insert … select` reserves positions in growing blocks. On MySQL, other writers get positions in
+/// between. With MariaDB's default (`innodb_autoinc_lock_mode` 1), other writers wait until the
+/// statement ends, so only the waiting can be tested there.
 #[tokio::test]
 async fn rows_from_an_insert_select_are_not_lost_among_other_writers() {
     let world = World::new().await;
@@ -114,7 +118,7 @@ async fn rows_from_an_insert_select_are_not_lost_among_other_writers() {
     let rows: Vec<String> = (1..=40).map(|n| format!("('row-{n:02}', {n})")).collect();
     world.execute(&format!("insert into source values {}", rows.join(", "))).await;
 
-    // The twentieth row waits for this writer, which has its id.
+    // The twentieth row waits for this writer, which holds the same event id.
     let mut holder = world.connection().await;
     execute(&mut holder, "begin").await;
     let insert = "insert into events (event_id, stream_id, stream_version, event_type, payload) ";
@@ -128,30 +132,34 @@ async fn rows_from_an_insert_select_are_not_lost_among_other_writers() {
         .await;
 
     let mut other = world.connection().await;
-    let other = tokio::spawn(async move { write(&mut other, "other", 1).await.expect("written") });
-    match is_mariadb().await {
-        // For the table's counter, which is not listed among the waits of transactions.
-        true => {
-            let waits = |session: &&Session| {
-                session.state == "Update" && session.statement.starts_with("insert")
-            };
-            eventually("the other writer waits for the statement", async || {
-                world.sessions().await.iter().filter(waits).count() == 1
-            })
-            .await;
-        }
-        false => eventually("the other writer is done", async || other.is_finished()).await,
+    let other =
+        tokio::spawn(
+            async move { write(&mut other, "other", 1).await.expect("the event is written") },
+        );
+    if is_mariadb().await {
+        // The writer waits for the table's counter. The server does not list this wait as a
+        // transaction's lock wait.
+        let waits = |session: &&Session| {
+            session.state == "Update" && session.statement.starts_with("insert")
+        };
+        eventually("the other writer waits for the statement", async || {
+            world.sessions().await.iter().filter(waits).count() == 1
+        })
+        .await;
+    } else {
+        eventually("the other writer is done", async || other.is_finished()).await;
     }
-    // On MariaDB nothing is visible above yet.
-    match is_mariadb().await {
-        true => assert!(world.boot(&registry).await.is_released()),
-        false => world.boot_while_blocked(&registry).await,
+    // On MariaDB, no event above the mark is visible yet.
+    if is_mariadb().await {
+        assert!(world.boot(&registry).await.is_released());
+    } else {
+        world.boot_while_blocked(&registry).await;
     }
     assert_eq!((world.position("tally").await, world.high_water().await), (9, 9));
 
     execute(&mut holder, "rollback").await;
-    copying.await.expect("the copy did not fail");
-    other.await.expect("the other writer did not fail");
+    copying.await.expect("the copy does not fail");
+    other.await.expect("the other writer does not fail");
     assert!(world.boot(&registry).await.is_released());
     world.play_until_idle(&registry).await;
     let (copied, other) = (
@@ -166,7 +174,7 @@ async fn rows_from_an_insert_select_are_not_lost_among_other_writers() {
     world.assert_complete(&tally).await;
 }
 
-/// As a server stores it whose `sql_mode` is lax.
+/// A server with a lax `sql_mode` stores invalid dates.
 #[tokio::test]
 async fn a_row_without_a_date_stops_no_projector() {
     let world = World::new().await;
@@ -178,12 +186,15 @@ async fn a_row_without_a_date_stops_no_projector() {
         let columns = "stream_id, stream_version, event_type, recorded_at, payload";
         execute(
             &mut lax,
-            &format!("insert into events ({columns}) values ('undated', {version}, 'Happened', '{date}', '{{}}')"),
+            &format!(
+                "insert into events ({columns}) values ('undated', {version}, 'Happened', \
+                 '{date}', '{{}}')"
+            ),
         )
         .await;
     }
     world.append(5).await;
-    // It says for how long the next event has been waiting.
+    // `status` computes how long the next event has been waiting, from this date.
     world.run(&["status"]).await.exits(0);
 
     world.play_until_idle(&registry(&[&tally])).await;
@@ -210,20 +221,18 @@ async fn a_large_open_transaction_is_not_mistaken_for_a_gap() {
          select concat('large-', m), n, if(n = 1, 'Closed', 'Opened'), '{}' from m join n",
     )
     .await;
-    write(&mut world.connection().await, "small", 1).await.expect("written");
+    write(&mut world.connection().await, "small", 1).await.expect("the event is written");
     let published = world.run(&["relay", "--once"]).await.exits(0);
     assert!(published.stdout.contains("up to position 9"), "{}", published.stdout);
     assert!(!published.stderr.contains("high_water_blocked"), "{}", published.stderr);
 
     execute(&mut large, "commit").await;
-    boot(&world.database, &registry, Limits::default(), |_| {})
-        .await
-        .expect("boot comes to an end");
+    boot(&world.database, &registry, Limits::default(), |_| {}).await.expect("boot succeeds");
     assert!(world.last_position().await > 70_000);
     world.assert_complete(&tally).await;
 }
 
-/// What eight writers do, each in streams of its own, for so many transactions.
+/// The number of transactions of each of eight writers. Each writes to its own streams.
 const TRANSACTIONS: u64 = 40;
 
 #[derive(Default)]
@@ -238,7 +247,7 @@ impl Written {
     }
 }
 
-/// Multi-row inserts, slow commits and rollbacks, by plain SQL.
+/// Writes with plain SQL: multi-row inserts, slow commits and rollbacks.
 async fn write_by_sql(
     mut writer: MySqlConnection,
     stream: String,
@@ -247,7 +256,7 @@ async fn write_by_sql(
 ) {
     let mut version = 0;
     for _ in 0..TRANSACTIONS {
-        let (rows, taken_back) = (dice.u64(1..=8), dice.u8(0..100) < 15);
+        let (rows, rolls_back) = (dice.u64(1..=8), dice.u8(0..100) < 15);
         let pause = format!("select sleep({})", f64::from(dice.u8(0..30)) / 1000.0);
         loop {
             execute(&mut writer, "begin").await;
@@ -266,7 +275,7 @@ async fn write_by_sql(
             );
             match sqlx::raw_sql(AssertSqlSafe(insert)).execute(&mut writer).await {
                 Ok(_) => break,
-                // What the protocol asks of every writer.
+                // The protocol requires every writer to retry after these errors.
                 Err(error) => {
                     assert!([1062, 1205, 1213].contains(&server_error(&error).0), "{error}");
                     execute(&mut writer, "rollback").await;
@@ -274,18 +283,17 @@ async fn write_by_sql(
             }
         }
         execute(&mut writer, &pause).await;
-        execute(&mut writer, if taken_back { "rollback" } else { "commit" }).await;
-        match taken_back {
-            true => _ = written.rollbacks.fetch_add(1, Ordering::SeqCst),
-            false => {
-                version += rows;
-                written.add(rows);
-            }
+        execute(&mut writer, if rolls_back { "rollback" } else { "commit" }).await;
+        if rolls_back {
+            written.rollbacks.fetch_add(1, Ordering::SeqCst);
+        } else {
+            version += rows;
+            written.add(rows);
         }
     }
 }
 
-/// The same through the store: a rollback there is an append whose last event is refused.
+/// Writes through the store. A rollback is an append whose last event is rejected.
 async fn write_by_append(
     store: EventStore,
     stream: String,
@@ -307,24 +315,25 @@ async fn write_by_append(
         if transaction == 0 {
             events[0].event_id = Some(stream.clone());
         }
-        store.append(&events).await.expect("appended");
+        store.append(&events).await.expect("the events are appended");
         written.add(rows);
     }
 }
 
-/// Watches the mark until it is told to stop: it only rises, and every position up to it is decided
-/// at that moment.
+/// Watches the mark until `stop` is set. Asserts that it never falls and that every position up to
+/// it is decided. Returns how often it rose.
 async fn watch_mark(mut watcher: MySqlConnection, stop: Arc<AtomicBool>) -> u64 {
     let (mut before, mut rises) = (0, 0);
     while !stop.load(Ordering::SeqCst) {
-        // One statement, one view of both tables.
+        // One statement reads both tables from one snapshot.
         let (mark, visible): (u64, i64) = sqlx::query_as(
-            "select high_water, (select count(*) from events where position <= high_water) from event_log",
+            "select high_water, (select count(*) from events where position <= high_water) \
+             from event_log",
         )
         .fetch_one(&mut watcher)
         .await
-        .expect("the mark is read");
-        assert_eq!(mark, visible as u64, "the mark has passed a position that was not decided");
+        .expect("the mark is readable");
+        assert_eq!(mark, visible as u64, "the mark has passed an undecided position");
         assert!(mark >= before, "the mark went back from {before} to {mark}");
         rises += u64::from(mark > before);
         before = mark;
@@ -357,29 +366,32 @@ async fn eight_writers_at_once_make_no_projector_miss_or_repeat_an_event() {
             _ => writers.spawn(write_by_append(world.store.clone(), stream, dice, written)),
         };
     }
-    eventually("half of it is written", async || {
+    eventually("half of the events are written", async || {
         written.events.load(Ordering::SeqCst) > TRANSACTIONS * 16
     })
     .await;
     assert!(!writers.is_empty());
     assert!(world.boot(&registry).await.is_released());
     while let Some(ended) = writers.join_next().await {
-        ended.expect("no writer failed");
+        ended.expect("no writer fails");
     }
     world.append(1).await;
     let last = world.last_position().await;
     for tally in &tallies {
-        eventually("it is at the end", async || world.position(tally.name()).await == last).await;
+        eventually("the projector is at the end", async || {
+            world.position(tally.name()).await == last
+        })
+        .await;
         world.assert_complete(tally).await;
     }
     stop.store(true, Ordering::SeqCst);
-    assert!(watching.await.expect("the mark kept its promise") > 5, "the mark was seen to rise");
+    assert!(watching.await.expect("the mark never falls") > 5, "the mark rose too seldom");
     playing.stop().await;
 
     assert_eq!(world.high_water().await, last);
     let rollbacks = written.rollbacks.load(Ordering::SeqCst);
     let filled = world.fillers().await.len() as u64;
-    assert!(rollbacks > 10 && filled > rollbacks / 2, "{rollbacks} rollbacks, {filled} tombstones");
+    assert!(rollbacks > 10 && filled > rollbacks / 2, "{rollbacks} rollbacks, {filled} fillers");
     let events = written.events.load(Ordering::SeqCst) + 1;
     assert_eq!(
         world.number("select count(*) from events where event_type not like '$%'").await,
@@ -387,7 +399,7 @@ async fn eight_writers_at_once_make_no_projector_miss_or_repeat_an_event() {
     );
 }
 
-/// A transaction that stays open for a whole replay, and commits when it is over.
+/// A transaction stays open during the whole replay and commits afterwards.
 #[tokio::test]
 async fn boot_hands_over_below_an_open_transaction_and_play_applies_it_later() {
     let world = World::new().await;
@@ -401,7 +413,7 @@ async fn boot_hands_over_below_an_open_transaction_and_play_applies_it_later() {
         gate.arrival().await;
         let mut slow = world.connection().await;
         execute(&mut slow, "begin").await;
-        write(&mut slow, "slow", 1).await.expect("written");
+        write(&mut slow, "slow", 1).await.expect("the event is written");
         world.append(100).await;
         gate.open();
         slow
@@ -424,7 +436,7 @@ async fn an_append_whose_commit_was_not_acknowledged_is_stored_once() {
     let store = EventStore::new(&database);
     let mut expected = 0;
     for round in 0..20 {
-        // With and without the version that the stream must have.
+        // With and without the expected stream version.
         let given = round % 2 == 0;
         let events: Vec<NewEvent> = (1..=3)
             .map(|n| NewEvent {
@@ -444,11 +456,14 @@ async fn an_append_whose_commit_was_not_acknowledged_is_stored_once() {
         );
     }
     let (before, after) = cuts.counts();
-    assert!(before > 1 && after > 1, "commits were cut: {before} before, {after} after");
+    assert!(
+        before > 1 && after > 1,
+        "connections closed: {before} before, {after} after the commit"
+    );
 }
 
-/// On MySQL a writer at repeatable read that meets error 1062 and goes on holds everybody up; this
-/// one never does.
+/// On MySQL, a writer at repeatable read that gets error 1062 and continues keeps a lock that
+/// blocks other writers. `append` does not.
 #[tokio::test]
 async fn a_refused_append_leaves_no_transaction_open_and_does_not_block_the_mark() {
     let world = World::new().await;
@@ -457,25 +472,26 @@ async fn a_refused_append_leaves_no_transaction_open_and_does_not_block_the_mark
     execute(&mut other, "set session innodb_lock_wait_timeout = 1").await;
     for round in 0..20 {
         let taken = format!("taken-{round}");
-        world.store.append(&[id(&taken)]).await.expect("appended");
+        world.store.append(&[id(&taken)]).await.expect("the event is appended");
         let refused =
             world.store.append(&[event(1), id(&taken)]).await.expect_err("the id is taken");
         assert!(matches!(refused, AppendError::DuplicateEventId { .. }), "{refused}");
-        // At once: what the append has locked, the row that it collided with and the end of the
-        // log, is free again.
+        // The locks of the append are released at once: on the row with the same id, and on the end
+        // of the log.
         execute(
             &mut other,
             &format!("select position from events where event_id = '{taken}' for update nowait"),
         )
         .await;
-        write(&mut other, "other", round + 1).await.expect("nobody is in the way");
+        write(&mut other, "other", round + 1).await.expect("no lock blocks the writer");
         let wrong = NewEvent { stream_version: Some(99), ..event(1) };
         let refused = world.store.append(&[wrong]).await.expect_err("not the next version");
         assert!(matches!(refused, AppendError::WrongVersion { .. }), "{refused}");
     }
-    let open = "select count(*) from information_schema.innodb_trx t join information_schema.processlist p \
+    let open = "select count(*) from information_schema.innodb_trx t \
+                join information_schema.processlist p \
                 on p.id = t.trx_mysql_thread_id where p.db = database()";
-    // That table is refreshed only after nobody has read it for 0.1 s.
+    // The server refreshes that table only when it has not been read for 0.1 s.
     eventually("no transaction is open", async || {
         tokio::time::sleep(std::time::Duration::from_millis(200)).await;
         world.number(open).await == 0

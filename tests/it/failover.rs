@@ -1,4 +1,4 @@
-//! A server that has become read-only, as the former primary after a failover.
+//! A server that has become read-only, like the former primary after a failover.
 
 use std::time::Duration;
 
@@ -6,15 +6,15 @@ use projectionist::sqlx::{self, MySqlConnection};
 
 use crate::support::{self, Folder, World, event, eventually, execute};
 
-/// The setting is the whole server's, and only users without special rights feel it: of all tests
-/// those of `grants.rs`, which hold the same lock.
+/// Takes a server-wide lock. `read_only` is a global setting that affects only users without
+/// special privileges. The tests that use such users, here and in `grants.rs`, hold this lock.
 pub async fn lock_out_restricted_users(admin: &mut MySqlConnection) {
     let locked: i64 =
         sqlx::query_scalar("select cast(get_lock('restricted_users', 120) as signed)")
             .fetch_one(admin)
             .await
-            .expect("the lock");
-    assert_eq!(locked, 1, "the lock is free within two minutes");
+            .expect("the lock is requested");
+    assert_eq!(locked, 1, "the lock is not free within two minutes");
 }
 
 const PROJECTOR: &str = r#"
@@ -28,19 +28,19 @@ events = ["*"]
 sql = "insert into counter (n) values (:position)"
 "#;
 
-/// The same, slow enough to be met in the middle: 20 ms for each event.
+/// [`PROJECTOR`] with a delay of 20 ms for each event, so that a test can act in the middle.
 fn slow_projector() -> String {
     PROJECTOR.replace(":position)", ":position + sleep(0.02))")
 }
 
-/// The sessions of a user.
+/// The ids of a user's sessions.
 async fn sessions(admin: &mut MySqlConnection, user: &str) -> Vec<u64> {
     let all = support::sessions(admin).await.into_iter();
     all.filter(|session| session.user == user).map(|session| session.id).collect()
 }
 
-/// A user without special rights, and the URL for it. Of all tests only this one has any, until its
-/// connection ends.
+/// Creates a user without special privileges. Returns its name and its URL. No other test uses such
+/// a user until the connection of `admin` ends.
 async fn restricted_user(world: &World, admin: &mut MySqlConnection) -> (String, String) {
     lock_out_restricted_users(admin).await;
     let user = format!("u{:x}", fastrand::u64(..));
@@ -62,34 +62,38 @@ async fn a_read_only_server_breaks_no_projector_and_its_connections_are_closed()
     let world = World::new().await;
     let mut admin = world.connection().await;
     let (user, url) = restricted_user(&world, &mut admin).await;
-    let folder = tempfile::tempdir().expect("a folder");
-    std::fs::write(folder.path().join("counter.toml"), PROJECTOR).expect("a file");
-    let folder = folder.path().to_str().expect("UTF-8");
+    let folder = tempfile::tempdir().expect("the folder is created");
+    std::fs::write(folder.path().join("counter.toml"), PROJECTOR).expect("the file is written");
+    let folder = folder.path().to_str().expect("the path is UTF-8");
     world.run(&["boot", "--projectors", folder]).await.exits(0);
 
     let playing = world.start(&["play", "--projectors", folder, "--database-url", &url]);
     world.append(10).await;
-    eventually("it plays", || async { world.position("counter").await == 10 }).await;
+    eventually("the worker plays", || async { world.position("counter").await == 10 }).await;
     let before = sessions(&mut admin, &user).await;
     assert!(!before.is_empty());
 
-    // The writers go on, as they would on the new primary: they have special rights here.
+    // The writers continue, as they would on the new primary: here, they have special privileges.
     execute(&mut admin, "set global read_only = 1").await;
-    world.store.append(&(0..10).map(event).collect::<Vec<_>>()).await.expect("appended");
+    world
+        .store
+        .append(&(0..10).map(event).collect::<Vec<_>>())
+        .await
+        .expect("the events are appended");
     tokio::time::timeout(Duration::from_secs(30), async {
         while sessions(&mut admin, &user).await.iter().any(|session| before.contains(session)) {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     })
     .await
-    .expect("the connections of before are given up");
+    .expect("the old connections are closed");
     assert_eq!(
         (world.status("counter").await, world.position("counter").await),
         ("live".into(), 10)
     );
     execute(&mut admin, "set global read_only = 0").await;
 
-    eventually("it goes on by itself", || async { world.position("counter").await == 20 }).await;
+    eventually("the worker continues", || async { world.position("counter").await == 20 }).await;
     playing.terminate().await.exits(0);
     assert_eq!(world.number("select count(*) from counter").await, 20);
     assert_eq!(world.status("counter").await, "live");
@@ -105,7 +109,7 @@ async fn a_server_that_becomes_read_only_during_a_boot_breaks_no_projector() {
     world.append(200).await;
     let booting =
         world.start(&["boot", "--batch=10", "--projectors", folder.path(), "--database-url", &url]);
-    eventually("it is on its way", || async {
+    eventually("boot has applied events", || async {
         world.entry("counter").await.is_some_and(|c| c.position.get() > 20)
     })
     .await;
@@ -113,12 +117,12 @@ async fn a_server_that_becomes_read_only_during_a_boot_breaks_no_projector() {
     execute(&mut admin, "set global read_only = 1").await;
     booting.wait_for_log("trying again").await;
     let position = world.position("counter").await;
-    assert!(position < 200, "in the middle of it");
+    assert!(position < 200, "the boot must be unfinished");
     assert_eq!(world.status("counter").await, "booting");
     assert_eq!(
         world.number("select count(*) from counter").await,
         position,
-        "what was refused is rolled back"
+        "the rejected batch is rolled back"
     );
     execute(&mut admin, "set global read_only = 0").await;
 

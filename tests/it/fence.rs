@@ -1,19 +1,19 @@
-//! The fence: each event once, by one worker, whole or not at all, whoever else is at work and
-//! whatever connection is lost.
+//! The fence: each event is applied once, by one worker, completely or not at all. This holds with
+//! concurrent workers and with lost connections.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use projectionist::sqlx::{self, Connection, MySqlConnection};
-use projectionist::{Database, Error, Limits, Mode, PlaySettings, Queue, Registry, boot};
+use projectionist::{Database, Error, Limits, Mode, Queue, Registry, boot};
 
 use crate::support::{
     Faults, FaultyQueue, Gate, RandomCuts, ScriptedProjector, TIMEOUT, Tally, World, eventually,
     gated, kill, registry, registry_of, run, scripted_at, seed, server_url,
 };
 
-// Two at once.
+// Concurrent workers and boots.
 
 #[tokio::test]
 async fn two_concurrent_workers_apply_each_event_once() {
@@ -22,20 +22,18 @@ async fn two_concurrent_workers_apply_each_event_once() {
     let registry = registry(&[&all, &closed]);
     world.boot(&registry).await;
     let seed = seed();
-    // Half of what the one has applied comes again, to the other as likely as not.
+    // Half of the messages that one worker has applied are received again, by either worker.
     let faults = Faults { undeleted: 50, shuffled: true, ..Faults::default() };
     let queues =
         [seed, seed + 1].map(|seed| Arc::new(FaultyQueue::new(&world.queue, faults, seed)));
-    let settings = PlaySettings {
-        reconcile_after: Duration::from_millis(50),
-        ..World::continuous_play_settings()
-    };
+    let settings =
+        World::continuous_play_settings().with_reconcile_after(Duration::from_millis(50));
     let workers =
         queues.clone().map(|queue| world.start_play_from(queue, &registry, settings.clone()));
     for _ in 0..40 {
         world.append(10).await;
     }
-    eventually("all is applied and deleted", async || {
+    eventually("all events are applied and all messages deleted", async || {
         world.position("all_events").await == 400
             && world.position("closed").await == 400
             && world.queue.depth().await.is_ok_and(|depth| depth == 0)
@@ -44,7 +42,10 @@ async fn two_concurrent_workers_apply_each_event_once() {
     for worker in workers {
         assert_eq!(worker.stop().await.broken, 0);
     }
-    assert!(queues.iter().all(|queue| queue.fault_counts().received > 5), "both have worked");
+    assert!(
+        queues.iter().all(|queue| queue.fault_counts().received > 5),
+        "a worker received too few messages"
+    );
     world.assert_complete(&all).await;
     world.assert_complete(&closed).await;
 }
@@ -56,7 +57,7 @@ async fn two_concurrent_boots_apply_each_event_once_and_both_succeed() {
     let once = Tally::new("once").mode(Mode::Once);
     let registry =
         Registry::new().with(gated(&first, 150, &gate)).and_then(|set| set.with(second.clone()));
-    let registry = registry.and_then(|set| set.with(once.clone())).expect("names of their own");
+    let registry = registry.and_then(|set| set.with(once.clone())).expect("the names are unique");
     world.append(400).await;
     let overlap = async {
         gate.arrival().await;
@@ -74,7 +75,7 @@ async fn two_concurrent_boots_apply_each_event_once_and_both_succeed() {
     assert_eq!(world.status("once").await, "finished");
 }
 
-// Who is played, and who is not.
+// Which projectors are played.
 
 #[tokio::test]
 async fn a_projector_booted_while_play_runs_joins_without_a_restart() {
@@ -84,16 +85,17 @@ async fn a_projector_booted_while_play_runs_joins_without_a_restart() {
     world.boot(&registry(&[&old])).await;
     let playing = world.start_play(&both);
     world.append(50).await;
-    eventually("the old one is played", async || world.position("old").await == 50).await;
+    eventually("the old projector is played", async || world.position("old").await == 50).await;
     assert_eq!(world.status("new").await, "new");
 
     assert!(world.boot(&both).await.is_released());
     world.append(50).await;
-    eventually("the new one is played", async || world.position("new").await == 100).await;
+    eventually("the new projector is played", async || world.position("new").await == 100).await;
     assert!(playing.is_running());
     playing.stop().await;
     world.assert_complete(&new).await;
-    eventually("the old one is, too", async || world.position("old").await == 100).await;
+    eventually("the old projector is played, too", async || world.position("old").await == 100)
+        .await;
     world.assert_complete(&old).await;
 }
 
@@ -119,21 +121,21 @@ async fn an_unbooted_projector_is_never_played() {
 #[tokio::test]
 async fn a_stalled_or_broken_projector_is_not_played_until_it_is_booted() {
     let world = World::new().await;
-    let (poisoned, mended, other) =
+    let (poisoned, repaired, other) =
         (Tally::new("tally").failing_at(5), Tally::new("tally"), Tally::new("other"));
     world.append(10).await;
     assert!(!world.boot(&registry(&[&poisoned, &other])).await.is_released());
-    let mended_set = registry(&[&mended, &other]);
+    let repaired_set = registry(&[&repaired, &other]);
     world.append(10).await;
-    world.play_until_idle(&mended_set).await;
+    world.play_until_idle(&repaired_set).await;
     assert_eq!(
         (world.status("tally").await, world.status("other").await),
         ("broken".into(), "stalled".into())
     );
     assert_eq!(world.position("tally").await, 4);
 
-    assert!(world.boot(&mended_set).await.is_released());
-    world.assert_complete(&mended).await;
+    assert!(world.boot(&repaired_set).await.is_released());
+    world.assert_complete(&repaired).await;
     world.assert_complete(&other).await;
 }
 
@@ -151,17 +153,18 @@ async fn a_live_projector_retired_while_play_runs_stops() {
             world.position("stays").await == 20 && world.position("goes").await == 20
         })
         .await;
-        // By the release without it, so that its table stays and anything written to it would be
-        // seen.
+        // Retired by a release without the projector, so that its table stays and shows any later
+        // write.
         world.run(&["retire", "goes", "--yes"]).await.exits(0);
         world.append(20).await;
-        eventually("the other one goes on", async || world.position("stays").await == 40).await;
+        eventually("the other projector continues", async || world.position("stays").await == 40)
+            .await;
         world.boot(&both).await;
         let expected = if side_effects { "retired" } else { "live" };
         assert_eq!(
             world.status("goes").await,
             expected,
-            "forgotten, it is new again; retired, it is never"
+            "without side effects it is booted anew; with side effects it stays retired"
         );
         playing.stop().await;
         let again = if side_effects { 0 } else { 40 };
@@ -175,21 +178,21 @@ async fn a_projector_retired_while_boot_runs_is_dropped_from_the_boot() {
     let (gate, tally, other) = (Gate::new(), Tally::new("tally"), Tally::new("other"));
     let registry =
         Registry::new().with(gated(&tally, 10, &gate)).and_then(|set| set.with(other.clone()));
-    let registry = registry.expect("names of their own");
+    let registry = registry.expect("the names are unique");
     world.append(10).await;
     let booting =
         async { tokio::time::timeout(TIMEOUT, world.boot(&registry)).await.expect("boot ends") };
     let retiring = async {
         gate.arrival().await;
         let opening = async {
-            // First in line for the row, before the handoff.
+            // Retire waits for the row before the handoff does.
             eventually("retire waits for the row", async || world.lock_waits().await == 1).await;
             gate.open();
         };
         tokio::join!(world.run(&["retire", "tally", "--yes"]), opening).0.exits(0);
     };
     let (report, ()) = tokio::join!(booting, retiring);
-    assert_eq!(world.status("tally").await, "new", "it is forgotten");
+    assert_eq!(world.status("tally").await, "new", "the projector has no row");
     let of_it = report.projectors.iter().find(|booted| booted.id.name == "tally");
     assert!(of_it.is_some_and(|booted| ["new", "retired"].contains(&booted.status())), "{of_it:?}");
     world.assert_complete(&other).await;
@@ -238,18 +241,18 @@ async fn a_projector_booted_beside_an_old_release_misses_no_event() {
     assert_eq!(
         world.position("new").await,
         handed_over_at,
-        "an old release does not touch what it does not know"
+        "an old release must not play a projector that it does not know"
     );
-    assert!(handed_over_at <= 250, "no message will bring what lies between");
+    assert!(handed_over_at <= 250, "some messages must be gone before the new release plays");
 
     world.play_until_idle(&new_release).await;
     world.assert_complete(&old).await;
     world.assert_complete(&new).await;
 }
 
-// Connections that are lost.
+// Lost connections.
 
-/// Stands at the gate at one position, and tells which session it is in.
+/// Waits at the gate at one position, and stores the id of its session.
 fn gated_in_session(
     tally: &Tally,
     position: u64,
@@ -283,23 +286,22 @@ async fn a_connection_killed_in_a_transaction_breaks_no_projector() {
             let killed = session.load(Ordering::SeqCst);
             world.execute(&format!("kill {killed}")).await;
             gate.open();
-            eventually("it is in another session", async || {
+            eventually("the handler runs in another session", async || {
                 session.load(Ordering::SeqCst) != killed
             })
             .await;
         };
-        match in_boot {
-            true => assert!(tokio::join!(world.boot(&registry), killing).0.is_released()),
-            false => {
-                assert_eq!(tokio::join!(world.play_until_idle(&registry), killing).0.broken, 0)
-            }
+        if in_boot {
+            assert!(tokio::join!(world.boot(&registry), killing).0.is_released());
+        } else {
+            assert_eq!(tokio::join!(world.play_until_idle(&registry), killing).0.broken, 0);
         }
         world.assert_complete(&tally).await;
     }
 }
 
-/// Kills one session after the other, whatever it is in, until it is told to stop: one for every so
-/// many events shown, so that a slow server is not killed to a standstill.
+/// Kills random sessions until `stop` is set. Waits for some applied events between two kills, so
+/// that a slow server still makes progress. Returns the number of killed sessions.
 async fn kill_at_random(
     world: &World,
     mut dice: fastrand::Rng,
@@ -313,7 +315,7 @@ async fn kill_at_random(
             killed += kill(&mut killer, [session]).await as u64;
         }
         let next = shown.load(Ordering::SeqCst) + dice.u64(20..80);
-        eventually("it gets on", async || {
+        eventually("more events are applied", async || {
             stop.load(Ordering::SeqCst) || shown.load(Ordering::SeqCst) >= next
         })
         .await;
@@ -341,13 +343,13 @@ async fn sessions_killed_at_random_break_no_projector() {
     let tallies = tallies.map(counted);
     let registry = registry(&[&tallies[0], &tallies[1], &tallies[2]]);
     world.append(1_500).await;
-    let limits = Limits { batch: 20, retry_timeout: Some(TIMEOUT), ..Limits::default() };
+    let limits = Limits::default().with_batch(20).with_retry_timeout(Some(TIMEOUT));
 
     let stop = AtomicBool::new(false);
     let booting = async {
         let report = boot(&world.database, &registry, limits, |_| {}).await;
         stop.store(true, Ordering::SeqCst);
-        report.expect("boot comes to an end")
+        report.expect("boot succeeds")
     };
     let (report, killed) =
         tokio::join!(booting, kill_at_random(&world, dice.fork(), &shown, &stop));
@@ -359,7 +361,7 @@ async fn sessions_killed_at_random_break_no_projector() {
     world.append(500).await;
     stop.store(false, Ordering::SeqCst);
     let playing = async {
-        let settings = PlaySettings { limits, ..World::play_settings() };
+        let settings = World::play_settings().with_limits(limits);
         let played =
             world.play_with(Arc::clone(&world.queue) as Arc<dyn Queue>, &registry, settings).await;
         stop.store(true, Ordering::SeqCst);
@@ -386,17 +388,17 @@ async fn a_commit_with_a_lost_acknowledgement_is_neither_missed_nor_repeated() {
     ];
     let registry = registry(&[&tallies[0], &tallies[1], &tallies[2]]);
     world.append(300).await;
-    let limits = Limits { batch: 10, retry_timeout: Some(TIMEOUT), ..Limits::default() };
-    let report = boot(&database, &registry, limits, |_| {}).await.expect("boot comes to an end");
+    let limits = Limits::default().with_batch(10).with_retry_timeout(Some(TIMEOUT));
+    let report = boot(&database, &registry, limits, |_| {}).await.expect("boot succeeds");
     assert!(report.is_released(), "{report:?}");
     let (before, after) = cuts.counts();
-    assert!(before > 3 && after > 3, "commits cut in boot: {before} before, {after} after");
+    assert!(before > 3 && after > 3, "connections closed in boot: {before} before, {after} after");
     for tally in &tallies {
         world.assert_complete(tally).await;
     }
 
     world.append(300).await;
-    let settings = PlaySettings { limits, ..World::play_settings() };
+    let settings = World::play_settings().with_limits(limits);
     let playing = projectionist::play(
         &database,
         Arc::clone(&world.queue) as Arc<dyn Queue>,
@@ -407,7 +409,7 @@ async fn a_commit_with_a_lost_acknowledgement_is_neither_missed_nor_repeated() {
     let played = tokio::time::timeout(TIMEOUT, playing)
         .await
         .expect("play becomes idle")
-        .expect("play ends");
+        .expect("play succeeds");
     assert_eq!(played.broken, 0);
     let (in_play_before, in_play_after) = cuts.counts();
     assert!(

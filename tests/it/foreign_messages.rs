@@ -1,11 +1,12 @@
-//! Messages that are not of the log: somebody else's, forged, or of a log that was. They are never
-//! applied, never deleted, and never silent; and ours get through.
+//! Messages that do not belong to the log: messages of other applications, forged messages, and
+//! messages from before a restore. They are never applied, never deleted, and always reported. The
+//! log's own messages are still applied.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use aws_sdk_sqs::types::{MessageSystemAttributeName, QueueAttributeName};
-use projectionist::{PlaySettings, Queue, Registry, sqlx};
+use projectionist::{Queue, Registry, sqlx};
 use ring::hmac;
 use serde_json::{Value, json};
 
@@ -14,29 +15,29 @@ use crate::support::{
     Faults, FaultyQueue, Folder, TIMEOUT, Tally, World, eventually, registry, schedule,
 };
 
-/// As a projector file, for the shipped binary.
+/// The projector [`Payloads`] as a file, for the shipped binary.
 const PAYLOADS: &str = "name = 'payloads'\nversion = 1\nmode = 'from_beginning'\n\
-     setup = ['create table if not exists payloads (position bigint unsigned primary key, payload mediumtext not null)']\n\
+     setup = ['create table if not exists payloads (position bigint unsigned primary key, \
+     payload mediumtext not null)']\n\
      [[on]]\nevents = ['*']\nsql = 'insert into payloads values (:position, :payload)'\n";
 
-/// The group of the relay's messages.
+/// The message group of the relay's messages.
 const EVENTS: &str = "events";
 
 fn payloads() -> Registry {
-    Registry::new().with(Payloads).expect("a name of its own")
+    Registry::new().with(Payloads).expect("the name is unique")
 }
 
 impl World {
-    /// Sends a message as another party would: on a FIFO queue, in this group.
+    /// Sends a message as another application would. On a FIFO queue, it is sent in this group.
     pub async fn send_to(&self, group: &str, body: &str) {
         let send = self.sqs.send_message().queue_url(&self.queue_url).message_body(body);
-        let send = match self.queue_url.ends_with(".fifo") {
-            true => send
-                .message_group_id(group)
-                .message_deduplication_id(uuid::Uuid::now_v7().to_string()),
-            false => send,
+        let send = if self.queue_url.ends_with(".fifo") {
+            send.message_group_id(group).message_deduplication_id(uuid::Uuid::now_v7().to_string())
+        } else {
+            send
         };
-        send.send().await.expect("sent");
+        send.send().await.expect("the message is sent");
     }
 
     async fn identity(&self) -> (String, Vec<u8>) {
@@ -44,7 +45,7 @@ impl World {
         identity.fetch_one(&mut self.connection().await).await.expect("the log has an id and a key")
     }
 
-    /// Takes every message out of the queue that is visible now.
+    /// Receives and deletes every message that is visible now. Returns their bodies.
     async fn take_all(&self) -> Vec<String> {
         let mut bodies = Vec::new();
         loop {
@@ -56,35 +57,37 @@ impl World {
             let receipts: Vec<String> =
                 received.iter().map(|message| message.receipt.clone()).collect();
             bodies.extend(received.into_iter().map(|message| message.body));
-            self.queue.delete(&receipts).await.expect("deleted");
+            self.queue.delete(&receipts).await.expect("the messages are deleted");
         }
     }
 
-    /// Asserts that the payloads that were applied are those of the log, all of them.
+    /// Asserts that `payloads` holds exactly the payloads of the log's events.
     async fn assert_payloads_are_those_of_the_log(&self) {
-        let others = "select count(*) from payloads p left join events e using (position) where not (p.payload <=> e.payload)";
+        let others = "select count(*) from payloads p left join events e using (position) \
+                      where not (p.payload <=> e.payload)";
         let missing = "select count(*) from events e left join payloads p using (position) \
                        where p.position is null and e.event_type not like '$%'";
-        assert_eq!(self.number(others).await, 0, "events that are not the log's");
+        assert_eq!(self.number(others).await, 0, "payloads that are not in the log");
         assert_eq!(self.number(missing).await, 0, "events that were not applied");
         assert_eq!(self.status("payloads").await, "live");
     }
 }
 
-/// A body, unsigned, as the relay of a release without signatures wrote it.
+/// An unsigned body, as a relay from before signatures wrote it.
 fn unsigned(log: &str, prev: u64, events: &[Value]) -> String {
     format!("{{\"log\":\"{log}\",\"prev\":{prev},\"events\":{}}}", json!(events))
 }
 
-/// A body with this signature.
+/// A body with the given signature.
 fn with_signature(signature: &str, log: &str, prev: u64, events: &[Value], last: u64) -> String {
     let events = json!(events);
     format!(
-        "{{\"sig\":\"{signature}\",\"log\":\"{log}\",\"prev\":{prev},\"events\":{events},\"last\":{last}}}"
+        "{{\"sig\":\"{signature}\",\"log\":\"{log}\",\"prev\":{prev},\
+         \"events\":{events},\"last\":{last}}}"
     )
 }
 
-/// A body, signed with a key.
+/// A body that is signed with `key`.
 fn signed(key: &[u8], log: &str, prev: u64, events: &[Value], last: u64) -> String {
     let unsigned = with_signature(&"0".repeat(64), log, prev, events, last);
     let tag = hmac::sign(
@@ -97,12 +100,13 @@ fn signed(key: &[u8], log: &str, prev: u64, events: &[Value], last: u64) -> Stri
 
 fn wire_event(position: u64, event_id: &str, payload: Value) -> Value {
     json!({
-        "position": position, "event_id": event_id, "stream_id": "forged", "stream_version": position,
-        "event_type": "Opened", "recorded_at": "2026-01-01T00:00:00Z", "payload": payload,
+        "position": position, "event_id": event_id, "stream_id": "forged",
+        "stream_version": position, "event_type": "Opened",
+        "recorded_at": "2026-01-01T00:00:00Z", "payload": payload,
     })
 }
 
-/// Events at these positions that the log does not have.
+/// Events at these positions that are not in the log.
 fn other_events(positions: std::ops::RangeInclusive<u64>) -> Vec<Value> {
     positions
         .map(|position| wire_event(position, &format!("other-{position}"), json!({})))
@@ -131,8 +135,8 @@ async fn foreign_messages_are_neither_applied_nor_deleted_and_block_no_event() {
             unsigned(&log, 5, &[]),
             format!("{{\"log\":\"{log}\",\"prev\":5,\"last\":18446744073709551615}}"),
             signed(b"another key", &log, 4, &other_events(5..=5), 5),
-            // Signed by us, and not of the log as it is: what could come of a clone of the
-            // database.
+            // Signed with the log's key, but not equal to the log. A clone of the database can send
+            // such messages.
             signed(&key, "another-log", 4, &other_events(5..=5), 5),
             signed(&key, &log, 4, &other_events(5..=5), 5),
             signed(&key, &log, 5, &other_events(6..=9), 9),
@@ -150,7 +154,7 @@ async fn foreign_messages_are_neither_applied_nor_deleted_and_block_no_event() {
         assert_eq!((played.messages, played.broken), (0, 0));
         assert!((1..=count).contains(&played.foreign), "{played:?}");
         world.assert_payloads_are_those_of_the_log().await;
-        assert_eq!(world.depth().await, count, "nobody has taken them away");
+        assert_eq!(world.depth().await, count, "no message was deleted");
 
         world.append(20).await;
         world.play_until_idle(&registry).await;
@@ -162,7 +166,7 @@ async fn foreign_messages_are_neither_applied_nor_deleted_and_block_no_event() {
         }
         assert!(
             left.iter().all(|left| left.starts_with("{\"sig\"")),
-            "ours may be there still: {left:?}"
+            "only messages of the relay may be left: {left:?}"
         );
         let seen = world.number("select foreign_messages from event_log").await;
         assert!(seen >= played.foreign, "{seen}");
@@ -183,22 +187,22 @@ async fn a_queue_with_only_foreign_messages_is_left_alone_with_an_alert() {
         let play = ["play", "--no-relay", "--receive-wait=1", "--projectors", projectors.path()];
         let worker = world.start(&play);
         worker.wait_for_log("\"alert\":\"foreign_messages\"").await;
-        // Events come from the store meanwhile.
+        // Meanwhile, the events come from the store.
         world.append(10).await;
         world.run(&["relay", "--once"]).await.exits(0);
-        eventually("they are played", async || world.position("tally").await == 13).await;
+        eventually("the new events are played", async || world.position("tally").await == 13).await;
         let log = worker.terminate().await.exits(0).log();
 
         let alerts: Vec<&Value> =
             log.iter().filter(|line| line["alert"] == "foreign_messages").collect();
-        assert_eq!(alerts.len(), 1, "once, and not with every receive");
+        assert_eq!(alerts.len(), 1, "one alert, not one for each receive");
         let alert = alerts[0];
         assert_eq!(
             (&alert["level"], alert["reasons"].as_str()),
             (&json!("ERROR"), Some("10 not readable")),
             "{alert}"
         );
-        let name = world.queue_url.rsplit('/').next().expect("a name");
+        let name = world.queue_url.rsplit('/').next().expect("the URL ends with a name");
         assert!(
             alert["queue"]
                 .as_str()
@@ -208,7 +212,7 @@ async fn a_queue_with_only_foreign_messages_is_left_alone_with_an_alert() {
         assert_eq!(
             alert["example"].as_str().map(str::len),
             Some(36),
-            "the id of one of them: {alert}"
+            "the example is a message id: {alert}"
         );
 
         let status = world.run(&["status", "--json"]).await.exits(0).json();
@@ -219,10 +223,10 @@ async fn a_queue_with_only_foreign_messages_is_left_alone_with_an_alert() {
         let doctor = world.run(&["doctor", "--json"]).await.exits(0).json();
         let check = doctor["checks"]
             .as_array()
-            .expect("checks")
+            .expect("the report has checks")
             .iter()
             .find(|c| c["name"] == "foreign messages");
-        let check = check.expect("doctor looks");
+        let check = check.expect("doctor has this check");
         assert!(check["level"] == "warning" && check["remedy"].is_string(), "{check}");
 
         let mut left = world.take_all().await;
@@ -240,21 +244,21 @@ async fn log_messages_get_through_beside_foreign_ones() {
         let tally = Tally::new("tally");
         let registry = registry(&[&tally]);
         world.boot(&registry).await;
-        // On a FIFO queue, each in a group of its own.
+        // On a FIFO queue, each message is in its own group.
         for n in 0..15 {
             world.send_to(&format!("group-{n}"), "theirs").await;
         }
         world.append(60).await;
         world.publish(2).await;
-        // The store feeds nobody here.
-        let settings = PlaySettings { receive_wait: Duration::from_secs(1), ..without_relay() };
+        // The projector gets its events only from the queue.
+        let settings = without_relay().with_receive_wait(Duration::from_secs(1));
         let queue = Arc::new(world.queue_hiding(Duration::from_secs(2)).await);
         let playing = world.start_play_from(queue, &registry, settings);
-        eventually("all is played", async || world.position("tally").await == 60).await;
+        eventually("all events are played", async || world.position("tally").await == 60).await;
         let played = playing.stop().await;
         assert!(played.messages > 25 && played.foreign > 0, "{played:?}");
         world.assert_complete(&tally).await;
-        eventually("what is left is theirs", async || world.depth().await == 15).await;
+        eventually("only the foreign messages are left", async || world.depth().await == 15).await;
     }
 }
 
@@ -267,23 +271,28 @@ async fn a_foreign_message_that_blocks_the_message_group_blocks_no_projector() {
     world.send_to(EVENTS, "theirs").await;
     world.append(10).await;
     world.publish(10).await;
-    // It comes with a message of ours, and stays hidden for 30 s then.
+    // The worker receives the foreign message together with one of the log, and hides it for 30 s.
     let playing = world.start_play_from(
         Arc::clone(&world.queue) as Arc<dyn Queue>,
         &registry,
         World::continuous_play_settings(),
     );
-    eventually("the first are played", async || world.position("tally").await == 10).await;
+    eventually("the first ten events are played", async || world.position("tally").await == 10)
+        .await;
     world.append(10).await;
     let began = Instant::now();
-    eventually("the store brings the others", async || world.position("tally").await == 20).await;
-    assert!(began.elapsed() < Duration::from_secs(15), "not only when its visibility expires");
+    eventually("the others are read from the store", async || world.position("tally").await == 20)
+        .await;
+    assert!(
+        began.elapsed() < Duration::from_secs(15),
+        "the events must not wait for the visibility timeout"
+    );
     let played = playing.stop().await;
     assert_eq!(played.foreign, 1);
     world.assert_complete(&tally).await;
 
-    // At the end it was given back, although it would be hidden still.
-    let received = world.queue.receive(Duration::from_secs(1)).await.expect("received");
+    // At its end, the worker made the foreign message visible again.
+    let received = world.queue.receive(Duration::from_secs(1)).await.expect("the queue answers");
     assert_eq!(received.first().map(|message| message.body.as_str()), Some("theirs"));
 }
 
@@ -291,20 +300,23 @@ async fn a_foreign_message_that_blocks_the_message_group_blocks_no_projector() {
 async fn a_foreign_message_is_dead_lettered_by_the_queue_and_its_group_continues() {
     let world = World::new().await;
     let dead = World::new().await;
-    let arn = dead.queue.identity().expect("an ARN");
+    let arn = dead.queue.identity().expect("the queue has an ARN");
     let policy = json!({"deadLetterTargetArn": arn, "maxReceiveCount": "2"}).to_string();
     let set = world.sqs.set_queue_attributes().queue_url(&world.queue_url);
-    set.attributes(QueueAttributeName::RedrivePolicy, policy).send().await.expect("set");
+    set.attributes(QueueAttributeName::RedrivePolicy, policy)
+        .send()
+        .await
+        .expect("the attribute is set");
     let registry = payloads();
     world.boot(&registry).await;
     world.send_to(EVENTS, "theirs").await;
     world.append(10).await;
     world.publish(1).await;
     let queue = Arc::new(world.queue_hiding(Duration::from_secs(1)).await);
-    let settings = PlaySettings { receive_wait: Duration::from_secs(1), ..without_relay() };
+    let settings = without_relay().with_receive_wait(Duration::from_secs(1));
     let playing = world.start_play_from(queue, &registry, settings);
     eventually(
-        "ours are played and deleted, and theirs has gone where the policy says",
+        "the log's messages are deleted, and the foreign message is in the dead-letter queue",
         async || {
             world.position("payloads").await == 10
                 && world.depth().await == 0
@@ -316,21 +328,23 @@ async fn a_foreign_message_is_dead_lettered_by_the_queue_and_its_group_continues
     world.assert_payloads_are_those_of_the_log().await;
 }
 
-/// What somebody can send who has seen every message that was published: the log's id, its
-/// positions, the ids of its events.
+/// Messages that an attacker can make after seeing every published message. The attacker knows the
+/// log's id, its positions and its event ids.
 async fn forgeries(world: &World, genuine: &[String]) -> Vec<String> {
     let (log, _) = world.identity().await;
     let mut forged = Vec::new();
     for body in genuine {
-        let message: Value = serde_json::from_str(body).expect("JSON");
-        let (prev, last) =
-            (message["prev"].as_u64().expect("prev"), message["last"].as_u64().expect("last"));
+        let message: Value = serde_json::from_str(body).expect("the text is JSON");
+        let (prev, last) = (
+            message["prev"].as_u64().expect("the message has `prev`"),
+            message["last"].as_u64().expect("last"),
+        );
         let signature = message["sig"].as_str().expect("a signature");
         let mut events = message["events"].as_array().expect("events").clone();
         for event in &mut events {
             event["payload"] = json!("forged");
         }
-        // Shorter than the real one, so that it would be sorted before it.
+        // Shorter than the genuine message, so that sorting would put it first.
         let shorter = &events[..1];
         forged.extend([
             unsigned(&log, prev, &events),
@@ -340,7 +354,7 @@ async fn forgeries(world: &World, genuine: &[String]) -> Vec<String> {
             with_signature(&"0".repeat(64), &log, prev, shorter, prev + 1),
             signed(b"a guess", &log, prev, &events, last),
             signed(log.as_bytes(), &log, prev, shorter, prev + 1),
-            // The whole of a message, and one thing changed.
+            // A complete genuine message with one change.
             body.replacen("\"payload\":{\"number\":", "\"payload\":{\"number\":9", 1),
             body.replacen("\"prev\":", "\"prev\": ", 1),
         ]);
@@ -349,7 +363,8 @@ async fn forgeries(world: &World, genuine: &[String]) -> Vec<String> {
     forged
 }
 
-/// A forged message before each of ours, or many before all of them; while a backlog waits.
+/// Appends a backlog and sends it with a forged message before each genuine one. If `floods`, all
+/// forged messages are also sent first. Returns the number of forged messages.
 async fn forge(world: &World, floods: bool) -> u64 {
     world.append(40).await;
     world.publish(4).await;
@@ -381,8 +396,8 @@ async fn forged_messages_are_never_applied_while_a_backlog_waits() {
             world.boot(&registry).await;
             let forged = forge(&world, floods).await;
             let queue = world.queue_hiding(Duration::from_secs(1)).await;
-            // By chance in another order on each receive, where the queue's own order would hide
-            // something.
+            // A standard queue has no order, so each receive is shuffled. A fixed order could hide
+            // a defect.
             let faults =
                 Faults { shuffled: !world.queue_url.ends_with(".fifo"), ..Faults::default() };
             let queue = Arc::new(FaultyQueue::new(&queue, faults, crate::support::seed()));
@@ -398,7 +413,7 @@ async fn forged_messages_are_never_applied_while_a_backlog_waits() {
             world.assert_payloads_are_those_of_the_log().await;
             world.run(&["audit"]).await.exits(0);
             let depth = world.depth().await;
-            assert!(depth >= forged, "nothing forged was deleted: {depth} of {forged}");
+            assert!(depth >= forged, "a forged message was deleted: {depth} of {forged}");
         }
     }
 }
@@ -419,11 +434,14 @@ async fn forged_messages_are_never_applied_by_a_function_and_always_returned() {
             if batch.messages.is_empty() {
                 break;
             }
-            let answer = function.invoke(&batch.event(&world), TIMEOUT).await.expect("an answer");
+            let answer = function
+                .invoke(&batch.event(&world), TIMEOUT)
+                .await
+                .expect("the invocation succeeds");
             let failed = answer["batchItemFailures"].as_array().expect("failures").len();
             returned += failed;
             batches.push((batch.messages.len(), failed));
-            // Ours among them are applied, whatever is returned.
+            // The genuine messages are applied even if they are returned.
             let _ = batch.settle(&world, &answer).await;
             if is_fifo {
                 break;
@@ -431,16 +449,16 @@ async fn forged_messages_are_never_applied_by_a_function_and_always_returned() {
         }
         assert!(returned > 0, "{batches:?}");
         if is_fifo {
-            assert_eq!(batches, [(10, 10)], "the first is forged, and so all are returned");
-            // The five of ours among them.
+            assert_eq!(batches, [(10, 10)], "the first message is forged, so all are returned");
+            // The five genuine messages of the batch.
             assert_eq!(world.position("payloads").await, 2 + 5 * 4);
         }
-        let answer = function.invoke(&schedule(), TIMEOUT).await.expect("an answer");
+        let answer = function.invoke(&schedule(), TIMEOUT).await.expect("the invocation succeeds");
         assert!(answer["foreign_messages"].as_u64().is_some_and(|seen| seen > 0), "{answer}");
         let began = Instant::now();
         while world.position("payloads").await < 42 {
-            assert!(began.elapsed() < TIMEOUT, "the store brings the rest");
-            function.invoke(&schedule(), TIMEOUT).await.expect("an answer");
+            assert!(began.elapsed() < TIMEOUT, "the function must read the rest from the store");
+            function.invoke(&schedule(), TIMEOUT).await.expect("the invocation succeeds");
         }
         world.assert_payloads_are_those_of_the_log().await;
         world.run(&["audit"]).await.exits(0);
@@ -454,23 +472,24 @@ async fn forged_messages_are_never_applied_by_a_function_and_always_returned() {
             alerts[0]
         );
         let depth = world.depth().await;
-        assert!(depth >= forged, "nothing forged was deleted: {depth} of {forged}");
+        assert!(depth >= forged, "a forged message was deleted: {depth} of {forged}");
     }
 }
 
 impl World {
-    /// As from a backup: everything after this position is gone, and what the projectors made of
-    /// it.
+    /// Restores the database as from a backup: all events after this position are deleted, and
+    /// everything that the projectors stored for them.
     async fn restore_to(&self, position: u64) {
         self.execute(&format!(
-            "delete from events where position > {position}; delete from payloads where position > {position}; \
+            "delete from events where position > {position}; delete from payloads \
+             where position > {position}; \
              update projectors set position = {position}; \
              update event_log set published = {position}, high_water = {position}; \
              alter table events auto_increment = {}",
             position + 1
         ))
         .await;
-        // As it was counted then.
+        // The row count of that time.
         self.execute("update event_log set row_count = (select count(*) from events)").await;
     }
 
@@ -481,12 +500,12 @@ impl World {
                 ..crate::support::event(number)
             })
             .collect();
-        self.store.append(&events).await.expect("appended");
+        self.store.append(&events).await.expect("the events are appended");
     }
 }
 
-/// A worker that has played up to 10 and knows the log's id goes on after a restore to 10, while
-/// messages of 11 to 20 wait.
+/// A worker that has played up to 20 continues after a restore to 10. Then the messages of 11 to 20
+/// are sent again.
 async fn check_worker_after_restore(rotates: bool) {
     for world in both_queues().await {
         let registry = payloads();
@@ -494,28 +513,30 @@ async fn check_worker_after_restore(rotates: bool) {
         world.append(10).await;
         world.publish(5).await;
         let queue = Arc::new(world.queue_hiding(Duration::from_secs(2)).await);
-        let settings = PlaySettings { relay: None, ..World::continuous_play_settings() };
+        let settings = World::continuous_play_settings().with_relay(None);
         let playing = world.start_play_from(queue, &registry, settings);
-        eventually("it has played ten", async || world.position("payloads").await == 10).await;
+        eventually("ten events are played", async || world.position("payloads").await == 10).await;
 
-        // Ten more are published and wait, as if nobody had received them; then the database is
-        // restored.
+        // Ten more events are published and played. Their messages are sent again after the
+        // restore, as if no worker had received them.
         world.append(10).await;
         world.publish(5).await;
-        eventually("they are played, and deleted", async || world.position("payloads").await == 20)
-            .await;
+        eventually("the next ten events are played", async || {
+            world.position("payloads").await == 20
+        })
+        .await;
         let (log, key) = world.identity().await;
         let events: Vec<(u64, String, String)> = sqlx::query_as(
             "select position, event_id, payload from events where position > 10 order by position",
         )
         .fetch_all(&mut world.connection().await)
         .await
-        .expect("the log");
+        .expect("the log is readable");
         world.restore_to(10).await;
         let was: Vec<Value> = events
             .iter()
             .map(|(position, id, payload)| {
-                wire_event(*position, id, serde_json::from_str(payload).expect("JSON"))
+                wire_event(*position, id, serde_json::from_str(payload).expect("the text is JSON"))
             })
             .collect();
         if rotates {
@@ -523,22 +544,25 @@ async fn check_worker_after_restore(rotates: bool) {
         }
         world.append_others(10).await;
         world.publish(5).await;
-        // What was sent before the restore comes only now, and before what was sent after it.
+        // The old messages arrive only now, together with the messages of the restored log.
         for chunk in was.chunks(3) {
             let (prev, last) = (
-                chunk[0]["position"].as_u64().expect("one") - 1,
+                chunk[0]["position"].as_u64().expect("the chunk has positions") - 1,
                 chunk[chunk.len() - 1]["position"].as_u64(),
             );
-            world.send_to("before", &signed(&key, &log, prev, chunk, last.expect("one"))).await;
+            world
+                .send_to(
+                    "before",
+                    &signed(&key, &log, prev, chunk, last.expect("the chunk has positions")),
+                )
+                .await;
         }
-        eventually("it has played the log as it is", async || {
-            world.position("payloads").await == 20
-        })
-        .await;
-        // And they come again and again, while more is appended.
+        eventually("the restored log is played", async || world.position("payloads").await == 20)
+            .await;
+        // The old messages are received repeatedly while more events are appended.
         world.append_others(5).await;
         world.publish(5).await;
-        eventually("it goes on", async || world.position("payloads").await == 25).await;
+        eventually("the worker continues", async || world.position("payloads").await == 25).await;
         let played = playing.stop().await;
         assert!(played.foreign > 0 && played.broken == 0, "{played:?}");
         world.assert_payloads_are_those_of_the_log().await;
@@ -555,8 +579,8 @@ async fn after_a_restore_without_a_rotation_no_old_message_is_applied() {
     check_worker_after_restore(false).await;
 }
 
-/// A function that has applied the events up to 20 is invoked, after a restore to 10, with the
-/// messages that were sent before and with those that are sent after it.
+/// A function that has applied up to 20 is invoked after a restore to 10, with messages from before
+/// and after the restore.
 async fn check_function_after_restore(rotates: bool) {
     for world in both_queues().await {
         let projectors = Folder::new().with("payloads.toml", PAYLOADS);
@@ -571,7 +595,8 @@ async fn check_function_after_restore(rotates: bool) {
         let old: Vec<String> =
             before.messages.iter().map(|message| message.body().expect("a body").into()).collect();
         assert_eq!(old.len(), 4);
-        let answer = function.invoke(&before.event(&world), TIMEOUT).await.expect("an answer");
+        let answer =
+            function.invoke(&before.event(&world), TIMEOUT).await.expect("the invocation succeeds");
         assert_eq!(before.settle(&world, &answer).await, Vec::<usize>::new());
         assert_eq!(world.position("payloads").await, 20);
 
@@ -582,18 +607,23 @@ async fn check_function_after_restore(rotates: bool) {
         for body in &old {
             world.send_to("before", body).await;
         }
-        // At first they are beyond the end of the log; then the log has other events there, whose
-        // messages come beside them.
+        // At first, the old messages are beyond the end of the log. Then the log has other events
+        // at those positions, and their messages arrive together with the old ones.
         for (others, end) in [(0, 10), (10, 20), (5, 25)] {
             world.append_others(others).await;
             world.publish(5).await;
             let began = Instant::now();
             let mut returned = 0;
             while returned == 0 || world.position("payloads").await < end {
-                assert!(began.elapsed() < TIMEOUT, "it applies the messages of the log");
+                assert!(
+                    began.elapsed() < TIMEOUT,
+                    "the function must apply the messages of the log"
+                );
                 let batch = world.capture().await;
-                let answer =
-                    function.invoke(&batch.event(&world), TIMEOUT).await.expect("an answer");
+                let answer = function
+                    .invoke(&batch.event(&world), TIMEOUT)
+                    .await
+                    .expect("the invocation succeeds");
                 let kept = batch.settle(&world, &answer).await;
                 let is_old =
                     |at: &usize| old.iter().any(|old| batch.messages[*at].body() == Some(old));
@@ -607,7 +637,7 @@ async fn check_function_after_restore(rotates: bool) {
         function.process.terminate().await.exits(0);
         let mut left = world.take_all().await;
         left.retain(|body| old.contains(body));
-        assert_eq!(left.len(), old.len(), "none was deleted");
+        assert_eq!(left.len(), old.len(), "no old message was deleted");
     }
 }
 
@@ -640,8 +670,10 @@ async fn the_key_can_be_rotated_while_workers_and_functions_run() {
             world.append(30).await;
             let batch = world.capture().await;
             if round > 1 && !batch.messages.is_empty() {
-                let answer =
-                    function.invoke(&batch.event(&world), TIMEOUT).await.expect("an answer");
+                let answer = function
+                    .invoke(&batch.event(&world), TIMEOUT)
+                    .await
+                    .expect("the invocation succeeds");
                 batch.settle(&world, &answer).await;
             } else {
                 batch.abandon(&world).await;
@@ -651,15 +683,17 @@ async fn the_key_can_be_rotated_while_workers_and_functions_run() {
             let after = world.identity().await;
             assert!(before.0 != after.0 && before.1 != after.1 && after.1.len() == 32);
             world.append(30).await;
-            eventually("all is played", async || world.position("payloads").await == round * 60)
-                .await;
+            eventually("all events are played", async || {
+                world.position("payloads").await == round * 60
+            })
+            .await;
         }
         function.process.terminate().await.exits(0);
         let worker = worker.terminate().await.exits(0);
         world.assert_payloads_are_those_of_the_log().await;
         let key: String =
             world.identity().await.1.iter().map(|byte| format!("{byte:02x}")).collect();
-        assert!(!worker.stderr.contains(&key), "no key is ever logged");
+        assert!(!worker.stderr.contains(&key), "the key is in the log");
     }
 }
 
@@ -669,7 +703,7 @@ async fn a_rotation_asks_and_explains_the_effect_on_sent_messages() {
     let before = world.identity().await;
     let asked = world.run(&["rotate"]).await.exits(2);
     assert!(asked.error().contains("--yes"), "{}", asked.error());
-    assert_eq!(world.identity().await, before, "nothing was done");
+    assert_eq!(world.identity().await, before, "the key and the id are unchanged");
     let rotated = world.run(&["rotate", "--yes"]).await.exits(0);
     assert!(
         rotated.stdout.contains("purge the queue")
@@ -677,9 +711,9 @@ async fn a_rotation_asks_and_explains_the_effect_on_sent_messages() {
     );
 }
 
-/// The alerts of a process, each with the two queues that it names.
+/// The two queues that each `queue_changed` alert of a process names.
 fn changes(log: &[Value]) -> Vec<(String, String)> {
-    let text = |value: &Value| value.as_str().expect("text").to_owned();
+    let text = |value: &Value| value.as_str().expect("the value is text").to_owned();
     let changed = log.iter().filter(|line| line["alert"] == "queue_changed");
     changed.map(|line| (text(&line["queue"]), text(&line["published_to"]))).collect()
 }
@@ -690,27 +724,31 @@ async fn a_process_on_the_wrong_queue_warns_until_the_log_is_published_there() {
     let tally = Tally::new("tally");
     let projectors = Folder::new().with("tally.toml", &tally.file(&[]));
     world.run(&["boot", "--projectors", projectors.path()]).await.exits(0);
-    let [here, there] = [&world, &other].map(|world| world.queue.identity().expect("an ARN"));
+    let [here, there] =
+        [&world, &other].map(|world| world.queue.identity().expect("the queue has an ARN"));
     let play = ["play", "--until-idle", "--projectors", projectors.path()];
     world.append(1).await;
     assert_eq!(changes(&world.run(&play).await.exits(0).log()), [], "nothing was published before");
     assert_eq!(changes(&world.run(&play).await.exits(0).log()), [], "the same queue");
 
     let there_too = [&play[..], &["--queue-url", &other.queue_url]].concat();
-    let told = vec![(there.clone(), here.clone())];
+    let expected = vec![(there.clone(), here.clone())];
     let mut only_listens = there_too.clone();
     only_listens.push("--no-relay");
-    assert_eq!(changes(&world.run(&only_listens).await.exits(0).log()), told);
+    assert_eq!(changes(&world.run(&only_listens).await.exits(0).log()), expected);
     assert_eq!(
         changes(
             &world.run(&["relay", "--once", "--queue-url", &other.queue_url]).await.exits(0).log()
         ),
-        told
+        expected
     );
     let doctor =
         world.run(&["doctor", "--json", "--queue-url", &other.queue_url]).await.exits(0).json();
-    let checks = doctor["checks"].as_array().expect("checks").iter();
-    let check = checks.clone().find(|check| check["name"] == "published to").expect("doctor looks");
+    let checks = doctor["checks"].as_array().expect("the report has checks").iter();
+    let check = checks
+        .clone()
+        .find(|check| check["name"] == "published to")
+        .expect("doctor has this check");
     assert_eq!(check["level"], "warning");
     assert!(
         check["detail"].as_str().is_some_and(|says| says.contains(&here))
@@ -718,9 +756,9 @@ async fn a_process_on_the_wrong_queue_warns_until_the_log_is_published_there() {
         "{check}"
     );
 
-    // It publishes, and then this is the log's queue.
+    // After this process has published, its queue is the log's queue.
     world.append(1).await;
-    assert_eq!(changes(&world.run(&there_too).await.exits(0).log()), told);
+    assert_eq!(changes(&world.run(&there_too).await.exits(0).log()), expected);
     assert_eq!(changes(&world.run(&there_too).await.exits(0).log()), []);
     assert_eq!(changes(&world.run(&["relay", "--once"]).await.exits(0).log()), [(here, there)]);
     world.assert_complete(&tally).await;
@@ -747,12 +785,12 @@ async fn play_until_idle_ends_despite_foreign_messages_and_reports_them() {
             .wait_time_seconds(1)
             .send()
             .await
-            .expect("received")
+            .expect("the queue answers")
             .messages
             .unwrap_or_default();
         assert!(
             received.iter().any(|message| message.body() == Some("theirs")),
-            "it is there, and not hidden"
+            "the foreign message is visible"
         );
     }
 }

@@ -1,5 +1,5 @@
-//! Holes in the log: what a rollback leaves is filled, what no rollback explains is left to people,
-//! and a writer whose position was filled is told.
+//! Gaps in the log. The gap of a rollback is filled automatically; an unexplained gap is filled
+//! only on request. A writer whose position was filled gets an error.
 
 use std::time::Duration;
 
@@ -20,11 +20,11 @@ async fn a_rollback_leaves_a_gap_filler_that_no_projector_sees() {
     let mut writer = world.connection().await;
     execute(&mut writer, "begin").await;
     for version in 1..=3 {
-        write(&mut writer, "taken back", version).await.expect("written");
+        write(&mut writer, "taken back", version).await.expect("the event is written");
     }
     execute(&mut writer, "rollback").await;
     world.append(1).await;
-    assert_eq!(world.positions("position > 9").await, [13], "the rollback has left holes");
+    assert_eq!(world.positions("position > 9").await, [13], "the rollback has left gaps");
 
     world.play_until_idle(&registry).await;
     assert_eq!(world.fillers().await, [10, 11, 12]);
@@ -32,8 +32,8 @@ async fn a_rollback_leaves_a_gap_filler_that_no_projector_sees() {
     world.assert_complete(&tally).await;
 }
 
-/// A writer that was given a position, and comes only after it was filled: `insert_id` is what the
-/// server would have used.
+/// A writer gets its position, and inserts only after that position was filled. `insert_id` sets
+/// the position that the server would use.
 #[tokio::test]
 async fn a_writer_after_the_fill_gets_an_error_and_its_retry_succeeds() {
     let world = World::new().await;
@@ -42,7 +42,7 @@ async fn a_writer_after_the_fill_gets_an_error_and_its_retry_succeeds() {
     world.append(9).await;
     let mut late = world.connection().await;
     execute(&mut late, "begin").await;
-    write(&mut late, "late", 1).await.expect("written");
+    write(&mut late, "late", 1).await.expect("the event is written");
     execute(&mut late, "rollback").await;
     world.append(1).await;
     world.boot(&registry).await;
@@ -52,23 +52,24 @@ async fn a_writer_after_the_fill_gets_an_error_and_its_retry_succeeds() {
     let refused = write(&mut late, "late", 1).await.expect_err("the position is taken");
     let (number, message) = server_error(&refused);
     assert!(number == 1062 && message.contains("PRIMARY"), "{number} {message}");
-    write(&mut late, "late", 1).await.expect("written");
+    write(&mut late, "late", 1).await.expect("the event is written");
 
     world.play_until_idle(&registry).await;
     assert_eq!(world.positions("stream_id = 'late'").await, [12]);
     world.assert_complete(&tally).await;
 }
 
-/// What a writer does once it has the position for which it has waited.
+/// What a writer does after it has got the position for which it waited.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum WriterOutcome {
     Commits,
     RollsBack,
-    /// It stays undecided until the relay has come to its end, and commits.
+    /// The transaction stays open until the relay has ended, and then commits.
     StaysOpen,
 }
 
-/// Both wait for the same gap, which somebody locks; when it is free, either may be first.
+/// The relay and the writer wait for the same locked gap. When the lock is released, either may get
+/// it.
 #[tokio::test]
 async fn a_fill_and_a_writer_never_both_get_the_same_position() {
     let world = World::new().await;
@@ -101,16 +102,16 @@ async fn a_fill_and_a_writer_never_both_get_the_same_position() {
     world.assert_complete(&tally).await;
 }
 
-/// Who had the position.
+/// Which of the two got the position.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Winner {
     Writer,
     Fill,
 }
 
-/// Makes a gap for which a relay and a writer wait, in this order, and lets them go on. Whoever has
-/// it, the mark never passes what is undecided, and a writer that does not have it is told, and
-/// succeeds with its next attempt.
+/// Locks a gap, makes a relay and a writer wait for it in the given order, and releases the lock.
+/// Asserts that the mark never passes an undecided position. A writer that does not get the
+/// position gets an error, and its next attempt succeeds.
 async fn race(world: &World, then: WriterOutcome, relay_first: bool) -> (u64, Winner) {
     let gap = world.last_position().await + 1;
     let ahead = gap + 1;
@@ -120,8 +121,7 @@ async fn race(world: &World, then: WriterOutcome, relay_first: bool) -> (u64, Wi
              values ({ahead}, 'ahead-{ahead}', 1, 'Opened', '{{}}')"
         ))
         .await;
-    // A gap's lock: no row is locked by it, so that the probe finds nobody; and whoever inserts
-    // waits.
+    // A gap lock locks no row, so the relay's probe finds no writer. An insert waits for the lock.
     let mut holder = world.connection().await;
     execute(&mut holder, "set session transaction isolation level repeatable read").await;
     execute(&mut holder, "begin").await;
@@ -149,9 +149,8 @@ async fn race(world: &World, then: WriterOutcome, relay_first: bool) -> (u64, Wi
     wait_for_lock_waits(world, 2, &mut relay).await;
     execute(&mut holder, "rollback").await;
 
-    let ended =
-        tokio::time::timeout(TIMEOUT, writing).await.expect("the writer waits for nobody any more");
-    let (mut writer, written) = ended.expect("no panic");
+    let ended = tokio::time::timeout(TIMEOUT, writing).await.expect("the writer stops waiting");
+    let (mut writer, written) = ended.expect("the task does not panic");
     let had = match &written {
         Ok(()) => Winner::Writer,
         Err(error) => {
@@ -166,13 +165,15 @@ async fn race(world: &World, then: WriterOutcome, relay_first: bool) -> (u64, Wi
             assert_eq!(
                 world.high_water().await,
                 gap - 1,
-                "the mark does not pass who is undecided"
+                "the mark must not pass an undecided position"
             );
             execute(&mut writer, "commit").await;
         }
         (_, WriterOutcome::StaysOpen | WriterOutcome::Commits) => {
             if had == Winner::Fill {
-                write(&mut writer, &stream, 1).await.expect("written, at a position of its own");
+                write(&mut writer, &stream, 1)
+                    .await
+                    .expect("the event is written at a new position");
             }
             execute(&mut writer, "commit").await;
             relay.finish().await.exits(0);
@@ -182,16 +183,16 @@ async fn race(world: &World, then: WriterOutcome, relay_first: bool) -> (u64, Wi
             relay.finish().await.exits(0);
         }
     }
-    // What was left undecided is decided now.
+    // All positions are decided now.
     world.run(&["relay", "--once"]).await.exits(0);
     assert_eq!(world.high_water().await, world.last_position().await);
     let is_lost = then != WriterOutcome::RollsBack
         && world.positions(&format!("stream_id = '{stream}'")).await.len() != 1;
-    assert!(!is_lost, "{stream} is in the log once");
+    assert!(!is_lost, "{stream} is not in the log exactly once");
     (gap, had)
 }
 
-/// Waits until so many wait for a lock, or the relay has lost its patience.
+/// Waits until `count` transactions wait for a lock, or until the relay has ended.
 async fn wait_for_lock_waits(world: &World, count: usize, relay: &mut RunningProcess) {
     while world.lock_waits().await < count && relay.is_running() {
         tokio::time::sleep(Duration::from_millis(10)).await;
@@ -207,22 +208,23 @@ async fn an_append_after_the_fill_retries_by_itself() {
     world
         .execute(
             "insert into events (position, stream_id, stream_version, event_type, payload) \
-                   values (11, 'ahead', 1, 'Opened', '{}')",
+             values (11, 'ahead', 1, 'Opened', '{}')",
         )
         .await;
     world.boot(&registry).await;
     assert_eq!(world.fillers().await, [10]);
-    // The first row that each session writes into this stream gets the position that was filled.
+    // The first row that a session writes into this stream gets the filled position.
     world
         .execute(
             "create trigger late before insert on events for each row begin \
-             if new.stream_id = 'late' and @came_late is null then set @came_late = 1, new.position = 10; end if; end",
+             if new.stream_id = 'late' and @came_late is null then set @came_late = 1, \
+             new.position = 10; end if; end",
         )
         .await;
 
     let late =
         |version| NewEvent { stream_id: "late".into(), stream_version: Some(version), ..event(0) };
-    let appended = world.store.append(&[late(1), late(2)]).await.expect("appended");
+    let appended = world.store.append(&[late(1), late(2)]).await.expect("the events are appended");
     assert_eq!(appended.events, 2);
     let written = world.positions("stream_id = 'late'").await;
     assert!(
@@ -247,9 +249,8 @@ async fn an_unexplained_gap_blocks_the_mark_until_it_is_filled_on_demand() {
     assert!(published.stdout.contains("up to position 9"), "{}", published.stdout);
     assert!(published.stderr.contains("high_water_blocked"), "{}", published.stderr);
     assert!(published.stderr.contains("projectionist fill 10 70019"), "{}", published.stderr);
-    let impatient = Limits { retry_timeout: Some(Duration::ZERO), ..Limits::default() };
-    let booted =
-        boot(&world.database, &registry, impatient, |_| {}).await.expect("boot comes to an end");
+    let limits = Limits::default().with_retry_timeout(Some(Duration::ZERO));
+    let booted = boot(&world.database, &registry, limits, |_| {}).await.expect("boot succeeds");
     assert!(
         !booted.is_released() && booted.explain().contains("projectionist fill 10 70019"),
         "{}",
@@ -259,21 +260,20 @@ async fn an_unexplained_gap_blocks_the_mark_until_it_is_filled_on_demand() {
     assert!(world.fillers().await.is_empty());
 
     world.run(&["fill", "10", "70019", "--yes"]).await.exits(0);
-    // By a boot, whose batches are large: through the queue of a test so many tombstones would take
-    // a while.
+    // A boot reads the many fillers in large batches. Playing them from the test's queue would be
+    // slow.
     let late = Tally::new("late");
-    let registry = Registry::new().with(late.clone()).expect("one name");
-    let booted = boot(&world.database, &registry, Limits::default(), |_| {})
-        .await
-        .expect("boot comes to an end");
+    let registry = Registry::new().with(late.clone()).expect("the name is unique");
+    let booted =
+        boot(&world.database, &registry, Limits::default(), |_| {}).await.expect("boot succeeds");
     assert!(booted.is_released());
     assert_eq!(world.fillers().await.len(), 70_010);
     assert_eq!(world.high_water().await, 70_021);
     assert_eq!(late.applied(&world).await, (1..=9).chain(70_020..=70_021).collect::<Vec<_>>());
 }
 
-/// The server's own setting is refused at the start; a session's cannot be seen, and only costs
-/// tombstones.
+/// The server's global setting is checked at the start. A session's setting cannot be checked, and
+/// only causes fillers.
 #[tokio::test]
 async fn a_writer_that_skips_positions_does_not_delay_others() {
     let world = World::new().await;
@@ -281,7 +281,8 @@ async fn a_writer_that_skips_positions_does_not_delay_others() {
     let registry = registry(&[&tally]);
     let mut stepping = world.connection().await;
     execute(&mut stepping, "set session auto_increment_increment = 7").await;
-    // More holes in all than would be filled unasked were they one.
+    // There are more missing positions in total than a single gap may have to be filled
+    // automatically.
     execute(
         &mut stepping,
         "insert into events (stream_id, stream_version, event_type, payload) \
@@ -296,15 +297,14 @@ async fn a_writer_that_skips_positions_does_not_delay_others() {
     let published = world.run(&["relay", "--once"]).await.exits(0);
     assert!(!published.stderr.contains("high_water_blocked"), "{}", published.stderr);
     assert_eq!(world.high_water().await, last);
-    let booted = boot(&world.database, &registry, Limits::default(), |_| {})
-        .await
-        .expect("boot comes to an end");
+    let booted =
+        boot(&world.database, &registry, Limits::default(), |_| {}).await.expect("boot succeeds");
     assert!(booted.is_released());
     world.assert_complete(&tally).await;
 }
 
-/// A range of the log has fewer rows than positions then, and as many rows as it has positions
-/// would reach beyond it.
+/// A range with deleted rows has fewer rows than positions. Reading as many rows as the range has
+/// positions would read beyond it.
 #[tokio::test]
 async fn a_replay_over_deleted_events_does_not_read_past_the_mark() {
     let world = World::new().await;
@@ -313,16 +313,14 @@ async fn a_replay_over_deleted_events_does_not_read_past_the_mark() {
     world.execute("delete from events where position between 20 and 80").await;
     let mut writer = world.connection().await;
     execute(&mut writer, "begin").await;
-    write(&mut writer, "in flight", 1).await.expect("written");
+    write(&mut writer, "in flight", 1).await.expect("the event is written");
     world.append(50).await;
 
     let tally = Tally::new("after");
-    let limits =
-        Limits { batch: 10, retry_timeout: Some(Duration::from_secs(1)), ..Limits::default() };
-    let booted = boot(&world.database, &registry(&[&tally]), limits, |_| {})
-        .await
-        .expect("boot comes to an end");
-    assert!(!booted.is_released(), "more is visible above the transaction that is open");
+    let limits = Limits::default().with_batch(10).with_retry_timeout(Some(Duration::from_secs(1)));
+    let booted =
+        boot(&world.database, &registry(&[&tally]), limits, |_| {}).await.expect("boot succeeds");
+    assert!(!booted.is_released(), "events above the open transaction are visible");
     assert_eq!((world.high_water().await, world.position("after").await), (100, 100));
     world.assert_folded(&tally).await;
 
@@ -332,8 +330,7 @@ async fn a_replay_over_deleted_events_does_not_read_past_the_mark() {
     world.assert_complete(&tally).await;
 }
 
-/// The stream id of fillers is nobody else's: a row of this name used to make a position impossible
-/// to fill.
+/// A user's row with the fillers' stream id must not prevent filling. It did so once.
 #[tokio::test]
 async fn a_row_that_looks_like_a_filler_does_not_prevent_filling() {
     let world = World::new().await;
@@ -373,8 +370,8 @@ async fn fill_counts_filled_and_taken_positions_and_refuses_those_below_the_mark
     assert_eq!(filled.stdout, "nothing to fill: each position from 10 to 12 has a row\n");
 }
 
-/// `insert ignore` drops a row that a trigger or a constraint refuses, too, and says so by a count
-/// alone.
+/// `insert ignore` also drops a row that a trigger or a constraint rejects. Only the row count
+/// shows it.
 #[tokio::test]
 async fn a_filler_that_the_server_drops_is_an_error() {
     let world = World::new().await;

@@ -1,20 +1,20 @@
-//! Least privilege, and TLS: each command works for a user who may do nothing else than what the
-//! README grants.
+//! Least privilege, and TLS: each command works for a user that has the grants of
+//! `docs/command-line.md` and no others.
 
 use projectionist::sqlx;
 
 use crate::failover::lock_out_restricted_users;
 use crate::support::{TIMEOUT, World, execute, is_mariadb, schedule};
 
-/// What the README lists for a command: privileges, and the table of ours. What the projectors' own
-/// statements need comes on top; here that is one table. (That the README lists what `doctor` looks
-/// for is a test beside the latter.)
+/// The grants that the page lists for a command: privileges, and one of our tables. The projectors'
+/// own statements need more; here that is one table. (A test beside `doctor`'s list compares that
+/// list with the page.)
 pub fn grants_of(command: &str) -> Vec<(Vec<&'static str>, &'static str)> {
     let row = format!("| `{command}` | `");
-    let row = include_str!("../../README.md")
+    let row = include_str!("../../docs/command-line.md")
         .lines()
         .find_map(|line| line.strip_prefix(&row))
-        .expect("the README lists it");
+        .expect("the page lists it");
     let grants = row.trim_end_matches(" |").trim_end_matches('`').split("` · `");
     grants
         .map(|grant| grant.split_once(" on ").expect("a table"))
@@ -37,7 +37,7 @@ sql = "insert into counter (n) values (:position)"
 /// What the projector's own statements need.
 const OWN: &str = "create, insert, drop on {db}.counter";
 
-/// A user who has the README's grants for a command, and nothing else.
+/// A user that has the page's grants for a command, and nothing else.
 struct Granted {
     name: String,
     url: String,
@@ -69,7 +69,7 @@ impl Granted {
     }
 }
 
-/// Runs a command as a user who has the README's grants for it, and nothing else.
+/// Runs a command as a user that has the page's grants for it, and nothing else.
 async fn run_as_granted(world: &World, command: &str, arguments: &[&str], input: &[u8]) {
     let user = Granted::new(world, command).await;
     let ran = world.run_with(&[arguments, &["--database-url", &user.url]].concat(), input).await;
@@ -146,7 +146,11 @@ async fn a_command_without_a_grant_names_it_and_the_documentation() {
     let ran = world.run(&["relay", "--once", "--database-url", &url]).await;
     execute(&mut admin, &format!("drop user '{user}'@'%'")).await;
     let ran = ran.exits(2);
-    assert!(ran.stderr.contains("event_log") && ran.stderr.contains("README"), "{}", ran.stderr);
+    assert!(
+        ran.stderr.contains("event_log") && ran.stderr.contains("docs/command-line.md"),
+        "{}",
+        ran.stderr
+    );
 }
 
 #[tokio::test]

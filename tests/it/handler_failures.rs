@@ -1,4 +1,4 @@
-//! A projector that fails, fails alone; and what is only the moment's fault breaks nobody.
+//! A failing projector breaks alone. Transient errors break no projector.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use projectionist::sqlx::{self, MySqlConnection};
 use projectionist::{
-    BackgroundLimits, Database, Event, Limits, NewEvent, PlaySettings, Projector, Queue, Registry,
-    async_trait, boot,
+    BackgroundLimits, Database, Event, Limits, NewEvent, Projector, Queue, Registry, async_trait,
+    boot,
 };
 
 use crate::support::{
@@ -15,12 +15,13 @@ use crate::support::{
     registry_of, run, scripted_at,
 };
 
-/// Notes the server's number for the error that a handler met, and passes the error on.
-fn counting(met: &AtomicU64, result: anyhow::Result<()>) -> anyhow::Result<()> {
+/// Stores the server's error number if a handler's statement failed, and returns the result
+/// unchanged.
+fn record_error_number(error_number: &AtomicU64, result: anyhow::Result<()>) -> anyhow::Result<()> {
     if let Err(error) = &result
         && let Some(sqlx::Error::Database(error)) = error.downcast_ref()
     {
-        met.store(
+        error_number.store(
             error.downcast_ref::<sqlx::mysql::MySqlDatabaseError>().number().into(),
             Ordering::SeqCst,
         );
@@ -28,13 +29,13 @@ fn counting(met: &AtomicU64, result: anyhow::Result<()>) -> anyhow::Result<()> {
     result
 }
 
-// One that fails, fails alone.
+// Errors of one projector.
 
-/// Where the projector fails that is to fail: in the middle of a batch, after the boot.
+/// The position at which the faulty projector fails: in the middle of a batch, after the boot.
 const POISON: u64 = 45;
 
-/// Plays three projectors of which the second fails at [`POISON`], and asserts that the others do
-/// not notice.
+/// Plays three projectors, of which the second fails at [`POISON`]. Asserts that the others are not
+/// affected.
 async fn assert_fails_alone(
     fault: impl Fn(&Tally) -> ScriptedProjector,
     because: &str,
@@ -51,13 +52,13 @@ async fn assert_fails_alone_with(
     let (before, faulty, after) =
         (Tally::new("earlier"), Tally::new("faulty"), Tally::new("later"));
     let registry = Registry::new().with(before.clone()).and_then(|set| set.with(fault(&faulty)));
-    let registry = registry.and_then(|set| set.with(after.clone())).expect("names of their own");
+    let registry = registry.and_then(|set| set.with(after.clone())).expect("the names are unique");
     world.append(30).await;
     assert!(world.boot(&registry).await.is_released());
     world.append(30).await;
-    let limits =
-        Limits { handler_timeout: Duration::from_millis(500), ..World::play_settings().limits };
-    let settings = PlaySettings { limits, background_after, ..World::play_settings() };
+    let limits = World::play_settings().limits.with_handler_timeout(Duration::from_millis(500));
+    let settings =
+        World::play_settings().with_limits(limits).with_background_after(background_after);
     let played =
         world.play_with(Arc::clone(&world.queue) as Arc<dyn Queue>, &registry, settings).await;
 
@@ -65,7 +66,7 @@ async fn assert_fails_alone_with(
     world.assert_broken("faulty", POISON, because).await;
     world.assert_complete(&before).await;
     world.assert_complete(&after).await;
-    // Nobody holds the row: a boot of the mended projector need not wait.
+    // The row is not locked, so a boot of the repaired projector does not wait.
     world.execute("select 1 from projectors where name = 'faulty' for update nowait").await;
     (world, faulty)
 }
@@ -123,22 +124,21 @@ async fn an_endless_statement_breaks_only_its_projector_and_is_killed() {
 async fn an_endless_statement_moved_to_the_background_breaks_only_its_projector() {
     let fault =
         |tally: &Tally| scripted_at(tally, POISON, |db| Box::pin(run(db, "select sleep(1000)")));
-    // Cut off here first, before the handler's own time is over.
-    let background_after =
-        BackgroundLimits { time: Duration::from_millis(100), ..BackgroundLimits::default() };
+    // The projector is moved to the background before the handler's own timeout expires.
+    let background_after = BackgroundLimits::default().with_time(Duration::from_millis(100));
     let (world, faulty) =
         assert_fails_alone_with(background_after, fault, "took longer than").await;
     world.assert_folded(&faulty).await;
 }
 
-/// Plays a projector that commits at [`POISON`], and asserts that it is never applied again: what
-/// it stored of the batch is there once, it is broken, and a boot does not hand it over.
+/// Plays a projector whose handler ends the transaction at [`POISON`]. Asserts that no event is
+/// applied twice, that the projector is broken, and that a boot does not release it.
 async fn assert_commit_breaks(statement: &'static str) {
     let world = World::new().await;
     let (faulty, other) = (Tally::new("faulty"), Tally::new("other"));
     let registry =
         Registry::new().with(scripted_at(&faulty, POISON, move |db| Box::pin(run(db, statement))));
-    let registry = registry.and_then(|set| set.with(other.clone())).expect("two names");
+    let registry = registry.and_then(|set| set.with(other.clone())).expect("the names are unique");
     world.append(30).await;
     assert!(world.boot(&registry).await.is_released());
     world.append(30).await;
@@ -148,25 +148,25 @@ async fn assert_commit_breaks(statement: &'static str) {
     let repaired = crate::support::registry(&[&faulty, &other]);
     assert!(!world.boot(&repaired).await.is_released());
     assert_must_be_rebuilt(&world, &faulty).await;
-    // The way out.
+    // The projector must be rebuilt.
     world.execute("drop table faulty").await;
     world.execute("delete from projectors where name = 'faulty'").await;
     assert!(world.boot(&repaired).await.is_released());
     world.assert_complete(&faulty).await;
 }
 
-/// Asserts that a projector is broken since its handler committed a part of a batch, and that no
+/// Asserts that a projector is broken because its handler committed part of a batch, and that no
 /// event was applied twice.
 async fn assert_must_be_rebuilt(world: &World, tally: &Tally) {
-    let entry = world.entry(tally.name()).await.expect("it is in the ledger");
-    let failure = entry.status.failure().expect("it is broken");
+    let entry = world.entry(tally.name()).await.expect("the projector is in the ledger");
+    let failure = entry.status.failure().expect("the projector is broken");
     for words in ["the handler committed the transaction", "rebuild"] {
         assert!(failure.error.contains(words), "{failure:?}");
     }
     assert!(entry.rebuild_reason.is_some() && entry.position.get() < POISON, "{entry:?}");
     let applied = tally.applied(world).await;
     assert_eq!(applied, (1..=applied.len() as u64).collect::<Vec<_>>());
-    assert!(applied.len() as u64 >= POISON, "what was committed is stored");
+    assert!(applied.len() as u64 >= POISON, "the committed rows are missing");
 }
 
 #[tokio::test]
@@ -185,8 +185,8 @@ async fn a_handler_that_rolls_back_breaks_only_its_projector() {
     assert_fails_alone(fault, "the transaction").await;
 }
 
-/// The driver tells of it before anything is sent, and then waits for an answer that nobody owes
-/// it.
+/// The driver reports the error before it sends anything, and then waits for an answer that never
+/// comes.
 fn binding_too_many_values(tally: &Tally) -> ScriptedProjector {
     scripted_at(tally, POISON, |db| {
         Box::pin(async move {
@@ -212,7 +212,7 @@ async fn a_statement_with_too_many_values_in_boot_breaks_it_and_stalls_the_other
 #[tokio::test]
 async fn an_error_between_unsubscribed_events_leaves_the_position_just_before_it() {
     let world = World::new().await;
-    // Every third event is wanted: 3, 6, … 45 in play, 15 in boot.
+    // Every third event is subscribed. The handler fails at 45 in play and at 15 in boot.
     for (poison, appended) in [(45, 0), (15, 60)] {
         let tally = Tally::new(&format!("tally_{poison}")).only(&["Closed"]).failing_at(poison);
         let registry = registry(&[&tally]);
@@ -225,9 +225,9 @@ async fn an_error_between_unsubscribed_events_leaves_the_position_just_before_it
     }
 }
 
-/// Boots three projectors of which the second fails at [`POISON`], and asserts that the others are
-/// stalled where they stand, that nothing is held, and that a boot of the mended one brings all to
-/// the end.
+/// Boots three projectors, of which the second fails at [`POISON`]. Asserts that the others stall,
+/// that no lock is held, and that a boot of the repaired projector brings all to the end. Returns
+/// the positions that the failing projector had applied.
 async fn assert_fails_in_boot(
     fault: impl Fn(&Tally) -> ScriptedProjector,
     because: &str,
@@ -236,12 +236,10 @@ async fn assert_fails_in_boot(
     let (before, faulty, after) =
         (Tally::new("earlier"), Tally::new("faulty"), Tally::new("later"));
     let registry = Registry::new().with(before.clone()).and_then(|set| set.with(fault(&faulty)));
-    let registry = registry.and_then(|set| set.with(after.clone())).expect("names of their own");
+    let registry = registry.and_then(|set| set.with(after.clone())).expect("the names are unique");
     world.append(60).await;
-    let limits =
-        Limits { handler_timeout: Duration::from_millis(500), batch: 100, ..Limits::default() };
-    let report =
-        boot(&world.database, &registry, limits, |_| {}).await.expect("boot comes to an end");
+    let limits = Limits::default().with_handler_timeout(Duration::from_millis(500)).with_batch(100);
+    let report = boot(&world.database, &registry, limits, |_| {}).await.expect("boot succeeds");
 
     let broken: Vec<&str> = report.broken().map(|booted| booted.id.name.as_str()).collect();
     assert_eq!((report.is_released(), broken), (false, vec!["faulty"]));
@@ -260,7 +258,7 @@ async fn assert_fails_in_boot(
     applied
 }
 
-/// What is applied before the position at which it fails, each once.
+/// The positions before the failing one, each once.
 fn positions_before_poison() -> Vec<u64> {
     (1..POISON).collect()
 }
@@ -296,7 +294,8 @@ async fn a_handler_that_commits_in_boot_breaks_its_projector_and_nothing_is_appl
         let (faulty, other) = (Tally::new("faulty"), Tally::new("other"));
         let registry = Registry::new()
             .with(scripted_at(&faulty, POISON, move |db| Box::pin(run(db, statement))));
-        let registry = registry.and_then(|set| set.with(other.clone())).expect("two names");
+        let registry =
+            registry.and_then(|set| set.with(other.clone())).expect("the names are unique");
         world.append(60).await;
         assert!(!world.boot(&registry).await.is_released());
         assert_must_be_rebuilt(&world, &faulty).await;
@@ -306,14 +305,15 @@ async fn a_handler_that_commits_in_boot_breaks_its_projector_and_nothing_is_appl
     }
 }
 
-/// By a little: the server says so. By much: it hangs up while the statement is being sent.
+/// One byte over the limit, the server reports an error. Far over it, the server closes the
+/// connection while the statement is being sent.
 #[tokio::test]
 async fn a_statement_over_max_allowed_packet_breaks_only_its_projector() {
     for (beyond, because) in
-        [(1, "max_allowed_packet"), (32 << 20, "hung up on the handler 10 times in a row")]
+        [(1, "max_allowed_packet"), (32 << 20, "closed the handler's connection 10 times in a row")]
     {
         let world = World::new().await;
-        // The one that fails wants a single event, so that there is nothing to be isolated.
+        // The failing projector subscribes to a single event, so its batch cannot be split.
         let (faulty, other) = (Tally::new("faulty").only(&["Closed"]), Tally::new("other"));
         let large = scripted_at(&faulty, 3, move |db| {
             Box::pin(async move {
@@ -325,13 +325,21 @@ async fn a_statement_over_max_allowed_packet_breaks_only_its_projector() {
                 Ok(())
             })
         });
-        let registry =
-            Registry::new().with(large).and_then(|set| set.with(other.clone())).expect("two names");
+        let registry = Registry::new()
+            .with(large)
+            .and_then(|set| set.with(other.clone()))
+            .expect("the names are unique");
         world.boot(&registry).await;
         world.append(5).await;
         let playing = world.start_play(&registry);
-        eventually("the other is at the end", async || world.position("other").await == 5).await;
-        eventually("the one is broken", async || world.status("faulty").await == "broken").await;
+        eventually("the other projector is at the end", async || {
+            world.position("other").await == 5
+        })
+        .await;
+        eventually("the faulty projector is broken", async || {
+            world.status("faulty").await == "broken"
+        })
+        .await;
         assert_eq!(playing.stop().await.broken, 1);
         world.assert_broken("faulty", 3, because).await;
         world.assert_folded(&faulty).await;
@@ -339,10 +347,10 @@ async fn a_statement_over_max_allowed_packet_breaks_only_its_projector() {
     }
 }
 
-/// Fails in its setup, until it is mended.
+/// A projector whose setup fails until `is_fixed` is set.
 struct BadSetup {
     tally: Tally,
-    is_mended: Arc<AtomicBool>,
+    is_fixed: Arc<AtomicBool>,
 }
 
 #[async_trait]
@@ -352,7 +360,7 @@ impl Projector for BadSetup {
     }
 
     async fn setup(&self, db: &mut MySqlConnection) -> anyhow::Result<()> {
-        anyhow::ensure!(self.is_mended.load(Ordering::SeqCst), "no such tablespace");
+        anyhow::ensure!(self.is_fixed.load(Ordering::SeqCst), "no such tablespace");
         self.tally.setup(db).await
     }
 
@@ -365,19 +373,19 @@ impl Projector for BadSetup {
 async fn a_failing_setup_breaks_its_projector_before_any_event_and_can_be_fixed() {
     let world = World::new().await;
     let (first, bad, last) = (Tally::new("first"), Tally::new("bad"), Tally::new("last"));
-    let is_mended = Arc::new(AtomicBool::new(false));
-    let bad_setup = BadSetup { tally: bad.clone(), is_mended: Arc::clone(&is_mended) };
+    let is_fixed = Arc::new(AtomicBool::new(false));
+    let bad_setup = BadSetup { tally: bad.clone(), is_fixed: Arc::clone(&is_fixed) };
     let registry = Registry::new().with(first.clone()).and_then(|set| set.with(bad_setup));
-    let registry = registry.and_then(|set| set.with(last.clone())).expect("names of their own");
+    let registry = registry.and_then(|set| set.with(last.clone())).expect("the names are unique");
     world.append(10).await;
     assert!(!world.boot(&registry).await.is_released());
-    let entry = world.entry("bad").await.expect("it is in the ledger");
-    let failure = entry.status.failure().expect("it is broken");
+    let entry = world.entry("bad").await.expect("the projector is in the ledger");
+    let failure = entry.status.failure().expect("the projector is broken");
     assert!(failure.event.is_none() && failure.error.contains("no such tablespace"), "{failure:?}");
     for name in ["first", "last"] {
         assert_eq!((world.status(name).await, world.position(name).await), ("stalled".into(), 0));
     }
-    is_mended.store(true, Ordering::SeqCst);
+    is_fixed.store(true, Ordering::SeqCst);
     assert!(world.boot(&registry).await.is_released());
     for tally in [&first, &bad, &last] {
         world.assert_complete(tally).await;
@@ -387,14 +395,14 @@ async fn a_failing_setup_breaks_its_projector_before_any_event_and_can_be_fixed(
 #[tokio::test]
 async fn a_boot_after_a_failure_resumes_and_applies_no_event_twice() {
     let world = World::new().await;
-    let is_mended = Arc::new(AtomicBool::new(false));
+    let is_fixed = Arc::new(AtomicBool::new(false));
     let shown: Vec<Arc<AtomicU64>> = (0..3).map(|_| Arc::default()).collect();
     let tallies: Vec<Tally> = (0..3)
         .map(|n| {
-            let (is_mended, shown) = (Arc::clone(&is_mended), Arc::clone(&shown[n]));
+            let (is_fixed, shown) = (Arc::clone(&is_fixed), Arc::clone(&shown[n]));
             Tally::new(["first", "poisoned", "last"][n]).hook(move |event| {
                 let is_poison =
-                    n == 1 && event.position().get() == 250 && !is_mended.load(Ordering::SeqCst);
+                    n == 1 && event.position().get() == 250 && !is_fixed.load(Ordering::SeqCst);
                 anyhow::ensure!(!is_poison, "poison");
                 shown.fetch_add(1, Ordering::SeqCst);
                 Ok(())
@@ -409,105 +417,121 @@ async fn a_boot_after_a_failure_resumes_and_applies_no_event_twice() {
         assert_eq!(world.status(name).await, "stalled");
         assert!(
             (200..600).contains(&world.position(name).await),
-            "it stopped where the other failed"
+            "the projector stops when the other one fails"
         );
         world.assert_folded(tally).await;
     }
-    is_mended.store(true, Ordering::SeqCst);
+    is_fixed.store(true, Ordering::SeqCst);
     for count in &shown {
         count.store(0, Ordering::SeqCst);
     }
-    let stood: Vec<u64> = [world.position("first").await, 249, world.position("last").await].into();
+    let resumed_at: Vec<u64> =
+        [world.position("first").await, 249, world.position("last").await].into();
     assert!(world.boot(&registry).await.is_released());
     for n in 0..3 {
         assert_eq!(
             shown[n].load(Ordering::SeqCst),
-            600 - stood[n],
-            "{} goes on from where it stood",
+            600 - resumed_at[n],
+            "{} did not continue from its position",
             tallies[n].name()
         );
         world.assert_complete(&tallies[n]).await;
     }
 }
 
-// What is transient breaks nobody.
+// Transient errors.
 
-/// As the command has them: in boot, what is transient is tried again for a while only.
+/// The limits of the boot command, which retries transient errors for a limited time.
 fn boot_limits() -> Limits {
-    Limits { batch: 100, retry_timeout: Some(TIMEOUT), ..Limits::default() }
+    Limits::default().with_batch(100).with_retry_timeout(Some(TIMEOUT))
 }
 
-/// Two rows for others to lock.
+/// Creates two rows that two transactions can lock.
 async fn create_pair(world: &World) {
     world.execute("create table pair (id int primary key, n int not null)").await;
     world.execute("insert into pair values (1, 0), (2, 0)").await;
 }
 
-/// Locks one row, stands at the gate, and locks the other.
-fn locking_both(tally: &Tally, gate: &Gate, met: &Arc<AtomicU64>) -> ScriptedProjector {
-    let (at_gate, noted) = (gate.clone(), Arc::clone(met));
+/// Locks one row, waits at the gate, and locks the other.
+fn locking_both(tally: &Tally, gate: &Gate, error_number: &Arc<AtomicU64>) -> ScriptedProjector {
+    let (at_gate, stored) = (gate.clone(), Arc::clone(error_number));
     scripted_at(tally, 5, move |db| {
-        let (gate, met) = (at_gate.clone(), Arc::clone(&noted));
+        let (gate, error_number) = (at_gate.clone(), Arc::clone(&stored));
         Box::pin(async move {
             run(db, "update pair set n = n + 1 where id = 1").await?;
             gate.pass().await;
-            counting(&met, run(db, "update pair set n = n + 1 where id = 2").await)
+            record_error_number(
+                &error_number,
+                run(db, "update pair set n = n + 1 where id = 2").await,
+            )
         })
     })
 }
 
-/// The same, by a handler that does not pass the error on.
-fn swallowing_deadlocks(tally: &Tally, gate: &Gate, met: &Arc<AtomicU64>) -> ScriptedProjector {
-    let (at_gate, noted) = (gate.clone(), Arc::clone(met));
+/// Like [`locking_both`], but the handler does not return the error.
+fn swallowing_deadlocks(
+    tally: &Tally,
+    gate: &Gate,
+    error_number: &Arc<AtomicU64>,
+) -> ScriptedProjector {
+    let (at_gate, stored) = (gate.clone(), Arc::clone(error_number));
     scripted_at(tally, 5, move |db| {
-        let (gate, met) = (at_gate.clone(), Arc::clone(&noted));
+        let (gate, error_number) = (at_gate.clone(), Arc::clone(&stored));
         Box::pin(async move {
             run(db, "update pair set n = n + 1 where id = 1").await?;
             gate.pass().await;
-            let _ = counting(&met, run(db, "update pair set n = n + 1 where id = 2").await);
+            let _ = record_error_number(
+                &error_number,
+                run(db, "update pair set n = n + 1 where id = 2").await,
+            );
             Ok(())
         })
     })
 }
 
-/// Locks them the other way round, when such a handler stands at the gate, and lets it into the
-/// deadlock.
+/// Locks the same rows in the other order while the handler waits at the gate. Then opens the gate,
+/// so that the handler loses a deadlock.
 async fn provoke_deadlock(world: &World, gate: &Gate) {
     gate.arrival().await;
     let mut other = world.connection().await;
     execute(&mut other, "create table ballast (n int not null)").await;
     execute(&mut other, "begin").await;
-    // Many rows changed: of two in a deadlock, the server gives up the one that has done less.
-    let many = "with recursive n as (select 1 as n union all select n + 1 from n where n < 900) select n from n";
+    // The server rolls back the transaction that has changed fewer rows, so this one changes many.
+    let many = "with recursive n as (select 1 as n union all select n + 1 from n where n < 900) \
+                select n from n";
     execute(&mut other, &format!("insert into ballast {many}")).await;
     execute(&mut other, "update pair set n = n + 100 where id = 2").await;
     let other = tokio::spawn(async move {
         execute(&mut other, "update pair set n = n + 100 where id = 1").await;
         execute(&mut other, "commit").await;
     });
-    eventually("the other waits for the handler", async || world.lock_waits().await == 1).await;
+    eventually("the other transaction waits for the handler", async || {
+        world.lock_waits().await == 1
+    })
+    .await;
     gate.open();
-    other.await.expect("the other one won");
+    other.await.expect("the other transaction commits");
 }
 
 #[tokio::test]
 async fn a_deadlock_in_a_handler_is_retried_and_breaks_no_projector() {
     let world = World::new().await;
     create_pair(&world).await;
-    let (gate, tally, met) = (Gate::new(), Tally::new("tally"), Arc::new(AtomicU64::new(0)));
-    let registry = registry_of([locking_both(&tally, &gate, &met)]);
+    let (gate, tally, error_number) =
+        (Gate::new(), Tally::new("tally"), Arc::new(AtomicU64::new(0)));
+    let registry = registry_of([locking_both(&tally, &gate, &error_number)]);
     world.boot(&registry).await;
     world.append(10).await;
 
     let playing = world.start_play(&registry);
     provoke_deadlock(&world, &gate).await;
-    eventually("it is at the end", async || world.position("tally").await == 10).await;
+    eventually("the projector is at the end", async || world.position("tally").await == 10).await;
     assert_eq!(playing.stop().await.broken, 0);
-    assert_eq!(met.load(Ordering::SeqCst), 1213, "the handler lost");
+    assert_eq!(error_number.load(Ordering::SeqCst), 1213, "the handler got the deadlock error");
     assert_eq!(
         world.number("select sum(n) div 1 from pair").await,
         202,
-        "its first update was made once"
+        "each update was applied once"
     );
     world.assert_complete(&tally).await;
 }
@@ -516,29 +540,33 @@ async fn a_deadlock_in_a_handler_is_retried_and_breaks_no_projector() {
 async fn a_deadlock_in_boot_is_retried_and_breaks_no_projector() {
     let world = World::new().await;
     create_pair(&world).await;
-    let (gate, tally, met) = (Gate::new(), Tally::new("tally"), Arc::new(AtomicU64::new(0)));
-    let registry = registry_of([locking_both(&tally, &gate, &met)]);
+    let (gate, tally, error_number) =
+        (Gate::new(), Tally::new("tally"), Arc::new(AtomicU64::new(0)));
+    let registry = registry_of([locking_both(&tally, &gate, &error_number)]);
     world.append(10).await;
     let booting = boot(&world.database, &registry, boot_limits(), |_| {});
     let (booted, ()) = tokio::join!(booting, provoke_deadlock(&world, &gate));
-    assert!(booted.expect("boot comes to an end").is_released());
-    assert_eq!(met.load(Ordering::SeqCst), 1213, "the handler lost");
+    assert!(booted.expect("boot succeeds").is_released());
+    assert_eq!(error_number.load(Ordering::SeqCst), 1213, "the handler got the deadlock error");
     assert_eq!(
         world.number("select sum(n) div 1 from pair").await,
         202,
-        "its first update was made once"
+        "each update was applied once"
     );
     world.assert_complete(&tally).await;
 }
 
-/// Locks the first row, or gives up after a second.
-fn locking_with_short_timeout(tally: &Tally, met: &Arc<AtomicU64>) -> ScriptedProjector {
-    let noted = Arc::clone(met);
+/// Locks the first row, with a lock timeout of one second.
+fn locking_with_short_timeout(tally: &Tally, error_number: &Arc<AtomicU64>) -> ScriptedProjector {
+    let stored = Arc::clone(error_number);
     scripted_at(tally, 5, move |db| {
-        let met = Arc::clone(&noted);
+        let error_number = Arc::clone(&stored);
         Box::pin(async move {
             run(db, "set session innodb_lock_wait_timeout = 1").await?;
-            counting(&met, run(db, "update pair set n = n + 1 where id = 1").await)
+            record_error_number(
+                &error_number,
+                run(db, "update pair set n = n + 1 where id = 1").await,
+            )
         })
     })
 }
@@ -547,19 +575,21 @@ fn locking_with_short_timeout(tally: &Tally, met: &Arc<AtomicU64>) -> ScriptedPr
 async fn a_lock_wait_timeout_in_a_handler_is_retried_and_breaks_no_projector() {
     let world = World::new().await;
     create_pair(&world).await;
-    let (tally, met) = (Tally::new("tally"), Arc::new(AtomicU64::new(0)));
-    let registry = registry_of([locking_with_short_timeout(&tally, &met)]);
+    let (tally, error_number) = (Tally::new("tally"), Arc::new(AtomicU64::new(0)));
+    let registry = registry_of([locking_with_short_timeout(&tally, &error_number)]);
     world.boot(&registry).await;
     let mut other = world.connection().await;
     execute(&mut other, "begin").await;
     execute(&mut other, "update pair set n = n + 100 where id = 1").await;
     world.append(10).await;
     let playing = world.start_play(&registry);
-    eventually("the handler's wait has timed out", async || met.load(Ordering::SeqCst) == 1205)
-        .await;
+    eventually("the handler's wait has timed out", async || {
+        error_number.load(Ordering::SeqCst) == 1205
+    })
+    .await;
     assert_eq!(world.status("tally").await, "live");
     execute(&mut other, "commit").await;
-    eventually("it is at the end", async || world.position("tally").await == 10).await;
+    eventually("the projector is at the end", async || world.position("tally").await == 10).await;
     assert_eq!(playing.stop().await.broken, 0);
     assert_eq!(world.number("select n from pair where id = 1").await, 101);
     world.assert_complete(&tally).await;
@@ -569,15 +599,17 @@ async fn a_lock_wait_timeout_in_a_handler_is_retried_and_breaks_no_projector() {
 async fn a_lock_wait_timeout_in_boot_is_retried_and_breaks_no_projector() {
     let world = World::new().await;
     create_pair(&world).await;
-    let (tally, met) = (Tally::new("tally"), Arc::new(AtomicU64::new(0)));
-    let registry = registry_of([locking_with_short_timeout(&tally, &met)]);
+    let (tally, error_number) = (Tally::new("tally"), Arc::new(AtomicU64::new(0)));
+    let registry = registry_of([locking_with_short_timeout(&tally, &error_number)]);
     let mut other = world.connection().await;
     execute(&mut other, "begin").await;
     execute(&mut other, "update pair set n = n + 100 where id = 1").await;
     world.append(10).await;
     let holding = async {
-        eventually("the handler's wait has timed out", async || met.load(Ordering::SeqCst) == 1205)
-            .await;
+        eventually("the handler's wait has timed out", async || {
+            error_number.load(Ordering::SeqCst) == 1205
+        })
+        .await;
         assert_eq!(
             (world.status("tally").await, world.position("tally").await),
             ("booting".into(), 0)
@@ -586,36 +618,36 @@ async fn a_lock_wait_timeout_in_boot_is_retried_and_breaks_no_projector() {
     };
     let (booted, ()) =
         tokio::join!(boot(&world.database, &registry, boot_limits(), |_| {}), holding);
-    assert!(booted.expect("boot comes to an end").is_released());
+    assert!(booted.expect("boot succeeds").is_released());
     assert_eq!(world.number("select n from pair where id = 1").await, 101);
     world.assert_complete(&tally).await;
 }
 
-// What cannot be read.
+// Undecodable events.
 
 #[tokio::test]
 async fn an_undecodable_payload_breaks_only_projectors_that_read_it() {
     let world = World::new().await;
     world.append(10).await;
     let garbled = NewEvent::new("case-0", "Amended", r#"{"note":"garbled"}"#);
-    world.store.append(&[garbled]).await.expect("it is stored");
+    world.store.append(&[garbled]).await.expect("the event is stored");
     world.append(10).await;
     let url = world.database_url_with_replaced_text(b"garbled", b"\xffarbled").await;
     let database = Database::connect(&url, 8, TIMEOUT).await.expect("the server answers");
 
     let indifferent = Tally::new("indifferent");
     let booted = boot(&database, &registry(&[&indifferent]), boot_limits(), |_| {}).await;
-    assert!(booted.expect("boot comes to an end").is_released());
+    assert!(booted.expect("boot succeeds").is_released());
     world.assert_complete(&indifferent).await;
 
-    // It is content with whatever it gets.
+    // This handler accepts any text.
     let reader = Tally::new("reader").hook(|event| {
         std::hint::black_box(event.payload_text());
         Ok(())
     });
     let booted = boot(&database, &registry(&[&reader]), boot_limits(), |_| {}).await;
-    assert!(!booted.expect("boot comes to an end").is_released());
-    world.assert_broken("reader", 11, "event 11 cannot be read").await;
+    assert!(!booted.expect("boot succeeds").is_released());
+    world.assert_broken("reader", 11, "event 11 cannot be decoded").await;
     world.assert_broken("reader", 11, "payload").await;
     world.assert_folded(&reader).await;
 }
@@ -625,26 +657,28 @@ async fn a_deadlock_swallowed_by_a_handler_is_retried_and_each_event_applied_onc
     for in_boot in [true, false] {
         let world = World::new().await;
         create_pair(&world).await;
-        let (gate, tally, met) = (Gate::new(), Tally::new("tally"), Arc::new(AtomicU64::new(0)));
-        let registry = registry_of([swallowing_deadlocks(&tally, &gate, &met)]);
+        let (gate, tally, error_number) =
+            (Gate::new(), Tally::new("tally"), Arc::new(AtomicU64::new(0)));
+        let registry = registry_of([swallowing_deadlocks(&tally, &gate, &error_number)]);
         if in_boot {
             world.append(10).await;
             let booting = boot(&world.database, &registry, boot_limits(), |_| {});
             let (booted, ()) = tokio::join!(booting, provoke_deadlock(&world, &gate));
-            assert!(booted.expect("boot comes to an end").is_released());
+            assert!(booted.expect("boot succeeds").is_released());
         } else {
             world.boot(&registry).await;
             world.append(10).await;
             let playing = world.start_play(&registry);
             provoke_deadlock(&world, &gate).await;
-            eventually("it is at the end", async || world.position("tally").await == 10).await;
+            eventually("the projector is at the end", async || world.position("tally").await == 10)
+                .await;
             assert_eq!(playing.stop().await.broken, 0);
         }
-        assert_eq!(met.load(Ordering::SeqCst), 1213, "the handler lost");
+        assert_eq!(error_number.load(Ordering::SeqCst), 1213, "the handler got the deadlock error");
         assert_eq!(
             world.number("select sum(n) div 1 from pair").await,
             202,
-            "both its updates were made once"
+            "each update was applied once"
         );
         world.assert_complete(&tally).await;
     }

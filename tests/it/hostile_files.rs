@@ -1,5 +1,5 @@
-//! Files whose statements and procedures do anything to their session: what they store is exact, or
-//! they are broken with a reason, and nobody else can tell that they were there.
+//! Files whose statements and procedures change their session in any way. Either they store exact
+//! values, or they are broken with a reason. They do not affect other projectors.
 
 use std::fmt::Write as _;
 
@@ -8,20 +8,20 @@ use projectionist::{Registry, Status, load};
 
 use crate::support::{Folder, World, eventually, execute, seed};
 
-/// Something odd that a file does for each event, and what it stores if it is done on a clean
+/// Unusual statements that a file runs for each event, and the value that they store in a clean
 /// session.
 #[derive(Debug, Clone, Copy)]
 struct HostileCase {
     name: &'static str,
-    /// Run beforehand by the tables' owner.
+    /// Run first, as the owner of the tables.
     setup: &'static str,
-    /// Statements of [`[[on]]`], in order.
+    /// Statements of `[[on]]`, in order.
     statements: &'static [&'static str],
-    /// The value that a row `(position, name, value)` has for each event; `None`: no row.
+    /// The value of the row `(position, name, value)` for each event; `None` if no row is stored.
     stores: Option<i64>,
 }
 
-/// A procedure that does something before it stores its row.
+/// A procedure that runs statements before and after it stores its row.
 macro_rules! procedure {
     ($name:literal, $before:literal, $after:literal, $stores:expr) => {
         HostileCase {
@@ -46,7 +46,8 @@ macro_rules! procedure {
 const HOSTILE_CASES: &[HostileCase] = &[
     procedure!(
         "swallows",
-        "declare continue handler for sqlexception begin end; insert into no_such_table values (1);",
+        "declare continue handler for sqlexception begin end; insert into no_such_table \
+         values (1);",
         "insert into odd (position, what, value) values (at, null, 'x');",
         Some(1)
     ),
@@ -139,7 +140,8 @@ const HOSTILE_CASES: &[HostileCase] = &[
         name: "sees",
         setup: "",
         statements: &[
-            "insert into odd (position, what, value) values (:position, 'sees', coalesce(@seen, 3))",
+            "insert into odd (position, what, value) values (:position, 'sees', coalesce(@seen, \
+             3))",
             "set @seen = :position",
         ],
         stores: Some(3),
@@ -155,15 +157,18 @@ const HOSTILE_CASES: &[HostileCase] = &[
     },
     HostileCase {
         name: "temporary",
-        setup: "create procedure p_temporary(in at bigint) begin create temporary table if not exists temporary_ones (a int); \
+        setup: "create procedure p_temporary(in at bigint) begin create temporary table if not \
+                exists temporary_ones (a int); \
                 insert into temporary_ones values (1); \
-                insert into odd (position, what, value) select at, 'temporary', count(*) from temporary_ones; end",
+                insert into odd (position, what, value) select at, 'temporary', count(*) \
+                from temporary_ones; end",
         statements: &["call p_temporary(:position)"],
         stores: Some(1),
     },
     HostileCase {
         name: "function",
-        setup: "create function f_hostile() returns bigint not deterministic no sql begin set @f = coalesce(@f, 0) + 1; return @f; end",
+        setup: "create function f_hostile() returns bigint not deterministic no sql begin set @f = \
+                coalesce(@f, 0) + 1; return @f; end",
         statements: &[
             "insert into odd (position, what, value) values (:position, 'function', f_hostile())",
         ],
@@ -172,7 +177,8 @@ const HOSTILE_CASES: &[HostileCase] = &[
     HostileCase {
         name: "prepares",
         setup: "create procedure p_prepares(in at bigint) begin declare found bigint default 1; \
-                begin declare continue handler for sqlexception set found = 2; execute hostile; end; \
+                begin declare continue handler for sqlexception set found = 2; execute hostile; \
+                end; \
                 prepare hostile from 'do 1'; \
                 insert into odd (position, what, value) values (at, 'prepares', found); end",
         statements: &["call p_prepares(:position)"],
@@ -180,11 +186,12 @@ const HOSTILE_CASES: &[HostileCase] = &[
     },
 ];
 
-/// A file that does these things, in order, and also notes each event.
+/// A file that runs these cases in order and also records each event.
 fn file(cases: &[HostileCase]) -> String {
     let mut text = "name = 'hostile'\nversion = 1\nmode = 'from_beginning'\n".to_owned();
     let mut on = |sql: &str| {
-        write!(text, "\n[[on]]\nevents = ['*']\nsql = '''{sql}'''\n").expect("a string");
+        write!(text, "\n[[on]]\nevents = ['*']\nsql = '''{sql}'''\n")
+            .expect("writing to a string succeeds");
     };
     on("insert into odd (position, what, value) values (:position, 'plain', 0)");
     for sql in cases.iter().flat_map(|case| case.statements) {
@@ -199,17 +206,28 @@ const VICTIM: &str = "name = 'victim'\nversion = 1\nmode = 'from_beginning'\n\
 
 async fn rows(world: &World) -> Vec<(u64, Option<String>, Option<i64>)> {
     let sql = "select position, what, value from odd order by position, what, value";
-    sqlx::query_as(sql).fetch_all(&mut world.connection().await).await.expect("the rows")
+    sqlx::query_as(sql)
+        .fetch_all(&mut world.connection().await)
+        .await
+        .expect("the rows are readable")
 }
 
-/// Plays a file that does these things beside a plain one, and asserts what must hold. Returns how
-/// the file's projector ended.
+/// Plays a file with these cases beside an unaffected one and asserts the rows of both. Returns the
+/// final status of the file's projector.
 async fn play(cases: &[HostileCase]) -> Status {
     let world = World::new().await;
     world
-        .execute("create table odd (position bigint unsigned not null, what varchar(30), value bigint) engine = InnoDB")
+        .execute(
+            "create table odd (position bigint unsigned not null, what varchar(30), \
+             value bigint) engine = InnoDB",
+        )
         .await;
-    world.execute("create table victim (position bigint unsigned not null, at timestamp(6) null, text varchar(40) collate utf8mb4_bin, number bigint) engine = InnoDB").await;
+    world
+        .execute(
+            "create table victim (position bigint unsigned not null, at timestamp(6) null, \
+             text varchar(40) collate utf8mb4_bin, number bigint) engine = InnoDB",
+        )
+        .await;
     for case in cases.iter().filter(|case| !case.setup.is_empty()) {
         world.execute(case.setup).await;
     }
@@ -224,11 +242,11 @@ async fn play(cases: &[HostileCase]) -> Status {
         matches!(world.entry("hostile").await.map(|entry| entry.status), Some(Status::Broken(_)))
     };
     if !booted.is_released() {
-        // The file's projector stopped the deploy. Its release is mended by leaving it out.
+        // The file's projector stopped the deploy. The next release leaves it out.
         assert!(is_broken().await, "{text}{:?}", world.ledger.entries().await);
         let folder = Folder::new().with("b.toml", VICTIM);
         registry = Registry::new();
-        load(folder.path().as_ref(), &mut registry).expect("the file holds");
+        load(folder.path().as_ref(), &mut registry).expect("the file is valid");
         assert!(
             world.boot(&registry).await.is_released(),
             "{text}{:?}",
@@ -238,7 +256,7 @@ async fn play(cases: &[HostileCase]) -> Status {
     world.append(12).await;
     world.play_until_idle(&registry).await;
 
-    let entry = world.entry("hostile").await.expect("it is in the ledger");
+    let entry = world.entry("hostile").await.expect("the projector is in the ledger");
     match &entry.status {
         Status::Broken(failure) => assert!(!failure.error.is_empty(), "{text}"),
         _ => {
@@ -255,13 +273,15 @@ async fn play(cases: &[HostileCase]) -> Status {
         }
     }
     let victim: Vec<(u64, i64)> = sqlx::query_as(AssertSqlSafe(
-        "select v.position, cast(v.at is not null and abs(timestampdiff(second, '1970-01-01', e.recorded_at) - floor(unix_timestamp(v.at))) <= 1 \
-         and v.text <=> convert(concat(e.stream_id, ' größe') using utf8mb4) collate utf8mb4_bin and v.number is null as signed) \
+        "select v.position, cast(v.at is not null and abs(timestampdiff(second, '1970-01-01', \
+         e.recorded_at) - floor(unix_timestamp(v.at))) <= 1 \
+         and v.text <=> convert(concat(e.stream_id, ' größe') using utf8mb4) collate utf8mb4_bin \
+         and v.number is null as signed) \
          from victim v join events e using (position) order by v.position",
     ))
     .fetch_all(&mut world.connection().await)
     .await
-    .expect("the rows");
+    .expect("the rows are readable");
     assert_eq!(victim, (1..=57).map(|position| (position, 1)).collect::<Vec<_>>(), "{text}");
     assert_eq!(
         (world.status("victim").await, world.position("victim").await),
@@ -294,8 +314,8 @@ async fn combined_hostile_statements_are_exact_or_broken_and_leave_others_untouc
     }
 }
 
-/// What a file's own variables and `last_insert_id()` have is the same in boot, a thousand events
-/// at a time, and in play.
+/// A file's user variables and `last_insert_id()` have the same values in boot, which applies up to
+/// a thousand events at a time, and in play.
 #[tokio::test]
 async fn user_variables_are_reset_for_each_event() {
     let stateful: Vec<HostileCase> = HOSTILE_CASES
@@ -308,14 +328,14 @@ async fn user_variables_are_reset_for_each_event() {
     assert_eq!(status.to_string(), "live", "{status:?}");
 }
 
-/// The fifth event's statement locks row 1, waits, locks row 2, and says nothing of an error.
+/// For the fifth event, the procedure locks row 1, waits, locks row 2, and ignores errors.
 const BEST_EFFORT: &str = "name = 'hostile'\nversion = 1\nmode = 'from_beginning'\n\
     [[on]]\nevents = ['*']\nsql = 'insert into before_it (position) values (:position)'\n\
     [[on]]\nevents = ['*']\nsql = 'call best_effort(:position)'\n\
     [[on]]\nevents = ['*']\nsql = 'insert into after_it (position) values (:position)'\n";
 
-/// Lets the procedure lose a deadlock: a rival locks row 2 and waits for row 1 before the procedure
-/// asks for row 2.
+/// Makes the procedure lose a deadlock: another transaction locks row 2 and waits for row 1 before
+/// the procedure locks row 2.
 async fn provoke_deadlock(world: &World, mut keeper: MySqlConnection) {
     let mut rival = world.connection().await;
     eventually("the procedure waits", async || {
@@ -323,9 +343,9 @@ async fn provoke_deadlock(world: &World, mut keeper: MySqlConnection) {
     })
     .await;
     execute(&mut rival, "begin").await;
-    // Many rows changed: the server rolls back the transaction of a deadlock that has changed
-    // fewer.
-    let many = "with recursive n as (select 1 as n union all select n + 1 from n where n < 900) select n from n";
+    // The server rolls back the transaction that has changed fewer rows, so this one changes many.
+    let many = "with recursive n as (select 1 as n union all select n + 1 from n where n < 900) \
+                select n from n";
     execute(&mut rival, &format!("insert into ballast {many}")).await;
     execute(&mut rival, "update pair set n = n + 100 where id = 2").await;
     let rival = tokio::spawn(async move {
@@ -334,7 +354,7 @@ async fn provoke_deadlock(world: &World, mut keeper: MySqlConnection) {
     });
     eventually("the rival waits for the procedure", async || world.lock_waits().await == 1).await;
     execute(&mut keeper, "do release_all_locks()").await;
-    rival.await.expect("the rival has both rows, so the procedure lost them");
+    rival.await.expect("the rival commits");
 }
 
 #[tokio::test]
@@ -351,7 +371,8 @@ async fn a_deadlock_swallowed_by_a_procedure_is_retried_and_each_event_applied_o
         world.execute("insert into pair values (1, 0), (2, 0)").await;
         let lock = &world.database_name;
         let procedure = format!(
-            "create procedure best_effort(in at bigint) begin declare continue handler for sqlexception begin end; \
+            "create procedure best_effort(in at bigint) begin declare continue handler for \
+             sqlexception begin end; \
              if at = 5 then \
              update pair set n = n + 1 where id = 1; \
              do get_lock('{lock}', 60); do release_lock('{lock}'); \
@@ -363,7 +384,7 @@ async fn a_deadlock_swallowed_by_a_procedure_is_retried_and_each_event_applied_o
         execute(&mut keeper, &format!("do get_lock('{lock}', 0)")).await;
         let folder = Folder::new().with("a.toml", BEST_EFFORT);
         let mut registry = Registry::new();
-        load(folder.path().as_ref(), &mut registry).expect("the file holds");
+        load(folder.path().as_ref(), &mut registry).expect("the file is valid");
         if in_boot {
             world.append(10).await;
             let (booted, ()) =
@@ -374,7 +395,10 @@ async fn a_deadlock_swallowed_by_a_procedure_is_retried_and_each_event_applied_o
             world.append(10).await;
             let playing = world.start_play(&registry);
             provoke_deadlock(&world, keeper).await;
-            eventually("it is at the end", async || world.position("hostile").await == 10).await;
+            eventually("the projector is at the end", async || {
+                world.position("hostile").await == 10
+            })
+            .await;
             assert_eq!(playing.stop().await.broken, 0);
         }
         assert_eq!(
@@ -391,7 +415,7 @@ async fn a_deadlock_swallowed_by_a_procedure_is_retried_and_each_event_applied_o
         let rows: Vec<(i32, i32)> = sqlx::query_as("select id, n from pair order by id")
             .fetch_all(&mut world.connection().await)
             .await
-            .expect("the rows");
+            .expect("the rows are readable");
         assert_eq!(rows, [(1, 101), (2, 101)], "in boot: {in_boot}");
     }
 }
@@ -402,6 +426,6 @@ impl World {
         sqlx::query_scalar(AssertSqlSafe(sql))
             .fetch_all(&mut self.connection().await)
             .await
-            .expect("the positions")
+            .expect("the table is readable")
     }
 }

@@ -1,6 +1,5 @@
-//! Handlers that do anything to their connection. Whatever they do, either their read model is the
-//! fold of the log, or they are broken with the reason; and nothing else differs from a run without
-//! them.
+//! Handlers that change their session in any way. Either their read model is a fold of the log, or
+//! they are broken with the reason. They do not affect other projectors.
 
 use std::fmt;
 use std::sync::Arc;
@@ -11,42 +10,49 @@ use tokio::time::{Duration, sleep};
 
 use crate::support::{Folder, Tally, World, eventually, execute, seed};
 
-/// Rows that depend on nearly everything that a session can be: time zone, character sets, limits,
-/// precision, isolation, the default database. They are the same for every event in a clean
-/// session.
+/// Inserts a row whose values depend on the session: time zone, character sets, limits, precision,
+/// isolation level and default database. In a clean session, the values are the same for every
+/// event.
 fn insert_into(table: &str) -> String {
     format!(
         "insert into {table} \
-         select ?, from_unixtime(86400), 1 / 3, (select group_concat(n order by n) from numbers), 'é日本', \
-                (select count(*) from dirty), database(), concat(@left_behind, ''), date_format('2001-03-01', '%M'), \
-                now() > '2020-01-01', ?"
+         select ?, from_unixtime(86400), 1 / 3, (select group_concat(n order by n) \
+         from numbers), 'é日本', \
+         (select count(*) from dirty), database(), concat(@left_behind, ''), \
+         date_format('2001-03-01', '%M'), \
+         now() > '2020-01-01', ?"
     )
 }
 
 fn create(table: &str) -> String {
     format!(
-        "create table if not exists {table} (position bigint unsigned not null, at datetime(6) not null, \
-         third decimal(20, 12) not null, list text not null, word varchar(20) character set utf8mb4 not null, \
-         uncommitted bigint not null, shop varchar(64) not null, left_behind varchar(20) null, month varchar(20) not null, \
+        "create table if not exists {table} (position bigint unsigned not null, \
+         at datetime(6) not null, \
+         third decimal(20, 12) not null, list text not null, word varchar(20) character set \
+         utf8mb4 not null, \
+         uncommitted bigint not null, shop varchar(64) not null, left_behind varchar(20) null, \
+         month varchar(20) not null, \
          clock_goes tinyint not null, numbers bigint not null) engine = innodb"
     )
 }
 
-/// What such a table holds, a line a row; without the database's name, which differs from world to
+/// The rows of such a table, as lines of text without the database's name, which differs in each
 /// world.
 async fn rows(world: &World, table: &str) -> Vec<String> {
     let select = format!(
-        "select concat_ws('|', position, at, third, list, hex(convert(word using utf8mb4)), uncommitted, \
-         if(shop = database(), 'here', shop), ifnull(left_behind, 'nothing'), month, clock_goes, numbers) \
+        "select concat_ws('|', position, at, third, list, hex(convert(word using utf8mb4)), \
+         uncommitted, \
+         if(shop = database(), 'here', shop), ifnull(left_behind, 'nothing'), month, clock_goes, \
+         numbers) \
          from {table} order by position"
     );
     sqlx::query_scalar(AssertSqlSafe(select))
         .fetch_all(&mut world.connection().await)
         .await
-        .expect("its table")
+        .expect("the table exists")
 }
 
-/// A projector that writes down what its session looks like, and then follows its script.
+/// A projector that records the state of its session and then runs its script.
 #[derive(Clone)]
 struct SessionProbe {
     name: String,
@@ -54,14 +60,14 @@ struct SessionProbe {
     script: Arc<[Action]>,
 }
 
-/// What a handler does at one event.
+/// The actions of a handler at one event.
 #[derive(Debug, Clone)]
 struct Action {
     position: u64,
     statements: Vec<String>,
-    /// Whether an error is passed on.
+    /// Whether the handler returns the error of a statement.
     propagates_errors: bool,
-    /// Whether it is done before the row is written down.
+    /// Whether the statements run before the row is written.
     is_first: bool,
 }
 
@@ -131,7 +137,7 @@ impl Projector for SessionProbe {
     }
 }
 
-/// The same by a file.
+/// A projector file that records the same state of its session.
 fn declared_victim() -> String {
     let insert = insert_into("declared").replacen('?', ":position", 1).replacen(
         '?',
@@ -141,13 +147,14 @@ fn declared_victim() -> String {
     let insert =
         insert.replace("concat(@left_behind, '')", "null").replace('\'', "''").replace("''", "'");
     format!(
-        "name = \"declared\"\nversion = 1\nmode = \"from_beginning\"\nsetup = [\"\"\"{}\"\"\"]\n\n[[on]]\nevents = [\"*\"]\nsql = \"\"\"{insert}\"\"\"\n",
+        "name = \"declared\"\nversion = 1\nmode = \"from_beginning\"\nsetup = \
+         [\"\"\"{}\"\"\"]\n\n[[on]]\nevents = [\"*\"]\nsql = \"\"\"{insert}\"\"\"\n",
         create("declared")
     )
 }
 
-/// Each is tried by itself, and all are shuffled by the property test. `{n}` is a number of the
-/// test's.
+/// Each statement is tried alone, and the property test combines them. `{n}` is replaced by a
+/// number.
 const STATEMENTS: &[&str] = &[
     "commit",
     "rollback",
@@ -216,17 +223,20 @@ const STATEMENTS: &[&str] = &[
     "replace into junk values (2)",
 ];
 
-/// Tables that the subjects read, and a transaction that never commits.
+/// Creates tables that the projectors read, and opens a transaction that never commits.
 async fn prepare(world: &World) -> MySqlConnection {
     world.execute("create table numbers (n int primary key)").await;
-    let numbers = "insert into numbers with recursive n as (select 1 as n union all select n + 1 from n where n < 12) select n from n";
+    let numbers = "insert into numbers with recursive n as (select 1 as n union all select n + 1 \
+                   from n where n < 12) select n from n";
     world.execute(numbers).await;
     world.execute("create table junk (id int)").await;
     world.execute("create table dirty (id int)").await;
     world
         .execute(
-            "create procedure their_procedure() begin declare continue handler for sqlexception begin end; \
-             set time_zone = '+07:00'; insert into no_such_table values (1); set time_zone = '+00:00'; end",
+            "create procedure their_procedure() begin declare continue handler for sqlexception \
+             begin end; \
+             set time_zone = '+07:00'; insert into no_such_table \
+             values (1); set time_zone = '+00:00'; end",
         )
         .await;
     let mut uncommitted = world.connection().await;
@@ -238,14 +248,14 @@ async fn prepare(world: &World) -> MySqlConnection {
 fn registry(subjects: &[SessionProbe], folder: &Folder) -> Registry {
     let mut registry = Registry::new();
     for subject in subjects {
-        registry.add(subject.clone()).expect("a name of its own");
+        registry.add(subject.clone()).expect("the name is unique");
     }
     projectionist::load(std::path::Path::new(&folder.path()), &mut registry)
-        .expect("the file holds");
+        .expect("the file is valid");
     registry
 }
 
-/// What each table of a victim must hold after this many events.
+/// The rows that the table of each unaffected projector must hold after `events` events.
 async fn expected(events: usize) -> Vec<String> {
     let world = World::new().await;
     let _uncommitted = prepare(&world).await;
@@ -264,8 +274,8 @@ async fn expected(events: usize) -> Vec<String> {
     rows
 }
 
-/// Boots and plays these among victims, and asserts what must hold of everybody. Half of the events
-/// are there at the boot.
+/// Boots and plays the hostile projectors among unaffected ones, with half of the events appended
+/// after the boot. Asserts the rows of every projector.
 async fn assert_isolated(hostile: Vec<SessionProbe>, events: usize, expected: &[String]) {
     let world = World::new().await;
     let _uncommitted = prepare(&world).await;
@@ -278,13 +288,13 @@ async fn assert_isolated(hostile: Vec<SessionProbe>, events: usize, expected: &[
     subjects.push(SessionProbe::victim("last", SessionUse::Shared));
     let registry = registry(&subjects, &folder);
     world.append(events / 2).await;
-    // Each by itself: a boot ends with the first that breaks.
+    // Each projector is booted alone, because a boot ends with the first broken one.
     for projector in &subjects {
-        world.boot(&Registry::new().with(projector.clone()).expect("one name")).await;
+        world.boot(&Registry::new().with(projector.clone()).expect("the name is unique")).await;
     }
     let mut declared = Registry::new();
     projectionist::load(std::path::Path::new(&folder.path()), &mut declared)
-        .expect("the file holds");
+        .expect("the file is valid");
     assert!(world.boot(&declared).await.is_released());
     world.append(events - events / 2).await;
     world.play_until_idle(&registry).await;
@@ -292,7 +302,8 @@ async fn assert_isolated(hostile: Vec<SessionProbe>, events: usize, expected: &[
     for victim in ["victim", "shared", "last", "declared"] {
         let mut found = rows(&world, victim).await;
         if victim == "declared" {
-            // It reads no user variable: a file's own are set to null for each event.
+            // The declared projector reads no user variable, because a file's variables are reset
+            // for each event.
             assert_eq!(world.status(victim).await, "live");
         }
         found.sort_by_key(|row| {
@@ -306,9 +317,9 @@ async fn assert_isolated(hostile: Vec<SessionProbe>, events: usize, expected: &[
         );
     }
     for subject in &hostile {
-        let entry = world.entry(&subject.name).await.expect("it is in the ledger");
-        // A user variable that a handler leaves in its own session is its own, like a variable in
-        // its memory.
+        let entry = world.entry(&subject.name).await.expect("the projector is in the ledger");
+        // A user variable of a handler stays in that handler's own session, like a variable in its
+        // memory.
         let found: Vec<String> = rows(&world, &subject.name)
             .await
             .iter()
@@ -328,7 +339,7 @@ async fn assert_isolated(hostile: Vec<SessionProbe>, events: usize, expected: &[
             }
         }
     }
-    // The mark and the audit know nothing of it.
+    // The mark and the audit are not affected.
     assert_eq!(world.high_water().await, world.last_position().await);
     world.run(&["audit"]).await.exits(0);
 }
@@ -342,7 +353,8 @@ async fn a_hostile_statement_yields_the_fold_or_breaks_only_its_projector() {
             [true, false].map(|propagates_errors| {
                 let name = format!("hostile_{chunk}_{number}_{propagates_errors}");
                 let statements = vec![statement.replace("{n}", &number.to_string())];
-                // In the middle of the boot's batch, and of what play brings.
+                // In the middle of the boot's batch, and in the middle of the events that play
+                // applies.
                 let at = |position| Action {
                     position,
                     statements: statements.clone(),
@@ -356,7 +368,8 @@ async fn a_hostile_statement_yields_the_fold_or_breaks_only_its_projector() {
     }
 }
 
-/// How many handlers are made up in a run of the property test; `HOSTILE_HANDLERS` asks for more.
+/// The number of random handlers in the property test. The variable `HOSTILE_HANDLERS` overrides
+/// it.
 const HANDLERS: usize = 60;
 
 #[tokio::test]
@@ -388,7 +401,7 @@ async fn a_random_handler_yields_the_fold_or_breaks_only_its_projector() {
     }
 }
 
-/// A setup that leaves its session as no session may be.
+/// A projector whose setup leaves its session in a state that no projector may see.
 struct HostileSetup(SessionProbe);
 
 #[async_trait]
@@ -421,7 +434,7 @@ async fn session_state_left_by_a_setup_reaches_no_projector() {
     let registry = Registry::new()
         .with(HostileSetup(SessionProbe::victim("hostile", SessionUse::Dedicated)))
         .and_then(|set| set.with(SessionProbe::victim("victim", SessionUse::Dedicated)))
-        .expect("two names");
+        .expect("the names are unique");
     world.append(6).await;
     assert!(world.boot(&registry).await.is_released());
     world.append(6).await;
@@ -444,12 +457,14 @@ async fn the_mark_ignores_a_handlers_isolation_level() {
     };
     let tally = Tally::new("tally");
     let hostile = SessionProbe::hostile("hostile", (1..=40).map(at).collect());
-    let registry =
-        Registry::new().with(hostile).and_then(|set| set.with(tally.clone())).expect("two names");
+    let registry = Registry::new()
+        .with(hostile)
+        .and_then(|set| set.with(tally.clone()))
+        .expect("the names are unique");
     world.boot(&registry).await;
     world.append(10).await;
     let playing = world.start_play(&registry);
-    eventually("the hostile one has had its turn", async || {
+    eventually("the hostile projector is broken", async || {
         world.status("hostile").await == "broken"
     })
     .await;
@@ -458,12 +473,13 @@ async fn the_mark_ignores_a_handlers_isolation_level() {
     execute(&mut writer, "begin").await;
     execute(
         &mut writer,
-        "insert into events (stream_id, stream_version, event_type, payload) values ('x', 1, 'Late', '{}')",
+        "insert into events (stream_id, stream_version, event_type, payload) \
+         values ('x', 1, 'Late', '{}')",
     )
     .await;
     world.append(5).await;
     sleep(Duration::from_secs(1)).await;
-    assert_eq!(world.high_water().await, 10, "it waits for the row that is not committed");
+    assert_eq!(world.high_water().await, 10, "the mark waits for the uncommitted row");
     assert!(world.position("tally").await <= 10);
     execute(&mut writer, "rollback").await;
     eventually("the tally is at the end", async || {

@@ -1,4 +1,4 @@
-//! What is in infra/: the templates, the deploy gate, and what its README tells a newcomer to do.
+//! The files of infra/: the templates, the deploy gate, and the commands in its README.
 
 mod deploy_gate;
 mod fake_aws;
@@ -10,7 +10,7 @@ mod stacks;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// A file of the repository.
+/// The path of a file in the repository.
 fn file(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
 }
@@ -19,7 +19,7 @@ fn template(name: &str) -> String {
     fs::read_to_string(file("infra").join(name)).expect("a template")
 }
 
-/// The resources of this type in a template, as text. All templates have them at the same depth.
+/// The resources of type `kind` in a template, as text. All templates indent resources equally.
 fn resources<'a>(template: &'a str, kind: &'a str) -> impl Iterator<Item = &'a str> {
     let starts =
         |line: &str| line.starts_with("  ") && !line.starts_with("   ") && line.ends_with(':');
@@ -39,37 +39,38 @@ fn resources<'a>(template: &'a str, kind: &'a str) -> impl Iterator<Item = &'a s
     })
 }
 
-/// What stands after this word, on its line or in its braces.
-fn value<'a>(block: &'a str, word: &str) -> &'a str {
+/// The value of `key` in `block`: the text up to a comma, a line end or a closing brace.
+fn value<'a>(block: &'a str, key: &str) -> &'a str {
     let (_, rest) =
-        block.split_once(&format!("{word}: ")).unwrap_or_else(|| panic!("no {word} in {block}"));
+        block.split_once(&format!("{key}: ")).unwrap_or_else(|| panic!("no {key} in {block}"));
     rest.split([',', '\n', '}']).next().expect("a value").trim().trim_matches(['"', '\''])
 }
 
 /// A metric filter of infra/monitoring.yaml.
 struct MetricFilter {
-    /// The field of a log line, and the text that it must have.
+    /// The name of a field in a log line.
     field: String,
+    /// The text that the field must equal.
     equals: String,
     metric: String,
 }
 
 impl MetricFilter {
-    /// All of them. Their patterns are all of one form, `{ $.FIELD = "TEXT" }`, which CloudWatch
-    /// takes for: the line is a JSON object, and its field of that name is a string that equals the
-    /// text. <https://docs.aws.amazon.com/AmazonCloudWatch/latest/logs/FilterAndPatternSyntax.html>
+    /// All metric filters. Each pattern has the form `{ $.FIELD = "TEXT" }`. CloudWatch matches a
+    /// log line with it if the line is a JSON object whose string field FIELD equals TEXT.
+    /// <https://docs.aws.amazon.com/AmazonCloudWatch/latest/logs/FilterAndPatternSyntax.html>
     fn all() -> Vec<MetricFilter> {
         let template = template("monitoring.yaml");
         let read = |block| {
-            let (_, pattern) =
-                str::split_once(block, "FilterPattern: '{ $.").expect("a pattern of our form");
+            let (_, pattern) = str::split_once(block, "FilterPattern: '{ $.")
+                .expect("a pattern with one condition");
             let (field, rest) = pattern.split_once(" = \"").expect("a field and a text");
-            let (equals, _) = rest.split_once("\" }'\n").expect("an end");
+            let (equals, _) = rest.split_once("\" }'\n").expect("the end of the pattern");
             let is_word =
                 |text: &str| text.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_');
             assert!(
                 is_word(field) && is_word(equals),
-                "no wildcard, and no second condition: {field} {equals}"
+                "a wildcard or a second condition is not supported: {field} {equals}"
             );
             MetricFilter {
                 field: field.into(),
@@ -85,22 +86,26 @@ impl MetricFilter {
     }
 }
 
-/// A projector file that does as a [`Tally`] does, so that its read model can be compared with the
-/// log.
+/// A projector file that writes the same rows as a `Tally`, so that its read model can be compared
+/// with the log.
 fn tally(name: &str) -> String {
     projector(name, "*", ":position")
 }
 
-/// Fails at the first event of this type, none of which has an amount; mended, it does without.
-fn fragile(is_mended: bool) -> String {
-    let amount = if is_mended { ":payload.amount?" } else { ":payload.amount" };
+/// A projector file that fails at the first `Closed` event, because these events have no amount.
+/// The fixed file reads the amount as optional.
+fn fragile(is_fixed: bool) -> String {
+    let amount = if is_fixed { ":payload.amount?" } else { ":payload.amount" };
     projector("fragile", "Closed", &format!("coalesce({amount}, 0) * 0 + :position"))
 }
 
 fn projector(name: &str, events: &str, position: &str) -> String {
     format!(
-        "name = \"{name}\"\nversion = 1\nmode = \"from_beginning\"\nsetup = [\"create table if not exists {name} \
-         (seq bigint auto_increment primary key, position bigint unsigned not null)\"]\nteardown = [\"drop table if exists \
-         {name}\"]\n\n[[on]]\nevents = [\"{events}\"]\nsql = \"insert into {name} (position) values ({position})\"\n"
+        "name = \"{name}\"\nversion = 1\nmode = \"from_beginning\"\n\
+             setup = [\"create table if not exists {name} (seq bigint auto_increment primary key, \
+             position bigint unsigned not null)\"]\n\
+             teardown = [\"drop table if exists {name}\"]\n\n\
+             [[on]]\nevents = [\"{events}\"]\n\
+             sql = \"insert into {name} (position) values ({position})\"\n"
     )
 }

@@ -1,5 +1,5 @@
-//! Lambda: the shipped binary as a function, invoked by the runtime's interface with what is really
-//! in the queue.
+//! Lambda: the shipped binary as a function. The runtime API invokes it with real messages of the
+//! queue.
 
 mod deadline;
 mod scheduled;
@@ -10,35 +10,35 @@ use projectionist::sqlx::MySqlConnection;
 
 use crate::support::{Folder, Session, TIMEOUT, Tally, World, execute};
 
-/// A statement that waits where somebody holds the gate at the event's position.
+/// A statement that waits while another transaction locks the gate at the event's position.
 const GATE: &str = "update gate set n = n + 1 where at = :position";
 
-/// Makes the gate, and holds it at a position until what this returns is ended.
+/// Creates the gate, and locks its row at a position in the transaction that this returns.
 async fn close_gate(world: &World, at: u64) -> MySqlConnection {
     world.execute("create table gate (at bigint unsigned primary key, n int not null)").await;
     world.execute(&format!("insert into gate values ({at}, 0)")).await;
-    let mut keeper = world.connection().await;
-    execute(&mut keeper, "start transaction").await;
-    execute(&mut keeper, &format!("select n from gate where at = {at} for update")).await;
-    keeper
+    let mut lock_holder = world.connection().await;
+    execute(&mut lock_holder, "start transaction").await;
+    execute(&mut lock_holder, &format!("select n from gate where at = {at} for update")).await;
+    lock_holder
 }
 
-/// Sessions that are in the statement of the gate. (Whether they wait there, says `lock_waits`:
-/// others are just passing it.)
+/// The number of sessions that execute the gate's statement. Some of them may not wait for its
+/// lock: `lock_waits` counts those that wait.
 async fn waiting_handlers(world: &World) -> usize {
     let waits = |session: &&Session| session.statement.starts_with("update gate");
     world.sessions().await.iter().filter(waits).count()
 }
 
 impl World {
-    /// Appends so many events, and publishes them in messages of ten.
+    /// Appends `events` events, and publishes them in messages of ten.
     async fn append_and_publish(&self, events: usize) {
         self.append(events).await;
         self.run(&["relay", "--once", "--message-events=10"]).await.exits(0);
     }
 
-    /// Puts projector files of these into a folder, and boots them.
-    async fn booted(&self, files: &[&str]) -> Folder {
+    /// Writes projector files into a new folder, and boots them. Returns the folder.
+    async fn boot_files(&self, files: &[&str]) -> Folder {
         let folder = Folder::new();
         for (index, file) in files.iter().enumerate() {
             folder.write(&format!("{index}.toml"), file);
@@ -50,7 +50,7 @@ impl World {
 
 async fn assert_fanned_out_and_deleted(world: World) {
     let (a, b) = (Tally::new("a"), Tally::new("b"));
-    let folder = world.booted(&[&a.file(&[]), &b.file(&[])]).await;
+    let folder = world.boot_files(&[&a.file(&[]), &b.file(&[])]).await;
     let mut function = world.function(&["--projectors", folder.path()]).await;
     for round in 1..=3 {
         world.append_and_publish(120).await;
@@ -83,13 +83,13 @@ async fn a_broken_projector_fails_no_message_and_the_others_continue() {
     let poison = "insert into poisoned (position) values (nullif(:position, 33))";
     let poisoned_file =
         poisoned.file(&[]).replace("insert into poisoned (position) values (:position)", poison);
-    let folder = world.booted(&[&a.file(&[]), &poisoned_file, &b.file(&[])]).await;
+    let folder = world.boot_files(&[&a.file(&[]), &poisoned_file, &b.file(&[])]).await;
     let mut function = world.function(&["--projectors", folder.path()]).await;
     world.append_and_publish(60).await;
     assert_eq!(function.drain(&world).await, 6);
     world.append_and_publish(20).await;
-    // Foreign and malformed messages stop nothing, either. They are returned, and on a FIFO queue
-    // all after them; what is ours among these is applied all the same.
+    // Foreign and malformed messages stop no projector. They are returned, and in a FIFO queue so
+    // are all later messages. The later messages of this log are applied nevertheless.
     for body in ["hello", "{\"log\":\"another\",\"prev\":0,\"events\":[]}"] {
         let send = world
             .sqs
@@ -110,13 +110,17 @@ async fn a_broken_projector_fails_no_message_and_the_others_continue() {
         (world.status("poisoned").await, world.position("poisoned").await),
         ("broken".into(), 32)
     );
-    let left = function.process.terminate().await.exits(0);
-    assert!(left.log().iter().any(|line| line["alert"] == "projector_broken"), "{}", left.stderr);
+    let finished = function.process.terminate().await.exits(0);
+    assert!(
+        finished.log().iter().any(|line| line["alert"] == "projector_broken"),
+        "{}",
+        finished.stderr
+    );
 }
 
 async fn assert_worker_and_function_share(world: World) {
     let (a, b) = (Tally::new("a"), Tally::new("b"));
-    let folder = world.booted(&[&a.file(&[]), &b.file(&[])]).await;
+    let folder = world.boot_files(&[&a.file(&[]), &b.file(&[])]).await;
     let worker = [
         "play",
         "--receive-wait=1",
@@ -147,7 +151,10 @@ async fn assert_worker_and_function_share(world: World) {
         captured
     };
     let ((), captured) = tokio::join!(writing, tokio::time::timeout(TIMEOUT * 2, mapping));
-    assert!(captured.expect("both come to the end") > 0, "the function had its share");
+    assert!(
+        captured.expect("both projectors reach the end of the log") > 0,
+        "the function received messages"
+    );
     worker.terminate().await.exits(0);
     world.assert_complete(&a).await;
     world.assert_complete(&b).await;

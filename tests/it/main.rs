@@ -1,6 +1,6 @@
-//! Everything that needs real parts: a MySQL or MariaDB server and an SQS endpoint.
-//! `localstack/test` brings them up and runs this on both servers; each test has a database and a
-//! queue of its own.
+//! The integration tests: everything that needs a MySQL or MariaDB server and an SQS endpoint.
+//! `localstack/test` starts them and runs these tests against both servers. Each test has its own
+//! database and queue.
 
 mod support;
 
@@ -10,10 +10,15 @@ mod aws;
 mod background;
 mod boot_and_play;
 mod claim_carry;
+mod coalesce;
+mod command_line;
 mod connection_faults;
 mod credentials;
+mod declared;
 mod deploy;
 mod doctor;
+mod documentation;
+mod end_to_end;
 mod event_log;
 mod failover;
 mod fence;
@@ -28,14 +33,8 @@ mod lambda;
 mod layers;
 mod parameter_types;
 mod queue;
-mod readme;
 mod receiver;
 mod relay;
 mod release_gate;
 mod server_settings;
 mod truncated_log;
-
-mod coalesce;
-mod command_line;
-mod declared;
-mod end_to_end;

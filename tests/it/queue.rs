@@ -1,5 +1,4 @@
-//! The queue: whatever it loses, repeats, reorders or brings from others, the read models come out
-//! the same.
+//! The queue: lost, repeated, reordered and foreign messages never change the read models.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,19 +16,21 @@ use crate::support::{
     registry, seed,
 };
 
-/// Many small messages, so that faults have something to strike.
+/// Settings with small messages, so that there are many messages for the faults.
 fn small_messages() -> PlaySettings {
-    let relay = Some(RelaySettings { interval: Duration::from_millis(10), max_events: 3 });
-    PlaySettings { relay, ..World::play_settings() }
+    let relay =
+        Some(RelaySettings::default().with_interval(Duration::from_millis(10)).with_max_events(3));
+    World::play_settings().with_relay(relay)
 }
 
-/// What is applied has come through the queue, unless a test says otherwise.
+/// Settings without a relay and, within a test, without reconciliation: events come only through
+/// the queue.
 pub fn without_relay() -> PlaySettings {
-    PlaySettings { relay: None, reconcile_after: TIMEOUT, ..World::continuous_play_settings() }
+    World::continuous_play_settings().with_relay(None).with_reconcile_after(TIMEOUT)
 }
 
 impl World {
-    /// Takes every message away, as an operator would.
+    /// Removes every message, as an operator would.
     async fn purge(&self) {
         self.sqs.purge_queue().queue_url(&self.queue_url).send().await.expect("purged");
         eventually("the queue is empty", async || self.depth().await == 0).await;
@@ -39,26 +40,26 @@ impl World {
         self.queue.depth().await.expect("the queue answers")
     }
 
-    /// The world's queue, hiding what is received for so long.
+    /// The queue of this world with another visibility timeout.
     pub async fn queue_hiding(&self, visibility: Duration) -> SqsQueue {
         SqsQueue::with_client(self.sqs.clone(), &self.queue_url, visibility)
             .await
             .expect("the queue answers")
     }
 
-    /// Publishes what there is, in a process of its own.
+    /// Publishes the unpublished events in a process of its own.
     pub async fn publish(&self, message_events: usize) {
         self.run(&["relay", "--once", "--message-events", &message_events.to_string()])
             .await
             .exits(0);
     }
 
-    /// Looks at every message, and leaves it there.
+    /// The bodies of the visible messages, which stay in the queue.
     pub async fn peek(&self) -> Vec<String> {
         let received = self.queue.receive(Duration::from_secs(1)).await.expect("the queue answers");
         let receipts: Vec<String> =
             received.iter().map(|message| message.receipt.clone()).collect();
-        self.queue.change_visibility(&receipts, Duration::ZERO).await.expect("given back");
+        self.queue.change_visibility(&receipts, Duration::ZERO).await.expect("released");
         received.into_iter().map(|message| message.body).collect()
     }
 }
@@ -78,8 +79,8 @@ async fn survive_every_fault(world: World) {
         shuffled: true,
         unhidden: false,
     };
-    // What is malformed is left hidden until its visibility expires, and a FIFO queue hands out
-    // nothing of its group until then.
+    // A malformed message stays hidden until its visibility timeout expires. Until then, a FIFO
+    // queue returns no message of its group.
     let queue = world.queue_hiding(Duration::from_secs(1)).await;
     let queue = Arc::new(FaultyQueue::new(&queue, faults, seed()));
     let appending = async {
@@ -91,7 +92,7 @@ async fn survive_every_fault(world: World) {
         world.play_with(Arc::clone(&queue) as Arc<dyn Queue>, &registry, small_messages()),
         appending
     );
-    // It may have been idle between two appends.
+    // The first play may have become idle between two appends.
     world.play_with(Arc::clone(&queue) as Arc<dyn Queue>, &registry, small_messages()).await;
 
     world.assert_complete(&all).await;
@@ -141,18 +142,18 @@ async fn messages_in_any_order_are_applied_in_log_order() {
 async fn a_purge_while_live_loses_no_event() {
     let world = World::new().await;
     let (gate, tally) = (Gate::new(), Tally::new("tally"));
-    let registry = Registry::new().with(gated(&tally, 1, &gate)).expect("a name of its own");
+    let registry = Registry::new().with(gated(&tally, 1, &gate)).expect("the name is unique");
     world.boot(&registry).await;
     world.append(100).await;
     world.publish(2).await;
-    let settings = PlaySettings { relay: None, ..World::continuous_play_settings() };
+    let settings = World::continuous_play_settings().with_relay(None);
     let playing =
         world.start_play_from(Arc::clone(&world.queue) as Arc<dyn Queue>, &registry, settings);
     gate.arrival().await;
-    assert_eq!(world.depth().await, 50, "the worker has a few, and the rest waits");
+    assert_eq!(world.depth().await, 50, "the worker holds some messages, and the others wait");
     world.purge().await;
     gate.open();
-    eventually("it is at the end", async || world.position("tally").await == 100).await;
+    eventually("the projector is at the end", async || world.position("tally").await == 100).await;
     assert!(playing.stop().await.messages <= 10, "the rest came from the store");
     world.assert_complete(&tally).await;
 }
@@ -175,8 +176,8 @@ async fn a_lost_last_message_on_an_idle_log_is_read_from_the_store() {
     world.assert_complete(&tally).await;
 }
 
-/// As by the retention of a queue that nobody has read for too long: the oldest have gone, and
-/// nobody says so.
+/// As with the retention of a queue that no worker has read for too long: the oldest messages are
+/// gone without a notice.
 #[tokio::test]
 async fn messages_that_expired_while_no_worker_ran_are_read_from_the_store() {
     let world = World::new().await;
@@ -189,7 +190,7 @@ async fn messages_that_expired_while_no_worker_ran_are_read_from_the_store() {
     let receipts: Vec<String> = received.into_iter().map(|message| message.receipt).collect();
     assert_eq!(receipts.len(), 6);
     world.queue.delete(&receipts[..4]).await.expect("deleted");
-    world.queue.change_visibility(&receipts[4..], Duration::ZERO).await.expect("given back");
+    world.queue.change_visibility(&receipts[4..], Duration::ZERO).await.expect("released");
 
     let played = world
         .play_with(Arc::clone(&world.queue) as Arc<dyn Queue>, &registry, World::play_settings())
@@ -198,7 +199,7 @@ async fn messages_that_expired_while_no_worker_ran_are_read_from_the_store() {
     world.assert_complete(&tally).await;
 }
 
-/// Writes down the payload of every event.
+/// A projector that stores the payload of every event.
 pub struct Payloads;
 
 #[async_trait]
@@ -213,7 +214,8 @@ impl Projector for Payloads {
 
     async fn setup(&self, db: &mut MySqlConnection) -> anyhow::Result<()> {
         sqlx::query(
-            "create table if not exists payloads (position bigint unsigned primary key, payload mediumtext not null)",
+            "create table if not exists payloads \
+             (position bigint unsigned primary key, payload mediumtext not null)",
         )
         .execute(db)
         .await?;
@@ -231,14 +233,14 @@ pub async fn assert_payloads(world: &World) {
     let payloads = |table: &str| {
         format!("select group_concat(sha2(payload, 256) order by position) from {table}")
     };
-    let of = async |table| -> String {
+    let hash_of = async |table| -> String {
         let sql = sqlx::AssertSqlSafe(payloads(table));
         sqlx::query_scalar(sql)
             .fetch_one(&mut world.connection().await)
             .await
             .expect("some payloads")
     };
-    assert_eq!(of("payloads").await, of("events").await);
+    assert_eq!(hash_of("payloads").await, hash_of("events").await);
 }
 
 fn with_payload(number: usize, bytes: usize) -> NewEvent {
@@ -250,7 +252,7 @@ async fn an_event_too_large_for_a_message_is_sent_as_a_reference() {
     for fifo in [true, false] {
         let world =
             World::with_queue(fifo, &[(QueueAttributeName::MaximumMessageSize, "1024")]).await;
-        let registry = Registry::new().with(Payloads).expect("a name of its own");
+        let registry = Registry::new().with(Payloads).expect("the name is unique");
         world.boot(&registry).await;
         let events: Vec<NewEvent> = [50, 5_000, 50, 1_500]
             .into_iter()
@@ -277,7 +279,7 @@ async fn an_event_too_large_for_a_message_is_sent_as_a_reference() {
 #[tokio::test]
 async fn a_two_megabyte_payload_arrives_unchanged() {
     let world = World::new().await;
-    let registry = Registry::new().with(Payloads).expect("a name of its own");
+    let registry = Registry::new().with(Payloads).expect("the name is unique");
     world.store.append(&[with_payload(0, 2_000_000)]).await.expect("appended");
     world.boot(&registry).await;
     world.store.append(&[with_payload(1, 2_000_000), with_payload(2, 10)]).await.expect("appended");
@@ -291,14 +293,12 @@ async fn a_two_megabyte_payload_arrives_unchanged() {
 async fn a_message_that_becomes_visible_while_being_applied_is_applied_once() {
     let world = World::with_standard_queue().await;
     let (gate, tally) = (Gate::new(), Tally::new("tally"));
-    let registry = Registry::new().with(gated(&tally, 1, &gate)).expect("a name of its own");
+    let registry = Registry::new().with(gated(&tally, 1, &gate)).expect("the name is unique");
     world.boot(&registry).await;
     world.append(10).await;
     world.publish(2).await;
 
-    let queue =
-        SqsQueue::with_client(world.sqs.clone(), &world.queue_url, Duration::from_secs(1)).await;
-    let queue = queue.expect("the queue answers");
+    let queue = world.queue_hiding(Duration::from_secs(1)).await;
     let unhidden =
         || Arc::new(FaultyQueue::new(&queue, Faults { unhidden: true, ..Faults::default() }, 0));
     let (first, second) = (unhidden(), unhidden());
@@ -311,7 +311,7 @@ async fn a_message_that_becomes_visible_while_being_applied_is_applied_once() {
         second.fault_counts().received == 5
     })
     .await;
-    eventually("it waits for the row that the first has locked", async || {
+    eventually("the second worker waits for the row that the first has locked", async || {
         world.lock_waits().await == 1
     })
     .await;
@@ -333,15 +333,12 @@ async fn an_expired_receipt_is_not_an_error_and_the_new_receipt_deletes() {
     for world in [World::new().await, World::with_standard_queue().await] {
         world.append(1).await;
         world.publish(1).await;
-        let queue =
-            SqsQueue::with_client(world.sqs.clone(), &world.queue_url, Duration::from_secs(1))
-                .await;
-        let queue = queue.expect("the queue answers");
+        let queue = world.queue_hiding(Duration::from_secs(1)).await;
         let receive = async || {
             queue.receive(Duration::from_secs(20)).await.expect("received").remove(0).receipt
         };
         let (stale, valid) = (receive().await, receive().await);
-        queue.delete(&[stale]).await.expect("what is too late is no failure");
+        queue.delete(&[stale]).await.expect("an expired receipt is not an error");
         queue.delete(&[valid]).await.expect("deleted");
         assert_eq!(world.depth().await, 0);
     }
@@ -351,21 +348,19 @@ async fn an_expired_receipt_is_not_an_error_and_the_new_receipt_deletes() {
 async fn work_longer_than_the_visibility_timeout_keeps_its_messages_hidden() {
     let world = World::with_standard_queue().await;
     let (gate, tally) = (Gate::new(), Tally::new("tally"));
-    let registry = Registry::new().with(gated(&tally, 1, &gate)).expect("a name of its own");
+    let registry = Registry::new().with(gated(&tally, 1, &gate)).expect("the name is unique");
     world.boot(&registry).await;
     world.append(1).await;
     world.publish(1).await;
-    let queue =
-        SqsQueue::with_client(world.sqs.clone(), &world.queue_url, Duration::from_secs(2)).await;
-    let queue = queue.expect("the queue answers");
+    let queue = world.queue_hiding(Duration::from_secs(2)).await;
     let playing = world.start_play_from(Arc::new(queue.clone()), &registry, without_relay());
     gate.arrival().await;
-    // Two long polls are twice the visibility.
+    // Two long polls last twice as long as the visibility timeout.
     for _ in 0..2 {
         assert_eq!(queue.receive(Duration::from_secs(2)).await.expect("the queue answers"), []);
     }
     gate.open();
-    eventually("it is deleted", async || world.depth().await == 0).await;
+    eventually("the message is deleted", async || world.depth().await == 0).await;
     assert_eq!(playing.stop().await.messages, 1);
     world.assert_complete(&tally).await;
 }
@@ -380,7 +375,7 @@ async fn a_republished_event_is_not_applied_again() {
         world.play_until_idle(&registry).await;
         world.assert_complete(&tally).await;
         world.execute("update event_log set published = 0").await;
-        // In messages of other ends than before, so that a FIFO queue takes them.
+        // The messages end at other positions than before, so that a FIFO queue accepts them.
         world.publish(7).await;
         assert_eq!(world.depth().await, 8);
         assert_eq!(world.play_until_idle(&registry).await.messages, 8);
@@ -404,11 +399,7 @@ async fn events_dropped_by_fifo_deduplication_are_read_from_the_store() {
     }
     world.execute("update event_log set published = 0").await;
     world.publish(10).await;
-    assert_eq!(
-        world.depth().await,
-        0,
-        "within five minutes the queue takes them for the same messages"
-    );
+    assert_eq!(world.depth().await, 0, "the queue drops duplicates for five minutes");
     world.play_until_idle(&registry).await;
     world.assert_complete(&tally).await;
 }
@@ -428,7 +419,7 @@ async fn a_relay_that_crashed_after_sending_resends_harmlessly() {
     assert_eq!(
         played.messages,
         20 + queue.fault_counts().unacknowledged,
-        "each was sent once more"
+        "each unacknowledged message is sent once more"
     );
     world.assert_complete(&tally).await;
 }
@@ -437,9 +428,10 @@ async fn a_relay_that_crashed_after_sending_resends_harmlessly() {
 async fn no_message_is_deleted_before_every_live_projector_has_committed_it() {
     let world = World::new().await;
     let (gate, quick, slow) = (Gate::new(), Tally::new("quick"), Tally::new("slow"));
-    let registry =
-        Registry::new().with(quick.clone()).and_then(|set| set.with(gated(&slow, 3, &gate)));
-    let registry = registry.expect("names of their own");
+    let registry = Registry::new()
+        .with(quick.clone())
+        .and_then(|registry| registry.with(gated(&slow, 3, &gate)))
+        .expect("the names are unique");
     world.boot(&registry).await;
     world.append(5).await;
     world.publish(1).await;
@@ -467,8 +459,8 @@ async fn a_message_larger_than_a_batch_is_applied_in_several_transactions() {
     let scripted = ScriptedProjector::new(&tally, move |_, db| {
         let (seen, last) = (Arc::clone(&seen), Arc::clone(&last));
         Box::pin(async move {
-            // A transaction shows to itself what it has written: its first row tells it from the
-            // one before.
+            // The transaction reads the position that it has written. That position is different
+            // in each transaction.
             let own: u64 =
                 sqlx::query_scalar("select position from projectors where name = 'tally'")
                     .fetch_one(db)
@@ -479,13 +471,13 @@ async fn a_message_larger_than_a_batch_is_applied_in_several_transactions() {
             Ok(())
         })
     });
-    let registry = Registry::new().with(scripted).expect("a name of its own");
+    let registry = Registry::new().with(scripted).expect("the name is unique");
     world.boot(&registry).await;
     world.append(250).await;
     world.publish(250).await;
     assert_eq!(world.depth().await, 1);
     let played = world.play_until_idle(&registry).await;
     assert_eq!(played.messages, 1);
-    assert_eq!(transactions.load(Ordering::SeqCst), 3, "of at most a hundred events each");
+    assert_eq!(transactions.load(Ordering::SeqCst), 3, "at most a hundred events each");
     world.assert_complete(&tally).await;
 }

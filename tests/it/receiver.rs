@@ -1,12 +1,10 @@
-//! Receives that are under way before they are waited for.
+//! Receives that are in flight during a delete or a shutdown.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use projectionist::{
-    PlaySettings, Queue, QueueError, Receipt, ReceivedMessage, SqsQueue, async_trait,
-};
+use projectionist::{Queue, QueueError, Receipt, ReceivedMessage, SqsQueue, async_trait};
 use tokio::sync::{Notify, watch};
 
 use crate::queue::without_relay;
@@ -14,12 +12,12 @@ use crate::support::{
     Folder, Proxy, ProxyAction, RunningProcess, Tally, World, contains_text, eventually, registry,
 };
 
-/// The real queue. Its deletions are answered when it has been asked for more, has answered that,
-/// and the test allows it. So are receives that bring messages, if `delays_receives` is set.
+/// The real queue with delays. A delete returns only after a later receive has been answered and
+/// the test allows it. With `delays_receives`, a receive that has messages also waits for the test.
 struct DelayingQueue {
     queue: Arc<SqsQueue>,
-    asked: watch::Sender<u64>,
-    answered: watch::Sender<u64>,
+    requests: watch::Sender<u64>,
+    responses: watch::Sender<u64>,
     delays_receives: bool,
     may_receive: Notify,
     may_delete: Notify,
@@ -28,9 +26,16 @@ struct DelayingQueue {
 impl DelayingQueue {
     fn new(world: &World, delays_receives: bool) -> Arc<Self> {
         let queue = Arc::clone(&world.queue);
-        let (asked, answered) = (watch::Sender::new(0), watch::Sender::new(0));
+        let (requests, responses) = (watch::Sender::new(0), watch::Sender::new(0));
         let (may_receive, may_delete) = (Notify::new(), Notify::new());
-        Arc::new(DelayingQueue { queue, asked, answered, delays_receives, may_receive, may_delete })
+        Arc::new(DelayingQueue {
+            queue,
+            requests,
+            responses,
+            delays_receives,
+            may_receive,
+            may_delete,
+        })
     }
 }
 
@@ -41,9 +46,9 @@ impl Queue for DelayingQueue {
     }
 
     async fn receive(&self, wait: Duration) -> Result<Vec<ReceivedMessage>, QueueError> {
-        self.asked.send_modify(|asked| *asked += 1);
+        self.requests.send_modify(|requests| *requests += 1);
         let received = self.queue.receive(wait).await?;
-        self.answered.send_modify(|answered| *answered += 1);
+        self.responses.send_modify(|responses| *responses += 1);
         if self.delays_receives && !received.is_empty() {
             self.may_receive.notified().await;
         }
@@ -51,10 +56,10 @@ impl Queue for DelayingQueue {
     }
 
     async fn delete(&self, receipts: &[Receipt]) -> Result<(), QueueError> {
-        let mut answered = self.answered.subscribe();
-        let before = *answered.borrow();
+        let mut responses = self.responses.subscribe();
+        let before = *responses.borrow();
         self.queue.delete(receipts).await?;
-        answered.wait_for(|answered| *answered > before).await.expect("the queue is there still");
+        responses.wait_for(|responses| *responses > before).await.expect("the sender exists");
         self.may_delete.notified().await;
         Ok(())
     }
@@ -90,18 +95,18 @@ async fn fifo_messages_received_during_a_delete_are_released_at_shutdown() {
     world.publish(1).await;
 
     let queue = DelayingQueue::new(&world, false);
-    let settings = PlaySettings { receive_wait: Duration::from_secs(1), ..without_relay() };
+    let settings = without_relay().with_receive_wait(Duration::from_secs(1));
     let playing = world.start_play_from(Arc::clone(&queue) as Arc<dyn Queue>, &registry, settings);
     queue
-        .answered
+        .responses
         .subscribe()
-        .wait_for(|answered| *answered == 2)
+        .wait_for(|responses| *responses == 2)
         .await
-        .expect("it is asked while it deletes");
+        .expect("the worker receives while it deletes");
     tokio::join!(playing.stop(), async { queue.may_delete.notify_one() });
 
-    // What was in work is done; what was on its way is there for the next, although it would be
-    // hidden for 30 s.
+    // The applied messages are done. The messages in flight are visible for the next worker,
+    // although the visibility timeout is 30 s.
     let position = world.position("tally").await;
     assert!((1..30).contains(&position), "{position}");
     assert_eq!(world.peek().await.len(), 10);
@@ -116,26 +121,26 @@ async fn messages_from_a_long_poll_during_shutdown_are_released() {
         let registry = registry(&[&tally]);
         world.boot(&registry).await;
         let queue = DelayingQueue::new(&world, true);
-        let settings = PlaySettings { receive_wait: Duration::from_secs(20), ..without_relay() };
+        let settings = without_relay().with_receive_wait(Duration::from_secs(20));
         let playing =
             world.start_play_from(Arc::clone(&queue) as Arc<dyn Queue>, &registry, settings);
-        queue.asked.subscribe().wait_for(|asked| *asked == 1).await.expect("it polls");
+        queue.requests.subscribe().wait_for(|requests| *requests == 1).await.expect("it polls");
         world.append(10).await;
         world.publish(10).await;
         queue
-            .answered
+            .responses
             .subscribe()
-            .wait_for(|answered| *answered == 1)
+            .wait_for(|responses| *responses == 1)
             .await
             .expect("the queue answers the poll");
-        // The worker sees the shutdown first, and the answer then.
+        // The worker sees the shutdown first, and the response after that.
         let (played, ()) = tokio::join!(playing.stop(), async { queue.may_receive.notify_one() });
 
         assert_eq!((played.messages, world.position("tally").await), (0, 0));
         assert_eq!(
             world.peek().await.len(),
             1,
-            "it is visible, although it would be hidden for 30 s"
+            "the message is visible before its timeout of 30 s"
         );
         world.play_until_idle(&registry).await;
         world.assert_complete(&tally).await;
@@ -164,14 +169,14 @@ async fn messages_from_a_long_poll_after_sigterm_are_released() {
         ]);
         play.env("AWS_ENDPOINT_URL", format!("http://{}", proxy.address()));
         let play = RunningProcess::spawn(play);
-        eventually("it polls", async || polls.load(Ordering::SeqCst)).await;
+        eventually("the worker polls", async || polls.load(Ordering::SeqCst)).await;
         play.signal("TERM").await;
         world.send_to("events", "a message").await;
         play.finish().await.exits(0);
         assert_eq!(
             world.peek().await,
             ["a message"],
-            "it is visible, although it would be hidden for 30 s"
+            "the message is visible before its timeout of 30 s"
         );
     }
 }

@@ -1,4 +1,4 @@
-//! The relay: what it does while the mark is held, where its lease lies in the future, and after a
+//! The relay: with a blocked mark, with a lease that expires too far in the future, and after a
 //! panic.
 
 use std::sync::Arc;
@@ -17,21 +17,24 @@ async fn a_lease_from_the_future_has_expired() {
     world.append(5).await;
     let lease = async |until: &str| {
         world
-            .execute(&format!("update event_log set relay_lease_holder = 'another', relay_lease_expires_at = {until}"))
+            .execute(&format!(
+                "update event_log set relay_lease_holder = 'another', \
+                 relay_lease_expires_at = {until}"
+            ))
             .await;
     };
     lease("utc_timestamp(6) + interval 1 hour").await;
     let relayed = world.run(&["relay", "--once"]).await.exits(0);
     assert_eq!(relayed.stdout, "published 5 events, up to position 5\n");
-    // One that can be right is left alone.
+    // A plausible lease is respected.
     world.append(5).await;
     lease("utc_timestamp(6) + interval 4 second").await;
     let began = Instant::now();
     world.run(&["relay", "--once"]).await.exits(0);
-    assert!(began.elapsed() > Duration::from_secs(2), "it has waited for the other's lease");
+    assert!(began.elapsed() > Duration::from_secs(2), "the relay waits for a plausible lease");
 }
 
-/// The real queue, whose first sends panic.
+/// The real queue. Its first sends panic.
 struct PanickingQueue {
     queue: Arc<SqsQueue>,
     panics: AtomicU64,
@@ -40,10 +43,10 @@ struct PanickingQueue {
 #[async_trait]
 impl Queue for PanickingQueue {
     async fn send(&self, body: &str, deduplication_id: &str) -> Result<(), QueueError> {
-        let is_left = self
+        let panics_left = self
             .panics
             .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
-        assert!(is_left.is_err(), "as the test asks");
+        assert!(panics_left.is_err(), "this panic is part of the test");
         self.queue.send(body, deduplication_id).await
     }
 
@@ -85,23 +88,23 @@ async fn a_panicking_relay_restarts_and_publishes_everything() {
     let queue =
         Arc::new(PanickingQueue { queue: Arc::clone(&world.queue), panics: AtomicU64::new(2) });
     world.play_from(Arc::clone(&queue) as Arc<dyn Queue>, &registry(&[&tally])).await;
-    assert_eq!(queue.panics.load(Ordering::SeqCst), 0, "it has panicked");
+    assert_eq!(queue.panics.load(Ordering::SeqCst), 0, "every planned panic happened");
     assert_eq!(world.number("select published from event_log").await, 50);
     world.assert_complete(&tally).await;
 }
 
-/// The processor time that a process has taken so far.
+/// The processor time that a process has used.
 fn processor_time(process: &RunningProcess) -> Duration {
     let stat =
         std::fs::read_to_string(format!("/proc/{}/stat", process.id())).expect("it is running");
     let fields: Vec<&str> = stat.rsplit_once(')').expect("a name").1.split_whitespace().collect();
     let ticks: u64 =
         fields[11..=12].iter().map(|ticks| ticks.parse::<u64>().expect("a number")).sum();
-    // The kernel counts in hundredths for everybody.
+    // The kernel reports ticks of a hundredth of a second on every machine.
     Duration::from_millis(ticks * 10)
 }
 
-/// It used to take two thirds of a core, by reading a page of the log several times for each look.
+/// Such a worker once used two thirds of a core: each check read a page of the log several times.
 #[tokio::test]
 async fn a_worker_with_a_blocked_mark_is_nearly_idle_and_resumes_at_once() {
     let world = World::new().await;
@@ -114,28 +117,28 @@ async fn a_worker_with_a_blocked_mark_is_nearly_idle_and_resumes_at_once() {
         write(&mut open, ends_by, 1).await.expect("written");
         world.append(1_000).await;
         let play = world.start(&["play", "--projectors", folder.path()]);
-        // Written down: it has been held for a while.
-        eventually("it is held", async || {
+        // A stored `blocked_since` means that the mark has been blocked for a while.
+        eventually("the mark is blocked", async || {
             world.number("select count(blocked_since) from event_log").await == 1
         })
         .await;
         let (before, began) = (processor_time(&play), Instant::now());
         tokio::time::sleep(Duration::from_secs(4)).await;
         let share = (processor_time(&play) - before).as_secs_f64() / began.elapsed().as_secs_f64();
-        eprintln!("{:.0}% of a core while the mark is held", share * 100.0);
-        assert!(share < 0.2, "{share} of a core while the mark is held");
+        eprintln!("{:.0}% of a core while the mark is blocked", share * 100.0);
+        assert!(share < 0.2, "{share} of a core while the mark is blocked");
 
         execute(&mut open, ends_by).await;
         let last = world.last_position().await;
         let free = Instant::now();
-        eventually("it goes on", async || world.high_water().await == last).await;
+        eventually("the mark rises", async || world.high_water().await == last).await;
         assert!(free.elapsed() < Duration::from_secs(5), "{:?} after a {ends_by}", free.elapsed());
         assert_eq!(
             world.number("select count(blocked_since) from event_log").await,
             0,
-            "a mark that rises is not held"
+            "a mark that rises is not blocked"
         );
-        eventually("it is played", async || world.position("tally").await == last).await;
+        eventually("the events are played", async || world.position("tally").await == last).await;
         play.terminate().await.exits(0);
     }
     world.assert_complete(&tally).await;
@@ -147,14 +150,17 @@ async fn a_stored_blocker_is_cleared_if_nothing_is_visible_above_the_mark() {
     world.append(3).await;
     world.run(&["relay", "--once"]).await.exits(0);
     world
-        .execute("update event_log set blocked_position = 4, blocked_since = utc_timestamp(6) - interval 1 hour")
+        .execute(
+            "update event_log set blocked_position = 4, \
+             blocked_since = utc_timestamp(6) - interval 1 hour",
+        )
         .await;
     world.run(&["relay", "--once"]).await.exits(0);
     assert_eq!(world.number("select count(blocked_position) from event_log").await, 0);
 }
 
-/// A function lives for one invocation: none of them would see the mark held for long enough by
-/// itself.
+/// A function lives for one invocation, so no single function sees the mark blocked for long
+/// enough.
 #[tokio::test]
 async fn a_function_reads_blocked_since_from_the_log() {
     for relay_seconds in ["0", "2"] {
@@ -174,7 +180,7 @@ async fn a_function_reads_blocked_since_from_the_log() {
         let first = first.process.terminate().await.exits(0);
         assert!(
             !first.stderr.contains("high_water_blocked"),
-            "it is young still: {}",
+            "too short a time for an alert: {}",
             first.stderr
         );
         assert_eq!(world.number("select blocked_position from event_log").await, 1);

@@ -1,6 +1,6 @@
-//! The deploy gate tells the truth: boot exits 0 only when every projector is live or finished at
-//! the end of the log that was visible when boot began, on a read model that holds its whole past,
-//! with the definition that is played.
+//! The release gate: boot exits with 0 only if every projector is live or finished at the end of
+//! the log that was visible when boot began, its read model contains its whole past, and its
+//! definition is the one that workers play.
 
 mod broken;
 mod definitions;
@@ -23,24 +23,25 @@ fn counter(name: &str, events: &str) -> String {
         "name = '{name}'\nversion = 1\nmode = 'from_beginning'\n\
          setup = ['create table if not exists {name} (id int primary key, n bigint not null)']\n\
          teardown = ['drop table if exists {name}']\n\n\
-         [[on]]\nevents = {events}\nsql = 'insert into {name} values (1, 1) on duplicate key update n = n + 1'\n"
+         [[on]]\nevents = {events}\n\
+         sql = 'insert into {name} values (1, 1) on duplicate key update n = n + 1'\n"
     )
 }
 
-/// What such a projector has counted.
+/// The number of events that the projector of a [`counter`] file has counted.
 async fn count_rows(world: &World, name: &str) -> u64 {
     world.number(&format!("select cast(ifnull(sum(n), 0) as unsigned) from {name}")).await
 }
 
-/// A projector in Rust that names its table, and writes down each event with its own revision.
+/// A projector in Rust that owns a table, and stores each position with its own revision there.
 #[derive(Clone)]
 struct Owner {
     name: &'static str,
     revision: &'static str,
     types: Vec<&'static str>,
-    /// Whether it says which table is its own.
+    /// Whether it returns its table from `tables`.
     names_its_table: bool,
-    /// Where its setup stands once it has created the table.
+    /// The gate at which its setup waits, after it has created the table.
     after_setup: Option<Gate>,
     fails_at: Option<u64>,
 }
@@ -58,7 +59,7 @@ impl Owner {
     }
 
     fn registry(self) -> Registry {
-        Registry::new().with(self).expect("a name")
+        Registry::new().with(self).expect("the name is valid")
     }
 }
 
@@ -69,9 +70,10 @@ impl Projector for Owner {
     }
 
     fn event_types(&self) -> EventTypes {
-        match self.types.is_empty() {
-            true => EventTypes::All,
-            false => EventTypes::only(self.types.iter().copied()),
+        if self.types.is_empty() {
+            EventTypes::All
+        } else {
+            EventTypes::only(self.types.iter().copied())
         }
     }
 
@@ -85,8 +87,8 @@ impl Projector for Owner {
 
     async fn setup(&self, db: &mut MySqlConnection) -> anyhow::Result<()> {
         let create = format!(
-            "create table if not exists {} (seq bigint auto_increment primary key, position bigint unsigned not null, \
-             revision varchar(20) not null)",
+            "create table if not exists {} (seq bigint auto_increment primary key, \
+             position bigint unsigned not null, revision varchar(20) not null)",
             self.name
         );
         sqlx::query(AssertSqlSafe(create)).execute(db).await?;
@@ -100,7 +102,7 @@ impl Projector for Owner {
         let position = event.position().get();
         anyhow::ensure!(
             self.fails_at != Some(position),
-            "event {position} is poison to revision {}",
+            "event {position} fails in revision {}",
             self.revision
         );
         let insert = format!("insert into {} (position, revision) values (?, ?)", self.name);
@@ -109,26 +111,26 @@ impl Projector for Owner {
     }
 }
 
-/// What such a projector has written down: positions with the revision that applied them.
+/// What an [`Owner`] has stored: positions, each with the revision that applied it.
 async fn applied(world: &World, name: &str) -> Vec<(u64, String)> {
     let sql = format!("select position, revision from {name} order by seq");
     sqlx::query_as(AssertSqlSafe(sql))
         .fetch_all(&mut world.connection().await)
         .await
-        .expect("its table")
+        .expect("the rows of its table")
 }
 
-/// Boots as the command does, with what an operator accepts.
+/// Boots as the command does, with `--accept` for the named projectors.
 async fn boot_accepting(world: &World, registry: &Registry, accept: &[&str]) -> BootReport {
     let limits =
-        Limits { batch: 100, retry_timeout: Some(Duration::from_secs(20)), ..Limits::default() };
+        Limits::default().with_batch(100).with_retry_timeout(Some(Duration::from_secs(20)));
     let mut settings = BootSettings::from(limits);
     settings.accept =
         accept.iter().map(|&name| ProjectorId { name: name.into(), version: 1 }).collect();
-    boot(&world.database, registry, settings, |_| {}).await.expect("boot comes to an end")
+    boot(&world.database, registry, settings, |_| {}).await.expect("boot ends")
 }
 
-/// Asserts that a boot failed because of one projector, and says why.
+/// Asserts that boot was refused, and that its explanation contains `words`.
 #[track_caller]
 fn assert_refused(report: &BootReport, words: &[&str]) {
     assert!(!report.is_released(), "{report:?}");

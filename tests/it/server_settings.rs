@@ -1,4 +1,4 @@
-//! Global settings of the server: each is harmless, or refused with its name.
+//! Global settings of the server: each one is harmless, or is refused with an error that names it.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -18,22 +18,22 @@ use tokio::time::timeout;
 
 use crate::support::{Folder, OwnServer, RunningProcess, execute, server_error, sqs_client};
 
-/// What a setting may lead to.
+/// The effect of a setting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Outcome {
     /// Every read model equals the fold of the log.
     Harmless,
-    /// An error that has the setting's name, for every user.
+    /// Refused for every user, with an error that names the setting.
     Refused,
-    /// The same for an application's user. A user who may set it in a session works.
+    /// Refused for an ordinary user. A user who may change the setting in a session can work.
     RefusedUnlessPrivileged,
-    /// [`Outcome::Harmless`], also where a handler is silent, or runs a statement, for longer than
-    /// the setting allows.
+    /// [`Outcome::Harmless`], even if a handler is silent, or runs a statement, for longer than the
+    /// setting allows.
     HarmlessToSlowHandlers,
 }
 use Outcome::{Harmless, HarmlessToSlowHandlers, Refused, RefusedUnlessPrivileged};
 
-/// Global settings, their values, and the outcome. A variable that a server does not have is
+/// Global settings, their values and the outcomes. A variable that the server does not have is
 /// skipped.
 #[rustfmt::skip]
 const SETTINGS: &[(&str, &str, Outcome)] = &[
@@ -52,7 +52,7 @@ const SETTINGS: &[(&str, &str, Outcome)] = &[
     ("innodb_snapshot_isolation", "1", Harmless),
     ("read_only", "1", Refused),
     ("super_read_only", "1", Refused),
-    // Limits of what a statement reads or writes.
+    // Limits on what a statement reads or writes.
     ("sql_select_limit", "10", Harmless),
     ("max_join_size", "100", Harmless),
     ("sql_big_selects", "0", Harmless),
@@ -66,7 +66,7 @@ const SETTINGS: &[(&str, &str, Outcome)] = &[
     ("max_sort_length", "64", Harmless),
     ("cte_max_recursion_depth", "3", Harmless),
     ("max_recursive_iterations", "3", Harmless),
-    // Limits of time.
+    // Time limits.
     ("innodb_lock_wait_timeout", "1", Harmless),
     ("lock_wait_timeout", "1", Harmless),
     ("wait_timeout", "1", HarmlessToSlowHandlers),
@@ -86,7 +86,11 @@ const SETTINGS: &[(&str, &str, Outcome)] = &[
     ("sql_mode", "'TRADITIONAL'", Harmless),
     ("sql_mode", "'NO_AUTO_VALUE_ON_ZERO'", Harmless),
     ("sql_mode", "'PAD_CHAR_TO_FULL_LENGTH'", Harmless),
-    ("sql_mode", "'HIGH_NOT_PRECEDENCE,NO_UNSIGNED_SUBTRACTION,IGNORE_SPACE,REAL_AS_FLOAT'", Harmless),
+    (
+        "sql_mode",
+        "'HIGH_NOT_PRECEDENCE,NO_UNSIGNED_SUBTRACTION,IGNORE_SPACE,REAL_AS_FLOAT'",
+        Harmless,
+    ),
     ("sql_mode", "'ORACLE'", Harmless),
     ("sql_mode", "'EMPTY_STRING_IS_NULL,TIME_ROUND_FRACTIONAL'", Harmless),
     ("old_mode", "'NO_DUP_KEY_WARNINGS_WITH_IGNORE,ZERO_DATE_TIME_CAST'", Harmless),
@@ -112,7 +116,7 @@ const SETTINGS: &[(&str, &str, Outcome)] = &[
     ("collation_server", "'latin1_bin'", Harmless),
     ("default_collation_for_utf8mb4", "'utf8mb4_general_ci'", Harmless),
     ("character_set_collations", "'utf8mb4=utf8mb4_bin'", Harmless),
-    // What is checked.
+    // Checks.
     ("foreign_key_checks", "0", Harmless),
     ("unique_checks", "0", Harmless),
     ("check_constraint_checks", "0", Harmless),
@@ -129,10 +133,10 @@ const SETTINGS: &[(&str, &str, Outcome)] = &[
     ("sql_require_primary_key", "1", Harmless),
     ("sql_generate_invisible_primary_key", "1", Harmless),
     ("innodb_default_row_format", "'compact'", Refused),
-    // Numbers that tables give out.
+    // Generated numbers.
     ("auto_increment_increment", "2", Refused),
     ("auto_increment_offset", "2", Harmless),
-    // How the server works.
+    // The execution of statements, and other behaviour of the server.
     ("optimizer_switch", "'derived_merge=off'", Harmless),
     ("optimizer_switch", "'index_merge=off,materialization=off,semijoin=off'", Harmless),
     ("query_cache_type", "1", Harmless),
@@ -146,7 +150,7 @@ const SETTINGS: &[(&str, &str, Outcome)] = &[
     ("profiling", "1", Harmless),
     ("explain_format", "'JSON'", Harmless),
     ("session_track_system_variables", "'*'", Harmless),
-    // What a session runs first, unless its user is an administrator.
+    // Statements that a session runs first, unless its user is an administrator.
     ("init_connect", "'set timestamp = 1'", Harmless),
     ("init_connect", "'set sql_select_limit = 10'", Harmless),
     ("init_connect", "'set @x = 1, names latin1'", Harmless),
@@ -157,7 +161,7 @@ const SETTINGS: &[(&str, &str, Outcome)] = &[
     ("init_connect", "'set session transaction isolation level read uncommitted'", Harmless),
 ];
 
-/// As many must have been tried.
+/// At least this many settings must have been tried.
 const MIN_TRIED: usize = 60;
 
 const BOOT_EVENTS: usize = 150;
@@ -166,7 +170,7 @@ const PLAY_EVENTS: usize = 30;
 /// A run under a harmless setting takes about a second.
 const RUN_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Longer than every limit of time in [`SETTINGS`].
+/// Longer than every time limit in [`SETTINGS`].
 const SILENCE: Duration = Duration::from_millis(1_200);
 
 /// Rows as text, by table.
@@ -176,7 +180,7 @@ type Models = BTreeMap<&'static str, Vec<String>>;
 async fn each_global_setting_is_harmless_or_refused_with_its_name() {
     let server = OwnServer::start().await;
     let bench = SettingsBench::new(&server).await;
-    let untouched = bench.run(None, AppUser::Ordinary).await.expect("nothing is set");
+    let untouched = bench.run(None, AppUser::Ordinary).await.expect("the run succeeds");
     assert_folded(&untouched);
     let (mut tried, mut wrong) = (0, String::new());
     let began = Instant::now();
@@ -185,36 +189,37 @@ async fn each_global_setting_is_harmless_or_refused_with_its_name() {
             continue;
         }
         tried += 1;
-        // What `init_connect` sets is what is named.
+        // For `init_connect`, the error names the variable that the statement sets.
         let variable =
             value.split([' ', '\'']).nth(2).filter(|_| name == "init_connect").unwrap_or(name);
         let setting = Setting { name, value, is_slow: outcome == HarmlessToSlowHandlers };
-        // The server's own error says `--read-only`, of either.
+        // The server's own error names `--read-only` for both variables.
         let variable = variable.trim_start_matches("super_");
-        let is_named = |told: &String| told.replace("--read-only", "read_only").contains(variable);
-        let is_refused = |told: &Result<Models, String>| told.as_ref().is_err_and(is_named);
-        let is_harmless = |models: &Result<Models, String>| models.as_ref() == Ok(&untouched);
+        let is_named =
+            |error: &String| error.replace("--read-only", "read_only").contains(variable);
+        let is_refused = |run: &Result<Models, String>| run.as_ref().is_err_and(is_named);
+        let is_harmless = |run: &Result<Models, String>| run.as_ref() == Ok(&untouched);
         let ordinary = bench.run(Some(setting), AppUser::Ordinary).await;
-        let mut told = vec![describe(&ordinary, &untouched)];
+        let mut results = vec![describe(&ordinary, &untouched)];
         let is_right = match outcome {
             Harmless | HarmlessToSlowHandlers => is_harmless(&ordinary),
             Refused => is_refused(&ordinary),
             RefusedUnlessPrivileged => {
                 let privileged = bench.run(Some(setting), AppUser::Privileged).await;
-                told.push(describe(&privileged, &untouched));
+                results.push(describe(&privileged, &untouched));
                 is_refused(&ordinary) && is_harmless(&privileged)
             }
         };
         eprintln!(
             "[{:>5.1} s] {name} = {value}: {}",
             began.elapsed().as_secs_f32(),
-            told.join("; privileged: ")
+            results.join("; privileged: ")
         );
         if !is_right {
             let _ = write!(
                 wrong,
                 "\n{name} = {value} should be {outcome:?}, and is {}",
-                told.join("; privileged: ")
+                results.join("; privileged: ")
             );
         }
     }
@@ -229,7 +234,7 @@ fn describe(result: &Result<Models, String>, untouched: &Models) -> String {
             let (table, rows) = models
                 .iter()
                 .find(|(table, rows)| untouched[*table] != **rows)
-                .expect("one differs");
+                .expect("one table differs");
             let expected = &untouched[table];
             let at = rows.iter().zip(expected).position(|(found, expected)| found != expected);
             let at = at.unwrap_or(rows.len().min(expected.len()));
@@ -241,14 +246,14 @@ fn describe(result: &Result<Models, String>, untouched: &Models) -> String {
                 expected.get(at)
             )
         }
-        Err(told) => format!("refused: {told}"),
+        Err(error) => format!("refused: {error}"),
     }
 }
 
-/// Who the application is to the server.
+/// The database user of the application.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum AppUser {
-    /// May do anything in its own databases, and nothing else.
+    /// Has every privilege in its own databases, and no other privilege.
     Ordinary,
     /// `root`.
     Privileged,
@@ -261,7 +266,7 @@ struct Setting {
     is_slow: bool,
 }
 
-/// What all runs share.
+/// The state that all runs share.
 struct SettingsBench<'s> {
     server: &'s OwnServer,
     sqs: aws_sdk_sqs::Client,
@@ -273,7 +278,8 @@ impl<'s> SettingsBench<'s> {
         let mut admin = MySqlConnection::connect(&server.url).await.expect("the server answers");
         for sql in [
             "create user if not exists 'app'@'%' identified by 'app'",
-            // No right of an administrator's: MariaDB and MySQL run `init_connect` for such a user.
+            // No administrator privilege, because both servers skip `init_connect` for
+            // administrators.
             "grant all on `settings\\_%`.* to 'app'@'%'",
         ] {
             execute(&mut admin, sql).await;
@@ -289,7 +295,7 @@ impl<'s> SettingsBench<'s> {
         MySqlConnection::connect(&self.server.url).await.expect("the server answers")
     }
 
-    /// Whether the server has this variable, and takes this value.
+    /// Whether the server has this variable and accepts this value.
     async fn has_setting(&self, name: &'static str, value: &'static str) -> bool {
         let mut admin = self.admin().await;
         let Some(before) = global(&mut admin, name).await else { return false };
@@ -297,14 +303,14 @@ impl<'s> SettingsBench<'s> {
         let set = sqlx::raw_sql(AssertSqlSafe(set)).execute(&mut admin).await;
         restore(&mut admin, name, &before).await;
         match set {
-            // 1231: a mode or a character set of the other server.
+            // 1231: the value is a mode or a character set of the other server.
             Err(error) if server_error(&error).0 == 1231 => false,
             set => set.map(|_| true).unwrap_or_else(|error| panic!("{name} = {value}: {error}")),
         }
     }
 
     /// Boots and plays the read models on a new database, under a setting. Reads them after the
-    /// setting is what it was.
+    /// setting has been restored.
     async fn run(&self, setting: Option<Setting>, app: AppUser) -> Result<Models, String> {
         let mut admin = self.admin().await;
         let name = format!("settings_{}", uuid::Uuid::now_v7().simple());
@@ -318,34 +324,34 @@ impl<'s> SettingsBench<'s> {
             None => None,
         };
         let is_slow = setting.is_some_and(|setting| setting.is_slow);
-        let login = if app == AppUser::Ordinary { "app:app" } else { "root" };
-        let url = format!("mysql://{login}@{}/{name}", self.server.address);
+        let credentials = if app == AppUser::Ordinary { "app:app" } else { "root" };
+        let url = format!("mysql://{credentials}@{}/{name}", self.server.address);
         let ran = timeout(RUN_TIMEOUT, self.boot_and_play(&url, &name, is_slow)).await;
-        let ran = ran.unwrap_or_else(|_| Err(format!("it comes to no end within {RUN_TIMEOUT:?}")));
+        let ran = ran.unwrap_or_else(|_| Err(format!("it does not end within {RUN_TIMEOUT:?}")));
         if let (Some(setting), Some(before)) = (setting, before) {
             restore(&mut admin, setting.name, &before).await;
         }
         let models = match ran {
             Ok(()) => Ok(read_models(&mut self.admin().await, &name).await),
-            Err(told) => Err(told),
+            Err(error) => Err(error),
         };
         execute(&mut admin, &format!("drop database {name}")).await;
         models
     }
 
     async fn boot_and_play(&self, url: &str, name: &str, is_slow: bool) -> Result<(), String> {
-        let told = |error: &dyn std::fmt::Display| error.to_string();
+        let text = |error: &dyn std::fmt::Display| error.to_string();
         let database = Database::connect(url, 6, Duration::from_secs(5))
             .await
-            .map_err(|error| told(&error))?;
-        database.migrate().await.map_err(|error| told(&error))?;
+            .map_err(|error| text(&error))?;
+        database.migrate().await.map_err(|error| text(&error))?;
         let store = EventStore::new(&database);
         let registry = self.registry(is_slow);
         append(&store, 0..BOOT_EVENTS).await?;
         let limits =
-            Limits { batch: 100, retry_timeout: Some(Duration::from_secs(5)), ..Limits::default() };
+            Limits::default().with_batch(100).with_retry_timeout(Some(Duration::from_secs(5)));
         let booted =
-            boot(&database, &registry, limits, |_| {}).await.map_err(|error| told(&error))?;
+            boot(&database, &registry, limits, |_| {}).await.map_err(|error| text(&error))?;
         if !booted.is_released() {
             let broken =
                 booted.broken().filter_map(|booted| booted.entry.as_ref()?.status.failure());
@@ -367,39 +373,41 @@ impl<'s> SettingsBench<'s> {
         let queue =
             SqsQueue::with_client(self.sqs.clone(), &queue_url, Duration::from_secs(30)).await;
         let queue = Arc::new(queue.expect("the queue answers"));
-        let settings = PlaySettings {
-            limits,
-            relay: Some(RelaySettings { interval: Duration::from_millis(5), max_events: 20 }),
-            receive_wait: Duration::ZERO,
-            until_idle: true,
-            ..PlaySettings::default()
-        };
+        let settings = PlaySettings::default()
+            .with_limits(limits)
+            .with_relay(Some(
+                RelaySettings::default()
+                    .with_interval(Duration::from_millis(5))
+                    .with_max_events(20),
+            ))
+            .with_receive_wait(Duration::ZERO)
+            .with_until_idle(true);
         let played = play(&database, queue, &registry, settings, std::future::pending()).await;
         let _ = self.sqs.delete_queue().queue_url(queue_url).send().await;
-        match played.map_err(|error| told(&error))? {
+        match played.map_err(|error| text(&error))? {
             played if played.broken > 0 => Err("a projector broke in play".into()),
             _ => Ok(()),
         }
     }
 
-    /// The demonstration's projectors, and others of more shapes.
+    /// The projectors of the demo, and others that use more kinds of SQL.
     fn registry(&self, is_slow: bool) -> Registry {
         let mut registry = Registry::new();
         let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/demo/release-3");
-        projectionist::load(&demo, &mut registry).expect("the demonstration's projectors");
+        projectionist::load(&demo, &mut registry).expect("the projectors of the demo are valid");
         projectionist::load(self.folder.path().as_ref(), &mut registry)
-            .expect("the other projectors");
+            .expect("the other projectors are valid");
         registry
             .with(SlowProjector { silent_for: is_slow.then_some(SILENCE) })
-            .expect("a name of its own")
+            .expect("the name is unique")
     }
 }
 
-/// A global variable, as SQL, if there is one of this name.
+/// The value of a global variable as SQL, or `None` if the server has no such variable.
 async fn global(admin: &mut MySqlConnection, name: &str) -> Option<String> {
     let read = format!("select convert(@@global.{name} using utf8mb4)");
     let value: Option<String> = match sqlx::raw_sql(AssertSqlSafe(read)).fetch_one(admin).await {
-        // 1193: no such variable. 1238: one that only sessions have.
+        // 1193: an unknown variable. 1238: a variable that only sessions have.
         Err(error) if [1193, 1238].contains(&server_error(&error).0) => return None,
         row => row.unwrap_or_else(|error| panic!("{name}: {error}")).try_get(0).expect(name),
     };
@@ -413,7 +421,7 @@ async fn global(admin: &mut MySqlConnection, name: &str) -> Option<String> {
 
 async fn restore(admin: &mut MySqlConnection, name: &str, before: &str) {
     execute(admin, &format!("set global {name} = {before}")).await;
-    // It has set the other as well.
+    // Setting `super_read_only` has also set `read_only`.
     if name == "super_read_only" {
         execute(admin, "set global read_only = 0").await;
     }
@@ -425,14 +433,14 @@ const COUNTRIES: [&str; 3] = ["BE", "FR", "NL"];
 const CUSTOMERS: [&str; 5] = ["plain", "José", "日本", "🦀 \\ 'crab'", "\"quoted\" %_"];
 /// 2026-03-01T00:00:00.123456Z.
 const FIRST: i128 = 1_772_323_200_123_456_000;
-/// Each event is a day and 11 minutes younger than the one before.
+/// Each event is recorded a day and 11 minutes after the previous one.
 const STEP: i128 = (86_400 + 660) * 1_000_000_000;
 
 fn recorded_at(number: usize) -> OffsetDateTime {
     OffsetDateTime::from_unix_timestamp_nanos(FIRST + STEP * number as i128).expect("a date")
 }
 
-/// As in the demonstration: an order is placed, later paid, later shipped.
+/// As in the demo: an order is placed, later paid, later shipped.
 fn event(number: usize) -> NewEvent {
     let order = number / 3;
     let (event_type, payload) = match number % 3 {
@@ -475,7 +483,7 @@ async fn append(store: &EventStore, numbers: std::ops::Range<usize>) -> Result<(
 
 // — the read models —
 
-/// Each column depends on a setting or more.
+/// A read model in which each column depends on at least one setting.
 const SHAPES: &str = r#"
 name = "shapes"
 version = 1
@@ -499,25 +507,30 @@ teardown = ["drop table if exists shapes"]
 events = ["OrderPlaced"]
 sql = '''
 insert into shapes (position, customer, padded, stamped, dated, rounded, euros, share, words)
-values (:position, :payload.customer, :payload.customer, :recorded_at, :recorded_at, :recorded_at, :payload.cents / 100,
-  :payload.cents / 7, concat_ws(' ', 0 || 1, week(:recorded_at), date_format(:recorded_at, '%W %M'), "double", 'a\\b',
-    hex(aes_encrypt('text', 'key')), not 1 between -5 and 5, char_length(''), 'ab' regexp 'a b', timestamp('2026-01-02'),
-    unix_timestamp(:recorded_at), cast(cast(:payload.customer as char(64)) as char), @@session.auto_increment_offset))'''
+values (:position, :payload.customer, :payload.customer, :recorded_at, :recorded_at, :recorded_at,
+  :payload.cents / 100, :payload.cents / 7,
+  concat_ws(' ', 0 || 1, week(:recorded_at), date_format(:recorded_at, '%W %M'), "double", 'a\\b',
+    hex(aes_encrypt('text', 'key')), not 1 between -5 and 5, char_length(''), 'ab' regexp 'a b',
+    timestamp('2026-01-02'), unix_timestamp(:recorded_at),
+    cast(cast(:payload.customer as char(64)) as char), @@session.auto_increment_offset))'''
 
-# Without a key: what `sql_safe_updates` refuses.
+# Without a key in the condition: `sql_safe_updates` refuses such a statement.
 [[on]]
 events = ["OrderShipped"]
 sql = "update shapes set touched = touched + 1 where touched >= 0"
 "#;
 
-/// Aggregates, joins, windows and recursion.
+/// A read model with aggregates, joins, windows and recursion.
 const LISTS: &str = r#"
 name = "lists"
 version = 1
 mode = "from_beginning"
 setup = [
-  "create table if not exists ordered (id int primary key auto_increment, customer varchar(64) not null, cents int not null)",
-  "create table if not exists lists (position bigint unsigned primary key, customers text, total varchar(64), depth int, sorted text, pairs int)",
+  """create table if not exists ordered (
+  id int primary key auto_increment, customer varchar(64) not null, cents int not null)""",
+  """create table if not exists lists (
+  position bigint unsigned primary key, customers text, total varchar(64), depth int, sorted text,
+  pairs int)""",
 ]
 teardown = ["drop table if exists ordered", "drop table if exists lists"]
 
@@ -532,13 +545,15 @@ insert into lists (position, customers, total, depth, sorted, pairs)
 with recursive counted(n) as (select 1 union all select n + 1 from counted where n < 20)
 select :position,
   (select group_concat(distinct customer order by customer) from ordered),
-  (select cast(max(sum) as char) from (select sum(cents / 3e0) over (order by id rows 3 preceding) as sum from ordered) as sums),
+  (select cast(max(sum) as char) from (
+    select sum(cents / 3e0) over (order by id rows 3 preceding) as sum from ordered) as sums),
   (select max(n) from counted),
-  (select group_concat(cents order by concat(repeat('x', 70), customer), id) from ordered where id <= 10),
+  (select group_concat(cents order by concat(repeat('x', 70), customer), id)
+    from ordered where id <= 10),
   (select count(*) from ordered as a join ordered as b on a.cents < b.cents)'''
 "#;
 
-/// A projector in Rust that takes its time, and whose every event reads and writes.
+/// A projector in Rust that can be slow, and reads and writes at every event.
 struct SlowProjector {
     silent_for: Option<Duration>,
 }
@@ -546,11 +561,12 @@ struct SlowProjector {
 #[async_trait]
 impl Projector for SlowProjector {
     fn name(&self) -> &str {
-        "patient"
+        "slow_reads"
     }
 
     async fn setup(&self, db: &mut MySqlConnection) -> anyhow::Result<()> {
-        let create = "create table if not exists patient (position bigint unsigned primary key, read_back text not null)";
+        let create = "create table if not exists slow_reads \
+                      (position bigint unsigned primary key, read_back text not null)";
         sqlx::raw_sql(create).execute(db).await?;
         Ok(())
     }
@@ -565,13 +581,13 @@ impl Projector for SlowProjector {
             .bind("é日🦀")
             .fetch_one(&mut *db)
             .await?;
-        let insert = sqlx::query("insert into patient (position, read_back) values (?, ?)");
+        let insert = sqlx::query("insert into slow_reads (position, read_back) values (?, ?)");
         insert.bind(event.position().get()).bind(read_back).execute(db).await?;
         Ok(())
     }
 }
 
-/// Each read model, and its rows as text.
+/// The table of each read model, and an expression for one of its rows as text.
 const MODELS: &[(&str, &str)] = &[
     ("order_status", "concat_ws('|', order_id, status, changed_at)"),
     ("revenue", "concat_ws('|', country, orders, cents)"),
@@ -580,14 +596,15 @@ const MODELS: &[(&str, &str)] = &[
     ("outbox", "concat_ws('|', position, customer)"),
     (
         "shapes",
-        "concat_ws('|', lpad(position, 6, '0'), hex(customer), hex(padded), stamped, dated, rounded, euros, share, hex(words), touched)",
+        "concat_ws('|', lpad(position, 6, '0'), hex(customer), hex(padded), stamped, dated, \
+         rounded, euros, share, hex(words), touched)",
     ),
     (
         "lists",
         "concat_ws('|', lpad(position, 6, '0'), hex(customers), total, depth, sorted, pairs)",
     ),
     ("ordered", "concat_ws('|', lpad(id, 6, '0'), hex(customer), cents)"),
-    ("patient", "concat_ws('|', lpad(position, 6, '0'), hex(read_back))"),
+    ("slow_reads", "concat_ws('|', lpad(position, 6, '0'), hex(read_back))"),
 ];
 
 async fn read_models(admin: &mut MySqlConnection, database: &str) -> Models {
@@ -599,7 +616,8 @@ async fn read_models(admin: &mut MySqlConnection, database: &str) -> Models {
         models.insert(table, rows);
     }
     let others = format!(
-        "select cast(coalesce(group_concat(table_name), '') as char) from information_schema.tables \
+        "select cast(coalesce(group_concat(table_name), '') as char) \
+         from information_schema.tables \
          where table_schema = '{database}' and engine <> 'InnoDB'"
     );
     let others: String =
@@ -608,8 +626,8 @@ async fn read_models(admin: &mut MySqlConnection, database: &str) -> Models {
     models
 }
 
-/// The demonstration's read models, folded from the log in Rust. Those of the other projectors are
-/// compared with what they are on a server where nothing is set.
+/// Compares the demo's read models with a fold of the log in Rust. The other read models have no
+/// fold here: later runs are compared with this one.
 fn assert_folded(models: &Models) {
     let all = BOOT_EVENTS + PLAY_EVENTS;
     let text = |number: usize| {
@@ -665,7 +683,7 @@ fn assert_folded(models: &Models) {
         found.sort();
         assert_eq!(found, rows, "{table}");
     }
-    assert_eq!((models["shapes"].len(), models["patient"].len()), (all / 3, all));
+    assert_eq!((models["shapes"].len(), models["slow_reads"].len()), (all / 3, all));
     assert_eq!(models["tables without transactions"], [""]);
 }
 
@@ -673,7 +691,8 @@ const TOO_SMALL: &str = r#"
 name = "too_small"
 version = 1
 mode = "from_beginning"
-setup = ["create table if not exists too_small (position bigint unsigned primary key, customer varchar(4) not null)"]
+setup = ["""create table if not exists too_small (
+  position bigint unsigned primary key, customer varchar(4) not null)"""]
 
 [[on]]
 events = ["OrderPlaced"]
@@ -720,9 +739,9 @@ async fn an_oversized_value_breaks_its_projector_unless_server_modes_are_request
     run(&["boot", "--sql-mode", "server"]).await.exits(0);
     sql_mode(&["--sql-mode", "server"], "warning").await;
     let select = format!("select customer from {name}.too_small");
-    let cut_off: String =
+    let truncated: String =
         sqlx::query_scalar(AssertSqlSafe(select)).fetch_one(&mut admin).await.expect("a row");
-    assert_eq!(cut_off, "plai");
+    assert_eq!(truncated, "plai");
     execute(&mut admin, "set global sql_mode = default").await;
     sql_mode(&["--sql-mode", "server"], "ok").await;
     execute(&mut admin, &format!("drop database {name}")).await;

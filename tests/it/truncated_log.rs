@@ -1,12 +1,12 @@
-//! The end of the log never lies below the mark: what was truncated, restored or deleted there
-//! alerts within seconds, and what an operator accepts is recorded.
+//! The end of the log must not lie below the mark. A truncated, restored or deleted end raises an
+//! alert within seconds, and a loss that an operator accepts is recorded.
 
 use std::time::Duration;
 
 use crate::support::{Folder, RunningProcess, Tally, World, eventually};
 
-/// A world whose mark has passed 30 events, with a projector that is live at its end, in a file and
-/// in Rust.
+/// A world whose mark has passed 30 events, with a projector that is live at the end: its tally,
+/// and the folder with its file.
 async fn world_with_played_log() -> (World, Tally, Folder) {
     let world = World::new().await;
     let tally = Tally::new("tally");
@@ -22,9 +22,10 @@ fn faults(process: &RunningProcess) -> usize {
     process.logged().matches("\"alert\":\"log_fault\"").count()
 }
 
-/// What a log comes to whose end is lost, and what is appended then.
+/// How the end of the log is lost, the fault that this causes, and the last position after an
+/// append.
 const LOST: [(&str, &str, u64); 2] = [
-    // Positions begin anew, below the mark.
+    // Positions start again at 1, below the mark.
     ("truncate events", "the log ends at 5, below the high-water mark 30", 5),
     ("restore", "the log ends at 25, below the high-water mark 30", 25),
 ];
@@ -51,14 +52,14 @@ async fn a_log_that_ends_below_the_mark_alerts_once_from_relay_and_reconcile() {
             world.start(&["play", "--no-relay", "--receive-wait=0", "--projectors", folder.path()]);
         relay.wait_for_log(words).await;
         play.wait_for_log(words).await;
-        // Many looks later it is one alert still.
+        // After many more checks, there is still one alert.
         tokio::time::sleep(Duration::from_secs(2)).await;
         assert_eq!((faults(&relay), faults(&play)), (1, 1), "{}", relay.logged());
         let both = world.start(&["play", "--receive-wait=0", "--projectors", folder.path()]);
         relay.terminate().await.exits(0);
         play.terminate().await.exits(0);
         both.wait_for_log(words).await;
-        eventually("its relay looks", async || {
+        eventually("its relay runs", async || {
             world.number("select relay_lease_holder is not null from event_log").await == 1
         })
         .await;
@@ -66,7 +67,7 @@ async fn a_log_that_ends_below_the_mark_alerts_once_from_relay_and_reconcile() {
         assert_eq!(
             faults(&both),
             1,
-            "relay and reconcile of one process tell it once: {}",
+            "the relay and the reconcile of one process report it once: {}",
             both.logged()
         );
         both.terminate().await.exits(0);
@@ -101,9 +102,9 @@ async fn a_deleted_end_alerts_and_later_appends_are_still_applied() {
     let relay = world.start(&["relay"]);
     relay.wait_for_log("the log ends at 28, below the high-water mark 30").await;
     world.append(5).await;
-    eventually("it goes on", async || world.high_water().await == 35).await;
-    // The mark's row was missing when it rose: whoever raised it says so, for afterwards nobody can
-    // see it.
+    eventually("the mark rises", async || world.high_water().await == 35).await;
+    // The row of the mark was missing when the mark rose. The process that raised the mark reports
+    // this, because the loss is not visible afterwards.
     relay.wait_for_log("the high-water mark 30 has no row").await;
     relay.terminate().await.exits(0);
     world.run(&["play", "--until-idle", "--projectors", folder.path()]).await.exits(0);
@@ -112,8 +113,8 @@ async fn a_deleted_end_alerts_and_later_appends_are_still_applied() {
     assert_eq!(audit.stdout, "positions 29 to 30 have no row: 2 deleted\n");
 }
 
-/// While it lies below the mark it alerts; once appends have passed the mark, only an audit can
-/// tell.
+/// A log that ends below the mark raises alerts. Once appends have passed the mark, only an audit
+/// detects the loss.
 #[tokio::test]
 async fn the_audit_rejects_a_restored_log_that_grew_past_the_mark() {
     let (world, _, folder) = world_with_played_log().await;
@@ -175,7 +176,7 @@ async fn accepted_losses_are_recorded_and_processing_continues_without_alerts() 
             "{audit}"
         );
 
-        // What is appended now lies above the mark, wherever positions had gone on.
+        // New events get positions above the mark, wherever the positions continued.
         world.append(10).await;
         assert_eq!(world.positions("position > 30").await.len(), 10, "{how}");
         let late = Tally::new("late");
@@ -229,7 +230,7 @@ async fn an_acceptance_is_refused_if_more_or_nothing_is_missing() {
     );
 }
 
-/// No row is missing: only the fingerprint tells that a backup has other rows.
+/// No row is missing: only the fingerprint shows that a backup has other rows.
 #[tokio::test]
 async fn replaced_rows_can_be_accepted() {
     let (world, _, _) = world_with_played_log().await;

@@ -1,27 +1,28 @@
-//! As much of HTTP/1.1 as the SDK speaks to SQS: requests of a known length, one after the other on
-//! a connection.
+//! The part of HTTP/1.1 that the SDK uses with SQS: requests of a known length, one after the other
+//! on a connection.
 
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
 
-/// What `x-amz-target` begins with.
+/// The prefix of header `x-amz-target`.
 const SERVICE: &str = "AmazonSQS.";
 
-/// Answers requests until the connection ends. What is not understood ends it, too.
-pub async fn serve<F>(stream: TcpStream, answer: impl Fn(String, Value) -> F)
+/// Answers requests until the connection ends. A request that cannot be parsed ends it.
+pub async fn serve<F>(stream: TcpStream, handle: impl Fn(String, Value) -> F)
 where
     F: Future<Output = Result<Value, &'static str>>,
 {
     let mut stream = BufReader::with_capacity(64 * 1024, stream);
-    while let Some((target, body)) = request(&mut stream).await {
-        let (status, body) = match answer(target, body).await {
+    while let Some((target, body)) = read_request(&mut stream).await {
+        let (status, body) = match handle(target, body).await {
             Ok(body) => ("200 OK", body),
             Err(code) => ("400 Bad Request", serde_json::json!({"__type": code, "message": code})),
         };
         let body = body.to_string();
         let response = format!(
-            "HTTP/1.1 {status}\r\ncontent-type: application/x-amz-json-1.0\r\ncontent-length: {}\r\n\r\n{body}",
+            "HTTP/1.1 {status}\r\ncontent-type: application/x-amz-json-1.0\r\n\
+             content-length: {}\r\n\r\n{body}",
             body.len()
         );
         if stream.write_all(response.as_bytes()).await.is_err() {
@@ -30,8 +31,8 @@ where
     }
 }
 
-/// The operation and its arguments.
-async fn request(stream: &mut BufReader<TcpStream>) -> Option<(String, Value)> {
+/// Reads a request: the operation and its arguments.
+async fn read_request(stream: &mut BufReader<TcpStream>) -> Option<(String, Value)> {
     let (mut target, mut length, mut line) = (String::new(), 0, String::new());
     loop {
         line.clear();
@@ -41,7 +42,7 @@ async fn request(stream: &mut BufReader<TcpStream>) -> Option<(String, Value)> {
         if line == "\r\n" {
             break;
         }
-        // The first line has no such header in it.
+        // The request line has no such header.
         let Some((name, value)) = line.split_once(':') else { continue };
         match name.to_ascii_lowercase().as_str() {
             "content-length" => length = value.trim().parse().ok()?,

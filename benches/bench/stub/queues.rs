@@ -1,4 +1,4 @@
-//! The queues of the stub: order, receipts, and what is hidden for how long.
+//! The queues of the stub. They keep order, receipts and visibility timeouts.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,17 +8,17 @@ use serde_json::{Value, json};
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout_at};
 
+/// The most messages in one receive.
 const MAX_RECEIVED: usize = 10;
 
 #[derive(Default)]
 pub struct Queues(Mutex<HashMap<String, Arc<Queue>>>);
 
-/// One queue. Messages have numbers in the order in which they came, and are received in that
-/// order.
+/// One queue. Messages are numbered in the order of their arrival, and are received in that order.
 struct Queue {
     is_fifo: bool,
     messages: Mutex<Messages>,
-    /// Somebody may find something now.
+    /// Notified when a receive may find messages.
     changed: Notify,
 }
 
@@ -29,14 +29,14 @@ struct Messages {
     hidden: BTreeMap<u64, (Instant, String)>,
 }
 
-type Answer = Result<Value, &'static str>;
+type Response = Result<Value, &'static str>;
 
 impl Queues {
-    pub async fn answer(self: &Arc<Self>, target: String, body: Value) -> Answer {
+    pub async fn handle(self: &Arc<Self>, target: String, body: Value) -> Response {
         if target == "CreateQueue" {
             return self.create(body["QueueName"].as_str().unwrap_or_default());
         }
-        let queue = self.of(&body).ok_or("QueueDoesNotExist")?;
+        let queue = self.find(&body).ok_or("QueueDoesNotExist")?;
         match target.as_str() {
             "DeleteQueue" => {
                 lock(&self.0).remove(body["QueueUrl"].as_str().unwrap_or_default());
@@ -52,7 +52,7 @@ impl Queues {
         }
     }
 
-    fn create(&self, name: &str) -> Answer {
+    fn create(&self, name: &str) -> Response {
         let url = format!("http://stub/queue/{name}");
         let is_fifo = name.ends_with(".fifo");
         let queue = Queue { is_fifo, messages: Mutex::default(), changed: Notify::new() };
@@ -60,7 +60,7 @@ impl Queues {
         Ok(json!({"QueueUrl": url}))
     }
 
-    fn of(&self, body: &Value) -> Option<Arc<Queue>> {
+    fn find(&self, body: &Value) -> Option<Arc<Queue>> {
         lock(&self.0).get(body["QueueUrl"].as_str()?).cloned()
     }
 }
@@ -88,22 +88,24 @@ impl Queue {
         json!({"MessageId": number.to_string(), "MD5OfMessageBody": ""})
     }
 
-    /// By long poll. As with SQS, a poll whose client has hung up may take messages with it.
+    /// Receives by long poll. As with SQS, a poll whose client has disconnected may still receive
+    /// messages.
     async fn receive(&self, request: &Value) -> Value {
         let seconds = |name: &str, otherwise| {
             Duration::from_secs(request[name].as_u64().unwrap_or(otherwise))
         };
-        let most = request["MaxNumberOfMessages"]
+        let limit = request["MaxNumberOfMessages"]
             .as_u64()
-            .map_or(1, |most| most as usize)
+            .map_or(1, |limit| limit as usize)
             .min(MAX_RECEIVED);
         let (until, visibility) =
             (Instant::now() + seconds("WaitTimeSeconds", 0), seconds("VisibilityTimeout", 30));
         loop {
-            // Registered before the look, so that nothing comes in between unseen.
+            // Registered before the look, so that no change between the look and the wait is
+            // missed.
             let mut changed = std::pin::pin!(self.changed.notified());
             changed.as_mut().enable();
-            let (found, returns) = lock(&self.messages).take(self.is_fifo, most, visibility);
+            let (found, returns) = lock(&self.messages).take(self.is_fifo, limit, visibility);
             let now = Instant::now();
             if !found.is_empty() || now >= until {
                 return json!({"Messages": found});
@@ -115,7 +117,7 @@ impl Queue {
     fn delete(&self, entry: &Value) -> Value {
         if let Some(number) = number(entry) {
             lock(&self.messages).hidden.remove(&number);
-            // The next of the group are free.
+            // The next messages of the group are free now.
             self.changed.notify_waiters();
         }
         json!({})
@@ -133,12 +135,12 @@ impl Queue {
 }
 
 impl Messages {
-    /// The next messages, hidden from now on; and when the first of those that are hidden comes
-    /// back.
+    /// Takes the next messages and hides them. Also returns the time at which the first hidden
+    /// message becomes visible again.
     fn take(
         &mut self,
         is_fifo: bool,
-        most: usize,
+        limit: usize,
         visibility: Duration,
     ) -> (Vec<Value>, Option<Instant>) {
         let now = Instant::now();
@@ -154,17 +156,23 @@ impl Messages {
             }
         }
         let mut found = Vec::new();
-        // All messages are of one group: while some of it are in flight, no other is given out.
-        while found.len() < most && !(is_fifo && found.is_empty() && !self.hidden.is_empty()) {
+        // All messages of a FIFO queue are of one group: no message is returned while others are
+        // hidden.
+        while found.len() < limit && !(is_fifo && found.is_empty() && !self.hidden.is_empty()) {
             let Some((number, body)) = self.visible.pop_first() else { break };
-            found.push(json!({"MessageId": number.to_string(), "ReceiptHandle": number.to_string(), "MD5OfBody": "", "Body": body}));
+            found.push(json!({
+                "MessageId": number.to_string(),
+                "ReceiptHandle": number.to_string(),
+                "MD5OfBody": "",
+                "Body": body,
+            }));
             self.hidden.insert(number, (now + visibility, body));
         }
         (found, self.hidden.values().map(|hidden| hidden.0).min())
     }
 }
 
-/// The answer to a batch: all of its entries succeed.
+/// Handles each entry of a batch. All entries succeed.
 fn batch(body: &Value, each: impl Fn(&Value) -> Value) -> Value {
     let entries = body["Entries"].as_array().map(Vec::as_slice).unwrap_or_default();
     let done = entries.iter().map(|entry| {
@@ -175,7 +183,7 @@ fn batch(body: &Value, each: impl Fn(&Value) -> Value) -> Value {
     json!({"Successful": done.collect::<Vec<_>>(), "Failed": []})
 }
 
-/// The number that a receipt is.
+/// The message number, which is also the receipt.
 fn number(entry: &Value) -> Option<u64> {
     entry["ReceiptHandle"].as_str()?.parse().ok()
 }

@@ -1,5 +1,7 @@
--- Not in the file's setup, whose entries are single statements.
-create procedure hostile_handler (at_position bigint unsigned, of_event varchar(64), harm varchar(20))
+-- This procedure is not in the setup of the file, because a setup entry is a single statement.
+create procedure hostile_handler (
+  at_position bigint unsigned, of_event varchar(64), harm varchar(20)
+)
 begin
   insert into hostile (position, event_id) values (at_position, of_event);
   case at_position % 50

@@ -1,5 +1,5 @@
-//! What boot looks at before it replays: definitions, tables, setups. All of it under the
-//! [`SetupLock`].
+//! The checks and preparations before the replay: definitions, tables and setups. Boot holds the
+//! [`SetupLock`] during all of them.
 
 use anyhow::anyhow;
 use tracing::{info, warn};
@@ -19,16 +19,17 @@ use crate::model::registry::RegisteredProjector;
 use crate::store::AddedTypes;
 
 impl Boot<'_> {
-    /// Looks at everything, enters the new projectors, runs the setups, and gives a cursor to each
-    /// that is to be replayed.
+    /// Checks every projector, registers the new ones, runs the setups, and returns a cursor for
+    /// each projector that will be replayed.
     pub(super) async fn admit(&mut self, before: &[Entry]) -> Result<Vec<Cursor>, Error> {
         let (database, retry_timeout) =
             (self.engine.database.clone(), self.engine.limits.retry_timeout);
         let take = || SetupLock::acquire(&database, retry_timeout);
-        let Some(mut lock) = self.engine.retry_transient("take the lock for setups", take).await?
+        let Some(mut lock) = self.engine.retry_transient("acquire the setup lock", take).await?
         else {
             self.findings.reason = Some(
-                "another boot has been running setups for as long as this one is patient; see its log, and run boot again"
+                "another boot is still running setups, and this boot's wait timeout has passed; \
+                 see the log of the other boot, then run boot again"
                     .into(),
             );
             return Ok(Vec::new());
@@ -63,7 +64,7 @@ impl Boot<'_> {
             for projector in &new {
                 let position = start_position(projector.mode, high_water);
                 let register = || self.engine.ledger.register(projector, position);
-                self.engine.retry_transient("enter a projector", register).await?;
+                self.engine.retry_transient("register a projector", register).await?;
             }
         }
         let mut cursors = self.cursors(before).await?;
@@ -78,7 +79,7 @@ impl Boot<'_> {
         Ok(cursors)
     }
 
-    /// Gives a cursor to each projector that is to be booted.
+    /// Creates a cursor for each selected projector that boot can apply events to.
     async fn cursors(&self, before: &[Entry]) -> Result<Vec<Cursor>, Error> {
         let mut cursors = Vec::new();
         for entry in self.entries().await? {
@@ -91,20 +92,25 @@ impl Boot<'_> {
             }
             if Stage::Boot.can_apply(&entry.status) {
                 info!(
-                    projector = %entry.id, mode = %entry.mode, status = %entry.status, position = entry.position.get(),
-                    release = self.engine.release, "booting"
+                    projector = %entry.id, mode = %entry.mode, status = %entry.status,
+                    position = entry.position.get(), release = self.engine.release,
+                    "booting"
                 );
                 let mut cursor = Cursor::new(projector, entry.position);
                 cursor.was_broken = was_broken(before, &entry);
                 cursors.push(cursor);
             } else if entry.status == Status::Retired {
-                warn!(projector = %entry.id, status = %entry.status, "retired, and never played again: take it out of the set, or give it a new version");
+                warn!(
+                    projector = %entry.id, status = %entry.status,
+                    "retired, and never played again: remove it from the set, or give it a new \
+                     version"
+                );
             }
         }
         Ok(cursors)
     }
 
-    /// Looks at a projector that the ledger has.
+    /// Checks a projector that the ledger already has.
     async fn check_existing(
         &mut self,
         projector: &RegisteredProjector,
@@ -130,11 +136,11 @@ impl Boot<'_> {
         if entry.status != Status::Live || self.is_accepted(projector) {
             return Ok(());
         }
-        // Before the ledger kept them, the tables that the projector names were its own.
+        // Rows from before the ledger recorded tables: a projector owns the tables that it names.
         let owned = entry.owned_tables.as_deref().unwrap_or(&projector.tables);
         if let Some(table) = owned.iter().find(|table| !tables.contains(table)) {
             let reason = format!(
-                "its table {table} is gone, and with it what it was built of; {}",
+                "its table {table} is missing, and with it the events applied so far; {}",
                 rebuild_hint(projector)
             );
             self.mark_broken_for_rebuild(projector, &reason).await;
@@ -145,21 +151,21 @@ impl Boot<'_> {
             self.findings.refused.insert(
                 projector.id.clone(),
                 format!(
-                    "it is live, and names the table {table}, which does not exist: the setup of a live projector is not \
-                     run again. Give it a new version, or create the table"
+                    "it is live, but its table {table} does not exist, and the setup of a live \
+                     projector is not run again. Give it a new version, or create the table"
                 ),
             );
         }
         Ok(())
     }
 
-    /// Whether an operator has accepted what is found about this projector.
+    /// Whether an operator has accepted this projector despite boot's objections (`--accept`).
     fn is_accepted(&self, projector: &RegisteredProjector) -> bool {
         self.accept.contains(&projector.id)
     }
 
-    /// Compares the definition with the one of the last boot. Refuses one that wants events which
-    /// the projector has passed.
+    /// Compares the definition with that of the last boot. Refuses a definition that subscribes to
+    /// added event types if the projector has passed events of these types.
     async fn compare_definition(
         &mut self,
         projector: &RegisteredProjector,
@@ -169,7 +175,10 @@ impl Boot<'_> {
         if entry.matches_digest(&projector.digest) {
             return Ok(());
         }
-        info!(projector = %id, status = %entry.status, release = self.engine.release, "changed since it was booted");
+        info!(
+            projector = %id, status = %entry.status, release = self.engine.release,
+            "changed since it was booted"
+        );
         self.findings.changed.insert(id.clone());
         let Some(added) = added_types(entry.event_types.as_deref(), projector)
             .filter(|_| !self.is_accepted(projector))
@@ -187,9 +196,10 @@ impl Boot<'_> {
             self.findings.refused.insert(
                 id.clone(),
                 format!(
-                    "it subscribes to more event types than when it was booted, and has passed {passed} events of \
-                     these types, up to position {}, which it would never see. Give it a new version, or, if it does \
-                     not need them, boot with --accept {id}",
+                    "it subscribes to more event types than at its last boot, and has passed \
+                     {passed} events of these types, up to position {}. It would never receive \
+                     them. Give it a new version, or boot with --accept {id} if it does not need \
+                     them",
                     entry.position
                 ),
             );
@@ -197,7 +207,7 @@ impl Boot<'_> {
         Ok(())
     }
 
-    /// Refuses a new projector of which a table holds rows.
+    /// Refuses a new projector if one of its tables has rows.
     async fn refuse_nonempty_tables(
         &mut self,
         projector: &RegisteredProjector,
@@ -208,12 +218,13 @@ impl Boot<'_> {
         }
         for table in projector.tables.iter().filter(|table| tables.contains(table)) {
             let read = || read_model::has_rows(&self.engine.database, table);
-            let found = match self.engine.retry_transient("look into a table", read).await {
+            let found = match self.engine.retry_transient("check a table for rows", read).await {
                 Ok(false) => continue,
                 Ok(true) => "exists already and has rows",
-                // It may be empty: who may not look cannot know.
+                // Without the privilege to read the table, boot cannot know whether it is empty.
                 Err(error) if matches!(server_error_number(&error), Some(1142 | 1143)) => {
-                    "exists already, and this database user has no grant to select from it, to see whether it is empty"
+                    "exists already, and this database user has no SELECT privilege to check \
+                     whether it is empty"
                 }
                 Err(error) => return Err(error.into()),
             };
@@ -222,8 +233,9 @@ impl Boot<'_> {
             self.findings.refused.insert(
                 id.clone(),
                 format!(
-                    "it is new, and its table {table} {found}: it would be replayed on top of them. Drop or empty the \
-                     table, or give the projector another table; if the rows belong there, boot with --accept {id}"
+                    "it is new, but its table {table} {found}: the replay would add to existing \
+                     rows. Drop or empty the table, or give the projector another table. If the \
+                     rows belong there, boot with --accept {id}"
                 ),
             );
             return Ok(());
@@ -231,8 +243,9 @@ impl Boot<'_> {
         Ok(())
     }
 
-    /// Runs a projector's setup, and records the tables that it owns. Breaks one that is past its
-    /// start and whose table is missing or was just created: what it had applied is not in there.
+    /// Runs a projector's setup and records the tables that the projector owns. Marks the projector
+    /// broken if it is past its start and one of its tables is missing or was just created: such a
+    /// table lacks the events applied so far.
     async fn set_up(
         &mut self,
         cursor: &mut Cursor,
@@ -249,7 +262,8 @@ impl Boot<'_> {
         self.record_definition(&projector, &entry).await?;
         let must_be_whole = entry.is_past_start() && !self.is_accepted(&projector);
         if let Some(table) = missing_table(&entry, &projector, tables).filter(|_| must_be_whole) {
-            let reason = format!("its table {table} is gone, and with it what it was built of");
+            let reason =
+                format!("its table {table} is missing, and with it the events applied so far");
             let reason = format!("{reason}; {}", rebuild_hint(&projector));
             cursor.record(self.mark_broken_for_rebuild(&projector, &reason).await);
             self.findings.refused.insert(id.clone(), reason);
@@ -258,12 +272,13 @@ impl Boot<'_> {
         let set_up = || apply::set_up(&self.engine.database, &projector);
         let done = self.engine.retry_transient("run a setup", set_up).await;
         let read = || tables.reload(&self.engine.database);
-        let after = self.engine.retry_transient("look at the tables", read).await?;
+        let after = self.engine.retry_transient("read the tables", read).await?;
         let before = std::mem::replace(tables, after);
         let created = tables.created_since(&before);
-        if let (Some(table), true) = (created.first(), must_be_whole) {
+        if let Some(table) = created.first().filter(|_| must_be_whole) {
             let reason = format!(
-                "its setup has just created the table {table}, which lacks what came before"
+                "its setup has just created the table {table}, which lacks the events applied so \
+                 far"
             );
             let reason = format!("{reason}; {}", rebuild_hint(&projector));
             cursor.record(self.mark_broken_for_rebuild(&projector, &reason).await);
@@ -274,20 +289,19 @@ impl Boot<'_> {
         if let Err(error) = done {
             metrics::record_failure(id);
             let error = error.context("setup failed");
-            cursor.record(match has_transient_cause(&error) {
-                true => ApplyOutcome::GaveUp(format_chain(&error)),
-                false => {
-                    self.engine
-                        .mark_broken(&projector, Stage::Boot, None, ProjectorError::new(error, 1))
-                        .await
-                }
-            });
+            let outcome = if has_transient_cause(&error) {
+                ApplyOutcome::GaveUp(format_chain(&error))
+            } else {
+                let failed = ProjectorError::new(error, 1);
+                self.engine.mark_broken(&projector, Stage::Boot, None, failed).await
+            };
+            cursor.record(outcome);
         }
         Ok(())
     }
 
-    /// Marks a projector broken, whether it is live or boot's, so that it is not carried on. The
-    /// row's lock decides whether it still is either.
+    /// Marks a projector broken if it is live or in boot, so that no process continues it. The
+    /// status is checked under the row's lock.
     async fn mark_broken_for_rebuild(
         &self,
         projector: &RegisteredProjector,
@@ -300,7 +314,7 @@ impl Boot<'_> {
         self.engine.mark_broken_if(projector, Stage::Boot, None, failed, may_be_broken).await
     }
 
-    /// Records what a projector is booted with.
+    /// Records the definition with which a projector is booted.
     pub(super) async fn record_definition(
         &self,
         projector: &RegisteredProjector,
@@ -313,8 +327,8 @@ impl Boot<'_> {
         Ok(())
     }
 
-    /// Records which tables are a projector's own: those that it owned, names or has created, as
-    /// far as they exist.
+    /// Records the tables that a projector owns: the existing ones among those that it owned
+    /// before, names or has just created.
     pub(super) async fn record_tables(
         &self,
         projector: &RegisteredProjector,
@@ -333,14 +347,15 @@ impl Boot<'_> {
         Ok(())
     }
 
-    /// The tables of the database, and of those where a projector has some.
+    /// Reads the tables of this database and of every other database in which a projector has a
+    /// table.
     pub(super) async fn read_tables(&self, entries: &[Entry]) -> Result<TableCatalog, sqlx::Error> {
         let read = || {
             let owned = entries.iter().filter_map(|entry| entry.owned_tables.as_ref()).flatten();
             let named = self.selected.iter().flat_map(|projector| &projector.tables);
             TableCatalog::read(&self.engine.database, owned.chain(named))
         };
-        self.engine.retry_transient("look at the tables", read).await
+        self.engine.retry_transient("read the tables", read).await
     }
 }
 
@@ -358,7 +373,7 @@ fn own_tables<'a>(
     owned.chain(&projector.tables).map(|table| tables.canonical_name(table))
 }
 
-/// The first table that a projector owns or names and that is not there.
+/// The first missing table among those that a projector owns or names.
 fn missing_table(
     entry: &Entry,
     projector: &RegisteredProjector,
@@ -370,13 +385,14 @@ fn missing_table(
 fn rebuild_hint(projector: &RegisteredProjector) -> String {
     let id = &projector.id;
     format!(
-        "it must be rebuilt: retire it (projectionist retire {id} --force) and run boot again, or give it a new version; \
-         if the table has been restored as it was, boot with --accept {id}"
+        "it must be rebuilt: retire it (projectionist retire {id} --force) and run boot again, or \
+         give it a new version; if the table was restored with its contents, boot with --accept \
+         {id}"
     )
 }
 
-/// The event types that a subscription has now and had not before; `None` where there are none, or
-/// it is not known.
+/// The event types that were added to a subscription since the last boot. `None` if no type was
+/// added, or if the previous subscription is unknown.
 fn added_types(before: Option<&[String]>, projector: &RegisteredProjector) -> Option<AddedTypes> {
     let (before, now) = (before?, projector.subscription());
     if before.iter().any(|of| of == "*") {

@@ -1,4 +1,4 @@
-//! Boot: rounds of catch-up, until every new projector of a release can be handed over.
+//! Boot runs rounds of catch-up until every new projector of a release can be handed over.
 
 mod admission;
 mod report;
@@ -26,22 +26,22 @@ use report::Findings;
 pub use report::{BootProgress, BootReport, BootWait, ProjectorOutcome};
 use target::MarkWait;
 
-/// A round that was longer than a batch is followed by another, so that projectors go live fresh;
-/// but against a log that grows as fast as they replay, the handoff need not wait for ever: the
-/// queue feeds them.
+/// The maximum number of catch-up rounds before the handoff. A round longer than one batch is
+/// normally followed by another, so that projectors are up to date when they go live. If the log
+/// grows as fast as it is replayed, boot stops here, and the projectors catch up after the handoff.
 pub(crate) const MAX_CATCH_UP_ROUNDS: u32 = 20;
 
 /// How boot works.
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub struct BootSettings {
-    /// The bounds of the engine. For as long as its patience boot also waits for the high-water
-    /// mark to reach the end of the log.
+    /// The limits of the engine. Boot also waits up to `retry_timeout` for the high-water mark to
+    /// reach the end of the log.
     pub limits: Limits,
-    /// The projectors to boot; empty: every one of the set.
+    /// The projectors to boot. Empty: all projectors of the set.
     pub only: Vec<ProjectorId>,
-    /// Projectors about which an operator has accepted what boot would refuse: rows in the tables
-    /// of a new one, a wider subscription, a table that was restored.
+    /// The projectors that an operator accepts although boot would refuse them, because a new
+    /// projector's table has rows, a subscription was widened, or a table was restored.
     pub accept: Vec<ProjectorId>,
 }
 
@@ -51,16 +51,16 @@ impl From<Limits> for BootSettings {
     }
 }
 
-/// Boots every new, booting, stalled and broken projector of a set, and hands them over. Needs the
-/// database only.
+/// Boots every new, booting, stalled and broken projector of a set and hands them over. Needs only
+/// the database.
 ///
-/// `Ok` says what the ledger has now, also where a projector broke: see
+/// `Ok` reports the resulting state of the ledger, even if a projector broke: see
 /// [`BootReport::is_released`].
 ///
 /// # Errors
-/// [`Error::Input`] where the set contradicts the ledger, or a projector is named that the set does
-/// not have; [`Error::Database`] and [`Error::Unreachable`] where the database fails for longer
-/// than `limits.retry_timeout`.
+/// [`Error::Input`] if the set contradicts the ledger, or if `settings` name a projector that the
+/// set does not have. [`Error::Database`] or [`Error::Unreachable`] if the database fails for
+/// longer than `limits.retry_timeout`.
 pub async fn boot(
     database: &Database,
     registry: &Registry,
@@ -69,31 +69,34 @@ pub async fn boot(
 ) -> Result<BootReport, Error> {
     let booting = async {
         let boot = Boot::new(database, registry, settings.into())?;
-        // In a box: the caller's future would be as large as all that boot does.
+        // Boxed: otherwise the caller's future would be as large as boot's.
         Box::pin(boot.run(progress)).await
     };
     booting.await.inspect_err(|error| log_boot_failure(error, registry.release()))
 }
 
-/// Tells that a boot ended, before its end, for a reason other than a broken projector: somebody
-/// should look, for the deploy stands. [`boot`] does so itself; what ends a boot outside it, and
-/// may do so only once, calls this.
+/// Logs that boot failed for a reason other than a broken projector. An operator has to act,
+/// because the deploy is blocked. [`boot`] calls this itself. A caller that fails before or after
+/// [`boot`] calls it, once.
 pub(crate) fn log_boot_failure(error: &Error, release: Option<&str>) {
     let released = false;
-    error!(alert = "boot_failed", %error, released, release, "boot failed: this release must not go on");
+    error!(
+        alert = "boot_failed", %error, released, release,
+        "boot failed: this release must not proceed"
+    );
 }
 
 struct Boot<'a> {
     engine: Engine,
     registry: &'a Registry,
-    /// The projectors that are to be booted.
+    /// The projectors to boot.
     selected: Vec<Arc<RegisteredProjector>>,
     accept: Vec<ProjectorId>,
-    /// The end of the log that was visible when it began. What it boots has to come so far.
+    /// The last visible position when boot began. Every projector has to reach it.
     target: Position,
     findings: Findings,
     blocked_watch: BlockedWatch,
-    /// What it waits for, while the mark is held below the target.
+    /// Set while boot waits for a mark that is blocked below the target.
     mark_wait: Option<MarkWait>,
 }
 
@@ -132,7 +135,7 @@ impl<'a> Boot<'a> {
 
     async fn run(mut self, mut progress: impl FnMut(&BootProgress)) -> Result<BootReport, Error> {
         let began = Instant::now();
-        // First of all: what is visible now must not be missing at the end.
+        // Read first: every event that is visible now must be applied when boot ends.
         let is_whole = self.read_target().await?;
         let before = self.entries().await?;
         check_modes(&self.selected, &before)?;
@@ -144,7 +147,8 @@ impl<'a> Boot<'a> {
                 _ => None,
             }) {
                 return Err(Error::Unreachable(format!(
-                    "boot gave up on the database; run it again, it goes on where it stopped: {gave_up}"
+                    "boot gave up on the database; run it again, it continues where it stopped: \
+                     {gave_up}"
                 )));
             }
         }
@@ -160,8 +164,10 @@ impl<'a> Boot<'a> {
         Ok(report)
     }
 
-    /// Records the definitions of what this boot did not replay. Only now, when the release may go
-    /// on: before, the workers of the one that runs would no longer play them.
+    /// Records the definitions of the live and finished projectors, which this boot did not replay.
+    /// This happens only when the release may proceed: workers do not play a projector whose
+    /// recorded definition differs from theirs, and until now these are the workers of the old
+    /// release.
     async fn record_live_definitions(&self, entries: &[Entry]) -> Result<(), Error> {
         let tables = self.read_tables(entries).await?;
         for projector in &self.selected {
@@ -179,7 +185,8 @@ impl<'a> Boot<'a> {
         Ok(())
     }
 
-    /// Rounds of catch-up and handoff, until none is left or one broke; then for the repairs alone.
+    /// Runs rounds of catch-up and handoff until no cursor is running. After a failure, only the
+    /// projectors under repair continue.
     async fn replay(
         &mut self,
         cursors: &mut [Cursor],
@@ -226,8 +233,8 @@ impl<'a> Boot<'a> {
         }
     }
 
-    /// Hands over, or finishes, every cursor that has come far enough: to the end of the log that
-    /// was visible when boot began, at least.
+    /// Hands over or finishes every running cursor that has come far enough: at least to the
+    /// target.
     async fn hand_over_or_finish(
         &self,
         cursors: &mut [Cursor],
@@ -245,15 +252,16 @@ impl<'a> Boot<'a> {
             cursor.record_entry(row.as_ref());
         }
         if is_first && cursors.iter().any(|cursor| cursor.projector.mode != Mode::Once) {
-            // Nobody awaits anything below: the queue need not carry the history of the log.
+            // No live projector needs earlier events, so the queue does not have to carry the
+            // history of the log.
             let publish = || self.engine.store.set_published(mark);
             self.engine.retry_transient("set the published mark", publish).await?;
         }
         Ok(())
     }
 
-    /// Finishes a projector of mode once, if it still stands at or beyond `target`. Returns its row
-    /// as it is afterwards, if there is one.
+    /// Finishes a projector of mode once if its position is still at or beyond `target`. Returns
+    /// the resulting row, if any.
     async fn finish(
         &self,
         cursor: &Cursor,
@@ -276,8 +284,8 @@ impl<'a> Boot<'a> {
         Ok(entry)
     }
 
-    /// Once a projector has failed that was not broken before: marks the others as stalled, but for
-    /// those that are being repaired, which go on.
+    /// If a projector has failed that was not broken before, marks the others as stalled.
+    /// Projectors under repair continue.
     async fn stall(&self, cursors: &mut [Cursor]) -> Result<(), Error> {
         if !self.findings.is_stopped {
             return Ok(());
@@ -289,8 +297,9 @@ impl<'a> Boot<'a> {
                 || self.engine.ledger.transition(&cursor.projector.id, Transition::Stall, still);
             self.engine.retry_transient("stall a projector", step).await?;
             warn!(
-                projector = %cursor.projector.id, status = "stalled", position = cursor.position.get(),
-                release = self.engine.release, "stalled: another projector of this boot failed"
+                projector = %cursor.projector.id, status = "stalled",
+                position = cursor.position.get(), release = self.engine.release,
+                "stalled: another projector of this boot failed"
             );
             cursor.state = CursorState::TakenOver;
         }
@@ -317,7 +326,7 @@ fn log_boot_result(report: &BootReport, release: Option<&str>, began: Instant) {
             release,
             seconds,
             projectors = report.projectors.len(),
-            "booted: this release may go on"
+            "booted: this release may proceed"
         );
         return;
     }
@@ -327,11 +336,11 @@ fn log_boot_result(report: &BootReport, release: Option<&str>, began: Instant) {
     let broken = (!broken.is_empty()).then(|| broken.join(" "));
     error!(
         alert = "boot_failed",
-        broken, error, released, release, seconds, "boot failed: this release must not go on"
+        broken, error, released, release, seconds, "boot failed: this release must not proceed"
     );
 }
 
-/// Where a projector begins that is seen for the first time.
+/// The start position of a new projector.
 pub(crate) fn start_position(mode: Mode, high_water: Position) -> Position {
     match mode {
         Mode::FromNow => high_water,
@@ -339,13 +348,15 @@ pub(crate) fn start_position(mode: Mode, high_water: Position) -> Position {
     }
 }
 
-/// A mode is decided once, at first sight: what was skipped or replayed then cannot be taken back.
+/// Refuses a changed mode. The mode is fixed when a projector is registered, because events that
+/// were skipped or replayed then cannot be changed later.
 fn check_modes(selected: &[Arc<RegisteredProjector>], ledger: &[Entry]) -> Result<(), Error> {
     for entry in ledger {
         let projector = selected.iter().find(|projector| projector.id == entry.id);
         if let Some(projector) = projector.filter(|projector| projector.mode != entry.mode) {
             return Err(Error::Input(format!(
-                "projector {} was booted as {} and is {} now: give it a new version to run it in another mode",
+                "projector {} was booted in mode {}, but its mode is now {}: give it a new version \
+                 to run it in another mode",
                 entry.id, entry.mode, projector.mode
             )));
         }

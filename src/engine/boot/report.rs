@@ -1,4 +1,4 @@
-//! What boot did, and why a release may not go on.
+//! The report of boot: its results, and why a release may not proceed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -10,87 +10,87 @@ use crate::model::lifecycle::{Stage, Status};
 use crate::model::projector::{Mode, ProjectorId};
 use crate::model::registry::RegisteredProjector;
 
-/// Why a release may not go on though nothing of it broke.
-const NOT_ALL_LIVE: &str = "boot did not come to its end: not every projector is live";
+/// The reason for a projector that is still booting when no other reason is known.
+const NOT_ALL_LIVE: &str = "boot did not finish: not every projector is live";
 
-/// A row that boot has inserted is not there.
-const ROW_MISSING: &str = "the ledger has no row of it after boot: it was retired meanwhile, or what boot wrote was not stored; \
-                          run doctor";
+/// The reason for a projector without a row, although boot has inserted one.
+const ROW_MISSING: &str = "the ledger has no row for it after boot: it was retired \
+                           meanwhile, or boot's insert was not stored; run doctor";
 
 const MUST_BE_REBUILT: &str = "it must be rebuilt: retire it and run boot again";
 
 const ANOTHER_PROJECTOR_FAILED: &str =
-    "another projector of this boot failed first; mend that, and run boot again";
+    "another projector of this boot failed first; fix it and run boot again";
 
-/// What boot did.
+/// The result of a boot.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct BootReport {
-    /// Each projector of the set, or each that was named, in registry order, as the ledger has it
-    /// afterwards.
+    /// The selected projectors with their state in the ledger after boot, in registry order.
     pub projectors: Vec<ProjectorOutcome>,
-    /// The end of the log that was visible when boot began: what was booted has come this far, at
-    /// least.
+    /// The last visible position when boot began. Every booted projector has reached at least this
+    /// position.
     pub target: Position,
-    /// Why the release may not go on, if that is not the matter of one projector.
+    /// Why the release may not proceed, if the reason does not concern a single projector.
     pub reason: Option<String>,
-    /// The projectors that are the cause, but for those that only broke at an event or at their
-    /// setup.
+    /// The projectors that caused the failure, with the reason. Projectors that only broke at an
+    /// event or at their setup are not included.
     causes: Vec<(ProjectorId, String)>,
 }
 
-/// What boot did with one projector.
+/// The result of a boot for one projector.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ProjectorOutcome {
-    /// Which projector.
+    /// The projector's id.
     pub id: ProjectorId,
-    /// Its mode.
+    /// The projector's mode.
     pub mode: Mode,
-    /// As the ledger has it afterwards; `None`: it is new still, because boot did not enter it.
+    /// The ledger row after boot. `None`: the projector is still new, because boot did not register
+    /// it.
     pub entry: Option<Entry>,
-    /// Where it stood before; `None`: it was new.
+    /// The position before boot. `None`: the projector was new.
     pub position_before: Option<Position>,
-    /// Whether this boot had anything to do with it: it was not live, finished or retired already.
+    /// Whether this boot tried to boot the projector: it was not live, finished or retired already.
     pub was_attempted: bool,
-    /// Whether its definition is another than the one with which it was last booted, before this
-    /// boot.
+    /// Whether the definition has changed since the last boot before this one.
     pub has_changed: bool,
-    /// Why it keeps the release from going on; `None`: it does not.
+    /// Why this projector keeps the release from proceeding. `None`: it does not.
     pub reason: Option<String>,
 }
 
 impl ProjectorOutcome {
-    /// Its status, as a word; `new` where the ledger does not have it.
+    /// The status as a word. `new` if the ledger does not have the projector.
     pub fn status(&self) -> &'static str {
         self.entry.as_ref().map_or("new", |entry| entry.status.as_str())
     }
 
-    /// Where it stands.
+    /// The position in the ledger, or the start of the log for a new projector.
     pub fn position(&self) -> Position {
         self.entry.as_ref().map_or(Position::START, |entry| entry.position)
     }
 }
 
 impl BootReport {
-    /// The projectors that are broken: the deploy must not go on.
+    /// The broken projectors. If there are any, the deploy must not proceed.
     pub fn broken(&self) -> impl Iterator<Item = &ProjectorOutcome> {
         let is_broken = |entry: &Entry| matches!(entry.status, Status::Broken(_));
         self.projectors.iter().filter(move |booted| booted.entry.as_ref().is_some_and(is_broken))
     }
 
-    /// Whether the release may go on: every projector of it is live, finished or retired, and
-    /// nothing else is in the way.
+    /// Whether the release may proceed: every projector is live, finished or retired, and nothing
+    /// else prevents it.
     pub fn is_released(&self) -> bool {
         self.reason.is_none() && self.projectors.iter().all(|booted| booted.reason.is_none())
     }
 
-    /// Whether nothing is in the way but projectors that broke at an event or at their setup.
+    /// Whether the only reason against the release is that projectors broke at an event or at their
+    /// setup.
     pub(super) fn is_only_broken(&self) -> bool {
         self.reason.is_none() && self.causes.is_empty() && self.broken().next().is_some()
     }
 
-    /// Why it may not go on, and what to do, in a sentence.
+    /// Explains in one sentence why the release may not proceed and what to do.
     pub fn explain(&self) -> String {
         let is_cause =
             |booted: &&ProjectorOutcome| !self.causes.iter().any(|(id, _)| *id == booted.id);
@@ -98,7 +98,7 @@ impl BootReport {
             self.broken().filter(is_cause).map(|booted| booted.id.to_string()).collect();
         let broken = (!broken.is_empty()).then(|| {
             format!(
-                "broken: {}; mend it and run boot again, it goes on where it stopped",
+                "broken: {}; fix it and run boot again, it continues where it stopped",
                 broken.join(", ")
             )
         });
@@ -115,15 +115,15 @@ impl BootReport {
     }
 }
 
-/// What boot learned that the ledger does not say.
+/// Facts that boot found out and that the ledger does not contain.
 #[derive(Debug, Default)]
 pub(super) struct Findings {
-    /// Why the release may not go on, if that is not the matter of one projector.
+    /// Why the release may not proceed, if the reason does not concern a single projector.
     pub(super) reason: Option<String>,
-    /// Why a projector was refused.
+    /// The refused projectors, with the reason.
     pub(super) refused: BTreeMap<ProjectorId, String>,
     pub(super) changed: BTreeSet<ProjectorId>,
-    /// Whether a projector failed that was not broken when boot began: then only repairs go on.
+    /// Whether a projector failed that was not broken when boot began. Then only repairs continue.
     pub(super) is_stopped: bool,
 }
 
@@ -175,7 +175,7 @@ impl Findings {
         match &entry.status {
             Status::Retired => None,
             Status::Broken(failure) => Some(format!("broken: {}", failure.error)),
-            // Its handler has committed a part of a batch since this boot looked at it.
+            // The handler committed a part of a batch after this boot had checked the row.
             Status::Live | Status::Finished | Status::Booting | Status::Stalled
                 if entry.rebuild_reason.is_some() =>
             {
@@ -188,30 +188,30 @@ impl Findings {
     }
 }
 
-/// How far boot is.
+/// The progress of a boot.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct BootProgress {
-    /// Where each projector stands that is being booted.
+    /// The current position of each projector that is being booted.
     pub positions: Vec<(ProjectorId, Position)>,
-    /// Where this round ends.
+    /// The position at which this round ends.
     pub target: Position,
-    /// What boot waits for, if it has to wait.
+    /// What boot is waiting for, if it is waiting.
     pub wait: Option<BootWait>,
 }
 
-/// The high-water mark is held below the end of the log, and boot waits.
+/// A wait of boot: the high-water mark is blocked below the end of the log.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct BootWait {
-    /// Why, and what to do.
+    /// Why the mark is blocked, and what to do.
     pub reason: String,
-    /// For how long so far.
+    /// The duration of the wait so far.
     pub elapsed: Duration,
 }
 
 impl BootProgress {
-    /// The position of the one that is furthest behind.
+    /// The lowest position of all projectors that are being booted.
     pub fn lowest_position(&self) -> Position {
         self.positions.iter().map(|&(_, position)| position).min().unwrap_or(self.target)
     }
@@ -246,7 +246,7 @@ mod tests {
         }
     }
 
-    /// As where `autocommit` is 0: the insert succeeded, and nothing is there.
+    /// This happens if `autocommit` is 0: the insert succeeds, but the row is not stored.
     #[test]
     fn a_projector_in_the_set_without_a_row_is_never_released() {
         let registry = Registry::new().with(Idle).expect("a name");

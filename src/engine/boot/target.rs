@@ -1,5 +1,5 @@
-//! Where boot has to come: the end of the log that was visible when it began, however long the
-//! high-water mark is held below it.
+//! The target of boot: the last visible position when boot began. Every projector has to reach it,
+//! even if the high-water mark is blocked below it for a long time.
 
 use std::time::{Duration, Instant};
 
@@ -13,24 +13,24 @@ use crate::model::event::Position;
 use crate::model::projector::{Mode, ProjectorId};
 use crate::store::{Blocker, HighWater};
 
-/// How often boot looks whether the mark has risen. Each look at a hole costs some statements.
+/// How often boot checks whether the mark has risen. Each check at a gap costs a few statements.
 const POLL_INTERVAL: Duration = Duration::from_millis(250);
 
-/// How often it logs that it still waits.
+/// How often boot logs that it is still waiting.
 const LOG_INTERVAL: Duration = Duration::from_secs(5);
 
-/// The mark is held below the target.
+/// A wait for a mark that is blocked below the target.
 #[derive(Debug)]
 pub(super) struct MarkWait {
     mark: Position,
-    /// When the mark last rose, or boot began to wait.
+    /// When the mark last rose, or when the wait began.
     since: Instant,
     logged_at: Instant,
 }
 
 impl Boot<'_> {
-    /// Reads where boot has to come. `false`: the log ends below its mark, and nothing can be built
-    /// on it.
+    /// Reads the target. Returns `false` if the log ends below its mark, because nothing may be
+    /// built on such a log.
     pub(super) async fn read_target(&mut self) -> Result<bool, Error> {
         let mark = self
             .engine
@@ -43,15 +43,17 @@ impl Boot<'_> {
             return Ok(true);
         }
         self.findings.reason = Some(format!(
-            "the log ends at {}, below the high-water mark {mark}: it was truncated, or the database was restored. What \
-             is appended up to {mark} would never be seen. See `projectionist audit`",
+            "the log ends at {}, below the high-water mark {mark}: it was truncated, or the \
+             database was restored. Events appended up to {mark} would never be applied. See \
+             `projectionist audit`",
             self.target
         ));
         Ok(false)
     }
 
-    /// Whether all may be entered: a new projector of mode from_now begins at the mark, so that it
-    /// would see older events if the mark lay below the target. Waits for it.
+    /// Waits until the mark has reached the target if there is a new projector of mode from_now.
+    /// Such a projector starts at the mark, so with a mark below the target it would see older
+    /// events. Returns `false` if the wait timed out.
     pub(super) async fn wait_until_registrable(
         &mut self,
         before: &[Entry],
@@ -76,8 +78,8 @@ impl Boot<'_> {
         }
     }
 
-    /// Waits a moment for the mark to rise to the target, and says why. `false`: for longer than
-    /// boot is patient it has not risen.
+    /// Waits for one poll interval for the mark to rise to the target, and reports why. Returns
+    /// `false` if the mark has not risen for `retry_timeout`.
     pub(super) async fn wait_for_mark(
         &mut self,
         high_water: &HighWater,
@@ -104,7 +106,7 @@ impl Boot<'_> {
         if self.engine.limits.retry_timeout.is_some_and(|retry_timeout| elapsed >= retry_timeout) {
             let seconds = elapsed.as_secs();
             self.findings.reason =
-                Some(format!("{reason}. Boot has waited for {seconds} s; then run it again"));
+                Some(format!("{reason}. Boot gave up after {seconds} s; run it again afterwards"));
             return false;
         }
         let logged_at = if now - waiting.logged_at >= LOG_INTERVAL {
@@ -131,21 +133,21 @@ impl Boot<'_> {
     }
 }
 
-/// Why the mark has not reached the target, and what to do.
-fn wait_reason(HighWater { mark, blocked: held, .. }: &HighWater, target: Position) -> String {
-    let cause = match held {
+/// Explains why the mark has not reached the target and what to do.
+fn wait_reason(HighWater { mark, blocked, .. }: &HighWater, target: Position) -> String {
+    let cause = match blocked {
         Some(Blocker::InFlight(position)) => format!(
-            "a transaction that holds position {position} has neither committed nor rolled back. Look for it in \
-             information_schema.innodb_trx, and end it"
+            "a transaction that holds position {position} has neither committed nor rolled back. \
+             Look for it in information_schema.innodb_trx, and end it"
         ),
         Some(Blocker::WideGap(gap)) => {
             let (first, last) = (gap.start(), gap.end());
             format!(
-                "positions {first} to {last} are missing, too many to be filled unasked. If no writer can still hold \
-                 them, close the gap: projectionist fill {first} {last}"
+                "positions {first} to {last} are missing, too many to be filled automatically. If \
+                 no writer can still hold them, close the gap: projectionist fill {first} {last}"
             )
         }
-        None => "nothing is visible above it any more".to_owned(),
+        None => "no event above it is visible any more".to_owned(),
     };
-    format!("the log goes on to {target}, but the high-water mark is held at {mark}: {cause}")
+    format!("the log continues to {target}, but the high-water mark is blocked at {mark}: {cause}")
 }

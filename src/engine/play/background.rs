@@ -1,6 +1,7 @@
-//! The convoy: the live projectors that are fed in sequence. One that is far behind, or slow,
-//! leaves it, catches up on a connection of its own, and joins again by the chain rule, so that it
-//! holds up nobody.
+//! Background catch-up. Play passes messages to the live projectors of the fan-out group one after
+//! the other. A projector that is far behind or slow moves to the background, so that it does not
+//! delay the others. There it catches up on its own connections, and is then readmitted to the
+//! group.
 
 use std::collections::{HashMap, HashSet};
 use std::future::Future;
@@ -21,37 +22,57 @@ use crate::model::metrics;
 use crate::model::projector::ProjectorId;
 use crate::model::registry::RegisteredProjector;
 
-/// How long one projector may hold up the others.
+/// How long one projector may delay the others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct BackgroundLimits {
-    /// The most events that one projector catches up on while the others wait.
+    /// The maximum number of events that one projector catches up on while the others wait.
     pub events: u64,
-    /// The longest that one projector may take over the messages of one receive. What it has not
-    /// committed by then is rolled back and done again outside the convoy.
+    /// The maximum time that one projector may take for the messages of one receive. Uncommitted
+    /// work is then rolled back and repeated in the background.
     pub time: Duration,
+}
+
+impl BackgroundLimits {
+    /// The defaults.
+    pub const fn new() -> Self {
+        BackgroundLimits { events: 10_000, time: Duration::from_secs(5) }
+    }
+
+    /// Sets [`BackgroundLimits::events`].
+    pub const fn with_events(mut self, events: u64) -> Self {
+        self.events = events;
+        self
+    }
+
+    /// Sets [`BackgroundLimits::time`].
+    pub const fn with_time(mut self, time: Duration) -> Self {
+        self.time = time;
+        self
+    }
 }
 
 impl Default for BackgroundLimits {
     fn default() -> Self {
-        BackgroundLimits { events: 10_000, time: Duration::from_secs(5) }
+        Self::new()
     }
 }
 
-/// The projectors that have left the convoy, each with the task that catches it up. Dropped, they
-/// end; nothing that was not committed is applied then: the next worker takes it up.
+/// The projectors in the background, each with its catch-up task. Dropping this cancels the tasks.
+/// Their uncommitted work is rolled back, and the next worker repeats it.
 pub(super) struct Stragglers {
     tasks: JoinSet<CursorState>,
     in_background: HashMap<ProjectorId, AbortHandle>,
-    /// Whether they are to end with the page in hand.
+    /// Set to `true` to make the tasks end after the current page.
     stop: watch::Sender<bool>,
-    /// How many catch up at once.
+    /// Limits how many tasks catch up at the same time.
     permits: Arc<Semaphore>,
 }
 
 impl Stragglers {
-    /// For a worker with this database. Each straggler reads on one connection and applies on
-    /// another; one of either kind stays with the projectors in the convoy, and one of ours with
-    /// the ledger.
+    /// Sizes the background for the connections of `database`. Each task reads on one connection
+    /// and applies on another. One connection of each kind is left for the fan-out group, and one
+    /// more of the engine's own for the ledger.
     pub(super) fn new(database: &Database) -> Self {
         let readers = database.max_own_connections().saturating_sub(2);
         let at_once =
@@ -64,18 +85,18 @@ impl Stragglers {
         }
     }
 
-    /// Whether a projector is outside the convoy still.
+    /// Whether a projector is still in the background.
     pub(super) fn is_catching_up(&self, id: &ProjectorId) -> bool {
         self.in_background.get(id).is_some_and(|task| !task.is_finished())
     }
 
-    /// Who is outside the convoy still.
+    /// The projectors that are still in the background.
     pub(super) fn in_background(&self) -> HashSet<ProjectorId> {
         self.in_background.keys().filter(|id| self.is_catching_up(id)).cloned().collect()
     }
 
-    /// Forgets those whose tasks have ended; they are in the convoy again. Returns how many of them
-    /// broke.
+    /// Readmits the projectors whose tasks have ended to the fan-out group. Returns how many of
+    /// them broke.
     pub(super) fn readmit(&mut self) -> u64 {
         let mut broken = 0;
         while let Some(ended) = self.tasks.try_join_next_with_id() {
@@ -84,7 +105,7 @@ impl Stragglers {
         broken
     }
 
-    /// The same, once all have ended.
+    /// Waits until all tasks have ended, and adds the projectors that broke to `broken`.
     async fn join_all(&mut self, broken: &mut u64) {
         while let Some(ended) = self.tasks.join_next_with_id().await {
             *broken += self.record(ended);
@@ -102,15 +123,19 @@ impl Stragglers {
         self.in_background.remove(&id);
         match ended {
             Ok((_, CursorState::Broken)) => return 1,
-            Ok(_) => info!(projector = %id, "back in the convoy"),
+            Ok(_) => info!(projector = %id, "readmitted to the fan-out group"),
             Err(error) => {
-                warn!(projector = %id, %error, "its catch-up ended; it is tried in the convoy again")
+                warn!(
+                    projector = %id, %error,
+                    "the background catch-up failed: the projector is readmitted to the fan-out \
+                     group"
+                )
             }
         }
         0
     }
 
-    /// Sends a projector off, to catch up by itself.
+    /// Starts a task that catches a projector up in the background.
     pub(super) fn move_to_background(
         &mut self,
         engine: &Engine,
@@ -124,8 +149,8 @@ impl Stragglers {
         self.in_background.insert(projector.id.clone(), task);
     }
 
-    /// Lets them go on until `stop_signal`, then end with the page in hand, and cuts off at
-    /// `abort_signal` who has not: nobody runs on. Returns how many broke.
+    /// Ends all tasks. They continue until `stop_signal` and then end after their current page.
+    /// Tasks still running at `abort_signal` are cancelled. Returns how many projectors broke.
     pub(super) async fn shut_down(
         &mut self,
         stop_signal: impl Future<Output = ()>,
@@ -147,7 +172,10 @@ impl Stragglers {
             () = abort_signal => {}
         }
         for id in self.in_background() {
-            info!(projector = %id, "cut off: what it has not committed is done again later");
+            info!(
+                projector = %id,
+                "background catch-up cancelled: uncommitted work is repeated later"
+            );
         }
         self.tasks.shutdown().await;
         self.in_background.clear();
@@ -156,8 +184,8 @@ impl Stragglers {
     }
 }
 
-/// Catches up to the mark as it is at the end, or until the projector breaks, is taken over, or is
-/// to stop.
+/// Catches a projector up to the current mark. Ends early if the projector breaks or is taken over,
+/// or if `stop` is set.
 async fn catch_up_in_background(
     engine: Engine,
     mut cursor: Cursor,
@@ -187,17 +215,20 @@ async fn catch_up_in_background(
         let ended = tokio::select! {
             biased;
             ended = round => ended,
-            // The next page has hardly begun.
+            // Dropping the round here costs almost nothing: the next page has just begun.
             () = page_ended.notified() => break,
         };
         match ended {
-            // The last round was short: the next messages continue it.
+            // The last round was short, so the next messages will continue the position.
             Ok(events) if events <= engine.limits.batch => break,
             Ok(_) => attempt = 1,
             Err(error) => {
                 attempt += 1;
                 if backoff::should_log(attempt) {
-                    warn!(projector = %cursor.projector.id, attempt, %error, "cannot catch up, trying again");
+                    warn!(
+                        projector = %cursor.projector.id, attempt, %error,
+                        "cannot catch up, trying again"
+                    );
                 }
                 tokio::select! {
                     () = tokio::time::sleep(backoff::delay(attempt + 4)) => {}

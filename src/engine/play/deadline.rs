@@ -1,5 +1,4 @@
-//! Work that has to end by a given moment, wherever it is then: an invocation of Lambda, after
-//! which the process is frozen.
+//! Fan-out with a deadline, for an invocation of Lambda: the process is frozen afterwards.
 
 use std::collections::HashSet;
 use std::time::Duration;
@@ -14,17 +13,18 @@ use crate::model::event::Position;
 use crate::model::projector::ProjectorId;
 use crate::queue::Message;
 
-/// When work is cut off: at a moment, or at the shutdown if that comes first.
+/// The moment at which work is interrupted: a fixed time, or the shutdown if that comes first.
 #[derive(Debug, Clone)]
 pub(crate) struct Deadline {
     at: Instant,
-    /// What is left after it: to roll back, and to look how far everybody has come.
+    /// The time left after the deadline, for the rollback and for reading the positions.
     margin: Duration,
     shutdown: watch::Receiver<bool>,
 }
 
 impl Deadline {
-    /// So long from now, less a margin; of what is very short, half is margin.
+    /// Creates a deadline `margin` before the end of the `remaining` time. The margin is at most
+    /// half of that time.
     pub(crate) fn after(
         remaining: Duration,
         margin: Duration,
@@ -34,7 +34,7 @@ impl Deadline {
         Deadline { at: Instant::now() + (remaining - margin), margin, shutdown }
     }
 
-    /// Resolves when it is reached.
+    /// Resolves at the deadline.
     pub(crate) async fn reached(&self) {
         let mut shutdown = self.shutdown.clone();
         let stopped = async {
@@ -48,25 +48,25 @@ impl Deadline {
         }
     }
 
-    /// How long a look at the database may take after it.
+    /// The timeout for each query that is made after the deadline.
     pub(crate) fn query_timeout(&self) -> Duration {
         self.margin / 4
     }
 
-    /// Time to work.
+    /// The time left until the deadline.
     pub(crate) fn remaining(&self) -> Duration {
         self.at.saturating_duration_since(Instant::now())
     }
 }
 
 impl Worker {
-    /// Passes messages to every live projector of the convoy, and says which of them were passed:
-    /// all that are ours, unless the deadline was reached. Those may be deleted. Nothing runs on
-    /// afterwards.
+    /// Passes messages to every live projector of the fan-out group. For each message, returns
+    /// whether it was processed and may be deleted. These are all messages of this log, unless the
+    /// deadline was reached. When this returns, no work is running.
     ///
-    /// Stragglers may go on for as long as one projector may hold up the convoy, and then finish
-    /// the page in hand. What they have not committed is done again later, as in play when its
-    /// process ends: the store has it.
+    /// Projectors in the background continue for at most `background_after.time` and then finish
+    /// their current page. As after a shutdown of play, uncommitted work is repeated later from the
+    /// store.
     pub(crate) async fn fan_out_until(
         &mut self,
         ids: &[String],
@@ -85,34 +85,38 @@ impl Worker {
         )
         .await;
         if let Some(verdicts) = verdicts {
-            // Best effort, as all that only tells of something.
+            // Best effort: this only logs and counts.
             let _ = timeout(deadline.query_timeout(), self.record_foreign(&verdicts, ids, bodies))
                 .await;
             return verdicts.iter().map(Option::is_none).collect();
         }
-        warn!(messages = bodies.len(), "time is over: what is not committed is rolled back");
+        warn!(messages = bodies.len(), "the deadline was reached: uncommitted work is rolled back");
         match timeout(deadline.query_timeout(), self.find_processed(bodies, &in_background)).await {
             Ok(Ok(processed)) => processed,
             Ok(Err(error)) => {
-                debug!(%error, "cannot tell who has passed which messages: all come again");
+                debug!(
+                    %error,
+                    "cannot determine which messages were processed: all are delivered again"
+                );
                 vec![false; bodies.len()]
             }
             Err(_) => vec![false; bodies.len()],
         }
     }
 
-    /// Ends what goes on outside the convoy, and waits until all that was cut off is rolled back.
+    /// Ends the background tasks and waits until all interrupted work is rolled back.
     pub(crate) async fn shut_down_stragglers(&mut self, grace: Duration, deadline: &Deadline) {
         self.broken +=
             self.stragglers.shut_down(tokio::time::sleep(grace), deadline.reached()).await;
-        // Who is frozen with a transaction open would hold its projector's row.
+        // A process that is frozen with an open transaction would keep its projector's row locked.
         if !self.engine.database.wait_until_idle(deadline.margin / 2).await {
-            debug!("not all connections are at rest");
+            debug!("not all connections are idle");
         }
     }
 
-    /// Which messages every live projector has passed, by the ledger, but for those that are
-    /// outside the convoy: they read the store instead. Of a reference nobody can tell.
+    /// Determines from the ledger which messages every live projector has processed. Projectors in
+    /// the background are ignored, because they read the store instead. A reference counts as
+    /// unprocessed, because the ledger does not show whether its events were applied.
     async fn find_processed(
         &self,
         bodies: &[String],

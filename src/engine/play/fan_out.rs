@@ -1,4 +1,5 @@
-//! Fan-out: one batch of messages to every live projector, one after the other, in registry order.
+//! Fan-out: passes one batch of messages to every live projector, one after the other, in registry
+//! order.
 
 use tokio::time::timeout;
 use tracing::{debug, warn};
@@ -16,20 +17,22 @@ use crate::queue::{ForeignReason, Message};
 use crate::store::LogSnapshot;
 
 impl Worker {
-    /// Passes messages to every live projector of the convoy by the chain rule, and counts those
-    /// that break. `Ok`: each of them has committed past all of our messages, is broken, is no
-    /// longer ours, or has left the convoy and reads the store instead. So they may be deleted, but
-    /// for those that are not ours: it says of each message why it is not.
+    /// Passes messages to every live projector of the fan-out group by the continuity rule, and
+    /// counts the projectors that break. The result has one entry per message: `None` if it belongs
+    /// to this log, or the reason why it is foreign.
+    ///
+    /// On `Ok`, the messages of this log may be deleted. Each projector has committed past them, is
+    /// broken, was taken over, or has moved to the background, where it reads the store instead.
     ///
     /// # Errors
-    /// If ledger or log cannot be read: then nothing may be deleted.
+    /// If the ledger or the log cannot be read. Then no message may be deleted.
     pub(super) async fn fan_out(
         &mut self,
         bodies: &[String],
     ) -> Result<Vec<Option<ForeignReason>>, sqlx::Error> {
-        // Read again with every batch: what was booted, broken or retired meanwhile joins or
-        // leaves. So is the identity of the log: nothing is applied because of an id or a key that
-        // was its own once.
+        // Read again with every batch, so that projectors that were booted, broken or retired join
+        // or leave. The log's identity is also read again: a message with an old id or key must not
+        // be applied.
         let positions = claimed_positions(bodies);
         let (live, view) = tokio::try_join!(
             self.engine.ledger.live_projectors(),
@@ -42,9 +45,10 @@ impl Worker {
         if runs.is_empty() && !has_references {
             return Ok(foreign);
         }
-        let target = match has_references {
-            false => None,
-            true => Some(self.engine.store.raise_high_water().await?.mark),
+        let target = if has_references {
+            Some(self.engine.store.raise_high_water().await?.mark)
+        } else {
+            None
         };
 
         let timed_out = self.in_progress.take();
@@ -56,8 +60,8 @@ impl Worker {
                 Need::Nothing | Need::CatchUp => None,
             };
             let skip_ahead = self.engine.skip_ahead(Stage::Play, &mut group, run.last(), whole);
-            // A row that another worker holds for longer is waited for below, by its own projector
-            // only.
+            // If another worker holds a row for longer, only that row's projector waits for it
+            // below.
             let _ = timeout(background_after.time, skip_ahead).await;
         }
         for mut cursor in group {
@@ -71,7 +75,7 @@ impl Worker {
                     warn!(
                         projector = %cursor.projector.id, position = cursor.position.get(),
                         seconds = background_after.time.as_secs_f32(),
-                        "takes too long: leaves the convoy and catches up by itself"
+                        "slow: moves to the background and catches up there"
                     );
                     self.stragglers.move_to_background(
                         &self.engine,
@@ -85,9 +89,9 @@ impl Worker {
         Ok(foreign)
     }
 
-    /// The live projectors that can follow, in registry order. Those that are far behind are sent
-    /// off, and who held up the last fan-out until it was cut off: there was no time to let it go
-    /// then.
+    /// The fan-out group in registry order. Projectors that are far behind move to the background.
+    /// So does the projector that was in progress when the last fan-out was interrupted, because
+    /// there was no time to move it then.
     fn form_group(
         &mut self,
         live: &[(ProjectorId, Position)],
@@ -108,7 +112,7 @@ impl Worker {
                 let why = if is_slow { "slow" } else { "far behind" };
                 warn!(
                     projector = %projector.id, position = position.get(),
-                    "{why}: leaves the convoy and catches up by itself"
+                    "{why}: moves to the background and catches up there"
                 );
                 self.stragglers.move_to_background(&self.engine, projector, position);
                 continue;
@@ -122,7 +126,7 @@ impl Worker {
         group
     }
 
-    /// Brings one projector past all runs, and through the target of the references.
+    /// Brings one projector past all runs and, if there are references, to `target`.
     async fn process(
         &self,
         cursor: &mut Cursor,
@@ -148,8 +152,10 @@ impl Worker {
                 ),
                 Need::CatchUp => {
                     debug!(
-                        projector = %cursor.projector.id, position = cursor.position.get(), prev = run.prev().get(),
-                        "the queue does not continue this projector: catching up from the store"
+                        projector = %cursor.projector.id, position = cursor.position.get(),
+                        prev = run.prev().get(),
+                        "the messages do not continue this projector's position: catching up from \
+                         the store"
                     );
                     self.catch_up_from_store(cursor, run.last()).await?;
                 }
@@ -171,7 +177,7 @@ impl Worker {
 }
 
 /// Whether a projector would have to read more than `max_events` events from the store before it
-/// can follow.
+/// can continue with the runs or reach the target.
 fn is_far_behind(
     position: Position,
     runs: &[Run],
@@ -184,19 +190,18 @@ fn is_far_behind(
     before_the_runs.max(after_the_runs) > max_events
 }
 
-/// What a projector still needs before a message that carries a run may be deleted, as far as it is
-/// concerned.
+/// What a projector still needs before the message with a run may be deleted.
 #[derive(Debug)]
 pub(crate) enum Need<'a> {
-    /// It has committed past the run, is broken, or is no longer ours.
+    /// Nothing: the projector has committed past the run, is broken or was taken over.
     Nothing,
     /// The next events of the run.
     Batch(Batch<'a>),
-    /// What lies before the run's end, from the store.
+    /// The events up to the end of the run, from the store.
     CatchUp,
 }
 
-/// The chain rule for one projector, in batches.
+/// Applies the continuity rule to one projector, in batches of at most `limit` events.
 pub(crate) fn next_need<'a>(cursor: &Cursor, run: &'a Run, limit: u64) -> Need<'a> {
     if !cursor.is_running() {
         return Need::Nothing;
@@ -213,18 +218,19 @@ pub(crate) fn next_need<'a>(cursor: &Cursor, run: &'a Run, limit: u64) -> Need<'
     }
 }
 
-/// What came with one receive.
+/// The messages of one receive, sorted.
 #[derive(Debug)]
 pub(crate) struct SortedMessages {
-    /// The events, joined and in order.
+    /// The runs of events, merged and in order.
     pub(crate) runs: Vec<Run>,
-    /// Whether there are events that have to be read from the store.
+    /// Whether there are references, whose events have to be read from the store.
     pub(crate) has_references: bool,
-    /// Of each message, in the order in which they came, why it is not ours; `None`: it is.
+    /// For each message, in the order received: why it is foreign, or `None` if it belongs to this
+    /// log.
     pub(crate) foreign: Vec<Option<ForeignReason>>,
 }
 
-/// Reads messages. Each run is compared with the log before it is joined to others.
+/// Parses messages. Each run is compared with the log before it is merged with others.
 pub(crate) fn sort_messages(bodies: &[String], view: &LogSnapshot) -> SortedMessages {
     let mut runs = Vec::new();
     let mut has_references = false;

@@ -1,5 +1,5 @@
-//! Messages that are not ours: counted, logged and alerted. They are never applied, and never
-//! deleted.
+//! Foreign messages: messages that do not belong to this log. They are counted, logged and alerted,
+//! but never applied and never deleted.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
@@ -12,21 +12,22 @@ use crate::model::metrics;
 use crate::queue::{ForeignReason, Message, parse};
 use crate::store::{EventStore, LogSnapshot};
 
-/// Between two alerts. The log's own count is brought up to date with each of them.
+/// The minimum time between two alerts. Each alert also updates the count in the log.
 const ALERT_EVERY: Duration = Duration::from_secs(300);
 
-/// Of a message that has no id, in characters.
+/// The length of the example for a message without an id, in characters.
 const EXAMPLE_LENGTH: usize = 60;
 
-/// Reads a message, and compares it with the log.
+/// Parses a message and compares it with the log.
 ///
-/// A signature proves that a message is of whoever has the key. That its events are those of the
-/// log as it is now is proved by the id of its last event: the signature binds the others to it,
-/// and a database that was restored or cloned has another event there, or none.
+/// The signature proves that the sender has the key, and binds all events of the message to each
+/// other. The id of the last event proves that they are events of the log as it is now: a database
+/// that was restored or cloned has another event at that position, or none.
 pub(crate) fn verify_message(body: &str, view: &LogSnapshot) -> Message {
     let message = parse(body, &view.marks.log);
     let foreign = match &message {
-        // The relay stores the mark before it sends.
+        // The relay stores the mark before it sends a message, so no message of this log is beyond
+        // it.
         Message::Events(run) if run.last() > view.marks.high_water => {
             Some(ForeignReason::BeyondHighWater)
         }
@@ -46,23 +47,23 @@ pub(crate) fn verify_message(body: &str, view: &LogSnapshot) -> Message {
     foreign.map_or(message, Message::Foreign)
 }
 
-/// Where the rows stand that messages are to be compared with, by what these claim.
+/// The positions, as the messages claim them, of the rows that the messages will be compared with.
 pub(crate) fn claimed_positions(bodies: &[String]) -> Vec<Position> {
     bodies.iter().filter_map(|body| crate::queue::unverified_last(body)).collect()
 }
 
-/// What is known of the messages that were not ours and not told of yet.
+/// The foreign messages that have not been reported yet.
 #[derive(Debug, Default)]
 pub(super) struct ForeignWatch {
-    /// Which queue this worker listens to.
+    /// The queue from which this worker receives.
     queue: Option<String>,
-    /// Since the last alert.
+    /// The number of foreign messages since the last alert.
     messages: u64,
     reasons: BTreeMap<ForeignReason, u64>,
     example: String,
-    /// By the host's clock: that of the process may stand still while a function is frozen.
+    /// Wall-clock time: the monotonic clock may not advance while a Lambda function is frozen.
     alerted_at: Option<SystemTime>,
-    /// Not yet added to the log's own count.
+    /// The number of foreign messages not yet added to the count in the log.
     uncounted: u64,
 }
 
@@ -79,7 +80,7 @@ impl ForeignWatch {
 }
 
 impl Worker {
-    /// Warns where the log was last published to another queue than this worker's.
+    /// Warns if the log was last published to another queue than this worker's.
     pub(crate) async fn check_queue(&mut self, queue: Option<String>) -> Result<(), sqlx::Error> {
         if let Some(queue) = queue {
             check_queue(&self.engine.store, &queue).await?;
@@ -88,8 +89,8 @@ impl Worker {
         Ok(())
     }
 
-    /// Takes note of the messages that are not ours: one alert now, and one every five minutes
-    /// while there are any.
+    /// Records the foreign messages among those received. Logs an alert immediately, and then at
+    /// most every five minutes.
     pub(crate) async fn record_foreign(
         &mut self,
         verdicts: &[Option<ForeignReason>],
@@ -105,7 +106,7 @@ impl Worker {
         for (at, reason) in
             verdicts.iter().enumerate().filter_map(|(at, reason)| Some((at, (*reason)?)))
         {
-            debug!(%reason, "a message that is not ours");
+            debug!(%reason, "received a foreign message");
             if watch.messages == 0 {
                 watch.example = example(ids.get(at), &bodies[at]);
             }
@@ -123,42 +124,43 @@ impl Worker {
             messages = watch.messages,
             reasons = watch.reasons(),
             example = watch.example,
-            "the queue has messages that are not of this log: they are not applied and not deleted; look who sends them, or \
-             whether QUEUE_URL is the right queue"
+            "the queue has messages that are not of this log: they are neither applied nor \
+             deleted. Find their sender, or correct QUEUE_URL if this is the wrong queue"
         );
         (watch.messages, watch.reasons) = (0, BTreeMap::new());
         self.count_foreign().await;
     }
 
-    /// Adds what was not counted yet to the log's own count.
+    /// Adds the uncounted foreign messages to the count in the log.
     pub(crate) async fn count_foreign(&mut self) {
         let uncounted = std::mem::take(&mut self.foreign.uncounted);
         if uncounted == 0 {
             return;
         }
         if let Err(error) = self.engine.store.count_foreign(uncounted).await {
-            debug!(%error, "messages that are not ours are counted later");
+            debug!(%error, "cannot count foreign messages: they are counted later");
             self.foreign.uncounted = uncounted;
         }
     }
 
-    /// Notes which log it is: a worker that goes on through a rotation should say so.
+    /// Records the log's id, and logs a change: an operator may rotate it while the worker runs.
     pub(super) fn record_log_id(&mut self, log_id: &str) {
         if self.log_id != log_id {
-            info!(log_id, "the log has a new id: messages of the one before are not ours any more");
+            info!(log_id, "the log has a new id: messages with the previous id are now foreign");
             log_id.clone_into(&mut self.log_id);
         }
     }
 }
 
-/// Warns where the log was last published to another queue than this one.
+/// Warns if the log was last published to a queue other than `queue`.
 pub(crate) async fn check_queue(store: &EventStore, queue: &str) -> Result<(), sqlx::Error> {
     if let Some(published_to) = store.recorded_queue().await?.filter(|recorded| recorded != queue) {
         warn!(
             alert = "queue_changed",
             queue,
             published_to,
-            "this process uses another queue than the log was last published to; if that is not meant, correct QUEUE_URL"
+            "this process uses another queue than the one that the log was last published to. If \
+             this is not intended, correct QUEUE_URL"
         );
     }
     Ok(())

@@ -1,5 +1,5 @@
-//! The receipts of messages that are not ours: which stay hidden, which are given back, and how
-//! long the next receive waits, so that their owner can have them.
+//! The receipts of foreign messages. This module decides which of them stay hidden, which are
+//! returned to the queue, and how long the next receive waits so that their owner can receive them.
 
 use std::collections::{HashSet, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -9,60 +9,60 @@ use tracing::debug;
 
 use crate::queue::{ForeignReason, Queue, Receipt};
 
-/// After receives of nothing but messages that are not ours, the next one waits for so long; it
-/// doubles. Meanwhile their owner can have them, and projectors are fed from the store.
+/// The first pause after receives that brought only foreign messages. The pause doubles each time.
+/// Meanwhile their owner can receive them, and projectors are fed from the store.
 pub(super) const FIRST_FOREIGN_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_FOREIGN_PAUSE: Duration = Duration::from_secs(30);
 
-/// A receive that brings so many messages may have left some of ours behind them.
+/// A receive with this many messages may have left messages of this log behind them in the queue.
 const FULL_RECEIVE: usize = 10;
 
-/// So many messages that are not ours are taken at most, and given back together, to see what
-/// stands behind them.
+/// The maximum number of foreign messages that are set aside, to reach the messages behind them,
+/// before they are returned together.
 const MAX_SET_ASIDE: usize = 100;
 
-/// After so many receives without a message of ours, a queue that still holds some that are not is
-/// taken to hold nothing else.
+/// After this many receives without a message of this log, a queue with known foreign messages is
+/// assumed to hold only foreign ones.
 const MIN_UNPRODUCTIVE_RECEIVES: u32 = 3;
 
-/// Beyond, messages that are not ours are not told from each other, and not given back at the end:
-/// they come back by themselves.
+/// The maximum number of foreign messages that are remembered. Beyond this, they are neither
+/// counted separately nor returned at the end; they reappear when their visibility timeout ends.
 const MAX_KNOWN_FOREIGN: usize = 10_000;
 
-/// The messages of a queue that are not ours.
+/// The foreign messages of a queue.
 #[derive(Debug, Default)]
 pub(super) struct ForeignReceipts {
-    /// Each once, by a hash of its id.
+    /// The distinct foreign messages, as hashes of their ids.
     known: HashSet<u64>,
-    /// Those that came with messages of ours: hidden until their visibility expires, so that ours
-    /// are not held up by them.
+    /// Foreign messages that arrived together with messages of this log. They stay hidden until
+    /// their visibility timeout ends, so that they do not delay other messages.
     hidden: VecDeque<(Instant, Receipt)>,
-    /// Those that came without any of ours, and are given back once it is seen what stands behind
-    /// them.
+    /// Foreign messages that arrived alone. They are returned once the messages behind them have
+    /// been received.
     set_aside: Vec<Receipt>,
-    /// Pauses in a row because nothing came but messages that are not ours.
+    /// Consecutive pauses because only foreign messages arrived.
     pauses: u32,
-    /// Receives in a row that brought no message of ours.
+    /// Consecutive receives without a message of this log.
     unproductive_receives: u32,
 }
 
 impl ForeignReceipts {
-    /// How many different messages were seen.
+    /// The number of distinct foreign messages.
     pub(super) fn count(&self) -> u64 {
         self.known.len() as u64
     }
 
-    /// Returns `true` if the last receive brought no message of ours.
+    /// Returns `true` if the last receive brought no message of this log.
     pub(super) fn is_unproductive(&self) -> bool {
         self.unproductive_receives > 0
     }
 
-    /// Returns `true` if the queue is taken to hold nothing but messages that are not ours.
+    /// Returns `true` if the queue is assumed to hold only foreign messages.
     pub(super) fn has_only_foreign(&self) -> bool {
         !self.known.is_empty() && self.unproductive_receives >= MIN_UNPRODUCTIVE_RECEIVES
     }
 
-    /// The receipts of our messages, and those of the others.
+    /// Splits receipts into those of this log's messages and those of foreign messages.
     pub(super) fn split(
         &mut self,
         verdicts: &[Option<ForeignReason>],
@@ -86,15 +86,15 @@ impl ForeignReceipts {
         (own, foreign)
     }
 
-    /// Records a receive without any message. Returns `true` if messages are aside that should be
-    /// given back.
+    /// Records a receive without messages. Returns `true` if there are set-aside messages to
+    /// return.
     pub(super) fn record_empty_receive(&mut self) -> bool {
         self.unproductive_receives += 1;
         !self.set_aside.is_empty()
     }
 
-    /// Puts the messages of a receive without any of ours aside. Returns `true` if ours may stand
-    /// behind them.
+    /// Sets the messages of a receive aside that brought only foreign ones. Returns `true` if there
+    /// may be messages of this log behind them.
     pub(super) fn record_foreign_receive(&mut self, foreign: Vec<Receipt>) -> bool {
         self.unproductive_receives += 1;
         let is_full = foreign.len() >= FULL_RECEIVE;
@@ -102,7 +102,7 @@ impl ForeignReceipts {
         is_full && self.set_aside.len() < MAX_SET_ASIDE
     }
 
-    /// Records that messages of ours were received with these others, which stay hidden for
+    /// Records a receive with messages of this log. The foreign messages stay hidden for
     /// `visibility`.
     pub(super) fn record_mixed_receive(&mut self, foreign: Vec<Receipt>, visibility: Duration) {
         (self.unproductive_receives, self.pauses) = (0, 0);
@@ -116,14 +116,14 @@ impl ForeignReceipts {
         self.hidden.extend(set_aside.into_iter().chain(foreign).map(|receipt| (now, receipt)));
     }
 
-    /// Gives back what came without any of ours, before a pause.
+    /// Returns the set-aside messages to the queue, before a pause.
     pub(super) async fn return_set_aside(&mut self, queue: &dyn Queue) {
         self.pauses += 1;
         let set_aside = std::mem::take(&mut self.set_aside);
         make_visible(queue, &set_aside).await;
     }
 
-    /// Gives back all that is hidden.
+    /// Returns all hidden and set-aside messages to the queue.
     pub(super) async fn return_all(&mut self, queue: &dyn Queue) {
         let mut hidden: Vec<Receipt> = self.hidden.drain(..).map(|(_, receipt)| receipt).collect();
         hidden.append(&mut self.set_aside);
@@ -139,6 +139,9 @@ impl ForeignReceipts {
 
 async fn make_visible(queue: &dyn Queue, receipts: &[Receipt]) {
     if let Err(error) = queue.change_visibility(receipts, Duration::ZERO).await {
-        debug!(%error, "messages that are not ours were not given back, and come back by themselves");
+        debug!(
+            %error,
+            "cannot return foreign messages: they reappear after their visibility timeout"
+        );
     }
 }

@@ -1,4 +1,4 @@
-//! Play: receive, fan out, delete, until shutdown.
+//! Play: receives messages, fans them out and deletes them, until shutdown.
 
 mod background;
 mod deadline;
@@ -36,62 +36,112 @@ pub(crate) use worker::Worker;
 
 /// How play works.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct PlaySettings {
-    /// The bounds of the engine.
+    /// The limits of the engine.
     pub limits: Limits,
-    /// How the relay works in this process; `None`: it runs elsewhere.
+    /// How the relay in this process works. `None`: the relay runs elsewhere.
     pub relay: Option<RelaySettings>,
     /// How long one receive waits for a message (at most 20 s).
     pub receive_wait: Duration,
-    /// A projector that stands still below the high-water mark for so long, while the queue is
-    /// silent, is caught up from the store: the queue has lost what it waits for.
+    /// How long a projector may stay at the same position below the high-water mark while the queue
+    /// is silent. After that its messages count as lost, and it is caught up from the store.
     pub reconcile_after: Duration,
-    /// How long one projector may hold up the others.
+    /// How long one projector may delay the others.
     pub background_after: BackgroundLimits,
-    /// Whether to end once queue and log are quiet and every live projector is at the high-water
-    /// mark. A queue that holds only messages of others counts as quiet.
+    /// Whether to end once the queue and the log are idle and every live projector is at the
+    /// high-water mark. A queue with only foreign messages counts as idle.
     pub until_idle: bool,
-    /// How long the batch in hand may take to end after the shutdown; then it is rolled back.
-    pub grace: Duration,
+    /// How long the current batch may run after the shutdown. After that it is rolled back.
+    pub grace_period: Duration,
+}
+
+impl PlaySettings {
+    /// The defaults.
+    pub fn new() -> Self {
+        PlaySettings {
+            limits: Limits::new(),
+            relay: Some(RelaySettings::new()),
+            receive_wait: Duration::from_secs(5),
+            reconcile_after: Duration::from_secs(2),
+            background_after: BackgroundLimits::new(),
+            until_idle: false,
+            grace_period: Duration::from_secs(10),
+        }
+    }
+
+    /// Sets [`PlaySettings::limits`].
+    pub fn with_limits(mut self, limits: Limits) -> Self {
+        self.limits = limits;
+        self
+    }
+
+    /// Sets [`PlaySettings::relay`].
+    pub fn with_relay(mut self, relay: Option<RelaySettings>) -> Self {
+        self.relay = relay;
+        self
+    }
+
+    /// Sets [`PlaySettings::receive_wait`].
+    pub fn with_receive_wait(mut self, receive_wait: Duration) -> Self {
+        self.receive_wait = receive_wait;
+        self
+    }
+
+    /// Sets [`PlaySettings::reconcile_after`].
+    pub fn with_reconcile_after(mut self, reconcile_after: Duration) -> Self {
+        self.reconcile_after = reconcile_after;
+        self
+    }
+
+    /// Sets [`PlaySettings::background_after`].
+    pub fn with_background_after(mut self, background_after: BackgroundLimits) -> Self {
+        self.background_after = background_after;
+        self
+    }
+
+    /// Sets [`PlaySettings::until_idle`].
+    pub fn with_until_idle(mut self, until_idle: bool) -> Self {
+        self.until_idle = until_idle;
+        self
+    }
+
+    /// Sets [`PlaySettings::grace_period`].
+    pub fn with_grace_period(mut self, grace_period: Duration) -> Self {
+        self.grace_period = grace_period;
+        self
+    }
 }
 
 impl Default for PlaySettings {
     fn default() -> Self {
-        PlaySettings {
-            limits: Limits::default(),
-            relay: Some(RelaySettings::default()),
-            receive_wait: Duration::from_secs(5),
-            reconcile_after: Duration::from_secs(2),
-            background_after: BackgroundLimits::default(),
-            until_idle: false,
-            grace: Duration::from_secs(10),
-        }
+        Self::new()
     }
 }
 
-/// What play did.
+/// The result of play.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct PlayReport {
-    /// Messages that were taken from the queue and deleted.
+    /// Messages that were received and deleted.
     pub messages: u64,
-    /// Projectors that broke meanwhile.
+    /// Projectors that broke.
     pub broken: u64,
-    /// Live projectors that were not played at the end: they were booted with another definition
-    /// than this worker has.
+    /// Live projectors that were not played at the end, because they were booted with a definition
+    /// that differs from this worker's.
     pub outdated: u64,
-    /// Messages that are not of this log. They were neither applied nor deleted.
+    /// Foreign messages: they do not belong to this log, and were neither applied nor deleted.
     pub foreign: u64,
 }
 
-/// Plays every live projector of a set, until `shutdown`. Projectors that are booted, broken or
-/// retired meanwhile join or leave without a restart; one that was not booted is never played.
+/// Plays every live projector of a set until `shutdown`. Projectors that are booted, broken or
+/// retired while it runs join or leave without a restart. A projector that was not booted is never
+/// played.
 ///
-/// While database or queue are away it waits, and goes on by itself.
+/// While the database or the queue is unavailable, play waits and retries.
 ///
 /// # Errors
-/// If the log cannot be read at the start; or, where it is to end when all is quiet, if the log has
-/// lost its end.
+/// If the log cannot be read at the start. With `until_idle`, also if the end of the log was lost.
 pub async fn play(
     database: &Database,
     queue: Arc<dyn Queue>,
@@ -102,7 +152,7 @@ pub async fn play(
     let mut shutdown = pin!(shutdown);
     let worker = tokio::select! {
         biased;
-        // The database may be away, and is waited for.
+        // Checked first, because the start waits while the database is unavailable.
         () = &mut shutdown => return Ok(PlayReport::default()),
         worker = start_worker(database, registry, &settings, queue.as_ref()) => worker?,
     };
@@ -122,7 +172,7 @@ pub async fn play(
     });
     let mut receiver = QueueReceiver::new(&player.queue);
     player.run(&mut receiver, shutdown).await;
-    // Stopped first, so that another relay need not wait for what is given back.
+    // The relay is stopped before messages are returned, so that another relay can take over early.
     let relay = relay.map(|(stop, task)| {
         let _ = stop.send(());
         task
@@ -132,7 +182,7 @@ pub async fn play(
     let broken = player.worker.broken_count();
     let outdated = player.worker.outdated().len() as u64;
     if let Some(task) = relay {
-        let _ = timeout(player.settings.grace, task).await;
+        let _ = timeout(player.settings.grace_period, task).await;
     }
     match player.fault {
         Some(fault) => Err(Error::LogFault(fault.to_string())),
@@ -160,9 +210,9 @@ async fn start_worker(
         settings.reconcile_after,
     )
     .await?;
-    // Not waited for: the log was just read, and this only tells of something.
+    // Not retried: the log was just read, and this check only logs a warning.
     if let Err(error) = worker.check_queue(queue.identity()).await {
-        debug!(%error, "cannot tell whether the queue has changed");
+        debug!(%error, "cannot check whether the queue has changed");
     }
     Ok(worker)
 }

@@ -1,4 +1,4 @@
-//! What is away is logged once and then at intervals.
+//! Logs outages at a limited rate.
 
 use std::time::Duration;
 
@@ -6,14 +6,15 @@ use tracing::{info, warn};
 
 use crate::model::backoff;
 
-/// Something that is away: told once and then at intervals, not with every attempt.
+/// The failures of one service in a row. They are logged at growing intervals, not with every
+/// attempt.
 #[derive(Debug, Default)]
 pub(crate) struct OutageLog {
     attempts: u32,
 }
 
 impl OutageLog {
-    /// Notes another failure, and says how long to wait.
+    /// Records a failure. Returns the delay before the next attempt.
     pub(crate) fn record_failure(&mut self, what: &str, error: &dyn std::fmt::Display) -> Duration {
         self.attempts += 1;
         if backoff::should_log(self.attempts) {

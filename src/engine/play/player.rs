@@ -1,5 +1,5 @@
-//! The player: receives, passes the messages to the worker, and deletes those that every live
-//! projector is past.
+//! The player receives messages, passes them to the worker, and deletes those that every live
+//! projector has processed.
 
 use std::future::Future;
 use std::pin::pin;
@@ -18,27 +18,27 @@ use super::worker::Worker;
 use crate::queue::{Queue, Receipt, ReceivedMessage};
 use crate::store::LogFault;
 
-/// A worker that the queue feeds.
+/// A worker that is fed from the queue.
 pub(super) struct Player {
     pub(super) worker: Worker,
     pub(super) queue: Arc<dyn Queue>,
     pub(super) settings: PlaySettings,
-    /// How many were taken from the queue and deleted.
+    /// The number of messages that were received and deleted.
     pub(super) messages: u64,
     outage_log: OutageLog,
-    /// Why it can never be idle: the log has lost its end.
+    /// Set if the end of the log was lost, so that play can never be idle.
     pub(super) fault: Option<LogFault>,
-    /// The messages that are not ours.
+    /// The receipts of foreign messages.
     pub(super) foreign_receipts: ForeignReceipts,
 }
 
-/// What is next after a receive.
+/// The next step after a receive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Next {
     Receive,
-    /// A pause, because it brought nothing but messages that are not ours.
+    /// Pause, because the receive brought only foreign messages.
     Pause,
-    /// The end: all is quiet, and that is what it was to wait for.
+    /// End: `until_idle` is set and everything is idle.
     End,
 }
 
@@ -55,14 +55,14 @@ impl Player {
         }
     }
 
-    /// Plays until `shutdown`, or until all is quiet where the settings say so.
+    /// Plays until `shutdown`, or until everything is idle if `until_idle` is set.
     pub(super) async fn run(
         &mut self,
         receiver: &mut QueueReceiver,
         shutdown: impl Future<Output = ()>,
     ) {
         let mut shutdown = pin!(shutdown);
-        // So that what stands still now is known from the first poll on.
+        // Records the positions, so that a projector that is already behind is noticed early.
         tokio::select! {
             biased;
             () = &mut shutdown => return,
@@ -80,20 +80,25 @@ impl Player {
                     received
                 }
                 Err(error) => {
-                    // What is appended meanwhile comes from the store.
+                    // Meanwhile, new events are applied from the store.
                     let pause = self
                         .outage_log
                         .record_failure("cannot receive from the queue, trying again", &error);
                     tokio::select! {
                         biased;
                         () = &mut shutdown => return,
-                        () = async { tokio::time::sleep(pause).await; self.worker.reconcile().await; } => continue,
+                        () = tokio::time::sleep(pause) => {}
+                    }
+                    tokio::select! {
+                        biased;
+                        () = &mut shutdown => return,
+                        () = self.worker.reconcile() => continue,
                     }
                 }
             };
             let receipts: Vec<Receipt> =
                 received.iter().map(|message| message.receipt.clone()).collect();
-            let grace = self.settings.grace;
+            let grace = self.settings.grace_period;
             let is_shutting_down = AtomicBool::new(false);
             let ended = {
                 let mut work = pin!(self.process_received(received, receiver, &is_shutting_down));
@@ -101,7 +106,7 @@ impl Player {
                     biased;
                     ended = &mut work => Some(ended),
                     () = &mut shutdown => {
-                        info!("shutting down: finishing the batch in hand");
+                        info!("shutting down: finishing the current batch");
                         is_shutting_down.store(true, Ordering::Relaxed);
                         match timeout(grace, work).await {
                             Ok(_) => return,
@@ -122,12 +127,16 @@ impl Player {
                 Some(Next::End) => return,
                 None => {
                     warn!(
-                        "the batch in hand took too long: it is rolled back, and its messages go back to the queue"
+                        "the current batch took too long: it is rolled back, and its messages are \
+                         returned to the queue"
                     );
                     if let Err(error) =
                         self.queue.change_visibility(&receipts, Duration::ZERO).await
                     {
-                        debug!(%error, "messages were not returned, and come back by themselves");
+                        debug!(
+                            %error,
+                            "cannot return messages: they reappear after their visibility timeout"
+                        );
                     }
                     return;
                 }
@@ -135,18 +144,20 @@ impl Player {
         }
     }
 
-    /// How long to wait for a message. While somebody stands still below the mark, not beyond the
-    /// moment at which the queue has to be taken for empty: a poll that another worker abandoned,
-    /// when it was stopped, may have taken messages with it.
+    /// How long to wait for a message. While a projector is below the mark without moving, the wait
+    /// is at most `reconcile_after`. A worker that was stopped during a receive may have taken
+    /// messages with it, so an empty receive must lead to a reconciliation soon.
     fn receive_wait(&self) -> Duration {
         let PlaySettings { receive_wait, reconcile_after, .. } = self.settings;
-        match self.worker.reconciler.has_stationary() {
-            true => receive_wait.min(reconcile_after),
-            false => receive_wait,
+        if self.worker.reconciler.has_stationary() {
+            receive_wait.min(reconcile_after)
+        } else {
+            receive_wait
         }
     }
 
-    /// Deals with one receive, and begins the next unless it `is_shutting_down`.
+    /// Processes the messages of one receive. Also starts the next receive, unless
+    /// `is_shutting_down` is set.
     async fn process_received(
         &mut self,
         received: Vec<ReceivedMessage>,
@@ -169,8 +180,8 @@ impl Player {
         }
 
         let (queue, visibility) = (Arc::clone(&self.queue), self.queue.visibility_timeout());
-        // Not while it only takes messages that are not ours: what is received ahead is hidden from
-        // their owner.
+        // Not after a receive with only foreign messages: prefetched messages are hidden from their
+        // owner.
         if !queue.is_ordered() && !self.foreign_receipts.is_unproductive() {
             receiver.prefetch(self.receive_wait());
         }
@@ -191,18 +202,22 @@ impl Player {
             return self.next_unless_idle(next).await;
         }
         self.foreign_receipts.record_mixed_receive(foreign, visibility);
-        // One that does not wait would find their group closed still.
+        // A receive without a wait would still find the message group locked.
         if queue.is_ordered()
             && !self.receive_wait().is_zero()
             && !is_shutting_down.load(Ordering::Relaxed)
         {
             receiver.prefetch(self.receive_wait());
         }
-        // Every live projector has committed past them, or is broken.
+        // Every live projector has committed past these messages or is broken.
         match self.queue.delete(&own).await {
             Ok(()) => self.messages += own.len() as u64,
             Err(error) => {
-                warn!(%error, "could not delete messages: they come again, and are known by their positions")
+                warn!(
+                    %error,
+                    "cannot delete messages: they are delivered again and skipped by their \
+                     positions"
+                )
             }
         }
         if self.worker.reconciler.is_due(Instant::now()) {
@@ -211,24 +226,24 @@ impl Player {
         Next::Receive
     }
 
-    /// Gives back what came without any of ours.
+    /// Returns the set-aside messages.
     async fn return_foreign(&mut self) -> Next {
         self.foreign_receipts.return_set_aside(self.queue.as_ref()).await;
         Next::Pause
     }
 
-    /// Gives back what is hidden and not ours, and adds to the log's count what it does not have
-    /// yet. Best effort.
+    /// Returns the hidden foreign messages to the queue and updates the count in the log. Best
+    /// effort.
     pub(super) async fn return_all_foreign(&mut self) {
         let return_all = async {
             self.foreign_receipts.return_all(self.queue.as_ref()).await;
             self.worker.count_foreign().await;
         };
-        let _ = timeout(self.settings.grace, return_all).await;
+        let _ = timeout(self.settings.grace_period, return_all).await;
     }
 
-    /// Receives nothing for a while, so that the owner of what is not ours can have it. Projectors
-    /// are fed from the store.
+    /// Receives nothing for a while, so that the owner of the foreign messages can receive them.
+    /// Meanwhile projectors are fed from the store.
     async fn pause_receiving(&mut self) {
         let until =
             tokio::time::Instant::now() + self.foreign_receipts.pause(self.settings.until_idle);
@@ -240,26 +255,23 @@ impl Player {
         }
     }
 
-    /// [`Next::End`] where it is to end once all is quiet, and all is; else what is next.
+    /// [`Next::End`] if `until_idle` is set and everything is idle, otherwise `next`.
     async fn next_unless_idle(&mut self, next: Next) -> Next {
         if !self.settings.until_idle || !self.is_idle().await {
             return next;
         }
-        // Nobody can tell what a message is that another worker has, or that stands behind one that
-        // is hidden. All of its events are applied.
+        // The queue may still have messages in flight at another worker, or messages behind hidden
+        // ones. Their contents are unknown, but every event of the log is applied.
         if self.fault.is_some() {
             return Next::End;
         }
-        match self.foreign_receipts.has_only_foreign()
-            || next == Next::Receive && self.queue.depth().await.is_ok_and(|depth| depth == 0)
-        {
-            true => Next::End,
-            false => next,
-        }
+        let is_quiet = self.foreign_receipts.has_only_foreign()
+            || next == Next::Receive && self.queue.depth().await.is_ok_and(|depth| depth == 0);
+        if is_quiet { Next::End } else { next }
     }
 
-    /// Whether the log is quiet and every live projector is at the high-water mark; or the log has
-    /// a fault, so that this never comes.
+    /// Whether the log is idle and every live projector is at the high-water mark. Also `true` if
+    /// the log has a fault, because then this never happens.
     async fn is_idle(&mut self) -> bool {
         let store = &self.worker.engine.store;
         let quiet = async {
@@ -284,14 +296,14 @@ impl Player {
             }
             Ok((quiet, None)) => quiet,
             Err(error) => {
-                debug!(%error, "cannot tell whether all is quiet");
+                debug!(%error, "cannot check whether play is idle");
                 false
             }
         }
     }
 }
 
-/// Keeps messages hidden from other receivers for as long as it is polled.
+/// Extends the visibility timeout of messages for as long as the future is polled.
 async fn extend_visibility(
     queue: &dyn Queue,
     receipts: &[Receipt],
@@ -300,7 +312,11 @@ async fn extend_visibility(
     loop {
         tokio::time::sleep(visibility / 3).await;
         if let Err(error) = queue.change_visibility(receipts, visibility).await {
-            debug!(%error, "could not keep messages hidden: another worker may receive them too, harmlessly");
+            debug!(
+                %error,
+                "cannot extend the visibility timeout: another worker may receive the messages \
+                 too, which is harmless"
+            );
         }
     }
 }

@@ -1,6 +1,6 @@
-//! Where messages come in. The next receive is under way as early as the queue's order allows:
-//! while messages are in work where there is none, and while they are deleted where there is one,
-//! for then it is answered as soon as they are gone.
+//! Receives from the queue. The next receive starts as early as the queue's order allows. For an
+//! unordered queue, it runs while the current messages are processed. For an ordered queue, it runs
+//! while they are deleted, and is answered as soon as they are gone.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,15 +11,15 @@ use tracing::debug;
 
 use crate::queue::{Queue, QueueError, Receipt, ReceivedMessage};
 
-/// How long the end waits for the receive that is under way. A queue that has messages answers
-/// within this time; a receive that waits longer for messages is broken off.
+/// How long `close` waits for a pending receive. A queue that has messages answers within this
+/// time. A receive that waits for new messages is abandoned.
 const CLOSE_TIMEOUT: Duration = Duration::from_millis(1_500);
 
 /// The receiving end of the queue.
 pub(super) struct QueueReceiver {
     queue: Arc<dyn Queue>,
-    /// The receive that is under way, if any. It is a task, so that its messages are not lost when
-    /// the caller stops waiting for it.
+    /// The pending receive, if any. It is a task, so that its messages are not lost when the caller
+    /// stops waiting for it.
     pending: JoinSet<Result<Vec<ReceivedMessage>, QueueError>>,
 }
 
@@ -28,8 +28,8 @@ impl QueueReceiver {
         QueueReceiver { queue: Arc::clone(queue), pending: JoinSet::new() }
     }
 
-    /// The next messages: those of the receive that is under way, or of a new one. When this future
-    /// is dropped, the receive goes on.
+    /// Returns the messages of the pending receive, or of a new one. If this future is dropped, the
+    /// receive continues.
     pub(super) async fn receive(
         &mut self,
         wait: Duration,
@@ -42,7 +42,7 @@ impl QueueReceiver {
         }
     }
 
-    /// Begins the next receive, unless it is under way.
+    /// Starts the next receive, unless one is pending.
     pub(super) fn prefetch(&mut self, wait: Duration) {
         if self.pending.is_empty() {
             let queue = Arc::clone(&self.queue);
@@ -50,8 +50,8 @@ impl QueueReceiver {
         }
     }
 
-    /// Gives back the messages of the receive that is under way. Messages that the queue hands out
-    /// after [`CLOSE_TIMEOUT`] come back by themselves.
+    /// Returns the messages of the pending receive to the queue. Messages that arrive after
+    /// [`CLOSE_TIMEOUT`] reappear when their visibility timeout ends.
     pub(super) async fn close(mut self) {
         let Ok(Some(Ok(Ok(received)))) = timeout(CLOSE_TIMEOUT, self.pending.join_next()).await
         else {
@@ -62,7 +62,7 @@ impl QueueReceiver {
             timeout(CLOSE_TIMEOUT, self.queue.change_visibility(&receipts, Duration::ZERO)).await;
         let hidden = hidden.unwrap_or_else(|late| Err(QueueError(late.to_string())));
         if let Err(error) = hidden {
-            debug!(%error, "messages were not returned, and come back by themselves");
+            debug!(%error, "cannot return messages: they reappear after their visibility timeout");
         }
     }
 }

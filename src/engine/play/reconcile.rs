@@ -1,5 +1,5 @@
-//! Reconcile: what the queue lost without a trace is found by comparing positions with the
-//! high-water mark.
+//! Reconciliation finds events that the queue has lost, by comparing the projectors' positions with
+//! the high-water mark.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -11,10 +11,10 @@ use crate::model::event::Position;
 use crate::model::metrics;
 use crate::model::projector::ProjectorId;
 
-/// However busy the queue is, positions are compared this often.
+/// The longest time between two comparisons, however busy the queue is.
 const MAX_INTERVAL: Duration = Duration::from_secs(60);
 
-/// Since when each live projector has stood still below the mark.
+/// Remembers since when each live projector has been at the same position below the mark.
 #[derive(Debug, Default)]
 pub(crate) struct Reconciler {
     last_run: Option<Instant>,
@@ -22,18 +22,19 @@ pub(crate) struct Reconciler {
 }
 
 impl Reconciler {
-    /// Whether the last comparison is so long ago that the next must not wait for silence.
+    /// Whether the next comparison is due even though the queue is busy.
     pub(crate) fn is_due(&mut self, now: Instant) -> bool {
         now.duration_since(*self.last_run.get_or_insert(now)) >= MAX_INTERVAL
     }
 
-    /// Whether anybody stood still below the mark at the last comparison.
+    /// Whether any projector was below the mark at the last comparison.
     pub(super) fn has_stationary(&self) -> bool {
         !self.stationary.is_empty()
     }
 
-    /// Takes note of where the live projectors stand, and says which have stood still below the
-    /// mark for longer than `after`. One that moves is being fed: the queue explains its lag.
+    /// Records the positions of the live projectors. Returns those that have been at the same
+    /// position below the mark for at least `after`. A projector that moves is being fed from the
+    /// queue.
     pub(crate) fn find_overdue(
         &mut self,
         now: Instant,
@@ -61,11 +62,11 @@ impl Reconciler {
 }
 
 impl Worker {
-    /// Compares, and catches up from the store what has stood still for too long. If the database
-    /// is away, the next time will do.
+    /// Compares the positions, and catches overdue projectors up from the store. If the database is
+    /// unavailable, the next call tries again.
     pub(crate) async fn reconcile(&mut self) {
         if let Err(error) = self.try_reconcile().await {
-            warn!(%error, "could not reconcile now");
+            warn!(%error, "cannot reconcile, trying again later");
         }
     }
 
@@ -81,10 +82,10 @@ impl Worker {
             let Some(projector) = self.registry.get(&id) else { continue };
             info!(
                 projector = %id, position = position.get(), high_water = mark.get(),
-                "the queue does not bring what is missing: catching up from the store"
+                "the queue does not deliver the missing events: catching up from the store"
             );
-            // By itself: what it takes may be long, and messages for the others may come any
-            // moment.
+            // In the background: the catch-up may take long, and messages for the others may arrive
+            // at any time.
             self.stragglers.move_to_background(&self.engine, projector, position);
         }
         Ok(())

@@ -1,5 +1,5 @@
-//! The worker: the engine, the convoy, and what is known of who stands still. Play feeds it from
-//! the queue, and so does Lambda.
+//! The worker: the engine, the fan-out group and the reconciliation. Play and Lambda feed the
+//! worker with messages from the queue.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -23,40 +23,39 @@ use crate::model::projector::ProjectorId;
 use crate::model::registry::Registry;
 use crate::queue::ForeignReason;
 
-/// A receive that takes so long is worth a line in the log.
+/// A receive that takes at least this long to commit is logged.
 const SLOW_RECEIVE: Duration = Duration::from_secs(1);
 
-/// What passes messages to the live projectors of a set, and repairs what the queue loses.
+/// Passes messages to the live projectors of a set, and repairs losses of the queue.
 pub(crate) struct Worker {
     pub(crate) engine: Engine,
     pub(super) registry: Registry,
-    /// Which log it was when messages last came; only to tell of a change.
+    /// The log's id at the last fan-out, to notice a change.
     pub(super) log_id: String,
     pub(super) foreign: ForeignWatch,
     pub(super) background_after: BackgroundLimits,
-    /// How long a projector may stand still below the mark before the queue has lost what it waits
-    /// for.
+    /// How long a projector may stay at the same position below the mark. After that its messages
+    /// count as lost.
     pub(super) reconcile_after: Duration,
     pub(super) reconciler: Reconciler,
     pub(super) stragglers: Stragglers,
-    /// What is known of the mark's troubles. The relay of this process has it, too.
+    /// Shared with the relay of this process.
     pub(crate) watch: StallWatch,
-    /// Whom the others in the convoy wait for.
+    /// The projector of the fan-out group that is being processed.
     pub(super) in_progress: Option<ProjectorId>,
-    /// Projectors that broke since it began.
+    /// Projectors that broke since the worker began.
     pub(super) broken: u64,
-    /// Live projectors that were booted with another definition than this worker has, as it was
-    /// last logged.
+    /// Live projectors that were booted with a definition that differs from this worker's, as last
+    /// logged.
     outdated: BTreeSet<ProjectorId>,
     outage_log: OutageLog,
 }
 
 impl Worker {
-    /// Reads which log it is, and says whom it plays, and whom not.
+    /// Reads the log's identity, and logs which projectors this worker plays.
     ///
     /// # Errors
-    /// If the log or the ledger cannot be read, for another reason than that the database is away:
-    /// that is waited for.
+    /// If the log or the ledger cannot be read. Transient errors are retried without limit.
     pub(crate) async fn new(
         database: &Database,
         registry: &Registry,
@@ -64,7 +63,8 @@ impl Worker {
         background_after: BackgroundLimits,
         reconcile_after: Duration,
     ) -> Result<Self, Error> {
-        // A worker that gave up on one projector would delete messages that it has not passed.
+        // Play must not give up on a projector, because it would delete messages that the projector
+        // has not processed.
         let limits = Limits { retry_timeout: None, ..limits };
         let engine = Engine::new(database, limits, registry);
         let log_id = engine
@@ -91,7 +91,7 @@ impl Worker {
         Ok(worker)
     }
 
-    /// Says whom it plays, and whom not.
+    /// Logs which projectors this worker plays and which it does not.
     async fn log_projectors(&self) -> Result<(), Error> {
         let (sessions, projectors) = (
             self.engine.database.max_handler_connections(),
@@ -101,9 +101,9 @@ impl Worker {
             warn!(
                 projectors,
                 sessions,
-                "more projectors keep a database session of their own than there are connections for handlers: the others \
-                 open a new one for each batch. Raise --connections, or let those that leave nothing in a session share \
-                 (SessionUse::Shared)"
+                "more projectors keep their own database session than there are connections for \
+                 handlers: the rest open a new session for each batch. Raise --connections, or use \
+                 SessionUse::Shared for projectors that leave nothing in a session"
             );
         }
         let entries =
@@ -111,7 +111,10 @@ impl Worker {
         for projector in self.registry.iter() {
             match entries.iter().find(|entry| entry.id == projector.id) {
                 None => {
-                    warn!(projector = %projector.id, status = "new", "not booted, and so not played: run boot")
+                    warn!(
+                        projector = %projector.id, status = "new",
+                        "not booted, and so not played: run boot"
+                    )
                 }
                 // Logged when the live projectors are read.
                 Some(entry)
@@ -119,12 +122,16 @@ impl Worker {
                 }
                 Some(entry) if entry.status == Status::Live => {
                     info!(
-                        projector = %entry.id, status = %entry.status, position = entry.position.get(),
-                        release = self.engine.release, "playing"
+                        projector = %entry.id, status = %entry.status,
+                        position = entry.position.get(), release = self.engine.release,
+                        "playing"
                     );
                 }
                 Some(entry) if Stage::Boot.can_apply(&entry.status) => {
-                    warn!(projector = %entry.id, status = %entry.status, "not live, and so not played: run boot");
+                    warn!(
+                        projector = %entry.id, status = %entry.status,
+                        "not live, and so not played: run boot"
+                    );
                 }
                 Some(entry) => info!(projector = %entry.id, status = %entry.status, "not played"),
             }
@@ -132,9 +139,8 @@ impl Worker {
         Ok(())
     }
 
-    /// Fans messages out, again and again if the database is away, until each live projector is
-    /// past those that are ours. Says of each message why it is not ours; `None`: it is, and may be
-    /// deleted.
+    /// Fans messages out, and retries while the database is unavailable. Returns for each message
+    /// why it is foreign. `None`: it belongs to this log, is processed, and may be deleted.
     pub(crate) async fn fan_out_with_retry(
         &mut self,
         bodies: &[String],
@@ -158,15 +164,14 @@ impl Worker {
         }
     }
 
-    /// What the ledger has of the projectors of the set.
+    /// The ledger rows of the projectors in the set.
     pub(crate) async fn entries(&self) -> Result<Vec<Entry>, sqlx::Error> {
         let mut entries = self.engine.ledger.entries().await?;
         entries.retain(|entry| self.registry.get(&entry.id).is_some());
         Ok(entries)
     }
 
-    /// The live projectors of the set that were booted with the definition of this worker, and
-    /// where they stand.
+    /// The live projectors that this worker plays, with their positions.
     pub(super) async fn live_positions(&self) -> Result<Vec<(ProjectorId, Position)>, sqlx::Error> {
         let live = self.engine.ledger.live_projectors().await?;
         Ok(live
@@ -176,8 +181,7 @@ impl Worker {
             .collect())
     }
 
-    /// [`Worker::live_positions`]. Logs which projectors became outdated since the last time, and
-    /// which no longer are.
+    /// [`Worker::live_positions`]. Logs changes in which projectors are outdated.
     pub(super) async fn refresh_live(
         &mut self,
     ) -> Result<Vec<(ProjectorId, Position)>, sqlx::Error> {
@@ -185,7 +189,7 @@ impl Worker {
         Ok(self.select_played(live))
     }
 
-    /// The live projectors that this worker plays. See [`Worker::refresh_live`].
+    /// Selects the live projectors that this worker plays. See [`Worker::refresh_live`].
     pub(super) fn select_played(
         &mut self,
         live: Vec<LiveProjector>,
@@ -198,8 +202,9 @@ impl Worker {
         for id in outdated.difference(&self.outdated) {
             warn!(
                 projector = %id, release = self.engine.release,
-                "outdated: it was booted with another definition than this worker has, so this worker does not play it. \
-                 Deploy the release that was booted last, or boot this one"
+                "outdated: it was booted with a definition that differs from this worker's, so \
+                 this worker does not play it. Deploy the release that was booted last, or boot \
+                 this one"
             );
         }
         for id in self.outdated.difference(&outdated) {
@@ -209,7 +214,7 @@ impl Worker {
         played.into_iter().map(|live| (live.id, live.position)).collect()
     }
 
-    /// Whether this worker has the definition with which a live projector was booted.
+    /// Whether a live projector was booted with the definition that this worker has.
     fn plays(&self, live: &LiveProjector) -> bool {
         let projector = self.registry.get(&live.id);
         projector.is_some_and(|projector| {
@@ -217,20 +222,21 @@ impl Worker {
         })
     }
 
-    /// The live projectors that this worker does not play because its definition is not the booted
-    /// one.
+    /// The live projectors that were booted with a definition that differs from this worker's. They
+    /// are not played.
     pub(crate) fn outdated(&self) -> &BTreeSet<ProjectorId> {
         &self.outdated
     }
 
-    /// How many projectors broke since it began, outside the convoy as well.
+    /// The number of projectors that broke since the worker began, including those in the
+    /// background.
     pub(crate) fn broken_count(&mut self) -> u64 {
         self.broken += self.stragglers.readmit();
         self.broken
     }
 }
 
-/// Takes note of a receive that every live projector is past, and tells of one that was slow.
+/// Records a receive that every live projector has processed, and logs it if it was slow.
 fn record_committed(messages: usize, took: Duration) {
     metrics::record_receive_to_commit(took);
     if took >= SLOW_RECEIVE {

@@ -1,4 +1,4 @@
-//! The mirror of `boot.rs` and `handoff.rs`: enter, set up, rounds of catch-up, hand over.
+//! Mirrors `engine/boot/` and `engine/handoff.rs`: register, set up, catch up in rounds, hand over.
 
 use std::cell::Cell;
 
@@ -17,37 +17,37 @@ use crate::model::registry::{RegisteredProjector, Registry};
 use crate::simulation::bug::Bug;
 use crate::simulation::invariants;
 use crate::simulation::occurrence::Occurrence;
-use crate::simulation::projectors;
-use crate::simulation::projectors::Release;
+use crate::simulation::projectors::{self, Release};
 use crate::simulation::statements::DatabaseError;
 use crate::simulation::transaction::take_poison;
 use crate::simulation::world::{Sim, Tick};
 
+/// How long boot retries and waits for the mark.
 const WAIT_TIMEOUT: Tick = 200;
 
-/// That of a hasty operator.
+/// A shorter timeout, with which boot often gives up.
 const SHORT_WAIT_TIMEOUT: Tick = 20;
 
-/// How often boot looks whether the mark has risen to its target.
+/// How often boot checks whether the mark has reached its target.
 const POLL_INTERVAL: Tick = 3;
 
 struct Boot {
     engine: Engine,
-    /// Where the mark stood when it began: no from_now projector begins below.
+    /// The mark when boot began. No `from_now` projector may start below it.
     start_mark: Position,
-    /// What was visible when it began, as the onlooker saw it.
+    /// The last visible position when boot began, for the invariants.
     start_visible: Position,
-    /// Where it has to come.
+    /// The position that each projector must reach.
     target: Position,
-    /// Whether a projector failed that was not broken when it began.
+    /// Whether a projector failed that was not broken when boot began.
     is_stopped: bool,
-    /// Whether there is a reason that the ledger does not say why the release may not go on.
+    /// Whether boot must not release for a reason that the ledger does not record.
     is_refused: bool,
-    /// Since when it has waited for the mark.
+    /// The mark for which boot waits to rise, and since when.
     waiting: Option<(Position, Tick)>,
 }
 
-/// Boots a release.
+/// Runs one boot of a release.
 pub(in crate::simulation) async fn boot(sim: Sim, release: Release, registry: Registry) -> Ended {
     let (batch, start_mark, start_visible, retry_timeout) = {
         let mut world = sim.world();
@@ -87,7 +87,7 @@ pub(in crate::simulation) async fn boot(sim: Sim, release: Release, registry: Re
 }
 
 impl Boot {
-    /// Whether the release may go on.
+    /// Returns `true` if the release may be deployed.
     async fn run(&mut self) -> Result<bool, DatabaseError> {
         let sim = self.engine.sim.clone();
         let mark = sim.marks().await?.high_water;
@@ -132,7 +132,8 @@ impl Boot {
         Ok(())
     }
 
-    /// A new projector of mode from_now is entered when the mark has reached the target.
+    /// Waits until new `from_now` projectors can be registered: the mark must have reached the
+    /// target. Returns `false` after the timeout.
     async fn wait_until_registrable(&mut self, before: &[Entry]) -> Result<bool, DatabaseError> {
         let is_new = |id: &ProjectorId| before.iter().all(|entry| entry.id != *id);
         if !self
@@ -154,7 +155,7 @@ impl Boot {
         }
     }
 
-    /// Waits a moment for the mark to rise to the target. `false`: boot is no longer patient.
+    /// Waits a moment for the mark to rise to the target. Returns `false` after the timeout.
     async fn wait_for_mark(&mut self, mark: Position) -> bool {
         let sim = self.engine.sim.clone();
         sim.record(Occurrence::WaitedForMark);
@@ -230,7 +231,7 @@ impl Boot {
         Ok(cursors)
     }
 
-    /// Only a deliberate bug does this.
+    /// Makes a retired projector boot again. Only a deliberate bug calls this.
     async fn revive(&self, entry: &Entry) -> Result<(), DatabaseError> {
         let mut transaction = self.engine.sim.begin();
         let Some(entry) = transaction.lock(&entry.id).await? else { return Ok(()) };
@@ -315,7 +316,7 @@ impl Boot {
         }
     }
 
-    /// Only a deliberate bug does this.
+    /// Finishes every projector of mode `once` at the mark. Only a deliberate bug calls this.
     async fn finish_all(
         &self,
         cursors: &mut [Cursor],
@@ -409,7 +410,7 @@ impl Boot {
         Ok(row)
     }
 
-    /// Only deliberate bugs do this.
+    /// Hands over incorrectly. Only deliberate bugs call this.
     async fn hand_over_wrongly(
         &self,
         projector: &RegisteredProjector,
@@ -425,14 +426,15 @@ impl Boot {
         }
         let mut transaction = sim.begin();
         let Some(locked) = transaction.lock(&projector.id).await? else { return Ok(None) };
-        let entry = match () {
-            () if sim.has(Bug::HandsOffWithoutLock) => Entry { status: Status::Live, ..read },
-            () if sim.has(Bug::MovesPositionAtHandoff) && Stage::Boot.can_apply(&locked.status) => {
-                let mark = sim.world().database.high_water.max(target);
-                Entry { status: Status::Live, position: mark, ..locked }
-            }
-            () if Stage::Boot.can_apply(&locked.status) => Entry { status: Status::Live, ..locked },
-            () => return Ok(Some(locked)),
+        let entry = if sim.has(Bug::HandsOffWithoutLock) {
+            Entry { status: Status::Live, ..read }
+        } else if !Stage::Boot.can_apply(&locked.status) {
+            return Ok(Some(locked));
+        } else if sim.has(Bug::MovesPositionAtHandoff) {
+            let mark = sim.world().database.high_water.max(target);
+            Entry { status: Status::Live, position: mark, ..locked }
+        } else {
+            Entry { status: Status::Live, ..locked }
         };
         transaction.write(entry.clone()).await?;
         transaction.commit().await?;
@@ -482,12 +484,13 @@ impl Boot {
     }
 }
 
-/// Whether a projector was broken when boot began.
+/// Whether this projector was broken when boot began.
 fn was_broken(before: &[Entry], entry: &Entry) -> bool {
     before.iter().any(|before| before.id == entry.id && before.status.failure().is_some())
 }
 
-/// A step that the lifecycle does not have would end the boot, as an error of the database does.
+/// Turns a transition that the lifecycle does not have into an error. It ends the boot, as a
+/// database error does.
 fn expect_legal(
     taken: Result<Option<Entry>, Option<DatabaseError>>,
 ) -> Result<Option<Entry>, DatabaseError> {

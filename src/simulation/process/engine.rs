@@ -1,5 +1,6 @@
-//! The mirror of `apply.rs`, `retry.rs` and `catch_up.rs`. Projectors take a page one after the
-//! other here, not side by side: they share nothing but the log.
+//! Mirrors `engine/apply.rs`, `engine/retry.rs` and `engine/catch_up.rs`. Projectors apply a page
+//! one after the other here. The engine applies it concurrently; that makes no difference, because
+//! the projectors share only the log.
 
 use std::sync::Arc;
 
@@ -8,7 +9,7 @@ use crate::engine::catch_up::{Cursor, lowest_behind};
 use crate::engine::retry::{ApplyOutcome, may_mark_broken, must_be_rebuilt, resolve_lost_claim};
 use crate::ledger::Entry;
 use crate::model::event::{Event, Position};
-use crate::model::lifecycle::{FailedEvent, Failure, Stage, Status, Transition};
+use crate::model::lifecycle::{FailedEvent, Failure, Stage, Transition};
 use crate::model::registry::{RegisteredProjector, Registry};
 use crate::simulation::bug::Bug;
 use crate::simulation::invariants::Claim;
@@ -26,16 +27,16 @@ pub(super) struct Engine {
     pub(super) release: Release,
     /// The most events in one transaction.
     pub(super) batch: u64,
-    /// How long what is transient is tried again; `None`: for as long as it takes.
+    /// How long transient errors are retried; `None` means without limit.
     pub(super) retry_timeout: Option<Tick>,
 }
 
-/// Why a batch was not applied. Nothing of it was, but for `PartiallyApplied`.
+/// Why a batch was not applied. In all cases but `PartiallyApplied`, none of its events is applied.
 enum ApplyError {
     ClaimLost(Option<Box<Entry>>),
     Projector(String),
     Transient,
-    /// A part of it is, without the position.
+    /// A part of the batch is applied, but the position has not moved.
     PartiallyApplied,
 }
 
@@ -45,7 +46,7 @@ impl From<DatabaseError> for ApplyError {
     }
 }
 
-/// A claim from batch to batch, as `apply::ClaimCarry` has it.
+/// The claim that one batch takes for the next, like `apply::ClaimCarry`.
 #[derive(Default)]
 struct ClaimCarry {
     should_carry: bool,
@@ -79,7 +80,7 @@ impl Engine {
                 Err(HandlerError::Own(error)) => return Err(ApplyError::Projector(error)),
                 Err(HandlerError::Panic) => {
                     self.sim.record(Occurrence::Panicked);
-                    // The session is killed, so that the row's lock is free.
+                    // Killing the session releases the lock of the row.
                     transaction.roll_back();
                     self.sim.statement(None).await?;
                     return Err(ApplyError::Projector("the handler panicked".into()));
@@ -99,7 +100,8 @@ impl Engine {
         Ok(())
     }
 
-    /// The claim that travels behind a commit, in the same packet. Others may have the row first.
+    /// Claims the next batch, as the engine does in the same packet as the commit. Another process
+    /// may lock the row first.
     async fn claim_next(
         &self,
         projector: &RegisteredProjector,
@@ -129,11 +131,14 @@ impl Engine {
             return Err(ApplyError::ClaimLost(None));
         };
         if !self.is_claimable(projector, &entry, claim) {
-            self.sim.record(match claim.stage.can_apply(&entry.status) {
-                _ if entry.rebuild_reason.is_some() => Occurrence::MustBeRebuilt,
-                false => Occurrence::StaleStatus,
-                true if !entry.matches_digest(&projector.digest) => Occurrence::StaleDefinition,
-                true => Occurrence::StalePosition,
+            self.sim.record(if entry.rebuild_reason.is_some() {
+                Occurrence::MustBeRebuilt
+            } else if !claim.stage.can_apply(&entry.status) {
+                Occurrence::StaleStatus
+            } else if !entry.matches_digest(&projector.digest) {
+                Occurrence::StaleDefinition
+            } else {
+                Occurrence::StalePosition
             });
             return Err(ApplyError::ClaimLost(Some(Box::new(entry))));
         }
@@ -141,7 +146,7 @@ impl Engine {
         Ok((transaction, entry))
     }
 
-    /// The fence, as `ledger::Claim` has it in SQL.
+    /// The fence, which `ledger::Claim` checks in SQL.
     fn is_claimable(&self, projector: &RegisteredProjector, entry: &Entry, claim: Claim) -> bool {
         let has = |bug| self.sim.has(bug);
         if !entry.matches_digest(&projector.digest) && !has(Bug::PlaysAnotherDefinition) {
@@ -180,7 +185,7 @@ impl Engine {
         }
         match self.apply_whole_batch(projector, stage, batch, carry).await {
             Ok(outcome) => outcome,
-            // In a box: it is rare, and would make every delivery as large as itself.
+            // Boxed because it is rare: unboxed, it would enlarge the future of every batch.
             Err(failed) => Box::pin(self.isolate_failure(projector, stage, batch, failed)).await,
         }
     }
@@ -367,7 +372,11 @@ impl Engine {
                 .ledger_transition(&projector.id, Transition::Break(failure.clone()), still)
                 .await
             {
-                Ok(Some(entry)) if matches!(&entry.status, Status::Broken(written) if written.error == failure.error) =>
+                Ok(Some(entry))
+                    if entry
+                        .status
+                        .failure()
+                        .is_some_and(|written| written.error == failure.error) =>
                 {
                     self.sim.record(if stage == Stage::Play {
                         Occurrence::BrokeInPlay
@@ -392,7 +401,7 @@ impl Engine {
         }
     }
 
-    /// Brings every running cursor to `through`.
+    /// Applies the log to every running cursor up to `through`.
     pub(super) async fn catch_up(
         &self,
         stage: Stage,
@@ -440,7 +449,7 @@ impl Engine {
     }
 }
 
-/// As `Engine::may_carry` has it.
+/// The rule of `Engine::may_carry`.
 fn may_carry(stage: Stage, cursors: &[Cursor]) -> bool {
     let mut running = cursors.iter().filter(|cursor| cursor.is_running());
     match (running.next(), running.next()) {

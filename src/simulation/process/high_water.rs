@@ -1,4 +1,4 @@
-//! The mirror of `store/high_water.rs`: survey, grace, probe, fill.
+//! Mirrors `store/high_water.rs`: survey, grace period, probe, fill.
 
 use std::time::Duration;
 
@@ -10,21 +10,21 @@ use crate::simulation::world::Sim;
 use crate::store::Blocker;
 use crate::store::high_water::{GapPlan, HighWater, MAX_PASSES, Survey, survey};
 
-/// Positions looked at in one step: few, so that a log has several pages.
+/// The most positions that one step reads. It is small, so that a log has several pages.
 const PAGE: usize = 7;
 
-/// How long a hole is given to close by itself.
+/// How long a gap may close by itself before it is probed.
 const GRACE: u64 = 1;
 
-/// What came of an attempt to close holes.
+/// The result of an attempt to close gaps.
 enum CloseOutcome {
-    /// All of them are; or, `Some`, the lowest is held.
+    /// All gaps of the page are closed, or the given blocker prevents it for the lowest one.
     Proved(Option<Blocker>),
-    /// Only a deliberate bug says so.
+    /// A deliberate bug treats the gaps as closed without proof.
     Assumed,
 }
 
-/// Raises the mark as far as can be proved.
+/// Raises the mark to the highest position that can be proved.
 pub(super) async fn raise_high_water(sim: &Sim) -> Result<HighWater, DatabaseError> {
     let mut mark = sim.marks().await?.high_water;
     let mut passes = 0;
@@ -45,8 +45,8 @@ pub(super) async fn raise_high_water(sim: &Sim) -> Result<HighWater, DatabaseErr
         }
         passes += 1;
         let unclosable = (passes > MAX_PASSES).then(|| Blocker::InFlight(mark.next()));
-        let held = match close_gaps(sim, mark).await? {
-            CloseOutcome::Proved(held) => held.or(unclosable),
+        let blocked = match close_gaps(sim, mark).await? {
+            CloseOutcome::Proved(blocker) => blocker.or(unclosable),
             CloseOutcome::Assumed => {
                 let last = sim.visible_above(mark, PAGE).await?.last().copied();
                 mark = last.map_or(mark, Position::new);
@@ -59,21 +59,16 @@ pub(super) async fn raise_high_water(sim: &Sim) -> Result<HighWater, DatabaseErr
                 });
             }
         };
-        if let Some(held) = held {
+        if blocked.is_some() {
             sim.record(Occurrence::MarkBlockedByWriter);
             let mark = survey(mark, &sim.visible_above(mark, PAGE).await?).contiguous;
             sim.raise_mark(mark).await?;
-            return Ok(HighWater {
-                mark,
-                blocked: Some(held),
-                blocked_for: Duration::ZERO,
-                fault: None,
-            });
+            return Ok(HighWater { mark, blocked, blocked_for: Duration::ZERO, fault: None });
         }
     }
 }
 
-/// Treats all holes of a page together.
+/// Tries to close all gaps of a page together.
 async fn close_gaps(sim: &Sim, mark: Position) -> Result<CloseOutcome, DatabaseError> {
     sim.sleep(GRACE).await;
     let gaps = survey(mark, &sim.visible_above(mark, PAGE).await?).gaps;

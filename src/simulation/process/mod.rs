@@ -1,5 +1,5 @@
-//! The processes. Each mirrors the control flow of a part of the engine and takes its decisions
-//! from it.
+//! The simulated processes. Each mirrors the control flow of a part of the engine and calls the
+//! engine's code for the decisions.
 
 pub(super) mod boot;
 mod engine;
@@ -9,11 +9,11 @@ pub(super) mod relay;
 pub(super) mod retire;
 pub(super) mod writer;
 
-/// How a process ended that is meant to end.
+/// How a process ended by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Ended {
-    /// A boot that came to its end: the release may go on, or not.
+    /// A boot ran to its end. `released`: the release may be deployed.
     Booted { released: bool },
-    /// Everything else, also a boot that gave up on the database.
+    /// Any other process ended, or a boot gave up after database errors.
     Done,
 }

@@ -1,4 +1,4 @@
-//! The mirror of `play/`: receive, fan out, delete; reconcile when the queue is silent.
+//! Mirrors `engine/play/`: receive, fan out, delete. Reconciles when the queue is silent.
 
 use std::future::Future;
 use std::pin::{Pin, pin};
@@ -34,7 +34,7 @@ struct Worker {
     number: u64,
     engine: Engine,
     reconcile: Reconciler,
-    /// Who was live when it last looked.
+    /// The live projectors at the last fan-out.
     live: Vec<ProjectorId>,
 }
 
@@ -79,8 +79,8 @@ impl Worker {
             sim.back_off().await;
             return self.reconcile().await;
         }
-        // Not deleted, they come again, and are known by their positions. What is not ours stays
-        // hidden for a while.
+        // If the deletion fails, the messages come again and are skipped by their positions.
+        // Foreign messages stay hidden for a while.
         let _ = sim
             .delete(&ours.iter().map(|&at| receipts[at]).collect::<Vec<_>>(), self.engine.release)
             .await;
@@ -125,12 +125,11 @@ impl Worker {
         if runs.is_empty() && !has_references {
             return Ok(foreign);
         }
-        let target = match has_references {
-            false => None,
-            true => {
-                sim.record(Occurrence::ReadReference);
-                Some(Box::pin(raise_high_water(&sim)).await?.mark)
-            }
+        let target = if has_references {
+            sim.record(Occurrence::ReadReference);
+            Some(Box::pin(raise_high_water(&sim)).await?.mark)
+        } else {
+            None
         };
         let registry = self.engine.registry.clone();
         for projector in registry.iter() {
@@ -170,21 +169,23 @@ impl Worker {
         }
     }
 
-    /// Whether a projector is outside the convoy.
+    /// Whether a projector catches up in the background of this worker.
     fn is_in_background(&self, id: &ProjectorId) -> bool {
         self.engine
             .sim
             .world()
             .in_background
             .iter()
-            .any(|(worker, outside)| *worker == self.number && outside == id)
+            .any(|(worker, projector)| *worker == self.number && projector == id)
     }
 
-    /// Sends a projector off, to catch up by itself.
+    /// Moves a projector to the background, where it catches up.
     fn move_to_background(&self, cursor: Cursor) {
         let sim = &self.engine.sim;
         sim.record(Occurrence::MovedToBackground);
-        sim.trace(|| format!("{} leaves the convoy at {}", cursor.projector.id, cursor.position));
+        sim.trace(|| {
+            format!("{} moves to the background at {}", cursor.projector.id, cursor.position)
+        });
         let mut world = sim.world();
         world.in_background.push((self.number, cursor.projector.id.clone()));
         if world.bug != Some(Bug::ForgetsBackgroundCatchUp) {
@@ -237,7 +238,7 @@ impl Worker {
         }
     }
 
-    /// Only a deliberate bug applies a run that does not continue what was applied.
+    /// Whether a deliberate bug applies this run although it does not continue from the position.
     fn applies_despite_gap(&self, cursor: &Cursor, run: &Run) -> bool {
         let sim = &self.engine.sim;
         sim.has(Bug::TrustsTheQueue)
@@ -256,7 +257,7 @@ impl Worker {
         if !self.engine.sim.has(Bug::NeverReconciles)
             && !self.engine.sim.has(Bug::PublishedBeforeSent)
         {
-            // If the database is away, the next time will do.
+            // After a database error, the next call of `reconcile` tries again.
             let _ = self.try_reconcile().await;
         }
     }
@@ -279,13 +280,15 @@ impl Worker {
         for (id, position) in live.into_iter().filter(|(id, _)| overdue.contains(id)) {
             let Some(projector) = self.engine.registry.get(&id) else { continue };
             sim.record(Occurrence::Reconciled);
-            sim.trace(|| format!("reconciles {id}, which stays at {position}, with {mark}"));
+            sim.trace(|| {
+                format!("reconciles {id}: it stays at {position}, and the mark is {mark}")
+            });
             self.move_to_background(Cursor::new(projector, position));
         }
         Ok(())
     }
 
-    /// Counts the projectors that joined while it played.
+    /// Records when a projector joined while the worker was running.
     fn count_joined(&mut self, entries: &[Entry]) {
         let live: Vec<ProjectorId> = entries
             .iter()
@@ -301,7 +304,8 @@ impl Worker {
     }
 }
 
-/// Catches up to the mark as it is at the end, or until the projector breaks or is taken over.
+/// Catches up a projector in the background until it is near the mark, breaks or is taken over.
+/// Then it is readmitted.
 async fn catch_up_in_background(engine: Engine, worker: u64, mut cursor: Cursor) -> Ended {
     let sim = engine.sim.clone();
     let start_mark = sim.world().database.high_water;
@@ -315,36 +319,35 @@ async fn catch_up_in_background(engine: Engine, worker: u64, mut cursor: Cursor)
             Ok::<_, DatabaseError>(through.since(start))
         };
         match round.await {
-            // The last round was short: the next messages continue it.
+            // The last round was short, so the next messages can continue from here.
             Ok(events) if events <= engine.batch => break,
             Ok(_) => {}
             Err(_) => sim.back_off().await,
         }
     }
     sim.record(Occurrence::Readmitted);
-    sim.trace(|| {
-        format!("{} is at {} and rejoins the convoy", cursor.projector.id, cursor.position)
-    });
+    sim.trace(|| format!("{} is readmitted at {}", cursor.projector.id, cursor.position));
     let mut world = sim.world();
     let clock = world.clock;
-    world.in_background.retain(|outside| *outside != (worker, cursor.projector.id.clone()));
+    world.in_background.retain(|entry| *entry != (worker, cursor.projector.id.clone()));
     world.readmitted.push((worker, cursor.projector.id.clone(), clock, start_mark));
     drop(world);
     Ended::Done
 }
 
-/// A message as if its signature were right, whatever it is.
+/// Signs a message again, so that its signature is valid. Only a deliberate bug calls this.
 fn sign_again(body: &str) -> String {
     let Some((head, text)) =
         body.split_once("\",").filter(|(head, _)| head.starts_with("{\"sig\":\""))
     else {
         return body.to_owned();
     };
-    let opens = head.len() - head.trim_start_matches("{\"sig\":\"").len();
-    format!("{}{}\",{text}", &head[..opens], log().key.sign(text))
+    let prefix_length = head.len() - head.trim_start_matches("{\"sig\":\"").len();
+    format!("{}{}\",{text}", &head[..prefix_length], log().key.sign(text))
 }
 
-/// Work that may take too long at every step: `None`, and what was not committed is rolled back.
+/// Runs `work`, which may exceed its deadline at each step. Returns `None` then; uncommitted
+/// changes are rolled back.
 struct Deadline<'a, F> {
     sim: &'a Sim,
     work: Pin<&'a mut F>,
@@ -366,7 +369,7 @@ impl<F: Future> Future for Deadline<'_, F> {
     }
 }
 
-/// Keeps messages hidden for as long as work goes on: as long as the process is not paused.
+/// Keeps messages hidden while `work` runs. If the process is paused, their visibility may end.
 async fn keep_hidden<T>(sim: &Sim, receipts: &[Receipt], work: impl Future<Output = T>) -> T {
     let due = sim.now() + VISIBILITY_TIMEOUT / 3;
     KeepHidden { sim, receipts, due, work: pin!(work) }.await

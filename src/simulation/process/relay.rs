@@ -1,4 +1,4 @@
-//! The mirror of `relay.rs`: lease, mark, pack, send, note as published.
+//! Mirrors `engine/relay.rs`: lease, mark, pack, send, record as published.
 
 use super::Ended;
 use super::high_water::raise_high_water;
@@ -14,7 +14,7 @@ use crate::simulation::world::{Sim, Tick};
 
 const LEASE_DURATION: Tick = 30;
 
-/// The pause between two looks at a log in which nothing is new.
+/// The pause after a look at a log without new events.
 const IDLE_PAUSE: Tick = 8;
 
 struct Relay {
@@ -24,7 +24,7 @@ struct Relay {
     max_events: usize,
 }
 
-/// What one look at the log came to.
+/// The result of one look at the log.
 enum RelayOutcome {
     Published { events: u64 },
     LeasedElsewhere,

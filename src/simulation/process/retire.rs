@@ -1,4 +1,4 @@
-//! The mirror of `command/retire.rs`: mark, tear down, forget.
+//! Mirrors `command/retire.rs`: mark as retired, tear down, remove.
 
 use super::Ended;
 use crate::ledger::Entry;
@@ -11,14 +11,14 @@ use crate::simulation::projectors;
 use crate::simulation::statements::DatabaseError;
 use crate::simulation::world::Sim;
 
-/// Retires one of the projectors that the ledger has, with the set of a release at hand.
+/// Retires a random projector of the ledger, with the registry of some release.
 pub(in crate::simulation) async fn retire(sim: Sim, registry: Registry) -> Ended {
-    // An operator who is refused by the database tries again, or does not.
+    // After a database error, the operator does not try again.
     let _ = retire_any(&sim, &registry).await;
     Ended::Done
 }
 
-/// Retires a projector whose read model must be rebuilt.
+/// Retires a projector whose read model must be rebuilt. Retries until it succeeds.
 pub(in crate::simulation) async fn rebuild(sim: Sim, registry: Registry, id: ProjectorId) -> Ended {
     while try_retire(&sim, &registry, &id, true).await.is_err() {
         sim.back_off().await;
@@ -33,12 +33,13 @@ async fn retire_any(sim: &Sim, registry: &Registry) -> Result<(), DatabaseError>
     }
     let (entry, force) = {
         let mut world = sim.world();
-        // Most of them under the hands of a boot, if there is one.
+        // Prefers projectors that are booting, to test a retirement during a boot.
         let booting: Vec<&Entry> =
             entries.iter().filter(|entry| Stage::Boot.can_apply(&entry.status)).collect();
-        let entry = match booting.is_empty() || world.rng.u32(0..4) == 0 {
-            true => &entries[world.rng.usize(0..entries.len())],
-            false => booting[world.rng.usize(0..booting.len())],
+        let entry = if booting.is_empty() || world.rng.u32(0..4) == 0 {
+            &entries[world.rng.usize(0..entries.len())]
+        } else {
+            booting[world.rng.usize(0..booting.len())]
         };
         (entry, world.roll(300))
     };
@@ -72,9 +73,9 @@ async fn try_retire(
     if sim.world().booting > 0 {
         sim.record(Occurrence::RetiredMetBoot);
     }
-    // With a set that lacks the projector its tables are the operator's to drop, and retire tells
-    // him so: here he does, unless that is the bug. Forgotten with its tables still there, it would
-    // be built upon them by a release that has it again.
+    // If this release does not have the projector, retire cannot drop its tables and says so. The
+    // operator drops them here, unless the deliberate bug prevents it. Otherwise, a release that
+    // has the projector again would build on the old tables.
     let operator_drops = !entry.has_side_effects && !sim.has(Bug::RetiresWithoutTeardown);
     if projector.is_some() || operator_drops {
         sim.tear_down(id).await?;

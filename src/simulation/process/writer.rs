@@ -1,31 +1,31 @@
-//! Writers: the Rust API, which tries again, and plain inserts of any language, which do not.
+//! Writers. Some retry like the Rust API; others do not, like a plain insert in any language.
 
 use crate::model::event::{Event, Position, RecordedEvent};
 use crate::simulation::occurrence::Occurrence;
 use crate::simulation::projectors::TYPES;
-use crate::simulation::statements::{DEFAULT_LOCK_WAIT_TIMEOUT, DatabaseError};
+use crate::simulation::statements::{DatabaseError, LOCK_WAIT_TIMEOUT};
 use crate::simulation::world::{FailureKind, Poison, Sim, World};
 use crate::simulation::{projectors, schedule};
 
 use super::Ended;
 
-/// As `store/append.rs` has it.
+/// The number of attempts in `store/append.rs`.
 const ATTEMPTS: u32 = 20;
 
-/// What is appended in one transaction.
+/// The plan of one append, in one transaction.
 struct Append {
     ids: Vec<String>,
     types: Vec<usize>,
-    /// The events go into one statement each, and not all into one.
+    /// Each event has a statement of its own. Otherwise one statement inserts all.
     one_by_one: bool,
-    /// Positions that a statement reserves beyond its rows, as `insert … select` does.
+    /// Extra positions that each statement reserves, as `insert … select` does.
     spare: u64,
     rolls_back: bool,
-    /// How long it thinks between its statements.
+    /// How long the writer waits before each row, in ticks.
     delay: u64,
 }
 
-/// Appends until the simulation closes, or the log is long enough.
+/// Appends until the run settles or the log is long enough.
 pub(in crate::simulation) async fn write(sim: Sim, number: u64) -> Ended {
     let retries = sim.world().rng.bool();
     for count in 0.. {
@@ -59,12 +59,12 @@ fn plan(world: &mut World, number: u64, count: u64) -> Append {
     }
 }
 
-/// Whether the events are known to be stored.
+/// Appends, with retries if `retries`. Returns `true` if the events are known to be stored.
 async fn append_events(sim: &Sim, append: &Append, retries: bool) -> bool {
     for attempt in 1..=ATTEMPTS {
         match try_append(sim, append, attempt > 1).await {
             Ok(stored) => return stored,
-            // An earlier attempt was carried out, and its answer lost.
+            // An earlier attempt was committed, but its acknowledgement was lost.
             Err(DatabaseError::EventIdTaken) => {
                 sim.record(Occurrence::AppendRepeatedAfterLostAck);
                 return attempt > 1;
@@ -78,14 +78,14 @@ async fn append_events(sim: &Sim, append: &Append, retries: bool) -> bool {
     false
 }
 
-/// One transaction. `Ok(false)`: it was rolled back on purpose.
+/// Runs one transaction. Returns `Ok(false)` if it was rolled back on purpose.
 async fn try_append(sim: &Sim, append: &Append, is_repeated: bool) -> Result<bool, DatabaseError> {
     let mut transaction = sim.begin();
     let rows = append.ids.len();
-    let in_a_statement = if append.one_by_one { 1 } else { rows };
-    for first in (0..rows).step_by(in_a_statement) {
-        let mut position = transaction.reserve(in_a_statement as u64 + append.spare).await?;
-        for row in first..first + in_a_statement {
+    let rows_per_statement = if append.one_by_one { 1 } else { rows };
+    for first in (0..rows).step_by(rows_per_statement) {
+        let mut position = transaction.reserve(rows_per_statement as u64 + append.spare).await?;
+        for row in first..first + rows_per_statement {
             if append.delay > 0 {
                 sim.record(Occurrence::ReservedNotInserted);
                 sim.sleep(append.delay).await;
@@ -94,7 +94,7 @@ async fn try_append(sim: &Sim, append: &Append, is_repeated: bool) -> Result<boo
                 transaction.check_event_id(&append.ids[row]).await?;
             }
             let event = event(&mut sim.world(), position, append, row);
-            transaction.insert(event, DEFAULT_LOCK_WAIT_TIMEOUT).await?;
+            transaction.insert(event, LOCK_WAIT_TIMEOUT).await?;
             position += 1;
         }
     }
@@ -109,7 +109,7 @@ async fn try_append(sim: &Sim, append: &Append, is_repeated: bool) -> Result<boo
     Ok(true)
 }
 
-/// The event of a row, and perhaps a projector that will not be able to take it.
+/// Makes the event of a row, and may choose a projector whose handler will fail there.
 fn event(world: &mut World, position: u64, append: &Append, row: usize) -> Event {
     let chance = world.chances.poison;
     if world.roll(chance) {
@@ -123,7 +123,7 @@ fn event(world: &mut World, position: u64, append: &Append, row: usize) -> Event
         let projector_index = world.rng.usize(0..projectors::PROJECTORS.len());
         world.poison.push(Poison { projector_index, position, kind, release });
     }
-    // Some cannot travel in a message, and only a reference to them can.
+    // Some payloads cannot be sent in a message, so that the relay sends a reference.
     let payload = if world.roll(30) { "\"\u{ffff}\"" } else { "1" };
     Event::from(RecordedEvent {
         position: Position::new(position),

@@ -1,4 +1,4 @@
-//! `append`: what is stored, what is refused, and that it tells the truth about both.
+//! `append`: stored events, rejected lines, and the report about both.
 
 use aws_sdk_sqs::types::QueueAttributeName;
 use projectionist::Queue;
@@ -47,7 +47,7 @@ async fn a_foreign_table_is_reported_and_migrate_works_once_it_is_gone() {
 #[tokio::test]
 async fn append_prints_the_count_and_last_position_for_every_input() {
     let world = World::new().await;
-    // An empty line is none, and the last need not be ended.
+    // Empty lines are ignored, and the last line needs no line end.
     let lines = format!("{}\n\n   \r\n{}\r\n{}", line("a"), line("b"), line("a"));
     let folder = Folder::new().with("events.jsonl", &lines);
     let from_file = world.run(&["append", &folder.file("events.jsonl")]).await.exits(0);
@@ -69,19 +69,25 @@ async fn append_prints_the_count_and_last_position_for_every_input() {
 async fn every_field_on_a_line_is_stored_exactly() {
     let world = World::new().await;
     let given = concat!(
-        r#"{"stream_id":"Fall-Größe 😀 \"1\"","event_type":"Ünïcode, \\ and 'quotes'","event_id":"it's-\\-an:id","stream_version":1,"#,
-        r#""recorded_at":"2010-10-02T09:20:39.266001+02:00","metadata":[ 1.0, {"b":2, "a":"\u00e9"} ],"#,
+        r#"{"stream_id":"Fall-Größe 😀 \"1\"","event_type":"Ünïcode, \\ and 'quotes'","#,
+        r#""event_id":"it's-\\-an:id","stream_version":1,"#,
+        r#""recorded_at":"2010-10-02T09:20:39.266001+02:00","#,
+        r#""metadata":[ 1.0, {"b":2, "a":"\u00e9"} ],"#,
         r#""payload":{ "z" : 1.50, "a" : "\u0041", "big": 123456789012345678901234567890 }}"#
     );
-    let next = r#"{"stream_id":"Fall-Größe 😀 \"1\"","event_type":"Opened","stream_version":2,"payload":null}"#;
+    let next = concat!(
+        r#"{"stream_id":"Fall-Größe 😀 \"1\"","event_type":"Opened","#,
+        r#""stream_version":2,"payload":null}"#
+    );
     world.run_with(&["append"], format!("{given}\n{next}").as_bytes()).await.exits(0);
     let row: (String, String, String, u64, String, String, String) = sqlx::query_as(
-        "select stream_id, event_type, event_id, stream_version, cast(recorded_at as char), payload, metadata \
+        "select stream_id, event_type, event_id, stream_version, cast(recorded_at as char), \
+         payload, metadata \
          from events where position = 1",
     )
     .fetch_one(&mut world.connection().await)
     .await
-    .expect("a row");
+    .expect("the row exists");
     let expected = (
         "Fall-Größe 😀 \"1\"",
         "Ünïcode, \\ and 'quotes'",
@@ -94,9 +100,11 @@ async fn every_field_on_a_line_is_stored_exactly() {
     let row = (&*row.0, &*row.1, &*row.2, row.3, &*row.4, &*row.5, &*row.6);
     assert_eq!(row, expected);
 
-    let made = "select count(*) from events where position = 2 and stream_version = 2 and payload = 'null' and metadata is null \
-                and char_length(event_id) = 36 and abs(timestampdiff(second, recorded_at, utc_timestamp())) < 60";
-    assert_eq!(world.number(made).await, 1, "what is not given is made");
+    let made = "select count(*) from events where position = 2 and stream_version = 2 \
+                and payload = 'null' and metadata is null \
+                and char_length(event_id) = 36 and abs(timestampdiff(second, recorded_at, \
+                utc_timestamp())) < 60";
+    assert_eq!(world.number(made).await, 1, "missing fields get defaults");
 }
 
 #[tokio::test]
@@ -111,24 +119,43 @@ async fn lines_from_an_open_pipe_are_stored_as_they_arrive() {
     assert_eq!(writer.finish().await.exits(0).stdout, "appended 3 events, last position 3\n");
 }
 
-/// A line that is refused, and words of the reason.
+/// A rejected line, and a part of the reason.
 const BAD_LINES: &[(&[u8], &str)] = &[
-    (b"{\"stream_id\":\"caf\xe9\",\"event_type\":\"a\",\"payload\":1}", "not UTF-8, from byte 18 on"),
+    (
+        b"{\"stream_id\":\"caf\xe9\",\"event_type\":\"a\",\"payload\":1}",
+        "not UTF-8, from byte 18 on",
+    ),
     (b"stream_id,event_type,payload", "expected value"),
     (b"{\"stream_id\":\"a\",\"event_type\":\"a\",\"payload\":{\"a\":1}", "EOF while parsing"),
     (b"{\"stream_id\":\"a\",\"event_type\":\"a\"}", "missing field `payload`"),
-    (b"{\"stream_id\":\"a\",\"event_type\":\"a\",\"payload\":1,\"recordedAt\":\"x\"}", "unknown field `recordedAt`"),
-    (b"{\"stream_id\":\"a\",\"event_type\":\"a\",\"payload\":1,\"recorded_at\":\"yesterday\"}", "at column"),
-    // Its thread panicked on this one, which looked like the end of the input.
     (
-        b"{\"stream_id\":\"a\",\"event_type\":\"a\",\"payload\":1,\"recorded_at\":\"9999-12-31T23:59:59-01:00\"}",
+        b"{\"stream_id\":\"a\",\"event_type\":\"a\",\"payload\":1,\"recordedAt\":\"x\"}",
+        "unknown field `recordedAt`",
+    ),
+    (
+        b"{\"stream_id\":\"a\",\"event_type\":\"a\",\"payload\":1,\"recorded_at\":\"yesterday\"}",
+        "at column",
+    ),
+    // This line once made the reader's thread panic, which looked like the end of the input.
+    (
+        b"{\"stream_id\":\"a\",\"event_type\":\"a\",\"payload\":1,\
+          \"recorded_at\":\"9999-12-31T23:59:59-01:00\"}",
         "recorded_at must lie between",
     ),
-    (b"{\"stream_id\":\"a\",\"event_type\":\"a\\u001b[2J\",\"payload\":1}", "has a control character"),
+    (
+        b"{\"stream_id\":\"a\",\"event_type\":\"a\\u001b[2J\",\"payload\":1}",
+        "has a control character",
+    ),
     (b"{\"stream_id\":7,\"event_type\":\"a\",\"payload\":1}", "invalid type: integer"),
-    (b"{\"stream_id\":\"\",\"event_type\":\"a\",\"payload\":1}", "stream_id must be 1 to 200 characters"),
+    (
+        b"{\"stream_id\":\"\",\"event_type\":\"a\",\"payload\":1}",
+        "stream_id must be 1 to 200 characters",
+    ),
     (b"{\"stream_id\":\"a\",\"event_type\":\"$filler\",\"payload\":1}", "begins with `$`"),
-    (b"{\"stream_id\":\"a\",\"event_type\":\"a\",\"payload\":1,\"stream_version\":9}", "is at version 1"),
+    (
+        b"{\"stream_id\":\"a\",\"event_type\":\"a\",\"payload\":1,\"stream_version\":9}",
+        "is at version 1",
+    ),
     (
         b"{\"stream_id\":\"a\",\"event_type\":\"a\",\"payload\":1,\"event_id\":\"taken\"}",
         "the id \"taken\" is in the log already",
@@ -137,12 +164,15 @@ const BAD_LINES: &[(&[u8], &str)] = &[
         b"{\"stream_id\":\"a\",\"event_type\":\"a\",\"payload\":1,\"event_id\":\"twice\"}",
         "the id \"twice\" is in the log already",
     ),
-    // JSON to us, and none to the server.
+    // Valid JSON for us, but not for the server.
     (
         b"{\"stream_id\":\"a\",\"event_type\":\"a\",\"payload\":\"\\ud800\"}",
         "does not accept its payload or metadata as JSON",
     ),
-    (b"{\"stream_id\":\"a\",\"event_type\":\"a\",\"payload\":1,\"metadata\":\"\\ud800\"}", "events_metadata_is_json"),
+    (
+        b"{\"stream_id\":\"a\",\"event_type\":\"a\",\"payload\":1,\"metadata\":\"\\ud800\"}",
+        "events_metadata_is_json",
+    ),
 ];
 
 #[tokio::test]
@@ -154,7 +184,7 @@ async fn a_bad_line_is_named_with_its_reason_and_the_count_already_stored() {
         world.execute("delete from events where event_id <> 'taken'").await;
         let twice = r#"{"stream_id":"twice","event_type":"Opened","payload":1,"event_id":"twice"}"#;
         let before = format!("{}\n\n{twice}\n", line("a"));
-        // One that is bad, too, stands after it: only the first is told.
+        // Another bad line follows, but only the first is reported.
         let after = format!("\n{}\n{taken}\n", line("after"));
         let input = [before.as_bytes(), bad, after.as_bytes()].concat();
         let finished = world.run_with(&["append"], &input).await.exits(2);
@@ -235,9 +265,12 @@ async fn a_2_mb_payload_is_stored_and_sent_as_a_reference() {
     let published = world.run(&["relay", "--once"]).await.exits(0);
     assert_eq!(published.stdout, "published 3 events, up to position 3\n");
 
-    let received = world.queue.receive(std::time::Duration::from_secs(5)).await.expect("messages");
-    let bodies: Vec<Value> =
-        received.iter().map(|message| serde_json::from_str(&message.body).expect("JSON")).collect();
+    let received =
+        world.queue.receive(std::time::Duration::from_secs(5)).await.expect("the queue answers");
+    let bodies: Vec<Value> = received
+        .iter()
+        .map(|message| serde_json::from_str(&message.body).expect("the text is JSON"))
+        .collect();
     let reference = bodies.iter().find(|body| body["prev"] == 1).expect("the second event");
     assert_eq!((&reference["last"], reference.get("events")), (&2.into(), None));
     let receipts: Vec<String> = received.into_iter().map(|message| message.receipt).collect();
@@ -245,7 +278,7 @@ async fn a_2_mb_payload_is_stored_and_sent_as_a_reference() {
         .queue
         .change_visibility(&receipts, std::time::Duration::ZERO)
         .await
-        .expect("they go back");
+        .expect("the messages are visible again");
 
     world.run(&["play", "--until-idle", "--projectors", folder.path()]).await.exits(0);
     assert_eq!(tally_positions(&world, "a").await, [1, 1002, 3]);

@@ -1,11 +1,12 @@
-//! Bad input: each its own message, which names what, where and what to do, and its own exit code.
+//! Bad input: each error has its own message and exit code. The message says what is wrong, where,
+//! and what to do.
 
 use tokio::process::Command;
 
 use super::tally;
 use crate::support::{FinishedProcess, Folder, RunningProcess, World, server_url, setting};
 
-/// What a command is given, what it exits with, and words that it must say.
+/// A command, its expected exit code, and texts that its error must contain.
 type Case<'a> = (Command, i32, &'a [&'a str]);
 
 async fn finish(command: Command) -> FinishedProcess {
@@ -16,11 +17,11 @@ async fn check(cases: Vec<Case<'_>>) {
     for (command, code, words) in cases {
         eprintln!("{:?}", command.as_std());
         let finished = finish(command).await.exits(code).prints(words);
-        assert_eq!(finished.stdout, "", "results are for standard output, errors are not");
+        assert_eq!(finished.stdout, "", "an error must not be written to standard output");
     }
 }
 
-/// A command with one variable of its environment changed, or taken away.
+/// The command with one environment variable set or removed.
 fn with(mut command: Command, variable: &str, value: Option<&str>) -> Command {
     match value {
         Some(value) => command.env(variable, value),
@@ -103,7 +104,7 @@ async fn a_database_without_tables_is_reported_with_the_migrate_command() {
             .run(arguments)
             .await
             .exits(2)
-            .prints(&["lacks our tables", "projectionist migrate"]);
+            .prints(&["the tables of projectionist are missing", "projectionist migrate"]);
         assert_eq!(finished.stdout, "");
     }
 }
@@ -113,7 +114,8 @@ async fn an_unusable_queue_is_reported_with_address_and_advice() {
     let world = World::new().await;
     let folder = Folder::new().with("a.toml", &tally("a"));
     let gone = world.queue_url.replace(&world.database_name, "nonesuch");
-    let endpoint = setting("AWS_ENDPOINT_URL").expect("the parts are up");
+    let endpoint =
+        setting("AWS_ENDPOINT_URL").expect("AWS_ENDPOINT_URL is set: run localstack/test");
     for arguments in
         [&["relay"][..], &["relay", "--once"], &["play", "--projectors", folder.path()]]
     {
@@ -211,8 +213,17 @@ async fn a_bad_projector_file_is_reported_with_line_and_reason_before_anything_r
             world.run(&arguments).await.exits(2).prints(&[&place, words]);
         }
     }
-    assert!(world.ledger.entries().await.expect("the ledger").is_empty());
-    assert_eq!(world.number("select count(*) from information_schema.tables where table_name in ('a', 'b') and table_schema = database()").await, 0);
+    assert!(world.ledger.entries().await.expect("the ledger is readable").is_empty());
+    assert_eq!(
+        world
+            .number(
+                "select count(*) from information_schema.tables \
+                 where table_name in ('a', 'b') \
+                 and table_schema = database()"
+            )
+            .await,
+        0
+    );
 }
 
 #[tokio::test]
@@ -271,5 +282,5 @@ async fn an_unknown_or_ambiguous_projector_is_reported_with_the_known_ones() {
     ] {
         world.run(&["retire", name, "--yes"]).await.exits(2).prints(words);
     }
-    assert_eq!(world.ledger.entries().await.expect("the ledger").len(), 2);
+    assert_eq!(world.ledger.entries().await.expect("the ledger is readable").len(), 2);
 }

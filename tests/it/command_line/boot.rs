@@ -38,7 +38,7 @@ async fn boot_prints_the_outcome_of_each_projector() {
     assert_eq!(
         outcome(&again, 0),
         json!(["every", 1, "from_beginning", "live", 10, 10, true]),
-        "there is nothing to boot"
+        "the second boot has nothing to do"
     );
     assert_eq!(
         (
@@ -68,7 +68,7 @@ async fn a_failing_handler_breaks_its_projector_stalls_the_others_and_ends_boot_
         .run(&boot)
         .await
         .exits(1)
-        .prints(&["broken: poisoned@1", "mend it and run boot again"]);
+        .prints(&["broken: poisoned@1", "fix it and run boot again"]);
     let booted = failed.json();
     assert_eq!(booted["released"], false);
     assert_eq!(
@@ -79,17 +79,17 @@ async fn a_failing_handler_breaks_its_projector_stalls_the_others_and_ends_boot_
     assert_eq!((&failure["position"], &failure["event_type"]), (&json!(23), &json!("Amended")));
     assert!(failure["error"].as_str().is_some_and(|error| error.contains("2.toml:7")), "{failure}");
     assert_failed_at(&world, "poisoned", 23).await;
-    let mut stood_at = Vec::new();
+    let mut stalled_at = Vec::new();
     for (index, name) in [(0, "first"), (2, "last")] {
         let of = &booted["projectors"][index];
         assert_eq!(
             (&of["name"], &of["status"], &of["failure"]),
             (&json!(name), &json!("stalled"), &json!(null))
         );
-        let position = of["position"].as_u64().expect("a number");
-        assert!(position < 50, "boot stopped at the first failure");
+        let position = of["position"].as_u64().expect("the position is a number");
+        assert!(position < 50, "boot must stop at the first failure");
         assert_eq!(tally_positions(&world, name).await, (1..=position).collect::<Vec<_>>());
-        stood_at.push(position);
+        stalled_at.push(position);
     }
     assert!(
         failed
@@ -104,18 +104,18 @@ async fn a_failing_handler_breaks_its_projector_stalls_the_others_and_ends_boot_
             .any(|line| line["alert"] == "projector_broken" && line["position"] == 23)
     );
 
-    // The file is mended.
+    // The file is repaired.
     folder.write("2.toml", &tally("poisoned"));
     let booted = world.run(&boot).await.exits(0).json();
     assert_eq!(booted["released"], true);
     assert_eq!(
         outcome(&booted, 0),
-        json!(["first", 1, "from_beginning", "live", stood_at[0], 50, true])
+        json!(["first", 1, "from_beginning", "live", stalled_at[0], 50, true])
     );
     assert_eq!(outcome(&booted, 1), json!(["poisoned", 1, "from_beginning", "live", 22, 50, true]));
     assert_eq!(
         outcome(&booted, 2),
-        json!(["last", 1, "from_beginning", "live", stood_at[1], 50, true])
+        json!(["last", 1, "from_beginning", "live", stalled_at[1], 50, true])
     );
     for name in ["first", "poisoned", "last"] {
         assert_eq!(
@@ -180,16 +180,16 @@ async fn boot_needs_only_the_database() {
 async fn a_boot_stopped_by_a_signal_says_so_and_later_resumes() {
     let world = World::new().await;
     world.append(200).await;
-    // Slow enough to be met in the middle: 20 ms for each event.
+    // 20 ms for each event, so that the test can act in the middle.
     let folder = Folder::new()
         .with("1.toml", &tally_with("slow", "mode = 'from_beginning'", ":position + sleep(0.02)"));
     let boot = ["boot", "--batch=10", "--projectors", folder.path()];
     let booting = world.start(&boot);
-    eventually("it is on its way", || async {
+    eventually("boot has applied events", || async {
         world.entry("slow").await.is_some_and(|slow| slow.position.get() > 20)
     })
     .await;
-    booting.terminate().await.exits(143).prints(&["interrupted", "goes on where it stopped"]);
+    booting.terminate().await.exits(143).prints(&["interrupted", "continues where it stopped"]);
     let stopped_at = world.position("slow").await;
     assert!((21..200).contains(&stopped_at), "{stopped_at}");
     assert_eq!(tally_positions(&world, "slow").await, (1..=stopped_at).collect::<Vec<_>>());

@@ -1,4 +1,4 @@
-//! A team's own binary has every command of the shipped one.
+//! A custom binary has every command of the shipped one.
 
 use std::path::{Path, PathBuf};
 
@@ -7,14 +7,15 @@ use tokio::process::Command;
 
 use crate::support::{FinishedProcess, RunningProcess, World};
 
-/// `examples/worker.rs`, which cargo builds with the tests, unless only some of them are asked for.
+/// The path of `examples/worker.rs`. Cargo builds it with the tests, unless only some of them are
+/// selected.
 async fn worker() -> PathBuf {
     let ours = Path::new(env!("CARGO_BIN_EXE_projectionist"));
-    let worker = ours.parent().expect("a folder").join("examples/worker");
+    let worker = ours.parent().expect("the binary is in a folder").join("examples/worker");
     if !worker.exists() {
         let built =
             Command::new(env!("CARGO")).args(["build", "--example", "worker"]).status().await;
-        assert!(built.expect("cargo is there").success(), "the example is built");
+        assert!(built.expect("cargo starts").success(), "the example is built");
     }
     worker
 }
@@ -36,9 +37,11 @@ async fn a_custom_binary_boots_and_plays_its_own_projectors() {
         RunningProcess::spawn(theirs).finish().await
     };
     let events = |department: &str, count: usize| {
-        let line = format!(
-            r#"{{"stream_id":"case-{department}","event_type":"Confirmation of receipt","payload":{{"department":"{department}"}}}}"#
-        );
+        let line = serde_json::json!({
+            "stream_id": format!("case-{department}"), "event_type": "Confirmation of receipt",
+            "payload": {"department": department},
+        })
+        .to_string();
         vec![line; count].join("\n")
     };
     world.run_with(&["append"], events("General", 3).as_bytes()).await.exits(0);
@@ -47,13 +50,13 @@ async fn a_custom_binary_boots_and_plays_its_own_projectors() {
     let played = run(&["play", "--until-idle"]).await.exits(0);
     let announced =
         played.stdout.lines().filter(|line| line.starts_with("idempotency-key ")).count();
-    assert_eq!(announced, 2, "the reactor is from now on: {}", played.stdout);
+    assert_eq!(announced, 2, "the reactor must handle only the new events: {}", played.stdout);
 
     let cases: Vec<(String, i64)> =
         sqlx::query_as("select department, cases from cases_per_department order by department")
             .fetch_all(&mut world.connection().await)
             .await
-            .expect("its table");
+            .expect("the table exists");
     assert_eq!(cases, [("Experts".into(), 2), ("General".into(), 3)]);
 
     let status = run(&["status", "--json"]).await.exits(0).json();

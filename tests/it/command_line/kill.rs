@@ -1,5 +1,5 @@
-//! `kill -9`, and how much of the work is done again. A statement on a table without transactions
-//! cannot be rolled back, as a mail cannot: so it tells what was begun.
+//! SIGKILL, and how much work is repeated. A statement on a table without transactions cannot be
+//! rolled back, like a sent mail, so it records each event that was handled.
 
 use super::{tally, tally_positions};
 use crate::support::{Folder, World, eventually};
@@ -9,7 +9,7 @@ const EVENTS: u64 = 200;
 const KILLS: u64 = 6;
 
 impl World {
-    /// Events that were handled beyond the position: of a batch that is not committed.
+    /// The number of handled events beyond the position. They belong to an uncommitted batch.
     async fn uncommitted_count(&self) -> u64 {
         let beyond = "position > coalesce((select position from projectors where name = 'a'), 0)";
         self.number(&format!("select count(distinct position) from handled where {beyond}")).await
@@ -20,16 +20,15 @@ impl World {
     }
 }
 
-/// A projector that leaves a trace of each event that it handles, slowly enough to be met in the
-/// middle of a batch.
+/// A projector that records each event that it handles, slowly enough for a kill within a batch.
 async fn traced_projector_folder(world: &World) -> Folder {
     world.execute("create table handled (position bigint not null) engine = myisam").await;
-    let traces = "[[on]]\nevents = ['*']\nsql = 'insert into handled (position) values (:position + sleep(0.02))'\n";
+    let traces = "[[on]]\nevents = ['*']\nsql = 'insert into handled (position) \
+                  values (:position + sleep(0.02))'\n";
     Folder::new().with("1.toml", &format!("{}\n{traces}", tally("a")))
 }
 
-/// Runs a command again and again, each time killing it in the middle of a batch, and at last to
-/// its end.
+/// Runs a command repeatedly and kills it within a batch each time, then runs `to_the_end`.
 async fn assert_a_kill_repeats_at_most_a_batch(
     world: &World,
     command: &[&str],
@@ -38,11 +37,11 @@ async fn assert_a_kill_repeats_at_most_a_batch(
     for kill in 1..=KILLS {
         let running = world.start(command);
         let reached = kill * EVENTS / (KILLS + 1);
-        eventually("it is in the middle of a batch", async || {
+        eventually("a batch is partly handled", async || {
             world.uncommitted_count().await >= 3 && world.handled().await > reached
         })
         .await;
-        assert!(running.kill().await, "it was running");
+        assert!(running.kill().await, "the process was running");
     }
     world.run(to_the_end).await.exits(0);
     let (handled, again) = (world.handled().await, world.handled().await - EVENTS);
@@ -54,7 +53,7 @@ async fn assert_a_kill_repeats_at_most_a_batch(
     assert_eq!(
         tally_positions(world, "a").await,
         (1..=EVENTS).collect::<Vec<_>>(),
-        "but each is applied once"
+        "each event is applied once"
     );
 }
 
@@ -73,7 +72,8 @@ async fn no_more_than_a_batch_is_handled_again_after_play_was_killed() {
     let folder = traced_projector_folder(&world).await;
     world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
     world.append(EVENTS as usize).await;
-    // Nobody is to leave the convoy for being slow: what is cut off then is handled again, too.
+    // A long limit, so that the projector is not moved to the background. That would also repeat
+    // events.
     let play = [
         "play",
         "--batch=10",

@@ -1,4 +1,4 @@
-//! `play` and `relay`: until idle, side by side, and to their end by SIGTERM.
+//! `play` and `relay`: until idle, as separate processes, and ended by SIGTERM.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -17,7 +17,7 @@ use crate::support::{
     Folder, Proxy, ProxyAction, RunningProcess, SqsStub, World, contains_text, eventually, execute,
 };
 
-/// SIGTERM in the middle of nothing takes no longer than this.
+/// An idle process ends within this time after SIGTERM.
 const QUICKLY: Duration = Duration::from_secs(3);
 
 fn through(last: u64) -> Vec<u64> {
@@ -38,7 +38,7 @@ async fn play_until_idle_plays_everything_and_exits_with_0() {
             (120, through(120))
         );
     }
-    assert_eq!(world.queue.depth().await.expect("a depth"), 0);
+    assert_eq!(world.queue.depth().await.expect("the depth is readable"), 0);
 }
 
 #[tokio::test]
@@ -68,7 +68,7 @@ async fn play_until_idle_exits_with_1_if_a_projector_broke_and_the_others_are_do
     );
     assert_failed_at(&world, "poisoned", 33).await;
 
-    // It broke before: that is no news.
+    // The projector broke in an earlier run, so this run succeeds.
     world.append(5).await;
     world.run(&play).await.exits(0);
     assert_eq!(
@@ -83,11 +83,11 @@ async fn an_unbooted_projector_is_not_played_and_a_log_line_says_so() {
     let folder = Folder::new().with("1.toml", &tally("a"));
     world.append(5).await;
     let played = world.run(&["play", "--until-idle", "--projectors", folder.path()]).await.exits(0);
-    let told = |line: &serde_json::Value| {
+    let is_reported = |line: &serde_json::Value| {
         line["projector"] == "a@1"
             && line["message"].as_str().is_some_and(|message| message.contains("run boot"))
     };
-    assert!(played.log().iter().any(told), "{}", played.stderr);
+    assert!(played.log().iter().any(is_reported), "{}", played.stderr);
     assert_eq!(world.status("a").await, "new");
 }
 
@@ -98,7 +98,7 @@ async fn relay_once_publishes_all_events_and_exits() {
     let relay = ["relay", "--once", "--message-events=10"];
     assert_eq!(world.run(&relay).await.exits(0).stdout, "published 25 events, up to position 25\n");
     assert_eq!(world.run(&relay).await.exits(0).stdout, "published 0 events, up to position 25\n");
-    assert_eq!(world.queue.depth().await.expect("a depth"), 3);
+    assert_eq!(world.queue.depth().await.expect("the depth is readable"), 3);
 }
 
 #[tokio::test]
@@ -108,12 +108,16 @@ async fn two_concurrent_relays_publish_every_event_once() {
     let relay = ["relay", "--once", "--message-events=10"];
     let (one, other) = tokio::join!(world.run(&relay), world.run(&relay));
     let events = |stdout: &str| {
-        stdout.split(' ').nth(1).and_then(|count| count.parse::<u64>().ok()).expect("a count")
+        stdout
+            .split(' ')
+            .nth(1)
+            .and_then(|count| count.parse::<u64>().ok())
+            .expect("the count is a number")
     };
     let (one, other) = (one.exits(0).stdout, other.exits(0).stdout);
     assert_eq!(events(&one) + events(&other), 1_000, "{one}{other}");
-    // No queue takes a repetition away here.
-    assert_eq!(world.queue.depth().await.expect("a depth"), 100);
+    // A standard queue does not drop repeated messages.
+    assert_eq!(world.queue.depth().await.expect("the depth is readable"), 100);
 }
 
 #[tokio::test]
@@ -122,7 +126,7 @@ async fn play_beside_a_separate_relay_process_plays_everything() {
     let folder = Folder::new().with("1.toml", &tally("a"));
     world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
     world.append(50).await;
-    // Without a relay nothing is published, and play finds it in the store.
+    // Without a relay, nothing is published. Play reads the events from the store.
     let play = [
         "play",
         "--no-relay",
@@ -136,17 +140,17 @@ async fn play_beside_a_separate_relay_process_plays_everything() {
 
     let relay = world.start(&["relay", "--message-events=10"]);
     world.append(50).await;
-    eventually("all is published", async || {
+    eventually("all events are published", async || {
         world.number("select published from event_log").await == 100
     })
     .await;
-    // The first fifty come again, and are passed over.
+    // The first fifty events arrive late, and are skipped.
     assert_eq!(world.run(&play).await.exits(0).stdout, "idle: played 10 messages\n");
     assert_eq!(tally_positions(&world, "a").await, through(100));
     relay.terminate().await.exits(0);
 }
 
-/// The queue's network resets every connection for a while.
+/// All connections to the queue are reset for a while.
 #[tokio::test]
 async fn projectors_read_the_store_during_a_queue_outage_that_is_logged_sparingly() {
     let world = World::new().await;
@@ -172,27 +176,28 @@ async fn projectors_read_the_store_during_a_queue_outage_that_is_logged_sparingl
         "--projectors",
         folder.path(),
     ]);
-    // Each attempt of ours is one of the SDK's.
+    // One attempt, so that each call is one attempt of the SDK.
     play.env("AWS_ENDPOINT_URL", format!("http://{}", proxy.address()))
         .env("AWS_MAX_ATTEMPTS", "1");
     let play = RunningProcess::spawn(play);
     let are_at = async |position| {
         world.position("a").await == position && world.position("b").await == position
     };
-    let told = |log: &str, words: &str| log.lines().filter(|line| line.contains(words)).count();
+    let count_lines =
+        |log: &str, words: &str| log.lines().filter(|line| line.contains(words)).count();
     world.append(20).await;
-    eventually("both are played", async || are_at(20).await).await;
+    eventually("both projectors are played", async || are_at(20).await).await;
 
     is_away.store(true, Ordering::SeqCst);
     world.append(30).await;
-    eventually("both are fed from the store", async || are_at(50).await).await;
-    eventually("it tries again and again", async || refused.load(Ordering::SeqCst) >= 7).await;
+    eventually("both projectors are played from the store", async || are_at(50).await).await;
+    eventually("play receives repeatedly", async || refused.load(Ordering::SeqCst) >= 7).await;
     world.append(10).await;
-    eventually("both are fed still", async || are_at(60).await).await;
+    eventually("both projectors are still played", async || are_at(60).await).await;
     for words in
         ["cannot receive from the queue, trying again", "the relay cannot work now, trying again"]
     {
-        let lines = told(&play.logged(), words);
+        let lines = count_lines(&play.logged(), words);
         assert!((1..=3).contains(&lines), "{lines} times: {words}\n{}", play.logged());
     }
     assert!(!play.has_logged("the queue answers again"), "{}", play.logged());
@@ -201,24 +206,26 @@ async fn projectors_read_the_store_during_a_queue_outage_that_is_logged_sparingl
     is_away.store(false, Ordering::SeqCst);
     play.wait_for_log("the queue answers again").await;
     world.append(20).await;
-    eventually("both are played", async || are_at(80).await).await;
-    eventually("all is published", async || {
+    eventually("both projectors are played", async || are_at(80).await).await;
+    eventually("all events are published", async || {
         world.number("select published from event_log").await == 80
     })
     .await;
-    eventually("all is deleted", async || world.queue.depth().await.is_ok_and(|depth| depth == 0))
-        .await;
+    eventually("all messages are deleted", async || {
+        world.queue.depth().await.is_ok_and(|depth| depth == 0)
+    })
+    .await;
     let log = play.terminate().await.exits(0).stderr;
-    assert_eq!(told(&log, "the queue answers again"), 1);
-    assert!(told(&log, "cannot receive from the queue, trying again") <= 3, "{log}");
+    assert_eq!(count_lines(&log, "the queue answers again"), 1);
+    assert!(count_lines(&log, "cannot receive from the queue, trying again") <= 3, "{log}");
     assert_eq!(
         (tally_positions(&world, "a").await, tally_positions(&world, "b").await),
         (through(80), through(80))
     );
 }
 
-/// By a stub that hands out what was really in the queue: LocalStack never fails in a part of a
-/// batch by itself.
+/// Uses a stub that returns the real messages, because LocalStack never fails for a part of a
+/// batch.
 #[tokio::test]
 async fn messages_that_sqs_fails_to_delete_are_not_applied_again() {
     let world = World::new().await;
@@ -232,12 +239,20 @@ async fn messages_that_sqs_fails_to_delete_are_not_applied_again() {
 
     let stub = SqsStub::new().await;
     let handed_out = |which: &[usize]| {
-        let message = |n: &usize| json!({"MessageId": format!("m{n}"), "ReceiptHandle": format!("r{n}"), "Body": sent[*n]});
+        let message = |n: &usize| {
+            json!({
+                "MessageId": format!("m{n}"), "ReceiptHandle": format!("r{n}"), "Body": sent[*n],
+            })
+        };
         json!({"Messages": which.iter().map(message).collect::<Vec<_>>()}).to_string()
     };
-    let failed = |id: &str| json!({"Id": id, "SenderFault": false, "Code": "InternalError", "Message": "as SQS says"});
+    let failed = |id: &str| {
+        json!({
+            "Id": id, "SenderFault": false, "Code": "InternalError", "Message": "as SQS says",
+        })
+    };
     let deleted = |id: &str| json!({ "Id": id });
-    // Of the first two the second is not deleted, and then it is not again.
+    // In the first batch, the deletion of the second message fails. Its next deletion fails, too.
     stub.set_responses_once("ReceiveMessage", [&[0, 1][..], &[1], &[1], &[2]].map(handed_out));
     stub.set_response("ReceiveMessage", 200, "{}");
     stub.set_delay("ReceiveMessage", Duration::from_millis(50));
@@ -255,16 +270,17 @@ async fn messages_that_sqs_fails_to_delete_are_not_applied_again() {
         &json!({"Successful": [deleted("0")]}).to_string(),
     );
 
-    // What is applied comes from the messages, and not from the store because they are late.
+    // The reconcile interval is long, so all events come from the messages.
     let mut play =
         world.command(&["play", "--no-relay", "--reconcile-after=3600", "--metrics=emf"]);
     play.env("AWS_ENDPOINT_URL", stub.endpoint()).env("PROJECTORS", folder.path());
     let play = RunningProcess::spawn(play);
-    eventually("all is played", async || {
+    eventually("all events are played", async || {
         world.position("a").await == 30 && world.position("b").await == 30
     })
     .await;
-    eventually("all is deleted", async || stub.call_count("DeleteMessageBatch") == 4).await;
+    eventually("all messages are deleted", async || stub.call_count("DeleteMessageBatch") == 4)
+        .await;
     let log = play.terminate().await.exits(0).log();
     let refusals = log
         .iter()
@@ -277,7 +293,7 @@ async fn messages_that_sqs_fails_to_delete_are_not_applied_again() {
         assert_eq!(
             (skipped, tally_positions(&world, name).await),
             (20, through(30)),
-            "ten events came three times"
+            "ten events are received three times"
         );
     }
 }
@@ -296,11 +312,11 @@ async fn a_projector_booted_while_play_runs_joins_without_a_restart() {
         folder.path(),
     ]);
     world.append(20).await;
-    eventually("the first is played", async || world.position("a").await == 20).await;
+    eventually("the first projector is played", async || world.position("a").await == 20).await;
     assert_eq!(world.status("late").await, "new");
     world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
     world.append(20).await;
-    eventually("both are played", async || {
+    eventually("both projectors are played", async || {
         world.position("a").await == 40 && world.position("late").await == 40
     })
     .await;
@@ -344,7 +360,7 @@ async fn sigterm_during_a_batch_releases_its_messages() {
     world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
     let mut gate = close_gate(&world).await;
 
-    // Hidden for so long that no message comes back by itself.
+    // Hidden for a long time, so that no message becomes visible by itself.
     let play =
         ["play", "--visibility-timeout=43200", "--grace-period=1", "--projectors", folder.path()];
     let worker = world.start(&play);
@@ -357,7 +373,7 @@ async fn sigterm_during_a_batch_releases_its_messages() {
     assert_eq!(
         (world.position("a").await, tally_positions(&world, "a").await),
         (0, vec![]),
-        "it is rolled back"
+        "the batch is rolled back"
     );
     let counts =
         [Attribute::ApproximateNumberOfMessages, Attribute::ApproximateNumberOfMessagesNotVisible];
@@ -366,15 +382,16 @@ async fn sigterm_during_a_batch_releases_its_messages() {
         .get_queue_attributes()
         .queue_url(&world.queue_url)
         .set_attribute_names(Some(counts.to_vec()));
-    let answer = request.send().await.expect("an answer");
-    let count =
-        |name| answer.attributes().and_then(|all| all.get(&name)).cloned().expect("a count");
+    let answer = request.send().await.expect("the queue answers");
+    let count = |name| {
+        answer.attributes().and_then(|all| all.get(&name)).cloned().expect("the queue has a count")
+    };
     assert_ne!(count(Attribute::ApproximateNumberOfMessages), "0");
     assert_eq!(count(Attribute::ApproximateNumberOfMessagesNotVisible), "0");
 
     execute(&mut gate, "rollback").await;
     let played = world.run(&["play", "--until-idle", "--projectors", folder.path()]).await.exits(0);
-    assert_ne!(played.stdout, "idle: played 0 messages\n", "they come from the queue");
+    assert_ne!(played.stdout, "idle: played 0 messages\n", "the events must come from the queue");
     assert_eq!(tally_positions(&world, "a").await, through(5));
 }
 
@@ -382,7 +399,7 @@ async fn sigterm_during_a_batch_releases_its_messages() {
 async fn sigterm_during_startup_resets_no_projector() {
     let world = World::new().await;
     world.append(200).await;
-    // Slow enough that a boot does not come to its end by the way: 10 ms for each event.
+    // 10 ms for each event, so that no boot completes before it is stopped.
     let slow = tally_with("a", "mode = 'from_beginning'", ":position + sleep(0.01)");
     let folder = Folder::new().with("1.toml", &slow).with("2.toml", &failing_at("poisoned", 15));
     let with_batch = ["--batch=10", "--projectors", folder.path()];
@@ -391,9 +408,9 @@ async fn sigterm_during_startup_resets_no_projector() {
         (world.status("a").await, world.status("poisoned").await),
         ("stalled".into(), "broken".into())
     );
-    // Mended: there is something to boot for both.
+    // The file is repaired, so both projectors have events to boot.
     folder.write("2.toml", &tally("poisoned"));
-    let mut before = world.ledger.entries().await.expect("the ledger");
+    let mut before = world.ledger.entries().await.expect("the ledger is readable");
     for (command, delays) in [
         ("play", &[0, 3, 10, 30][..]),
         ("relay", &[0, 3, 10, 30]),
@@ -403,21 +420,21 @@ async fn sigterm_during_startup_resets_no_projector() {
         let options = if command == "boot" { &with_batch[..] } else { &with_batch[1..] };
         for delay in delays {
             let starting = world.start(&[&[command], options].concat());
-            // The moment of the fault.
+            // A random time before the fault.
             tokio::time::sleep(Duration::from_millis(*delay)).await;
             let ended = starting.terminate().await;
-            // Before it listens, the signal itself is its end; and a boot that did not come to its
-            // own says so.
+            // Before the process handles signals, SIGTERM ends it directly. An unfinished boot
+            // exits with 143.
             let is_right = matches!(ended.code, Some(0) | None)
                 || (command == "boot" && ended.code == Some(143));
             assert!(is_right, "{command}: {ended:?}");
 
-            // What the server is still at for it has an end.
+            // Waits until the server has ended the statements of the process.
             world.execute("select * from projectors for update").await;
-            let now = world.ledger.entries().await.expect("the ledger");
+            let now = world.ledger.entries().await.expect("the ledger is readable");
             assert_eq!(now.len(), before.len());
             for (now, before) in now.iter().zip(&before) {
-                // As it was or, in a boot, further.
+                // Unchanged or, in a boot, further.
                 let is_further = command == "boot"
                     && now.position >= before.position
                     && now.status == Status::Live;
@@ -426,7 +443,7 @@ async fn sigterm_during_startup_resets_no_projector() {
                         || command == "boot" && now.position > before.position);
                 assert!(
                     now.id == before.id && (is_as_it_was || is_further),
-                    "{command}: {before:?}, and then {now:?}"
+                    "{command}: {before:?} became {now:?}"
                 );
                 assert_eq!(
                     tally_positions(&world, &now.id.name).await,
@@ -437,7 +454,7 @@ async fn sigterm_during_startup_resets_no_projector() {
             before = now;
         }
     }
-    assert_eq!(world.status("a").await, "stalled", "no boot has come to its end");
+    assert_eq!(world.status("a").await, "stalled", "no boot may have completed");
     world.run(&[&["boot"], &with_batch[..]].concat()).await.exits(0);
     for name in ["a", "poisoned"] {
         assert_eq!(
@@ -452,13 +469,13 @@ async fn sigterm_while_the_database_is_unresponsive_ends_play_and_relay_with_0()
     let world = World::new().await;
     let folder = Folder::new().with("1.toml", &tally("a"));
     for command in ["play", "relay"] {
-        // It accepts, and says nothing.
-        let silent = TcpListener::bind("127.0.0.1:0").await.expect("a port");
-        let url = format!("mysql://root@{}/x", silent.local_addr().expect("an address"));
+        // Accepts connections and sends nothing.
+        let silent = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
+        let url = format!("mysql://root@{}/x", silent.local_addr().expect("the listener is bound"));
         let mut starting = world.command(&[command, "--projectors", folder.path()]);
         starting.env("DATABASE_URL", url);
         let starting = RunningProcess::spawn(starting);
-        let _connected = with_short_timeout(silent.accept()).await.expect("it connects");
+        let _connected = with_short_timeout(silent.accept()).await.expect("the process connects");
         let began = Instant::now();
         starting.terminate().await.exits(0);
         assert!(began.elapsed() < QUICKLY, "{:?}", began.elapsed());
@@ -473,18 +490,19 @@ async fn sigterm_at_startup_ends_play_and_relay_despite_a_silent_database() {
         let is_silent = Arc::new(AtomicBool::new(false));
         let falls_silent = Arc::clone(&is_silent);
         let url = world
-            .database_url_through_proxy(move |bytes| match contains_text(bytes, "from event_log") {
-                true => {
+            .database_url_through_proxy(move |bytes| {
+                if contains_text(bytes, "from event_log") {
                     falls_silent.store(true, Ordering::SeqCst);
                     ProxyAction::Silent
+                } else {
+                    ProxyAction::Forward
                 }
-                false => ProxyAction::Forward,
             })
             .await;
         let mut starting = world.command(&[command, "--projectors", folder.path()]);
         starting.env("DATABASE_URL", url);
         let starting = RunningProcess::spawn(starting);
-        eventually("it asks for the marks", async || is_silent.load(Ordering::SeqCst)).await;
+        eventually("the process reads the marks", async || is_silent.load(Ordering::SeqCst)).await;
         let began = Instant::now();
         starting.terminate().await.exits(0);
         assert!(began.elapsed() < QUICKLY, "{:?}", began.elapsed());
@@ -517,7 +535,7 @@ async fn every_log_line_is_json_without_a_terminal() {
     let play = world.start(&["play", "--projectors", folder.path()]);
     play.wait_for_log("playing").await;
     logs.extend(play.terminate().await.exits(0).log());
-    assert!(logs.len() > 10, "there is something to read");
+    assert!(logs.len() > 10, "the log has too few lines");
     for line in logs {
         for key in ["timestamp", "level", "message"] {
             assert!(line[key].is_string(), "{key} in {line}");

@@ -1,4 +1,4 @@
-//! `retire`: asked for, torn down, and never to come back where it has side effects.
+//! `retire`: it asks, tears down, and keeps a projector with side effects retired.
 
 use std::process::Stdio;
 
@@ -8,7 +8,8 @@ use super::{tally, tally_positions, tally_with};
 use crate::support::{Folder, RunningProcess, World};
 
 async fn has_table(world: &World, name: &str) -> bool {
-    let sql = "select count(*) from information_schema.tables where table_schema = database() and table_name";
+    let sql = "select count(*) from information_schema.tables where table_schema = database() \
+               and table_name";
     world.number(&format!("{sql} = '{name}'")).await == 1
 }
 
@@ -37,7 +38,7 @@ async fn retire_drops_the_tables_and_the_ledger_row() {
     assert_eq!(
         (tally_positions(&world, "b").await.len(), world.status("b").await),
         (5, "live".into()),
-        "the other is untouched"
+        "the other projector is unchanged"
     );
     world.run(&arguments).await.exits(2).prints(&["no projector \"a\"", "b@1"]);
 }
@@ -81,7 +82,7 @@ async fn a_retired_projector_with_side_effects_is_never_booted_or_played_again()
     assert_eq!(world.status("mails").await, "retired");
     assert!(world.run(&retire).await.exits(0).stdout.contains("retired already"));
 
-    // Somebody adds it to the set again.
+    // A later release contains the projector again.
     world.append(5).await;
     let booted = world.run(&["boot", "--json", "--projectors", folder.path()]).await.exits(0);
     assert_eq!(booted.json()["projectors"][0]["status"], "retired");
@@ -104,11 +105,11 @@ async fn a_version_is_retired_by_name_and_version() {
         tally("b").replace("name = 'b'", "name = 'a'").replace("version = 1", "version = 2");
     let (world, folder) = booted(&[("1.toml", &tally("a")), ("2.toml", &second)]).await;
     world.run(&["retire", "a@1", "--yes", "--force", "--projectors", folder.path()]).await.exits(0);
-    let left = world.ledger.entries().await.expect("the ledger");
+    let left = world.ledger.entries().await.expect("the ledger is readable");
     assert_eq!(left.iter().map(|entry| entry.id.to_string()).collect::<Vec<_>>(), ["a@2"]);
     assert_eq!((has_table(&world, "a").await, has_table(&world, "b").await), (false, true));
     world.run(&["retire", "a", "--yes"]).await.exits(0);
-    assert!(world.ledger.entries().await.expect("the ledger").is_empty());
+    assert!(world.ledger.entries().await.expect("the ledger is readable").is_empty());
 }
 
 #[tokio::test]
@@ -119,12 +120,12 @@ async fn without_a_terminal_retire_needs_yes() {
     assert_eq!(world.status("a").await, "live");
 }
 
-/// util-linux's `script` runs a command on a terminal of its own.
+/// util-linux's `script` runs a command in a new terminal.
 #[tokio::test]
 async fn on_a_terminal_retire_asks_and_follows_the_answer() {
     let (world, _folder) = booted(&[("1.toml", &tally("a"))]).await;
     if Command::new("script").arg("--version").stdout(Stdio::null()).status().await.is_err() {
-        eprintln!("passed without a test: there is no `script` (util-linux) to make a terminal");
+        eprintln!("skipped: `script` (util-linux) is not installed");
         return;
     }
     for (answer, code, said, status) in [
@@ -133,7 +134,7 @@ async fn on_a_terminal_retire_asks_and_follows_the_answer() {
         ("y\n", 0, "a@1 is retired", "new"),
     ] {
         let ours = world.command(&[]);
-        let program = ours.as_std().get_program().to_str().expect("a path in UTF-8").to_owned();
+        let program = ours.as_std().get_program().to_str().expect("the path is UTF-8").to_owned();
         let mut terminal = Command::new("script");
         terminal.args([
             "--quiet",
@@ -169,7 +170,11 @@ async fn a_failing_teardown_is_reported_and_can_be_run_again() {
         "no_such_table",
         "retire can be run again",
     ]);
-    assert_eq!(world.status("a").await, "retired", "nobody plays it while its tables go");
+    assert_eq!(
+        world.status("a").await,
+        "retired",
+        "a projector must not be played during its teardown"
+    );
     folder.write("1.toml", &tally("a"));
     world.run(&arguments).await.exits(0);
     assert_eq!((has_table(&world, "a").await, world.status("a").await), (false, "new".into()));

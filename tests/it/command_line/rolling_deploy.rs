@@ -1,5 +1,5 @@
-//! As a service on ECS runs: several tasks at once, a health check that looks at the heartbeat,
-//! deploys that roll over each other.
+//! A service as on ECS: several concurrent tasks, a health check of the heartbeat file, and rolling
+//! deploys.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 use super::{event_count, tally, tally_positions};
 use crate::support::{Folder, ProxyAction, RunningProcess, World, eventually};
 
-/// ECS waits for so long after SIGTERM, unless it is told otherwise, before it kills.
+/// The default time that ECS waits between SIGTERM and SIGKILL.
 const STOP_TIMEOUT: Duration = Duration::from_secs(30);
 
 async fn roll(world: World) {
@@ -33,36 +33,33 @@ async fn roll(world: World) {
         while !done.load(Ordering::SeqCst) || appended < 1_000 {
             world.append(10).await;
             appended += 10;
-            // As fast as it is played: what is still to be played at the end would measure the
-            // machine.
+            // Appends at the speed of the workers. Otherwise, the test would measure the machine.
             let last = world.last_position().await;
-            eventually("the workers follow", async || world.position("a").await + 500 >= last)
+            eventually("the workers keep up", async || world.position("a").await + 500 >= last)
                 .await;
         }
         appended
     };
     let deploy = async {
-        eventually("the old release is at work", async || world.position("going").await > 300)
-            .await;
+        eventually("the old release plays", async || world.position("going").await > 300).await;
         let beside = world.position("a").await;
         world.run(&["boot", "--projectors", new.path()]).await.exits(0);
-        assert!(world.position("a").await > beside, "the old release goes on beside the boot");
-        // A task of the new release comes, one of the old one goes, as ECS does it.
+        assert!(world.position("a").await > beside, "the old release must play during the boot");
+        // As on ECS, a task of the new release starts and one of the old release ends.
         for _ in 0..3 {
             workers.push(worker(&new));
-            workers.last().expect("the new one").wait_for_log("playing").await;
+            workers.last().expect("a worker was started").wait_for_log("playing").await;
             let began = Instant::now();
             workers.remove(0).terminate().await.exits(0);
             assert!(began.elapsed() < STOP_TIMEOUT, "{:?}", began.elapsed());
         }
         let last = world.last_position().await;
-        eventually("the new release is at work", async || world.position("coming").await > last)
-            .await;
+        eventually("the new release plays", async || world.position("coming").await > last).await;
         done.store(true, Ordering::SeqCst);
     };
     let (appended, ()) = tokio::join!(load, deploy);
     let last = world.last_position().await;
-    eventually("all is played", async || {
+    eventually("all events are played", async || {
         world.position("a").await == last && world.position("coming").await == last
     })
     .await;
@@ -70,14 +67,14 @@ async fn roll(world: World) {
         worker.terminate().await.exits(0);
     }
     assert_eq!(event_count(&world).await, appended);
-    // Each event once, in order; and of the one that the new release lacks, up to where it stands,
-    // too.
+    // Each event once, in order. The projector that the new release lacks has the events up to its
+    // position.
     let events = world.positions("event_type not like '$%'").await;
     for name in ["a", "coming"] {
         assert_eq!(tally_positions(&world, name).await, events, "{name}");
     }
-    let stands = world.position("going").await;
-    let until: Vec<u64> = events.into_iter().filter(|position| *position <= stands).collect();
+    let last = world.position("going").await;
+    let until: Vec<u64> = events.into_iter().filter(|position| *position <= last).collect();
     assert_eq!(tally_positions(&world, "going").await, until);
 }
 
@@ -91,7 +88,7 @@ async fn a_rolling_deploy_under_load_loses_and_repeats_nothing_with_a_standard_q
     roll(World::with_standard_queue().await).await;
 }
 
-/// When the heartbeat was last touched.
+/// The time of the last heartbeat.
 fn last_beat(file: &str) -> Option<SystemTime> {
     std::fs::metadata(file).and_then(|file| file.modified()).ok()
 }
@@ -106,19 +103,20 @@ async fn a_stuck_worker_fails_its_health_check() {
     world.run(&health).await.exits(1).prints(&["no heartbeat", &file]);
 
     let play = world.start(&["play", "--projectors", folder.path(), "--heartbeat", &file]);
-    eventually("its heart beats", async || last_beat(&file).is_some()).await;
-    let well = world.run(&health).await.exits(0);
+    eventually("the heartbeat file exists", async || last_beat(&file).is_some()).await;
+    let healthy = world.run(&health).await.exits(0);
     assert!(
-        well.stdout.starts_with("healthy: ") && well.stdout.lines().count() == 1,
+        healthy.stdout.starts_with("healthy: ") && healthy.stdout.lines().count() == 1,
         "{}",
-        well.stdout
+        healthy.stdout
     );
 
     play.signal("STOP").await;
-    eventually("it is found", async || world.run(&health).await.code == Some(1)).await;
-    world.run(&health).await.exits(1).prints(&["stands still"]);
+    eventually("the health check fails", async || world.run(&health).await.code == Some(1)).await;
+    world.run(&health).await.exits(1).prints(&["last still"]);
     play.signal("CONT").await;
-    eventually("it is well again", async || world.run(&health).await.code == Some(0)).await;
+    eventually("the health check passes again", async || world.run(&health).await.code == Some(0))
+        .await;
     play.terminate().await.exits(0);
     world.run(&health).await.exits(1).prints(&["no heartbeat"]);
 
@@ -154,19 +152,19 @@ async fn a_worker_waiting_for_its_database_passes_its_health_check() {
     play.env("DATABASE_URL", url);
     let play = RunningProcess::spawn(play);
     world.append(5).await;
-    eventually("it plays", async || world.position("a").await == 5).await;
+    eventually("the worker plays", async || world.position("a").await == 5).await;
 
     is_away.store(true, Ordering::SeqCst);
     let since = SystemTime::now();
     world.append(5).await;
     let health = ["health", "--max-age=3", "--heartbeat", &file];
-    eventually("its heart beats on for longer than it may be still", async || {
+    eventually("the heartbeat continues beyond the allowed age", async || {
         world.run(&health).await.exits(0);
         last_beat(&file).is_some_and(|beat| beat > since + Duration::from_secs(5))
     })
     .await;
     assert_eq!(world.position("a").await, 5);
     is_away.store(false, Ordering::SeqCst);
-    eventually("it plays on", async || world.position("a").await == 10).await;
+    eventually("the worker continues", async || world.position("a").await == 10).await;
     play.terminate().await.exits(0);
 }

@@ -9,10 +9,10 @@ use crate::support::{
     schedule, server_url,
 };
 
-/// The password of [`user`], in a URL.
+/// The password of [`user`], percent-encoded for a URL.
 const RIGHT: &str = "s3cr3t-Pa55%3Aword";
 
-/// Not even a half of it is to be seen.
+/// Not even a part of the password may be shown.
 const PARTS: [&str; 2] = ["s3cr3t", "Pa55"];
 
 #[track_caller]
@@ -28,7 +28,7 @@ fn assert_nothing_shown(finished: &FinishedProcess, of: &str) {
     assert_hidden(&finished.stderr, of);
 }
 
-/// Makes a user with a password, who may do everything in the world's database.
+/// Creates a user with a password and all privileges on the world's database.
 async fn user(world: &World) -> &str {
     let user = &world.database_name[..30];
     world.execute(&format!("create user '{user}'@'%' identified by 's3cr3t-Pa55:word'")).await;
@@ -36,7 +36,7 @@ async fn user(world: &World) -> &str {
     user
 }
 
-/// The URL of the world's database for that user.
+/// The URL of the world's database for this user.
 fn url(world: &World, user: &str, password: &str) -> String {
     format!(
         "mysql://{user}:{password}@{}/{}",
@@ -45,7 +45,7 @@ fn url(world: &World, user: &str, password: &str) -> String {
     )
 }
 
-/// A command that has the password in its environment, and logs whatever it can.
+/// A command with the password in its environment and the most detailed log.
 fn with_password(world: &World, arguments: &[&str], url: String, folder: &Folder) -> Command {
     let mut command = world.command(arguments);
     command.env("DATABASE_URL", url).env("PROJECTORS", folder.path());
@@ -56,7 +56,7 @@ fn with_password(world: &World, arguments: &[&str], url: String, folder: &Folder
 #[tokio::test]
 async fn the_database_password_is_never_shown() {
     let world = World::new().await;
-    // To `doctor` a server that another test has made read-only is not well.
+    // `doctor` reports an error while another test has made the server read-only.
     let mut keeper = world.connection().await;
     lock_out_restricted_users(&mut keeper).await;
     let user = user(&world).await;
@@ -109,14 +109,14 @@ async fn the_database_password_is_never_shown() {
         assert_nothing_shown(&finished, &arguments.join(" "));
     }
     let help = RunningProcess::spawn(ours(&["--help"], right)).finish().await.exits(0).stdout;
-    assert!(help.contains("[env: DATABASE_URL]"), "its name is there, its value is not");
+    assert!(help.contains("[env: DATABASE_URL]"), "the help must name the variable");
     world.execute(&format!("drop user '{user}'@'%'")).await;
 }
 
 #[tokio::test]
 async fn responses_to_lambda_never_show_a_password() {
     let world = World::new().await;
-    // A scheduled invocation fails where another test has made the server read-only.
+    // A scheduled invocation fails while another test has made the server read-only.
     let mut keeper = world.connection().await;
     lock_out_restricted_users(&mut keeper).await;
     let user = user(&world).await;
@@ -125,10 +125,15 @@ async fn responses_to_lambda_never_show_a_password() {
     world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
     world.append(3).await;
     let mut function = Function::start(ours(RIGHT)).await;
-    let answer = function.invoke(&schedule(), TIMEOUT).await.expect("an answer");
+    let answer = function.invoke(&schedule(), TIMEOUT).await.expect("the invocation succeeds");
     assert_hidden(&answer.to_string(), "the answer");
-    assert_eq!(world.number("select published from event_log").await, 3, "it was at work");
-    let failed = function.invoke(&"no event".into(), TIMEOUT).await.expect_err("it is none");
+    assert_eq!(
+        world.number("select published from event_log").await,
+        3,
+        "the function must have published"
+    );
+    let failed =
+        function.invoke(&"no event".into(), TIMEOUT).await.expect_err("the event is invalid");
     assert_hidden(&failed.to_string(), "the error");
     assert_nothing_shown(&function.process.terminate().await.exits(0), "lambda");
 
@@ -141,8 +146,8 @@ async fn responses_to_lambda_never_show_a_password() {
     world.execute(&format!("drop user '{user}'@'%'")).await;
 }
 
-/// Anybody on the host may read that: so the environment is where a password belongs, and nothing
-/// may take it from there into an argument, of ours or of a process that is started.
+/// Every user of the host can read command lines, so a password belongs in the environment. It must
+/// not be copied from there into an argument of this process or of a child process.
 #[tokio::test]
 async fn the_command_line_in_the_process_list_shows_no_password() {
     let world = World::new().await;
@@ -152,17 +157,18 @@ async fn the_command_line_in_the_process_list_shows_no_password() {
     let play =
         RunningProcess::spawn(with_password(&world, &["play"], url(&world, user, RIGHT), &folder));
     world.append(3).await;
-    eventually("it is at work", async || world.position("a").await == 3).await;
+    eventually("the worker plays", async || world.position("a").await == 3).await;
     let of_process = |file: &str| {
-        let bytes = std::fs::read(format!("/proc/{}/{file}", play.id())).expect("it is running");
+        let bytes =
+            std::fs::read(format!("/proc/{}/{file}", play.id())).expect("the process is running");
         String::from_utf8_lossy(&bytes).replace('\0', " ")
     };
-    assert!(of_process("environ").contains(RIGHT), "it is in its environment");
+    assert!(of_process("environ").contains(RIGHT), "the environment must contain the password");
     let line = of_process("cmdline");
     assert!(line.ends_with("projectionist play "), "{line}");
     assert_hidden(&line, "the command line");
     let children = of_process(&format!("task/{}/children", play.id()));
-    assert_eq!(children, "", "it starts nobody");
+    assert_eq!(children, "", "the worker must start no child process");
     assert_nothing_shown(&play.terminate().await.exits(0), "play");
     world.execute(&format!("drop user '{user}'@'%'")).await;
 }

@@ -1,4 +1,4 @@
-//! `status`: every projector with what is known of it, at any time, without waiting for anybody.
+//! `status`: every projector with its state, at any time, without waiting for locks.
 
 use serde_json::{Value, json};
 
@@ -15,12 +15,12 @@ fn keys(object: &Value) -> Vec<&str> {
 }
 
 fn projector<'a>(status: &'a Value, name: &str) -> &'a Value {
-    let mut all = status["projectors"].as_array().expect("a list").iter();
+    let mut all = status["projectors"].as_array().expect("the projectors are a list").iter();
     all.find(|projector| projector["name"] == name).unwrap_or_else(|| panic!("{name} in {status}"))
 }
 
-/// A world with a projector in every state but booting: the folder has all but `gone` and
-/// `elsewhere`.
+/// A world with a projector in every state except booting. The folder contains all of them except
+/// `gone` and `elsewhere`.
 async fn in_every_state() -> (World, Folder) {
     let world = World::new().await;
     world.append(10).await;
@@ -33,8 +33,13 @@ async fn in_every_state() -> (World, Folder) {
     world.run(&["boot", "--projectors", first.path()]).await.exits(0);
     world.run(&["retire", "gone", "--yes"]).await.exits(0);
     world.append(5).await;
-    // The oldest that the living one waits for was recorded a minute ago.
-    world.execute("update events set recorded_at = utc_timestamp(6) - interval 60 second where position = 11").await;
+    // The oldest event that `living` has not applied was recorded a minute ago.
+    world
+        .execute(
+            "update events set recorded_at = utc_timestamp(6) - interval 60 second \
+             where position = 11",
+        )
+        .await;
     let second = Folder::new()
         .with("1.toml", &tally("living"))
         .with("2.toml", &tally_with("done", "mode = 'once'", ":position"))
@@ -68,7 +73,7 @@ async fn the_json_has_exactly_the_documented_keys_and_values_in_every_state() {
     assert_eq!(
         (&status["high_water"], &status["published"]),
         (&json!(15), &json!(10)),
-        "as boot left it"
+        "the marks are those of the boot"
     );
     let expected = [
         ("living", "from_beginning", "live", 10, 5),
@@ -99,27 +104,28 @@ async fn the_json_has_exactly_the_documented_keys_and_values_in_every_state() {
         let values =
             json!([of["version"], of["mode"], of["status"], of["position"], of["lag_events"]]);
         assert_eq!(values, json!([1, mode, state, position, lag]), "{name}");
-        let seconds = of["lag_seconds"].as_f64().expect("a number");
+        let seconds = of["lag_seconds"].as_f64().expect("the lag is a number");
         assert_eq!(seconds > 0.0, lag > 0, "{name} lags {seconds} s");
         assert_eq!(of["failure"].is_null(), state != "broken", "{name}");
     }
-    let seconds = projector(&status, "living")["lag_seconds"].as_f64().expect("a number");
+    let seconds =
+        projector(&status, "living")["lag_seconds"].as_f64().expect("the lag is a number");
     assert!(
         (59.0..120.0).contains(&seconds),
-        "the age of the oldest event that it waits for: {seconds}"
+        "the lag must be the age of the next event: {seconds}"
     );
 
     let failure = &projector(&status, "poisoned")["failure"];
     assert_eq!(keys(failure), ["at", "error", "event_type", "position"]);
     assert_eq!((&failure["position"], &failure["event_type"]), (&json!(7), &json!("Opened")));
-    let error = failure["error"].as_str().expect("a text");
+    let error = failure["error"].as_str().expect("the error is text");
     assert!(
         error.contains(&format!("{}:7", folder.file("3.toml"))) && error.contains("cannot be null"),
         "{error}"
     );
-    let at = failure["at"].as_str().expect("a text");
+    let at = failure["at"].as_str().expect("the time is text");
     let at = time::OffsetDateTime::parse(at, &time::format_description::well_known::Rfc3339)
-        .expect("a time");
+        .expect("the time is valid");
     assert!((time::OffsetDateTime::now_utc() - at).whole_seconds().abs() < 60);
 }
 
@@ -130,7 +136,7 @@ async fn the_table_shows_the_same_values_as_the_json() {
         world.run(&["status", "--json", "--projectors", folder.path()]).await.exits(0).json();
     let table = world.run(&["status", "--projectors", folder.path()]).await.exits(0).stdout;
     assert!(table.contains("high-water mark 15") && table.contains("published 10"), "{table}");
-    for projector in json["projectors"].as_array().expect("a list") {
+    for projector in json["projectors"].as_array().expect("the projectors are a list") {
         let text = |key: &str| {
             projector[key].as_str().map_or_else(|| projector[key].to_string(), str::to_owned)
         };
@@ -138,7 +144,7 @@ async fn the_table_shows_the_same_values_as_the_json() {
         let row = table
             .lines()
             .find(|line| line.split_whitespace().next() == Some(&expected[0]))
-            .expect("a row");
+            .expect("the projector has a row");
         assert_eq!(row.split_whitespace().take(6).collect::<Vec<_>>(), expected, "{table}");
         let is_known = !["gone", "elsewhere"].contains(&&*expected[0]);
         assert_eq!(row.contains("(not in this set)"), !is_known, "{table}");
@@ -146,7 +152,7 @@ async fn the_table_shows_the_same_values_as_the_json() {
             assert!(row.contains(error) && row.contains("at 7, Opened"), "{table}");
         }
     }
-    // Nobody gave a set: then nothing is missing in it.
+    // Without `--projectors`, no projector is reported as not in the set.
     let without_set = world.run(&["status"]).await.exits(0).stdout;
     assert!(
         without_set.contains("poisoned")

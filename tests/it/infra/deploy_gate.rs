@@ -1,4 +1,4 @@
-//! infra/deploy: what it lets through, what it stops, and what it says.
+//! infra/deploy: the releases that it deploys, those that it stops, and its messages.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,7 +10,7 @@ use super::fake_aws::FakeAws;
 use super::{fragile, tally};
 use crate::support::{Folder, RunningProcess, Tally, World, eventually};
 
-/// An application that appends all the time, by a process of its own.
+/// An application that appends continuously, in its own process.
 struct Load {
     stop: Arc<AtomicBool>,
     writing: JoinHandle<usize>,
@@ -20,11 +20,11 @@ impl Load {
     fn start(world: &World) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let mut writer = world.start_piped(&["append"]);
-        let told = Arc::clone(&stop);
+        let should_stop = Arc::clone(&stop);
         let writing = tokio::spawn(async move {
             let mut pulse = tokio::time::interval(Duration::from_millis(20));
             let mut written = 0;
-            while !told.load(Ordering::Relaxed) {
+            while !should_stop.load(Ordering::Relaxed) {
                 pulse.tick().await;
                 let line = |number: usize| {
                     let kind = ["Opened", "Amended", "Closed"][number % 3];
@@ -42,7 +42,7 @@ impl Load {
         Load { stop, writing }
     }
 
-    /// How many events it appended.
+    /// Stops the application, and returns the number of events that it appended.
     async fn stop(self) -> usize {
         self.stop.store(true, Ordering::Relaxed);
         self.writing.await.expect("the writer ends")
@@ -64,59 +64,63 @@ async fn releases_roll_forward_and_back_under_load_and_a_breaking_one_is_stopped
     world.append(300).await;
     let load = Load::start(&world);
 
-    // The first release, to a stack without a worker.
+    // The first release, to a stack without workers.
     let deployed = fake_aws.deploy("orders:1").await.exits(0);
     assert!(deployed.stdout.contains("cases@1  live"), "{}", deployed.stdout);
     assert!(deployed.stdout.contains("released: orders:1"), "{}", deployed.stdout);
-    let goes_on = async || {
+    let assert_playing = async || {
         let mark = world.last_position().await;
-        eventually("the workers play what is new", async || world.position("cases").await >= mark)
+        eventually("the workers play new events", async || world.position("cases").await >= mark)
             .await;
     };
-    goes_on().await;
+    assert_playing().await;
 
-    // The second brings one that breaks: the deploy fails, and the service goes on as it was.
+    // The second release has a projector that breaks. The deploy fails, and the service is
+    // unchanged.
     let failed = fake_aws.deploy("orders:2").await.exits(1);
     assert!(failed.stderr.contains("a projector is broken"), "{}", failed.stderr);
     assert!(failed.stdout.contains("fragile@1  broken"), "{}", failed.stdout);
-    assert!(failed.stdout.contains("payload.amount"), "it says why: {}", failed.stdout);
+    assert!(failed.stdout.contains("payload.amount"), "the reason is printed: {}", failed.stdout);
     assert_eq!(world.status("customers").await, "stalled");
     assert_eq!(fake_aws.cloud().await.parameter("Image"), "orders:1");
     assert_eq!(fake_aws.cloud().await.workers(), 2);
     assert!(fake_aws.cloud().await.replaced.is_empty(), "no worker was replaced");
-    goes_on().await;
+    assert_playing().await;
 
-    // Mended it goes through, and all the old workers stop in order.
+    // The fixed release is deployed, and all old workers stop cleanly.
     fake_aws.deploy("orders:3").await.exits(0);
     assert_eq!(
         (world.status("customers").await, world.status("fragile").await),
         ("live".into(), "live".into())
     );
     assert_eq!(fake_aws.cloud().await.replaced.len(), 2);
-    goes_on().await;
+    assert_playing().await;
 
-    // Back to the first, which does not know the two: they stand still.
+    // Back to the first release, which does not have the two other projectors: they do not move.
     fake_aws.deploy("orders:1").await.exits(0);
-    let stands = world.position("customers").await;
-    goes_on().await;
+    let position = world.position("customers").await;
+    assert_playing().await;
     assert_eq!(
         (world.position("customers").await, world.status("customers").await),
-        (stands, "live".into())
+        (position, "live".into())
     );
 
-    // And forward again.
+    // Forward again.
     fake_aws.deploy("orders:3").await.exits(0);
     let mark = world.last_position().await;
-    eventually("they catch up", async || world.position("customers").await >= mark).await;
+    eventually("the customers projector catches up", async || {
+        world.position("customers").await >= mark
+    })
+    .await;
 
-    // The fourth has no customers any more: its projector is retired, and what it made dropped by
+    // The fourth release has no customers projector. It is retired, and its table is dropped by
     // hand.
     fake_aws.deploy("orders:4").await.exits(0);
     world.run(&["retire", "customers", "--yes"]).await.exits(0);
     world.execute("drop table customers").await;
-    goes_on().await;
+    assert_playing().await;
 
-    // Rolled back after that, it is built anew.
+    // After a rollback to the third release, the projector is rebuilt.
     fake_aws.deploy("orders:3").await.exits(0);
     let written = load.stop().await;
     eventually("all are at the end of the log", async || {
@@ -128,7 +132,7 @@ async fn releases_roll_forward_and_back_under_load_and_a_breaking_one_is_stopped
     fake_aws.cloud().await.stop_workers().await;
     assert!(
         written > 0 && cases.applied(&world).await.len() == 300 + written,
-        "each event is there, once"
+        "each event is applied once"
     );
     for read_model in [&cases, &customers, &broken] {
         world.assert_complete(read_model).await;
@@ -136,7 +140,7 @@ async fn releases_roll_forward_and_back_under_load_and_a_breaking_one_is_stopped
     let cloud = fake_aws.cloud().await;
     assert!(
         cloud.replaced.iter().all(|worker| worker.code == Some(0)),
-        "every worker stopped in order"
+        "every worker stopped cleanly"
     );
 }
 
@@ -153,11 +157,11 @@ async fn a_cancelled_deploy_stops_its_boot_and_the_next_one_resumes() {
     let mut command = fake_aws.gate(&["orders", "orders:1"]);
     command.env("PROJECTIONIST_BATCH", "20");
     let gate = RunningProcess::spawn(command);
-    eventually("boot is under way", async || world.entry("cases").await.is_some()).await;
+    eventually("boot is running", async || world.entry("cases").await.is_some()).await;
     gate.terminate().await.exits(143);
     let cloud = fake_aws.cloud().await;
     let codes: Vec<_> = cloud.stopped_tasks().map(|task| task.code).collect();
-    assert!(codes.contains(&Some(143)), "boot was told to stop, and did: {codes:?}");
+    assert!(codes.contains(&Some(143)), "boot was stopped by SIGTERM: {codes:?}");
     assert_eq!(cloud.parameter("Image"), "", "nothing was released");
     drop(cloud);
 
@@ -188,15 +192,15 @@ async fn workers_that_do_not_start_leave_the_previous_release_in_place() {
     cloud.stop_workers().await;
 }
 
-/// Arguments of the gate, a call that AWS refuses with these words, the exit code, and what is
-/// said.
+/// The arguments of the gate; a call that AWS refuses, with the error text; the exit code; and the
+/// words of the message.
 type Case =
     (&'static [&'static str], Option<(&'static str, &'static str)>, i32, &'static [&'static str]);
 
 #[tokio::test]
 async fn the_deploy_gate_reports_each_problem_with_advice() {
     let world = World::new().await;
-    let boots = "ecs run-task";
+    let run_task = "ecs run-task";
     let cases: &[Case] = &[
         (&["orders"], None, 2, &["usage: infra/deploy"]),
         (&["--timeout", "soon", "orders", "orders:1"], None, 2, &["whole minutes"]),
@@ -207,7 +211,8 @@ async fn the_deploy_gate_reports_each_problem_with_advice() {
             &["orders", "orders:1"],
             Some((
                 "cloudformation",
-                "Unable to locate credentials. You can configure credentials by running \"aws login\".",
+                "Unable to locate credentials. You can configure credentials by running \
+                 \"aws login\".",
             )),
             2,
             &["Unable to locate credentials", "log on to AWS"],
@@ -216,7 +221,8 @@ async fn the_deploy_gate_reports_each_problem_with_advice() {
             &["orders", "orders:1"],
             Some((
                 "cloudformation",
-                "An error occurred (ValidationError) when calling the DescribeStacks operation: Stack with id orders does not exist",
+                "An error occurred (ValidationError) when calling the DescribeStacks operation: \
+                 Stack with id orders does not exist",
             )),
             3,
             &["does not exist", "create the stack first"],
@@ -224,8 +230,9 @@ async fn the_deploy_gate_reports_each_problem_with_advice() {
         (
             &["orders", "orders:1"],
             Some((
-                boots,
-                "An error occurred (ClusterNotFoundException) when calling the RunTask operation: Cluster not found.",
+                run_task,
+                "An error occurred (ClusterNotFoundException) when calling the RunTask operation: \
+                 Cluster not found.",
             )),
             3,
             &["Cluster not found", "main"],
@@ -233,8 +240,9 @@ async fn the_deploy_gate_reports_each_problem_with_advice() {
         (
             &["orders", "orders:1"],
             Some((
-                boots,
-                "An error occurred (AccessDeniedException) when calling the RunTask operation: not authorized",
+                run_task,
+                "An error occurred (AccessDeniedException) when calling the RunTask operation: \
+                 not authorized",
             )),
             2,
             &["AccessDenied", "infra/deployer.yaml"],
@@ -243,7 +251,8 @@ async fn the_deploy_gate_reports_each_problem_with_advice() {
             &["orders", "orders:1"],
             Some((
                 "logs",
-                "An error occurred (AccessDeniedException) when calling the GetLogEvents operation: no",
+                "An error occurred (AccessDeniedException) when calling the GetLogEvents \
+                 operation: no",
             )),
             2,
             &["GetLogEvents", "infra/deployer.yaml"],
@@ -265,7 +274,7 @@ async fn the_deploy_gate_reports_each_problem_with_advice() {
         }
     }
 
-    // What fails now and then is asked again; the exit code decides, and not the log.
+    // Temporary errors are retried. The exit code of boot decides, not its log.
     let fake_aws = FakeAws::new(&world).await;
     fake_aws.push("orders:1", Folder::new().with("cases.toml", &tally("cases"))).await;
     fake_aws
@@ -276,7 +285,11 @@ async fn the_deploy_gate_reports_each_problem_with_advice() {
         )
         .await;
     fake_aws
-        .refuse("logs", "An error occurred (ServiceUnavailableException) when calling the GetLogEvents operation")
+        .refuse(
+            "logs",
+            "An error occurred (ServiceUnavailableException) when calling the GetLogEvents \
+             operation",
+        )
         .await;
     let deployed = fake_aws.deploy("orders:1").await.exits(0);
     assert!(deployed.stdout.contains("released: orders:1"), "{}", deployed.stdout);

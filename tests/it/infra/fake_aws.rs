@@ -1,6 +1,6 @@
-//! Stands in for AWS before infra/deploy, because nothing here runs ECS: its tasks and its service
-//! are real processes of the shipped binary. An image is a folder of projector files. With a real
-//! CLI behind it, CloudFormation and the logs are LocalStack's, and ECS alone is played.
+//! A fake of AWS for infra/deploy, because the test environment has no ECS. Tasks and the service
+//! are real processes of the shipped binary, and an image is a folder of projector files. With a
+//! real AWS CLI, CloudFormation and the logs are LocalStack's, and only ECS is faked.
 
 use std::collections::HashMap;
 use std::ffi::OsString;
@@ -19,10 +19,10 @@ use tokio::task::JoinHandle;
 use super::localstack_cli::{forward, ship_logs, with_template};
 use crate::support::{FinishedProcess, Folder, RunningProcess, World};
 
-/// How many workers the service has.
+/// The number of workers in the service.
 const WORKERS: usize = 2;
 
-/// Exit code and output of one call of `aws`.
+/// The exit code and the output of one `aws` call.
 pub type CliOutput = (i32, String);
 
 pub struct FakeAws {
@@ -31,7 +31,7 @@ pub struct FakeAws {
     serving: JoinHandle<()>,
 }
 
-/// The account.
+/// The state of the AWS account.
 pub struct Cloud {
     binary: OsString,
     environment: Vec<(OsString, OsString)>,
@@ -40,26 +40,27 @@ pub struct Cloud {
     pub status: String,
     tasks: HashMap<String, Task>,
     workers: Vec<RunningProcess>,
-    /// What the workers left that were replaced.
+    /// The results of the workers that were stopped.
     pub replaced: Vec<FinishedProcess>,
-    /// Calls that begin so are refused, with these words, so many times.
+    /// Refused calls: the beginning of the command line, the error text, and how often.
     refusals: Vec<(String, String, usize)>,
-    /// A CLI that reaches LocalStack, and the template of the stack.
+    /// With LocalStack: the real AWS CLI and the template of the stack.
     real: Option<(PathBuf, PathBuf)>,
+    /// The number of log lines that LocalStack has, by task.
     shipped: HashMap<String, usize>,
 }
 
 enum Task {
-    /// Asked for, and not looked at yet.
+    /// Started, and not yet described.
     Pending(RunningProcess),
-    RunningProcess(RunningProcess),
+    Running(RunningProcess),
     Stopped(FinishedProcess),
-    /// Never ran, for this reason.
+    /// Not started, for this reason.
     Failed(String),
 }
 
 impl FakeAws {
-    /// A stack of infra/ecs.yaml before its first deploy, whose processes are those of the world.
+    /// A stack of infra/ecs.yaml before its first deploy. Its processes use the parts of `world`.
     pub async fn new(world: &World) -> Self {
         let command = world.command(&[]);
         let environment = command.as_std().get_envs();
@@ -88,24 +89,25 @@ impl FakeAws {
         FakeAws { port, cloud, serving }
     }
 
-    /// With LocalStack behind it, where the stack was made of this template.
-    pub async fn before(world: &World, cli: PathBuf, template: PathBuf) -> Self {
+    /// Like [`FakeAws::new`], with LocalStack for CloudFormation and logs. The stack must have been
+    /// created from `template`.
+    pub async fn with_localstack(world: &World, cli: PathBuf, template: PathBuf) -> Self {
         let fake_aws = Self::new(world).await;
         fake_aws.cloud.lock().await.real = Some((cli, template));
         fake_aws
     }
 
-    /// Makes an image.
+    /// Stores an image.
     pub async fn push(&self, image: &str, projectors: Folder) {
         self.cloud().await.images.insert(image.into(), projectors);
     }
 
-    /// From now on calls that begin so are refused.
+    /// Refuses every later call that begins with `call`, with the error text `words`.
     pub async fn refuse(&self, call: &str, words: &str) {
         self.refuse_times(call, words, usize::MAX).await;
     }
 
-    /// So many times.
+    /// Like [`FakeAws::refuse`], but only `times` times.
     pub async fn refuse_times(&self, call: &str, words: &str, times: usize) {
         self.cloud().await.refusals.push((call.into(), words.into(), times));
     }
@@ -114,7 +116,7 @@ impl FakeAws {
         self.cloud.lock().await
     }
 
-    /// The deploy gate, with this before any other `aws`.
+    /// The command infra/deploy, with this fake as its `aws`.
     pub fn gate(&self, arguments: &[&str]) -> Command {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
         let path = std::env::var("PATH").expect("a PATH");
@@ -122,7 +124,7 @@ impl FakeAws {
         command
             .args(arguments)
             .env("PATH", format!("{}:{path}", root.join("tests/it/infra").display()))
-            .env("STAND_IN_PORT", self.port.to_string())
+            .env("FAKE_AWS_PORT", self.port.to_string())
             .env("DEPLOY_POLL_SECONDS", "0.1")
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -130,7 +132,7 @@ impl FakeAws {
         command
     }
 
-    /// Deploys an image, to the end.
+    /// Deploys an image, and waits for the end of the deploy.
     pub async fn deploy(&self, image: &str) -> FinishedProcess {
         RunningProcess::spawn(self.gate(&["orders", image])).finish().await
     }
@@ -145,11 +147,11 @@ impl Drop for FakeAws {
 async fn serve(listener: TcpListener, cloud: Arc<Mutex<Cloud>>) {
     while let Ok((stream, _)) = listener.accept().await {
         let cloud = Arc::clone(&cloud);
-        tokio::spawn(async move { answer(stream, cloud).await });
+        tokio::spawn(async move { respond(stream, cloud).await });
     }
 }
 
-async fn answer(stream: TcpStream, cloud: Arc<Mutex<Cloud>>) -> Option<()> {
+async fn respond(stream: TcpStream, cloud: Arc<Mutex<Cloud>>) -> Option<()> {
     let mut stream = BufReader::new(stream);
     let mut word = async || {
         let mut word = Vec::new();
@@ -189,7 +191,7 @@ impl Cloud {
                     return forward(&cli, &with_template(arguments, &template)).await;
                 }
                 if changed.is_empty() {
-                    return refused(
+                    return refusal(
                         "ValidationError",
                         "UpdateStack",
                         "No updates are to be performed.",
@@ -212,7 +214,7 @@ impl Cloud {
                 let task =
                     stream.strip_prefix("boot/boot/").expect("the stream of a task").to_owned();
                 let Some(lines) = this.log(&task) else {
-                    return refused(
+                    return refusal(
                         "ResourceNotFoundException",
                         "GetLogEvents",
                         "The specified log stream does not exist.",
@@ -223,11 +225,11 @@ impl Cloud {
                 ship_logs(&cli, arguments, &lines[shipped.unwrap_or(0)..], shipped.is_none()).await;
                 forward(&cli, arguments).await
             }
-            (call, _) => panic!("the gate calls {call:?}, which nobody answers"),
+            (call, _) => panic!("infra/deploy calls {call:?}, which this fake does not support"),
         }
     }
 
-    /// Takes the parameters over, and names those that changed, with what they were.
+    /// Sets the parameters. Returns the changed ones with their previous values.
     fn set(&mut self, wanted: &Value) -> Vec<(String, String)> {
         let mut changed = Vec::new();
         for parameter in wanted.as_array().expect("a list") {
@@ -321,17 +323,21 @@ impl Cloud {
     async fn describe_task(&mut self, arn: &str) -> CliOutput {
         let id = id_of(arn);
         let (task, described) = match self.tasks.remove(id).expect("a task that was started") {
-            Task::Pending(running) => {
-                (Task::RunningProcess(running), json!({"lastStatus": "PENDING"}))
+            Task::Pending(running) => (Task::Running(running), json!({"lastStatus": "PENDING"})),
+            Task::Running(mut running) => {
+                if running.is_running() {
+                    (Task::Running(running), json!({"lastStatus": "RUNNING"}))
+                } else {
+                    stopped(running.finish().await)
+                }
             }
-            Task::RunningProcess(mut running) => match running.is_running() {
-                true => (Task::RunningProcess(running), json!({"lastStatus": "RUNNING"})),
-                false => stopped(running.finish().await),
-            },
             Task::Stopped(finished) => stopped(finished),
             Task::Failed(why) => {
-                let described = json!({"lastStatus": "STOPPED", "stoppedReason": "Task failed to start",
-                                       "containers": [{"name": "boot", "reason": why}]});
+                let described = json!({
+                    "lastStatus": "STOPPED",
+                    "stoppedReason": "Task failed to start",
+                    "containers": [{"name": "boot", "reason": why}],
+                });
                 (Task::Failed(why), described)
             }
         };
@@ -341,24 +347,23 @@ impl Cloud {
 
     async fn stop_task(&mut self, arn: &str) -> CliOutput {
         let id = id_of(arn);
-        if let Some(Task::Pending(running) | Task::RunningProcess(running)) = self.tasks.remove(id)
-        {
+        if let Some(Task::Pending(running) | Task::Running(running)) = self.tasks.remove(id) {
             self.tasks.insert(id.to_owned(), Task::Stopped(running.terminate().await));
         }
         (0, "{}".into())
     }
 
-    /// What the tasks left that ended, or were stopped.
+    /// The results of the tasks that have ended or were stopped.
     pub fn stopped_tasks(&self) -> impl Iterator<Item = &FinishedProcess> {
         self.tasks.values().filter_map(|task| {
             if let Task::Stopped(finished) = task { Some(finished) } else { None }
         })
     }
 
-    /// What a task has written, as its log driver would ship it; nothing before it runs.
+    /// The lines that a task has written so far, or `None` before it runs.
     fn log(&self, task: &str) -> Option<Vec<String>> {
         let text = match self.tasks.get(task)? {
-            Task::RunningProcess(running) => running.logged(),
+            Task::Running(running) => running.logged(),
             Task::Stopped(finished) => format!("{}{}", finished.stderr, finished.stdout),
             Task::Pending(_) | Task::Failed(_) => return None,
         };
@@ -372,7 +377,7 @@ impl Cloud {
 
     // — the service —
 
-    /// How many workers are there, none of which has ended.
+    /// The number of workers. Panics if one of them has ended.
     pub fn workers(&mut self) -> usize {
         assert!(
             self.workers.iter_mut().all(RunningProcess::is_running),
@@ -381,12 +386,12 @@ impl Cloud {
         self.workers.len()
     }
 
-    /// Workers that start from now on do not know this option, and end.
+    /// Makes the workers that start later fail, by an invalid option.
     pub fn break_workers(&mut self) {
         self.environment.push(("PROJECTIONIST_GRACE_PERIOD".into(), "for ever".into()));
     }
 
-    /// The end of the service: all workers stop in order.
+    /// Ends the service: stops all workers with SIGTERM.
     pub async fn stop_workers(&mut self) {
         for worker in self.workers.drain(..) {
             self.replaced.push(worker.terminate().await);
@@ -394,7 +399,7 @@ impl Cloud {
     }
 }
 
-/// What CloudFormation does after it has answered.
+/// Carries out an update that CloudFormation has accepted: replaces the workers.
 async fn update(cloud: Arc<Mutex<Cloud>>, changed: Vec<(String, String)>) {
     let Some((_, before)) = changed.into_iter().find(|(name, _)| name == "Image") else {
         cloud.lock().await.status = "UPDATE_COMPLETE".into();
@@ -406,31 +411,31 @@ async fn update(cloud: Arc<Mutex<Cloud>>, changed: Vec<(String, String)>) {
         let worker = cloud.lock().await.start(&image, &["play"]);
         started.push(worker.expect("an image that was booted"));
     }
-    // As with 100% healthy at the least: the new ones work before the old ones are told to stop.
-    let mut well = true;
+    // As with 100% minimum healthy tasks: the new workers play before the old ones are stopped.
+    let mut all_playing = true;
     for worker in &mut started {
-        well &= plays(worker).await;
+        all_playing &= starts_playing(worker).await;
     }
     let mut this = cloud.lock().await;
-    if !well {
-        // The circuit breaker.
+    if !all_playing {
+        // The circuit breaker rolls back.
         this.set(&json!([{"ParameterKey": "Image", "ParameterValue": before}]));
         this.status = "UPDATE_ROLLBACK_COMPLETE".into();
         return;
     }
     let old = std::mem::replace(&mut this.workers, started);
     drop(this);
-    let mut left = Vec::new();
+    let mut results = Vec::new();
     for worker in old {
-        left.push(worker.terminate().await);
+        results.push(worker.terminate().await);
     }
     let mut this = cloud.lock().await;
-    this.replaced.extend(left);
+    this.replaced.extend(results);
     this.status = "UPDATE_COMPLETE".into();
 }
 
-/// Whether it works, and has not ended.
-async fn plays(worker: &mut RunningProcess) -> bool {
+/// Waits until a worker plays. Returns `false` if it ends first.
+async fn starts_playing(worker: &mut RunningProcess) -> bool {
     let mut pulse = tokio::time::interval(Duration::from_millis(20));
     while worker.is_running() {
         if worker.has_logged("\"playing\"") {
@@ -442,11 +447,15 @@ async fn plays(worker: &mut RunningProcess) -> bool {
 }
 
 fn stopped(finished: FinishedProcess) -> (Task, Value) {
-    let described = json!({"lastStatus": "STOPPED", "stoppedReason": "Essential container in task exited",
-                           "containers": [{"name": "boot", "exitCode": finished.code}]});
+    let described = json!({
+        "lastStatus": "STOPPED",
+        "stoppedReason": "Essential container in task exited",
+        "containers": [{"name": "boot", "exitCode": finished.code}],
+    });
     (Task::Stopped(finished), described)
 }
 
+/// The argument after the option `name`.
 pub fn option<'a>(arguments: &'a [String], name: &str) -> &'a str {
     let at = arguments
         .iter()
@@ -459,18 +468,18 @@ fn id_of(arn: &str) -> &str {
     arn.rsplit('/').next().expect("an ARN")
 }
 
-fn refused(code: &str, operation: &str, words: &str) -> CliOutput {
+fn refusal(code: &str, operation: &str, words: &str) -> CliOutput {
     (254, format!("\nAn error occurred ({code}) when calling the {operation} operation: {words}"))
 }
 
-/// The log events after the token.
+/// One page of log events, after the token.
 fn page(lines: &[String], arguments: &[String]) -> CliOutput {
     let token = arguments
         .iter()
         .position(|argument| argument == "--next-token")
         .map(|at| arguments[at + 1].as_str());
     let from: usize = token.and_then(|token| token.strip_prefix("f/")?.parse().ok()).unwrap_or(0);
-    // Few at a time, so that there are several pages.
+    // Small pages, so that the gate has to read several.
     let to = lines.len().min(from + 20);
     let events: Vec<Value> = lines[from..to].iter().map(|line| json!({"message": line})).collect();
     (0, json!({"events": events, "nextForwardToken": format!("f/{to}")}).to_string())

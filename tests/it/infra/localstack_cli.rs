@@ -1,4 +1,4 @@
-//! LocalStack behind the stand-in: its CloudFormation and its logs, asked by the real AWS CLI.
+//! LocalStack behind the fake AWS: calls its CloudFormation and its logs with the real AWS CLI.
 
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -8,7 +8,7 @@ use tokio::process::Command;
 
 use super::fake_aws::{CliOutput, option};
 
-/// Its CloudFormation does not keep templates for `--use-previous-template`.
+/// Replaces `--use-previous-template` with the template, because LocalStack does not keep it.
 pub fn with_template(arguments: &[String], template: &Path) -> Vec<String> {
     let body = format!("--template-body=file://{}", template.display());
     arguments
@@ -21,14 +21,14 @@ pub fn with_template(arguments: &[String], template: &Path) -> Vec<String> {
         .collect()
 }
 
-/// Asks the real CLI.
+/// Runs the real AWS CLI.
 pub async fn forward(cli: &Path, arguments: &[String]) -> CliOutput {
-    let output = Command::new(cli).args(arguments).output().await.expect("the CLI runs");
+    let output = Command::new(cli).args(arguments).output().await.expect("the AWS CLI starts");
     let text = if output.status.success() { output.stdout } else { output.stderr };
     (output.status.code().unwrap_or(-1), String::from_utf8_lossy(&text).into_owned())
 }
 
-/// What the log driver does: makes the stream, and puts the new lines into it.
+/// Does the work of the ECS log driver: creates the stream, and writes the new lines to the stream.
 pub async fn ship_logs(cli: &Path, arguments: &[String], lines: &[String], is_first: bool) {
     let (group, stream) =
         (option(arguments, "--log-group-name"), option(arguments, "--log-stream-name"));

@@ -1,4 +1,4 @@
-//! Every name in the templates is one that the code has; nothing here needs a server.
+//! Every name in the templates exists in the code. These tests need no server.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -6,14 +6,15 @@ use std::path::Path;
 
 use super::{MetricFilter, file, resources, template, value};
 
-/// All of src/, as text.
+/// The text of all files in src/.
 fn source() -> String {
     fn read(folder: &Path, text: &mut String) {
         for entry in fs::read_dir(folder).expect("a folder") {
             let path = entry.expect("an entry").path();
-            match path.is_dir() {
-                true => read(&path, text),
-                false => text.push_str(&fs::read_to_string(path).expect("text")),
+            if path.is_dir() {
+                read(&path, text);
+            } else {
+                text.push_str(&fs::read_to_string(path).expect("text"));
             }
         }
     }
@@ -22,17 +23,17 @@ fn source() -> String {
     text
 }
 
-/// Asserts that the code has this name, as a string.
+/// Asserts that the code contains `name` as a string literal.
 #[track_caller]
 fn assert_known(source: &str, name: &str) {
-    assert!(has(source, name), "a template names {name:?}, which the code does not have");
+    assert!(has(source, name), "a template uses the name {name:?}, which is not a string in src/");
 }
 
 fn has(source: &str, name: &str) -> bool {
     source.contains(&format!("\"{name}\""))
 }
 
-/// What comes after each of these words, up to a quotation mark.
+/// The text after each occurrence of `before`, up to a quotation mark or a backslash.
 fn quoted<'a>(text: &'a str, before: &'a str) -> impl Iterator<Item = &'a str> {
     text.split(before).skip(1).filter_map(|rest| rest.split(['"', '\\']).next())
 }
@@ -41,7 +42,7 @@ fn quoted<'a>(text: &'a str, before: &'a str) -> impl Iterator<Item = &'a str> {
 fn every_metric_in_an_alarm_or_the_dashboard_is_written_by_the_code() {
     let (source, monitoring) = (source(), template("monitoring.yaml"));
     let filters = MetricFilter::all();
-    let of_filter = |name: &str| filters.iter().any(|filter| filter.metric == name);
+    let is_from_filter = |name: &str| filters.iter().any(|filter| filter.metric == name);
     let mut alarms = 0;
     for alarm in resources(&monitoring, "AWS::CloudWatch::Alarm") {
         alarms += 1;
@@ -51,14 +52,14 @@ fn every_metric_in_an_alarm_or_the_dashboard_is_written_by_the_code() {
                 assert_known(&source, metric);
                 assert!(
                     alarm.contains("Dimensions: [{Name: Service, Value: !Ref Service}]"),
-                    "as it is written: {alarm}"
+                    "the code writes this dimension: {alarm}"
                 );
             }
             "AWS/SQS" => assert!(alarm.contains("Dimensions: [{Name: QueueName,"), "{alarm}"),
             "!Sub Projectionist/${Service" => {
-                assert!(of_filter(metric), "no filter makes {metric}")
+                assert!(is_from_filter(metric), "no metric filter creates {metric}")
             }
-            other => panic!("an alarm on {other:?}"),
+            other => panic!("an alarm on the unknown namespace {other:?}"),
         }
     }
     assert_eq!(alarms, 10);
@@ -69,7 +70,10 @@ fn every_metric_in_an_alarm_or_the_dashboard_is_written_by_the_code() {
     assert!(shown.len() >= 12, "{shown:?}");
     shown.iter().for_each(|metric| assert_known(&source, metric));
     let counted: Vec<&str> = quoted(&monitoring, "[\"Projectionist/${Service}\", \"").collect();
-    assert!(counted.len() == 6 && counted.iter().all(|metric| of_filter(metric)), "{counted:?}");
+    assert!(
+        counted.len() == 6 && counted.iter().all(|metric| is_from_filter(metric)),
+        "{counted:?}"
+    );
 }
 
 #[test]
@@ -87,13 +91,15 @@ fn every_alert_has_a_metric_filter_and_an_alarm_and_every_filter_an_alert() {
             .split('_')
             .map(|word| format!("{}{}", word[..1].to_uppercase(), &word[1..]))
             .collect();
-        assert_eq!(filter.metric, camel, "the metric is called as the alert is");
-        // The mark is held for as long as it is, and its alert is one line at the beginning.
-        let told_by = if filter.metric == "HighWaterBlocked" { "GapAge" } else { &filter.metric };
+        assert_eq!(filter.metric, camel, "the metric has the name of the alert");
+        // The alert is logged once, when the mark becomes blocked. Its alarm uses the age of the
+        // gap.
+        let alarm_metric =
+            if filter.metric == "HighWaterBlocked" { "GapAge" } else { &filter.metric };
         let mut alarms = resources(&monitoring, "AWS::CloudWatch::Alarm");
         assert!(
-            alarms.any(|alarm| value(alarm, "MetricName") == told_by),
-            "nobody is told of {}",
+            alarms.any(|alarm| value(alarm, "MetricName") == alarm_metric),
+            "no alarm uses the metric {}",
             filter.metric
         );
     }
@@ -103,11 +109,11 @@ fn every_alert_has_a_metric_filter_and_an_alarm_and_every_filter_an_alert() {
 fn every_variable_set_by_a_template_is_read_by_the_program() {
     let source = source();
     let (ecs, lambda) = (template("ecs.yaml"), template("lambda.yaml"));
-    let of_ecs = ecs.lines().filter_map(|line| line.split_once("{Name: ")?.1.split(',').next());
-    let of_lambda =
+    let in_ecs = ecs.lines().filter_map(|line| line.split_once("{Name: ")?.1.split(',').next());
+    let in_lambda =
         lambda.lines().filter_map(|line| line.trim().split_once(':').map(|(name, _)| name));
     let is_variable = |name: &&str| name.starts_with("PROJECT") || name.ends_with("_URL");
-    let set: BTreeSet<&str> = of_ecs.chain(of_lambda).filter(is_variable).collect();
+    let set: BTreeSet<&str> = in_ecs.chain(in_lambda).filter(is_variable).collect();
     assert!(set.len() >= 12, "{set:?}");
     set.iter().for_each(|variable| assert_known(&source, variable));
 }
@@ -121,26 +127,30 @@ fn the_timeouts_in_the_templates_are_consistent() {
     let grace = value(&ecs, "{Name: PROJECTIONIST_GRACE_PERIOD, Value");
     assert!(
         number(value(&ecs, "StopTimeout")) >= number(grace) + 15,
-        "a worker has time to end, and to hand messages back"
+        "a worker needs time to stop and to release its messages"
     );
 
     let timeout = number(value(&lambda, "      Timeout"));
     let (_, visibility) = queue.split_once("  VisibilityTimeout:\n").expect("a parameter");
-    assert!(number(value(visibility, "Default")) >= 6 * timeout, "as AWS advises for Lambda");
+    assert!(
+        number(value(visibility, "Default")) >= 6 * timeout,
+        "AWS recommends six times the timeout of the function"
+    );
     assert!(
         timeout >= 4 * number(value(&lambda, "PROJECTIONIST_HANDLER_TIMEOUT")) + 2,
-        "an endless handler is found out"
+        "an invocation must last longer than an endless handler"
     );
 }
 
 #[test]
 fn a_wrong_name_is_detected() {
     let source = source();
-    assert!(!has(&source, "LagSecond"), "not by a part of it");
+    assert!(!has(&source, "LagSecond"), "a part of a name does not match");
     assert!(std::panic::catch_unwind(|| assert_known(&source, "LagMinutes")).is_err());
 }
 
-/// What it does on LocalStack is shown in stacks.rs; this LocalStack makes no function.
+/// Checks only the templates, because LocalStack does not create the function. The test in
+/// stacks.rs shows the effect of the policy on the queue.
 #[test]
 fn every_relay_stack_names_the_role_that_may_send() {
     let queue = template("queue.yaml");
@@ -152,17 +162,17 @@ fn every_relay_stack_names_the_role_that_may_send() {
         let (_, outputs) = template.split_once("\nOutputs:\n").expect("outputs");
         let (_, output) = outputs
             .split_once("  RelayRoleArn:\n")
-            .unwrap_or_else(|| panic!("{stack} names no role"));
+            .unwrap_or_else(|| panic!("{stack} has no output RelayRoleArn"));
         let role = value(output, "Value").trim_start_matches("!GetAtt ").trim_end_matches(".Arn");
-        let (_, of_role) = template
+        let (_, role_text) = template
             .split_once(&format!("\n  {role}:\n    Type: AWS::IAM::Role\n"))
             .expect("a role");
-        let policy = match of_role.split_once("\n  Policy:\n") {
+        let policy = match role_text.split_once("\n  Policy:\n") {
             Some((_, policy)) => policy,
-            None => of_role,
+            None => role_text,
         };
-        assert!(policy.contains("sqs:SendMessage"), "the role of {stack} is not the relay's");
+        assert!(policy.contains("sqs:SendMessage"), "the role of {stack} may not send messages");
     }
     let readme = template("README.md");
-    assert!(readme.contains("SenderRoleArns=$relay"), "the README says how");
+    assert!(readme.contains("SenderRoleArns=$relay"), "the README shows how to set SenderRoleArns");
 }

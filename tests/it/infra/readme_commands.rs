@@ -1,4 +1,4 @@
-//! infra/README.md, followed by a newcomer: its commands, as they stand there, one after the other.
+//! Runs the commands of infra/README.md as they are written, one after the other.
 
 use std::fs;
 use std::path::Path;
@@ -7,11 +7,11 @@ use std::process::Stdio;
 use super::file;
 use crate::support::{RunningProcess, World, is_mariadb};
 
-/// The commands of a section: what is in its `sh` blocks.
+/// The `sh` blocks of a section.
 fn commands(section: &str) -> Vec<String> {
     let readme = fs::read_to_string(file("infra/README.md")).expect("the README");
     let (_, rest) = readme.split_once(&format!("\n## {section}\n")).expect("the section");
-    let section = rest.split("\n## ").next().expect("its text");
+    let section = rest.split("\n## ").next().expect("the text of the section");
     let blocks = section.split("\n```sh\n").skip(1);
     blocks
         .map(|block| block.split_once("\n```").expect("the end of a block").0.to_owned())
@@ -20,22 +20,25 @@ fn commands(section: &str) -> Vec<String> {
 
 #[tokio::test]
 async fn the_readme_commands_lead_from_nothing_to_a_running_stack() {
-    // The same on every server, and the CLI takes its time: once is enough.
+    // The database server makes no difference here, and the AWS CLI is slow: one run is enough.
     if !is_mariadb().await {
         return;
     }
     let world = World::new().await;
     let blocks = commands("Try it against LocalStack");
-    assert_eq!(blocks.len(), 5, "all of it is read");
-    // Tells after which block it stands; what is between is the README's.
+    assert_eq!(blocks.len(), 5, "the section has five blocks");
+    // A marker after each block separates the output of the blocks.
     let script: String = blocks
         .iter()
         .enumerate()
         .map(|(number, block)| format!("{block}\necho \"block {number} done\"\n"))
         .collect();
-    // What localstack/shell sets, with a database, and a name for the stacks, that nobody else has.
+    // The environment that localstack/shell sets, with a database and stacks of this test only.
     let mut command = world.command(&[]);
-    let binary = Path::new(command.as_std().get_program()).parent().expect("its folder").to_owned();
+    let binary = Path::new(command.as_std().get_program())
+        .parent()
+        .expect("the folder of the binary")
+        .to_owned();
     let path = format!(
         "{}:{}:{}",
         file(".local/bin").display(),
@@ -60,19 +63,31 @@ async fn the_readme_commands_lead_from_nothing_to_a_running_stack() {
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let ended = RunningProcess::spawn(command).finish().await.exits(0);
 
-    let told = |number: usize| -> &str {
+    let output_of = |number: usize| -> &str {
         let (_, rest) = match number {
             0 => ("", ended.stdout.as_str()),
             _ => ended
                 .stdout
                 .split_once(&format!("block {} done\n", number - 1))
-                .expect("the block before"),
+                .expect("the previous block has ended"),
         };
-        rest.split_once(&format!("block {number} done\n")).expect("the block").0
+        rest.split_once(&format!("block {number} done\n")).expect("the block has ended").0
     };
-    assert!(told(0).contains("PlayRole") && told(0).contains("CREATE_COMPLETE"), "{}", told(0));
-    assert!(told(1).contains("revenue@1") && told(1).contains("live"), "booted: {}", told(1));
-    assert!(told(2).contains("idle: played 1 messages"), "by the queue of the stack: {}", told(2));
+    assert!(
+        output_of(0).contains("PlayRole") && output_of(0).contains("CREATE_COMPLETE"),
+        "{}",
+        output_of(0)
+    );
+    assert!(
+        output_of(1).contains("revenue@1") && output_of(1).contains("live"),
+        "the projectors are booted: {}",
+        output_of(1)
+    );
+    assert!(
+        output_of(2).contains("idle: played 1 messages"),
+        "the worker plays from the queue of the stack: {}",
+        output_of(2)
+    );
     assert_eq!(world.number("select orders from revenue where country = 'NL'").await, 50);
     assert_eq!(world.number("select count(*) from order_status where status = 'paid'").await, 1);
     assert_eq!(world.position("order_status").await, world.last_position().await);

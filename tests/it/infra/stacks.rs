@@ -1,5 +1,5 @@
-//! The templates on LocalStack: what its CloudFormation can create is there, works, changes and
-//! goes.
+//! The templates on LocalStack: the resources that its CloudFormation supports are created, work,
+//! can be updated, and are deleted.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -12,7 +12,7 @@ use super::localstack_cli::forward;
 use super::{MetricFilter, file, fragile, tally};
 use crate::support::{Folder, RunningProcess, Tally, World, eventually, is_mariadb};
 
-/// What this LocalStack says that it has made, and has not.
+/// The resource types that LocalStack reports as created but does not create.
 const UNSUPPORTED: [&str; 4] = [
     "AWS::CloudWatch::Dashboard",
     "AWS::ECS::Service",
@@ -20,10 +20,10 @@ const UNSUPPORTED: [&str; 4] = [
     "AWS::Logs::MetricFilter",
 ];
 
-/// The three stacks of one system, under a name that no other test has.
+/// The three stacks of one service, whose name no other test uses.
 struct Stacks {
     service: String,
-    /// What they say when they are made.
+    /// The outputs of the stacks, by name.
     outputs: HashMap<String, String>,
 }
 
@@ -57,7 +57,7 @@ impl Stacks {
         format!("{}-{of}", self.service)
     }
 
-    /// From the template of this name.
+    /// Creates a stack from the template of this name.
     async fn create_one(&mut self, of: &str, parameters: &[(&str, &str)]) {
         self.change("create-stack", of, parameters).await;
         self.wait_for_status(of, "CREATE_COMPLETE").await;
@@ -116,13 +116,15 @@ impl Stacks {
         self.outputs.get(name).expect("an output of this name")
     }
 
-    /// The state of an alarm, and what it says of a metric.
+    /// The settings and the state of an alarm.
     async fn alarm(&self, of: &str) -> Value {
-        aws(&["cloudwatch", "describe-alarms", "--alarm-names", &self.name(of)]).await["MetricAlarms"][0].clone()
+        let name = self.name(of);
+        let described = aws(&["cloudwatch", "describe-alarms", "--alarm-names", &name]).await;
+        described["MetricAlarms"][0].clone()
     }
 
-    /// Has LocalStack look at an alarm now, and gives its state. By itself it looks once a minute
-    /// from when the alarm was made; so the alarm is made again, as it is.
+    /// Makes LocalStack evaluate an alarm now, and returns its state. LocalStack evaluates an alarm
+    /// once a minute, counted from its creation. The alarm is therefore created again, unchanged.
     async fn state(&self, of: &str) -> String {
         let mut alarm = self.alarm(of).await;
         let fields = alarm.as_object_mut().expect("an alarm");
@@ -132,15 +134,15 @@ impl Stacks {
                 && !name.starts_with("State")
         });
         aws(&["cloudwatch", "put-metric-alarm", "--cli-input-json", &alarm.to_string()]).await;
-        let looked = async || self.alarm(of).await["StateValue"] != "INSUFFICIENT_DATA";
-        eventually("LocalStack looks at the alarm", looked).await;
+        let is_evaluated = async || self.alarm(of).await["StateValue"] != "INSUFFICIENT_DATA";
+        eventually("LocalStack evaluates the alarm", is_evaluated).await;
         self.alarm(of).await["StateValue"].as_str().expect("a state").to_owned()
     }
 
-    /// What a metric filter does: a 1 for each line that it matches, and else its default, 0; so
-    /// many seconds ago.
-    async fn count(&self, lines: &[Value], ago: u64) {
-        let at = time::OffsetDateTime::now_utc() - time::Duration::seconds(ago as i64);
+    /// Does the work of the metric filters: writes the number of matching lines to each metric,
+    /// with a time that lies `seconds_ago` in the past. Without a match, it writes the default 0.
+    async fn count(&self, lines: &[Value], seconds_ago: i64) {
+        let at = time::OffsetDateTime::now_utc() - time::Duration::seconds(seconds_ago);
         let at = at.format(&Rfc3339).expect("a time");
         let data: Value = MetricFilter::all()
             .iter()
@@ -165,7 +167,7 @@ impl Stacks {
         for of in ["ecs", "monitoring", "queue"] {
             let name = self.name(of);
             aws(&["cloudformation", "delete-stack", "--stack-name", &name]).await;
-            // By its name a stack that was deleted is not found.
+            // A deleted stack cannot be described by its name.
             let gone = async || {
                 try_aws(&["cloudformation", "describe-stacks", "--stack-name", &name])
                     .await
@@ -176,7 +178,7 @@ impl Stacks {
     }
 }
 
-/// What the AWS CLI answers, or what it says against it.
+/// The output of the AWS CLI, or its error text.
 async fn try_aws(arguments: &[&str]) -> Result<Value, String> {
     let arguments: Vec<String> =
         arguments.iter().chain(&["--output", "json"]).map(|word| word.to_string()).collect();
@@ -192,20 +194,20 @@ async fn aws(arguments: &[&str]) -> Value {
     try_aws(arguments).await.unwrap_or_else(|error| panic!("aws {}: {error}", arguments.join(" ")))
 }
 
-/// The statement of a queue's policy that refuses senders.
+/// The statement of a queue's policy that denies sending.
 fn denied_senders(attributes: &Value) -> Option<Value> {
     let policy: Value =
         serde_json::from_str(attributes["Policy"].as_str().expect("a policy")).expect("JSON");
     let statements = policy["Statement"].as_array().expect("statements");
-    let is_it = |statement: &&Value| {
+    let denies_sending = |statement: &&Value| {
         statement["Effect"] == "Deny" && statement["Action"] == "sqs:SendMessage"
     };
-    statements.iter().find(is_it).cloned()
+    statements.iter().find(denies_sending).cloned()
 }
 
 async fn attributes(world: &World, url: &str) -> Value {
     let all = QueueAttributeName::All;
-    let answer = world
+    let response = world
         .sqs
         .get_queue_attributes()
         .queue_url(url)
@@ -213,7 +215,7 @@ async fn attributes(world: &World, url: &str) -> Value {
         .send()
         .await
         .expect("attributes");
-    answer
+    response
         .attributes
         .unwrap_or_default()
         .into_iter()
@@ -221,26 +223,26 @@ async fn attributes(world: &World, url: &str) -> Value {
         .collect()
 }
 
-/// Asserts that what the templates say is what is there.
+/// Asserts that the resources exist with the settings of the templates.
 async fn check_resources(stacks: &Stacks, world: &World) {
     let mut resources = Vec::new();
     for of in ["queue", "monitoring", "ecs"] {
         resources.extend(stacks.resources(of).await);
     }
-    let mut not_made = BTreeSet::new();
+    let mut not_created = BTreeSet::new();
     for resource in &resources {
         assert_eq!(resource["ResourceStatus"], "CREATE_COMPLETE", "{resource}");
         if resource["ResourceStatusReason"]
             .as_str()
             .is_some_and(|reason| reason.contains("fallback"))
         {
-            not_made.insert(resource["ResourceType"].as_str().expect("a type").to_owned());
+            not_created.insert(resource["ResourceType"].as_str().expect("a type").to_owned());
         }
     }
     assert_eq!(
-        not_made.iter().map(String::as_str).collect::<Vec<_>>(),
+        not_created.iter().map(String::as_str).collect::<Vec<_>>(),
         UNSUPPORTED,
-        "all else is there"
+        "all other types are created"
     );
 
     let queue = attributes(world, stacks.output("QueueUrl")).await;
@@ -270,10 +272,7 @@ async fn check_resources(stacks: &Stacks, world: &World) {
 
     let group = stacks.output("LogGroup");
     let groups = aws(&["logs", "describe-log-groups", "--log-group-name-prefix", group]).await;
-    assert_eq!(
-        groups["logGroups"][0]["logGroupName"], group,
-        "its retention is passed over by LocalStack"
-    );
+    assert_eq!(groups["logGroups"][0]["logGroupName"], group, "LocalStack ignores the retention");
 
     let topic = stacks.output("TopicArn");
     let alarms =
@@ -303,9 +302,9 @@ async fn check_resources(stacks: &Stacks, world: &World) {
     }
 }
 
-/// A queue that is told what the stack's topic tells.
-async fn subscribed(stacks: &Stacks, world: &World) -> String {
-    let name = stacks.name("told");
+/// Creates a queue, subscribes it to the alarm topic of the stack, and returns its URL.
+async fn subscribe_queue(stacks: &Stacks, world: &World) -> String {
+    let name = stacks.name("notices");
     let url = world
         .sqs
         .create_queue()
@@ -333,19 +332,20 @@ async fn subscribed(stacks: &Stacks, world: &World) -> String {
 
 #[tokio::test]
 async fn the_stacks_deploy_raise_their_alarm_update_and_delete_on_localstack() {
-    // Templates know nothing of the server, and the CLI takes its time: once is enough.
+    // The database server makes no difference here, and the AWS CLI is slow: one run is enough.
     if !is_mariadb().await {
         return;
     }
     let world = World::new().await;
     let stacks = Stacks::create().await;
     check_resources(&stacks, &world).await;
-    let told = subscribed(&stacks, &world).await;
+    let notices = subscribe_queue(&stacks, &world).await;
 
-    // The gate, with the CloudFormation and the logs of LocalStack.
+    // The deploy gate, with LocalStack's CloudFormation and logs.
     let release =
         || Folder::new().with("cases.toml", &tally("cases")).with("fragile.toml", &fragile(false));
-    let fake_aws = FakeAws::before(&world, file(".local/bin/aws"), file("infra/ecs.yaml")).await;
+    let fake_aws =
+        FakeAws::with_localstack(&world, file(".local/bin/aws"), file("infra/ecs.yaml")).await;
     fake_aws.push("orders:1", release()).await;
     let gate = RunningProcess::spawn(fake_aws.gate(&[&stacks.name("ecs"), "orders:1"]))
         .finish()
@@ -353,15 +353,15 @@ async fn the_stacks_deploy_raise_their_alarm_update_and_delete_on_localstack() {
         .exits(0);
     assert!(
         gate.stdout.contains("INFO booting projector=cases@1"),
-        "from the log: {}",
+        "the gate prints the log: {}",
         gate.stdout
     );
-    assert!(gate.stdout.contains("cases@1  live"), "the outcome: {}", gate.stdout);
+    assert!(gate.stdout.contains("cases@1  live"), "the gate prints the outcome: {}", gate.stdout);
     let described = stacks.describe("ecs").await["Parameters"].to_string();
-    assert_eq!(described.matches("orders:1").count(), 2, "both images: {described}");
-    assert!(described.contains(&stacks.service), "the other parameters stay: {described}");
+    assert_eq!(described.matches("orders:1").count(), 2, "both images are set: {described}");
+    assert!(described.contains(&stacks.service), "other parameters are unchanged: {described}");
 
-    // Only the queue of the stack can feed this worker within the time of the test.
+    // Within the time of this test, events reach this worker only through the queue of the stack.
     let (projectors, queue) = (release(), stacks.output("QueueUrl"));
     let play = [
         "play",
@@ -374,7 +374,7 @@ async fn the_stacks_deploy_raise_their_alarm_update_and_delete_on_localstack() {
     ];
     let worker = world.start(&[play.as_slice(), &["--log-format", "json"]].concat());
     let cases = Tally::new("cases");
-    let appended = async |kind: &str| {
+    let append_and_check = async |kind: &str| {
         let line =
             format!("{{\"stream_id\":\"case-1\",\"event_type\":\"{kind}\",\"payload\":{{}}}}\n");
         world.run_with(&["append"], line.repeat(20).as_bytes()).await.exits(0);
@@ -385,28 +385,28 @@ async fn the_stacks_deploy_raise_their_alarm_update_and_delete_on_localstack() {
         .await;
         world.assert_complete(&cases).await;
     };
-    appended("Opened").await;
+    append_and_check("Opened").await;
 
-    // An event breaks a projector: its log line, the filter, the metric, the alarm, the topic.
+    // An event breaks a projector. The path of the alarm: log line, filter, metric, alarm, topic.
     assert_eq!(stacks.state("projector-broken").await, "OK");
-    appended("Closed").await;
+    append_and_check("Closed").await;
     let lines = || -> Vec<Value> {
         let logged = worker.logged();
         let whole = logged.split_inclusive('\n').filter(|line| line.ends_with('\n'));
         whole.map(|line| serde_json::from_str(line).expect("every line is JSON")).collect()
     };
-    let broke =
+    let is_alert =
         |line: &Value| line["alert"] == "projector_broken" && line["projector"] == "fragile@1";
-    eventually("the log line is there", async || lines().iter().any(broke)).await;
+    eventually("the worker logs the alert", async || lines().iter().any(is_alert)).await;
     let before = lines();
-    // LocalStack takes three periods for one: dated back by two of them, the alarm does not last
-    // three minutes.
+    // LocalStack evaluates three periods as one. The metric is dated two periods back, so that the
+    // alarm does not last three minutes.
     stacks.count(&before, 120).await;
     assert_eq!(stacks.state("projector-broken").await, "ALARM");
     let received = world
         .sqs
         .receive_message()
-        .queue_url(&told)
+        .queue_url(&notices)
         .wait_time_seconds(20)
         .send()
         .await
@@ -415,23 +415,22 @@ async fn the_stacks_deploy_raise_their_alarm_update_and_delete_on_localstack() {
         .messages()
         .first()
         .and_then(|message| message.body())
-        .expect("somebody is told")
+        .expect("the topic sends a notice")
         .to_owned();
     assert!(notice.contains(&stacks.name("projector-broken")), "{notice}");
-    assert_eq!(stacks.state("boot-failed").await, "OK", "only this one");
+    assert_eq!(stacks.state("boot-failed").await, "OK", "only one alarm is raised");
 
-    // The queue changes in place, and the worker goes on. (Alarms stay as they are in this
-    // LocalStack.)
+    // The queue is updated in place, and the worker continues. LocalStack does not update alarms.
     assert!(
         denied_senders(&attributes(&world, queue).await).is_none(),
-        "the roles are made after the queue"
+        "without the roles, no sender is denied"
     );
     let relay = stacks.output("RelayRoleArn");
     let others =
         [("VisibilityTimeout", "400"), ("RetentionSeconds", "86400"), ("SenderRoleArns", relay)];
     stacks.update("queue", &others).await;
     let changed = attributes(&world, queue).await;
-    let denied = denied_senders(&changed).expect("from now on only the relay's role may send");
+    let denied = denied_senders(&changed).expect("only the relay's role may send");
     assert_eq!(
         denied["Condition"],
         json!({"ArnNotEquals": {"aws:PrincipalArn": [relay]}}),
@@ -446,12 +445,12 @@ async fn the_stacks_deploy_raise_their_alarm_update_and_delete_on_localstack() {
         (&changed["VisibilityTimeout"], &changed["MessageRetentionPeriod"]),
         (&json!("400"), &json!("86400"))
     );
-    appended("Amended").await;
+    append_and_check("Amended").await;
 
-    // Nothing breaks any more: the lines since make a 0, and the alarm ends.
+    // No projector breaks any more: later lines count as 0, and the alarm ends.
     let since = lines().split_off(before.len());
     stacks.count(&since, 0).await;
-    eventually("the alarm is over", async || stacks.state("projector-broken").await == "OK").await;
+    eventually("the alarm ends", async || stacks.state("projector-broken").await == "OK").await;
 
     worker.terminate().await.exits(0);
     stacks.delete().await;
@@ -459,13 +458,13 @@ async fn the_stacks_deploy_raise_their_alarm_update_and_delete_on_localstack() {
         world.sqs.get_queue_attributes().queue_url(queue).send().await.is_err(),
         "the queue is gone"
     );
-    let left =
+    let remaining =
         aws(&["cloudwatch", "describe-alarms", "--alarm-name-prefix", &stacks.name("")]).await;
-    assert_eq!(left["MetricAlarms"], json!([]));
+    assert_eq!(remaining["MetricAlarms"], json!([]));
     let group = format!("/projectionist/{}", stacks.service);
     assert_eq!(
         aws(&["logs", "describe-log-groups", "--log-group-name-prefix", &group]).await["logGroups"],
         json!([])
     );
-    world.sqs.delete_queue().queue_url(told).send().await.expect("deleted");
+    world.sqs.delete_queue().queue_url(notices).send().await.expect("deleted");
 }

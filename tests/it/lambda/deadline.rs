@@ -1,5 +1,5 @@
-//! Invocations that do not come to a good end: no time, no database, a handler that never ends, a
-//! kill, a freeze, SIGTERM.
+//! Invocations that do not end normally: a timeout, a database outage, an endless handler, a kill,
+//! a freeze, SIGTERM.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -13,13 +13,13 @@ use crate::support::{
     ProxyAction, TIMEOUT, Tally, World, eventually, execute, is_commit, kill, sessions,
 };
 
-/// In a FIFO queue, and so in this order: what was passed is deleted, what was not and all after it
-/// is returned.
+/// A FIFO queue keeps the order: the first message that some projector has not passed is returned,
+/// and so are all later messages.
 #[tokio::test]
 async fn an_invocation_that_runs_out_of_time_responds_and_the_next_continues() {
     let world = World::new().await;
     let (quick, slow, last) = (Tally::new("quick"), Tally::new("slow"), Tally::new("the_last"));
-    let folder = world.booted(&[&quick.file(&[]), &slow.file(&[GATE]), &last.file(&[])]).await;
+    let folder = world.boot_files(&[&quick.file(&[]), &slow.file(&[GATE]), &last.file(&[])]).await;
     let mut gate = close_gate(&world, 25).await;
     world.append_and_publish(50).await;
     let options = [
@@ -34,13 +34,9 @@ async fn an_invocation_that_runs_out_of_time_responds_and_the_next_continues() {
     let batch = world.capture().await;
     assert_eq!(batch.messages.len(), 5);
     function.begin(&batch.event(&world), Duration::from_secs(8));
-    eventually("the slow one waits", async || world.lock_waits().await == 1).await;
+    eventually("the slow projector waits", async || world.lock_waits().await == 1).await;
     let answer = function.answer().await.expect("an answer");
-    assert_eq!(
-        waiting_handlers(&world).await,
-        0,
-        "nobody is frozen in the middle of a transaction"
-    );
+    assert_eq!(waiting_handlers(&world).await, 0, "no transaction stays open after the response");
     assert_eq!(
         (
             world.position("quick").await,
@@ -49,13 +45,14 @@ async fn an_invocation_that_runs_out_of_time_responds_and_the_next_continues() {
         ),
         (50, 20, 0)
     );
-    // Nobody has passed them, for the last one had no turn yet.
+    // The last projector had no turn, so no message was passed by all projectors.
     assert_eq!(batch.settle(&world, &answer).await, [0, 1, 2, 3, 4]);
 
-    // It is known now who is slow: it holds up nobody.
+    // The slow projector is known now: it no longer delays the others.
     let batch = world.capture().await;
     function.begin(&batch.event(&world), Duration::from_secs(8));
-    eventually("the last one has its turn", async || world.position("the_last").await == 50).await;
+    eventually("the last projector has its turn", async || world.position("the_last").await == 50)
+        .await;
     let answer = function.answer().await.expect("an answer");
     assert_eq!(batch.settle(&world, &answer).await, Vec::<usize>::new());
     assert_eq!(
@@ -81,7 +78,7 @@ async fn a_timed_out_batch_returns_only_messages_not_applied_by_all() {
         [(World::new().await, true), (World::with_standard_queue().await, false)]
     {
         let (first, slow) = (Tally::new("first"), Tally::new("slow"));
-        let folder = world.booted(&[&first.file(&[]), &slow.file(&[GATE])]).await;
+        let folder = world.boot_files(&[&first.file(&[]), &slow.file(&[GATE])]).await;
         let mut gate = close_gate(&world, 25).await;
         world.append_and_publish(50).await;
         let options = [
@@ -95,8 +92,7 @@ async fn a_timed_out_batch_returns_only_messages_not_applied_by_all() {
         let batch = world.capture().await;
         let event = batch.event(&world);
         let answer = function.invoke(&event, Duration::from_secs(8)).await.expect("an answer");
-        // Those that end with 10 and 20, wherever they are in the batch; of a FIFO queue they are
-        // the first.
+        // The position of the last event in a message.
         let last = |record: &Value| {
             let body: Value =
                 serde_json::from_str(record["body"].as_str().expect("a body")).expect("JSON");
@@ -109,6 +105,8 @@ async fn a_timed_out_batch_returns_only_messages_not_applied_by_all() {
             event["Records"].as_array().expect("records").iter().map(last).collect();
         let returned = batch.settle(&world, &answer).await;
         let returned_positions: Vec<u64> = returned.iter().map(|&index| positions[index]).collect();
+        // Both projectors passed the messages that end at 10 and 20. In a FIFO queue these come
+        // first.
         let mut not_passed = positions.clone();
         not_passed.retain(|&position| position > 20);
         assert_eq!(returned_positions, not_passed);
@@ -128,12 +126,13 @@ async fn a_timed_out_batch_returns_only_messages_not_applied_by_all() {
 async fn a_database_outage_in_a_batch_causes_redelivery_and_no_loss() {
     let world = World::new().await;
     let (a, b) = (Tally::new("a"), Tally::new("b"));
-    let folder = world.booted(&[&a.file(&[]), &b.file(&[])]).await;
+    let folder = world.boot_files(&[&a.file(&[]), &b.file(&[])]).await;
     let (is_down, committed) = (Arc::new(AtomicBool::new(false)), AtomicU64::new(0));
     let down = Arc::clone(&is_down);
     let url = world
         .database_url_through_proxy(move |bytes| {
-            // The third commit is the last that the server hears of, until it is there again.
+            // The third commit is the last that reaches the server, until the test restores the
+            // proxy.
             if is_commit(bytes) && committed.fetch_add(1, Ordering::SeqCst) == 2 {
                 down.store(true, Ordering::SeqCst);
                 return ProxyAction::CutAfter;
@@ -154,12 +153,12 @@ async fn a_database_outage_in_a_batch_causes_redelivery_and_no_loss() {
     let batch = world.capture().await;
     let answer =
         function.invoke(&batch.event(&world), Duration::from_secs(8)).await.expect("an answer");
-    assert!(is_down.load(Ordering::SeqCst), "it went away");
+    assert!(is_down.load(Ordering::SeqCst), "the proxy cut the connection");
     assert_eq!((world.position("a").await, world.position("b").await), (30, 0));
     assert_eq!(
         batch.settle(&world, &answer).await,
         [0, 1, 2, 3, 4],
-        "all after what nobody can vouch for"
+        "no message was passed by both projectors"
     );
 
     is_down.store(false, Ordering::SeqCst);
@@ -172,7 +171,7 @@ async fn a_database_outage_in_a_batch_causes_redelivery_and_no_loss() {
 async fn an_endless_handler_in_an_invocation_breaks_only_its_projector() {
     let world = World::new().await;
     let (endless, b) = (Tally::new("an_endless_one"), Tally::new("b"));
-    let folder = world.booted(&[&endless.file(&[GATE]), &b.file(&[])]).await;
+    let folder = world.boot_files(&[&endless.file(&[GATE]), &b.file(&[])]).await;
     let _gate = close_gate(&world, 15).await;
     world.append_and_publish(30).await;
     let options =
@@ -191,15 +190,18 @@ async fn an_endless_handler_in_an_invocation_breaks_only_its_projector() {
 async fn after_a_killed_invocation_each_event_is_applied_once() {
     let world = World::new().await;
     let (a, b) = (Tally::new("a"), Tally::new("b"));
-    let folder = world.booted(&[&a.file(&[]), &b.file(&[GATE])]).await;
+    let folder = world.boot_files(&[&a.file(&[]), &b.file(&[GATE])]).await;
     let mut gate = close_gate(&world, 25).await;
     world.append_and_publish(50).await;
     let options = ["--projectors", folder.path(), "--batch=10", "--background-after-seconds=60"];
     let function = world.function(&options).await;
     let batch = world.capture().await;
     function.begin(&batch.event(&world), TIMEOUT);
-    eventually("it is in the middle of the batch", async || world.lock_waits().await == 1).await;
-    assert!(function.process.kill().await, "it was running");
+    eventually("the function is in the middle of the batch", async || {
+        world.lock_waits().await == 1
+    })
+    .await;
+    assert!(function.process.kill().await, "the function was running");
     assert_eq!((world.position("a").await, world.position("b").await), (50, 20));
     batch.abandon(&world).await;
 
@@ -210,13 +212,13 @@ async fn after_a_killed_invocation_each_event_is_applied_once() {
     world.assert_complete(&b).await;
 }
 
-/// The process stands still meanwhile, as a function does between two invocations.
+/// The process is stopped meanwhile, as Lambda freezes a function between two invocations.
 #[tokio::test]
 async fn a_function_whose_connections_closed_while_frozen_applies_the_next_batch() {
     let world = World::new().await;
     let (a, b) = (Tally::new("a"), Tally::new("b"));
-    let folder = world.booted(&[&a.file(&[]), &b.file(&[])]).await;
-    // A user of its own, so that its sessions can be told from the test's.
+    let folder = world.boot_files(&[&a.file(&[]), &b.file(&[])]).await;
+    // A separate user, so that its sessions can be distinguished from those of the test.
     let user = format!("u{:x}", fastrand::u64(..));
     let mut admin = world.connection().await;
     execute(&mut admin, &format!("create user '{user}'@'%' identified by 'x'")).await;
@@ -229,8 +231,12 @@ async fn a_function_whose_connections_closed_while_frozen_applies_the_next_batch
         assert_eq!(function.drain(&world).await, 3);
         function.wait_for_invocations(round * 2).await;
         function.process.signal("STOP").await;
-        let its_own = sessions(&mut admin).await.into_iter().filter(|session| session.user == user);
-        assert!(kill(&mut admin, its_own).await > 0, "connections are kept between invocations");
+        let own_sessions =
+            sessions(&mut admin).await.into_iter().filter(|session| session.user == user);
+        assert!(
+            kill(&mut admin, own_sessions).await > 0,
+            "connections stay open between invocations"
+        );
         world.append_and_publish(30).await;
         let batch = world.capture().await;
         function.begin(&batch.event(&world), TIMEOUT);
@@ -243,12 +249,12 @@ async fn a_function_whose_connections_closed_while_frozen_applies_the_next_batch
     execute(&mut admin, &format!("drop user '{user}'@'%'")).await;
 }
 
-/// As behind a network that forgets connections on which nothing is sent.
+/// As with a network that silently drops idle connections.
 #[tokio::test]
 async fn a_function_whose_connections_went_silent_while_idle_applies_the_next_batch() {
     let world = World::new().await;
     let a = Tally::new("a");
-    let folder = world.booted(&[&a.file(&[])]).await;
+    let folder = world.boot_files(&[&a.file(&[])]).await;
     let (proxy, url) = world.database_proxy(|_| ProxyAction::Forward).await;
     let options = ["--projectors", folder.path(), "--idle-timeout=0", "--database-url", &url];
     let mut function = world.function(&options).await;
@@ -267,7 +273,7 @@ async fn a_function_whose_connections_went_silent_while_idle_applies_the_next_ba
 async fn sigterm_ends_a_function_after_the_current_invocation_responds() {
     let world = World::new().await;
     let a = Tally::new("a");
-    let folder = world.booted(&[&a.file(&[GATE])]).await;
+    let folder = world.boot_files(&[&a.file(&[GATE])]).await;
     let idle = world.function(&["--projectors", folder.path()]).await;
     idle.process.terminate().await.exits(0);
 
@@ -277,7 +283,10 @@ async fn sigterm_ends_a_function_after_the_current_invocation_responds() {
         world.function(&["--projectors", folder.path(), "--background-after-seconds=60"]).await;
     let batch = world.capture().await;
     busy.begin(&batch.event(&world), TIMEOUT * 10);
-    eventually("it is in the middle of the batch", async || world.lock_waits().await == 1).await;
+    eventually("the function is in the middle of the batch", async || {
+        world.lock_waits().await == 1
+    })
+    .await;
     busy.process.signal("TERM").await;
     let answer = busy.answer().await.expect("an answer");
     assert_eq!(batch.settle(&world, &answer).await, [0]);

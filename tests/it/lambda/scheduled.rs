@@ -1,4 +1,4 @@
-//! The scheduled invocation, and what it makes up for: silence, purges, projectors far behind.
+//! The scheduled invocation: it makes up for missing messages, purges, and projectors far behind.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,16 +17,19 @@ use crate::support::{
 async fn a_scheduled_invocation_publishes_and_catches_up_projectors_without_messages() {
     let world = World::new().await;
     let (a, b) = (Tally::new("a"), Tally::new("b"));
-    let folder = world.booted(&[&a.file(&[]), &b.file(&[])]).await;
+    let folder = world.boot_files(&[&a.file(&[]), &b.file(&[])]).await;
     let options = ["--projectors", folder.path(), "--reconcile-after=1", "--message-events=10"];
     let mut function = world.function(&options).await;
 
     world.append(30).await;
     let summary = function.invoke(&schedule(), TIMEOUT).await.expect("an answer");
-    // Nobody takes the messages, so it is the store that feeds them.
+    // No function takes the messages, so the events come from the store.
     assert_eq!(
         summary,
-        json!({"events": 30, "published": 30, "high_water": 30, "lagging": [], "outdated": [], "broken": [], "foreign_messages": 0})
+        json!({
+            "events": 30, "published": 30, "high_water": 30, "lagging": [], "outdated": [],
+            "broken": [], "foreign_messages": 0
+        })
     );
     assert_eq!((world.position("a").await, world.queue.depth().await.expect("a depth")), (30, 3));
     assert_eq!(function.drain(&world).await, 3);
@@ -42,7 +45,10 @@ async fn a_scheduled_invocation_publishes_and_catches_up_projectors_without_mess
     let summary = function.invoke(&schedule(), TIMEOUT).await.expect("an answer");
     assert_eq!(
         summary,
-        json!({"events": 0, "published": 60, "high_water": 60, "lagging": [], "outdated": [], "broken": [], "foreign_messages": 0})
+        json!({
+            "events": 0, "published": 60, "high_water": 60, "lagging": [], "outdated": [],
+            "broken": [], "foreign_messages": 0
+        })
     );
     world.assert_complete(&a).await;
     world.assert_complete(&b).await;
@@ -52,12 +58,12 @@ async fn a_scheduled_invocation_publishes_and_catches_up_projectors_without_mess
 async fn a_long_publishing_invocation_includes_events_appended_meanwhile() {
     let world = World::new().await;
     let a = Tally::new("a");
-    let folder = world.booted(&[&a.file(&[])]).await;
+    let folder = world.boot_files(&[&a.file(&[])]).await;
     let function = world.function(&["--projectors", folder.path(), "--relay-seconds=900"]).await;
     function.begin(&schedule(), TIMEOUT * 10);
     for published in [10, 20, 30] {
         world.append(10).await;
-        eventually("it is published", async || {
+        eventually("the events are published", async || {
             world.number("select published from event_log").await == published
         })
         .await;
@@ -65,13 +71,13 @@ async fn a_long_publishing_invocation_includes_events_appended_meanwhile() {
     let mut other = world.function(&["--projectors", folder.path()]).await;
     assert!(other.drain(&world).await > 0);
     world.assert_complete(&a).await;
-    // Whoever ends it, its lease is given up.
-    let left = function.process.terminate().await.exits(0);
+    // A terminated function releases its lease.
+    let finished = function.process.terminate().await.exits(0);
     assert_eq!(
         world.number("select count(*) from event_log where relay_lease_holder is not null").await,
         0,
         "{}",
-        left.stderr
+        finished.stderr
     );
 }
 
@@ -79,7 +85,7 @@ async fn a_long_publishing_invocation_includes_events_appended_meanwhile() {
 async fn a_scheduled_invocation_without_its_servers_fails_in_time_and_the_next_catches_up() {
     let world = World::new().await;
     let a = Tally::new("a");
-    let folder = world.booted(&[&a.file(&[])]).await;
+    let folder = world.boot_files(&[&a.file(&[])]).await;
     let (is_queue_away, is_database_away) =
         (Arc::new(AtomicBool::new(true)), Arc::new(AtomicBool::new(false)));
     let away = |is_away: &Arc<AtomicBool>| {
@@ -88,7 +94,7 @@ async fn a_scheduled_invocation_without_its_servers_fails_in_time_and_the_next_c
             if is_away.load(Ordering::SeqCst) { ProxyAction::Reset } else { ProxyAction::Forward }
         }
     };
-    let endpoint = setting("AWS_ENDPOINT_URL").expect("the parts are up");
+    let endpoint = setting("AWS_ENDPOINT_URL").expect("AWS_ENDPOINT_URL is set");
     let queue = Proxy::new(
         endpoint.trim_start_matches("http://").trim_end_matches('/'),
         away(&is_queue_away),
@@ -110,7 +116,7 @@ async fn a_scheduled_invocation_without_its_servers_fails_in_time_and_the_next_c
     world.append(20).await;
 
     let refused = |answer: Result<Value, Value>, word: &str| {
-        let error = answer.expect_err("it can do nothing");
+        let error = answer.expect_err("the invocation fails");
         assert!(
             error["errorMessage"].as_str().is_some_and(|message| message.contains(word)),
             "{error}"
@@ -121,7 +127,7 @@ async fn a_scheduled_invocation_without_its_servers_fails_in_time_and_the_next_c
     is_database_away.store(true, Ordering::SeqCst);
     refused(function.invoke(&schedule(), Duration::from_secs(8)).await, "database");
     is_database_away.store(false, Ordering::SeqCst);
-    // Now it has the queue, and loses it again.
+    // The function reaches the queue now, and then loses it again.
     function.invoke(&schedule(), TIMEOUT).await.expect("an answer");
     world.append(20).await;
     is_queue_away.store(true, Ordering::SeqCst);
@@ -129,7 +135,7 @@ async fn a_scheduled_invocation_without_its_servers_fails_in_time_and_the_next_c
         function.invoke(&schedule(), Duration::from_secs(8)).await,
         "no event after position 20",
     );
-    // It has caught up from the store meanwhile, and publishes as soon as it can.
+    // The function has caught up from the store, and publishes once the queue is back.
     assert_eq!(world.position("a").await, 40);
     is_queue_away.store(false, Ordering::SeqCst);
     let summary = function.invoke(&schedule(), TIMEOUT).await.expect("an answer");
@@ -142,10 +148,10 @@ async fn a_scheduled_invocation_without_its_servers_fails_in_time_and_the_next_c
 async fn invocations_write_metrics_before_they_respond() {
     let world = World::new().await;
     let a = Tally::new("a");
-    let folder = world.booted(&[&a.file(&[])]).await;
+    let folder = world.boot_files(&[&a.file(&[])]).await;
     let mut function = world.function(&["--projectors", folder.path(), "--metrics=emf"]).await;
-    let total = |left: &str, name: &str| -> Option<f64> {
-        let lines = left.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let total = |log: &str, name: &str| -> Option<f64> {
+        let lines = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
         let metrics = lines.filter(|line| line.get("_aws").is_some());
         metrics.filter_map(|line| line[name].as_f64()).reduce(|one, other| one + other)
     };
@@ -155,23 +161,26 @@ async fn invocations_write_metrics_before_they_respond() {
         let written = function.process.logged();
         names.map(|name| total(&written, name))
     };
-    // Written before the answer; read by the test a little later.
-    eventually("what was applied", async || {
+    // Metrics are written before the response. The test reads them a little later.
+    eventually("the applied events are in the metrics", async || {
         totals(["EventsApplied", "Heartbeat"]) == [Some(30.0), None]
     })
     .await;
     function.invoke(&schedule(), TIMEOUT).await.expect("an answer");
     let totals = || ["LagSeconds", "Heartbeat"].map(|name| total(&function.process.logged(), name));
-    eventually("the lag, and a heartbeat", async || totals() == [Some(0.0), Some(1.0)]).await;
+    eventually("the lag and a heartbeat are in the metrics", async || {
+        totals() == [Some(0.0), Some(1.0)]
+    })
+    .await;
 }
 
 #[tokio::test]
 async fn a_projector_far_behind_fails_no_message_and_catches_up_over_invocations() {
     let world = World::new().await;
     let (behind, quick) = (Tally::new("behind"), Tally::new("quick"));
-    let folder = world.booted(&[&behind.file(&[GATE]), &quick.file(&[])]).await;
+    let folder = world.boot_files(&[&behind.file(&[GATE]), &quick.file(&[])]).await;
     let mut gate = close_gate(&world, 305).await;
-    // An old release plays the other alone meanwhile.
+    // Meanwhile, an old release plays only the other projector.
     let only_quick = Folder::new().with("1.toml", &quick.file(&[]));
     world.append(400).await;
     world.run(&["play", "--until-idle", "--projectors", only_quick.path()]).await.exits(0);
@@ -191,7 +200,7 @@ async fn a_projector_far_behind_fails_no_message_and_catches_up_over_invocations
     function.begin(&batch.event(&world), Duration::from_secs(12));
     let answer = function.answer().await.expect("an answer");
     assert_eq!(batch.settle(&world, &answer).await, Vec::<usize>::new());
-    // It is cut off at the deadline, in the middle of a page, and keeps what it has committed.
+    // The deadline interrupts it in the middle of a page. Its committed batches remain.
     assert_eq!((world.position("quick").await, world.position("behind").await), (410, 300));
     assert_eq!(waiting_handlers(&world).await, 0);
     execute(&mut gate, "rollback").await;
@@ -201,13 +210,13 @@ async fn a_projector_far_behind_fails_no_message_and_catches_up_over_invocations
     world.assert_complete(&quick).await;
 }
 
-/// Fewer connections than stragglers.
+/// There are fewer connections than projectors far behind.
 #[tokio::test]
 async fn many_projectors_far_behind_all_catch_up_on_few_connections() {
     let world = World::new().await;
     let tallies: Vec<Tally> = (0..6).map(|number| Tally::new(&format!("tally_{number}"))).collect();
     let files: Vec<String> = tallies.iter().map(|tally| tally.file(&[])).collect();
-    let folder = world.booted(&files.iter().map(String::as_str).collect::<Vec<_>>()).await;
+    let folder = world.boot_files(&files.iter().map(String::as_str).collect::<Vec<_>>()).await;
     world.append(6_000).await;
     let options = [
         "--projectors",
@@ -223,10 +232,10 @@ async fn many_projectors_far_behind_all_catch_up_on_few_connections() {
     for tally in &tallies {
         world.assert_complete(tally).await;
     }
-    let left = function.process.terminate().await.exits(0);
+    let finished = function.process.terminate().await.exits(0);
     assert!(
-        !left.stderr.contains("timed out"),
-        "nobody waits in vain for a connection: {}",
-        left.stderr
+        !finished.stderr.contains("timed out"),
+        "no projector times out waiting for a connection: {}",
+        finished.stderr
     );
 }

@@ -1,4 +1,4 @@
-//! How a function starts, and what it refuses.
+//! The start of a function, and the invocations that it refuses.
 
 use std::process::Stdio;
 use std::time::Instant;
@@ -11,7 +11,7 @@ use crate::support::{Folder, Function, RunningProcess, Runtime, TIMEOUT, Tally, 
 async fn an_unknown_invocation_is_refused_and_the_function_continues() {
     let world = World::new().await;
     let a = Tally::new("a");
-    let folder = world.booted(&[&a.file(&[])]).await;
+    let folder = world.boot_files(&[&a.file(&[])]).await;
     let mut command = world.command(&["lambda", "--projectors", folder.path()]);
     command.env_remove("QUEUE_URL");
     let mut function = Function::start(command).await;
@@ -21,12 +21,12 @@ async fn an_unknown_invocation_is_refused_and_the_function_continues() {
         (json!({"key": "value"}), "neither Records nor a detail-type"),
         (schedule(), "QUEUE_URL"),
     ] {
-        let error = function.invoke(&event, TIMEOUT).await.expect_err("it is refused");
+        let error = function.invoke(&event, TIMEOUT).await.expect_err("the invocation is refused");
         assert_eq!(error["errorType"], "Projectionist.Input");
         let message = error["errorMessage"].as_str().expect("a message");
         assert!(message.contains(word), "{message}");
     }
-    // A batch needs no queue's URL.
+    // A batch does not need QUEUE_URL.
     world.append_and_publish(20).await;
     assert_eq!(function.drain(&world).await, 2);
     world.assert_complete(&a).await;
@@ -85,7 +85,7 @@ async fn a_failed_initialization_is_reported_to_lambda_with_the_usual_exit_code(
 async fn the_binary_without_arguments_is_a_function_inside_lambda() {
     let world = World::new().await;
     let a = Tally::new("a");
-    let folder = world.booted(&[&a.file(&[])]).await;
+    let folder = world.boot_files(&[&a.file(&[])]).await;
     let mut bootstrap = world.command(&[]);
     bootstrap.env("PROJECTORS", folder.path());
     let mut function = Function::start(bootstrap).await;
@@ -94,15 +94,15 @@ async fn the_binary_without_arguments_is_a_function_inside_lambda() {
     world.assert_complete(&a).await;
 }
 
-/// Not a test: prints how long a function takes from its start to its first question, and to its
-/// first answer, that is with its first projection committed. `PROJECTIONIST_BINARY` names another
-/// binary than that of the tests.
+/// A measurement: prints the time from the start of a function to its first request to the runtime,
+/// and to its first response, when the first projection is committed. `PROJECTIONIST_BINARY` names
+/// a binary other than the one of the tests.
 #[tokio::test]
 #[ignore = "measures, and asserts nothing"]
 async fn cold_start() {
     let world = World::new().await;
     let a = Tally::new("a");
-    let folder = world.booted(&[&a.file(&[])]).await;
+    let folder = world.boot_files(&[&a.file(&[])]).await;
     let (mut to_init, mut to_commit) = (Vec::new(), Vec::new());
     for _ in 0..15 {
         world.append_and_publish(10).await;

@@ -1,12 +1,12 @@
-//! A broken projector is on its own: a mended one goes live beside others that are still broken,
-//! and neither stops new ones.
+//! A broken projector affects only itself. A fixed projector goes live beside others that are still
+//! broken, and neither of them stops new projectors.
 
 use serde_json::{Value, json};
 
 use super::{count_rows, counter};
 use crate::support::{Folder, World};
 
-/// A projector file that fails at a position.
+/// A projector file that fails at `position`.
 fn failing(name: &str, position: u64) -> String {
     counter(name, "['*']")
         .replace("values (1, 1)", &format!("values (1, nullif(:position, {position}))"))
@@ -17,7 +17,7 @@ fn statuses(booted: &Value) -> Vec<&str> {
     all.map(|projector| projector["status"].as_str().expect("a word")).collect()
 }
 
-/// Two projectors that broke in play, at position 6.
+/// A world with two projectors that broke in play, at position 6.
 async fn two_broken() -> (World, Folder) {
     let world = World::new().await;
     world.append(5).await;
@@ -63,10 +63,10 @@ async fn a_failing_new_projector_stalls_only_other_new_projectors() {
     folder.write(
         "0.toml",
         "name = 'poisoned'\nversion = 1\nmode = 'from_beginning'\nsetup = ['create table']\n\
-                            [[on]]\nevents = ['*']\nsql = 'select 1 from dual'\n",
+         [[on]]\nevents = ['*']\nsql = 'select 1 from dual'\n",
     );
-    // A setup that fails is such a failure, too; it was broken before, so that nobody else is
-    // stopped now.
+    // A failing setup also breaks its projector. This one was broken before, so it stops no other
+    // projector now.
     let booted = world.run(&boot).await.exits(1).json();
     assert_eq!(statuses(&booted), ["broken", "live", "broken", "live"], "{booted}");
 }

@@ -1,15 +1,17 @@
-//! Definitions: what changed since it was booted is said, a wider subscription is refused, and a
-//! worker plays only what was booted with its own definition.
+//! Definitions: boot reports a changed definition and refuses a wider subscription. A worker plays
+//! a projector only if it was booted with the definition that the worker has.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use projectionist::{PlaySettings, Queue, Registry};
+use projectionist::{Queue, Registry};
 
 use super::{Owner, applied, assert_refused, boot_accepting, count_rows, counter};
-use crate::support::{Folder, World, eventually};
+use crate::support::{Folder, World, eventually, execute};
 
+/// The stored digest of the projector `a`.
 async fn digest(world: &World) -> Option<String> {
     world.entry("a").await.expect("a row").digest
 }
@@ -17,7 +19,7 @@ async fn digest(world: &World) -> Option<String> {
 #[tokio::test]
 async fn a_wider_subscription_stops_the_deploy_with_the_count_of_skipped_events() {
     let world = World::new().await;
-    // Opened, Amended, Closed in turn.
+    // The event types are Opened, Amended and Closed in turn.
     world.append(10).await;
     let folder = Folder::new().with("1.toml", &counter("a", "['Opened']"));
     let boot = ["boot", "--json", "--projectors", folder.path()];
@@ -34,18 +36,18 @@ async fn a_wider_subscription_stops_the_deploy_with_the_count_of_skipped_events(
             "new version",
             "--accept a@1",
         ]);
-        let of_it = &failed.json()["projectors"][0];
-        assert_eq!((&of_it["changed"], of_it["reason"].is_string()), (&json!(true), true));
+        let projector = &failed.json()["projectors"][0];
+        assert_eq!((&projector["changed"], projector["reason"].is_string()), (&json!(true), true));
         assert_eq!(
             digest(&world).await.as_ref(),
             Some(&booted_with),
-            "it is not booted with this one"
+            "the refused definition is not stored"
         );
     }
     world.run(&[&boot[..], &["--accept=a"]].concat()).await.exits(0);
     assert_ne!(digest(&world).await, Some(booted_with));
     let again = world.run(&boot).await.exits(0).json();
-    assert_eq!(again["projectors"][0]["changed"], false, "it was accepted");
+    assert_eq!(again["projectors"][0]["changed"], false, "the accepted definition is stored");
     assert_eq!(count_rows(&world, "a").await, 4);
 }
 
@@ -69,17 +71,17 @@ async fn a_changed_definition_is_reported_by_boot_status_and_doctor() {
     let boot = ["boot", "--projectors", folder.path()];
     world.run(&boot).await.exits(0);
     let status = ["status", "--json", "--projectors", folder.path()];
-    let of_it =
+    let projector =
         async || -> Value { world.run(&status).await.exits(0).json()["projectors"][0].clone() };
-    assert_eq!(of_it().await["changed"], false);
-    assert_eq!(of_it().await["digest"], json!(digest(&world).await));
+    assert_eq!(projector().await["changed"], false);
+    assert_eq!(projector().await["digest"], json!(digest(&world).await));
     assert_eq!(
         world.run(&["status", "--json"]).await.exits(0).json()["projectors"][0]["changed"],
         json!(null)
     );
 
     folder.write("1.toml", &counter("a", "['Opened']"));
-    assert_eq!(of_it().await["changed"], true);
+    assert_eq!(projector().await["changed"], true);
     let table = world.run(&["status", "--projectors", folder.path()]).await.exits(0).stdout;
     assert!(table.contains("(changed since it was booted)"), "{table}");
     let doctor = world.run(&["doctor", "--projectors", folder.path()]).await;
@@ -88,7 +90,7 @@ async fn a_changed_definition_is_reported_by_boot_status_and_doctor() {
     let booted = world.run(&boot).await.exits(0);
     assert!(booted.stdout.contains("changed since it was booted"), "{}", booted.stdout);
     assert!(booted.log().iter().any(|line| line["message"] == "changed since it was booted"));
-    assert_eq!(of_it().await["changed"], false);
+    assert_eq!(projector().await["changed"], false);
     assert!(!world.run(&boot).await.exits(0).stdout.contains("changed"));
 }
 
@@ -124,7 +126,7 @@ async fn a_worker_plays_a_projector_only_with_the_booted_definition() {
 
     assert!(world.boot(&new).await.is_released());
     world.append(3).await;
-    // It looks again and again; the new one is alone in moving it.
+    // The old worker keeps checking the ledger, but only the new one moves the projector.
     let idle = world.play_until_idle(&old).await;
     assert_eq!((idle.outdated, idle.broken, world.position("owner").await), (1, 0, 6));
     world.play_until_idle(&new).await;
@@ -133,7 +135,7 @@ async fn a_worker_plays_a_projector_only_with_the_booted_definition() {
         applied(&world, "owner").await.into_iter().map(|(_, revision)| revision).collect();
     assert_eq!(revisions, ["1", "1", "1", "1", "1", "1", "2", "2", "2"]);
 
-    // Back again, by a boot: the worker that has run all the while goes on.
+    // The old definition is booted again: the worker that ran all the time continues.
     assert!(world.boot(&old).await.is_released());
     world.append(1).await;
     eventually("the old worker plays again", async || world.position("owner").await == 10).await;
@@ -144,19 +146,19 @@ async fn a_worker_plays_a_projector_only_with_the_booted_definition() {
 async fn an_outdated_worker_never_breaks_a_projector() {
     let world = World::new().await;
     let old = Owner { fails_at: Some(4), ..Owner::new("owner") }.registry();
-    let mended = Owner { revision: "2", ..Owner::new("owner") }.registry();
+    let fixed = Owner { revision: "2", ..Owner::new("owner") }.registry();
     world.append(3).await;
     world.boot(&old).await;
     let worker = world.start_play(&old);
     world.append(1).await;
     eventually("the old definition breaks it", async || world.status("owner").await == "broken")
         .await;
-    assert!(world.boot(&mended).await.is_released());
+    assert!(world.boot(&fixed).await.is_released());
     world.append(5).await;
-    world.play_until_idle(&mended).await;
+    world.play_until_idle(&fixed).await;
     assert_eq!((world.status("owner").await, world.position("owner").await), ("live".into(), 9));
     assert!(worker.is_running());
-    assert_eq!(worker.stop().await.broken, 1, "only before it was mended");
+    assert_eq!(worker.stop().await.broken, 1, "it broke only before the fix");
 }
 
 #[tokio::test]
@@ -165,11 +167,11 @@ async fn a_worker_in_a_batch_is_fenced_when_another_definition_is_booted() {
     let (old, new) = releases();
     world.append(3).await;
     world.boot(&old).await;
-    // The worker has read the ledger and the messages, and the new release is booted before it
+    // The worker has read the ledger and the messages. The new release is booted before the worker
     // claims the row.
-    let mut keeper = world.connection().await;
-    crate::support::execute(&mut keeper, "start transaction").await;
-    crate::support::execute(&mut keeper, "select * from projectors for update").await;
+    let mut lock_holder = world.connection().await;
+    execute(&mut lock_holder, "start transaction").await;
+    execute(&mut lock_holder, "select * from projectors for update").await;
     let worker = world.start_play(&old);
     world.append(3).await;
     eventually("the worker waits for the row", async || world.lock_waits().await > 0).await;
@@ -178,13 +180,9 @@ async fn a_worker_in_a_batch_is_fenced_when_another_definition_is_booted() {
         scratch.boot(&new).await;
         scratch.entry("owner").await.expect("a row").digest.expect("a digest")
     };
-    crate::support::execute(&mut keeper, &format!("update projectors set digest = '{digest}'"))
-        .await;
-    crate::support::execute(&mut keeper, "commit").await;
-    let settings = PlaySettings {
-        reconcile_after: std::time::Duration::ZERO,
-        ..World::continuous_play_settings()
-    };
+    execute(&mut lock_holder, &format!("update projectors set digest = '{digest}'")).await;
+    execute(&mut lock_holder, "commit").await;
+    let settings = World::continuous_play_settings().with_reconcile_after(Duration::ZERO);
     let fresh = world.start_play_from(Arc::clone(&world.queue) as Arc<dyn Queue>, &new, settings);
     eventually("the new definition plays", async || world.position("owner").await == 6).await;
     let revisions: Vec<String> =
@@ -204,11 +202,11 @@ async fn until_idle_exits_with_1_if_another_definition_was_booted() {
     world.append(3).await;
     let played = world.run(&["play", "--until-idle", "--projectors", folder.path()]).await.exits(1);
     played.clone().prints(&["1 projector(s) were booted with another definition", "Run boot"]);
-    let told = played.log().into_iter().filter(|line| {
+    let warnings = played.log().into_iter().filter(|line| {
         line["projector"] == "a@1"
             && line["message"].as_str().is_some_and(|line| line.starts_with("outdated"))
     });
-    assert_eq!(told.count(), 1, "once: {}", played.stderr);
+    assert_eq!(warnings.count(), 1, "one warning: {}", played.stderr);
     assert_eq!(world.position("a").await, 10);
 }
 

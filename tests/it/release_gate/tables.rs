@@ -1,12 +1,12 @@
-//! The tables of a projector: one that is past its start is never carried on with a table that was
-//! made anew, and a new one is never built on rows.
+//! The tables of a projector: a projector past its start never continues on a table that was
+//! created again, and a new projector is never built on existing rows.
 
 use serde_json::json;
 
 use projectionist::Status;
 
 use super::{Owner, applied, assert_refused, boot_accepting, count_rows, counter};
-use crate::support::{Folder, Gate, World};
+use crate::support::{Folder, Gate, World, eventually};
 
 #[tokio::test]
 async fn a_projector_with_a_dropped_table_is_rebuilt_from_its_start() {
@@ -28,9 +28,9 @@ async fn a_projector_with_a_dropped_table_is_rebuilt_from_its_start() {
             "rebuil",
             "projectionist retire counter@1 --force",
         ]);
-        let of_it = &failed.json()["projectors"][0];
-        assert_eq!((&of_it["status"], &of_it["position"]), (&json!("broken"), &json!(3)));
-        let reason = of_it["failure"]["error"].as_str().expect("a text");
+        let projector = &failed.json()["projectors"][0];
+        assert_eq!((&projector["status"], &projector["position"]), (&json!("broken"), &json!(3)));
+        let reason = projector["failure"]["error"].as_str().expect("a text");
         assert!(reason.contains("rebuild") && reason.contains("table counter"), "{reason}");
     }
     world
@@ -68,8 +68,8 @@ async fn a_live_projector_with_a_dropped_table_is_broken_by_boot() {
     assert_eq!((&fresh["status"], fresh["reason"].is_string()), (&json!("new"), true));
 }
 
-/// Of releases that kept no tables in the ledger, only setup can tell: it creates what should be
-/// there.
+/// Older releases stored no tables in the ledger. Then only setup reveals the loss, because it
+/// creates the missing table.
 #[tokio::test]
 async fn a_setup_that_creates_a_table_after_the_start_breaks_its_projector() {
     let world = World::new().await;
@@ -84,7 +84,7 @@ async fn a_setup_that_creates_a_table_after_the_start_breaks_its_projector() {
         .await;
     world.execute("drop table counter").await;
     world.run(&boot).await.exits(1).prints(&["counter@1", "table counter", "rebuil"]);
-    // Whether the table is there again or not, it lacks its past.
+    // The table lacks its past, whether or not it exists again.
     world.execute("create table if not exists counter (n bigint not null)").await;
     world.run(&boot).await.exits(1).prints(&["counter@1", "table counter", "rebuil"]);
     assert_eq!(
@@ -132,11 +132,10 @@ async fn two_concurrent_boots_do_not_mistake_a_new_table_for_an_old_one() {
     let second = async {
         gate.arrival().await;
         let booting = async {
-            let waits = async || {
-                world.number("select count(*) from information_schema.processlist \
-                                               where db = database() and info like '%get_lock%' and id <> connection_id()").await > 0
-            };
-            crate::support::eventually("the other boot waits", waits).await;
+            let sql = "select count(*) from information_schema.processlist \
+                       where db = database() and info like '%get_lock%' \
+                       and id <> connection_id()";
+            eventually("the other boot waits", async || world.number(sql).await > 0).await;
             gate.open();
         };
         tokio::join!(boot_accepting(&world, &other, &[]), booting).0
@@ -170,7 +169,7 @@ async fn a_new_projector_on_a_table_with_rows_needs_acceptance() {
     }
     assert_eq!(applied(&world, "owner").await.len(), 10, "nothing was added");
     assert!(boot_accepting(&world, &owner, &["owner"]).await.is_released());
-    assert_eq!(applied(&world, "owner").await.len(), 20, "as was accepted");
+    assert_eq!(applied(&world, "owner").await.len(), 20, "the events are added, as accepted");
 }
 
 #[tokio::test]

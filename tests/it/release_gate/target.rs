@@ -1,4 +1,4 @@
-//! The target: the end of the log that was visible when boot began.
+//! The target of boot: the end of the log that was visible when boot began.
 
 use serde_json::{Value, json};
 
@@ -7,7 +7,7 @@ use projectionist::sqlx::{AssertSqlSafe, MySqlConnection, query};
 use super::{count_rows, counter};
 use crate::support::{Folder, World, execute, write};
 
-/// A transaction that holds the next position, with two events visible above.
+/// A transaction that holds the next position, with two visible events above it.
 async fn block_mark(world: &World) -> MySqlConnection {
     let mut writer = world.connection().await;
     execute(&mut writer, "start transaction").await;
@@ -17,8 +17,8 @@ async fn block_mark(world: &World) -> MySqlConnection {
 }
 
 fn outcome(booted: &Value, index: usize) -> Value {
-    let of = &booted["projectors"][index];
-    json!([of["name"], of["status"], of["position"]])
+    let projector = &booted["projectors"][index];
+    json!([projector["name"], projector["status"], projector["position"]])
 }
 
 #[tokio::test]
@@ -31,7 +31,12 @@ async fn boot_does_not_release_while_an_open_transaction_blocks_the_mark() {
         .with("2.toml", &counter("one_time", "['*']").replace("from_beginning", "once"));
     let boot = ["boot", "--json", "--wait-timeout=1", "--projectors", folder.path()];
     let failed = world.run(&boot).await.exits(1);
-    failed.clone().prints(&["the log goes on to 8", "held at 5", "holds position 6", "innodb_trx"]);
+    failed.clone().prints(&[
+        "the log continues to 8",
+        "blocked at 5",
+        "holds position 6",
+        "innodb_trx",
+    ]);
     let booted = failed.json();
     assert_eq!((&booted["released"], &booted["target"]), (&json!(false), &json!(8)));
     assert!(
@@ -42,7 +47,7 @@ async fn boot_does_not_release_while_an_open_transaction_blocks_the_mark() {
     assert_eq!(
         outcome(&booted, 1),
         json!(["one_time", "booting", 5]),
-        "it is not finished below the end"
+        "it is not finished before the end"
     );
     assert!(
         failed
@@ -65,7 +70,7 @@ async fn boot_waits_for_a_transaction_that_ends_within_the_wait_timeout() {
     let mut writer = block_mark(&world).await;
     let folder = Folder::new().with("1.toml", &counter("a", "['*']"));
     let booting = world.start(&["boot", "--wait-timeout=60", "--projectors", folder.path()]);
-    booting.wait_for_log("waiting: the log goes on to 8").await;
+    booting.wait_for_log("waiting: the log continues to 8").await;
     assert_eq!(world.status("a").await, "booting");
     execute(&mut writer, "commit").await;
     booting.finish().await.exits(0);
@@ -112,7 +117,7 @@ async fn a_from_now_projector_is_registered_only_when_the_mark_is_at_the_log_end
     assert_eq!(
         (world.position("recent").await, count_rows(&world, "recent").await),
         (9, 1),
-        "no older event"
+        "older events are not applied"
     );
 }
 
@@ -137,7 +142,12 @@ async fn lag_counts_to_the_visible_end_and_a_momentary_gap_is_not_blocked() {
     let folder = Folder::new().with("1.toml", &counter("a", "['*']"));
     world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
     let _writer = block_mark(&world).await;
-    world.execute("update events set recorded_at = utc_timestamp(6) - interval 60 second where position = 7").await;
+    world
+        .execute(
+            "update events set recorded_at = utc_timestamp(6) - interval 60 second \
+             where position = 7",
+        )
+        .await;
     let status = world.run(&["status", "--json"]).await.exits(0).json();
     let lag = &status["projectors"][0];
     assert_eq!(
@@ -147,18 +157,18 @@ async fn lag_counts_to_the_visible_end_and_a_momentary_gap_is_not_blocked() {
     );
     let seconds = lag["lag_seconds"].as_f64().expect("a number");
     assert!((59.0..120.0).contains(&seconds), "the age of the oldest visible event: {seconds}");
-    assert_eq!(status["held"], json!(null), "nobody has found it held for some seconds");
+    assert_eq!(status["held"], json!(null), "the gap has not been stored as a block");
     assert!(!world.run(&["status"]).await.exits(0).stdout.contains("blocked"));
 
-    // As a relay records it.
+    // The columns as a relay stores them.
     for (last, words) in
         [("null", "a transaction is open at 6"), ("70006", "projectionist fill 6 70006")]
     {
-        let held = format!(
+        let sql = format!(
             "update event_log set blocked_position = 6, blocked_last = {last}, \
              blocked_since = utc_timestamp(6) - interval 10 second"
         );
-        query(AssertSqlSafe(held)).execute(&mut world.connection().await).await.expect("recorded");
+        query(AssertSqlSafe(sql)).execute(&mut world.connection().await).await.expect("updated");
         let status = world.run(&["status", "--json"]).await.exits(0).json();
         let expected_last = last.parse::<u64>().ok();
         assert_eq!(

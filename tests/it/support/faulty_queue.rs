@@ -1,33 +1,36 @@
-//! The real queue, with faults put between it and the worker: the same seed gives the same faults.
+//! The real queue with injected faults between it and the worker. The same seed gives the same
+//! faults.
 
 use std::sync::Mutex;
 use std::time::Duration;
 
 use projectionist::{Queue, QueueError, Receipt, ReceivedMessage, SqsQueue, async_trait};
 
-/// How often each fault strikes, in percent of the messages, and whether it does at all.
+/// How often each fault occurs, in percent of the messages; for the booleans, whether it occurs.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Faults {
-    /// Deleted behind the worker's back.
+    /// A message is deleted before the worker receives it.
     pub lost: u8,
-    /// Handed over twice.
+    /// A message is received twice.
     pub repeated: u8,
-    /// Replaced by something that is no message.
+    /// A message's body is cut to half its length.
     pub malformed: u8,
-    /// Handed over, but deletions of it get lost: it comes again.
+    /// A deletion is ignored, so the message is received again.
     pub undeleted: u8,
-    /// Sent, but the relay is told otherwise: as if it had crashed before it could note it.
+    /// A message is sent, but the relay gets an error. This is like a crash before the relay
+    /// records it.
     pub unacknowledged: u8,
-    /// Not sent, and the relay is told so.
+    /// A message is not sent, and the relay gets an error.
     pub refused: u8,
-    /// Whether each receive comes shuffled.
+    /// Whether the messages of each receive are shuffled.
     pub shuffled: bool,
-    /// Whether messages cannot be kept hidden: their visibility expires in the middle of the work.
+    /// Whether changes of visibility are ignored, so that messages become visible while the worker
+    /// works.
     pub unhidden: bool,
 }
 
-/// How often each fault struck, in messages, and what came through: a test that asserts nothing of
-/// it may prove nothing.
+/// How often each fault occurred, in messages, and how many messages passed. A test asserts these
+/// counts to prove that its faults occurred.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct FaultCounts {
     pub lost: u64,
@@ -41,7 +44,7 @@ pub struct FaultCounts {
     pub unhidden: u64,
     /// Receives, empty ones included.
     pub receives: u64,
-    /// Messages handed over to the worker.
+    /// Messages that the worker received.
     pub received: u64,
     /// Messages that the worker asked to delete.
     pub deleted: u64,
@@ -60,7 +63,8 @@ struct State {
 }
 
 impl State {
-    fn should_strike(&mut self, percent: u8, count: impl Fn(&mut FaultCounts) -> &mut u64) -> bool {
+    /// Decides whether a fault occurs now, and counts it.
+    fn strikes(&mut self, percent: u8, count: impl Fn(&mut FaultCounts) -> &mut u64) -> bool {
         let strikes = self.dice.u8(0..100) < percent;
         *count(&mut self.fault_counts) += u64::from(strikes);
         strikes
@@ -74,7 +78,7 @@ impl FaultyQueue {
         FaultyQueue { queue: queue.clone(), faults, state: Mutex::new(state) }
     }
 
-    /// Without faults: only to count.
+    /// A queue without faults that only counts.
     pub fn without_faults(queue: &SqsQueue) -> Self {
         Self::new(queue, Faults::default(), 0)
     }
@@ -83,51 +87,42 @@ impl FaultyQueue {
         self.with(|state| state.fault_counts)
     }
 
+    fn strikes(&self, percent: u8, count: impl Fn(&mut FaultCounts) -> &mut u64) -> bool {
+        self.with(|state| state.strikes(percent, count))
+    }
+
     fn with<T>(&self, act: impl FnOnce(&mut State) -> T) -> T {
-        act(&mut self.state.lock().expect("no panic while rolling"))
+        act(&mut self.state.lock().expect("the lock is not poisoned"))
     }
 }
 
 #[async_trait]
 impl Queue for FaultyQueue {
     async fn send(&self, body: &str, deduplication_id: &str) -> Result<(), QueueError> {
-        if self.with(|state| {
-            state.should_strike(self.faults.refused, |fault_counts| &mut fault_counts.refused)
-        }) {
+        if self.strikes(self.faults.refused, |counts| &mut counts.refused) {
             return Err(QueueError("refused by the test".into()));
         }
         self.queue.send(body, deduplication_id).await?;
-        match self.with(|state| {
-            state.should_strike(self.faults.unacknowledged, |fault_counts| {
-                &mut fault_counts.unacknowledged
-            })
-        }) {
-            true => Err(QueueError("not acknowledged by the test".into())),
-            false => Ok(()),
+        if self.strikes(self.faults.unacknowledged, |counts| &mut counts.unacknowledged) {
+            return Err(QueueError("not acknowledged by the test".into()));
         }
+        Ok(())
     }
 
     async fn receive(&self, wait: Duration) -> Result<Vec<ReceivedMessage>, QueueError> {
         let mut received = Vec::new();
         for message in self.queue.receive(wait).await? {
-            if self.with(|state| {
-                state.should_strike(self.faults.lost, |fault_counts| &mut fault_counts.lost)
-            }) {
+            if self.strikes(self.faults.lost, |counts| &mut counts.lost) {
                 self.queue.delete(&[message.receipt]).await?;
                 continue;
             }
-            if self.with(|state| {
-                state.should_strike(self.faults.repeated, |fault_counts| &mut fault_counts.repeated)
-            }) {
+            if self.strikes(self.faults.repeated, |counts| &mut counts.repeated) {
                 received.push(message.clone());
             }
-            let body = match self.with(|state| {
-                state.should_strike(self.faults.malformed, |fault_counts| {
-                    &mut fault_counts.malformed
-                })
-            }) {
-                true => message.body[..message.body.len() / 2].to_owned(),
-                false => message.body,
+            let body = if self.strikes(self.faults.malformed, |counts| &mut counts.malformed) {
+                message.body[..message.body.len() / 2].to_owned()
+            } else {
+                message.body
             };
             received.push(ReceivedMessage { body, ..message });
         }
@@ -149,11 +144,9 @@ impl Queue for FaultyQueue {
         distinct.dedup();
         let (kept, deleted): (Vec<Receipt>, Vec<Receipt>) = self.with(|state| {
             state.fault_counts.deleted += distinct.len() as u64;
-            distinct.into_iter().partition(|_| {
-                state.should_strike(self.faults.undeleted, |fault_counts| {
-                    &mut fault_counts.undeleted
-                })
-            })
+            distinct
+                .into_iter()
+                .partition(|_| state.strikes(self.faults.undeleted, |counts| &mut counts.undeleted))
         });
         self.queue.delete(&deleted).await?;
         self.queue.change_visibility(&kept, Duration::ZERO).await

@@ -1,4 +1,5 @@
-//! A gate: the test knows that somebody stands before it, and decides when he may go on.
+//! A gate at which a task waits until the test opens it. The test can also wait for the task to
+//! arrive.
 
 use std::sync::Arc;
 
@@ -7,7 +8,7 @@ use tokio::time::timeout;
 
 use super::TIMEOUT;
 
-/// Shut until it is opened; then it stays open. Clones are the same gate.
+/// Closed until it is opened; then it stays open. Clones share one gate.
 #[derive(Clone)]
 pub struct Gate {
     arrivals: Arc<Semaphore>,
@@ -19,16 +20,16 @@ impl Gate {
         Gate { arrivals: Arc::new(Semaphore::new(0)), open: watch::Sender::new(false) }
     }
 
-    /// Stands before the gate until it is open.
+    /// Reports an arrival and waits until the gate is open.
     pub async fn pass(&self) {
         self.arrivals.add_permits(1);
-        self.open.subscribe().wait_for(|&open| open).await.expect("the gate stands");
+        self.open.subscribe().wait_for(|&open| open).await.expect("the gate exists");
     }
 
-    /// Waits until somebody stands before it, each time another one.
+    /// Waits until a task has arrived. Each call waits for another arrival.
     pub async fn arrival(&self) {
         let arrival = timeout(TIMEOUT, self.arrivals.acquire()).await;
-        arrival.expect("somebody comes to the gate").expect("the gate stands").forget();
+        arrival.expect("a task arrives at the gate").expect("the gate exists").forget();
     }
 
     pub fn open(&self) {

@@ -1,6 +1,5 @@
-//! What stands before a database on RDS: TLS with a certificate for a name, and tokens instead of
-//! passwords. The real server is behind it, which here has no such certificate and knows nothing of
-//! IAM.
+//! A TLS gateway in front of the test server that behaves like RDS: it has a certificate for
+//! `localhost`, and it accepts IAM tokens instead of passwords. The server behind it has neither.
 
 use std::io::{Error, ErrorKind, Result};
 use std::path::PathBuf;
@@ -17,19 +16,20 @@ use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
 use super::World;
 
-/// The flag in a greeting, and in the answer to it, that says TLS. Of the second byte.
+/// The TLS flag in a greeting and in the client's answer, in the second byte of the flags.
 const SSL: u8 = 0x08;
 
-/// Whom a gateway lets in.
+/// How a gateway authenticates clients.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AuthMode {
-    /// Whom the server does.
+    /// The server checks the password.
     Passwords,
-    /// Who sends a token, which is kept for the test to look at; to the server that is `root`.
+    /// The gateway accepts any token, records it for the test, and connects to the server as
+    /// `root`.
     Tokens,
 }
 
-/// A gateway, for `localhost`.
+/// A running gateway with a certificate for `localhost`.
 pub struct Gateway {
     port: u16,
     seen: Arc<GatewayState>,
@@ -41,35 +41,41 @@ struct GatewayState {
     is_closed: watch::Sender<bool>,
 }
 
-/// A file beside the tests' certificates.
+/// The path of a file in the tests' folder of certificates.
 pub fn certificate(name: &str) -> String {
     let folder = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/certificates"));
-    folder.join(name).to_str().expect("UTF-8").to_owned()
+    folder.join(name).to_str().expect("the path is UTF-8").to_owned()
+}
+
+/// A TLS acceptor for `localhost`. Its certificate is signed by a root in `bundle.pem`.
+pub fn tls_acceptor() -> TlsAcceptor {
+    let chain =
+        CertificateDer::pem_file_iter(certificate("server.pem")).expect("the file is readable");
+    let chain = chain.map(|certificate| certificate.expect("the certificate is valid")).collect();
+    let key =
+        PrivateKeyDer::from_pem_file(certificate("server-key.pem")).expect("the key is valid");
+    let config = ServerConfig::builder_with_provider(Arc::new(default_provider()));
+    let config = config.with_safe_default_protocol_versions().expect("the versions are supported");
+    let config = config
+        .with_no_client_auth()
+        .with_single_cert(chain, key)
+        .expect("certificate and key match");
+    TlsAcceptor::from(Arc::new(config))
 }
 
 impl Gateway {
-    /// In front of the world's server.
-    pub async fn new(world: &World, door: AuthMode) -> Self {
+    /// Starts a gateway for the world's server.
+    pub async fn new(world: &World, auth_mode: AuthMode) -> Self {
         let server = world
             .database_url
             .split('@')
             .nth(1)
             .and_then(|rest| rest.split('/').next())
-            .expect("a server")
+            .expect("the URL has a host")
             .to_owned();
-        let chain = CertificateDer::pem_file_iter(certificate("server.pem")).expect("a file");
-        let chain = chain.map(|certificate| certificate.expect("a certificate")).collect();
-        let key = PrivateKeyDer::from_pem_file(certificate("server-key.pem")).expect("a key");
-        let config = ServerConfig::builder_with_provider(Arc::new(default_provider()))
-            .with_safe_default_protocol_versions();
-        let config = config
-            .expect("versions")
-            .with_no_client_auth()
-            .with_single_cert(chain, key)
-            .expect("a pair");
-        let acceptor = TlsAcceptor::from(Arc::new(config));
+        let acceptor = tls_acceptor();
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
-        let port = listener.local_addr().expect("it is bound").port();
+        let port = listener.local_addr().expect("the listener is bound").port();
         let seen = Arc::new(GatewayState::default());
         let all = Arc::clone(&seen);
         tokio::spawn(async move {
@@ -78,14 +84,14 @@ impl Gateway {
                 tokio::spawn(async move {
                     let server = TcpStream::connect(&server).await?;
                     let _ = (client.set_nodelay(true), server.set_nodelay(true));
-                    serve(client, server, acceptor, door, &seen).await
+                    serve(client, server, acceptor, auth_mode, &seen).await
                 });
             }
         });
         Gateway { port, seen }
     }
 
-    /// The URL of the world's database by way of it.
+    /// The URL of the world's database through this gateway.
     pub fn url(&self, world: &World, login: &str, host: &str) -> String {
         format!("mysql://{login}@{host}:{}/{}", self.port, world.database_name)
     }
@@ -94,12 +100,12 @@ impl Gateway {
         self.port
     }
 
-    /// The tokens that were sent so far.
+    /// The tokens that clients have sent so far.
     pub fn tokens(&self) -> Vec<String> {
-        self.seen.tokens.lock().expect("no panic while writing").clone()
+        self.seen.tokens.lock().expect("the lock is not poisoned").clone()
     }
 
-    /// Hangs up on everybody, and refuses every token from now on; or does so no more.
+    /// Closes all connections and refuses every token while `is_closed` is true.
     pub fn close(&self, is_closed: bool) {
         self.seen.is_closed.send_replace(is_closed);
     }
@@ -109,22 +115,23 @@ async fn serve(
     mut client: TcpStream,
     mut server: TcpStream,
     tls: TlsAcceptor,
-    door: AuthMode,
+    auth_mode: AuthMode,
     seen: &GatewayState,
 ) -> Result<()> {
     let (number, mut greeting) = read(&mut server).await?;
-    // Protocol, version, connection, the first part of the nonce and a zero stand before the flags.
+    // The flags follow the protocol, the version, the connection id, the first part of the nonce
+    // and a zero.
     let flags = 1 + end_of_text(&greeting, 1)? + 4 + 8 + 1;
     greeting[flags + 1] |= SSL;
     write(&mut client, number, &greeting).await?;
     let (_, request) = read(&mut client).await?;
     if request.len() != 32 {
-        return Err(Error::new(ErrorKind::InvalidData, "it does not ask for TLS"));
+        return Err(Error::new(ErrorKind::InvalidData, "the client does not request TLS"));
     }
     let mut client = tls.accept(client).await?;
     let (number, mut answer) = read(&mut client).await?;
     answer[1] &= !SSL;
-    match door {
+    match auth_mode {
         AuthMode::Passwords => {
             write(&mut server, number - 1, &answer).await?;
             loop {
@@ -141,7 +148,7 @@ async fn serve(
             write(&mut client, number + 1, b"\xfemysql_clear_password\0").await?;
             let (number, token) = read(&mut client).await?;
             let token = String::from_utf8_lossy(&token).trim_end_matches('\0').to_owned();
-            seen.tokens.lock().expect("no panic while writing").push(token);
+            seen.tokens.lock().expect("the lock is not poisoned").push(token);
             if *seen.is_closed.borrow() {
                 return write(&mut client, number + 1, b"\xff\x15\x04#28000Access denied for user")
                     .await;
@@ -162,7 +169,7 @@ async fn serve(
     }
 }
 
-/// The answer to a greeting, of `root` and without a password.
+/// Rewrites a client's answer to the greeting: the user is `root`, without a password.
 fn rewrite_as_root(answer: &[u8]) -> Result<Vec<u8>> {
     let user = 32;
     let secret = end_of_text(answer, user)? + user;
@@ -170,12 +177,12 @@ fn rewrite_as_root(answer: &[u8]) -> Result<Vec<u8>> {
     Ok([&answer[..user], b"root\0\0", &answer[rest..]].concat())
 }
 
-/// How long a text that a zero ends is from there on, with its zero.
+/// The length of the zero-terminated text at `from`, including its zero.
 fn end_of_text(bytes: &[u8], from: usize) -> Result<usize> {
     let length = bytes[from..].iter().position(|byte| *byte == 0);
     length
         .map(|length| length + 1)
-        .ok_or_else(|| Error::new(ErrorKind::InvalidData, "no zero ends it"))
+        .ok_or_else(|| Error::new(ErrorKind::InvalidData, "the text has no terminating zero"))
 }
 
 async fn read(from: &mut (impl AsyncRead + Unpin)) -> Result<(u8, Vec<u8>)> {

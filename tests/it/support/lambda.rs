@@ -1,5 +1,5 @@
-//! Lambda around the shipped binary: the runtime's interface, and an event source mapping that
-//! hands over what is really in the queue and deletes what the function does not return.
+//! A Lambda environment for the shipped binary: the runtime API, and an event source mapping that
+//! passes messages of the real queue to the function and deletes the ones that it does not return.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -15,16 +15,16 @@ use tokio::time::timeout;
 
 use super::{RunningProcess, TIMEOUT, World};
 
-/// What a function said to an invocation: an answer, or an error.
+/// The result that a function reports for an invocation: a response or an error.
 pub type InvocationResult = Result<Value, Value>;
 
-/// A function: the process, and the runtime that invokes it.
+/// A running function: its process, and the runtime that invokes it.
 pub struct Function {
     pub process: RunningProcess,
     runtime: Runtime,
 }
 
-/// The runtime's interface of one process.
+/// The runtime API of one process.
 pub struct Runtime {
     address: String,
     invocations: mpsc::UnboundedSender<(Value, Duration)>,
@@ -33,7 +33,7 @@ pub struct Runtime {
     asked: watch::Receiver<u64>,
 }
 
-/// What the interface's connections share.
+/// The state that the API's connections share.
 struct Shared {
     invocations: Mutex<mpsc::UnboundedReceiver<(Value, Duration)>>,
     answers: mpsc::UnboundedSender<InvocationResult>,
@@ -44,7 +44,7 @@ struct Shared {
 impl Runtime {
     pub async fn new() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
-        let address = listener.local_addr().expect("it is bound").to_string();
+        let address = listener.local_addr().expect("the listener is bound").to_string();
         let (invocations, invoked) = mpsc::unbounded_channel();
         let (answered, answers) = mpsc::unbounded_channel();
         let (failed, init_errors) = mpsc::unbounded_channel();
@@ -65,29 +65,29 @@ impl Runtime {
         Runtime { address, invocations, answers, init_errors, asked: asks }
     }
 
-    /// Sets a command up as Lambda would.
+    /// Sets the environment variable with which Lambda passes the API's address.
     pub fn configure(&self, command: &mut Command) {
         command.env("AWS_LAMBDA_RUNTIME_API", &self.address);
     }
 
-    /// What the process said of its initialization.
+    /// Waits for the initialization error that the process reports.
     pub async fn init_error(&mut self) -> Value {
         timeout(TIMEOUT, self.init_errors.recv())
             .await
-            .expect("it says so in time")
-            .expect("the runtime stands")
+            .expect("the error is reported in time")
+            .expect("the runtime is running")
     }
 }
 
 impl World {
-    /// A function that is initialized.
+    /// Starts the shipped binary as a function and waits for its initialization.
     pub async fn function(&self, arguments: &[&str]) -> Function {
         Function::start(self.command(&[&["lambda"], arguments].concat())).await
     }
 }
 
 impl Function {
-    /// Starts this command as a function, and waits until it asks for its first invocation.
+    /// Starts this command as a function, and waits until it requests its first invocation.
     pub async fn start(mut command: Command) -> Self {
         let runtime = Runtime::new().await;
         runtime.configure(&mut command);
@@ -96,33 +96,37 @@ impl Function {
         function
     }
 
-    /// Waits until it has asked for so many invocations.
+    /// Waits until the function has requested this many invocations in total.
     pub async fn wait_for_invocations(&mut self, invocations: u64) {
         let asked = self.runtime.asked.wait_for(|asked| *asked >= invocations);
-        timeout(TIMEOUT, asked).await.expect("it asks in time").expect("the runtime stands");
+        timeout(TIMEOUT, asked)
+            .await
+            .expect("the function requests an invocation in time")
+            .expect("the runtime is running");
     }
 
-    /// Invokes it, and does not wait for the answer. It has so much time.
+    /// Sends an invocation with a deadline after `time`. Does not wait for the answer.
     pub fn begin(&self, event: &Value, time: Duration) {
-        self.runtime.invocations.send((event.clone(), time)).expect("the runtime stands");
+        self.runtime.invocations.send((event.clone(), time)).expect("the runtime is running");
     }
 
-    /// The answer to what was begun.
+    /// Waits for the answer to the invocation that [`Self::begin`] sent.
     pub async fn answer(&mut self) -> InvocationResult {
         timeout(TIMEOUT, self.runtime.answers.recv())
             .await
-            .expect("it answers in time")
-            .expect("the runtime stands")
+            .expect("the function answers in time")
+            .expect("the runtime is running")
     }
 
-    /// Invokes it.
+    /// Sends an invocation and waits for the answer.
     pub async fn invoke(&mut self, event: &Value, time: Duration) -> InvocationResult {
         self.begin(event, time);
         self.answer().await
     }
 
-    /// Hands over what is in the queue until nothing is, as an event source mapping does. Asserts
-    /// that nothing is returned.
+    /// Passes batches of messages to the function until the queue is empty, as an event source
+    /// mapping does. Returns the number of messages. Asserts that the function returns none of
+    /// them.
     pub async fn drain(&mut self, world: &World) -> usize {
         let mut messages = 0;
         loop {
@@ -131,17 +135,19 @@ impl Function {
                 return messages;
             }
             messages += batch.messages.len();
-            let answer = self.invoke(&batch.event(world), TIMEOUT).await.expect("an answer");
+            let answer =
+                self.invoke(&batch.event(world), TIMEOUT).await.expect("the invocation succeeds");
             assert_eq!(batch.settle(world, &answer).await, Vec::<usize>::new(), "{answer}");
         }
     }
 }
 
-/// What EventBridge sends.
+/// A scheduled event as EventBridge sends it.
 pub fn schedule() -> Value {
     json!({
-        "version": "0", "id": "53dc4d37-cffa-4f76-80c9-8b7d4a4d2eaa", "detail-type": "Scheduled Event", "source": "aws.events",
-        "account": "000000000000", "time": "2026-11-22T20:00:00Z", "region": "us-east-1",
+        "version": "0", "id": "53dc4d37-cffa-4f76-80c9-8b7d4a4d2eaa",
+        "detail-type": "Scheduled Event", "source": "aws.events", "account": "000000000000",
+        "time": "2026-11-22T20:00:00Z", "region": "us-east-1",
         "resources": ["arn:aws:events:us-east-1:000000000000:rule/every-minute"], "detail": {}
     })
 }
@@ -152,7 +158,7 @@ pub struct CapturedBatch {
 }
 
 impl World {
-    /// Receives what there is, ten messages at most.
+    /// Receives up to ten messages.
     pub async fn capture(&self) -> CapturedBatch {
         let receive =
             self.sqs.receive_message().queue_url(&self.queue_url).max_number_of_messages(10);
@@ -166,16 +172,21 @@ impl World {
 }
 
 impl CapturedBatch {
-    /// As the mapping hands them over.
+    /// The event with which the mapping passes these messages to the function.
     pub fn event(&self, world: &World) -> Value {
-        let queue = world.queue_url.rsplit('/').next().expect("a name");
+        let queue = world.queue_url.rsplit('/').next().expect("the URL ends with a name");
         let record = |message: &Message| {
-            let attributes = message.attributes().into_iter().flatten();
+            let attributes: serde_json::Map<_, _> = message
+                .attributes()
+                .into_iter()
+                .flatten()
+                .map(|(name, value)| (name.as_str().to_owned(), json!(value)))
+                .collect();
             json!({
                 "messageId": message.message_id(),
                 "receiptHandle": message.receipt_handle(),
                 "body": message.body(),
-                "attributes": attributes.map(|(name, value)| (name.as_str().to_owned(), json!(value))).collect::<serde_json::Map<_, _>>(),
+                "attributes": attributes,
                 "messageAttributes": {},
                 "md5OfBody": message.md5_of_body(),
                 "eventSource": "aws:sqs",
@@ -186,20 +197,21 @@ impl CapturedBatch {
         json!({ "Records": self.messages.iter().map(record).collect::<Vec<_>>() })
     }
 
-    /// Deletes what the answer does not return, and makes the rest visible at once. Says which,
-    /// from 0, were returned.
+    /// Deletes the messages that the answer does not return, and makes the others visible at once.
+    /// Returns the indexes of the returned messages.
     pub async fn settle(&self, world: &World, answer: &Value) -> Vec<usize> {
         let returned = answer["batchItemFailures"].as_array().expect("a list of failures");
         let returned: HashSet<&str> = returned
             .iter()
-            .map(|failure| failure["itemIdentifier"].as_str().expect("an id"))
+            .map(|failure| failure["itemIdentifier"].as_str().expect("the message has an id"))
             .collect();
-        let is_returned =
-            |message: &&Message| returned.contains(message.message_id().expect("an id"));
+        let is_returned = |message: &&Message| {
+            returned.contains(message.message_id().expect("the message has an id"))
+        };
         assert_eq!(
             self.messages.iter().filter(is_returned).count(),
             returned.len(),
-            "only what it was given: {answer}"
+            "every returned id is in the batch: {answer}"
         );
         let done: Vec<&Message> =
             self.messages.iter().filter(|message| !is_returned(message)).collect();
@@ -207,7 +219,7 @@ impl CapturedBatch {
             let entry = |(id, message): (usize, &&Message)| {
                 let entry = DeleteMessageBatchRequestEntry::builder().id(id.to_string());
                 entry
-                    .receipt_handle(message.receipt_handle().expect("a receipt"))
+                    .receipt_handle(message.receipt_handle().expect("the message has a receipt"))
                     .build()
                     .expect("all that it needs")
             };
@@ -224,7 +236,7 @@ impl CapturedBatch {
         self.messages.iter().enumerate().filter_map(is_at).collect()
     }
 
-    /// Makes them all visible again: their function has died.
+    /// Makes all messages visible again, as after the death of the function.
     pub async fn abandon(&self, world: &World) {
         self.give_back(world, |_| true).await;
     }
@@ -236,10 +248,10 @@ impl CapturedBatch {
                 .change_message_visibility()
                 .queue_url(&world.queue_url)
                 .visibility_timeout(0);
-            show.receipt_handle(message.receipt_handle().expect("a receipt"))
+            show.receipt_handle(message.receipt_handle().expect("the message has a receipt"))
                 .send()
                 .await
-                .expect("given back");
+                .expect("the message is visible again");
         }
     }
 }
@@ -259,9 +271,13 @@ async fn serve(stream: TcpStream, shared: Arc<Shared>) {
                 .as_millis();
             let event = event.as_str().map_or_else(|| event.to_string(), str::to_owned);
             format!(
-                "HTTP/1.1 200 OK\r\nLambda-Runtime-Aws-Request-Id: {}\r\nLambda-Runtime-Deadline-Ms: {ends}\r\n\
-                 Lambda-Runtime-Invoked-Function-Arn: arn:aws:lambda:us-east-1:000000000000:function:projectionist\r\n\
-                 Content-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{event}",
+                "HTTP/1.1 200 OK\r\n\
+                 Lambda-Runtime-Aws-Request-Id: {}\r\n\
+                 Lambda-Runtime-Deadline-Ms: {ends}\r\n\
+                 Lambda-Runtime-Invoked-Function-Arn: \
+                 arn:aws:lambda:us-east-1:000000000000:function:projectionist\r\n\
+                 Content-Type: application/json\r\nContent-Length: {}\r\n\
+                 Connection: close\r\n\r\n{event}",
                 uuid::Uuid::now_v7(),
                 event.len()
             )
@@ -273,11 +289,11 @@ async fn serve(stream: TcpStream, shared: Arc<Shared>) {
                     _ = shared.init_errors.send(json())
                 }
                 Some("error") => _ = shared.answers.send(Err(json())),
-                _ => panic!("there is no {path}"),
+                _ => panic!("the API has no {path}"),
             }
             "HTTP/1.1 202 Accepted\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".into()
         }
-        other => panic!("there is no {other:?}"),
+        other => panic!("the API has no {other:?}"),
     };
     let _ = stream.get_mut().write_all(answer.as_bytes()).await;
 }

@@ -1,4 +1,4 @@
-//! A world for each test: a database and a queue of its own, on the real parts.
+//! The environment of each test: its own database and queue, on real servers.
 
 mod faulty_queue;
 mod folder;
@@ -31,7 +31,7 @@ pub use faulty_queue::{Faults, FaultyQueue};
 pub use folder::Folder;
 pub use foreign_writer::{server_error, write};
 pub use gate::Gate;
-pub use gateway::{AuthMode, Gateway, certificate};
+pub use gateway::{AuthMode, Gateway, certificate, tls_acceptor};
 pub use lambda::{Function, Runtime, schedule};
 pub use own_server::OwnServer;
 pub use process::{FinishedProcess, PipedProcess, RunningProcess};
@@ -41,10 +41,10 @@ pub use sessions::{Session, kill, sessions};
 pub use sqs_stub::SqsStub;
 pub use tally::{Tally, registry};
 
-/// Longer than anything here takes on a busy machine; reaching it is a failure.
+/// Longer than any step of a test takes on a busy machine. Reaching it is a failure.
 pub const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A database and a queue that no other test has.
+/// A database and a queue that no other test uses.
 pub struct World {
     pub database_name: String,
     pub database_url: String,
@@ -57,17 +57,17 @@ pub struct World {
 }
 
 impl World {
-    /// With a FIFO queue.
+    /// Creates a world with a FIFO queue.
     pub async fn new() -> Self {
         Self::with_queue(true, &[]).await
     }
 
-    /// With a standard queue.
+    /// Creates a world with a standard queue.
     pub async fn with_standard_queue() -> Self {
         Self::with_queue(false, &[]).await
     }
 
-    /// With a queue of these attributes.
+    /// Creates a world with a queue of these attributes.
     pub async fn with_queue(fifo: bool, attributes: &[(QueueAttributeName, &str)]) -> Self {
         start_logs();
         let database_name = format!("test_{}", uuid::Uuid::now_v7().simple());
@@ -104,47 +104,45 @@ impl World {
         }
     }
 
-    /// A connection of its own to the world's database, as a foreign writer would have.
+    /// Opens a separate connection to the world's database, as a foreign writer would.
     pub async fn connection(&self) -> MySqlConnection {
         let options: sqlx::mysql::MySqlConnectOptions = self.database_url.parse().expect("a URL");
         options.connect().await.expect("the server answers")
     }
 
-    /// Appends so many events, of ten streams and three types in turn.
+    /// Appends `count` events of ten streams and three types in turn.
     pub async fn append(&self, count: usize) {
         let events: Vec<NewEvent> = (0..count).map(event).collect();
         for chunk in events.chunks(500) {
-            self.store.append(chunk).await.expect("appended");
+            self.store.append(chunk).await.expect("the events are appended");
         }
     }
 
     /// Boots in this process.
     pub async fn boot(&self, registry: &Registry) -> BootReport {
-        let limits = Limits { batch: 100, ..Limits::default() };
-        boot(&self.database, registry, limits, |_| {}).await.expect("boot comes to an end")
+        let limits = Limits::default().with_batch(100);
+        boot(&self.database, registry, limits, |_| {}).await.expect("boot succeeds")
     }
 
-    /// Boots while the mark is held below the end of the log, without waiting: the release is not
-    /// let go.
+    /// Boots without waiting while the high-water mark is blocked below the end of the log. Asserts
+    /// that the projectors are not released.
     pub async fn boot_while_blocked(&self, registry: &Registry) {
-        let limits =
-            Limits { batch: 100, retry_timeout: Some(Duration::ZERO), ..Limits::default() };
-        let report =
-            boot(&self.database, registry, limits, |_| {}).await.expect("boot comes to an end");
-        assert!(!report.is_released(), "more is visible above what holds the mark: {report:?}");
+        let limits = Limits::default().with_batch(100).with_retry_timeout(Some(Duration::ZERO));
+        let report = boot(&self.database, registry, limits, |_| {}).await.expect("boot succeeds");
+        assert!(!report.is_released(), "events above the blocked mark are visible: {report:?}");
     }
 
-    /// Plays in this process until all is quiet, from the real queue.
+    /// Plays in this process until idle, from the real queue.
     pub async fn play_until_idle(&self, registry: &Registry) -> PlayReport {
         self.play_from(Arc::clone(&self.queue) as Arc<dyn Queue>, registry).await
     }
 
-    /// Plays in this process until all is quiet, from the given queue.
+    /// Plays in this process until idle, from the given queue.
     pub async fn play_from(&self, queue: Arc<dyn Queue>, registry: &Registry) -> PlayReport {
         self.play_with(queue, registry, Self::play_settings()).await
     }
 
-    /// Plays in this process until all is quiet, from the given queue, with these settings.
+    /// Plays in this process until idle, from the given queue, with these settings.
     pub async fn play_with(
         &self,
         queue: Arc<dyn Queue>,
@@ -153,41 +151,44 @@ impl World {
     ) -> PlayReport {
         let playing = play(&self.database, queue, registry, settings, std::future::pending());
         let played = tokio::time::timeout(TIMEOUT * 2, playing).await.expect("play becomes idle");
-        played.expect("play comes to an end")
+        played.expect("play succeeds")
     }
 
-    /// Quick to find what the queue lost, and ending when all is quiet.
+    /// Settings that stop when idle and find lost messages quickly.
     pub fn play_settings() -> PlaySettings {
-        PlaySettings {
-            limits: Limits { batch: 100, ..Limits::default() },
-            relay: Some(RelaySettings { interval: Duration::from_millis(10), max_events: 20 }),
-            receive_wait: Duration::from_secs(1),
-            reconcile_after: Duration::from_secs(1),
-            background_after: BackgroundLimits::default(),
-            until_idle: true,
-            grace: Duration::from_secs(5),
-        }
+        PlaySettings::default()
+            .with_limits(Limits::default().with_batch(100))
+            .with_relay(Some(
+                RelaySettings::default()
+                    .with_interval(Duration::from_millis(10))
+                    .with_max_events(20),
+            ))
+            .with_receive_wait(Duration::from_secs(1))
+            .with_reconcile_after(Duration::from_secs(1))
+            .with_background_after(BackgroundLimits::default())
+            .with_until_idle(true)
+            .with_grace_period(Duration::from_secs(5))
     }
 
-    /// What the ledger has of a projector of version 1.
+    /// The ledger's entry of a projector of version 1.
     pub async fn entry(&self, name: &str) -> Option<Entry> {
         let id = ProjectorId { name: name.into(), version: 1 };
         self.ledger
             .entries()
             .await
-            .expect("the ledger is read")
+            .expect("the ledger is readable")
             .into_iter()
             .find(|entry| entry.id == id)
     }
 
-    /// The status of a projector of version 1; `new` where the ledger has none.
+    /// The status of a projector of version 1; `new` if the ledger has no entry.
     pub async fn status(&self, name: &str) -> String {
         self.entry(name).await.map_or("new".into(), |entry| entry.status.to_string())
     }
 
     /// The position of a projector of version 1.
     pub async fn position(&self, name: &str) -> u64 {
-        self.entry(name).await.expect("it is in the ledger").position.get()
+        self.entry(name).await.expect("the projector is in the ledger").position.get()
     }
 
     /// The last position of the log.
@@ -204,7 +205,7 @@ impl World {
         row.try_get::<i64, _>(0)
             .map(|n| n as u64)
             .or_else(|_| row.try_get::<u64, _>(0))
-            .expect("a number")
+            .expect("the value is a number")
     }
 
     /// Runs a statement.
@@ -212,13 +213,14 @@ impl World {
         execute(&mut self.connection().await, sql).await;
     }
 
-    /// The high-water mark, as it is stored.
+    /// The stored high-water mark.
     pub async fn high_water(&self) -> u64 {
         self.number("select high_water from event_log").await
     }
 
-    /// How many transactions in the world's database wait for a lock. (Not by
-    /// `information_schema.innodb_trx`: that is refreshed only after nobody has read it for 0.1 s.)
+    /// The number of transactions in the world's database that wait for a lock.
+    /// `information_schema.innodb_trx` cannot be used: the server refreshes it only when it has not
+    /// been read for 0.1 s.
     pub async fn lock_waits(&self) -> usize {
         let mut connection = self.connection().await;
         let sessions: Vec<u64> = self.sessions().await.iter().map(|session| session.id).collect();
@@ -226,7 +228,7 @@ impl World {
             .fetch_one(&mut connection)
             .await
             .expect("the status");
-        let status: String = status.try_get(2).expect("a text");
+        let status: String = status.try_get(2).expect("the status is text");
         let waiting = status
             .split("---TRANSACTION")
             .filter(|transaction| transaction.contains("\nLOCK WAIT "));
@@ -236,8 +238,8 @@ impl World {
         waiting.filter_map(session).filter(|session| sessions.contains(session)).count()
     }
 
-    /// Asserts the one oracle: the projector's read model is the fold of the log up to its
-    /// position, each event that it wants once, in order.
+    /// Asserts the oracle of all fault tests: the projector's read model equals a fold of the log
+    /// up to its position. It holds each subscribed event once, in order.
     pub async fn assert_folded(&self, tally: &Tally) {
         let position = self.position(tally.name()).await;
         assert_eq!(
@@ -248,21 +250,21 @@ impl World {
         );
     }
 
-    /// Asserts that a projector broke at this position, and why.
+    /// Asserts that a projector broke at this position with this reason.
     pub async fn assert_broken(&self, name: &str, at: u64, because: &str) {
-        let entry = self.entry(name).await.expect("it is in the ledger");
+        let entry = self.entry(name).await.expect("the projector is in the ledger");
         let Status::Broken(failure) = &entry.status else { panic!("{name} is {}", entry.status) };
-        let event = failure.event.as_ref().expect("it failed at an event");
+        let event = failure.event.as_ref().expect("the projector failed at an event");
         assert_eq!((event.position.get(), entry.position.get()), (at, at - 1), "{failure:?}");
         assert!(failure.error.contains(because), "{:?} does not say {because:?}", failure.error);
     }
 
-    /// Asserts the one oracle, and that it is at the end of the log.
+    /// Asserts the oracle, and that the projector's position is the end of the log.
     pub async fn assert_complete(&self, tally: &Tally) {
         assert_eq!(
             self.position(tally.name()).await,
             self.last_position().await,
-            "{} is at the end",
+            "{} is not at the end",
             tally.name()
         );
         self.assert_folded(tally).await;
@@ -272,29 +274,32 @@ impl World {
 impl Drop for World {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!("kept for a look: database {}, queue {}", self.database_url, self.queue_url);
+            eprintln!(
+                "kept for inspection: database {}, queue {}",
+                self.database_url, self.queue_url
+            );
             return;
         }
         let (name, queue_url) = (self.database_name.clone(), self.queue_url.clone());
         let clean = async move {
             let mut server = server_connection().await;
-            // The test's own connections may hold locks still: its runtime stands while we are
-            // here.
+            // The test's own connections may still hold locks, because its runtime is blocked until
+            // this function returns.
             let sessions = sessions(&mut server).await;
             kill(&mut server, sessions.into_iter().filter(|session| session.database == name))
                 .await;
             execute(&mut server, &format!("drop database {name}")).await;
-            // A client of its own: the test's has its connections in the runtime that stands.
+            // The test's client cannot be used: its connections belong to the blocked runtime.
             let _ = sqs_client().await.delete_queue().queue_url(queue_url).send().await;
         };
         let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build();
         let cleaned =
             std::thread::spawn(move || runtime().map(|runtime| runtime.block_on(clean))).join();
-        assert!(cleaned.is_ok(), "the test's database is dropped");
+        assert!(cleaned.is_ok(), "the test's database was not dropped");
     }
 }
 
-/// The event with this number, from 0.
+/// The event with this number, counted from 0.
 pub fn event(number: usize) -> NewEvent {
     NewEvent {
         event_id: None,
@@ -307,35 +312,35 @@ pub fn event(number: usize) -> NewEvent {
     }
 }
 
-/// Waits until a condition holds.
+/// Waits until a condition holds. Panics with `what` after [`TIMEOUT`].
 pub async fn eventually<F: Future<Output = bool>>(what: &str, mut condition: impl FnMut() -> F) {
     let began = Instant::now();
     while !condition().await {
-        assert!(began.elapsed() < TIMEOUT, "waited {TIMEOUT:?} in vain: {what}");
+        assert!(began.elapsed() < TIMEOUT, "still not true after {TIMEOUT:?}: {what}");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 
-/// The seed of a test's dice: TEST_SEED, or a new one. Shown with the output of a test that fails.
+/// The seed of a test's random numbers: TEST_SEED, or a new one. It is printed with a failing
+/// test's output.
 pub fn seed() -> u64 {
     let seed = std::env::var("TEST_SEED")
         .ok()
-        .map_or_else(|| fastrand::u64(..), |seed| seed.parse().expect("a number"));
-    eprintln!("to repeat: TEST_SEED={seed}");
+        .map_or_else(|| fastrand::u64(..), |seed| seed.parse().expect("TEST_SEED is a number"));
+    eprintln!("repeat with TEST_SEED={seed}");
     seed
 }
 
-/// Whether the server is MariaDB: the few tests that differ say why.
+/// Whether the server is MariaDB. The tests that differ between the servers say why.
 pub async fn is_mariadb() -> bool {
     let version: String = sqlx::query_scalar("select version()")
         .fetch_one(&mut server_connection().await)
         .await
-        .expect("a version");
+        .expect("the server has a version");
     version.contains("MariaDB")
 }
 
-/// Shows the log of the code under test with the test's own output, where PROJECTIONIST_LOG asks
-/// for it.
+/// Writes the log of the code under test to the test's output if PROJECTIONIST_LOG is set.
 fn start_logs() {
     if let Ok(filter) = std::env::var("PROJECTIONIST_LOG") {
         let _ = tracing_subscriber::fmt().with_env_filter(filter).with_test_writer().try_init();
@@ -358,11 +363,12 @@ async fn server_connection() -> MySqlConnection {
 pub fn server_url() -> String {
     setting("TEST_DATABASE_URL")
         .or_else(|| setting("MARIADB_URL"))
-        .expect("the parts are up: run localstack/test")
+        .expect("MARIADB_URL is set: run localstack/test")
 }
 
 pub async fn sqs_client() -> aws_sdk_sqs::Client {
-    let endpoint = setting("AWS_ENDPOINT_URL").expect("the parts are up: run localstack/test");
+    let endpoint =
+        setting("AWS_ENDPOINT_URL").expect("AWS_ENDPOINT_URL is set: run localstack/test");
     let http = aws_smithy_http_client::Builder::new().build_http();
     let config = aws_config::defaults(aws_config::BehaviorVersion::latest())
         .http_client(http)
@@ -374,7 +380,7 @@ pub async fn sqs_client() -> aws_sdk_sqs::Client {
     aws_sdk_sqs::Client::new(&config)
 }
 
-/// A variable of the environment, or of what `localstack/up` wrote last.
+/// A variable of the environment, or of the file that `localstack/up` wrote last.
 pub fn setting(name: &str) -> Option<String> {
     std::env::var(name).ok().or_else(|| {
         let text =

@@ -1,5 +1,4 @@
-//! A database server that belongs to one test: the only place where a test may change a global
-//! setting.
+//! A database server that belongs to one test. Only here may a test change a global setting.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -7,19 +6,19 @@ use std::process::Command;
 
 use super::is_mariadb;
 
-/// Added to the default ports. Another number than that of `localstack/chaos`, which may run at the
-/// same time.
+/// Added to the default ports. It differs from the offset of `localstack/chaos`, which may run at
+/// the same time.
 const PORT_OFFSET: &str = "-21000";
 
-/// A server of the kind under test, started by `localstack/up` in a folder of its own. Stopped when
-/// dropped, also when the test fails.
+/// A server of the kind under test, started by `localstack/up` in its own folder. It is stopped
+/// when dropped, also when the test fails.
 pub struct OwnServer {
     state: PathBuf,
-    /// `root`'s, without a database.
+    /// The URL of the user `root`, without a database.
     pub url: String,
     /// `HOST:PORT`.
     pub address: String,
-    /// Held until the server is stopped: two runs of a checkout would use the same folder.
+    /// Held until the server is stopped, because two runs in one checkout use the same folder.
     _lock: File,
 }
 
@@ -30,7 +29,7 @@ impl OwnServer {
         std::fs::create_dir_all(&state).expect("the folder is created");
         let lock = File::create(state.join("lock")).expect("the lock file is created");
         lock.lock().expect("the lock is taken");
-        // A run that was killed may have left its server, with its settings.
+        // A killed run may have left its server running, with changed settings.
         localstack("down", &[], &state);
         localstack("up", &[kind], &state);
         let port =
@@ -46,7 +45,7 @@ impl Drop for OwnServer {
     }
 }
 
-/// Runs one of the scripts of `localstack/` on that folder.
+/// Runs a script of `localstack/` with its state in this folder.
 fn localstack(script: &str, arguments: &[&str], state: &Path) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("localstack").join(script);
     let mut command = Command::new(path);
@@ -58,6 +57,6 @@ fn localstack(script: &str, arguments: &[&str], state: &Path) {
         command.env_remove(port);
     }
     let ended = command.output().expect("the script starts");
-    let told = String::from_utf8_lossy(&ended.stderr);
-    assert!(ended.status.success(), "localstack/{script} failed: {told}");
+    let stderr = String::from_utf8_lossy(&ended.stderr);
+    assert!(ended.status.success(), "localstack/{script} failed: {stderr}");
 }

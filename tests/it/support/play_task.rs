@@ -1,4 +1,4 @@
-//! A worker in this process that plays beside the test, until the test stops it.
+//! A worker in the test's process that plays in the background until the test stops it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,14 +10,14 @@ use tokio::time::timeout;
 
 use super::{TIMEOUT, World};
 
-/// A worker that plays. Dropped, it stops, too.
+/// A running worker. Dropping it stops it.
 pub struct PlayTask {
     stop: oneshot::Sender<()>,
     task: JoinHandle<Result<PlayReport, Error>>,
 }
 
 impl World {
-    /// Plays beside the test, from the real queue.
+    /// Plays in the background from the real queue.
     pub fn start_play(&self, registry: &Registry) -> PlayTask {
         self.start_play_from(
             Arc::clone(&self.queue) as Arc<dyn Queue>,
@@ -26,7 +26,7 @@ impl World {
         )
     }
 
-    /// Plays beside the test, from the given queue.
+    /// Plays in the background from the given queue.
     pub fn start_play_from(
         &self,
         queue: Arc<dyn Queue>,
@@ -42,27 +42,25 @@ impl World {
         PlayTask { stop, task }
     }
 
-    /// Settings of a worker that looks again and again, and never becomes idle.
+    /// Settings for a worker that polls often and never stops when idle.
     pub fn continuous_play_settings() -> PlaySettings {
-        PlaySettings {
-            until_idle: false,
-            receive_wait: Duration::ZERO,
-            reconcile_after: Duration::from_millis(500),
-            ..Self::play_settings()
-        }
+        Self::play_settings()
+            .with_until_idle(false)
+            .with_receive_wait(Duration::ZERO)
+            .with_reconcile_after(Duration::from_millis(500))
     }
 }
 
 impl PlayTask {
-    /// Whether it plays still: no test stops it by this.
+    /// Whether the worker is still running.
     pub fn is_running(&self) -> bool {
         !self.task.is_finished()
     }
 
-    /// Stops it, as SIGTERM would.
+    /// Stops the worker, as SIGTERM would.
     pub async fn stop(self) -> PlayReport {
         let _ = self.stop.send(());
         let ended = timeout(TIMEOUT, self.task).await.expect("play ends in time");
-        ended.expect("play does not panic").expect("play comes to an end")
+        ended.expect("play does not panic").expect("play succeeds")
     }
 }

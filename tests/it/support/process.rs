@@ -1,4 +1,4 @@
-//! The shipped binary as a real process, which can really be killed.
+//! The shipped binary as a real process, which a test can kill.
 
 use std::os::unix::process::ExitStatusExt;
 use std::process::Stdio;
@@ -11,7 +11,7 @@ use tokio::time::timeout;
 
 use super::{TIMEOUT, World, eventually, setting};
 
-/// What a process left.
+/// The exit code and the output of a process that has ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FinishedProcess {
     pub code: Option<i32>,
@@ -20,14 +20,14 @@ pub struct FinishedProcess {
 }
 
 impl FinishedProcess {
-    /// Asserts that it ended with this exit code.
+    /// Asserts that the process ended with this exit code.
     #[track_caller]
     pub fn exits(self, code: i32) -> Self {
         assert_eq!(self.code, Some(code), "stdout: {}\nstderr: {}", self.stdout, self.stderr);
         self
     }
 
-    /// Asserts that what it said at its end names each of these.
+    /// Asserts that the last error message contains each of these texts.
     #[track_caller]
     pub fn prints(self, words: &[&str]) -> Self {
         let error = self.error();
@@ -37,7 +37,7 @@ impl FinishedProcess {
         self
     }
 
-    /// What it said at its end, as a person reads it.
+    /// The message of the last log line, or all of standard error if that line is not JSON.
     pub fn error(&self) -> String {
         let last = self.stderr.lines().last().unwrap_or_default();
         let message = serde_json::from_str::<serde_json::Value>(last).ok();
@@ -46,7 +46,7 @@ impl FinishedProcess {
             .unwrap_or_else(|| self.stderr.clone())
     }
 
-    /// The log, of which every line must be JSON.
+    /// The log. Asserts that every line is JSON.
     #[track_caller]
     pub fn log(&self) -> Vec<serde_json::Value> {
         let read =
@@ -62,34 +62,37 @@ impl FinishedProcess {
     }
 }
 
-/// A process that runs. Killed, with SIGKILL, when dropped.
+/// A running process. It is killed with SIGKILL when dropped.
 pub struct RunningProcess {
     child: Child,
     stdout: Output,
     stderr: Output,
 }
 
-/// What a process has written so far. Read all the while, so that it never waits for a reader.
+/// The output of a process so far. A task reads it continuously, so that the process never blocks.
 struct Output {
     text: Arc<Mutex<Vec<u8>>>,
     reading: JoinHandle<()>,
 }
 
-/// A process that runs, and reads what the test writes.
+/// A running process whose standard input the test writes.
 pub struct PipedProcess {
     running: RunningProcess,
     stdin: ChildStdin,
 }
 
 impl World {
-    /// The shipped binary, set up for this world.
+    /// A command for the shipped binary, with the settings of this world.
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_projectionist"));
         command
             .args(arguments)
             .env("DATABASE_URL", &self.database_url)
             .env("QUEUE_URL", &self.queue_url)
-            .env("AWS_ENDPOINT_URL", setting("AWS_ENDPOINT_URL").expect("the parts are up"))
+            .env(
+                "AWS_ENDPOINT_URL",
+                setting("AWS_ENDPOINT_URL").expect("AWS_ENDPOINT_URL is set: run localstack/test"),
+            )
             .env("AWS_REGION", "us-east-1")
             .env("AWS_ACCESS_KEY_ID", "test")
             .env("AWS_SECRET_ACCESS_KEY", "test")
@@ -101,40 +104,40 @@ impl World {
         command
     }
 
-    /// Runs it to its end.
+    /// Runs the binary to its end.
     pub async fn run(&self, arguments: &[&str]) -> FinishedProcess {
         self.run_with(arguments, b"").await
     }
 
-    /// Runs it to its end, with this on its standard input.
+    /// Runs the binary to its end, with `input` on its standard input.
     pub async fn run_with(&self, arguments: &[&str], input: &[u8]) -> FinishedProcess {
         RunningProcess::spawn_with(self.command(arguments), input).finish().await
     }
 
-    /// Starts it.
+    /// Starts the binary.
     pub fn start(&self, arguments: &[&str]) -> RunningProcess {
         RunningProcess::spawn(self.command(arguments))
     }
 
-    /// Starts it, with its standard input open.
+    /// Starts the binary with an open standard input.
     pub fn start_piped(&self, arguments: &[&str]) -> PipedProcess {
         let mut child =
             self.command(arguments).stdin(Stdio::piped()).spawn().expect("the binary starts");
-        let stdin = child.stdin.take().expect("piped");
+        let stdin = child.stdin.take().expect("standard input is piped");
         PipedProcess { running: RunningProcess::of(child), stdin }
     }
 }
 
 impl PipedProcess {
-    /// Writes lines.
+    /// Writes lines to standard input.
     pub async fn write(&mut self, lines: &[String]) {
         let mut text = lines.join("\n");
         text.push('\n');
-        self.stdin.write_all(text.as_bytes()).await.expect("it reads");
-        self.stdin.flush().await.expect("it reads");
+        self.stdin.write_all(text.as_bytes()).await.expect("the process reads");
+        self.stdin.flush().await.expect("the process reads");
     }
 
-    /// The end of its standard input, and what it left.
+    /// Closes standard input and waits for the end of the process.
     pub async fn finish(self) -> FinishedProcess {
         drop(self.stdin);
         self.running.finish().await
@@ -142,18 +145,18 @@ impl PipedProcess {
 }
 
 impl RunningProcess {
-    /// Starts a command that may be any.
+    /// Starts any command.
     pub fn spawn(mut command: Command) -> Self {
-        RunningProcess::of(command.kill_on_drop(true).spawn().expect("it starts"))
+        RunningProcess::of(command.kill_on_drop(true).spawn().expect("the command starts"))
     }
 
-    /// Starts a command, with this on its standard input.
+    /// Starts a command with `input` on its standard input.
     pub fn spawn_with(mut command: Command, input: &[u8]) -> Self {
         let mut child =
-            command.stdin(Stdio::piped()).kill_on_drop(true).spawn().expect("it starts");
-        let mut stdin = child.stdin.take().expect("piped");
+            command.stdin(Stdio::piped()).kill_on_drop(true).spawn().expect("the command starts");
+        let mut stdin = child.stdin.take().expect("standard input is piped");
         let input = input.to_vec();
-        // It may well stop reading before the end.
+        // A process may end before it has read all of its input, so a failed write is ignored.
         tokio::spawn(async move {
             let _ = stdin.write_all(&input).await;
         });
@@ -161,64 +164,66 @@ impl RunningProcess {
     }
 
     fn of(mut child: Child) -> Self {
-        let (stdout, stderr) =
-            (child.stdout.take().expect("piped"), child.stderr.take().expect("piped"));
+        let (stdout, stderr) = (
+            child.stdout.take().expect("the output is piped"),
+            child.stderr.take().expect("the output is piped"),
+        );
         RunningProcess { child, stdout: Output::read(stdout), stderr: Output::read(stderr) }
     }
 
-    /// Whether it has logged this so far.
+    /// Whether the log contains this text so far.
     pub fn has_logged(&self, words: &str) -> bool {
         self.stderr.so_far().contains(words)
     }
 
-    /// All that it has logged so far.
+    /// The log so far.
     pub fn logged(&self) -> String {
         self.stderr.so_far()
     }
 
-    /// Waits until it has logged this.
+    /// Waits until the log contains this text.
     pub async fn wait_for_log(&self, words: &str) {
         eventually(&format!("{words:?} in the log"), async || self.has_logged(words)).await;
     }
 
-    /// Whether it has not ended by itself.
+    /// Whether the process has not ended.
     pub fn is_running(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None))
     }
 
-    /// SIGKILL: it has no time for anything. Says whether that was its end: it may have come to
-    /// another just before.
+    /// Sends SIGKILL and waits. Returns whether the signal ended the process: it may have ended
+    /// just before.
     pub async fn kill(mut self) -> bool {
         let _ = self.child.start_kill();
-        self.child.wait().await.expect("it ended").signal() == Some(9)
+        self.child.wait().await.expect("the process ended").signal() == Some(9)
     }
 
-    /// Its process id.
+    /// The process id.
     pub fn id(&self) -> u32 {
-        self.child.id().expect("it is running")
+        self.child.id().expect("the process is running")
     }
 
-    /// Sends it a signal, such as TERM.
+    /// Sends the process a signal, such as TERM.
     pub async fn signal(&self, name: &str) {
         let sent = Command::new("kill")
             .args(["-s", name, &self.id().to_string()])
             .status()
             .await
-            .expect("kill is there");
+            .expect("`kill` is installed");
         assert!(sent.success(), "the signal was sent");
     }
 
-    /// SIGTERM, and what it left.
+    /// Sends SIGTERM and waits for the end of the process.
     pub async fn terminate(self) -> FinishedProcess {
         self.signal("TERM").await;
         self.finish().await
     }
 
-    /// Waits for its end.
+    /// Waits for the end of the process.
     pub async fn finish(mut self) -> FinishedProcess {
         let end = async { tokio::join!(self.stdout.all(), self.stderr.all(), self.child.wait()) };
         let (stdout, stderr, status) = timeout(TIMEOUT * 2, end).await.expect("the process ends");
-        FinishedProcess { code: status.expect("it ended").code(), stdout, stderr }
+        FinishedProcess { code: status.expect("the process ended").code(), stdout, stderr }
     }
 }
 
@@ -229,18 +234,21 @@ impl Output {
         let reading = tokio::spawn(async move {
             let mut piece = vec![0; 8192];
             while let Ok(length @ 1..) = from.read(&mut piece).await {
-                written.lock().expect("no panic while writing").extend_from_slice(&piece[..length]);
+                written
+                    .lock()
+                    .expect("the lock is not poisoned")
+                    .extend_from_slice(&piece[..length]);
             }
         });
         Output { text, reading }
     }
 
     fn so_far(&self) -> String {
-        String::from_utf8_lossy(&self.text.lock().expect("no panic while writing")).into_owned()
+        String::from_utf8_lossy(&self.text.lock().expect("the lock is not poisoned")).into_owned()
     }
 
     async fn all(&mut self) -> String {
-        (&mut self.reading).await.expect("it reads to the end");
+        (&mut self.reading).await.expect("the task reads to the end");
         self.so_far()
     }
 }

@@ -1,4 +1,5 @@
-//! A cable that fails as a test says: it is cut, it is reset, or it goes silent and nobody is told.
+//! A TCP proxy that fails as a test decides: it closes a connection, resets it, or stops forwarding
+//! without closing it.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -11,35 +12,36 @@ use tokio::time::timeout;
 
 use super::{World, setting};
 
-/// How the driver commits: a packet's length, sequence number, command and text.
+/// A COMMIT packet as the driver sends it: length, sequence number, command and text.
 const COMMIT: &[u8] = b"\x07\x00\x00\x00\x03COMMIT";
 
-/// How the engine does, behind the statements that move a position; what follows may begin the next
-/// transaction.
+/// The engine commits in the same packet as the statements that move a position. The statements of
+/// the next transaction may follow in that packet.
 const AND_COMMIT: &str = "; commit";
 
-/// A server that has been silent for so long has answered all statements of a packet.
+/// A server that has sent nothing for this time has answered all statements of a packet.
 const REPLY_QUIET_TIME: Duration = Duration::from_millis(100);
 
-/// What becomes of something that a client sends, and of its connection.
+/// What the proxy does with the bytes that a client sends, and with its connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ProxyAction {
     Forward,
-    /// The server never hears of it, but that the client has gone.
+    /// Closes both connections without forwarding the bytes.
     CutBefore,
-    /// The server does it, and the client hears that the server has gone.
+    /// Forwards the bytes, waits for the server's answers, then closes both connections.
     CutAfter,
-    /// The client is told so in the middle of it, as by a server that hangs up.
+    /// Resets the client's connection without forwarding the bytes.
     Reset,
-    /// The server never hears of it, and neither end ever hears of the other again.
+    /// Does not forward the bytes. Both connections stay open, and nothing is forwarded any more.
     Silent,
-    /// The server does it, and its answer is the first that the client does not hear.
+    /// Forwards the bytes, and withholds this answer and all later ones from the client.
     Withheld,
 }
 
 type Decide = Arc<dyn Fn(&[u8]) -> ProxyAction + Send + Sync>;
 
-/// What a server sends, and what its clients get instead; of the same length.
+/// Bytes that a server sends, and the bytes that its clients receive instead. Both have the same
+/// length.
 type Replacement = Option<(&'static [u8], &'static [u8])>;
 
 /// A TCP proxy in front of a server.
@@ -50,7 +52,8 @@ pub struct Proxy {
 }
 
 impl Proxy {
-    /// In front of the server at `address`, each piece that a client sends being decided upon.
+    /// Starts a proxy for the server at `address`. `decide` is called with each chunk that a client
+    /// sends.
     pub async fn new(
         address: &str,
         decide: impl Fn(&[u8]) -> ProxyAction + Send + Sync + 'static,
@@ -64,7 +67,7 @@ impl Proxy {
         replacement: Replacement,
     ) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
-        let port = listener.local_addr().expect("it is bound").port();
+        let port = listener.local_addr().expect("the listener is bound").port();
         let withheld = Arc::new(AtomicU64::new(0));
         let silence = watch::Sender::new(());
         let state = ProxyState {
@@ -77,32 +80,33 @@ impl Proxy {
         Proxy { port, withheld, silence }
     }
 
-    /// In front of the queue's endpoint.
+    /// Starts a proxy for the queue's endpoint.
     pub async fn for_queue(decide: impl Fn(&[u8]) -> ProxyAction + Send + Sync + 'static) -> Self {
-        let endpoint = setting("AWS_ENDPOINT_URL").expect("the parts are up");
+        let endpoint =
+            setting("AWS_ENDPOINT_URL").expect("AWS_ENDPOINT_URL is set: run localstack/test");
         Self::new(endpoint.trim_start_matches("http://").trim_end_matches('/'), decide).await
     }
 
-    /// Where it listens.
+    /// The address on which the proxy listens.
     pub fn address(&self) -> String {
         format!("127.0.0.1:{}", self.port)
     }
 
-    /// Makes every connection silent that is open now: neither end ever hears of the other again.
-    /// Those that are opened after this work.
+    /// Stops forwarding on every connection that is open now, without closing it. Later connections
+    /// work.
     pub fn silence(&self) {
         self.silence.send_replace(());
     }
 
-    /// How many answers there were that it kept from a client.
+    /// The number of answers that the proxy has withheld from clients.
     pub fn withheld(&self) -> u64 {
         self.withheld.load(Ordering::SeqCst)
     }
 }
 
 impl World {
-    /// The URL of the world's database by way of a proxy. Not encrypted, so that the statements can
-    /// be seen.
+    /// The URL of the world's database through a proxy. TLS is off, so that the proxy can read the
+    /// statements.
     pub async fn database_url_through_proxy(
         &self,
         decide: impl Fn(&[u8]) -> ProxyAction + Send + Sync + 'static,
@@ -110,7 +114,7 @@ impl World {
         self.database_proxy(decide).await.1
     }
 
-    /// The same, and the proxy.
+    /// Starts a proxy for the world's database and returns it with the URL.
     pub async fn database_proxy(
         &self,
         decide: impl Fn(&[u8]) -> ProxyAction + Send + Sync + 'static,
@@ -118,8 +122,7 @@ impl World {
         self.proxy_with_replacement(decide, None).await
     }
 
-    /// The URL of the world's database by way of a proxy that gives its clients other bytes than
-    /// the server has sent.
+    /// The URL of the world's database through a proxy that replaces bytes in the server's answers.
     pub async fn database_url_with_replaced_text(
         &self,
         sent: &'static [u8],
@@ -143,7 +146,7 @@ impl World {
     }
 }
 
-/// Cuts cables around commits.
+/// Closes connections just before or just after commits, at random.
 pub struct RandomCuts {
     percent: u8,
     dice: Mutex<fastrand::Rng>,
@@ -153,7 +156,8 @@ pub struct RandomCuts {
 }
 
 impl RandomCuts {
-    /// Of so many percent of the commits, in turn before and after.
+    /// Closes the connection at `percent` percent of the commits, alternately before and after the
+    /// commit.
     pub fn new(percent: u8, seed: u64) -> Arc<Self> {
         Arc::new(RandomCuts {
             percent,
@@ -164,47 +168,48 @@ impl RandomCuts {
         })
     }
 
-    /// What becomes of these bytes.
+    /// The action for these bytes.
     pub fn decide(&self, bytes: &[u8]) -> ProxyAction {
         if !is_commit(bytes) {
             return ProxyAction::Forward;
         }
         self.commits.fetch_add(1, Ordering::SeqCst);
-        if self.dice.lock().expect("no panic while rolling").u8(0..100) >= self.percent {
+        if self.dice.lock().expect("the lock is not poisoned").u8(0..100) >= self.percent {
             return ProxyAction::Forward;
         }
         let cuts = self.before.load(Ordering::SeqCst) + self.after.load(Ordering::SeqCst);
-        let (fate, count) = if cuts.is_multiple_of(2) {
+        let (action, count) = if cuts.is_multiple_of(2) {
             (ProxyAction::CutBefore, &self.before)
         } else {
             (ProxyAction::CutAfter, &self.after)
         };
         count.fetch_add(1, Ordering::SeqCst);
-        fate
+        action
     }
 
-    /// How many commits were cut before the server heard of them, and how many after.
+    /// The numbers of commits at which the connection was closed before and after the server
+    /// received them.
     pub fn counts(&self) -> (u64, u64) {
         (self.before.load(Ordering::SeqCst), self.after.load(Ordering::SeqCst))
     }
 
-    /// How many commits came by.
+    /// The number of commits that the proxy has seen.
     pub fn commit_count(&self) -> u64 {
         self.commits.load(Ordering::SeqCst)
     }
 }
 
-/// Whether a transaction is committed by what a client sends.
+/// Whether these bytes, sent by a client, commit a transaction.
 pub fn is_commit(bytes: &[u8]) -> bool {
     bytes.ends_with(COMMIT) || contains_text(bytes, AND_COMMIT)
 }
 
-/// Whether these bytes hold this text.
+/// Whether these bytes contain this text.
 pub fn contains_text(bytes: &[u8], text: &str) -> bool {
     bytes.windows(text.len()).any(|window| window == text.as_bytes())
 }
 
-/// What all connections share.
+/// The state that all connections share.
 #[derive(Clone)]
 struct ProxyState {
     decide: Decide,
@@ -221,7 +226,8 @@ async fn listen(listener: TcpListener, server: String, mut state: ProxyState) {
     }
 }
 
-/// Carries bytes both ways until either side hangs up, or what was decided upon happens.
+/// Forwards bytes in both directions until either side closes, or until `decide` ends the
+/// connection.
 async fn forward(mut client: TcpStream, mut server: TcpStream, state: ProxyState) {
     let ProxyState { decide, replacement, withheld, mut silence } = state;
     let _ = (client.set_nodelay(true), server.set_nodelay(true));
@@ -229,19 +235,19 @@ async fn forward(mut client: TcpStream, mut server: TcpStream, state: ProxyState
     let mut is_withheld = false;
     loop {
         tokio::select! {
-            // Both ends stay open, as with every silence here.
+            // Both connections stay open.
             Ok(()) = silence.changed() => std::future::pending().await,
             read = client.read(&mut from_client) => {
                 let Ok(count @ 1..) = read else { break };
                 let bytes = &from_client[..count];
-                let fate = if is_withheld { ProxyAction::Forward } else { decide(bytes) };
-                match fate {
+                let action = if is_withheld { ProxyAction::Forward } else { decide(bytes) };
+                match action {
                     ProxyAction::CutBefore => return,
                     ProxyAction::Reset => {
                         let _ = client.set_zero_linger();
                         return;
                     }
-                    // Both ends stay open, for as long as the test's runtime stands.
+                    // Both connections stay open until the test's runtime ends.
                     ProxyAction::Silent => std::future::pending().await,
                     ProxyAction::Withheld => is_withheld = true,
                     ProxyAction::Forward | ProxyAction::CutAfter => {}
@@ -249,12 +255,14 @@ async fn forward(mut client: TcpStream, mut server: TcpStream, state: ProxyState
                 if server.write_all(bytes).await.is_err() {
                     break;
                 }
-                if fate == ProxyAction::CutAfter {
-                    // Its last answer proves that it has committed; each statement before that has
-                    // one of its own.
+                if action == ProxyAction::CutAfter {
+                    // The last answer proves that the server has committed. Each earlier statement
+                    // has its own answer.
                     let _ = server.read(&mut from_server).await;
-                    while let Ok(Ok(1..)) = timeout(REPLY_QUIET_TIME, server.read(&mut from_server)).await {}
-                    return;
+                    loop {
+                        let answer = server.read(&mut from_server);
+                        let Ok(Ok(1..)) = timeout(REPLY_QUIET_TIME, answer).await else { return };
+                    }
                 }
             }
             read = server.read(&mut from_server) => {
@@ -274,7 +282,7 @@ async fn forward(mut client: TcpStream, mut server: TcpStream, state: ProxyState
         }
     }
     if is_withheld {
-        // Nor does either hear that the other has gone.
+        // Neither side sees that the other has closed.
         std::future::pending().await
     }
 }

@@ -1,5 +1,5 @@
-//! A projector that follows a script: its fault may wait, run statements, commit, panic or never
-//! end.
+//! A projector that runs a script of the test: it can wait, run statements, commit, panic or never
+//! return.
 
 use std::sync::Arc;
 
@@ -15,7 +15,7 @@ type Script = Arc<
         + Sync,
 >;
 
-/// A tally that runs a script after it has written an event down, on the connection of the same
+/// A tally that runs a script after it has recorded an event, on the connection of the same
 /// transaction.
 #[derive(Clone)]
 pub struct ScriptedProjector {
@@ -67,7 +67,7 @@ impl Projector for ScriptedProjector {
     }
 }
 
-/// Runs a script at one position, and nowhere else.
+/// Runs a script at one position only.
 pub fn scripted_at<F>(tally: &Tally, position: u64, script: F) -> ScriptedProjector
 where
     F: for<'a> Fn(&'a mut MySqlConnection) -> BoxFuture<'a, anyhow::Result<()>>
@@ -76,14 +76,11 @@ where
         + 'static,
 {
     ScriptedProjector::new(tally, move |event: &Event, db| {
-        match event.position().get() == position {
-            true => script(db),
-            false => Box::pin(async { Ok(()) }),
-        }
+        if event.position().get() == position { script(db) } else { Box::pin(async { Ok(()) }) }
     })
 }
 
-/// Stands at the gate at one position.
+/// Waits at a gate at one position.
 pub fn gated(tally: &Tally, position: u64, gate: &Gate) -> ScriptedProjector {
     let gate = gate.clone();
     scripted_at(tally, position, move |_| {
@@ -95,11 +92,11 @@ pub fn gated(tally: &Tally, position: u64, gate: &Gate) -> ScriptedProjector {
     })
 }
 
-/// A set of these, in this order.
+/// A registry of these projectors, in this order.
 pub fn registry_of(projectors: impl IntoIterator<Item = impl Projector>) -> Registry {
     let mut registry = Registry::new();
     for projector in projectors {
-        registry.add(projector).expect("a name of its own");
+        registry.add(projector).expect("the name is unique");
     }
     registry
 }

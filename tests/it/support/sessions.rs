@@ -1,4 +1,4 @@
-//! Who is connected to a server, and what each session is at.
+//! The sessions of a server, and the statement that each runs.
 
 use projectionist::sqlx::{self, MySqlConnection, Row, ValueRef};
 
@@ -11,21 +11,23 @@ pub struct Session {
     pub user: String,
     pub database: String,
     pub state: String,
-    /// What it runs now; what is no UTF-8 in it is replaced.
+    /// The statement that the session runs now. Bytes that are not UTF-8 are replaced.
     pub statement: String,
 }
 
-/// Every session of the server. Not by `information_schema.processlist`: MySQL writes a bound
-/// parameter into the statement as it is, and that table then fails with error 3854 if any session
-/// of anybody binds bytes that are no UTF-8, as the migrator does with its checksum.
+/// Every session of the server. `information_schema.processlist` cannot be used: MySQL writes a
+/// bound parameter unchanged into the statement, and that table fails with error 3854 if any
+/// session binds bytes that are not UTF-8. The migrator binds such bytes, for its checksum.
 pub async fn sessions(connection: &mut MySqlConnection) -> Vec<Session> {
-    let rows =
-        sqlx::raw_sql("show full processlist").fetch_all(connection).await.expect("the sessions");
+    let rows = sqlx::raw_sql("show full processlist")
+        .fetch_all(connection)
+        .await
+        .expect("the sessions are listed");
     rows.iter()
         .map(|row| {
-            // Servers differ in whether that is signed; and it is not always text.
+            // The column's type differs between the servers, and its bytes are not always UTF-8.
             let text = |index: usize| {
-                let value = row.try_get_raw(index).expect("as many columns");
+                let value = row.try_get_raw(index).expect("the column exists");
                 let bytes: &[u8] = if value.is_null() { b"" } else { row.get_unchecked(index) };
                 String::from_utf8_lossy(bytes).into_owned()
             };
@@ -40,7 +42,7 @@ pub async fn sessions(connection: &mut MySqlConnection) -> Vec<Session> {
         .collect()
 }
 
-/// Ends these sessions, as far as they have not ended meanwhile.
+/// Ends these sessions, except the ones that have already ended. Returns how many it ended.
 pub async fn kill(
     connection: &mut MySqlConnection,
     sessions: impl IntoIterator<Item = Session>,
@@ -74,8 +76,8 @@ async fn sessions_are_listed_while_one_binds_invalid_utf_8() {
             .await
     });
     let sleeps = |session: &Session| session.statement.starts_with("do sleep");
-    eventually("it is seen", async || world.sessions().await.iter().any(sleeps)).await;
+    eventually("the session is listed", async || world.sessions().await.iter().any(sleeps)).await;
     let mut server = server_connection().await;
     kill(&mut server, world.sessions().await.into_iter().filter(sleeps)).await;
-    assert!(binds.await.expect("no panic").is_err(), "it was killed");
+    assert!(binds.await.expect("the task does not panic").is_err(), "the session was killed");
 }

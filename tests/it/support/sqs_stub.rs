@@ -1,5 +1,5 @@
-//! An endpoint that answers as SQS would where LocalStack does not: by permissions, by another
-//! clock, by failures.
+//! An SQS endpoint for behavior that LocalStack does not have: missing permissions, a clock that
+//! differs, and failures.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex};
@@ -10,7 +10,8 @@ use time::format_description::well_known::Rfc2822;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
-/// A stub of SQS's JSON protocol: every action has one answer, those without one an empty document.
+/// A stub of SQS's JSON protocol. Every action has a fixed response; the default is an empty
+/// document.
 #[derive(Clone)]
 pub struct SqsStub {
     port: u16,
@@ -27,17 +28,19 @@ struct State {
 }
 
 impl SqsStub {
-    /// One that knows a healthy FIFO queue of every name, and refuses calls that are wrong, as SQS
-    /// does.
+    /// Starts a stub that reports a healthy FIFO queue for every name and rejects invalid calls as
+    /// SQS does.
     pub async fn new() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
-        let port = listener.local_addr().expect("it is bound").port();
+        let port = listener.local_addr().expect("the listener is bound").port();
         let stub = SqsStub { port, state: Arc::default() };
         stub.set_response(
             "GetQueueAttributes",
             200,
-            r#"{"Attributes":{"QueueArn":"arn:aws:sqs:us-east-1:000000000000:q.fifo","FifoQueue":"true","VisibilityTimeout":"30",
-               "MessageRetentionPeriod":"345600","MaximumMessageSize":"1048576","SqsManagedSseEnabled":"true"}}"#,
+            r#"{"Attributes":{
+                "QueueArn":"arn:aws:sqs:us-east-1:000000000000:q.fifo","FifoQueue":"true",
+                "VisibilityTimeout":"30","MessageRetentionPeriod":"345600",
+                "MaximumMessageSize":"1048576","SqsManagedSseEnabled":"true"}}"#,
         );
         for (action, code) in [
             ("SendMessageBatch", "com.amazonaws.sqs#EmptyBatchRequest"),
@@ -60,40 +63,41 @@ impl SqsStub {
         stub
     }
 
-    /// What it answers to an action from now on.
+    /// Sets the response to an action from now on.
     pub fn set_response(&self, action: &str, status: u16, body: &str) {
         self.state().answers.insert(action.to_owned(), (status, body.to_owned()));
     }
 
-    /// What it answers to an action before that, well and once each, in this order.
+    /// Sets successful responses to an action. Each is used once, in this order, before the fixed
+    /// one.
     pub fn set_responses_once(&self, action: &str, bodies: impl IntoIterator<Item = String>) {
         self.state().first.entry(action.to_owned()).or_default().extend(bodies);
     }
 
-    /// As AWS answers who lacks a permission.
+    /// Makes the action fail as in AWS when the caller has no permission for it.
     pub fn deny(&self, action: &str) {
-        let told =
+        let message =
             format!("User: arn:aws:iam::1:role/task is not authorized to perform: sqs:{action}");
         self.set_response(
             action,
             400,
             &format!(
-                r#"{{"__type":"com.amazonaws.sqs#AccessDeniedException","message":"{told}"}}"#
+                r#"{{"__type":"com.amazonaws.sqs#AccessDeniedException","message":"{message}"}}"#
             ),
         );
     }
 
-    /// How long it takes over an action from now on.
+    /// Sets how long each response to an action takes from now on.
     pub fn set_delay(&self, action: &str, time: Duration) {
         self.state().takes.insert(action.to_owned(), time);
     }
 
-    /// By how much its clock is ahead.
+    /// Sets how far the stub's clock is ahead.
     pub fn set_clock_ahead(&self, time: Duration) {
         self.state().clock_ahead = time;
     }
 
-    /// How often an action was asked of it.
+    /// The number of calls of an action.
     pub fn call_count(&self, action: &str) -> usize {
         self.state().asked.get(action).copied().unwrap_or_default()
     }
@@ -103,7 +107,7 @@ impl SqsStub {
     }
 
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
-        self.state.lock().expect("no panic while answering")
+        self.state.lock().expect("the lock is not poisoned")
     }
 
     async fn serve(self, mut client: TcpStream) {
@@ -130,7 +134,8 @@ impl SqsStub {
             };
             tokio::time::sleep(takes).await;
             let answer = format!(
-                "HTTP/1.1 {status} X\r\ncontent-type: application/x-amz-json-1.0\r\ndate: {date}\r\ncontent-length: {}\r\n\r\n{body}",
+                "HTTP/1.1 {status} X\r\ncontent-type: application/x-amz-json-1.0\r\n\
+                 date: {date}\r\ncontent-length: {}\r\n\r\n{body}",
                 body.len()
             );
             if client.write_all(answer.as_bytes()).await.is_err() {
@@ -140,7 +145,7 @@ impl SqsStub {
     }
 }
 
-/// The head of a request, in lower case, after its body has been read, too.
+/// Reads a request with its body. Returns its head in lower case.
 async fn read_request(client: &mut TcpStream) -> Option<String> {
     let mut bytes = Vec::new();
     loop {

@@ -1,5 +1,5 @@
-//! A projector that writes down every event that it is shown, so that any loss or repetition can be
-//! seen.
+//! A projector that records every event that it handles, so that a test sees every loss and
+//! repetition.
 
 use std::sync::Arc;
 
@@ -8,11 +8,11 @@ use projectionist::{Event, EventTypes, Mode, Projector, Registry, async_trait};
 
 use super::World;
 
-/// Called before each event is written down: where a test puts its fault.
+/// Called for each event after it is recorded. Tests inject faults here.
 pub type Hook = Arc<dyn Fn(&Event) -> anyhow::Result<()> + Send + Sync>;
 
-/// Writes each event's position into the table of its name. No key forbids a repetition: it would
-/// be seen.
+/// Writes each event's position into the table of the projector's name. The table has no unique key
+/// on the position, so a repetition is stored.
 #[derive(Clone)]
 pub struct Tally {
     name: String,
@@ -37,7 +37,7 @@ impl Tally {
         Tally { mode, ..self }
     }
 
-    /// Only events of these types.
+    /// Subscribes only to events of these types.
     pub fn only(self, types: &[&'static str]) -> Self {
         Tally { types: types.to_vec(), ..self }
     }
@@ -46,16 +46,16 @@ impl Tally {
         Tally { side_effects: true, ..self }
     }
 
-    /// With this called before each event.
+    /// Calls `hook` for each event.
     pub fn hook(self, hook: impl Fn(&Event) -> anyhow::Result<()> + Send + Sync + 'static) -> Self {
         Tally { hook: Some(Arc::new(hook)), ..self }
     }
 
-    /// Failing at this position.
+    /// Fails at this position.
     pub fn failing_at(self, position: u64) -> Self {
-        self.hook(move |event| match event.position().get() == position {
-            true => anyhow::bail!("event {position} is poison"),
-            false => Ok(()),
+        self.hook(move |event| {
+            anyhow::ensure!(event.position().get() != position, "event {position} is poison");
+            Ok(())
         })
     }
 
@@ -63,37 +63,40 @@ impl Tally {
         &self.name
     }
 
-    /// The same as a projector file, that runs these statements after it has written an event down.
-    /// (`:position` is the event's.)
+    /// The text of a projector file that records the same events. Then the statements in `then` run
+    /// for each event; they may use `:position`.
     pub fn file(&self, then: &[&str]) -> String {
         let name = &self.name;
         let then: String =
             then.iter().map(|sql| format!("\n[[on]]\nevents = ['*']\nsql = '{sql}'\n")).collect();
         format!(
             "name = '{name}'\nversion = 1\nmode = 'from_beginning'\n\
-             setup = ['create table if not exists {name} (seq bigint auto_increment primary key, position bigint unsigned not null)']\n\
-             [[on]]\nevents = ['*']\nsql = 'insert into {name} (position) values (:position)'\n{then}"
+             setup = ['create table if not exists {name} (seq bigint auto_increment primary key, \
+             position bigint unsigned not null)']\n\
+             [[on]]\nevents = ['*']\nsql = 'insert into {name} (position) \
+             values (:position)'\n{then}"
         )
     }
 
-    /// The positions that it has written down, in the order in which it did.
+    /// The recorded positions, in the order of recording.
     pub async fn applied(&self, world: &World) -> Vec<u64> {
         let sql = format!("select position from {} order by seq", self.name);
         sqlx::query_scalar(AssertSqlSafe(sql))
             .fetch_all(&mut world.connection().await)
             .await
-            .expect("its table")
+            .expect("the projector's table exists")
     }
 
-    /// The positions that it should have, when it stands at `position`: a fold of the log.
+    /// The positions that a projector at `position` should have recorded, read from the log.
     pub async fn expected(&self, world: &World, position: u64) -> Vec<u64> {
         let log: Vec<(u64, String)> = sqlx::query_as(
-            "select position, event_type from events where position <= ? and event_type not like '$%' order by position",
+            "select position, event_type from events where position <= ? \
+             and event_type not like '$%' order by position",
         )
         .bind(position)
         .fetch_all(&mut world.connection().await)
         .await
-        .expect("the log");
+        .expect("the log is readable");
         let wanted = |event_type: &str| self.types.is_empty() || self.types.contains(&event_type);
         log.into_iter()
             .filter(|(_, event_type)| wanted(event_type))
@@ -102,11 +105,11 @@ impl Tally {
     }
 }
 
-/// A set of these, in this order.
+/// A registry of these projectors, in this order.
 pub fn registry(tallies: &[&Tally]) -> Registry {
     let mut registry = Registry::new();
     for tally in tallies {
-        registry.add((*tally).clone()).expect("a name of its own");
+        registry.add((*tally).clone()).expect("the name is unique");
     }
     registry
 }
@@ -122,9 +125,10 @@ impl Projector for Tally {
     }
 
     fn event_types(&self) -> EventTypes {
-        match self.types.is_empty() {
-            true => EventTypes::All,
-            false => EventTypes::only(self.types.iter().copied()),
+        if self.types.is_empty() {
+            EventTypes::All
+        } else {
+            EventTypes::only(self.types.iter().copied())
         }
     }
 
@@ -134,7 +138,8 @@ impl Projector for Tally {
 
     async fn setup(&self, db: &mut MySqlConnection) -> anyhow::Result<()> {
         let sql = format!(
-            "create table if not exists {} (seq bigint auto_increment primary key, position bigint unsigned not null)",
+            "create table if not exists {} (seq bigint auto_increment primary key, \
+             position bigint unsigned not null)",
             self.name
         );
         sqlx::query(AssertSqlSafe(sql)).execute(db).await?;
@@ -150,7 +155,8 @@ impl Projector for Tally {
 
     async fn handle(&self, event: &Event, db: &mut MySqlConnection) -> anyhow::Result<()> {
         let sql = format!("insert into {} (position) values (?)", self.name);
-        // Written first, so that a fault in the hook leaves something that must be rolled back.
+        // The row is written before the hook runs, so that a fault in the hook leaves a write to
+        // roll back.
         sqlx::query(AssertSqlSafe(sql)).bind(event.position().get()).execute(db).await?;
         self.hook.as_ref().map_or(Ok(()), |hook| hook(event))
     }

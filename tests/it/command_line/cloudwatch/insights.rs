@@ -1,6 +1,7 @@
-//! As much of the Logs Insights query language as our page uses: `fields`, `filter`, `stats … by`,
-//! `sort` and `limit`, with comparisons, `in`, `like`, `and`, `or`, `not`, `ispresent`, `bin`, and
-//! the functions of `stats`. What is not of it is an error, and so is a field that no line has.
+//! An evaluator of the part of the Logs Insights query language that our page uses: `fields`,
+//! `filter`, `stats … by`, `sort` and `limit`, with comparisons, `in`, `like`, `and`, `or`, `not`,
+//! `ispresent`, `bin`, and the functions of `stats`. Anything else is an error, and so is a field
+//! that no line has.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,8 +9,8 @@ use serde_json::Value;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-/// A line of a result, or one of the log with what CloudWatch adds: fields by name, those in arrays
-/// and objects with dots.
+/// A line of a result, or a log line with the fields that CloudWatch adds. Nested fields have names
+/// with dots.
 pub type Row = BTreeMap<String, Value>;
 
 /// Runs a query.
@@ -51,16 +52,16 @@ pub fn run(query: &str, lines: &[Row]) -> Result<Vec<Row>, String> {
             }
             "limit" => {
                 let Some(Token::Number(most)) = parser.token() else {
-                    return Err("limit wants a number".into());
+                    return Err("limit needs a number".into());
                 };
                 rows.truncate(most as usize);
             }
-            _ => return Err(format!("no command: {command}")),
+            _ => return Err(format!("unknown command: {command}")),
         }
         match parser.token() {
             None => return Ok(rows),
             Some(Token::Sign("|")) => {}
-            Some(other) => return Err(format!("what is {other:?} after {command}?")),
+            Some(other) => return Err(format!("unexpected {other:?} after {command}")),
         }
     }
 }
@@ -103,7 +104,7 @@ fn tokens(query: &str) -> Result<Vec<Token>, String> {
     while let Some(first) = rest.chars().next() {
         let is_of_a_name = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '@');
         if let Some(text) = rest.strip_prefix('"') {
-            let (text, after) = text.split_once('"').ok_or("a text that does not end")?;
+            let (text, after) = text.split_once('"').ok_or("a string without its closing quote")?;
             tokens.push(Token::Text(text.into()));
             rest = after;
         } else if is_of_a_name(first) {
@@ -115,7 +116,7 @@ fn tokens(query: &str) -> Result<Vec<Token>, String> {
             let sign = SIGNS
                 .iter()
                 .find(|sign| rest.starts_with(**sign))
-                .ok_or(format!("what is {rest:?}?"))?;
+                .ok_or(format!("unexpected {rest:?}"))?;
             tokens.push(Token::Sign(sign));
             rest = &rest[sign.len()..];
         }
@@ -186,7 +187,7 @@ impl Expression {
         }
     }
 
-    /// As a function of `stats`.
+    /// The value of a `stats` function over these rows.
     fn over(&self, rows: &[&Row]) -> Option<Value> {
         let Expression::Call(name, arguments) = self else { return None };
         let Some(argument) = arguments.first() else { return Some(rows.len().into()) };
@@ -233,11 +234,11 @@ impl Parser {
     fn name(&mut self) -> Result<String, String> {
         match self.token() {
             Some(Token::Name(name)) => Ok(name),
-            other => Err(format!("a name is wanted where {other:?} is")),
+            other => Err(format!("expected a name, found {other:?}")),
         }
     }
 
-    /// Goes past a word or a sign, if it comes next.
+    /// Consumes a word or a sign if it is the next token.
     fn take(&mut self, what: &str) -> bool {
         let is_it = match self.tokens.get(self.next) {
             Some(Token::Name(name)) => name == what,
@@ -252,7 +253,7 @@ impl Parser {
         if self.take(what) {
             Ok(())
         } else {
-            Err(format!("{what} is wanted before {:?}", self.tokens.get(self.next)))
+            Err(format!("expected {what}, found {:?}", self.tokens.get(self.next)))
         }
     }
 
@@ -270,7 +271,7 @@ impl Parser {
         let name = match (&value, self.take("as")) {
             (_, true) => self.name()?,
             (Expression::Field(name), false) => name.clone(),
-            (other, false) => return Err(format!("{other:?} wants a name")),
+            (other, false) => return Err(format!("{other:?} needs a name")),
         };
         Ok((value, name))
     }
@@ -315,13 +316,13 @@ impl Parser {
         }
         if self.take("like") {
             let Some(Token::Text(part)) = self.token() else {
-                return Err("like wants a text".into());
+                return Err("like needs a string".into());
             };
             return Ok(Expression::Like(Box::new(one), part));
         }
         match one {
             Expression::Call(..) => Ok(one),
-            other => Err(format!("{other:?} is no condition")),
+            other => Err(format!("{other:?} is not a condition")),
         }
     }
 
@@ -333,7 +334,7 @@ impl Parser {
                 if !["ispresent", "bin", "count", "sum", "max", "min", "latest", "earliest"]
                     .contains(&name.as_str())
                 {
-                    return Err(format!("no function: {name}"));
+                    return Err(format!("unknown function: {name}"));
                 }
                 let argument = match name.as_str() {
                     "bin" => vec![Expression::Value(self.name()?.into())],
@@ -344,7 +345,7 @@ impl Parser {
             }
             Some(Token::Name(name)) if known.contains(&name) => Ok(Expression::Field(name)),
             Some(Token::Name(name)) => Err(format!("no line has a field {name}")),
-            other => Err(format!("a value is wanted where {other:?} is")),
+            other => Err(format!("expected a value, found {other:?}")),
         }
     }
 }

@@ -1,5 +1,5 @@
-//! `--metrics emf`, by the shipped binary: each line as the format wants it, and the right numbers
-//! in it.
+//! `--metrics emf` with the shipped binary: each line follows the format, and its numbers are
+//! correct.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -12,11 +12,10 @@ use serde_json::{Value, json};
 use crate::command_line::{failing_at, tally};
 use crate::support::{FinishedProcess, Folder, ProxyAction, RunningProcess, World, eventually};
 
-/// CloudWatch's units, as far as they may concern us.
+/// The CloudWatch units that we may use.
 const UNITS: [&str; 6] = ["Seconds", "Milliseconds", "Microseconds", "Bytes", "Count", "None"];
 
-/// The metrics of a process, each line of which must be as the specification of the format wants
-/// it.
+/// The metrics lines of a process. Asserts that each follows the format's specification.
 fn emf(finished: &FinishedProcess) -> Vec<Value> {
     let lines: Vec<Value> =
         finished.log().into_iter().filter(|line| !line["_aws"].is_null()).collect();
@@ -29,8 +28,8 @@ fn emf(finished: &FinishedProcess) -> Vec<Value> {
 }
 
 fn check(line: &Value, text: &str) {
-    assert!(text.len() < 1_000_000, "at most 1 MB");
-    let at = line["_aws"]["Timestamp"].as_i64().expect("milliseconds");
+    assert!(text.len() < 1_000_000, "a line may have at most 1 MB");
+    let at = line["_aws"]["Timestamp"].as_i64().expect("the timestamp is in milliseconds");
     let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_millis() as i64;
     assert!((now - 3_600_000..=now).contains(&at), "{at} is not within the last hour");
     let directives = line["_aws"]["CloudWatchMetrics"].as_array().expect("directives");
@@ -41,9 +40,9 @@ fn check(line: &Value, text: &str) {
             let dimensions = dimensions.as_array().expect("a set");
             assert!((1..=30).contains(&dimensions.len()));
             for dimension in dimensions {
-                let value = line[dimension.as_str().expect("a name")]
+                let value = line[dimension.as_str().expect("a dimension has a name")]
                     .as_str()
-                    .expect("a dimension's value is a text");
+                    .expect("a dimension's value is text");
                 assert!(
                     (1..=1024).contains(&value.len())
                         && value.is_ascii()
@@ -55,8 +54,8 @@ fn check(line: &Value, text: &str) {
         assert!((1..=100).contains(&metrics.len()));
         let mut names = BTreeSet::new();
         for metric in metrics {
-            let name = metric["Name"].as_str().expect("a name");
-            assert!(names.insert(name), "{name} is there twice");
+            let name = metric["Name"].as_str().expect("a metric has a name");
+            assert!(names.insert(name), "{name} is repeated");
             assert!(metric["Unit"].as_str().is_some_and(|unit| UNITS.contains(&unit)), "{metric}");
             match &line[name] {
                 Value::Number(_) => {}
@@ -83,18 +82,18 @@ fn sum(lines: &[Value], projector: &str, metric: &str) -> u64 {
 
 fn last<'l>(lines: &'l [Value], projector: Option<&str>) -> &'l Value {
     let projector = projector.map_or(Value::Null, Value::from);
-    lines.iter().rfind(|line| line["Projector"] == projector).expect("a line")
+    lines.iter().rfind(|line| line["Projector"] == projector).expect("the projector has a line")
 }
 
-/// All values of what is timed or sampled for the whole.
+/// All values of a metric that is sampled or measured for the whole process.
 fn values(lines: &[Value], metric: &str) -> Vec<f64> {
     let of = lines.iter().filter_map(|line| line[metric].as_array());
-    of.flatten().map(|value| value.as_f64().expect("a number")).collect()
+    of.flatten().map(|value| value.as_f64().expect("the value is a number")).collect()
 }
 
 #[tokio::test]
 async fn applied_failed_skipped_and_reread_events_are_counted_correctly() {
-    // No queue takes a repetition away here.
+    // A standard queue does not drop repeated messages.
     let world = World::with_standard_queue().await;
     let folder =
         Folder::new().with("1.toml", &tally("a")).with("2.toml", &failing_at("poisoned", 15));
@@ -109,7 +108,7 @@ async fn applied_failed_skipped_and_reread_events_are_counted_correctly() {
         (sum(&booted, "a@1", "EventsApplied"), sum(&booted, "poisoned@1", "EventsApplied")),
         (10, 10)
     );
-    assert_eq!(booted.len(), 2, "a boot tells of its projectors only: {booted:?}");
+    assert_eq!(booted.len(), 2, "a boot must report only its projectors: {booted:?}");
     for line in &booted {
         assert_eq!(
             (&line["Service"], &line["release"], &line["LagEvents"]),
@@ -121,7 +120,7 @@ async fn applied_failed_skipped_and_reread_events_are_counted_correctly() {
         );
     }
 
-    // Only what is received moves anybody: silence is waited out for longer than all this takes.
+    // The reconcile interval is long, so only received messages move a projector.
     let play = ["play", "--until-idle", "--message-events=10", "--reconcile-after=3600"];
     world.append(20).await;
     let played = emf(&run(&play).await.exits(1));
@@ -137,15 +136,15 @@ async fn applied_failed_skipped_and_reread_events_are_counted_correctly() {
         (&json!(0), &json!(0.0))
     );
     let poisoned = last(&played, Some("poisoned@1"));
-    assert_eq!(poisoned["LagEvents"], 16, "what is broken falls behind");
+    assert_eq!(poisoned["LagEvents"], 16, "a broken projector falls behind");
     assert!(poisoned["LagSeconds"].as_f64().is_some_and(|seconds| seconds > 0.0), "{poisoned}");
     let whole = last(&played, None);
-    let told = ["HighWaterMark", "Published", "LagSeconds", "GapAge", "Heartbeat"]
+    let metrics = ["HighWaterMark", "Published", "LagSeconds", "GapAge", "Heartbeat"]
         .map(|metric| whole[metric].clone());
     assert_eq!(
-        told,
+        metrics,
         [json!(30), json!(30), json!(0.0), json!(0.0), Value::Null],
-        "of the live only; and who ends within a minute has no heartbeat"
+        "the lag is that of live projectors, and a process of less than a minute has no heartbeat"
     );
 
     // The relay sends two messages again.
@@ -160,10 +159,10 @@ async fn applied_failed_skipped_and_reread_events_are_counted_correctly() {
         (0, 0)
     );
 
-    // The queue loses a message: the next one does not continue the projector.
+    // The queue loses a message, so the next one does not continue from the projector's position.
     world.append(10).await;
     run(&["relay", "--once"]).await.exits(0);
-    world.sqs.purge_queue().queue_url(&world.queue_url).send().await.expect("purged");
+    world.sqs.purge_queue().queue_url(&world.queue_url).send().await.expect("the queue is purged");
     world.append(10).await;
     let played = emf(&run(&play).await.exits(0));
     assert_eq!(
@@ -176,9 +175,9 @@ async fn applied_failed_skipped_and_reread_events_are_counted_correctly() {
     world.append(25).await;
     let relayed = emf(&run(&["relay", "--once", "--message-events=10"]).await.exits(0));
     assert_eq!(relayed.len(), 1, "{relayed:?}");
-    let told = ["HighWaterMark", "Published", "GapAge", "Heartbeat"]
+    let metrics = ["HighWaterMark", "Published", "GapAge", "Heartbeat"]
         .map(|metric| relayed[0][metric].clone());
-    assert_eq!(told, [json!(75), json!(75), json!(0.0), Value::Null]);
+    assert_eq!(metrics, [json!(75), json!(75), json!(0.0), Value::Null]);
     let mut sizes = values(&relayed, "RelayBatchSize");
     sizes.sort_by(f64::total_cmp);
     assert_eq!(sizes, [5.0, 10.0, 10.0]);
@@ -190,9 +189,9 @@ async fn an_unresponsive_database_loses_the_lag_metric_and_no_count() {
     let folder = Folder::new().with("1.toml", &tally("a"));
     world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
     let is_silent = Arc::new(AtomicBool::new(false));
-    let told = Arc::clone(&is_silent);
+    let deciding = Arc::clone(&is_silent);
     let decide = move |_: &[u8]| {
-        if told.load(Ordering::SeqCst) { ProxyAction::Silent } else { ProxyAction::Forward }
+        if deciding.load(Ordering::SeqCst) { ProxyAction::Silent } else { ProxyAction::Forward }
     };
     let mut play = world.command(&[
         "play",
@@ -204,7 +203,7 @@ async fn an_unresponsive_database_loses_the_lag_metric_and_no_count() {
     ]);
     play.env("DATABASE_URL", world.database_url_through_proxy(decide).await);
     let play = RunningProcess::spawn(play);
-    // Its first report, so that all that follows is in its last.
+    // Waits for the first report, so that all counts are in the last one.
     play.wait_for_log("HighWaterMark").await;
     world.append(5).await;
     eventually("the events are played", async || world.position("a").await == 5).await;
@@ -251,7 +250,7 @@ async fn metrics_need_their_option_and_are_the_same_with_human_logs() {
     assert_eq!(
         sum(&lines, "a@1", "EventsApplied"),
         3,
-        "the log's filter does not hide them: {}",
+        "the log's filter must not hide metrics: {}",
         human.stderr
     );
     assert_eq!(last(&lines, None)["Service"], "projectionist");

@@ -1,5 +1,5 @@
-//! What CloudWatch is told, and `infra/cloudwatch.md`, which says what that is: fields, metrics and
-//! queries, compared with lines that the shipped binary wrote.
+//! Compares `infra/cloudwatch.md` with the lines that the shipped binary writes: its fields,
+//! metrics and queries.
 
 mod insights;
 mod metrics;
@@ -15,7 +15,8 @@ use insights::Row;
 use page::Page;
 use scenario::record_scenario;
 
-/// Keeps every member of a JSON object, repeated ones too, which `serde_json::Value` would hide.
+/// The names of a JSON object's members, repeated ones included. `serde_json::Value` would hide
+/// repetitions.
 fn members(line: &str) -> Vec<String> {
     struct Names(Vec<String>);
     impl<'de> serde::Deserialize<'de> for Names {
@@ -45,8 +46,8 @@ fn members(line: &str) -> Vec<String> {
     serde_json::from_str::<Names>(line).unwrap_or_else(|error| panic!("{error}: {line}")).0
 }
 
-/// As CloudWatch has a line: its members, those in arrays and objects by a path, and what it adds
-/// itself.
+/// A line as CloudWatch stores it: its members, nested members by their path, and the fields that
+/// CloudWatch adds.
 fn row(stream: &str, line: &str) -> Row {
     fn put(row: &mut Row, name: String, value: Value) {
         match value {
@@ -65,8 +66,8 @@ fn row(stream: &str, line: &str) -> Row {
         }
     }
     let mut row = Row::new();
-    let value: Value = serde_json::from_str(line).expect("JSON");
-    let Value::Object(all) = value else { panic!("no object: {line}") };
+    let value: Value = serde_json::from_str(line).expect("the text is JSON");
+    let Value::Object(all) = value else { panic!("not an object: {line}") };
     row.insert("@timestamp".into(), all["timestamp"].clone());
     row.insert("@message".into(), line.into());
     row.insert("@logStream".into(), stream.into());
@@ -85,12 +86,12 @@ async fn every_line_has_only_documented_fields_and_every_documented_query_matche
         for member in &members {
             assert!(
                 page.fields.contains(member) || page.metrics.contains(member),
-                "{member:?} is not explained: {line}"
+                "infra/cloudwatch.md does not document {member:?}: {line}"
             );
             assert_eq!(
                 members.iter().filter(|other| *other == member).count(),
                 1,
-                "{member:?} is there twice: {line}"
+                "{member:?} is repeated: {line}"
             );
         }
         for everywhere in ["timestamp", "level", "message", "target"] {
@@ -105,9 +106,9 @@ async fn every_line_has_only_documented_fields_and_every_documented_query_matche
         .collect();
     assert!(
         unseen.is_empty(),
-        "no line has {unseen:?}: mend the page, or say there that they are rare"
+        "no line has {unseen:?}: correct infra/cloudwatch.md, or mark them there as rare"
     );
-    // Nobody lives for a minute here.
+    // No process of the scenario runs for a minute, so none writes a heartbeat.
     let unseen =
         page.metrics.iter().filter(|metric| !seen.contains(*metric) && *metric != "Heartbeat");
     let unseen: Vec<&String> = unseen.collect();
@@ -122,7 +123,7 @@ async fn every_line_has_only_documented_fields_and_every_documented_query_matche
     }
 }
 
-/// What the story does not bring about is found in the source.
+/// Checks the fields that the scenario does not write.
 #[test]
 fn documented_log_fields_are_exactly_those_the_source_writes() {
     let page = Page::read();
@@ -133,11 +134,11 @@ fn documented_log_fields_are_exactly_those_the_source_writes() {
     );
     let unexplained: Vec<&String> =
         written.iter().filter(|field| !page.fields.contains(*field)).collect();
-    assert!(unexplained.is_empty(), "infra/cloudwatch.md does not explain {unexplained:?}");
+    assert!(unexplained.is_empty(), "infra/cloudwatch.md does not document {unexplained:?}");
     let of_the_log_itself = ["timestamp", "level", "message", "target"];
     let twice: Vec<&str> =
         of_the_log_itself.into_iter().filter(|field| written.contains(*field)).collect();
-    assert!(twice.is_empty(), "{twice:?} would be in a line twice");
+    assert!(twice.is_empty(), "a line would have {twice:?} twice");
     let of_every_line = [&of_the_log_itself[..], &["Service", "Projector", "_aws"]].concat();
     let unwritten: Vec<&String> = page
         .fields
@@ -146,11 +147,11 @@ fn documented_log_fields_are_exactly_those_the_source_writes() {
         .collect();
     assert!(
         unwritten.is_empty(),
-        "infra/cloudwatch.md explains {unwritten:?}, which nothing writes"
+        "infra/cloudwatch.md documents {unwritten:?}, which no code writes"
     );
 }
 
-/// The evaluator itself: were it to find everything, so would every query.
+/// Tests the evaluator itself. If it matched every line, every query would pass.
 #[test]
 fn the_query_evaluator_matches_lines_and_refuses_unknown_fields() {
     let line = |at: u32, level: &str, n: u32| {

@@ -1,14 +1,14 @@
-//! `infra/cloudwatch.md`, read as the tables and queries that it is.
+//! Reads the tables and queries of `infra/cloudwatch.md`.
 
 use std::collections::BTreeSet;
 
 pub struct Page {
-    /// Every field that it explains.
+    /// Every documented field.
     pub fields: BTreeSet<String>,
-    /// Those of which it says that they are rare.
+    /// The fields that are documented as rare.
     pub rare: BTreeSet<String>,
     pub metrics: BTreeSet<String>,
-    /// Each query, with the heading above it.
+    /// Each query with the heading above it.
     pub queries: Vec<(String, String)>,
 }
 
@@ -52,7 +52,7 @@ impl Page {
         }
         assert!(
             fields.len() > 20 && metrics_are_there(&metrics) && queries.len() > 10,
-            "the page is as it was"
+            "infra/cloudwatch.md has another structure than this test expects"
         );
         Page { fields, rare, metrics, queries }
     }
@@ -62,7 +62,7 @@ fn metrics_are_there(metrics: &BTreeSet<String>) -> bool {
     metrics.contains("Heartbeat") && metrics.len() > 10
 }
 
-/// The rows of a table, without its head.
+/// The rows of a table, without its header.
 fn rows(section: &str) -> impl Iterator<Item = Vec<&str>> {
     let rows = section.lines().filter(|line| line.starts_with('|')).skip(2);
     rows.map(|line| line.trim_matches('|').split(" | ").map(str::trim).collect())

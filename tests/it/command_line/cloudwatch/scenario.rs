@@ -1,5 +1,5 @@
-//! A story in which nearly everything happens that a log line tells of, by the shipped binary as
-//! real processes; and what each query of the page must find in it.
+//! A scenario that produces nearly every log line, with the shipped binary as real processes, and
+//! the expected result of each query of the page.
 
 use serde_json::json;
 
@@ -7,7 +7,7 @@ use super::insights::Row;
 use crate::command_line::{close_gate, failing_at, gated, tally, tally_with};
 use crate::support::{FinishedProcess, Folder, Session, World, eventually, execute, kill};
 
-/// Each line of the logs of all processes, with the name of its log stream.
+/// The log lines of all processes, each with the name of its log stream.
 type Lines = Vec<(String, String)>;
 
 fn collect_lines(lines: &mut Lines, stream: &str, finished: &FinishedProcess) {
@@ -42,7 +42,7 @@ pub async fn record_scenario() -> Lines {
         };
     let play = ["play", "--until-idle", "--message-events=10", "--reconcile-after=60"];
 
-    // A projector breaks while it is played, and again in the boot of the next release.
+    // A projector breaks in play, and again in the boot of the next release.
     world.append(40).await;
     run(&mut lines, 0, "v1", &["boot"]).await;
     world.append(20).await;
@@ -50,7 +50,8 @@ pub async fn record_scenario() -> Lines {
     folder.write("3.toml", &tally("late"));
     run(&mut lines, 1, "v2", &["boot"]).await;
 
-    // It is mended. One more runs once, and one can be held up.
+    // The broken projector is repaired. One new projector runs once, and one can be blocked at the
+    // gate.
     let mut gate = close_gate(&world).await;
     execute(&mut gate, "rollback").await;
     folder.write("2.toml", &tally("poisoned"));
@@ -58,27 +59,28 @@ pub async fn record_scenario() -> Lines {
     folder.write("5.toml", &gated("slow"));
     run(&mut lines, 0, "v3", &["boot"]).await;
 
-    // The queue repeats messages, and loses one without a trace.
+    // The queue repeats messages and loses one.
     world.execute("update event_log set published = 43").await;
     world.append(10).await;
     run(&mut lines, 0, "v3", &play).await;
     world.append(5).await;
     run(&mut lines, 0, "v3", &["play", "--until-idle", "--no-relay", "--reconcile-after=1"]).await;
 
-    // Somebody else's message is in the queue, which is another one than before.
+    // The queue has a foreign message, and it differs from the queue to which the log was
+    // published.
     let send = world
         .sqs
         .send_message()
         .queue_url(&world.queue_url)
         .message_body("hello")
         .message_group_id("other");
-    send.message_deduplication_id("1").send().await.expect("sent");
+    send.message_deduplication_id("1").send().await.expect("the message is sent");
     world.execute("update event_log set queue = 'arn:aws:sqs:us-east-1:000000000000:before'").await;
     run(&mut lines, 1, "v3", &play).await;
-    world.sqs.purge_queue().queue_url(&world.queue_url).send().await.expect("purged");
+    world.sqs.purge_queue().queue_url(&world.queue_url).send().await.expect("the queue is purged");
 
-    // A session is ended in the middle of a handler, which then waits for longer than the others
-    // may have to.
+    // A session is killed during a handler. The retried handler then waits longer than the other
+    // projectors wait for it.
     execute(&mut gate, "start transaction").await;
     execute(&mut gate, "select n from gate for update").await;
     let arguments = at(
@@ -88,19 +90,20 @@ pub async fn record_scenario() -> Lines {
     let playing = world.start(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
     world.append(5).await;
     let waits = |session: &Session| session.statement.starts_with("update gate");
-    eventually("a session is ended in the middle of a handler", async || {
+    eventually("a session is killed during a handler", async || {
         kill(&mut world.connection().await, world.sessions().await.into_iter().filter(waits)).await;
         playing.has_logged("\"attempt\":2")
     })
     .await;
-    playing.wait_for_log("leaves the convoy").await;
+    playing.wait_for_log("moves to the background").await;
     playing.wait_for_log("a slow receive").await;
     execute(&mut gate, "rollback").await;
     let last = world.last_position().await;
-    eventually("it has caught up", async || world.position("slow").await == last).await;
+    eventually("the slow projector has caught up", async || world.position("slow").await == last)
+        .await;
     collect_lines(&mut lines, "play/v3", &playing.terminate().await.exits(0));
 
-    // A gap holds the mark, and a row is deleted below it.
+    // A gap blocks the mark, and a row below the mark is deleted.
     world.execute("alter table events auto_increment = 90000").await;
     world.append(1).await;
     run(&mut lines, 0, "v3", &["relay", "--once"]).await;
@@ -110,14 +113,14 @@ pub async fn record_scenario() -> Lines {
     relay.wait_for_log("high_water_blocked").await;
     let relayed = relay.terminate().await.exits(0);
     let ages: Vec<f64> = relayed.log().iter().filter_map(|line| line["GapAge"].as_f64()).collect();
-    assert!(ages.last().is_some_and(|age| *age > 0.0), "it has been held for some time: {ages:?}");
+    assert!(ages.last().is_some_and(|age| *age > 0.0), "the gap must have an age: {ages:?}");
     collect_lines(&mut lines, "relay/v3", &relayed);
     world.execute("delete from events where position = 7").await;
     run(&mut lines, 1, "v3", &["audit"]).await;
     lines
 }
 
-/// Asserts what a query finds in the story.
+/// Asserts the result of a query over the scenario.
 pub fn check(heading: &str, query: &str, found: &[Row]) {
     let text = |row: &Row, field: &str| {
         row.get(field).and_then(|value| value.as_str()).unwrap_or("-").to_owned()
@@ -160,7 +163,7 @@ pub fn check(heading: &str, query: &str, found: &[Row]) {
             let expected = [
                 "v1 a@1 live",
                 "v1 poisoned@1 live",
-                // The projector that was broken before holds up no new one.
+                // The broken projector does not prevent the release of a new one.
                 "v2 late@1 live",
                 "v3 one_time@1 finished",
                 "v3 poisoned@1 live",
@@ -169,7 +172,10 @@ pub fn check(heading: &str, query: &str, found: &[Row]) {
             assert_eq!(released, expected);
             assert!(found.iter().all(|row| number(row, "seconds") >= 0.0), "{found:?}");
             let of = |projector: &str| {
-                found.iter().find(|row| row["projector"] == projector).expect("it is there")
+                found
+                    .iter()
+                    .find(|row| row["projector"] == projector)
+                    .expect("the projector has a row")
             };
             assert_eq!(
                 (number(of("poisoned@1"), "events"), number(of("slow@1"), "events")),
@@ -198,7 +204,7 @@ pub fn check(heading: &str, query: &str, found: &[Row]) {
             let of_slow = found
                 .iter()
                 .find(|row| text(row, "projector") == "slow@1")
-                .expect("it was retried");
+                .expect("the slow projector was retried");
             assert!(
                 number(of_slow, "attempts") >= 2.0 && number(of_slow, "lines") >= 1.0,
                 "{of_slow:?}"
@@ -206,7 +212,7 @@ pub fn check(heading: &str, query: &str, found: &[Row]) {
             assert_ne!(text(of_slow, "last_error"), "-");
         }
         "What held the mark?" => {
-            assert_eq!(found.len(), 2, "both relays told it");
+            assert_eq!(found.len(), 2, "both relays must report the gap");
             assert!(
                 found
                     .iter()
@@ -215,7 +221,10 @@ pub fn check(heading: &str, query: &str, found: &[Row]) {
             );
         }
         "Which receive was slow?" if query.contains("@logStream") => {
-            let receive = found.iter().find(|row| row.contains_key("messages")).expect("a receive");
+            let receive = found
+                .iter()
+                .find(|row| row.contains_key("messages"))
+                .expect("a slow receive is found");
             assert!(
                 number(receive, "seconds") >= 1.0 && number(receive, "messages") >= 1.0,
                 "{receive:?}"
@@ -228,7 +237,10 @@ pub fn check(heading: &str, query: &str, found: &[Row]) {
         }
         "What did the queue not bring, and what did it bring twice?" => {
             let of = |projector: &str| {
-                found.iter().find(|row| row["Projector"] == projector).expect("it is there")
+                found
+                    .iter()
+                    .find(|row| row["Projector"] == projector)
+                    .expect("the projector has a row")
             };
             assert!(
                 number(of("a@1"), "reads") >= 1.0 && number(of("a@1"), "skipped") >= 17.0,
@@ -238,10 +250,13 @@ pub fn check(heading: &str, query: &str, found: &[Row]) {
         "Which projector is slow?" => {
             assert_eq!(found.len(), 5, "{found:?}");
             let of = |projector: &str| {
-                found.iter().find(|row| row["Projector"] == projector).expect("it is there")
+                found
+                    .iter()
+                    .find(|row| row["Projector"] == projector)
+                    .expect("the projector has a row")
             };
-            // Every event of the log up to the gap, however often they came; the other had its own
-            // in three boots and a play.
+            // `a` applied every event up to the gap once, however often messages arrived.
+            // `poisoned` applied its events in three boots and one play.
             assert_eq!(
                 (number(of("a@1"), "applied"), number(of("poisoned@1"), "applied")),
                 (80.0, 80.0)
@@ -258,18 +273,20 @@ pub fn check(heading: &str, query: &str, found: &[Row]) {
             );
         }
         "Which messages are not ours?" => {
-            let mut told = all(&["alert", "reasons", "published_to"]);
-            told.sort();
+            let mut alerts = all(&["alert", "reasons", "published_to"]);
+            alerts.sort();
             let expected = [
                 "foreign_messages 1 not readable -",
                 "queue_changed - arn:aws:sqs:us-east-1:000000000000:before",
             ];
-            assert_eq!(told, expected);
+            assert_eq!(alerts, expected);
             for row in found {
                 assert!(text(row, "queue").ends_with(".fifo"), "{row:?}");
             }
-            let foreign =
-                found.iter().find(|row| row.contains_key("reasons")).expect("it is there");
+            let foreign = found
+                .iter()
+                .find(|row| row.contains_key("reasons"))
+                .expect("the foreign message has a row");
             assert!(
                 number(foreign, "messages") == 1.0 && text(foreign, "example").len() == 36,
                 "{foreign:?}"
@@ -287,6 +304,6 @@ pub fn check(heading: &str, query: &str, found: &[Row]) {
                 "{found:?}"
             );
         }
-        other => panic!("nothing is expected of {other:?}: say here what it must find"),
+        other => panic!("no expected result for {other:?}: add it here"),
     }
 }

@@ -1,5 +1,4 @@
-//! The fields of every log line in the source, found by reading it: `info!(projector = %id,
-//! position, "…")`.
+//! Finds the fields of every log line in the source text: `info!(projector = %id, position, "…")`.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -14,13 +13,13 @@ pub fn fields() -> BTreeSet<String> {
 }
 
 fn read(folder: &Path, fields: &mut BTreeSet<String>) {
-    for file in fs::read_dir(folder).expect("the source") {
-        let path = file.expect("a file").path();
+    for file in fs::read_dir(folder).expect("the folder is readable") {
+        let path = file.expect("the entry is readable").path();
         if path.is_dir() {
             read(&path, fields);
             continue;
         }
-        let text = fs::read_to_string(&path).expect("text");
+        let text = fs::read_to_string(&path).expect("the file is UTF-8");
         for name in MACROS {
             for (at, _) in text.match_indices(name) {
                 for argument in arguments(&text[at + name.len()..]) {
@@ -31,7 +30,7 @@ fn read(folder: &Path, fields: &mut BTreeSet<String>) {
     }
 }
 
-/// What stands between a parenthesis that is open and its end, at the commas.
+/// The arguments of a macro, split at commas. `text` begins after the opening parenthesis.
 fn arguments(text: &str) -> Vec<String> {
     let (mut depth, mut in_text, mut escaped) = (0, false, false);
     let mut arguments = vec![String::new()];
@@ -55,11 +54,11 @@ fn arguments(text: &str) -> Vec<String> {
             last.push(c);
         }
     }
-    panic!("a macro that does not end: {text:.80}")
+    panic!("a macro without its closing parenthesis: {text:.80}")
 }
 
-/// The name of `name = value`, `%name`, `?name` or `name`; what follows the message are its
-/// parameters.
+/// The field's name in `name = value`, `%name`, `?name` or `name`. Format parameters after the
+/// message are counted, too.
 fn field(argument: &str) -> Option<String> {
     let argument = argument.trim();
     let is_name = |text: &&str| {

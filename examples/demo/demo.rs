@@ -1,4 +1,4 @@
-//! What the play is performed on: a fresh database, a fresh queue, and real processes.
+//! The parts of the demo: a new database, a new queue, and real processes.
 
 use std::io::IsTerminal;
 use std::process::Stdio;
@@ -17,10 +17,11 @@ use crate::shop::Shop;
 const DATABASE: &str = "projectionist_demo";
 const QUEUE: &str = "projectionist-demo.fifo";
 
-/// Longer than any step takes.
+/// The limit for each step.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
-pub struct Stage {
+/// Runs the steps of the demo, and prints them.
+pub struct Demo {
     binary: String,
     database_url: String,
     queue_url: String,
@@ -29,34 +30,34 @@ pub struct Stage {
     pub pool: MySqlPool,
 }
 
-/// What a process left.
-pub struct Ended {
+/// The result of a process.
+pub struct FinishedProcess {
     command: String,
     code: Option<i32>,
     pub stdout: String,
     stderr: String,
 }
 
-/// A worker that plays.
+/// A running `projectionist play`.
 pub struct Worker(Child);
 
-/// The application: one `projectionist append` that is fed a line at a time.
+/// The application: one `projectionist append` that receives one line at a time.
 pub struct Writer {
     extra: mpsc::Sender<Value>,
     task: JoinHandle<anyhow::Result<usize>>,
 }
 
-impl Stage {
+impl Demo {
     pub async fn prepare() -> anyhow::Result<Self> {
         let setting = |name| {
             std::env::var(name)
-                .with_context(|| format!("{name} is not set: run this by localstack/demo"))
+                .with_context(|| format!("{name} is not set: run the demo with localstack/demo"))
         };
         let binary = setting("PROJECTIONIST_BIN")?;
         let (server, _) = setting("DATABASE_URL")?
             .rsplit_once('/')
             .map(|(a, b)| (a.to_owned(), b.to_owned()))
-            .context("DATABASE_URL")?;
+            .context("DATABASE_URL names no database")?;
         let database_url = format!("{server}/{DATABASE}");
 
         let admin = MySqlPool::connect(&setting("DATABASE_URL")?)
@@ -85,10 +86,10 @@ impl Stage {
             .context("LocalStack does not answer")?;
         let queue_url = created.queue_url.context("a queue has a URL")?;
         let pool = MySqlPool::connect(&database_url).await?;
-        Ok(Stage { binary, database_url, queue_url, sqs, began: Instant::now(), pool })
+        Ok(Demo { binary, database_url, queue_url, sqs, began: Instant::now(), pool })
     }
 
-    /// Leaves nothing behind.
+    /// Deletes the database and the queue.
     pub async fn clear(&self) -> anyhow::Result<()> {
         sqlx::raw_sql(AssertSqlSafe(format!("drop database {DATABASE}")))
             .execute(&self.pool)
@@ -102,9 +103,9 @@ impl Stage {
         Ok(if version.contains("MariaDB") { version } else { format!("MySQL {version}") })
     }
 
-    // — telling —
+    // — output —
 
-    /// A new act.
+    /// A step, after an empty line.
     pub fn print_chapter(&self, title: &str, text: &str) {
         println!();
         self.print_step(title, text);
@@ -144,30 +145,39 @@ impl Stage {
             .env("DATABASE_URL", &self.database_url)
             .env("QUEUE_URL", &self.queue_url);
         command.env("PROJECTIONIST_LOG_FORMAT", "json").kill_on_drop(true);
-        // What a killed worker held is hidden for this long, and the play must not last for ever.
+        // The messages of a killed worker stay hidden for these 10 s. The default would delay the
+        // demo.
         command.env("PROJECTIONIST_VISIBILITY_TIMEOUT", "10");
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
     }
 
-    pub async fn run(&self, arguments: &[&str]) -> anyhow::Result<Ended> {
+    pub async fn run(&self, arguments: &[&str]) -> anyhow::Result<FinishedProcess> {
         self.run_with(arguments, b"").await
     }
 
-    pub async fn run_with(&self, arguments: &[&str], input: &[u8]) -> anyhow::Result<Ended> {
+    pub async fn run_with(
+        &self,
+        arguments: &[&str],
+        input: &[u8],
+    ) -> anyhow::Result<FinishedProcess> {
         println!("  $ projectionist {}", arguments.join(" "));
         self.run_quietly(arguments, input).await
     }
 
-    async fn run_quietly(&self, arguments: &[&str], input: &[u8]) -> anyhow::Result<Ended> {
+    async fn run_quietly(
+        &self,
+        arguments: &[&str],
+        input: &[u8],
+    ) -> anyhow::Result<FinishedProcess> {
         let mut child = self.command(arguments).stdin(Stdio::piped()).spawn()?;
         let mut stdin = child.stdin.take().context("piped")?;
         stdin.write_all(input).await?;
         drop(stdin);
         let output = tokio::time::timeout(TIMEOUT, child.wait_with_output())
             .await
-            .context("it takes too long")??;
-        Ok(Ended {
+            .with_context(|| format!("`projectionist {}` takes too long", arguments.join(" ")))??;
+        Ok(FinishedProcess {
             command: arguments.join(" "),
             code: output.status.code(),
             stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
@@ -208,7 +218,7 @@ impl Stage {
         Ok(Writer { extra, task })
     }
 
-    // — looking —
+    // — status —
 
     async fn status(&self, release: &str) -> anyhow::Result<Value> {
         let status = self
@@ -229,7 +239,8 @@ impl Stage {
             .into_iter()
             .flatten()
             .find(|row| row["name"] == projector);
-        row.and_then(|row| row["position"].as_u64()).context("it is in the ledger")
+        row.and_then(|row| row["position"].as_u64())
+            .with_context(|| format!("{projector} is not in the ledger"))
     }
 
     pub async fn wait_for_status(
@@ -250,7 +261,8 @@ impl Stage {
         bail!("{projector} did not become {expected}")
     }
 
-    /// Waits until every live projector has passed what is in the log now, while the log goes on.
+    /// Waits until every live projector has reached the present end of the log, which keeps
+    /// growing.
     pub async fn wait_until_caught_up(&self, release: &str) -> anyhow::Result<()> {
         let target = self.high_water().await?;
         let began = Instant::now();
@@ -266,11 +278,11 @@ impl Stage {
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
-        bail!("the worker does not get to {target}")
+        bail!("the worker does not reach position {target}")
     }
 }
 
-impl Ended {
+impl FinishedProcess {
     pub fn expect_exit_code(self, code: i32) -> anyhow::Result<Self> {
         ensure!(
             self.code == Some(code),
@@ -291,29 +303,30 @@ impl Ended {
 }
 
 impl Worker {
-    /// SIGTERM, and exit code 0.
+    /// Sends SIGTERM, and expects exit code 0.
     pub async fn terminate(mut self) -> anyhow::Result<()> {
-        let id = self.0.id().context("it runs")?.to_string();
+        let id = self.0.id().context("the worker has ended")?.to_string();
         Command::new("kill").args(["-TERM", &id]).status().await?;
-        let ended =
-            tokio::time::timeout(TIMEOUT, self.0.wait()).await.context("it does not stop")??;
+        let ended = tokio::time::timeout(TIMEOUT, self.0.wait())
+            .await
+            .context("the worker does not stop")??;
         ensure!(ended.success(), "the worker stopped with {ended}");
         Ok(())
     }
 
-    /// SIGKILL.
+    /// Sends SIGKILL.
     pub async fn kill(mut self) -> anyhow::Result<()> {
         Ok(self.0.kill().await?)
     }
 }
 
 impl Writer {
-    /// Appends one event between the others.
+    /// Appends one event between those of the shop.
     pub async fn append(&self, event: Value) -> anyhow::Result<()> {
         self.extra.send(event).await.context("the application has stopped")
     }
 
-    /// Stops, and says how many events it appended.
+    /// Stops the application, and returns the number of events that it appended.
     pub async fn stop(self) -> anyhow::Result<usize> {
         drop(self.extra);
         self.task.await?
