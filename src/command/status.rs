@@ -39,7 +39,7 @@ struct StatusReport {
     /// The last visible position. It is below the high-water mark if the log was truncated or
     /// restored.
     visible: u64,
-    /// What has blocked the mark below the end of the log for some seconds; null if the mark is not
+    /// The transaction or gap that has blocked the mark for some seconds; null if the mark is not
     /// blocked.
     #[serde(rename = "held")]
     blocked: Option<BlockedReport>,

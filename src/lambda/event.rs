@@ -1,5 +1,5 @@
-//! What a function is invoked with: messages of an event source mapping, or a schedule. Only the
-//! fields that are needed.
+//! The events that invoke a function: messages of an event source mapping, or a schedule. Only the
+//! fields that are used.
 //!
 //! Why ours: the function reads five fields. `aws_lambda_events` would add 9 crates for them,
 //! `chrono` among these.
@@ -12,18 +12,18 @@ use crate::model::error::Error;
 /// Why a function is invoked.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Trigger {
-    /// By an event source mapping of SQS.
+    /// An event source mapping of SQS has messages.
     Messages(MessageBatch),
-    /// By a schedule of EventBridge; or by somebody who says so.
+    /// An EventBridge schedule, or a manual invocation with the same event.
     Schedule,
 }
 
-/// Messages of one queue, in its order.
+/// Messages of one queue, in the order in which the queue delivered them.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct MessageBatch {
     pub(crate) ids: Vec<String>,
     pub(crate) bodies: Vec<String>,
-    /// Its ARN, as the mapping names it.
+    /// The ARN of the queue; empty if the event does not have it.
     pub(crate) queue_arn: String,
 }
 
@@ -35,7 +35,7 @@ struct Envelope {
     detail_type: Option<String>,
 }
 
-/// All optional, so that what another service sends is told as such.
+/// All fields are optional, so that the error for a record of another service can name the service.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Record {
@@ -46,19 +46,18 @@ struct Record {
     event_source_arn: String,
 }
 
-/// What every refusal ends with.
-const EXPECTED: &str = "expected are the messages of an SQS event source mapping ({\"Records\":[{\"eventSource\":\"aws:sqs\",…}]}) \
-                        or a schedule of EventBridge ({\"detail-type\":\"Scheduled Event\"})";
+/// The end of every error message.
+const EXPECTED: &str = "expected the messages of an SQS event source mapping \
+    ({\"Records\":[{\"eventSource\":\"aws:sqs\",…}]}) \
+    or an EventBridge schedule ({\"detail-type\":\"Scheduled Event\"})";
 
-/// Reads an event.
+/// Parses an event.
 ///
 /// # Errors
-/// [`Error::Input`], with what was expected, where it is another.
+/// [`Error::Input`] if the event is of another kind; the message names the expected kinds.
 pub(crate) fn parse(event: &str) -> Result<Trigger, Error> {
     let refuse = |why: String| {
-        Error::Input(format!(
-            "the function was invoked with what it does not know: {why}; {EXPECTED}"
-        ))
+        Error::Input(format!("the function was invoked with an unknown event: {why}; {EXPECTED}"))
     };
     let envelope: Envelope =
         serde_json::from_str(event).map_err(|error| refuse(error.to_string()))?;
@@ -98,9 +97,10 @@ pub(crate) fn parse(event: &str) -> Result<Trigger, Error> {
 }
 
 impl MessageBatch {
-    /// The answer: what is not named in it, the mapping deletes. `processed` says of each message
-    /// whether it may be deleted. Of a FIFO queue the first that may not is returned with all after
-    /// it, so that they come again in their order.
+    /// Returns the response of the invocation. Unprocessed messages are reported as batch item
+    /// failures; the mapping deletes all others. `processed` has a flag for each message. In a FIFO
+    /// queue, all messages after the first unprocessed one are reported, too, so that they come
+    /// again in order.
     pub(crate) fn response(&self, processed: &[bool]) -> Value {
         let mut is_returned = false;
         let is_fifo = self.queue_arn.ends_with(".fifo");
@@ -118,7 +118,12 @@ mod tests {
     use super::*;
 
     fn batch(arn: &str) -> MessageBatch {
-        let record = |id| json!({"messageId": id, "body": "b", "eventSource": "aws:sqs", "eventSourceARN": arn, "awsRegion": "x"});
+        let record = |id| {
+            json!({
+                "messageId": id, "body": "b", "eventSource": "aws:sqs",
+                "eventSourceARN": arn, "awsRegion": "x",
+            })
+        };
         let event = json!({ "Records": [record("1"), record("2"), record("3")] }).to_string();
         let Ok(Trigger::Messages(batch)) = parse(&event) else { panic!("it is one") };
         batch
@@ -148,7 +153,10 @@ mod tests {
     fn a_schedule_event_is_recognized_by_its_type_alone() {
         for event in [
             r#"{"version":"0","source":"aws.events","detail-type":"Scheduled Event","detail":{}}"#,
-            r#"{"source":"aws.scheduler","detail-type":"Scheduled Event","resources":["x"],"detail":"{}"}"#,
+            concat!(
+                r#"{"source":"aws.scheduler","detail-type":"Scheduled Event","#,
+                r#""resources":["x"],"detail":"{}"}"#,
+            ),
             r#"{"detail-type":"Scheduled Event"}"#,
         ] {
             assert_eq!(parse(event).expect("a schedule"), Trigger::Schedule);

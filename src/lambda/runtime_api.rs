@@ -1,8 +1,8 @@
-//! The client of the [Lambda Runtime API]: takes invocations and posts their answers.
+//! The client of the [Lambda Runtime API]: takes invocations and posts their responses.
 //!
 //! Why ours: `lambda_runtime` cannot report an error of the initialization, which is where most
-//! misconfigurations show. It panics where a header or an environment variable is missing, and it
-//! adds 12 crates. `docs/decisions.md` has the figures.
+//! misconfigurations show. It panics if a header or an environment variable is missing, and it adds
+//! 12 crates. `docs/decisions.md` has the figures.
 //!
 //! [Lambda Runtime API]: https://docs.aws.amazon.com/lambda/latest/dg/runtimes-api.html
 
@@ -23,7 +23,7 @@ const MAX_FUNCTION_TIMEOUT: Duration = Duration::from_secs(15 * 60);
 /// Above the 6 MB that Lambda allows an event.
 const MAX_EVENT_BYTES: usize = 16 * 1024 * 1024;
 
-/// For posting an answer: the API is a process on the same host.
+/// The timeout for posting a response. It is short, because the API is a process on the same host.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// One invocation.
@@ -54,12 +54,12 @@ impl RuntimeApi {
     /// The API at the address that the environment names.
     ///
     /// # Errors
-    /// [`Error::Input`] if it names none.
+    /// [`Error::Input`] if the variable is not set.
     pub(crate) fn from_environment() -> Result<Self, Error> {
         let address = std::env::var(RUNTIME_API).map_err(|_| {
             Error::Input(format!(
-                "{RUNTIME_API} is not set: this command is what AWS Lambda starts, and sets that for; \
-                 use play elsewhere"
+                "{RUNTIME_API} is not set: only AWS Lambda, which sets it, can start this command; \
+                use play elsewhere"
             ))
         })?;
         Ok(RuntimeApi { client: HttpClient::local(), base_url: base_url(&address) })
@@ -68,7 +68,7 @@ impl RuntimeApi {
     /// Waits for the next invocation, without a time limit. Lambda freezes the process meanwhile.
     ///
     /// # Errors
-    /// [`Error::Unreachable`] if the API gives no valid answer.
+    /// [`Error::Unreachable`] if the API does not give a valid response.
     pub(crate) async fn next(&self) -> Result<Invocation, Error> {
         loop {
             match self.take().await {
@@ -77,7 +77,7 @@ impl RuntimeApi {
                 Ok(None) => {}
                 Err(why) => {
                     return Err(Error::Unreachable(format!(
-                        "no invocation comes from the Lambda runtime at {}: {why}",
+                        "cannot get an invocation from the Lambda runtime at {}: {why}",
                         self.base_url
                     )));
                 }
@@ -85,7 +85,7 @@ impl RuntimeApi {
         }
     }
 
-    /// Takes an invocation; `None` if the answer is 204.
+    /// Takes an invocation. Returns `None` if the status is 204.
     async fn take(&self) -> Result<Option<Invocation>, HttpError> {
         let response =
             self.client.get(&format!("{}/invocation/next", self.base_url), MAX_EVENT_BYTES).await?;
@@ -106,7 +106,7 @@ impl RuntimeApi {
         Ok(Some(Invocation { id: id.to_owned(), deadline, event: response.body }))
     }
 
-    /// Posts the answer of an invocation. If that fails, it is logged: Lambda then counts the
+    /// Posts the response of an invocation. A failure to post is logged: Lambda then counts the
     /// invocation as failed, and the messages come again.
     pub(crate) async fn respond(&self, invocation: Invocation, response: Result<Value, Error>) {
         match response {
@@ -136,7 +136,7 @@ impl RuntimeApi {
             Ok(status) => format!("status {status}"),
             Err(error) => error.to_string(),
         };
-        error!("the Lambda runtime did not take {path}: {why}");
+        error!("the Lambda runtime did not accept {path}: {why}");
     }
 }
 

@@ -1,6 +1,6 @@
-//! Metrics in CloudWatch's embedded metric format: log lines of which CloudWatch Logs makes metrics
-//! by itself. Its specification is "Specification: Embedded metric format" in the CloudWatch user
-//! guide.
+//! Metrics in CloudWatch's embedded metric format: log lines from which CloudWatch Logs extracts
+//! metrics. The format is specified in the CloudWatch user guide, "Specification: Embedded metric
+//! format".
 //!
 //! Why ours: the crates drop samples or bring 30 more crates; see `infra/cloudwatch.md`.
 
@@ -17,16 +17,16 @@ use crate::model::metrics::{
 };
 use crate::model::projector::ProjectorId;
 
-/// Where log and projectors stand, as one process sees it.
+/// The positions of the log and of the projectors at one time.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(super) struct Snapshot {
     pub(super) high_water: Position,
     pub(super) published: Position,
-    /// Those of this process's set whose life is not over.
+    /// The projectors of this process's set that are not finished or retired.
     pub(super) projectors: Vec<(ProjectorId, Status, Lag)>,
 }
 
-/// What one report tells.
+/// The values of one report.
 pub(super) struct Report<'a> {
     pub(super) service: &'a str,
     pub(super) release: Option<&'a str>,
@@ -37,8 +37,8 @@ pub(super) struct Report<'a> {
 }
 
 impl Report<'_> {
-    /// A line for each projector of which there is something to tell, and one for the whole. None
-    /// is near a limit of the format: 100 metrics, 100 values of one, 1 MB.
+    /// Returns a line for each projector that has values, and one for the service. No line comes
+    /// near a limit of the format: 100 metrics, 100 values of one metric, 1 MB.
     pub(super) fn lines(&self) -> Vec<String> {
         let nothing = ProjectorCounters::default();
         let mut documents: Vec<(Option<&ProjectorId>, Document)> = Vec::new();
@@ -89,8 +89,8 @@ impl Report<'_> {
         document
     }
 
-    /// A document as the log line that it is: with what every line has, and the release, which is
-    /// no dimension.
+    /// Formats a document as a log line, with the fields of every log line. The release is a field
+    /// and not a dimension.
     fn line(&self, id: Option<&ProjectorId>, Document(metrics): Document) -> String {
         let of = metrics.first().map(|(metric, _)| metric.scope.dimensions()).unwrap_or_default();
         let definitions: Vec<Value> = metrics
@@ -102,10 +102,12 @@ impl Report<'_> {
             "_aws".into(),
             json!({
                 "Timestamp": (self.at.unix_timestamp_nanos() / 1_000_000) as i64,
-                "CloudWatchMetrics": [{"Namespace": NAMESPACE, "Dimensions": [of], "Metrics": definitions}],
+                "CloudWatchMetrics": [
+                    {"Namespace": NAMESPACE, "Dimensions": [of], "Metrics": definitions}
+                ],
             }),
         );
-        // As the lines beside it have it.
+        // The precision of all other log lines.
         let to_the_microsecond =
             self.at.replace_nanosecond(self.at.microsecond() * 1_000).unwrap_or(self.at);
         line.insert(
@@ -141,7 +143,7 @@ fn projector_document(counted: &ProjectorCounters, lag: Option<Lag>) -> Document
     document
 }
 
-/// Metrics of the same dimensions.
+/// Metrics with the same dimensions.
 #[derive(Default)]
 struct Document(Vec<(Metric, Value)>);
 
@@ -150,7 +152,7 @@ impl Document {
         self.0.push((metric, value.into()));
     }
 
-    /// Zero is not written: a metric is paid for by the hours in which it has a value.
+    /// Adds a count, unless it is zero: a metric is billed for every hour in which it has a value.
     fn put_count(&mut self, metric: Metric, count: u64) {
         if count > 0 {
             self.put(metric, count);

@@ -1,5 +1,5 @@
-//! Alerts as HTTP: every log line with a field `alert` is posted, too. Never in the way of the
-//! work.
+//! Posts every log line with a field `alert` to a webhook, on a thread of its own that never blocks
+//! the work.
 
 use std::fmt;
 use std::io;
@@ -20,32 +20,32 @@ use crate::aws::http::{HttpClient, HttpError};
 use crate::model::error::Error;
 use crate::model::text;
 
-/// Alerts that wait to be posted. Beyond, they are in the log only.
+/// The most alerts that wait to be posted. Further alerts are only in the log.
 const MAX_QUEUED_ALERTS: usize = 64;
 
-/// One attempt, from connection to answer.
+/// The timeout of one attempt, from connection to response.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Attempts for one alert, and the pause before the second; it doubles.
+/// The most attempts for one alert, and the pause before the second. The pause doubles.
 const MAX_ATTEMPTS: u32 = 4;
 const INITIAL_BACKOFF: Duration = Duration::from_millis(500);
 
-/// How long the end of the process may wait for what was not posted yet.
+/// How long the process waits at its end for alerts that have not been posted.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Takes alerts out of the log, for the thread that posts them.
+/// Sends the alerts of the log to the thread that posts them.
 pub(super) struct WebhookLayer {
     alerts: SyncSender<Value>,
 }
 
-/// The thread that posts. Dropped, it is given a little time to end.
+/// The thread that posts alerts. Dropping it waits for at most [`DRAIN_TIMEOUT`].
 pub(crate) struct Poster {
-    /// Null tells it to end: the log itself never lets go of its sender.
+    /// Sending null ends the thread. The log never drops its sender, so the channel stays open.
     end: SyncSender<Value>,
     thread: Option<JoinHandle<()>>,
 }
 
-/// Starts the thread that posts alerts to this URL.
+/// Starts the thread that posts alerts to `url`.
 pub(super) fn start(url: &str) -> Result<(WebhookLayer, Poster), Error> {
     if !url.starts_with("http://") && !url.starts_with("https://") {
         return Err(Error::Input("the alert URL is not an http or https URL".into()));
@@ -54,7 +54,7 @@ pub(super) fn start(url: &str) -> Result<(WebhookLayer, Poster), Error> {
     let cannot_start = |error: io::Error| {
         Error::Input(format!("cannot start the thread that posts alerts: {error}"))
     };
-    // The process's own runtime may have ended when the last alerts are posted.
+    // A separate runtime, because the process's own may have ended when the last alerts are posted.
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(cannot_start)?;
     let url = url.to_owned();
@@ -69,11 +69,11 @@ pub(super) fn start(url: &str) -> Result<(WebhookLayer, Poster), Error> {
     Ok((WebhookLayer { alerts: alerts.clone() }, Poster { end: alerts, thread: Some(thread) }))
 }
 
-/// Why a post failed, without the URL, which may hold a secret.
+/// The reason why a post failed, without the URL, which may contain a secret.
 type PostError = String;
 
-/// Posts alerts until it is told to end. A post that panics is one that failed: the thread goes on
-/// with the next.
+/// Posts alerts until it receives null. A post that panics counts as failed, and the thread
+/// continues with the next alert.
 fn post_all(post: impl Fn(&str) -> Result<(), PostError>, waiting: &Receiver<Value>) {
     while let Ok(alert) = waiting.recv() {
         if alert.is_null() {
@@ -83,14 +83,14 @@ fn post_all(post: impl Fn(&str) -> Result<(), PostError>, waiting: &Receiver<Val
         let mut backoff = INITIAL_BACKOFF;
         for attempt in 1..=MAX_ATTEMPTS {
             let posted = catch_unwind(AssertUnwindSafe(|| post(&body)))
-                .unwrap_or_else(|_| Err("it panicked".into()));
+                .unwrap_or_else(|_| Err("the post panicked".into()));
             let Err(error) = posted else { break };
-            // No field `alert`: that would come back here.
+            // Without a field `alert`, because this line would then be an alert, too.
             if attempt == MAX_ATTEMPTS {
                 tracing::warn!(
                     attempts = attempt,
                     error,
-                    "an alert could not be posted; it is in the log only"
+                    "an alert could not be posted; it is only in the log"
                 );
             } else {
                 std::thread::sleep(backoff);
@@ -113,7 +113,7 @@ async fn post(client: &HttpClient, url: &str, body: &str) -> Result<(), PostErro
 
 fn reason(error: &HttpError) -> PostError {
     match error {
-        HttpError::Other(_) => "it cannot be reached".into(),
+        HttpError::Other(_) => "the server cannot be reached".into(),
         error => error.to_string(),
     }
 }
@@ -129,24 +129,24 @@ impl<S: Subscriber> Layer<S> for WebhookLayer {
         let timestamp = OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default();
         fields.insert("timestamp".into(), timestamp.into());
         fields.insert("level".into(), event.metadata().level().as_str().into());
-        // What chat tools show; the rest is for machines.
+        // Chat tools show this field.
         let text = alert_text(&fields);
         fields.insert("text".into(), text.into());
         match self.alerts.try_send(Value::Object(fields)) {
             Ok(()) => {}
             Err(TrySendError::Full(_)) => {
-                tracing::warn!("too many alerts wait to be posted; this one is in the log only");
+                tracing::warn!("too many alerts wait to be posted; this one is only in the log");
             }
             Err(TrySendError::Disconnected(_)) => {
                 tracing::warn!(
-                    "the thread that posts alerts has ended; this one is in the log only"
+                    "the thread that posts alerts has ended; this one is only in the log"
                 );
             }
         }
     }
 }
 
-/// An alert in one line: what happened, and the fields that tell where.
+/// Returns an alert in one line: its message, and its fields.
 fn alert_text(fields: &Map<String, Value>) -> String {
     let message = fields.get("message").and_then(Value::as_str).unwrap_or_default();
     let plain = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
@@ -158,7 +158,8 @@ fn alert_text(fields: &Map<String, Value>) -> String {
     escape_for_chat(&format!("projectionist: {message} ({})", details.join(", ")))
 }
 
-/// Slack's format for text has these three of its own: `<!channel>` would call everybody.
+/// Escapes the three control characters of Slack's text format: `<!channel>` would notify a whole
+/// channel.
 fn escape_for_chat(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
 }
@@ -189,7 +190,7 @@ impl Visit for FieldVisitor {
 }
 
 impl Drop for Poster {
-    /// Waits, but not for long, until everything is posted.
+    /// Waits until everything is posted, for at most [`DRAIN_TIMEOUT`].
     fn drop(&mut self) {
         let Some(thread) = self.thread.take() else { return };
         let began = Instant::now();

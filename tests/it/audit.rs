@@ -74,7 +74,7 @@ async fn a_projector_beyond_the_mark_is_named() {
     world.boot(&Registry::new().with(Tally::new("tally")).expect("the name is unique")).await;
     world.execute("update projectors set position = 31").await;
     let audit = world.run(&["audit"]).await.exits(1);
-    assert_eq!(audit.stdout, "projector tally@1 stands at 31, beyond the high-water mark 30\n");
+    assert_eq!(audit.stdout, "projector tally@1 is at 31, beyond the high-water mark 30\n");
 }
 
 #[tokio::test]
