@@ -45,64 +45,6 @@ pub(super) struct AppendCommand {
     file: Option<PathBuf>,
 }
 
-/// One line of the input. An unknown key is an error, because it would be dropped silently.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Line<'a> {
-    #[serde(borrow)]
-    stream_id: std::borrow::Cow<'a, str>,
-    #[serde(borrow)]
-    event_type: std::borrow::Cow<'a, str>,
-    #[serde(borrow)]
-    payload: &'a RawValue,
-    event_id: Option<String>,
-    stream_version: Option<u64>,
-    #[serde(default, with = "time::serde::rfc3339::option")]
-    recorded_at: Option<OffsetDateTime>,
-    #[serde(borrow)]
-    metadata: Option<&'a RawValue>,
-}
-
-/// A message of the thread that reads the input.
-#[derive(Debug)]
-enum InputMessage {
-    /// The number of a line, and its event or the reason why the line is refused.
-    Line(u64, Result<NewEvent, String>),
-    /// The input was read to its end.
-    End,
-}
-
-/// Reads the lines of an input on a thread of its own, because reading standard input blocks.
-struct LineReader {
-    receiver: mpsc::Receiver<InputMessage>,
-    /// The number of the last line that was received.
-    last_line: u64,
-}
-
-impl LineReader {
-    fn read(input: Box<dyn Read + Send>) -> Self {
-        let (sender, receiver) = mpsc::channel(MAX_TRANSACTION_EVENTS);
-        std::thread::spawn(move || read_lines(input, &sender));
-        LineReader { receiver, last_line: 0 }
-    }
-
-    /// Returns the next line that is not empty, or `None` at the end of the input.
-    async fn next(&mut self) -> Option<(u64, Result<NewEvent, String>)> {
-        match self.receiver.recv().await {
-            Some(InputMessage::Line(line, event)) => {
-                self.last_line = line;
-                Some((line, event))
-            }
-            Some(InputMessage::End) => None,
-            // The thread panicked. The input may have more lines, so this is not its end.
-            None => Some((
-                self.last_line + 1,
-                Err("reading the input failed at this line or soon after it".into()),
-            )),
-        }
-    }
-}
-
 impl AppendCommand {
     pub(super) async fn run(self, config: &Config) -> Result<(), Error> {
         let input: Box<dyn Read + Send> = match self.file.filter(|file| file.as_os_str() != "-") {
@@ -270,6 +212,46 @@ fn rejected_index(error: &AppendError, events: &[NewEvent]) -> Option<usize> {
     }
 }
 
+/// Reads the lines of an input on a thread of its own, because reading standard input blocks.
+struct LineReader {
+    receiver: mpsc::Receiver<InputMessage>,
+    /// The number of the last line that was received.
+    last_line: u64,
+}
+
+impl LineReader {
+    fn read(input: Box<dyn Read + Send>) -> Self {
+        let (sender, receiver) = mpsc::channel(MAX_TRANSACTION_EVENTS);
+        std::thread::spawn(move || read_lines(input, &sender));
+        LineReader { receiver, last_line: 0 }
+    }
+
+    /// Returns the next line that is not empty, or `None` at the end of the input.
+    async fn next(&mut self) -> Option<(u64, Result<NewEvent, String>)> {
+        match self.receiver.recv().await {
+            Some(InputMessage::Line(line, event)) => {
+                self.last_line = line;
+                Some((line, event))
+            }
+            Some(InputMessage::End) => None,
+            // The thread panicked. The input may have more lines, so this is not its end.
+            None => Some((
+                self.last_line + 1,
+                Err("reading the input failed at this line or soon after it".into()),
+            )),
+        }
+    }
+}
+
+/// A message of the thread that reads the input.
+#[derive(Debug)]
+enum InputMessage {
+    /// The number of a line, and its event or the reason why the line is refused.
+    Line(u64, Result<NewEvent, String>),
+    /// The input was read to its end.
+    End,
+}
+
 /// Sends each line up to the first that is refused. If none is, sends all lines and then
 /// [`InputMessage::End`].
 fn read_lines(input: Box<dyn Read + Send>, lines: &mpsc::Sender<InputMessage>) {
@@ -294,6 +276,24 @@ fn read_lines(input: Box<dyn Read + Send>, lines: &mpsc::Sender<InputMessage>) {
             return;
         }
     }
+}
+
+/// One line of the input. An unknown key is an error, because it would be dropped silently.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Line<'a> {
+    #[serde(borrow)]
+    stream_id: std::borrow::Cow<'a, str>,
+    #[serde(borrow)]
+    event_type: std::borrow::Cow<'a, str>,
+    #[serde(borrow)]
+    payload: &'a RawValue,
+    event_id: Option<String>,
+    stream_version: Option<u64>,
+    #[serde(default, with = "time::serde::rfc3339::option")]
+    recorded_at: Option<OffsetDateTime>,
+    #[serde(borrow)]
+    metadata: Option<&'a RawValue>,
 }
 
 /// Parses a line into an event. Returns `None` for an empty line.
@@ -333,7 +333,8 @@ mod tests {
             r#"{"stream_id":"a","event_type":"T02 \"x\"","payload":{ "n" : 1.0 },"#,
             r#""metadata":null,"recorded_at":"2010-10-02T07:20:39.266000Z"}"#,
         );
-        let event = parse_line(line.as_bytes()).expect("a line").expect("an event");
+        let event =
+            parse_line(line.as_bytes()).expect("the line is valid").expect("it has an event");
         assert_eq!(
             (event.payload.as_str(), event.metadata, event.event_type.as_str()),
             ("{ \"n\" : 1.0 }", None, "T02 \"x\"")
@@ -389,10 +390,10 @@ mod tests {
         let endless = Box::new(std::io::repeat(b' '));
         let reading = std::thread::spawn(move || read_lines(endless, &sender));
         let Some(InputMessage::Line(line, read)) = events.blocking_recv() else {
-            panic!("it is not refused")
+            panic!("the line is not refused")
         };
         assert!(line == 1 && read.is_err_and(|reason| reason.contains("longer than")));
-        reading.join().expect("it has ended");
+        reading.join().expect("the reader does not panic");
     }
 
     /// A reader that panics at the end of its bytes.
@@ -417,7 +418,9 @@ mod tests {
                 lines.next().await.is_some_and(|(line, event)| line == number && event.is_ok())
             );
         }
-        let Some((3, Err(reason))) = lines.next().await else { panic!("it looks like the end") };
+        let Some((3, Err(reason))) = lines.next().await else {
+            panic!("the panic is not an error at line 3")
+        };
         assert!(reason.contains("broke off"), "{reason}");
     }
 

@@ -56,76 +56,6 @@ pub(super) struct AuditCommand {
     yes: bool,
 }
 
-fn parse_reason(text: &str) -> Result<String, String> {
-    if (1..=1_000).contains(&text.trim().chars().count()) {
-        Ok(text.trim().to_owned())
-    } else {
-        Err("it must have 1 to 1,000 characters".into())
-    }
-}
-
-/// The output of `audit --json`.
-#[derive(Serialize)]
-struct Report {
-    ok: bool,
-    high_water: u64,
-    rows: u64,
-    faults: Vec<String>,
-    /// The first ranges of positions up to the mark that have no row, each with its first and its
-    /// last position.
-    missing_ranges: Vec<(u64, u64)>,
-    /// How many positions up to the mark have no row.
-    missing_count: u64,
-    acceptances: Vec<AcceptanceReport>,
-}
-
-#[derive(Serialize)]
-struct AcceptanceReport {
-    first: u64,
-    last: u64,
-    missing: u64,
-    reason: String,
-    accepted_by: String,
-    accepted_at: String,
-}
-
-impl From<Acceptance> for AcceptanceReport {
-    fn from(acceptance: Acceptance) -> Self {
-        let Acceptance {
-            first,
-            last,
-            missing_positions: missing,
-            reason,
-            accepted_by,
-            accepted_at,
-        } = acceptance;
-        let accepted_at = accepted_at.format(&Rfc3339).unwrap_or_else(|_| accepted_at.to_string());
-        AcceptanceReport { first, last, missing, reason, accepted_by, accepted_at }
-    }
-}
-
-impl AcceptanceReport {
-    fn line(&self) -> String {
-        let AcceptanceReport { first, last, reason, accepted_by, accepted_at, .. } = self;
-        let missing = HumanCount(self.missing);
-        format!(
-            "accepted: positions {first} to {last}, {missing} without a row, by {accepted_by}, \
-            {accepted_at}: {reason}"
-        )
-    }
-}
-
-/// Returns a callback that logs at intervals how far the log has been read.
-fn progress_logger() -> impl FnMut(Position, Position) {
-    let mut last_logged = Instant::now();
-    move |at, end| {
-        if last_logged.elapsed() >= PROGRESS_INTERVAL {
-            last_logged = Instant::now();
-            info!(position = at.get(), through = end.get(), "auditing");
-        }
-    }
-}
-
 impl AuditCommand {
     pub(super) async fn run(self, config: &Config) -> Result<(), Error> {
         let database = config.database().await?;
@@ -178,6 +108,136 @@ impl AuditCommand {
         } else {
             Err(Error::LogFault(format!("the audit found {} fault(s)", faults.count)))
         }
+    }
+}
+
+fn parse_reason(text: &str) -> Result<String, String> {
+    if (1..=1_000).contains(&text.trim().chars().count()) {
+        Ok(text.trim().to_owned())
+    } else {
+        Err("it must have 1 to 1,000 characters".into())
+    }
+}
+
+/// Accepts that rows of a range are lost.
+///
+/// # Errors
+/// [`Error::Input`] if there is nothing to accept, or if rows are missing outside the range.
+async fn accept(
+    store: &EventStore,
+    log: &LogAudit,
+    range: std::ops::RangeInclusive<Position>,
+    reason: &str,
+    yes: bool,
+) -> Result<(), Error> {
+    let (first, last) = range.into_inner();
+    if first > last || last > log.high_water {
+        return Err(Error::Input(format!(
+            "positions {first} to {last} are not a range up to the high-water mark {}",
+            log.high_water
+        )));
+    }
+    if log.missing.count == 0 && log.is_unchanged {
+        return Err(Error::Input("there is nothing to accept: the log is unchanged".into()));
+    }
+    let missing = store.missing_between(first, last).await?;
+    if missing != log.missing.count {
+        return Err(Error::Input(format!(
+            "{} positions up to the high-water mark have no row, and {} of them lie between \
+            {first} and {last}: nothing was accepted. Accept a range that contains all of them\n{}",
+            HumanCount(log.missing.count),
+            HumanCount(missing),
+            describe_missing(&log.missing).join("\n")
+        )));
+    }
+    confirm(
+        &format!(
+            "{} positions from {first} to {last} have no row: each gets a filler, and the log as \
+            it is now counts as complete. It cannot be checked that the other {} rows up to {} are \
+            unchanged, and what projectors did with the lost rows cannot be undone",
+            HumanCount(missing),
+            HumanCount(log.rows),
+            log.high_water
+        ),
+        yes,
+    )?;
+    let user = std::env::var("USER").unwrap_or_else(|_| "unknown user".into());
+    let by: String = format!("{user} on {}", hostname()).chars().take(200).collect();
+    match store.accept(first, last, reason, &by, progress_logger()).await? {
+        AcceptOutcome::Accepted { missing } => {
+            info!(
+                first = first.get(),
+                last = last.get(),
+                missing,
+                "the log is accepted as it is now"
+            );
+            Ok(())
+        }
+        AcceptOutcome::Blocked(blocker) => {
+            let at = match blocker {
+                Blocker::InFlight(position) => position.get(),
+                Blocker::WideGap(gap) => *gap.start(),
+            };
+            Err(Error::Input(format!(
+                "a transaction that has not ended holds a position from {at} on: nothing was \
+                accepted. Run the command again when the transaction has ended"
+            )))
+        }
+        AcceptOutcome::MissingElsewhere(count) => Err(Error::Input(format!(
+            "{} positions outside the range lost their rows meanwhile: nothing was accepted",
+            HumanCount(count)
+        ))),
+    }
+}
+
+/// The output of `audit --json`.
+#[derive(Serialize)]
+struct Report {
+    ok: bool,
+    high_water: u64,
+    rows: u64,
+    faults: Vec<String>,
+    /// The first ranges of positions up to the mark that have no row, each with its first and its
+    /// last position.
+    missing_ranges: Vec<(u64, u64)>,
+    /// How many positions up to the mark have no row.
+    missing_count: u64,
+    acceptances: Vec<AcceptanceReport>,
+}
+
+#[derive(Serialize)]
+struct AcceptanceReport {
+    first: u64,
+    last: u64,
+    missing: u64,
+    reason: String,
+    accepted_by: String,
+    accepted_at: String,
+}
+
+impl From<Acceptance> for AcceptanceReport {
+    fn from(acceptance: Acceptance) -> Self {
+        let Acceptance {
+            first,
+            last,
+            missing_positions: missing,
+            reason,
+            accepted_by,
+            accepted_at,
+        } = acceptance;
+        let accepted_at = accepted_at.format(&Rfc3339).unwrap_or_else(|_| accepted_at.to_string());
+        AcceptanceReport { first, last, missing, reason, accepted_by, accepted_at }
+    }
+}
+
+impl AcceptanceReport {
+    fn line(&self) -> String {
+        let AcceptanceReport { first, last, reason, accepted_by, accepted_at, .. } = self;
+        let missing = HumanCount(self.missing);
+        format!(
+            "accepted: positions {first} to {last}, {missing} without a row, by {accepted_by}, \
+            {accepted_at}: {reason}"
+        )
     }
 }
 
@@ -262,73 +322,13 @@ fn describe_missing(missing: &MissingPositions) -> Vec<String> {
     listed
 }
 
-/// Accepts that rows of a range are lost.
-///
-/// # Errors
-/// [`Error::Input`] if there is nothing to accept, or if rows are missing outside the range.
-async fn accept(
-    store: &EventStore,
-    log: &LogAudit,
-    range: std::ops::RangeInclusive<Position>,
-    reason: &str,
-    yes: bool,
-) -> Result<(), Error> {
-    let (first, last) = range.into_inner();
-    if first > last || last > log.high_water {
-        return Err(Error::Input(format!(
-            "positions {first} to {last} are not a range up to the high-water mark {}",
-            log.high_water
-        )));
-    }
-    if log.missing.count == 0 && log.is_unchanged {
-        return Err(Error::Input("there is nothing to accept: the log is unchanged".into()));
-    }
-    let missing = store.missing_between(first, last).await?;
-    if missing != log.missing.count {
-        return Err(Error::Input(format!(
-            "{} positions up to the high-water mark have no row, and {} of them lie between \
-            {first} and {last}: nothing was accepted. Accept a range that contains all of them\n{}",
-            HumanCount(log.missing.count),
-            HumanCount(missing),
-            describe_missing(&log.missing).join("\n")
-        )));
-    }
-    confirm(
-        &format!(
-            "{} positions from {first} to {last} have no row: each gets a filler, and the log as \
-            it is now counts as complete. It cannot be checked that the other {} rows up to {} are \
-            unchanged, and what projectors did with the lost rows cannot be undone",
-            HumanCount(missing),
-            HumanCount(log.rows),
-            log.high_water
-        ),
-        yes,
-    )?;
-    let user = std::env::var("USER").unwrap_or_else(|_| "unknown user".into());
-    let by: String = format!("{user} on {}", hostname()).chars().take(200).collect();
-    match store.accept(first, last, reason, &by, progress_logger()).await? {
-        AcceptOutcome::Accepted { missing } => {
-            info!(
-                first = first.get(),
-                last = last.get(),
-                missing,
-                "the log is accepted as it is now"
-            );
-            Ok(())
+/// Returns a callback that logs at intervals how far the log has been read.
+fn progress_logger() -> impl FnMut(Position, Position) {
+    let mut last_logged = Instant::now();
+    move |at, end| {
+        if last_logged.elapsed() >= PROGRESS_INTERVAL {
+            last_logged = Instant::now();
+            info!(position = at.get(), through = end.get(), "auditing");
         }
-        AcceptOutcome::Blocked(blocker) => {
-            let at = match blocker {
-                Blocker::InFlight(position) => position.get(),
-                Blocker::WideGap(gap) => *gap.start(),
-            };
-            Err(Error::Input(format!(
-                "a transaction that has not ended holds a position from {at} on: nothing was \
-                accepted. Run the command again when the transaction has ended"
-            )))
-        }
-        AcceptOutcome::MissingElsewhere(count) => Err(Error::Input(format!(
-            "{} positions outside the range lost their rows meanwhile: nothing was accepted",
-            HumanCount(count)
-        ))),
     }
 }

@@ -207,14 +207,6 @@ struct ProgressDisplay {
     round: Option<Round>,
 }
 
-/// A round of catching up to one target. A new target begins a new round.
-struct Round {
-    target: u64,
-    start: u64,
-    began: Instant,
-    last_logged: Instant,
-}
-
 impl ProgressDisplay {
     fn new() -> Self {
         let style = "{bar:40} {pos}/{len} events  {per_sec}  {eta} left  {msg}";
@@ -276,4 +268,12 @@ impl ProgressDisplay {
             bar.finish_and_clear();
         }
     }
+}
+
+/// A round of catching up to one target. A new target begins a new round.
+struct Round {
+    target: u64,
+    start: u64,
+    began: Instant,
+    last_logged: Instant,
 }

@@ -126,42 +126,42 @@ mod tests {
 
     #[test]
     fn a_heartbeat_does_not_follow_symbolic_links() {
-        let folder = tempfile::tempdir().expect("a folder");
+        let folder = tempfile::tempdir().expect("a temporary folder");
         let (target, link) = (folder.path().join("target"), folder.path().join("heartbeat"));
-        std::fs::write(&target, "not a heartbeat").expect("written");
+        std::fs::write(&target, "not a heartbeat").expect("the target can be written");
         let long_ago = SystemTime::now() - Duration::from_secs(3600);
         File::options()
             .write(true)
             .open(&target)
             .and_then(|file| file.set_modified(long_ago))
-            .expect("dated");
+            .expect("the time can be set");
         let temporary = folder.path().join(format!("heartbeat.{}", std::process::id()));
         for place in [&link, &temporary] {
-            std::os::unix::fs::symlink(&target, place).expect("linked");
+            std::os::unix::fs::symlink(&target, place).expect("the link can be created");
         }
         let missing = folder.path().join("missing");
-        touch(&link).expect("touched");
+        touch(&link).expect("the file can be touched");
         let dated =
-            std::fs::metadata(&target).and_then(|file| file.modified()).expect("it is there");
+            std::fs::metadata(&target).and_then(|file| file.modified()).expect("the file exists");
         assert_eq!(dated, long_ago);
         assert!(
-            !std::fs::symlink_metadata(&link).expect("it is there").is_symlink()
+            !std::fs::symlink_metadata(&link).expect("the file exists").is_symlink()
                 && !temporary.exists()
         );
 
-        std::fs::remove_file(&link).expect("removed");
-        std::os::unix::fs::symlink(&missing, &link).expect("linked");
-        touch(&link).expect("touched");
+        std::fs::remove_file(&link).expect("the link can be removed");
+        std::os::unix::fs::symlink(&missing, &link).expect("the link can be created");
+        touch(&link).expect("the file can be touched");
         assert!(!missing.exists(), "no file is created through a link");
     }
 
     #[tokio::test]
     async fn a_blocked_loop_writes_no_heartbeat() {
-        let folder = tempfile::tempdir().expect("a folder");
+        let folder = tempfile::tempdir().expect("a temporary folder");
         let file = folder.path().join("heartbeat");
-        let heartbeat = Heartbeat::new(Some(&file)).expect("it can be written");
+        let heartbeat = Heartbeat::new(Some(&file)).expect("the file can be written");
         let touched =
-            || std::fs::metadata(&file).and_then(|file| file.modified()).expect("it is there");
+            || std::fs::metadata(&file).and_then(|file| file.modified()).expect("the file exists");
         let first = touched();
         let blocking = async { std::thread::sleep(2 * HEARTBEAT_INTERVAL) };
         tokio::select! {

@@ -60,21 +60,6 @@ pub(super) struct LambdaCommand {
     relay: RelayOptions,
 }
 
-/// The state of a function, which is created once and used by every invocation.
-struct Function<'a> {
-    options: LambdaCommand,
-    config: &'a Config,
-    database: Database,
-    registry: Registry,
-    reporter: Reporter,
-    worker: Worker,
-    queue: Option<Arc<dyn Queue>>,
-    last_used: SystemTime,
-    has_been_invoked: bool,
-    /// Whether [`Function::check_queue`] has succeeded.
-    has_checked_queue: bool,
-}
-
 impl LambdaCommand {
     pub(super) async fn run(self, config: &Config, registry: Registry) -> Result<(), Error> {
         let signal = shutdown_signal()?;
@@ -128,6 +113,21 @@ fn shutdown_result(is_by_signal: bool) -> Result<(), Error> {
     } else {
         Err(Error::Unreachable("the task that waits for signals has ended without one".into()))
     }
+}
+
+/// The state of a function, which is created once and used by every invocation.
+struct Function<'a> {
+    options: LambdaCommand,
+    config: &'a Config,
+    database: Database,
+    registry: Registry,
+    reporter: Reporter,
+    worker: Worker,
+    queue: Option<Arc<dyn Queue>>,
+    last_used: SystemTime,
+    has_been_invoked: bool,
+    /// Whether [`Function::check_queue`] has succeeded.
+    has_checked_queue: bool,
 }
 
 impl<'a> Function<'a> {

@@ -74,7 +74,8 @@ impl RelayCommand {
             StallWatch::default(),
         );
         if !self.once {
-            // If the tables are missing, this fails at once; the relay's loop would retry for ever.
+            // If the tables are missing, this fails at once. The relay's loop would retry without
+            // end.
             let marks = tokio::select! {
                 marks = store.marks() => marks?,
                 () = &mut shutdown => return Ok(()),

@@ -59,11 +59,10 @@ impl RetireCommand {
                 on them"
             }
             (true, true) => {
-                "its tables are torn down; it has side effects, so its row stays, as retired, for \
-                ever"
+                "its tables are torn down; it has side effects, so its row stays, as retired, permanently"
             }
             (false, true) => {
-                "it has side effects, so its row stays, as retired, for ever; its tables stay, too"
+                "it has side effects, so its row stays, as retired, permanently; its tables stay, too"
             }
         };
         confirm(

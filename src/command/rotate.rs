@@ -13,7 +13,7 @@ use crate::store::EventStore;
 #[command(after_help = "\
 Use it for a database that was restored from a backup, or that is a clone of another: the queue \
 may still have messages of the former log, or of the other one. Also use it if the key may have \
-leaked: whoever has the key can forge messages.
+leaked: with the key, messages can be forged.
 
 Safe while workers, functions and relays run: they use the new id and key within seconds, and no \
 event is lost or applied twice. Messages that were sent before do not belong to this log any \

@@ -32,76 +32,6 @@ pub(super) struct StatusCommand {
     json: bool,
 }
 
-/// The output of `status --json`.
-#[derive(Serialize)]
-struct StatusReport {
-    high_water: u64,
-    /// The last visible position. It is below the high-water mark if the log was truncated or
-    /// restored.
-    visible: u64,
-    /// The transaction or gap that has blocked the mark for some seconds; null if the mark is not
-    /// blocked.
-    #[serde(rename = "held")]
-    blocked: Option<BlockedReport>,
-    published: u64,
-    /// A fault that is visible at the end of the log; `audit` checks the whole log.
-    log_fault: Option<String>,
-    /// How often a message that is not of this log was received.
-    foreign_messages: u64,
-    /// When such a message was last received.
-    foreign_at: Option<String>,
-    projectors: Vec<ProjectorReport>,
-}
-
-#[derive(Serialize)]
-struct BlockedReport {
-    position: u64,
-    /// The last missing position of a gap that is too wide to be filled automatically; else null.
-    last: Option<u64>,
-    since: String,
-}
-
-#[derive(Serialize)]
-struct ProjectorReport {
-    name: String,
-    version: u32,
-    mode: &'static str,
-    status: &'static str,
-    position: u64,
-    lag_events: u64,
-    lag_seconds: f64,
-    /// The digest of the definition that was last booted; null if the projector is new, or was
-    /// booted by a release without digests.
-    digest: Option<String>,
-    /// Whether the definition in the given set differs; null if no set is given, or if the set does
-    /// not have the projector.
-    changed: Option<bool>,
-    failure: Option<FailureReport>,
-    /// Whether the given set has the projector. Only the table shows this.
-    #[serde(skip)]
-    is_known: bool,
-}
-
-/// The failure of a projector. Position and type are null if its setup failed, before any event.
-#[derive(Serialize)]
-pub(super) struct FailureReport {
-    position: Option<u64>,
-    event_type: Option<String>,
-    error: String,
-    at: String,
-}
-
-impl From<&Failure> for FailureReport {
-    fn from(failure: &Failure) -> Self {
-        FailureReport {
-            position: failure.event.as_ref().map(|event| event.position.get()),
-            event_type: failure.event.as_ref().map(|event| event.event_type.clone()),
-            error: failure.error.clone(),
-            at: failure.at.format(&Rfc3339).unwrap_or_else(|_| failure.at.to_string()),
-        }
-    }
-}
-
 impl StatusCommand {
     pub(super) async fn run(self, config: &Config, registry: Registry) -> Result<(), Error> {
         let registry = config.registry(registry)?;
@@ -171,6 +101,56 @@ async fn report(
     })
 }
 
+/// The output of `status --json`.
+#[derive(Serialize)]
+struct StatusReport {
+    high_water: u64,
+    /// The last visible position. It is below the high-water mark if the log was truncated or
+    /// restored.
+    visible: u64,
+    /// The transaction or gap that has blocked the mark for some seconds; null if the mark is not
+    /// blocked.
+    #[serde(rename = "held")]
+    blocked: Option<BlockedReport>,
+    published: u64,
+    /// A fault that is visible at the end of the log; `audit` checks the whole log.
+    log_fault: Option<String>,
+    /// How often a message that is not of this log was received.
+    foreign_messages: u64,
+    /// When such a message was last received.
+    foreign_at: Option<String>,
+    projectors: Vec<ProjectorReport>,
+}
+
+#[derive(Serialize)]
+struct BlockedReport {
+    position: u64,
+    /// The last missing position of a gap that is too wide to be filled automatically; else null.
+    last: Option<u64>,
+    since: String,
+}
+
+#[derive(Serialize)]
+struct ProjectorReport {
+    name: String,
+    version: u32,
+    mode: &'static str,
+    status: &'static str,
+    position: u64,
+    lag_events: u64,
+    lag_seconds: f64,
+    /// The digest of the definition that was last booted; null if the projector is new, or was
+    /// booted by a release without digests.
+    digest: Option<String>,
+    /// Whether the definition in the given set differs; null if no set is given, or if the set does
+    /// not have the projector.
+    changed: Option<bool>,
+    failure: Option<FailureReport>,
+    /// Whether the given set has the projector. Only the table shows this.
+    #[serde(skip)]
+    is_known: bool,
+}
+
 impl ProjectorReport {
     fn new(entry: &Entry, lag: Lag, known: Option<&RegisteredProjector>) -> Self {
         ProjectorReport {
@@ -185,6 +165,37 @@ impl ProjectorReport {
             changed: known.map(|projector| !entry.matches_digest(&projector.digest)),
             failure: entry.status.failure().map(FailureReport::from),
             is_known: known.is_some(),
+        }
+    }
+}
+
+/// The failure of a projector. Position and type are null if its setup failed, before any event.
+#[derive(Serialize)]
+pub(super) struct FailureReport {
+    position: Option<u64>,
+    event_type: Option<String>,
+    error: String,
+    at: String,
+}
+
+impl From<&Failure> for FailureReport {
+    fn from(failure: &Failure) -> Self {
+        FailureReport {
+            position: failure.event.as_ref().map(|event| event.position.get()),
+            event_type: failure.event.as_ref().map(|event| event.event_type.clone()),
+            error: failure.error.clone(),
+            at: failure.at.format(&Rfc3339).unwrap_or_else(|_| failure.at.to_string()),
+        }
+    }
+}
+
+impl FailureReport {
+    fn summary(&self) -> String {
+        match (self.position, &self.event_type) {
+            (Some(position), Some(event_type)) => {
+                format!("at {position}, {event_type}: {} ({})", self.error, self.at)
+            }
+            _ => format!("{} ({})", self.error, self.at),
         }
     }
 }
@@ -249,16 +260,5 @@ fn format_table(report: &StatusReport, has_set: bool) -> String {
         format!("{marks}\nno projector has been booted yet")
     } else {
         format!("{marks}\n\n{}", table.trim_fmt())
-    }
-}
-
-impl FailureReport {
-    fn summary(&self) -> String {
-        match (self.position, &self.event_type) {
-            (Some(position), Some(event_type)) => {
-                format!("at {position}, {event_type}: {} ({})", self.error, self.at)
-            }
-            _ => format!("{} ({})", self.error, self.at),
-        }
     }
 }

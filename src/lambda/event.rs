@@ -125,7 +125,9 @@ mod tests {
             })
         };
         let event = json!({ "Records": [record("1"), record("2"), record("3")] }).to_string();
-        let Ok(Trigger::Messages(batch)) = parse(&event) else { panic!("it is one") };
+        let Ok(Trigger::Messages(batch)) = parse(&event) else {
+            panic!("the event has no messages")
+        };
         batch
     }
 

@@ -217,7 +217,7 @@ mod tests {
         counted.mark = Some(MarkState::BlockedSince(Instant::now() - Duration::from_secs(3)));
         let failure = crate::model::lifecycle::Failure {
             event: None,
-            error: "as told".into(),
+            error: "the handler failed".into(),
             at: OffsetDateTime::UNIX_EPOCH,
             attempts: 1,
             release: None,

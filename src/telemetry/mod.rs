@@ -49,57 +49,6 @@ pub(crate) struct Telemetry {
     _poster: Option<Poster>,
 }
 
-/// Writes a field as text. Control characters are escaped, so that a value cannot move the cursor
-/// or begin a line.
-fn write_field(writer: &mut Writer<'_>, field: &Field, value: &dyn fmt::Debug) -> fmt::Result {
-    let value = format!("{value:?}");
-    let value = text::redact(&value);
-    let value = text::escape_control(&value);
-    match field.name() {
-        "message" => write!(writer, "{value}"),
-        // The source location of a library that logs with the crate `log`.
-        name if name.starts_with("log.") => Ok(()),
-        name => write!(writer, "{name}={value}"),
-    }
-}
-
-/// Writes lines of JSON to standard error, each with one write.
-#[derive(Default)]
-struct JsonToStderr(Vec<u8>);
-
-impl Write for JsonToStderr {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        let line = std::mem::take(&mut self.0);
-        let line = String::from_utf8_lossy(&line);
-        stderr().lock().write_all(text::redact_json(&line).as_bytes())
-    }
-}
-
-impl Drop for JsonToStderr {
-    fn drop(&mut self) {
-        if !self.0.is_empty() {
-            // A log line that cannot be written cannot be reported either.
-            let _ = self.flush();
-        }
-    }
-}
-
-/// Logs why a command failed. With JSON logs, the error is a JSON line, too, so that every line can
-/// be parsed and an alarm on errors sees it.
-pub(crate) fn log_error(error: &Error, format: LogFormat) {
-    // A filter can drop errors, and with an invalid filter there is no log.
-    if format.is_json() && tracing::enabled!(tracing::Level::ERROR) {
-        tracing::error!("{error}");
-    } else {
-        eprintln!("error: {}", text::escape_control_lines(&text::redact(&error.to_string())));
-    }
-}
-
 /// Starts logging with a filter such as `info` or `projectionist=debug`, and posts alerts to
 /// `alert_url`. Alerts are logged regardless of the filter, because alarms are made from the log.
 pub(crate) fn start(
@@ -154,4 +103,55 @@ pub(crate) fn start(
         .with(webhook)
         .try_init();
     Ok(Telemetry { _poster: poster })
+}
+
+/// Logs why a command failed. With JSON logs, the error is a JSON line, too, so that every line can
+/// be parsed and an alarm on errors sees it.
+pub(crate) fn log_error(error: &Error, format: LogFormat) {
+    // A filter can drop errors, and with an invalid filter there is no log.
+    if format.is_json() && tracing::enabled!(tracing::Level::ERROR) {
+        tracing::error!("{error}");
+    } else {
+        eprintln!("error: {}", text::escape_control_lines(&text::redact(&error.to_string())));
+    }
+}
+
+/// Writes a field as text. Control characters are escaped, so that a value cannot move the cursor
+/// or begin a line.
+fn write_field(writer: &mut Writer<'_>, field: &Field, value: &dyn fmt::Debug) -> fmt::Result {
+    let value = format!("{value:?}");
+    let value = text::redact(&value);
+    let value = text::escape_control(&value);
+    match field.name() {
+        "message" => write!(writer, "{value}"),
+        // The source location of a library that logs with the crate `log`.
+        name if name.starts_with("log.") => Ok(()),
+        name => write!(writer, "{name}={value}"),
+    }
+}
+
+/// Writes lines of JSON to standard error, each with one write.
+#[derive(Default)]
+struct JsonToStderr(Vec<u8>);
+
+impl Write for JsonToStderr {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        let line = std::mem::take(&mut self.0);
+        let line = String::from_utf8_lossy(&line);
+        stderr().lock().write_all(text::redact_json(&line).as_bytes())
+    }
+}
+
+impl Drop for JsonToStderr {
+    fn drop(&mut self) {
+        if !self.0.is_empty() {
+            // A log line that cannot be written cannot be reported either.
+            let _ = self.flush();
+        }
+    }
 }

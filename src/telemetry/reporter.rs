@@ -44,43 +44,6 @@ pub(crate) struct Reporter {
     release: Option<String>,
 }
 
-/// Reads the lag of every projector of a set.
-pub(crate) struct LagSource<'a> {
-    ledger: Ledger,
-    store: EventStore,
-    registry: &'a Registry,
-}
-
-impl<'a> LagSource<'a> {
-    pub(crate) fn new(database: &Database, registry: &'a Registry) -> Self {
-        LagSource { ledger: Ledger::new(database), store: EventStore::new(database), registry }
-    }
-
-    async fn read_snapshot(&self, query_timeout: Duration) -> Option<Snapshot> {
-        let lag_report =
-            match timeout(query_timeout, LagReport::read(&self.ledger, &self.store)).await {
-                Ok(Ok(lag_report)) => lag_report,
-                Ok(Err(error)) => {
-                    warn!(%error, "the lag cannot be measured now");
-                    return None;
-                }
-                Err(_) => {
-                    warn!(error = "no answer in time", "the lag cannot be measured now");
-                    return None;
-                }
-            };
-        let projectors = lag_report.projectors.into_iter().filter(|(entry, _)| {
-            self.registry.get(&entry.id).is_some()
-                && !matches!(entry.status, Status::Finished | Status::Retired)
-        });
-        Some(Snapshot {
-            high_water: lag_report.high_water,
-            published: lag_report.published,
-            projectors: projectors.map(|(entry, lag)| (entry.id, entry.status, lag)).collect(),
-        })
-    }
-}
-
 impl Reporter {
     /// Starts counting, unless metrics are off.
     pub(crate) fn new(format: MetricsFormat, service: &str, release: Option<&str>) -> Self {
@@ -168,14 +131,40 @@ impl Reporter {
     }
 }
 
-/// Calls `tick` at once and then after every period. Its argument is `true` in the first call.
-async fn repeat(period: Duration, tick: impl AsyncFn(bool)) -> Infallible {
-    let mut is_first = true;
-    let mut ticks = interval(period);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    loop {
-        ticks.tick().await;
-        tick(std::mem::take(&mut is_first)).await;
+/// Reads the lag of every projector of a set.
+pub(crate) struct LagSource<'a> {
+    ledger: Ledger,
+    store: EventStore,
+    registry: &'a Registry,
+}
+
+impl<'a> LagSource<'a> {
+    pub(crate) fn new(database: &Database, registry: &'a Registry) -> Self {
+        LagSource { ledger: Ledger::new(database), store: EventStore::new(database), registry }
+    }
+
+    async fn read_snapshot(&self, query_timeout: Duration) -> Option<Snapshot> {
+        let lag_report =
+            match timeout(query_timeout, LagReport::read(&self.ledger, &self.store)).await {
+                Ok(Ok(lag_report)) => lag_report,
+                Ok(Err(error)) => {
+                    warn!(%error, "the lag cannot be measured now");
+                    return None;
+                }
+                Err(_) => {
+                    warn!(error = "no answer in time", "the lag cannot be measured now");
+                    return None;
+                }
+            };
+        let projectors = lag_report.projectors.into_iter().filter(|(entry, _)| {
+            self.registry.get(&entry.id).is_some()
+                && !matches!(entry.status, Status::Finished | Status::Retired)
+        });
+        Some(Snapshot {
+            high_water: lag_report.high_water,
+            published: lag_report.published,
+            projectors: projectors.map(|(entry, lag)| (entry.id, entry.status, lag)).collect(),
+        })
     }
 }
 
@@ -191,6 +180,17 @@ pub(crate) fn parse_service_name(name: &str) -> Result<String, String> {
             .into());
     }
     Ok(name.to_owned())
+}
+
+/// Calls `tick` at once and then after every period. Its argument is `true` in the first call.
+async fn repeat(period: Duration, tick: impl AsyncFn(bool)) -> Infallible {
+    let mut is_first = true;
+    let mut ticks = interval(period);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        tick(std::mem::take(&mut is_first)).await;
+    }
 }
 
 #[cfg(test)]

@@ -219,7 +219,7 @@ mod tests {
         let post = |body: &str| {
             posted.borrow_mut().push(body.to_owned());
             match body {
-                "\"bad\"" => panic!("as the test asks"),
+                "\"bad\"" => panic!("the test makes the post panic"),
                 _ => Ok(()),
             }
         };

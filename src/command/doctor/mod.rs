@@ -39,90 +39,6 @@ pub(super) struct DoctorCommand {
     json: bool,
 }
 
-fn commands() -> Vec<&'static str> {
-    COMMAND_PRIVILEGES.iter().map(|(command, _)| *command).collect()
-}
-
-/// The result of a check, from good to bad.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "snake_case")]
-enum Level {
-    Ok,
-    /// Not a problem, but worth knowing.
-    Note,
-    /// Works, but not as well or as safely as it could.
-    Warning,
-    /// Does not work.
-    Error,
-    /// The database or the queue cannot be reached.
-    Unreachable,
-}
-
-/// One line of the report.
-#[derive(Debug, Serialize)]
-struct Check {
-    name: String,
-    level: Level,
-    detail: String,
-    /// How to fix the problem.
-    remedy: Option<String>,
-}
-
-#[derive(Serialize)]
-struct Report<'a> {
-    healthy: bool,
-    checks: &'a [Check],
-}
-
-impl fmt::Display for Level {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Level::Ok => "ok",
-            Level::Note => "note",
-            Level::Warning => "warning",
-            Level::Error => "ERROR",
-            Level::Unreachable => "UNREACHABLE",
-        })
-    }
-}
-
-impl fmt::Display for Check {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{:<12}  {:<27}  {}",
-            self.level.to_string(),
-            self.name,
-            escape_control(&self.detail)
-        )?;
-        self.remedy.as_ref().map_or(Ok(()), |remedy| write!(f, "; {remedy}"))
-    }
-}
-
-impl Check {
-    fn ok(name: &str, detail: impl Into<String>) -> Self {
-        Check { name: name.into(), level: Level::Ok, detail: detail.into(), remedy: None }
-    }
-
-    fn problem(
-        level: Level,
-        name: &str,
-        detail: impl Into<String>,
-        remedy: impl Into<String>,
-    ) -> Self {
-        Check { name: name.into(), level, detail: detail.into(), remedy: Some(remedy.into()) }
-    }
-
-    /// A check that could not be made because of an error.
-    fn failed(name: &str, error: &Error) -> Self {
-        let level = match error {
-            Error::Unreachable(_) => Level::Unreachable,
-            _ => Level::Error,
-        };
-        Check { name: name.into(), level, detail: error.to_string(), remedy: None }
-    }
-}
-
 impl DoctorCommand {
     pub(super) async fn run(self, config: &Config, registry: Registry) -> Result<(), Error> {
         let mut checks = Vec::new();
@@ -184,6 +100,10 @@ impl DoctorCommand {
     }
 }
 
+fn commands() -> Vec<&'static str> {
+    COMMAND_PRIVILEGES.iter().map(|(command, _)| *command).collect()
+}
+
 /// Checks that the projectors' files load, and which projectors must be booted.
 async fn examine_projectors(
     database: &Database,
@@ -240,5 +160,85 @@ async fn examine_projectors(
                 "run boot",
             ),
         });
+    }
+}
+
+#[derive(Serialize)]
+struct Report<'a> {
+    healthy: bool,
+    checks: &'a [Check],
+}
+
+/// One line of the report.
+#[derive(Debug, Serialize)]
+struct Check {
+    name: String,
+    level: Level,
+    detail: String,
+    /// How to fix the problem.
+    remedy: Option<String>,
+}
+
+impl Check {
+    fn ok(name: &str, detail: impl Into<String>) -> Self {
+        Check { name: name.into(), level: Level::Ok, detail: detail.into(), remedy: None }
+    }
+
+    fn problem(
+        level: Level,
+        name: &str,
+        detail: impl Into<String>,
+        remedy: impl Into<String>,
+    ) -> Self {
+        Check { name: name.into(), level, detail: detail.into(), remedy: Some(remedy.into()) }
+    }
+
+    /// A check that could not be made because of an error.
+    fn failed(name: &str, error: &Error) -> Self {
+        let level = match error {
+            Error::Unreachable(_) => Level::Unreachable,
+            _ => Level::Error,
+        };
+        Check { name: name.into(), level, detail: error.to_string(), remedy: None }
+    }
+}
+
+impl fmt::Display for Check {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{:<12}  {:<27}  {}",
+            self.level.to_string(),
+            self.name,
+            escape_control(&self.detail)
+        )?;
+        self.remedy.as_ref().map_or(Ok(()), |remedy| write!(f, "; {remedy}"))
+    }
+}
+
+/// The result of a check, from good to bad.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Level {
+    Ok,
+    /// Not a problem, but worth knowing.
+    Note,
+    /// Works, but not as well or as safely as it could.
+    Warning,
+    /// Does not work.
+    Error,
+    /// The database or the queue cannot be reached.
+    Unreachable,
+}
+
+impl fmt::Display for Level {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Level::Ok => "ok",
+            Level::Note => "note",
+            Level::Warning => "warning",
+            Level::Error => "ERROR",
+            Level::Unreachable => "UNREACHABLE",
+        })
     }
 }

@@ -78,7 +78,11 @@ async fn a_retired_projector_with_side_effects_is_never_booted_or_played_again()
     let without = Folder::new().with("2.toml", &tally("a"));
     let retire = ["retire", "mails", "--yes", "--projectors", without.path()];
     let retired = world.run(&retire).await.exits(0);
-    assert!(retired.stdout.contains("its row stays, as retired, for ever"), "{}", retired.stdout);
+    assert!(
+        retired.stdout.contains("its row stays, as retired, permanently"),
+        "{}",
+        retired.stdout
+    );
     assert_eq!(world.status("mails").await, "retired");
     assert!(world.run(&retire).await.exits(0).stdout.contains("retired already"));
 
