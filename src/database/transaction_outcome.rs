@@ -12,12 +12,12 @@ use sqlx::{AssertSqlSafe, MySqlConnection, Row};
 
 use super::Database;
 use super::session_cache::HandlerSession;
+use super::settings::PLAIN_ROLLBACK;
 use crate::model::error::server_error_number;
 
-/// Rolls back, and makes sure that all counters are returned and readable. The server counts this
-/// as one more `set`.
-const ROLLBACK: &str =
-    "rollback; set session sql_select_limit = 18446744073709551615, names utf8mb4";
+/// Makes sure that all counters are returned and readable. The server counts it as one more `set`.
+const MAKE_COUNTS_READABLE: &str =
+    "set session sql_select_limit = 18446744073709551615, names utf8mb4";
 
 const SHOW_COMMAND_COUNTS: &str = "show session status like 'Com\\_%'";
 
@@ -112,7 +112,7 @@ impl Database {
         &self,
         session: &mut HandlerSession,
     ) -> Result<TransactionOutcome, sqlx::Error> {
-        let release = format!("release savepoint {}; rollback", session.savepoint);
+        let release = format!("release savepoint {}; {PLAIN_ROLLBACK}", session.savepoint);
         let rolled_back = sqlx::raw_sql(AssertSqlSafe(release)).execute(&mut *session.connection);
         match self.with_short_timeout(rolled_back).await {
             Ok(_) => Ok(TransactionOutcome::StillOpen),
@@ -130,7 +130,8 @@ impl Database {
         session: &mut HandlerSession,
     ) -> Result<TransactionOutcome, sqlx::Error> {
         let counts = async {
-            sqlx::raw_sql(ROLLBACK).execute(&mut *session.connection).await?;
+            let roll_back = format!("{PLAIN_ROLLBACK}; {MAKE_COUNTS_READABLE}");
+            sqlx::raw_sql(AssertSqlSafe(roll_back)).execute(&mut *session.connection).await?;
             read_counts(&mut session.connection).await
         };
         let counts = self.with_short_timeout(counts).await?;

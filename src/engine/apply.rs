@@ -16,8 +16,7 @@ use crate::database::{
 };
 use crate::ledger::{Claim, CommitOutcome, Entry, Ledger};
 use crate::model::error::{
-    database_error, format_chain, is_connection_reset, is_timeout, is_transient,
-    server_error_number,
+    database_error, format_chain, is_connection_lost, is_timeout, is_transient, server_error_number,
 };
 use crate::model::event::{Event, Position};
 use crate::model::lifecycle::Stage;
@@ -90,7 +89,7 @@ pub(crate) enum ApplyError {
     Ambiguous(anyhow::Error),
     /// A transient error: a deadlock, a lock wait timeout, a lost connection.
     Transient(anyhow::Error),
-    /// The connection was lost during one of the handler's statements. The error is treated as
+    /// The connection was lost while the handler had it, or at the commit. The error is treated as
     /// transient unless it recurs.
     ConnectionClosed(anyhow::Error),
     /// A statement on the ledger failed permanently, for instance because a privilege is missing.
@@ -322,7 +321,14 @@ async fn run_handler(
             } else {
                 guard.is_armed = false;
             }
-            Err(failed)
+            Err(match failed {
+                // For instance, the handler's statement was interrupted because its session was
+                // killed.
+                ApplyError::Transient(failed) if !was_interrupted && is_connection_lost(&error) => {
+                    ApplyError::ConnectionClosed(failed)
+                }
+                failed => failed,
+            })
         }
     }
 }
@@ -339,7 +345,7 @@ fn classify_handler_error(
     match database_error(&error) {
         // The driver waits for a response that the server will not send.
         Some(sqlx::Error::Protocol(_)) => ApplyError::Ambiguous(error),
-        Some(lost) if is_connection_reset(lost) => ApplyError::ConnectionClosed(error),
+        Some(lost) if is_connection_lost(lost) => ApplyError::ConnectionClosed(error),
         Some(transient) if is_transient(transient) => ApplyError::Transient(error),
         _ => ApplyError::Projector(first_decode_error(wanted).unwrap_or(error)),
     }
@@ -365,6 +371,9 @@ async fn classify_commit_error(
     session: &mut HandlerSession,
     error: sqlx::Error,
 ) -> ApplyError {
+    if is_connection_lost(&error) {
+        return ApplyError::ConnectionClosed(error.into());
+    }
     let Some(number) = server_error_number(&error) else { return error.into() };
     if number == 1305 {
         return match database.determine_outcome(session).await {

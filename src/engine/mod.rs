@@ -4,9 +4,9 @@
 pub(crate) mod apply;
 pub(crate) mod boot;
 pub(crate) mod catch_up;
+pub(crate) mod closed_connection;
 pub(crate) mod handoff;
 pub(crate) mod lag;
-pub(crate) mod packet_too_large;
 pub(crate) mod play;
 pub(crate) mod relay;
 pub(crate) mod retry;

@@ -11,7 +11,7 @@ use tracing::{error, warn};
 
 use crate::database::Database;
 use crate::engine::apply::{self, ApplyError, Batch, ClaimCarry};
-use crate::engine::packet_too_large::PacketTooLargeDetector;
+use crate::engine::closed_connection::ClosedConnectionDetector;
 use crate::ledger::{self, Entry, Ledger, LedgerError};
 use crate::model::backoff;
 use crate::model::error::{Transient, format_chain};
@@ -204,7 +204,7 @@ impl Engine {
         let mut attempt = 1;
         let mut was_ambiguous = false;
         let mut rolled_back = 0;
-        let mut packet_too_large = PacketTooLargeDetector::default();
+        let mut closed_connection = ClosedConnectionDetector::default();
         loop {
             let applied = apply::apply(
                 &self.database,
@@ -218,7 +218,7 @@ impl Engine {
             if applied.as_ref().is_err_and(|error| !matches!(error, ApplyError::ClaimLost(_))) {
                 metrics::record_failure(&projector.id);
             }
-            let is_packet_too_large = packet_too_large.record(&self.database, &applied).await;
+            let is_closed_by_handler = closed_connection.record(&self.database, &applied).await;
             match applied {
                 Ok(()) => return Ok(ApplyOutcome::Reached(batch.through)),
                 Err(ApplyError::Projector(error)) => {
@@ -287,8 +287,8 @@ impl Engine {
                     }
                     tokio::time::sleep(backoff::delay(attempt + 6)).await;
                 }
-                Err(ApplyError::ConnectionClosed(error)) if is_packet_too_large => {
-                    return Err(ProjectorError::new(packet_too_large.explain(error), attempt));
+                Err(ApplyError::ConnectionClosed(error)) if is_closed_by_handler => {
+                    return Err(ProjectorError::new(closed_connection.explain(error), attempt));
                 }
                 Err(ApplyError::Transient(error) | ApplyError::ConnectionClosed(error)) => {
                     attempt += 1;

@@ -54,6 +54,9 @@ const TRANSIENT: &[u16] = &[
     4031, // disconnected for inactivity
 ];
 
+/// The session was killed: 1927 on MariaDB, 3169 on MySQL.
+const SESSION_KILLED: &[u16] = &[1927, 3169];
+
 /// A table or a column is missing: the tables were not created, or are of an older release.
 const NOT_MIGRATED: &[u16] = &[1054, 1146];
 
@@ -77,13 +80,16 @@ pub(crate) fn is_transient(error: &sqlx::Error) -> bool {
     }
 }
 
-/// Whether the connection was closed while this process was sending. A session that is killed while
-/// it waits for an answer fails in another way: with an error of the server, or with the end of the
-/// stream.
-pub(crate) fn is_connection_reset(error: &sqlx::Error) -> bool {
-    use std::io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset};
-    let sqlx::Error::Io(error) = error else { return false };
-    matches!(error.kind(), BrokenPipe | ConnectionAborted | ConnectionReset)
+/// Whether the server ended the session or the network lost it. A timeout is not included: the
+/// server may still hold such a session.
+pub(crate) fn is_connection_lost(error: &sqlx::Error) -> bool {
+    use std::io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
+    match error {
+        sqlx::Error::Io(error) => {
+            matches!(error.kind(), BrokenPipe | ConnectionAborted | ConnectionReset | UnexpectedEof)
+        }
+        error => server_error_number(error).is_some_and(|number| SESSION_KILLED.contains(&number)),
+    }
 }
 
 /// Whether no answer arrived in time. The statement may still be running, or may have been

@@ -1,10 +1,12 @@
-//! Detects a server that closes the connection because a handler's statement is larger than
-//! `max_allowed_packet`.
+//! Detects a handler that loses its connection at each attempt, and would be retried forever.
 //!
-//! If the statement is slightly too large, the server reports error 1153. If it is larger than the
-//! network buffers, the server closes the connection while the statement is still being sent. The
-//! client then sees only a connection reset or a broken pipe, as after any network failure, and
-//! would retry forever.
+//! The client sees only a lost connection, as after any network failure. There are two causes:
+//!
+//! - A statement is larger than `max_allowed_packet`. If it is slightly too large, the server
+//!   reports error 1153. If it is larger than the network buffers, the server closes the connection
+//!   while the statement is still being sent.
+//! - The handler ends its own session. It kills it, or it sets `completion_type` to `RELEASE` and
+//!   then ends the transaction.
 
 use sqlx::MySqlConnection;
 
@@ -15,18 +17,18 @@ use crate::engine::apply::ApplyError;
 ///
 /// The backoff (`backoff::delay`) spreads the attempts over at least five seconds. In each attempt
 /// a control connection, opened after the attempt before, still answers after this attempt. This
-/// rules out a restart, a failover and a network failure. A killed session ends with a different
-/// error. What remains is a fault that hits only the handler's connection, ten times in a row.
+/// rules out a restart, a failover and a network failure. What remains is a fault that hits only
+/// the handler's connection, ten times in a row.
 const MAX_CONSECUTIVE_CLOSES: u32 = 10;
 
 /// The recorded attempts at one batch.
 #[derive(Default)]
-pub(crate) struct PacketTooLargeDetector {
+pub(crate) struct ClosedConnectionDetector {
     consecutive_closes: u32,
     control_connection: Option<MySqlConnection>,
 }
 
-impl PacketTooLargeDetector {
+impl ClosedConnectionDetector {
     /// Records how an attempt ended. Returns `true` if the failure is attributed to the handler.
     pub(crate) async fn record(
         &mut self,
@@ -55,7 +57,8 @@ impl PacketTooLargeDetector {
         error.context(format!(
             "the server closed the handler's connection {} times in a row, but kept another \
              connection open. Most likely a statement is larger than max_allowed_packet: write \
-             less in one statement, or raise max_allowed_packet",
+             less in one statement, or raise max_allowed_packet. Or the handler ends its own \
+             session, by a kill or by completion_type = RELEASE",
             self.consecutive_closes
         ))
     }
