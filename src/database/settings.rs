@@ -116,9 +116,9 @@ const OLD_MODE: &str =
 /// The server's value, but at least 1 MiB.
 const TMP_TABLE_SIZE: &str = "cast(greatest(@@global.tmp_table_size, 1048576) as unsigned)";
 
-/// A rollback that does not depend on `completion_type`. A session's first statement is one, because
-/// an `init_connect` may have begun a transaction, in which some variables cannot be set. After a
-/// handler has set `completion_type` to `RELEASE`, a mere `rollback` ends the connection.
+/// A rollback that does not depend on `completion_type`. A session's first statement is one,
+/// because an `init_connect` may have begun a transaction, in which some variables cannot be set.
+/// After a handler has set `completion_type` to `RELEASE`, a mere `rollback` ends the connection.
 pub(super) const PLAIN_ROLLBACK: &str = "rollback and no chain no release";
 
 /// Disables the statement time limits, which may be too short even for the first statements.

@@ -19,7 +19,7 @@ const LAYERS: &[&[&str]] = &[
 /// Built for tests only, above everything.
 const TEST_ONLY: [&str; 2] = ["simulation", "testing"];
 
-/// Files that may stand at the top of `src/`.
+/// The files at the top of `src/`.
 const TOP: [&str; 2] = ["lib.rs", "main.rs"];
 
 #[test]
@@ -95,7 +95,7 @@ fn is_below(folder: &str, name: &str) -> bool {
         || rank(name).is_some_and(|imported| rank(folder).is_some_and(|own| imported > own))
 }
 
-/// What stands directly behind `crate::` in a line, and behind as many `super::` as leave a folder.
+/// The names directly behind `crate::` or `super::super::` in a line.
 fn imported(line: &str) -> Vec<&str> {
     let mut names = Vec::new();
     for start in ["crate::", "super::super::"] {
