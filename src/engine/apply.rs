@@ -324,9 +324,7 @@ async fn run_handler(
             Err(match failed {
                 // For instance, the handler's statement was interrupted because its session was
                 // killed.
-                ApplyError::Transient(failed) if !was_interrupted && is_connection_lost(&error) => {
-                    ApplyError::ConnectionClosed(failed)
-                }
+                ApplyError::Transient(_) if !was_interrupted => classify_rollback_error(error),
                 failed => failed,
             })
         }
@@ -386,7 +384,7 @@ async fn classify_commit_error(
                      wait timeout whose error the handler did not return, or by the handler itself"
                 ))
             }
-            Err(lost) => lost.into(),
+            Err(error) => classify_rollback_error(error),
         };
     }
     if is_transient(&error) {
@@ -402,7 +400,23 @@ async fn classify_commit_error(
             "the handler changed its projector's own row in the ledger"
         )),
         Ok(None) => error.into(),
-        Err(lost) => lost.into(),
+        Err(error) => classify_rollback_error(error),
+    }
+}
+
+/// Classifies the error of a session that could not be rolled back after a handler. The session is
+/// closed, and the server then rolls it back. If the handler committed anything, the next claim
+/// fails, because `partially_applied` is set in its projector's row.
+fn classify_rollback_error(error: sqlx::Error) -> ApplyError {
+    if is_connection_lost(&error) {
+        ApplyError::ConnectionClosed(error.into())
+    } else if is_transient(&error) {
+        ApplyError::Transient(error.into())
+    } else {
+        ApplyError::Projector(anyhow!(
+            "the handler left its session in a state that cannot be rolled back, for instance in \
+             an XA transaction: {error}"
+        ))
     }
 }
 

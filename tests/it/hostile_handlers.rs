@@ -222,6 +222,8 @@ const STATEMENTS: &[&str] = &[
     "signal sqlstate '45000' set message_text = 'theirs'",
     "delete from projectors where name = 'no_such_projector'",
     "xa start 'theirs'",
+    "rollback and chain; set autocommit = 1; xa start 'theirs'",
+    "rollback; set autocommit = 1; xa start 'theirs'",
     "set role none",
     "call their_procedure()",
     "insert into junk values (1)",
