@@ -1,6 +1,6 @@
-//! Projectionist runs the projectors of an event-sourced system: it replays a new projector from a
-//! MySQL or MariaDB table during the deploy, then hands it over to one SQS queue that keeps all
-//! projectors up to date.
+//! Projectionist runs the projectors of an event-sourced system. It fills a new projector from the
+//! events in MySQL or MariaDB while the deploy waits. From then on, a worker keeps it up to date,
+//! with all the others, from one SQS queue.
 //!
 //! The crate is a library and a binary. The binary runs projectors that are TOML files. With the
 //! library, a team adds projectors in Rust and keeps every command of the binary:

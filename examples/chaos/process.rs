@@ -112,8 +112,9 @@ pub struct Ended {
 }
 
 impl Process {
-    /// Sends a signal, by its name for `kill`. The returned channel is closed without a value if
-    /// the process has already ended. It does not have to be awaited.
+    /// Sends a signal, by the name that `kill` knows. The returned channel receives a value once the
+    /// signal is sent. If the process has already ended, the channel is closed without a value. The
+    /// caller may ignore the channel.
     pub fn signal(&self, signal: &'static str) -> oneshot::Receiver<()> {
         let (sends, sent) = oneshot::channel();
         let _ = self.signal_requests.send((signal, sends));

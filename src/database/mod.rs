@@ -238,7 +238,7 @@ impl Database {
                 Ok(done) => return Ok(done),
                 // If the check itself fails, go on waiting.
                 Err(_) if self.has_session(id).await.unwrap_or(true) => {}
-                // The result may already be on its way.
+                // The result may already be on its way, so wait a little longer.
                 Err(_) => match timeout(SHORT_TIMEOUT, &mut work).await {
                     Ok(done) => return Ok(done),
                     Err(_) => break,

@@ -28,7 +28,8 @@ pub(crate) enum SqlMode {
 enum Check {
     /// At the first connection to the server.
     Once,
-    /// Also with every commit of a handler, because another value would change its next batch.
+    /// At the first connection, and with every commit of a handler: if the handler changed the
+    /// variable, its next batch would run with the wrong value.
     EachCommit,
     /// Like [`Check::EachCommit`], but the variable is never set, because setting it has an effect
     /// even with this value.

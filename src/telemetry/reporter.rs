@@ -24,8 +24,10 @@ use crate::store::EventStore;
 /// CloudWatch keeps one value per minute of a metric with standard resolution.
 const REPORT_INTERVAL: Duration = Duration::from_secs(60);
 
-/// How long the database queries of a report may take, and how long those of the last report.
+/// The time limit for the database queries of a report.
 const QUERY_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The time limit for the queries of the final report, at shutdown.
 const FINAL_QUERY_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The format of metrics.

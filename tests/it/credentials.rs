@@ -135,7 +135,7 @@ async fn the_database_is_found_through_its_secret() {
         let arn = create_secret(&world, &text).await;
         start(&world, &["status", "--database-secret", &arn], &[]).finish().await.exits(0);
     }
-    // RDS manages secrets without a host; the URL gives it.
+    // The secrets that RDS manages contain no host; it comes from the URL.
     let arn =
         create_secret(&world, &format!(r#"{{"username":"{user}","password":"s3cr3t-one"}}"#)).await;
     let place = world.database_url.replace("root@", "");

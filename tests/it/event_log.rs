@@ -232,7 +232,7 @@ async fn a_large_open_transaction_is_not_mistaken_for_a_gap() {
     world.assert_complete(&tally).await;
 }
 
-/// The number of transactions of each of eight writers. Each writes to its own streams.
+/// How many transactions each of the eight writers makes. Each writer has its own streams.
 const TRANSACTIONS: u64 = 40;
 
 #[derive(Default)]

@@ -626,8 +626,8 @@ async fn read_models(admin: &mut MySqlConnection, database: &str) -> Models {
     models
 }
 
-/// Compares the demo's read models with a fold of the log in Rust. The other read models have no
-/// fold here: later runs are compared with this one.
+/// Compares the demo's read models with a fold of the log in Rust. The other read models are not
+/// folded: the first run's rows are the reference for the later runs.
 fn assert_folded(models: &Models) {
     let all = BOOT_EVENTS + PLAY_EVENTS;
     let text = |number: usize| {

@@ -260,8 +260,8 @@ impl Player {
         if !self.settings.until_idle || !self.is_idle().await {
             return next;
         }
-        // The queue may still have messages in flight at another worker, or messages behind hidden
-        // ones. Their contents are unknown, but every event of the log is applied.
+        // Every event of the log is applied here. Messages of unknown content may still be in the
+        // queue: in flight at another worker, or blocked behind invisible ones.
         if self.fault.is_some() {
             return Next::End;
         }
