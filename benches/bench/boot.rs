@@ -47,8 +47,8 @@ pub async fn nothing(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Row 2: boot of a projector with one upsert per event, written in Rust and declared in a file. The
-/// baseline is the same statements by hand. A declared projector sends its statements together;
+/// Row 2: boot of a projector with one upsert per event, written in Rust and declared in a file.
+/// The baseline is the same statements by hand. A declared projector sends its statements together;
 /// multi-row upserts by hand show the most that this can gain.
 pub async fn upsert_each(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
     let events = bench.options.fewer_events();

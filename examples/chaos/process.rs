@@ -112,9 +112,9 @@ pub struct Ended {
 }
 
 impl Process {
-    /// Sends a signal, by the name that `kill` knows. The returned channel receives a value once the
-    /// signal is sent. If the process has already ended, the channel is closed without a value. The
-    /// caller may ignore the channel.
+    /// Sends a signal, by the name that `kill` knows. The returned channel receives a value once
+    /// the signal is sent. If the process has already ended, the channel is closed without a value.
+    /// The caller may ignore the channel.
     pub fn signal(&self, signal: &'static str) -> oneshot::Receiver<()> {
         let (sends, sent) = oneshot::channel();
         let _ = self.signal_requests.send((signal, sends));
