@@ -69,19 +69,19 @@ sql = """update workload set receipts = receipts + 1
 /// Lines for `append`.
 type Log = Vec<String>;
 
-/// The real events, if the file exists. They are not part of the repository.
-fn real_events() -> Option<Log> {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../shared/data/receipt.jsonl");
-    match std::fs::read_to_string(path) {
-        Ok(text) => Some(text.lines().map(str::to_owned).collect()),
-        Err(error) => {
-            eprintln!("skipped: {path}: {error}");
-            None
+/// The lines of the file that `EVENTS_FILE` names, or `count` generated events. Each line needs the
+/// fields of a generated event.
+fn log(count: usize, dice: &mut fastrand::Rng) -> Log {
+    match std::env::var("EVENTS_FILE") {
+        Ok(path) => {
+            let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{path}: {e}"));
+            text.lines().map(str::to_owned).collect()
         }
+        Err(_) => generated_events(count, dice),
     }
 }
 
-/// Generated events of the same shape: interleaved cases, missing fields, and text that is not
+/// Generated events: interleaved cases, missing fields, and text that is not
 /// ASCII.
 fn generated_events(count: usize, dice: &mut fastrand::Rng) -> Log {
     let types = [
@@ -332,16 +332,9 @@ async fn assert_models_equal_the_fold(log: Log) {
 }
 
 #[tokio::test]
-async fn three_models_equal_the_fold_of_the_real_events() {
-    if let Some(log) = real_events() {
-        assert_models_equal_the_fold(log).await;
-    }
-}
-
-#[tokio::test]
-async fn three_models_equal_the_fold_of_generated_events() {
+async fn three_models_equal_the_fold_of_the_events() {
     let mut dice = fastrand::Rng::with_seed(seed());
-    assert_models_equal_the_fold(generated_events(1_600, &mut dice)).await;
+    assert_models_equal_the_fold(log(1_600, &mut dice)).await;
 }
 
 /// Options for processes that are killed often: small batches, and a short visibility timeout.
@@ -485,15 +478,8 @@ async fn assert_models_survive_kills(log: Log, mut dice: fastrand::Rng) {
 }
 
 #[tokio::test]
-async fn real_events_survive_kills_of_boot_play_and_relay() {
-    if let Some(log) = real_events() {
-        assert_models_survive_kills(log, fastrand::Rng::with_seed(seed())).await;
-    }
-}
-
-#[tokio::test]
-async fn generated_events_survive_kills_of_boot_play_and_relay() {
+async fn events_survive_kills_of_boot_play_and_relay() {
     let mut dice = fastrand::Rng::with_seed(seed());
-    let log = generated_events(3_000, &mut dice);
+    let log = log(3_000, &mut dice);
     assert_models_survive_kills(log, dice).await;
 }
