@@ -34,7 +34,7 @@ events = ["*"]
 sql = "insert into counter (n) values (:position)"
 "#;
 
-/// What the projector's own statements need.
+/// The privileges that the projector's own statements need.
 const OWN: &str = "create, insert, drop on {db}.counter";
 
 /// A user that has the page's grants for a command, and nothing else.
@@ -94,7 +94,7 @@ async fn each_command_works_with_only_the_grants_in_the_readme() {
 
     run_as_granted(&world, "migrate", &["migrate"], b"").await;
     run_as_granted(&world, "append", &["append"], line).await;
-    // A rollback, so that the mark has a hole to pass by a tombstone.
+    // A rollback leaves a gap, and the mark passes it with a filler.
     world.execute("begin; insert into events (stream_id, stream_version, event_type, payload) values ('b', 1, 'Opened', '1'); rollback").await;
     run_as_granted(&world, "append", &["append"], line).await;
     run_as_granted(&world, "boot", &["boot", "--projectors", folder], b"").await;
@@ -171,8 +171,8 @@ async fn tls_is_never_silently_disabled_and_certificates_are_checked_on_request(
     let ca = std::path::Path::new(&datadir).join(ca);
     let ca = ca.to_str().expect("UTF-8");
     world.run(&["status", "--database-url", &with("ssl-mode=REQUIRED")]).await.exits(0);
-    // The name in the certificate that the server made for itself is not this host's: one check
-    // passes, both do not.
+    // The server's certificate is self-made, and its name is not this host's. The check of the
+    // certificate passes, and the check of the name does not.
     world
         .run(&["status", "--database-url", &with(&format!("ssl-mode=VERIFY_CA&ssl-ca={ca}"))])
         .await
@@ -181,6 +181,6 @@ async fn tls_is_never_silently_disabled_and_certificates_are_checked_on_request(
         .run(&["status", "--database-url", &with(&format!("ssl-mode=VERIFY_IDENTITY&ssl-ca={ca}"))])
         .await
         .exits(3);
-    // Signed by nobody whom this host trusts.
+    // No authority that this host trusts has signed the certificate.
     world.run(&["status", "--database-url", &with("ssl-mode=VERIFY_CA")]).await.exits(3);
 }
