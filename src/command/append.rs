@@ -421,7 +421,7 @@ mod tests {
         let Some((3, Err(reason))) = lines.next().await else {
             panic!("the panic is not an error at line 3")
         };
-        assert!(reason.contains("broke off"), "{reason}");
+        assert!(reason.contains("reading the input failed"), "{reason}");
     }
 
     #[tokio::test]

@@ -9,6 +9,10 @@ use crate::command::config::Config;
 use crate::model::error::Error;
 use crate::store::{Blocker, EventStore};
 
+/// The widest range that is filled. A wider gap has a row with a position that nobody intended, and
+/// fillers for the whole gap would fill the disk.
+const MAX_POSITIONS: u64 = 100_000_000;
+
 /// The most positions that are filled by one call of [`EventStore::fill`].
 const POSITIONS_PER_BATCH: u64 = 10_000;
 
@@ -46,6 +50,13 @@ impl FillCommand {
         if last > visible {
             return Err(Error::Input(format!(
                 "the last position of the log is {visible}: there is no gap up to {last}"
+            )));
+        }
+        if last - first >= MAX_POSITIONS {
+            return Err(Error::Input(format!(
+                "the range has more than {} positions, each of which would get a row: delete the \
+                 row after the gap and append its event again, without a position of its own",
+                HumanCount(MAX_POSITIONS)
             )));
         }
         let mark = store.marks().await?.high_water.get();

@@ -108,7 +108,20 @@ impl RelayCommand {
                     RelayOutcome::Published { events, .. } => published += events,
                     // The other relay publishes the events, or its lease expires.
                     RelayOutcome::LeasedElsewhere => {
-                        tokio::time::sleep(Duration::from_millis(200)).await
+                        let marks = store.marks().await?;
+                        let is_blocked = marks.blocked.is_some();
+                        let end = if is_blocked {
+                            marks.high_water
+                        } else {
+                            store.last_visible().await?
+                        };
+                        if marks.published >= end {
+                            return Ok((published, marks.published));
+                        }
+                        tokio::select! {
+                            () = tokio::time::sleep(Duration::from_millis(200)) => {}
+                            () = &mut shutdown => return Ok((published, marks.published)),
+                        }
                     }
                 }
             }

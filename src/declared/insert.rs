@@ -568,7 +568,7 @@ mod tests {
             ("insert into t values (sleep(1))", "function"),
             ("insert into t values (get_lock(?, 1))", "function"),
             ("insert into t values (next_number(?))", "function"),
-            ("insert into t values (other.concat(?))", "more than its arguments"),
+            ("insert into t values (other.concat(?))", "unknown word"),
             ("insert into t values (`concat`(?))", "stored function"),
             ("insert into t values (concat (?))", "function"),
             ("insert into t values (values(a))", "function"),

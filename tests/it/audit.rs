@@ -156,6 +156,8 @@ async fn rows_at_invalid_positions_are_named_and_break_no_projector() {
     assert!(status.stdout.contains("18446744073709551615"), "{}", status.stdout);
     let doctor = world.run(&["doctor", "--for=audit"]).await;
     assert!(doctor.stdout.contains("18446744073709551615 ends the log"), "{}", doctor.stdout);
+    let refused = world.run(&["fill", "4000", "18446744073709551614", "--yes"]).await.exits(2);
+    refused.prints(&["more than 100,000,000 positions", "delete the row after the gap"]);
     let fill = world
         .run(&["fill", "18446744073709551614", "18446744073709551614", "--yes"])
         .await

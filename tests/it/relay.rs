@@ -34,6 +34,20 @@ async fn a_lease_from_the_future_has_expired() {
     assert!(began.elapsed() > Duration::from_secs(2), "the relay waits for a plausible lease");
 }
 
+#[tokio::test]
+async fn relay_once_ends_beside_a_relay_that_has_published_everything() {
+    let world = World::new().await;
+    world.append(3).await;
+    let relay = world.start(&["relay"]);
+    eventually("the events are published", async || {
+        world.number("select published from event_log").await == 3
+    })
+    .await;
+    let relayed = world.run(&["relay", "--once"]).await.exits(0);
+    assert_eq!(relayed.stdout, "published 0 events, up to position 3\n");
+    relay.terminate().await.exits(0);
+}
+
 /// The real queue. Its first sends panic.
 struct PanickingQueue {
     queue: Arc<SqsQueue>,

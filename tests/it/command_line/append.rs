@@ -34,7 +34,7 @@ async fn a_foreign_table_is_reported_and_migrate_works_once_it_is_gone() {
         .await;
     world.execute("create table events (of_mine int)").await;
     let refused = world.run(&["migrate"]).await.exits(2);
-    assert!(refused.stderr.contains("a table of that name is there already"), "{}", refused.stderr);
+    assert!(refused.stderr.contains("a table of that name exists"), "{}", refused.stderr);
     world.execute("rename table events to mine").await;
     let refused = world.run(&["migrate"]).await.exits(2);
     let what_to_do = "delete from projectionist_migrations where not success";
