@@ -260,7 +260,7 @@ async fn wrong_usage_exits_with_2_and_points_to_the_help() {
         (
             world.command(&["status", "--log", "a=b=c"]),
             2,
-            &["the log filter \"a=b=c\" cannot be read"],
+            &["the log filter \"a=b=c\" is not valid"],
         ),
         (world.command(&["fill", "9", "3"]), 2, &["the first position, 9, lies after the last, 3"]),
     ])
