@@ -284,9 +284,9 @@ async fn each_wrong_attribute_of_the_queue_is_reported() {
         ("encryption", "warning"),
         ("message size", "warning"),
         ("projectors", "note"),
+        ("queue visibility timeout", "note"),
         ("retention", "warning"),
         ("visibility timeout", "warning"),
-        ("queue visibility timeout", "note"),
     ];
     assert_eq!(checks(&bad(&report)), expected);
 
@@ -312,7 +312,7 @@ async fn projectors_that_do_not_load_or_are_not_live_are_reported() {
     let report = world.run(&["doctor", "--json", "--projectors", folder.path()]).await.exits(0);
     assert_eq!(
         bad(&report)["projector counter@1"],
-        ("warning".into(), "not booted, and so not played; run boot".into())
+        ("warning".into(), "not booted, so it is not played; run boot".into())
     );
     let invalid = Folder::new().with("1.toml", "name = 'counter'\nversion = 0\n");
     let report = world.run(&["doctor", "--json", "--projectors", invalid.path()]).await.exits(2);

@@ -113,7 +113,7 @@ impl Worker {
                 None => {
                     warn!(
                         projector = %projector.id, status = "new",
-                        "not booted, and so not played: run boot"
+                        "not booted, so it is not played: run boot"
                     )
                 }
                 // Logged when the live projectors are read.
@@ -130,7 +130,7 @@ impl Worker {
                 Some(entry) if Stage::Boot.can_apply(&entry.status) => {
                     warn!(
                         projector = %entry.id, status = %entry.status,
-                        "not live, and so not played: run boot"
+                        "not live, so it is not played: run boot"
                     );
                 }
                 Some(entry) => info!(projector = %entry.id, status = %entry.status, "not played"),

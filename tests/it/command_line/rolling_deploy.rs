@@ -113,7 +113,7 @@ async fn a_stuck_worker_fails_its_health_check() {
 
     play.signal("STOP").await;
     eventually("the health check fails", async || world.run(&health).await.code == Some(1)).await;
-    world.run(&health).await.exits(1).prints(&["last still"]);
+    world.run(&health).await.exits(1).prints(&["loop has stopped"]);
     play.signal("CONT").await;
     eventually("the health check passes again", async || world.run(&health).await.code == Some(0))
         .await;
