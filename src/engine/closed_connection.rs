@@ -57,8 +57,9 @@ impl ClosedConnectionDetector {
         error.context(format!(
             "the server closed the handler's connection {} times in a row, but kept another \
              connection open. Most likely a statement is larger than max_allowed_packet: write \
-             less in one statement, or raise max_allowed_packet. Or the handler ends its own \
-             session, by a kill or by completion_type = RELEASE",
+             less in one statement, or raise max_allowed_packet, and run boot --accept. Or the \
+             handler ends its own session, by a kill or by completion_type = RELEASE. What it \
+             committed before is unknown: rebuild the read model",
             self.consecutive_closes
         ))
     }

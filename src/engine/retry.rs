@@ -288,7 +288,10 @@ impl Engine {
                     tokio::time::sleep(backoff::delay(attempt + 6)).await;
                 }
                 Err(ApplyError::ConnectionClosed(error)) if is_closed_by_handler => {
-                    return Err(ProjectorError::new(closed_connection.explain(error), attempt));
+                    // The handler may have rolled back our mark and committed before its session
+                    // ended, at each attempt.
+                    let error = closed_connection.explain(error);
+                    return Err(ProjectorError::for_rebuild(error, attempt));
                 }
                 Err(ApplyError::Transient(error) | ApplyError::ConnectionClosed(error)) => {
                     attempt += 1;
