@@ -25,8 +25,9 @@ const PROGRESS_INTERVAL: Duration = Duration::from_secs(5);
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Run boot as the last step before the new code goes live. It needs only the database. Exit code 0: \
-every projector of the set, or every one that is named, is live or finished, and has applied all \
-events that were visible in the log when boot began. Exit code 1: the release must not continue; \
+every projector of the set, or every one that is named, is live or finished. Each one that was \
+booted has applied all events that were visible in the log when boot began; play feeds those that \
+were live before. Exit code 1: the release must not continue; \
 the output says which projector failed, why, and what to do. A projector that was broken before \
 and is fixed goes live even if others fail. Run boot again: it continues where it stopped.")]
 pub(super) struct BootCommand {
