@@ -12,8 +12,9 @@ use crate::machine::Parts;
 /// The name is fixed: a killed bench leaves its database, and the next run drops it.
 const DATABASE: &str = "projectionist_bench";
 
-/// The default of the commands.
-const CONNECTIONS: u32 = 16;
+/// The default of the commands for ten projectors with a session of their own: eight connections
+/// for the engine, and one for each projector.
+const CONNECTIONS: u32 = 18;
 
 const TIMEOUT: Duration = Duration::from_secs(60);
 
