@@ -14,6 +14,7 @@ use crate::engine::play::check_queue;
 use crate::engine::relay::{Relay, RelayOutcome, RelaySettings};
 use crate::engine::stall_watch::StallWatch;
 use crate::model::error::Error;
+use crate::model::event::Position;
 use crate::queue::Queue;
 use crate::store::EventStore;
 
@@ -108,19 +109,13 @@ impl RelayCommand {
                     RelayOutcome::Published { events, .. } => published += events,
                     // The other relay publishes the events, or its lease expires.
                     RelayOutcome::LeasedElsewhere => {
-                        let marks = store.marks().await?;
-                        let is_blocked = marks.blocked.is_some();
-                        let end = if is_blocked {
-                            marks.high_water
-                        } else {
-                            store.last_visible().await?
-                        };
-                        if marks.published >= end {
-                            return Ok((published, marks.published));
+                        let (through, end) = progress(&store).await?;
+                        if through >= end {
+                            return Ok((published, through));
                         }
                         tokio::select! {
                             () = tokio::time::sleep(Duration::from_millis(200)) => {}
-                            () = &mut shutdown => return Ok((published, marks.published)),
+                            () = &mut shutdown => return Ok((published, through)),
                         }
                     }
                 }
@@ -132,4 +127,12 @@ impl RelayCommand {
         relay.release_lease().await;
         print(format!("published {published} events, up to position {through}"))
     }
+}
+
+/// The published position, and the position through which a relay can publish now: the last visible
+/// one, or the mark while something blocks it.
+async fn progress(store: &EventStore) -> Result<(Position, Position), sqlx::Error> {
+    let marks = store.marks().await?;
+    let end = if marks.blocked.is_some() { marks.high_water } else { store.last_visible().await? };
+    Ok((marks.published, end))
 }

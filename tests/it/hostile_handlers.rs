@@ -8,7 +8,7 @@ use projectionist::sqlx::{self, AssertSqlSafe, MySqlConnection};
 use projectionist::{Event, Limits, Projector, Queue, Registry, SessionUse, async_trait, boot};
 use tokio::time::{Duration, sleep};
 
-use crate::support::{Folder, TIMEOUT, Tally, World, eventually, execute};
+use crate::support::{Folder, TIMEOUT, Tally, World, eventually, execute, seed_or};
 
 /// Inserts a row whose values depend on the session: time zone, character sets, limits, precision,
 /// isolation level and default database. In a clean session, the values are the same for every
@@ -392,8 +392,7 @@ const SEED: u64 = 4_794_402_414_305_537_142;
 
 #[tokio::test]
 async fn a_random_handler_yields_the_fold_or_breaks_only_its_projector() {
-    let seed = std::env::var("TEST_SEED").ok().map_or(SEED, |seed| seed.parse().expect("a number"));
-    let mut dice = fastrand::Rng::with_seed(seed);
+    let mut dice = fastrand::Rng::with_seed(seed_or(SEED));
     let handlers = std::env::var("HOSTILE_HANDLERS")
         .ok()
         .and_then(|count| count.parse().ok())

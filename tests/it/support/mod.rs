@@ -324,9 +324,13 @@ pub async fn eventually<F: Future<Output = bool>>(what: &str, mut condition: imp
 /// The seed of a test's random numbers: TEST_SEED, or a new one. It is printed with a failing
 /// test's output.
 pub fn seed() -> u64 {
+    seed_or(fastrand::u64(..))
+}
+
+/// Like [`seed`], with `default` instead of a new seed.
+pub fn seed_or(default: u64) -> u64 {
     let seed = std::env::var("TEST_SEED")
-        .ok()
-        .map_or_else(|| fastrand::u64(..), |seed| seed.parse().expect("TEST_SEED is a number"));
+        .map_or(default, |seed| seed.parse().expect("TEST_SEED is a number"));
     eprintln!("repeat with TEST_SEED={seed}");
     seed
 }
