@@ -23,6 +23,7 @@ use crate::model::lifecycle::Stage;
 use crate::model::metrics;
 use crate::model::projector::SessionUse;
 use crate::model::registry::RegisteredProjector;
+use crate::model::retry_later::RetryLater;
 
 /// How long a projector's row stays claimed while its next batch is being read.
 pub(crate) const CLAIM_CARRY_TIMEOUT: Duration = Duration::from_secs(2);
@@ -89,6 +90,8 @@ pub(crate) enum ApplyError {
     Ambiguous(anyhow::Error),
     /// A transient error: a deadlock, a lock wait timeout, a lost connection.
     Transient(anyhow::Error),
+    /// The handler asked for a retry with a [`RetryLater`], after this delay if it named one.
+    RetryLater(anyhow::Error, Option<Duration>),
     /// The connection was lost while the handler had it, or at the commit. The error is treated as
     /// transient unless it recurs.
     ConnectionClosed(anyhow::Error),
@@ -105,6 +108,7 @@ impl ApplyError {
             | ApplyError::PartiallyApplied(error)
             | ApplyError::Ambiguous(error)
             | ApplyError::Transient(error)
+            | ApplyError::RetryLater(error, _)
             | ApplyError::ConnectionClosed(error) => Some(error),
             ApplyError::ClaimLost(_) | ApplyError::Ledger(_) => None,
         }
@@ -339,6 +343,13 @@ fn classify_handler_error(
 ) -> ApplyError {
     if let Some(error) = database_error(&error) {
         database.discard_if_read_only(error);
+    }
+    if let Some(delay) = RetryLater::find(&error).map(RetryLater::delay) {
+        // With a decode error, the handler did not see the event as it is.
+        return match first_decode_error(wanted) {
+            Some(decode_error) => ApplyError::Projector(decode_error),
+            None => ApplyError::RetryLater(error, delay),
+        };
     }
     match database_error(&error) {
         // The driver waits for a response that the server will not send.

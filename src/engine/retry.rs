@@ -293,6 +293,19 @@ impl Engine {
                     let error = closed_connection.explain(error);
                     return Err(ProjectorError::for_rebuild(error, attempt));
                 }
+                Err(ApplyError::RetryLater(error, delay)) => {
+                    attempt += 1;
+                    if self.limits.retry_timeout.is_some_and(|limit| began.elapsed() >= limit) {
+                        return Ok(ApplyOutcome::GaveUp(format_chain(&error)));
+                    }
+                    if backoff::should_log(attempt) {
+                        warn!(
+                            projector = %projector.id, position = batch.after.get(), attempt,
+                            error = format_chain(&error), "the handler asked for a later retry"
+                        );
+                    }
+                    tokio::time::sleep(delay.unwrap_or_else(|| backoff::delay(attempt + 4))).await;
+                }
                 Err(ApplyError::Transient(error) | ApplyError::ConnectionClosed(error)) => {
                     attempt += 1;
                     // The idle connections may have been closed by the same cause.

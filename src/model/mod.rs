@@ -8,6 +8,7 @@ pub(crate) mod lifecycle;
 pub(crate) mod metrics;
 pub(crate) mod projector;
 pub(crate) mod registry;
+pub(crate) mod retry_later;
 pub(crate) mod server_json;
 pub(crate) mod signature;
 pub(crate) mod text;

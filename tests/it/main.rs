@@ -36,5 +36,6 @@ mod queue;
 mod receiver;
 mod relay;
 mod release_gate;
+mod retry_later;
 mod server_settings;
 mod truncated_log;
