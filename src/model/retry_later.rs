@@ -48,7 +48,7 @@ impl RetryLater {
         self
     }
 
-    /// The request for a retry in a handler's error: the error itself, a context or a cause of it.
+    /// The request for a retry in a handler's error: the error itself, its context or its cause.
     pub(crate) fn find(error: &anyhow::Error) -> Option<&RetryLater> {
         error.downcast_ref().or_else(|| error.chain().find_map(|cause| cause.downcast_ref()))
     }
