@@ -11,7 +11,7 @@ use aws_config::timeout::TimeoutConfig;
 use aws_config::{BehaviorVersion, SdkConfig};
 use aws_smithy_http_client::tls;
 
-use crate::model::error::Error;
+use crate::model::backoff::Transient;
 pub(crate) use secret::Secret;
 pub(crate) use token::AuthTokenGenerator;
 
@@ -22,11 +22,30 @@ const TLS: tls::Provider = tls::Provider::Rustls(tls::rustls_provider::CryptoMod
 /// `AWS_MAX_ATTEMPTS` has the same limit. The SDK limits the connection to 3.1 s of that.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// Why AWS cannot be used, or did not carry out a call.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum AwsError {
+    /// A setting is missing or invalid: the region, the credentials, the profile, a secret's
+    /// content.
+    #[error("{0}")]
+    Settings(String),
+    /// A service did not answer, or refused the call.
+    #[error("{0}")]
+    Unavailable(String),
+}
+
+impl Transient for AwsError {
+    fn is_transient(&self) -> bool {
+        matches!(self, AwsError::Unavailable(_))
+    }
+}
+
 /// Loads credentials, region, endpoint, profile and retries from the usual AWS settings.
 ///
 /// # Errors
-/// [`Error::Input`] if no region is configured or a setting is invalid.
-pub(crate) async fn load_config() -> Result<SdkConfig, Error> {
+/// [`AwsError::Settings`] if no region is configured or a setting is invalid.
+pub(crate) async fn load_config() -> Result<SdkConfig, AwsError> {
     let http = aws_smithy_http_client::Builder::new().tls_provider(TLS).build_https();
     let load = aws_config::defaults(BehaviorVersion::latest())
         .http_client(http)
@@ -34,7 +53,7 @@ pub(crate) async fn load_config() -> Result<SdkConfig, Error> {
         .load();
     // The SDK panics at an invalid setting. The task turns the panic into an error.
     let config = tokio::spawn(load).await.map_err(|_| {
-        Error::Input(
+        AwsError::Settings(
             "an AWS setting is invalid; check AWS_MAX_ATTEMPTS (1 or more), AWS_RETRY_MODE \
              (standard or adaptive) and your profile"
                 .into(),
@@ -42,7 +61,7 @@ pub(crate) async fn load_config() -> Result<SdkConfig, Error> {
     })?;
     match config.region() {
         Some(_) => Ok(config),
-        None => Err(Error::Input(
+        None => Err(AwsError::Settings(
             "no AWS region is known; set AWS_REGION, or a profile that has one".into(),
         )),
     }

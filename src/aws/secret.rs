@@ -5,7 +5,7 @@ use aws_sdk_secretsmanager::Client;
 use aws_sdk_secretsmanager::config::Builder;
 use aws_sdk_secretsmanager::error::{ProvideErrorMetadata, SdkError};
 
-use super::format_error_chain;
+use super::{AwsError, format_error_chain};
 
 /// A secret's location. Cheap to clone. The text of the secret is not stored.
 #[derive(Debug, Clone)]
@@ -28,14 +28,16 @@ impl Secret {
     /// Reads the current text of the secret.
     ///
     /// # Errors
-    /// A message with the cause and what to do. It never contains the text.
-    pub(crate) async fn read(&self) -> Result<String, String> {
+    /// With the cause and what to do. The message never contains the text.
+    pub(crate) async fn read(&self) -> Result<String, AwsError> {
         let read = self.client.get_secret_value().secret_id(&self.id).send().await;
         let read = read.map_err(|error| {
-            format!("the secret {} cannot be read: {}", self.id, explain(&error))
+            let reason = explain(&error);
+            AwsError::Unavailable(format!("the secret {} cannot be read: {reason}", self.id))
         })?;
-        read.secret_string
-            .ok_or_else(|| format!("the secret {} is binary; it must be text", self.id))
+        read.secret_string.ok_or_else(|| {
+            AwsError::Settings(format!("the secret {} is binary; it must be text", self.id))
+        })
     }
 }
 

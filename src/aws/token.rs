@@ -15,8 +15,7 @@ use aws_sigv4::http_request::{
 use aws_sigv4::sign::v4::SigningParams;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 
-use super::format_error_chain;
-use crate::model::error::Error;
+use super::{AwsError, format_error_chain};
 
 /// How long RDS accepts a token. A token is only needed to connect; connections outlive it.
 const VALID_FOR: Duration = Duration::from_secs(15 * 60);
@@ -51,10 +50,10 @@ impl AuthTokenGenerator {
     /// Creates a generator with the credentials and the region of `config`.
     ///
     /// # Errors
-    /// [`Error::Input`] if no credentials or no region are configured.
-    pub(crate) fn new(config: &SdkConfig) -> Result<Self, Error> {
+    /// [`AwsError::Settings`] if no credentials or no region are configured.
+    pub(crate) fn new(config: &SdkConfig) -> Result<Self, AwsError> {
         let missing = || {
-            Error::Input(
+            AwsError::Settings(
                 "IAM authentication needs AWS credentials and a region; configure both".into(),
             )
         };
@@ -68,27 +67,30 @@ impl AuthTokenGenerator {
     /// name, because the signature covers it.
     ///
     /// # Errors
-    /// A message with the cause and what to do.
+    /// With the cause and what to do.
     pub(crate) async fn generate(
         &self,
         host: &str,
         port: u16,
         user: &str,
-    ) -> Result<AuthToken, String> {
+    ) -> Result<AuthToken, AwsError> {
         let credentials = self.credentials.provide_credentials().await;
         let credentials = credentials.map_err(|error| {
-            format!(
+            AwsError::Unavailable(format!(
                 "there are no AWS credentials to sign with: {}; \
                  set a task role, a profile or AWS_ACCESS_KEY_ID",
                 format_error_chain(&error)
-            )
+            ))
         })?;
         let now = SystemTime::now();
         let fresh = now + RENEW_AFTER;
         let renew_at = credentials.expiry().map_or(fresh, |expiry| expiry.min(fresh));
         let text =
             presign(credentials, self.region.as_ref(), host, port, user, now).map_err(|error| {
-                format!("the token cannot be signed: {}", format_error_chain(error.as_ref()))
+                AwsError::Unavailable(format!(
+                    "the token cannot be signed: {}",
+                    format_error_chain(error.as_ref())
+                ))
             })?;
         Ok(AuthToken { text, renew_at })
     }

@@ -14,7 +14,9 @@ use tokio::time::{Instant, timeout_at};
 
 use super::print;
 use crate::command::config::Config;
-use crate::model::error::{Error, is_transient, server_error_number};
+use crate::database::DatabaseError;
+use crate::database::error::{is_transient, server_error_number};
+use crate::engine::error::Error;
 use crate::model::event::{NewEvent, Position};
 use crate::store::{AppendError, EventStore};
 
@@ -159,9 +161,11 @@ impl Appender {
         };
         match error {
             AppendError::Database(error) if is_transient(&error) => {
-                Error::Unreachable(with_summary(&Error::Database(error)))
+                Error::Unreachable(with_summary(&DatabaseError::Statement(error)))
             }
-            AppendError::Database(error) => Error::Input(with_summary(&Error::Database(error))),
+            AppendError::Database(error) => {
+                Error::Input(with_summary(&DatabaseError::Statement(error)))
+            }
             error => Error::Input(with_summary(&error)),
         }
     }

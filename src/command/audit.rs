@@ -12,9 +12,9 @@ use tracing::{error, info};
 
 use super::{confirm, print, print_json};
 use crate::command::config::Config;
+use crate::engine::error::Error;
 use crate::engine::retry::hostname;
 use crate::ledger::Ledger;
-use crate::model::error::Error;
 use crate::model::event::Position;
 use crate::store::{AcceptOutcome, Acceptance, Blocker, EventStore, LogAudit, MissingPositions};
 

@@ -14,7 +14,7 @@ use crate::command::config::Config;
 use crate::engine::boot::{
     BootProgress, BootReport, BootSettings, ProjectorOutcome, boot, log_boot_failure,
 };
-use crate::model::error::Error;
+use crate::engine::error::Error;
 use crate::model::projector::ProjectorId;
 use crate::model::registry::Registry;
 use crate::model::text::escape_control;

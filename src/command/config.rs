@@ -10,8 +10,8 @@ use clap::{Args, ValueEnum};
 use crate::aws::{self, AuthTokenGenerator, Secret};
 use crate::database::{CredentialSource, Credentials, Database, SqlMode};
 use crate::declared;
+use crate::engine::error::Error;
 use crate::engine::retry::Limits;
-use crate::model::error::Error;
 use crate::model::registry::Registry;
 use crate::queue::SqsQueue;
 use crate::telemetry::{LogFormat, MetricsFormat, Reporter, parse_service_name};
@@ -192,7 +192,7 @@ impl Config {
     /// Returns the program's own projectors, followed by those of the files.
     pub(crate) fn registry(&self, mut registry: Registry) -> Result<Registry, Error> {
         if let Some(dir) = &self.projectors {
-            declared::load(dir, &mut registry).map_err(|error| Error::Input(error.to_string()))?;
+            declared::load(dir, &mut registry)?;
         }
         if let Some(release) = &self.release {
             registry.set_release(release);
@@ -228,13 +228,13 @@ impl Config {
     pub(crate) async fn database_with(&self, connections: u32) -> Result<Database, Error> {
         let credentials = self.credentials().await?;
         let connect_timeout = Duration::from_secs(self.connect_timeout);
-        Database::open(
+        Ok(Database::open(
             credentials,
             self.connections.unwrap_or(connections),
             connect_timeout,
             self.sql_mode.into(),
         )
-        .await
+        .await?)
     }
 
     async fn credentials(&self) -> Result<Credentials, Error> {
@@ -254,7 +254,7 @@ impl Config {
                 )
             }
         };
-        Credentials::new(self.database_url.as_deref(), source, self.database_ca.clone())
+        Ok(Credentials::new(self.database_url.as_deref(), source, self.database_ca.clone())?)
     }
 
     /// Whether a queue is configured.
@@ -266,7 +266,7 @@ impl Config {
         let url = self.queue_url.as_deref().ok_or_else(|| {
             Error::Input("no queue is named: give --queue-url or set QUEUE_URL".into())
         })?;
-        SqsQueue::connect(url, Duration::from_secs(self.visibility_timeout)).await
+        Ok(SqsQueue::connect(url, Duration::from_secs(self.visibility_timeout)).await?)
     }
 
     /// Returns the reporter of metrics. It starts the counters, so it must exist before the work

@@ -2,7 +2,8 @@
 
 use std::process::ExitCode;
 
-use crate::model::error::{Error, is_transient};
+use crate::engine::error::Error;
+use crate::model::backoff::Transient;
 
 /// Something failed that the operator asked about: a projector, an audit, a health check.
 const FAILED: u8 = 1;
@@ -23,10 +24,8 @@ pub(super) fn exit_code(error: &Error) -> ExitCode {
         | Error::LogFault(_)
         | Error::ForeignMessages(_)
         | Error::Unhealthy(_) => FAILED,
-        Error::Input(_) => USAGE,
-        Error::Unreachable(_) => UNREACHABLE,
         Error::Interrupted => TERMINATED,
-        Error::Database(error) if is_transient(error) => UNREACHABLE,
-        Error::Database(_) => USAGE,
+        error if error.is_transient() => UNREACHABLE,
+        _ => USAGE,
     })
 }

@@ -6,7 +6,7 @@ use indicatif::HumanCount;
 
 use super::{confirm, print};
 use crate::command::config::Config;
-use crate::model::error::Error;
+use crate::engine::error::Error;
 use crate::store::{Blocker, EventStore};
 
 /// The widest range that is filled. A wider gap has a row with a position that nobody intended, and

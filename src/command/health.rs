@@ -11,7 +11,7 @@ use clap::Args;
 use tracing::warn;
 
 use super::print;
-use crate::model::error::Error;
+use crate::engine::error::Error;
 
 /// How often the file is touched.
 const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);

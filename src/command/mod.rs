@@ -25,8 +25,8 @@ use clap::{Parser, Subcommand};
 use serde::Serialize;
 
 use crate::command::config::Config;
+use crate::engine::error::Error;
 use crate::lambda::RUNTIME_API;
-use crate::model::error::Error;
 use crate::model::registry::Registry;
 use crate::model::text;
 use crate::telemetry;

@@ -12,8 +12,8 @@ use super::health::Heartbeat;
 use super::relay::RelayOptions;
 use super::{print, shutdown_signal};
 use crate::command::config::Config;
+use crate::engine::error::Error;
 use crate::engine::play::{BackgroundLimits, PlaySettings, play};
-use crate::model::error::Error;
 use crate::model::registry::Registry;
 use crate::telemetry::LagSource;
 

@@ -10,10 +10,10 @@ use tracing::info;
 
 use super::{print, shutdown_signal};
 use crate::command::config::Config;
+use crate::engine::error::Error;
 use crate::engine::play::check_queue;
 use crate::engine::relay::{Relay, RelayOutcome, RelaySettings};
 use crate::engine::stall_watch::StallWatch;
-use crate::model::error::Error;
 use crate::model::event::Position;
 use crate::queue::Queue;
 use crate::store::EventStore;

@@ -5,9 +5,10 @@ use clap::builder::FalseyValueParser;
 
 use super::{confirm, parse_projector, print};
 use crate::command::config::Config;
+use crate::database::error::format_chain;
 use crate::engine::apply;
+use crate::engine::error::Error;
 use crate::ledger::{Entry, Ledger};
-use crate::model::error::{Error, format_chain};
 use crate::model::lifecycle::{Status, Transition};
 use crate::model::registry::Registry;
 

@@ -5,7 +5,7 @@ use clap::builder::FalseyValueParser;
 
 use super::{confirm, print};
 use crate::command::config::Config;
-use crate::model::error::Error;
+use crate::engine::error::Error;
 use crate::model::signature::random_key;
 use crate::store::EventStore;
 
@@ -32,7 +32,11 @@ impl RotateCommand {
             to it any more",
             self.yes,
         )?;
-        let id = store.rotate(&random_key()?).await?;
+        let key = random_key().ok_or_else(|| {
+            let reason = "the operating system provides no random numbers for a signing key";
+            Error::Input(reason.into())
+        })?;
+        let id = store.rotate(&key).await?;
         print(format!(
             "the log is {id} now, and has a new key; messages that were sent before are neither \
             applied nor deleted: purge the queue, or let its redrive policy move them"

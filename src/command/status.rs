@@ -10,9 +10,9 @@ use time::format_description::well_known::Rfc3339;
 
 use super::{print, print_json};
 use crate::command::config::Config;
+use crate::engine::error::Error;
 use crate::engine::lag::{Lag, LagReport};
 use crate::ledger::{Entry, Ledger};
-use crate::model::error::Error;
 use crate::model::event::Position;
 use crate::model::lifecycle::Failure;
 use crate::model::projector::Mode;

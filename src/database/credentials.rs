@@ -14,7 +14,7 @@ use tokio::sync::Mutex;
 use tracing::{info, warn};
 
 use crate::aws::{AuthTokenGenerator, Secret};
-use crate::model::error::{Error, server_error_number};
+use crate::database::error::{DatabaseError, server_error_number};
 
 /// How many prepared statements a connection keeps, unless the URL sets another number. Every
 /// further statement closes an older one. sqlx 0.9.0 leaves Nagle's algorithm on
@@ -84,19 +84,20 @@ impl Credentials {
     /// Checks that URL, source and CA can be used together.
     ///
     /// # Errors
-    /// [`Error::Input`] if the URL is invalid or if the parameters contradict each other.
+    /// [`DatabaseError::Settings`] if the URL is invalid or if the parameters contradict each
+    /// other.
     pub(crate) fn new(
         url: Option<&str>,
         source: CredentialSource,
         ca: Option<PathBuf>,
-    ) -> Result<Self, Error> {
+    ) -> Result<Self, DatabaseError> {
         let base = url.map(parse_url).transpose()?;
         let has_credentials = |url: &str| {
             url_has_user_and_password(url).is_some_and(|(user, password)| user || password)
         };
         match (&source, url) {
             (CredentialSource::Url | CredentialSource::Iam(_, None), None) => {
-                return Err(Error::Input(
+                return Err(DatabaseError::Settings(
                     "no database is named: give --database-url or set DATABASE_URL, or give \
                      --database-secret"
                         .into(),
@@ -105,14 +106,14 @@ impl Credentials {
             (CredentialSource::Secret(_) | CredentialSource::Iam(_, Some(_)), Some(url))
                 if has_credentials(url) =>
             {
-                return Err(Error::Input(
+                return Err(DatabaseError::Settings(
                     "the database URL and the secret both name a user: leave one of them out, \
                      or remove user and password from the URL (mysql://HOST:PORT/DATABASE)"
                         .into(),
                 ));
             }
             (CredentialSource::Iam(_, None), Some(url)) if !has_credentials(url) => {
-                return Err(Error::Input(
+                return Err(DatabaseError::Settings(
                     "the database URL names no user, which IAM authentication needs: \
                      mysql://USER@HOST:PORT/DATABASE"
                         .into(),
@@ -121,7 +122,7 @@ impl Credentials {
             (CredentialSource::Iam(..), Some(url))
                 if url_has_user_and_password(url).is_some_and(|(_, password)| password) =>
             {
-                return Err(Error::Input(
+                return Err(DatabaseError::Settings(
                     "the database URL has a password, but IAM authentication uses none: remove it"
                         .into(),
                 ));
@@ -140,9 +141,9 @@ impl Credentials {
     /// Fetches the password, and returns the options with which to connect.
     ///
     /// # Errors
-    /// [`Error::Unreachable`] if AWS does not return the secret or the token, [`Error::Input`] if
-    /// the secret is not a database secret.
-    pub(crate) async fn options(&self) -> Result<MySqlConnectOptions, Error> {
+    /// [`DatabaseError::Aws`] if AWS does not return the secret or the token.
+    /// [`DatabaseError::Settings`] if the secret is not a database secret.
+    pub(crate) async fn options(&self) -> Result<MySqlConnectOptions, DatabaseError> {
         let mut password_age = self.password_age.lock().await;
         let (options, renew_at) = self.fetch().await?;
         *password_age = PasswordAge { read_at: SystemTime::now(), renew_at };
@@ -201,12 +202,16 @@ impl Credentials {
     }
 
     /// Boxed, because this future is large, rarely needed, and part of every statement's future.
-    fn fetch(&self) -> BoxFuture<'_, Result<(MySqlConnectOptions, Option<SystemTime>), Error>> {
+    fn fetch(
+        &self,
+    ) -> BoxFuture<'_, Result<(MySqlConnectOptions, Option<SystemTime>), DatabaseError>> {
         Box::pin(self.fetch_options())
     }
 
-    async fn fetch_options(&self) -> Result<(MySqlConnectOptions, Option<SystemTime>), Error> {
-        let missing = || Error::Input("no database is named".into());
+    async fn fetch_options(
+        &self,
+    ) -> Result<(MySqlConnectOptions, Option<SystemTime>), DatabaseError> {
+        let missing = || DatabaseError::Settings("no database is named".into());
         match &self.source {
             CredentialSource::Url => {
                 Ok((self.with_ca(self.base.clone().ok_or_else(missing)?), None))
@@ -214,7 +219,10 @@ impl Credentials {
             CredentialSource::Secret(secret) => {
                 let (options, has_password) = self.options_from_secret(secret).await?;
                 if !has_password {
-                    return Err(Error::Input(format!("the secret {} has no password", secret.id)));
+                    return Err(DatabaseError::Settings(format!(
+                        "the secret {} has no password",
+                        secret.id
+                    )));
                 }
                 Ok((options, None))
             }
@@ -228,7 +236,7 @@ impl Credentials {
                 let token = tokens
                     .generate(options.get_host(), options.get_port(), options.get_username())
                     .await;
-                let token = token.map_err(Error::Unreachable)?;
+                let token = token?;
                 Ok((options.password(&token.text), Some(token.renew_at)))
             }
         }
@@ -238,11 +246,12 @@ impl Credentials {
     async fn options_from_secret(
         &self,
         secret: &Secret,
-    ) -> Result<(MySqlConnectOptions, bool), Error> {
-        let text = secret.read().await.map_err(Error::Unreachable)?;
+    ) -> Result<(MySqlConnectOptions, bool), DatabaseError> {
+        let text = secret.read().await?;
         let read = parse_secret(&text, self.base.clone());
-        let (options, has_password) =
-            read.map_err(|reason| Error::Input(format!("the secret {} {reason}", secret.id)))?;
+        let (options, has_password) = read.map_err(|reason| {
+            DatabaseError::Settings(format!("the secret {} {reason}", secret.id))
+        })?;
         Ok((self.with_ca(options), has_password))
     }
 
@@ -272,11 +281,11 @@ impl Credentials {
     }
 
     /// IAM tokens are sent in clear text. Anyone who reads a token can use it for 15 minutes.
-    fn check_tls(options: &MySqlConnectOptions) -> Result<(), Error> {
+    fn check_tls(options: &MySqlConnectOptions) -> Result<(), DatabaseError> {
         if verifies_certificate(options) {
             return Ok(());
         }
-        Err(Error::Input(
+        Err(DatabaseError::Settings(
             "IAM authentication sends the token in clear text, and therefore needs a server whose \
              certificate is verified: give --database-ca FILE (the bundle of RDS), or \
              ?ssl-mode=VERIFY_IDENTITY in the database URL"
@@ -364,12 +373,12 @@ fn parse_secret(
     })
 }
 
-fn parse_url(url: &str) -> Result<MySqlConnectOptions, Error> {
+fn parse_url(url: &str) -> Result<MySqlConnectOptions, DatabaseError> {
     // The parser's error is dropped, because it may quote the URL with the password.
     let read =
         |url: &str| MySqlConnectOptions::from_str(url).ok().filter(|_| url.starts_with("mysql://"));
     if url_path(url).is_some_and(|path| path.contains(['@', '/'])) {
-        return Err(Error::Input(
+        return Err(DatabaseError::Settings(
             "the database URL has a / or an @ where the database's name should be: percent-encode \
              the password's special characters (/ as %2F, @ as %40, : as %3A, ? as %3F, # as %23, \
              % as %25)"
@@ -377,7 +386,7 @@ fn parse_url(url: &str) -> Result<MySqlConnectOptions, Error> {
         ));
     }
     let options = read(url).ok_or_else(|| {
-        Error::Input(match url.split_once('?').and_then(|(before, _)| read(before)) {
+        DatabaseError::Settings(match url.split_once('?').and_then(|(before, _)| read(before)) {
             Some(_) => "the options after the ? of the database URL are invalid; ssl-mode is \
                         DISABLED, PREFERRED, REQUIRED, VERIFY_CA or VERIFY_IDENTITY"
                 .into(),
@@ -388,7 +397,7 @@ fn parse_url(url: &str) -> Result<MySqlConnectOptions, Error> {
         })
     })?;
     if options.get_database().is_none_or(str::is_empty) {
-        return Err(Error::Input(
+        return Err(DatabaseError::Settings(
             "the database URL names no database: end it with /DATABASE".into(),
         ));
     }
@@ -489,7 +498,7 @@ mod tests {
         ] {
             for place in ["db.example.com:3306/shop", "db.example.com/shop?ssl-mode=REQUIRED"] {
                 let url = format!("mysql://app:{password}@{place}");
-                let Err(Error::Input(reason)) = parse_url(&url) else {
+                let Err(DatabaseError::Settings(reason)) = parse_url(&url) else {
                     panic!("{url} is accepted")
                 };
                 for part in ["hunter2", "0815", "1234", "app"] {

@@ -7,7 +7,7 @@ use sqlx::{AssertSqlSafe, Row};
 
 use super::credentials::verifies_certificate;
 use super::{Database, SqlMode};
-use crate::model::error::server_error_number;
+use crate::database::error::server_error_number;
 
 /// A variable that the server does not have is missing from the result.
 const SETTINGS: &str = "\

@@ -6,7 +6,7 @@ use sqlx::migrate::{Migration, MigrationType, Migrator};
 use sqlx::{MySqlConnection, SqlSafeStr};
 
 use super::Database;
-use crate::model::error::{Error, server_error_number};
+use crate::database::error::{DatabaseError, server_error_number};
 use crate::model::signature::random_key;
 
 /// The migrator derives its lock and its table from this name. The name is our own, so that an
@@ -20,34 +20,37 @@ impl Database {
     ///
     /// # Errors
     /// If a statement fails, or if the database was migrated by a newer release than this one.
-    pub async fn migrate(&self) -> Result<(), Error> {
+    pub async fn migrate(&self) -> Result<(), DatabaseError> {
         let mut connection = self.acquire().await?;
         self.run_migrations(&mut connection).await?;
-        let key = random_key()?;
+        let key = random_key().ok_or_else(|| {
+            let reason = "the operating system provides no random numbers for a signing key";
+            DatabaseError::Settings(reason.into())
+        })?;
         sqlx::query(SET_INITIAL_KEY).bind(key.as_slice()).execute(&mut *connection).await?;
         Ok(())
     }
 
-    async fn run_migrations(&self, connection: &mut MySqlConnection) -> Result<(), Error> {
+    async fn run_migrations(&self, connection: &mut MySqlConnection) -> Result<(), DatabaseError> {
         Self::migrator().run(connection).await.map_err(|error| match error {
             sqlx::migrate::MigrateError::Execute(error)
             | sqlx::migrate::MigrateError::ExecuteMigration(error, _) => {
                 match server_error_number(&error) {
-                    Some(1709) => Error::Input(format!(
+                    Some(1709) => DatabaseError::Settings(format!(
                         "the tables cannot be migrated: set innodb_default_row_format to dynamic, \
                          its default; the indexes are too long for other formats: {error}"
                     )),
-                    _ => Error::Database(error),
+                    _ => DatabaseError::Statement(error),
                 }
             }
-            sqlx::migrate::MigrateError::Dirty(version) => Error::Input(format!(
+            sqlx::migrate::MigrateError::Dirty(version) => DatabaseError::Settings(format!(
                 "migration {version} was begun and not finished: one of its tables already \
                  existed, or it was interrupted. Look which parts of events, event_log and \
                  projectors exist, drop the parts that the migration created, \
                  `delete from {MIGRATIONS_TABLE} where not success`, and run \
                  `projectionist migrate` again"
             )),
-            error => Error::Input(format!("the tables cannot be migrated: {error}")),
+            error => DatabaseError::Settings(format!("the tables cannot be migrated: {error}")),
         })
     }
 

@@ -2,6 +2,7 @@
 //! checks of the server.
 
 mod credentials;
+pub(crate) mod error;
 mod inspect;
 mod migrate;
 pub(crate) mod multi_row;
@@ -23,9 +24,10 @@ use sqlx::{
 use tokio::sync::watch;
 use tokio::time::timeout;
 
-use crate::model::error::{Error, is_read_only, server_error_number};
 use credentials::is_authentication_error;
 pub(crate) use credentials::{CredentialSource, Credentials};
+pub use error::DatabaseError;
+use error::{is_read_only, server_error_number};
 pub(crate) use inspect::{MigrationState, PrivilegeCheck, ServerReport};
 pub(crate) use privileges::{COMMAND_PRIVILEGES, TABLES};
 pub(crate) use session_cache::{HandlerSession, Session, SessionId};
@@ -100,14 +102,14 @@ impl Database {
     /// Connects and checks the server. Opens at most `connections` connections.
     ///
     /// # Errors
-    /// [`Error::Input`] if the URL is invalid or the server has an unsuitable setting.
-    /// [`Error::Unreachable`] if the server does not answer or refuses the credentials. No error
-    /// shows the password.
+    /// [`DatabaseError::Settings`] if the URL is invalid or the server has an unsuitable setting.
+    /// [`DatabaseError::Unreachable`] if the server does not answer or refuses the credentials. No
+    /// error shows the password.
     pub async fn connect(
         url: &str,
         connections: u32,
         connect_timeout: Duration,
-    ) -> Result<Self, Error> {
+    ) -> Result<Self, DatabaseError> {
         Self::open(
             Credentials::new(Some(url), CredentialSource::Url, None)?,
             connections,
@@ -123,9 +125,9 @@ impl Database {
         connections: u32,
         connect_timeout: Duration,
         sql_mode: SqlMode,
-    ) -> Result<Self, Error> {
+    ) -> Result<Self, DatabaseError> {
         if connections < MIN_CONNECTIONS {
-            return Err(Error::Input(format!(
+            return Err(DatabaseError::Settings(format!(
                 "{connections} connections are too few: at least {MIN_CONNECTIONS} are needed, \
                  one for our own statements and one for a handler"
             )));
@@ -137,7 +139,7 @@ impl Database {
         let (flavor, settings) =
             match timeout(connect_timeout, probe_server(&options, &at, sql_mode)).await {
                 Ok(Ok(probed)) => probed,
-                Ok(Err(Error::Database(error))) => {
+                Ok(Err(DatabaseError::Statement(error))) => {
                     return Err(out_of_reach(&at, &error, &credentials));
                 }
                 Ok(Err(error)) => return Err(error),
@@ -448,21 +450,21 @@ async fn kill_lock_holder(
     }
 }
 
-fn check_increment(at: &str, increment: u64) -> Result<(), Error> {
+fn check_increment(at: &str, increment: u64) -> Result<(), DatabaseError> {
     if increment == 1 {
         return Ok(());
     }
-    Err(Error::Input(format!(
+    Err(DatabaseError::Settings(format!(
         "the server at {at} has auto_increment_increment = {increment}: every insert would leave \
          a gap in the log, which looks like an event in flight. Set it to 1"
     )))
 }
 
-fn check_packet(at: &str, bytes: u64) -> Result<(), Error> {
+fn check_packet(at: &str, bytes: u64) -> Result<(), DatabaseError> {
     if bytes >= MIN_PACKET_BYTES {
         return Ok(());
     }
-    Err(Error::Input(format!(
+    Err(DatabaseError::Settings(format!(
         "the server at {at} has max_allowed_packet = {bytes}: this program's own statements are \
          longer. Set it to at least {MIN_PACKET_BYTES}, or better to 64M, because an event must fit"
     )))
@@ -473,7 +475,7 @@ async fn probe_server(
     options: &MySqlConnectOptions,
     at: &str,
     sql_mode: SqlMode,
-) -> Result<(Flavor, SessionSettings), Error> {
+) -> Result<(Flavor, SessionSettings), DatabaseError> {
     let mut connection = options.connect().await?;
     for set in settings::DISABLE_TIME_LIMITS {
         match sqlx::raw_sql(set).execute(&mut connection).await {
@@ -492,7 +494,7 @@ async fn probe_server(
     Ok((flavor, settings))
 }
 
-fn out_of_reach(at: &str, error: &sqlx::Error, credentials: &Credentials) -> Error {
+fn out_of_reach(at: &str, error: &sqlx::Error, credentials: &Credentials) -> DatabaseError {
     let (why, what_to_do) = match (server_error_number(error), error) {
         (Some(1045 | 1698), _) => (error.to_string(), credentials.advice()),
         (Some(1049), _) => (error.to_string(), "create the database, or correct the URL"),
@@ -505,7 +507,7 @@ fn out_of_reach(at: &str, error: &sqlx::Error, credentials: &Credentials) -> Err
             (error.to_string(), "check host and port in the database URL, and that the server runs")
         }
     };
-    Error::Unreachable(format!("the database {at} cannot be used: {why}; {what_to_do}"))
+    DatabaseError::Unreachable(format!("the database {at} cannot be used: {why}; {what_to_do}"))
 }
 
 #[cfg(test)]
@@ -516,7 +518,7 @@ mod tests {
     #[test]
     fn a_server_with_an_auto_increment_step_is_refused_with_the_reason() {
         assert!(check_increment("root@db:3306/app", 1).is_ok());
-        let Err(Error::Input(reason)) = check_increment("root@db:3306/app", 2) else {
+        let Err(DatabaseError::Settings(reason)) = check_increment("root@db:3306/app", 2) else {
             panic!("the step of 2 is accepted")
         };
         assert!(

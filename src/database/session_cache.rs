@@ -18,7 +18,7 @@ use uuid::Uuid;
 
 use super::transaction_outcome::CommandCounts;
 use super::{Database, IDLE_TIMEOUT};
-use crate::model::error::is_transient;
+use crate::database::error::is_transient;
 use crate::model::projector::{ProjectorId, SessionUse};
 
 /// How often [`Database::wait_until_idle`] checks the connections.

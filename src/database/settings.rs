@@ -11,7 +11,7 @@ use std::sync::Arc;
 use sqlx::{AssertSqlSafe, MySqlConnection, Row};
 
 use super::Flavor;
-use crate::model::error::{Error, server_error_number};
+use crate::database::error::{DatabaseError, server_error_number};
 
 /// The SQL mode of projectors' statements.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -169,13 +169,13 @@ impl SessionSettings {
     /// Sets every variable in this session, reads them back, and builds the statements.
     ///
     /// # Errors
-    /// [`Error::Input`] with the variable's name if the server does not accept a value.
+    /// [`DatabaseError::Settings`] with the variable's name if the server does not accept a value.
     pub(super) async fn probe(
         connection: &mut MySqlConnection,
         flavor: Flavor,
         sql_mode: SqlMode,
         collation: Option<&str>,
-    ) -> Result<Self, Error> {
+    ) -> Result<Self, DatabaseError> {
         let supported = list_supported(connection).await?;
         let is_supported =
             |name: &str| supported.iter().any(|supported| supported.eq_ignore_ascii_case(name));
@@ -223,7 +223,7 @@ impl SessionSettings {
         let values = read_variables(connection, &names).await?;
         for ((name, value, _, why), found) in settings.iter().zip(&values) {
             if !is_accepted(value, found) {
-                return Err(Error::Input(format!(
+                return Err(DatabaseError::Settings(format!(
                     "sessions on this server have {name} = {found:?}, but must have {value}; \
                      otherwise {why}. Let the database user set it, or change it on the server"
                 )));
@@ -293,11 +293,11 @@ impl SessionSettings {
 const CLOCK_IS_RUNNING: &str = "select abs(@@timestamp - unix_timestamp(sysdate())) < 5 limit 1";
 
 /// Reads which variables of [`SETTINGS`] this server has.
-async fn list_supported(connection: &mut MySqlConnection) -> Result<Vec<String>, Error> {
+async fn list_supported(connection: &mut MySqlConnection) -> Result<Vec<String>, DatabaseError> {
     let names: Vec<String> = SETTINGS.iter().map(|(name, ..)| format!("'{name}'")).collect();
     let show = format!("show session variables where variable_name in ({})", names.join(", "));
     let rows = sqlx::raw_sql(AssertSqlSafe(show)).fetch_all(connection).await?;
-    rows.iter().map(|row| row.try_get(0).map_err(Error::Database)).collect()
+    rows.iter().map(|row| row.try_get(0).map_err(DatabaseError::Statement)).collect()
 }
 
 /// Reads variables as text, in this order.
@@ -380,11 +380,12 @@ struct Unsettable<'s> {
 /// Sets each variable, to find those that cannot be set.
 ///
 /// # Errors
-/// [`Error::Input`] with the variable's name if the server refuses a value for another reason.
+/// [`DatabaseError::Settings`] with the variable's name if the server refuses a value for another
+/// reason.
 async fn find_unsettable<'s>(
     connection: &mut MySqlConnection,
     settings: &[&'s Setting],
-) -> Result<Unsettable<'s>, Error> {
+) -> Result<Unsettable<'s>, DatabaseError> {
     let set: Vec<&&Setting> = settings.iter().filter(|setting| is_set(setting)).collect();
     let all: Vec<String> = set.iter().map(|setting| assignment(setting)).collect();
     let all = format!("{PLAIN_ROLLBACK}; set session {}", all.join(", "));
@@ -402,10 +403,10 @@ async fn find_unsettable<'s>(
             }
             Err(error) if server_error_number(&error) == Some(1238) => unsettable.fixed.push(*name),
             Err(error) if server_error_number(&error).is_none() => {
-                return Err(Error::Database(error));
+                return Err(DatabaseError::Statement(error));
             }
             Err(error) => {
-                return Err(Error::Input(format!(
+                return Err(DatabaseError::Settings(format!(
                     "the server refuses to set {name} to {value} in a session, and with another \
                      value {why}: {error}"
                 )));

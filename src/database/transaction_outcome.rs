@@ -13,7 +13,7 @@ use sqlx::{AssertSqlSafe, MySqlConnection, Row};
 use super::Database;
 use super::session_cache::HandlerSession;
 use super::settings::PLAIN_ROLLBACK;
-use crate::model::error::server_error_number;
+use crate::database::error::server_error_number;
 
 /// Makes sure that all counters are returned and readable. The server counts it as one more `set`.
 const MAKE_COUNTS_READABLE: &str =

@@ -7,8 +7,8 @@ use sqlx::mysql::MySqlRow;
 use sqlx::{AssertSqlSafe, MySqlConnection, Row as _};
 use tracing::debug;
 
+use crate::database::error::is_transient;
 use crate::database::multi_row::MAX_BYTES;
-use crate::model::error::is_transient;
 
 /// Why a table's inserts are sent one by one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

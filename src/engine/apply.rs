@@ -11,13 +11,13 @@ use tokio::runtime::Handle;
 use tokio::time::timeout;
 use tracing::debug;
 
+use crate::database::error::{
+    database_error, format_chain, is_connection_lost, is_timeout, is_transient, server_error_number,
+};
 use crate::database::{
     Database, HandlerSession, SERVER_WAIT_TIMEOUT, SessionId, TransactionOutcome,
 };
 use crate::ledger::{Claim, CommitOutcome, Entry, Ledger};
-use crate::model::error::{
-    database_error, format_chain, is_connection_lost, is_timeout, is_transient, server_error_number,
-};
 use crate::model::event::{Event, Position};
 use crate::model::lifecycle::Stage;
 use crate::model::metrics;

@@ -5,6 +5,7 @@ pub(crate) mod apply;
 pub(crate) mod boot;
 pub(crate) mod catch_up;
 pub(crate) mod closed_connection;
+pub(crate) mod error;
 pub(crate) mod handoff;
 pub(crate) mod lag;
 pub(crate) mod play;

@@ -9,9 +9,9 @@ use futures_util::FutureExt;
 use tracing::{debug, error, info, warn};
 use uuid::Uuid;
 
+use crate::engine::error::Error;
 use crate::engine::stall_watch::StallWatch;
 use crate::model::backoff;
-use crate::model::error::Error;
 use crate::model::event::Position;
 use crate::model::metrics::{self, RelayProgress};
 use crate::queue::{self, Queue, QueueError};
@@ -106,10 +106,8 @@ pub(crate) enum RelayError {
 impl From<RelayError> for Error {
     fn from(error: RelayError) -> Self {
         match error {
-            RelayError::Database(error) => Error::Database(error),
-            RelayError::Queue(error) => {
-                Error::Unreachable(format!("the queue cannot be used: {error}"))
-            }
+            RelayError::Database(error) => error.into(),
+            RelayError::Queue(error) => error.into(),
         }
     }
 }

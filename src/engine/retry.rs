@@ -10,11 +10,12 @@ use time::OffsetDateTime;
 use tracing::{error, warn};
 
 use crate::database::Database;
+use crate::database::error::format_chain;
 use crate::engine::apply::{self, ApplyError, Batch, ClaimCarry};
 use crate::engine::closed_connection::ClosedConnectionDetector;
 use crate::ledger::{self, Entry, Ledger, LedgerError};
 use crate::model::backoff;
-use crate::model::error::{Transient, format_chain};
+use crate::model::backoff::Transient;
 use crate::model::event::{Event, Position};
 use crate::model::lifecycle::{FailedEvent, Failure, Stage, Status, Transition};
 use crate::model::metrics;

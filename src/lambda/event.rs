@@ -7,7 +7,7 @@
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::model::error::Error;
+use crate::engine::error::Error;
 
 /// Why a function is invoked.
 #[derive(Debug, PartialEq, Eq)]

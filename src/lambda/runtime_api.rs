@@ -12,7 +12,9 @@ use serde_json::{Value, json};
 use tracing::error;
 
 use crate::aws::http::{HttpClient, HttpError};
-use crate::model::error::Error;
+use crate::database::DatabaseError;
+use crate::engine::error::Error;
+use crate::model::backoff::Transient;
 
 /// The environment variable that names the API's address.
 pub(crate) const RUNTIME_API: &str = "AWS_LAMBDA_RUNTIME_API";
@@ -159,10 +161,10 @@ fn error_body(error: &Error) -> Value {
         | Error::LogFault(_)
         | Error::ForeignMessages(_)
         | Error::Unhealthy(_) => "Projectionist.Failed",
-        Error::Input(_) => "Projectionist.Input",
-        Error::Unreachable(_) => "Projectionist.Unreachable",
         Error::Interrupted => "Projectionist.Interrupted",
-        Error::Database(_) => "Projectionist.Database",
+        error if error.is_transient() => "Projectionist.Unreachable",
+        Error::Database(DatabaseError::Statement(_)) => "Projectionist.Database",
+        _ => "Projectionist.Input",
     };
     json!({ "errorType": kind, "errorMessage": error.to_string() })
 }

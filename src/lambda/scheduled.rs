@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use tokio::time::timeout;
 
+use crate::engine::error::Error;
 use crate::engine::play::{Deadline, OutageLog, Worker};
 use crate::engine::relay::Relay;
-use crate::model::error::Error;
 use crate::model::event::Position;
 use crate::model::lifecycle::Status;
 use crate::model::projector::ProjectorId;
@@ -141,7 +141,7 @@ impl ScheduledRun {
         let Some(first) = self.first else {
             return Err(self.error.map_or_else(
                 || Error::Unreachable("the database did not answer in time".into()),
-                Error::Database,
+                Error::from,
             ));
         };
         let target = first.high_water;

@@ -8,7 +8,8 @@ use sqlx::{AssertSqlSafe, Connection, MySqlConnection, Row};
 use time::PrimitiveDateTime;
 
 use crate::database::Database;
-use crate::model::error::{Transient, is_transient};
+use crate::database::error::is_transient;
+use crate::model::backoff::Transient;
 use crate::model::event::{Position, utc_datetime};
 use crate::model::lifecycle::{self, FailedEvent, Failure, Stage, Status, Transition};
 use crate::model::projector::{Mode, ProjectorId};

@@ -9,10 +9,14 @@ use std::time::{Duration, Instant};
 
 use tracing::warn;
 
-use crate::model::error::Transient;
-
 const FIRST_DELAY: Duration = Duration::from_millis(5);
 const MAX_DELAY: Duration = Duration::from_secs(5);
+
+/// An error that may be transient.
+pub(crate) trait Transient {
+    /// Whether a retry of the same operation may succeed.
+    fn is_transient(&self) -> bool;
+}
 
 /// The pause before attempt `attempt`. The first retry is attempt 2. The jitter keeps workers that
 /// failed together from retrying together.

@@ -2,7 +2,6 @@
 
 pub(crate) mod backoff;
 pub(crate) mod continuity;
-pub(crate) mod error;
 pub(crate) mod event;
 pub(crate) mod lifecycle;
 pub(crate) mod metrics;

@@ -5,8 +5,6 @@ use std::fmt;
 use ring::hmac;
 use ring::rand::{SecureRandom, SystemRandom};
 
-use crate::model::error::Error;
-
 /// The length of a key: that of the hash, as RFC 2104 recommends.
 pub(crate) const KEY_BYTES: usize = 32;
 
@@ -54,16 +52,11 @@ impl fmt::Debug for SigningKey {
     }
 }
 
-/// Generates a new key.
-///
-/// # Errors
-/// [`Error::Input`] if the operating system provides no random numbers.
-pub(crate) fn random_key() -> Result<[u8; KEY_BYTES], Error> {
+/// Generates a new key. `None` if the operating system provides no random numbers.
+pub(crate) fn random_key() -> Option<[u8; KEY_BYTES]> {
     let mut key = [0; KEY_BYTES];
-    SystemRandom::new().fill(&mut key).map_err(|_| {
-        Error::Input("the operating system provides no random numbers for a new key".into())
-    })?;
-    Ok(key)
+    SystemRandom::new().fill(&mut key).ok()?;
+    Some(key)
 }
 
 fn from_hex(digits: &str) -> Option<[u8; SIGNATURE_DIGITS / 2]> {

@@ -54,7 +54,7 @@ impl SqsQueue {
         let request =
             self.client.get_queue_attributes().queue_url(&self.url).attribute_names(Attribute::All);
         let answer = request.customize().interceptor(clock.clone()).send().await;
-        let answer = answer.map_err(|error| QueueError(explain(&error)))?;
+        let answer = answer.map_err(|error| QueueError::Unavailable(explain(&error)))?;
         let here = DateTime::from(asked).as_secs_f64()
             + asked.elapsed().unwrap_or_default().as_secs_f64() / 2.0;
         // The date header has whole seconds: half a second is the expected remainder.
@@ -70,7 +70,7 @@ impl SqsQueue {
         let url = match self.client.get_queue_url().queue_name(name).send().await {
             Ok(answer) => answer.queue_url.unwrap_or_default(),
             Err(error) if sqs::is_denied(&error) => return Ok(None),
-            Err(error) => return Err(QueueError(explain(&error))),
+            Err(error) => return Err(QueueError::Unavailable(explain(&error))),
         };
         match self
             .client
@@ -82,7 +82,7 @@ impl SqsQueue {
         {
             Ok(answer) => Ok(Some(by_name(answer.attributes))),
             Err(error) if sqs::is_denied(&error) => Ok(None),
-            Err(error) => Err(QueueError(explain(&error))),
+            Err(error) => Err(QueueError::Unavailable(explain(&error))),
         }
     }
 

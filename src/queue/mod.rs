@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 
+use crate::aws::AwsError;
+use crate::model::backoff::Transient;
 pub(crate) use inspect::Permission;
 pub(crate) use message::{ForeignReason, Message, pack, parse, unverified_last};
 pub use sqs::SqsQueue;
@@ -73,7 +75,27 @@ pub trait Queue: Send + Sync {
     fn max_message_bytes(&self) -> usize;
 }
 
-/// A call to the queue failed. Every call may be retried; a failure loses no event.
+/// Why the queue cannot be used, or did not carry out a call.
 #[derive(Debug, Clone, thiserror::Error)]
-#[error("{0}")]
-pub struct QueueError(pub String);
+#[non_exhaustive]
+pub enum QueueError {
+    /// The URL of the queue is wrong. A retry fails in the same way.
+    #[error("{0}")]
+    Settings(String),
+    /// An AWS setting is wrong.
+    #[error(transparent)]
+    Aws(#[from] AwsError),
+    /// The queue did not carry out a call. Every call may be retried; a failure loses no event.
+    #[error("{0}")]
+    Unavailable(String),
+}
+
+impl Transient for QueueError {
+    fn is_transient(&self) -> bool {
+        match self {
+            QueueError::Settings(_) => false,
+            QueueError::Aws(error) => error.is_transient(),
+            QueueError::Unavailable(_) => true,
+        }
+    }
+}

@@ -12,7 +12,6 @@ use aws_sdk_sqs::types::{
 
 use super::{Queue, QueueError, Receipt, ReceivedMessage};
 use crate::aws::{self, format_error_chain};
-use crate::model::error::Error;
 
 /// All events are one ordered sequence. On a FIFO queue they are therefore one message group.
 const MESSAGE_GROUP: &str = "events";
@@ -37,11 +36,12 @@ impl SqsQueue {
     /// come from the usual AWS settings. Received messages are hidden for `visibility_timeout`.
     ///
     /// # Errors
-    /// [`Error::Input`] if no region is configured. [`Error::Unreachable`] if the queue does not
-    /// exist, does not answer, or access is denied.
-    pub async fn connect(url: &str, visibility_timeout: Duration) -> Result<Self, Error> {
+    /// [`QueueError::Settings`] if `url` is not a queue URL. [`QueueError::Aws`] if no region is
+    /// configured. [`QueueError::Unavailable`] if the queue does not exist, does not answer, or
+    /// denies access.
+    pub async fn connect(url: &str, visibility_timeout: Duration) -> Result<Self, QueueError> {
         if !url.starts_with("http://") && !url.starts_with("https://") {
-            return Err(Error::Input(format!(
+            return Err(QueueError::Settings(format!(
                 "{url:?} is not a queue URL; it looks like \
                  https://sqs.REGION.amazonaws.com/ACCOUNT/NAME"
             )));
@@ -50,7 +50,7 @@ impl SqsQueue {
         Self::with_client(Client::new(&config), url, visibility_timeout).await.map_err(|error| {
             match config.endpoint_url() {
                 Some(endpoint) => {
-                    Error::Unreachable(format!("{error} (the endpoint is {endpoint})"))
+                    QueueError::Unavailable(format!("{error} (the endpoint is {endpoint})"))
                 }
                 None => error,
             }
@@ -60,12 +60,12 @@ impl SqsQueue {
     /// [`SqsQueue::connect`] with an existing client, for programs that configure AWS themselves.
     ///
     /// # Errors
-    /// [`Error::Unreachable`] if the queue does not exist, does not answer, or access is denied.
+    /// [`QueueError::Unavailable`] if the queue does not exist, does not answer, or denies access.
     pub async fn with_client(
         client: Client,
         url: &str,
         visibility_timeout: Duration,
-    ) -> Result<Self, Error> {
+    ) -> Result<Self, QueueError> {
         let attributes = client
             .get_queue_attributes()
             .queue_url(url)
@@ -74,9 +74,7 @@ impl SqsQueue {
             .attribute_names(Attribute::QueueArn)
             .send()
             .await
-            .map_err(|error| {
-                Error::Unreachable(format!("the queue {url} cannot be used: {}", explain(&error)))
-            })?;
+            .map_err(|error| QueueError::Unavailable(format!("{url}: {}", explain(&error))))?;
         let attribute =
             |name| attributes.attributes().and_then(|all| all.get(&name)).map(String::as_str);
         Ok(SqsQueue {
@@ -102,7 +100,7 @@ impl Queue for SqsQueue {
         } else {
             send
         };
-        send.send().await.map(|_| ()).map_err(|error| QueueError(explain(&error)))
+        send.send().await.map(|_| ()).map_err(|error| QueueError::Unavailable(explain(&error)))
     }
 
     async fn receive(&self, wait: Duration) -> Result<Vec<ReceivedMessage>, QueueError> {
@@ -115,7 +113,7 @@ impl Queue for SqsQueue {
             .visibility_timeout(self.visibility_timeout.as_secs() as i32)
             .send()
             .await
-            .map_err(|error| QueueError(explain(&error)))?;
+            .map_err(|error| QueueError::Unavailable(explain(&error)))?;
         let messages = received.messages.unwrap_or_default().into_iter();
         Ok(messages
             .filter_map(|message| {
@@ -132,10 +130,12 @@ impl Queue for SqsQueue {
                 let entry = DeleteMessageBatchRequestEntry::builder()
                     .id(index.to_string())
                     .receipt_handle(receipt);
-                request =
-                    request.entries(entry.build().map_err(|error| QueueError(error.to_string()))?);
+                request = request.entries(
+                    entry.build().map_err(|error| QueueError::Unavailable(error.to_string()))?,
+                );
             }
-            let answer = request.send().await.map_err(|error| QueueError(explain(&error)))?;
+            let answer =
+                request.send().await.map_err(|error| QueueError::Unavailable(explain(&error)))?;
             check_batch("delete", answer.failed())?;
         }
         Ok(())
@@ -153,10 +153,12 @@ impl Queue for SqsQueue {
                     .id(index.to_string())
                     .receipt_handle(receipt)
                     .visibility_timeout(duration.as_secs() as i32);
-                request =
-                    request.entries(entry.build().map_err(|error| QueueError(error.to_string()))?);
+                request = request.entries(
+                    entry.build().map_err(|error| QueueError::Unavailable(error.to_string()))?,
+                );
             }
-            let answer = request.send().await.map_err(|error| QueueError(explain(&error)))?;
+            let answer =
+                request.send().await.map_err(|error| QueueError::Unavailable(explain(&error)))?;
             check_batch("hide", answer.failed())?;
         }
         Ok(())
@@ -175,7 +177,7 @@ impl Queue for SqsQueue {
             .set_attribute_names(Some(counts.to_vec()))
             .send()
             .await
-            .map_err(|error| QueueError(explain(&error)))?;
+            .map_err(|error| QueueError::Unavailable(explain(&error)))?;
         let values = answer.attributes().map(|all| all.values()).into_iter().flatten();
         Ok(values.filter_map(|count| count.parse::<u64>().ok()).sum())
     }
@@ -209,7 +211,7 @@ fn check_batch(doing: &str, failed: &[BatchResultErrorEntry]) -> Result<(), Queu
         );
     }
     match failed.iter().find(|entry| !entry.sender_fault()) {
-        Some(entry) => Err(QueueError(format!(
+        Some(entry) => Err(QueueError::Unavailable(format!(
             "could not {doing} a message: {}",
             entry.message().unwrap_or("no reason")
         ))),
@@ -274,6 +276,6 @@ mod tests {
         );
         let refused = check_batch("delete", &[expired, entry(false, "InternalError")])
             .expect_err("the failure is not a sender fault");
-        assert_eq!(refused.0, "could not delete a message: the reason");
+        assert_eq!(refused.to_string(), "could not delete a message: the reason");
     }
 }

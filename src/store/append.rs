@@ -8,9 +8,9 @@ use sqlx::{Connection, MySqlConnection, QueryBuilder};
 use uuid::Uuid;
 
 use super::EventStore;
+use crate::database::error::{is_transient, server_error_number};
 use crate::database::multi_row::{Rows, Statement};
 use crate::model::backoff;
-use crate::model::error::{is_transient, server_error_number};
 use crate::model::event::{NewEvent, Position, utc_datetime};
 
 /// The statement consists of this text and one [`INSERT_ROW`] per event.

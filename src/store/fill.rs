@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use super::{Blocker, EventStore};
 use crate::database::Flavor;
-use crate::model::error::server_error_number;
+use crate::database::error::server_error_number;
 use crate::model::event::{FILLER, Position};
 
 /// Fails at once if a writer holds a lock in the range: its row is inserted, but the transaction

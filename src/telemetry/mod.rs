@@ -18,7 +18,7 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer};
 
-use crate::model::error::Error;
+use crate::engine::error::Error;
 use crate::model::text;
 pub(crate) use reporter::{LagSource, MetricsFormat, Reporter, parse_service_name};
 use webhook::Poster;

@@ -17,7 +17,7 @@ use tracing_subscriber::Layer;
 use tracing_subscriber::layer::Context;
 
 use crate::aws::http::{HttpClient, HttpError};
-use crate::model::error::Error;
+use crate::engine::error::Error;
 use crate::model::text;
 
 /// The most alerts that wait to be posted. Further alerts are only in the log.

@@ -39,6 +39,22 @@ fn every_folder_is_a_layer_and_imports_point_downward() {
     assert!(found.is_empty(), "imports that do not point downward:\n{}", found.join("\n"));
 }
 
+/// A projector's handler receives a connection, and an event keeps the row that the server sent.
+/// All other files of the model are free of the driver.
+const MODEL_FILES_WITH_DRIVER: [&str; 2] = ["event.rs", "projector.rs"];
+
+#[test]
+fn the_model_uses_the_database_driver_only_for_rows_and_handlers() {
+    let mut with_driver = Vec::new();
+    read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src/model"), &mut |file, text| {
+        if text.contains("use sqlx") || text.contains("sqlx::") {
+            with_driver.extend(file.rsplit('/').next().map(str::to_owned));
+        }
+    });
+    with_driver.sort();
+    assert_eq!(with_driver, MODEL_FILES_WITH_DRIVER);
+}
+
 #[test]
 fn an_import_that_points_upward_or_sideways_is_found() {
     let wrong = |folder, line: &str| wrong_imports(folder, "file.rs", line).len();

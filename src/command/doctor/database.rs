@@ -7,7 +7,6 @@ use crate::database::multi_row::MAX_BYTES;
 use crate::database::{
     COMMAND_PRIVILEGES, Database, MigrationState, PrivilegeCheck, ServerReport, SqlMode, TABLES,
 };
-use crate::model::error::Error;
 
 /// In seconds. On a busy network the measurement is off by up to half a second.
 const MAX_CLOCK_SKEW_SECONDS: f64 = 5.0;
@@ -35,7 +34,7 @@ pub(super) async fn examine(
             connections,
             commands.iter().any(|command| !READ_ONLY_COMMANDS.contains(&command.as_str())),
         )),
-        Err(error) => checks.push(Check::failed("database settings", &Error::Database(error))),
+        Err(error) => checks.push(Check::failed("database settings", &error.into())),
     }
     checks.push(match database.migration_state().await {
         Ok(MigrationState::UpToDate) => Check::ok("tables", "up to date"),
@@ -54,13 +53,13 @@ pub(super) async fn examine(
             "from a newer release than this one",
             "use that release, or a newer one",
         ),
-        Err(error) => Check::failed("tables", &Error::Database(error)),
+        Err(error) => Check::failed("tables", &error.into()),
     });
     match missing_grants(database).await {
         Ok(missing) => checks.extend(
             missing.into_iter().map(|(command, missing)| check_grants(command, &missing, commands)),
         ),
-        Err(error) => checks.push(Check::failed("grants", &Error::Database(error))),
+        Err(error) => checks.push(Check::failed("grants", &error.into())),
     }
 }
 

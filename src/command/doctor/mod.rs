@@ -14,8 +14,9 @@ use serde::Serialize;
 use super::{print, print_json};
 use crate::command::config::Config;
 use crate::database::{COMMAND_PRIVILEGES, Database};
+use crate::engine::error::Error;
 use crate::ledger::Ledger;
-use crate::model::error::Error;
+use crate::model::backoff::Transient;
 use crate::model::lifecycle::Status;
 use crate::model::registry::Registry;
 use crate::model::text::escape_control;
@@ -195,10 +196,7 @@ impl Check {
 
     /// A check that could not be made because of an error.
     fn failed(name: &str, error: &Error) -> Self {
-        let level = match error {
-            Error::Unreachable(_) => Level::Unreachable,
-            _ => Level::Error,
-        };
+        let level = if error.is_transient() { Level::Unreachable } else { Level::Error };
         Check { name: name.into(), level, detail: error.to_string(), remedy: None }
     }
 }

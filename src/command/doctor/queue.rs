@@ -9,7 +9,6 @@ use time::format_description::well_known::Rfc3339;
 use super::database::check_clock;
 use super::{Check, Level};
 use crate::command::config::Config;
-use crate::model::error::Error;
 use crate::queue::{Permission, Queue, SqsQueue};
 use crate::store::QueueRecord;
 
@@ -39,8 +38,7 @@ pub(super) async fn examine(
     let inspected = match queue.inspect().await {
         Ok(inspected) => inspected,
         Err(error) => {
-            let error = Error::Unreachable(format!("the queue cannot be used: {error}"));
-            return checks.push(Check::failed("queue", &error));
+            return checks.push(Check::failed("queue", &error.into()));
         }
     };
     checks.extend(check_attributes(

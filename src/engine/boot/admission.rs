@@ -5,12 +5,13 @@ use anyhow::anyhow;
 use tracing::{info, warn};
 
 use super::{Boot, start_position};
+use crate::database::error::{format_chain, has_transient_cause, server_error_number};
 use crate::engine::apply;
 use crate::engine::catch_up::{Cursor, CursorState};
+use crate::engine::error::Error;
 use crate::engine::retry::{ApplyOutcome, ProjectorError};
 use crate::ledger::Entry;
 use crate::ledger::read_model::{self, SetupLock, TableCatalog};
-use crate::model::error::{Error, format_chain, has_transient_cause, server_error_number};
 use crate::model::event::Position;
 use crate::model::lifecycle::{Stage, Status};
 use crate::model::metrics;

@@ -11,12 +11,12 @@ use tracing::{error, info, warn};
 
 use crate::database::Database;
 use crate::engine::catch_up::{Cursor, CursorState};
+use crate::engine::error::Error;
 use crate::engine::handoff::{has_reached, oldest_queued};
 use crate::engine::retry::{Engine, Limits};
 use crate::engine::stall_watch::BlockedWatch;
 use crate::ledger::{Entry, LedgerError};
 use crate::model::backoff;
-use crate::model::error::Error;
 use crate::model::event::Position;
 use crate::model::lifecycle::{Stage, Status, Transition};
 use crate::model::projector::{Mode, ProjectorId};
@@ -59,8 +59,9 @@ impl From<Limits> for BootSettings {
 ///
 /// # Errors
 /// [`Error::Input`] if the set contradicts the ledger, or if `settings` name a projector that the
-/// set does not have. [`Error::Database`] or [`Error::Unreachable`] if the database fails for
-/// longer than `limits.retry_timeout`.
+/// set does not have. [`Error::Database`] if the database fails for longer than
+/// `limits.retry_timeout`. [`Error::Unreachable`] if the high-water mark stays below the last
+/// visible event for that long.
 pub async fn boot(
     database: &Database,
     registry: &Registry,
@@ -367,7 +368,7 @@ fn check_modes(selected: &[Arc<RegisteredProjector>], ledger: &[Entry]) -> Resul
 impl From<LedgerError> for Error {
     fn from(error: LedgerError) -> Self {
         match error {
-            LedgerError::Database(error) => Error::Database(error),
+            LedgerError::Database(error) => error.into(),
             LedgerError::Step(..) => Error::Input(error.to_string()),
         }
     }

@@ -8,7 +8,7 @@ use tracing::warn;
 use super::report::{BootProgress, BootWait};
 use super::{Boot, Entry};
 use crate::engine::catch_up::Cursor;
-use crate::model::error::Error;
+use crate::engine::error::Error;
 use crate::model::event::Position;
 use crate::model::projector::{Mode, ProjectorId};
 use crate::store::{Blocker, HighWater};

@@ -21,9 +21,9 @@ use tokio::time::timeout;
 use tracing::debug;
 
 use crate::database::Database;
+use crate::engine::error::Error;
 use crate::engine::relay::{Relay, RelaySettings};
 use crate::engine::retry::Limits;
-use crate::model::error::Error;
 use crate::model::registry::Registry;
 use crate::queue::Queue;
 pub use background::BackgroundLimits;

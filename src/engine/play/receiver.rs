@@ -37,7 +37,7 @@ impl QueueReceiver {
         self.prefetch(wait);
         match self.pending.join_next().await {
             Some(Ok(received)) => received,
-            Some(Err(error)) => Err(QueueError(error.to_string())),
+            Some(Err(error)) => Err(QueueError::Unavailable(error.to_string())),
             None => Ok(Vec::new()),
         }
     }
@@ -60,7 +60,7 @@ impl QueueReceiver {
         let receipts: Vec<Receipt> = received.into_iter().map(|message| message.receipt).collect();
         let hidden =
             timeout(CLOSE_TIMEOUT, self.queue.change_visibility(&receipts, Duration::ZERO)).await;
-        let hidden = hidden.unwrap_or_else(|late| Err(QueueError(late.to_string())));
+        let hidden = hidden.unwrap_or_else(|late| Err(QueueError::Unavailable(late.to_string())));
         if let Err(error) = hidden {
             debug!(%error, "cannot return messages: they reappear after their visibility timeout");
         }

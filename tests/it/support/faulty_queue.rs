@@ -100,11 +100,11 @@ impl FaultyQueue {
 impl Queue for FaultyQueue {
     async fn send(&self, body: &str, deduplication_id: &str) -> Result<(), QueueError> {
         if self.strikes(self.faults.refused, |counts| &mut counts.refused) {
-            return Err(QueueError("refused by the test".into()));
+            return Err(QueueError::Unavailable("refused by the test".into()));
         }
         self.queue.send(body, deduplication_id).await?;
         if self.strikes(self.faults.unacknowledged, |counts| &mut counts.unacknowledged) {
-            return Err(QueueError("not acknowledged by the test".into()));
+            return Err(QueueError::Unavailable("not acknowledged by the test".into()));
         }
         Ok(())
     }

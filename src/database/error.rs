@@ -1,37 +1,39 @@
-//! The error type of the library, and which database errors are transient.
+//! The error type of the database, and the classification of the driver's errors.
 
 use sqlx::mysql::MySqlDatabaseError;
 
+use crate::aws::AwsError;
+use crate::model::backoff::Transient;
 use crate::model::text;
 
-/// The reason for which a command or a call of the library failed.
+/// Why the database cannot be used, or did not carry out a statement.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub enum Error {
-    /// A projector failed.
+pub enum DatabaseError {
+    /// The URL, the credentials or a setting of the server is unsuitable. A retry fails in the same
+    /// way.
     #[error("{0}")]
-    Projector(String),
-    /// An audit found a fault in the log.
-    #[error("{0}")]
-    LogFault(String),
-    /// The queue has messages that are not from this log.
-    #[error("{0}")]
-    ForeignMessages(String),
-    /// The loop of a worker makes no progress any more.
-    #[error("{0}")]
-    Unhealthy(String),
-    /// The usage, the configuration or the input is wrong.
-    #[error("{0}")]
-    Input(String),
-    /// The database or the queue cannot be reached.
+    Settings(String),
+    /// AWS did not return the secret or the token that the credentials need.
+    #[error(transparent)]
+    Aws(#[from] AwsError),
+    /// The server does not answer, or it refuses the credentials.
     #[error("{0}")]
     Unreachable(String),
-    /// A signal stopped the command before its end.
-    #[error("interrupted; run it again: it continues where it stopped")]
-    Interrupted,
-    /// The database rejected a statement of this program.
+    /// The server rejected a statement, or the connection was lost.
     #[error("{}", explain(.0))]
-    Database(#[from] sqlx::Error),
+    Statement(#[from] sqlx::Error),
+}
+
+impl Transient for DatabaseError {
+    fn is_transient(&self) -> bool {
+        match self {
+            DatabaseError::Settings(_) => false,
+            DatabaseError::Aws(error) => error.is_transient(),
+            DatabaseError::Unreachable(_) => true,
+            DatabaseError::Statement(error) => is_transient(error),
+        }
+    }
 }
 
 /// Server errors that a retry can cure: they depend on the moment and not on the statement.
@@ -111,12 +113,6 @@ pub(crate) fn is_read_only(error: &sqlx::Error) -> bool {
 /// The first database error in the chain of causes of a handler's error.
 pub(crate) fn database_error(error: &anyhow::Error) -> Option<&sqlx::Error> {
     error.chain().find_map(|cause| cause.downcast_ref::<sqlx::Error>())
-}
-
-/// An error that may be transient.
-pub(crate) trait Transient {
-    /// Whether a retry of the same operation may succeed.
-    fn is_transient(&self) -> bool;
 }
 
 impl Transient for sqlx::Error {
