@@ -80,6 +80,8 @@ mod engine;
 
 mod declared;
 
+mod handlers;
+
 mod aws;
 mod database;
 mod ledger;

@@ -82,7 +82,9 @@ impl RetireCommand {
                 .await?;
         }
         if let Some(projector) = projector {
-            apply::tear_down(&database, projector).await.map_err(|error| {
+            let torn_down = apply::tear_down(&database, projector).await;
+            registry.stop_processes().await;
+            torn_down.map_err(|error| {
                 Error::Projector(format!(
                     "{id}: its teardown failed: {}; it is retired, and retire can be run again",
                     format_chain(&error)

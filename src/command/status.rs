@@ -77,6 +77,7 @@ async fn report(
             lag_seconds: lag.seconds,
             digest: None,
             changed: Some(false),
+            delivery: delivery(Some(projector)),
             failure: None,
             is_known: true,
         });
@@ -145,6 +146,9 @@ struct ProjectorReport {
     /// Whether the definition in the given set differs; null if no set is given, or if the set does
     /// not have the projector.
     changed: Option<bool>,
+    /// The delivery of a projector with a command; null for the others, and if the set does not
+    /// have the projector.
+    delivery: Option<&'static str>,
     failure: Option<FailureReport>,
     /// Whether the given set has the projector. Only the table shows this.
     #[serde(skip)]
@@ -163,10 +167,15 @@ impl ProjectorReport {
             lag_seconds: lag.seconds,
             digest: entry.digest.clone(),
             changed: known.map(|projector| !entry.matches_digest(&projector.digest)),
+            delivery: delivery(known),
             failure: entry.status.failure().map(FailureReport::from),
             is_known: known.is_some(),
         }
     }
+}
+
+fn delivery(projector: Option<&RegisteredProjector>) -> Option<&'static str> {
+    Some(projector?.external.as_ref()?.delivery().as_str())
 }
 
 /// The failure of a projector. Position and type are null if its setup failed, before any event.
@@ -203,16 +212,14 @@ impl FailureReport {
 fn format_table(report: &StatusReport, has_set: bool) -> String {
     let mut table = Table::new();
     table.load_style(TableStyle::new());
-    table.set_header([
-        "PROJECTOR",
-        "VERSION",
-        "MODE",
-        "STATUS",
-        "POSITION",
-        "LAG",
-        "LAG SECONDS",
-        "FAILURE",
-    ]);
+    let has_delivery = report.projectors.iter().any(|projector| projector.delivery.is_some());
+    let delivery = has_delivery.then_some("DELIVERY");
+    table.set_header(
+        ["PROJECTOR", "VERSION", "MODE", "STATUS", "POSITION", "LAG", "LAG SECONDS"]
+            .into_iter()
+            .chain(delivery)
+            .chain(["FAILURE"]),
+    );
     for projector in &report.projectors {
         let note = match &projector.failure {
             Some(failure) => failure.summary(),
@@ -220,7 +227,8 @@ fn format_table(report: &StatusReport, has_set: bool) -> String {
             None if projector.changed == Some(true) => "(changed since it was booted)".into(),
             None => String::new(),
         };
-        table.add_row([
+        let delivery = has_delivery.then(|| projector.delivery.unwrap_or_default().to_owned());
+        let cells = [
             projector.name.clone(),
             projector.version.to_string(),
             projector.mode.into(),
@@ -228,8 +236,9 @@ fn format_table(report: &StatusReport, has_set: bool) -> String {
             projector.position.to_string(),
             projector.lag_events.to_string(),
             format!("{:.1}", projector.lag_seconds),
-            escape_control(&note).into_owned(),
-        ]);
+        ];
+        let note = escape_control(&note).into_owned();
+        table.add_row(cells.into_iter().chain(delivery).chain([note]));
     }
     let mut marks = format!(
         "high-water mark {}   end of the log {}   published {}",

@@ -205,6 +205,12 @@ impl Database {
         }
     }
 
+    /// The quoted name of the database.
+    pub(crate) fn quoted_name(&self) -> String {
+        let options = self.pool.connect_options();
+        format!("`{}`", options.get_database().unwrap_or_default().replace('`', "``"))
+    }
+
     /// The user, host, port and database, without the password.
     pub(crate) fn address(&self) -> String {
         address(&self.pool.connect_options())

@@ -6,6 +6,7 @@ use ring::digest::{Context, SHA256};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+use super::command::{COMMAND_KEYS, DEFINING_KEYS, DeclaredCommand};
 use super::handler::{DeclaredProjector, Handlers, SetupStatement};
 use super::spelling::nearest;
 use super::{Problem, StatementError, statement};
@@ -25,6 +26,8 @@ const MAX_HANDLERS: usize = 1000;
 #[derive(Debug)]
 pub(super) struct Declaration {
     pub(super) projector: DeclaredProjector,
+    /// The command that applies the events. `None`: the statements of the file do.
+    pub(super) command: Option<DeclaredCommand>,
     pub(super) name_line: usize,
     pub(super) version_line: usize,
 }
@@ -56,9 +59,9 @@ fn line_ends(text: &str) -> Vec<usize> {
     text.match_indices('\n').map(|(at, _)| at).collect()
 }
 
-type Entry<'t> = Spanned<DeValue<'t>>;
+pub(super) type Entry<'t> = Spanned<DeValue<'t>>;
 
-struct Parser<'f> {
+pub(super) struct Parser<'f> {
     file: &'f str,
     text: &'f str,
     line_ends: Vec<usize>,
@@ -74,14 +77,18 @@ impl Parser<'_> {
         self.line(entry.map_or(0, |entry| entry.span().start))
     }
 
-    fn report(&mut self, at: usize, reason: impl Into<String>) {
+    pub(super) fn report(&mut self, at: usize, reason: impl Into<String>) {
         self.problems.push(Problem::new(self.file, Some(self.line(at)), reason));
     }
 
     /// Reads the whole file, also after a problem, so that all problems are reported at once.
     /// `None` means that at least one was reported.
     fn read_declaration(&mut self, table: &DeTable<'_>) -> Option<Declaration> {
-        self.check_keys(table, &KEYS);
+        let command = table.get("command");
+        match command {
+            Some(_) => self.check_keys(table, &[&KEYS[..], &COMMAND_KEYS].concat()),
+            None => self.check_keys(table, &KEYS),
+        }
         let name =
             self.require(table, "name", 0, "the projector's name, like `name = \"case_status\"`");
         let version = self.require(table, "version", 0, "`version = 1` for a new projector");
@@ -92,7 +99,10 @@ impl Parser<'_> {
             .map_or(Some(false), |entry| self.read_boolean(entry, "side_effects"));
         let setup = self.read_statements(table, "setup", statement::compile_setup);
         let teardown = self.read_statements(table, "teardown", statement::compile_teardown);
-        let handlers = self.read_handlers(table);
+        let (command, handlers) = match command {
+            Some(command) => (Some(self.read_command(table, command)?), Handlers::new()),
+            None => (None, self.read_handlers(table)),
+        };
         let (name_line, version_line) = (self.line_of(name), self.line_of(version));
         let name = name.and_then(|entry| self.read_string(entry, "name"));
         let version = version.and_then(|entry| self.read_version(entry));
@@ -110,7 +120,7 @@ impl Parser<'_> {
             teardown,
             handlers,
         };
-        Some(Declaration { projector, name_line, version_line })
+        Some(Declaration { projector, command, name_line, version_line })
     }
 
     fn check_keys(&mut self, table: &DeTable<'_>, known: &[&str]) {
@@ -123,6 +133,8 @@ impl Parser<'_> {
                 format!("`{name}` belongs above the first [[on]]")
             } else if ON_KEYS.contains(&name) {
                 format!("`{name}` belongs in an [[on]] table")
+            } else if COMMAND_KEYS.contains(&name) {
+                format!("`{name}` belongs in a file with `command`")
             } else {
                 let near = nearest(name, known)
                     .map(|near| format!("did you mean `{near}`? "))
@@ -133,7 +145,7 @@ impl Parser<'_> {
         }
     }
 
-    fn require<'t, 'd>(
+    pub(super) fn require<'t, 'd>(
         &mut self,
         table: &'t DeTable<'d>,
         key: &str,
@@ -147,7 +159,12 @@ impl Parser<'_> {
         entry
     }
 
-    fn report_wrong_type<T>(&mut self, entry: &Entry<'_>, key: &str, expected: &str) -> Option<T> {
+    pub(super) fn report_wrong_type<T>(
+        &mut self,
+        entry: &Entry<'_>,
+        key: &str,
+        expected: &str,
+    ) -> Option<T> {
         let article = if matches!(entry.get_ref(), DeValue::Integer(_) | DeValue::Array(_)) {
             "an"
         } else {
@@ -161,7 +178,7 @@ impl Parser<'_> {
         None
     }
 
-    fn read_string<'t>(&mut self, entry: &'t Entry<'_>, key: &str) -> Option<&'t str> {
+    pub(super) fn read_string<'t>(&mut self, entry: &'t Entry<'_>, key: &str) -> Option<&'t str> {
         match entry.get_ref() {
             DeValue::String(text) => Some(text),
             _ => self.report_wrong_type(entry, key, "a string in quotes"),
@@ -175,7 +192,7 @@ impl Parser<'_> {
         }
     }
 
-    fn read_list<'t, 'd>(
+    pub(super) fn read_list<'t, 'd>(
         &mut self,
         entry: &'t Entry<'d>,
         key: &str,
@@ -296,7 +313,7 @@ impl Parser<'_> {
         }
     }
 
-    fn read_events(&mut self, entry: &Entry<'_>) -> Option<EventTypes> {
+    pub(super) fn read_events(&mut self, entry: &Entry<'_>) -> Option<EventTypes> {
         let entries = self.read_list(entry, "events", "event types")?;
         if entries.is_empty() {
             self.report(
@@ -359,7 +376,8 @@ fn check_event_type(event_type: &str, is_alone: bool) -> Result<(), String> {
 /// do not count.
 fn revision(table: &DeTable<'_>) -> String {
     let mut context = Context::new(&SHA256);
-    for key in KEYS.iter().filter(|key| **key != "name" && **key != "version") {
+    let keys = KEYS.iter().chain(&COMMAND_KEYS[..DEFINING_KEYS]);
+    for key in keys.filter(|key| **key != "name" && **key != "version") {
         // A key with its default value counts as a missing key.
         let is_default = |value: &DeValue<'_>| match value {
             DeValue::Boolean(value) => !value,
@@ -445,7 +463,7 @@ sql = "update totals set events = events + 1"
 
     #[test]
     fn a_file_declares_a_projector() {
-        let Declaration { projector, name_line, version_line } =
+        let Declaration { projector, name_line, version_line, .. } =
             parse("a.toml", GOOD).expect("it is valid");
         assert_eq!(
             (projector.name(), projector.version(), projector.mode()),
@@ -712,7 +730,7 @@ sql = """insert into t values (:stream_id, :payload.a."odd ""key""".0?, ':metada
             text in prop_oneof![corrupted::text(GOOD), corrupted::text(BETTER)],
         ) {
             match parse("a.toml", &text) {
-                Ok(Declaration { projector, name_line, version_line }) => {
+                Ok(Declaration { projector, name_line, version_line, .. }) => {
                     let statements = projector.setup.iter().chain(&projector.teardown);
                     let length: usize = statements.map(|statement| statement.sql.len()).sum();
                     prop_assert!(length <= text.len());

@@ -1,6 +1,7 @@
 //! Projectors without Rust. Each is a TOML file with the SQL statements to run for its events.
 
 mod coalesce;
+mod command;
 mod file;
 mod handler;
 mod insert;
@@ -22,7 +23,10 @@ use std::fs::{self, File};
 use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
+use self::command::DeclaredCommand;
 use self::file::Declaration;
+use self::handler::DeclaredProjector;
+use crate::handlers::{CommandProjector, Processes};
 use crate::model::projector::ProjectorId;
 use crate::model::registry::{Registry, RegistryError};
 
@@ -144,7 +148,11 @@ const MAX_PROBLEMS: usize = 20;
 /// has is such a problem. After an error the registry is unchanged.
 pub fn load(dir: &Path, registry: &mut Registry) -> Result<(), LoadError> {
     let mut problems = Vec::new();
-    let mut loader = Loader { registry: registry.clone(), origins: HashMap::new() };
+    let mut loader = Loader {
+        registry: registry.clone(),
+        origins: HashMap::new(),
+        processes: Processes::default(),
+    };
     for path in find_projector_files(dir)? {
         let file = path.display().to_string();
         let added = read_file(&path, &file).and_then(|declaration| loader.add(&file, declaration));
@@ -325,13 +333,33 @@ fn read_bytes(path: &Path) -> io::Result<Vec<u8>> {
 struct Loader {
     registry: Registry,
     origins: HashMap<ProjectorId, String>,
+    processes: Processes,
 }
 
 impl Loader {
+    fn register(
+        &mut self,
+        projector: DeclaredProjector,
+        command: Option<DeclaredCommand>,
+    ) -> Result<(), RegistryError> {
+        let Some(command) = command else { return self.registry.add(projector) };
+        let DeclaredCommand { event_types, tables, delivery, spec } = command;
+        let projector = CommandProjector::new(
+            projector,
+            event_types,
+            tables,
+            delivery,
+            spec,
+            &mut self.processes,
+        );
+        let external = projector.external();
+        self.registry.add_external(projector, external)
+    }
+
     fn add(&mut self, file: &str, declaration: Declaration) -> Result<(), Vec<Problem>> {
-        let Declaration { projector, name_line, version_line } = declaration;
+        let Declaration { projector, command, name_line, version_line } = declaration;
         let id = projector.id.clone();
-        let (line, reason) = match self.registry.add(projector) {
+        let (line, reason) = match self.register(projector, command) {
             Ok(()) => {
                 self.origins.insert(id, format!("{file}:{name_line}"));
                 return Ok(());

@@ -17,6 +17,7 @@ use crate::database::error::{
 use crate::database::{
     Database, HandlerSession, SERVER_WAIT_TIMEOUT, SessionId, TransactionOutcome,
 };
+use crate::engine::fenced;
 use crate::ledger::{Claim, CommitOutcome, Entry, Ledger};
 use crate::model::event::{Event, Position};
 use crate::model::lifecycle::Stage;
@@ -179,6 +180,10 @@ pub(crate) async fn apply(
     handler_timeout: Duration,
     carry: &mut ClaimCarry,
 ) -> Result<(), ApplyError> {
+    if let Some(handler) = projector.fenced_handler() {
+        let applying = fenced::apply(database, projector, handler, stage, batch, handler_timeout);
+        return Box::pin(applying).await;
+    }
     let mut session = match carry.take(batch.after) {
         Some(claimed) => claimed,
         None => claim_row(database, projector, stage, batch.after, handler_timeout).await?,

@@ -6,6 +6,7 @@ pub(crate) mod boot;
 pub(crate) mod catch_up;
 pub(crate) mod closed_connection;
 pub(crate) mod error;
+mod fenced;
 pub(crate) mod handoff;
 pub(crate) mod lag;
 pub(crate) mod play;

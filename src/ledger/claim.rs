@@ -21,6 +21,29 @@ pub(crate) struct Claim<'a> {
     pub(crate) unchanged_condition: &'a str,
 }
 
+/// The fence for a handler with a transaction of its own: its first statement. It moves the
+/// projector's row if the row still belongs to this stage, its position is `from`, and it was
+/// booted with this definition. Otherwise it changes no row, and the handler must roll back.
+///
+/// `database` is the quoted name of our database, because the handler's connection may have another
+/// default. The text is safe for the reasons given at [`Claim::begin`].
+pub(crate) fn fence_sql(
+    database: &str,
+    projector: &RegisteredProjector,
+    stage: Stage,
+    from: Position,
+    to: Position,
+) -> String {
+    let (ProjectorId { name, version }, digest) = (&projector.id, &projector.digest);
+    let statuses = stage.statuses_sql();
+    format!(
+        "update {database}.projectors set position = {to} \
+         where name = '{name}' and version = {version} and position = {from} \
+         and status in ({statuses}) and not partially_applied and rebuild_reason is null \
+         and (digest is null or digest = '{digest}')"
+    )
+}
+
 /// What happened to a projector's row in a commit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum CommitOutcome {

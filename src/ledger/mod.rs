@@ -14,7 +14,7 @@ use crate::model::event::{Position, utc_datetime};
 use crate::model::lifecycle::{self, FailedEvent, Failure, Stage, Status, Transition};
 use crate::model::projector::{Mode, ProjectorId};
 use crate::model::registry::RegisteredProjector;
-pub(crate) use claim::{Claim, CommitOutcome};
+pub(crate) use claim::{Claim, CommitOutcome, fence_sql};
 
 /// The query for the columns of an [`Entry`], followed by the rest of the statement.
 macro_rules! select_entry {

@@ -3,6 +3,7 @@
 pub(crate) mod backoff;
 pub(crate) mod continuity;
 pub(crate) mod event;
+pub(crate) mod external;
 pub(crate) mod lifecycle;
 pub(crate) mod metrics;
 pub(crate) mod projector;

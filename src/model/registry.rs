@@ -4,9 +4,11 @@ use std::collections::HashSet;
 use std::fmt;
 use std::sync::Arc;
 
+use futures_util::future::join_all;
 use ring::digest::{Context, SHA256};
 
 use crate::model::event::Event;
+use crate::model::external::{Delivery, ExternalHandler};
 use crate::model::projector::{EventTypes, Mode, Projector, ProjectorId, SessionUse};
 
 /// The projectors of one release, in the order in which they receive each event.
@@ -38,7 +40,20 @@ impl Registry {
     /// If the name is not 1 to 100 characters of `A-Z a-z 0-9 _ . -`, if the version is 0, or if
     /// the registry already has a projector with that name and version.
     pub fn add(&mut self, projector: impl Projector) -> Result<(), RegistryError> {
+        self.register(RegisteredProjector::new(Arc::new(projector))?)
+    }
+
+    /// [`Registry::add`] for a projector whose events a process applies.
+    pub(crate) fn add_external(
+        &mut self,
+        projector: impl Projector,
+        handler: Arc<dyn ExternalHandler>,
+    ) -> Result<(), RegistryError> {
         let registered = RegisteredProjector::new(Arc::new(projector))?;
+        self.register(RegisteredProjector { external: Some(handler), ..registered })
+    }
+
+    fn register(&mut self, registered: RegisteredProjector) -> Result<(), RegistryError> {
         if self.get(&registered.id).is_some() {
             return Err(RegistryError::Duplicate(registered.id));
         }
@@ -81,6 +96,13 @@ impl Registry {
         self.iter().filter(|projector| projector.session == SessionUse::Dedicated).count() as u32
     }
 
+    /// Stops the processes of all projectors. The next batch of a projector starts its process
+    /// again.
+    pub(crate) async fn stop_processes(&self) {
+        let stops = self.iter().filter_map(|projector| projector.external.as_ref());
+        join_all(stops.map(|handler| handler.stop())).await;
+    }
+
     /// Whether the registry is empty.
     pub fn is_empty(&self) -> bool {
         self.projectors.is_empty()
@@ -103,6 +125,8 @@ pub(crate) struct RegisteredProjector {
     /// SHA-256 of its definition, in hexadecimal.
     pub(crate) digest: String,
     pub(crate) projector: Arc<dyn Projector>,
+    /// The process that applies the events, if the projector has one.
+    pub(crate) external: Option<Arc<dyn ExternalHandler>>,
     /// The subscribed event types; `None` means every event.
     event_types: Option<HashSet<String>>,
 }
@@ -122,8 +146,7 @@ impl RegisteredProjector {
             EventTypes::Only(types) => Some(types.into_iter().collect()),
         };
         let (mode, has_side_effects) = (projector.mode(), projector.has_side_effects());
-        let digest =
-            digest(&id, mode, has_side_effects, event_types.as_ref(), &projector.revision());
+        let digest = definition_digest(projector.as_ref(), &projector.event_types());
         let (session, tables) = (projector.session(), projector.tables());
         Ok(RegisteredProjector {
             id,
@@ -133,8 +156,15 @@ impl RegisteredProjector {
             tables,
             digest,
             projector,
+            external: None,
             event_types,
         })
+    }
+
+    /// The process that applies each event exactly once, in a transaction of its own.
+    pub(crate) fn fenced_handler(&self) -> Option<&dyn ExternalHandler> {
+        let handler = self.external.as_deref()?;
+        (handler.delivery() == Delivery::ExactlyOnce).then_some(handler)
     }
 
     /// The subscribed event types; `None` means every event.
@@ -152,15 +182,33 @@ impl RegisteredProjector {
     /// The event types as the ledger stores them: sorted, and `["*"]` for all.
     pub(crate) fn subscription(&self) -> Vec<String> {
         let Some(event_types) = &self.event_types else { return vec!["*".to_owned()] };
-        let mut types: Vec<String> = event_types.iter().cloned().collect();
-        types.sort_unstable();
-        types
+        sorted_types(&EventTypes::only(event_types))
     }
 
     /// Whether the projector receives this event. No projector receives gap fillers.
     pub(crate) fn subscribes_to(&self, event: &Event) -> bool {
         !event.is_filler() && self.event_types.as_ref().is_none_or(|types| event.may_match(types))
     }
+}
+
+/// The event types in order, each once; `["*"]` means all.
+pub(crate) fn sorted_types(event_types: &EventTypes) -> Vec<String> {
+    let EventTypes::Only(types) = event_types else { return vec!["*".to_owned()] };
+    let mut types = types.clone();
+    types.sort_unstable();
+    types.dedup();
+    types
+}
+
+/// The digest of a projector's definition with these event types.
+pub(crate) fn definition_digest(projector: &dyn Projector, event_types: &EventTypes) -> String {
+    let id = ProjectorId { name: projector.name().to_owned(), version: projector.version() };
+    let event_types: Option<HashSet<String>> = match event_types {
+        EventTypes::All => None,
+        EventTypes::Only(types) => Some(types.iter().cloned().collect()),
+    };
+    let (mode, has_side_effects) = (projector.mode(), projector.has_side_effects());
+    digest(&id, mode, has_side_effects, event_types.as_ref(), &projector.revision())
 }
 
 /// The SHA-256 of a definition, in hexadecimal. The length of each part precedes it, so that two

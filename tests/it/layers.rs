@@ -10,6 +10,7 @@ const LAYERS: &[&[&str]] = &[
     &["lambda", "telemetry"],
     &["engine"],
     &["declared"],
+    &["handlers"],
     &["ledger", "queue", "store"],
     &["database"],
     &["aws"],

@@ -73,7 +73,9 @@ pub async fn boot(
         // Boxed: otherwise the caller's future would be as large as boot's.
         Box::pin(boot.run(progress)).await
     };
-    booting.await.inspect_err(|error| log_boot_failure(error, registry.release()))
+    let booted = booting.await;
+    registry.stop_processes().await;
+    booted.inspect_err(|error| log_boot_failure(error, registry.release()))
 }
 
 /// Logs that boot failed for a reason other than a broken projector. An operator has to act,

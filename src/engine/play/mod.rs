@@ -149,6 +149,18 @@ pub async fn play(
     settings: PlaySettings,
     shutdown: impl Future<Output = ()>,
 ) -> Result<PlayReport, Error> {
+    let played = play_until(database, queue, registry, settings, shutdown).await;
+    registry.stop_processes().await;
+    played
+}
+
+async fn play_until(
+    database: &Database,
+    queue: Arc<dyn Queue>,
+    registry: &Registry,
+    settings: PlaySettings,
+    shutdown: impl Future<Output = ()>,
+) -> Result<PlayReport, Error> {
     let mut shutdown = pin!(shutdown);
     let worker = tokio::select! {
         biased;

@@ -90,6 +90,7 @@ async fn the_json_has_exactly_the_documented_keys_and_values_in_every_state() {
         let of = projector(&status, name);
         let expected_keys = [
             "changed",
+            "delivery",
             "digest",
             "failure",
             "lag_events",

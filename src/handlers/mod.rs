@@ -1,0 +1,10 @@
+//! Projectors in other languages: processes that speak JSON lines on standard input and output.
+
+mod host;
+mod process;
+mod projector;
+mod protocol;
+mod stderr;
+
+pub(crate) use process::CommandSpec;
+pub(crate) use projector::{CommandProjector, Processes};
