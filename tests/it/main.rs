@@ -26,6 +26,7 @@ mod foreign_messages;
 mod gaps;
 mod grants;
 mod handler_failures;
+mod handlers;
 mod hostile_files;
 mod hostile_handlers;
 mod infra;
