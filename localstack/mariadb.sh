@@ -10,7 +10,8 @@ server_options() { # part
     --port="$(read_state "$1" port)" --user="$(id -un)" \
     --init-file="$ROOT/localstack/init.sql" --skip-name-resolve --skip-log-bin \
     --character-set-server=utf8mb4 --max-connections=500 --max-allowed-packet=64M \
-    --innodb-buffer-pool-size=256M --innodb-flush-log-at-trx-commit=2
+    --innodb-buffer-pool-size=256M --innodb-flush-log-at-trx-commit=2 \
+    --innodb-flush-method=nosync
 }
 
 mariadb_install() {
@@ -19,18 +20,19 @@ mariadb_install() {
 }
 
 mariadb_start() {
-  local data=$STATE/mariadb/data options
+  local data=$STATE/mariadb/data options unsynced
+  set_unsynced
   if [[ ! -d $data ]]; then
     # Created under another name and then moved, so that an interrupted start does not leave an
     # incomplete data directory.
     rm -rf "$data.new"
-    mariadb-install-db --no-defaults --user="$(id -un)" --datadir="$data.new" \
+    "${unsynced[@]}" mariadb-install-db --no-defaults --user="$(id -un)" --datadir="$data.new" \
       --auth-root-authentication-method=normal --skip-test-db >"$STATE/mariadb/init.log" 2>&1 ||
       { cat "$STATE/mariadb/init.log" >&2; die "mariadb-install-db failed"; }
     mv "$data.new" "$data"
   fi
   mapfile -t options < <(server_options mariadb)
-  launch mariadb mariadbd --no-defaults "${options[@]}" --innodb-log-file-size=128M
+  launch mariadb "${unsynced[@]}" mariadbd --no-defaults "${options[@]}" --innodb-log-file-size=128M
 }
 
 mariadb_query() {

@@ -65,8 +65,10 @@ mysql_install() {
 }
 
 mysql_start() {
-  local data=$STATE/mysql/data options program
+  local data=$STATE/mysql/data options program unsynced
+  set_unsynced
   mysql_program sbin/mysqld
+  program=("${unsynced[@]}" "${program[@]}")
   mapfile -t options < <(server_options mysql)
   options+=(--basedir="$mysql_folder/usr" --lc-messages-dir="$mysql_folder/usr/share/mysql"
     --character-sets-dir="$mysql_folder/usr/share/mysql/charsets"
