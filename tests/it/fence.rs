@@ -5,12 +5,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use projectionist::sqlx::{self, Connection, MySqlConnection};
+use projectionist::sqlx;
 use projectionist::{Database, Error, Limits, Mode, Queue, Registry, boot};
 
 use crate::support::{
-    Faults, FaultyQueue, Gate, RandomCuts, ScriptedProjector, TIMEOUT, Tally, World, eventually,
-    gated, kill, registry, registry_of, run, scripted_at, seed, server_url,
+    Faults, FaultyQueue, Gate, RandomCuts, ScriptedProjector, TIMEOUT, Tally, World, connect,
+    eventually, gated, kill, registry, registry_of, run, scripted_at, seed, server_url,
 };
 
 // Concurrent workers and boots.
@@ -308,7 +308,7 @@ async fn kill_at_random(
     shown: &AtomicU64,
     stop: &AtomicBool,
 ) -> u64 {
-    let mut killer = MySqlConnection::connect(&server_url()).await.expect("the server answers");
+    let mut killer = connect(&server_url()).await;
     let mut killed = 0;
     while !stop.load(Ordering::SeqCst) {
         if let Some(session) = dice.choice(world.sessions().await) {

@@ -6,7 +6,10 @@ use std::fmt::Write as _;
 use projectionist::sqlx::{self, AssertSqlSafe, MySqlConnection};
 use projectionist::{Registry, Status, load};
 
-use crate::support::{Folder, World, eventually, execute, seed};
+use crate::support::{Folder, World, eventually, execute, seed, side_by_side};
+
+/// The number of databases in which cases run side by side.
+const WORLDS: usize = 4;
 
 /// Unusual statements that a file runs for each event, and the value that they store in a clean
 /// session.
@@ -295,23 +298,26 @@ async fn play(cases: &[HostileCase]) -> Status {
 
 #[tokio::test]
 async fn a_hostile_file_is_exact_or_broken_and_leaves_others_untouched() {
-    let mut endings = Vec::new();
-    for case in HOSTILE_CASES {
+    side_by_side(WORLDS, HOSTILE_CASES, async |case| {
         let ending = play(std::slice::from_ref(case)).await;
-        endings.push(format!("{}: {ending:?}", case.name));
-    }
-    eprintln!("{}", endings.join("\n"));
+        eprintln!("{}: {ending:?}", case.name);
+    })
+    .await;
 }
 
 #[tokio::test]
 async fn combined_hostile_statements_are_exact_or_broken_and_leave_others_untouched() {
     let mut dice = fastrand::Rng::with_seed(seed());
-    for _ in 0..10 {
+    let chosen = (0..10).map(|_| {
         let mut chosen: Vec<HostileCase> = HOSTILE_CASES.to_vec();
         dice.shuffle(&mut chosen);
         chosen.truncate(dice.usize(2..4));
+        chosen
+    });
+    side_by_side(WORLDS, chosen, async |chosen| {
         play(&chosen).await;
-    }
+    })
+    .await;
 }
 
 /// A file's user variables and `last_insert_id()` have the same values in boot, which applies up to

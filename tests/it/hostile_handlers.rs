@@ -8,7 +8,7 @@ use projectionist::sqlx::{self, AssertSqlSafe, MySqlConnection};
 use projectionist::{Event, Limits, Projector, Queue, Registry, SessionUse, async_trait, boot};
 use tokio::time::{Duration, sleep};
 
-use crate::support::{Folder, TIMEOUT, Tally, World, eventually, execute, seed_or};
+use crate::support::{Folder, TIMEOUT, Tally, World, eventually, execute, seed_or, side_by_side};
 
 /// Inserts a row whose values depend on the session: time zone, character sets, limits, precision,
 /// isolation level and default database. In a clean session, the values are the same for every
@@ -153,8 +153,11 @@ fn declared_victim() -> String {
     )
 }
 
-/// Each statement is tried alone, and the property test combines them. `{n}` is replaced by a
-/// number.
+/// The number of databases in which handlers run side by side.
+const WORLDS: usize = 3;
+
+/// Each statement is tried alone, and the property test combines them. `{n}` is replaced by the
+/// number of the handler: such a name is one for the whole server.
 const STATEMENTS: &[&str] = &[
     "commit",
     "rollback",
@@ -221,9 +224,9 @@ const STATEMENTS: &[&str] = &[
     "update numbers set n = n where n = 1",
     "signal sqlstate '45000' set message_text = 'theirs'",
     "delete from projectors where name = 'no_such_projector'",
-    "xa start 'theirs'",
-    "rollback and chain; set autocommit = 1; xa start 'theirs'",
-    "rollback; set autocommit = 1; xa start 'theirs'",
+    "xa start 'theirs_{n}'",
+    "rollback and chain; set autocommit = 1; xa start 'theirs_{n}'",
+    "rollback; set autocommit = 1; xa start 'theirs_{n}'",
     "set role none",
     "call their_procedure()",
     "insert into junk values (1)",
@@ -363,10 +366,11 @@ async fn assert_isolated(hostile: Vec<SessionProbe>, events: usize, expected: &[
 async fn a_hostile_statement_yields_the_fold_or_breaks_only_its_projector() {
     let events = 12;
     let expected = expected(events).await;
-    for (chunk, statements) in STATEMENTS.chunks(12).enumerate() {
-        let hostile = statements.iter().enumerate().flat_map(|(number, statement)| {
+    let statements: Vec<(usize, &str)> = STATEMENTS.iter().copied().enumerate().collect();
+    side_by_side(WORLDS, statements.chunks(12), async |statements| {
+        let hostile = statements.iter().flat_map(|(number, statement)| {
             [true, false].map(|propagates_errors| {
-                let name = format!("hostile_{chunk}_{number}_{propagates_errors}");
+                let name = format!("hostile_{number}_{propagates_errors}");
                 let statements = vec![statement.replace("{n}", &number.to_string())];
                 // In the middle of the boot's batch, and in the middle of the events that play
                 // applies.
@@ -379,8 +383,9 @@ async fn a_hostile_statement_yields_the_fold_or_breaks_only_its_projector() {
                 SessionProbe::hostile(&name, vec![at(3), at(9)])
             })
         });
-        Box::pin(assert_isolated(hostile.collect(), events, &expected)).await;
-    }
+        assert_isolated(hostile.collect(), events, &expected).await;
+    })
+    .await;
 }
 
 /// The number of random handlers in the property test. The variable `HOSTILE_HANDLERS` overrides
@@ -399,24 +404,24 @@ async fn a_random_handler_yields_the_fold_or_breaks_only_its_projector() {
         .unwrap_or(HANDLERS);
     let events = 12;
     let expected = expected(events).await;
-    for _ in 0..handlers / 12 {
-        let hostile = (0..12).map(|number| {
-            let actions = (0..dice.usize(1..4)).map(|_| Action {
-                position: dice.u64(1..=events as u64),
-                statements: (0..dice.usize(1..4))
-                    .map(|_| {
-                        STATEMENTS[dice.usize(..STATEMENTS.len())]
-                            .replace("{n}", &number.to_string())
-                    })
-                    .collect(),
-                propagates_errors: dice.bool(),
-                is_first: dice.bool(),
-            });
-            SessionProbe::hostile(&format!("hostile_{number}"), actions.collect())
+    let mut random_handler = |number: usize| {
+        let actions = (0..dice.usize(1..4)).map(|_| Action {
+            position: dice.u64(1..=events as u64),
+            statements: (0..dice.usize(1..4))
+                .map(|_| {
+                    STATEMENTS[dice.usize(..STATEMENTS.len())].replace("{n}", &number.to_string())
+                })
+                .collect(),
+            propagates_errors: dice.bool(),
+            is_first: dice.bool(),
         });
-        let hostile: Vec<SessionProbe> = hostile.collect();
-        Box::pin(assert_isolated(hostile, events, &expected)).await;
-    }
+        SessionProbe::hostile(&format!("hostile_{number}"), actions.collect())
+    };
+    let hostile: Vec<SessionProbe> = (0..handlers).map(&mut random_handler).collect();
+    side_by_side(WORLDS, hostile.chunks(12), async |hostile| {
+        assert_isolated(hostile.to_vec(), events, &expected).await;
+    })
+    .await;
 }
 
 /// A projector whose setup leaves its session in a state that no projector may see.

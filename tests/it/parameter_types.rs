@@ -12,7 +12,9 @@ use projectionist::{
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use crate::support::{Folder, TIMEOUT, World, event, seed, server_error};
+use crate::support::{
+    Folder, TIMEOUT, World, event, seed, server_error, side_by_side, without_tls,
+};
 
 /// JSON values of every kind.
 const VALUES: &[&str] = &[
@@ -170,8 +172,8 @@ async fn boot_afresh(world: &World, name: &str, text: &str) -> Status {
     let folder = Folder::new().with("projector.toml", text);
     let mut registry = Registry::new();
     load(folder.path().as_ref(), &mut registry).unwrap_or_else(|error| panic!("{error}: {text}"));
-    let database =
-        Database::connect(&world.database_url, 4, TIMEOUT).await.expect("the server answers");
+    let url = without_tls(&world.database_url);
+    let database = Database::connect(&url, 4, TIMEOUT).await.expect("the server answers");
     let limits = Limits::default().with_batch(1000);
     boot(&database, &registry, limits, |_| {}).await.expect("boot ends");
     world.entry(name).await.expect("the projector is in the ledger").status
@@ -332,12 +334,15 @@ async fn a_lone_null_in_a_row_does_not_decide_the_column_type() {
         ("datetime(6)", &["\"2020-01-02 03:04:05.678901\"", "\"2020-01-02\"", "20200102030405"]),
     ];
     let mut dice = fastrand::Rng::with_seed(seed());
-    for (column, values) in values {
-        let (alone, together) = (World::new().await, World::new().await);
+    let cases = values.map(|(column, values)| {
         let mut all: Vec<&str> = (0..40)
             .map(|_| if dice.bool() { "null" } else { values[dice.usize(..values.len())] })
             .collect();
         all[0] = "null";
+        (column, all)
+    });
+    side_by_side(3, cases, async |(column, all)| {
+        let (alone, together) = (World::new().await, World::new().await);
         let statement = ["insert into <t> (v) values (:payload.v?)".to_owned()];
         for (world, table) in [(&alone, "alone"), (&together, "together")] {
             let events: Vec<NewEvent> = all
@@ -377,7 +382,8 @@ async fn a_lone_null_in_a_row_does_not_decide_the_column_type() {
             rows(&alone, "alone").await,
             "{column}: {all:?}"
         );
-    }
+    })
+    .await;
 }
 
 const TIMES: [&str; 5] = [

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use aws_sdk_sqs::types::QueueAttributeName;
-use projectionist::sqlx::{self, AssertSqlSafe, Connection, MySqlConnection, Row};
+use projectionist::sqlx::{self, AssertSqlSafe, MySqlConnection, Row};
 use projectionist::time::OffsetDateTime;
 use projectionist::{
     Database, Event, EventStore, Limits, NewEvent, PlaySettings, Projector, Registry,
@@ -16,7 +16,9 @@ use projectionist::{
 };
 use tokio::time::timeout;
 
-use crate::support::{Folder, OwnServer, RunningProcess, execute, server_error, sqs_client};
+use crate::support::{
+    Folder, OwnServer, RunningProcess, connect, execute, server_error, sqs_client, without_tls,
+};
 
 /// The effect of a setting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -275,9 +277,11 @@ struct SettingsBench<'s> {
 
 impl<'s> SettingsBench<'s> {
     async fn new(server: &'s OwnServer) -> Self {
-        let mut admin = MySqlConnection::connect(&server.url).await.expect("the server answers");
+        let mut admin = connect(&server.url).await;
         for sql in [
-            "create user if not exists 'app'@'%' identified by 'app'",
+            "drop user if exists 'app'@'%'",
+            // Without a password, because MySQL accepts a password only by TLS.
+            "create user 'app'@'%'",
             // No administrator privilege, because both servers skip `init_connect` for
             // administrators.
             "grant all on `settings\\_%`.* to 'app'@'%'",
@@ -292,7 +296,7 @@ impl<'s> SettingsBench<'s> {
     }
 
     async fn admin(&self) -> MySqlConnection {
-        MySqlConnection::connect(&self.server.url).await.expect("the server answers")
+        connect(&self.server.url).await
     }
 
     /// Whether the server has this variable and accepts this value.
@@ -324,8 +328,8 @@ impl<'s> SettingsBench<'s> {
             None => None,
         };
         let is_slow = setting.is_some_and(|setting| setting.is_slow);
-        let credentials = if app == AppUser::Ordinary { "app:app" } else { "root" };
-        let url = format!("mysql://{credentials}@{}/{name}", self.server.address);
+        let user = if app == AppUser::Ordinary { "app" } else { "root" };
+        let url = without_tls(&format!("mysql://{user}@{}/{name}", self.server.address));
         let ran = timeout(RUN_TIMEOUT, self.boot_and_play(&url, &name, is_slow)).await;
         let ran = ran.unwrap_or_else(|_| Err(format!("it does not end within {RUN_TIMEOUT:?}")));
         if let (Some(setting), Some(before)) = (setting, before) {
@@ -703,7 +707,7 @@ sql = "insert into too_small (position, customer) values (:position, :payload.cu
 async fn an_oversized_value_breaks_its_projector_unless_server_modes_are_requested() {
     let server = OwnServer::start().await;
     let folder = Folder::new().with("too_small.toml", TOO_SMALL);
-    let mut admin = MySqlConnection::connect(&server.url).await.expect("the server answers");
+    let mut admin = connect(&server.url).await;
     let name = format!("settings_{}", uuid::Uuid::now_v7().simple());
     execute(&mut admin, &format!("create database {name} character set utf8mb4")).await;
     execute(&mut admin, "set global sql_mode = ''").await;

@@ -20,7 +20,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use aws_sdk_sqs::types::QueueAttributeName;
-use projectionist::sqlx::{self, AssertSqlSafe, ConnectOptions, Connection, MySqlConnection, Row};
+use futures_util::{StreamExt, stream};
+use projectionist::sqlx::{self, AssertSqlSafe, Connection, MySqlConnection, Row};
 use projectionist::{
     BackgroundLimits, BootReport, Database, Entry, EventStore, Ledger, Limits, NewEvent,
     PlayReport, PlaySettings, ProjectorId, Queue, Registry, RelaySettings, SqsQueue, Status, boot,
@@ -74,8 +75,9 @@ impl World {
         let mut server = server_connection().await;
         execute(&mut server, &format!("create database {database_name}")).await;
         let database_url = format!("{}/{database_name}", server_url());
-        let database =
-            Database::connect(&database_url, 16, TIMEOUT).await.expect("the server answers");
+        let database = Database::connect(&without_tls(&database_url), 16, TIMEOUT)
+            .await
+            .expect("the server answers");
         database.migrate().await.expect("the tables are created");
 
         let sqs = sqs_client().await;
@@ -106,8 +108,7 @@ impl World {
 
     /// Opens a separate connection to the world's database, as a foreign writer would.
     pub async fn connection(&self) -> MySqlConnection {
-        let options: sqlx::mysql::MySqlConnectOptions = self.database_url.parse().expect("a URL");
-        options.connect().await.expect("the server answers")
+        connect(&self.database_url).await
     }
 
     /// Appends `count` events of ten streams and three types in turn.
@@ -321,6 +322,16 @@ pub async fn eventually<F: Future<Output = bool>>(what: &str, mut condition: imp
     }
 }
 
+/// Runs `work` for each item, for at most `limit` items at once. A test whose cases are independent
+/// waits for them side by side.
+pub async fn side_by_side<T, F: Future<Output = ()>>(
+    limit: usize,
+    items: impl IntoIterator<Item = T>,
+    work: impl FnMut(T) -> F,
+) {
+    stream::iter(items).map(work).buffer_unordered(limit).collect::<()>().await;
+}
+
 /// The seed of a test's random numbers: TEST_SEED, or a new one. It is printed with a failing
 /// test's output.
 pub fn seed() -> u64 {
@@ -360,7 +371,18 @@ pub async fn execute(connection: &mut MySqlConnection, sql: &str) {
 }
 
 async fn server_connection() -> MySqlConnection {
-    MySqlConnection::connect(&server_url()).await.expect("the server answers")
+    connect(&server_url()).await
+}
+
+/// Opens a connection of the test itself.
+pub async fn connect(url: &str) -> MySqlConnection {
+    MySqlConnection::connect(&without_tls(url)).await.expect("the server answers")
+}
+
+/// The URL for a connection of this process. MySQL's handshake of TLS waits 40 ms for a delayed
+/// acknowledgement, and a test opens many connections. The processes that a test starts use TLS.
+pub fn without_tls(url: &str) -> String {
+    format!("{url}?ssl-mode=DISABLED")
 }
 
 /// The server under test, without a database: TEST_DATABASE_URL, or the MariaDB of `localstack/up`.
