@@ -2,6 +2,7 @@
 //! commands, projector files and statements run, and its options are those of the program.
 //! (`src/lib.rs` compiles its Rust.)
 
+mod book;
 mod commands;
 mod page;
 
