@@ -257,11 +257,6 @@ impl Config {
         Ok(Credentials::new(self.database_url.as_deref(), source, self.database_ca.clone())?)
     }
 
-    /// Whether a queue is configured.
-    pub(crate) fn has_queue(&self) -> bool {
-        self.queue_url.is_some()
-    }
-
     pub(crate) async fn queue(&self) -> Result<SqsQueue, Error> {
         let url = self.queue_url.as_deref().ok_or_else(|| {
             Error::Input("no queue is named: give --queue-url or set QUEUE_URL".into())

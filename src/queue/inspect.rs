@@ -1,6 +1,6 @@
 //! The read-only queries with which `doctor` examines SQS.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
@@ -31,6 +31,54 @@ pub(crate) enum Permission {
     Denied(String),
     /// The call failed for a reason that says nothing about the permission.
     Unknown(String),
+}
+
+/// The actions on the queue that each command needs, besides `GetQueueAttributes`. Other commands
+/// do not use the queue. The role of `lambda` is used by the event source mapping, too, which
+/// receives and deletes; the mapping's visibility timeout is the queue's.
+const COMMAND_ACTIONS: &[(&str, &[Action])] = &[
+    (
+        "play",
+        &[
+            Action::SendMessage,
+            Action::ReceiveMessage,
+            Action::DeleteMessage,
+            Action::ChangeMessageVisibility,
+        ],
+    ),
+    ("lambda", &[Action::SendMessage, Action::ReceiveMessage, Action::DeleteMessage]),
+    ("relay", &[Action::SendMessage]),
+];
+
+/// An action that IAM allows or denies on the queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Action {
+    SendMessage,
+    ReceiveMessage,
+    DeleteMessage,
+    ChangeMessageVisibility,
+}
+
+impl Action {
+    /// The actions that at least one of these commands needs, or `None` if none of them uses the
+    /// queue.
+    pub(crate) fn of_commands(commands: &[String]) -> Option<BTreeSet<Action>> {
+        let of =
+            COMMAND_ACTIONS.iter().filter(|(command, _)| commands.iter().any(|c| c == command));
+        let mut of = of.map(|(_, actions)| *actions).peekable();
+        of.peek()?;
+        Some(of.flatten().copied().collect())
+    }
+
+    /// The action's name in policies, without its service.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Action::SendMessage => "SendMessage",
+            Action::ReceiveMessage => "ReceiveMessage",
+            Action::DeleteMessage => "DeleteMessage",
+            Action::ChangeMessageVisibility => "ChangeMessageVisibility",
+        }
+    }
 }
 
 /// A receipt that no queue has issued.
@@ -86,31 +134,41 @@ impl SqsQueue {
         }
     }
 
-    /// Checks each permission with a call that has no effect even if it is allowed: an empty batch,
-    /// invalid receipts, and a receive of more messages than SQS allows.
-    pub(crate) async fn permissions(&self) -> [(&'static str, Permission); 4] {
+    /// Checks whether an action is allowed, with a call that has no effect even then: an empty
+    /// batch, an invalid receipt, or a receive of more messages than SQS allows.
+    pub(crate) async fn permission(&self, action: Action) -> Permission {
         let (client, url) = (&self.client, &self.url);
-        let send = client.send_message_batch().queue_url(url).set_entries(Some(Vec::new())).send();
-        let receive = client
-            .receive_message()
-            .queue_url(url)
-            .max_number_of_messages(11)
-            .visibility_timeout(0)
-            .send();
-        let delete = client.delete_message().queue_url(url).receipt_handle(INVALID_RECEIPT).send();
-        let hide = client
-            .change_message_visibility()
-            .queue_url(url)
-            .receipt_handle(INVALID_RECEIPT)
-            .visibility_timeout(0)
-            .send();
-        let (send, receive, delete, hide) = tokio::join!(send, receive, delete, hide);
-        [
-            ("SendMessage", classify(send)),
-            ("ReceiveMessage", classify(receive)),
-            ("DeleteMessage", classify(delete)),
-            ("ChangeMessageVisibility", classify(hide)),
-        ]
+        match action {
+            Action::SendMessage => classify(
+                client
+                    .send_message_batch()
+                    .queue_url(url)
+                    .set_entries(Some(Vec::new()))
+                    .send()
+                    .await,
+            ),
+            Action::ReceiveMessage => classify(
+                client
+                    .receive_message()
+                    .queue_url(url)
+                    .max_number_of_messages(11)
+                    .visibility_timeout(0)
+                    .send()
+                    .await,
+            ),
+            Action::DeleteMessage => classify(
+                client.delete_message().queue_url(url).receipt_handle(INVALID_RECEIPT).send().await,
+            ),
+            Action::ChangeMessageVisibility => classify(
+                client
+                    .change_message_visibility()
+                    .queue_url(url)
+                    .receipt_handle(INVALID_RECEIPT)
+                    .visibility_timeout(0)
+                    .send()
+                    .await,
+            ),
+        }
     }
 }
 

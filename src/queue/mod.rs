@@ -10,7 +10,7 @@ use async_trait::async_trait;
 
 use crate::aws::AwsError;
 use crate::model::backoff::Transient;
-pub(crate) use inspect::Permission;
+pub(crate) use inspect::{Action, Permission};
 pub(crate) use message::{ForeignReason, Message, pack, parse, unverified_last};
 pub use sqs::SqsQueue;
 

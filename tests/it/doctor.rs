@@ -1,7 +1,7 @@
 //! `doctor`: all checks of a healthy system are ok, and each problem is reported by its check.
 //! Server settings are tested beside the code, because the test servers are shared.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use aws_sdk_sqs::types::{MessageSystemAttributeName, QueueAttributeName as Attribute};
@@ -379,6 +379,38 @@ async fn each_missing_sqs_permission_is_named() {
         "{}",
         report.stdout
     );
+}
+
+/// The actions on the queue that `doctor` checks for a command.
+pub async fn checked_actions(world: &World, command: &str) -> BTreeSet<String> {
+    let report = world.run(&["doctor", "--json", &format!("--for={command}")]).await;
+    lines(&report).into_keys().filter(|check| check.starts_with("sqs:")).collect()
+}
+
+#[tokio::test]
+async fn only_the_permissions_of_the_named_commands_are_checked() {
+    let world = World::new().await;
+    let _writable = keep_writable(&world).await;
+    let stub = SqsStub::new().await;
+    stub.deny("ChangeMessageVisibility");
+    let doctor = async |commands: &str| {
+        let mut doctor = world.command(&["doctor", "--json", "--for", commands]);
+        doctor
+            .env("AWS_ENDPOINT_URL", stub.endpoint())
+            .env("QUEUE_URL", format!("{}/000000000000/q.fifo", stub.endpoint()));
+        RunningProcess::spawn(doctor).finish().await
+    };
+    doctor("lambda").await.exits(0);
+    doctor("play").await.exits(2);
+    stub.deny("ReceiveMessage");
+    stub.deny("DeleteMessage");
+    doctor("relay").await.exits(0);
+    assert_eq!(checks(&bad(&doctor("lambda,relay").await.exits(2))).len(), 4);
+    stub.deny("SendMessageBatch");
+    doctor("relay").await.exits(2);
+    // These commands do not use the queue, even if one is named.
+    stub.deny("GetQueueAttributes");
+    doctor("boot,migrate,append").await.exits(0);
 }
 
 #[tokio::test]

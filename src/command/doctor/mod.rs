@@ -20,6 +20,7 @@ use crate::model::backoff::Transient;
 use crate::model::lifecycle::Status;
 use crate::model::registry::Registry;
 use crate::model::text::escape_control;
+use crate::queue::Action;
 use crate::store::EventStore;
 
 #[derive(Debug, Args)]
@@ -29,8 +30,8 @@ permissions by SQS calls that cannot have an effect (an empty batch, invalid rec
 codes: 0 no errors, but possibly warnings; 2 at least one error; 3 the database or the queue \
 cannot be reached.")]
 pub(super) struct DoctorCommand {
-    /// The commands for which the grants are required. A missing grant for another command is only
-    /// a note
+    /// The commands for which grants and permissions are required. A missing grant for another
+    /// command is only a note. The queue is checked for play, lambda and relay
     #[arg(long = "for", value_name = "COMMAND", env = "PROJECTIONIST_DOCTOR_FOR",
           value_delimiter = ',', default_values = ["boot", "play"], value_parser = commands())]
     commands: Vec<String>,
@@ -44,9 +45,6 @@ impl DoctorCommand {
     pub(super) async fn run(self, config: &Config, registry: Registry) -> Result<(), Error> {
         let mut checks = Vec::new();
         let registry = config.registry(registry);
-        let wants = |commands: &[&str]| {
-            self.commands.iter().any(|command| commands.contains(&command.as_str()))
-        };
         let mut record = None;
         match config.database().await {
             Ok(database) => {
@@ -70,9 +68,11 @@ impl DoctorCommand {
                 }
             }
         }
-        if config.has_queue() || wants(&["play", "relay", "lambda"]) {
+        if let Some(actions) = Action::of_commands(&self.commands) {
             match config.queue().await {
-                Ok(queue) => queue::examine(&queue, record.as_ref(), config, &mut checks).await,
+                Ok(queue) => {
+                    queue::examine(&queue, &actions, record.as_ref(), config, &mut checks).await;
+                }
                 Err(error) => checks.push(Check::failed("queue", &error)),
             }
         }

@@ -1,7 +1,7 @@
 //! The doctor's checks of the queue: kind, times, sizes, dead letters, encryption, permissions and
 //! clock.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -9,7 +9,7 @@ use time::format_description::well_known::Rfc3339;
 use super::database::check_clock;
 use super::{Check, Level};
 use crate::command::config::Config;
-use crate::queue::{Permission, Queue, SqsQueue};
+use crate::queue::{Action, Permission, Queue, SqsQueue};
 use crate::store::QueueRecord;
 
 /// In seconds. AWS refuses requests that were signed more than five minutes before or after its
@@ -31,6 +31,7 @@ const FOREIGN_WARNING_HOURS: i64 = 24;
 
 pub(super) async fn examine(
     queue: &SqsQueue,
+    actions: &BTreeSet<Action>,
     record: Option<&QueueRecord>,
     config: &Config,
     checks: &mut Vec<Check>,
@@ -61,7 +62,8 @@ pub(super) async fn examine(
             "AWS refuses requests that are signed with a clock that is five minutes off",
         ));
     }
-    for (action, allowed) in queue.permissions().await {
+    for action in actions {
+        let (action, allowed) = (action.name(), queue.permission(*action).await);
         let check = format!("sqs:{action}");
         checks.push(match allowed {
             Permission::Granted => Check::ok(&check, "allowed"),
@@ -292,18 +294,24 @@ fn check_dead_letter_queue(
             "make both FIFO or both standard",
         );
     }
-    if number(dead_letter_attributes, "MessageRetentionPeriod")
-        < number(source, "MessageRetentionPeriod")
-    {
-        return Check::problem(
-            Level::Warning,
-            "dead letters",
+    let retention = number(dead_letter_attributes, "MessageRetentionPeriod").unwrap_or_default();
+    // In a FIFO queue, the time begins when the message is moved. In a standard queue, it began
+    // when the message was sent.
+    let too_short = if source.get("FifoQueue").is_some_and(|is_fifo| is_fifo == "true") {
+        (retention < MIN_RETENTION_SECONDS)
+            .then(|| format!("{name} keeps messages for {retention} s after they were moved there"))
+    } else {
+        let source = number(source, "MessageRetentionPeriod").unwrap_or_default();
+        (retention < source).then(|| {
             format!(
                 "{name} keeps messages for a shorter time than the queue, counted from when they \
                 were sent"
-            ),
-            "raise its MessageRetentionPeriod to 14 days",
-        );
+            )
+        })
+    };
+    if let Some(detail) = too_short {
+        let remedy = "raise its MessageRetentionPeriod to 14 days";
+        return Check::problem(Level::Warning, "dead letters", detail, remedy);
     }
     match number(dead_letter_attributes, "ApproximateNumberOfMessages").unwrap_or_default() {
         0 => Check::ok("dead letters", format!("{name}, empty")),
@@ -367,13 +375,17 @@ mod tests {
 
     #[test]
     fn a_dead_letter_queue_with_a_wrong_kind_or_retention_is_reported() {
-        let source = attributes(&[]);
-        let level = |changed: &[(&str, &str)]| {
-            check_dead_letter_queue("dead.fifo", &attributes(changed), &source).level
+        let level = |is_fifo: &str, changed: &[(&str, &str)]| {
+            let source = attributes(&[("FifoQueue", is_fifo)]);
+            check_dead_letter_queue("dead", &attributes(changed), &source).level
         };
-        assert_eq!(level(&[]), Level::Ok);
-        assert_eq!(level(&[("FifoQueue", "false")]), Level::Error);
-        assert_eq!(level(&[("MessageRetentionPeriod", "60")]), Level::Warning);
-        assert_eq!(level(&[("ApproximateNumberOfMessages", "3")]), Level::Warning);
+        assert_eq!(level("true", &[]), Level::Ok);
+        assert_eq!(level("false", &[]), Level::Error);
+        assert_eq!(level("true", &[("MessageRetentionPeriod", "60")]), Level::Warning);
+        let shorter_than_the_queue = ("MessageRetentionPeriod", "172800");
+        assert_eq!(level("true", &[shorter_than_the_queue]), Level::Ok);
+        let standard = [("FifoQueue", "false"), shorter_than_the_queue];
+        assert_eq!(level("false", &standard), Level::Warning);
+        assert_eq!(level("true", &[("ApproximateNumberOfMessages", "3")]), Level::Warning);
     }
 }
