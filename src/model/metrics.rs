@@ -60,12 +60,13 @@ pub(crate) const GAP_AGE: Metric = service_metric("GapAge", "Seconds");
 pub(crate) const RELAY_BATCH_SIZE: Metric = service_metric("RelayBatchSize", "Count");
 pub(crate) const RECEIVE_TO_COMMIT: Metric = service_metric("ReceiveToCommit", "Milliseconds");
 pub(crate) const MAX_LAG_SECONDS: Metric = service_metric("LagSeconds", "Seconds");
+pub(crate) const STOPPED_PROJECTORS: Metric = service_metric("StoppedProjectors", "Count");
 pub(crate) const HEARTBEAT: Metric = service_metric("Heartbeat", "Count");
 pub(crate) const FOREIGN_MESSAGES: Metric = service_metric("ForeignMessages", "Count");
 
 /// Every metric: a template may name these, and `infra/cloudwatch.md` explains them.
 #[cfg(test)]
-pub(crate) const ALL: [Metric; 15] = [
+pub(crate) const ALL: [Metric; 16] = [
     LAG_EVENTS,
     LAG_SECONDS,
     EVENTS_APPLIED,
@@ -79,6 +80,7 @@ pub(crate) const ALL: [Metric; 15] = [
     RELAY_BATCH_SIZE,
     RECEIVE_TO_COMMIT,
     MAX_LAG_SECONDS,
+    STOPPED_PROJECTORS,
     HEARTBEAT,
     FOREIGN_MESSAGES,
 ];

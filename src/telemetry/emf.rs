@@ -24,6 +24,9 @@ pub(super) struct Snapshot {
     pub(super) published: Position,
     /// The projectors of this process's set that are not finished or retired.
     pub(super) projectors: Vec<(ProjectorId, Status, Lag)>,
+    /// How many projectors in the ledger are broken or stalled, also those of other releases: a
+    /// boot that failed leaves them, and they wait for an operator.
+    pub(super) stopped: u64,
 }
 
 /// The values of one report.
@@ -81,6 +84,7 @@ impl Report<'_> {
                 metrics::MAX_LAG_SECONDS,
                 live.map(|(.., lag)| lag.seconds).fold(0.0, f64::max),
             );
+            document.put(metrics::STOPPED_PROJECTORS, snapshot.stopped);
         }
         if self.has_heartbeat {
             document.put(metrics::HEARTBEAT, 1);
@@ -228,7 +232,7 @@ mod tests {
             (id("a"), Status::Live, Lag { events: 4, seconds: 1.5 }),
             (id("b"), Status::Broken(failure), Lag { events: 70, seconds: 99.0 }),
         ];
-        (counted, Snapshot { high_water, published, projectors })
+        (counted, Snapshot { high_water, published, projectors, stopped: 1 })
     }
 
     #[test]

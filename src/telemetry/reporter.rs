@@ -158,6 +158,9 @@ impl<'a> LagSource<'a> {
                     return None;
                 }
             };
+        let is_stopped = |status: &Status| matches!(status, Status::Broken(_) | Status::Stalled);
+        let stopped = lag_report.projectors.iter().filter(|(entry, _)| is_stopped(&entry.status));
+        let stopped = stopped.count() as u64;
         let projectors = lag_report.projectors.into_iter().filter(|(entry, _)| {
             self.registry.get(&entry.id).is_some()
                 && !matches!(entry.status, Status::Finished | Status::Retired)
@@ -166,6 +169,7 @@ impl<'a> LagSource<'a> {
             high_water: lag_report.high_water,
             published: lag_report.published,
             projectors: projectors.map(|(entry, lag)| (entry.id, entry.status, lag)).collect(),
+            stopped,
         })
     }
 }

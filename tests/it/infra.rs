@@ -1,10 +1,12 @@
 //! The files of infra/: the templates, the deploy gate, and the commands in its README.
 
+mod alarms;
 mod deploy_gate;
 mod fake_aws;
 mod localstack_cli;
 mod names;
 mod readme_commands;
+mod roles;
 mod stacks;
 
 use std::fs;
@@ -19,8 +21,13 @@ fn template(name: &str) -> String {
     fs::read_to_string(file("infra").join(name)).expect("a template")
 }
 
-/// The resources of type `kind` in a template, as text. All templates indent resources equally.
+/// The resources of type `kind` in a template, as text.
 fn resources<'a>(template: &'a str, kind: &'a str) -> impl Iterator<Item = &'a str> {
+    all_resources(template).filter(move |(of, _)| *of == kind).map(|(_, block)| block)
+}
+
+/// The type and the text of each resource in a template. All templates indent resources equally.
+fn all_resources(template: &str) -> impl Iterator<Item = (&str, &str)> {
     let starts =
         |line: &str| line.starts_with("  ") && !line.starts_with("   ") && line.ends_with(':');
     let mut blocks = Vec::new();
@@ -34,8 +41,10 @@ fn resources<'a>(template: &'a str, kind: &'a str) -> impl Iterator<Item = &'a s
         at += line.len();
     }
     blocks.push(&template[from..]);
-    blocks.into_iter().filter(move |block| {
-        block.lines().nth(1).is_some_and(|line| line.trim() == format!("Type: {kind}"))
+    blocks.into_iter().filter_map(|block| {
+        let kind = block.lines().nth(1)?.trim().strip_prefix("Type: AWS::")?;
+        let kind_begins = block.find("AWS::")?;
+        Some((&block[kind_begins..kind_begins + "AWS::".len() + kind.len()], block))
     })
 }
 

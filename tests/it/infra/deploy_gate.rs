@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::task::JoinHandle;
 
-use super::fake_aws::FakeAws;
+use super::fake_aws::{FUNCTION_STACK, FakeAws};
 use super::{fragile, tally};
 use crate::support::{Folder, RunningProcess, Tally, World, eventually};
 
@@ -47,6 +47,40 @@ impl Load {
         self.stop.store(true, Ordering::Relaxed);
         self.writing.await.expect("the writer ends")
     }
+}
+
+#[tokio::test]
+async fn a_function_gets_a_release_only_after_its_boot_has_succeeded() {
+    let world = World::new().await;
+    world.append(3).await;
+    let fake_aws = FakeAws::new(&world).await;
+    fake_aws.push("orders:1", Folder::new().with("cases.toml", &tally("cases"))).await;
+    let breaking = projector_that_always_fails();
+    fake_aws.push("orders:2", Folder::new().with("breaking.toml", &breaking)).await;
+    let deploy = async |image: &str, key: &str| {
+        let arguments = ["--function", FUNCTION_STACK, key, "orders", image];
+        RunningProcess::spawn(fake_aws.gate(&arguments)).finish().await
+    };
+    let function = async || {
+        let cloud = fake_aws.cloud().await;
+        (cloud.parameter("CodeKey").to_owned(), cloud.parameter("Release").to_owned())
+    };
+    let first = ("orders/1.zip".to_owned(), "orders:1".to_owned());
+    deploy("orders:1", "orders/1.zip").await.exits(0);
+    assert_eq!(function().await, first);
+    deploy("orders:2", "orders/2.zip").await.exits(1);
+    assert_eq!(function().await, first, "the boot failed");
+
+    // A wrong stack is noticed before anything is changed.
+    let arguments = ["--function", "orders", "orders/3.zip", "orders", "orders:1"];
+    let failed = RunningProcess::spawn(fake_aws.gate(&arguments)).finish().await.exits(2);
+    assert!(failed.stderr.contains("is it one of infra/lambda.yaml?"), "{}", failed.stderr);
+    assert!(!failed.stdout.contains("the boot task"), "{}", failed.stdout);
+    fake_aws.cloud().await.stop_workers().await;
+}
+
+fn projector_that_always_fails() -> String {
+    tally("breaking").replace("(:position)", "(:payload.missing)")
 }
 
 #[tokio::test]
@@ -204,6 +238,8 @@ async fn the_deploy_gate_reports_each_problem_with_advice() {
     let cases: &[Case] = &[
         (&["orders"], None, 2, &["usage: infra/deploy"]),
         (&["--timeout", "soon", "orders", "orders:1"], None, 2, &["whole minutes"]),
+        (&["--fast", "orders", "orders:1"], None, 2, &["--fast is not an option", "usage"]),
+        (&["--function", "orders", "orders:1"], None, 2, &["usage"]),
         (&["orders", "orders:latest"], None, 2, &["orders:latest", "tag of its own"]),
         (&["orders", "orders"], None, 2, &["tag of its own"]),
         (&["orders", "orders:gone"], None, 3, &["did not start", "CannotPullContainerError"]),

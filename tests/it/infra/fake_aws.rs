@@ -22,6 +22,9 @@ use crate::support::{FinishedProcess, Folder, RunningProcess, World};
 /// The number of workers in the service.
 const WORKERS: usize = 2;
 
+/// The stack of infra/lambda.yaml. Every other stack is the one of infra/ecs.yaml.
+pub const FUNCTION_STACK: &str = "orders-lambda";
+
 /// The exit code and the output of one `aws` call.
 pub type CliOutput = (i32, String);
 
@@ -37,6 +40,8 @@ pub struct Cloud {
     environment: Vec<(OsString, OsString)>,
     images: HashMap<String, Folder>,
     pub parameters: Vec<(String, String)>,
+    /// The parameters of the function's stack.
+    function_parameters: Vec<(String, String)>,
     pub status: String,
     tasks: HashMap<String, Task>,
     workers: Vec<RunningProcess>,
@@ -76,6 +81,10 @@ impl FakeAws {
             parameters: vec![
                 ("BootImage".into(), "none:yet".into()),
                 ("Image".into(), String::new()),
+            ],
+            function_parameters: vec![
+                ("CodeKey".into(), "none-yet.zip".into()),
+                ("Release".into(), "unnamed".into()),
             ],
             status: "CREATE_COMPLETE".into(),
             tasks: HashMap::new(),
@@ -182,11 +191,22 @@ impl Cloud {
         }
         let call = (arguments[0].as_str(), arguments[1].as_str());
         let real = this.real.clone();
+        let is_function = line.contains(&format!("--stack-name {FUNCTION_STACK}"));
         match (call, real) {
+            (("cloudformation", "update-stack"), None) if is_function => {
+                let wanted = serde_json::from_str(option(arguments, "--parameters")).expect("JSON");
+                set(&mut this.function_parameters, &wanted);
+                (0, json!({"StackId": FUNCTION_STACK}).to_string())
+            }
+            (("cloudformation", "describe-stacks"), None) if is_function => {
+                let parameters = describe_parameters(&this.function_parameters);
+                let stack = json!({"StackStatus": "UPDATE_COMPLETE", "Parameters": parameters});
+                (0, json!({"Stacks": [stack]}).to_string())
+            }
             (("cloudformation", "update-stack"), real) => {
                 let wanted: Value =
                     serde_json::from_str(option(arguments, "--parameters")).expect("JSON");
-                let changed = this.set(&wanted);
+                let changed = set(&mut this.parameters, &wanted);
                 if let Some((cli, template)) = real {
                     return forward(&cli, &with_template(arguments, &template)).await;
                 }
@@ -229,26 +249,10 @@ impl Cloud {
         }
     }
 
-    /// Sets the parameters. Returns the changed ones with their previous values.
-    fn set(&mut self, wanted: &Value) -> Vec<(String, String)> {
-        let mut changed = Vec::new();
-        for parameter in wanted.as_array().expect("a list") {
-            let Some(value) = parameter["ParameterValue"].as_str() else { continue };
-            let name = parameter["ParameterKey"].as_str().expect("a name");
-            let entry = self
-                .parameters
-                .iter_mut()
-                .find(|(known, _)| known == name)
-                .expect("a parameter of the stack");
-            if entry.1 != value {
-                changed.push((name.to_owned(), std::mem::replace(&mut entry.1, value.to_owned())));
-            }
-        }
-        changed
-    }
-
+    /// The value of a parameter of one of the stacks.
     pub fn parameter(&self, name: &str) -> &str {
-        &self.parameters.iter().find(|(known, _)| known == name).expect("a parameter").1
+        let mut all = self.parameters.iter().chain(&self.function_parameters);
+        &all.find(|(known, _)| known == name).expect("a parameter").1
     }
 
     fn stack(&self) -> Value {
@@ -263,16 +267,15 @@ impl Cloud {
             ("AssignPublicIp", "DISABLED"),
             ("LogGroup", "/projectionist/orders"),
         ];
-        let pairs = |key: &str, value: &str, pairs: Vec<(&str, &str)>| -> Value {
-            pairs.into_iter().map(|(name, text)| json!({key: name, value: text})).collect()
-        };
-        let parameters =
-            self.parameters.iter().map(|(name, text)| (name.as_str(), text.as_str())).collect();
+        let outputs: Value = outputs
+            .iter()
+            .map(|(name, text)| json!({"OutputKey": name, "OutputValue": text}))
+            .collect();
         json!({"Stacks": [{
             "StackName": "orders",
             "StackStatus": self.status,
-            "Parameters": pairs("ParameterKey", "ParameterValue", parameters),
-            "Outputs": pairs("OutputKey", "OutputValue", outputs.to_vec()),
+            "Parameters": describe_parameters(&self.parameters),
+            "Outputs": outputs,
         }]})
     }
 
@@ -419,7 +422,7 @@ async fn update(cloud: Arc<Mutex<Cloud>>, changed: Vec<(String, String)>) {
     let mut this = cloud.lock().await;
     if !all_playing {
         // The circuit breaker rolls back.
-        this.set(&json!([{"ParameterKey": "Image", "ParameterValue": before}]));
+        set(&mut this.parameters, &json!([{"ParameterKey": "Image", "ParameterValue": before}]));
         this.status = "UPDATE_ROLLBACK_COMPLETE".into();
         return;
     }
@@ -432,6 +435,29 @@ async fn update(cloud: Arc<Mutex<Cloud>>, changed: Vec<(String, String)>) {
     let mut this = cloud.lock().await;
     this.replaced.extend(results);
     this.status = "UPDATE_COMPLETE".into();
+}
+
+/// Sets parameters. Returns the changed ones with their previous values.
+fn set(parameters: &mut [(String, String)], wanted: &Value) -> Vec<(String, String)> {
+    let mut changed = Vec::new();
+    for parameter in wanted.as_array().expect("a list") {
+        let Some(value) = parameter["ParameterValue"].as_str() else { continue };
+        let name = parameter["ParameterKey"].as_str().expect("a name");
+        let entry = parameters
+            .iter_mut()
+            .find(|(known, _)| known == name)
+            .expect("a parameter of the stack");
+        if entry.1 != value {
+            changed.push((name.to_owned(), std::mem::replace(&mut entry.1, value.to_owned())));
+        }
+    }
+    changed
+}
+
+fn describe_parameters(parameters: &[(String, String)]) -> Value {
+    let one =
+        |(name, text): &(String, String)| json!({"ParameterKey": name, "ParameterValue": text});
+    parameters.iter().map(one).collect()
 }
 
 /// Waits until a worker plays. Returns `false` if it ends first.

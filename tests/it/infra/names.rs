@@ -92,10 +92,13 @@ fn every_alert_has_a_metric_filter_and_an_alarm_and_every_filter_an_alert() {
             .map(|word| format!("{}{}", word[..1].to_uppercase(), &word[1..]))
             .collect();
         assert_eq!(filter.metric, camel, "the metric has the name of the alert");
-        // The alert is logged once, when the mark becomes blocked. Its alarm uses the age of the
-        // gap.
-        let alarm_metric =
-            if filter.metric == "HighWaterBlocked" { "GapAge" } else { &filter.metric };
+        // These alerts are logged once, when the state begins. Their alarms use gauges, which last
+        // for as long as the state does.
+        let alarm_metric = match filter.metric.as_str() {
+            "HighWaterBlocked" => "GapAge",
+            "ProjectorBroken" => "StoppedProjectors",
+            of_filter => of_filter,
+        };
         let mut alarms = resources(&monitoring, "AWS::CloudWatch::Alarm");
         assert!(
             alarms.any(|alarm| value(alarm, "MetricName") == alarm_metric),

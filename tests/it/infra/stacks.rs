@@ -163,6 +163,23 @@ impl Stacks {
         .await;
     }
 
+    /// Does the work of CloudWatch for a gauge: takes the last value from the log lines of a
+    /// worker, and writes it with a time that lies `seconds_ago` in the past.
+    async fn gauge(&self, metric: &str, lines: &[Value], seconds_ago: i64) {
+        let values = lines.iter().filter(|line| line["Projector"].is_null());
+        let value = values.filter_map(|line| line[metric].as_f64()).next_back();
+        let value = value.expect("the worker writes the metric");
+        let at = time::OffsetDateTime::now_utc() - time::Duration::seconds(seconds_ago);
+        let dimensions = json!([{"Name": "Service", "Value": self.service}]);
+        let at = at.format(&Rfc3339).expect("a time");
+        let data = json!([
+            {"MetricName": metric, "Dimensions": dimensions, "Value": value, "Timestamp": at}
+        ]);
+        let data = data.to_string();
+        let put = ["cloudwatch", "put-metric-data", "--namespace", "Projectionist"];
+        aws(&[&put[..], &["--metric-data", &data]].concat()).await;
+    }
+
     async fn delete(&self) {
         for of in ["ecs", "monitoring", "queue"] {
             let name = self.name(of);
@@ -363,16 +380,12 @@ async fn the_stacks_deploy_raise_their_alarm_update_and_delete_on_localstack() {
 
     // Within the time of this test, events reach this worker only through the queue of the stack.
     let (projectors, queue) = (release(), stacks.output("QueueUrl"));
-    let play = [
-        "play",
-        "--projectors",
-        projectors.path(),
-        "--queue-url",
-        queue,
-        "--reconcile-after",
-        "3600",
-    ];
-    let worker = world.start(&[play.as_slice(), &["--log-format", "json"]].concat());
+    let play = |projectors: &Folder| {
+        let options = ["play", "--projectors", projectors.path(), "--queue-url", queue];
+        let metrics = ["--metrics=emf", "--service", &stacks.service, "--log-format=json"];
+        world.start(&[&options[..], &metrics, &["--reconcile-after", "3600"]].concat())
+    };
+    let worker = play(&projectors);
     let cases = Tally::new("cases");
     let append_and_check = async |kind: &str| {
         let line =
@@ -387,37 +400,28 @@ async fn the_stacks_deploy_raise_their_alarm_update_and_delete_on_localstack() {
     };
     append_and_check("Opened").await;
 
-    // An event breaks a projector. The path of the alarm: log line, filter, metric, alarm, topic.
-    assert_eq!(stacks.state("projector-broken").await, "OK");
+    // An event breaks a projector. The path of the alarm: log line, metric, alarm, topic. The
+    // worker writes its metrics when it starts and when it ends.
+    eventually("the worker writes metrics", async || worker.has_logged("StoppedProjectors")).await;
     append_and_check("Closed").await;
-    let lines = || -> Vec<Value> {
-        let logged = worker.logged();
-        let whole = logged.split_inclusive('\n').filter(|line| line.ends_with('\n'));
-        whole.map(|line| serde_json::from_str(line).expect("every line is JSON")).collect()
-    };
     let is_alert =
         |line: &Value| line["alert"] == "projector_broken" && line["projector"] == "fragile@1";
-    eventually("the worker logs the alert", async || lines().iter().any(is_alert)).await;
-    let before = lines();
+    worker.wait_for_log("projector_broken").await;
+    let lines = worker.terminate().await.exits(0).log();
+    assert!(lines.iter().any(is_alert), "{lines:?}");
     // LocalStack evaluates three periods as one. The metric is dated two periods back, so that the
     // alarm does not last three minutes.
-    stacks.count(&before, 120).await;
+    stacks.gauge("StoppedProjectors", &lines, 120).await;
     assert_eq!(stacks.state("projector-broken").await, "ALARM");
-    let received = world
-        .sqs
-        .receive_message()
-        .queue_url(&notices)
-        .wait_time_seconds(20)
-        .send()
-        .await
-        .expect("received");
-    let notice = received
-        .messages()
-        .first()
-        .and_then(|message| message.body())
-        .expect("the topic sends a notice")
-        .to_owned();
-    assert!(notice.contains(&stacks.name("projector-broken")), "{notice}");
+    let is_notified = async || {
+        let receive = world.sqs.receive_message().queue_url(&notices).wait_time_seconds(1);
+        let received = receive.send().await.expect("received");
+        received.messages().iter().filter_map(|message| message.body()).any(|notice| {
+            notice.contains(&stacks.name("projector-broken")) && notice.contains("ALARM")
+        })
+    };
+    eventually("the topic sends a notice", is_notified).await;
+    stacks.count(&lines, 0).await;
     assert_eq!(stacks.state("boot-failed").await, "OK", "only one alarm is raised");
 
     // The queue is updated in place, and the worker continues. LocalStack does not update alarms.
@@ -445,14 +449,18 @@ async fn the_stacks_deploy_raise_their_alarm_update_and_delete_on_localstack() {
         (&changed["VisibilityTimeout"], &changed["MessageRetentionPeriod"]),
         (&json!("400"), &json!("86400"))
     );
+    let fixed =
+        Folder::new().with("cases.toml", &tally("cases")).with("fragile.toml", &fragile(true));
+    world.run(&["boot", "--projectors", fixed.path()]).await.exits(0);
+    let worker = play(&fixed);
     append_and_check("Amended").await;
 
-    // No projector breaks any more: later lines count as 0, and the alarm ends.
-    let since = lines().split_off(before.len());
-    stacks.count(&since, 0).await;
+    // The projector is fixed, and the alarm ends.
+    let lines = worker.terminate().await.exits(0).log();
+    stacks.gauge("StoppedProjectors", &lines, 0).await;
     eventually("the alarm ends", async || stacks.state("projector-broken").await == "OK").await;
 
-    worker.terminate().await.exits(0);
+    // LocalStack ignores that queues and log group must be kept.
     stacks.delete().await;
     assert!(
         world.sqs.get_queue_attributes().queue_url(queue).send().await.is_err(),
