@@ -135,7 +135,7 @@ fn find_pages(folder: &Path, found: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(root().join(folder)).expect("a folder") {
         let name = entry.expect("an entry").file_name().into_string().expect("a name in UTF-8");
         let path = folder.join(&name);
-        if name.starts_with('.') || path == Path::new("target") {
+        if name.starts_with('.') || name == "node_modules" || path == Path::new("target") {
             continue;
         } else if root().join(&path).is_dir() {
             find_pages(&path, found);
