@@ -18,9 +18,10 @@ use crate::database::error::{DatabaseError, server_error_number};
 
 /// How many prepared statements a connection keeps, unless the URL sets another number. Every
 /// further statement closes an older one. sqlx 0.9.0 leaves Nagle's algorithm on
-/// (transact-rs/sqlx#4335), so the statement after that waits for 40 ms. By default, a server
-/// allows 16,382 prepared statements in total.
-const STATEMENT_CACHE_CAPACITY: usize = 256;
+/// (transact-rs/sqlx#4335), so the statement after that waits for 40 ms. A handler's session is
+/// replaced long before it reaches this number (see `session_cache`), so this is the limit for
+/// the statements of one batch. By default, a server allows 16,382 prepared statements in total.
+const STATEMENT_CACHE_CAPACITY: usize = 1024;
 
 /// The pause after a token could not be generated. The old token may still be valid.
 const RETRY_INTERVAL: Duration = Duration::from_secs(5);

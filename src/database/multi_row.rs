@@ -12,7 +12,7 @@ use sqlx::{Arguments as _, AssertSqlSafe, MySql, MySqlConnection, Type};
 use time::{OffsetDateTime, PrimitiveDateTime};
 
 /// The most rows in a statement. Twice as many would hardly be faster.
-pub(crate) const MAX_ROWS: usize = 512;
+const MAX_ROWS: usize = 512;
 
 /// The most bytes that a statement binds: half of the smallest `max_allowed_packet` in use, 1 MiB.
 pub(crate) const MAX_BYTES: usize = 512 * 1024;
@@ -226,11 +226,6 @@ impl Rows {
         self.row_starts.len()
     }
 
-    /// How many bytes the rows bind.
-    pub(crate) fn size(&self) -> usize {
-        self.bytes.len() + VALUE_OVERHEAD * self.values.len()
-    }
-
     /// The indices of a row's values.
     fn row_values(&self, row: usize) -> Range<usize> {
         let begin = |row: usize| self.row_starts.get(row).copied().unwrap_or(self.values.len());
@@ -393,7 +388,6 @@ mod tests {
             }
         }
         assert_eq!(rows.len(), 10);
-        assert_eq!(rows.size(), (0..10).map(|row| rows.row_bytes(row)).sum::<usize>());
         let arguments = rows.arguments(2..6).expect("encoded");
         assert_eq!(format!("{arguments:?}"), format!("{expected:?}"));
     }

@@ -1,26 +1,26 @@
-//! Sends several executions of one insert as one statement with many rows, if the effect is the
-//! same.
+//! Applies a batch of events. Several executions of one insert become one statement with many rows,
+//! if the effect is the same.
 //!
-//! Rows wait in a buffer per table. A buffer is sent before any other statement, before another
-//! handler inserts into the same table, before a row with other types, when it is full, and at the
-//! end of the batch. The statements on one table therefore keep their order. Only inserts into
-//! *different* tables change places, and these do not depend on each other:
-//! [`insert`](super::insert) has checked that they read only their parameters and their own table,
-//! and [`tables`](super::tables) that nothing else depends on the table.
+//! Rows wait in a buffer per table. A buffer joins the [`Packet`] before any other statement,
+//! before another handler inserts into the same table, when it is full, and at the end of the
+//! batch. The statements on one table therefore keep their order. Only inserts into *different*
+//! tables change places, and these do not depend on each other: [`insert`](super::insert) has
+//! checked that they read only their parameters and their own table, and
+//! [`tables`](super::tables) that nothing else depends on the table.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use sqlx::MySqlConnection;
 use tracing::info;
 
-use super::handler::{Argument, Handler, Handlers, Lookup};
+use super::argument::{Argument, Lookup};
+use super::handler::{Handler, Handlers};
 use super::insert::Insert;
-use super::literal::Literals;
-use super::prepared::{ExecutionMode, TypedSql};
+use super::packet::Packet;
 use super::tables::{InsertTarget, Refusal, check_tables};
-use crate::database::multi_row::{MAX_BYTES, MAX_ROWS, Rows, Statement};
+use crate::database::multi_row::MAX_BYTES;
 use crate::model::event::Event;
 use crate::model::projector::ProjectorId;
 
@@ -31,6 +31,9 @@ const MIN_EXECUTIONS: usize = 32;
 /// How long a refusal of a table is remembered. An acceptance is not remembered: the next
 /// transaction has no lock on the table yet, so another session may have created a trigger.
 const REFUSAL_TTL: Duration = Duration::from_secs(60);
+
+/// The most rows in a statement. More would hardly be faster.
+const MAX_ROWS: usize = 1_000;
 
 /// The maximum size of the buffers of all tables together, in bytes.
 const MAX_PENDING_BYTES: usize = 8 * MAX_BYTES;
@@ -95,34 +98,26 @@ enum TableState {
     Coalescable,
 }
 
-/// Applies a batch of events, with the same effect as [`Handlers::apply`] for each.
+/// Applies a batch of events, with the same effect as if each statement were sent by itself.
 pub(super) async fn apply(
     projector: &ProjectorId,
     handlers: &Handlers,
     events: &[&Event],
     db: &mut MySqlConnection,
 ) -> anyhow::Result<()> {
-    let Some(mut coalescer) = Coalescer::new(projector, handlers, events) else {
-        for event in events {
-            handlers.apply(event, db).await?;
-        }
-        return Ok(());
-    };
-    for event in events {
-        let mut lookup = Lookup::new(event, handlers);
-        for handler in handlers.matching(event) {
-            let arguments =
-                handler.arguments(&mut lookup).with_context(|| handler.origin.clone())?;
-            coalescer.execute(handler, arguments, db).await?;
-        }
-    }
-    coalescer.flush(db).await
+    let mut batch = Batch::new(projector, handlers, events);
+    let added = batch.add_all(events, db).await;
+    // After an invalid value, a statement that precedes it may have the first error.
+    batch.flush(db).await?;
+    added
 }
 
-/// The buffered rows of a batch, and the state of each table.
-struct Coalescer<'h> {
+/// The state of a batch: the waiting statements, the buffered rows and the state of each table.
+struct Batch<'h> {
     projector: &'h ProjectorId,
     handlers: &'h Handlers,
+    packet: Packet<'h>,
+    /// Empty if no table is worth a check.
     tables: Vec<TableState>,
     pending: Vec<Option<PendingRows<'h>>>,
     /// The size of all buffers, in bytes.
@@ -133,88 +128,60 @@ struct Coalescer<'h> {
 struct PendingRows<'h> {
     handler: &'h Handler,
     insert: &'h Insert,
-    rows: RowBuffer,
-}
-
-/// Buffered rows in the form in which they will be sent.
-enum RowBuffer {
-    /// Rows to bind, all of the same types, with the statement for one row.
-    Bound(Arc<TypedSql>, Rows),
-    /// Rows as literals, of any types.
-    Literal(Literals),
-}
-
-impl RowBuffer {
-    fn new(mode: ExecutionMode) -> Self {
-        match mode {
-            ExecutionMode::Prepared(text) => RowBuffer::Bound(text, Rows::default()),
-            ExecutionMode::Literal => RowBuffer::Literal(Literals::default()),
-        }
-    }
-
-    /// Whether a row of this form can be added.
-    fn accepts(&self, mode: &ExecutionMode) -> bool {
-        match (self, mode) {
-            (RowBuffer::Bound(text, _), ExecutionMode::Prepared(other)) => Arc::ptr_eq(text, other),
-            (RowBuffer::Literal(_), ExecutionMode::Literal) => true,
-            _ => false,
-        }
-    }
-
-    fn len(&self) -> usize {
-        match self {
-            RowBuffer::Bound(_, rows) => rows.len(),
-            RowBuffer::Literal(rows) => rows.len(),
-        }
-    }
-
+    /// The statement up to its last row.
+    text: String,
+    rows: usize,
     /// The size of the rows, in bytes.
-    fn encoded_bytes(&self) -> usize {
-        match self {
-            RowBuffer::Bound(_, rows) => rows.size(),
-            RowBuffer::Literal(rows) => rows.encoded_bytes(),
-        }
-    }
+    size: usize,
 }
 
-impl<'h> Coalescer<'h> {
-    /// `None` if no table is worth a check.
-    fn new(projector: &'h ProjectorId, handlers: &'h Handlers, events: &[&Event]) -> Option<Self> {
-        let tables = handlers.tables()?;
-        let mut executions = vec![0; tables.names.len()];
+impl<'h> Batch<'h> {
+    fn new(projector: &'h ProjectorId, handlers: &'h Handlers, events: &[&Event]) -> Self {
+        let tables = handlers.tables().map_or_else(Vec::new, |tables| {
+            let mut executions = vec![0; tables.names.len()];
+            for event in events {
+                for (_, TableIndex(table)) in
+                    handlers.matching(event).filter_map(Handler::coalescable_insert)
+                {
+                    executions[table] += 1;
+                }
+            }
+            let state = |(count, is_refused): (usize, bool)| {
+                if count >= MIN_EXECUTIONS && !is_refused {
+                    TableState::Unlocked
+                } else {
+                    TableState::OneByOne
+                }
+            };
+            executions.into_iter().zip(tables.refused_flags()).map(state).collect()
+        });
+        let pending = tables.iter().map(|_| None).collect();
+        Batch { projector, handlers, packet: Packet::default(), tables, pending, size: 0 }
+    }
+
+    async fn add_all(&mut self, events: &[&Event], db: &mut MySqlConnection) -> anyhow::Result<()> {
         for event in events {
-            for (_, TableIndex(table)) in
-                handlers.matching(event).filter_map(Handler::coalescable_insert)
-            {
-                executions[table] += 1;
+            for reset in self.handlers.reset_statements() {
+                self.packet.add("the reset of the session", reset, db).await?;
+            }
+            let mut lookup = Lookup::new(event, &self.handlers.paths);
+            for handler in self.handlers.matching(event) {
+                let arguments =
+                    lookup.arguments(&handler.bindings).with_context(|| handler.origin.clone())?;
+                self.execute(handler, &arguments, db).await?;
             }
         }
-        let state = |(count, is_refused): (usize, bool)| {
-            if count >= MIN_EXECUTIONS && !is_refused {
-                TableState::Unlocked
-            } else {
-                TableState::OneByOne
-            }
-        };
-        let tables: Vec<TableState> =
-            executions.into_iter().zip(tables.refused_flags()).map(state).collect();
-        let pending = tables.iter().map(|_| None).collect();
-        tables.contains(&TableState::Unlocked).then_some(Coalescer {
-            projector,
-            handlers,
-            tables,
-            pending,
-            size: 0,
-        })
+        Ok(())
     }
 
     async fn execute(
         &mut self,
         handler: &'h Handler,
-        arguments: Vec<Argument<'_>>,
+        arguments: &[Argument<'_>],
         db: &mut MySqlConnection,
     ) -> anyhow::Result<()> {
-        if let Some((insert, TableIndex(table))) = handler.coalescable_insert() {
+        let insert = handler.coalescable_insert().filter(|_| !self.tables.is_empty());
+        if let Some((insert, TableIndex(table))) = insert {
             if self.tables[table] == TableState::Locked {
                 self.check_locked_tables(db).await?;
             }
@@ -225,12 +192,18 @@ impl<'h> Coalescer<'h> {
                 self.tables[table] = TableState::Locked;
             }
         }
-        self.flush(db).await?;
-        handler.execute(arguments, db).await
+        self.flush_rows(db).await?;
+        let mut statement = String::new();
+        handler.write(arguments, &mut statement)?;
+        self.packet.add(&handler.origin, &statement, db).await?;
+        // A `call` returns several results, so its error would be attributed to another statement.
+        if self.handlers.is_opaque() { self.packet.send(db).await } else { Ok(()) }
     }
 
     /// Checks every table that this transaction has locked since the last check.
     async fn check_locked_tables(&mut self, db: &mut MySqlConnection) -> anyhow::Result<()> {
+        // The statements that lock the tables may still wait.
+        self.packet.send(db).await?;
         let tables = self.handlers.tables().context("a table was locked")?;
         let locked: Vec<usize> = (0..self.tables.len())
             .filter(|table| self.tables[*table] == TableState::Locked)
@@ -266,59 +239,61 @@ impl<'h> Coalescer<'h> {
         handler: &'h Handler,
         insert: &'h Insert,
         table: usize,
-        arguments: Vec<Argument<'_>>,
+        arguments: &[Argument<'_>],
         db: &mut MySqlConnection,
     ) -> anyhow::Result<()> {
-        let mode = handler.execution_mode(&arguments, true);
-        let joins = |pending: &PendingRows<'_>| {
-            std::ptr::eq(pending.handler, handler) && pending.rows.accepts(&mode)
-        };
-        if self.pending[table].as_ref().is_some_and(|pending| !joins(pending)) {
-            self.send(table, db).await?;
+        let is_other = |pending: &PendingRows<'_>| !std::ptr::eq(pending.handler, handler);
+        if self.pending[table].as_ref().is_some_and(is_other) {
+            self.flush_table(table, db).await?;
         }
-        let pending = self.pending[table].get_or_insert_with(|| PendingRows {
-            handler,
-            insert,
-            rows: RowBuffer::new(mode),
+        let pending = self.pending[table].get_or_insert_with(|| {
+            let mut text = String::new();
+            handler.write_head(insert, &mut text);
+            PendingRows { handler, insert, text, rows: 0, size: 0 }
         });
-        let before = pending.rows.encoded_bytes();
-        match &mut pending.rows {
-            RowBuffer::Bound(_, rows) => handler.bind_to_row(arguments, rows)?,
-            RowBuffer::Literal(rows) => {
-                rows.add(handler.with_literals(&arguments, insert.row.clone()))
-            }
+        let before = pending.text.len();
+        if pending.rows > 0 {
+            pending.text.push(',');
         }
-        let (rows, size) = (pending.rows.len(), pending.rows.encoded_bytes());
+        if let Err(error) = handler.write_row(insert, arguments, &mut pending.text) {
+            // The rows before this one are complete, and are sent.
+            pending.text.truncate(before);
+            return Err(error);
+        }
+        pending.rows += 1;
+        pending.size += pending.text.len() - before;
+        let (rows, size) = (pending.rows, pending.text.len());
         self.size += size - before;
         if self.size >= MAX_PENDING_BYTES {
-            return self.flush(db).await;
+            return self.flush_rows(db).await;
         }
         if rows >= MAX_ROWS || size >= MAX_BYTES {
-            return self.send(table, db).await;
+            return self.flush_table(table, db).await;
         }
         Ok(())
     }
 
-    /// Sends all buffered rows.
+    /// Sends all rows and statements.
     async fn flush(&mut self, db: &mut MySqlConnection) -> anyhow::Result<()> {
+        self.flush_rows(db).await?;
+        self.packet.send(db).await
+    }
+
+    /// Adds all buffered rows to the packet.
+    async fn flush_rows(&mut self, db: &mut MySqlConnection) -> anyhow::Result<()> {
         for table in 0..self.pending.len() {
-            self.send(table, db).await?;
+            self.flush_table(table, db).await?;
         }
         Ok(())
     }
 
-    async fn send(&mut self, table: usize, db: &mut MySqlConnection) -> anyhow::Result<()> {
-        let Some(PendingRows { handler, insert, rows }) = self.pending[table].take() else {
+    async fn flush_table(&mut self, table: usize, db: &mut MySqlConnection) -> anyhow::Result<()> {
+        let Some(mut pending) = self.pending[table].take() else { return Ok(()) };
+        if pending.rows == 0 {
             return Ok(());
-        };
-        self.size -= rows.encoded_bytes();
-        let sent = match rows {
-            RowBuffer::Bound(text, rows) => {
-                let (head, row, tail) = text.split_at_row(&insert.row);
-                rows.execute(Statement { head, row, tail }, db).await.map(|_| ())
-            }
-            RowBuffer::Literal(rows) => rows.execute(handler.split_at_row(&insert.row), db).await,
-        };
-        sent.with_context(|| handler.origin.clone())
+        }
+        self.size -= pending.size;
+        pending.handler.write_tail(pending.insert, &mut pending.text);
+        self.packet.add(&pending.handler.origin, &pending.text, db).await
     }
 }

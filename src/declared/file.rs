@@ -7,7 +7,8 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::command::{COMMAND_KEYS, DEFINING_KEYS, DeclaredCommand};
-use super::handler::{DeclaredProjector, Handlers, SetupStatement};
+use super::handler::Handlers;
+use super::projector::{DeclaredProjector, SetupStatement};
 use super::spelling::nearest;
 use super::{Problem, StatementError, statement};
 use crate::model::event::NewEvent;
@@ -18,8 +19,7 @@ const ON_KEYS: [&str; 2] = ["events", "sql"];
 const MODES: [&str; 3] =
     [Mode::FromBeginning.as_str(), Mode::FromNow.as_str(), Mode::Once.as_str()];
 
-/// The maximum number of `[[on]]` tables in a file. Each is a prepared statement on every
-/// connection.
+/// The maximum number of `[[on]]` tables in a file.
 const MAX_HANDLERS: usize = 1000;
 
 /// A projector, and the lines of its name and version, for errors.

@@ -1,4 +1,4 @@
-//! Values as SQL literals, for statements that are sent as text.
+//! Values as SQL literals.
 //!
 //! The server reads each literal as exactly the value that would have been bound. This holds
 //! because this program sets the session's `sql_mode`, which has no `NO_BACKSLASH_ESCAPES`, and its
@@ -8,8 +8,7 @@
 
 use std::fmt::Write as _;
 
-use sqlx::{AssertSqlSafe, MySqlConnection};
-use time::PrimitiveDateTime;
+use time::{Date, PrimitiveDateTime};
 
 /// A string literal.
 pub(super) fn text(value: &str) -> String {
@@ -34,6 +33,11 @@ pub(super) fn double(value: f64) -> String {
     format!("{value:e}")
 }
 
+/// A date.
+pub(super) fn date(value: Date) -> String {
+    format!("date'{:04}-{:02}-{:02}'", value.year(), u8::from(value.month()), value.day())
+}
+
 /// A datetime. The fraction of a second is left out if it is zero, as in the binary protocol.
 pub(super) fn datetime(value: PrimitiveDateTime) -> String {
     let (date, time) = (value.date(), value.time());
@@ -53,42 +57,9 @@ pub(super) fn datetime(value: PrimitiveDateTime) -> String {
     literal
 }
 
-/// Rows as literals: `(1, 'a')`.
-#[derive(Debug, Default)]
-pub(super) struct Literals {
-    rows: Vec<String>,
-    size: usize,
-}
-
-impl Literals {
-    pub(super) fn add(&mut self, row: String) {
-        self.size += row.len() + 1;
-        self.rows.push(row);
-    }
-
-    pub(super) fn len(&self) -> usize {
-        self.rows.len()
-    }
-
-    /// The size of the rows, in bytes.
-    pub(super) fn encoded_bytes(&self) -> usize {
-        self.size
-    }
-
-    /// Sends all rows in one statement, between the texts `head` and `tail`.
-    pub(super) async fn execute(
-        &self,
-        (head, tail): (&str, &str),
-        db: &mut MySqlConnection,
-    ) -> sqlx::Result<()> {
-        let sql = format!("{head}{}{tail}", self.rows.join(","));
-        sqlx::raw_sql(AssertSqlSafe(sql)).execute(db).await.map(|_| ())
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use time::{Date, Month, Time};
+    use time::{Month, Time};
 
     use super::*;
 

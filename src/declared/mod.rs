@@ -1,5 +1,7 @@
 //! Projectors without Rust. Each is a TOML file with the SQL statements to run for its events.
 
+mod argument;
+mod cast;
 mod coalesce;
 mod command;
 mod file;
@@ -8,12 +10,14 @@ mod insert;
 mod json;
 mod lexer;
 mod literal;
+mod packet;
 mod parameter;
-mod prepared;
+mod projector;
 mod session;
 mod spelling;
 mod statement;
 mod tables;
+mod template;
 
 use std::collections::HashMap;
 use std::error::Error;
@@ -25,7 +29,7 @@ use std::path::{Path, PathBuf};
 
 use self::command::DeclaredCommand;
 use self::file::Declaration;
-use self::handler::DeclaredProjector;
+use self::projector::DeclaredProjector;
 use crate::handlers::{CommandProjector, Processes};
 use crate::model::projector::ProjectorId;
 use crate::model::registry::{Registry, RegistryError};
@@ -71,6 +75,10 @@ const MAX_PROBLEMS: usize = 20;
 /// | `:payload.items.0` | a number is an index in an array, and a key elsewhere |
 /// | `:payload."odd key"` | a quoted key; needed for keys other than `[A-Za-z_][A-Za-z0-9_]*` |
 /// | `:payload.order.amount?` | the value at the path, or null if the path is missing |
+/// | `:payload.at\|datetime` | an ISO 8601 date as a `datetime(6)` in UTC |
+/// | `:payload.at\|date` | the date of that time in UTC |
+/// | `:payload.at\|unix_seconds` | seconds since 1970 as a `datetime(6)` in UTC |
+/// | `:payload.at\|unix_milliseconds` | milliseconds since 1970 as a `datetime(6)` in UTC |
 ///
 /// In a quoted key, `""` stands for one `"`. If a key occurs twice in an object, the last one
 /// counts. A path without `?` that is missing breaks the projector. So does a parameter
@@ -97,8 +105,8 @@ const MAX_PROBLEMS: usize = 20;
 /// `:stream_version` and numbers above 2^63 - 1), any other number as `1.5e0`, and a time as
 /// `cast('…' as datetime(6))`.
 ///
-/// Values are bound; no value is read as SQL. A statement whose values have had more than 16
-/// combinations of types sends further combinations as quoted literals.
+/// A value takes the place of its parameter as a literal, quoted and escaped. No value is read as
+/// SQL. The statements of a batch are sent as text, many in one packet, and nothing is prepared.
 ///
 /// Colons in literals, quoted names and comments are left alone, and so are `:=` and a colon that
 /// no name follows. `::` and `?` are refused. The text is read as MySQL reads it by default, with
@@ -107,8 +115,8 @@ const MAX_PROBLEMS: usize = 20;
 ///
 /// # Many rows in one statement
 ///
-/// In a large batch, consecutive executions of one `insert … values (…)` are sent as one statement
-/// with many rows, if the effect is the same. These are the conditions:
+/// In a large batch, consecutive executions of one `insert … values (…)` become one statement with
+/// many rows, if the effect is the same. These are the conditions:
 ///
 /// - The statement is `insert`, `insert ignore` or `replace`, with one row and perhaps with
 ///   `on duplicate key update`. The table is not qualified with its database.

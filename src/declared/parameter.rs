@@ -1,6 +1,7 @@
 //! Parses the parameters of declared statements: `:position`, `:payload.a.b?`.
 
 use super::StatementError;
+use super::cast::Cast;
 use super::lexer::{is_word, span_while};
 use super::spelling::nearest;
 
@@ -24,7 +25,9 @@ pub(super) struct JsonParameter {
     pub(super) path: Vec<String>,
     /// Whether a missing value binds as null. Otherwise it breaks the projector.
     pub(super) is_optional: bool,
-    /// The parameter as the statement has it, without a `?` at its end.
+    /// How to convert the value; `None` binds it as it is.
+    pub(super) cast: Option<Cast>,
+    /// The parameter as the statement has it, without its `?`.
     pub(super) written: String,
 }
 
@@ -131,9 +134,41 @@ fn parse_json_parameter(
         ));
     }
     let is_optional = text[length..].starts_with('?');
-    let end = length + usize::from(is_optional);
-    check_end(&written, &text[end..], is_optional, !path.is_empty())?;
-    Ok((Parameter::Json(JsonParameter { document, path, is_optional, written }), end))
+    let mut end = length + usize::from(is_optional);
+    let cast = parse_cast(&text[end..])?;
+    let written = match cast {
+        Some((name, _)) => {
+            end += 1 + name.len();
+            format!("{written}|{name}")
+        }
+        None => written,
+    };
+    let cast = cast.map(|(_, cast)| cast);
+    check_end(&written, &text[end..], is_optional || cast.is_some(), !path.is_empty())?;
+    Ok((Parameter::Json(JsonParameter { document, path, is_optional, cast, written }), end))
+}
+
+/// Parses `|datetime` at the start of `text`. `||` and a `|` that no name follows are operators.
+fn parse_cast(text: &str) -> Result<Option<(&'static str, Cast)>, StatementError> {
+    let Some(after) = text.strip_prefix('|') else { return Ok(None) };
+    let name = &after[..span_while(after, is_word)];
+    if name.is_empty() || name.starts_with(|c: char| c.is_ascii_digit()) {
+        return Ok(None);
+    }
+    if let Some(cast) = Cast::ALL.into_iter().find(|(known, _)| *known == name) {
+        return Ok(Some(cast));
+    }
+    let known = Cast::ALL.map(|(known, _)| known);
+    let hint =
+        nearest(name, &known).map(|near| format!("did you mean `|{near}`? ")).unwrap_or_default();
+    let known = known.map(|known| format!("`|{known}`")).join(", ");
+    Err(StatementError::new(
+        0,
+        format!(
+            "unknown cast `|{name}`: {hint}the casts are {known}; for the operator, put a blank \
+             before the `|`"
+        ),
+    ))
 }
 
 /// Parses one key of a path, and returns it with its length in bytes.
@@ -242,6 +277,27 @@ mod tests {
     }
 
     #[test]
+    fn a_cast_follows_the_path_and_an_operator_does_not() {
+        for (text, length, cast) in [
+            (":payload.at|datetime,", 20, Some(Cast::DateTime)),
+            (":payload.at?|date)", 17, Some(Cast::Date)),
+            (":metadata.t|unix_seconds", 24, Some(Cast::UnixSeconds)),
+            (":payload.t|unix_milliseconds ", 28, Some(Cast::UnixMilliseconds)),
+            (":payload.a||b", 10, None),
+            (":payload.a|1", 10, None),
+            (":payload.a |date", 10, None),
+            (":payload.a|(1)", 10, None),
+        ] {
+            let Some((Parameter::Json(read), read_length)) = Parameter::parse(text).expect(text)
+            else {
+                panic!("{text} is not a JSON parameter")
+            };
+            assert_eq!((read.cast, read_length), (cast, length), "{text}");
+            assert_eq!(read.written, text[..length].replace('?', ""), "{text}");
+        }
+    }
+
+    #[test]
     fn every_documented_parameter_name_is_accepted() {
         for name in NAMES {
             let (_, length) = Parameter::parse(&format!(":{name} ")).expect(name).expect(name);
@@ -278,6 +334,9 @@ mod tests {
             (":payload.\"a", "never closed"),
             (":payload.\"a\"b", "put a space between"),
             (":payload.odd-key", "quote the key (`:payload.\"odd-key\"`)"),
+            (":payload.at|datetim", "did you mean `|datetime`?"),
+            (":payload.at|column", "put a blank before the `|`"),
+            (":payload.at|datetime?", "nothing can follow"),
         ] {
             let error = Parameter::parse(text).expect_err(text);
             assert!(error.reason.contains(reason), "{text}: {}", error.reason);
@@ -301,7 +360,7 @@ mod tests {
                     );
                     if let Parameter::Json(read) = parameter {
                         prop_assert!(read.path.iter().map(String::len).sum::<usize>() < length);
-                        prop_assert!(text[..length].starts_with(&read.written));
+                        prop_assert!(text[..length].replace('?', "").starts_with(&read.written.replace('?', "")));
                     }
                 }
                 Ok(None) => {}

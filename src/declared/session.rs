@@ -104,24 +104,25 @@ impl SessionEffects {
         self.is_opaque |= other.is_opaque;
     }
 
-    /// The SQL that resets the session state before each event; `None` if the statements read none.
-    pub(super) fn reset_sql(&self) -> Option<String> {
+    /// The statements that reset the session state before each event. Empty if the statements read
+    /// none.
+    pub(super) fn reset_statements(&self) -> Vec<String> {
+        let mut statements = Vec::new();
         if self.variables.is_empty() && !self.reads_previous_result {
-            return None;
+            return statements;
         }
-        let mut sql = String::new();
         if !self.variables.is_empty() {
             let variables: Vec<String> =
                 self.variables.iter().map(|name| format!("{name} = null")).collect();
-            sql = format!("set {}; ", variables.join(", "));
+            statements.push(format!("set {}", variables.join(", ")));
         }
         if self.reads_previous_result {
             // `select null limit 0` resets `found_rows()`, and the next statement resets the other
             // two.
-            sql.push_str("select null limit 0; ");
+            statements.push("select null limit 0".into());
         }
-        sql.push_str("do last_insert_id(0)");
-        Some(sql)
+        statements.push("do last_insert_id(0)".into());
+        statements
     }
 }
 
@@ -279,10 +280,10 @@ mod tests {
         all.add(analyze("update t set n = @n := @n + 1"));
         all.add(analyze("set @N = last_insert_id()"));
         assert_eq!(
-            all.reset_sql().as_deref(),
-            Some("set @n = null; select null limit 0; do last_insert_id(0)")
+            all.reset_statements(),
+            ["set @n = null", "select null limit 0", "do last_insert_id(0)"]
         );
-        assert_eq!(SessionEffects::default().reset_sql(), None);
+        assert!(SessionEffects::default().reset_statements().is_empty());
     }
 
     #[test]

@@ -188,7 +188,9 @@ pub(crate) async fn apply(
         Some(claimed) => claimed,
         None => claim_row(database, projector, stage, batch.after, handler_timeout).await?,
     };
-    let should_carry = carry.should_carry && projector.session != SessionUse::PerEvent;
+    let should_carry = carry.should_carry
+        && projector.session != SessionUse::PerEvent
+        && !session.has_many_statements();
     match run_and_commit(
         database,
         &mut session,

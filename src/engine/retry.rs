@@ -147,10 +147,11 @@ impl Engine {
         batch: Batch<'_>,
         carry: &mut ClaimCarry,
     ) -> ApplyOutcome {
-        if projector.needs_transaction_per_event() {
+        if batch.events.len() > projector.max_batch || projector.needs_transaction_per_event() {
+            carry.release();
             // This future and the next one are boxed: they are large, and would be part of the
             // future of every projector.
-            return Box::pin(self.apply_each_event(projector, stage, batch)).await;
+            return Box::pin(self.apply_in_steps(projector, stage, batch)).await;
         }
         match self.apply_whole_batch(projector, stage, batch, carry).await {
             Ok(outcome) => outcome,
@@ -158,9 +159,9 @@ impl Engine {
         }
     }
 
-    /// Applies a batch with one transaction for each event that the projector subscribes to. Side
-    /// effects cannot be rolled back, so a failing event must not repeat the events before it.
-    async fn apply_each_event(
+    /// Applies a batch in several transactions, each with as many events as the projector allows.
+    /// Side effects cannot be rolled back, so a failing event must not repeat the events before it.
+    async fn apply_in_steps(
         &self,
         projector: &RegisteredProjector,
         stage: Stage,
@@ -170,7 +171,7 @@ impl Engine {
         let mut position = batch.after;
         let mut wanted = batch.wanted(projector).peekable();
         loop {
-            let event = wanted.next();
+            let event = wanted.by_ref().take(projector.max_batch).last();
             // The last step also covers the unsubscribed events at the end of the batch.
             let end =
                 event.filter(|_| wanted.peek().is_some()).map_or(batch.through, Event::position);

@@ -104,6 +104,12 @@ pub trait Projector: Send + Sync + 'static {
         SessionUse::Dedicated
     }
 
+    /// The most events that one transaction applies. Return fewer if an event takes long, so that
+    /// a batch stays within the handler's timeout.
+    fn max_batch(&self) -> usize {
+        usize::MAX
+    }
+
     /// Creates the tables that the handler writes to. Boot runs setup when it first sees the
     /// projector, and whenever it resumes the projector. Setup must therefore be harmless to
     /// repeat: `create table if not exists`.

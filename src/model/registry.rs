@@ -120,6 +120,8 @@ pub(crate) struct RegisteredProjector {
     pub(crate) mode: Mode,
     pub(crate) has_side_effects: bool,
     pub(crate) session: SessionUse,
+    /// The most events that one transaction applies, at least 1.
+    pub(crate) max_batch: usize,
     /// The tables that the projector declares as its own.
     pub(crate) tables: Vec<String>,
     /// SHA-256 of its definition, in hexadecimal.
@@ -148,11 +150,17 @@ impl RegisteredProjector {
         let (mode, has_side_effects) = (projector.mode(), projector.has_side_effects());
         let digest = definition_digest(projector.as_ref(), &projector.event_types());
         let (session, tables) = (projector.session(), projector.tables());
+        // With several events in one transaction, a failure would repeat the outside effects of the
+        // earlier events. It would also expose an event to the session state that earlier events
+        // left.
+        let needs_transaction_per_event = has_side_effects || session == SessionUse::PerEvent;
+        let max_batch = if needs_transaction_per_event { 1 } else { projector.max_batch().max(1) };
         Ok(RegisteredProjector {
             id,
             mode,
             has_side_effects,
             session,
+            max_batch,
             tables,
             digest,
             projector,
@@ -172,11 +180,9 @@ impl RegisteredProjector {
         self.event_types.as_ref()
     }
 
-    /// Whether each event needs its own transaction. With several events in one transaction, a
-    /// failure would repeat the outside effects of the earlier events. It would also expose an
-    /// event to the session state that earlier events left.
+    /// Whether each event needs its own transaction.
     pub(crate) fn needs_transaction_per_event(&self) -> bool {
-        self.has_side_effects || self.session == SessionUse::PerEvent
+        self.max_batch == 1
     }
 
     /// The event types as the ledger stores them: sorted, and `["*"]` for all.
