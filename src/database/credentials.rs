@@ -14,7 +14,7 @@ use tokio::sync::Mutex;
 use tracing::{info, warn};
 
 use crate::aws::{AuthTokenGenerator, Secret};
-use crate::database::error::{DatabaseError, server_error_number};
+use crate::database::error::{DatabaseError, ServerCondition, server_condition};
 
 /// How many prepared statements a connection keeps, unless the URL sets another number. Every
 /// further statement closes an older one. sqlx 0.9.0 leaves Nagle's algorithm on
@@ -300,9 +300,9 @@ pub(super) fn verifies_certificate(options: &MySqlConnectOptions) -> bool {
     matches!(options.get_ssl_mode(), MySqlSslMode::VerifyCa | MySqlSslMode::VerifyIdentity)
 }
 
-/// Whether the server refused the user or the password.
+/// Whether the server refused the account, for example because the password has changed.
 pub(super) fn is_authentication_error(error: &sqlx::Error) -> bool {
-    matches!(server_error_number(error), Some(1045 | 1698))
+    server_condition(error) == Some(ServerCondition::Refused)
 }
 
 /// Whether a URL has a user, and whether it has a password. `None` if the

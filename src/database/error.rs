@@ -2,6 +2,7 @@
 
 use sqlx::mysql::MySqlDatabaseError;
 
+pub(crate) use super::server_error::{ServerCondition, server_condition, server_error_number};
 use crate::aws::AwsError;
 use crate::model::backoff::Transient;
 use crate::model::text;
@@ -36,39 +37,10 @@ impl Transient for DatabaseError {
     }
 }
 
-/// Server errors that a retry can cure: they depend on the moment and not on the statement.
-///
-/// They are a deadlock, a lock wait timeout, an interrupted or killed session, and a server that is
-/// starting, stopping, full or read-only. After a failover, old connections still lead to the
-/// former primary, which is read-only.
-const TRANSIENT: &[u16] = &[
-    1040, // too many connections
-    1053, // server shutdown in progress
-    1152, // aborted connection
-    1158, 1159, 1160, 1161, // network packets
-    1203, // user has too many connections
-    1205, // lock wait timeout
-    1213, // deadlock
-    1317, // query interrupted
-    1927, // MariaDB: connection was killed
-    3100, 3101, // group replication rolled the transaction back
-    3572, // nowait and the row is locked
-    4031, // disconnected for inactivity
-];
-
-/// The session was killed: 1927 on MariaDB, 3169 on MySQL.
-const SESSION_KILLED: &[u16] = &[1927, 3169];
-
 /// A table or a column is missing: the tables were not created, or are of an older release.
 const NOT_MIGRATED: &[u16] = &[1054, 1146];
 
-/// The server's error number; `None` if the error is not from the server.
-pub(crate) fn server_error_number(error: &sqlx::Error) -> Option<u16> {
-    let sqlx::Error::Database(error) = error else { return None };
-    Some(error.try_downcast_ref::<MySqlDatabaseError>()?.number())
-}
-
-/// Whether a retry of the same statement may succeed.
+/// Whether a retry of the same statement may succeed, without a person's action.
 pub(crate) fn is_transient(error: &sqlx::Error) -> bool {
     match error {
         sqlx::Error::Io(_)
@@ -77,9 +49,15 @@ pub(crate) fn is_transient(error: &sqlx::Error) -> bool {
         | sqlx::Error::PoolTimedOut
         | sqlx::Error::PoolClosed
         | sqlx::Error::WorkerCrashed => true,
-        error if is_read_only(error) => true,
-        error => server_error_number(error).is_some_and(|number| TRANSIENT.contains(&number)),
+        error => server_condition(error).is_some() && !is_denied(error),
     }
+}
+
+/// Whether the account lacks a privilege or cannot log in. A retry may succeed on a new connection,
+/// after a person has granted the privilege or changed the account.
+pub(crate) fn is_denied(error: &sqlx::Error) -> bool {
+    use ServerCondition::{Denied, Refused};
+    matches!(server_condition(error), Some(Denied | Refused))
 }
 
 /// Whether the server ended the session or the network lost it. A timeout is not included: the
@@ -90,7 +68,7 @@ pub(crate) fn is_connection_lost(error: &sqlx::Error) -> bool {
         sqlx::Error::Io(error) => {
             matches!(error.kind(), BrokenPipe | ConnectionAborted | ConnectionReset | UnexpectedEof)
         }
-        error => server_error_number(error).is_some_and(|number| SESSION_KILLED.contains(&number)),
+        error => server_condition(error) == Some(ServerCondition::SessionEnded),
     }
 }
 
@@ -100,14 +78,10 @@ pub(crate) fn is_timeout(error: &sqlx::Error) -> bool {
     matches!(error, sqlx::Error::Io(error) if error.kind() == std::io::ErrorKind::TimedOut)
 }
 
-/// Whether the server is read-only, like a former primary after a failover. Error 1290 also reports
-/// other options, such as `--secure-file-priv`, so its text is checked.
-pub(crate) fn is_read_only(error: &sqlx::Error) -> bool {
-    match server_error_number(error) {
-        Some(1836) => true,
-        Some(1290) => error.to_string().contains("read-only"),
-        _ => false,
-    }
+/// Whether all connections that are as old as this one must be replaced. They lead to a server that
+/// is read-only since a failover, or they keep privileges that were changed.
+pub(crate) fn is_connection_outdated(error: &sqlx::Error) -> bool {
+    server_condition(error) == Some(ServerCondition::ReadOnly) || is_denied(error)
 }
 
 /// The first database error in the chain of causes of a handler's error.
@@ -130,6 +104,12 @@ impl Transient for anyhow::Error {
 /// Whether the database error in the chain of causes, if there is one, is transient.
 pub(crate) fn has_transient_cause(error: &anyhow::Error) -> bool {
     database_error(error).is_some_and(is_transient)
+}
+
+/// Whether the database error in the chain of causes, if there is one, is a missing privilege or a
+/// refused account.
+pub(crate) fn has_denied_cause(error: &anyhow::Error) -> bool {
+    database_error(error).is_some_and(is_denied)
 }
 
 /// The error and its causes as one line. A cause whose text is already part of the line is left
@@ -159,23 +139,30 @@ pub(crate) fn format_chain(error: &anyhow::Error) -> String {
 
 fn explain(error: &sqlx::Error) -> String {
     let number = server_error_number(error);
+    let condition = server_condition(error);
     let error = error.to_string();
     let error = text::redact(&error);
-    match number {
-        Some(number) if NOT_MIGRATED.contains(&number) => {
+    match (number, condition) {
+        (Some(number), _) if NOT_MIGRATED.contains(&number) => {
             format!(
                 "the tables of projectionist are missing or belong to another release ({error}); \
                  run `projectionist migrate`"
             )
         }
-        Some(1050) => format!(
+        (Some(1050), _) => format!(
             "a table of that name exists and projectionist did not create it ({error}); \
              rename it, or use another database"
         ),
-        Some(1044 | 1142 | 1143 | 1227 | 1370) => {
+        (_, Some(ServerCondition::Denied)) => {
             format!(
                 "the database user lacks a privilege ({error}); grant the privileges that \
                  docs/command-line.md lists for this command"
+            )
+        }
+        (_, Some(ServerCondition::Refused)) => {
+            format!(
+                "the database refuses the account ({error}); check the user, the password and the \
+                 account's state"
             )
         }
         _ => format!("database: {error}"),

@@ -7,7 +7,7 @@ use sqlx::{AssertSqlSafe, Row};
 
 use super::credentials::verifies_certificate;
 use super::{Database, SqlMode};
-use crate::database::error::server_error_number;
+use crate::database::error::{is_denied, server_error_number};
 
 /// A variable that the server does not have is missing from the result.
 const SETTINGS: &str = "\
@@ -229,10 +229,4 @@ pub(super) fn address(options: &sqlx::mysql::MySqlConnectOptions) -> String {
 
 fn unix_seconds(time: SystemTime) -> f64 {
     time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs_f64()
-}
-
-/// Whether the server denied access to the database, a table or a column, or a global privilege is
-/// missing.
-fn is_denied(error: &sqlx::Error) -> bool {
-    matches!(server_error_number(error), Some(1044 | 1142 | 1143 | 1227))
 }

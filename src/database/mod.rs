@@ -7,6 +7,7 @@ mod inspect;
 mod migrate;
 pub(crate) mod multi_row;
 mod privileges;
+mod server_error;
 mod session_cache;
 mod settings;
 mod transaction_outcome;
@@ -27,7 +28,7 @@ use tokio::time::timeout;
 use credentials::is_authentication_error;
 pub(crate) use credentials::{CredentialSource, Credentials};
 pub use error::DatabaseError;
-use error::{is_read_only, server_error_number};
+use error::{is_connection_outdated, server_error_number};
 pub(crate) use inspect::{MigrationState, PrivilegeCheck, ServerReport};
 pub(crate) use privileges::{COMMAND_PRIVILEGES, TABLES};
 pub(crate) use session_cache::{HandlerSession, Session, SessionId};
@@ -81,8 +82,8 @@ pub struct Database {
     /// have been changed.
     handler_pool: MySqlPool,
     pub(crate) flavor: Flavor,
-    /// When a connection was last found to lead to a read-only server. Older connections are not
-    /// used again.
+    /// When a connection was last found to lead to a read-only server, or to lack a privilege.
+    /// Older connections are not used again.
     stale_before: watch::Sender<Option<Instant>>,
     statement_timeout: Duration,
     own_sessions: SessionCache<Session>,
@@ -207,7 +208,7 @@ impl Database {
     ) -> Result<T, sqlx::Error> {
         let answer = timeout_after(self.statement_timeout, operation).await;
         if let Err(error) = &answer {
-            self.discard_if_read_only(error);
+            self.discard_if_outdated(error);
         }
         answer
     }
@@ -260,13 +261,14 @@ impl Database {
         Ok(sessions.iter().any(|row| row.get_unchecked::<u64, _>(0) == session))
     }
 
-    /// Discards the connections that lead to a former primary.
+    /// Discards the connections that lead to a former primary or keep old privileges.
     ///
     /// After a failover, the former primary may go on as a read-only server with our connections.
     /// When one connection reports a read-only server, all connections of that age are discarded.
-    /// New ones resolve the host name again.
-    pub(crate) fn discard_if_read_only(&self, error: &sqlx::Error) {
-        if is_read_only(error) {
+    /// New ones resolve the host name again. The same is done when a privilege is missing: the
+    /// server may apply a new grant only to new sessions.
+    pub(crate) fn discard_if_outdated(&self, error: &sqlx::Error) {
+        if is_connection_outdated(error) {
             self.stale_before.send_replace(Some(Instant::now()));
             self.release_idle_sessions();
         }
@@ -495,17 +497,18 @@ async fn probe_server(
 }
 
 fn out_of_reach(at: &str, error: &sqlx::Error, credentials: &Credentials) -> DatabaseError {
-    let (why, what_to_do) = match (server_error_number(error), error) {
-        (Some(1045 | 1698), _) => (error.to_string(), credentials.advice()),
-        (Some(1049), _) => (error.to_string(), "create the database, or correct the URL"),
-        (Some(1044), _) => (error.to_string(), "grant the user access to this database"),
-        (_, sqlx::Error::PoolTimedOut) => (
-            "no connection in time".into(),
-            "check that the server runs, and that this host may reach it",
-        ),
-        _ => {
-            (error.to_string(), "check host and port in the database URL, and that the server runs")
+    let what_to_do = match (server_error_number(error), error) {
+        _ if is_authentication_error(error) => credentials.advice(),
+        (Some(1049), _) => "create the database, or correct the URL",
+        (Some(1044), _) => "grant the user access to this database",
+        (_, sqlx::Error::PoolTimedOut) => {
+            "check that the server runs, and that this host may reach it"
         }
+        _ => "check host and port in the database URL, and that the server runs",
+    };
+    let why = match error {
+        sqlx::Error::PoolTimedOut => "no connection in time".into(),
+        error => error.to_string(),
     };
     DatabaseError::Unreachable(format!("the database {at} cannot be used: {why}; {what_to_do}"))
 }

@@ -12,7 +12,8 @@ use tokio::time::timeout;
 use tracing::debug;
 
 use crate::database::error::{
-    database_error, format_chain, is_connection_lost, is_timeout, is_transient, server_error_number,
+    database_error, format_chain, is_connection_lost, is_denied, is_timeout, is_transient,
+    server_error_number,
 };
 use crate::database::{
     Database, HandlerSession, SERVER_WAIT_TIMEOUT, SessionId, TransactionOutcome,
@@ -96,6 +97,9 @@ pub(crate) enum ApplyError {
     /// The connection was lost while the handler had it, or at the commit. The error is treated as
     /// transient unless it recurs.
     ConnectionClosed(anyhow::Error),
+    /// The account lacks a privilege for a statement of the handler, or it cannot log in. The error
+    /// persists until a person has changed that.
+    Denied(anyhow::Error),
     /// A statement on the ledger failed permanently, for instance because a privilege is missing.
     Ledger(sqlx::Error),
 }
@@ -109,6 +113,7 @@ impl ApplyError {
             | ApplyError::PartiallyApplied(error)
             | ApplyError::Ambiguous(error)
             | ApplyError::Transient(error)
+            | ApplyError::Denied(error)
             | ApplyError::RetryLater(error, _)
             | ApplyError::ConnectionClosed(error) => Some(error),
             ApplyError::ClaimLost(_) | ApplyError::Ledger(_) => None,
@@ -349,7 +354,7 @@ fn classify_handler_error(
     error: anyhow::Error,
 ) -> ApplyError {
     if let Some(error) = database_error(&error) {
-        database.discard_if_read_only(error);
+        database.discard_if_outdated(error);
     }
     if let Some(delay) = RetryLater::find(&error).map(RetryLater::delay) {
         // With a decode error, the handler did not see the event as it is.
@@ -363,6 +368,7 @@ fn classify_handler_error(
         Some(sqlx::Error::Protocol(_)) => ApplyError::Ambiguous(error),
         Some(lost) if is_connection_lost(lost) => ApplyError::ConnectionClosed(error),
         Some(transient) if is_transient(transient) => ApplyError::Transient(error),
+        Some(denied) if is_denied(denied) => ApplyError::Denied(error),
         _ => ApplyError::Projector(first_decode_error(wanted).unwrap_or(error)),
     }
 }

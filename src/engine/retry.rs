@@ -289,6 +289,21 @@ impl Engine {
                     }
                     tokio::time::sleep(backoff::delay(attempt + 6)).await;
                 }
+                // Boot fails at once, so that the deploy does not wait for a person.
+                Err(ApplyError::Denied(error)) if self.limits.retry_timeout.is_some() => {
+                    return Ok(ApplyOutcome::GaveUp(format_chain(&error)));
+                }
+                Err(ApplyError::Denied(error)) => {
+                    attempt += 1;
+                    if backoff::should_log(attempt) {
+                        error!(
+                            projector = %projector.id, position = batch.after.get(), attempt,
+                            error = format_chain(&error),
+                            "the database denied a statement of the handler, trying again"
+                        );
+                    }
+                    tokio::time::sleep(backoff::delay(attempt)).await;
+                }
                 Err(ApplyError::ConnectionClosed(error)) if is_closed_by_handler => {
                     // The handler may have rolled back our mark and committed before its session
                     // ended, at each attempt.

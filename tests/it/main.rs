@@ -40,5 +40,6 @@ mod receiver;
 mod relay;
 mod release_gate;
 mod retry_later;
+mod server_errors;
 mod server_settings;
 mod truncated_log;

@@ -5,7 +5,7 @@ use anyhow::anyhow;
 use tracing::{info, warn};
 
 use super::{Boot, start_position};
-use crate::database::error::{format_chain, has_transient_cause, server_error_number};
+use crate::database::error::{format_chain, has_denied_cause, has_transient_cause, is_denied};
 use crate::engine::apply;
 use crate::engine::catch_up::{Cursor, CursorState};
 use crate::engine::error::Error;
@@ -223,7 +223,7 @@ impl Boot<'_> {
                 Ok(false) => continue,
                 Ok(true) => "exists already and has rows",
                 // Without the privilege to read the table, boot cannot know whether it is empty.
-                Err(error) if matches!(server_error_number(&error), Some(1142 | 1143)) => {
+                Err(error) if is_denied(&error) => {
                     "exists already, and this database user has no SELECT privilege to check \
                      whether it is empty"
                 }
@@ -290,7 +290,7 @@ impl Boot<'_> {
         if let Err(error) = done {
             metrics::record_failure(id);
             let error = error.context("setup failed");
-            let outcome = if has_transient_cause(&error) {
+            let outcome = if has_transient_cause(&error) || has_denied_cause(&error) {
                 ApplyOutcome::GaveUp(format_chain(&error))
             } else {
                 let failed = ProjectorError::new(error, 1);
