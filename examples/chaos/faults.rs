@@ -1,5 +1,5 @@
-//! The faults. They are drawn from a shuffled deck, which is shuffled again when it is empty. Every
-//! fault therefore strikes in every run that is long enough.
+//! The faults. Each kind strikes once early. Afterwards they are drawn from a shuffled deck, which is
+//! shuffled again when it is empty. A kind without effect strikes again.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -9,6 +9,7 @@ use projectionist::sqlx;
 use tokio::sync::{Mutex, Semaphore};
 use tokio::task::JoinSet;
 
+use crate::deck::Deck;
 use crate::deploy::Deploys;
 use crate::figures::Figures;
 use crate::parts::Parts;
@@ -19,7 +20,7 @@ use crate::supervisor::Supervisor;
 use crate::writer;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Fault {
+pub enum Fault {
     Kill(Kind),
     KillAny,
     Terminate,
@@ -53,7 +54,7 @@ enum Fault {
 }
 
 /// The number of times that each fault is in the deck.
-const DECK: &[(Fault, usize)] = &[
+pub const DECK: &[(Fault, usize)] = &[
     (Fault::Kill(Kind::Play), 3),
     (Fault::Kill(Kind::Relay), 1),
     (Fault::Kill(Kind::Boot), 1),
@@ -90,8 +91,12 @@ const DECK: &[(Fault, usize)] = &[
     (Fault::Audit, 1),
 ];
 
-/// The pause between two faults, in milliseconds. One run of a minute draws the whole deck.
+/// The pause between two faults, in milliseconds. In a minute, each kind and most of the deck are
+/// drawn.
 const BETWEEN: std::ops::Range<u64> = 300..1_300;
+
+/// The limit for kinds of faults that have had no effect at the end of the run.
+const EXTENSION: Duration = Duration::from_secs(60);
 
 /// The processes and servers that the faults strike.
 pub struct Targets {
@@ -111,21 +116,26 @@ pub struct Targets {
     pub server: Mutex<()>,
 }
 
-/// Strikes for `duration`, and then waits until each fault is over.
+/// Strikes for `duration`, or until each kind has had an effect, and then waits until each fault is
+/// over.
 pub async fn strike(targets: &Arc<Targets>, duration: Duration, dice: &mut fastrand::Rng) {
     let began = Instant::now();
-    let mut deck: Vec<Fault> = Vec::new();
+    let mut deck = Deck::new(dice);
     let mut strikes = JoinSet::new();
-    while began.elapsed() < duration {
+    let has_happened = |fault| targets.has_happened(fault);
+    loop {
         tokio::time::sleep(Duration::from_millis(dice.u64(BETWEEN))).await;
-        if deck.is_empty() {
-            deck = DECK
-                .iter()
-                .flat_map(|(fault, times)| std::iter::repeat_n(*fault, *times))
-                .collect();
-            dice.shuffle(&mut deck);
+        while let Some(ended) = strikes.try_join_next() {
+            deck.end(ended.expect("no strike panics"));
         }
-        let Some(fault) = deck.pop() else { continue };
+        let fault = if began.elapsed() < duration {
+            deck.draw(has_happened, dice)
+        } else if deck.is_complete(has_happened) || began.elapsed() > duration + EXTENSION {
+            break;
+        } else {
+            deck.draw_again(has_happened)
+        };
+        let Some(fault) = fault else { continue };
         let targets = Arc::clone(targets);
         strikes.spawn(async move {
             eprintln!("[{:>5.1} s] {fault:?}", began.elapsed().as_secs_f32());
@@ -133,10 +143,23 @@ pub async fn strike(targets: &Arc<Targets>, duration: Duration, dice: &mut fastr
                 // Some faults need a queue or a server that does not answer at the moment.
                 eprintln!("[{:>5.1} s] {fault:?} failed: {error:#}", began.elapsed().as_secs_f32());
             }
+            fault
         });
     }
     eprintln!("[{:>5.1} s] no more faults", began.elapsed().as_secs_f32());
     strikes.join_all().await;
+}
+
+/// Starts the server again whenever it has ended by itself. Runs until it is dropped.
+pub async fn revive_server(targets: Arc<Targets>) {
+    loop {
+        tokio::time::sleep(Duration::from_millis(250)).await;
+        let _restart = targets.server.lock().await;
+        if let Err(error) = targets.revive_server().await {
+            targets.figures.add_finding(format!("the server ended by itself: {error:#}"));
+            return;
+        }
+    }
 }
 
 fn is_mortal(process: &Process) -> bool {
@@ -167,9 +190,16 @@ impl Targets {
             Fault::Silence => self
                 .figures
                 .add("connections_silenced", self.database.silence(|| fastrand::u8(..3) == 0)),
-            Fault::Stall => self.stall(&self.database_proxies(), seconds(500..6_000)).await,
-            Fault::CutQueue => self.figures.add("connections_cut", self.queue.cut(|| true)),
-            Fault::StallQueue => self.stall(&[&self.queue], seconds(2_000..8_000)).await,
+            Fault::Stall => {
+                self.figures.add("stalls", 1);
+                let duration = seconds(500..6_000);
+                join_all(self.database_proxies().iter().map(|proxy| proxy.stall(duration))).await;
+            }
+            Fault::CutQueue => self.figures.add("queue_connections_cut", self.queue.cut(|| true)),
+            Fault::StallQueue => {
+                self.figures.add("queue_stalls", 1);
+                self.queue.stall(seconds(2_000..8_000)).await;
+            }
             Fault::StopLocalStack => {
                 self.figures.add("localstack_stops", 1);
                 self.parts.stop_queue(seconds(2_000..6_000)).await?;
@@ -279,20 +309,68 @@ impl Targets {
         }
     }
 
-    async fn stall(&self, proxies: &[&Proxy], duration: Duration) {
-        self.figures.add("stalls", 1);
-        join_all(proxies.iter().map(|proxy| proxy.stall(duration))).await;
-    }
-
     async fn restart(&self, signal: &str, figure: &'static str) -> anyhow::Result<()> {
         let _restart = self.server.lock().await;
+        self.revive_server().await?;
         if let Err(error) = self.parts.restart_server(signal).await {
             self.figures.add_finding(format!("the server: {error:#}"));
         }
+        self.figures.add(figure, 1);
+        self.follow_server()
+    }
+
+    /// Starts the server again if it has ended by itself. The caller holds `server`.
+    async fn revive_server(&self) -> anyhow::Result<()> {
+        let number = self.figures.get("server_deaths") + 1;
+        let copy = self.parts.state.join(format!("run/server-death-{number}.log"));
+        if let Some(reason) = self.parts.revive_server(&copy).await? {
+            self.figures.add_server_death(reason);
+        }
+        self.follow_server()
+    }
+
+    /// Points the proxies at the server, whose port may have changed.
+    fn follow_server(&self) -> anyhow::Result<()> {
         for proxy in self.database_proxies() {
             proxy.set_target(self.parts.server_port()?);
         }
-        self.figures.add(figure, 1);
         Ok(())
+    }
+
+    /// Whether a kind of fault has had an effect in this run.
+    fn has_happened(&self, fault: Fault) -> bool {
+        let commits_cut = || self.database_proxies().map(Proxy::commits_cut);
+        let figure = match fault {
+            Fault::CutBeforeCommit => return commits_cut().iter().any(|(before, _)| *before > 0),
+            Fault::CutAfterCommit => return commits_cut().iter().any(|(_, after)| *after > 0),
+            Fault::Kill(kind) => kind.kill_figure().unwrap_or("sigkills"),
+            Fault::KillAny => "sigkills",
+            Fault::Terminate => "sigterms",
+            Fault::Pause => "sigstops",
+            Fault::KillServer => "server_kills",
+            Fault::RestartServer => "server_restarts",
+            Fault::CutAll | Fault::CutSome => "connections_cut",
+            Fault::Silence => "connections_silenced",
+            Fault::Stall => "stalls",
+            Fault::CutQueue => "queue_connections_cut",
+            Fault::StallQueue => "queue_stalls",
+            Fault::StopLocalStack => "localstack_stops",
+            Fault::Purge => "purges",
+            Fault::Lose => "messages_lost",
+            Fault::Hold => "messages_delayed",
+            Fault::Repeat => "messages_repeated",
+            Fault::Foreign => "messages_forged",
+            Fault::Malformed => "messages_malformed",
+            Fault::BadEvent => "bad_events",
+            Fault::HarmfulEvent => "harmful_events",
+            Fault::DropTable => "tables_dropped",
+            Fault::Deploy => "deploys",
+            Fault::DeployFromTwoHosts => "boots_at_once",
+            Fault::RollBack => "deploys_rolled_back",
+            Fault::Retire => "retired",
+            Fault::Widen => "widenings_refused",
+            Fault::Audit => "audits",
+        };
+        self.figures.get(figure) > 0
     }
 }

@@ -23,11 +23,14 @@ const FIGURES: &[(&str, bool)] = &[
     ("sigstops", true),
     ("server_kills", true),
     ("server_restarts", true),
+    ("server_deaths", false),
     ("connections_cut", true),
+    ("queue_connections_cut", true),
     ("commits_cut_before", true),
     ("commits_cut_after", true),
     ("connections_silenced", true),
     ("stalls", true),
+    ("queue_stalls", true),
     ("localstack_stops", true),
     ("purges", true),
     ("messages_lost", true),
@@ -64,6 +67,7 @@ const FIGURES: &[(&str, bool)] = &[
 pub struct Figures {
     counts: Mutex<BTreeMap<&'static str, u64>>,
     findings: Mutex<Vec<String>>,
+    server_deaths: Mutex<Vec<String>>,
 }
 
 impl Figures {
@@ -90,6 +94,18 @@ impl Figures {
 
     pub fn findings(&self) -> Vec<String> {
         self.findings.lock().expect("the lock is not poisoned").clone()
+    }
+
+    /// Records that the server has ended by itself, with the reason. Such a fault of the server is
+    /// no finding, because everything must survive it.
+    pub fn add_server_death(&self, reason: String) {
+        eprintln!("THE SERVER DIED BY ITSELF: {reason}");
+        self.add("server_deaths", 1);
+        self.server_deaths.lock().expect("the lock is not poisoned").push(reason);
+    }
+
+    pub fn server_deaths(&self) -> Vec<String> {
+        self.server_deaths.lock().expect("the lock is not poisoned").clone()
     }
 
     /// All figures, in the order of the report.

@@ -7,6 +7,7 @@
 //! run, as far as it can be observed.
 
 mod auto_increment;
+mod deck;
 mod deploy;
 mod faults;
 mod figures;
@@ -149,6 +150,8 @@ async fn run(
         Arc::clone(figures),
     ));
 
+    let reviving = tokio::spawn(faults::revive_server(Arc::clone(&targets)));
+
     faults::strike(&targets, duration, &mut fastrand::Rng::with_seed(seed)).await;
 
     let mut supervisor = targets.supervisor.lock().await;
@@ -198,6 +201,7 @@ async fn run(
     let mut verdicts = fold::compare(connection, &starts, &last.projectors()?).await?;
     let retired = &targets.deploys.lock().await.retired;
     verdicts.extend(fold::compare_retired(connection, &starts, retired, figures).await?);
+    reviving.abort();
     Ok(Report {
         seed,
         server: parts.server.clone(),

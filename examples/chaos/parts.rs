@@ -1,7 +1,7 @@
 //! The servers of this run: a database server and a LocalStack. The run may kill them, and restarts
 //! them with the scripts of `localstack/`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
@@ -46,10 +46,19 @@ impl Parts {
         text.trim().parse().ok().with_context(|| format!("{} is not a number", file.display()))
     }
 
-    /// A connection directly to the server, not through a proxy.
+    /// A connection directly to the server, not through a proxy. Waits for a server that is being
+    /// started again.
     pub async fn connect(&self) -> anyhow::Result<MySqlConnection> {
-        let options = self.options()?.database(DATABASE);
-        Ok(tokio::time::timeout(Duration::from_secs(10), options.connect()).await??)
+        let began = Instant::now();
+        loop {
+            let options = self.options()?.database(DATABASE);
+            let connected = tokio::time::timeout(Duration::from_secs(10), options.connect()).await;
+            match connected.context("the server does not answer").and_then(|tried| Ok(tried?)) {
+                Err(error) if began.elapsed() >= TIMEOUT => return Err(error),
+                Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+                connected => return connected,
+            }
+        }
     }
 
     fn options(&self) -> anyhow::Result<MySqlConnectOptions> {
@@ -84,6 +93,22 @@ impl Parts {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         self.start_server().await
+    }
+
+    /// Starts the server again if it has ended by itself. Then returns what its log says about its
+    /// end, and copies the log to `copy`.
+    pub async fn revive_server(&self, copy: &Path) -> anyhow::Result<Option<String>> {
+        let pid: u32 = self.number(&self.server, "pid")?;
+        if self.is_ours(pid) {
+            return Ok(None);
+        }
+        let log = self.state.join(&self.server).join("log");
+        let text = String::from_utf8_lossy(&std::fs::read(&log)?).into_owned();
+        std::fs::copy(&log, copy)?;
+        self.start_server().await?;
+        let is_reason = |line: &&str| line.contains("got signal") || line.starts_with("Query (");
+        let reasons: Vec<&str> = text.lines().filter(is_reason).map(str::trim).collect();
+        Ok(Some(format!("{} (log: {})", reasons.join("; "), copy.display())))
     }
 
     async fn start_server(&self) -> anyhow::Result<()> {

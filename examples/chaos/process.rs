@@ -58,7 +58,7 @@ impl Kind {
     }
 
     /// The figure that counts its SIGKILLs.
-    fn kill_figure(self) -> Option<&'static str> {
+    pub fn kill_figure(self) -> Option<&'static str> {
         Some(match self {
             Kind::Play => "sigkills_of_play",
             Kind::Relay => "sigkills_of_relay",

@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use aws_sdk_sqs::Client;
 use aws_sdk_sqs::config::timeout::TimeoutConfig;
 use aws_sdk_sqs::types::{Message, QueueAttributeName as Attribute};
@@ -31,6 +31,9 @@ const MAX_BODIES: usize = 50;
 
 /// The offset in a signed message after `{"sig":"`, 64 digits, and `",`.
 const SIGNED_FROM: usize = 74;
+
+/// The start of a payload in a message.
+const PAYLOAD: &str = "\"payload\":{";
 
 /// The kind of queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -165,8 +168,7 @@ impl QueueFaults {
             r#""event_type":"Closed","recorded_at":"2026-01-01T00:00:00Z","#,
             r#""payload":{"amount":1}}"#,
         );
-        let genuine =
-            self.seen.lock().expect("the lock is not poisoned").last().cloned().unwrap_or_default();
+        let genuine = self.genuine().await?;
         let seen = serde_json::from_str::<serde_json::Value>(&genuine).unwrap_or_default();
         let log = seen["log"].as_str().unwrap_or_default();
         let beyond = event.replace(":7,", ":4000000007,");
@@ -185,15 +187,24 @@ impl QueueFaults {
         self.forge(&genuine).await
     }
 
+    /// The body of a message of the log that has payloads.
+    async fn genuine(&self) -> anyhow::Result<String> {
+        for _ in 0..5 {
+            let seen = self.seen.lock().expect("the lock is not poisoned").clone();
+            if let Some(body) = seen.into_iter().rfind(|body| body.contains(PAYLOAD)) {
+                return Ok(body);
+            }
+            // The message is visible again after a second.
+            self.receive(1).await?;
+        }
+        bail!("no message with payloads was received")
+    }
+
     /// Sends forged copies of a genuine message, with other payloads: one without a signature, one
     /// with an invented signature, and one with the original signature.
     async fn forge(&self, genuine: &str) -> anyhow::Result<()> {
-        let (Some(rest), true) = (genuine.get(SIGNED_FROM..), genuine.contains("\"payload\":{"))
-        else {
-            return Ok(());
-        };
-        let forged = rest
-            .replace("\"payload\":{", &format!("\"payload\":{{\"forged\":\"{}\",", Uuid::now_v7()));
+        let rest = genuine.get(SIGNED_FROM..).context("a genuine message is signed")?;
+        let forged = rest.replace(PAYLOAD, &format!("{PAYLOAD}\"forged\":\"{}\",", Uuid::now_v7()));
         let invented = format!("{:032x}{:032x}", fastrand::u128(..), fastrand::u128(..));
         for body in [
             format!("{{{forged}"),

@@ -60,6 +60,7 @@ impl Report {
             ("memory_peak_mib", Value::Object(peaks)),
             ("did_not_happen", json!(self.figures.missing())),
             ("findings", json!(self.findings())),
+            ("server_death_reasons", json!(self.figures.server_deaths())),
         ] {
             object.insert(key.to_owned(), value);
         }
@@ -97,6 +98,9 @@ impl fmt::Display for Report {
                 "  {projector:<16}{status:<10}{applications:>12}{lost:>8}{repeated:>10}{wrong:>8}\
                  {behind}"
             )?;
+        }
+        for reason in self.figures.server_deaths() {
+            writeln!(f, "\nTHE SERVER DIED BY ITSELF: {reason}")?;
         }
         for finding in self.findings() {
             writeln!(f, "\nFOUND: {finding}")?;
