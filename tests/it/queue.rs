@@ -76,6 +76,7 @@ async fn survive_every_fault(world: World) {
         undeleted: 15,
         unacknowledged: 10,
         refused: 10,
+        panics: 0,
         shuffled: true,
         unhidden: false,
     };

@@ -2,13 +2,13 @@
 //! panic.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use projectionist::{Queue, QueueError, Receipt, ReceivedMessage, SqsQueue, async_trait};
+use projectionist::Queue;
 
 use crate::support::{
-    Folder, RunningProcess, TIMEOUT, Tally, World, eventually, execute, registry, schedule, write,
+    Faults, FaultyQueue, Folder, RunningProcess, TIMEOUT, Tally, World, eventually, execute,
+    registry, schedule, write,
 };
 
 #[tokio::test]
@@ -48,61 +48,16 @@ async fn relay_once_ends_beside_a_relay_that_has_published_everything() {
     relay.terminate().await.exits(0);
 }
 
-/// The real queue. Its first sends panic.
-struct PanickingQueue {
-    queue: Arc<SqsQueue>,
-    panics: AtomicU64,
-}
-
-#[async_trait]
-impl Queue for PanickingQueue {
-    async fn send(&self, body: &str, deduplication_id: &str) -> Result<(), QueueError> {
-        let panics_left = self
-            .panics
-            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
-        assert!(panics_left.is_err(), "this panic is part of the test");
-        self.queue.send(body, deduplication_id).await
-    }
-
-    async fn receive(&self, wait: Duration) -> Result<Vec<ReceivedMessage>, QueueError> {
-        self.queue.receive(wait).await
-    }
-
-    async fn delete(&self, receipts: &[Receipt]) -> Result<(), QueueError> {
-        self.queue.delete(receipts).await
-    }
-
-    async fn change_visibility(
-        &self,
-        receipts: &[Receipt],
-        duration: Duration,
-    ) -> Result<(), QueueError> {
-        self.queue.change_visibility(receipts, duration).await
-    }
-
-    async fn depth(&self) -> Result<u64, QueueError> {
-        self.queue.depth().await
-    }
-
-    fn visibility_timeout(&self) -> Duration {
-        self.queue.visibility_timeout()
-    }
-
-    fn max_message_bytes(&self) -> usize {
-        self.queue.max_message_bytes()
-    }
-}
-
 #[tokio::test]
 async fn a_panicking_relay_restarts_and_publishes_everything() {
     let world = World::new().await;
     let tally = Tally::new("tally");
     world.boot(&registry(&[&tally])).await;
     world.append(50).await;
-    let queue =
-        Arc::new(PanickingQueue { queue: Arc::clone(&world.queue), panics: AtomicU64::new(2) });
+    let faults = Faults { panics: 2, ..Faults::default() };
+    let queue = Arc::new(FaultyQueue::new(&world.queue, faults, 0));
     world.play_from(Arc::clone(&queue) as Arc<dyn Queue>, &registry(&[&tally])).await;
-    assert_eq!(queue.panics.load(Ordering::SeqCst), 0, "every planned panic happened");
+    assert_eq!(queue.fault_counts().panics, 2, "every planned panic happened");
     assert_eq!(world.number("select published from event_log").await, 50);
     world.assert_complete(&tally).await;
 }

@@ -8,13 +8,19 @@ use projectionist::Status;
 use super::{Owner, applied, assert_refused, boot_accepting, count_rows, counter};
 use crate::support::{Folder, Gate, World, eventually};
 
-#[tokio::test]
-async fn a_projector_with_a_dropped_table_is_rebuilt_from_its_start() {
+/// A log of three events, and the projector `counter` that a boot has built from them.
+async fn with_booted_counter() -> (World, Folder) {
     let world = World::new().await;
     world.append(3).await;
     let folder = Folder::new().with("1.toml", &counter("counter", "['*']"));
+    world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
+    (world, folder)
+}
+
+#[tokio::test]
+async fn a_projector_with_a_dropped_table_is_rebuilt_from_its_start() {
+    let (world, folder) = with_booted_counter().await;
     let boot = ["boot", "--json", "--projectors", folder.path()];
-    world.run(&boot).await.exits(0);
     world.execute("drop table counter").await;
     world.append(1).await;
     world.run(&["play", "--until-idle", "--projectors", folder.path()]).await.exits(1);
@@ -46,11 +52,8 @@ async fn a_projector_with_a_dropped_table_is_rebuilt_from_its_start() {
 
 #[tokio::test]
 async fn a_live_projector_with_a_dropped_table_is_broken_by_boot() {
-    let world = World::new().await;
-    world.append(3).await;
-    let folder = Folder::new().with("1.toml", &counter("counter", "['*']"));
+    let (world, folder) = with_booted_counter().await;
     let boot = ["boot", "--json", "--projectors", folder.path()];
-    world.run(&boot).await.exits(0);
     world.execute("drop table counter").await;
     folder.write("2.toml", &counter("fresh", "['*']"));
     let failed = world.run(&boot).await.exits(1).prints(&["counter@1", "table counter", "rebuil"]);
@@ -72,11 +75,8 @@ async fn a_live_projector_with_a_dropped_table_is_broken_by_boot() {
 /// creates the missing table.
 #[tokio::test]
 async fn a_setup_that_creates_a_table_after_the_start_breaks_its_projector() {
-    let world = World::new().await;
-    world.append(3).await;
-    let folder = Folder::new().with("1.toml", &counter("counter", "['*']"));
+    let (world, folder) = with_booted_counter().await;
     let boot = ["boot", "--projectors", folder.path()];
-    world.run(&boot).await.exits(0);
     world
         .execute(
             "update projectors set owned_tables = null, start_position = null, status = 'stalled'",
@@ -95,11 +95,8 @@ async fn a_setup_that_creates_a_table_after_the_start_breaks_its_projector() {
 
 #[tokio::test]
 async fn a_restored_read_model_continues_once_it_is_accepted_by_name() {
-    let world = World::new().await;
-    world.append(3).await;
-    let folder = Folder::new().with("1.toml", &counter("counter", "['*']"));
+    let (world, folder) = with_booted_counter().await;
     let boot = ["boot", "--projectors", folder.path()];
-    world.run(&boot).await.exits(0);
     world.execute("rename table counter to lost").await;
     world.run(&boot).await.exits(1);
     world.execute("rename table lost to counter").await;

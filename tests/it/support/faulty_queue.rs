@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use projectionist::{Queue, QueueError, Receipt, ReceivedMessage, SqsQueue, async_trait};
 
-/// How often each fault occurs, in percent of the messages; for the booleans, whether it occurs.
+/// How often each fault occurs, in percent of the messages. For the booleans, whether it occurs.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Faults {
     /// A message is deleted before the worker receives it.
@@ -22,6 +22,8 @@ pub struct Faults {
     pub unacknowledged: u8,
     /// A message is not sent, and the relay gets an error.
     pub refused: u8,
+    /// The number of sends that panic, before all others.
+    pub panics: u64,
     /// Whether the messages of each receive are shuffled.
     pub shuffled: bool,
     /// Whether changes of visibility are ignored, so that messages become visible while the worker
@@ -39,6 +41,7 @@ pub struct FaultCounts {
     pub undeleted: u64,
     pub unacknowledged: u64,
     pub refused: u64,
+    pub panics: u64,
     /// Receives whose order was changed.
     pub shuffled: u64,
     pub unhidden: u64,
@@ -99,6 +102,12 @@ impl FaultyQueue {
 #[async_trait]
 impl Queue for FaultyQueue {
     async fn send(&self, body: &str, deduplication_id: &str) -> Result<(), QueueError> {
+        let panics = self.with(|state| {
+            let panics = state.fault_counts.panics < self.faults.panics;
+            state.fault_counts.panics += u64::from(panics);
+            panics
+        });
+        assert!(!panics, "this panic is part of the test");
         if self.strikes(self.faults.refused, |counts| &mut counts.refused) {
             return Err(QueueError::Unavailable("refused by the test".into()));
         }
