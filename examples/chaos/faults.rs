@@ -1,5 +1,5 @@
-//! The faults. Each kind strikes once early. Afterwards they are drawn from a shuffled deck, which is
-//! shuffled again when it is empty. A kind without effect strikes again.
+//! The faults. Each kind strikes once early. Afterwards the faults are drawn from a shuffled deck,
+//! which is shuffled again when it is empty. A kind without effect strikes again.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

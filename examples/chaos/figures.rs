@@ -96,8 +96,8 @@ impl Figures {
         self.findings.lock().expect("the lock is not poisoned").clone()
     }
 
-    /// Records that the server has ended by itself, with the reason. Such a fault of the server is
-    /// no finding, because everything must survive it.
+    /// Records that the server has ended by itself, with the reason. This does not fail the run,
+    /// because everything must survive it.
     pub fn add_server_death(&self, reason: String) {
         eprintln!("THE SERVER DIED BY ITSELF: {reason}");
         self.add("server_deaths", 1);

@@ -217,7 +217,7 @@ async fn many_projectors_far_behind_all_catch_up_on_few_connections() {
     let tallies: Vec<Tally> = (0..6).map(|number| Tally::new(&format!("tally_{number}"))).collect();
     let files: Vec<String> = tallies.iter().map(|tally| tally.file(&[])).collect();
     let folder = world.boot_files(&files.iter().map(String::as_str).collect::<Vec<_>>()).await;
-    world.append(6_000).await;
+    world.append(3_000).await;
     let options = [
         "--projectors",
         folder.path(),
