@@ -12,6 +12,9 @@ alter table event_log
   -- How many messages of other logs were received, and when last.
   add column foreign_messages   bigint unsigned not null default 0,
   add column foreign_at         datetime(6)     null,
+  -- The position to which boot last moved `published` although nothing was sent: no projector
+  -- needs these events from the queue.
+  add column published_by_boot  bigint unsigned not null default 0,
   -- The queue to which the relay last published, as ARN or URL, so that a worker on another queue
   -- is noticed.
   add column queue              varchar(512)    character set utf8mb4 collate utf8mb4_bin null,

@@ -1,6 +1,5 @@
 //! The parts of the demo: a new database, a new queue, and real processes.
 
-use std::io::IsTerminal;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
@@ -112,9 +111,9 @@ impl Demo {
     }
 
     pub fn print_step(&self, title: &str, text: &str) {
-        let (bold, plain) =
-            if std::io::stdout().is_terminal() { ("\x1b[1m", "\x1b[0m") } else { ("", "") };
-        println!("{bold}[{:>4.1} s] {title}{plain}\n{text}", self.began.elapsed().as_secs_f32());
+        let bold = anstyle::Style::new().bold();
+        let seconds = self.began.elapsed().as_secs_f32();
+        anstream::println!("{bold}[{seconds:>4.1} s] {title}{bold:#}\n{text}");
     }
 
     pub fn print_note(&self, text: &str) {

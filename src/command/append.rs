@@ -18,6 +18,7 @@ use crate::database::DatabaseError;
 use crate::database::error::{is_transient, server_error_number};
 use crate::engine::error::Error;
 use crate::model::event::{NewEvent, Position};
+use crate::model::text::count;
 use crate::store::{AppendError, EventStore};
 
 /// The longest line, in bytes: the largest payload and metadata, and 64 KiB for the other fields.
@@ -39,8 +40,11 @@ const MAX_BUFFER_DELAY: Duration = Duration::from_millis(100);
 Each line is an object with stream_id, event_type and payload (any JSON). Optional keys: event_id \
 (unique; default: generated), stream_version (must be the stream's next; default: the next), \
 recorded_at (RFC 3339; default: now) and metadata (any JSON).\n\n\
-Example: {\"stream_id\":\"case-891\",\"event_type\":\"Confirmation of receipt\",\
-\"payload\":{\"channel\":\"Internet\"}}")]
+Examples:\n\
+\x20 projectionist append events.jsonl\n\
+\x20 projectionist append < events.jsonl\n\n\
+A line:\n\
+\x20 {\"stream_id\":\"case-891\",\"event_type\":\"Opened\",\"payload\":{\"at\":\"web\"}}")]
 pub(super) struct AppendCommand {
     /// The file to read; without it, or with `-`, standard input is read
     #[arg(value_name = "FILE")]
@@ -171,10 +175,10 @@ impl Appender {
     }
 
     fn summary(&self, verb: &str) -> String {
-        let events = if self.stored_events == 1 { "event" } else { "events" };
+        let events = count(self.stored_events as u64, "event");
         match self.last_position {
-            Some(last) => format!("{verb} {} {events}, last position {last}", self.stored_events),
-            None => format!("{verb} 0 events"),
+            Some(last) => format!("{verb} {events}, last position {last}"),
+            None => format!("{verb} {events}"),
         }
     }
 }

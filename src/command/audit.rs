@@ -7,7 +7,6 @@ use clap::Args;
 use clap::builder::FalseyValueParser;
 use indicatif::HumanCount;
 use serde::Serialize;
-use time::format_description::well_known::Rfc3339;
 use tracing::{error, info};
 
 use super::{confirm, print, print_json};
@@ -16,6 +15,7 @@ use crate::engine::error::Error;
 use crate::engine::retry::hostname;
 use crate::ledger::Ledger;
 use crate::model::event::Position;
+use crate::model::text::{count, timestamp};
 use crate::store::{AcceptOutcome, Acceptance, Blocker, EventStore, LogAudit, MissingPositions};
 
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(5);
@@ -36,7 +36,11 @@ which the output lists.\n\n\
 missing position of the range gets a filler, and the log as it is now counts as complete from \
 then on. The range, the reason and the user are recorded. It fails if rows are missing outside \
 the range. It cannot check that the remaining rows are unchanged, and it does not undo what \
-projectors did with the lost rows.")]
+projectors did with the lost rows.\n\n\
+Examples:\n\
+\x20 projectionist audit\n\
+\x20 projectionist audit --json\n\
+\x20 projectionist audit --accept 120 133 --reason 'deleted by order of legal'")]
 pub(super) struct AuditCommand {
     /// Print one JSON document
     #[arg(long, env = "PROJECTIONIST_JSON", value_parser = FalseyValueParser::new())]
@@ -78,8 +82,8 @@ impl AuditCommand {
                 last = range.map(|range| range.1),
                 missing = log.missing.count,
                 fault = faults.summary(),
-                "the audit found {} fault(s)",
-                faults.count
+                "the audit found {}",
+                count(faults.count, "fault")
             );
         }
         let report = Report {
@@ -96,8 +100,9 @@ impl AuditCommand {
         } else {
             if report.ok {
                 print(format!(
-                    "{} rows up to the high-water mark {}: no faults",
-                    log.rows, log.high_water
+                    "{} up to the high-water mark {}: no faults",
+                    count(log.rows, "row"),
+                    log.high_water
                 ))?;
             }
             report.faults.iter().try_for_each(print)?;
@@ -106,7 +111,7 @@ impl AuditCommand {
         if report.ok {
             Ok(())
         } else {
-            Err(Error::LogFault(format!("the audit found {} fault(s)", faults.count)))
+            Err(Error::LogFault(format!("the audit found {}", count(faults.count, "fault"))))
         }
     }
 }
@@ -143,20 +148,20 @@ async fn accept(
     let missing = store.missing_between(first, last).await?;
     if missing != log.missing.count {
         return Err(Error::Input(format!(
-            "{} positions up to the high-water mark have no row, and {} of them lie between \
-            {first} and {last}: nothing was accepted. Accept a range that contains all of them\n{}",
-            HumanCount(log.missing.count),
+            "up to the high-water mark, {} without a row, of which {} between {first} and {last}: \
+            nothing was accepted. Accept a range that contains all of them\n{}",
+            count(log.missing.count, "position"),
             HumanCount(missing),
             describe_missing(&log.missing).join("\n")
         )));
     }
     confirm(
         &format!(
-            "{} positions from {first} to {last} have no row: each gets a filler, and the log as \
-            it is now counts as complete. It cannot be checked that the other {} rows up to {} are \
-            unchanged, and what projectors did with the lost rows cannot be undone",
-            HumanCount(missing),
-            HumanCount(log.rows),
+            "from {first} to {last}, {} without a row: each gets a filler, and the log as it is \
+            now counts as complete. It cannot be checked that the other {} up to {} are unchanged, \
+            and what projectors did with the lost rows cannot be undone",
+            count(missing, "position"),
+            count(log.rows, "row"),
             log.high_water
         ),
         yes,
@@ -183,9 +188,9 @@ async fn accept(
                 accepted. Run the command again when the transaction has ended"
             )))
         }
-        AcceptOutcome::MissingElsewhere(count) => Err(Error::Input(format!(
-            "{} positions outside the range lost their rows meanwhile: nothing was accepted",
-            HumanCount(count)
+        AcceptOutcome::MissingElsewhere(lost) => Err(Error::Input(format!(
+            "outside the range, {} lost rows meanwhile: nothing was accepted",
+            count(lost, "position")
         ))),
     }
 }
@@ -225,7 +230,7 @@ impl From<Acceptance> for AcceptanceReport {
             accepted_by,
             accepted_at,
         } = acceptance;
-        let accepted_at = accepted_at.format(&Rfc3339).unwrap_or_else(|_| accepted_at.to_string());
+        let accepted_at = timestamp(accepted_at);
         AcceptanceReport { first, last, missing, reason, accepted_by, accepted_at }
     }
 }
@@ -314,9 +319,9 @@ fn describe_missing(missing: &MissingPositions) -> Vec<String> {
     let unnamed = missing.range_count - listed.len() as u64;
     if unnamed > 0 {
         listed.push(format!(
-            "{} more ranges have no rows; in all {} positions were deleted",
-            HumanCount(unnamed),
-            HumanCount(missing.count)
+            "also {} without rows; in all {} deleted",
+            count(unnamed, "range"),
+            count(missing.count, "position")
         ));
     }
     listed

@@ -1,23 +1,26 @@
 //! The `boot` command: the deploy gate.
 
-use std::io::{IsTerminal, stderr};
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::HumanCount;
 use serde::Serialize;
+use time::OffsetDateTime;
+use tokio::signal::unix::SignalKind;
 use tracing::info;
 
 use super::status::FailureReport;
-use super::{parse_projector, print, print_json, shutdown_signal};
+use super::{next_signal, print, print_json, selection};
 use crate::command::config::Config;
+use crate::command::output::{ProjectorRow, ProjectorTable, terminal_width};
 use crate::engine::boot::{
-    BootProgress, BootReport, BootSettings, ProjectorOutcome, boot, log_boot_failure,
+    BootProgress, BootReport, BootSettings, BootWait, ProjectorOutcome, boot, log_boot_failure,
 };
 use crate::engine::error::Error;
 use crate::model::projector::ProjectorId;
 use crate::model::registry::Registry;
-use crate::model::text::escape_control;
+use crate::model::text::{self, escape_control};
+use crate::telemetry::progress::Bar;
 
 /// How often progress is logged if standard error is not a terminal.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(5);
@@ -29,7 +32,11 @@ every projector of the set, or every one that is named, is live or finished. Eac
 booted has applied all events that were visible in the log when boot began; play feeds those that \
 were live before. Exit code 1: the release must not continue; \
 the output says which projector failed, why, and what to do. A projector that was broken before \
-and is fixed goes live even if others fail. Run boot again: it continues where it stopped.")]
+and is fixed goes live even if others fail. Run boot again: it continues where it stopped.\n\n\
+Examples:\n\
+\x20 projectionist boot\n\
+\x20 projectionist boot case_status@2 --json\n\
+\x20 projectionist boot --accept case_status --wait-timeout 300")]
 pub(super) struct BootCommand {
     /// Boot only these projectors; the exit code depends on them alone
     #[arg(value_name = "NAME[@VERSION]")]
@@ -88,7 +95,7 @@ struct ProjectorJson<'a> {
 impl BootCommand {
     pub(super) async fn run(self, config: &Config, registry: Registry) -> Result<(), Error> {
         let release = config.release.clone().or_else(|| registry.release().map(str::to_owned));
-        // A boot that cannot begin, or is interrupted, stops the deploy, too: it is logged as
+        // A boot that cannot begin, or is terminated, stops the deploy, too. It is logged as
         // failed.
         let failed = |error: &Error| log_boot_failure(error, release.as_deref());
         let registry = config.nonempty_registry(registry).inspect_err(failed)?;
@@ -96,7 +103,7 @@ impl BootCommand {
         let mut display = ProgressDisplay::new();
         // The first process of a container has no default action for a signal. Without a listener
         // it would ignore SIGTERM, and be killed later.
-        let shutdown = shutdown_signal().inspect_err(failed)?;
+        let signal = next_signal().inspect_err(failed)?;
         let booting = async {
             let settings = self.settings(config, &registry).inspect_err(failed)?;
             let database = config.database_for(&registry).await.inspect_err(failed)?;
@@ -104,16 +111,22 @@ impl BootCommand {
         };
         let report = tokio::select! {
             report = booting => report,
-            () = shutdown => Err(Error::Interrupted).inspect_err(failed),
+            // With Ctrl-C, a person has ended the boot on purpose, so an alert would be useless.
+            signal = signal => match Err(Error::Interrupted) {
+                by_hand if signal == SignalKind::interrupt() => by_hand,
+                stopped => stopped.inspect_err(failed),
+            },
         };
-        display.end();
+        drop(display);
         reporter.flush();
         let report = report?;
 
         if self.json {
             print_json(&boot_json(&report))?;
         } else {
-            report.projectors.iter().try_for_each(|booted| print(format_line(booted)))?;
+            let rows = report.projectors.iter().map(projector_row).collect();
+            let table = ProjectorTable { figures: vec!["POSITION"], rows, is_brief: false };
+            print(format!("{}\n\n{}", table.summary(), table.format(terminal_width())))?;
         }
         if report.is_released() { Ok(()) } else { Err(Error::Projector(report.explain())) }
     }
@@ -131,21 +144,9 @@ impl BootCommand {
 /// version of the projector.
 fn find_projectors(names: &[String], registry: &Registry) -> Result<Vec<ProjectorId>, Error> {
     let mut found = Vec::new();
-    for text in names {
-        let (name, version) = parse_projector(text)?;
-        let matches = |id: &&ProjectorId| {
-            id.name == name && version.is_none_or(|version| version == id.version)
-        };
-        let before = found.len();
-        found.extend(registry.iter().map(|projector| &projector.id).filter(matches).cloned());
-        if found.len() == before {
-            let known: Vec<String> =
-                registry.iter().map(|projector| projector.id.to_string()).collect();
-            return Err(Error::Input(format!(
-                "this set has no projector {text:?}; it has: {}",
-                known.join(", ")
-            )));
-        }
+    for name in names {
+        let known = registry.iter().map(|projector| &projector.id);
+        found.extend(selection::find(name, known, "this set")?.into_iter().cloned());
     }
     Ok(found)
 }
@@ -174,99 +175,61 @@ fn boot_json(report: &BootReport) -> BootJson<'_> {
     }
 }
 
-fn format_line(booted: &ProjectorOutcome) -> String {
-    let mut outcome = match (&booted.entry, booted.was_attempted, booted.position_before) {
+fn projector_row(booted: &ProjectorOutcome) -> ProjectorRow {
+    let outcome = match (&booted.entry, booted.was_attempted, booted.position_before) {
         (None, ..) => "not registered".to_owned(),
         (_, false, _) => "nothing to boot".to_owned(),
         (_, true, None) => "new".to_owned(),
         (_, true, Some(from)) => format!("resumed from {from}"),
     };
+    let mut notes = vec![outcome];
     if booted.has_changed {
-        outcome.push_str("; changed since it was booted");
+        notes.push("changed since it was booted".to_owned());
     }
-    let (id, status, position) = (booted.id.to_string(), booted.status(), booted.position());
-    let mut line = format!("{id:<40} {status:<9} position {position:>10}  {outcome}");
     let failure = booted.entry.as_ref().and_then(|entry| entry.status.failure());
-    match (failure, &booted.reason) {
-        (Some(failure), _) => {
-            let event = failure
-                .event
-                .as_ref()
-                .map(|event| format!(" at {} ({})", event.position, event.event_type));
-            let failed = format!("failed{}: {}", event.unwrap_or_default(), failure.error);
-            line.push_str(&format!("\n  {}", escape_control(&failed)));
-        }
-        (None, Some(reason)) => line.push_str(&format!("\n  {}", escape_control(reason))),
-        (None, None) => {}
+    let details = match (failure, &booted.reason) {
+        (Some(failure), _) => FailureReport::from(failure).describe(OffsetDateTime::now_utc()),
+        (None, reason) => reason.iter().cloned().collect(),
+    };
+    ProjectorRow {
+        status: booted.status(),
+        figures: vec![booted.position().to_string()],
+        projector: booted.id.to_string(),
+        notes,
+        details,
     }
-    line
 }
 
 /// Shows the progress of boot: as a bar on a terminal, otherwise as a log line at intervals.
 struct ProgressDisplay {
-    bar: Option<ProgressBar>,
+    bar: Option<Bar>,
     round: Option<Round>,
 }
 
 impl ProgressDisplay {
     fn new() -> Self {
-        let style = "{bar:40} {pos}/{len} events  {per_sec}  {eta} left  {msg}";
-        let bar = stderr().is_terminal().then(|| {
-            let bar = ProgressBar::new(0);
-            ProgressStyle::with_template(style).map(|style| bar.set_style(style)).ok();
-            bar
-        });
-        ProgressDisplay { bar, round: None }
+        ProgressDisplay { bar: Bar::show(), round: None }
     }
 
     fn show(&mut self, progress: &BootProgress) {
         let (target, lowest) = (progress.target.get(), progress.lowest_position().get());
         let now = Instant::now();
-        let is_new = self.round.as_ref().is_none_or(|round| round.target != target);
-        if is_new {
+        if self.round.as_ref().is_none_or(|round| round.target != target) {
             self.round = Some(Round { target, start: lowest, began: now, last_logged: now });
         }
-        if let Some(bar) = &self.bar {
-            if is_new {
-                bar.set_length(target);
-                bar.set_position(lowest);
-                bar.reset_eta();
+        let Some(round) = &mut self.round else { return };
+        let projectors = progress.positions.len() as u64;
+        match (&self.bar, &progress.wait) {
+            (Some(bar), Some(BootWait { reason, elapsed })) => {
+                let seconds = elapsed.as_secs();
+                bar.set_text(format!("waiting for {seconds} s: {}", escape_control(reason)));
             }
-            bar.set_position(lowest);
-            bar.set_message(match &progress.wait {
-                None => format!("{} projectors", progress.positions.len()),
-                Some(waiting) => {
-                    format!("waiting for {} s: {}", waiting.elapsed.as_secs(), waiting.reason)
-                }
-            });
-            return;
-        }
-        if progress.wait.is_some() {
+            (Some(bar), None) => {
+                bar.set(lowest, target, round.describe(lowest, projectors, now));
+            }
             // Boot itself logs why it waits.
-            return;
-        }
-        let Some(round) =
-            self.round.as_mut().filter(|round| now - round.last_logged >= PROGRESS_INTERVAL)
-        else {
-            return;
-        };
-        round.last_logged = now;
-        let seconds = (now - round.began).as_secs_f64();
-        let rate = (lowest - round.start.min(lowest)) as f64 / seconds;
-        let left = (rate > 0.0).then(|| ((target - lowest.min(target)) as f64 / rate).round());
-        info!(
-            position = lowest,
-            through = target,
-            events_per_second = rate.round(),
-            seconds_left = left,
-            projectors = progress.positions.len(),
-            "booting"
-        );
-    }
-
-    fn end(&self) {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
+            (None, Some(_)) => {}
+            (None, None) => round.log_at_intervals(lowest, projectors, now),
         }
     }
 }
@@ -274,7 +237,62 @@ impl ProgressDisplay {
 /// A round of catching up to one target. A new target begins a new round.
 struct Round {
     target: u64,
+    /// The lowest position when the round began. An earlier boot may have applied the events
+    /// before it, so they do not count for the speed.
     start: u64,
     began: Instant,
     last_logged: Instant,
+}
+
+impl Round {
+    /// The events per second of this round, and the seconds that it still takes. `None`: no event
+    /// has been applied yet.
+    fn speed(&self, lowest: u64, now: Instant) -> Option<(f64, f64)> {
+        let seconds = (now - self.began).as_secs_f64();
+        let rate = lowest.saturating_sub(self.start) as f64 / seconds;
+        let is_known = rate > 0.0 && rate.is_finite();
+        is_known.then(|| (rate, self.target.saturating_sub(lowest) as f64 / rate))
+    }
+
+    fn describe(&self, lowest: u64, projectors: u64, now: Instant) -> String {
+        let speed = self.speed(lowest, now).map_or_else(String::new, |(rate, left)| {
+            format!("  {}/s  {} left", HumanCount(rate.round() as u64), text::duration(left))
+        });
+        let of = text::count(self.target, "event");
+        let projectors = text::count(projectors, "projector");
+        format!("{}/{of}{speed}  {projectors}", HumanCount(lowest))
+    }
+
+    fn log_at_intervals(&mut self, lowest: u64, projectors: u64, now: Instant) {
+        if now - self.last_logged < PROGRESS_INTERVAL {
+            return;
+        }
+        self.last_logged = now;
+        let (rate, left) = self.speed(lowest, now).unzip();
+        info!(
+            position = lowest,
+            through = self.target,
+            events_per_second = rate.unwrap_or_default().round(),
+            seconds_left = left.map(f64::round),
+            projectors,
+            "booting"
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_speed_of_a_resumed_boot_counts_only_the_events_of_this_run() {
+        let began = Instant::now();
+        let round = Round { target: 20_000, start: 15_000, began, last_logged: began };
+        let after = |seconds| began + Duration::from_secs(seconds);
+        assert_eq!(round.describe(15_000, 1, began), "15,000/20,000 events  1 projector");
+        assert_eq!(
+            round.describe(17_000, 3, after(2)),
+            "17,000/20,000 events  1,000/s  3 seconds left  3 projectors"
+        );
+    }
 }

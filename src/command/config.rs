@@ -45,25 +45,79 @@ impl From<SqlModeOption> for SqlMode {
     }
 }
 
-/// The options of every command.
+/// The options of every command. `-h` shows only those that most commands need.
 #[derive(Debug, Args)]
-#[command(next_help_heading = "Common options")]
 pub(crate) struct Config {
     /// A folder with projector files (*.toml). Their projectors are added, in order of file name,
     /// to those of the program.
-    #[arg(long, value_name = "DIR", env = "PROJECTORS", global = true)]
+    #[arg(
+        long,
+        help_heading = "Projectors",
+        value_name = "DIR",
+        env = "PROJECTORS",
+        global = true
+    )]
     pub(crate) projectors: Option<PathBuf>,
+
+    /// The name of this release, which failures are recorded with: a version, a commit or an image
+    /// tag.
+    #[arg(
+        long,
+        help_heading = "Projectors",
+        hide_short_help = true,
+        value_name = "NAME",
+        env = "PROJECTIONIST_RELEASE",
+        global = true
+    )]
+    pub(crate) release: Option<String>,
+
+    /// The most events that are applied in one transaction.
+    #[arg(long, help_heading = "Projectors", hide_short_help = true, value_name = "EVENTS", env = "PROJECTIONIST_BATCH", default_value_t = 1000,
+          value_parser = clap::value_parser!(u64).range(1..=100_000), global = true)]
+    batch: u64,
+
+    /// How long one call of a handler may take before it counts as failed, in seconds.
+    #[arg(long, help_heading = "Projectors", hide_short_help = true, value_name = "SECONDS", env = "PROJECTIONIST_HANDLER_TIMEOUT", default_value_t = 30,
+          value_parser = clap::value_parser!(u64).range(1..=3600), global = true)]
+    pub(crate) handler_timeout: u64,
+
+    /// The SQL mode in which projectors' statements run. strict: as on a new server, a value that
+    /// does not fit its column is an error. server: the server's own mode.
+    #[arg(
+        long,
+        help_heading = "Projectors",
+        hide_short_help = true,
+        value_name = "MODES",
+        env = "PROJECTIONIST_SQL_MODE",
+        default_value = "strict",
+        global = true
+    )]
+    sql_mode: SqlModeOption,
 
     /// The MySQL or MariaDB database: mysql://USER:PASSWORD@HOST:PORT/DATABASE. For TLS with
     /// certificate checks add ?ssl-mode=VERIFY_IDENTITY&ssl-ca=FILE.
-    #[arg(long, value_name = "URL", env = "DATABASE_URL", hide_env_values = true, global = true)]
+    #[arg(
+        long,
+        help_heading = "Database",
+        value_name = "URL",
+        env = "DATABASE_URL",
+        hide_env_values = true,
+        global = true
+    )]
     database_url: Option<String>,
 
     /// The ARN or name of a secret in Secrets Manager that has the database URL, or JSON as RDS
     /// writes it. If the secret has only user and password, also give the URL without them:
     /// mysql://HOST:PORT/DATABASE. The secret is read again whenever the database refuses the
     /// password.
-    #[arg(long, value_name = "ARN", env = "PROJECTIONIST_DATABASE_SECRET", global = true)]
+    #[arg(
+        long,
+        help_heading = "Database",
+        hide_short_help = true,
+        value_name = "ARN",
+        env = "PROJECTIONIST_DATABASE_SECRET",
+        global = true
+    )]
     database_secret: Option<String>,
 
     /// How to authenticate to the database: by password, or by IAM (an RDS token for each new
@@ -71,6 +125,8 @@ pub(crate) struct Config {
     /// IAM requires that the server's certificate is checked.
     #[arg(
         long,
+        help_heading = "Database",
+        hide_short_help = true,
         value_name = "HOW",
         env = "PROJECTIONIST_DATABASE_AUTH",
         default_value = "password",
@@ -81,62 +137,77 @@ pub(crate) struct Config {
     /// A file with one or more CA certificates, such as the RDS bundle, to check the server's
     /// certificate with. Same as ?ssl-mode=VERIFY_IDENTITY&ssl-ca=FILE in the URL, but also applies
     /// to a secret.
-    #[arg(long, value_name = "FILE", env = "PROJECTIONIST_DATABASE_CA", global = true)]
+    #[arg(
+        long,
+        help_heading = "Database",
+        hide_short_help = true,
+        value_name = "FILE",
+        env = "PROJECTIONIST_DATABASE_CA",
+        global = true
+    )]
     database_ca: Option<PathBuf>,
-
-    /// The URL of the SQS queue, FIFO or standard. Credentials, region and endpoint are configured
-    /// as for every AWS tool: AWS_REGION, AWS_PROFILE, AWS_ENDPOINT_URL and so on.
-    #[arg(long, value_name = "URL", env = "QUEUE_URL", global = true)]
-    queue_url: Option<String>,
 
     /// The most database connections that are open at once. [default: 16; boot and play: 8 and one
     /// for each projector in Rust, at least 16, at most 48; lambda: 4]
-    #[arg(long, value_name = "N", env = "PROJECTIONIST_CONNECTIONS",
+    #[arg(long, help_heading = "Database", hide_short_help = true, value_name = "N", env = "PROJECTIONIST_CONNECTIONS",
           value_parser = clap::value_parser!(u32).range(4..=1000), global = true)]
     connections: Option<u32>,
 
     /// How long to wait for a database connection, in seconds.
-    #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_CONNECT_TIMEOUT", default_value_t = 10,
+    #[arg(long, help_heading = "Database", hide_short_help = true, value_name = "SECONDS", env = "PROJECTIONIST_CONNECT_TIMEOUT", default_value_t = 10,
           value_parser = clap::value_parser!(u64).range(1..=3600), global = true)]
     connect_timeout: u64,
 
-    /// The SQL mode in which projectors' statements run. strict: as on a new server, a value that
-    /// does not fit its column is an error. server: the server's own mode.
+    /// The URL of the SQS queue, FIFO or standard. Credentials, region and endpoint are configured
+    /// as for every AWS tool: AWS_REGION, AWS_PROFILE, AWS_ENDPOINT_URL and so on.
     #[arg(
         long,
-        value_name = "MODES",
-        env = "PROJECTIONIST_SQL_MODE",
-        default_value = "strict",
+        help_heading = "Queue",
+        hide_env_values = true,
+        value_name = "URL",
+        env = "QUEUE_URL",
         global = true
     )]
-    sql_mode: SqlModeOption,
-
-    /// The most events that are applied in one transaction.
-    #[arg(long, value_name = "EVENTS", env = "PROJECTIONIST_BATCH", default_value_t = 1000,
-          value_parser = clap::value_parser!(u64).range(1..=100_000), global = true)]
-    batch: u64,
-
-    /// How long one call of a handler may take before it counts as failed, in seconds.
-    #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_HANDLER_TIMEOUT", default_value_t = 30,
-          value_parser = clap::value_parser!(u64).range(1..=3600), global = true)]
-    pub(crate) handler_timeout: u64,
+    queue_url: Option<String>,
 
     /// How long a received message is hidden from other workers, in seconds. Extended while the
     /// message is in progress.
-    #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_VISIBILITY_TIMEOUT",
+    #[arg(long, help_heading = "Queue", hide_short_help = true, value_name = "SECONDS", env = "PROJECTIONIST_VISIBILITY_TIMEOUT",
           default_value_t = 30, value_parser = clap::value_parser!(u64).range(3..=43_200),
           global = true)]
     pub(crate) visibility_timeout: u64,
 
-    /// The name of this release, which failures are recorded with: a version, a commit or an image
-    /// tag.
-    #[arg(long, value_name = "NAME", env = "PROJECTIONIST_RELEASE", global = true)]
-    pub(crate) release: Option<String>,
+    /// Which log lines are shown: error, warn, info, debug, or a filter such as
+    /// projectionist=debug. Alerts are always shown.
+    #[arg(
+        long,
+        help_heading = "Logs, metrics and alerts",
+        hide_short_help = true,
+        value_name = "FILTER",
+        env = "PROJECTIONIST_LOG",
+        default_value = "info",
+        global = true
+    )]
+    pub(crate) log: String,
+
+    /// The format of log lines on standard error.
+    #[arg(
+        long,
+        help_heading = "Logs, metrics and alerts",
+        hide_short_help = true,
+        value_name = "FORMAT",
+        env = "PROJECTIONIST_LOG_FORMAT",
+        default_value = "auto",
+        global = true
+    )]
+    pub(crate) log_format: LogFormat,
 
     /// Whether boot, play, lambda and relay write metrics to standard error, among the log lines.
     /// emf is CloudWatch's embedded metric format.
     #[arg(
         long,
+        help_heading = "Logs, metrics and alerts",
+        hide_short_help = true,
         value_name = "FORMAT",
         env = "PROJECTIONIST_METRICS",
         default_value = "none",
@@ -144,15 +215,18 @@ pub(crate) struct Config {
     )]
     metrics: MetricsFormat,
 
-    /// The name of this installation in its metrics: the dimension Service.
-    #[arg(long, value_name = "NAME", env = "PROJECTIONIST_SERVICE", default_value = "projectionist",
+    /// The name of this installation: the dimension Service of its metrics, and the beginning of
+    /// its alerts.
+    #[arg(long, help_heading = "Logs, metrics and alerts", hide_short_help = true, value_name = "NAME", env = "PROJECTIONIST_SERVICE", default_value = "projectionist",
           value_parser = parse_service_name, global = true)]
-    service: String,
+    pub(crate) service: String,
 
     /// The URL to which alerts are posted as JSON, in addition to the log: a webhook of your chat
     /// or issue tracker.
     #[arg(
         long,
+        help_heading = "Logs, metrics and alerts",
+        hide_short_help = true,
         value_name = "URL",
         env = "PROJECTIONIST_ALERT_URL",
         hide_env_values = true,
@@ -162,30 +236,9 @@ pub(crate) struct Config {
 
     /// Reduce database errors to their numbers, in the ledger, the log and alerts. A server's
     /// message can contain values of rows, such as an e-mail address in "Duplicate entry".
-    #[arg(long, env = "PROJECTIONIST_REDACT_ERRORS", value_parser = FalseyValueParser::new(),
+    #[arg(long, help_heading = "Logs, metrics and alerts", hide_short_help = true, env = "PROJECTIONIST_REDACT_ERRORS", value_parser = FalseyValueParser::new(),
           global = true)]
     pub(crate) redact_errors: bool,
-
-    /// The format of log lines on standard error.
-    #[arg(
-        long,
-        value_name = "FORMAT",
-        env = "PROJECTIONIST_LOG_FORMAT",
-        default_value = "auto",
-        global = true
-    )]
-    pub(crate) log_format: LogFormat,
-
-    /// Which log lines are shown: error, warn, info, debug, or a filter such as
-    /// projectionist=debug. Alerts are always shown.
-    #[arg(
-        long,
-        value_name = "FILTER",
-        env = "PROJECTIONIST_LOG",
-        default_value = "info",
-        global = true
-    )]
-    pub(crate) log: String,
 }
 
 impl Config {

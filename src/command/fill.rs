@@ -7,6 +7,7 @@ use indicatif::HumanCount;
 use super::{confirm, print};
 use crate::command::config::Config;
 use crate::engine::error::Error;
+use crate::model::text::count;
 use crate::store::{Blocker, EventStore};
 
 /// The widest range that is filled. A wider gap has a row with a position that nobody intended, and
@@ -21,7 +22,10 @@ const POSITIONS_PER_BATCH: u64 = 10_000;
 A gap of over 65,536 positions blocks the high-water mark until an operator fills it. Its cause \
 is a wrong auto_increment or an explicit position. This command puts a filler into each missing \
 position; positions that a writer has taken are left alone. A position at or below the high-water \
-mark cannot be filled: a row that is missing there was deleted, see `audit`.")]
+mark cannot be filled: a row that is missing there was deleted, see `audit`.\n\n\
+Examples:\n\
+\x20 projectionist fill 10 70019\n\
+\x20 projectionist fill 10 70019 --yes")]
 pub(super) struct FillCommand {
     /// The first missing position
     #[arg(value_parser = clap::value_parser!(u64).range(1..))]
@@ -54,9 +58,9 @@ impl FillCommand {
         }
         if last - first >= MAX_POSITIONS {
             return Err(Error::Input(format!(
-                "the range has more than {} positions, each of which would get a row: delete the \
-                 row after the gap and append its event again, without a position of its own",
-                HumanCount(MAX_POSITIONS)
+                "the range has more than {}, each of which would get a row: delete the row after \
+                 the gap and append its event again, without a position of its own",
+                count(MAX_POSITIONS, "position")
             )));
         }
         let mark = store.marks().await?.high_water.get();
@@ -80,9 +84,9 @@ impl FillCommand {
                     Blocker::WideGap(gap) => *gap.start(),
                 };
                 return Err(Error::Input(format!(
-                    "a transaction that has not ended holds a position from {at} on; {filled} \
-                    positions were filled before it. Run the command again when the transaction \
-                    has ended"
+                    "a transaction that has not ended holds a position from {at} on; {} filled before \
+                    it. Run the command again when the transaction has ended",
+                    count(filled, "position")
                 )));
             }
             if end == last {
@@ -93,14 +97,9 @@ impl FillCommand {
         let taken = HumanCount((last - first).saturating_add(1) - filled);
         match filled {
             0 => print(format!("nothing to fill: each position from {first} to {last} has a row")),
-            1 => print(format!(
-                "filled 1 position from {first} to {last}; {taken} had a row already"
-            )),
             filled => {
-                let filled = HumanCount(filled);
-                print(format!(
-                    "filled {filled} positions from {first} to {last}; {taken} had a row already"
-                ))
+                let filled = count(filled, "position");
+                print(format!("filled {filled} from {first} to {last}; {taken} had a row already"))
             }
         }
     }

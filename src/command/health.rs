@@ -20,7 +20,9 @@ const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);
 #[command(after_help = "\
 For the health check of a container. Exit code 0: the worker's loop runs, or waits for messages \
 or for a database that cannot be reached. Exit code 1: the loop has stopped, so the worker should \
-be replaced. Lag is not checked: a worker that is behind is healthy.")]
+be replaced. Lag is not checked: a worker that is behind is healthy.\n\n\
+Examples:\n\
+\x20 projectionist health --heartbeat /run/projectionist/alive")]
 pub(super) struct HealthCommand {
     /// The file that `play --heartbeat` touches
     #[arg(long, value_name = "FILE", env = "PROJECTIONIST_HEARTBEAT")]

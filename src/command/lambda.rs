@@ -33,7 +33,10 @@ const DEFAULT_CONNECTIONS: u32 = 4;
 #[command(after_help = "\
 AWS Lambda starts this command. Without any arguments the binary runs it, too, if \
 AWS_LAMBDA_RUNTIME_API is set. An SQS event source mapping with ReportBatchItemFailures invokes \
-it with batches of messages, and a schedule invokes it without. docs/lambda.md has the settings.")]
+it with batches of messages, and a schedule invokes it without. docs/lambda.md has the \
+settings.\n\n\
+Examples:\n\
+\x20 projectionist lambda")]
 pub(super) struct LambdaCommand {
     /// How long before the function's timeout an invocation stops, rolls back uncommitted work and
     /// responds, in milliseconds

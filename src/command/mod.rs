@@ -10,21 +10,24 @@ mod exit_code;
 mod fill;
 mod health;
 mod lambda;
+mod output;
 mod play;
 mod relay;
 mod retire;
 mod rotate;
+mod selection;
 mod status;
 
 use std::ffi::OsString;
 use std::future::Future;
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use serde::Serialize;
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::command::config::Config;
+use crate::command::output::{print, print_json};
 use crate::engine::error::Error;
 use crate::lambda::RUNTIME_API;
 use crate::model::registry::Registry;
@@ -35,10 +38,20 @@ use crate::telemetry;
 /// SQS queue.
 ///
 /// Exit codes: 0 success; 1 a projector, an audit or a health check failed; 2 wrong usage,
-/// configuration or input; 3 the database or the queue cannot be reached. Results go to standard
-/// output, logs to standard error.
+/// configuration or input; 3 the database or the queue cannot be reached; 143 interrupted. Results
+/// go to standard output, logs to standard error.
 #[derive(Debug, Parser)]
-#[command(version, max_term_width = 110)]
+#[command(
+    version,
+    max_term_width = 80,
+    after_help = "\
+Examples:
+  export DATABASE_URL=mysql://user:password@host/database PROJECTORS=projectors
+  projectionist migrate                  once, and with each new version
+  projectionist boot                     in the deploy, before the release goes live
+  projectionist play --queue-url URL     in the worker
+  projectionist status                   at any time"
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -49,6 +62,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Creates or upgrades the tables; safe to repeat
+    #[command(after_help = "Examples:\n  projectionist migrate")]
     Migrate,
     /// Appends events from a file or standard input, one JSON object per line
     Append(append::AppendCommand),
@@ -96,8 +110,12 @@ pub fn run(registry: Registry) -> ExitCode {
     if cli.config.redact_errors {
         text::redact_errors();
     }
-    let telemetry =
-        telemetry::start(cli.config.log_format, &cli.config.log, cli.config.alert_url.as_deref());
+    let telemetry = telemetry::start(
+        cli.config.log_format,
+        &cli.config.log,
+        cli.config.alert_url.as_deref(),
+        &cli.config.service,
+    );
     let ended = telemetry
         .and_then(|_telemetry| runtime.block_on(execute(cli.command, &cli.config, registry)));
     match ended {
@@ -140,33 +158,6 @@ async fn execute(command: Command, config: &Config, registry: Registry) -> Resul
     }
 }
 
-/// Prints a result to standard output. A closed reader (`| head`) is not an error.
-fn print(text: impl std::fmt::Display) -> Result<(), Error> {
-    match writeln!(std::io::stdout(), "{text}") {
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
-            Err(Error::Input(format!("cannot write to standard output: {error}")))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Prints a result as one line of JSON.
-fn print_json(value: &impl Serialize) -> Result<(), Error> {
-    let json = serde_json::to_string(value);
-    print(json.unwrap_or_else(|error| unreachable!("strings and numbers are valid JSON: {error}")))
-}
-
-/// Parses `NAME[@VERSION]`.
-fn parse_projector(text: &str) -> Result<(&str, Option<u32>), Error> {
-    match text.split_once('@') {
-        None => Ok((text, None)),
-        Some((name, version)) => match version.parse() {
-            Ok(version) => Ok((name, Some(version))),
-            Err(_) => Err(Error::Input(format!("{text:?}: the version after @ must be a number"))),
-        },
-    }
-}
-
 /// Asks the user to confirm a step that cannot be undone, unless `yes` is set. `what` describes it.
 ///
 /// # Errors
@@ -190,10 +181,17 @@ fn confirm(what: &str, yes: bool) -> Result<(), Error> {
     }
 }
 
-/// Returns a future that resolves at SIGTERM or SIGINT. It listens from this call on, and not from
-/// the first poll, so that a signal during start-up does not kill the process.
+/// Returns a future that resolves at SIGTERM or SIGINT. See [`next_signal`].
 fn shutdown_signal() -> Result<impl Future<Output = ()>, Error> {
-    use tokio::signal::unix::{SignalKind, signal};
+    let signal = next_signal()?;
+    Ok(async {
+        signal.await;
+    })
+}
+
+/// Returns a future that resolves at SIGTERM or SIGINT, with the signal. It listens from this call
+/// on, and not from the first poll, so that a signal during start-up does not kill the process.
+fn next_signal() -> Result<impl Future<Output = SignalKind>, Error> {
     let listen = |kind| {
         signal(kind).map_err(|error| Error::Input(format!("cannot listen for signals: {error}")))
     };
@@ -201,8 +199,57 @@ fn shutdown_signal() -> Result<impl Future<Output = ()>, Error> {
         (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?);
     Ok(async move {
         tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
+            _ = terminate.recv() => SignalKind::terminate(),
+            _ = interrupt.recv() => SignalKind::interrupt(),
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    /// The long help of the program and of each command.
+    fn helps() -> Vec<(String, String)> {
+        let mut program = Cli::command();
+        program.build();
+        let mut helps = vec![("projectionist".to_owned(), program.render_long_help().to_string())];
+        for command in program.get_subcommands_mut().filter(|command| command.get_name() != "help")
+        {
+            helps.push((command.get_name().to_owned(), command.render_long_help().to_string()));
+        }
+        helps
+    }
+
+    #[test]
+    fn every_help_has_examples_that_parse() {
+        for (name, help) in helps() {
+            let (_, examples) = help.split_once("Examples:\n").unwrap_or_else(|| panic!("{name}"));
+            let commands = examples.lines().filter_map(|line| line.strip_prefix("  projectionist"));
+            let mut parsed = 0;
+            for command in commands {
+                // In the shell, `<` names the input. Three blanks separate an explanation.
+                let command = command.split(" < ").next().unwrap_or_default();
+                let command = command.split("   ").next().unwrap_or_default();
+                let mut quoted = command.split('\'');
+                let mut arguments = vec!["projectionist"];
+                arguments.extend(quoted.next().unwrap_or_default().split_whitespace());
+                arguments.extend(quoted.next());
+                let result = Cli::try_parse_from(&arguments);
+                assert!(result.is_ok(), "{name}: {arguments:?}: {result:?}");
+                parsed += 1;
+            }
+            assert!(parsed > 0, "{name} has no example: {help}");
+        }
+    }
+
+    #[test]
+    fn no_line_of_a_help_is_longer_than_80_columns() {
+        for (name, help) in helps() {
+            let long: Vec<&str> = help.lines().filter(|line| line.chars().count() > 80).collect();
+            assert_eq!(long, [""; 0], "{name}");
+        }
+    }
 }

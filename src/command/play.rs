@@ -15,6 +15,7 @@ use crate::command::config::Config;
 use crate::engine::error::Error;
 use crate::engine::play::{BackgroundLimits, PlaySettings, play};
 use crate::model::registry::Registry;
+use crate::model::text::count;
 use crate::telemetry::LagSource;
 
 #[derive(Debug, Args)]
@@ -23,7 +24,11 @@ Plays only projectors that boot has made live. At SIGTERM or SIGINT the current 
 or rolled back, and the exit code is 0. A projector that was booted with another definition than \
 this worker has is not played. With --until-idle, exit code 1 means that a projector broke, that \
 a projector was not played because of its definition, or that the queue has messages that are not \
-of this log. All other projectors are at the high-water mark then, too.")]
+of this log. All other projectors are at the high-water mark then, too.\n\n\
+Examples:\n\
+\x20 projectionist play\n\
+\x20 projectionist play --until-idle\n\
+\x20 projectionist play --no-relay --heartbeat /run/projectionist/alive")]
 pub(super) struct PlayCommand {
     /// Do not publish the log, because a relay runs elsewhere
     #[arg(long, env = "PROJECTIONIST_NO_RELAY", value_parser = FalseyValueParser::new())]
@@ -129,22 +134,24 @@ impl PlayCommand {
         if !self.until_idle {
             return Ok(());
         }
-        print(format!("idle: played {} messages", played.messages))?;
+        print(format!("idle: played {}", count(played.messages, "message")))?;
         match (played.broken, played.outdated, played.foreign) {
             (0, 0, 0) => Ok(()),
             (0, 0, foreign) => Err(Error::ForeignMessages(format!(
-                "{foreign} message(s) in the queue are not of this log: they were not applied and \
-                not deleted. All projectors are at the high-water mark. Find out who sends these \
-                messages, and check that this is the right queue"
+                "the queue has {} not of this log, not applied and not deleted. All projectors are \
+                at the high-water mark. Find the sender, and check that this is the right queue",
+                count(foreign, "message")
             ))),
             (0, outdated, _) => Err(Error::Projector(format!(
-                "{outdated} projector(s) were booted with another definition than this worker has, \
-                and were not played; the log lines before this name them. Run boot with this set, \
-                or play with the one that was booted"
+                "{} not played, because booted with another definition than this worker has; the \
+                log lines before this give the names. Run boot with this set, or play with the set \
+                that was booted",
+                count(outdated, "projector")
             ))),
             (broken, ..) => Err(Error::Projector(format!(
-                "{broken} projector(s) broke and the others are at the high-water mark; see \
-                status, fix them, and run boot"
+                "{} broke and the others are at the high-water mark; see status, fix what broke, \
+                and run boot",
+                count(broken, "projector")
             ))),
         }
     }

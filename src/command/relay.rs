@@ -15,10 +15,17 @@ use crate::engine::play::check_queue;
 use crate::engine::relay::{Relay, RelayOutcome, RelaySettings};
 use crate::engine::stall_watch::StallWatch;
 use crate::model::event::Position;
+use crate::model::text::count;
 use crate::queue::Queue;
 use crate::store::EventStore;
 
 #[derive(Debug, Args)]
+#[command(after_help = "\
+A worker publishes the log itself, so a relay of its own is for an installation whose projectors \
+run elsewhere, for example in functions.\n\n\
+Examples:\n\
+\x20 projectionist relay\n\
+\x20 projectionist relay --once")]
 pub(super) struct RelayCommand {
     /// Publish the unpublished events, and exit
     #[arg(long, env = "PROJECTIONIST_ONCE", value_parser = FalseyValueParser::new())]
@@ -125,7 +132,7 @@ impl RelayCommand {
         reporter.flush();
         let (published, through) = relayed?;
         relay.release_lease().await;
-        print(format!("published {published} events, up to position {through}"))
+        print(format!("published {}, up to position {through}", count(published, "event")))
     }
 }
 

@@ -3,7 +3,7 @@
 use clap::Args;
 use clap::builder::FalseyValueParser;
 
-use super::{confirm, parse_projector, print};
+use super::{confirm, print, selection};
 use crate::command::config::Config;
 use crate::database::error::format_chain;
 use crate::engine::apply;
@@ -17,7 +17,10 @@ use crate::model::registry::Registry;
 Runs the projector's teardown, if the given set still has the projector, and deletes its ledger \
 row. If the set does not have it, drop its tables yourself. A projector with side effects keeps \
 its row, as retired, so that no later release can play it again. Wait some days after the release \
-that removed the projector: a rollback would have to boot it again.")]
+that removed the projector: a rollback would have to boot it again.\n\n\
+Examples:\n\
+\x20 projectionist retire case_status@1\n\
+\x20 projectionist retire case_status@1 --yes")]
 pub(super) struct RetireCommand {
     /// The projector, with its version if there are several
     #[arg(value_name = "NAME[@VERSION]")]
@@ -98,24 +101,13 @@ impl RetireCommand {
     }
 
     fn find(&self, entries: &[Entry]) -> Result<Entry, Error> {
-        let (name, version) = parse_projector(&self.projector)?;
-        let matches = |entry: &&Entry| {
-            entry.id.name == name && version.is_none_or(|version| version == entry.id.version)
-        };
-        let found: Vec<&Entry> = entries.iter().filter(matches).collect();
+        let ids = entries.iter().map(|entry| &entry.id);
+        let ids = selection::find(&self.projector, ids, "the ledger")?;
+        let found: Vec<&Entry> = entries.iter().filter(|entry| ids.contains(&&entry.id)).collect();
         match found[..] {
             [entry] => Ok(entry.clone()),
-            [] => {
-                let known: Vec<String> = entries.iter().map(|entry| entry.id.to_string()).collect();
-                let known = if known.is_empty() { "none".into() } else { known.join(", ") };
-                Err(Error::Input(format!(
-                    "the ledger has no projector {:?}; it has: {known}",
-                    self.projector
-                )))
-            }
             _ => {
-                let versions: Vec<String> =
-                    found.iter().map(|entry| entry.id.to_string()).collect();
+                let versions: Vec<String> = ids.iter().map(|id| id.to_string()).collect();
                 Err(Error::Input(format!("name one of its versions: {}", versions.join(", "))))
             }
         }

@@ -17,7 +17,10 @@ leaked: with the key, messages can be forged.
 
 Safe while workers, functions and relays run: they use the new id and key within seconds, and no \
 event is lost or applied twice. Messages that were sent before do not belong to this log any \
-more: they are neither applied nor deleted. Purge the queue, or let its redrive policy move them.")]
+more: they are neither applied nor deleted. Purge the queue, or let its redrive policy move them.\n\n\
+Examples:\n\
+\x20 projectionist rotate\n\
+\x20 projectionist rotate --yes")]
 pub(super) struct RotateCommand {
     /// Do not ask for confirmation
     #[arg(long, env = "PROJECTIONIST_YES", value_parser = FalseyValueParser::new())]

@@ -6,10 +6,10 @@ use std::path::PathBuf;
 use toml::de::{DeTable, DeValue};
 
 use super::file::{Entry, Parser};
-use super::spelling::nearest;
 use crate::handlers::CommandSpec;
 use crate::model::external::Delivery;
 use crate::model::projector::EventTypes;
+use crate::model::spelling::nearest;
 
 /// The keys that only a file with a command has. `revision` covers the first ones: they say what is
 /// applied, the others how the process is run.

@@ -9,10 +9,10 @@ use toml::de::{DeTable, DeValue};
 use super::command::{COMMAND_KEYS, DEFINING_KEYS, DeclaredCommand};
 use super::handler::Handlers;
 use super::projector::{DeclaredProjector, SetupStatement};
-use super::spelling::nearest;
 use super::{Problem, StatementError, statement};
 use crate::model::event::NewEvent;
 use crate::model::projector::{EventTypes, Mode, ProjectorId};
+use crate::model::spelling::nearest;
 
 const KEYS: [&str; 7] = ["name", "version", "mode", "side_effects", "setup", "teardown", "on"];
 const ON_KEYS: [&str; 2] = ["events", "sql"];

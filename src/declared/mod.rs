@@ -14,7 +14,6 @@ mod packet;
 mod parameter;
 mod projector;
 mod session;
-mod spelling;
 mod statement;
 mod tables;
 mod template;

@@ -3,7 +3,7 @@
 use super::StatementError;
 use super::cast::Cast;
 use super::lexer::{is_word, span_while};
-use super::spelling::nearest;
+use crate::model::spelling::nearest;
 
 /// The value to bind to one parameter of a statement.
 #[derive(Debug, Clone, PartialEq, Eq)]

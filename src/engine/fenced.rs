@@ -180,6 +180,7 @@ mod tests {
             id: projector.id.clone(),
             mode: Mode::FromBeginning,
             status,
+            status_since: time::OffsetDateTime::UNIX_EPOCH,
             position: Position::new(position),
             has_side_effects: false,
             start_position: None,

@@ -92,6 +92,7 @@ mod tests {
             id,
             mode: Mode::FromBeginning,
             status,
+            status_since: time::OffsetDateTime::UNIX_EPOCH,
             position: Position::new(position),
             has_side_effects: false,
             start_position: Some(Position::START),

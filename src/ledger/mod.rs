@@ -5,7 +5,7 @@ pub(crate) mod read_model;
 
 use sqlx::mysql::MySqlRow;
 use sqlx::{AssertSqlSafe, Connection, MySqlConnection, Row};
-use time::PrimitiveDateTime;
+use time::{OffsetDateTime, PrimitiveDateTime};
 
 use crate::database::Database;
 use crate::database::error::is_transient;
@@ -23,7 +23,7 @@ macro_rules! select_entry {
             "select name, version, mode, status, position, has_side_effects, failed_position, \
                 failed_event_id, failed_event_type, failed_error, failed_at, failed_attempts, \
                 failed_release, failed_host, partially_applied, rebuild_reason, start_position, \
-                digest, event_types, owned_tables \
+                digest, event_types, owned_tables, status_changed_at \
              from projectors ",
             $rest
         )
@@ -62,9 +62,10 @@ const CLEAR_REBUILD_REASON: &str = "\
 
 const SET_STATUS: &str = "\
     update projectors \
-    set status = ?, failed_position = ?, failed_event_id = ?, failed_event_type = ?, \
+    set status_changed_at = if(status = ?, status_changed_at, utc_timestamp(6)), \
+        status = ?, failed_position = ?, failed_event_id = ?, failed_event_type = ?, \
         failed_error = ?, failed_at = ?, failed_attempts = ?, failed_release = ?, failed_host = ?, \
-        rebuild_reason = coalesce(?, rebuild_reason), status_changed_at = utc_timestamp(6) \
+        rebuild_reason = coalesce(?, rebuild_reason) \
     where name = ? and version = ?";
 
 /// Only deletes a retired row: a projector that was booted again meanwhile stays.
@@ -96,6 +97,8 @@ pub struct Entry {
     pub mode: Mode,
     /// The status of the projector's lifecycle.
     pub status: Status,
+    /// Since when the projector has had this status, in UTC.
+    pub status_since: OffsetDateTime,
     /// Every event up to this position that the projector subscribes to has been applied, once.
     pub position: Position,
     /// Whether the projector has effects outside the database.
@@ -350,6 +353,7 @@ async fn set_status(
     let event = failure.and_then(|failure| failure.event.as_ref());
     sqlx::query(SET_STATUS)
         .bind(status.as_str())
+        .bind(status.as_str())
         .bind(event.map(|event| event.position.get()))
         .bind(event.map(|event| &event.event_id))
         .bind(event.map(|event| &event.event_type))
@@ -413,6 +417,7 @@ fn decode_entry(row: &MySqlRow) -> Result<Entry, sqlx::Error> {
         id: ProjectorId { name: row.try_get("name")?, version: row.try_get("version")? },
         mode: mode.parse().map_err(|_| unreadable("mode", &mode))?,
         status,
+        status_since: row.try_get::<PrimitiveDateTime, _>("status_changed_at")?.assume_utc(),
         position: Position::new(row.try_get("position")?),
         has_side_effects: row.try_get("has_side_effects")?,
         start_position: row.try_get::<Option<u64>, _>("start_position")?.map(Position::new),

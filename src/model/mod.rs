@@ -11,4 +11,5 @@ pub(crate) mod registry;
 pub(crate) mod retry_later;
 pub(crate) mod server_json;
 pub(crate) mod signature;
+pub(crate) mod spelling;
 pub(crate) mod text;

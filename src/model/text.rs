@@ -2,6 +2,11 @@
 
 use std::borrow::Cow;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use indicatif::{HumanCount, HumanDuration};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 
 /// The text that sqlx puts before a message of the server.
 const SQLX_PREFIX: &str = "error returned from database: ";
@@ -130,6 +135,29 @@ pub(crate) fn escape_control_lines(text: &str) -> String {
     text.split('\n').map(escape_control).collect::<Vec<_>>().join("\n")
 }
 
+/// A number of things, for people: `1 event`, `20,000 events`. Positions are printed without
+/// separators, because people copy them into commands and statements.
+pub(crate) fn count(number: u64, noun: &str) -> String {
+    let ending = if number == 1 { "" } else { "s" };
+    format!("{} {noun}{ending}", HumanCount(number))
+}
+
+/// A duration, for people, in its largest unit: `40 seconds`, `3 minutes`.
+pub(crate) fn duration(seconds: f64) -> String {
+    HumanDuration(Duration::try_from_secs_f64(seconds).unwrap_or_default()).to_string()
+}
+
+/// A time in UTC as RFC 3339, with all its digits, for programs.
+pub(crate) fn timestamp(at: OffsetDateTime) -> String {
+    at.format(&Rfc3339).unwrap_or_else(|_| at.to_string())
+}
+
+/// A time in UTC to the second, and its age, for people: `2026-11-29T16:09:01Z (3 minutes ago)`.
+pub(crate) fn timestamp_with_age(at: OffsetDateTime, now: OffsetDateTime) -> String {
+    let to_the_second = timestamp(at.replace_nanosecond(0).unwrap_or(at));
+    format!("{to_the_second} ({} ago)", duration((now - at).as_seconds_f64()))
+}
+
 fn push_escaped(mut text: String, character: char) -> String {
     if character.is_control() {
         text.extend(character.escape_default());
@@ -183,6 +211,22 @@ mod tests {
     fn control_characters_are_escaped() {
         assert_eq!(escape_control("a\u{1b}[2J\nb\u{9b}é"), "a\\u{1b}[2J\\nb\\u{9b}é");
         assert_eq!(escape_control_lines("a\u{7}\nb"), "a\\u{7}\nb");
+    }
+
+    #[test]
+    fn one_thing_is_singular_and_counts_have_separators() {
+        let counted = [0, 1, 2, 20_000].map(|number| count(number, "event"));
+        assert_eq!(counted, ["0 events", "1 event", "2 events", "20,000 events"]);
+    }
+
+    #[test]
+    fn a_time_is_printed_to_the_second_with_its_age() {
+        let at = OffsetDateTime::UNIX_EPOCH + time::Duration::milliseconds(1_750_000_000_123);
+        let aged = |seconds| timestamp_with_age(at, at + time::Duration::seconds(seconds));
+        assert_eq!(aged(1), "2025-06-15T15:06:40Z (1 second ago)");
+        assert_eq!(aged(200), "2025-06-15T15:06:40Z (3 minutes ago)");
+        // The clock of the host that recorded the time can be ahead of ours.
+        assert_eq!(aged(-5), "2025-06-15T15:06:40Z (0 seconds ago)");
     }
 
     proptest! {

@@ -246,6 +246,7 @@ impl Sim {
             id: projector.id.clone(),
             mode: projector.mode,
             status: Status::Booting,
+            status_since: time::OffsetDateTime::UNIX_EPOCH,
             position,
             has_side_effects: projector.has_side_effects,
             start_position: Some(position),

@@ -29,7 +29,8 @@ const QUEUE: &str = "select queue from event_log";
 
 const SET_QUEUE: &str = "update event_log set queue = ?";
 
-const QUEUE_RECORD: &str = "select queue, foreign_messages, foreign_at from event_log";
+const QUEUE_RECORD: &str =
+    "select queue, published_by_boot, foreign_messages, foreign_at from event_log";
 
 const COUNT_FOREIGN: &str =
     "update event_log set foreign_messages = foreign_messages + ?, foreign_at = utc_timestamp(6)";
@@ -47,6 +48,8 @@ pub(crate) struct LogSnapshot {
 pub(crate) struct QueueRecord {
     /// The queue to which the log was last published.
     pub(crate) queue: Option<String>,
+    /// The position to which boot last moved the published position, without sending anything.
+    pub(crate) published_by_boot: u64,
     /// How many messages of other logs were received.
     pub(crate) foreign_messages: u64,
     /// When a foreign message was last counted, in UTC.
@@ -126,11 +129,11 @@ impl EventStore {
 
     /// Reads what `event_log` records about the queue.
     pub(crate) async fn queue_record(&self) -> Result<QueueRecord, sqlx::Error> {
-        let (queue, foreign_messages, foreign_at) = self
+        let (queue, published_by_boot, foreign_messages, foreign_at) = self
             .database
             .run_cached(async |connection| sqlx::query_as(QUEUE_RECORD).fetch_one(connection).await)
             .await?;
-        Ok(QueueRecord { queue, foreign_messages, foreign_at })
+        Ok(QueueRecord { queue, published_by_boot, foreign_messages, foreign_at })
     }
 
     /// Adds to the number of foreign messages.

@@ -23,6 +23,12 @@ const RELEASE: &str = "\
 /// Never lowers the position. If two relays run at once, neither makes the other publish again.
 const SET_PUBLISHED: &str = "update event_log set published = greatest(published, ?)";
 
+/// `published_by_boot` comes first: an assignment sees the columns that were set before it.
+const SKIP_PUBLISHED: &str = "\
+    update event_log \
+    set published_by_boot = if(published < ?, ?, published_by_boot), \
+        published = greatest(published, ?)";
+
 impl EventStore {
     /// Takes or extends the relay's lease for the duration `lease`. Returns `false` if another
     /// relay holds it.
@@ -51,5 +57,15 @@ impl EventStore {
     pub(crate) async fn set_published(&self, position: Position) -> Result<(), sqlx::Error> {
         let set = sqlx::query(SET_PUBLISHED).bind(position.get());
         self.database.run_cached(async |connection| set.execute(connection).await).await.map(|_| ())
+    }
+    /// Lets the relay start after `position`: no projector needs the events up to it from the
+    /// queue. Records that nothing was sent.
+    pub(crate) async fn skip_published(&self, position: Position) -> Result<(), sqlx::Error> {
+        let position = position.get();
+        let skip = sqlx::query(SKIP_PUBLISHED).bind(position).bind(position).bind(position);
+        self.database
+            .run_cached(async |connection| skip.execute(connection).await)
+            .await
+            .map(|_| ())
     }
 }

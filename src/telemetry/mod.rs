@@ -3,12 +3,15 @@
 //! enabled, are written as log lines.
 
 mod emf;
+pub(crate) mod progress;
 mod reporter;
 mod webhook;
 
 use std::fmt;
 use std::io::{IsTerminal, Write, stderr};
 
+use anstream::{AutoStream, ColorChoice};
+use anstyle::AnsiColor;
 use clap::ValueEnum;
 use tracing::field::Field;
 use tracing_subscriber::field::MakeExt;
@@ -49,12 +52,14 @@ pub(crate) struct Telemetry {
     _poster: Option<Poster>,
 }
 
-/// Starts logging with a filter such as `info` or `projectionist=debug`, and posts alerts to
-/// `alert_url`. Alerts are logged regardless of the filter, because alarms are made from the log.
+/// Starts logging with a filter such as `info` or `projectionist=debug`, and posts the alerts of
+/// `service` to `alert_url`. Alerts are logged regardless of the filter, because alarms are made
+/// from the log.
 pub(crate) fn start(
     format: LogFormat,
     filter: &str,
     alert_url: Option<&str>,
+    service: &str,
 ) -> Result<Telemetry, Error> {
     // A bare level applies to our own code. Libraries log at warn.
     let scoped_filter = filter
@@ -74,12 +79,12 @@ pub(crate) fn start(
     } else {
         tracing_subscriber::fmt::layer()
             .fmt_fields(debug_fn(write_field).delimited(" "))
-            .with_writer(stderr)
+            .with_writer(|| progress::LogWriter)
             .with_target(false)
-            .with_ansi(stderr().is_terminal())
+            .with_ansi(AutoStream::choice(&stderr()) != ColorChoice::Never)
             .boxed()
     };
-    let (webhook, poster) = alert_url.map(webhook::start).transpose()?.unzip();
+    let (webhook, poster) = alert_url.map(|url| webhook::start(url, service)).transpose()?.unzip();
     let alerts = || {
         let is_alert = filter_fn(|line| line.fields().field("alert").is_some());
         is_alert.with_max_level_hint(LevelFilter::WARN)
@@ -112,7 +117,9 @@ pub(crate) fn log_error(error: &Error, format: LogFormat) {
     if format.is_json() && tracing::enabled!(tracing::Level::ERROR) {
         tracing::error!("{error}");
     } else {
-        eprintln!("error: {}", text::escape_control_lines(&text::redact(&error.to_string())));
+        let style = AnsiColor::Red.on_default().bold();
+        let error = text::escape_control_lines(&text::redact(&error.to_string()));
+        anstream::eprintln!("{style}error:{style:#} {error}");
     }
 }
 
@@ -143,7 +150,7 @@ impl Write for JsonToStderr {
     fn flush(&mut self) -> std::io::Result<()> {
         let line = std::mem::take(&mut self.0);
         let line = String::from_utf8_lossy(&line);
-        stderr().lock().write_all(text::redact_json(&line).as_bytes())
+        progress::LogWriter.write_all(text::redact_json(&line).as_bytes())
     }
 }
 

@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value};
 use time::OffsetDateTime;
-use time::format_description::well_known::Rfc3339;
 use tracing::field::{Field, Visit};
 use tracing::{Event, Subscriber};
 use tracing_subscriber::Layer;
@@ -35,6 +34,8 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Sends the alerts of the log to the thread that posts them.
 pub(super) struct WebhookLayer {
+    /// The name of the installation, which each alert begins with.
+    service: String,
     alerts: SyncSender<Value>,
 }
 
@@ -45,8 +46,8 @@ pub(crate) struct Poster {
     thread: Option<JoinHandle<()>>,
 }
 
-/// Starts the thread that posts alerts to `url`.
-pub(super) fn start(url: &str) -> Result<(WebhookLayer, Poster), Error> {
+/// Starts the thread that posts the alerts of `service` to `url`.
+pub(super) fn start(url: &str, service: &str) -> Result<(WebhookLayer, Poster), Error> {
     if !url.starts_with("http://") && !url.starts_with("https://") {
         return Err(Error::Input("the alert URL is not an http or https URL".into()));
     }
@@ -66,7 +67,8 @@ pub(super) fn start(url: &str) -> Result<(WebhookLayer, Poster), Error> {
     };
     let thread =
         std::thread::Builder::new().name("alerts".into()).spawn(run).map_err(cannot_start)?;
-    Ok((WebhookLayer { alerts: alerts.clone() }, Poster { end: alerts, thread: Some(thread) }))
+    let layer = WebhookLayer { service: service.to_owned(), alerts: alerts.clone() };
+    Ok((layer, Poster { end: alerts, thread: Some(thread) }))
 }
 
 /// The reason why a post failed, without the URL, which may contain a secret.
@@ -126,11 +128,12 @@ impl<S: Subscriber> Layer<S> for WebhookLayer {
         if !fields.contains_key("alert") {
             return;
         }
-        let timestamp = OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default();
-        fields.insert("timestamp".into(), timestamp.into());
+        let now = OffsetDateTime::now_utc();
+        fields.insert("timestamp".into(), text::timestamp(now).into());
         fields.insert("level".into(), event.metadata().level().as_str().into());
+        fields.insert("service".into(), self.service.as_str().into());
         // Chat tools show this field.
-        let text = alert_text(&fields);
+        let text = alert_text(&fields, now);
         fields.insert("text".into(), text.into());
         match self.alerts.try_send(Value::Object(fields)) {
             Ok(()) => {}
@@ -146,16 +149,73 @@ impl<S: Subscriber> Layer<S> for WebhookLayer {
     }
 }
 
-/// Returns an alert in one line: its message, and its fields.
-fn alert_text(fields: &Map<String, Value>) -> String {
-    let message = fields.get("message").and_then(Value::as_str).unwrap_or_default();
+/// Describes an alert for people. A phone shows only the beginning, so it says at once where, what,
+/// since when, and what to do. The details follow.
+fn alert_text(fields: &Map<String, Value>, now: OffsetDateTime) -> String {
     let plain = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    let field = |name: &str| fields.get(name).map(plain);
+    let shown = |name: &str| field(name).unwrap_or_default();
+    let seconds = fields.get("seconds").and_then(Value::as_f64);
+    // Only a block of the mark is older than its alert. Other alerts have the time that work took.
+    let age = seconds.filter(|_| shown("alert") == "high_water_blocked").unwrap_or_default();
+    let since = to_the_minute(now - time::Duration::seconds_f64(age));
+    let headline = |what: String, remedy: &str| format!("{what} since {since}; {remedy}");
+    let found = |what: &str, remedy: &str| format!("{what} at {since}; {remedy}");
+    let summary = match shown("alert").as_str() {
+        "projector_broken" => {
+            let remedy = match field("rebuild_reason") {
+                Some(_) => "retire it, run boot",
+                None => "fix it, run boot",
+            };
+            headline(format!("{} broken", shown("projector")), remedy)
+        }
+        "boot_failed" => {
+            let release = field("release").map_or_else(String::new, |name| format!(" of {name}"));
+            let remedy = field("broken").map_or_else(
+                || "see the error, run boot again".to_owned(),
+                |broken| format!("fix {broken}, run boot again"),
+            );
+            found(&format!("boot{release} failed"), &remedy)
+        }
+        "high_water_blocked" => match (field("first"), field("last")) {
+            (Some(first), Some(last)) => headline(
+                format!("log blocked at {first}"),
+                &format!("run projectionist fill {first} {last}"),
+            ),
+            _ => headline(
+                format!("log blocked at {}", shown("position")),
+                "end the open transaction",
+            ),
+        },
+        "log_fault" => found("log fault", "run projectionist audit"),
+        "foreign_messages" => found("foreign messages in the queue", "run projectionist doctor"),
+        "queue_changed" => found("another queue than before", "check QUEUE_URL"),
+        _ => {
+            let projector = field("projector").map(|name| format!("{name}: ")).unwrap_or_default();
+            format!("{projector}{} at {since}", shown("message"))
+        }
+    };
+    let in_headline = ["message", "alert", "timestamp", "level", "service", "projector", "error"];
     let details: Vec<String> = fields
         .iter()
-        .filter(|(name, _)| !matches!(name.as_str(), "message" | "alert" | "timestamp" | "level"))
+        .filter(|(name, _)| !in_headline.contains(&name.as_str()))
         .map(|(name, value)| format!("{name}={}", plain(value)))
         .collect();
-    escape_for_chat(&format!("projectionist: {message} ({})", details.join(", ")))
+    let mut text = format!("{}: {summary}\n{}", shown("service"), shown("message"));
+    if let Some(error) = field("error") {
+        text.push_str(&format!(": {error}"));
+    }
+    if !details.is_empty() {
+        text.push_str(&format!("\n{}", details.join(", ")));
+    }
+    escape_for_chat(&text)
+}
+
+/// A time in UTC, in ISO 8601, to the minute: an alert has little room, and is read at once.
+fn to_the_minute(at: OffsetDateTime) -> String {
+    let (year, month, day) = at.to_calendar_date();
+    let (hour, minute, _) = at.to_hms();
+    format!("{year:04}-{:02}-{day:02}T{hour:02}:{minute:02}Z", u8::from(month))
 }
 
 /// Escapes the three control characters of Slack's text format: `<!channel>` would notify a whole
@@ -181,6 +241,10 @@ impl Visit for FieldVisitor {
     }
 
     fn record_i64(&mut self, field: &Field, value: i64) {
+        self.0.insert(field.name().into(), value.into());
+    }
+
+    fn record_f64(&mut self, field: &Field, value: f64) {
         self.0.insert(field.name().into(), value.into());
     }
 
@@ -231,13 +295,73 @@ mod tests {
         );
     }
 
+    /// An alert of the service "shop", at 2026-11-29T16:09:59Z.
+    fn text_of(fields: Value) -> String {
+        let Value::Object(mut fields) = fields else { panic!("the fields are an object") };
+        fields.insert("service".into(), "shop".into());
+        let now = OffsetDateTime::UNIX_EPOCH + time::Duration::seconds(1_795_968_599);
+        alert_text(&fields, now)
+    }
+
     #[test]
     fn chat_markup_in_an_alert_is_escaped() {
-        let fields = json!({"message": "it broke", "error": "<!channel> & <https://x|y>"});
-        let text = alert_text(fields.as_object().expect("an object"));
+        let text = text_of(json!({"message": "it broke", "error": "<!channel> & <https://x|y>"}));
         assert_eq!(
             text,
-            "projectionist: it broke (error=&lt;!channel&gt; &amp; &lt;https://x|y&gt;)"
+            "shop: it broke at 2026-11-29T16:09Z\n\
+             it broke: &lt;!channel&gt; &amp; &lt;https://x|y&gt;"
         );
+    }
+
+    #[test]
+    fn the_first_80_characters_say_where_what_since_when_and_what_to_do() {
+        let broken = json!({"alert": "projector_broken", "projector": "case_status@1"});
+        let mut rebuild = broken.clone();
+        rebuild["rebuild_reason"] = "a part of a batch is stored".into();
+        for (fields, expected) in [
+            (broken, "shop: case_status@1 broken since 2026-11-29T16:09Z; fix it, run boot"),
+            (rebuild, "shop: case_status@1 broken since 2026-11-29T16:09Z; retire it, run boot"),
+            (
+                json!({"alert": "boot_failed", "broken": "a@1", "release": "v7"}),
+                "shop: boot of v7 failed at 2026-11-29T16:09Z; fix a@1, run boot again",
+            ),
+            (
+                json!({"alert": "high_water_blocked", "position": 12, "seconds": 61}),
+                "shop: log blocked at 12 since 2026-11-29T16:08Z; end the open transaction",
+            ),
+            (
+                json!({"alert": "high_water_blocked", "first": 10, "last": 70_019}),
+                "shop: log blocked at 10 since 2026-11-29T16:09Z; run projectionist fill 10 70019",
+            ),
+            (
+                json!({"alert": "log_fault"}),
+                "shop: log fault at 2026-11-29T16:09Z; run projectionist audit",
+            ),
+        ] {
+            let text = text_of(fields);
+            assert_eq!(text.lines().next(), Some(expected));
+            assert!(expected.len() <= 80, "{expected}");
+        }
+    }
+
+    #[test]
+    fn numbers_stay_numbers() {
+        struct Capture(std::sync::Arc<std::sync::Mutex<Value>>);
+        impl<S: Subscriber> Layer<S> for Capture {
+            fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
+                let mut fields = FieldVisitor(Map::new());
+                event.record(&mut fields);
+                *self.0.lock().expect("the lock is not poisoned") = Value::Object(fields.0);
+            }
+        }
+        use tracing_subscriber::layer::SubscriberExt;
+        let captured = std::sync::Arc::default();
+        let capture = Capture(std::sync::Arc::clone(&captured));
+        let subscriber = tracing_subscriber::registry().with(capture);
+        tracing::subscriber::with_default(subscriber, || {
+            tracing::error!(seconds = 12.464, position = 7_u64, "it broke");
+        });
+        let captured = captured.lock().expect("the lock is not poisoned").clone();
+        assert_eq!(captured, json!({"seconds": 12.464, "position": 7, "message": "it broke"}));
     }
 }

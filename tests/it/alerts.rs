@@ -102,7 +102,14 @@ async fn a_broken_projector_is_posted_with_event_and_error() {
         (Some("Opened"), Some("v7"))
     );
     assert!(broken["error"].as_str().is_some_and(|error| error.contains("nowhere")), "{broken}");
-    assert!(broken["text"].as_str().is_some_and(|text| text.contains("failing@1")), "{broken}");
+    let text = broken["text"].as_str().expect("the alert has a text");
+    assert!(text.starts_with("projectionist: failing@1 broken since 2"), "{text}");
+    assert!(
+        text.lines().next().is_some_and(|line| line.ends_with("Z; fix it, run boot")),
+        "{text}"
+    );
+    assert_eq!(broken["service"], "projectionist");
+    assert!(posted[2]["seconds"].is_number(), "{}", posted[2]);
     assert!(
         !boot.stderr.contains("secret-token"),
         "the log contains the secret of the URL: {}",
@@ -227,6 +234,28 @@ async fn a_stopped_deploy_alerts_once_with_its_reason_and_a_successful_one_does_
     projectors.write("slow.toml", &slow.replace("from_beginning", "once"));
     world.run(&[&boot[..], &[projectors.path()]].concat()).await.exits(2);
     assert!(alert().contains("give it a new version"));
+}
+
+#[tokio::test]
+async fn a_boot_that_a_person_interrupts_posts_no_alert_and_resumes() {
+    let world = World::new().await;
+    world.append(20).await;
+    let slow = Tally::new("slow").file(&["do sleep(0.1)"]);
+    let projectors = Folder::new().with("slow.toml", &slow);
+    let (url, posted) = webhook(&[200]).await;
+    let boot = ["boot", "--batch=1", "--alert-url", &url, "--projectors", projectors.path()];
+    let booting = world.start(&boot);
+    eventually("boot has applied events", || async {
+        world.entry("slow").await.is_some_and(|slow| slow.position.get() > 1)
+    })
+    .await;
+    // Ctrl-C sends SIGINT. A deploy that is stopped sends SIGTERM, which is an alert.
+    booting.signal("INT").await;
+    let stopped = booting.finish().await.exits(143);
+    assert!(!stopped.stderr.contains("boot_failed"), "{}", stopped.stderr);
+    stopped.prints(&["interrupted; run it again"]);
+    assert_eq!(kinds(&posted), [""; 0]);
+    world.run(&boot).await.exits(0);
 }
 
 #[tokio::test]

@@ -113,7 +113,7 @@ async fn the_first_missing_ranges_are_named_and_all_are_counted() {
     let audit = world.run(&["audit"]).await.exits(1);
     assert_eq!(audit.stdout.lines().count(), 21);
     assert!(
-        audit.stdout.ends_with("280 more ranges have no rows; in all 300 positions were deleted\n"),
+        audit.stdout.ends_with("also 280 ranges without rows; in all 300 positions deleted\n"),
         "{}",
         audit.stdout
     );

@@ -11,6 +11,7 @@ mod retire;
 mod rolling_deploy;
 mod secrets;
 mod status;
+mod terminal;
 
 use std::time::Duration;
 

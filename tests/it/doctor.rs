@@ -300,7 +300,7 @@ async fn each_wrong_attribute_of_the_queue_is_reported() {
     );
     assert!(
         bad["redrive"].1.contains("raise maxReceiveCount")
-            && bad["dead letters"].1.contains("has 1 messages")
+            && bad["dead letters"].1.contains("has 1 message")
     );
 }
 

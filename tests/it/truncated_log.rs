@@ -205,7 +205,7 @@ async fn an_acceptance_is_refused_if_more_or_nothing_is_missing() {
     let refused = accept("7", "8").await.exits(2);
     refused.prints(&[
         "3 positions",
-        "2 of them lie between 7 and 8",
+        "of which 2 between 7 and 8",
         "nothing was accepted",
         "position 20 has no row",
     ]);

@@ -5,6 +5,7 @@ mod database;
 mod log;
 mod queue;
 
+use std::cmp::Reverse;
 use std::fmt;
 
 use clap::Args;
@@ -13,13 +14,14 @@ use serde::Serialize;
 
 use super::{print, print_json};
 use crate::command::config::Config;
+use crate::command::output::{terminal_width, wrap};
 use crate::database::{COMMAND_PRIVILEGES, Database};
 use crate::engine::error::Error;
 use crate::ledger::Ledger;
 use crate::model::backoff::Transient;
 use crate::model::lifecycle::Status;
 use crate::model::registry::Registry;
-use crate::model::text::escape_control;
+use crate::model::text::{count, escape_control};
 use crate::queue::Action;
 use crate::store::EventStore;
 
@@ -28,7 +30,11 @@ use crate::store::EventStore;
 Changes nothing: grants are checked by statements that are explained or prepared but not run, \
 permissions by SQS calls that cannot have an effect (an empty batch, invalid receipts). Exit \
 codes: 0 no errors, but possibly warnings; 2 at least one error; 3 the database or the queue \
-cannot be reached.")]
+cannot be reached.\n\n\
+Examples:\n\
+\x20 projectionist doctor\n\
+\x20 projectionist doctor --for relay\n\
+\x20 projectionist doctor --json")]
 pub(super) struct DoctorCommand {
     /// The commands for which grants and permissions are required. A missing grant for another
     /// command is only a note. The queue is checked for play, lambda and relay
@@ -84,7 +90,11 @@ impl DoctorCommand {
         if self.json {
             print_json(&Report { healthy: worst < Level::Error, checks })?;
         } else {
-            checks.iter().try_for_each(print)?;
+            print(summarize(checks))?;
+            let width = terminal_width();
+            let mut checks: Vec<&Check> = checks.iter().collect();
+            checks.sort_by_key(|check| Reverse(check.level));
+            checks.iter().flat_map(|check| check.lines(width)).try_for_each(print)?;
         }
         let bad: Vec<&str> = checks
             .iter()
@@ -201,17 +211,39 @@ impl Check {
     }
 }
 
-impl fmt::Display for Check {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{:<12}  {:<27}  {}",
-            self.level.to_string(),
-            self.name,
-            escape_control(&self.detail)
-        )?;
-        self.remedy.as_ref().map_or(Ok(()), |remedy| write!(f, "; {remedy}"))
+impl Check {
+    /// The check for people: on one line if it fits. Otherwise the detail is below its name.
+    fn lines(&self, width: Option<usize>) -> Vec<String> {
+        let start = format!("{:<12}  {:<27}", self.level.to_string(), self.name);
+        let remedy = self.remedy.as_ref().map_or_else(String::new, |remedy| format!("; {remedy}"));
+        let detail = format!("{}{remedy}", escape_control(&self.detail));
+        if width.is_some_and(|width| start.len() + 2 + detail.len() > width) {
+            let mut lines = vec![start.trim_end().to_owned()];
+            lines.extend(wrap(&detail, "    ", width));
+            lines
+        } else {
+            vec![format!("{start}  {detail}")]
+        }
     }
+}
+
+/// How many checks have which result: `40 checks: 1 error, 2 warnings, 37 ok`.
+fn summarize(checks: &[Check]) -> String {
+    let levels = [Level::Unreachable, Level::Error, Level::Warning, Level::Note, Level::Ok];
+    let counts: Vec<String> = levels
+        .into_iter()
+        .filter_map(|level| {
+            let number = checks.iter().filter(|check| check.level == level).count() as u64;
+            (number > 0).then(|| match level {
+                Level::Unreachable => format!("{number} unreachable"),
+                Level::Error => count(number, "error"),
+                Level::Warning => count(number, "warning"),
+                Level::Note => count(number, "note"),
+                Level::Ok => format!("{number} ok"),
+            })
+        })
+        .collect();
+    format!("{}: {}\n", count(checks.len() as u64, "check"), counts.join(", "))
 }
 
 /// The result of a check, from good to bad.

@@ -4,11 +4,11 @@
 use std::collections::{BTreeSet, HashMap};
 
 use time::OffsetDateTime;
-use time::format_description::well_known::Rfc3339;
 
 use super::database::check_clock;
 use super::{Check, Level};
 use crate::command::config::Config;
+use crate::model::text::{count, timestamp_with_age};
 use crate::queue::{Action, Permission, Queue, SqsQueue};
 use crate::store::QueueRecord;
 
@@ -106,7 +106,7 @@ fn check_foreign_messages(record: &QueueRecord, now: OffsetDateTime) -> Check {
     let detail = format!(
         "{} received that are not of this log, last at {}; they are neither applied nor deleted",
         record.foreign_messages,
-        at.format(&Rfc3339).unwrap_or_else(|_| at.to_string())
+        timestamp_with_age(at, now)
     );
     if (now - at).whole_hours() < FOREIGN_WARNING_HOURS {
         Check::problem(
@@ -163,7 +163,7 @@ fn check_attributes(
     }
     let retention = number("MessageRetentionPeriod").unwrap_or_default();
     checks.push(if retention >= MIN_RETENTION_SECONDS {
-        Check::ok("retention", format!("{} days", retention / 86_400))
+        Check::ok("retention", count(retention / 86_400, "day"))
     } else {
         Check::problem(
             Level::Warning,
@@ -177,7 +177,7 @@ fn check_attributes(
     });
     let largest = number("MaximumMessageSize").unwrap_or_default();
     checks.push(if largest >= MIN_MESSAGE_BYTES {
-        Check::ok("message size", format!("{largest} bytes"))
+        Check::ok("message size", count(largest, "byte"))
     } else {
         Check::problem(
             Level::Warning,
@@ -318,7 +318,7 @@ fn check_dead_letter_queue(
         waiting => Check::problem(
             Level::Warning,
             "dead letters",
-            format!("{name} has {waiting} messages"),
+            format!("{name} has {}", count(waiting, "message")),
             "no event is lost; look for workers that were killed, then purge the queue",
         ),
     }

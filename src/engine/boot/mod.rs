@@ -257,8 +257,8 @@ impl<'a> Boot<'a> {
         if is_first && cursors.iter().any(|cursor| cursor.projector.mode != Mode::Once) {
             // No live projector needs earlier events, so the queue does not have to carry the
             // history of the log.
-            let publish = || self.engine.store.set_published(mark);
-            self.engine.retry_transient("set the published mark", publish).await?;
+            let skip = || self.engine.store.skip_published(mark);
+            self.engine.retry_transient("set the published mark", skip).await?;
         }
         Ok(())
     }

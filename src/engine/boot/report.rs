@@ -97,8 +97,9 @@ impl BootReport {
         let broken: Vec<String> =
             self.broken().filter(is_cause).map(|booted| booted.id.to_string()).collect();
         let broken = (!broken.is_empty()).then(|| {
+            let it = if broken.len() == 1 { "it" } else { "them" };
             format!(
-                "broken: {}; fix it and run boot again, it continues where it stopped",
+                "broken: {}; fix {it} and run boot again, it continues where it stopped",
                 broken.join(", ")
             )
         });
@@ -270,6 +271,7 @@ mod tests {
                 id: projector.id.clone(),
                 mode: Mode::FromBeginning,
                 status,
+                status_since: time::OffsetDateTime::UNIX_EPOCH,
                 position: Position::new(5),
                 has_side_effects: false,
                 start_position: Some(Position::START),

@@ -227,7 +227,7 @@ async fn a_bad_line_far_into_the_input_has_the_right_number() {
     let mut lines = vec![line("a"); 1_200];
     lines[1_100] = r#"{"stream_id":"a","event_type":"Opened","payload":"\ud800"}"#.into();
     let finished = world.run_with(&["append"], lines.join("\n").as_bytes()).await.exits(2);
-    finished.prints(&["line 1101: ", "stored before it: 1100 events"]);
+    finished.prints(&["line 1101: ", "stored before it: 1,100 events"]);
     assert_eq!(event_count(&world).await, 1_100);
     assert_eq!(
         world.number("select max(stream_version) from events where stream_id = 'a'").await,

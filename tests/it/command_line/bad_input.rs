@@ -276,7 +276,7 @@ async fn an_unknown_or_ambiguous_projector_is_reported_with_the_known_ones() {
     world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
     for (name, words) in [
         ("b", &["no projector \"b\"", "a@1, a@2"][..]),
-        ("a@3", &["no projector \"a@3\"", "a@1, a@2"]),
+        ("a@3", &["no projector \"a@3\"", "did you mean a@1 or a@2?"]),
         ("a", &["name one of its versions", "a@1, a@2"]),
         ("a@one", &["\"a@one\"", "must be a number"]),
     ] {

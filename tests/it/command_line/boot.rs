@@ -49,10 +49,15 @@ async fn boot_prints_the_outcome_of_each_projector() {
     );
 
     let for_people = world.run(&["boot", "--projectors", folder.path()]).await.exits(0).stdout;
-    let lines: Vec<Vec<&str>> =
-        for_people.lines().map(|line| line.split_whitespace().collect()).collect();
-    assert_eq!(lines[0], ["every@1", "live", "position", "10", "nothing", "to", "boot"]);
-    assert_eq!(lines[2], ["one_time@1", "finished", "position", "10", "nothing", "to", "boot"]);
+    let expected = "\
+3 projectors: 2 live, 1 finished
+
+STATUS    POSITION  PROJECTOR
+live            10  every@1  (nothing to boot)
+live            10  since_now@1  (nothing to boot)
+finished        10  one_time@1  (nothing to boot)
+";
+    assert_eq!(for_people, expected);
 }
 
 #[tokio::test]
@@ -134,10 +139,10 @@ async fn a_failing_handler_is_printed_with_event_and_error() {
     for _ in 0..2 {
         let failed = world.run(&["boot", "--projectors", folder.path()]).await.exits(1);
         for words in [
-            "poisoned@1",
-            "broken",
-            "position          5",
-            "failed at 6 (Closed)",
+            "1 projector: 1 broken",
+            "broken         5  poisoned@1",
+            "failed at 6, Closed, event ",
+            "2 attempts, ",
             "1.toml:7",
             "cannot be null",
         ] {

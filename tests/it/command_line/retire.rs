@@ -133,8 +133,8 @@ async fn on_a_terminal_retire_asks_and_follows_the_answer() {
         return;
     }
     for (answer, code, said, status) in [
-        ("n\n", 2, "error: not confirmed; nothing was done", "live"),
-        ("\n", 2, "error: not confirmed; nothing was done", "live"),
+        ("n\n", 2, "not confirmed; nothing was done", "live"),
+        ("\n", 2, "not confirmed; nothing was done", "live"),
         ("y\n", 0, "a@1 is retired", "new"),
     ] {
         let ours = world.command(&[]);

@@ -45,7 +45,7 @@ async fn in_every_state() -> (World, Folder) {
         .with("2.toml", &tally_with("done", "mode = 'once'", ":position"))
         .with("3.toml", &failing_at("poisoned", 7))
         .with("4.toml", &tally_with("waiting", "mode = 'from_now'", ":position"));
-    world.run(&["boot", "--projectors", second.path()]).await.exits(1);
+    world.run(&["boot", "--release=v7", "--projectors", second.path()]).await.exits(1);
     second.write("5.toml", &tally("fresh"));
     second.write("6.toml", &tally_with("fresh_from_now", "mode = 'from_now'", ":position"));
     (world, second)
@@ -66,13 +66,14 @@ async fn the_json_has_exactly_the_documented_keys_and_values_in_every_state() {
             "log_fault",
             "projectors",
             "published",
+            "published_by_boot",
             "visible"
         ]
     );
     assert_eq!((&status["foreign_messages"], &status["foreign_at"]), (&json!(0), &json!(null)));
     assert_eq!(
-        (&status["high_water"], &status["published"]),
-        (&json!(15), &json!(10)),
+        [&status["high_water"], &status["published"], &status["published_by_boot"]],
+        [&json!(15), &json!(10), &json!(10)],
         "the marks are those of the boot"
     );
     let expected = [
@@ -98,6 +99,8 @@ async fn the_json_has_exactly_the_documented_keys_and_values_in_every_state() {
             "mode",
             "name",
             "position",
+            "rebuild_reason",
+            "since",
             "status",
             "version",
         ];
@@ -108,6 +111,7 @@ async fn the_json_has_exactly_the_documented_keys_and_values_in_every_state() {
         let seconds = of["lag_seconds"].as_f64().expect("the lag is a number");
         assert_eq!(seconds > 0.0, lag > 0, "{name} lags {seconds} s");
         assert_eq!(of["failure"].is_null(), state != "broken", "{name}");
+        assert_eq!(of["since"].is_null(), state == "new", "{name}");
     }
     let seconds =
         projector(&status, "living")["lag_seconds"].as_f64().expect("the lag is a number");
@@ -117,8 +121,18 @@ async fn the_json_has_exactly_the_documented_keys_and_values_in_every_state() {
     );
 
     let failure = &projector(&status, "poisoned")["failure"];
-    assert_eq!(keys(failure), ["at", "error", "event_type", "position"]);
+    assert_eq!(
+        keys(failure),
+        ["at", "attempts", "error", "event_id", "event_type", "host", "position", "release"]
+    );
     assert_eq!((&failure["position"], &failure["event_type"]), (&json!(7), &json!("Opened")));
+    assert_eq!((&failure["attempts"], &failure["release"]), (&json!(2), &json!("v7")));
+    let id = format!(
+        "select count(*) from events where position = 7 and event_id = {}",
+        failure["event_id"]
+    );
+    assert_eq!(world.number(&id).await, 1, "{failure}");
+    assert!(failure["host"].as_str().is_some_and(|host| !host.is_empty()), "{failure}");
     let error = failure["error"].as_str().expect("the error is text");
     assert!(
         error.contains(&format!("{}:7", folder.file("3.toml"))) && error.contains("cannot be null"),
@@ -141,18 +155,28 @@ async fn the_table_shows_the_same_values_as_the_json() {
         let text = |key: &str| {
             projector[key].as_str().map_or_else(|| projector[key].to_string(), str::to_owned)
         };
-        let expected = ["name", "version", "mode", "status", "position", "lag_events"].map(text);
+        let expected = ["status", "position", "lag_events"].map(text);
+        let id = format!("{}@{}", text("name"), text("version"));
         let row = table
             .lines()
-            .find(|line| line.split_whitespace().next() == Some(&expected[0]))
+            .find(|line| line.contains(&format!("  {id}")))
             .expect("the projector has a row");
-        assert_eq!(row.split_whitespace().take(6).collect::<Vec<_>>(), expected, "{table}");
-        let is_known = !["gone", "elsewhere"].contains(&&*expected[0]);
-        assert_eq!(row.contains("(not in this set)"), !is_known, "{table}");
+        assert_eq!(row.split_whitespace().take(3).collect::<Vec<_>>(), expected, "{table}");
+        let is_known = !["gone@1", "elsewhere@1"].contains(&&*id);
+        assert_eq!(row.contains("not in this set"), !is_known, "{table}");
+        assert_eq!(row.contains(&text("mode")), text("mode") != "from_beginning", "{table}");
         if let Some(error) = projector["failure"]["error"].as_str() {
-            assert!(row.contains(error) && row.contains("at 7, Opened"), "{table}");
+            assert!(table.contains(error) && table.contains("failed at 7, Opened"), "{table}");
         }
     }
+    assert_eq!(
+        table.lines().next(),
+        Some("8 projectors: 1 broken, 1 stalled, 2 new, 2 live, 1 finished, 1 retired")
+    );
+    let position = |status: &str| {
+        table.lines().position(|line| line.starts_with(status)).expect("the status has a row")
+    };
+    assert!(position("broken") < position("stalled") && position("stalled") < position("live"));
     // Without `--projectors`, no projector is reported as not in the set.
     let without_set = world.run(&["status"]).await.exits(0).stdout;
     assert!(
@@ -167,8 +191,8 @@ async fn status_works_with_an_empty_ledger() {
     let world = World::new().await;
     let json = world.run(&["status", "--json"]).await.exits(0).json();
     let expected = json!({
-        "high_water": 0, "visible": 0, "held": null, "published": 0, "log_fault": null,
-        "foreign_messages": 0, "foreign_at": null, "projectors": []
+        "high_water": 0, "visible": 0, "held": null, "published": 0, "published_by_boot": 0,
+        "log_fault": null, "foreign_messages": 0, "foreign_at": null, "projectors": []
     });
     assert_eq!(json, expected);
     let table = world.run(&["status"]).await.exits(0).stdout;
@@ -198,4 +222,51 @@ async fn status_waits_neither_for_a_running_boot_nor_for_a_locked_ledger() {
         .await;
     assert_eq!(projector(&status, "slow")["status"], "live");
     with_short_timeout(world.run(&["status", "--projectors", folder.path()])).await.exits(0);
+}
+
+#[tokio::test]
+async fn status_with_a_name_shows_that_projector_and_a_misspelt_name_gets_a_suggestion() {
+    let (world, folder) = in_every_state().await;
+    let json = world.run(&["status", "poisoned", "done@1", "--json"]).await.exits(0).json();
+    let names: Vec<&Value> =
+        json["projectors"].as_array().expect("a list").iter().map(|of| &of["name"]).collect();
+    assert_eq!(names, ["done", "poisoned"]);
+    let one = world.run(&["status", "living", "--projectors", folder.path()]).await.exits(0).stdout;
+    assert!(one.contains("live since 2") && !one.contains("poisoned"), "{one}");
+    let unknown = world.run(&["status", "poisned"]).await.exits(2);
+    unknown.prints(&["no projector \"poisned\"", "did you mean poisoned@1?"]);
+}
+
+/// The status is that of the first failure, and the failure is the last one.
+#[tokio::test]
+async fn a_projector_that_breaks_again_is_broken_since_it_broke_first() {
+    let world = World::new().await;
+    world.append(3).await;
+    let folder = Folder::new().with("1.toml", &failing_at("poisoned", 2));
+    let boot = ["boot", "--projectors", folder.path()];
+    let mut seen = Vec::new();
+    for _ in 0..2 {
+        world.run(&boot).await.exits(1);
+        let status = world.run(&["status", "--json"]).await.exits(0).json();
+        let of = projector(&status, "poisoned");
+        seen.push((of["since"].clone(), of["failure"]["at"].clone()));
+    }
+    assert_eq!(seen[0].0, seen[1].0);
+    assert_ne!(seen[0].1, seen[1].1);
+}
+
+#[tokio::test]
+async fn a_published_position_that_boot_moved_is_not_shown_as_sent() {
+    let world = World::new().await;
+    let folder = Folder::new().with("1.toml", &tally("a"));
+    let marks = async || {
+        let shown = world.run(&["status"]).await.exits(0).stdout;
+        shown.lines().nth(1).expect("the marks").to_owned()
+    };
+    world.append(20).await;
+    world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
+    assert!(marks().await.ends_with("published 20 (by boot, nothing sent)"), "{}", marks().await);
+    world.append(5).await;
+    world.run(&["relay", "--once"]).await.exits(0);
+    assert!(marks().await.ends_with("published 25"), "{}", marks().await);
 }

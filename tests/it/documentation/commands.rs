@@ -23,7 +23,8 @@ fn the_page_lists_every_option_with_its_variable_and_its_default() {
     let common = listed(page.section("Common options"));
     for command in commands() {
         let help = help(&[&command, "--help"]);
-        let (own, of_all) = help.split_once("Common options:").expect("the common options");
+        // The common options begin with those about projectors.
+        let (own, of_all) = help.split_once("\nProjectors:\n").expect("the common options");
         assert_same(&format!("the common options of {command}"), &options(of_all), &common);
         assert_same(&command, &options(own), &listed(page.section(&command)));
     }

@@ -83,7 +83,7 @@ async fn a_changed_definition_is_reported_by_boot_status_and_doctor() {
     folder.write("1.toml", &counter("a", "['Opened']"));
     assert_eq!(projector().await["changed"], true);
     let table = world.run(&["status", "--projectors", folder.path()]).await.exits(0).stdout;
-    assert!(table.contains("(changed since it was booted)"), "{table}");
+    assert!(table.contains("changed since it was booted)"), "{table}");
     let doctor = world.run(&["doctor", "--projectors", folder.path()]).await;
     assert!(doctor.stdout.contains("changed since it was booted"), "{}", doctor.stdout);
 
@@ -201,7 +201,9 @@ async fn until_idle_exits_with_1_if_another_definition_was_booted() {
     folder.write("1.toml", &counter("a", "['Opened']"));
     world.append(3).await;
     let played = world.run(&["play", "--until-idle", "--projectors", folder.path()]).await.exits(1);
-    played.clone().prints(&["1 projector(s) were booted with another definition", "Run boot"]);
+    played
+        .clone()
+        .prints(&["1 projector not played, because booted with another definition", "Run boot"]);
     let warnings = played.log().into_iter().filter(|line| {
         line["projector"] == "a@1"
             && line["message"].as_str().is_some_and(|line| line.starts_with("outdated"))

@@ -6,7 +6,7 @@ const MAX_CHARS: usize = 40;
 
 /// Returns the known word that is at most two slips away: a letter added, left out, swapped with
 /// its neighbour or replaced.
-pub(super) fn nearest<'k>(word: &str, known: &[&'k str]) -> Option<&'k str> {
+pub(crate) fn nearest<'k>(word: &str, known: &[&'k str]) -> Option<&'k str> {
     if word.chars().count() > MAX_CHARS {
         return None;
     }
