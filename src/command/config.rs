@@ -22,6 +22,9 @@ const DEFAULT_CONNECTIONS: u32 = 16;
 /// The highest default of `--connections`: small servers accept about a hundred in all.
 const MAX_DEFAULT_CONNECTIONS: u32 = 48;
 
+/// The connections to a scratch database.
+const SCRATCH_CONNECTIONS: u32 = 6;
+
 /// How we authenticate to the database.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum DatabaseAuth {
@@ -288,6 +291,35 @@ impl Config {
             self.sql_mode.into(),
         )
         .await?)
+    }
+
+    /// Opens another database on the server of `--database-url`. Returns it with its URL.
+    pub(crate) async fn scratch_database(&self, name: &str) -> Result<(Database, String), Error> {
+        let has_password = matches!(self.database_auth, DatabaseAuth::Password);
+        let url = self.database_url.as_deref();
+        let url = url.filter(|_| has_password && self.database_secret.is_none());
+        let server = url.and_then(|url| {
+            let (base, options) = url.split_once('?').unwrap_or((url, ""));
+            let host = base.find("://")? + 3;
+            let end = base[host..].find('/').map_or(base.len(), |slash| host + slash);
+            Some((&base[..end], options))
+        });
+        let (server, options) = server.ok_or_else(|| {
+            Error::Input(
+                "a scratch database needs --database-url with user and password: \
+                 mysql://USER:PASSWORD@HOST:PORT/DATABASE"
+                    .into(),
+            )
+        })?;
+        let url = format!("{server}/{name}");
+        let with_options = format!("{url}?{options}");
+        let credentials =
+            Credentials::new(Some(&with_options), CredentialSource::Url, self.database_ca.clone())?;
+        let connect_timeout = Duration::from_secs(self.connect_timeout);
+        let database =
+            Database::open(credentials, SCRATCH_CONNECTIONS, connect_timeout, self.sql_mode.into())
+                .await?;
+        Ok((database, url))
     }
 
     async fn credentials(&self) -> Result<Credentials, Error> {

@@ -5,6 +5,7 @@ mod append;
 mod audit;
 mod boot;
 mod config;
+mod conformance;
 mod doctor;
 mod exit_code;
 mod fill;
@@ -90,6 +91,8 @@ enum Command {
     /// Checks the set-up of database, queue, grants, permissions and projectors, and changes
     /// nothing
     Doctor(doctor::DoctorCommand),
+    /// Checks a handler in another language against the protocol, on a scratch database
+    Conformance(conformance::ConformanceCommand),
     /// Checks that a worker's loop still runs: the health check of its container
     Health(health::HealthCommand),
 }
@@ -154,6 +157,7 @@ async fn execute(command: Command, config: &Config, registry: Registry) -> Resul
         Command::Fill(fill) => fill.run(config).await,
         Command::Rotate(rotate) => rotate.run(config).await,
         Command::Doctor(doctor) => doctor.run(config, registry).await,
+        Command::Conformance(conformance) => conformance.run(config).await,
         Command::Health(health) => health.run(),
     }
 }

@@ -7,6 +7,7 @@ mod inspect;
 mod migrate;
 pub(crate) mod multi_row;
 mod privileges;
+mod scratch;
 mod server_error;
 mod session_cache;
 mod settings;

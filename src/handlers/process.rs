@@ -116,22 +116,33 @@ impl Process {
     /// Sends a message and waits for the answer. After an error, and if the future is dropped, the
     /// process must not be used again.
     pub(super) async fn exchange(&mut self, id: u64, line: &[u8]) -> anyhow::Result<Response> {
-        let stdin = self.stdin.as_mut().context("the handler is stopped")?;
         // If the process has ended, reading says why. A process that answers without reading is
         // found out by its answer's id, or at the next message.
-        let written = async {
-            stdin.write_all(line).await?;
-            stdin.flush().await
-        };
-        let written = written.await;
+        let written = self.write(line).await;
         let answer = match self.read_line().await? {
             Some(answer) => answer,
             None => return Err(self.explain_end().await),
         };
-        written.context("it does not read its standard input")?;
+        written?;
         let response = Response::parse(&answer)?;
         response.check_id(id)?;
         Ok(response)
+    }
+
+    /// Sends a message.
+    pub(super) async fn write(&mut self, line: &[u8]) -> anyhow::Result<()> {
+        let stdin = self.stdin.as_mut().context("the handler is stopped")?;
+        let written = async {
+            stdin.write_all(line).await?;
+            stdin.flush().await
+        };
+        written.await.context("it does not read its standard input")
+    }
+
+    /// Closes standard input. Returns whether the process then exits within `limit` by itself.
+    pub(super) async fn close(&mut self, limit: Duration) -> bool {
+        self.stdin = None;
+        timeout(limit, self.child.wait()).await.is_ok()
     }
 
     /// A line of standard output. `None` at its end.

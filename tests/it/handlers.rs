@@ -1,5 +1,6 @@
 //! Projectors in other languages: a process applies the events, in its own transaction.
 
+mod conformance;
 mod examples;
 mod faults;
 mod processes;
@@ -33,6 +34,20 @@ fn handlers_path() -> String {
 /// Whether PHP has the driver for MySQL.
 fn has_php() -> bool {
     has_toolchain("php", &["-r", "exit(extension_loaded('pdo_mysql') ? 0 : 1);"])
+}
+
+/// Whether Python has the driver for MySQL.
+fn has_python() -> bool {
+    has_toolchain("python3", &["-c", "import pymysql"])
+}
+
+/// Whether Node has the driver for MySQL.
+fn has_typescript() -> bool {
+    let driver = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/examples/handlers/typescript/node_modules/mysql2/package.json"
+    );
+    has_toolchain("node", &["-e", &format!("require('{driver}')")])
 }
 
 /// A folder with the projector `simple`, whose handler is a shell script that needs no database.

@@ -13,6 +13,9 @@ const PROTOCOL = 1;
 const TRANSIENT = new Set([1205, 1213, 1927, 2006, 2013, 3101, 4031]);
 const LOST = new Set(['PROTOCOL_CONNECTION_LOST', 'ECONNRESET', 'ECONNREFUSED', 'EPIPE', 'ETIMEDOUT']);
 
+/** Whether the driver had closed the connection before the statement was sent. */
+const isClosed = (error) => error.fatal === true && error.errno === undefined;
+
 export class RetryLater extends Error {
   constructor(message, seconds) {
     super(message);
@@ -115,7 +118,7 @@ export class Worker {
     }
     if (error instanceof RetryLater) {
       answer.retry_after = error.seconds;
-    } else if (TRANSIENT.has(error.errno) || LOST.has(error.code)) {
+    } else if (TRANSIENT.has(error.errno) || LOST.has(error.code) || isClosed(error)) {
       answer.retry_after = 0.1;
     }
     // Closing the connection rolls back, also if the connection is lost.
@@ -126,9 +129,12 @@ export class Worker {
 
   async #connection() {
     if (!this.#db) {
-      this.#db = await this.#connect();
-      // An idle connection that is lost is reported at its next use.
-      this.#db.on('error', () => {});
+      const db = await this.#connect();
+      // An idle connection that is lost must not be used again.
+      db.on('error', () => {
+        if (this.#db === db) this.#db = undefined;
+      });
+      this.#db = db;
     }
     return this.#db;
   }

@@ -6,7 +6,7 @@ use std::path::Path;
 use projectionist::NewEvent;
 use projectionist::sqlx::{self, AssertSqlSafe};
 
-use super::{has_php, has_toolchain};
+use super::{has_php, has_python, has_typescript};
 use crate::support::{Folder, RunningProcess, World};
 
 /// One order that is paid, one that is cancelled, and one that is only placed.
@@ -104,18 +104,14 @@ async fn the_php_example_boots_plays_and_is_retired() {
 
 #[tokio::test]
 async fn the_python_example_boots_plays_and_is_retired() {
-    if has_toolchain("python3", &["-c", "import pymysql"]) {
+    if has_python() {
         run_example("python").await;
     }
 }
 
 #[tokio::test]
 async fn the_typescript_example_boots_plays_and_is_retired() {
-    let driver = concat!(
-        env!("CARGO_MANIFEST_DIR"),
-        "/examples/handlers/typescript/node_modules/mysql2/package.json"
-    );
-    if has_toolchain("node", &["-e", &format!("require('{driver}')")]) {
+    if has_typescript() {
         run_example("typescript").await;
     }
 }

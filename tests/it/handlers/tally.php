@@ -5,6 +5,7 @@
 declare(strict_types=1);
 
 $fault = getenv('FAULT') ?: 'none';
+$table = getenv('TALLY') ?: 'tally';
 $at = (int) (getenv('FAULT_AT') ?: 0);
 $url = parse_url(getenv('HANDLER_DATABASE_URL'));
 $db = new PDO(
@@ -19,13 +20,17 @@ $answer = static function (array $answer): void {
 while (($line = fgets(STDIN)) !== false) {
     $message = json_decode($line, true, 512, JSON_THROW_ON_ERROR);
     $id = $message['id'];
+    if ($message['name'] !== $table) {
+        $answer(['type' => 'failed', 'id' => $id, 'message' => 'there is no such projector']);
+        continue;
+    }
     if ($message['type'] === 'hello') {
         $answer(['type' => 'hello', 'id' => $id, 'protocol' => $fault === 'protocol' ? 2 : 1]);
         continue;
     }
     if ($message['type'] !== 'batch') {
-        $db->exec('create table if not exists tally
-            (seq bigint auto_increment primary key, position bigint unsigned not null)');
+        $db->exec($message['type'] === 'teardown' ? "drop table if exists $table"
+            : "create table if not exists $table (seq bigint auto_increment primary key, position bigint unsigned not null)");
         $answer(['type' => 'done', 'id' => $id]);
         continue;
     }
@@ -55,9 +60,9 @@ while (($line = fgets(STDIN)) !== false) {
         $db->commit();
         $db->beginTransaction();
     }
-    $insert = $db->prepare('insert into tally (position) values (?)');
-    foreach ($positions as $position) {
-        if ($position === $at && in_array($fault, ['fails', 'early_commit', 'swallow'], true)) {
+    $insert = $db->prepare("insert into $table (position) values (?)");
+    foreach ($message['events'] as ['position' => $position, 'event_type' => $type]) {
+        if (($position === $at || $type === 'Poison') && in_array($fault, ['fails', 'early_commit', 'swallow'], true)) {
             $db->rollBack();
             $answer($fault === 'swallow' ? ['type' => 'done', 'id' => $id] : [
                 'type' => 'failed', 'id' => $id, 'event' => $position, 'message' => 'a poison event',
