@@ -235,7 +235,11 @@ load_env() {
 source "$ROOT/localstack/mariadb.sh"
 # shellcheck source=mysql.sh
 source "$ROOT/localstack/mysql.sh"
+# shellcheck source=python.sh
+source "$ROOT/localstack/python.sh"
 # shellcheck source=sqs.sh
 source "$ROOT/localstack/sqs.sh"
+# shellcheck source=ministack.sh
+source "$ROOT/localstack/ministack.sh"
 # shellcheck source=compose.sh
 source "$ROOT/localstack/compose.sh"

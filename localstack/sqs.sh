@@ -5,53 +5,13 @@ sqs_region=us-east-1
 # SQS, and the services that the tests of infra/ use. A service that is not called is never loaded
 # and costs nothing.
 sqs_services=sqs,cloudformation,cloudwatch,events,iam,logs,secretsmanager,sns,ssm,sts
-# The name depends on requirements.txt, so that an upgrade never runs with the packages of before.
-sqs_venv=$CACHE/localstack-$(cksum <"$ROOT/localstack/requirements.txt" | cut -d' ' -f1)
+sqs_venv=$(venv_of localstack "$ROOT/localstack/requirements.txt")
 
 sqs_endpoint() { echo "http://127.0.0.1:$(read_state sqs port)"; }
 
-python_311() { # prints a Python 3.11: this LocalStack does not load with other versions
-  local candidate
-  for candidate in python3.11 /usr/bin/python3.11 python3; do
-    # Run the candidate, because version managers have shims for versions that are not installed.
-    if "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then
-      command -v "$candidate"
-      return
-    fi
-  done
-  echo 3.11 # uv may find or download one
-}
-
 sqs_install() {
-  local uv log=$STATE/sqs/install.log
   need curl curl
-  [[ ! -e $sqs_venv/complete ]] || return 0
-  # uv brings CA certificates of its own, which do not include that of a company's proxy.
-  [[ ! -e /etc/ssl/certs/ca-certificates.crt ]] || export UV_SYSTEM_CERTS=1
-  log "installing LocalStack (15 to 40 s)"
-  if ! uv=$(command -v uv); then
-    uv=$CACHE/uv/bin/uv
-    need python3 python3
-    # Debian's python3 does not include ensurepip, which venv needs.
-    python3 -c 'import ensurepip' 2>/dev/null || apt_install python3-venv
-    [[ -x $uv ]] ||
-      { python3 -m venv --clear "$CACHE/uv" && "$CACHE/uv/bin/pip" install -q uv; } >"$log" 2>&1 ||
-      install_failed "uv could not be installed from PyPI"
-  fi
-  rm -rf "$sqs_venv"
-  "$uv" venv -q --no-config --python "$(python_311)" "$sqs_venv" >>"$log" 2>&1 ||
-    install_failed "LocalStack needs Python 3.11: install python3.11, or start a Docker engine"
-  # A cache would store every package a second time.
-  "$uv" pip install -q --no-cache --require-hashes --python "$sqs_venv/bin/python" \
-    -r "$ROOT/localstack/requirements.txt" >>"$log" 2>&1 ||
-    install_failed "LocalStack could not be installed from PyPI"
-  touch "$sqs_venv/complete"
-}
-
-install_failed() { # message…
-  local log=$STATE/sqs/install.log
-  tail -n 20 "$log" >&2
-  die "$*; above is the end of $log"
+  install_venv localstack "$ROOT/localstack/requirements.txt" "15 to 40 s"
 }
 
 sqs_start() {

@@ -7,6 +7,8 @@ mod localstack_cli;
 mod names;
 mod readme_commands;
 mod roles;
+mod second_aws;
+mod second_implementation;
 mod stacks;
 
 use std::fs;
