@@ -16,7 +16,11 @@ use crate::model::text::escape_control;
 #[command(after_help = "\
 Makes a scratch database on the server of --database-url, and drops it at the end, so the user \
 needs all privileges on databases named conformance_… The handler serves the projector \
-`conformance`; docs/handlers.md says what it does. Exit code 1 means that a case does not hold.")]
+`conformance`; docs/handlers.md says what it does. Exit code 1 means that a case does not \
+hold.\n\n\
+Examples:\n\
+\x20 projectionist conformance -- php examples/handlers/php/conformance.php\n\
+\x20 projectionist conformance --json -- python3 conformance.py")]
 pub(super) struct ConformanceCommand {
     /// The variable in which the handler finds the URL of the scratch database
     #[arg(
