@@ -127,7 +127,7 @@ async fn an_endless_handler_far_behind_is_broken_even_with_the_fewest_connection
     ]);
     world.append(20).await;
     assert!(world.boot(&registry).await.is_released());
-    world.append(5_000).await;
+    world.append(2_000).await;
 
     let database =
         Database::connect(&world.database_url, 4, TIMEOUT).await.expect("the server answers");
@@ -142,7 +142,7 @@ async fn an_endless_handler_far_behind_is_broken_even_with_the_fewest_connection
         })
         .await;
         eventually("the other projector is at the end", async || {
-            world.position("quick").await == 5_020
+            world.position("quick").await == 2_020
         })
         .await;
     };
