@@ -13,6 +13,9 @@ use crate::world::{World, execute};
 pub const RARE: &str = "Case archived";
 pub const ONE_IN: u64 = 100;
 
+/// The number of event types in [`Sample::with_types`].
+pub const TYPES: u64 = ONE_IN;
+
 /// The number of events that one statement inserts.
 const CHUNK: u64 = 50_000;
 
@@ -85,6 +88,18 @@ impl Sample {
         };
         Sample((0..1_000).map(event).collect())
     }
+
+    /// [`Sample::generated`] with a hundred event types that follow each other.
+    pub fn with_types() -> Self {
+        let Sample(events) = Sample::generated();
+        let renamed = events.into_iter().zip(0..);
+        Sample(renamed.map(|((_, payload), n)| (event_type(n % TYPES), payload)).collect())
+    }
+}
+
+/// The type of the events whose positions, divided by [`TYPES`], leave this remainder.
+pub fn event_type(remainder: u64) -> String {
+    if remainder == 0 { RARE.to_owned() } else { format!("Type {remainder}") }
 }
 
 impl World {

@@ -7,14 +7,17 @@
 
 mod bare;
 mod boot;
+mod cores;
 mod endpoint;
 mod fence;
 mod growth;
 mod hand_written;
+mod idle;
 mod lanes;
 mod latency;
 mod log;
 mod machine;
+mod many;
 mod mark;
 mod play;
 mod projectors;
@@ -44,7 +47,8 @@ use sheet::Sheet;
 struct Options {
     #[arg(long, value_enum, default_value = "mariadb")]
     server: Server,
-    /// Events in the log of rows 1 to 5; a third of them in rows with a statement for every event
+    /// Events in the log of rows 1 to 5 and 11; a third of them in rows with a statement for every
+    /// event
     #[arg(long, default_value_t = 300_000, value_parser = clap::value_parser!(u64).range(1_000..))]
     events: u64,
     /// Rounds of each measurement
@@ -54,8 +58,8 @@ struct Options {
     #[arg(
         long,
         value_delimiter = ',',
-        default_values_t = 1..=10,
-        value_parser = clap::value_parser!(u32).range(1..=10)
+        default_values_t = 1..=13,
+        value_parser = clap::value_parser!(u32).range(1..=13)
     )]
     rows: Vec<u32>,
     /// The lengths of the log in row 9, ascending
@@ -211,7 +215,10 @@ async fn run(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
             7 => play::packed(bench, sheet).await,
             8 => latency::delays(bench, sheet).await,
             9 => growth::growth(bench, sheet).await,
-            _ => mark::high_water(bench, sheet).await,
+            10 => mark::high_water(bench, sheet).await,
+            11 => cores::computing(bench, sheet).await,
+            12 => many::one_type_each(bench, sheet).await,
+            _ => idle::worker(bench, sheet).await,
         };
         measured.with_context(|| format!("row {row}"))?;
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
-use projectionist::{EventTypes, PlaySettings, Queue, Registry, RelaySettings, play};
+use projectionist::{Database, EventTypes, PlaySettings, Queue, Registry, RelaySettings, play};
 
 use crate::Bench;
 use crate::endpoint::{Endpoint, Kind};
@@ -21,9 +21,9 @@ const TIMEOUT: Duration = Duration::from_secs(600);
 const ONE_AT_A_TIME: usize = 1;
 
 /// The messages that the relay makes of the first events of the log.
-struct Backlog {
-    bodies: Vec<String>,
-    events: u64,
+pub struct Backlog {
+    pub bodies: Vec<String>,
+    pub events: u64,
 }
 
 /// Row 6: play of messages with one event each, with one projector and with ten. The bare loop only
@@ -172,7 +172,11 @@ impl Backlog {
 }
 
 /// Records the messages that the relay makes of the first events of the log.
-async fn record_messages(world: &World, events: u64, max_events: usize) -> anyhow::Result<Backlog> {
+pub async fn record_messages(
+    world: &World,
+    events: u64,
+    max_events: usize,
+) -> anyhow::Result<Backlog> {
     world.rewind_relay().await?;
     let recorder = SentRecorder::new();
     let queue = Arc::clone(&recorder) as Arc<dyn Queue>;
@@ -202,7 +206,8 @@ async fn measure_play(
     let queue = endpoint.make_queue(kind).await?;
     queue.fill(&backlog.bodies).await?;
     let observed = ObservedQueue::new(Arc::clone(&queue.sqs) as Arc<dyn Queue>);
-    let took = play_through(world, observed, registry, None, backlog.events).await?;
+    let took =
+        play_through(world, &world.database, observed, registry, None, backlog.events).await?;
     queue.remove().await?;
     Ok(per_second(backlog.events, took))
 }
@@ -220,14 +225,16 @@ async fn measure_relayed_play(
     let queue = endpoint.make_queue(Kind::Fifo).await?;
     let observed = ObservedQueue::new(Arc::clone(&queue.sqs) as Arc<dyn Queue>);
     let relay = RelaySettings::default().with_max_events(max_events);
-    let took = play_through(world, observed, registry, Some(relay), events).await?;
+    let took =
+        play_through(world, &world.database, observed, registry, Some(relay), events).await?;
     queue.remove().await?;
     Ok(per_second(events, took))
 }
 
 /// Plays until every projector has applied a position and its message is deleted.
-async fn play_through(
+pub async fn play_through(
     world: &World,
+    database: &Database,
     observed: Arc<ObservedQueue>,
     registry: &Registry,
     relay: Option<RelaySettings>,
@@ -237,7 +244,7 @@ async fn play_through(
     let settings = PlaySettings::default().with_relay(relay);
     let (mut ended, began) = (None, Instant::now());
     let until = async { ended = Some(observed.deleted_through(position).await) };
-    let playing = play(&world.database, queue, registry, settings, until);
+    let playing = play(database, queue, registry, settings, until);
     tokio::time::timeout(TIMEOUT, playing)
         .await
         .context("play does not reach the end of the log")??;

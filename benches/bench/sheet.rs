@@ -104,6 +104,7 @@ impl Unit {
 
     fn show(self, value: f64) -> String {
         match self {
+            Unit::PerSecond if value < 10.0 => format!("{value:.2}/s"),
             Unit::PerSecond => format!("{}/s", grouped(value)),
             Unit::Milliseconds => format!("{value:.2} ms"),
             Unit::Seconds => format!("{value:.2} s"),
