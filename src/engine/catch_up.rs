@@ -1,11 +1,13 @@
 //! The loop that reads events from the store and applies them. Boot uses it to replay the log, and
 //! play uses it to fill in events that the queue did not deliver.
 
+use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::time::Instant;
 
 use futures_util::StreamExt;
 use futures_util::stream;
+use tokio::task::{JoinError, JoinSet};
 use tokio::time::timeout;
 use tracing::debug;
 
@@ -17,7 +19,8 @@ use crate::model::lifecycle::Stage;
 use crate::model::registry::RegisteredProjector;
 use crate::store::{EventFilter, Page, ReadAhead, ReadLimits};
 
-/// How many projectors apply the same page at the same time, each on its own connection.
+/// How many projectors apply the same page at the same time, each in a task and on a connection of
+/// its own.
 pub(crate) const MAX_CONCURRENT_PROJECTORS: usize = 8;
 
 /// A projector's progress through the log.
@@ -106,12 +109,15 @@ impl Cursor {
     /// The part of a page that this cursor has to apply. `None` if the cursor is not running, or
     /// its position is outside the page.
     pub(crate) fn batch<'a>(&self, page: &'a Page) -> Option<Batch<'a>> {
-        if !self.is_running() || !(page.after..page.through).contains(&self.position) {
-            return None;
-        }
-        let known = page.events.partition_point(|event| event.position() <= self.position);
-        Some(Batch { after: self.position, through: page.through, events: &page.events[known..] })
+        let is_in_page = (page.after..page.through).contains(&self.position);
+        (self.is_running() && is_in_page).then(|| rest_of_page(page, self.position))
     }
+}
+
+/// The part of a page after a position in it.
+fn rest_of_page(page: &Page, after: Position) -> Batch<'_> {
+    let known = page.events.partition_point(|event| event.position() <= after);
+    Batch { after, through: page.through, events: &page.events[known..] }
 }
 
 /// Where the next page begins: the lowest position of the running cursors below `through`.
@@ -160,7 +166,7 @@ impl Engine {
                 }
             };
             carry.should_carry = page.through < through && self.may_carry(stage, cursors);
-            self.apply_page(stage, cursors, &page, &mut carry).await;
+            self.apply_page(stage, cursors, &Arc::new(page), &mut carry).await;
 
             progress(cursors);
             if stage == Stage::Boot && stopped_boot(cursors) > stopped_before {
@@ -186,33 +192,55 @@ impl Engine {
         }
     }
 
-    /// Applies a page to every cursor whose position is in the page.
+    /// Applies a page to every cursor whose position is in the page. Returns when all are done, so
+    /// that no projector makes the next page wait in memory.
     async fn apply_page(
         &self,
         stage: Stage,
         cursors: &mut [Cursor],
-        page: &Page,
+        page: &Arc<Page>,
         carry: &mut ClaimCarry,
     ) {
         if !carry.has_claim() {
             self.skip_ahead(stage, cursors, page.through, |cursor| cursor.batch(page)).await;
         }
-        let in_page =
-            cursors.iter_mut().filter_map(|cursor| cursor.batch(page).map(|batch| (cursor, batch)));
-        let mut in_page: Vec<_> = in_page.collect();
-        if let [(cursor, batch)] = in_page.as_mut_slice() {
-            cursor.record(
-                self.apply_with_retry_and_carry(&cursor.projector, stage, *batch, carry).await,
-            );
+        let mut in_page: Vec<&mut Cursor> =
+            cursors.iter_mut().filter(|cursor| cursor.batch(page).is_some()).collect();
+        if let [cursor] = in_page.as_mut_slice() {
+            let batch = rest_of_page(page, cursor.position);
+            let applying = self.apply_with_retry_and_carry(&cursor.projector, stage, batch, carry);
+            let outcome = applying.await;
+            cursor.record(outcome);
             return;
         }
         let concurrency =
             MAX_CONCURRENT_PROJECTORS.min(self.database.max_handler_connections() as usize);
         stream::iter(in_page)
-            .for_each_concurrent(concurrency, async |(cursor, batch)| {
-                cursor.record(self.apply_with_retry(&cursor.projector, stage, batch).await);
+            .for_each_concurrent(concurrency, async |cursor| {
+                let outcome = self.apply_in_task(stage, cursor, page).await;
+                cursor.record(outcome);
             })
             .await;
+    }
+
+    /// Applies the rest of a page to one cursor in a task of its own, so that handlers that compute
+    /// use all cores. Dropping the future cancels the task.
+    async fn apply_in_task(&self, stage: Stage, cursor: &Cursor, page: &Arc<Page>) -> ApplyOutcome {
+        let (engine, page) = (self.clone(), Arc::clone(page));
+        let (projector, after) = (Arc::clone(&cursor.projector), cursor.position);
+        let mut task = JoinSet::new();
+        task.spawn(async move {
+            engine.apply_with_retry(&projector, stage, rest_of_page(&page, after)).await
+        });
+        match task.join_next().await {
+            Some(Ok(outcome)) => outcome,
+            // A handler's panic is an outcome. This one is a bug of ours.
+            Some(Err(error)) if error.is_panic() => resume_unwind(error.into_panic()),
+            ended => ApplyOutcome::GaveUp(format!(
+                "the runtime is shutting down: {}",
+                ended.and_then(Result::err).as_ref().map_or_else(String::new, JoinError::to_string)
+            )),
+        }
     }
 
     /// Moves all cursors whose batch up to `through` has no events for them, with one statement

@@ -1,10 +1,10 @@
 //! The main path: boot and play until the read models are complete.
 
-use std::sync::Arc;
+use std::sync::{Arc, Condvar, Mutex};
 
-use projectionist::{Limits, Mode, Queue, RelaySettings, boot};
+use projectionist::{Limits, Mode, Queue, RelaySettings, anyhow, boot};
 
-use crate::support::{Tally, World, registry};
+use crate::support::{TIMEOUT, Tally, World, registry, registry_of, scripted_at};
 
 #[tokio::test]
 async fn read_models_after_boot_and_play_equal_the_fold_of_the_log() {
@@ -65,4 +65,35 @@ async fn a_projector_from_now_never_sees_an_older_event_and_once_never_runs_twic
     world.play_until_idle(&registry).await;
     assert_eq!(now.applied(&world).await, (31..=50).collect::<Vec<_>>());
     assert_eq!(once.applied(&world).await, (1..=30).collect::<Vec<_>>());
+}
+
+/// A handler that computes blocks its thread. Here, two handlers block until both run.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn handlers_of_one_boot_compute_at_the_same_time() {
+    let world = World::new().await;
+    let tallies = [Tally::new("one"), Tally::new("other")];
+    let running = Arc::new((Mutex::new(0), Condvar::new()));
+    let projectors = tallies.each_ref().map(|tally| {
+        let running = Arc::clone(&running);
+        scripted_at(tally, 1, move |_| {
+            let running = Arc::clone(&running);
+            Box::pin(async move {
+                let (count, changed) = &*running;
+                let mut count = count.lock().expect("no handler panics");
+                *count += 1;
+                changed.notify_all();
+                let alone = |count: &mut i32| *count < 2;
+                let (_count, waited) =
+                    changed.wait_timeout_while(count, TIMEOUT / 2, alone).expect("no panic");
+                anyhow::ensure!(!waited.timed_out(), "the other handler does not run");
+                Ok(())
+            })
+        })
+    });
+    world.append(10).await;
+    let report = world.boot(&registry_of(projectors)).await;
+    assert!(report.is_released(), "{report:?}");
+    for tally in &tallies {
+        world.assert_complete(tally).await;
+    }
 }
