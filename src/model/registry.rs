@@ -1,6 +1,6 @@
 //! The projectors of one release.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::sync::Arc;
 
@@ -15,6 +15,8 @@ use crate::model::projector::{EventTypes, Mode, Projector, ProjectorId, SessionU
 #[derive(Clone, Default)]
 pub struct Registry {
     projectors: Vec<Arc<RegisteredProjector>>,
+    /// The index of each projector in `projectors`.
+    indexes: HashMap<ProjectorId, usize>,
     release: Option<String>,
 }
 
@@ -57,6 +59,7 @@ impl Registry {
         if self.get(&registered.id).is_some() {
             return Err(RegistryError::Duplicate(registered.id));
         }
+        self.indexes.insert(registered.id.clone(), self.projectors.len());
         self.projectors.push(Arc::new(registered));
         Ok(())
     }
@@ -83,7 +86,7 @@ impl Registry {
 
     /// The projector with that name and version.
     pub(crate) fn get(&self, id: &ProjectorId) -> Option<&Arc<RegisteredProjector>> {
-        self.projectors.iter().find(|registered| registered.id == *id)
+        self.indexes.get(id).map(|index| &self.projectors[*index])
     }
 
     /// All projectors, in order.

@@ -1,6 +1,8 @@
 //! Fan-out: passes one batch of messages to every live projector, one after the other, in registry
 //! order.
 
+use std::collections::HashMap;
+
 use tokio::time::timeout;
 use tracing::{debug, warn};
 
@@ -99,11 +101,11 @@ impl Worker {
         target: Option<Position>,
         timed_out: Option<&ProjectorId>,
     ) -> Vec<Cursor> {
+        let live: HashMap<&ProjectorId, Position> =
+            live.iter().map(|(id, position)| (id, *position)).collect();
         let mut group = Vec::new();
         for projector in self.registry.iter() {
-            let Some(&(_, position)) = live.iter().find(|(id, _)| *id == projector.id) else {
-                continue;
-            };
+            let Some(&position) = live.get(&projector.id) else { continue };
             if self.stragglers.is_catching_up(&projector.id) {
                 continue;
             }

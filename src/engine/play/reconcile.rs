@@ -1,7 +1,7 @@
 //! Reconciliation finds events that the queue has lost, by comparing the projectors' positions with
 //! the high-water mark.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use tracing::{info, warn};
@@ -43,7 +43,8 @@ impl Reconciler {
         after: Duration,
     ) -> Vec<ProjectorId> {
         self.last_run = Some(now);
-        self.stationary.retain(|id, _| live.iter().any(|(live, _)| live == id));
+        let ids: HashSet<&ProjectorId> = live.iter().map(|(id, _)| id).collect();
+        self.stationary.retain(|id, _| ids.contains(id));
         let mut overdue = Vec::new();
         for (id, position) in live {
             if *position >= mark {
