@@ -156,8 +156,9 @@ fn alert_text(fields: &Map<String, Value>, now: OffsetDateTime) -> String {
     let field = |name: &str| fields.get(name).map(plain);
     let shown = |name: &str| field(name).unwrap_or_default();
     let seconds = fields.get("seconds").and_then(Value::as_f64);
-    // Only a block of the mark is older than its alert. Other alerts have the time that work took.
-    let age = seconds.filter(|_| shown("alert") == "high_water_blocked").unwrap_or_default();
+    // These are older than their alert. In other alerts, `seconds` is the time that work took.
+    let is_older = matches!(shown("alert").as_str(), "high_water_blocked" | "projector_retrying");
+    let age = seconds.filter(|_| is_older).unwrap_or_default();
     let since = to_the_minute(now - time::Duration::seconds_f64(age));
     let headline = |what: String, remedy: &str| format!("{what} since {since}; {remedy}");
     let found = |what: &str, remedy: &str| format!("{what} at {since}; {remedy}");
@@ -168,6 +169,12 @@ fn alert_text(fields: &Map<String, Value>, now: OffsetDateTime) -> String {
                 None => "fix it, run boot",
             };
             headline(format!("{} broken", shown("projector")), remedy)
+        }
+        "projector_retrying" => {
+            headline(format!("{} retrying", shown("projector")), "see the error")
+        }
+        "projector_recovered" => {
+            format!("{} recovered at {since}", shown("projector"))
         }
         "boot_failed" => {
             let release = field("release").map_or_else(String::new, |name| format!(" of {name}"));
@@ -320,6 +327,10 @@ mod tests {
         rebuild["rebuild_reason"] = "a part of a batch is stored".into();
         for (fields, expected) in [
             (broken, "shop: case_status@1 broken since 2026-11-29T16:09Z; fix it, run boot"),
+            (
+                json!({"alert": "projector_retrying", "projector": "mails@1", "seconds": 61}),
+                "shop: mails@1 retrying since 2026-11-29T16:08Z; see the error",
+            ),
             (rebuild, "shop: case_status@1 broken since 2026-11-29T16:09Z; retire it, run boot"),
             (
                 json!({"alert": "boot_failed", "broken": "a@1", "release": "v7"}),
