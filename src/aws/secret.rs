@@ -63,9 +63,18 @@ where
                  key is your own"
             )
         }
+        SdkError::ServiceError(_) if code.contains("DecryptionFailure") => {
+            format!("{message}; allow kms:Decrypt on the KMS key that encrypts it")
+        }
         SdkError::ServiceError(_) if code.contains("ResourceNotFound") => {
             "it does not exist; correct its ARN or name (and the region)".into()
         }
+        // A proxy or a load balancer answered, and not Secrets Manager.
+        SdkError::ServiceError(_) if code.is_empty() => format!(
+            "the endpoint answered with HTTP status {}, and not as Secrets Manager does; check \
+             the endpoint (AWS_ENDPOINT_URL) and the proxy",
+            error.raw_response().map_or(0, |response| response.status().as_u16())
+        ),
         SdkError::ServiceError(_) => format!("{code}: {message}"),
         _ => format!(
             "{}; check the endpoint (AWS_ENDPOINT_URL), the credentials and the network",

@@ -4,7 +4,7 @@
 mod credentials;
 pub(crate) mod error;
 mod inspect;
-mod migrate;
+pub(crate) mod migrate;
 pub(crate) mod multi_row;
 mod privileges;
 mod scratch;
@@ -60,8 +60,8 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 /// would exhaust it.
 const SHORT_TIMEOUT: Duration = Duration::from_secs(5);
 
-const SERVER_VARIABLES: &str =
-    "select version(), @@global.auto_increment_increment, @@session.max_allowed_packet";
+const SERVER_VARIABLES: &str = "select version(), current_user(), @@global.auto_increment_increment, \
+     @@session.max_allowed_packet";
 
 /// The longest error that the ledger stores takes half of this, and a session cannot raise its own
 /// `max_allowed_packet`.
@@ -91,6 +91,8 @@ pub struct Database {
     handler_sessions: SessionCache<HandlerSession>,
     settings: Arc<SessionSettings>,
     credentials: Arc<Credentials>,
+    /// The account as the server knows it: `user@host`.
+    account: Arc<str>,
 }
 
 /// The kind of server.
@@ -138,7 +140,7 @@ impl Database {
         let at = inspect::address(&options);
         // The first connection is made without the pool, because the pool would retry even
         // permanent errors.
-        let (flavor, settings) =
+        let (flavor, account, settings) =
             match timeout(connect_timeout, probe_server(&options, &at, sql_mode)).await {
                 Ok(Ok(probed)) => probed,
                 Ok(Err(DatabaseError::Statement(error))) => {
@@ -190,6 +192,7 @@ impl Database {
             handler_sessions,
             settings,
             credentials,
+            account,
         })
     }
 
@@ -365,6 +368,16 @@ impl Database {
         self.handler_pool.options().get_max_connections()
     }
 
+    /// How an operator finds and ends an open transaction, with the grant that this needs.
+    pub(crate) fn open_transaction_hint(&self) -> String {
+        let (user, host) = self.account.rsplit_once('@').unwrap_or((&self.account, "%"));
+        format!(
+            "Look for it in information_schema.innodb_trx, and end it (kill trx_mysql_thread_id). \
+             A user without the PROCESS privilege cannot read that table: \
+             grant process on *.* to '{user}'@'{host}'"
+        )
+    }
+
     fn pools(&self) -> [&MySqlPool; 2] {
         [&self.pool, &self.handler_pool]
     }
@@ -394,6 +407,11 @@ impl Database {
         {
             acquired = pool.acquire().await;
         }
+        if matches!(acquired, Err(sqlx::Error::PoolTimedOut))
+            && let Err(cause) = Box::pin(self.try_to_connect(pool)).await
+        {
+            acquired = Err(cause);
+        }
         acquired.map_err(|error| {
             if is_authentication_error(&error) {
                 sqlx::Error::Io(std::io::Error::new(
@@ -408,15 +426,23 @@ impl Database {
             }
         })
     }
+
+    /// Connects once, to find out why the pool had no connection in time. The pool itself drops the
+    /// errors of its attempts.
+    async fn try_to_connect(&self, pool: &MySqlPool) -> Result<(), sqlx::Error> {
+        let options = pool.connect_options();
+        timeout_after(SHORT_TIMEOUT, async { options.connect().await?.close().await }).await
+    }
 }
 
-/// Rolls back a transaction that was left open in a connection. Returns `true`: the pool may keep
+/// Rolls back a transaction that was left open in a connection. Returns whether the pool may keep
 /// the connection.
 async fn roll_back_on_release(connection: &mut MySqlConnection) -> Result<bool, sqlx::Error> {
-    timeout_after(SHORT_TIMEOUT, async {
-        sqlx::raw_sql("rollback").execute(connection).await.map(|_| true)
-    })
-    .await
+    let rolled_back =
+        timeout_after(SHORT_TIMEOUT, async { sqlx::raw_sql("rollback").execute(connection).await });
+    // The connection is often lost here, for instance after a failover. The caller has already had
+    // the error, and the pool would log it once more.
+    Ok(rolled_back.await.is_ok())
 }
 
 async fn timeout_after<T>(
@@ -478,7 +504,7 @@ async fn probe_server(
     options: &MySqlConnectOptions,
     at: &str,
     sql_mode: SqlMode,
-) -> Result<(Flavor, SessionSettings), DatabaseError> {
+) -> Result<(Flavor, Arc<str>, SessionSettings), DatabaseError> {
     let mut connection = options.connect().await?;
     for set in settings::DISABLE_TIME_LIMITS {
         match sqlx::raw_sql(set).execute(&mut connection).await {
@@ -486,7 +512,7 @@ async fn probe_server(
             _ => {}
         }
     }
-    let (version, increment, packet): (String, u64, u64) =
+    let (version, account, increment, packet): (String, String, u64, u64) =
         sqlx::query_as(SERVER_VARIABLES).fetch_one(&mut connection).await?;
     check_increment(at, increment)?;
     check_packet(at, packet)?;
@@ -494,7 +520,7 @@ async fn probe_server(
     let settings =
         SessionSettings::probe(&mut connection, flavor, sql_mode, options.get_collation()).await?;
     connection.close().await?;
-    Ok((flavor, settings))
+    Ok((flavor, account.into(), settings))
 }
 
 fn out_of_reach(at: &str, error: &sqlx::Error, credentials: &Credentials) -> DatabaseError {

@@ -42,13 +42,18 @@ struct BlockedSince {
 
 impl BlockedWatch {
     /// Records what blocks the mark now, or `None`.
-    pub(crate) fn record(&mut self, blocker: Option<Blocker>) {
-        self.record_with_age(blocker, Duration::ZERO);
+    pub(crate) fn record(&mut self, store: &EventStore, blocker: Option<Blocker>) {
+        self.record_with_age(blocker, Duration::ZERO, || store.open_transaction_hint());
     }
 
     /// Records what blocks the mark now, or `None`. According to the log, it has been blocked for
-    /// `age` already.
-    fn record_with_age(&mut self, blocker: Option<Blocker>, age: Duration) {
+    /// `age` already. `hint` says how to find an open transaction.
+    fn record_with_age(
+        &mut self,
+        blocker: Option<Blocker>,
+        age: Duration,
+        hint: impl Fn() -> String,
+    ) {
         let Some(blocker) = blocker else {
             if self.current.take().is_some_and(|before| before.is_logged) {
                 info!("the high-water mark rises again");
@@ -84,8 +89,8 @@ impl BlockedWatch {
                     position = position.get(),
                     seconds = since.elapsed().as_secs(),
                     "a transaction that holds this position has neither committed nor rolled back: \
-                     nothing after it is published or replayed. Look for it in \
-                     information_schema.innodb_trx"
+                     nothing after it is published or replayed. {}",
+                    hint()
                 );
             }
             Blocker::InFlight(_) => {}
@@ -180,7 +185,7 @@ impl StallWatch {
     ) -> Result<(), sqlx::Error> {
         let should_store = {
             let mut watch = self.lock();
-            watch.record(high_water);
+            watch.record(high_water, || store.open_transaction_hint());
             let current = watch.blocked_watch.current.as_ref();
             current.is_some_and(|now| !now.is_stored && now.since.elapsed() >= STORE_AFTER)
         };
@@ -207,14 +212,14 @@ impl StallWatch {
 }
 
 impl StallState {
-    fn record(&mut self, high_water: &HighWater) {
+    fn record(&mut self, high_water: &HighWater, hint: impl Fn() -> String) {
         let now = Instant::now();
         let HighWater { mark, blocked: blocker, blocked_for, fault } = high_water;
         let is_unchanged = self.mark == *mark
             && self.blocked_watch.current.as_ref().map(|blocked| &blocked.cause)
                 == blocker.as_ref();
         self.mark = *mark;
-        self.blocked_watch.record_with_age(blocker.clone(), *blocked_for);
+        self.blocked_watch.record_with_age(blocker.clone(), *blocked_for, hint);
         self.pause = blocker.as_ref().map(|_| {
             let length = self
                 .pause
@@ -264,21 +269,21 @@ mod tests {
         let mut watch = StallState::default();
         let pauses = |watch: &mut StallState, blocker, count| -> Vec<u128> {
             let pause = |watch: &mut StallState| {
-                watch.record(&attempt(blocker - 1, Some(blocker), 0));
+                watch.record(&attempt(blocker - 1, Some(blocker), 0), String::new);
                 watch.pause.expect("it is blocked").length.as_millis()
             };
             (0..count).map(|_| pause(watch)).collect()
         };
         assert_eq!(pauses(&mut watch, 10, 7), [50, 100, 200, 400, 800, 1000, 1000]);
         assert_eq!(pauses(&mut watch, 20, 2), [50, 100]);
-        watch.record(&attempt(30, None, 0));
+        watch.record(&attempt(30, None, 0), String::new);
         assert!(watch.pause.is_none() && watch.blocked_watch.current.is_none());
     }
 
     #[test]
     fn the_blocked_since_stored_in_the_log_counts_and_is_not_rewritten() {
         let mut watch = StallState::default();
-        watch.record(&attempt(9, Some(10), 60));
+        watch.record(&attempt(9, Some(10), 60), String::new);
         let blocked = watch.blocked_watch.current.as_ref().expect("it is blocked");
         assert!(
             blocked.since.elapsed() >= Duration::from_secs(60)

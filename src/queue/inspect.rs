@@ -29,6 +29,8 @@ pub(crate) enum Permission {
     Granted,
     /// SQS denied access. The text is its message.
     Denied(String),
+    /// The queue's KMS key cannot be used. The text says what to allow.
+    KeyUnusable(String),
     /// The call failed for a reason that says nothing about the permission.
     Unknown(String),
 }
@@ -188,6 +190,7 @@ where
     match answer {
         // SQS may accept the deletion of an unknown receipt.
         Ok(_) => Permission::Granted,
+        Err(error) if sqs::is_about_kms(&error) => Permission::KeyUnusable(explain(&error)),
         Err(error) if sqs::is_denied(&error) => {
             Permission::Denied(error.message().unwrap_or("access denied").to_owned())
         }

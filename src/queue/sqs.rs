@@ -219,6 +219,12 @@ fn check_batch(doing: &str, failed: &[BatchResultErrorEntry]) -> Result<(), Queu
     }
 }
 
+/// Whether the error is about the KMS key that encrypts the queue.
+pub(super) fn is_about_kms<E: ProvideErrorMetadata>(error: &SdkError<E>) -> bool {
+    // The JSON protocol has `KmsAccessDenied`, the older one `KMS.AccessDeniedException`.
+    error.code().is_some_and(|code| code.to_ascii_lowercase().starts_with("kms"))
+}
+
 /// Whether AWS denied access.
 pub(super) fn is_denied<E: ProvideErrorMetadata>(error: &SdkError<E>) -> bool {
     error.code().is_some_and(|code| code.contains("AccessDenied"))
@@ -233,6 +239,20 @@ where
     if code.ends_with("QueueDoesNotExist") || code.ends_with("NonExistentQueue") {
         return "it does not exist; create it, or correct the queue URL (and the region)".into();
     }
+    if is_about_kms(error) {
+        let message = error.message().unwrap_or(code);
+        return if is_denied(error) {
+            format!(
+                "{message}; allow kms:GenerateDataKey and kms:Decrypt (sending) and kms:Decrypt \
+                 (receiving) on the queue's KMS key, in the role and in the key's policy"
+            )
+        } else {
+            format!(
+                "{code}: {message}; check the queue's KMS key (KmsMasterKeyId): its state, \
+                     its policy and its limits"
+            )
+        };
+    }
     if is_denied(error) {
         return format!(
             "{}; allow sqs:GetQueueAttributes, SendMessage, ReceiveMessage, DeleteMessage and \
@@ -241,9 +261,16 @@ where
         );
     }
     match error {
-        SdkError::ServiceError(_) => {
-            format!("{code}: {}", error.message().unwrap_or("no reason given"))
-        }
+        // A proxy or a load balancer answered, and not SQS.
+        SdkError::ServiceError(_) if code.is_empty() => format!(
+            "the endpoint answered with HTTP status {}, and not as SQS does; check the endpoint \
+             (AWS_ENDPOINT_URL) and the proxy",
+            error.raw_response().map_or(0, |response| response.status().as_u16())
+        ),
+        SdkError::ServiceError(_) => match error.message() {
+            Some(message) => format!("{code}: {message}"),
+            None => code.to_owned(),
+        },
         SdkError::DispatchFailure(_) | SdkError::TimeoutError(_) => {
             format!(
                 "{}; check the endpoint (AWS_ENDPOINT_URL), the credentials and the network",

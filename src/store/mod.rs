@@ -68,6 +68,11 @@ impl Marks {
 }
 
 impl EventStore {
+    /// See [`Database::open_transaction_hint`].
+    pub(crate) fn open_transaction_hint(&self) -> String {
+        self.database.open_transaction_hint()
+    }
+
     /// Returns the event store of `database`.
     pub fn new(database: &Database) -> Self {
         EventStore { database: database.clone() }

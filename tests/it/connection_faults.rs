@@ -5,7 +5,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use projectionist::{Database, Limits, Queue, boot, play};
+use projectionist::sqlx::mysql::MySqlConnectOptions;
+use projectionist::{Database, Ledger, Limits, Queue, boot, play};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinSet;
 
 use crate::support::{
     Proxy, ProxyAction, RunningProcess, TIMEOUT, Tally, World, contains_text, eventually, kill,
@@ -220,4 +223,34 @@ async fn a_relay_killed_between_sending_and_recording_loses_nothing() {
         assert_eq!(world.play_until_idle(&registry).await.messages, 3 + sent_again);
         world.assert_complete(&tally).await;
     }
+}
+
+#[tokio::test]
+async fn a_server_that_is_gone_is_named_as_the_cause() {
+    let world = World::new().await;
+    let options: MySqlConnectOptions = world.database_url.parse().expect("a URL");
+    let server = format!("{}:{}", options.get_host(), options.get_port());
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
+    let here = listener.local_addr().expect("it is bound").to_string();
+    let url = world.database_url.replace(&server, &here);
+    let forwarding = tokio::spawn(async move {
+        let mut connections = JoinSet::new();
+        while let Ok((mut client, _)) = listener.accept().await {
+            let mut server = TcpStream::connect(&server).await.expect("the server answers");
+            connections.spawn(async move {
+                let _ = tokio::io::copy_bidirectional(&mut client, &mut server).await;
+            });
+        }
+    });
+    let database = Database::connect(&url, 4, Duration::from_secs(1)).await.expect("it answers");
+    let ledger = Ledger::new(&database);
+    ledger.entries().await.expect("the server answers");
+
+    forwarding.abort();
+    let _ = forwarding.await;
+
+    // The first error is that of the open connection.
+    ledger.entries().await.expect_err("the connection is lost");
+    let error = ledger.entries().await.expect_err("the server is gone").to_string();
+    assert!(error.contains("Connection refused"), "{error}");
 }

@@ -381,6 +381,48 @@ async fn each_missing_sqs_permission_is_named() {
     );
 }
 
+/// What SQS answers if the caller may not use the queue's key.
+const KEY_DENIED: &str = r#"{"__type":"com.amazonaws.sqs#KmsAccessDenied","message":"User: arn:aws:iam::1:role/task is not authorized to perform: kms:GenerateDataKey on resource: arn:aws:kms:us-east-1:1:key/2"}"#;
+
+#[tokio::test]
+async fn a_kms_key_that_may_not_be_used_is_named_with_the_permission() {
+    let world = World::new().await;
+    let _writable = keep_writable(&world).await;
+    world.append(1).await;
+    let stub = SqsStub::new().await;
+    stub.set_response("SendMessageBatch", 400, KEY_DENIED);
+    let report = doctor_at(&world, &stub).await.exits(2);
+    let (level, text) = &lines(&report)["sqs:SendMessage"];
+    assert_eq!(level, "error");
+    for part in ["key/2", "allow kms:GenerateDataKey and kms:Decrypt"] {
+        assert!(text.contains(part), "{text}");
+    }
+
+    stub.set_response("SendMessage", 400, KEY_DENIED);
+    let mut relay = world.command(&["relay", "--once"]);
+    relay
+        .env("AWS_ENDPOINT_URL", stub.endpoint())
+        .env("QUEUE_URL", format!("{}/000000000000/q.fifo", stub.endpoint()));
+    let relayed = RunningProcess::spawn(relay).finish().await.exits(3);
+    for part in ["key/2", "allow kms:GenerateDataKey and kms:Decrypt"] {
+        assert!(relayed.stderr.contains(part), "{}", relayed.stderr);
+    }
+}
+
+#[tokio::test]
+async fn an_endpoint_that_is_not_sqs_is_reported_with_its_status() {
+    let world = World::new().await;
+    let stub = SqsStub::new().await;
+    stub.set_response("GetQueueAttributes", 503, "<html>Service Unavailable</html>");
+    let mut relay = world.command(&["relay", "--once"]);
+    relay
+        .env("AWS_ENDPOINT_URL", stub.endpoint())
+        .env("QUEUE_URL", format!("{}/000000000000/q.fifo", stub.endpoint()))
+        .env("AWS_MAX_ATTEMPTS", "1");
+    let relayed = RunningProcess::spawn(relay).finish().await.exits(3);
+    assert!(relayed.stderr.contains("HTTP status 503"), "{}", relayed.stderr);
+}
+
 /// The actions on the queue that `doctor` checks for a command.
 pub async fn checked_actions(world: &World, command: &str) -> BTreeSet<String> {
     let report = world.run(&["doctor", "--json", &format!("--for={command}")]).await;

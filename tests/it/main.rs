@@ -33,6 +33,7 @@ mod hostile_handlers;
 mod infra;
 mod lambda;
 mod layers;
+mod migrations;
 mod parameter_types;
 mod prepared_statements;
 mod queue;

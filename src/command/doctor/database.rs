@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use super::{Check, Level};
+use crate::database::migrate::explain_foreign_tables;
 use crate::database::multi_row::MAX_BYTES;
 use crate::database::{
     COMMAND_PRIVILEGES, Database, MigrationState, PrivilegeCheck, ServerReport, SqlMode, TABLES,
@@ -36,7 +37,14 @@ pub(super) async fn examine(
         )),
         Err(error) => checks.push(Check::failed("database settings", &error.into())),
     }
+    let foreign = database.foreign_tables().await.unwrap_or_default();
     checks.push(match database.migration_state().await {
+        Ok(MigrationState::Behind) if !foreign.is_empty() => Check {
+            name: "tables".into(),
+            level: Level::Error,
+            detail: explain_foreign_tables(&foreign),
+            remedy: None,
+        },
         Ok(MigrationState::UpToDate) => Check::ok("tables", "up to date"),
         Ok(MigrationState::Unknown) => {
             Check::ok("tables", "present; this user has no privilege to see their version")

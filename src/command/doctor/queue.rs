@@ -73,6 +73,9 @@ pub(super) async fn examine(
                 error,
                 format!("allow sqs:{action} on the queue, in the role and in its policy"),
             ),
+            Permission::KeyUnusable(error) => {
+                Check { name: check, level: Level::Error, detail: error, remedy: None }
+            }
             Permission::Unknown(error) => Check::problem(
                 Level::Note,
                 &check,
@@ -209,7 +212,13 @@ fn check_attributes(
     }
     let kms_key = attributes.get("KmsMasterKeyId");
     checks.push(if is_true("SqsManagedSseEnabled") || kms_key.is_some() {
-        Check::ok("encryption", kms_key.map_or("with SQS's own key", String::as_str))
+        let detail = kms_key.map_or("with SQS's own key".to_owned(), |key| {
+            format!(
+                "with the KMS key {key}: sending needs kms:GenerateDataKey and kms:Decrypt on it, \
+                 receiving needs kms:Decrypt"
+            )
+        });
+        Check::ok("encryption", detail)
     } else {
         Check::problem(
             Level::Warning,

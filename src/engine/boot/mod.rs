@@ -316,7 +316,7 @@ impl<'a> Boot<'a> {
     async fn raise_high_water(&mut self) -> Result<HighWater, sqlx::Error> {
         let raise = || self.engine.store.raise_high_water();
         let high_water = self.engine.retry_transient("raise the high-water mark", raise).await?;
-        self.blocked_watch.record(high_water.blocked.clone());
+        self.blocked_watch.record(&self.engine.store, high_water.blocked.clone());
         Ok(high_water)
     }
 }

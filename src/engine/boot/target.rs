@@ -87,7 +87,8 @@ impl Boot<'_> {
         progress: &mut impl FnMut(&BootProgress),
     ) -> bool {
         let (mark, now) = (high_water.mark, Instant::now());
-        let reason = wait_reason(high_water, self.target);
+        let hint = self.engine.store.open_transaction_hint();
+        let reason = wait_reason(high_water, self.target, &hint);
         let waiting = match self.mark_wait.take() {
             Some(waiting) if waiting.mark == mark => waiting,
             Some(waiting) => MarkWait { mark, since: now, ..waiting },
@@ -134,11 +135,15 @@ impl Boot<'_> {
 }
 
 /// Explains why the mark has not reached the target and what to do.
-fn wait_reason(HighWater { mark, blocked, .. }: &HighWater, target: Position) -> String {
+fn wait_reason(
+    HighWater { mark, blocked, .. }: &HighWater,
+    target: Position,
+    hint: &str,
+) -> String {
     let cause = match blocked {
         Some(Blocker::InFlight(position)) => format!(
             "a transaction that holds position {position} has neither committed nor rolled back. \
-             Look for it in information_schema.innodb_trx, and end it"
+             {hint}"
         ),
         Some(Blocker::WideGap(gap)) => {
             let (first, last) = (gap.start(), gap.end());

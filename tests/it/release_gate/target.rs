@@ -36,6 +36,7 @@ async fn boot_does_not_release_while_an_open_transaction_blocks_the_mark() {
         "blocked at 5",
         "holds position 6",
         "innodb_trx",
+        "grant process on *.* to 'root'@'",
     ]);
     let booted = failed.json();
     assert_eq!((&booted["released"], &booted["target"]), (&json!(false), &json!(8)));
