@@ -417,6 +417,8 @@ fn with_defaults(options: MySqlConnectOptions, has_cache_capacity: bool) -> MySq
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -518,6 +520,22 @@ mod tests {
                 options.get_database(),
             );
             assert_eq!(at, ("app", "db.example.com", 3306, Some("shop")), "{password}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_url_panics_and_no_error_shows_a_password(noise in any::<String>(), rest in "[ -~]*") {
+            for url in [
+                format!("mysql://app:hunter2{noise}@{rest}"),
+                format!("mysql://app:{noise}hunter2@db.example.com:3306/shop{rest}"),
+                format!("mysql://{rest}{noise}"),
+            ] {
+                url_has_user_and_password(&url);
+                if let Err(error) = parse_url(&url) {
+                    prop_assert!(!error.to_string().contains("hunter2"), "{url}: {error}");
+                }
+            }
         }
     }
 
