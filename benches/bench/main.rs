@@ -10,6 +10,7 @@ mod boot;
 mod cores;
 mod endpoint;
 mod fence;
+mod flat;
 mod growth;
 mod hand_written;
 mod idle;
@@ -58,8 +59,8 @@ struct Options {
     #[arg(
         long,
         value_delimiter = ',',
-        default_values_t = 1..=13,
-        value_parser = clap::value_parser!(u32).range(1..=13)
+        default_values_t = 1..=14,
+        value_parser = clap::value_parser!(u32).range(1..=14)
     )]
     rows: Vec<u32>,
     /// The lengths of the log in row 9, ascending
@@ -218,7 +219,8 @@ async fn run(bench: &Bench, sheet: &mut Sheet) -> anyhow::Result<()> {
             10 => mark::high_water(bench, sheet).await,
             11 => cores::computing(bench, sheet).await,
             12 => many::one_type_each(bench, sheet).await,
-            _ => idle::worker(bench, sheet).await,
+            13 => idle::worker(bench, sheet).await,
+            _ => flat::flat(bench, sheet).await,
         };
         measured.with_context(|| format!("row {row}"))?;
     }

@@ -51,6 +51,12 @@ pub(super) struct Tables {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct TableIndex(usize);
 
+impl TableIndex {
+    pub(super) fn get(self) -> usize {
+        self.0
+    }
+}
+
 impl Tables {
     /// The index of the insert's table. Names are compared without their case. If the server
     /// distinguishes two such names, their inserts only wait for each other needlessly.
@@ -63,6 +69,15 @@ impl Tables {
         });
         self.ignores[table] |= insert.ignores;
         TableIndex(table)
+    }
+
+    /// All tables, to be checked.
+    pub(super) fn targets(&self) -> Vec<InsertTarget<'_>> {
+        self.names
+            .iter()
+            .zip(&self.ignores)
+            .map(|(name, ignores)| InsertTarget { name, ignores: *ignores })
+            .collect()
     }
 
     fn refused_flags(&self) -> Vec<bool> {

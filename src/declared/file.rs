@@ -2,20 +2,22 @@
 
 use std::ops::Range;
 
-use ring::digest::{Context, SHA256};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::command::{COMMAND_KEYS, DEFINING_KEYS, DeclaredCommand};
+use super::command::{COMMAND_KEYS, DeclaredCommand};
+use super::event_types::{check_event_type, escape_advice};
 use super::handler::Handlers;
 use super::projector::{DeclaredProjector, SetupStatement};
+use super::revision::revision;
+use super::row_by_row::FILE_REASON;
 use super::{Problem, StatementError, statement};
-use crate::model::event::NewEvent;
 use crate::model::projector::{EventTypes, Mode, ProjectorId};
 use crate::model::spelling::nearest;
 
-const KEYS: [&str; 7] = ["name", "version", "mode", "side_effects", "setup", "teardown", "on"];
-const ON_KEYS: [&str; 2] = ["events", "sql"];
+pub(super) const KEYS: [&str; 7] =
+    ["name", "version", "mode", "side_effects", "setup", "teardown", "on"];
+pub(super) const ON_KEYS: [&str; 3] = ["events", "sql", "batch"];
 const MODES: [&str; 3] =
     [Mode::FromBeginning.as_str(), Mode::FromNow.as_str(), Mode::Once.as_str()];
 
@@ -42,7 +44,10 @@ pub(super) fn parse(file: &str, text: &str) -> Result<Declaration, Vec<Problem>>
         Ok(table) => parser.read_declaration(table.get_ref()),
         Err(error) => {
             let at = error.span().map_or(text.len(), |span| span.start);
-            parser.report(at, format!("this is not TOML: {}", error.message().replace('\n', ", ")));
+            let message = error.message().replace('\n', ", ");
+            let advice =
+                escape_advice(&message).map(|advice| format!(". {advice}")).unwrap_or_default();
+            parser.report(at, format!("this is not TOML: {message}{advice}"));
             None
         }
     };
@@ -281,6 +286,9 @@ impl Parser<'_> {
         for table in tables.iter() {
             self.read_handler(table, &mut handlers);
         }
+        if handlers.tables().is_none() && handlers.iter().any(|handler| handler.must_batch) {
+            self.report(on.span().start, format!("`batch = true` cannot be met: {FILE_REASON}"));
+        }
         handlers
     }
 
@@ -303,11 +311,19 @@ impl Parser<'_> {
         else {
             return;
         };
+        let batch = table.get("batch").and_then(|entry| self.read_boolean(entry, "batch"));
         let Some(text) = self.read_string(sql, "sql") else { return };
         match statement::compile_handler(text) {
             Ok(compiled) => {
                 let origin = self.origin(&entry.span());
-                handlers.add(events.unwrap_or(EventTypes::All), compiled, origin);
+                let events = events.unwrap_or(EventTypes::All);
+                if let Err(reason) = handlers.add(events, compiled, origin, batch) {
+                    let reason = format!(
+                        "`batch = true` cannot be met: {reason}. docs/projector-files.md lists the \
+                         rules for many rows in one statement"
+                    );
+                    self.report(at, reason);
+                }
             }
             Err(error) => self.report_statement_error(sql, text, error),
         }
@@ -348,74 +364,6 @@ impl Parser<'_> {
             written.map_or(span.start, |begin| span.start + begin + error.at),
             error.reason,
         );
-    }
-}
-
-/// Refuses a type that no event can have, because the handler would never run.
-fn check_event_type(event_type: &str, is_alone: bool) -> Result<(), String> {
-    let characters = event_type.chars().count();
-    if event_type == "*" && !is_alone {
-        Err("\"*\" means every event: write it alone, or leave it out".into())
-    } else if event_type.starts_with('$') {
-        Err(format!(
-            "no event has the type {event_type:?}: types that begin with `$` are the log's own, \
-             and no projector receives them"
-        ))
-    } else if characters == 0 || characters > NewEvent::MAX_NAME || event_type.ends_with(' ') {
-        Err(format!(
-            "no event has the type {event_type:?}: a type has 1 to {} characters and does not \
-             end with a space",
-            NewEvent::MAX_NAME
-        ))
-    } else {
-        Ok(())
-    }
-}
-
-/// The SHA-256 of a file's content, except name and version. Comments, blanks and the order of keys
-/// do not count.
-fn revision(table: &DeTable<'_>) -> String {
-    let mut context = Context::new(&SHA256);
-    let keys = KEYS.iter().chain(&COMMAND_KEYS[..DEFINING_KEYS]);
-    for key in keys.filter(|key| **key != "name" && **key != "version") {
-        // A key with its default value counts as a missing key.
-        let is_default = |value: &DeValue<'_>| match value {
-            DeValue::Boolean(value) => !value,
-            DeValue::Array(entries) => entries.is_empty(),
-            _ => false,
-        };
-        if let Some(value) =
-            table.get(*key).map(Spanned::get_ref).filter(|value| !is_default(value))
-        {
-            hash(key, &mut context);
-            hash_value(value, &mut context);
-        }
-    }
-    context.finish().as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// Adds a part to the hash. Its length precedes it, so that two different definitions cannot have
-/// the same input.
-fn hash(part: &str, context: &mut Context) {
-    context.update(&(part.len() as u64).to_be_bytes());
-    context.update(part.as_bytes());
-}
-
-fn hash_value(value: &DeValue<'_>, context: &mut Context) {
-    hash(value.type_str(), context);
-    match value {
-        DeValue::Array(entries) => {
-            context.update(&(entries.len() as u64).to_be_bytes());
-            entries.iter().for_each(|entry| hash_value(entry.get_ref(), context));
-        }
-        DeValue::Table(table) => {
-            for key in ON_KEYS {
-                hash(key, context);
-                table.get(key).into_iter().for_each(|value| hash_value(value.get_ref(), context));
-            }
-        }
-        DeValue::String(text) => hash(text.replace("\r\n", "\n").trim(), context),
-        other => hash(&format!("{other:?}"), context),
     }
 }
 
@@ -609,6 +557,9 @@ sql = "update totals set events = events + 1"
             ),
             ("\"Received\", \"Sent\"", "\"Sent\",\n\"*\"", 11, "write it alone"),
             ("\"Received\"", "\"$filler\"", 10, "the log's own"),
+            ("\"Received\"", "\"Order*\"", 10, "there are no wildcards"),
+            ("\"Received\"", "\"App\\billing\"", 10, "single quotes, like 'App\\Billing"),
+            ("\"Received\"", "\"App\\Order\"", 10, "single quotes, like 'App\\Billing"),
             ("\"Received\"", "\"\"", 10, "1 to 200 characters"),
             ("\"Received\"", "\"Received \"", 10, "does not end with a space"),
             (
@@ -643,6 +594,8 @@ sql = "update totals set events = events + 1"
             ),
             // An escape: the text does not occur in the file, so the line is that of the string.
             ("values(case_id)", ":case_id + '\\t'", 11, "unknown parameter `:case_id`"),
+            ("events = [\"*\"]", "events = [\"*\"]\nbatch = 1", 16, "must be true or false"),
+            ("events = [\"*\"]", "events = [\"*\"]\nbatch = true", 14, "it is not an insert"),
             ("version = 1", "version = ", 3, "this is not TOML: "),
             ("version = 1", "version = 1\nversion = 2", 4, "this is not TOML: duplicate key"),
             ("name = \"case_status\"", "name = \"case_status", 2, "this is not TOML: "),

@@ -41,16 +41,30 @@ impl Handlers {
         }
     }
 
-    /// Adds a handler after the others.
-    pub(super) fn add(&mut self, events: EventTypes, statement: CompiledStatement, origin: String) {
+    /// Adds a handler after the others. `batch` is the key of that name.
+    ///
+    /// # Errors
+    /// With `batch = true`, the reason why the statement cannot be sent for many events at once.
+    pub(super) fn add(
+        &mut self,
+        events: EventTypes,
+        statement: CompiledStatement,
+        origin: String,
+        batch: Option<bool>,
+    ) -> Result<(), &'static str> {
         let event_types = match events {
             EventTypes::All => None,
             EventTypes::Only(types) => Some(types.into_iter().collect()),
         };
-        let insert = insert::parse(&statement.sql).ok().map(|insert| {
-            let table = self.tables.add(&insert);
-            (insert, table)
-        });
+        let must_batch = batch == Some(true);
+        let insert = match insert::parse(&statement.sql) {
+            Err(reason) if must_batch => return Err(reason),
+            Ok(insert) if batch != Some(false) => {
+                let table = self.tables.add(&insert);
+                Some((insert, table))
+            }
+            _ => None,
+        };
         self.session_effects.add(session::analyze(&statement.sql));
         self.reset = self.session_effects.reset_statements();
         self.prevents_coalescing |= insert::reads_previous_result(&statement.sql)
@@ -59,7 +73,12 @@ impl Handlers {
         let template = Template::new(statement.sql);
         let parameters = statement.parameters.into_iter();
         let bindings = parameters.map(|parameter| self.paths.add(parameter)).collect();
-        self.all.push(Handler { event_types, template, bindings, insert, origin });
+        self.all.push(Handler { event_types, template, bindings, insert, must_batch, origin });
+        Ok(())
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Handler> {
+        self.all.iter()
     }
 
     /// The handlers that match an event.
@@ -122,6 +141,8 @@ pub(super) struct Handler {
     pub(super) bindings: Vec<Binding>,
     /// The statement as an insert that may be coalesced, as far as its text shows.
     insert: Option<(Insert, TableIndex)>,
+    /// Whether the file demands that the insert is sent for many events at once.
+    pub(super) must_batch: bool,
     /// `FILE:LINE`, for errors.
     pub(super) origin: String,
 }
@@ -198,11 +219,14 @@ mod tests {
                       (:stream_id, :stream_version, :recorded_at, :payload.amount, \
                       :payload.org.group, :metadata.user?)";
         let mut handlers = Handlers::new();
-        handlers.add(
-            EventTypes::All,
-            statement::compile_handler(insert).expect("it compiles"),
-            "a.toml:1".into(),
-        );
+        handlers
+            .add(
+                EventTypes::All,
+                statement::compile_handler(insert).expect("it compiles"),
+                "a.toml:1".into(),
+                None,
+            )
+            .expect("no batch is demanded");
         let events = hot_path::events();
         let text = hot_path::count(|| {
             let mut text = String::new();
@@ -223,15 +247,18 @@ mod tests {
     fn each_statement_gets_its_event_types_and_the_projector_their_union() {
         let statement = || statement::compile_handler("select 1").expect("it compiles");
         let mut handlers = Handlers::new();
-        handlers.add(EventTypes::only(["Received", "Sent"]), statement(), "a.toml:1".into());
-        handlers.add(EventTypes::only(["Sent"]), statement(), "a.toml:4".into());
+        let add = |handlers: &mut Handlers, events| {
+            handlers.add(events, statement(), "a.toml:1".into(), None).expect("no batch")
+        };
+        add(&mut handlers, EventTypes::only(["Received", "Sent"]));
+        add(&mut handlers, EventTypes::only(["Sent"]));
         let EventTypes::Only(mut types) = handlers.event_types() else {
             panic!("no handler has `*`")
         };
         types.sort();
         assert_eq!(types, ["Received", "Sent"]);
 
-        handlers.add(EventTypes::All, statement(), "a.toml:7".into());
+        add(&mut handlers, EventTypes::All);
         assert_eq!(handlers.event_types(), EventTypes::All);
         let event = Event::from(RecordedEvent {
             position: Position::new(7),
@@ -257,7 +284,7 @@ mod tests {
             EventTypes::only(["B"]),
             EventTypes::only(["C"]),
         ] {
-            handlers.add(events, statement(), "a.toml:1".into());
+            handlers.add(events, statement(), "a.toml:1".into(), None).expect("no batch");
         }
         assert_eq!(handlers.max_statements_per_event(), 3);
     }

@@ -4,6 +4,7 @@ mod argument;
 mod cast;
 mod coalesce;
 mod command;
+mod event_types;
 mod file;
 mod handler;
 mod insert;
@@ -13,6 +14,8 @@ mod literal;
 mod packet;
 mod parameter;
 mod projector;
+mod revision;
+mod row_by_row;
 mod session;
 mod statement;
 mod tables;
@@ -126,6 +129,9 @@ const MAX_PROBLEMS: usize = 20;
 /// - For `insert ignore`, the table has no check constraint. On MariaDB, a `json` column has one.
 /// - `sql_mode` is strict.
 /// - The file uses no `row_count()`, `last_insert_id()`, `call` or similar.
+/// - The `[[on]]` does not have `batch = false`.
+///
+/// With `batch = true` in the `[[on]]`, the file or its setup fails unless all of this is true.
 ///
 /// Rows are sent before any other statement runs, and before another `[[on]]` inserts into the same
 /// table. One case is not checked: a function or a trigger of yours that reads `row_count()` of the

@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use async_trait::async_trait;
 use sqlx::{AssertSqlSafe, MySqlConnection};
+use tracing::info;
 
-use super::coalesce;
 use super::handler::Handlers;
+use super::{coalesce, row_by_row};
 use crate::model::event::Event;
 use crate::model::projector::{EventTypes, Mode, Projector, ProjectorId, SessionUse};
 
@@ -69,11 +70,23 @@ impl Projector for DeclaredProjector {
     }
 
     async fn setup(&self, db: &mut MySqlConnection) -> anyhow::Result<()> {
-        run_statements(&self.setup, db).await
+        run_statements(&self.setup, db).await?;
+        for insert in row_by_row::find(&self.handlers, db).await? {
+            if insert.is_refused {
+                bail!("{}. The file has `batch = true` for it", insert.description);
+            }
+            info!(projector = %self.id, "rows are written one by one: {}", insert.description);
+        }
+        Ok(())
     }
 
     async fn teardown(&self, db: &mut MySqlConnection) -> anyhow::Result<()> {
         run_statements(&self.teardown, db).await
+    }
+
+    async fn row_by_row(&self, db: &mut MySqlConnection) -> anyhow::Result<Vec<String>> {
+        let found = row_by_row::find(&self.handlers, db).await?;
+        Ok(found.into_iter().map(|insert| insert.description).collect())
     }
 
     async fn handle(&self, event: &Event, db: &mut MySqlConnection) -> anyhow::Result<()> {

@@ -521,6 +521,15 @@ pub(crate) async fn set_up(
         .unwrap_or_else(|panic| Err(panic_error("setup", panic.as_ref())))
 }
 
+/// The inserts of a projector file that are sent row by row, each with the reason.
+pub(crate) async fn find_row_by_row(
+    database: &Database,
+    projector: &RegisteredProjector,
+) -> anyhow::Result<Vec<String>> {
+    let find = async |db: &mut MySqlConnection| projector.projector.row_by_row(db).await;
+    database.run_in_setup_session(find).await?
+}
+
 /// Runs a projector's teardown, also outside any transaction.
 pub(crate) async fn tear_down(
     database: &Database,

@@ -120,6 +120,12 @@ pub trait Projector: Send + Sync + 'static {
         Ok(())
     }
 
+    /// The inserts of a projector file that are sent row by row, each with the reason.
+    #[doc(hidden)]
+    async fn row_by_row(&self, _db: &mut MySqlConnection) -> anyhow::Result<Vec<String>> {
+        Ok(Vec::new())
+    }
+
     /// Removes what setup created. `retire` runs it. It must be harmless to repeat.
     async fn teardown(&self, _db: &mut MySqlConnection) -> anyhow::Result<()> {
         Ok(())

@@ -2,6 +2,7 @@
 
 mod acceptance;
 mod append;
+mod event_types;
 mod fill;
 mod fingerprint;
 pub(crate) mod high_water;

@@ -309,6 +309,33 @@ async fn a_table_with_a_trigger_is_written_row_by_row() {
 }
 
 #[tokio::test]
+async fn an_insert_that_must_be_batched_stops_boot_with_file_line_and_reason() {
+    let world = World::new().await;
+    world.execute("create table a (k varchar(40) primary key, n int)").await;
+    world.execute("create trigger a_trigger before insert on a for each row set new.n = 1").await;
+    world.append(3).await;
+    let text = |batch: &str| {
+        format!(
+            "name = 'a'\nversion = 1\nmode = 'from_beginning'\n[[on]]\nevents = ['*']\n{batch}\n\
+             sql = 'insert into a values (:position, 0)'\n"
+        )
+    };
+    let folder = Folder::new().with("a.toml", &text("batch = true"));
+    let ran = world.run(&["boot", "--projectors", folder.path()]).await.exits(1);
+    assert!(
+        ran.stderr.contains("a.toml:4: table a: it has a trigger. The file has `batch = true`"),
+        "{}",
+        ran.stderr
+    );
+    // Without the key, the reason is a log line of boot and a note of doctor.
+    let folder = Folder::new().with("a.toml", &text(""));
+    let ran = world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
+    assert!(ran.stderr.contains("a.toml:4: table a: it has a trigger"), "{}", ran.stderr);
+    let doctor = world.run(&["doctor", "--projectors", folder.path()]).await;
+    assert!(doctor.stdout.contains("a.toml:4: table a: it has a trigger"), "{}", doctor.stdout);
+}
+
+#[tokio::test]
 async fn a_table_with_a_foreign_key_is_written_row_by_row() {
     let child = "create table <b> (k varchar(40) primary key, foreign key (k) references <a> (k))";
     let handlers = [

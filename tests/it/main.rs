@@ -34,6 +34,7 @@ mod infra;
 mod lambda;
 mod layers;
 mod migrations;
+mod missing_event_types;
 mod parameter_types;
 mod prepared_statements;
 mod queue;

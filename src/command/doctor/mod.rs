@@ -16,6 +16,7 @@ use super::{print, print_json};
 use crate::command::config::Config;
 use crate::command::output::{terminal_width, wrap};
 use crate::database::{COMMAND_PRIVILEGES, Database};
+use crate::engine::apply;
 use crate::engine::error::Error;
 use crate::ledger::Ledger;
 use crate::model::backoff::Transient;
@@ -135,6 +136,7 @@ async fn examine_projectors(
     };
     // If the ledger cannot be read, an earlier check has reported it.
     let Ok(entries) = Ledger::new(database).entries().await else { return };
+    let sample = EventStore::new(database).sample_types().await.ok();
     for projector in registry.iter() {
         let check = format!("projector {}", projector.id);
         let entry = entries.iter().find(|entry| entry.id == projector.id);
@@ -171,6 +173,31 @@ async fn examine_projectors(
                 "run boot",
             ),
         });
+        // Before its first boot, a projector's tables may be missing.
+        let row_by_row = match entry {
+            Some(_) => apply::find_row_by_row(database, projector).await.unwrap_or_default(),
+            None => Vec::new(),
+        };
+        for description in row_by_row {
+            checks.push(Check::problem(
+                Level::Note,
+                &check,
+                format!("rows are written one by one, which makes boot slower: {description}"),
+                "see `batch` in docs/projector-files.md",
+            ));
+        }
+        let missing = projector
+            .event_types()
+            .zip(sample.as_ref())
+            .and_then(|(types, sample)| sample.describe_missing(types.iter()));
+        if let Some(missing) = missing {
+            checks.push(Check::problem(
+                Level::Warning,
+                &check,
+                missing,
+                "correct the names, unless their first event is yet to come",
+            ));
+        }
     }
 }
 

@@ -142,6 +142,7 @@ impl<'a> Boot<'a> {
         let is_whole = self.read_target().await?;
         let before = self.entries().await?;
         check_modes(&self.selected, &before)?;
+        self.warn_of_missing_types().await;
         if is_whole && self.wait_until_registrable(&before, &mut progress).await? {
             let mut cursors = self.admit(&before).await?;
             self.replay(&mut cursors, &mut progress).await?;
@@ -165,6 +166,20 @@ impl<'a> Boot<'a> {
         }
         log_boot_result(&report, engine.release.as_deref(), began);
         Ok(report)
+    }
+
+    /// Warns of event types that a projector names and that do not occur in the log. They may be
+    /// misspelt, or their first event is yet to come.
+    async fn warn_of_missing_types(&self) {
+        // The warning is not worth a failed boot.
+        let Ok(sample) = self.engine.store.sample_types().await else { return };
+        for projector in &self.selected {
+            let missing =
+                projector.event_types().and_then(|types| sample.describe_missing(types.iter()));
+            if let Some(missing) = missing {
+                warn!(projector = %projector.id, "{missing}");
+            }
+        }
     }
 
     /// Records the definitions of the live and finished projectors, which this boot did not replay.
