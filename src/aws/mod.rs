@@ -8,11 +8,11 @@ mod token;
 use std::time::Duration;
 
 use aws_config::timeout::TimeoutConfig;
-use aws_config::{BehaviorVersion, SdkConfig};
+use aws_config::{BehaviorVersion, Region, SdkConfig};
 use aws_smithy_http_client::tls;
 
 use crate::model::backoff::Transient;
-pub(crate) use secret::Secret;
+pub(crate) use secret::{Secret, arn_region};
 pub(crate) use token::AuthTokenGenerator;
 
 /// ring on every side (AWS, alerts, MySQL), so that one TLS provider is built.
@@ -41,16 +41,22 @@ impl Transient for AwsError {
     }
 }
 
-/// Loads credentials, region, endpoint, profile and retries from the usual AWS settings.
+/// Loads credentials, region, endpoint, profile and retries from the usual AWS settings. `region`
+/// is used instead of the configured region.
 ///
 /// # Errors
-/// [`AwsError::Settings`] if no region is configured or a setting is invalid.
-pub(crate) async fn load_config() -> Result<SdkConfig, AwsError> {
+/// [`AwsError::Settings`] if there is neither `region` nor a configured one, or if a setting is
+/// invalid.
+pub(crate) async fn load_config(region: Option<&str>) -> Result<SdkConfig, AwsError> {
     let http = aws_smithy_http_client::Builder::new().tls_provider(TLS).build_https();
-    let load = aws_config::defaults(BehaviorVersion::latest())
-        .http_client(http)
-        .timeout_config(TimeoutConfig::builder().operation_attempt_timeout(ATTEMPT_TIMEOUT).build())
-        .load();
+    let mut loader =
+        aws_config::defaults(BehaviorVersion::latest()).http_client(http).timeout_config(
+            TimeoutConfig::builder().operation_attempt_timeout(ATTEMPT_TIMEOUT).build(),
+        );
+    if let Some(region) = region {
+        loader = loader.region(Region::new(region.to_owned()));
+    }
+    let load = loader.load();
     // The SDK panics at an invalid setting. The task turns the panic into an error.
     let config = tokio::spawn(load).await.map_err(|_| {
         AwsError::Settings(

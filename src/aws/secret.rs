@@ -42,7 +42,7 @@ impl Secret {
 }
 
 /// Returns the region in an ARN.
-fn arn_region(id: &str) -> Option<&str> {
+pub(crate) fn arn_region(id: &str) -> Option<&str> {
     let mut parts = id.split(':');
     (parts.next() == Some("arn"))
         .then(|| parts.nth(2))

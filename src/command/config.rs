@@ -328,11 +328,12 @@ impl Config {
         }
         let source = match (&self.database_secret, self.database_auth) {
             (None, DatabaseAuth::Password) => CredentialSource::Url,
-            (Some(secret), DatabaseAuth::Password) => {
-                CredentialSource::Secret(Secret::new(&aws::load_config().await?, secret))
-            }
+            (Some(secret), DatabaseAuth::Password) => CredentialSource::Secret(Secret::new(
+                &aws::load_config(aws::arn_region(secret)).await?,
+                secret,
+            )),
             (secret, DatabaseAuth::Iam) => {
-                let config = aws::load_config().await?;
+                let config = aws::load_config(None).await?;
                 CredentialSource::Iam(
                     AuthTokenGenerator::new(&config)?,
                     secret.as_ref().map(|secret| Secret::new(&config, secret)),

@@ -32,12 +32,13 @@ pub struct SqsQueue {
 }
 
 impl SqsQueue {
-    /// Connects to the queue at `url` and reads its attributes. Credentials, region and endpoint
-    /// come from the usual AWS settings. Received messages are hidden for `visibility_timeout`.
+    /// Connects to the queue at `url` and reads its attributes. The region comes from a URL of AWS.
+    /// Credentials, endpoint, and the region of any other URL come from the usual AWS settings.
+    /// Received messages are hidden for `visibility_timeout`.
     ///
     /// # Errors
     /// [`QueueError::Settings`] if `url` is not a queue URL. [`QueueError::Aws`] if no region is
-    /// configured. [`QueueError::Unavailable`] if the queue does not exist, does not answer, or
+    /// known. [`QueueError::Unavailable`] if the queue does not exist, does not answer, or
     /// denies access.
     pub async fn connect(url: &str, visibility_timeout: Duration) -> Result<Self, QueueError> {
         if !url.starts_with("http://") && !url.starts_with("https://") {
@@ -46,7 +47,7 @@ impl SqsQueue {
                  https://sqs.REGION.amazonaws.com/ACCOUNT/NAME"
             )));
         }
-        let config = aws::load_config().await?;
+        let config = aws::load_config(queue_region(url)).await?;
         Self::with_client(Client::new(&config), url, visibility_timeout).await.map_err(|error| {
             match config.endpoint_url() {
                 Some(endpoint) => {
@@ -88,6 +89,27 @@ impl SqsQueue {
             visibility_timeout,
             client,
         })
+    }
+}
+
+/// Returns the region in a queue URL of AWS, such as `https://sqs.eu-west-1.amazonaws.com/1/orders`
+/// or `https://vpce-1.sqs.eu-west-1.vpce.amazonaws.com/1/orders`.
+fn queue_region(url: &str) -> Option<&str> {
+    let host = url.split("://").nth(1)?.split(['/', ':']).next()?;
+    let is_aws = [".amazonaws.com", ".amazonaws.com.cn", ".api.aws"]
+        .iter()
+        .any(|domain| host.ends_with(domain));
+    let labels: Vec<&str> = host.split('.').collect();
+    let (service, after) = labels.split_first()?;
+    match *service {
+        _ if !is_aws => None,
+        "sqs" | "sqs-fips" => after.first().copied(),
+        // A VPC endpoint has its own name first. The old form of a URL begins with the region.
+        endpoint => match after {
+            ["sqs" | "sqs-fips", region, ..] => Some(region),
+            ["queue", ..] => Some(endpoint),
+            _ => None,
+        },
     }
 }
 
@@ -284,6 +306,24 @@ where
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_region_comes_from_a_queue_url_of_aws() {
+        for (url, region) in [
+            ("https://sqs.eu-west-1.amazonaws.com/123456789012/orders", Some("eu-west-1")),
+            ("https://sqs-fips.us-east-2.amazonaws.com/1/orders.fifo", Some("us-east-2")),
+            ("https://sqs.cn-north-1.amazonaws.com.cn/1/orders", Some("cn-north-1")),
+            ("https://sqs.us-east-1.api.aws/1/orders", Some("us-east-1")),
+            ("https://vpce-1.sqs.eu-west-1.vpce.amazonaws.com/1/orders", Some("eu-west-1")),
+            ("https://eu-west-1.queue.amazonaws.com/1/orders", Some("eu-west-1")),
+            ("http://127.0.0.1:4566/000000000000/orders", None),
+            ("http://sqs.us-east-1.localhost.localstack.cloud:4566/1/orders", None),
+            ("https://amazonaws.com/1/orders", None),
+            ("https://", None),
+        ] {
+            assert_eq!(queue_region(url), region, "{url}");
+        }
+    }
 
     /// AWS reports other failures in a batch, too; LocalStack reports only sender faults.
     #[test]

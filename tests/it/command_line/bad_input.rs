@@ -120,9 +120,13 @@ async fn an_unusable_queue_is_reported_with_address_and_advice() {
         [&["relay"][..], &["relay", "--once"], &["play", "--projectors", folder.path()]]
     {
         let queue = |url: Option<&str>| with(world.command(arguments), "QUEUE_URL", url);
-        let mut no_region = with(world.command(arguments), "AWS_REGION", None);
-        no_region.env("AWS_EC2_METADATA_DISABLED", "true").env("AWS_CONFIG_FILE", "/dev/null");
-        no_region.env_remove("AWS_DEFAULT_REGION");
+        let no_region = |url: &str| {
+            let mut command = with(queue(Some(url)), "AWS_REGION", None);
+            command.env("AWS_EC2_METADATA_DISABLED", "true").env("AWS_CONFIG_FILE", "/dev/null");
+            command.env_remove("AWS_DEFAULT_REGION");
+            command
+        };
+        let gone_in_aws = "https://sqs.us-east-1.amazonaws.com/000000000000/nonesuch";
         check(vec![
             (queue(None), 2, &["no queue is named", "--queue-url", "QUEUE_URL"]),
             (
@@ -136,7 +140,9 @@ async fn an_unusable_queue_is_reported_with_address_and_advice() {
                 3,
                 &[&world.queue_url, "Connection refused", "AWS_ENDPOINT_URL", "http://127.0.0.1:1"],
             ),
-            (no_region, 2, &["no AWS region is known", "AWS_REGION"]),
+            (no_region(&world.queue_url), 2, &["no AWS region is known", "AWS_REGION"]),
+            // A URL of AWS has the region, so LocalStack is asked for the queue.
+            (no_region(gone_in_aws), 3, &[gone_in_aws, "does not exist"]),
         ])
         .await;
     }
