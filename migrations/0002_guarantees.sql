@@ -39,7 +39,25 @@ alter table projectors
   add column partially_applied  boolean         not null default false,
   -- Why the read model must be rebuilt: a table was lost, or only a part of a batch is stored. Boot
   -- never hands such a projector over.
-  add column rebuild_reason     text            character set utf8mb4 collate utf8mb4_bin null;
+  add column rebuild_reason     text            character set utf8mb4 collate utf8mb4_bin null,
+  -- The projector waits for a later retry of the event after this position. At any other position
+  -- the wait is over, so a commit need not clear these columns.
+  add column retry_position     bigint unsigned null,
+  -- When the first attempt failed, how many have failed, why the last one failed, and when the next
+  -- one is due.
+  add column retry_since        datetime(6)     null,
+  add column retry_attempts     int unsigned    null,
+  add column retry_reason       text            character set utf8mb4 collate utf8mb4_bin null,
+  add column retry_at           datetime(6)     null,
+  -- Whether an alert was sent because the wait has lasted for long. The worker that ends the wait
+  -- then sends another one.
+  add column retry_is_alerted   boolean         not null default false,
+  add constraint projectors_retry_is_whole check (
+    (retry_position is null) = (retry_since is null)
+    and (retry_position is null) = (retry_attempts is null)
+    and (retry_position is null) = (retry_reason is null)
+    and (retry_position is null) = (retry_at is null)
+  );
 
 -- The ranges that an operator has accepted after an audit because rows were deleted or restored.
 create table log_acceptances (

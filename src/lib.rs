@@ -117,6 +117,7 @@ pub use model::lifecycle::{FailedEvent, Failure, Status};
 pub use model::projector::{EventTypes, Mode, Projector, ProjectorId, SessionUse};
 pub use model::registry::{Registry, RegistryError};
 pub use model::retry_later::RetryLater;
+pub use model::retrying::Retrying;
 pub use queue::{Queue, QueueError, Receipt, ReceivedMessage, SqsQueue};
 pub use store::{AppendError, AppendOutcome, EventStore};
 

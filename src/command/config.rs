@@ -173,6 +173,19 @@ pub(crate) struct Config {
     )]
     queue_url: Option<String>,
 
+    /// For how long a handler may ask for later retries of one event (RetryLater) before its
+    /// projector breaks, in seconds.
+    #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_RETRY_LATER_LIMIT",
+          default_value_t = 86_400,
+          value_parser = clap::value_parser!(u64).range(1..=31_536_000), global = true)]
+    retry_later_limit: u64,
+
+    /// How long a projector may retry one event before an alert is sent, in seconds.
+    #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_RETRY_ALERT_AFTER",
+          default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=86_400),
+          global = true)]
+    retry_alert_after: u64,
+
     /// How long a received message is hidden from other workers, in seconds. Extended while the
     /// message is in progress.
     #[arg(long, help_heading = "Queue", hide_short_help = true, value_name = "SECONDS", env = "PROJECTIONIST_VISIBILITY_TIMEOUT",
@@ -365,6 +378,12 @@ impl Config {
     /// The limits of play, which retries transient errors without a time limit.
     pub(crate) fn play_limits(&self) -> Limits {
         let handler_timeout = Duration::from_secs(self.handler_timeout);
-        Limits { batch: self.batch, handler_timeout, retry_timeout: None }
+        Limits {
+            batch: self.batch,
+            handler_timeout,
+            retry_timeout: None,
+            retry_later_limit: Duration::from_secs(self.retry_later_limit),
+            retry_alert_after: Duration::from_secs(self.retry_alert_after),
+        }
     }
 }

@@ -19,6 +19,7 @@ use crate::model::event::Position;
 use crate::model::lifecycle::Failure;
 use crate::model::projector::{Mode, ProjectorId};
 use crate::model::registry::{RegisteredProjector, Registry};
+use crate::model::retrying::Retrying;
 use crate::model::text::{count, duration, escape_control, timestamp_with_age};
 use crate::store::EventStore;
 
@@ -108,6 +109,7 @@ async fn report(
             failure: None,
             rebuild_reason: None,
             id: projector.id.clone(),
+            retrying: None,
             is_known: true,
         });
     }
@@ -191,6 +193,8 @@ struct ProjectorReport {
     rebuild_reason: Option<String>,
     #[serde(skip)]
     id: ProjectorId,
+    /// Null unless the projector waits for a later retry of its next event.
+    retrying: Option<RetryReport>,
     /// Whether the given set has the projector. Only the table shows this.
     #[serde(skip)]
     is_known: bool,
@@ -213,6 +217,7 @@ impl ProjectorReport {
             failure: entry.status.failure().map(FailureReport::from),
             rebuild_reason: entry.rebuild_reason.clone(),
             id: entry.id.clone(),
+            retrying: entry.retrying.as_ref().map(RetryReport::from),
             is_known: known.is_some(),
         }
     }
@@ -236,6 +241,7 @@ impl ProjectorReport {
         if let Some(failure) = &self.failure {
             details.extend(failure.describe(now));
         }
+        details.extend(self.retrying.as_ref().map(|retrying| retrying.describe(now)));
         match (&self.rebuild_reason, &self.failure) {
             // The failure has the reason, too.
             (Some(_), Some(_)) => details.push("retire it and boot it again, or give it a new \
@@ -323,6 +329,36 @@ impl FailureReport {
         }
         place.push_str(&format!(", host {}", self.host));
         vec![escape_control(&place).into_owned(), self.error.clone()]
+    }
+}
+
+/// The wait of a projector for a later retry of its next event.
+#[derive(Serialize)]
+struct RetryReport {
+    #[serde(with = "rfc3339")]
+    since: OffsetDateTime,
+    attempts: u32,
+    error: String,
+    #[serde(with = "rfc3339")]
+    next_attempt: OffsetDateTime,
+}
+
+impl From<&Retrying> for RetryReport {
+    fn from(retrying: &Retrying) -> Self {
+        RetryReport {
+            since: retrying.since,
+            attempts: retrying.attempts,
+            error: retrying.reason.clone(),
+            next_attempt: retrying.next_attempt,
+        }
+    }
+}
+
+impl RetryReport {
+    fn describe(&self, now: OffsetDateTime) -> String {
+        let (since, attempts) = (timestamp_with_age(self.since, now), self.attempts);
+        let error = escape_control(&self.error);
+        format!("retrying since {since}, {}: {error}", count(attempts.into(), "attempt"))
     }
 }
 

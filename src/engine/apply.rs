@@ -90,8 +90,12 @@ pub(crate) enum ApplyError {
     /// connection was cut silently. Or driver and server are out of step, for instance because the
     /// handler binds more parameters than its statement has placeholders.
     Ambiguous(anyhow::Error),
-    /// A transient error: a deadlock, a lock wait timeout, a lost connection.
+    /// A transient error of one of the engine's own statements, or a connection that does not
+    /// answer.
     Transient(anyhow::Error),
+    /// A transient error with which the server refused a statement of the handler: a deadlock, a
+    /// lock wait timeout, a full table.
+    HandlerTransient(anyhow::Error),
     /// The handler asked for a retry with a [`RetryLater`], after this delay if it named one.
     RetryLater(anyhow::Error, Option<Duration>),
     /// The connection was lost while the handler had it, or at the commit. The error is treated as
@@ -114,6 +118,7 @@ impl ApplyError {
             | ApplyError::Ambiguous(error)
             | ApplyError::Transient(error)
             | ApplyError::Denied(error)
+            | ApplyError::HandlerTransient(error)
             | ApplyError::RetryLater(error, _)
             | ApplyError::ConnectionClosed(error) => Some(error),
             ApplyError::ClaimLost(_) | ApplyError::Ledger(_) => None,
@@ -268,6 +273,7 @@ async fn run_and_commit(
     let began = Instant::now();
     let wanted: Vec<&Event> = batch.wanted(projector).collect();
     if !wanted.is_empty() {
+        check_before_effects(projector, &wanted)?;
         run_handler(database, session, projector, &wanted, handler_timeout).await?;
     }
     let (from, to) = (batch.after, batch.through);
@@ -288,6 +294,21 @@ async fn run_and_commit(
     session.record_commit();
     metrics::record_applied(&projector.id, wanted.len(), began.elapsed());
     Ok(moved)
+}
+
+/// Decodes every field of the events if the handler has effects outside the transaction, because
+/// those cannot be rolled back. Other handlers decode only the fields that they read.
+fn check_before_effects(
+    projector: &RegisteredProjector,
+    wanted: &[&Event],
+) -> Result<(), ApplyError> {
+    if !projector.has_side_effects {
+        return Ok(());
+    }
+    match wanted.iter().find_map(|event| Some((event, event.check().err()?))) {
+        Some((event, error)) => Err(ApplyError::Projector(undecodable(event, &error))),
+        None => Ok(()),
+    }
 }
 
 /// Runs the handler. After an error its transaction is rolled back, or the error reports a partial
@@ -340,7 +361,9 @@ async fn run_handler(
             Err(match failed {
                 // For instance, the handler's statement was interrupted because its session was
                 // killed.
-                ApplyError::Transient(_) if !was_interrupted => classify_rollback_error(error),
+                ApplyError::Transient(_) | ApplyError::HandlerTransient(_) if !was_interrupted => {
+                    classify_rollback_error(error)
+                }
                 failed => failed,
             })
         }
@@ -367,6 +390,9 @@ fn classify_handler_error(
         // The driver waits for a response that the server will not send.
         Some(sqlx::Error::Protocol(_)) => ApplyError::Ambiguous(error),
         Some(lost) if is_connection_lost(lost) => ApplyError::ConnectionClosed(error),
+        Some(transient @ sqlx::Error::Database(_)) if is_transient(transient) => {
+            ApplyError::HandlerTransient(error)
+        }
         Some(transient) if is_transient(transient) => ApplyError::Transient(error),
         Some(denied) if is_denied(denied) => ApplyError::Denied(error),
         _ => ApplyError::Projector(first_decode_error(wanted).unwrap_or(error)),
@@ -458,7 +484,11 @@ fn partially_applied(by: &str, error: Option<&anyhow::Error>) -> anyhow::Error {
 /// for it, so the handler's result is discarded.
 fn first_decode_error(wanted: &[&Event]) -> Option<anyhow::Error> {
     let (event, error) = wanted.iter().find_map(|event| Some((event, event.decode_error()?)))?;
-    Some(anyhow!("event {} cannot be decoded: {error}", event.position()))
+    Some(undecodable(event, &error))
+}
+
+fn undecodable(event: &Event, error: &sqlx::Error) -> anyhow::Error {
+    anyhow!("event {} cannot be decoded: {error}", event.position())
 }
 
 /// Guards a running handler. If the handler is interrupted, a statement may still be running: the

@@ -12,6 +12,7 @@ use tokio::time::timeout;
 use tracing::debug;
 
 use crate::engine::apply::{Batch, CLAIM_CARRY_TIMEOUT, ClaimCarry};
+use crate::engine::retries::RetryWait;
 use crate::engine::retry::{ApplyOutcome, Engine};
 use crate::ledger::Entry;
 use crate::model::event::Position;
@@ -42,6 +43,8 @@ pub(crate) enum CursorState {
     Running,
     /// The projector broke. Its position is just before the failing event.
     Broken,
+    /// The projector waits for a later retry. The cursor continues when the retry is due.
+    Waiting(RetryWait),
     /// Another worker, another boot or retire took the projector over.
     TakenOver,
     /// Transient errors outlasted the retry timeout, or the ledger cannot be written.
@@ -66,12 +69,17 @@ impl Cursor {
         match self.state {
             CursorState::Broken => !self.was_broken,
             CursorState::GaveUp(_) => true,
-            CursorState::Running | CursorState::TakenOver => false,
+            CursorState::Running | CursorState::Waiting(_) | CursorState::TakenOver => false,
         }
     }
 
     pub(crate) fn is_running(&self) -> bool {
         self.state == CursorState::Running
+    }
+
+    /// Whether the cursor continues, now or when its retry is due.
+    pub(crate) fn is_active(&self) -> bool {
+        matches!(self.state, CursorState::Running | CursorState::Waiting(_))
     }
 
     /// Records the outcome of a batch.
@@ -81,6 +89,10 @@ impl Cursor {
                 self.position = position
             }
             ApplyOutcome::Broken => self.state = CursorState::Broken,
+            ApplyOutcome::Waiting(wait) => {
+                self.position = wait.position;
+                self.state = CursorState::Waiting(wait);
+            }
             ApplyOutcome::TakenOver => self.state = CursorState::TakenOver,
             ApplyOutcome::GaveUp(error) => self.state = CursorState::GaveUp(error),
         }

@@ -100,6 +100,7 @@ mod tests {
             event_types: None,
             owned_tables: None,
             rebuild_reason: None,
+            retrying: None,
         }
     }
 

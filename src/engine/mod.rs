@@ -11,5 +11,6 @@ pub(crate) mod handoff;
 pub(crate) mod lag;
 pub(crate) mod play;
 pub(crate) mod relay;
+pub(crate) mod retries;
 pub(crate) mod retry;
 pub(crate) mod stall_watch;

@@ -13,6 +13,7 @@ use crate::database::Database;
 use crate::database::error::format_chain;
 use crate::engine::apply::{self, ApplyError, Batch, ClaimCarry};
 use crate::engine::closed_connection::ClosedConnectionDetector;
+use crate::engine::retries::{Retries, RetryWait};
 use crate::ledger::{self, Entry, Ledger, LedgerError};
 use crate::model::backoff;
 use crate::model::backoff::Transient;
@@ -26,6 +27,10 @@ use crate::model::registry::{RegisteredProjector, Registry};
 /// time.
 const MAX_ROLLBACKS: u32 = 5;
 
+/// How long a transient error of a handler's statement is retried at once. After that the projector
+/// waits outside the fan-out group.
+const IMMEDIATE_RETRIES: Duration = Duration::from_secs(1);
+
 /// The parts that boot and play share: database, store, ledger and limits.
 #[derive(Debug, Clone)]
 pub(crate) struct Engine {
@@ -35,6 +40,8 @@ pub(crate) struct Engine {
     pub(crate) limits: Limits,
     /// The name of the release, if it has one.
     pub(crate) release: Option<String>,
+    /// The projectors that wait for a later retry.
+    pub(crate) retries: Retries,
 }
 
 /// The limits of the engine.
@@ -49,12 +56,23 @@ pub struct Limits {
     /// How long transient errors are retried. `None`: without limit. Play always retries without
     /// limit.
     pub retry_timeout: Option<Duration>,
+    /// For how long a handler may ask for later retries of one event with a
+    /// [`RetryLater`](crate::RetryLater). After that the projector breaks.
+    pub retry_later_limit: Duration,
+    /// How long a projector may retry one event before an alert is sent.
+    pub retry_alert_after: Duration,
 }
 
 impl Limits {
     /// The defaults.
     pub const fn new() -> Self {
-        Limits { batch: 1_000, handler_timeout: Duration::from_secs(30), retry_timeout: None }
+        Limits {
+            batch: 1_000,
+            handler_timeout: Duration::from_secs(30),
+            retry_timeout: None,
+            retry_later_limit: Duration::from_secs(86_400),
+            retry_alert_after: Duration::from_secs(300),
+        }
     }
 
     /// Sets [`Limits::batch`].
@@ -72,6 +90,18 @@ impl Limits {
     /// Sets [`Limits::retry_timeout`].
     pub const fn with_retry_timeout(mut self, retry_timeout: Option<Duration>) -> Self {
         self.retry_timeout = retry_timeout;
+        self
+    }
+
+    /// Sets [`Limits::retry_later_limit`].
+    pub const fn with_retry_later_limit(mut self, retry_later_limit: Duration) -> Self {
+        self.retry_later_limit = retry_later_limit;
+        self
+    }
+
+    /// Sets [`Limits::retry_alert_after`].
+    pub const fn with_retry_alert_after(mut self, retry_alert_after: Duration) -> Self {
+        self.retry_alert_after = retry_alert_after;
         self
     }
 }
@@ -93,6 +123,8 @@ pub(crate) enum ApplyOutcome {
     MovedByOther(Position),
     /// The projector broke. Its position is just before the failing event.
     Broken,
+    /// The projector waits for a later retry. Its position is just before the failing event.
+    Waiting(RetryWait),
     /// Transient errors outlasted [`Limits::retry_timeout`], or the ledger cannot be written. The
     /// position is unchanged.
     GaveUp(String),
@@ -110,6 +142,7 @@ impl Engine {
             // With a batch size of 0, a batch would move the position without applying events.
             limits: Limits { batch: limits.batch.max(1), ..limits },
             release: registry.release().map(str::to_owned),
+            retries: Retries::default(),
         }
     }
 
@@ -153,9 +186,38 @@ impl Engine {
             // future of every projector.
             return Box::pin(self.apply_in_steps(projector, stage, batch)).await;
         }
+        let mut batch = batch;
+        if self.retries.contains(&projector.id) {
+            match Box::pin(self.retry_first_event(projector, stage, batch)).await {
+                Ok(rest) => batch = rest,
+                Err(outcome) => return outcome,
+            }
+        }
         match self.apply_whole_batch(projector, stage, batch, carry).await {
             Ok(outcome) => outcome,
             Err(failed) => Box::pin(self.isolate_failure(projector, stage, batch, failed)).await,
+        }
+    }
+
+    /// Applies the first event of a batch alone, because it failed before: with others in one
+    /// transaction, another failure would call the handler twice. `Ok` is the rest of the batch.
+    async fn retry_first_event<'a>(
+        &self,
+        projector: &RegisteredProjector,
+        stage: Stage,
+        batch: Batch<'a>,
+    ) -> Result<Batch<'a>, ApplyOutcome> {
+        let Some(first) = batch.wanted(projector).next() else { return Ok(batch) };
+        let step = batch.up_to(first.position());
+        let applied = self.apply_whole_batch(projector, stage, step, &mut ClaimCarry::none()).await;
+        let outcome = match applied {
+            Ok(outcome) => outcome,
+            Err(failed) => Box::pin(self.isolate_failure(projector, stage, step, failed)).await,
+        };
+        let ApplyOutcome::Reached(reached) = outcome else { return Err(outcome) };
+        match batch.above(reached) {
+            Some(rest) if rest.after < rest.through => Ok(rest),
+            _ => Err(outcome),
         }
     }
 
@@ -222,7 +284,14 @@ impl Engine {
             }
             let is_closed_by_handler = closed_connection.record(&self.database, &applied).await;
             match applied {
-                Ok(()) => return Ok(ApplyOutcome::Reached(batch.through)),
+                Ok(()) => {
+                    if self.retries.contains(&projector.id)
+                        && batch.wanted(projector).next().is_some()
+                    {
+                        Box::pin(self.end_retry(&projector.id)).await;
+                    }
+                    return Ok(ApplyOutcome::Reached(batch.through));
+                }
                 Err(ApplyError::Projector(error)) => {
                     return Err(ProjectorError::new(error, attempt));
                 }
@@ -293,16 +362,10 @@ impl Engine {
                 Err(ApplyError::Denied(error)) if self.limits.retry_timeout.is_some() => {
                     return Ok(ApplyOutcome::GaveUp(format_chain(&error)));
                 }
+                // A person has to grant the privilege, so the projector waits like for a service.
                 Err(ApplyError::Denied(error)) => {
-                    attempt += 1;
-                    if backoff::should_log(attempt) {
-                        error!(
-                            projector = %projector.id, position = batch.after.get(), attempt,
-                            error = format_chain(&error),
-                            "the database denied a statement of the handler, trying again"
-                        );
-                    }
-                    tokio::time::sleep(backoff::delay(attempt)).await;
+                    let retry = Retry { is_requested: false, delay: None };
+                    return Err(ProjectorError::for_retry(error, attempt, retry));
                 }
                 Err(ApplyError::ConnectionClosed(error)) if is_closed_by_handler => {
                     // The handler may have rolled back our mark and committed before its session
@@ -311,19 +374,21 @@ impl Engine {
                     return Err(ProjectorError::for_rebuild(error, attempt));
                 }
                 Err(ApplyError::RetryLater(error, delay)) => {
-                    attempt += 1;
-                    if self.limits.retry_timeout.is_some_and(|limit| began.elapsed() >= limit) {
-                        return Ok(ApplyOutcome::GaveUp(format_chain(&error)));
-                    }
-                    if backoff::should_log(attempt) {
-                        warn!(
-                            projector = %projector.id, position = batch.after.get(), attempt,
-                            error = format_chain(&error), "the handler asked for a later retry"
-                        );
-                    }
-                    tokio::time::sleep(delay.unwrap_or_else(|| backoff::delay(attempt + 4))).await;
+                    let retry = Retry { is_requested: true, delay };
+                    return Err(ProjectorError::for_retry(error, attempt, retry));
                 }
-                Err(ApplyError::Transient(error) | ApplyError::ConnectionClosed(error)) => {
+                // Most errors of this kind pass at once. Others must not delay the other projectors.
+                Err(ApplyError::HandlerTransient(error))
+                    if began.elapsed() >= IMMEDIATE_RETRIES =>
+                {
+                    let retry = Retry { is_requested: false, delay: None };
+                    return Err(ProjectorError::for_retry(error, attempt, retry));
+                }
+                Err(
+                    ApplyError::Transient(error)
+                    | ApplyError::HandlerTransient(error)
+                    | ApplyError::ConnectionClosed(error),
+                ) => {
                     attempt += 1;
                     // The idle connections may have been closed by the same cause.
                     self.database.release_idle_sessions();
@@ -359,6 +424,9 @@ impl Engine {
         let carry = &mut ClaimCarry::none();
         let wanted: Vec<&Event> = batch.wanted(projector).collect();
         if let [event] = wanted[..] {
+            if failed.retry.is_some() && batch.after == event.position().previous() {
+                return Box::pin(self.fail_at(projector, stage, event, failed)).await;
+            }
             // Moves the position over the unsubscribed events, to just before the failing one.
             return match self
                 .apply_whole_batch(
@@ -370,10 +438,10 @@ impl Engine {
                 .await
             {
                 Ok(ApplyOutcome::Reached(_)) => {
-                    self.mark_broken(projector, stage, Some(event), failed).await
+                    Box::pin(self.fail_at(projector, stage, event, failed)).await
                 }
                 Ok(outcome) => outcome,
-                Err(failed) => self.mark_broken(projector, stage, Some(event), failed).await,
+                Err(failed) => Box::pin(self.fail_at(projector, stage, event, failed)).await,
             };
         }
         let mut position = batch.after;
@@ -388,14 +456,8 @@ impl Engine {
                     Ok(outcome) => return outcome,
                     Err(alone) => {
                         let attempts = failed.attempts + alone.attempts;
-                        return self
-                            .mark_broken(
-                                projector,
-                                stage,
-                                Some(event),
-                                ProjectorError { attempts, ..alone },
-                            )
-                            .await;
+                        let failed = ProjectorError { attempts, ..alone };
+                        return Box::pin(self.fail_at(projector, stage, event, failed)).await;
                     }
                 }
             }
@@ -461,6 +523,7 @@ impl Engine {
                 .await
             {
                 Ok(Some(entry)) if has_failed_with(&entry, &failure.error) => {
+                    self.retries.forget(&projector.id);
                     error!(
                         alert = "projector_broken",
                         projector = %projector.id,
@@ -516,18 +579,34 @@ pub(crate) struct ProjectorError {
     pub(crate) attempts: u32,
     /// Why the read model must be rebuilt, or `None`. See [`Failure::rebuild_reason`].
     pub(crate) rebuild_reason: Option<String>,
+    /// How to retry the event, if a retry can cure the failure. The projector then does not break.
+    pub(crate) retry: Option<Retry>,
+}
+
+/// How to retry an event.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Retry {
+    /// Whether the handler asked for the retry. `false`: a transient error of the server.
+    pub(crate) is_requested: bool,
+    /// The delay that the handler named.
+    pub(crate) delay: Option<Duration>,
 }
 
 impl ProjectorError {
     /// A failure after which the projector can continue, once the cause is fixed.
     pub(crate) fn new(error: anyhow::Error, attempts: u32) -> Self {
-        ProjectorError { error, attempts, rebuild_reason: None }
+        ProjectorError { error, attempts, rebuild_reason: None, retry: None }
+    }
+
+    /// A failure that a later retry can cure.
+    fn for_retry(error: anyhow::Error, attempts: u32, retry: Retry) -> Self {
+        ProjectorError { retry: Some(retry), ..ProjectorError::new(error, attempts) }
     }
 
     /// A failure after which the read model must be rebuilt. The error is also the rebuild reason.
     pub(crate) fn for_rebuild(error: anyhow::Error, attempts: u32) -> Self {
         let rebuild_reason = Some(format_chain(&error));
-        ProjectorError { error, attempts, rebuild_reason }
+        ProjectorError { rebuild_reason, ..ProjectorError::new(error, attempts) }
     }
 }
 

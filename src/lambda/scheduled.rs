@@ -3,11 +3,13 @@
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
+use time::OffsetDateTime;
 use tokio::time::timeout;
 
 use crate::engine::error::Error;
 use crate::engine::play::{Deadline, OutageLog, Worker};
 use crate::engine::relay::Relay;
+use crate::ledger::Entry;
 use crate::model::event::Position;
 use crate::model::lifecycle::Status;
 use crate::model::projector::ProjectorId;
@@ -38,6 +40,9 @@ pub(crate) struct Summary {
     outdated: Vec<String>,
     /// Projectors of the set that are broken.
     broken: Vec<String>,
+    /// Live projectors that wait for a later retry of an event. The invocation does not wait for
+    /// them.
+    retrying: Vec<String>,
     /// How often any worker or function has received a message that is not of this log, since the
     /// log was created.
     foreign_messages: u64,
@@ -52,6 +57,8 @@ struct Snapshot {
     /// definition.
     outdated: Vec<ProjectorId>,
     broken: Vec<ProjectorId>,
+    /// Live projectors whose next attempt at an event is not due yet.
+    retrying: Vec<ProjectorId>,
     foreign_messages: u64,
 }
 
@@ -80,6 +87,7 @@ pub(crate) async fn relay_and_reconcile(
     deadline: &Deadline,
 ) -> Result<Summary, Error> {
     let mut run = ScheduledRun::default();
+    worker.engine.retries.forget_all();
     let is_done = tokio::select! {
         biased;
         () = run.poll_until_done(worker, relay_for) => true,
@@ -161,18 +169,26 @@ impl ScheduledRun {
             lagging: lagging.map(|(id, _)| id.to_string()).collect(),
             outdated: last.outdated.iter().map(ToString::to_string).collect(),
             broken: last.broken.iter().map(ToString::to_string).collect(),
+            retrying: last.retrying.iter().map(ToString::to_string).collect(),
             foreign_messages: last.foreign_messages,
         })
     }
 }
 
+/// Whether a projector waits for an attempt that is not due yet.
+fn is_waiting(entry: &Entry) -> bool {
+    entry.retrying.as_ref().is_some_and(|retry| retry.next_attempt > OffsetDateTime::now_utc())
+}
+
 async fn read_snapshot(worker: &Worker) -> Result<Snapshot, sqlx::Error> {
     let (mut live, mut outdated, mut broken) = (Vec::new(), Vec::new(), Vec::new());
+    let mut retrying = Vec::new();
     let (marks, queue) =
         tokio::try_join!(worker.engine.store.marks(), worker.engine.store.queue_record())?;
     for entry in worker.entries().await? {
         match entry.status {
             Status::Live if worker.outdated().contains(&entry.id) => outdated.push(entry.id),
+            Status::Live if is_waiting(&entry) => retrying.push(entry.id),
             Status::Live => live.push((entry.id, entry.position)),
             Status::Broken(_) => broken.push(entry.id),
             _ => {}
@@ -185,6 +201,7 @@ async fn read_snapshot(worker: &Worker) -> Result<Snapshot, sqlx::Error> {
         live,
         outdated,
         broken,
+        retrying,
         foreign_messages,
     })
 }

@@ -2,6 +2,7 @@
 
 mod claim;
 pub(crate) mod read_model;
+mod retry;
 
 use sqlx::mysql::MySqlRow;
 use sqlx::{AssertSqlSafe, Connection, MySqlConnection, Row};
@@ -14,7 +15,9 @@ use crate::model::event::{Position, utc_datetime};
 use crate::model::lifecycle::{self, FailedEvent, Failure, Stage, Status, Transition};
 use crate::model::projector::{Mode, ProjectorId};
 use crate::model::registry::RegisteredProjector;
+use crate::model::retrying::Retrying;
 pub(crate) use claim::{Claim, CommitOutcome, fence_sql};
+pub(crate) use retry::StoredWait;
 
 /// The query for the columns of an [`Entry`], followed by the rest of the statement.
 macro_rules! select_entry {
@@ -23,7 +26,8 @@ macro_rules! select_entry {
             "select name, version, mode, status, position, has_side_effects, failed_position, \
                 failed_event_id, failed_event_type, failed_error, failed_at, failed_attempts, \
                 failed_release, failed_host, partially_applied, rebuild_reason, start_position, \
-                digest, event_types, owned_tables, status_changed_at \
+                digest, event_types, owned_tables, status_changed_at, retry_position, retry_since, \
+                retry_attempts, retry_reason, retry_at, retry_is_alerted \
              from projectors ",
             $rest
         )
@@ -32,8 +36,9 @@ macro_rules! select_entry {
 
 const ENTRIES: &str = select_entry!("order by created_at, name, version");
 /// Only the columns that a worker needs, because it runs this query with every receive.
-const LIVE_PROJECTORS: &str =
-    "select name, version, position, digest from projectors where status = 'live'";
+const LIVE_PROJECTORS: &str = "\
+    select name, version, position, digest, ifnull(retry_position = position, 0) \
+    from projectors where status = 'live'";
 const ENTRY: &str = select_entry!("where name = ? and version = ?");
 const LOCK: &str = select_entry!("where name = ? and version = ? for update");
 
@@ -65,7 +70,9 @@ const SET_STATUS: &str = "\
     set status_changed_at = if(status = ?, status_changed_at, utc_timestamp(6)), \
         status = ?, failed_position = ?, failed_event_id = ?, failed_event_type = ?, \
         failed_error = ?, failed_at = ?, failed_attempts = ?, failed_release = ?, failed_host = ?, \
-        rebuild_reason = coalesce(?, rebuild_reason) \
+        rebuild_reason = coalesce(?, rebuild_reason), \
+        retry_position = null, retry_since = null, retry_attempts = null, retry_reason = null, \
+        retry_at = null, retry_is_alerted = 0 \
     where name = ? and version = ?";
 
 /// Only deletes a retired row: a projector that was booted again meanwhile stays.
@@ -116,6 +123,8 @@ pub struct Entry {
     pub owned_tables: Option<Vec<String>>,
     /// Why the read model must be rebuilt. Boot neither resumes such a projector nor hands it over.
     pub rebuild_reason: Option<String>,
+    /// Set while the projector waits for a later retry of its next event.
+    pub retrying: Option<Retrying>,
 }
 
 impl Entry {
@@ -139,6 +148,8 @@ pub(crate) struct LiveProjector {
     pub(crate) position: Position,
     /// The digest of the definition with which the projector was last booted, if it is known.
     pub(crate) digest: Option<String>,
+    /// Whether the projector waits for a later retry of its next event.
+    pub(crate) is_retrying: bool,
 }
 
 impl Ledger {
@@ -167,11 +178,13 @@ impl Ledger {
                 sqlx::query_as(LIVE_PROJECTORS).fetch_all(connection).await
             })
             .await?;
-        let decode = |(name, version, position, digest)| LiveProjector {
-            id: ProjectorId { name, version },
-            position: Position::new(position),
-            digest,
-        };
+        let decode =
+            |(name, version, position, digest, retrying): (_, _, _, _, i64)| LiveProjector {
+                id: ProjectorId { name, version },
+                position: Position::new(position),
+                digest,
+                is_retrying: retrying != 0,
+            };
         Ok(live.into_iter().map(decode).collect())
     }
 
@@ -253,6 +266,7 @@ impl Ledger {
         if condition(&entry) {
             entry.status = lifecycle::apply_transition(&entry.status, entry.mode, step)
                 .map_err(|error| LedgerError::Step(id.clone(), error))?;
+            entry.retrying = None;
             let commit = async {
                 set_status(&mut transaction, id, &entry.status).await?;
                 transaction.commit().await
@@ -413,12 +427,14 @@ fn decode_entry(row: &MySqlRow) -> Result<Entry, sqlx::Error> {
         }),
         unknown => return Err(unreadable("status", unknown)),
     };
+    let position = Position::new(row.try_get("position")?);
     Ok(Entry {
         id: ProjectorId { name: row.try_get("name")?, version: row.try_get("version")? },
         mode: mode.parse().map_err(|_| unreadable("mode", &mode))?,
+        retrying: retry::decode_retrying(row, &status, position)?,
         status,
         status_since: row.try_get::<PrimitiveDateTime, _>("status_changed_at")?.assume_utc(),
-        position: Position::new(row.try_get("position")?),
+        position,
         has_side_effects: row.try_get("has_side_effects")?,
         start_position: row.try_get::<Option<u64>, _>("start_position")?.map(Position::new),
         digest: row.try_get("digest")?,

@@ -31,6 +31,48 @@ pub(crate) fn should_log(attempt: u32) -> bool {
     attempt <= 3 || attempt.is_multiple_of(60)
 }
 
+/// When to log a condition that lasts: at once, and then at intervals that double, from five seconds
+/// to five minutes.
+#[derive(Debug, Clone)]
+pub(crate) struct Reminder {
+    next: Instant,
+    interval: Duration,
+}
+
+impl Reminder {
+    const FIRST_INTERVAL: Duration = Duration::from_secs(5);
+    const MAX_INTERVAL: Duration = Duration::from_secs(300);
+
+    /// The condition has begun now.
+    pub(crate) fn new(now: Instant) -> Self {
+        Reminder { next: now, interval: Self::FIRST_INTERVAL }
+    }
+
+    /// The condition has begun at `since`, and earlier processes have logged it.
+    pub(crate) fn resumed(since: Instant, now: Instant) -> Self {
+        let mut reminder = Reminder::new(since);
+        while reminder.next <= now {
+            reminder.is_due(reminder.next);
+        }
+        reminder
+    }
+
+    /// When the condition has to be logged next.
+    pub(crate) fn next(&self) -> Instant {
+        self.next
+    }
+
+    /// Whether the condition has to be logged now. If so, sets the time of the next line.
+    pub(crate) fn is_due(&mut self, now: Instant) -> bool {
+        if now < self.next {
+            return false;
+        }
+        self.next = now + self.interval;
+        self.interval = (self.interval * 2).min(Self::MAX_INTERVAL);
+        true
+    }
+}
+
 /// A duration for the log: in seconds, rounded down to the millisecond.
 pub(crate) fn seconds(duration: Duration) -> f64 {
     duration.as_millis() as f64 / 1000.0

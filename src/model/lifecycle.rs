@@ -72,6 +72,12 @@ impl Status {
         }
     }
 
+    /// Whether a projector of this status can wait for a retry: boot or play may still apply events
+    /// to it. Each transition ends the wait.
+    pub(crate) fn can_retry(&self) -> bool {
+        Stage::Boot.can_apply(self) || Stage::Play.can_apply(self)
+    }
+
     /// The failure; `None` if the projector is not broken.
     pub const fn failure(&self) -> Option<&Failure> {
         match self {

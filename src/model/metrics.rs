@@ -63,10 +63,11 @@ pub(crate) const MAX_LAG_SECONDS: Metric = service_metric("LagSeconds", "Seconds
 pub(crate) const STOPPED_PROJECTORS: Metric = service_metric("StoppedProjectors", "Count");
 pub(crate) const HEARTBEAT: Metric = service_metric("Heartbeat", "Count");
 pub(crate) const FOREIGN_MESSAGES: Metric = service_metric("ForeignMessages", "Count");
+pub(crate) const RETRYING_PROJECTORS: Metric = service_metric("RetryingProjectors", "Count");
 
 /// Every metric: a template may name these, and `infra/cloudwatch.md` explains them.
 #[cfg(test)]
-pub(crate) const ALL: [Metric; 16] = [
+pub(crate) const ALL: [Metric; 17] = [
     LAG_EVENTS,
     LAG_SECONDS,
     EVENTS_APPLIED,
@@ -83,6 +84,7 @@ pub(crate) const ALL: [Metric; 16] = [
     STOPPED_PROJECTORS,
     HEARTBEAT,
     FOREIGN_MESSAGES,
+    RETRYING_PROJECTORS,
 ];
 
 /// The counters since they were last taken.

@@ -9,6 +9,7 @@ pub(crate) mod metrics;
 pub(crate) mod projector;
 pub(crate) mod registry;
 pub(crate) mod retry_later;
+pub(crate) mod retrying;
 pub(crate) mod server_json;
 pub(crate) mod signature;
 pub(crate) mod spelling;

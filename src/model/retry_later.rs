@@ -6,7 +6,9 @@ use std::time::Duration;
 /// event's fault: a service that it calls does not answer, or refuses work for the moment.
 ///
 /// The transaction is rolled back, and the event is tried again later. Until then the projector
-/// stays at its position, and all other projectors continue.
+/// stays at its position, and all other projectors continue. If the handler asks for retries of the
+/// same event for longer than [`Limits::retry_later_limit`](crate::Limits::retry_later_limit), the
+/// projector breaks.
 ///
 /// The engine finds the error also as a cause of another error, for instance under
 /// [`anyhow::Context`].
@@ -42,7 +44,7 @@ impl RetryLater {
     }
 
     /// Sets the delay before the next attempt, up to [`RetryLater::MAX_DELAY`]. Without this, the
-    /// delay grows from attempt to attempt, up to a minute.
+    /// delay grows from attempt to attempt, from a second to half a minute.
     pub fn after(mut self, delay: Duration) -> Self {
         self.delay = Some(delay.min(Self::MAX_DELAY));
         self

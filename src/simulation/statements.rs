@@ -254,6 +254,7 @@ impl Sim {
             event_types: None,
             owned_tables: None,
             rebuild_reason: None,
+            retrying: None,
         };
         world.database.ledger.push(LedgerRow {
             projector_index,

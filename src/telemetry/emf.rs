@@ -27,6 +27,8 @@ pub(super) struct Snapshot {
     /// How many projectors in the ledger are broken or stalled, also those of other releases: a
     /// boot that failed leaves them, and they wait for an operator.
     pub(super) stopped: u64,
+    /// How many of the projectors wait for a later retry of an event.
+    pub(super) retrying: usize,
 }
 
 /// The values of one report.
@@ -85,6 +87,8 @@ impl Report<'_> {
                 live.map(|(.., lag)| lag.seconds).fold(0.0, f64::max),
             );
             document.put(metrics::STOPPED_PROJECTORS, snapshot.stopped);
+            // Also 0, so that an alarm on it ends.
+            document.put(metrics::RETRYING_PROJECTORS, snapshot.retrying);
         }
         if self.has_heartbeat {
             document.put(metrics::HEARTBEAT, 1);
@@ -232,7 +236,7 @@ mod tests {
             (id("a"), Status::Live, Lag { events: 4, seconds: 1.5 }),
             (id("b"), Status::Broken(failure), Lag { events: 70, seconds: 99.0 }),
         ];
-        (counted, Snapshot { high_water, published, projectors, stopped: 1 })
+        (counted, Snapshot { high_water, published, projectors, stopped: 1, retrying: 1 })
     }
 
     #[test]

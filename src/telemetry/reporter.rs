@@ -14,8 +14,8 @@ use tracing::warn;
 
 use super::emf::{Report, Snapshot};
 use crate::database::Database;
-use crate::engine::lag::LagReport;
-use crate::ledger::Ledger;
+use crate::engine::lag::{Lag, LagReport};
+use crate::ledger::{Entry, Ledger};
 use crate::model::lifecycle::Status;
 use crate::model::metrics;
 use crate::model::registry::Registry;
@@ -161,15 +161,21 @@ impl<'a> LagSource<'a> {
         let is_stopped = |status: &Status| matches!(status, Status::Broken(_) | Status::Stalled);
         let stopped = lag_report.projectors.iter().filter(|(entry, _)| is_stopped(&entry.status));
         let stopped = stopped.count() as u64;
-        let projectors = lag_report.projectors.into_iter().filter(|(entry, _)| {
+        let is_played = |(entry, _): &(Entry, Lag)| {
             self.registry.get(&entry.id).is_some()
                 && !matches!(entry.status, Status::Finished | Status::Retired)
-        });
+        };
+        let mut projectors = lag_report.projectors;
+        projectors.retain(is_played);
+        let retrying = projectors.iter().filter(|(entry, _)| entry.retrying.is_some()).count();
+        let projectors =
+            projectors.into_iter().map(|(entry, lag)| (entry.id, entry.status, lag)).collect();
         Some(Snapshot {
             high_water: lag_report.high_water,
             published: lag_report.published,
-            projectors: projectors.map(|(entry, lag)| (entry.id, entry.status, lag)).collect(),
+            projectors,
             stopped,
+            retrying,
         })
     }
 }

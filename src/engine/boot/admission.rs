@@ -97,6 +97,7 @@ impl Boot<'_> {
                     position = entry.position.get(), release = self.engine.release,
                     "booting"
                 );
+                self.engine.resume_retry(&entry);
                 let mut cursor = Cursor::new(projector, entry.position);
                 cursor.was_broken = was_broken(before, &entry);
                 cursors.push(cursor);

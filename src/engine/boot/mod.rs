@@ -2,6 +2,7 @@
 
 mod admission;
 mod report;
+mod retry_wait;
 mod target;
 
 use std::sync::Arc;
@@ -24,6 +25,7 @@ use crate::model::registry::{RegisteredProjector, Registry};
 use crate::store::HighWater;
 use report::Findings;
 pub use report::{BootProgress, BootReport, BootWait, ProjectorOutcome};
+use retry_wait::RetryWaits;
 use target::MarkWait;
 
 /// The maximum number of catch-up rounds before the handoff. A round longer than one batch is
@@ -101,6 +103,8 @@ struct Boot<'a> {
     blocked_watch: BlockedWatch,
     /// Set while boot waits for a mark that is blocked below the target.
     mark_wait: Option<MarkWait>,
+    /// The projectors that wait for a later retry.
+    retry_waits: RetryWaits,
 }
 
 impl<'a> Boot<'a> {
@@ -133,6 +137,7 @@ impl<'a> Boot<'a> {
             findings: Findings::default(),
             blocked_watch: BlockedWatch::default(),
             mark_wait: None,
+            retry_waits: RetryWaits::default(),
         })
     }
 
@@ -216,19 +221,25 @@ impl<'a> Boot<'a> {
             if cursors.iter().any(|cursor| matches!(cursor.state, CursorState::GaveUp(_))) {
                 return Ok(());
             }
+            let is_retry = self.wake_retries(cursors);
             let Some(start) = cursors
                 .iter()
                 .filter(|cursor| cursor.is_running())
                 .map(|cursor| cursor.position)
                 .min()
             else {
+                if self.wait_for_retries(cursors, progress).await {
+                    continue;
+                }
                 return Ok(());
             };
             let high_water = self.raise_high_water().await?;
             let mark = high_water.mark;
             if start < mark {
                 rounds += 1;
-                info!(round = rounds, from = start.get(), through = mark.get(), "replaying");
+                if !is_retry {
+                    info!(round = rounds, from = start.get(), through = mark.get(), "replaying");
+                }
             }
             let mut report_progress =
                 |cursors: &[Cursor]| progress(&BootProgress::new(cursors, mark, None));
@@ -308,8 +319,7 @@ impl<'a> Boot<'a> {
         if !self.findings.is_stopped {
             return Ok(());
         }
-        for cursor in cursors.iter_mut().filter(|cursor| cursor.is_running() && !cursor.was_broken)
-        {
+        for cursor in cursors.iter_mut().filter(|cursor| cursor.is_active() && !cursor.was_broken) {
             let still = |entry: &Entry| matches!(entry.status, Status::Booting | Status::Stalled);
             let step =
                 || self.engine.ledger.transition(&cursor.projector.id, Transition::Stall, still);

@@ -201,11 +201,12 @@ pub struct BootProgress {
     pub wait: Option<BootWait>,
 }
 
-/// A wait of boot: the high-water mark is blocked below the end of the log.
+/// A wait of boot: the high-water mark is blocked below the end of the log, or a projector retries an
+/// event later.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct BootWait {
-    /// Why the mark is blocked, and what to do.
+    /// What boot waits for, and why.
     pub reason: String,
     /// The duration of the wait so far.
     pub elapsed: Duration,
@@ -218,9 +219,9 @@ impl BootProgress {
     }
 
     pub(super) fn new(cursors: &[Cursor], target: Position, wait: Option<BootWait>) -> Self {
-        let running = cursors.iter().filter(|cursor| cursor.is_running());
+        let active = cursors.iter().filter(|cursor| cursor.is_active());
         let positions =
-            running.map(|cursor| (cursor.projector.id.clone(), cursor.position)).collect();
+            active.map(|cursor| (cursor.projector.id.clone(), cursor.position)).collect();
         BootProgress { positions, target, wait }
     }
 }
@@ -279,6 +280,7 @@ mod tests {
                 event_types: None,
                 owned_tables: None,
                 rebuild_reason,
+                retrying: None,
             };
             Findings::default().into_report(
                 [projector.as_ref()].into_iter(),

@@ -58,13 +58,23 @@ impl Default for BackgroundLimits {
     }
 }
 
+/// What ends the tasks in the background.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Stop {
+    /// Nothing.
+    No,
+    /// Tasks of projectors that wait for a later retry end.
+    Waiting,
+    /// All tasks end after their current page.
+    All,
+}
+
 /// The projectors in the background, each with its catch-up task. Dropping this cancels the tasks.
 /// Their uncommitted work is rolled back, and the next worker repeats it.
 pub(super) struct Stragglers {
     tasks: JoinSet<CursorState>,
     in_background: HashMap<ProjectorId, AbortHandle>,
-    /// Set to `true` to make the tasks end after the current page.
-    stop: watch::Sender<bool>,
+    stop: watch::Sender<Stop>,
     /// Limits how many tasks catch up at the same time.
     permits: Arc<Semaphore>,
 }
@@ -80,7 +90,7 @@ impl Stragglers {
         Stragglers {
             tasks: JoinSet::new(),
             in_background: HashMap::new(),
-            stop: watch::Sender::new(false),
+            stop: watch::Sender::new(Stop::No),
             permits: Arc::new(Semaphore::new(at_once)),
         }
     }
@@ -123,6 +133,7 @@ impl Stragglers {
         self.in_background.remove(&id);
         match ended {
             Ok((_, CursorState::Broken)) => return 1,
+            Ok((_, CursorState::Waiting(_))) => {}
             Ok(_) => info!(projector = %id, "readmitted to the fan-out group"),
             Err(error) => {
                 warn!(
@@ -143,27 +154,32 @@ impl Stragglers {
         position: Position,
     ) {
         metrics::record_fallback_read(&projector.id);
-        let cursor = Cursor::new(projector, position);
+        let mut cursor = Cursor::new(projector, position);
+        if let Some(wait) = engine.retries.wait_at(&projector.id, position) {
+            cursor.state = CursorState::Waiting(wait);
+        }
         let (permits, stop) = (Arc::clone(&self.permits), self.stop.subscribe());
         let task = self.tasks.spawn(catch_up_in_background(engine.clone(), cursor, permits, stop));
         self.in_background.insert(projector.id.clone(), task);
     }
 
-    /// Ends all tasks. They continue until `stop_signal` and then end after their current page.
-    /// Tasks still running at `abort_signal` are cancelled. Returns how many projectors broke.
+    /// Ends all tasks. Those of projectors that wait for a later retry end at once. The others
+    /// continue until `stop_signal` and then end after their current page. Tasks still running at
+    /// `abort_signal` are cancelled. Returns how many projectors broke.
     pub(super) async fn shut_down(
         &mut self,
         stop_signal: impl Future<Output = ()>,
         abort_signal: impl Future<Output = ()>,
     ) -> u64 {
         let mut broken = self.readmit();
+        self.stop.send_replace(Stop::Waiting);
         let ending = async {
             tokio::select! {
                 biased;
                 () = self.join_all(&mut broken) => return,
                 () = stop_signal => {}
             }
-            self.stop.send_replace(true);
+            self.stop.send_replace(Stop::All);
             self.join_all(&mut broken).await;
         };
         tokio::select! {
@@ -179,36 +195,56 @@ impl Stragglers {
         }
         self.tasks.shutdown().await;
         self.in_background.clear();
-        self.stop.send_replace(false);
+        self.stop.send_replace(Stop::No);
         broken
     }
 }
 
-/// Catches a projector up to the current mark. Ends early if the projector breaks or is taken over,
-/// or if `stop` is set.
+/// Catches a projector up to the current mark. If the projector has to wait for a later retry, waits
+/// and continues. Ends early if the projector breaks or is taken over, or at `stop`.
 async fn catch_up_in_background(
     engine: Engine,
     mut cursor: Cursor,
     permits: Arc<Semaphore>,
-    mut stop: watch::Receiver<bool>,
+    mut stop: watch::Receiver<Stop>,
 ) -> CursorState {
-    let _permit = tokio::select! {
-        permit = permits.acquire() => permit,
-        _ = stop.wait_for(|stop| *stop) => return cursor.state,
-    };
+    loop {
+        if let CursorState::Waiting(wait) = &cursor.state {
+            tokio::select! {
+                biased;
+                _ = stop.wait_for(|stop| *stop >= Stop::Waiting) => return cursor.state,
+                () = engine.wait_for_retry(&cursor.projector.id, wait.until) => {}
+            }
+            cursor.state = CursorState::Running;
+        }
+        // A projector that waits holds no permit.
+        let permit = tokio::select! {
+            permit = permits.acquire() => permit,
+            _ = stop.wait_for(|stop| *stop == Stop::All) => return cursor.state,
+        };
+        catch_up_to_mark(&engine, &mut cursor, &mut stop).await;
+        drop(permit);
+        if !matches!(cursor.state, CursorState::Waiting(_)) {
+            return cursor.state;
+        }
+    }
+}
+
+/// Runs rounds of catch-up until a round is short, the cursor stops, or `stop` ends it.
+async fn catch_up_to_mark(engine: &Engine, cursor: &mut Cursor, stop: &mut watch::Receiver<Stop>) {
     let mut attempt = 1;
-    while cursor.is_running() && !*stop.borrow() {
+    while cursor.is_running() && *stop.borrow() != Stop::All {
         let page_ended = Notify::new();
         let round = async {
             let mark = engine.store.raise_high_water().await?.mark;
             let start = cursor.position;
             let notify_if_stopping = |_: &[Cursor]| {
-                if *stop.borrow() {
+                if *stop.borrow() == Stop::All {
                     page_ended.notify_one()
                 }
             };
             engine
-                .catch_up(Stage::Play, std::slice::from_mut(&mut cursor), mark, notify_if_stopping)
+                .catch_up(Stage::Play, std::slice::from_mut(cursor), mark, notify_if_stopping)
                 .await?;
             Ok::<_, sqlx::Error>(mark.since(start))
         };
@@ -232,10 +268,9 @@ async fn catch_up_in_background(
                 }
                 tokio::select! {
                     () = tokio::time::sleep(backoff::delay(attempt + 4)) => {}
-                    _ = stop.wait_for(|stop| *stop) => {}
+                    _ = stop.wait_for(|stop| *stop == Stop::All) => {}
                 }
             }
         }
     }
-    cursor.state
 }

@@ -73,6 +73,7 @@ impl Worker {
         bodies: &[String],
         deadline: &Deadline,
     ) -> Vec<bool> {
+        self.engine.retries.forget_all();
         let verdicts = tokio::select! {
             biased;
             verdicts = self.fan_out_with_retry(bodies) => Some(verdicts),

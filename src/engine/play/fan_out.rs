@@ -40,7 +40,7 @@ impl Worker {
             self.engine.ledger.live_projectors(),
             self.engine.store.snapshot(&positions)
         )?;
-        let live = self.select_played(live);
+        let live = self.select_played(live).await?;
         self.record_log_id(&view.marks.log.id);
         let SortedMessages { runs, has_references, foreign } = sort_messages(bodies, &view);
         self.broken += self.stragglers.readmit();
@@ -72,7 +72,16 @@ impl Worker {
                 timeout(background_after.time, self.process(&mut cursor, &runs, target)).await;
             self.in_progress = None;
             match processed {
-                Ok(processed) => processed?,
+                Ok(processed) => {
+                    processed?;
+                    if matches!(cursor.state, CursorState::Waiting(_)) {
+                        self.stragglers.move_to_background(
+                            &self.engine,
+                            &cursor.projector,
+                            cursor.position,
+                        );
+                    }
+                }
                 Err(_) => {
                     warn!(
                         projector = %cursor.projector.id, position = cursor.position.get(),
@@ -107,6 +116,11 @@ impl Worker {
         for projector in self.registry.iter() {
             let Some(&position) = live.get(&projector.id) else { continue };
             if self.stragglers.is_catching_up(&projector.id) {
+                continue;
+            }
+            if self.engine.retries.contains(&projector.id) {
+                // Its next attempt is not made here, where the others would wait for it.
+                self.stragglers.move_to_background(&self.engine, projector, position);
                 continue;
             }
             let is_slow = timed_out == Some(&projector.id);

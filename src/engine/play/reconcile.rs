@@ -79,8 +79,15 @@ impl Worker {
         live.retain(|(id, _)| !self.stragglers.is_catching_up(id));
         let overdue =
             self.reconciler.find_overdue(Instant::now(), &live, mark, self.reconcile_after);
-        for (id, position) in live.into_iter().filter(|(id, _)| overdue.contains(id)) {
+        for (id, position) in live {
             let Some(projector) = self.registry.get(&id) else { continue };
+            if self.engine.retries.contains(&id) {
+                self.stragglers.move_to_background(&self.engine, projector, position);
+                continue;
+            }
+            if !overdue.contains(&id) {
+                continue;
+            }
             info!(
                 projector = %id, position = position.get(), high_water = mark.get(),
                 "the queue does not deliver the missing events: catching up from the store"

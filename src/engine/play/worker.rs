@@ -121,6 +121,14 @@ impl Worker {
                     if entry.status == Status::Live && !entry.matches_digest(&projector.digest) => {
                 }
                 Some(entry) if entry.status == Status::Live => {
+                    if let Some(retrying) = &entry.retrying {
+                        warn!(
+                            projector = %entry.id, position = entry.position.next().get(),
+                            attempts = retrying.attempts, error = retrying.reason,
+                            "an earlier worker could not apply an event: the projector waits and \
+                             tries again, and all others go on"
+                        );
+                    }
                     info!(
                         projector = %entry.id, status = %entry.status,
                         position = entry.position.get(), release = self.engine.release,
@@ -186,14 +194,15 @@ impl Worker {
         &mut self,
     ) -> Result<Vec<(ProjectorId, Position)>, sqlx::Error> {
         let live = self.engine.ledger.live_projectors().await?;
-        Ok(self.select_played(live))
+        self.select_played(live).await
     }
 
-    /// Selects the live projectors that this worker plays. See [`Worker::refresh_live`].
-    pub(super) fn select_played(
+    /// Selects the live projectors that this worker plays. See [`Worker::refresh_live`]. Takes over
+    /// the waits for later retries that the ledger shows.
+    pub(super) async fn select_played(
         &mut self,
         live: Vec<LiveProjector>,
-    ) -> Vec<(ProjectorId, Position)> {
+    ) -> Result<Vec<(ProjectorId, Position)>, sqlx::Error> {
         let (played, others): (Vec<LiveProjector>, Vec<LiveProjector>) =
             live.into_iter().partition(|live| self.plays(live));
         let is_known = |live: &LiveProjector| self.registry.get(&live.id).is_some();
@@ -211,7 +220,8 @@ impl Worker {
             info!(projector = %id, release = self.engine.release, "no longer outdated");
         }
         self.outdated = outdated;
-        played.into_iter().map(|live| (live.id, live.position)).collect()
+        Box::pin(self.engine.sync_retries(&played)).await?;
+        Ok(played.into_iter().map(|live| (live.id, live.position)).collect())
     }
 
     /// Whether a live projector was booted with the definition that this worker has.

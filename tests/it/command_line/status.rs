@@ -100,6 +100,7 @@ async fn the_json_has_exactly_the_documented_keys_and_values_in_every_state() {
             "name",
             "position",
             "rebuild_reason",
+            "retrying",
             "since",
             "status",
             "version",
@@ -112,6 +113,7 @@ async fn the_json_has_exactly_the_documented_keys_and_values_in_every_state() {
         assert_eq!(seconds > 0.0, lag > 0, "{name} lags {seconds} s");
         assert_eq!(of["failure"].is_null(), state != "broken", "{name}");
         assert_eq!(of["since"].is_null(), state == "new", "{name}");
+        assert!(of["retrying"].is_null(), "{name}");
     }
     let seconds =
         projector(&status, "living")["lag_seconds"].as_f64().expect("the lag is a number");

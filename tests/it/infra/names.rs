@@ -71,7 +71,7 @@ fn every_metric_in_an_alarm_or_the_dashboard_is_written_by_the_code() {
     shown.iter().for_each(|metric| assert_known(&source, metric));
     let counted: Vec<&str> = quoted(&monitoring, "[\"Projectionist/${Service}\", \"").collect();
     assert!(
-        counted.len() == 6 && counted.iter().all(|metric| is_from_filter(metric)),
+        counted.len() == 8 && counted.iter().all(|metric| is_from_filter(metric)),
         "{counted:?}"
     );
 }
@@ -92,11 +92,12 @@ fn every_alert_has_a_metric_filter_and_an_alarm_and_every_filter_an_alert() {
             .map(|word| format!("{}{}", word[..1].to_uppercase(), &word[1..]))
             .collect();
         assert_eq!(filter.metric, camel, "the metric has the name of the alert");
-        // These alerts are logged once, when the state begins. Their alarms use gauges, which last
-        // for as long as the state does.
+        // These alerts are logged once, at the beginning or at the end of a state. Their alarms use
+        // gauges, which last for as long as the state does.
         let alarm_metric = match filter.metric.as_str() {
             "HighWaterBlocked" => "GapAge",
             "ProjectorBroken" => "StoppedProjectors",
+            "ProjectorRetrying" | "ProjectorRecovered" => "RetryingProjectors",
             of_filter => of_filter,
         };
         let mut alarms = resources(&monitoring, "AWS::CloudWatch::Alarm");

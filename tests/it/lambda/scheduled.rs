@@ -28,7 +28,7 @@ async fn a_scheduled_invocation_publishes_and_catches_up_projectors_without_mess
         summary,
         json!({
             "events": 30, "published": 30, "high_water": 30, "lagging": [], "outdated": [],
-            "broken": [], "foreign_messages": 0
+            "broken": [], "retrying": [], "foreign_messages": 0
         })
     );
     assert_eq!((world.position("a").await, world.queue.depth().await.expect("a depth")), (30, 3));
@@ -47,7 +47,7 @@ async fn a_scheduled_invocation_publishes_and_catches_up_projectors_without_mess
         summary,
         json!({
             "events": 0, "published": 60, "high_water": 60, "lagging": [], "outdated": [],
-            "broken": [], "foreign_messages": 0
+            "broken": [], "retrying": [], "foreign_messages": 0
         })
     );
     world.assert_complete(&a).await;

@@ -64,7 +64,25 @@ pub async fn record_scenario() -> Lines {
     world.append(10).await;
     run(&mut lines, 0, "v3", &play).await;
     world.append(5).await;
-    run(&mut lines, 0, "v3", &["play", "--until-idle", "--no-relay", "--reconcile-after=1"]).await;
+
+    // Meanwhile, the table of a projector takes no rows for some seconds.
+    world.execute("create table refusing select 1 as n").await;
+    world
+        .execute(
+            "create trigger refuse before insert on late for each row \
+             if exists (select 1 from refusing) then \
+             signal sqlstate 'HY000' set mysql_errno = 1205, message_text = 'Lock wait timeout'; \
+             end if",
+        )
+        .await;
+    let arguments = at(
+        "v3",
+        &["play", "--until-idle", "--no-relay", "--reconcile-after=1", "--retry-alert-after=1"],
+    );
+    let playing = world.start(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
+    playing.wait_for_log("projector_retrying").await;
+    world.execute("delete from refusing").await;
+    collect_lines(&mut lines, "play/v3", &playing.finish().await.exits(0));
 
     // The queue has a foreign message, and it differs from the queue to which the log was
     // published.
@@ -150,6 +168,13 @@ pub fn check(heading: &str, query: &str, found: &[Row]) {
                     "{broken:?}"
                 );
             }
+        }
+        "Which projector retries, and why?" => {
+            assert_eq!(
+                all(&["alert", "projector"]),
+                ["projector_recovered late@1", "projector_retrying late@1"]
+            );
+            assert!(text(&found[1], "error").contains("1205"), "{found:?}");
         }
         "How far behind is each projector?" => {
             let mut projectors = all(&["Service", "Projector"]);
