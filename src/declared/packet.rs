@@ -15,6 +15,7 @@ use sqlx::{AssertSqlSafe, MySqlConnection};
 
 use crate::database::error::server_error_number;
 use crate::database::multi_row::MAX_BYTES;
+use crate::model::running_statement;
 
 /// The most statements in a packet. A cancelled packet then ends soon.
 const MAX_STATEMENTS: usize = 512;
@@ -69,9 +70,13 @@ impl<'h> Packet<'h> {
         let text: Arc<str> = std::mem::take(&mut self.text).into();
         let mut done = 0;
         let sent = async {
+            running_statement::begin(origins.first().copied().unwrap_or_default());
             let mut results = sqlx::raw_sql(AssertSqlSafe(text)).execute_many(db);
             while results.try_next().await?.is_some() {
                 done += 1;
+                if let Some(origin) = origins.get(done) {
+                    running_statement::begin(origin);
+                }
             }
             Ok::<(), sqlx::Error>(())
         };

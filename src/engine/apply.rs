@@ -26,6 +26,7 @@ use crate::model::metrics;
 use crate::model::projector::SessionUse;
 use crate::model::registry::RegisteredProjector;
 use crate::model::retry_later::RetryLater;
+use crate::model::running_statement::RunningStatement;
 
 /// How long a projector's row stays claimed while its next batch is being read.
 pub(crate) const CLAIM_CARRY_TIMEOUT: Duration = Duration::from_secs(2);
@@ -322,15 +323,16 @@ async fn run_handler(
 ) -> Result<(), ApplyError> {
     let mut guard = RunningHandler { database, session: session.id.clone(), is_armed: true };
     let handling = projector.projector.handle_batch(wanted, &mut session.connection);
-    let handled = timeout(handler_timeout, AssertUnwindSafe(handling).catch_unwind()).await;
+    let running = RunningStatement::default();
+    let handling = running.observe(AssertUnwindSafe(handling).catch_unwind());
+    let handled = timeout(handler_timeout, handling).await;
     let was_interrupted = !matches!(handled, Ok(Ok(_)));
     let failed = match handled {
         Ok(Ok(Ok(()))) => first_decode_error(wanted).map(ApplyError::Projector),
         Ok(Ok(Err(error))) => Some(classify_handler_error(database, wanted, error)),
         Ok(Err(panic)) => Some(ApplyError::Projector(panic_error("the handler", panic.as_ref()))),
         Err(_) => {
-            let seconds = handler_timeout.as_secs_f32();
-            Some(ApplyError::Ambiguous(anyhow!("the handler took longer than {seconds} s")))
+            Some(ApplyError::Ambiguous(timeout_error(projector, wanted, handler_timeout, &running)))
         }
     };
     let Some(failed) = failed else {
@@ -367,6 +369,29 @@ async fn run_handler(
                 failed => failed,
             })
         }
+    }
+}
+
+/// The error of a handler that was interrupted after its time limit.
+fn timeout_error(
+    projector: &RegisteredProjector,
+    wanted: &[&Event],
+    limit: Duration,
+    running: &RunningStatement,
+) -> anyhow::Error {
+    let events = match wanted {
+        [event] => format!("event {} ({})", event.position(), event.event_type()),
+        [first, .., last] => format!("events {} to {}", first.position(), last.position()),
+        [] => "no event".to_owned(),
+    };
+    let (id, seconds) = (&projector.id, limit.as_secs_f32());
+    let error = anyhow!(
+        "the handler of {id} took longer than {seconds} s for {events}. If it needs more time, raise \
+         --handler-timeout (PROJECTIONIST_HANDLER_TIMEOUT)"
+    );
+    match running.last() {
+        Some(place) => error.context(place),
+        None => error,
     }
 }
 

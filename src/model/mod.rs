@@ -10,6 +10,7 @@ pub(crate) mod projector;
 pub(crate) mod registry;
 pub(crate) mod retry_later;
 pub(crate) mod retrying;
+pub(crate) mod running_statement;
 pub(crate) mod server_json;
 pub(crate) mod signature;
 pub(crate) mod spelling;

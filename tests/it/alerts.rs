@@ -545,3 +545,47 @@ async fn control_characters_in_events_reach_no_terminal() {
         assert!(text.contains("Cleared\\u{1b}[2J\\nforged line"), "{text}");
     }
 }
+
+#[tokio::test]
+async fn a_projector_that_retries_for_long_is_in_the_status_and_posted_once_and_when_it_recovers() {
+    let world = World::new().await;
+    let folder = Folder::new().with("slow.toml", &Tally::new("slow").file(&[]));
+    world.run(&["boot", "--projectors", folder.path()]).await.exits(0);
+    world.execute("create table refusing select 1 as n").await;
+    world
+        .execute(
+            "create trigger refuse before insert on slow for each row \
+             if exists (select 1 from refusing) then \
+             signal sqlstate 'HY000' set mysql_errno = 1205, message_text = 'Lock wait timeout'; \
+             end if",
+        )
+        .await;
+    let (url, posted) = webhook(&[200]).await;
+    let options = ["--projectors", folder.path(), "--alert-url", &url, "--retry-alert-after=1"];
+    let playing = world.start(&[&["play"], &options[..]].concat());
+    world.append(3).await;
+    eventually("the alert is posted", async || !kinds(&posted).is_empty()).await;
+    let alert = only(&posted, "projector_retrying");
+    assert_eq!((&alert["projector"], &alert["position"]), (&json!("slow@1"), &json!(1)));
+    let error = alert["error"].as_str().expect("the error is text");
+    assert!(error.contains("slow.toml:") && error.contains("1205"), "{error}");
+
+    let status = world.run(&["status"]).await.exits(0).stdout;
+    let row = status.lines().find(|line| line.starts_with("slow")).expect("it has a row");
+    for part in ["live", "retrying since 20", " attempts: ", "1205", "Lock wait timeout"] {
+        assert!(row.contains(part), "{status}");
+    }
+    let json = world.run(&["status", "--json"]).await.exits(0).json();
+    let retrying = json["projectors"][0]["retrying"].as_object().expect("it retries").clone();
+    let keys: Vec<&str> = retrying.keys().map(String::as_str).collect();
+    assert_eq!(keys, ["attempts", "error", "next_attempt", "since"]);
+
+    world.execute("delete from refusing").await;
+    eventually("the recovery is posted", async || {
+        kinds(&posted) == ["projector_retrying", "projector_recovered"]
+    })
+    .await;
+    playing.terminate().await.exits(0);
+    let json = world.run(&["status", "--json"]).await.exits(0).json();
+    assert_eq!(json["projectors"][0]["retrying"], json!(null));
+}

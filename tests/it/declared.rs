@@ -1,9 +1,10 @@
 //! Projectors that are declared in files, on a real server.
 
 use std::fmt::Write as _;
+use std::time::Duration;
 
 use projectionist::sqlx::{self, AssertSqlSafe};
-use projectionist::{NewEvent, Registry, load};
+use projectionist::{Limits, NewEvent, Registry, boot, load};
 use serde_json::json;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -457,4 +458,19 @@ async fn projectors_are_played_in_file_name_order() {
     let trail = column(&world, "select who from trail where at = 1 order by seq").await;
     assert_eq!(trail, some(&["a.toml", "b.toml", "c.toml"]));
     assert_eq!(world.number("select count(*) from trail").await, 6);
+}
+
+#[tokio::test]
+async fn a_statement_that_never_ends_breaks_its_projector_at_its_file_and_line() {
+    let world = World::new().await;
+    let endless = "insert into slow (position) select :position from (select sleep(1000)) as t";
+    let handlers = ["insert into slow (position) values (:position)", endless];
+    let folder = Folder::new().with("slow.toml", &file("slow", "position bigint", &handlers));
+    append(&world, &["{}".into()]).await;
+    let limits = Limits::default().with_handler_timeout(Duration::from_millis(300));
+    let booted = boot(&world.database, &registry(&folder), limits, |_| {}).await;
+    assert!(!booted.expect("boot ends").is_released());
+    let line = folder.file("slow.toml") + ":13: the handler of slow@1 took longer than 0.3 s";
+    world.assert_broken("slow", 1, &line).await;
+    world.assert_broken("slow", 1, "--handler-timeout").await;
 }
