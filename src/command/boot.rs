@@ -219,7 +219,9 @@ impl ProgressDisplay {
         }
         let Some(round) = &mut self.round else { return };
         let projectors = progress.positions.len() as u64;
-        match (&self.bar, &progress.wait) {
+        // Most waits are over within a second, and are not news.
+        let wait = progress.wait.as_ref().filter(|wait| wait.elapsed.as_secs() > 0);
+        match (&self.bar, wait) {
             (Some(bar), Some(BootWait { reason, elapsed })) => {
                 let seconds = elapsed.as_secs();
                 bar.set_text(format!("waiting for {seconds} s: {}", escape_control(reason)));

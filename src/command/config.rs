@@ -13,6 +13,7 @@ use crate::declared;
 use crate::engine::error::Error;
 use crate::engine::retry::Limits;
 use crate::model::registry::Registry;
+use crate::model::wait_log::log_wait;
 use crate::queue::SqsQueue;
 use crate::telemetry::{LogFormat, MetricsFormat, Reporter, parse_service_name};
 
@@ -297,13 +298,10 @@ impl Config {
     pub(crate) async fn database_with(&self, connections: u32) -> Result<Database, Error> {
         let credentials = self.credentials().await?;
         let connect_timeout = Duration::from_secs(self.connect_timeout);
-        Ok(Database::open(
-            credentials,
-            self.connections.unwrap_or(connections),
-            connect_timeout,
-            self.sql_mode.into(),
-        )
-        .await?)
+        let connections = self.connections.unwrap_or(connections);
+        let opening =
+            Database::open(credentials, connections, connect_timeout, self.sql_mode.into());
+        Ok(log_wait("the database to answer", opening).await?)
     }
 
     /// Opens another database on the server of `--database-url`. Returns it with its URL.

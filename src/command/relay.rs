@@ -2,7 +2,7 @@
 
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use clap::builder::FalseyValueParser;
@@ -16,6 +16,7 @@ use crate::engine::relay::{Relay, RelayOutcome, RelaySettings};
 use crate::engine::stall_watch::StallWatch;
 use crate::model::event::Position;
 use crate::model::text::count;
+use crate::model::wait_log::Reminder;
 use crate::queue::Queue;
 use crate::store::EventStore;
 
@@ -104,6 +105,8 @@ impl RelayCommand {
         }
         let relaying = async {
             let mut published = 0;
+            let began = Instant::now();
+            let mut reminder = Reminder::after_a_second(began);
             loop {
                 let outcome = tokio::select! {
                     outcome = relay.publish_new() => outcome?,
@@ -119,6 +122,14 @@ impl RelayCommand {
                         let (through, end) = progress(&store).await?;
                         if through >= end {
                             return Ok((published, through));
+                        }
+                        if reminder.is_due(Instant::now()) {
+                            info!(
+                                published = through.get(),
+                                seconds = began.elapsed().as_secs(),
+                                "waiting for another relay, which holds the lease, to publish up \
+                                 to {end}"
+                            );
                         }
                         tokio::select! {
                             () = tokio::time::sleep(Duration::from_millis(200)) => {}

@@ -11,6 +11,7 @@ use crate::engine::error::Error;
 use crate::ledger::{Entry, Ledger};
 use crate::model::lifecycle::{Status, Transition};
 use crate::model::registry::Registry;
+use crate::model::wait_log::log_wait;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -80,14 +81,19 @@ impl RetireCommand {
         // The status changes first, so that no worker plays the projector while its tables are
         // dropped. If retire is interrupted, the next run continues here.
         if entry.status != Status::Retired {
-            ledger
-                .transition(id, Transition::Retire, |entry| entry.status != Status::Retired)
-                .await?;
+            let step = |entry: &Entry| entry.status != Status::Retired;
+            let transition = ledger.transition(id, Transition::Retire, step);
+            log_wait("the projector's row, which a running batch has locked", transition).await?;
         }
         if let Some(projector) = projector {
+<<<<<<< HEAD
             let torn_down = apply::tear_down(&database, projector).await;
             registry.stop_processes().await;
             torn_down.map_err(|error| {
+=======
+            let tearing_down = apply::tear_down(&database, projector);
+            log_wait("the projector's teardown", tearing_down).await.map_err(|error| {
+>>>>>>> 089777a (Say what each wait is for, at once and then at growing intervals)
                 Error::Projector(format!(
                     "{id}: its teardown failed: {}; it is retired, and retire can be run again",
                     format_chain(&error)

@@ -6,14 +6,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
-use tracing::{debug, error, info, warn};
+use tracing::{debug, error, info};
 use uuid::Uuid;
 
 use crate::engine::error::Error;
 use crate::engine::stall_watch::StallWatch;
-use crate::model::backoff;
 use crate::model::event::Position;
 use crate::model::metrics::{self, RelayProgress};
+use crate::model::wait_log::OutageLog;
 use crate::queue::{self, Queue, QueueError};
 use crate::store::{EventStore, HighWater, Marks, Page};
 
@@ -170,16 +170,17 @@ impl Relay {
     }
 
     async fn run_until_panic(&mut self) -> Infallible {
-        let mut attempt = 1;
+        let mut outage_log = OutageLog::default();
         let mut last_event: Option<Instant> = None;
+        let mut is_standby = false;
         loop {
             let before = self.messages_sent;
             match self.publish_new().await {
                 Ok(RelayOutcome::Published { events, through }) => {
-                    if attempt > 1 {
-                        info!("the relay works again");
+                    outage_log.record_recovery("the relay works again");
+                    if std::mem::take(&mut is_standby) {
+                        info!(published = through.get(), "this process publishes the log now");
                     }
-                    attempt = 1;
                     if events > 0 {
                         debug!(events, published = through.get(), "published");
                         last_event = Some(Instant::now());
@@ -188,13 +189,21 @@ impl Relay {
                     let is_busy = last_event.is_some_and(|last| last.elapsed() < BUSY_PERIOD);
                     tokio::time::sleep(self.settings.interval / if is_busy { 20 } else { 1 }).await;
                 }
-                Ok(RelayOutcome::LeasedElsewhere) => tokio::time::sleep(LEASE_DURATION / 5).await,
-                Err(error) => {
-                    attempt = if self.messages_sent > before { 2 } else { attempt + 1 };
-                    if backoff::should_log(attempt) {
-                        warn!(attempt, %error, "the relay cannot work now, trying again");
+                Ok(RelayOutcome::LeasedElsewhere) => {
+                    // The normal state of all processes with a relay but one.
+                    if !std::mem::replace(&mut is_standby, true) {
+                        info!(
+                            "another process publishes the log; this one takes over when that ends"
+                        );
                     }
-                    tokio::time::sleep(backoff::delay(attempt + 4)).await;
+                    tokio::time::sleep(LEASE_DURATION / 5).await;
+                }
+                Err(error) => {
+                    if self.messages_sent > before {
+                        outage_log = OutageLog::default();
+                    }
+                    let what = "the relay cannot work now, trying again";
+                    tokio::time::sleep(outage_log.record_failure(what, &error)).await;
                 }
             }
         }

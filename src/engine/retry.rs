@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::anyhow;
 use time::OffsetDateTime;
-use tracing::{error, warn};
+use tracing::{error, info, warn};
 
 use crate::database::Database;
 use crate::database::error::format_chain;
@@ -21,6 +21,7 @@ use crate::model::event::{Event, Position};
 use crate::model::lifecycle::{FailedEvent, Failure, Stage, Status, Transition};
 use crate::model::metrics;
 use crate::model::registry::{RegisteredProjector, Registry};
+use crate::model::wait_log::Reminder;
 
 /// How many times in a row a transaction may be rolled back during a handler before that counts as
 /// the projector's own failure. Deadlocks are rare. A handler that rolls back itself does so every
@@ -265,6 +266,7 @@ impl Engine {
         carry: &mut ClaimCarry,
     ) -> Result<ApplyOutcome, ProjectorError> {
         let began = Instant::now();
+        let mut reminder = Reminder::new(began);
         let mut attempt = 1;
         let mut was_ambiguous = false;
         let mut rolled_back = 0;
@@ -285,6 +287,13 @@ impl Engine {
             let is_closed_by_handler = closed_connection.record(&self.database, &applied).await;
             match applied {
                 Ok(()) => {
+                    if reminder.has_reminded() {
+                        info!(
+                            projector = %projector.id, position = batch.through.get(),
+                            attempts = attempt, seconds = began.elapsed().as_secs(),
+                            "the transient failure is over"
+                        );
+                    }
                     if self.retries.contains(&projector.id)
                         && batch.wanted(projector).next().is_some()
                     {
@@ -349,10 +358,10 @@ impl Engine {
                 Err(ApplyError::Ledger(error)) => {
                     // Play retries, because ending the worker would not fix the error.
                     attempt += 1;
-                    if backoff::should_log(attempt) {
+                    if reminder.is_due(Instant::now()) {
                         error!(
                             projector = %projector.id, position = batch.after.get(), attempt,
-                            %error,
+                            seconds = began.elapsed().as_secs(), %error,
                             "the ledger cannot be written"
                         );
                     }
@@ -399,10 +408,11 @@ impl Engine {
                     {
                         return Ok(ApplyOutcome::GaveUp(format_chain(&error)));
                     }
-                    if backoff::should_log(attempt) {
+                    if reminder.is_due(Instant::now()) {
                         warn!(
                             projector = %projector.id, position = batch.after.get(), attempt,
-                            error = format_chain(&error), "transient failure, trying again"
+                            seconds = began.elapsed().as_secs(), error = format_chain(&error),
+                            "transient failure, trying again"
                         );
                     }
                     tokio::time::sleep(backoff::delay(attempt)).await;
@@ -516,6 +526,7 @@ impl Engine {
             rebuild_reason: failed.rebuild_reason,
         };
         let mut attempt = 1;
+        let mut reminder = Reminder::new(Instant::now());
         loop {
             match self
                 .ledger
@@ -550,7 +561,7 @@ impl Engine {
                 Err(LedgerError::Step(..)) => return ApplyOutcome::TakenOver,
                 Err(LedgerError::Database(error)) => {
                     attempt += 1;
-                    if backoff::should_log(attempt) {
+                    if reminder.is_due(Instant::now()) {
                         warn!(
                             projector = %projector.id, attempt, %error,
                             "cannot mark the projector broken yet, trying again"

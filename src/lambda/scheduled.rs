@@ -7,12 +7,13 @@ use time::OffsetDateTime;
 use tokio::time::timeout;
 
 use crate::engine::error::Error;
-use crate::engine::play::{Deadline, OutageLog, Worker};
+use crate::engine::play::{Deadline, Worker};
 use crate::engine::relay::Relay;
 use crate::ledger::Entry;
 use crate::model::event::Position;
 use crate::model::lifecycle::Status;
 use crate::model::projector::ProjectorId;
+use crate::model::wait_log::OutageLog;
 
 /// The pause between two checks whether the work is done.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);

@@ -12,6 +12,7 @@ use tokio::time::timeout;
 use tracing::{info, warn};
 
 use crate::database::Database;
+use crate::model::wait_log::Reminder;
 
 /// With `lower_case_table_names` = 0, table names are case-sensitive.
 const OWN_DATABASE: &str = "select database(), cast(@@lower_case_table_names as signed)";
@@ -140,7 +141,7 @@ impl SetupLock {
             &sqlx::query_scalar::<_, String>("select database()").fetch_one(&mut session).await?,
         );
         let began = Instant::now();
-        let mut is_logged = false;
+        let mut reminder = Reminder::new(began);
         loop {
             let taken: Option<i64> = database
                 .with_timeout(sqlx::query_scalar(TAKE_LOCK).bind(&name).fetch_one(&mut session))
@@ -151,8 +152,11 @@ impl SetupLock {
             if wait_timeout.is_some_and(|wait_timeout| began.elapsed() >= wait_timeout) {
                 return Ok(None);
             }
-            if !std::mem::replace(&mut is_logged, true) {
-                info!("waiting for another boot that is examining tables and running setups");
+            if reminder.is_due(Instant::now()) {
+                info!(
+                    seconds = began.elapsed().as_secs(),
+                    "waiting for another boot that is examining tables and running setups"
+                );
             }
         }
     }

@@ -7,7 +7,9 @@ use std::fmt::Display;
 use std::future::Future;
 use std::time::{Duration, Instant};
 
-use tracing::warn;
+use tracing::{info, warn};
+
+use crate::model::wait_log::Reminder;
 
 const FIRST_DELAY: Duration = Duration::from_millis(5);
 const MAX_DELAY: Duration = Duration::from_secs(5);
@@ -23,54 +25,6 @@ pub(crate) trait Transient {
 pub(crate) fn delay(attempt: u32) -> Duration {
     let ceiling = FIRST_DELAY.saturating_mul(1 << attempt.min(16)).min(MAX_DELAY);
     ceiling.mul_f64(0.5 + fastrand::f64() / 2.0)
-}
-
-/// Whether to log this attempt: the first three, then every 60th, which is about once in five
-/// minutes.
-pub(crate) fn should_log(attempt: u32) -> bool {
-    attempt <= 3 || attempt.is_multiple_of(60)
-}
-
-/// When to log a condition that lasts: at once, and then at intervals that double, from five seconds
-/// to five minutes.
-#[derive(Debug, Clone)]
-pub(crate) struct Reminder {
-    next: Instant,
-    interval: Duration,
-}
-
-impl Reminder {
-    const FIRST_INTERVAL: Duration = Duration::from_secs(5);
-    const MAX_INTERVAL: Duration = Duration::from_secs(300);
-
-    /// The condition has begun now.
-    pub(crate) fn new(now: Instant) -> Self {
-        Reminder { next: now, interval: Self::FIRST_INTERVAL }
-    }
-
-    /// The condition has begun at `since`, and earlier processes have logged it.
-    pub(crate) fn resumed(since: Instant, now: Instant) -> Self {
-        let mut reminder = Reminder::new(since);
-        while reminder.next <= now {
-            reminder.is_due(reminder.next);
-        }
-        reminder
-    }
-
-    /// When the condition has to be logged next.
-    pub(crate) fn next(&self) -> Instant {
-        self.next
-    }
-
-    /// Whether the condition has to be logged now. If so, sets the time of the next line.
-    pub(crate) fn is_due(&mut self, now: Instant) -> bool {
-        if now < self.next {
-            return false;
-        }
-        self.next = now + self.interval;
-        self.interval = (self.interval * 2).min(Self::MAX_INTERVAL);
-        true
-    }
 }
 
 /// A duration for the log: in seconds, rounded down to the millisecond.
@@ -91,6 +45,7 @@ where
     F: Future<Output = Result<T, E>>,
 {
     let began = Instant::now();
+    let mut reminder = Reminder::new(began);
     let mut number = 1;
     loop {
         match attempt().await {
@@ -100,12 +55,19 @@ where
                         .is_none_or(|retry_timeout| began.elapsed() < retry_timeout) =>
             {
                 number += 1;
-                if should_log(number) {
-                    warn!(attempt = number, %error, "cannot {what} now, trying again");
+                if reminder.is_due(Instant::now()) {
+                    let seconds = began.elapsed().as_secs();
+                    warn!(attempt = number, seconds, %error, "cannot {what} now, trying again");
                 }
                 tokio::time::sleep(delay(number)).await;
             }
-            ended => return ended,
+            ended => {
+                if ended.is_ok() && reminder.has_reminded() {
+                    let seconds = began.elapsed().as_secs();
+                    info!(attempts = number, seconds, "can {what} again");
+                }
+                return ended;
+            }
         }
     }
 }

@@ -15,3 +15,4 @@ pub(crate) mod server_json;
 pub(crate) mod signature;
 pub(crate) mod spelling;
 pub(crate) mod text;
+pub(crate) mod wait_log;

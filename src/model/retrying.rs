@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use time::OffsetDateTime;
 
-use crate::model::backoff::Reminder;
 use crate::model::event::Position;
+use crate::model::wait_log::Reminder;
 
 /// A projector's wait for a later retry, as the ledger stores it.
 #[derive(Debug, Clone, PartialEq, Eq)]

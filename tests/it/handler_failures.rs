@@ -612,10 +612,8 @@ async fn a_lock_wait_timeout_in_boot_is_retried_and_breaks_no_projector() {
             error_number.load(Ordering::SeqCst) == 1205
         })
         .await;
-        assert_eq!(
-            (world.status("tally").await, world.position("tally").await),
-            ("booting".into(), 0)
-        );
+        assert_eq!(world.status("tally").await, "booting");
+        assert!(world.position("tally").await < 5, "the event that waits is not passed");
         execute(&mut other, "commit").await;
     };
     let (booted, ()) =

@@ -17,6 +17,7 @@ use crate::model::lifecycle::{Stage, Status};
 use crate::model::metrics;
 use crate::model::projector::Mode;
 use crate::model::registry::RegisteredProjector;
+use crate::model::wait_log::log_wait;
 use crate::store::AddedTypes;
 
 impl Boot<'_> {
@@ -272,7 +273,8 @@ impl Boot<'_> {
             return Ok(());
         }
         let set_up = || apply::set_up(&self.engine.database, &projector);
-        let done = self.engine.retry_transient("run a setup", set_up).await;
+        let setting_up = self.engine.retry_transient("run a setup", set_up);
+        let done = log_wait(&format!("the setup of {id}"), setting_up).await;
         let read = || tables.reload(&self.engine.database);
         let after = self.engine.retry_transient("read the tables", read).await?;
         let before = std::mem::replace(tables, after);

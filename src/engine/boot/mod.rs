@@ -255,6 +255,9 @@ impl<'a> Boot<'a> {
                 }
                 continue;
             }
+            if let Some(waited) = self.mark_wait.take() {
+                waited.end();
+            }
             let was_short = mark.since(start) <= self.engine.limits.batch;
             if was_short || rounds >= MAX_CATCH_UP_ROUNDS {
                 self.hand_over_or_finish(cursors, mark, is_first).await?;

@@ -10,9 +10,9 @@ use super::Boot;
 use super::report::{BootProgress, BootWait};
 use crate::engine::catch_up::{Cursor, CursorState};
 use crate::engine::retries::RetryWait;
-use crate::model::backoff::Reminder;
 use crate::model::event::Position;
 use crate::model::projector::ProjectorId;
+use crate::model::wait_log::Reminder;
 
 /// How often the progress of a wait is reported.
 const POLL_INTERVAL: Duration = Duration::from_millis(250);

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use tracing::warn;
+use tracing::{info, warn};
 
 use super::report::{BootProgress, BootWait};
 use super::{Boot, Entry};
@@ -11,13 +11,11 @@ use crate::engine::catch_up::Cursor;
 use crate::engine::error::Error;
 use crate::model::event::Position;
 use crate::model::projector::{Mode, ProjectorId};
+use crate::model::wait_log::Reminder;
 use crate::store::{Blocker, HighWater};
 
 /// How often boot checks whether the mark has risen. Each check at a gap costs a few statements.
 const POLL_INTERVAL: Duration = Duration::from_millis(250);
-
-/// How often boot logs that it is still waiting.
-const LOG_INTERVAL: Duration = Duration::from_secs(5);
 
 /// A wait for a mark that is blocked below the target.
 #[derive(Debug)]
@@ -25,7 +23,7 @@ pub(super) struct MarkWait {
     mark: Position,
     /// When the mark last rose, or when the wait began.
     since: Instant,
-    logged_at: Instant,
+    reminder: Reminder,
 }
 
 impl Boot<'_> {
@@ -89,19 +87,11 @@ impl Boot<'_> {
         let (mark, now) = (high_water.mark, Instant::now());
         let hint = self.engine.store.open_transaction_hint();
         let reason = wait_reason(high_water, self.target, &hint);
-        let waiting = match self.mark_wait.take() {
+        let mut waiting = match self.mark_wait.take() {
             Some(waiting) if waiting.mark == mark => waiting,
             Some(waiting) => MarkWait { mark, since: now, ..waiting },
-            None => {
-                let (high_water, target) = (mark.get(), self.target.get());
-                warn!(
-                    high_water,
-                    through = target,
-                    release = self.engine.release,
-                    "waiting: {reason}"
-                );
-                MarkWait { mark, since: now, logged_at: now }
-            }
+            // Most gaps belong to transactions that are about to commit.
+            None => MarkWait { mark, since: now, reminder: Reminder::after_a_second(now) },
         };
         let elapsed = now - waiting.since;
         if self.engine.limits.retry_timeout.is_some_and(|retry_timeout| elapsed >= retry_timeout) {
@@ -110,19 +100,16 @@ impl Boot<'_> {
                 Some(format!("{reason}. Boot gave up after {seconds} s; run it again afterwards"));
             return false;
         }
-        let logged_at = if now - waiting.logged_at >= LOG_INTERVAL {
+        if waiting.reminder.is_due(now) {
             warn!(
                 high_water = mark.get(),
                 through = self.target.get(),
                 seconds = elapsed.as_secs(),
                 release = self.engine.release,
-                "still waiting: {reason}"
+                "waiting: {reason}"
             );
-            now
-        } else {
-            waiting.logged_at
-        };
-        self.mark_wait = Some(MarkWait { logged_at, ..waiting });
+        }
+        self.mark_wait = Some(waiting);
         progress(&BootProgress::new(cursors, mark, Some(BootWait { reason, elapsed })));
         let left = self
             .engine
@@ -131,6 +118,15 @@ impl Boot<'_> {
             .map_or(POLL_INTERVAL, |retry_timeout| retry_timeout - elapsed);
         tokio::time::sleep(left.min(POLL_INTERVAL)).await;
         true
+    }
+}
+
+impl MarkWait {
+    /// Logs the end of a wait that was logged.
+    pub(super) fn end(self) {
+        if self.reminder.is_logged() {
+            info!(high_water = self.mark.get(), "the high-water mark has reached the target");
+        }
     }
 }
 

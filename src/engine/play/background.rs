@@ -10,17 +10,17 @@ use std::time::Duration;
 
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::{AbortHandle, JoinError, JoinSet};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use crate::database::Database;
 use crate::engine::catch_up::{Cursor, CursorState};
 use crate::engine::retry::Engine;
-use crate::model::backoff;
 use crate::model::event::Position;
 use crate::model::lifecycle::Stage;
 use crate::model::metrics;
 use crate::model::projector::ProjectorId;
 use crate::model::registry::RegisteredProjector;
+use crate::model::wait_log::OutageLog;
 
 /// How long one projector may delay the others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,6 +58,17 @@ impl Default for BackgroundLimits {
     }
 }
 
+/// Why a projector moves to the background.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Why {
+    /// It would delay the others: it is slow or far behind. Both moves are logged.
+    Delays,
+    /// The queue did not deliver its events. This is logged by the caller, at intervals.
+    NotDelivered,
+    /// It retries an event later. The wait is logged, at intervals.
+    Retries,
+}
+
 /// What ends the tasks in the background.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Stop {
@@ -73,7 +84,7 @@ enum Stop {
 /// Their uncommitted work is rolled back, and the next worker repeats it.
 pub(super) struct Stragglers {
     tasks: JoinSet<CursorState>,
-    in_background: HashMap<ProjectorId, AbortHandle>,
+    in_background: HashMap<ProjectorId, (AbortHandle, Why)>,
     stop: watch::Sender<Stop>,
     /// Limits how many tasks catch up at the same time.
     permits: Arc<Semaphore>,
@@ -97,7 +108,7 @@ impl Stragglers {
 
     /// Whether a projector is still in the background.
     pub(super) fn is_catching_up(&self, id: &ProjectorId) -> bool {
-        self.in_background.get(id).is_some_and(|task| !task.is_finished())
+        self.in_background.get(id).is_some_and(|(task, _)| !task.is_finished())
     }
 
     /// The projectors that are still in the background.
@@ -127,14 +138,17 @@ impl Stragglers {
         let id = self
             .in_background
             .iter()
-            .find(|(_, task_handle)| task_handle.id() == task)
-            .map(|(id, _)| id.clone());
-        let Some(id) = id else { return 0 };
+            .find(|(_, (task_handle, _))| task_handle.id() == task)
+            .map(|(id, (_, why))| (id.clone(), *why));
+        let Some((id, why)) = id else { return 0 };
         self.in_background.remove(&id);
         match ended {
             Ok((_, CursorState::Broken)) => return 1,
             Ok((_, CursorState::Waiting(_))) => {}
-            Ok(_) => info!(projector = %id, "readmitted to the fan-out group"),
+            Ok(_) if why == Why::Delays => {
+                info!(projector = %id, "readmitted to the fan-out group")
+            }
+            Ok(_) => debug!(projector = %id, "readmitted to the fan-out group"),
             Err(error) => {
                 warn!(
                     projector = %id, %error,
@@ -152,6 +166,7 @@ impl Stragglers {
         engine: &Engine,
         projector: &Arc<RegisteredProjector>,
         position: Position,
+        why: Why,
     ) {
         metrics::record_fallback_read(&projector.id);
         let mut cursor = Cursor::new(projector, position);
@@ -160,7 +175,7 @@ impl Stragglers {
         }
         let (permits, stop) = (Arc::clone(&self.permits), self.stop.subscribe());
         let task = self.tasks.spawn(catch_up_in_background(engine.clone(), cursor, permits, stop));
-        self.in_background.insert(projector.id.clone(), task);
+        self.in_background.insert(projector.id.clone(), (task, why));
     }
 
     /// Ends all tasks. Those of projectors that wait for a later retry end at once. The others
@@ -232,7 +247,7 @@ async fn catch_up_in_background(
 
 /// Runs rounds of catch-up until a round is short, the cursor stops, or `stop` ends it.
 async fn catch_up_to_mark(engine: &Engine, cursor: &mut Cursor, stop: &mut watch::Receiver<Stop>) {
-    let mut attempt = 1;
+    let mut outage_log = OutageLog::default();
     while cursor.is_running() && *stop.borrow() != Stop::All {
         let page_ended = Notify::new();
         let round = async {
@@ -256,18 +271,17 @@ async fn catch_up_to_mark(engine: &Engine, cursor: &mut Cursor, stop: &mut watch
         };
         match ended {
             // The last round was short, so the next messages will continue the position.
-            Ok(events) if events <= engine.limits.batch => break,
-            Ok(_) => attempt = 1,
+            Ok(events) if events <= engine.limits.batch => {
+                outage_log.record_recovery("the log can be read again");
+                break;
+            }
+            Ok(_) => outage_log.record_recovery("the log can be read again"),
             Err(error) => {
-                attempt += 1;
-                if backoff::should_log(attempt) {
-                    warn!(
-                        projector = %cursor.projector.id, attempt, %error,
-                        "cannot catch up, trying again"
-                    );
-                }
+                let id = &cursor.projector.id;
+                let what = format!("cannot catch {id} up, trying again");
+                let pause = outage_log.record_failure(&what, &error);
                 tokio::select! {
-                    () = tokio::time::sleep(backoff::delay(attempt + 4)) => {}
+                    () = tokio::time::sleep(pause) => {}
                     _ = stop.wait_for(|stop| *stop == Stop::All) => {}
                 }
             }

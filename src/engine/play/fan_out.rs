@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use tokio::time::timeout;
 use tracing::{debug, warn};
 
+use super::background::Why;
 use super::foreign::{claimed_positions, verify_message};
 use super::worker::Worker;
 use crate::engine::apply::Batch;
@@ -79,6 +80,7 @@ impl Worker {
                             &self.engine,
                             &cursor.projector,
                             cursor.position,
+                            Why::Retries,
                         );
                     }
                 }
@@ -92,6 +94,7 @@ impl Worker {
                         &self.engine,
                         &cursor.projector,
                         cursor.position,
+                        Why::Delays,
                     );
                 }
             }
@@ -120,7 +123,7 @@ impl Worker {
             }
             if self.engine.retries.contains(&projector.id) {
                 // Its next attempt is not made here, where the others would wait for it.
-                self.stragglers.move_to_background(&self.engine, projector, position);
+                self.stragglers.move_to_background(&self.engine, projector, position, Why::Retries);
                 continue;
             }
             let is_slow = timed_out == Some(&projector.id);
@@ -130,7 +133,7 @@ impl Worker {
                     projector = %projector.id, position = position.get(),
                     "{why}: moves to the background and catches up there"
                 );
-                self.stragglers.move_to_background(&self.engine, projector, position);
+                self.stragglers.move_to_background(&self.engine, projector, position, Why::Delays);
                 continue;
             }
             metrics::record_duplicates(

@@ -12,9 +12,9 @@ use tracing::{debug, info, warn};
 
 use super::PlaySettings;
 use super::foreign_receipts::{FIRST_FOREIGN_PAUSE, ForeignReceipts};
-use super::outage_log::OutageLog;
 use super::receiver::QueueReceiver;
 use super::worker::Worker;
+use crate::model::wait_log::{OutageLog, Reminder};
 use crate::queue::{Queue, Receipt, ReceivedMessage};
 use crate::store::LogFault;
 
@@ -30,7 +30,20 @@ pub(super) struct Player {
     pub(super) fault: Option<LogFault>,
     /// The receipts of foreign messages.
     pub(super) foreign_receipts: ForeignReceipts,
+    /// With `until_idle`: what play waits for.
+    idle_wait: Option<IdleWait>,
 }
+
+/// What keeps play from ending, and since when.
+#[derive(Debug)]
+struct IdleWait {
+    reason: String,
+    since: Instant,
+    reminder: Reminder,
+}
+
+/// How long the same reason may keep play from ending before it is logged.
+const LOG_IDLE_WAIT_AFTER: Duration = Duration::from_secs(5);
 
 /// The next step after a receive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,6 +65,7 @@ impl Player {
             outage_log: OutageLog::default(),
             fault: None,
             foreign_receipts: ForeignReceipts::default(),
+            idle_wait: None,
         }
     }
 
@@ -267,7 +281,28 @@ impl Player {
         }
         let is_quiet = self.foreign_receipts.has_only_foreign()
             || next == Next::Receive && self.queue.depth().await.is_ok_and(|depth| depth == 0);
-        if is_quiet { Next::End } else { next }
+        if is_quiet {
+            return Next::End;
+        }
+        self.log_idle_wait("the queue to be empty".into());
+        next
+    }
+
+    /// Logs what keeps play from ending, at growing intervals.
+    fn log_idle_wait(&mut self, reason: String) {
+        let now = Instant::now();
+        match self.idle_wait.as_mut().filter(|wait| wait.reason == reason) {
+            Some(wait) => {
+                if wait.reminder.is_due(now) {
+                    let seconds = now.duration_since(wait.since).as_secs();
+                    info!(seconds, "not idle: waiting for {}", wait.reason);
+                }
+            }
+            None => {
+                let reminder = Reminder::new(now + LOG_IDLE_WAIT_AFTER);
+                self.idle_wait = Some(IdleWait { reason, since: now, reminder });
+            }
+        }
     }
 
     /// Whether the log is idle and every live projector is at the high-water mark. Also `true` if
@@ -277,24 +312,40 @@ impl Player {
         let quiet = async {
             let high_water = store.raise_high_water().await?;
             if high_water.fault.is_some() {
-                return Ok((true, high_water.fault));
+                return Ok((None, high_water.fault));
             }
-            let all_seen =
-                high_water.blocked.is_none() && store.last_visible().await? == high_water.mark;
+            let mark = high_water.mark;
+            let visible = store.last_visible().await?;
+            if high_water.blocked.is_some() || visible != mark {
+                let reason = format!(
+                    "the high-water mark to rise from {mark} to the end of the log {visible}"
+                );
+                return Ok((Some(reason), None));
+            }
             let published = store.marks().await?.published;
-            let all_sent = self.settings.relay.is_none() || published >= high_water.mark;
-            let mut live = self.worker.live_positions().await?.into_iter();
-            Ok::<_, sqlx::Error>((
-                all_seen && all_sent && live.all(|(_, position)| position >= high_water.mark),
-                None,
-            ))
+            if self.settings.relay.is_some() && published < mark {
+                let reason = format!("the relay to publish the events from {published} to {mark}");
+                return Ok((Some(reason), None));
+            }
+            let live = self.worker.live_positions().await?;
+            let behind = live.into_iter().find(|(_, position)| *position < mark);
+            let reason = behind.map(|(id, position)| {
+                let wait = self.worker.engine.retries.wait_at(&id, position);
+                let why = wait.map(|wait| format!(" (it is retrying an event: {})", wait.reason));
+                format!("{id} to move from {position} to {mark}{}", why.unwrap_or_default())
+            });
+            Ok::<_, sqlx::Error>((reason, None))
         };
         match quiet.await {
             Ok((_, Some(fault))) => {
                 self.fault = Some(fault);
                 true
             }
-            Ok((quiet, None)) => quiet,
+            Ok((None, None)) => true,
+            Ok((Some(reason), None)) => {
+                self.log_idle_wait(reason);
+                false
+            }
             Err(error) => {
                 debug!(%error, "cannot check whether play is idle");
                 false

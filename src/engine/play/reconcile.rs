@@ -4,12 +4,14 @@
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
-use tracing::{info, warn};
+use tracing::info;
 
+use super::background::Why;
 use super::worker::Worker;
 use crate::model::event::Position;
 use crate::model::metrics;
 use crate::model::projector::ProjectorId;
+use crate::model::wait_log::Reminder;
 
 /// The longest time between two comparisons, however busy the queue is.
 const MAX_INTERVAL: Duration = Duration::from_secs(60);
@@ -62,12 +64,50 @@ impl Reconciler {
     }
 }
 
+/// The projectors whose events the queue does not deliver, for instance while it is unavailable.
+/// They are caught up from the store every few seconds, and that is logged at growing intervals.
+#[derive(Debug, Default)]
+pub(super) struct Undelivered(HashMap<ProjectorId, Spell>);
+
+#[derive(Debug)]
+struct Spell {
+    catch_ups: u64,
+    last: Instant,
+    reminder: Reminder,
+}
+
+impl Undelivered {
+    /// Records a catch-up. Returns the number of catch-ups so far if they have to be logged now.
+    fn record(&mut self, id: &ProjectorId, now: Instant) -> Option<u64> {
+        let begin = || Spell { catch_ups: 0, last: now, reminder: Reminder::new(now) };
+        let spell = self.0.entry(id.clone()).or_insert_with(begin);
+        (spell.catch_ups, spell.last) = (spell.catch_ups + 1, now);
+        spell.reminder.is_due(now).then_some(spell.catch_ups)
+    }
+
+    /// Logs for which projectors no catch-up has been necessary for a minute.
+    fn log_ends(&mut self, now: Instant) {
+        self.0.retain(|id, spell| {
+            let is_over = now.duration_since(spell.last) >= MAX_INTERVAL;
+            if is_over && spell.reminder.has_reminded() {
+                let catch_ups = spell.catch_ups;
+                info!(projector = %id, catch_ups, "the queue delivers this projector's events again");
+            }
+            !is_over
+        });
+    }
+}
+
 impl Worker {
     /// Compares the positions, and catches overdue projectors up from the store. If the database is
     /// unavailable, the next call tries again.
     pub(crate) async fn reconcile(&mut self) {
-        if let Err(error) = self.try_reconcile().await {
-            warn!(%error, "cannot reconcile, trying again later");
+        match self.try_reconcile().await {
+            Ok(()) => self.reconcile_outage.record_recovery("can reconcile again"),
+            Err(error) => {
+                let what = "cannot reconcile, trying again later";
+                self.reconcile_outage.record_failure(what, &error);
+            }
         }
     }
 
@@ -82,20 +122,28 @@ impl Worker {
         for (id, position) in live {
             let Some(projector) = self.registry.get(&id) else { continue };
             if self.engine.retries.contains(&id) {
-                self.stragglers.move_to_background(&self.engine, projector, position);
+                self.stragglers.move_to_background(&self.engine, projector, position, Why::Retries);
                 continue;
             }
             if !overdue.contains(&id) {
                 continue;
             }
-            info!(
-                projector = %id, position = position.get(), high_water = mark.get(),
-                "the queue does not deliver the missing events: catching up from the store"
-            );
+            if let Some(catch_ups) = self.undelivered.record(&id, Instant::now()) {
+                info!(
+                    projector = %id, position = position.get(), high_water = mark.get(), catch_ups,
+                    "the queue does not deliver the missing events: catching up from the store"
+                );
+            }
             // In the background: the catch-up may take long, and messages for the others may arrive
             // at any time.
-            self.stragglers.move_to_background(&self.engine, projector, position);
+            self.stragglers.move_to_background(
+                &self.engine,
+                projector,
+                position,
+                Why::NotDelivered,
+            );
         }
+        self.undelivered.log_ends(Instant::now());
         Ok(())
     }
 }

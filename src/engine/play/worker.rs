@@ -6,10 +6,9 @@ use std::time::{Duration, Instant};
 
 use tracing::{info, warn};
 
-use super::OutageLog;
 use super::background::{BackgroundLimits, Stragglers};
 use super::foreign::ForeignWatch;
-use super::reconcile::Reconciler;
+use super::reconcile::{Reconciler, Undelivered};
 use crate::database::Database;
 use crate::engine::error::Error;
 use crate::engine::retry::{Engine, Limits};
@@ -21,6 +20,7 @@ use crate::model::lifecycle::{Stage, Status};
 use crate::model::metrics;
 use crate::model::projector::ProjectorId;
 use crate::model::registry::Registry;
+use crate::model::wait_log::OutageLog;
 use crate::queue::ForeignReason;
 
 /// A receive that takes at least this long to commit is logged.
@@ -49,6 +49,8 @@ pub(crate) struct Worker {
     /// logged.
     outdated: BTreeSet<ProjectorId>,
     outage_log: OutageLog,
+    pub(super) reconcile_outage: OutageLog,
+    pub(super) undelivered: Undelivered,
 }
 
 impl Worker {
@@ -86,6 +88,8 @@ impl Worker {
             broken: 0,
             outdated: BTreeSet::new(),
             outage_log: OutageLog::default(),
+            reconcile_outage: OutageLog::default(),
+            undelivered: Undelivered::default(),
         };
         worker.log_projectors().await?;
         Ok(worker)

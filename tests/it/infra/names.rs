@@ -62,7 +62,7 @@ fn every_metric_in_an_alarm_or_the_dashboard_is_written_by_the_code() {
             other => panic!("an alarm on the unknown namespace {other:?}"),
         }
     }
-    assert_eq!(alarms, 10);
+    assert_eq!(alarms, 11);
 
     let shown: BTreeSet<&str> = quoted(&monitoring, "MetricName=\\\"")
         .chain(quoted(&monitoring, "[\"Projectionist\", \""))
