@@ -2,6 +2,7 @@
 //! them.
 
 use std::path::PathBuf;
+use std::pin::pin;
 use std::time::Duration;
 
 use clap::builder::FalseyValueParser;
@@ -300,7 +301,7 @@ impl Config {
         let connect_timeout = Duration::from_secs(self.connect_timeout);
         let connections = self.connections.unwrap_or(connections);
         let opening =
-            Database::open(credentials, connections, connect_timeout, self.sql_mode.into());
+            pin!(Database::open(credentials, connections, connect_timeout, self.sql_mode.into()));
         Ok(log_wait("the database to answer", opening).await?)
     }
 

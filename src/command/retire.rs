@@ -1,5 +1,7 @@
 //! The `retire` command: tears a projector down.
 
+use std::pin::pin;
+
 use clap::Args;
 use clap::builder::FalseyValueParser;
 
@@ -82,18 +84,14 @@ impl RetireCommand {
         // dropped. If retire is interrupted, the next run continues here.
         if entry.status != Status::Retired {
             let step = |entry: &Entry| entry.status != Status::Retired;
-            let transition = ledger.transition(id, Transition::Retire, step);
+            let transition = pin!(ledger.transition(id, Transition::Retire, step));
             log_wait("the projector's row, which a running batch has locked", transition).await?;
         }
         if let Some(projector) = projector {
-<<<<<<< HEAD
-            let torn_down = apply::tear_down(&database, projector).await;
+            let tearing_down = pin!(apply::tear_down(&database, projector));
+            let torn_down = log_wait("the projector's teardown", tearing_down).await;
             registry.stop_processes().await;
             torn_down.map_err(|error| {
-=======
-            let tearing_down = apply::tear_down(&database, projector);
-            log_wait("the projector's teardown", tearing_down).await.map_err(|error| {
->>>>>>> 089777a (Say what each wait is for, at once and then at growing intervals)
                 Error::Projector(format!(
                     "{id}: its teardown failed: {}; it is retired, and retire can be run again",
                     format_chain(&error)

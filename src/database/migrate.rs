@@ -1,6 +1,7 @@
 //! The migrations of this program's tables.
 
 use std::borrow::Cow;
+use std::pin::pin;
 
 use sqlx::migrate::{MigrateError, Migration, MigrationType, Migrator};
 use sqlx::{AssertSqlSafe, MySqlConnection, SqlSafeStr};
@@ -8,6 +9,7 @@ use sqlx::{AssertSqlSafe, MySqlConnection, SqlSafeStr};
 use super::Database;
 use crate::database::error::{DatabaseError, is_denied, server_error_number};
 use crate::model::signature::random_key;
+use crate::model::wait_log::log_wait;
 
 /// The migrator derives its lock and its table from this name. The name is our own, so that an
 /// application's own sqlx migrations can live in the same database.
@@ -44,7 +46,10 @@ impl Database {
         if !foreign.is_empty() {
             return Err(DatabaseError::Settings(explain_foreign_tables(&foreign)));
         }
-        if let Err(error) = Self::migrator().run(&mut *connection).await {
+        let migrator = Self::migrator();
+        let migrating = pin!(migrator.run(&mut *connection));
+        let what = "the migrations: another migrate may run, or a transaction may use the tables";
+        if let Err(error) = log_wait(what, migrating).await {
             let MigrateError::Dirty(version) = error else { return Err(explain(error)) };
             continue_migration(&mut connection, version).await?;
             Self::migrator().run(&mut *connection).await.map_err(explain)?;

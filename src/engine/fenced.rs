@@ -188,6 +188,7 @@ mod tests {
             event_types: None,
             owned_tables: None,
             rebuild_reason: None,
+            retrying: None,
         };
         let (after, through) = (Position::new(10), Position::new(20));
         let batch = Batch { after, through, events: &[] };

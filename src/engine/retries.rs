@@ -88,8 +88,8 @@ impl Retries {
 }
 
 impl Engine {
-    /// Ends the attempts at an event: the projector waits for a later retry if the error allows one,
-    /// or else breaks. Its position must be just before the event.
+    /// Ends the attempts at an event: the projector waits for a later retry if the error allows
+    /// one, or else breaks. Its position must be just before the event.
     pub(crate) async fn fail_at(
         &self,
         projector: &RegisteredProjector,

@@ -272,14 +272,15 @@ impl Engine {
         let mut rolled_back = 0;
         let mut closed_connection = ClosedConnectionDetector::default();
         loop {
-            let applied = apply::apply(
+            // Boxed, because it is large and would be part of each future above this one.
+            let applied = Box::pin(apply::apply(
                 &self.database,
                 projector,
                 stage,
                 batch,
                 self.limits.handler_timeout,
                 carry,
-            )
+            ))
             .await;
             if applied.as_ref().is_err_and(|error| !matches!(error, ApplyError::ClaimLost(_))) {
                 metrics::record_failure(&projector.id);
@@ -386,7 +387,7 @@ impl Engine {
                     let retry = Retry { is_requested: true, delay };
                     return Err(ProjectorError::for_retry(error, attempt, retry));
                 }
-                // Most errors of this kind pass at once. Others must not delay the other projectors.
+                // Most errors of this kind pass at once. A longer one must not delay others.
                 Err(ApplyError::HandlerTransient(error))
                     if began.elapsed() >= IMMEDIATE_RETRIES =>
                 {

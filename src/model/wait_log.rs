@@ -2,7 +2,7 @@
 //! like a program that hangs, and one line for each attempt hides all other lines.
 
 use std::future::Future;
-use std::pin::pin;
+use std::pin::Pin;
 use std::time::{Duration, Instant};
 
 use tokio::time::sleep_until;
@@ -13,8 +13,8 @@ use crate::model::backoff;
 /// A shorter wait for something that is normally free is not news.
 const NEWS_AFTER: Duration = Duration::from_secs(1);
 
-/// When to log a condition that lasts: at once, and then at intervals that double, from five seconds
-/// to five minutes.
+/// When to log a condition that lasts: at once, and then at intervals that double, from five
+/// seconds to five minutes.
 #[derive(Debug, Clone)]
 pub(crate) struct Reminder {
     next: Instant,
@@ -107,11 +107,11 @@ impl OutageLog {
     }
 }
 
-/// Runs `work`. Logs that the program waits for `what` if that takes longer than a second.
-pub(crate) async fn log_wait<T>(what: &str, work: impl Future<Output = T>) -> T {
+/// Runs `work`. Logs that the program waits for `what` if that takes longer than a second. Takes
+/// the pinned future, because copies of a large one would fill the stack.
+pub(crate) async fn log_wait<T>(what: &str, mut work: Pin<&mut impl Future<Output = T>>) -> T {
     let began = Instant::now();
     let mut reminder = Reminder::after_a_second(began);
-    let mut work = pin!(work);
     loop {
         tokio::select! {
             biased;

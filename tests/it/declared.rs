@@ -470,7 +470,7 @@ async fn a_statement_that_never_ends_breaks_its_projector_at_its_file_and_line()
     let limits = Limits::default().with_handler_timeout(Duration::from_millis(300));
     let booted = boot(&world.database, &registry(&folder), limits, |_| {}).await;
     assert!(!booted.expect("boot ends").is_released());
-    let line = folder.file("slow.toml") + ":13: the handler of slow@1 took longer than 0.3 s";
+    let line = folder.file("slow.toml") + ":11: the handler of slow@1 took longer than 0.3 s";
     world.assert_broken("slow", 1, &line).await;
     world.assert_broken("slow", 1, "--handler-timeout").await;
 }

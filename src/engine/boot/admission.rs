@@ -1,6 +1,8 @@
 //! The checks and preparations before the replay: definitions, tables and setups. Boot holds the
 //! [`SetupLock`] during all of them.
 
+use std::pin::pin;
+
 use anyhow::anyhow;
 use tracing::{info, warn};
 
@@ -273,7 +275,7 @@ impl Boot<'_> {
             return Ok(());
         }
         let set_up = || apply::set_up(&self.engine.database, &projector);
-        let setting_up = self.engine.retry_transient("run a setup", set_up);
+        let setting_up = pin!(self.engine.retry_transient("run a setup", set_up));
         let done = log_wait(&format!("the setup of {id}"), setting_up).await;
         let read = || tables.reload(&self.engine.database);
         let after = self.engine.retry_transient("read the tables", read).await?;

@@ -201,8 +201,8 @@ pub struct BootProgress {
     pub wait: Option<BootWait>,
 }
 
-/// A wait of boot: the high-water mark is blocked below the end of the log, or a projector retries an
-/// event later.
+/// A wait of boot: the high-water mark is blocked below the end of the log, or a projector retries
+/// an event later.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct BootWait {

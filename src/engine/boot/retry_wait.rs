@@ -1,5 +1,5 @@
-//! The wait of boot for projectors that retry an event later. The other projectors of the boot do not
-//! wait for them: they are replayed and handed over meanwhile.
+//! The wait of boot for projectors that retry an event later. The other projectors of the boot do
+//! not wait for them: they are replayed and handed over meanwhile.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -61,8 +61,8 @@ impl Boot<'_> {
         has_due
     }
 
-    /// Waits for one poll interval for the next attempt of a projector, and reports why. Gives up on
-    /// the projectors that have waited for `retry_timeout` at one event. Returns `false` if no
+    /// Waits for one poll interval for the next attempt of a projector, and reports why. Gives up
+    /// on the projectors that have waited for `retry_timeout` at one event. Returns `false` if no
     /// projector is left to wait for.
     pub(super) async fn wait_for_retries(
         &mut self,

@@ -94,12 +94,6 @@ impl Boot<'_> {
             None => MarkWait { mark, since: now, reminder: Reminder::after_a_second(now) },
         };
         let elapsed = now - waiting.since;
-        if self.engine.limits.retry_timeout.is_some_and(|retry_timeout| elapsed >= retry_timeout) {
-            let seconds = elapsed.as_secs();
-            self.findings.reason =
-                Some(format!("{reason}. Boot gave up after {seconds} s; run it again afterwards"));
-            return false;
-        }
         if waiting.reminder.is_due(now) {
             warn!(
                 high_water = mark.get(),
@@ -108,6 +102,12 @@ impl Boot<'_> {
                 release = self.engine.release,
                 "waiting: {reason}"
             );
+        }
+        if self.engine.limits.retry_timeout.is_some_and(|retry_timeout| elapsed >= retry_timeout) {
+            let seconds = elapsed.as_secs();
+            self.findings.reason =
+                Some(format!("{reason}. Boot gave up after {seconds} s; run it again afterwards"));
+            return false;
         }
         self.mark_wait = Some(waiting);
         progress(&BootProgress::new(cursors, mark, Some(BootWait { reason, elapsed })));

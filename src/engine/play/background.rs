@@ -168,10 +168,10 @@ impl Stragglers {
         position: Position,
         why: Why,
     ) {
-        metrics::record_fallback_read(&projector.id);
         let mut cursor = Cursor::new(projector, position);
-        if let Some(wait) = engine.retries.wait_at(&projector.id, position) {
-            cursor.state = CursorState::Waiting(wait);
+        match engine.retries.wait_at(&projector.id, position) {
+            Some(wait) => cursor.state = CursorState::Waiting(wait),
+            None => metrics::record_fallback_read(&projector.id),
         }
         let (permits, stop) = (Arc::clone(&self.permits), self.stop.subscribe());
         let task = self.tasks.spawn(catch_up_in_background(engine.clone(), cursor, permits, stop));
@@ -215,8 +215,8 @@ impl Stragglers {
     }
 }
 
-/// Catches a projector up to the current mark. If the projector has to wait for a later retry, waits
-/// and continues. Ends early if the projector breaks or is taken over, or at `stop`.
+/// Catches a projector up to the current mark. If the projector has to wait for a later retry,
+/// waits and continues. Ends early if the projector breaks or is taken over, or at `stop`.
 async fn catch_up_in_background(
     engine: Engine,
     mut cursor: Cursor,
