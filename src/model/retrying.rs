@@ -28,6 +28,9 @@ pub struct Retrying {
 const FIRST_DELAY: Duration = Duration::from_secs(1);
 const MAX_DELAY: Duration = Duration::from_secs(30);
 
+/// The longest delay after a transient error of the server.
+const MAX_TRANSIENT_DELAY: Duration = Duration::from_secs(5);
+
 /// A shorter wait is not stored. Most waits of this kind end by themselves, and cost no write.
 const STORE_AFTER: Duration = Duration::from_secs(1);
 
@@ -123,7 +126,8 @@ impl RetryState {
         if attempt.is_requested {
             self.requested_since.get_or_insert(now);
         }
-        let delay = attempt.delay.unwrap_or_else(|| delay(self.rounds));
+        let max = if attempt.is_requested { MAX_DELAY } else { MAX_TRANSIENT_DELAY };
+        let delay = attempt.delay.unwrap_or_else(|| delay(self.rounds).min(max));
         self.next_attempt = now + delay;
     }
 
