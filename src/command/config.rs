@@ -86,6 +86,19 @@ pub(crate) struct Config {
           value_parser = clap::value_parser!(u64).range(1..=3600), global = true)]
     pub(crate) handler_timeout: u64,
 
+    /// For how long a handler may ask for later retries of one event (RetryLater) before its
+    /// projector breaks, in seconds.
+    #[arg(long, help_heading = "Projectors", hide_short_help = true, value_name = "SECONDS", env = "PROJECTIONIST_RETRY_LATER_LIMIT",
+          default_value_t = 86_400,
+          value_parser = clap::value_parser!(u64).range(1..=31_536_000), global = true)]
+    retry_later_limit: u64,
+
+    /// How long a projector may retry one event before an alert is sent, in seconds.
+    #[arg(long, help_heading = "Projectors", hide_short_help = true, value_name = "SECONDS", env = "PROJECTIONIST_RETRY_ALERT_AFTER",
+          default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=86_400),
+          global = true)]
+    retry_alert_after: u64,
+
     /// The SQL mode in which projectors' statements run. strict: as on a new server, a value that
     /// does not fit its column is an error. server: the server's own mode.
     #[arg(
@@ -174,19 +187,6 @@ pub(crate) struct Config {
         global = true
     )]
     queue_url: Option<String>,
-
-    /// For how long a handler may ask for later retries of one event (RetryLater) before its
-    /// projector breaks, in seconds.
-    #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_RETRY_LATER_LIMIT",
-          default_value_t = 86_400,
-          value_parser = clap::value_parser!(u64).range(1..=31_536_000), global = true)]
-    retry_later_limit: u64,
-
-    /// How long a projector may retry one event before an alert is sent, in seconds.
-    #[arg(long, value_name = "SECONDS", env = "PROJECTIONIST_RETRY_ALERT_AFTER",
-          default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=86_400),
-          global = true)]
-    retry_alert_after: u64,
 
     /// How long a received message is hidden from other workers, in seconds. Extended while the
     /// message is in progress.

@@ -47,9 +47,9 @@ impl Database {
             return Err(DatabaseError::Settings(explain_foreign_tables(&foreign)));
         }
         let migrator = Self::migrator();
-        let migrating = pin!(migrator.run(&mut *connection));
         let what = "the migrations: another migrate may run, or a transaction may use the tables";
-        if let Err(error) = log_wait(what, migrating).await {
+        let migrated = log_wait(what, pin!(migrator.run(&mut *connection))).await;
+        if let Err(error) = migrated {
             let MigrateError::Dirty(version) = error else { return Err(explain(error)) };
             continue_migration(&mut connection, version).await?;
             Self::migrator().run(&mut *connection).await.map_err(explain)?;
