@@ -9,7 +9,9 @@ use clap::builder::FalseyValueParser;
 use clap::{Args, ValueEnum};
 
 use crate::aws::{self, AuthTokenGenerator, Secret};
-use crate::database::{CredentialSource, Credentials, Database, SqlMode};
+use crate::database::{
+    CredentialSource, Credentials, DEFAULT_STATEMENT_TIMEOUT, Database, SqlMode,
+};
 use crate::declared;
 use crate::engine::error::Error;
 use crate::engine::retry::Limits;
@@ -176,6 +178,15 @@ pub(crate) struct Config {
           value_parser = clap::value_parser!(u64).range(1..=3600), global = true)]
     connect_timeout: u64,
 
+    /// How long to wait for the answer to one of the program's own statements, in seconds. Then its
+    /// connection counts as lost, and the statement is tried again on another one. Handlers have
+    /// --handler-timeout.
+    #[arg(long, help_heading = "Database", hide_short_help = true, value_name = "SECONDS",
+          env = "PROJECTIONIST_STATEMENT_TIMEOUT",
+          default_value_t = DEFAULT_STATEMENT_TIMEOUT.as_secs(),
+          value_parser = clap::value_parser!(u64).range(2..=3600), global = true)]
+    statement_timeout: u64,
+
     /// The URL of the SQS queue, FIFO or standard. Credentials, region and endpoint are configured
     /// as for every AWS tool: AWS_REGION, AWS_PROFILE, AWS_ENDPOINT_URL and so on.
     #[arg(
@@ -291,8 +302,14 @@ impl Config {
     /// Opens the database. Without `--connections`, it has a connection for each projector that
     /// keeps a session of its own.
     pub(crate) async fn database_for(&self, registry: &Registry) -> Result<Database, Error> {
+        self.database_with(self.connections_for(registry)).await
+    }
+
+    /// How many connections boot and play open at most.
+    pub(crate) fn connections_for(&self, registry: &Registry) -> u32 {
         let with_sessions = DEFAULT_CONNECTIONS / 2 + registry.dedicated_session_count();
-        self.database_with(with_sessions.clamp(DEFAULT_CONNECTIONS, MAX_DEFAULT_CONNECTIONS)).await
+        let default = with_sessions.clamp(DEFAULT_CONNECTIONS, MAX_DEFAULT_CONNECTIONS);
+        self.connections.unwrap_or(default)
     }
 
     /// Opens the database with at most `connections` connections, unless `--connections` is given.
@@ -300,8 +317,13 @@ impl Config {
         let credentials = self.credentials().await?;
         let connect_timeout = Duration::from_secs(self.connect_timeout);
         let connections = self.connections.unwrap_or(connections);
-        let opening =
-            pin!(Database::open(credentials, connections, connect_timeout, self.sql_mode.into()));
+        let opening = pin!(Database::open(
+            credentials,
+            connections,
+            connect_timeout,
+            Duration::from_secs(self.statement_timeout),
+            self.sql_mode.into(),
+        ));
         Ok(log_wait("the database to answer", opening).await?)
     }
 
@@ -328,9 +350,14 @@ impl Config {
         let credentials =
             Credentials::new(Some(&with_options), CredentialSource::Url, self.database_ca.clone())?;
         let connect_timeout = Duration::from_secs(self.connect_timeout);
-        let database =
-            Database::open(credentials, SCRATCH_CONNECTIONS, connect_timeout, self.sql_mode.into())
-                .await?;
+        let database = Database::open(
+            credentials,
+            SCRATCH_CONNECTIONS,
+            connect_timeout,
+            Duration::from_secs(self.statement_timeout),
+            self.sql_mode.into(),
+        )
+        .await?;
         Ok((database, url))
     }
 

@@ -39,11 +39,17 @@ pub(super) struct RelayCommand {
 /// The options of every command that publishes the log.
 #[derive(Debug, Args)]
 pub(super) struct RelayOptions {
-    /// The longest pause between two reads of a log without new events, in milliseconds; a
-    /// twentieth of it while events arrive
+    /// The pause between two reads of a log without new events, in milliseconds; a twentieth of it
+    /// while events arrive
     #[arg(long, value_name = "MS", env = "PROJECTIONIST_RELAY_INTERVAL", default_value_t = 50,
           value_parser = clap::value_parser!(u64).range(1..=60_000))]
     relay_interval: u64,
+
+    /// The longest pause between two reads, in milliseconds. Without events, the pause grows to a
+    /// fiftieth of the time since the last one, up to this
+    #[arg(long, value_name = "MS", env = "PROJECTIONIST_RELAY_IDLE_INTERVAL",
+          default_value_t = 500, value_parser = clap::value_parser!(u64).range(1..=60_000))]
+    relay_idle_interval: u64,
 
     /// The most events in one message; the queue's maximum message size is another limit
     #[arg(long, value_name = "EVENTS", env = "PROJECTIONIST_MESSAGE_EVENTS", default_value_t = 1000,
@@ -55,6 +61,7 @@ impl RelayOptions {
     pub(super) fn settings(&self) -> RelaySettings {
         RelaySettings {
             interval: Duration::from_millis(self.relay_interval),
+            idle_interval: Duration::from_millis(self.relay_idle_interval),
             max_events: self.message_events as usize,
         }
     }

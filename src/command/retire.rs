@@ -1,6 +1,7 @@
 //! The `retire` command: tears a projector down.
 
 use std::pin::pin;
+use std::time::Duration;
 
 use clap::Args;
 use clap::builder::FalseyValueParser;
@@ -11,9 +12,13 @@ use crate::database::error::format_chain;
 use crate::engine::apply;
 use crate::engine::error::Error;
 use crate::ledger::{Entry, Ledger};
+use crate::model::backoff::retry_transient;
 use crate::model::lifecycle::{Status, Transition};
 use crate::model::registry::Registry;
 use crate::model::wait_log::log_wait;
+
+/// How long to wait until a worker releases the projector's row.
+const LOCK_WAIT: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -83,9 +88,12 @@ impl RetireCommand {
         // The status changes first, so that no worker plays the projector while its tables are
         // dropped. If retire is interrupted, the next run continues here.
         if entry.status != Status::Retired {
-            let step = |entry: &Entry| entry.status != Status::Retired;
-            let transition = pin!(ledger.transition(id, Transition::Retire, step));
-            log_wait("the projector's row, which a running batch has locked", transition).await?;
+            // A worker's handler may hold the row.
+            let retire = || {
+                ledger.transition(id, Transition::Retire, |entry| entry.status != Status::Retired)
+            };
+            let retiring = pin!(retry_transient(Some(LOCK_WAIT), "retire the projector", retire));
+            log_wait("the projector's row, which a running batch has locked", retiring).await?;
         }
         if let Some(projector) = projector {
             let tearing_down = pin!(apply::tear_down(&database, projector));

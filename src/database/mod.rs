@@ -6,14 +6,15 @@ pub(crate) mod error;
 mod inspect;
 pub(crate) mod migrate;
 pub(crate) mod multi_row;
+mod own_connection;
 mod privileges;
 mod scratch;
 mod server_error;
 mod session_cache;
 mod settings;
+mod timeouts;
 mod transaction_outcome;
 
-use std::future::Future;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -31,11 +32,15 @@ pub(crate) use credentials::{CredentialSource, Credentials};
 pub use error::DatabaseError;
 use error::{is_connection_outdated, server_error_number};
 pub(crate) use inspect::{MigrationState, PrivilegeCheck, ServerReport};
+use own_connection::CallerLimit;
+pub(crate) use own_connection::OwnConnection;
 pub(crate) use privileges::{COMMAND_PRIVILEGES, TABLES};
 pub(crate) use session_cache::{HandlerSession, Session, SessionId};
 use session_cache::{SessionCache, has_capacity};
 use settings::SessionSettings;
 pub(crate) use settings::SqlMode;
+pub(crate) use timeouts::DEFAULT_STATEMENT_TIMEOUT;
+use timeouts::{SHORT_TIMEOUT, timeout_after, timeout_error};
 pub(crate) use transaction_outcome::TransactionOutcome;
 
 /// `wait_timeout` of every session. `apply` raises it for a handler that may be idle for longer.
@@ -48,17 +53,8 @@ const MIN_CONNECTIONS: u32 = 2;
 /// are for handlers, each of which may need its own session.
 const MAX_OWN_CONNECTIONS: u32 = 8;
 
-/// More than the 50 s that a server waits for a row lock by default. A statement that takes longer
-/// has lost its connection.
-const DEFAULT_STATEMENT_TIMEOUT: Duration = Duration::from_secs(60);
-
 /// Idle connections are closed after this time, before the server closes them.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// The limit for statements that should answer at once, such as the rollback of a connection that
-/// returns to the pool. The pool itself would wait without limit, and unresponsive connections
-/// would exhaust it.
-const SHORT_TIMEOUT: Duration = Duration::from_secs(5);
 
 const SERVER_VARIABLES: &str = "select version(), current_user(), @@global.auto_increment_increment, \
      @@session.max_allowed_packet";
@@ -68,10 +64,6 @@ const SERVER_VARIABLES: &str = "select version(), current_user(), @@global.auto_
 const MIN_PACKET_BYTES: u64 = 64 * 1024;
 
 const SESSION_ID: &str = "select connection_id()";
-
-/// A user sees its own sessions without any grant. `information_schema.processlist` is not used: on
-/// MySQL it fails while any session binds bytes that are not UTF-8.
-const PROCESS_LIST: &str = "show processlist";
 
 /// A pool of connections to one database. Every connection has the session settings that the
 /// protocol needs. Cheap to clone.
@@ -87,12 +79,18 @@ pub struct Database {
     /// Older connections are not used again.
     stale_before: watch::Sender<Option<Instant>>,
     statement_timeout: Duration,
+    /// How long our own sessions wait for a row lock.
+    own_lock_wait: Duration,
     own_sessions: SessionCache<Session>,
     handler_sessions: SessionCache<HandlerSession>,
     settings: Arc<SessionSettings>,
     credentials: Arc<Credentials>,
     /// The account as the server knows it: `user@host`.
     account: Arc<str>,
+    /// Limits the connections of this handle. `None`: the handle is the engine's.
+    caller_limit: Option<CallerLimit>,
+    /// Changes with each append through this handle and its clones.
+    appended: watch::Sender<()>,
 }
 
 /// The kind of server.
@@ -118,16 +116,19 @@ impl Database {
             Credentials::new(Some(url), CredentialSource::Url, None)?,
             connections,
             connect_timeout,
+            DEFAULT_STATEMENT_TIMEOUT,
             SqlMode::Strict,
         )
         .await
     }
 
-    /// [`Database::connect`] with any credentials and the SQL mode for projectors' statements.
+    /// [`Database::connect`] with any credentials, the statement timeout, and the SQL mode for
+    /// projectors' statements.
     pub(crate) async fn open(
         credentials: Credentials,
         connections: u32,
         connect_timeout: Duration,
+        statement_timeout: Duration,
         sql_mode: SqlMode,
     ) -> Result<Self, DatabaseError> {
         if connections < MIN_CONNECTIONS {
@@ -140,18 +141,19 @@ impl Database {
         let at = inspect::address(&options);
         // The first connection is made without the pool, because the pool would retry even
         // permanent errors.
-        let (flavor, account, settings) =
-            match timeout(connect_timeout, probe_server(&options, &at, sql_mode)).await {
-                Ok(Ok(probed)) => probed,
-                Ok(Err(DatabaseError::Statement(error))) => {
-                    return Err(out_of_reach(&at, &error, &credentials));
-                }
-                Ok(Err(error)) => return Err(error),
-                Err(_) => return Err(out_of_reach(&at, &sqlx::Error::PoolTimedOut, &credentials)),
-            };
+        let own_lock_wait = timeouts::own_lock_wait(statement_timeout);
+        let probing = probe_server(&options, &at, sql_mode, own_lock_wait);
+        let (flavor, account, settings) = match timeout(connect_timeout, probing).await {
+            Ok(Ok(probed)) => probed,
+            Ok(Err(DatabaseError::Statement(error))) => {
+                return Err(out_of_reach(&at, &error, &credentials));
+            }
+            Ok(Err(error)) => return Err(error),
+            Err(_) => return Err(out_of_reach(&at, &sqlx::Error::PoolTimedOut, &credentials)),
+        };
         let stale_before = watch::Sender::new(None);
         let stale_before_now = stale_before.subscribe();
-        let max_for_handlers = connections - MAX_OWN_CONNECTIONS.min(connections / 2);
+        let max_for_handlers = handler_connections(connections);
         let set = Arc::clone(&settings.own);
         let pool = MySqlPoolOptions::new()
             .before_acquire(move |_, about| {
@@ -181,40 +183,32 @@ impl Database {
             SessionCache::new(max_for_handlers as usize),
         );
         let (settings, credentials) = (Arc::new(settings), Arc::new(credentials));
-        let statement_timeout = DEFAULT_STATEMENT_TIMEOUT;
+        let appended = watch::Sender::new(());
         Ok(Database {
             pool,
             handler_pool,
             flavor,
             stale_before,
             statement_timeout,
+            own_lock_wait,
             own_sessions,
             handler_sessions,
             settings,
             credentials,
             account,
+            caller_limit: Some(CallerLimit::half_of(connections - max_for_handlers)),
+            appended,
         })
     }
 
-    /// Sets how long a statement may take before its connection counts as lost. The default,
-    /// 60 s, is more than the 50 s that a server waits for a row lock. The limit does not apply to
-    /// handlers: they have [`crate::Limits::handler_timeout`].
-    pub fn with_statement_timeout(self, time: Duration) -> Self {
-        Database { statement_timeout: time, ..self }
+    /// Reports an append of this process to [`Database::subscribe_to_appends`].
+    pub(crate) fn notify_append(&self) {
+        self.appended.send_replace(());
     }
 
-    /// Waits for an answer, up to the statement timeout. Without the limit, a connection whose
-    /// other end has vanished would block until the kernel gives it up, which may take hours. The
-    /// timeout is a transient error, like other lost connections.
-    pub(crate) async fn with_timeout<T>(
-        &self,
-        operation: impl Future<Output = Result<T, sqlx::Error>>,
-    ) -> Result<T, sqlx::Error> {
-        let answer = timeout_after(self.statement_timeout, operation).await;
-        if let Err(error) = &answer {
-            self.discard_if_outdated(error);
-        }
-        answer
+    /// A receiver that changes with each append through this database's handles.
+    pub(crate) fn subscribe_to_appends(&self) -> watch::Receiver<()> {
+        self.appended.subscribe()
     }
 
     /// [`Database::with_timeout`] on a connection of the pool.
@@ -257,14 +251,6 @@ impl Database {
         ))
     }
 
-    /// Whether the server still has the session with this connection id.
-    async fn has_session(&self, session: u64) -> Result<bool, sqlx::Error> {
-        let sessions = self
-            .run_pooled(async |connection| sqlx::raw_sql(PROCESS_LIST).fetch_all(connection).await)
-            .await?;
-        Ok(sessions.iter().any(|row| row.get_unchecked::<u64, _>(0) == session))
-    }
-
     /// Discards the connections that lead to a former primary or keep old privileges.
     ///
     /// After a failover, the former primary may go on as a read-only server with our connections.
@@ -296,14 +282,6 @@ impl Database {
         session: &mut HandlerSession,
     ) -> Result<Option<String>, sqlx::Error> {
         self.with_short_timeout(self.settings.find_changes(&mut session.connection)).await
-    }
-
-    /// [`Database::with_timeout`] with a short timeout, for statements that wait for no lock.
-    pub(crate) async fn with_short_timeout<T>(
-        &self,
-        operation: impl Future<Output = Result<T, sqlx::Error>>,
-    ) -> Result<T, sqlx::Error> {
-        timeout_after(SHORT_TIMEOUT, operation).await
     }
 
     /// Ends the running statement of a handler's session, but not the session. Has no effect if no
@@ -382,12 +360,6 @@ impl Database {
         [&self.pool, &self.handler_pool]
     }
 
-    /// Takes a connection for this program's own statements.
-    pub(crate) async fn acquire(&self) -> Result<PoolConnection<MySql>, sqlx::Error> {
-        let _waiting = self.register_own_waiter();
-        self.acquire_from(&self.pool).await
-    }
-
     /// Opens a connection for a handler or a setup.
     async fn acquire_for_handler(&self) -> Result<PoolConnection<MySql>, sqlx::Error> {
         let _waiting = self.register_handler_waiter();
@@ -435,6 +407,11 @@ impl Database {
     }
 }
 
+/// How many of a number of connections are for handlers.
+pub(crate) fn handler_connections(connections: u32) -> u32 {
+    connections - MAX_OWN_CONNECTIONS.min(connections / 2)
+}
+
 /// Rolls back a transaction that was left open in a connection. Returns whether the pool may keep
 /// the connection.
 async fn roll_back_on_release(connection: &mut MySqlConnection) -> Result<bool, sqlx::Error> {
@@ -443,23 +420,6 @@ async fn roll_back_on_release(connection: &mut MySqlConnection) -> Result<bool, 
     // The connection is often lost here, for instance after a failover. The caller has already had
     // the error, and the pool would log it once more.
     Ok(rolled_back.await.is_ok())
-}
-
-async fn timeout_after<T>(
-    time: Duration,
-    operation: impl Future<Output = Result<T, sqlx::Error>>,
-) -> Result<T, sqlx::Error> {
-    match timeout(time, operation).await {
-        Ok(answer) => answer,
-        Err(_) => {
-            Err(timeout_error(format!("the database did not answer within {} s", time.as_secs())))
-        }
-    }
-}
-
-/// The error of an operation that got no answer. It is transient, like other lost connections.
-fn timeout_error(what: String) -> sqlx::Error {
-    sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, what))
 }
 
 /// Ends the session that holds a user lock, or only its statement. `how` is the SQL command.
@@ -504,6 +464,7 @@ async fn probe_server(
     options: &MySqlConnectOptions,
     at: &str,
     sql_mode: SqlMode,
+    lock_wait: Duration,
 ) -> Result<(Flavor, Arc<str>, SessionSettings), DatabaseError> {
     let mut connection = options.connect().await?;
     for set in settings::DISABLE_TIME_LIMITS {
@@ -517,8 +478,14 @@ async fn probe_server(
     check_increment(at, increment)?;
     check_packet(at, packet)?;
     let flavor = if version.contains("MariaDB") { Flavor::MariaDb } else { Flavor::MySql };
-    let settings =
-        SessionSettings::probe(&mut connection, flavor, sql_mode, options.get_collation()).await?;
+    let settings = SessionSettings::probe(
+        &mut connection,
+        flavor,
+        sql_mode,
+        options.get_collation(),
+        lock_wait,
+    )
+    .await?;
     connection.close().await?;
     Ok((flavor, account.into(), settings))
 }

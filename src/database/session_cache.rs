@@ -16,6 +16,7 @@ use tokio::runtime::Handle;
 use tokio::time::timeout;
 use uuid::Uuid;
 
+use super::own_connection::OwnConnection;
 use super::transaction_outcome::CommandCounts;
 use super::{Database, IDLE_TIMEOUT};
 use crate::database::error::is_transient;
@@ -32,7 +33,7 @@ const IDLE_POLL_INTERVAL: Duration = Duration::from_millis(5);
 /// A session for this program's own statements.
 #[derive(Debug)]
 pub(crate) struct Session {
-    pub(crate) connection: PoolConnection<MySql>,
+    pub(crate) connection: OwnConnection,
     /// When the connection was taken from the pool.
     opened_at: Instant,
     last_used: Instant,
@@ -100,6 +101,8 @@ impl Owner {
 /// A session that can be cached.
 pub(super) trait CachedSession {
     fn last_used(&mut self) -> &mut Instant;
+    /// Whether the session is for more than one projector.
+    fn serves_many(&self) -> bool;
     fn into_connection(self) -> PoolConnection<MySql>;
 }
 
@@ -108,14 +111,22 @@ impl CachedSession for Session {
         &mut self.last_used
     }
 
+    fn serves_many(&self) -> bool {
+        true
+    }
+
     fn into_connection(self) -> PoolConnection<MySql> {
-        self.connection
+        self.connection.into_pooled()
     }
 }
 
 impl CachedSession for HandlerSession {
     fn last_used(&mut self) -> &mut Instant {
         &mut self.last_used
+    }
+
+    fn serves_many(&self) -> bool {
+        self.owner == Owner::Shared
     }
 
     fn into_connection(self) -> PoolConnection<MySql> {
@@ -148,12 +159,12 @@ impl<S: CachedSession> SessionCache<S> {
         SessionCache(Arc::new(Mutex::new(CacheState { idle: Vec::new(), capacity, waiters: 0 })))
     }
 
-    /// Registers a waiter until the returned guard is dropped. If the pool is exhausted, the least
-    /// recently used session is returned to the pool.
+    /// Registers a waiter until the returned guard is dropped. If the pool is exhausted, a session
+    /// is returned to the pool.
     fn register_waiter(&self, is_exhausted: bool) -> WaiterGuard<S> {
         let mut sessions = self.lock();
         sessions.waiters += 1;
-        let returned = (is_exhausted && !sessions.idle.is_empty()).then(|| sessions.idle.remove(0));
+        let returned = if is_exhausted { sessions.take_least_useful() } else { None };
         drop(sessions);
         drop(returned);
         WaiterGuard(self.clone())
@@ -196,6 +207,23 @@ impl<S: CachedSession> SessionCache<S> {
     }
 }
 
+impl<S: CachedSession> CacheState<S> {
+    /// Takes a session that was not used for long, or else the most recently used one.
+    ///
+    /// Projectors take turns. If there are more of them than sessions, the least recently used
+    /// session is the one that is needed next: if it were taken, each projector would open a new
+    /// session in each turn. This way, only the projectors that exceed the number of sessions do.
+    fn take_least_useful(&mut self) -> Option<S> {
+        let is_old = |session: &mut S| session.last_used().elapsed() >= IDLE_TIMEOUT;
+        if self.idle.first_mut().is_some_and(is_old) {
+            return Some(self.idle.remove(0));
+        }
+        let last = self.idle.iter().rposition(|session| !session.serves_many());
+        let last = last.or_else(|| self.idle.len().checked_sub(1))?;
+        Some(self.idle.remove(last))
+    }
+}
+
 /// Registers a waiter until it is dropped.
 struct WaiterGuard<S: CachedSession>(SessionCache<S>);
 
@@ -218,20 +246,23 @@ impl<S: CachedSession> Drop for CacheState<S> {
 impl Database {
     /// Takes a cached session for this program's own statements, or a connection from the pool.
     pub(crate) async fn acquire_session(&self) -> Result<Session, sqlx::Error> {
-        if let Some(session) = self
+        let permit = self.wait_for_permit().await?;
+        if let Some(mut session) = self
             .own_sessions
             .take(|_| true)
             .filter(|session| session.last_used.elapsed() < IDLE_TIMEOUT)
         {
+            session.connection.set_permit(permit);
             return Ok(session);
         }
         let opened_at = Instant::now();
-        let connection = self.acquire().await?;
+        let connection = self.acquire_with(permit).await?;
         Ok(Session { connection, opened_at, last_used: opened_at })
     }
 
     /// Caches a session for the next statement. It must be usable, and not in a transaction.
-    pub(crate) fn release_session(&self, session: Session) {
+    pub(crate) fn release_session(&self, mut session: Session) {
+        session.connection.release_permit();
         if !self.is_stale(session.opened_at) {
             self.own_sessions.put(session, || has_capacity(&self.pool));
         }

@@ -7,6 +7,7 @@
 //! [`SessionSettings::unchanged_condition`]).
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use sqlx::{AssertSqlSafe, MySqlConnection, Row};
 
@@ -148,7 +149,8 @@ const INCOMPATIBLE_MODES: &[&str] = &[
 /// The statements that set up a session on one server.
 #[derive(Debug, Clone)]
 pub(super) struct SessionSettings {
-    /// Sets up a session for this program's own statements.
+    /// Sets up a session for this program's own statements. They wait for a row lock for less time
+    /// than a handler's statements do, so that a statement that gets no answer is soon recognized.
     pub(super) own: Arc<str>,
     /// Sets up a session for a handler. Autocommit is off, so that statements after a rollback can
     /// be rolled back, too.
@@ -175,6 +177,7 @@ impl SessionSettings {
         flavor: Flavor,
         sql_mode: SqlMode,
         collation: Option<&str>,
+        own_lock_wait: Duration,
     ) -> Result<Self, DatabaseError> {
         let supported = list_supported(connection).await?;
         let is_supported =
@@ -243,8 +246,10 @@ impl SessionSettings {
             sqlx::query_scalar("select database()").fetch_one(&mut *connection).await?;
         let unchanged = build_condition(&expected, &database);
         sqlx::raw_sql("rollback").execute(connection).await?;
+        // A variable may be set twice in one statement, and the last value stays.
+        let lock_wait = own_lock_wait.as_secs();
         Ok(SessionSettings {
-            own: set(1, strict).into(),
+            own: format!("{}, innodb_lock_wait_timeout = {lock_wait}", set(1, strict)).into(),
             handler: handler.into(),
             setup: set(1, &mode).into(),
             unchanged_condition: unchanged.into(),

@@ -251,7 +251,9 @@ async fn claim_row(
     let unchanged = database.session_unchanged_condition();
     let row =
         Claim { projector, stage, savepoint: &session.savepoint, unchanged_condition: &unchanged };
-    if !database.with_timeout(row.begin(&mut session.connection, at)).await? {
+    // Another worker's handler may hold the row.
+    let beginning = row.begin(&mut session.connection, at);
+    if !Box::pin(database.with_lock_timeout(&session.id, beginning)).await? {
         database.with_timeout(sqlx::raw_sql("rollback").execute(&mut *session.connection)).await?;
         database.release_handler_session(session);
         let entry = Ledger::new(database).entry(&projector.id).await?;
@@ -288,7 +290,8 @@ async fn run_and_commit(
             row.commit(&mut session.connection, from, to).await
         }
     };
-    let moved = match database.with_timeout(moving).await {
+    // Waits for the row if another session has locked it after the commit.
+    let moved = match Box::pin(database.with_lock_timeout(&session.id, moving)).await {
         Ok(moved) => moved,
         Err(error) => return Err(Box::pin(classify_commit_error(database, session, error)).await),
     };

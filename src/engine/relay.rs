@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
+use tokio::time::timeout;
 use tracing::{debug, error, info};
 use uuid::Uuid;
 
@@ -27,13 +28,23 @@ const PANIC_PAUSE: Duration = Duration::from_secs(1);
 /// How long after an event the relay polls the log more often, because another event is likely.
 const BUSY_PERIOD: Duration = Duration::from_secs(1);
 
+/// Without events, the pause between two polls grows to this part of the time since the last event.
+const IDLE_FRACTION: u32 = 50;
+
+/// How long a relay without the lease uses the marks that it has read.
+const MARKS_LIFETIME: Duration = Duration::from_secs(5);
+
 /// How the relay works.
 #[derive(Debug, Clone, Copy)]
 #[non_exhaustive]
 pub struct RelaySettings {
-    /// The longest pause between two polls of an idle log. During and shortly after activity, the
+    /// The pause between two polls of a log without new events. For a second after an event, the
     /// pause is a twentieth of this.
     pub interval: Duration,
+    /// The longest pause, once the log has had no event for a while: an idle worker should cost its
+    /// database little. The first event of another process is published this much later at most.
+    /// An append of this process ends the pause.
+    pub idle_interval: Duration,
     /// The maximum number of events in one message, at least 1. The queue's message size is a
     /// second limit.
     pub max_events: usize,
@@ -42,7 +53,11 @@ pub struct RelaySettings {
 impl RelaySettings {
     /// The defaults.
     pub const fn new() -> Self {
-        RelaySettings { interval: Duration::from_millis(50), max_events: 1_000 }
+        RelaySettings {
+            interval: Duration::from_millis(50),
+            idle_interval: Duration::from_millis(500),
+            max_events: 1_000,
+        }
     }
 
     /// Sets [`RelaySettings::interval`].
@@ -51,10 +66,27 @@ impl RelaySettings {
         self
     }
 
+    /// Sets [`RelaySettings::idle_interval`].
+    pub const fn with_idle_interval(mut self, idle_interval: Duration) -> Self {
+        self.idle_interval = idle_interval;
+        self
+    }
+
     /// Sets [`RelaySettings::max_events`].
     pub const fn with_max_events(mut self, max_events: usize) -> Self {
         self.max_events = max_events;
         self
+    }
+}
+
+impl RelaySettings {
+    /// The pause after a poll that found nothing, if the last event was published `quiet` ago.
+    fn pause(&self, quiet: Duration) -> Duration {
+        if quiet < BUSY_PERIOD {
+            self.interval / 20
+        } else {
+            (quiet / IDLE_FRACTION).min(self.idle_interval).max(self.interval)
+        }
     }
 }
 
@@ -70,12 +102,14 @@ pub(crate) struct Relay {
     queue: Arc<dyn Queue>,
     settings: RelaySettings,
     holder: String,
-    /// When the lease was last acquired or renewed. It is renewed rarely, so that an idle log costs
-    /// almost no writes.
+    /// When the lease was last acquired or renewed. A relay that has nothing to publish lets it
+    /// expire, so that an idle log costs no writes.
     leased_at: Option<Instant>,
     /// The marks as this relay last stored them. While this relay holds the lease, other processes
     /// rarely move them. If one does, the only effect is extra work.
     marks: Option<Marks>,
+    /// When the marks were last read from the log.
+    marks_read_at: Instant,
     watch: StallWatch,
     /// Whether the log has recorded this queue as the one that it is published to.
     is_queue_recorded: bool,
@@ -148,6 +182,7 @@ impl Relay {
             holder,
             leased_at: None,
             marks: None,
+            marks_read_at: Instant::now(),
             watch,
             is_queue_recorded: false,
             messages_sent: 0,
@@ -171,10 +206,12 @@ impl Relay {
 
     async fn run_until_panic(&mut self) -> Infallible {
         let mut outage_log = OutageLog::default();
-        let mut last_event: Option<Instant> = None;
+        let mut last_event = Instant::now();
         let mut is_standby = false;
+        let mut appends = self.store.subscribe_to_appends();
         loop {
             let before = self.messages_sent;
+            appends.mark_unchanged();
             match self.publish_new().await {
                 Ok(RelayOutcome::Published { events, through }) => {
                     outage_log.record_recovery("the relay works again");
@@ -183,11 +220,14 @@ impl Relay {
                     }
                     if events > 0 {
                         debug!(events, published = through.get(), "published");
-                        last_event = Some(Instant::now());
+                        last_event = Instant::now();
                         continue;
                     }
-                    let is_busy = last_event.is_some_and(|last| last.elapsed() < BUSY_PERIOD);
-                    tokio::time::sleep(self.settings.interval / if is_busy { 20 } else { 1 }).await;
+                    // An append of this process ends the pause.
+                    let pause = self.settings.pause(last_event.elapsed());
+                    if let Ok(Ok(())) = timeout(pause, appends.changed()).await {
+                        last_event = Instant::now();
+                    }
                 }
                 Ok(RelayOutcome::LeasedElsewhere) => {
                     // The normal state of all processes with a relay but one.
@@ -224,6 +264,9 @@ impl Relay {
         let leased_at = match self.leased_at {
             Some(leased_at) if leased_at.elapsed() < LEASE_DURATION / 3 => leased_at,
             _ => {
+                if let Some(published) = self.find_all_published().await? {
+                    return Ok(RelayOutcome::Published { events: 0, through: published });
+                }
                 let requested_at = Instant::now();
                 self.leased_at = self
                     .store
@@ -243,7 +286,7 @@ impl Relay {
         };
         let marks = match self.marks.take() {
             Some(marks) => marks,
-            None => self.store.marks().await?,
+            None => self.read_marks().await?,
         };
         let mark = self.raise_high_water(&marks).await?;
         let mut published = marks.published;
@@ -293,6 +336,36 @@ impl Relay {
         Ok(RelayOutcome::Published { events, through: published })
     }
 
+    /// The published position, if the log has nothing else to publish. Only reads, so that a relay
+    /// needs no lease for it.
+    async fn find_all_published(&mut self) -> Result<Option<Position>, sqlx::Error> {
+        let marks = match self.marks.take() {
+            Some(marks) if self.marks_read_at.elapsed() < MARKS_LIFETIME => marks,
+            _ => self.read_marks().await?,
+        };
+        let (mark, published) = (marks.high_water, marks.published);
+        // A blocked mark, or a log that ends below it, is examined under the lease.
+        let is_all = published == mark
+            && marks.blocked.is_none()
+            && self.watch.blocked_since().is_none()
+            && self.store.ends_at(mark).await?;
+        if !is_all {
+            return Ok(None);
+        }
+        let high_water =
+            HighWater { mark, blocked: None, blocked_for: Duration::ZERO, fault: None };
+        self.watch.record(&self.store, &high_water).await?;
+        metrics::record_relay_progress(RelayProgress { high_water: mark, published });
+        metrics::record_mark_state(None);
+        self.marks = Some(marks);
+        Ok(Some(published))
+    }
+
+    async fn read_marks(&mut self) -> Result<Marks, sqlx::Error> {
+        self.marks_read_at = Instant::now();
+        self.store.marks().await
+    }
+
     /// Records in the log which queue it is published to, so that a worker on another queue is
     /// detected.
     async fn record_queue(&mut self) -> Result<(), sqlx::Error> {
@@ -333,5 +406,20 @@ impl Relay {
         };
         self.watch.record(&self.store, &high_water).await?;
         Ok(high_water.mark)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pause_grows_with_the_quiet_time_up_to_the_idle_interval() {
+        let settings = RelaySettings::new();
+        let pause = |seconds| settings.pause(Duration::from_secs_f64(seconds)).as_secs_f64();
+        let pauses = [0.5, 2.0, 10.0, 25.0, 3_600.0].map(pause);
+        assert_eq!(pauses, [0.0025, 0.05, 0.2, 0.5, 0.5]);
+        let slow = settings.with_interval(Duration::from_secs(2));
+        assert_eq!(slow.pause(Duration::from_secs(3_600)), Duration::from_secs(2));
     }
 }

@@ -136,10 +136,11 @@ pub(crate) enum ApplyOutcome {
 
 impl Engine {
     pub(crate) fn new(database: &Database, limits: Limits, registry: &Registry) -> Self {
+        let database = database.for_engine();
         Engine {
-            database: database.clone(),
-            store: crate::store::EventStore::new(database),
-            ledger: Ledger::new(database),
+            store: crate::store::EventStore::new(&database),
+            ledger: Ledger::new(&database),
+            database,
             // With a batch size of 0, a batch would move the position without applying events.
             limits: Limits { batch: limits.batch.max(1), ..limits },
             release: registry.release().map(str::to_owned),

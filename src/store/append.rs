@@ -5,6 +5,7 @@ use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use sqlx::{Connection, MySqlConnection, QueryBuilder};
+use tokio::sync::watch;
 use uuid::Uuid;
 
 use super::EventStore;
@@ -173,7 +174,14 @@ impl EventStore {
             return Err(into_append_error(error));
         }
         *commit_sent = true;
-        Ok(self.database.with_timeout(transaction.commit()).await?)
+        self.database.with_timeout(transaction.commit()).await?;
+        self.database.notify_append();
+        Ok(())
+    }
+
+    /// A receiver that changes with each append of this process to this database.
+    pub(crate) fn subscribe_to_appends(&self) -> watch::Receiver<()> {
+        self.database.subscribe_to_appends()
     }
 
     /// Rolls back before the caller gets the error, so that other writers do not wait for the locks

@@ -25,7 +25,6 @@ const FILL: &str =
 /// Used only for the fill. Without it, a position with an uncommitted row would block the fill for
 /// the default of 50 seconds.
 const SHORT_LOCK_WAIT: &str = "set session innodb_lock_wait_timeout = 1";
-const DEFAULT_LOCK_WAIT: &str = "set session innodb_lock_wait_timeout = default";
 
 /// Fillers in one statement.
 const FILL_CHUNK: usize = 1_000;
@@ -137,9 +136,8 @@ impl EventStore {
                 }
             }
         }
-        self.database
-            .with_timeout(sqlx::raw_sql(DEFAULT_LOCK_WAIT).execute(&mut *connection))
-            .await?;
+        let restore = self.database.restore_lock_wait(&mut connection);
+        self.database.with_timeout(restore).await?;
         Ok(filled)
     }
 

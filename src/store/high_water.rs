@@ -307,6 +307,12 @@ impl EventStore {
         self.find_fault(mark, &self.visible_from(mark, 1).await?).await
     }
 
+    /// Whether the row at the mark is the last one of the log.
+    pub(crate) async fn ends_at(&self, mark: Position) -> Result<bool, sqlx::Error> {
+        let visible = self.visible_from(mark, 1).await?;
+        Ok(visible.has_mark_row && visible.above.is_empty())
+    }
+
     /// Whether there is still a gap just above the mark. Reads at most one row above the mark.
     pub(crate) async fn is_below_gap(&self, mark: Position) -> Result<bool, sqlx::Error> {
         let visible = self.visible_from(mark, 1).await?;

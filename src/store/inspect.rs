@@ -89,8 +89,7 @@ impl EventStore {
         }
         query.push(")");
         let count = query.build_query_scalar::<i64>();
-        let count =
-            self.database.run_pooled(async |connection| count.fetch_one(connection).await).await?;
-        Ok(count.max(0) as u64)
+        let scan = async { count.fetch_one(&mut *self.database.acquire().await?).await };
+        Ok(self.database.with_scan_timeout(scan).await?.max(0) as u64)
     }
 }

@@ -6,13 +6,13 @@ use std::time::{Duration, Instant};
 
 use futures_util::{Stream, TryStreamExt};
 use sqlx::mysql::MySqlRow;
-use sqlx::pool::PoolConnection;
 use sqlx::{MySql, MySqlConnection, QueryBuilder};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use super::EventStore;
+use crate::database::OwnConnection;
 use crate::model::backoff;
 use crate::model::event::{Event, Position};
 
@@ -301,7 +301,7 @@ impl EventStore {
 /// Closes the connection on drop, unless all rows were read: closing is cheaper than reading the
 /// rows that are still in transit.
 struct ReadGuard<'c> {
-    connection: &'c mut PoolConnection<MySql>,
+    connection: &'c mut OwnConnection,
     is_drained: bool,
 }
 

@@ -15,7 +15,7 @@ use serde::Serialize;
 use super::{print, print_json};
 use crate::command::config::Config;
 use crate::command::output::{terminal_width, wrap};
-use crate::database::{COMMAND_PRIVILEGES, Database};
+use crate::database::{COMMAND_PRIVILEGES, Database, handler_connections};
 use crate::engine::apply;
 use crate::engine::error::Error;
 use crate::ledger::Ledger;
@@ -66,6 +66,10 @@ impl DoctorCommand {
                 )
                 .await;
                 log::examine(&database, &mut checks).await;
+                if let Ok(registry) = &registry {
+                    let sessions = handler_connections(config.connections_for(registry));
+                    checks.push(check_sessions(registry.dedicated_session_count(), sessions));
+                }
                 examine_projectors(&database, registry, &mut checks).await;
             }
             Err(error) => {
@@ -114,6 +118,23 @@ impl DoctorCommand {
 
 fn commands() -> Vec<&'static str> {
     COMMAND_PRIVILEGES.iter().map(|(command, _)| *command).collect()
+}
+
+/// Whether each projector that keeps a session of its own can have one.
+fn check_sessions(projectors: u32, sessions: u32) -> Check {
+    let detail = format!(
+        "{projectors} projector(s) keep their own; boot and play have {sessions} for handlers"
+    );
+    if projectors <= sessions {
+        return Check::ok("sessions", detail);
+    }
+    Check::problem(
+        Level::Warning,
+        "sessions",
+        format!("{detail}, so some open a new one for each message"),
+        "raise --connections, or use SessionUse::Shared for projectors that leave nothing in a \
+         session",
+    )
 }
 
 /// Checks that the projectors' files load, and which projectors must be booted.
@@ -297,5 +318,18 @@ impl fmt::Display for Level {
             Level::Error => "ERROR",
             Level::Unreachable => "UNREACHABLE",
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn more_sessions_than_connections_are_a_warning() {
+        assert_eq!(check_sessions(40, 40).level, Level::Ok);
+        let check = check_sessions(41, 40);
+        assert_eq!(check.level, Level::Warning);
+        assert!(check.detail.contains("41 projector(s)"), "{}", check.detail);
     }
 }
