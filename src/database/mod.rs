@@ -372,12 +372,14 @@ impl Database {
     /// new one cannot be read yet. The error is therefore transient.
     async fn acquire_from(&self, pool: &MySqlPool) -> Result<PoolConnection<MySql>, sqlx::Error> {
         let began = SystemTime::now();
-        self.credentials.renew_if_due(&self.pools()).await;
-        let mut acquired = pool.acquire().await;
+        // These futures have room for opening a connection or calling AWS. They are boxed, because
+        // the future of every statement would have the same room.
+        Box::pin(self.credentials.renew_if_due(&self.pools())).await;
+        let mut acquired = Box::pin(pool.acquire()).await;
         if acquired.as_ref().is_err_and(is_authentication_error)
-            && self.credentials.renew_after_refusal(&self.pools(), began).await
+            && Box::pin(self.credentials.renew_after_refusal(&self.pools(), began)).await
         {
-            acquired = pool.acquire().await;
+            acquired = Box::pin(pool.acquire()).await;
         }
         if matches!(acquired, Err(sqlx::Error::PoolTimedOut))
             && let Err(cause) = Box::pin(self.try_to_connect(pool)).await

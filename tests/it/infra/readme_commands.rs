@@ -84,7 +84,7 @@ async fn the_readme_commands_lead_from_nothing_to_a_running_stack() {
         output_of(1)
     );
     assert!(
-        output_of(2).contains("idle: played 1 messages"),
+        output_of(2).contains("idle: played 1 message"),
         "the worker plays from the queue of the stack: {}",
         output_of(2)
     );

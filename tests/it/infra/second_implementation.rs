@@ -121,7 +121,7 @@ async fn all_stacks_are_created_updated_and_deleted_and_queues_and_logs_are_kept
     assert_eq!(groups["logGroups"][0]["retentionInDays"], 30);
     let filters = json!({"logGroupName": "/projectionist/orders"});
     let filters = aws.call("logs", "DescribeMetricFilters", filters).await;
-    assert_eq!(filters["metricFilters"].as_array().map(Vec::len), Some(6), "{filters}");
+    assert_eq!(filters["metricFilters"].as_array().map(Vec::len), Some(8), "{filters}");
     let dashboard = json!({"DashboardName": "orders-projectors"});
     let dashboard = aws.call("cloudwatch", "GetDashboard", dashboard).await;
     let body = dashboard["DashboardBody"].as_str().expect("a body");

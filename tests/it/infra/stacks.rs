@@ -295,7 +295,7 @@ async fn check_resources(stacks: &Stacks, world: &World) {
     let alarms =
         aws(&["cloudwatch", "describe-alarms", "--alarm-name-prefix", &stacks.name("")]).await;
     let alarms = alarms["MetricAlarms"].as_array().expect("alarms");
-    assert_eq!(alarms.len(), 10);
+    assert_eq!(alarms.len(), 11);
     assert!(alarms.iter().all(|alarm| alarm["AlarmActions"] == json!([topic])), "{alarms:?}");
 
     for (role, policy, may_use_the_queue) in
