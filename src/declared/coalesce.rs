@@ -45,6 +45,8 @@ pub(super) struct Tables {
     /// For each table, whether one of its inserts is an `insert ignore`.
     ignores: Vec<bool>,
     refused: Mutex<Vec<Option<(Instant, Refusal)>>>,
+    /// The reasons that are in the log.
+    logged: Mutex<Vec<Option<Refusal>>>,
 }
 
 /// The index of a table in [`Tables`].
@@ -89,12 +91,19 @@ impl Tables {
         (0..self.names.len()).map(is_refused).collect()
     }
 
-    /// Remembers a refusal. Returns whether its reason differs from that of the last refusal.
+    /// Remembers a refusal. Returns whether its reason should be logged.
     fn refuse(&self, table: usize, refusal: Refusal) -> bool {
         let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
         refused.resize(self.names.len(), None);
-        let before = refused[table].replace((Instant::now(), refusal));
-        before.is_none_or(|(_, before)| before != refusal)
+        refused[table] = Some((Instant::now(), refusal));
+        self.record_logged(table, refusal)
+    }
+
+    /// Remembers that a reason is logged now. Returns whether it differs from the last one.
+    pub(super) fn record_logged(&self, table: usize, refusal: Refusal) -> bool {
+        let mut logged = self.logged.lock().unwrap_or_else(PoisonError::into_inner);
+        logged.resize(self.names.len(), None);
+        logged[table].replace(refusal) != Some(refusal)
     }
 }
 

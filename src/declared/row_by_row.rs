@@ -42,7 +42,13 @@ pub(super) async fn find(
         let reason = match &checked {
             None => FILE_REASON.to_owned(),
             Some(checked) => match checked.get(table.get()) {
-                Some(Err(refusal)) => format!("table {}: {refusal}", insert.table),
+                Some(Err(refusal)) => {
+                    // Setup logs it, so the first transaction does not have to.
+                    if let Some(tables) = handlers.tables() {
+                        tables.record_logged(table.get(), *refusal);
+                    }
+                    format!("table {}: {refusal}", insert.table)
+                }
                 _ => continue,
             },
         };

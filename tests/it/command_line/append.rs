@@ -34,12 +34,8 @@ async fn a_foreign_table_is_reported_and_migrate_works_once_it_is_gone() {
         .await;
     world.execute("create table events (of_mine int)").await;
     let refused = world.run(&["migrate"]).await.exits(2);
-    assert!(refused.stderr.contains("a table of that name exists"), "{}", refused.stderr);
+    assert!(refused.stderr.contains("did not create: events. Rename them"), "{}", refused.stderr);
     world.execute("rename table events to mine").await;
-    let refused = world.run(&["migrate"]).await.exits(2);
-    let what_to_do = "delete from projectionist_migrations where not success";
-    assert!(refused.stderr.contains(what_to_do), "{}", refused.stderr);
-    world.execute(what_to_do).await;
     world.run(&["migrate"]).await.exits(0);
     world.run_with(&["append"], line("a").as_bytes()).await.exits(0);
 }
