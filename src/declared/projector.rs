@@ -73,9 +73,12 @@ impl Projector for DeclaredProjector {
         run_statements(&self.setup, db).await?;
         for insert in row_by_row::find(&self.handlers, db).await? {
             if insert.is_refused {
-                bail!("{}. The file has `batch = true` for it", insert.description);
+                bail!("{}. The file has `batch = true` for it", insert.description());
             }
-            info!(projector = %self.id, "rows are written one by one: {}", insert.description);
+            info!(
+                projector = %self.id, table = insert.table, reason = insert.reason,
+                "rows are written one by one: {}", insert.origin
+            );
         }
         Ok(())
     }
@@ -86,7 +89,7 @@ impl Projector for DeclaredProjector {
 
     async fn row_by_row(&self, db: &mut MySqlConnection) -> anyhow::Result<Vec<String>> {
         let found = row_by_row::find(&self.handlers, db).await?;
-        Ok(found.into_iter().map(|insert| insert.description).collect())
+        Ok(found.into_iter().map(|insert| insert.description()).collect())
     }
 
     async fn handle(&self, event: &Event, db: &mut MySqlConnection) -> anyhow::Result<()> {

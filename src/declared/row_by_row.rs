@@ -12,10 +12,19 @@ pub(super) const FILE_REASON: &str = "the file uses a user variable, `row_count(
 /// An insert that is sent row by row.
 #[derive(Debug)]
 pub(super) struct RowByRow {
-    /// `FILE:LINE: reason`.
-    pub(super) description: String,
+    /// `FILE:LINE`.
+    pub(super) origin: String,
+    pub(super) table: String,
+    pub(super) reason: String,
     /// Whether the file demands with `batch = true` that it is not.
     pub(super) is_refused: bool,
+}
+
+impl RowByRow {
+    /// `FILE:LINE: table NAME: reason`.
+    pub(super) fn description(&self) -> String {
+        format!("{}: table {}: {}", self.origin, self.table, self.reason)
+    }
 }
 
 /// Checks the tables of all inserts that could be sent together.
@@ -47,13 +56,15 @@ pub(super) async fn find(
                     if let Some(tables) = handlers.tables() {
                         tables.record_logged(table.get(), *refusal);
                     }
-                    format!("table {}: {refusal}", insert.table)
+                    refusal.to_string()
                 }
                 _ => continue,
             },
         };
         found.push(RowByRow {
-            description: format!("{}: {reason}", handler.origin),
+            origin: handler.origin.to_string(),
+            table: insert.table.clone(),
+            reason,
             is_refused: handler.must_batch,
         });
     }
